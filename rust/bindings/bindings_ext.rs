@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! C names that the stock `bindings` crate lacks.
+//!
+//! Floor 1. Everything here is made by bindgen: `headers` from the kernel
+//! headers that `headers.h` lists, `helpers` from the C functions under
+//! `rust/helpers/`. What both this crate and `kernel::bindings` know is taken
+//! from `kernel::bindings`, so that the types are the same ones.
+//!
+//! Only `kernel_ext` uses this crate.
+
+#![allow(
+    clippy::all,
+    dead_code,
+    missing_docs,
+    non_camel_case_types,
+    non_upper_case_globals,
+    non_snake_case,
+    improper_ctypes,
+    unreachable_pub,
+    unsafe_op_in_unsafe_fn
+)]
+#![cfg_attr(not(CONFIG_RUSTC_HAS_UNNECESSARY_TRANSMUTES), allow(unknown_lints))]
+#![allow(unnecessary_transmutes)]
+
+mod headers {
+    use kernel::{bindings::*, ffi};
+    use pin_init::MaybeZeroable;
+
+    include!(concat!(
+        env!("RBLKIF_BINDINGS"),
+        "/headers_generated.rs"
+    ));
+}
+
+mod helpers {
+    #[allow(unused_imports)]
+    use super::headers::*;
+    use kernel::{bindings::*, ffi};
+
+    include!(concat!(
+        env!("RBLKIF_BINDINGS"),
+        "/helpers_generated.rs"
+    ));
+}
+
+pub use headers::*;
+pub use helpers::*;

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the stock `kernel` crate lacks and this project needs.
+//!
+//! Floor 2: a layer beside `kernel`, shaped like the kernel's own
+//! `rust/kernel/` so that its parts can go there one day. It holds mechanisms,
+//! no policy, and all the `unsafe` code of the project: **no safe function
+//! here can be driven to undefined behaviour by any argument.**
+//!
+//! - [`base`]: what any driver may need.
+//! - [`block`]: disks and requests. Knows nothing of Xen.
+//! - [`xen`]: xenbus, grants, event channels. Knows nothing of disks.
+
+pub mod base;
+pub mod block;
+pub mod xen;

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! echo_front.
+
+use kernel::prelude::*;
+
+module! {
+    type: Module,
+    name: "rblk_echo_front",
+    authors: ["The rblkif developers"],
+    description: "echo_front",
+    license: "GPL",
+}
+
+struct Module;
+
+impl kernel::Module for Module {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        Ok(Module)
+    }
+}
