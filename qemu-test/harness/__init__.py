@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The test host: kernels, images and QEMU machines that scenarios drive."""

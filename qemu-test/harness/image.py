@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-2.0
+"""What goes into the initramfs of a machine: programs, libraries, modules.
+
+Everything comes from the build root, where the harness itself runs. A program
+brings the libraries that `ldd` names. libgcc_s.so.1 is added beside them:
+glibc loads it by name when a thread is cancelled, and xl aborts without it.
+"""
+
+import re
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+from .cpio import Archive
+
+PIECES = Path(__file__).resolve().parent.parent / "image"
+"""Scripts that run inside the machines."""
+
+
+def base_archive(init, programs=()):
+    """An archive with busybox, the agent, an /init and `programs`.
+
+    `init` is the name of a script in `image/`; `programs` maps nothing: each
+    is a path in the build root and has the same path in the machine.
+    """
+    archive = Archive()
+    for path in ("/proc", "/sys", "/dev", "/run", "/tmp", "/etc", "/lib/modules", "/var/log", "/root", "/mnt"):
+        archive.directory(path)
+    archive.device("/dev/console", 5, 1)
+    archive.device("/dev/null", 1, 3)
+    archive.file("/bin/busybox", "/usr/bin/busybox")
+    for name in ("sh", "mount", "insmod", "modprobe"):
+        archive.link(f"/bin/{name}", "busybox")
+    archive.file("/bin/agent", PIECES / "agent")
+    archive.file("/init", PIECES / init)
+    archive.data("/etc/passwd", "root:x:0:0:root:/root:/bin/sh\n")
+    archive.data("/etc/group", "root:x:0:\n")
+    for program in programs:
+        add_program(archive, program)
+    return archive
+
+
+def add_program(archive, program):
+    """Adds a program and the libraries it is linked with."""
+    archive.file(program, program)
+    for library in _libraries(program):
+        if library not in archive:
+            archive.file(library, library)
+
+
+@lru_cache(maxsize=None)
+def _libraries(program):
+    result = subprocess.run(["ldd", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    found = re.findall(r"(/\S+) \(0x", result.stdout)
+    if found:
+        found.append("/lib/x86_64-linux-gnu/libgcc_s.so.1")
+    return tuple(found)
+
+
+def add_modules(archive, kernel, names):
+    """Adds kernel modules, and a list in the order to load them."""
+    ordered = kernel.with_dependencies(names)
+    for name in ordered:
+        archive.data(f"/lib/modules/{name}.ko", kernel.module(name))
+    return ordered

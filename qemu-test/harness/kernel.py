@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A kernel that scenarios boot: its image and its loadable modules.
+
+A prepared kernel is a directory that `scripts/kernel-set` or
+`scripts/own-kernel` made: `vmlinux` (what boots), `modules/` (as in
+/lib/modules/RELEASE) and `O` (the object directory for our own build).
+"""
+
+import lzma
+import re
+import subprocess
+from pathlib import Path
+
+
+class Kernel:
+    """One prepared kernel."""
+
+    def __init__(self, directory):
+        self.directory = Path(directory).resolve()
+        self.release = (self.directory / "release").read_text().strip()
+        self.vmlinux = self.directory / "vmlinux"
+        self._tree = self.directory / "modules"
+        self._paths = {_name(path): path for path in self._tree.rglob("*.ko*")}
+        text = (self._tree / "modules.builtin").read_text()
+        self._builtin = {_name(Path(line)) for line in text.split()}
+        self._needs = {}
+
+    def with_dependencies(self, names):
+        """`names` and all modules they need, each after what it needs."""
+        ordered = []
+
+        def visit(name):
+            name = name.replace("-", "_")
+            if name in ordered or name in self._builtin:
+                return
+            for need in self.needs(name):
+                visit(need)
+            if name not in ordered:
+                ordered.append(name)
+
+        for name in names:
+            visit(name)
+        return ordered
+
+    def needs(self, name):
+        """The modules that module `name` needs, from its own header."""
+        if name not in self._needs:
+            match = re.search(rb"\0depends=([^\0]*)\0", b"\0" + self.module(name))
+            text = match.group(1).decode() if match else ""
+            self._needs[name] = [need for need in text.split(",") if need]
+        return self._needs[name]
+
+    def module(self, name):
+        """The uncompressed content of module `name`."""
+        name = name.replace("-", "_")
+        if name not in self._paths:
+            raise LookupError(f"kernel {self.release} has no module {name}")
+        path = self._paths[name]
+        data = path.read_bytes()
+        if path.suffix == ".xz":
+            return lzma.decompress(data)
+        if path.suffix == ".zst":
+            return subprocess.run(["zstd", "-dc", path], stdout=subprocess.PIPE, check=True).stdout
+        return data
+
+    def has(self, name):
+        """Whether the kernel has `name`, as a module or built in."""
+        name = name.replace("-", "_")
+        return name in self._paths or name in self._builtin
+
+
+def build_id(module):
+    """The build id (hex) that a module file carries in its GNU note."""
+    command = ["readelf", "-n", str(module)]
+    text = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    match = re.search(r"Build ID: ([0-9a-f]+)", text)
+    if not match:
+        raise LookupError(f"{module} carries no build id")
+    return match.group(1)
+
+
+def _name(path):
+    return path.name.split(".ko")[0].replace("-", "_")

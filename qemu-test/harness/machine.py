@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-2.0
+"""One QEMU process: two serial lines, a monitor, and an end.
+
+The first serial line is the console (kernel and hypervisor messages), written
+to a file. The second is the agent's. QEMU dies with the harness: it lives in
+the process namespace that `scripts/in-root` made.
+"""
+
+import socket
+import time
+from pathlib import Path
+
+import pexpect
+
+from .evidence import trouble_in
+from .shell import MachineTrouble
+from .shell import Shell
+
+QEMU = "qemu-system-x86_64"
+
+
+class Machine:
+    """A running QEMU; `arguments` say what hardware it has and what it boots."""
+
+    def __init__(self, arguments, logs):
+        self.logs = Path(logs).resolve()
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.console_log = self.logs / "console.log"
+        self._monitor = self.logs / "monitor"
+        self._allowed = []
+        common = [
+            "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            "-serial", f"file:{self.console_log}",
+            "-chardev", f"stdio,id=agent,signal=off,logfile={self.logs / 'agent.log'}",
+            "-serial", "chardev:agent",
+            "-monitor", f"unix:{self._short(self._monitor)},server=on,wait=off",
+        ]  # fmt: skip
+        command = [*common, *(str(argument) for argument in arguments)]
+        (self.logs / "qemu.txt").write_text(" \\\n ".join([QEMU, *command]) + "\n")
+        self._child = pexpect.spawn(QEMU, command, timeout=None, encoding="utf-8", codec_errors="replace", echo=False, cwd=self.logs)
+        self._child.delaybeforesend = None
+        self.shell = Shell(self._child, self.watch)
+
+    def console(self):
+        """All that came on the console so far."""
+        return self.console_log.read_text(errors="replace") if self.console_log.exists() else ""
+
+    def allow(self, text):
+        """Lets console lines that contain `text` pass: this scenario provokes them."""
+        self._allowed.append(text)
+
+    def watch(self):
+        """Raises if the console shows trouble."""
+        bad = trouble_in(self.console())
+        bad = [line for line in bad if not any(text in line for text in self._allowed)]
+        if bad:
+            time.sleep(2)
+            raise MachineTrouble("the console shows:\n" + "\n".join(bad[:20]))
+
+    def wait_for_console(self, text, timeout):
+        """Waits until `text` is on the console."""
+        deadline = time.monotonic() + timeout
+        while text not in self.console():
+            self.watch()
+            if time.monotonic() > deadline:
+                raise MachineTrouble(f"{text!r} not on the console after {timeout} s")
+            if not self._child.isalive():
+                raise MachineTrouble(f"QEMU ended before {text!r}:\n{self._child.read()}")
+            time.sleep(0.1)
+
+    def monitor(self, command, timeout=120):
+        """Gives QEMU's monitor a command and returns its answer."""
+        with socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(timeout)
+            line.connect(str(self._short(self._monitor)))
+            _until_prompt(line)
+            line.sendall(command.encode() + b"\n")
+            return _until_prompt(line)
+
+    def wait_end(self, timeout):
+        """Waits until QEMU has ended by itself."""
+        deadline = time.monotonic() + timeout
+        while self._child.isalive():
+            if time.monotonic() > deadline:
+                raise MachineTrouble(f"the machine did not power off within {timeout} s")
+            self._drain()
+        self.watch()
+
+    def kill(self):
+        """Ends QEMU now."""
+        self._child.close(force=True)
+
+    def _drain(self):
+        try:
+            self._child.read_nonblocking(4096, timeout=0.2)
+        except (pexpect.TIMEOUT, pexpect.EOF):
+            pass
+
+    def _short(self, path):
+        """A path short enough for a socket address."""
+        return Path("/tmp") / f"rblkif-{abs(hash(str(path))):x}"
+
+
+def _until_prompt(line):
+    received = b""
+    while not received.endswith(b"(qemu) "):
+        data = line.recv(65536)
+        if not data:
+            break
+        received += data
+    return received.decode(errors="replace")

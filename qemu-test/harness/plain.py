@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A machine without Xen: one kernel, our modules, a shell."""
+
+from pathlib import Path
+
+from .image import add_modules
+from .image import base_archive
+from .machine import Machine
+
+PROGRAMS = ("/usr/bin/fio", "/usr/sbin/mkfs.ext4", "/usr/sbin/e2fsck", "/usr/sbin/blockdev", "/usr/bin/dd")
+
+
+class PlainVm:
+    """A booted machine; `modules` are .ko files, found in /modules there."""
+
+    def __init__(self, kernel, logs, modules=(), needs=("ext4",), cpus=2, memory=768, arguments=""):
+        logs = Path(logs)
+        logs.mkdir(parents=True, exist_ok=True)
+        archive = base_archive("vm-init", PROGRAMS)
+        order = add_modules(archive, kernel, needs)
+        archive.data("/lib/modules/order", "\n".join(order) + "\n")
+        for module in modules:
+            archive.file(f"/modules/{Path(module).name}", module)
+        initrd = logs / "initrd"
+        archive.write(initrd)
+        command_line = f"console=ttyS0 panic=1 mitigations=off nokaslr loglevel=7 {arguments}"
+        self.machine = Machine(
+            ["-accel", "tcg", "-machine", "q35", "-cpu", "qemu64,+rdrand", "-m", memory, "-smp", cpus,
+             "-kernel", kernel.vmlinux, "-initrd", initrd, "-append", command_line],
+            logs,
+        )  # fmt: skip
+        self.machine.shell.wait_ready(timeout=180)
+
+    def sh(self, command, timeout=120):
+        """Runs a shell script in the machine; it must succeed."""
+        return self.machine.shell.check(command, timeout)
+
+    def run(self, command, timeout=120):
+        """Runs a shell script in the machine; returns status and output."""
+        return self.machine.shell.run(command, timeout)
+
+    def insmod(self, name, parameters=""):
+        """Loads one of our modules."""
+        return self.sh(f"insmod /modules/{name}.ko {parameters}")
+
+    def rmmod(self, name):
+        """Unloads a module."""
+        return self.sh(f"rmmod {name}")
+
+    def stop(self):
+        """Shuts the machine down; its console must be clean to the end."""
+        self.machine.shell.check("sync")
+        self.machine.shell.send("poweroff -f")
+        self.machine.wait_end(timeout=60)
