@@ -14,7 +14,7 @@ class PlainVm:
     """A booted machine; `modules` are .ko files, found in /modules there."""
 
     def __init__(self, kernel, logs, modules=(), needs=("ext4",), cpus=2, memory=768, arguments=""):
-        logs = Path(logs)
+        logs = Path(logs).resolve()
         logs.mkdir(parents=True, exist_ok=True)
         archive = base_archive("vm-init", PROGRAMS)
         order = add_modules(archive, kernel, needs)
