@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The Xen block protocol, without the kernel.
+//!
+//! Everything about a Xen virtual block device that can be decided by looking at numbers is decided
+//! here: what the bytes of a request mean, whether it is valid, how a block request becomes ring
+//! slots, which features two sides agree on, what to do when the other side changes state. The crate
+//! allocates nothing, takes no lock, reads no clock and does no I/O, so all of it can be tested on
+//! the build machine in milliseconds. Both drivers link it.
+//!
+//! # Terms
+//!
+//! - *Frontend*: the side that has a disk because another domain serves it. *Backend*: the side that
+//!   serves it.
+//! - *Ring*: 1 to 16 pages of memory that both sides map. The frontend writes requests into its
+//!   *slots*, the backend overwrites them with responses.
+//! - *Sector*: always 512 bytes on the wire, whatever the logical block size of the disk is.
+//! - *Segment*: a run of sectors in one granted page of 4 KiB.
+//! - *Indirect request*: a request whose segments stand in granted pages of their own, because a
+//!   slot has room for only 11.
+//! - *Word*: 32 bits, little endian. All structures of the protocol are made of whole words.
+//!
+//! # Modules
+//!
+//! | module | question that it answers |
+//! |---|---|
+//! | [`wire`] | what do the bytes of requests, responses and segments mean, in each ABI? |
+//! | [`ring`] | which slot is next, and must the other side be notified? |
+//! | [`id`] | which use of which tag does an answer belong to? |
+//! | [`request`] | is this request valid for this disk? (backend) |
+//! | [`plan`] | which slots does this block request need? (frontend) |
+//! | [`node`] | what does the text of a xenstore node say? |
+//! | [`negotiate`] | which features do the two sides agree on? |
+//! | [`vdev`] | which name and minor does a virtual device number stand for? |
+//!
+//! The reference is `xen/include/public/io/blkif.h` and `ring.h` of the Xen project.
+
+#![no_std]
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+#[cfg(test)]
+extern crate std;
+
+pub mod id;
+pub mod negotiate;
+pub mod node;
+pub mod plan;
+pub mod request;
+pub mod ring;
+pub mod vdev;
+pub mod wire;

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The frontend's name for a slot of the ring: which use of which tag it belongs to.
+//!
+//! A backend repeats the id of a request in its response and otherwise never looks at it. A
+//! response may be late, doubled or invented, so an id is never looked up by its tag alone: the
+//! frontend keeps the whole id of what it published, and a response whose id is not equal to it in
+//! every bit finds nothing.
+//!
+//! | bits | field | meaning |
+//! |---|---|---|
+//! | 0..16 | tag | the block layer's tag of the request, or the frontend's slot number |
+//! | 16..28 | part | which slot of a request that needs several |
+//! | 28..40 | queue | hardware queue |
+//! | 40..64 | epoch | count of uses; an answer to an older use has another one |
+
+const PART_SHIFT: u32 = 16;
+const QUEUE_SHIFT: u32 = 28;
+const EPOCH_SHIFT: u32 = 40;
+const FIELD_MASK: u16 = 0xfff;
+
+/// Epochs are counted modulo this number.
+pub const EPOCHS: u32 = 1 << 24;
+
+/// Hardware queues and parts are numbered below this.
+pub const FIELD_LIMIT: u16 = FIELD_MASK + 1;
+
+/// An id as it stands in a request and in its response. Compare it whole.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct RingId(u64);
+
+impl RingId {
+    /// Packs an id, or gives `None` if `queue` or `part` is not below [`FIELD_LIMIT`]. Of `epoch`
+    /// the low 24 bits count, so it may be an ordinary wrapping counter.
+    #[inline]
+    pub const fn new(epoch: u32, queue: u16, part: u16, tag: u16) -> Option<Self> {
+        if queue > FIELD_MASK || part > FIELD_MASK {
+            return None;
+        }
+        Some(RingId(
+            (epoch as u64) << EPOCH_SHIFT
+                | (queue as u64) << QUEUE_SHIFT
+                | (part as u64) << PART_SHIFT
+                | tag as u64,
+        ))
+    }
+
+    /// An id as found in a response. Any number is one; whether it was ever given out is for the
+    /// owner of the slots to say.
+    #[inline]
+    pub const fn from_wire(id: u64) -> Self {
+        RingId(id)
+    }
+
+    /// The number for the request.
+    #[inline]
+    pub const fn to_wire(self) -> u64 {
+        self.0
+    }
+
+    /// The count of uses, modulo [`EPOCHS`].
+    #[inline]
+    pub const fn epoch(self) -> u32 {
+        (self.0 >> EPOCH_SHIFT) as u32
+    }
+
+    /// The hardware queue.
+    #[inline]
+    pub const fn queue(self) -> u16 {
+        (self.0 >> QUEUE_SHIFT) as u16 & FIELD_MASK
+    }
+
+    /// Which slot of the request.
+    #[inline]
+    pub const fn part(self) -> u16 {
+        (self.0 >> PART_SHIFT) as u16 & FIELD_MASK
+    }
+
+    /// The tag.
+    #[inline]
+    pub const fn tag(self) -> u16 {
+        self.0 as u16
+    }
+}

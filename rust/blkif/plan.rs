@@ -1,0 +1,390 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! From a block request to slots of the ring.
+//!
+//! The data of a block request is a list of [`Piece`]s, each within one page of 4 KiB. A slot has
+//! room for 11 of them, an indirect request for as many as the backend offered. [`Plan`] cuts the
+//! list into [`Part`]s, one for each slot, for the limits in force now. Usually there is one. There
+//! are several if the block layer was told larger limits than the backend has, as can be after a
+//! reconnect.
+//!
+//! Every piece is in exactly one part, parts follow each other on the disk and in the list, and
+//! none is larger than the limits allow.
+
+use crate::id::FIELD_LIMIT;
+use crate::wire;
+use crate::wire::indirect_pages;
+use crate::wire::op;
+use crate::wire::WireRequest;
+use crate::wire::WireSegment;
+use crate::wire::DIRECT_SEGMENTS;
+use crate::wire::INDIRECT_PAGES;
+use crate::wire::INDIRECT_SEGMENTS;
+use crate::wire::PAGE_SIZE;
+use crate::wire::SECTORS_PER_PAGE;
+use crate::wire::SECTOR_SIZE;
+
+/// A run of sectors in a page of 4 KiB: `first <= last < 8`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Piece {
+    first: u8,
+    last: u8,
+}
+
+impl Piece {
+    /// `len` bytes from byte `offset` of a page. `None` if that is not whole sectors, is nothing,
+    /// or does not end in the page.
+    #[inline]
+    pub const fn new(offset: u32, len: u32) -> Option<Self> {
+        if offset >= PAGE_SIZE || len == 0 || len > PAGE_SIZE - offset {
+            return None;
+        }
+        if (offset | len) % SECTOR_SIZE != 0 {
+            return None;
+        }
+        let first = offset / SECTOR_SIZE;
+        let last = first + len / SECTOR_SIZE - 1;
+        Some(Piece {
+            first: first as u8,
+            last: last as u8,
+        })
+    }
+
+    /// Number of sectors, 1 to 8.
+    #[inline]
+    pub const fn sectors(self) -> u8 {
+        self.last.wrapping_sub(self.first).wrapping_add(1)
+    }
+
+    /// Offset in the page in bytes.
+    #[inline]
+    pub const fn offset(self) -> u16 {
+        (self.first as u16) << 9
+    }
+
+    /// Length in bytes.
+    #[inline]
+    pub const fn len(self) -> u16 {
+        (self.sectors() as u16) << 9
+    }
+
+    /// Always `false`: a piece has at least one sector.
+    pub const fn is_empty(self) -> bool {
+        false
+    }
+
+    /// The segment that names this piece of the granted page `gref`.
+    #[inline]
+    pub const fn segment(self, gref: u32) -> WireSegment {
+        WireSegment {
+            gref,
+            first: self.first,
+            last: self.last,
+        }
+    }
+}
+
+/// Cuts a run of bytes that may span pages into pieces: a `bio_vec` in pages larger than 4 KiB, or
+/// in several.
+#[derive(Clone, Copy, Debug)]
+pub struct Pieces {
+    offset: u32,
+    len: u32,
+}
+
+impl Pieces {
+    /// `len` bytes from byte `offset` of the first page. `None` if that is not whole sectors or
+    /// ends beyond 4 GiB.
+    #[inline]
+    pub const fn new(offset: u32, len: u32) -> Option<Self> {
+        if (offset | len) % SECTOR_SIZE != 0 || offset.checked_add(len).is_none() {
+            return None;
+        }
+        Some(Pieces { offset, len })
+    }
+}
+
+impl Iterator for Pieces {
+    /// Number of the page, counted from the first, and the piece in it.
+    type Item = (u32, Piece);
+
+    #[inline]
+    fn next(&mut self) -> Option<(u32, Piece)> {
+        let start = self.offset % PAGE_SIZE;
+        let len = self.len.min(PAGE_SIZE.wrapping_sub(start));
+        let piece = Piece::new(start, len)?;
+        let page = self.offset / PAGE_SIZE;
+        self.offset = self.offset.wrapping_add(len);
+        self.len = self.len.wrapping_sub(len);
+        Some((page, piece))
+    }
+}
+
+/// Direction of a transfer.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Direction {
+    /// From the disk.
+    Read,
+    /// To the disk.
+    Write,
+}
+
+impl Direction {
+    /// The operation on the wire.
+    #[inline]
+    pub const fn operation(self) -> u8 {
+        match self {
+            Direction::Read => op::READ,
+            Direction::Write => op::WRITE,
+        }
+    }
+}
+
+/// How much data a slot can carry.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct SlotLimits {
+    segments: u16,
+}
+
+impl SlotLimits {
+    /// Limits of a backend that offers indirect requests of so many segments; 0 for one that
+    /// offers none.
+    pub const fn new(indirect_segments: u16) -> Self {
+        let segments = indirect_segments as usize;
+        let segments = if segments < DIRECT_SEGMENTS {
+            DIRECT_SEGMENTS
+        } else if segments > INDIRECT_SEGMENTS {
+            INDIRECT_SEGMENTS
+        } else {
+            segments
+        };
+        SlotLimits {
+            segments: segments as u16,
+        }
+    }
+
+    /// Segments in one slot, 11 to 4096.
+    #[inline]
+    pub const fn segments(self) -> u16 {
+        self.segments
+    }
+
+    /// Slots for so many pieces.
+    #[inline]
+    pub const fn slots(self, pieces: u32) -> u32 {
+        // Not zero: see `SlotLimits::new`.
+        match pieces.checked_div(self.segments as u32) {
+            Some(full) => full + (full * self.segments as u32 != pieces) as u32,
+            None => 0,
+        }
+    }
+}
+
+/// How the segments of a part are passed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Form {
+    /// In the slot.
+    Direct,
+    /// In so many pages of their own, 1 to 8.
+    Indirect(u8),
+}
+
+/// What one slot carries.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Part {
+    /// Which part of the request, from 0.
+    pub index: u16,
+    /// First sector on the disk.
+    pub sector: u64,
+    /// Number of sectors.
+    pub sectors: u32,
+    /// First piece, counted from 0 in the list of the whole request.
+    pub first: u32,
+    /// Number of pieces, at least 1.
+    pub count: u16,
+    /// How the segments are passed.
+    pub form: Form,
+}
+
+impl Part {
+    /// The request for a part of form [`Form::Direct`]. `segments` are those of its pieces.
+    #[inline]
+    pub fn direct(
+        &self,
+        direction: Direction,
+        handle: u16,
+        id: u64,
+        segments: impl IntoIterator<Item = WireSegment>,
+    ) -> WireRequest {
+        let mut slots = [WireSegment::default(); DIRECT_SEGMENTS];
+        for (slot, segment) in slots.iter_mut().zip(segments) {
+            *slot = segment;
+        }
+        WireRequest::Rw(wire::Rw {
+            operation: direction.operation(),
+            nr_segments: self.count as u8,
+            handle,
+            id,
+            sector: self.sector,
+            segments: slots,
+        })
+    }
+
+    /// The request for a part of form [`Form::Indirect`]. `grefs` are those of the pages that hold
+    /// the segments of its pieces, 512 in each but the last.
+    #[inline]
+    pub fn indirect(
+        &self,
+        direction: Direction,
+        handle: u16,
+        id: u64,
+        grefs: impl IntoIterator<Item = u32>,
+    ) -> WireRequest {
+        let mut slots = [0; INDIRECT_PAGES];
+        for (slot, gref) in slots.iter_mut().zip(grefs) {
+            *slot = gref;
+        }
+        WireRequest::Indirect(wire::Indirect {
+            operation: direction.operation(),
+            nr_segments: self.count,
+            handle,
+            id,
+            sector: self.sector,
+            grefs: slots,
+        })
+    }
+}
+
+/// The parts of a block request that moves data, in order.
+#[derive(Clone, Debug)]
+pub struct Plan<I> {
+    pieces: I,
+    limits: SlotLimits,
+    sector: u64,
+    first: u32,
+    left: u32,
+    index: u16,
+}
+
+impl<I: Iterator<Item = Piece>> Plan<I> {
+    /// Plans a transfer that starts at `sector` of the disk. `count` is the number of `pieces`.
+    ///
+    /// `None` if there are more parts than an id can number, or the range ends beyond 2^64 sectors:
+    /// no block layer asks for that.
+    #[inline]
+    pub fn new(sector: u64, pieces: I, count: u32, limits: SlotLimits) -> Option<Self> {
+        if limits.slots(count) > u32::from(FIELD_LIMIT) {
+            return None;
+        }
+        sector.checked_add(u64::from(count).checked_mul(u64::from(SECTORS_PER_PAGE))?)?;
+        Some(Plan {
+            pieces,
+            limits,
+            sector,
+            first: 0,
+            left: count,
+            index: 0,
+        })
+    }
+
+    /// Slots still needed.
+    #[inline]
+    pub fn slots(&self) -> u32 {
+        self.limits.slots(self.left)
+    }
+
+    /// Grants still needed: one for each piece and for each page of segments.
+    #[inline]
+    pub fn grants(&self) -> u32 {
+        let per_slot = u32::from(self.limits.segments);
+        let Some(last) = self.left.checked_rem(per_slot) else {
+            return self.left;
+        };
+        let full = self
+            .left
+            .wrapping_sub(last)
+            .checked_div(per_slot)
+            .unwrap_or(0);
+        let pages = full
+            .wrapping_mul(pages(self.limits.segments))
+            .wrapping_add(pages(last as u16));
+        self.left.wrapping_add(pages)
+    }
+}
+
+/// Pages of segments for one slot with so many pieces.
+#[inline]
+const fn pages(pieces: u16) -> u32 {
+    if pieces as usize <= DIRECT_SEGMENTS {
+        0
+    } else {
+        indirect_pages(pieces) as u32
+    }
+}
+
+impl<I: Iterator<Item = Piece>> Iterator for Plan<I> {
+    type Item = Part;
+
+    #[inline]
+    fn next(&mut self) -> Option<Part> {
+        let count = self.left.min(u32::from(self.limits.segments)) as u16;
+        let mut sectors = 0u32;
+        let mut taken = 0u16;
+        for piece in self.pieces.by_ref().take(usize::from(count)) {
+            sectors = sectors.wrapping_add(u32::from(piece.sectors()));
+            taken = taken.wrapping_add(1);
+        }
+        if taken == 0 {
+            return None;
+        }
+        let form = match pages(taken) {
+            0 => Form::Direct,
+            pages => Form::Indirect(pages as u8),
+        };
+        let part = Part {
+            index: self.index,
+            sector: self.sector,
+            sectors,
+            first: self.first,
+            count: taken,
+            form,
+        };
+        self.index = self.index.wrapping_add(1);
+        self.sector = self.sector.wrapping_add(u64::from(sectors));
+        self.first = self.first.wrapping_add(u32::from(taken));
+        self.left = self.left.wrapping_sub(u32::from(taken));
+        Some(part)
+    }
+}
+
+/// A request that makes durable what was answered before: `operation` is
+/// [`Flush::operation`](crate::negotiate::Flush::operation).
+#[inline]
+pub const fn flush(operation: u8, handle: u16, id: u64) -> WireRequest {
+    let none = WireSegment {
+        gref: 0,
+        first: 0,
+        last: 0,
+    };
+    WireRequest::Rw(wire::Rw {
+        operation,
+        nr_segments: 0,
+        handle,
+        id,
+        sector: 0,
+        segments: [none; DIRECT_SEGMENTS],
+    })
+}
+
+/// A request to forget the content of sectors.
+#[inline]
+pub const fn discard(handle: u16, id: u64, sector: u64, sectors: u64, secure: bool) -> WireRequest {
+    let flag = if secure { wire::DISCARD_SECURE } else { 0 };
+    WireRequest::Discard(wire::Discard {
+        flag,
+        handle,
+        id,
+        sector,
+        nr_sectors: sectors,
+    })
+}

@@ -1,0 +1,567 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! From wire form to a checked request.
+//!
+//! [`check`] looks at what a frontend wrote and either refuses it with the one reason why, or gives
+//! a [`Request`]. What has this type is valid for the disk: in range, aligned, allowed. No later
+//! code checks again.
+//!
+//! A request that moves data carries [`Data`]. If the segments stand in the slot, they are checked
+//! with the rest. If they stand in pages of their own ([`Unfetched`]), nothing is known about them
+//! until these pages were fetched and each segment went through a [`SegmentChecker`], which gives
+//! the [`Extent`] of the transfer at its end. An `Extent` and a [`Segment`] cannot be made in another
+//! way, so code that asks for them cannot be given unchecked numbers.
+
+use core::fmt;
+
+use crate::wire;
+use crate::wire::indirect_pages;
+use crate::wire::op;
+use crate::wire::Status;
+use crate::wire::WireRequest;
+use crate::wire::WireSegment;
+use crate::wire::DIRECT_SEGMENTS;
+use crate::wire::SECTORS_PER_PAGE;
+use crate::wire::SECTOR_SIZE;
+
+/// What a disk allows.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct DiskLimits {
+    /// Size in sectors of 512 bytes.
+    pub sectors: u64,
+    /// Logical block size in bytes: a power of two, at least 512.
+    pub block_size: u32,
+    /// Nothing may change.
+    pub read_only: bool,
+    /// Discard was offered to the frontend.
+    pub discard: bool,
+    /// Secure discard was offered to the frontend.
+    pub secure_discard: bool,
+    /// Segments of an indirect request, as offered to the frontend; 0 if none were offered.
+    pub indirect_segments: u16,
+}
+
+impl DiskLimits {
+    /// Sectors in a logical block, at least 1.
+    #[inline]
+    fn block_sectors(&self) -> u32 {
+        (self.block_size / SECTOR_SIZE).max(1)
+    }
+
+    /// Whether a sector number or count is not a multiple of the logical block.
+    #[inline]
+    fn misaligned(&self, sectors: u64) -> bool {
+        sectors & u64::from(self.block_sectors().wrapping_sub(1)) != 0
+    }
+
+    /// Whether a segment's number of sectors cannot be part of whole blocks. A block that is
+    /// larger than a page consists of whole pages.
+    #[inline]
+    fn segment_misaligned(&self, sectors: u8) -> bool {
+        let unit = self.block_sectors().min(u32::from(SECTORS_PER_PAGE));
+        u32::from(sectors) & unit.wrapping_sub(1) != 0
+    }
+
+    /// Checks a range of sectors that is not empty.
+    #[inline]
+    fn check_range(&self, sector: u64, sectors: u64) -> Result<(), Refusal> {
+        if self.misaligned(sector) {
+            return Err(Refusal::MisalignedSector {
+                sector,
+                block_size: self.block_size,
+            });
+        }
+        if self.misaligned(sectors) {
+            return Err(Refusal::MisalignedLength {
+                sectors,
+                block_size: self.block_size,
+            });
+        }
+        match sector.checked_add(sectors) {
+            Some(end) if end <= self.sectors => Ok(()),
+            _ => Err(Refusal::OutOfRange {
+                sector,
+                sectors,
+                size: self.sectors,
+            }),
+        }
+    }
+}
+
+/// Why a request is refused.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Refusal {
+    /// The operation is none of the protocol's, or was not offered.
+    UnknownOperation(u8),
+    /// An indirect request came although none were offered.
+    IndirectNotOffered,
+    /// An indirect request is neither a read nor a write.
+    IndirectOperation(u8),
+    /// A read or write, or an indirect request, has no segments.
+    NoSegments,
+    /// There are more segments than fit or were offered.
+    TooManySegments {
+        /// Segments as written.
+        segments: u16,
+        /// Segments allowed.
+        limit: u16,
+    },
+    /// A segment ends before it starts or beyond its page.
+    SegmentRange {
+        /// First sector as written.
+        first: u8,
+        /// Last sector as written.
+        last: u8,
+    },
+    /// A segment is not a whole number of logical blocks.
+    MisalignedSegment {
+        /// First sector as written.
+        first: u8,
+        /// Last sector as written.
+        last: u8,
+        /// Logical block size in bytes.
+        block_size: u32,
+    },
+    /// Fewer segments were fetched than the request has, or more. A mistake of the backend.
+    SegmentCount {
+        /// Segments that the request has.
+        expected: u16,
+        /// Segments fetched.
+        fetched: u16,
+    },
+    /// The first sector is not the first of a logical block.
+    MisalignedSector {
+        /// First sector as written.
+        sector: u64,
+        /// Logical block size in bytes.
+        block_size: u32,
+    },
+    /// The length is not a whole number of logical blocks.
+    MisalignedLength {
+        /// Length in sectors.
+        sectors: u64,
+        /// Logical block size in bytes.
+        block_size: u32,
+    },
+    /// The range goes beyond the end of the disk, or its end is not a number.
+    OutOfRange {
+        /// First sector as written.
+        sector: u64,
+        /// Length in sectors.
+        sectors: u64,
+        /// Size of the disk in sectors.
+        size: u64,
+    },
+    /// A write, a barrier with data or a discard came for a read-only disk.
+    ReadOnly,
+    /// A discard came although none was offered.
+    DiscardNotOffered,
+    /// A secure discard came although none was offered. To do a plain one instead would leave data
+    /// readable that the frontend believes gone.
+    SecureNotOffered,
+    /// A discard of no sectors.
+    EmptyDiscard,
+}
+
+impl Refusal {
+    /// The status of the response: [`Status::NotSupported`] for what was not offered, so that a
+    /// frontend stops to use it, and [`Status::Error`] for what is wrong.
+    pub const fn status(&self) -> Status {
+        match self {
+            Refusal::UnknownOperation(_)
+            | Refusal::IndirectNotOffered
+            | Refusal::DiscardNotOffered
+            | Refusal::SecureNotOffered => Status::NotSupported,
+            Refusal::IndirectOperation(_)
+            | Refusal::NoSegments
+            | Refusal::TooManySegments { .. }
+            | Refusal::SegmentRange { .. }
+            | Refusal::MisalignedSegment { .. }
+            | Refusal::SegmentCount { .. }
+            | Refusal::MisalignedSector { .. }
+            | Refusal::MisalignedLength { .. }
+            | Refusal::OutOfRange { .. }
+            | Refusal::ReadOnly
+            | Refusal::EmptyDiscard => Status::Error,
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Refusal::UnknownOperation(operation) => write!(f, "unknown operation {operation}"),
+            Refusal::IndirectNotOffered => f.write_str("indirect request, but none were offered"),
+            Refusal::IndirectOperation(operation) => {
+                write!(
+                    f,
+                    "indirect request with operation {operation}, not a read or write"
+                )
+            }
+            Refusal::NoSegments => f.write_str("read or write without segments"),
+            Refusal::TooManySegments { segments, limit } => {
+                write!(f, "{segments} segments, at most {limit} are allowed")
+            }
+            Refusal::SegmentRange { first, last } => {
+                write!(f, "segment from sector {first} to {last} of a page of 8")
+            }
+            Refusal::MisalignedSegment {
+                first,
+                last,
+                block_size,
+            } => {
+                write!(
+                    f,
+                    "segment from sector {first} to {last} is not in blocks of {block_size}"
+                )
+            }
+            Refusal::SegmentCount { expected, fetched } => {
+                write!(f, "{fetched} segments fetched of a request with {expected}")
+            }
+            Refusal::MisalignedSector { sector, block_size } => {
+                write!(
+                    f,
+                    "sector {sector} is not at the start of a block of {block_size}"
+                )
+            }
+            Refusal::MisalignedLength {
+                sectors,
+                block_size,
+            } => {
+                write!(f, "{sectors} sectors are not in blocks of {block_size}")
+            }
+            Refusal::OutOfRange {
+                sector,
+                sectors,
+                size,
+            } => {
+                write!(f, "{sectors} sectors at {sector} on a disk of {size}")
+            }
+            Refusal::ReadOnly => f.write_str("write or discard on a read-only disk"),
+            Refusal::DiscardNotOffered => f.write_str("discard, but it was not offered"),
+            Refusal::SecureNotOffered => f.write_str("secure discard, but it was not offered"),
+            Refusal::EmptyDiscard => f.write_str("discard of no sectors"),
+        }
+    }
+}
+
+/// A checked run of sectors in a granted page: `first <= last < 8`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Segment {
+    gref: u32,
+    first: u8,
+    last: u8,
+}
+
+impl Segment {
+    #[inline]
+    fn check(wire: WireSegment, limits: &DiskLimits) -> Result<Self, Refusal> {
+        let WireSegment { gref, first, last } = wire;
+        if first > last || last >= SECTORS_PER_PAGE {
+            return Err(Refusal::SegmentRange { first, last });
+        }
+        let segment = Segment { gref, first, last };
+        if limits.segment_misaligned(segment.sectors()) {
+            let block_size = limits.block_size;
+            return Err(Refusal::MisalignedSegment {
+                first,
+                last,
+                block_size,
+            });
+        }
+        Ok(segment)
+    }
+
+    /// Grant reference of the page.
+    #[inline]
+    pub const fn gref(&self) -> u32 {
+        self.gref
+    }
+
+    /// Number of sectors, 1 to 8.
+    #[inline]
+    pub const fn sectors(&self) -> u8 {
+        self.last.wrapping_sub(self.first).wrapping_add(1)
+    }
+
+    /// Offset in the page in bytes, below 4096.
+    #[inline]
+    pub const fn offset(&self) -> u16 {
+        (self.first as u16) << 9
+    }
+
+    /// Length in bytes; `offset + len` is at most 4096.
+    #[inline]
+    pub const fn len(&self) -> u16 {
+        (self.sectors() as u16) << 9
+    }
+
+    /// Always `false`: a segment has at least one sector.
+    pub const fn is_empty(&self) -> bool {
+        false
+    }
+}
+
+/// A checked range of the disk.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Extent {
+    sector: u64,
+    sectors: u64,
+}
+
+impl Extent {
+    /// First sector.
+    #[inline]
+    pub const fn sector(&self) -> u64 {
+        self.sector
+    }
+
+    /// Number of sectors, at least 1.
+    #[inline]
+    pub const fn sectors(&self) -> u64 {
+        self.sectors
+    }
+}
+
+/// Checked data of a read, write or barrier.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Data {
+    /// The segments stood in the slot and are checked.
+    Direct(Direct),
+    /// The segments stand in pages that have not been fetched.
+    Indirect(Unfetched),
+}
+
+/// Checked segments that stood in the slot, and the range of the disk that they are for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Direct {
+    extent: Extent,
+    count: u8,
+    segments: [Segment; DIRECT_SEGMENTS],
+}
+
+impl Direct {
+    #[inline]
+    fn check(sector: u64, wire: &[WireSegment], limits: &DiskLimits) -> Result<Self, Refusal> {
+        let mut segments = [Segment::default(); DIRECT_SEGMENTS];
+        let mut sum = SegmentChecker::new(sector, wire.len() as u16, *limits);
+        for (segment, wire) in segments.iter_mut().zip(wire) {
+            *segment = sum.push(*wire)?;
+        }
+        Ok(Direct {
+            extent: sum.finish()?,
+            count: wire.len() as u8,
+            segments,
+        })
+    }
+
+    /// The range of the disk; as long as the segments together.
+    #[inline]
+    pub fn extent(&self) -> Extent {
+        self.extent
+    }
+
+    /// The segments, 1 to 11.
+    #[inline]
+    pub fn segments(&self) -> &[Segment] {
+        self.segments
+            .get(..usize::from(self.count))
+            .unwrap_or(&self.segments)
+    }
+}
+
+/// An indirect request whose pages of segments have not been fetched.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Unfetched {
+    sector: u64,
+    count: u16,
+    grefs: [u32; wire::INDIRECT_PAGES],
+}
+
+impl Unfetched {
+    /// Number of segments, at least 1 and at most what was offered.
+    #[inline]
+    pub fn count(&self) -> u16 {
+        self.count
+    }
+
+    /// Grant references of the pages of segments, 512 in each but the last.
+    #[inline]
+    pub fn grefs(&self) -> &[u32] {
+        self.grefs
+            .get(..indirect_pages(self.count))
+            .unwrap_or(&self.grefs)
+    }
+
+    /// Starts the check of the segments.
+    #[inline]
+    pub fn checker(&self, limits: &DiskLimits) -> SegmentChecker {
+        SegmentChecker::new(self.sector, self.count, *limits)
+    }
+}
+
+/// Checks segments one after another, and their sum at the end.
+#[derive(Clone, Copy, Debug)]
+pub struct SegmentChecker {
+    limits: DiskLimits,
+    sector: u64,
+    sectors: u64,
+    expected: u16,
+    fetched: u16,
+}
+
+impl SegmentChecker {
+    #[inline]
+    fn new(sector: u64, expected: u16, limits: DiskLimits) -> Self {
+        SegmentChecker {
+            limits,
+            sector,
+            sectors: 0,
+            expected,
+            fetched: 0,
+        }
+    }
+
+    /// Checks the next segment, from a private copy of its two words ([`WireSegment::decode`]).
+    #[inline]
+    pub fn push(&mut self, wire: WireSegment) -> Result<Segment, Refusal> {
+        let segment = Segment::check(wire, &self.limits)?;
+        self.fetched = self.fetched.saturating_add(1);
+        self.sectors = self.sectors.wrapping_add(u64::from(segment.sectors()));
+        Ok(segment)
+    }
+
+    /// Checks that all segments were there, and the range of the disk that they are for.
+    #[inline]
+    pub fn finish(self) -> Result<Extent, Refusal> {
+        if self.fetched != self.expected {
+            let SegmentChecker {
+                expected, fetched, ..
+            } = self;
+            return Err(Refusal::SegmentCount { expected, fetched });
+        }
+        self.limits.check_range(self.sector, self.sectors)?;
+        Ok(Extent {
+            sector: self.sector,
+            sectors: self.sectors,
+        })
+    }
+}
+
+/// A request that is valid for its disk.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Request {
+    /// Read into the segments.
+    Read(Data),
+    /// Write from the segments.
+    Write(Data),
+    /// Make durable what was answered before.
+    Flush,
+    /// Everything that came before is done and durable; then write the data, if any, and make it
+    /// durable; nothing that came after starts before that. A flush that carries data is served as
+    /// one, which promises more.
+    Barrier(Option<Direct>),
+    /// Forget the content of a range.
+    Discard {
+        /// The range.
+        extent: Extent,
+        /// The data must not be recoverable.
+        secure: bool,
+    },
+}
+
+/// Checks a request against a disk. The response takes id and operation from `wire`
+/// ([`WireRequest::response`]).
+#[inline]
+pub fn check(wire: &WireRequest, limits: &DiskLimits) -> Result<Request, Refusal> {
+    match wire {
+        WireRequest::Rw(rw) => check_rw(rw, limits),
+        WireRequest::Indirect(indirect) => check_indirect(indirect, limits),
+        WireRequest::Discard(discard) => check_discard(discard, limits),
+        WireRequest::Unknown { operation, .. } => Err(Refusal::UnknownOperation(*operation)),
+    }
+}
+
+#[inline]
+fn check_rw(rw: &wire::Rw, limits: &DiskLimits) -> Result<Request, Refusal> {
+    if usize::from(rw.nr_segments) > DIRECT_SEGMENTS {
+        let segments = u16::from(rw.nr_segments);
+        return Err(Refusal::TooManySegments {
+            segments,
+            limit: DIRECT_SEGMENTS as u16,
+        });
+    }
+    let segments = rw.segments();
+    match rw.operation {
+        op::READ if segments.is_empty() => Err(Refusal::NoSegments),
+        op::READ => Ok(Request::Read(Data::Direct(Direct::check(
+            rw.sector, segments, limits,
+        )?))),
+        op::WRITE if segments.is_empty() => Err(Refusal::NoSegments),
+        op::FLUSH_DISKCACHE if segments.is_empty() => Ok(Request::Flush),
+        op::WRITE_BARRIER if segments.is_empty() => Ok(Request::Barrier(None)),
+        op::WRITE | op::FLUSH_DISKCACHE | op::WRITE_BARRIER if limits.read_only => {
+            Err(Refusal::ReadOnly)
+        }
+        op::WRITE => Ok(Request::Write(Data::Direct(Direct::check(
+            rw.sector, segments, limits,
+        )?))),
+        op::FLUSH_DISKCACHE | op::WRITE_BARRIER => Ok(Request::Barrier(Some(Direct::check(
+            rw.sector, segments, limits,
+        )?))),
+        operation => Err(Refusal::UnknownOperation(operation)),
+    }
+}
+
+#[inline]
+fn check_indirect(indirect: &wire::Indirect, limits: &DiskLimits) -> Result<Request, Refusal> {
+    if limits.indirect_segments == 0 {
+        return Err(Refusal::IndirectNotOffered);
+    }
+    if indirect.operation != op::READ && indirect.operation != op::WRITE {
+        return Err(Refusal::IndirectOperation(indirect.operation));
+    }
+    let limit = limits.indirect_segments.min(wire::INDIRECT_SEGMENTS as u16);
+    let segments = indirect.nr_segments;
+    if segments == 0 {
+        return Err(Refusal::NoSegments);
+    }
+    if segments > limit {
+        return Err(Refusal::TooManySegments { segments, limit });
+    }
+    let data = Unfetched {
+        sector: indirect.sector,
+        count: segments,
+        grefs: indirect.grefs,
+    };
+    if indirect.operation == op::READ {
+        Ok(Request::Read(Data::Indirect(data)))
+    } else if limits.read_only {
+        Err(Refusal::ReadOnly)
+    } else {
+        Ok(Request::Write(Data::Indirect(data)))
+    }
+}
+
+#[inline]
+fn check_discard(discard: &wire::Discard, limits: &DiskLimits) -> Result<Request, Refusal> {
+    let secure = discard.flag & wire::DISCARD_SECURE != 0;
+    if limits.read_only {
+        return Err(Refusal::ReadOnly);
+    }
+    if !limits.discard {
+        return Err(Refusal::DiscardNotOffered);
+    }
+    if secure && !limits.secure_discard {
+        return Err(Refusal::SecureNotOffered);
+    }
+    if discard.nr_sectors == 0 {
+        return Err(Refusal::EmptyDiscard);
+    }
+    limits.check_range(discard.sector, discard.nr_sectors)?;
+    let extent = Extent {
+        sector: discard.sector,
+        sectors: discard.nr_sectors,
+    };
+    Ok(Request::Discard { extent, secure })
+}

@@ -1,0 +1,463 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The shared ring: indices, overflow checks and the notification handshake.
+//!
+//! # Layout
+//!
+//! The first 16 words are the header, of which four are used; the slots follow. Their number is the
+//! largest power of two that fits.
+//!
+//! | word | name | written by | meaning |
+//! |---|---|---|---|
+//! | 0 | `req_prod` | frontend | requests published |
+//! | 1 | `req_event` | backend | notify me when `req_prod` passes this |
+//! | 2 | `rsp_prod` | backend | responses published |
+//! | 3 | `rsp_event` | frontend | notify me when `rsp_prod` passes this |
+//!
+//! Indices count from the first use of the ring and wrap at 32 bits; the low bits select the slot.
+//! All arithmetic on them is wrapping, because the other side may write anything. An index that
+//! cannot be is a [`RingError`]: the ring must not be used after that.
+//!
+//! # Handshake
+//!
+//! A producer fills slots, then makes them visible (*publishes*) by moving its index, then looks at
+//! the consumer's event index to decide whether to send a notification. A consumer takes what is
+//! there; before it sleeps, it moves its event index and then looks once more whether something
+//! came (*final check*). A full barrier between the write and the look on both sides means that at
+//! least one of them sees the other's write, so no wake-up is lost.
+//!
+//! # Trust
+//!
+//! Own indices are kept in private memory and never read back from the ring. Slots are written and
+//! not read back; what the other side wrote is fetched once, word by word, after its index was
+//! fetched and a read barrier was passed.
+//!
+//! Neither [`FrontRing`] nor [`BackRing`] locks: the caller holds its ring lock, or owns it.
+
+use core::fmt;
+
+use crate::wire::Abi;
+use crate::wire::Response;
+use crate::wire::WireRequest;
+use crate::wire::RESPONSE_WORDS;
+use crate::wire::WORDS_PER_PAGE;
+
+/// Pages of the largest ring (`XENBUS_MAX_RING_GRANTS`).
+pub const MAX_PAGES: usize = 16;
+
+/// Largest value of the node `ring-page-order`.
+pub const MAX_PAGE_ORDER: u32 = 4;
+
+const REQ_PROD: usize = 0;
+const REQ_EVENT: usize = 1;
+const RSP_PROD: usize = 2;
+const RSP_EVENT: usize = 3;
+const HEADER_WORDS: u32 = 16;
+
+/// Memory that two domains share, as 32-bit words.
+///
+/// # Requirements
+///
+/// - `load` and `store` are single accesses to memory: never torn, repeated or left out
+///   (`READ_ONCE`, `WRITE_ONCE`). The other side may write any word at any time.
+/// - A `load` at or beyond `words` gives 0, a `store` there does nothing.
+/// - `rmb` orders loads before it against loads and stores after it, `wmb` loads and stores before
+///   it against stores after it, `mb` everything (`virt_rmb`, `virt_wmb`, `virt_mb`; in the terms of
+///   the language: acquire, release and sequentially consistent fences).
+pub trait Memory {
+    /// Size in words: 1024 for each page. Never changes.
+    fn words(&self) -> usize;
+    /// Reads a word.
+    fn load(&self, word: usize) -> u32;
+    /// Writes a word.
+    fn store(&self, word: usize, value: u32);
+    /// Read barrier.
+    fn rmb(&self);
+    /// Write barrier.
+    fn wmb(&self);
+    /// Full barrier.
+    fn mb(&self);
+}
+
+/// What is wrong with a ring. All but `Memory` mean that the other side broke the protocol.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum RingError {
+    /// The memory is not 1 to 16 whole pages. Words given.
+    Memory(usize),
+    /// The frontend claims more requests than the ring has free slots.
+    Requests {
+        /// `req_prod` as read.
+        req_prod: u32,
+        /// Requests consumed so far.
+        req_cons: u32,
+    },
+    /// The backend claims more responses than there are requests.
+    Responses {
+        /// `rsp_prod` as read.
+        rsp_prod: u32,
+        /// Responses consumed so far.
+        rsp_cons: u32,
+    },
+}
+
+impl fmt::Display for RingError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RingError::Memory(words) => {
+                write!(f, "a ring of {words} words is not 1 to {MAX_PAGES} pages")
+            }
+            RingError::Requests { req_prod, req_cons } => {
+                write!(
+                    f,
+                    "req_prod {req_prod} is impossible after {req_cons} requests"
+                )
+            }
+            RingError::Responses { rsp_prod, rsp_cons } => {
+                write!(
+                    f,
+                    "rsp_prod {rsp_prod} is impossible after {rsp_cons} responses"
+                )
+            }
+        }
+    }
+}
+
+/// A put found no slot to write to. Ask for the space before: this is a mistake of the caller.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct NoSlot;
+
+/// Slots of a ring of so many words, see `__CONST_RING_SIZE`: as many as fit behind the header,
+/// rounded down to a power of two. 32 for one page, in each ABI.
+pub const fn capacity(words: usize, abi: Abi) -> u32 {
+    let fit = (words as u32).saturating_sub(HEADER_WORDS) / abi.slot_words();
+    match fit.checked_ilog2() {
+        Some(log) => 1 << log,
+        None => 0,
+    }
+}
+
+/// Whether a producer that moved its index from `old` to `new` must notify a consumer that asked
+/// for `event`: it was passed by this move.
+#[inline]
+const fn passed(event: u32, old: u32, new: u32) -> bool {
+    new.wrapping_sub(event) < new.wrapping_sub(old)
+}
+
+/// Shared memory seen as slots.
+struct Slots<M> {
+    memory: M,
+    abi: Abi,
+    capacity: u32,
+}
+
+impl<M: Memory> Slots<M> {
+    fn new(memory: M, abi: Abi) -> Result<Self, RingError> {
+        let words = memory.words();
+        if words == 0 || words % WORDS_PER_PAGE != 0 || words > MAX_PAGES * WORDS_PER_PAGE {
+            return Err(RingError::Memory(words));
+        }
+        Ok(Slots {
+            memory,
+            abi,
+            capacity: capacity(words, abi),
+        })
+    }
+
+    /// First word of the slot that an index selects.
+    #[inline]
+    fn word(&self, index: u32) -> usize {
+        let slot = index & self.capacity.wrapping_sub(1);
+        slot.wrapping_mul(self.abi.slot_words())
+            .wrapping_add(HEADER_WORDS) as usize
+    }
+
+    #[inline]
+    fn write_request(&self, index: u32, request: &WireRequest) {
+        let mut word = self.word(index);
+        request.write(self.abi, |value| {
+            self.memory.store(word, value);
+            word = word.wrapping_add(1);
+        });
+    }
+
+    #[inline]
+    fn read_request(&self, index: u32) -> WireRequest {
+        let mut word = self.word(index);
+        WireRequest::read(self.abi, || {
+            let value = self.memory.load(word);
+            word = word.wrapping_add(1);
+            value
+        })
+    }
+
+    #[inline]
+    fn write_response(&self, index: u32, response: &Response) {
+        let mut word = self.word(index);
+        for value in response.encode() {
+            self.memory.store(word, value);
+            word = word.wrapping_add(1);
+        }
+    }
+
+    #[inline]
+    fn read_response(&self, index: u32) -> Response {
+        let mut word = self.word(index);
+        let mut words = [0; RESPONSE_WORDS];
+        for value in &mut words {
+            *value = self.memory.load(word);
+            word = word.wrapping_add(1);
+        }
+        Response::decode(words)
+    }
+
+    /// Moves a producer index and says whether the other side asked to be notified of it.
+    #[inline]
+    fn publish(&self, prod_word: usize, event_word: usize, old: u32, new: u32) -> bool {
+        if old == new {
+            return false;
+        }
+        self.memory.wmb();
+        self.memory.store(prod_word, new);
+        self.memory.mb();
+        passed(self.memory.load(event_word), old, new)
+    }
+
+    /// Asks to be notified when a producer passes `event`, and says whether it has already moved
+    /// away from `cons`.
+    #[inline]
+    fn final_check(&self, prod_word: usize, event_word: usize, cons: u32, event: u32) -> bool {
+        if self.memory.load(prod_word) != cons {
+            return true;
+        }
+        self.memory.store(event_word, event);
+        self.memory.mb();
+        self.memory.load(prod_word) != cons
+    }
+}
+
+/// The frontend's end of a ring: it puts requests and takes responses.
+pub struct FrontRing<M> {
+    slots: Slots<M>,
+    /// Requests put, published or not.
+    req_prod_pvt: u32,
+    /// Requests published.
+    req_prod: u32,
+    /// Responses taken.
+    rsp_cons: u32,
+    /// Responses known to be there: `rsp_prod` when it was last looked at.
+    rsp_seen: u32,
+}
+
+impl<M: Memory> FrontRing<M> {
+    /// Makes a new ring of `memory`, which no backend uses yet: sets the header.
+    pub fn new(memory: M, abi: Abi) -> Result<Self, RingError> {
+        let slots = Slots::new(memory, abi)?;
+        slots.memory.store(REQ_PROD, 0);
+        slots.memory.store(REQ_EVENT, 1);
+        slots.memory.store(RSP_PROD, 0);
+        slots.memory.store(RSP_EVENT, 1);
+        Ok(FrontRing {
+            slots,
+            req_prod_pvt: 0,
+            req_prod: 0,
+            rsp_cons: 0,
+            rsp_seen: 0,
+        })
+    }
+
+    /// The memory given to [`FrontRing::new`].
+    pub fn memory(&self) -> &M {
+        &self.slots.memory
+    }
+
+    /// Slots of the ring.
+    #[inline]
+    pub fn capacity(&self) -> u32 {
+        self.slots.capacity
+    }
+
+    /// Requests put and not answered yet.
+    #[inline]
+    pub fn in_flight(&self) -> u32 {
+        self.req_prod_pvt.wrapping_sub(self.rsp_cons)
+    }
+
+    /// Requests that can be put now.
+    #[inline]
+    pub fn free_slots(&self) -> u32 {
+        self.slots.capacity.saturating_sub(self.in_flight())
+    }
+
+    /// Writes a request into the next slot. The backend does not see it before
+    /// [`FrontRing::publish`].
+    #[inline]
+    pub fn put(&mut self, request: &WireRequest) -> Result<(), NoSlot> {
+        if self.free_slots() == 0 {
+            return Err(NoSlot);
+        }
+        self.slots.write_request(self.req_prod_pvt, request);
+        self.req_prod_pvt = self.req_prod_pvt.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Shows the backend all requests put so far. `true`: send it a notification.
+    #[inline]
+    #[must_use = "a backend that sleeps must be notified"]
+    pub fn publish(&mut self) -> bool {
+        let old = self.req_prod;
+        self.req_prod = self.req_prod_pvt;
+        self.slots.publish(REQ_PROD, REQ_EVENT, old, self.req_prod)
+    }
+
+    /// Takes the next response, or `None` if there is none now. The backend's index is read once
+    /// per batch.
+    #[inline]
+    pub fn take_response(&mut self) -> Result<Option<Response>, RingError> {
+        if self.rsp_cons == self.rsp_seen && !self.look()? {
+            return Ok(None);
+        }
+        let response = self.slots.read_response(self.rsp_cons);
+        self.rsp_cons = self.rsp_cons.wrapping_add(1);
+        Ok(Some(response))
+    }
+
+    /// To be called when [`FrontRing::take_response`] has given `None`: asks for a notification
+    /// after `threshold` more responses. `true`: some have come in the meantime and may not be
+    /// notified, take them now.
+    ///
+    /// `threshold` is brought between 1 and the number of published requests without an answer, so
+    /// that the notification does come when all of them are answered. With more than 1, a response
+    /// waits until those before the threshold are there, however long they take.
+    #[inline]
+    #[must_use = "responses that came before the event index was set are not notified"]
+    pub fn final_check(&mut self, threshold: u32) -> bool {
+        let awaited = self.req_prod.wrapping_sub(self.rsp_cons);
+        let event = self.rsp_cons.wrapping_add(threshold.min(awaited).max(1));
+        self.slots
+            .final_check(RSP_PROD, RSP_EVENT, self.rsp_cons, event)
+    }
+
+    /// Reads the backend's index. `true`: there are new responses.
+    #[inline]
+    fn look(&mut self) -> Result<bool, RingError> {
+        let rsp_prod = self.slots.memory.load(RSP_PROD);
+        let new = rsp_prod.wrapping_sub(self.rsp_cons);
+        if new > self.req_prod.wrapping_sub(self.rsp_cons) {
+            return Err(RingError::Responses {
+                rsp_prod,
+                rsp_cons: self.rsp_cons,
+            });
+        }
+        self.slots.memory.rmb();
+        self.rsp_seen = rsp_prod;
+        Ok(new != 0)
+    }
+}
+
+/// The backend's end of a ring: it takes requests and puts responses.
+pub struct BackRing<M> {
+    slots: Slots<M>,
+    /// Requests taken.
+    req_cons: u32,
+    /// Requests known to be there: `req_prod` when it was last looked at.
+    req_seen: u32,
+    /// Responses put, published or not.
+    rsp_prod_pvt: u32,
+    /// Responses published.
+    rsp_prod: u32,
+}
+
+impl<M: Memory> BackRing<M> {
+    /// Attaches to a frontend's ring where its last backend left off: at the number of responses
+    /// published. That is 0 on a ring never served. Requests that an older backend took and did
+    /// not answer are seen again.
+    pub fn attach(memory: M, abi: Abi) -> Result<Self, RingError> {
+        let slots = Slots::new(memory, abi)?;
+        let at = slots.memory.load(RSP_PROD);
+        let mut ring = BackRing {
+            slots,
+            req_cons: at,
+            req_seen: at,
+            rsp_prod_pvt: at,
+            rsp_prod: at,
+        };
+        ring.look()?;
+        Ok(ring)
+    }
+
+    /// The memory given to [`BackRing::attach`].
+    pub fn memory(&self) -> &M {
+        &self.slots.memory
+    }
+
+    /// Slots of the ring.
+    #[inline]
+    pub fn capacity(&self) -> u32 {
+        self.slots.capacity
+    }
+
+    /// Requests taken and not answered yet.
+    #[inline]
+    pub fn in_flight(&self) -> u32 {
+        self.req_cons.wrapping_sub(self.rsp_prod_pvt)
+    }
+
+    /// Takes the next request, or `None` if there is none now. Each word of it is read once. The
+    /// frontend's index is read once per batch.
+    #[inline]
+    pub fn take_request(&mut self) -> Result<Option<WireRequest>, RingError> {
+        if self.req_cons == self.req_seen && !self.look()? {
+            return Ok(None);
+        }
+        let request = self.slots.read_request(self.req_cons);
+        self.req_cons = self.req_cons.wrapping_add(1);
+        Ok(Some(request))
+    }
+
+    /// To be called when [`BackRing::take_request`] has given `None`: asks for a notification of
+    /// the next request. `true`: one has come in the meantime and may not be notified, take it now.
+    #[inline]
+    #[must_use = "requests that came before the event index was set are not notified"]
+    pub fn final_check(&mut self) -> bool {
+        let event = self.req_cons.wrapping_add(1);
+        self.slots
+            .final_check(REQ_PROD, REQ_EVENT, self.req_cons, event)
+    }
+
+    /// Writes a response over the slot of a request that was taken. The frontend does not see it
+    /// before [`BackRing::publish`].
+    #[inline]
+    pub fn put(&mut self, response: &Response) -> Result<(), NoSlot> {
+        if self.in_flight() == 0 {
+            return Err(NoSlot);
+        }
+        self.slots.write_response(self.rsp_prod_pvt, response);
+        self.rsp_prod_pvt = self.rsp_prod_pvt.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Shows the frontend all responses put so far. `true`: send it a notification.
+    #[inline]
+    #[must_use = "a frontend that sleeps must be notified"]
+    pub fn publish(&mut self) -> bool {
+        let old = self.rsp_prod;
+        self.rsp_prod = self.rsp_prod_pvt;
+        self.slots.publish(RSP_PROD, RSP_EVENT, old, self.rsp_prod)
+    }
+
+    /// Reads the frontend's index. `true`: there are new requests.
+    #[inline]
+    fn look(&mut self) -> Result<bool, RingError> {
+        let req_prod = self.slots.memory.load(REQ_PROD);
+        let new = req_prod.wrapping_sub(self.req_cons);
+        if new > self.slots.capacity.wrapping_sub(self.in_flight()) {
+            return Err(RingError::Requests {
+                req_prod,
+                req_cons: self.req_cons,
+            });
+        }
+        self.slots.memory.rmb();
+        self.req_seen = req_prod;
+        Ok(new != 0)
+    }
+}

@@ -1,0 +1,567 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Wire format: requests, responses and segments as 32-bit words.
+//!
+//! A frontend writes its ring in the layout of its own architecture and says so in the node
+//! `protocol`: that is the [`Abi`]. The layouts differ in one word of padding only:
+//!
+//! | byte (64-bit, arm) | byte (x86_32) | field |
+//! |---|---|---|
+//! | 0 | 0 | operation u8 |
+//! | 1 | 1 | nr_segments u8, or discard flags u8, or operation of an indirect request u8 |
+//! | 2 | 2 | handle u16, or nr_segments u16 of an indirect request |
+//! | 4 | - | padding |
+//! | 8 | 4 | id u64 |
+//! | 16 | 12 | sector u64 |
+//! | 24 | 20 | 11 segments of 8 bytes; or nr_sectors u64; or handle u16, padding u16, 8 grants u32 |
+//!
+//! Every field lies within words at the same place for all three kinds of request, so a request is
+//! a stream of words: it is written to and read from the ring word by word, each word once. No byte
+//! that leaves is uninitialised (XSA-216), and no word is read twice (XSA-155).
+//!
+//! A type here says what the other side wrote, not that it is right: see [`request`](crate::request)
+//! for the checks.
+
+/// Bytes in a sector, the unit of all sector numbers and counts on the wire.
+pub const SECTOR_SIZE: u32 = 512;
+
+/// Bytes in a granted page. Grants are 4 KiB also where the kernel's pages are larger.
+pub const PAGE_SIZE: u32 = 4096;
+
+/// Sectors in a granted page.
+pub const SECTORS_PER_PAGE: u8 = 8;
+
+/// Words in a granted page.
+pub const WORDS_PER_PAGE: usize = 1024;
+
+/// Segments that a slot has room for (`BLKIF_MAX_SEGMENTS_PER_REQUEST`).
+pub const DIRECT_SEGMENTS: usize = 11;
+
+/// Pages of segments that an indirect request can name
+/// (`BLKIF_MAX_INDIRECT_PAGES_PER_REQUEST`).
+pub const INDIRECT_PAGES: usize = 8;
+
+/// Segments in one page of an indirect request.
+pub const SEGMENTS_PER_INDIRECT_PAGE: usize = 512;
+
+/// Segments that an indirect request can have at most.
+pub const INDIRECT_SEGMENTS: usize = INDIRECT_PAGES * SEGMENTS_PER_INDIRECT_PAGE;
+
+/// Words of the largest request.
+pub const REQUEST_WORDS: usize = 28;
+
+/// Words of a response that carry something. Some layouts add one word of padding, which is never
+/// written.
+pub const RESPONSE_WORDS: usize = 3;
+
+/// Operations (`BLKIF_OP_*`). Number 4 is reserved: old SLES kernels sent packet commands with it.
+pub mod op {
+    /// Read into the segments.
+    pub const READ: u8 = 0;
+    /// Write from the segments.
+    pub const WRITE: u8 = 1;
+    /// Write after everything that came before is done and flushed.
+    pub const WRITE_BARRIER: u8 = 2;
+    /// Flush the disk's volatile write cache.
+    pub const FLUSH_DISKCACHE: u8 = 3;
+    /// Forget the content of sectors.
+    pub const DISCARD: u8 = 5;
+    /// A read or write whose segments stand in pages of their own.
+    pub const INDIRECT: u8 = 6;
+}
+
+/// Flag of a discard request: the data must not be recoverable.
+pub const DISCARD_SECURE: u8 = 1;
+
+/// Flags of the node `info`.
+pub mod info {
+    /// The disk is a CD-ROM drive.
+    pub const CDROM: u32 = 1;
+    /// The medium is removable.
+    pub const REMOVABLE: u32 = 2;
+    /// The disk refuses writes.
+    pub const READONLY: u32 = 4;
+}
+
+/// Layout of a ring, named by the frontend's node `protocol`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Abi {
+    /// 64-bit x86: slots of 112 bytes, `u64` aligned to 8.
+    X86_64,
+    /// 32-bit x86: slots of 108 bytes, `u64` aligned to 4.
+    X86_32,
+    /// 32-bit and 64-bit Arm, same layout as 64-bit x86.
+    Arm,
+}
+
+impl Abi {
+    /// The layout of the architecture that this is compiled for.
+    pub const fn native() -> Self {
+        if cfg!(target_arch = "x86") {
+            Abi::X86_32
+        } else if cfg!(target_arch = "x86_64") {
+            Abi::X86_64
+        } else {
+            Abi::Arm
+        }
+    }
+
+    /// The layout of a frontend that has no node `protocol`.
+    ///
+    /// `blkif.h` says native. Linux backends on x86 have always taken the 32-bit layout, and the
+    /// frontends that do not write the node (old 32-bit boot loaders) rely on it.
+    pub const fn when_absent() -> Self {
+        if cfg!(target_arch = "x86_64") {
+            Abi::X86_32
+        } else {
+            Self::native()
+        }
+    }
+
+    /// The value of the node `protocol`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Abi::X86_64 => "x86_64-abi",
+            Abi::X86_32 => "x86_32-abi",
+            Abi::Arm => "arm-abi",
+        }
+    }
+
+    /// The layout that a value of the node `protocol` names.
+    pub fn from_name(name: &[u8]) -> Option<Self> {
+        match name {
+            b"x86_64-abi" => Some(Abi::X86_64),
+            b"x86_32-abi" => Some(Abi::X86_32),
+            b"arm-abi" => Some(Abi::Arm),
+            _ => None,
+        }
+    }
+
+    /// Distance between two slots of the ring, in words.
+    #[inline]
+    pub const fn slot_words(self) -> u32 {
+        match self {
+            Abi::X86_64 | Abi::Arm => 28,
+            Abi::X86_32 => 27,
+        }
+    }
+
+    /// Distance between two slots of the ring, in bytes.
+    pub const fn slot_bytes(self) -> u32 {
+        match self {
+            Abi::X86_64 | Abi::Arm => 112,
+            Abi::X86_32 => 108,
+        }
+    }
+
+    /// Size of a response with its padding, in bytes.
+    pub const fn response_bytes(self) -> u32 {
+        match self {
+            Abi::X86_64 | Abi::Arm => 16,
+            Abi::X86_32 => 12,
+        }
+    }
+
+    /// Whether a word of padding stands between the first word and the id.
+    #[inline]
+    const fn pads_id(self) -> bool {
+        match self {
+            Abi::X86_64 | Abi::Arm => true,
+            Abi::X86_32 => false,
+        }
+    }
+}
+
+/// A run of sectors in a granted page, as written by the other side or for it.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct WireSegment {
+    /// Grant reference of the page.
+    pub gref: u32,
+    /// First sector within the page, 0 to 7 if valid.
+    pub first: u8,
+    /// Last sector within the page, inclusive, `first` to 7 if valid.
+    pub last: u8,
+}
+
+impl WireSegment {
+    /// The two words of a segment, in a slot or in a page of an indirect request.
+    #[inline]
+    pub const fn encode(self) -> [u32; 2] {
+        [self.gref, self.first as u32 | (self.last as u32) << 8]
+    }
+
+    /// Reads a segment. Padding is ignored.
+    #[inline]
+    pub const fn decode(words: [u32; 2]) -> Self {
+        let [gref, range] = words;
+        let [first, last, _, _] = range.to_le_bytes();
+        WireSegment { gref, first, last }
+    }
+}
+
+/// Read, write, barrier or flush whose segments stand in the slot.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Rw {
+    /// One of [`op::READ`], [`op::WRITE`], [`op::WRITE_BARRIER`], [`op::FLUSH_DISKCACHE`].
+    pub operation: u8,
+    /// Number of segments as written, which may be more than the slot holds.
+    pub nr_segments: u8,
+    /// Number of the virtual device. Nobody uses it.
+    pub handle: u16,
+    /// The frontend's name for the request, repeated in the response.
+    pub id: u64,
+    /// First sector on the disk.
+    pub sector: u64,
+    /// The segments. Those from `nr_segments` on are zero.
+    pub segments: [WireSegment; DIRECT_SEGMENTS],
+}
+
+impl Rw {
+    /// The segments that the request has, at most [`DIRECT_SEGMENTS`].
+    #[inline]
+    pub fn segments(&self) -> &[WireSegment] {
+        self.segments
+            .get(..usize::from(self.nr_segments))
+            .unwrap_or(&self.segments)
+    }
+}
+
+/// Request to forget the content of sectors.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Discard {
+    /// [`DISCARD_SECURE`] or 0.
+    pub flag: u8,
+    /// Number of the virtual device. Nobody uses it.
+    pub handle: u16,
+    /// The frontend's name for the request, repeated in the response.
+    pub id: u64,
+    /// First sector on the disk.
+    pub sector: u64,
+    /// Number of sectors.
+    pub nr_sectors: u64,
+}
+
+/// Read or write whose segments stand in granted pages of their own.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Indirect {
+    /// [`op::READ`] or [`op::WRITE`]. The response repeats it in place of [`op::INDIRECT`].
+    pub operation: u8,
+    /// Number of segments as written, which may be more than the pages hold.
+    pub nr_segments: u16,
+    /// Number of the virtual device. Nobody uses it.
+    pub handle: u16,
+    /// The frontend's name for the request, repeated in the response.
+    pub id: u64,
+    /// First sector on the disk.
+    pub sector: u64,
+    /// Grant references of the pages of segments. Those that `nr_segments` does not need are zero.
+    pub grefs: [u32; INDIRECT_PAGES],
+}
+
+impl Indirect {
+    /// Grant references of the pages that `nr_segments` needs, at most [`INDIRECT_PAGES`].
+    #[inline]
+    pub fn grefs(&self) -> &[u32] {
+        self.grefs
+            .get(..indirect_pages(self.nr_segments))
+            .unwrap_or(&self.grefs)
+    }
+}
+
+/// Pages that hold so many segments.
+#[inline]
+pub const fn indirect_pages(segments: u16) -> usize {
+    (segments as usize).div_ceil(SEGMENTS_PER_INDIRECT_PAGE)
+}
+
+/// A request as it stands in a slot.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum WireRequest {
+    /// Read, write, barrier or flush with its segments in the slot.
+    Rw(Rw),
+    /// Discard.
+    Discard(Discard),
+    /// Read or write with its segments elsewhere.
+    Indirect(Indirect),
+    /// An operation that this protocol does not have. The id stands in the same place in all
+    /// layouts of requests, so it can be answered.
+    Unknown {
+        /// The operation as written.
+        operation: u8,
+        /// The frontend's name for the request.
+        id: u64,
+    },
+}
+
+/// A request or response in words, for tests and tools. The drivers go through
+/// [`ring`](crate::ring).
+pub type RequestWords = [u32; REQUEST_WORDS];
+
+impl WireRequest {
+    /// The frontend's name for the request.
+    #[inline]
+    pub fn id(&self) -> u64 {
+        match self {
+            WireRequest::Rw(r) => r.id,
+            WireRequest::Discard(r) => r.id,
+            WireRequest::Indirect(r) => r.id,
+            WireRequest::Unknown { id, .. } => *id,
+        }
+    }
+
+    /// The operation that the response must name: that of the data for an indirect request.
+    #[inline]
+    pub fn response_operation(&self) -> u8 {
+        match self {
+            WireRequest::Rw(r) => r.operation,
+            WireRequest::Discard(_) => op::DISCARD,
+            WireRequest::Indirect(r) => r.operation,
+            WireRequest::Unknown { operation, .. } => *operation,
+        }
+    }
+
+    /// The response to this request.
+    #[inline]
+    pub fn response(&self, status: Status) -> Response {
+        Response {
+            id: self.id(),
+            operation: self.response_operation(),
+            status,
+        }
+    }
+
+    /// The request as words, the unused ones zero.
+    pub fn encode(&self, abi: Abi) -> RequestWords {
+        let mut words = [0; REQUEST_WORDS];
+        let mut slots = words.iter_mut();
+        self.write(abi, |word| {
+            if let Some(slot) = slots.next() {
+                *slot = word;
+            }
+        });
+        words
+    }
+
+    /// Reads a request from words of which nobody else has a copy.
+    pub fn decode(abi: Abi, words: &RequestWords) -> Self {
+        let mut words = words.iter();
+        Self::read(abi, || words.next().copied().unwrap_or(0))
+    }
+
+    /// Passes the words of the request to `put`, in order, and none that the request does not use.
+    #[inline]
+    pub(crate) fn write(&self, abi: Abi, mut put: impl FnMut(u32)) {
+        match self {
+            WireRequest::Rw(r) => r.write(abi, &mut put),
+            WireRequest::Discard(r) => r.write(abi, &mut put),
+            WireRequest::Indirect(r) => r.write(abi, &mut put),
+            WireRequest::Unknown { operation, id } => {
+                write_head(abi, u32::from(*operation), *id, &mut put)
+            }
+        }
+    }
+
+    /// Builds a request from words that `next` fetches, in order. Each is fetched once, and none
+    /// that the request does not use.
+    #[inline]
+    pub(crate) fn read(abi: Abi, mut next: impl FnMut() -> u32) -> Self {
+        let [operation, byte1, byte2, byte3] = next().to_le_bytes();
+        let half = u16::from_le_bytes([byte2, byte3]);
+        if abi.pads_id() {
+            next();
+        }
+        let id = read_u64(&mut next);
+        match operation {
+            op::READ | op::WRITE | op::WRITE_BARRIER | op::FLUSH_DISKCACHE => {
+                WireRequest::Rw(Rw::read(operation, byte1, half, id, &mut next))
+            }
+            op::DISCARD => WireRequest::Discard(Discard::read(byte1, half, id, &mut next)),
+            op::INDIRECT => WireRequest::Indirect(Indirect::read(byte1, half, id, &mut next)),
+            _ => WireRequest::Unknown { operation, id },
+        }
+    }
+}
+
+impl Rw {
+    #[inline]
+    fn write(&self, abi: Abi, put: &mut impl FnMut(u32)) {
+        let [low, high] = self.handle.to_le_bytes();
+        let first = u32::from_le_bytes([self.operation, self.nr_segments, low, high]);
+        write_head(abi, first, self.id, put);
+        write_u64(self.sector, put);
+        for segment in self.segments() {
+            let [gref, range] = segment.encode();
+            put(gref);
+            put(range);
+        }
+    }
+
+    #[inline]
+    fn read(
+        operation: u8,
+        nr_segments: u8,
+        handle: u16,
+        id: u64,
+        next: &mut impl FnMut() -> u32,
+    ) -> Self {
+        let sector = read_u64(next);
+        let mut segments = [WireSegment::default(); DIRECT_SEGMENTS];
+        for segment in segments.iter_mut().take(usize::from(nr_segments)) {
+            *segment = WireSegment::decode([next(), next()]);
+        }
+        Rw {
+            operation,
+            nr_segments,
+            handle,
+            id,
+            sector,
+            segments,
+        }
+    }
+}
+
+impl Discard {
+    #[inline]
+    fn write(&self, abi: Abi, put: &mut impl FnMut(u32)) {
+        let [low, high] = self.handle.to_le_bytes();
+        let first = u32::from_le_bytes([op::DISCARD, self.flag, low, high]);
+        write_head(abi, first, self.id, put);
+        write_u64(self.sector, put);
+        write_u64(self.nr_sectors, put);
+    }
+
+    #[inline]
+    fn read(flag: u8, handle: u16, id: u64, next: &mut impl FnMut() -> u32) -> Self {
+        Discard {
+            flag,
+            handle,
+            id,
+            sector: read_u64(next),
+            nr_sectors: read_u64(next),
+        }
+    }
+}
+
+impl Indirect {
+    #[inline]
+    fn write(&self, abi: Abi, put: &mut impl FnMut(u32)) {
+        let [low, high] = self.nr_segments.to_le_bytes();
+        let first = u32::from_le_bytes([op::INDIRECT, self.operation, low, high]);
+        write_head(abi, first, self.id, put);
+        write_u64(self.sector, put);
+        put(u32::from(self.handle));
+        for gref in self.grefs() {
+            put(*gref);
+        }
+    }
+
+    #[inline]
+    fn read(operation: u8, nr_segments: u16, id: u64, next: &mut impl FnMut() -> u32) -> Self {
+        let sector = read_u64(next);
+        let [low, high, _, _] = next().to_le_bytes();
+        let handle = u16::from_le_bytes([low, high]);
+        let mut grefs = [0; INDIRECT_PAGES];
+        for gref in grefs.iter_mut().take(indirect_pages(nr_segments)) {
+            *gref = next();
+        }
+        Indirect {
+            operation,
+            nr_segments,
+            handle,
+            id,
+            sector,
+            grefs,
+        }
+    }
+}
+
+/// What a response says about its request.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Status {
+    /// Done.
+    Okay,
+    /// Failed (`BLKIF_RSP_ERROR`), and every value that the protocol does not define.
+    Error,
+    /// The backend cannot do this operation (`BLKIF_RSP_EOPNOTSUPP`).
+    NotSupported,
+}
+
+impl Status {
+    /// The number on the wire.
+    #[inline]
+    pub const fn to_wire(self) -> i16 {
+        match self {
+            Status::Okay => 0,
+            Status::Error => -1,
+            Status::NotSupported => -2,
+        }
+    }
+
+    /// The meaning of a number on the wire. What is not known is an error: nothing is done that
+    /// the backend did not say is done.
+    #[inline]
+    pub const fn from_wire(status: i16) -> Self {
+        match status {
+            0 => Status::Okay,
+            -2 => Status::NotSupported,
+            _ => Status::Error,
+        }
+    }
+}
+
+/// A response. The words are the same in all layouts: id, then operation u8, padding, status i16.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Response {
+    /// The id of the request.
+    pub id: u64,
+    /// The operation of the request, see [`WireRequest::response_operation`].
+    pub operation: u8,
+    /// How it went.
+    pub status: Status,
+}
+
+impl Response {
+    /// The words of the response that carry something.
+    #[inline]
+    pub const fn encode(&self) -> [u32; RESPONSE_WORDS] {
+        let [low, high] = self.status.to_wire().to_le_bytes();
+        let last = u32::from_le_bytes([self.operation, 0, low, high]);
+        [self.id as u32, (self.id >> 32) as u32, last]
+    }
+
+    /// Reads a response. Padding is ignored.
+    #[inline]
+    pub const fn decode(words: [u32; RESPONSE_WORDS]) -> Self {
+        let [low, high, last] = words;
+        let [operation, _, byte2, byte3] = last.to_le_bytes();
+        Response {
+            id: low as u64 | (high as u64) << 32,
+            operation,
+            status: Status::from_wire(i16::from_le_bytes([byte2, byte3])),
+        }
+    }
+}
+
+/// Writes the words that all requests begin with: the first one, padding, the id.
+#[inline]
+fn write_head(abi: Abi, first: u32, id: u64, put: &mut impl FnMut(u32)) {
+    put(first);
+    if abi.pads_id() {
+        put(0);
+    }
+    write_u64(id, put);
+}
+
+/// Writes a `u64`, low word first.
+#[inline]
+fn write_u64(value: u64, put: &mut impl FnMut(u32)) {
+    put(value as u32);
+    put((value >> 32) as u32);
+}
+
+/// Reads a `u64`, low word first.
+#[inline]
+fn read_u64(next: &mut impl FnMut() -> u32) -> u64 {
+    let low = u64::from(next());
+    low | u64::from(next()) << 32
+}
