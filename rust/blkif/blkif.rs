@@ -31,6 +31,7 @@
 //! | [`plan`] | which slots does this block request need? (frontend) |
 //! | [`node`] | what does the text of a xenstore node say? |
 //! | [`negotiate`] | which features do the two sides agree on? |
+//! | [`state`] | what is to be done when the other side changes state? |
 //! | [`vdev`] | which name and minor does a virtual device number stand for? |
 //!
 //! The reference is `xen/include/public/io/blkif.h` and `ring.h` of the Xen project.
@@ -48,5 +49,6 @@ pub mod node;
 pub mod plan;
 pub mod request;
 pub mod ring;
+pub mod state;
 pub mod vdev;
 pub mod wire;
