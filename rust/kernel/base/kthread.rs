@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Kernel threads that run a closure.
+//!
+//! The closure gets a [`Current`] and returns when [`Current::should_stop`] says so. Stopping has
+//! two halves, so that several threads can be stopped at once and nobody has to wait for ever:
+//! [`KThread::stop`] asks, [`KThread::join`] waits with a deadline. A thread that is still busy at
+//! the deadline can be left to itself by dropping the [`KThread`]: it owns what it uses, it holds a
+//! reference to the module, and it frees both when it is done.
+//!
+//! C header: [`include/linux/kthread.h`](srctree/include/linux/kthread.h)
+
+use super::module_ref::ModuleRef;
+use super::wait::WaitQueue;
+use kernel::bindings;
+use kernel::error::from_err_ptr;
+use kernel::ffi;
+use kernel::fmt;
+use kernel::prelude::*;
+use kernel::str::CString;
+use kernel::sync::aref::ARef;
+use kernel::sync::atomic::Acquire;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Relaxed;
+use kernel::sync::atomic::Release;
+use kernel::sync::Arc;
+use kernel::task::Task;
+use kernel::time::Jiffies;
+use kernel::types::NotThreadSafe;
+
+/// What a thread and its [`KThread`] share.
+#[pin_data]
+struct Shared {
+    /// The thread was asked to stop.
+    stop: Atomic<bool>,
+    /// The closure has returned and is dropped.
+    done: Atomic<bool>,
+    #[pin]
+    wait: WaitQueue,
+}
+
+/// What a new thread starts with.
+struct Start<F> {
+    main: F,
+    freezable: bool,
+    shared: Arc<Shared>,
+    module: ModuleRef,
+}
+
+/// The running thread, as its closure sees it.
+pub struct Current {
+    shared: Arc<Shared>,
+    _not_send: NotThreadSafe,
+}
+
+impl Current {
+    /// Whether the closure should return. May be part of a condition to wait for: the thread is
+    /// woken when it changes.
+    #[inline]
+    pub fn should_stop(&self) -> bool {
+        self.shared.stop.load(Relaxed)
+    }
+
+    /// Lets others run, if it is their turn. For loops that may go on for long.
+    #[inline]
+    pub fn cond_resched(&self) {
+        // SAFETY: A thread that runs a closure may sleep; a closure that holds a spin lock here
+        // makes a mistake that lockdep reports, without effect on memory.
+        unsafe { bindings_ext::cond_resched() };
+    }
+}
+
+/// A kernel thread.
+///
+/// Dropping it asks the thread to stop and does not wait.
+pub struct KThread {
+    task: ARef<Task>,
+    shared: Arc<Shared>,
+}
+
+impl KThread {
+    /// Starts a thread that runs `main`.
+    ///
+    /// `name` is shown by `ps`; the kernel cuts it for other uses. A `freezable` thread is frozen on
+    /// suspend, in [`WaitQueue::wait_idle`]; the others go on running.
+    pub fn spawn<F>(name: fmt::Arguments<'_>, freezable: bool, main: F) -> Result<Self>
+    where
+        F: FnOnce(&Current) + Send + 'static,
+    {
+        let name = CString::try_from_fmt(name)?;
+        let shared = Arc::pin_init(
+            pin_init!(Shared {
+                stop: Atomic::new(false),
+                done: Atomic::new(false),
+                wait <- crate::new_wait_queue!(),
+            }),
+            GFP_KERNEL,
+        )?;
+        let start = Start {
+            main,
+            freezable,
+            shared: shared.clone(),
+            module: ModuleRef::new()?,
+        };
+        let start = KBox::into_raw(KBox::new(start, GFP_KERNEL)?);
+
+        // SAFETY: `run` takes over `start`, once; the format takes one string. The thread is never
+        // stopped by `kthread_stop`, so it is certain to run once it is woken.
+        let task = unsafe {
+            bindings::kthread_create_on_node(
+                Some(run::<F>),
+                start.cast(),
+                bindings::NUMA_NO_NODE,
+                c"%s".as_char_ptr(),
+                name.as_char_ptr(),
+            )
+        };
+        let task = match from_err_ptr(task) {
+            Ok(task) => task,
+            Err(error) => {
+                // SAFETY: There is no thread, so `start` is still ours.
+                drop(unsafe { KBox::from_raw(start) });
+                return Err(error);
+            }
+        };
+        // SAFETY: The task is valid until the thread ends, and that has not started yet. `Task` is a
+        // transparent wrapper.
+        let task: ARef<Task> = unsafe { &*task.cast::<Task>() }.into();
+        task.wake_up();
+        Ok(Self { task, shared })
+    }
+
+    /// Asks the thread to stop. Does not wait.
+    pub fn stop(&self) {
+        self.shared.stop.store(true, Release);
+        self.task.wake_up();
+    }
+
+    /// Waits until the closure has returned and all that it owned is dropped. `false`: the time is
+    /// over, the thread still runs.
+    #[must_use = "the thread may still run"]
+    pub fn join(&self, timeout: Jiffies) -> bool {
+        self.shared
+            .wait
+            .wait_timeout(timeout, || self.shared.done.load(Acquire))
+    }
+}
+
+impl Drop for KThread {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// The first and last function of each thread.
+///
+/// # Safety
+///
+/// `start` comes from `KBox::<Start<F>>::into_raw`, and the caller gives it away.
+unsafe extern "C" fn run<F: FnOnce(&Current)>(start: *mut ffi::c_void) -> ffi::c_int {
+    // SAFETY: By the requirements of this function.
+    let start = unsafe { KBox::from_raw(start.cast::<Start<F>>()) };
+    let Start {
+        main,
+        freezable,
+        shared,
+        module,
+    } = KBox::into_inner(start);
+    if freezable {
+        // SAFETY: Only touches the current task.
+        unsafe { bindings::set_freezable() };
+    }
+    let current = Current {
+        shared: shared.clone(),
+        _not_send: NotThreadSafe,
+    };
+    main(&current);
+    drop(current);
+    shared.done.store(true, Release);
+    shared.wait.wake_up();
+    drop(shared);
+    // SAFETY: This is the first function of a kernel thread, and all that it owned is gone.
+    unsafe { module.put_and_exit_thread() }
+}

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! References to the module that this crate is linked into.
+
+use super::this_module::this_module;
+use core::marker::PhantomData;
+use kernel::bindings;
+use kernel::prelude::*;
+
+/// A reference to this module, which stays loaded while the reference lives.
+///
+/// Held by what the kernel may call back into at any time: a thread, a sysfs attribute. If such a
+/// thing is ever leaked, the module can no longer be unloaded, instead of being called after it is
+/// gone.
+///
+/// # Invariants
+///
+/// One count of the module's reference counter is owned.
+pub struct ModuleRef(PhantomData<()>);
+
+impl ModuleRef {
+    /// Takes a reference. Fails with `ENODEV` while the module is being unloaded.
+    pub fn new() -> Result<Self> {
+        // SAFETY: The pointer is that of the module that runs this code.
+        if unsafe { bindings::try_module_get(this_module().as_ptr()) } {
+            // INVARIANT: The call above took the count.
+            Ok(Self(PhantomData))
+        } else {
+            Err(ENODEV)
+        }
+    }
+
+    /// Ends the current kernel thread and puts the reference once no more code of the module runs.
+    ///
+    /// # Safety
+    ///
+    /// The current task is a kernel thread, and nothing on its stack needs to be dropped.
+    pub(super) unsafe fn put_and_exit_thread(self) -> ! {
+        core::mem::forget(self);
+        // SAFETY: A count is owned by the type invariant and was not put; the rest is the caller's
+        // promise.
+        unsafe { bindings::__module_put_and_kthread_exit(this_module().as_ptr(), 0) }
+    }
+}
+
+impl Drop for ModuleRef {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant, a count is owned, and it ends here.
+        unsafe { bindings::module_put(this_module().as_ptr()) };
+    }
+}
