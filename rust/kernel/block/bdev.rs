@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Open block devices.
+//!
+//! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
+
+use core::ptr::NonNull;
+use kernel::bindings;
+use kernel::error::from_err_ptr;
+use kernel::error::to_result;
+use kernel::ffi;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel::types::Opaque;
+
+/// Bios that a device can always have in flight, however short memory is.
+const RESERVED_BIOS: ffi::c_uint = 2;
+
+/// The number of a block device.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct DeviceNumber(bindings::dev_t);
+
+impl DeviceNumber {
+    /// `None` if one of the two is too large: 12 bits and 20 bits.
+    pub fn new(major: u32, minor: u32) -> Option<Self> {
+        (major < 1 << 12 && minor < 1 << Self::MINOR_BITS)
+            .then_some(Self(major << Self::MINOR_BITS | minor))
+    }
+
+    const MINOR_BITS: u32 = bindings::MINORBITS;
+
+    /// The major number.
+    pub fn major(&self) -> u32 {
+        self.0 >> Self::MINOR_BITS
+    }
+
+    /// The minor number.
+    pub fn minor(&self) -> u32 {
+        self.0 & ((1 << Self::MINOR_BITS) - 1)
+    }
+}
+
+/// What a block device is opened for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Access {
+    /// Reading alone.
+    ReadOnly,
+    /// Reading and writing. To open a read-only device so fails with `EACCES`.
+    ReadWrite,
+}
+
+/// What a block device can discard.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Discard {
+    /// Preferred size and alignment in bytes.
+    pub granularity: u32,
+    /// Offset in bytes of the first aligned position.
+    pub alignment: u32,
+    /// The device can also make the data unrecoverable.
+    pub secure: bool,
+}
+
+/// An open block device, with a reserve of bios for I/O on it.
+///
+/// The last reference must be dropped in process context.
+///
+/// # Invariants
+///
+/// - `file` is an open block device, owned.
+/// - `bios` is an initialised bio set.
+#[pin_data(PinnedDrop)]
+pub struct BlockDevice {
+    file: File,
+    access: Access,
+    #[pin]
+    pub(super) bios: Opaque<bindings::bio_set>,
+}
+
+// SAFETY: The functions below may be called from any thread.
+unsafe impl Send for BlockDevice {}
+// SAFETY: As above, and at the same time: the block layer has its own locks.
+unsafe impl Sync for BlockDevice {}
+
+/// The open file of a block device.
+///
+/// # Invariants
+///
+/// Points to a file of a block device, owned.
+struct File(NonNull<bindings::file>);
+
+impl File {
+    fn open(number: DeviceNumber, access: Access) -> Result<Self> {
+        // `BLK_OPEN_READ` and `BLK_OPEN_WRITE`.
+        let mode = match access {
+            Access::ReadOnly => 1,
+            Access::ReadWrite => 3,
+        };
+        // SAFETY: Any number may be asked for. Without a holder there is nothing to keep valid.
+        let file = from_err_ptr(unsafe {
+            bindings::bdev_file_open_by_dev(
+                number.0,
+                mode,
+                core::ptr::null_mut(),
+                core::ptr::null(),
+            )
+        })?;
+        // INVARIANT: Opened just now.
+        NonNull::new(file).map(Self).ok_or(ENODEV)
+    }
+
+    #[inline]
+    fn bdev(&self) -> *mut bindings::block_device {
+        // SAFETY: By the type invariant.
+        unsafe { bindings::file_bdev(self.0.as_ptr()) }
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant, and it is not used after this.
+        unsafe { bindings::bdev_fput(self.0.as_ptr()) };
+    }
+}
+
+impl BlockDevice {
+    /// Opens a device, not exclusively. May sleep.
+    ///
+    /// `ENXIO`: there is none. `EACCES`: it is read-only. `ENOMEDIUM`: the drive is empty.
+    pub fn open(number: DeviceNumber, access: Access) -> Result<Arc<Self>> {
+        let file = File::open(number, access)?;
+        let device = try_pin_init!(Self {
+            // INVARIANT: The file is open, the set initialised.
+            file,
+            access,
+            bios <- Opaque::try_ffi_init(|bios: *mut bindings::bio_set| {
+                // SAFETY: `bios` is memory for a set; a set starts as zeroes.
+                unsafe { bios.write_bytes(0, 1) };
+                let flags = bindings::BIOSET_NEED_BVECS | bindings::BIOSET_PERCPU_CACHE;
+                // SAFETY: The set stays in place, since it is pinned.
+                to_result(unsafe { bindings::bioset_init(bios, RESERVED_BIOS, 0, flags as ffi::c_int) })
+            }),
+        });
+        Arc::pin_init(device, GFP_KERNEL)
+    }
+
+    #[inline]
+    pub(super) fn bdev(&self) -> *mut bindings::block_device {
+        self.file.bdev()
+    }
+
+    /// What it was opened for.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// The size in sectors of 512 bytes. Changes when the device is resized.
+    #[inline]
+    pub fn sectors(&self) -> u64 {
+        // SAFETY: By the type invariant, the device is open. So for all below.
+        unsafe { bindings_ext::bdev_nr_sectors(self.bdev()) }
+    }
+
+    /// The unit of I/O in bytes: a power of two, at least 512.
+    pub fn logical_block_size(&self) -> u32 {
+        // SAFETY: By the type invariant.
+        unsafe { bindings_ext::bdev_logical_block_size(self.bdev()) }
+    }
+
+    /// The unit in bytes that the device can write without reading first.
+    pub fn physical_block_size(&self) -> u32 {
+        // SAFETY: By the type invariant.
+        unsafe { bindings_ext::bdev_physical_block_size(self.bdev()) }
+    }
+
+    /// Whether what was written is durable only after a flush.
+    pub fn write_cache(&self) -> bool {
+        // SAFETY: By the type invariant.
+        unsafe { bindings_ext::bdev_write_cache(self.bdev()) }
+    }
+
+    /// Whether the device refuses writes, whatever it was opened for.
+    pub fn read_only(&self) -> bool {
+        // SAFETY: By the type invariant.
+        unsafe { bindings_ext::bdev_read_only(self.bdev()) }
+    }
+
+    /// Whether the device is a CD-ROM drive.
+    pub fn is_cdrom(&self) -> bool {
+        // SAFETY: By the type invariant.
+        unsafe { bindings_ext::bdev_is_cdrom(self.bdev()) }
+    }
+
+    /// Whether the medium can be removed.
+    pub fn is_removable(&self) -> bool {
+        // SAFETY: By the type invariant.
+        unsafe { bindings_ext::bdev_is_removable(self.bdev()) }
+    }
+
+    /// What the device can discard, if it can.
+    pub fn discard(&self) -> Option<Discard> {
+        let bdev = self.bdev();
+        // SAFETY: By the type invariant; for all four.
+        unsafe {
+            (bindings_ext::bdev_max_discard_sectors(bdev) != 0).then(|| Discard {
+                granularity: bindings_ext::bdev_discard_granularity(bdev),
+                alignment: u32::try_from(bindings::bdev_discard_alignment(bdev)).unwrap_or(0),
+                secure: bindings_ext::bdev_max_secure_erase_sectors(bdev) != 0,
+            })
+        }
+    }
+
+    /// Writes back what the page cache holds of the device, and forgets it, so that I/O beside the
+    /// cache sees and leaves the truth. May sleep for long.
+    pub fn sync_and_forget_cache(&self) -> Result {
+        // SAFETY: By the type invariant.
+        to_result(unsafe { bindings::sync_blockdev(self.bdev()) })?;
+        // SAFETY: By the type invariant.
+        unsafe { bindings::invalidate_bdev(self.bdev()) };
+        Ok(())
+    }
+}
+
+#[pinned_drop]
+impl PinnedDrop for BlockDevice {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: By the type invariant. No bio of the set is left: each one holds a reference to
+        // this device until it has gone back.
+        unsafe { bindings::bioset_exit(self.bios.get()) };
+    }
+}

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! I/O on a block device.
+//!
+//! An [`Io`] owns the memory that is read or written and a context of the driver. [`submit`] takes
+//! it, and it comes back through [`Completion::complete`], once, when the device is done with the
+//! memory. In between nobody can touch or free what the device works on.
+//!
+//! One `Io` is one bio: up to [`MAX_PARTS`] pieces of memory for one run of sectors. The bio comes
+//! from a reserve of the device, so that `submit` has to wait for memory at most until other I/O of
+//! the same device ends.
+//!
+//! C header: [`include/linux/bio.h`](srctree/include/linux/bio.h)
+
+use super::bdev::Access;
+use super::bdev::BlockDevice;
+use crate::base::page::PageOwner;
+use crate::base::page::PageSlice;
+use core::mem::MaybeUninit;
+use kernel::bindings;
+use kernel::error::to_result;
+use kernel::ffi;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+
+/// Pieces of memory in one [`Io`], at most.
+pub const MAX_PARTS: usize = bindings::BIO_MAX_VECS as usize;
+
+/// Sectors of one [`Operation::Discard`] or [`Operation::SecureErase`], at most.
+pub const MAX_DISCARD_SECTORS: u32 = u32::MAX >> SECTOR_SHIFT;
+
+const SECTOR_SHIFT: u32 = bindings::SECTOR_SHIFT;
+
+/// What an I/O does.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Operation {
+    /// Reads into the memory.
+    Read,
+    /// Writes from the memory.
+    Write,
+    /// What was completed before is made durable; then the memory, if there is any, is written and
+    /// made durable too.
+    FlushWrite,
+    /// What was completed before is made durable. No memory.
+    Flush,
+    /// Forgets the contents of so many sectors. No memory.
+    Discard(u32),
+    /// Forgets the contents of so many sectors such that they can't be recovered. No memory.
+    SecureErase(u32),
+}
+
+impl Operation {
+    fn opf(self) -> bindings::blk_opf_t {
+        const fn flag(bit: bindings::req_flag_bits) -> bindings::blk_opf_t {
+            1 << bit
+        }
+        const SYNC: bindings::blk_opf_t = flag(bindings::req_flag_bits___REQ_SYNC);
+        const IDLE: bindings::blk_opf_t = flag(bindings::req_flag_bits___REQ_IDLE);
+        const PREFLUSH: bindings::blk_opf_t = flag(bindings::req_flag_bits___REQ_PREFLUSH);
+        const FUA: bindings::blk_opf_t = flag(bindings::req_flag_bits___REQ_FUA);
+        match self {
+            Operation::Read => bindings::req_op_REQ_OP_READ,
+            // Somebody in another domain waits for it; more may follow.
+            Operation::Write => bindings::req_op_REQ_OP_WRITE | SYNC | IDLE,
+            Operation::FlushWrite => bindings::req_op_REQ_OP_WRITE | SYNC | PREFLUSH | FUA,
+            Operation::Flush => bindings::req_op_REQ_OP_WRITE | SYNC | PREFLUSH,
+            Operation::Discard(_) => bindings::req_op_REQ_OP_DISCARD,
+            Operation::SecureErase(_) => bindings::req_op_REQ_OP_SECURE_ERASE,
+        }
+    }
+
+    /// Sectors of an operation that has no memory to tell how many.
+    fn sectors(self) -> u32 {
+        match self {
+            Operation::Discard(sectors) | Operation::SecureErase(sectors) => sectors,
+            Operation::Read | Operation::Write | Operation::FlushWrite | Operation::Flush => 0,
+        }
+    }
+
+    fn takes_memory(self) -> bool {
+        match self {
+            Operation::Read | Operation::Write | Operation::FlushWrite => true,
+            Operation::Flush | Operation::Discard(_) | Operation::SecureErase(_) => false,
+        }
+    }
+
+    fn needs_memory(self) -> bool {
+        matches!(self, Operation::Read | Operation::Write)
+    }
+}
+
+/// A part of a piece of memory: `len` bytes from `offset` on.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Part {
+    /// Offset in the piece in bytes.
+    pub offset: usize,
+    /// Number of bytes, not 0.
+    pub len: usize,
+}
+
+/// The memory of an I/O, and what the driver wants to have back with it.
+pub struct Io<D, C> {
+    data: D,
+    /// The driver's own.
+    pub context: C,
+    /// Keeps the device open, and its reserve of bios in place, until after the end of the I/O.
+    device: Option<Arc<BlockDevice>>,
+}
+
+impl<D, C> Io<D, C> {
+    /// An I/O that has not started.
+    pub fn new(data: D, context: C) -> Self {
+        Self {
+            data,
+            context,
+            device: None,
+        }
+    }
+
+    /// The memory. The device does not use it now, or else the `Io` would not be here.
+    pub fn data(&self) -> &D {
+        &self.data
+    }
+
+    /// The memory.
+    pub fn data_mut(&mut self) -> &mut D {
+        &mut self.data
+    }
+}
+
+/// The context of an [`Io`] that knows what to do at its end.
+pub trait Completion<D>: Sized + Send + 'static {
+    /// The I/O has ended, with `EOPNOTSUPP` if the device can't do it, or another error.
+    ///
+    /// # Context
+    ///
+    /// **Any, including a hard interrupt**, on any CPU, and also the caller of [`submit`] before
+    /// that returns. Must not sleep, and may take only locks that are taken with interrupts off
+    /// elsewhere. Hand the `Io` to a thread: what it owns may need to sleep to be freed, and the
+    /// reference to its device too.
+    fn complete(io: KBox<Io<D, Self>>, result: Result);
+}
+
+/// Starts an I/O at a sector (of 512 bytes) of a device. May sleep.
+///
+/// The first of the `parts` lies in the first slice of the memory, and so on. There may be more slices
+/// than parts.
+///
+/// On an error it has not started, and is given back. `EINVAL`: the parts do not lie in the slices,
+/// are too many, or do not fit the operation. `EACCES`: the device is not open for writing, or memory
+/// that must not change is read into.
+pub fn submit<D: PageOwner + Send + 'static, C: Completion<D>>(
+    device: &Arc<BlockDevice>,
+    operation: Operation,
+    sector: u64,
+    parts: impl ExactSizeIterator<Item = Part>,
+    mut io: KBox<Io<D, C>>,
+) -> Result<(), (Error, KBox<Io<D, C>>)> {
+    if let Err(error) = check(device, operation, parts.len(), &io.data) {
+        return Err((error, io));
+    }
+    io.device = Some(device.clone());
+
+    let bio = Bio::new(device, operation, sector, parts.len());
+    if let Err(error) = bio.add(&io.data, parts) {
+        drop(bio);
+        return Err((error, io));
+    }
+    bio.submit(io);
+    Ok(())
+}
+
+fn check(
+    device: &BlockDevice,
+    operation: Operation,
+    parts: usize,
+    data: &impl PageOwner,
+) -> Result {
+    let some = parts != 0;
+    if parts > MAX_PARTS
+        || some && !operation.takes_memory()
+        || !some && operation.needs_memory()
+        || operation.sectors() > MAX_DISCARD_SECTORS
+    {
+        return Err(EINVAL);
+    }
+    let allowed = match operation {
+        Operation::Read => data.writable(),
+        Operation::Flush => true,
+        Operation::FlushWrite if !some => true,
+        Operation::Write
+        | Operation::FlushWrite
+        | Operation::Discard(_)
+        | Operation::SecureErase(_) => device.access() == Access::ReadWrite,
+    };
+    if allowed {
+        Ok(())
+    } else {
+        Err(EACCES)
+    }
+}
+
+/// A bio that was not submitted.
+///
+/// # Invariants
+///
+/// A bio of the reserve of an open device, with room for the parts that it was made for.
+struct Bio(*mut bindings::bio);
+
+impl Bio {
+    fn new(device: &BlockDevice, operation: Operation, sector: u64, parts: usize) -> Self {
+        const GFP_NOIO: bindings::gfp_t =
+            1 << bindings::___GFP_DIRECT_RECLAIM_BIT | 1 << bindings::___GFP_KSWAPD_RECLAIM_BIT;
+        // SAFETY: By the invariants of `BlockDevice`. `check` made sure that `parts` is at most
+        // `BIO_MAX_VECS`.
+        let bio = unsafe {
+            bindings::bio_alloc_bioset(
+                device.bdev(),
+                parts as ffi::c_ushort,
+                operation.opf(),
+                GFP_NOIO,
+                device.bios.get(),
+            )
+        };
+        // SAFETY: An allocation that may reclaim does not fail, see `bio_alloc_bioset`. The bio is
+        // ours alone.
+        unsafe {
+            (*bio).bi_iter.bi_sector = sector;
+            (*bio).bi_iter.bi_size = operation.sectors() << SECTOR_SHIFT;
+        }
+        // INVARIANT: Allocated just now.
+        Self(bio)
+    }
+
+    /// Adds parts of `data`, which the caller keeps until the bio has ended or was dropped.
+    fn add(&self, data: &impl PageOwner, parts: impl Iterator<Item = Part>) -> Result {
+        let mut slices = data.slices();
+        for Part { offset, len } in parts {
+            let slice = slices
+                .next()
+                .and_then(|slice| slice.get(offset, len))
+                .ok_or(EINVAL)?;
+            self.add_slice(slice)?;
+        }
+        Ok(())
+    }
+
+    fn add_slice(&self, slice: PageSlice<'_>) -> Result {
+        if slice.is_empty() {
+            return Err(EINVAL);
+        }
+        // Both at most the size of a page.
+        let (len, offset) = (slice.len() as ffi::c_uint, slice.offset() as ffi::c_uint);
+        // SAFETY: The bio is valid by the type invariant; the bytes lie in the page by that of
+        // `PageSlice`.
+        let added = unsafe { bindings::bio_add_page(self.0, slice.page().as_ptr(), len, offset) };
+        if added == len as ffi::c_int {
+            Ok(())
+        } else {
+            Err(EINVAL)
+        }
+    }
+
+    fn submit<D: PageOwner + Send + 'static, C: Completion<D>>(self, io: KBox<Io<D, C>>) {
+        let bio = self.0;
+        core::mem::forget(self);
+        // SAFETY: The bio is valid by the type invariant, and ours until it is submitted. All pages
+        // in it belong to `io`, which `end_io` gets, after which the device does not use them.
+        unsafe {
+            (*bio).bi_private = KBox::into_raw(io).cast();
+            (*bio).bi_end_io = Some(end_io::<D, C>);
+            bindings::submit_bio(bio);
+        }
+    }
+}
+
+impl Drop for Bio {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant; it was not submitted, so the reference is the last one.
+        unsafe { bindings::bio_put(self.0) };
+    }
+}
+
+/// # Safety
+///
+/// `bio` was submitted by [`Bio::submit`] with the same types, and has ended.
+unsafe extern "C" fn end_io<D: PageOwner + Send + 'static, C: Completion<D>>(
+    bio: *mut bindings::bio,
+) {
+    // SAFETY: By the requirements of this function; it is called once.
+    let (io, status) = unsafe {
+        (
+            KBox::from_raw((*bio).bi_private.cast::<Io<D, C>>()),
+            (*bio).bi_status,
+        )
+    };
+    // SAFETY: The bio has ended. Its reserve is in place, because `io` holds the device.
+    unsafe { bindings::bio_put(bio) };
+    // SAFETY: The function takes any status.
+    let result = to_result(unsafe { bindings::blk_status_to_errno(status) });
+    C::complete(io, result);
+}
+
+/// Runs `submits`, and gives the I/O that it submits to the devices together at its end.
+pub fn with_plug<R>(submits: impl FnOnce() -> R) -> R {
+    let mut plug = MaybeUninit::<bindings::blk_plug>::uninit();
+    // SAFETY: `plug` stays in place until `blk_finish_plug`, which runs in the same task.
+    unsafe { bindings::blk_start_plug(plug.as_mut_ptr()) };
+    let result = submits();
+    // SAFETY: Started above.
+    unsafe { bindings::blk_finish_plug(plug.as_mut_ptr()) };
+    result
+}
