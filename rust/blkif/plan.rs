@@ -11,6 +11,8 @@
 //! Every piece is in exactly one part, parts follow each other on the disk and in the list, and
 //! none is larger than the limits allow.
 
+use core::num::NonZeroU32;
+
 use crate::id::FIELD_LIMIT;
 use crate::wire;
 use crate::wire::indirect_pages;
@@ -36,14 +38,15 @@ impl Piece {
     /// or does not end in the page.
     #[inline]
     pub const fn new(offset: u32, len: u32) -> Option<Self> {
-        if offset >= PAGE_SIZE || len == 0 || len > PAGE_SIZE - offset {
-            return None;
-        }
+        let end = match offset.checked_add(len) {
+            Some(end) if end <= PAGE_SIZE && len != 0 => end,
+            _ => return None,
+        };
         if (offset | len) % SECTOR_SIZE != 0 {
             return None;
         }
         let first = offset / SECTOR_SIZE;
-        let last = first + len / SECTOR_SIZE - 1;
+        let last = (end / SECTOR_SIZE).wrapping_sub(1);
         Some(Piece {
             first: first as u8,
             last: last as u8,
@@ -143,40 +146,48 @@ impl Direction {
 /// How much data a slot can carry.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct SlotLimits {
-    segments: u16,
+    segments: NonZeroU32,
 }
 
 impl SlotLimits {
     /// Limits of a backend that offers indirect requests of so many segments; 0 for one that
     /// offers none.
-    pub const fn new(indirect_segments: u16) -> Self {
-        let segments = indirect_segments as usize;
-        let segments = if segments < DIRECT_SEGMENTS {
-            DIRECT_SEGMENTS
-        } else if segments > INDIRECT_SEGMENTS {
-            INDIRECT_SEGMENTS
-        } else {
-            segments
-        };
+    pub fn new(indirect_segments: u16) -> Self {
+        let segments = usize::from(indirect_segments).clamp(DIRECT_SEGMENTS, INDIRECT_SEGMENTS);
         SlotLimits {
-            segments: segments as u16,
+            segments: NonZeroU32::new(segments as u32).unwrap_or(NonZeroU32::MIN),
         }
     }
 
     /// Segments in one slot, 11 to 4096.
     #[inline]
     pub const fn segments(self) -> u16 {
-        self.segments
+        self.segments.get() as u16
     }
 
     /// Slots for so many pieces.
     #[inline]
-    pub const fn slots(self, pieces: u32) -> u32 {
-        // Not zero: see `SlotLimits::new`.
-        match pieces.checked_div(self.segments as u32) {
-            Some(full) => full + (full * self.segments as u32 != pieces) as u32,
-            None => 0,
-        }
+    pub fn slots(self, pieces: u32) -> u32 {
+        let part = pieces % self.segments != 0;
+        (pieces / self.segments).wrapping_add(u32::from(part))
+    }
+
+    /// Grants for so many pieces: one for each, and one for each page of segments.
+    #[inline]
+    pub fn grants(self, pieces: u32) -> u32 {
+        let full = segment_pages(self.segments()).wrapping_mul(pieces / self.segments);
+        let last = segment_pages((pieces % self.segments) as u16);
+        pieces.wrapping_add(full).wrapping_add(last)
+    }
+}
+
+/// Pages of segments that a slot with so many pieces needs.
+#[inline]
+const fn segment_pages(pieces: u16) -> u32 {
+    if pieces as usize <= DIRECT_SEGMENTS {
+        0
+    } else {
+        indirect_pages(pieces) as u32
     }
 }
 
@@ -293,32 +304,10 @@ impl<I: Iterator<Item = Piece>> Plan<I> {
         self.limits.slots(self.left)
     }
 
-    /// Grants still needed: one for each piece and for each page of segments.
+    /// Grants still needed.
     #[inline]
     pub fn grants(&self) -> u32 {
-        let per_slot = u32::from(self.limits.segments);
-        let Some(last) = self.left.checked_rem(per_slot) else {
-            return self.left;
-        };
-        let full = self
-            .left
-            .wrapping_sub(last)
-            .checked_div(per_slot)
-            .unwrap_or(0);
-        let pages = full
-            .wrapping_mul(pages(self.limits.segments))
-            .wrapping_add(pages(last as u16));
-        self.left.wrapping_add(pages)
-    }
-}
-
-/// Pages of segments for one slot with so many pieces.
-#[inline]
-const fn pages(pieces: u16) -> u32 {
-    if pieces as usize <= DIRECT_SEGMENTS {
-        0
-    } else {
-        indirect_pages(pieces) as u32
+        self.limits.grants(self.left)
     }
 }
 
@@ -327,17 +316,20 @@ impl<I: Iterator<Item = Piece>> Iterator for Plan<I> {
 
     #[inline]
     fn next(&mut self) -> Option<Part> {
-        let count = self.left.min(u32::from(self.limits.segments)) as u16;
+        let count = self.left.min(self.limits.segments.get()) as u16;
         let mut sectors = 0u32;
         let mut taken = 0u16;
-        for piece in self.pieces.by_ref().take(usize::from(count)) {
+        while taken < count {
+            let Some(piece) = self.pieces.next() else {
+                break;
+            };
             sectors = sectors.wrapping_add(u32::from(piece.sectors()));
             taken = taken.wrapping_add(1);
         }
         if taken == 0 {
             return None;
         }
-        let form = match pages(taken) {
+        let form = match segment_pages(taken) {
             0 => Form::Direct,
             pages => Form::Indirect(pages as u8),
         };
