@@ -3,7 +3,8 @@
 """Boots a machine, runs a shell script in it, prints what came out.
 
 For development, before there is a scenario:
-    scripts/in-root qemu-test/try.py plain --module x.ko 'insmod /modules/x.ko; ls /sys/block'
+    scripts/in-root qemu-test/try.py plain --kernel DIR --module x.ko 'insmod /modules/x.ko; ls /sys/block'
+    scripts/in-root qemu-test/try.py xen --kernel DIR --pair R/C 'cat /proc/partitions'
 """
 
 import argparse
@@ -12,21 +13,15 @@ import time
 from pathlib import Path
 
 from harness.kernel import Kernel
+from harness.pairs import pair
 from harness.plain import PlainVm
+from harness.snapshot import Snapshot
+from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 
-def main():
-    """Parses the command line and runs one machine."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["plain"])
-    parser.add_argument("--kernel", required=True, help="directory of a prepared kernel")
-    parser.add_argument("--module", action="append", default=[], help="a .ko to put into /modules")
-    parser.add_argument("--logs", default=None, help="where logs go (default: a name of this run)")
-    parser.add_argument("--cpus", type=int, default=2)
-    parser.add_argument("--timeout", type=int, default=300)
-    parser.add_argument("script")
-    options = parser.parse_args()
-    logs = Path(options.logs or f"build/test-logs/try-{time.time_ns() // 10**6}")
+def plain(options, logs):
+    """One kernel, no Xen."""
     vm = PlainVm(Kernel(options.kernel), logs, options.module, cpus=options.cpus)
     try:
         status, output = vm.run(options.script, options.timeout)
@@ -34,8 +29,52 @@ def main():
         vm.stop()
     finally:
         vm.machine.kill()
-        print(f"console: {vm.machine.console_log}", file=sys.stderr)
     return status
+
+
+def xen(options, logs):
+    """dom0 with the pair's backend on a RAM disk, and a guest with the pair's frontend."""
+    kernel = Kernel(options.kernel)
+    build = Path(options.build or f"build/{kernel.release}")
+    host = XenHost(Snapshot(kernel), pair(options.pair, kernel, build), logs, options.module)
+    try:
+        host.load_backend()
+        host.ram_disks()
+        print(host.sh(options.dom0, options.timeout))
+        guest = host.start_guest(type=options.type, vcpus=options.cpus, disks=[Disk()] if options.disk else [])
+        status, output = guest.run(options.script, options.timeout)
+        print(output)
+        print(host.sh(options.then, options.timeout))
+        host.finish()
+    except BaseException:
+        host.collect()
+        raise
+    finally:
+        host.close()
+    return status
+
+
+def main():
+    """Parses the command line and runs one machine."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["plain", "xen"])
+    parser.add_argument("--kernel", required=True, help="directory of a prepared kernel")
+    parser.add_argument("--module", action="append", default=[], help="a .ko to put along (plain: /modules, dom0: /payload/modules)")
+    parser.add_argument("--logs", default=None, help="where logs go (default: a name of this run)")
+    parser.add_argument("--cpus", type=int, default=None, help="of the plain machine (2) or the guest (1)")
+    parser.add_argument("--timeout", type=int, default=300)
+    parser.add_argument("--pair", default="C/C", help="xen: FRONT/BACK, each C or R")
+    parser.add_argument("--build", default=None, help="xen: directory with our modules")
+    parser.add_argument("--type", default="pv", help="xen: pv or pvh")
+    parser.add_argument("--no-disk", dest="disk", action="store_false", help="xen: a guest without a disk")
+    parser.add_argument("--dom0", default="true", help="xen: script for dom0 before the guest starts")
+    parser.add_argument("--then", default="true", help="xen: script for dom0 after the guest's")
+    parser.add_argument("script", help="runs in the plain machine or in the guest")
+    options = parser.parse_args()
+    options.cpus = options.cpus or (2 if options.kind == "plain" else 1)
+    logs = Path(options.logs or f"build/test-logs/try-{time.time_ns() // 10**6}").resolve()
+    print(f"logs: {logs}", file=sys.stderr)
+    return {"plain": plain, "xen": xen}[options.kind](options, logs)
 
 
 if __name__ == "__main__":

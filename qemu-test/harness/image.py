@@ -17,17 +17,19 @@ PIECES = Path(__file__).resolve().parent.parent / "image"
 """Scripts that run inside the machines."""
 
 
-def base_archive(init, programs=()):
+def base_archive(init, programs=(), devices=True):
     """An archive with busybox, the agent, an /init and `programs`.
 
-    `init` is the name of a script in `image/`; `programs` maps nothing: each
-    is a path in the build root and has the same path in the machine.
+    `init` is the name of a script in `image/`. A program has the same path in
+    the machine as in the build root. `devices` are the nodes that the kernel
+    wants before /init has mounted /dev.
     """
     archive = Archive()
     for path in ("/proc", "/sys", "/dev", "/run", "/tmp", "/etc", "/lib/modules", "/var/log", "/root", "/mnt"):
         archive.directory(path)
-    archive.device("/dev/console", 5, 1)
-    archive.device("/dev/null", 1, 3)
+    if devices:
+        archive.device("/dev/console", 5, 1)
+        archive.device("/dev/null", 1, 3)
     archive.file("/bin/busybox", "/usr/bin/busybox")
     for name in ("sh", "mount", "insmod", "modprobe"):
         archive.link(f"/bin/{name}", "busybox")

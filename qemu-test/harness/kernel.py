@@ -2,8 +2,9 @@
 """A kernel that scenarios boot: its image and its loadable modules.
 
 A prepared kernel is a directory that `scripts/kernel-set` or
-`scripts/own-kernel` made: `vmlinux` (what boots), `modules/` (as in
-/lib/modules/RELEASE) and `O` (the object directory for our own build).
+`scripts/own-kernel` made: `vmlinuz` (the packed image), `vmlinux` (unpacked,
+which boots faster), `modules/` (as in /lib/modules/RELEASE) and `O` (the object
+directory for our own build).
 """
 
 import lzma
@@ -18,6 +19,7 @@ class Kernel:
     def __init__(self, directory):
         self.directory = Path(directory).resolve()
         self.release = (self.directory / "release").read_text().strip()
+        self.vmlinuz = self.directory / "vmlinuz"
         self.vmlinux = self.directory / "vmlinux"
         self._tree = self.directory / "modules"
         self._paths = {_name(path): path for path in self._tree.rglob("*.ko*")}

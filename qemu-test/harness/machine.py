@@ -14,7 +14,7 @@ import pexpect
 
 from .evidence import trouble_in
 from .shell import MachineTrouble
-from .shell import Shell
+from .shell import SerialShell
 
 QEMU = "qemu-system-x86_64"
 
@@ -39,7 +39,7 @@ class Machine:
         (self.logs / "qemu.txt").write_text(" \\\n ".join([QEMU, *command]) + "\n")
         self._child = pexpect.spawn(QEMU, command, timeout=None, encoding="utf-8", codec_errors="replace", echo=False, cwd=self.logs)
         self._child.delaybeforesend = None
-        self.shell = Shell(self._child, self.watch)
+        self.shell = SerialShell(self._child, self.watch)
 
     def console(self):
         """All that came on the console so far."""
@@ -67,6 +67,14 @@ class Machine:
             if not self._child.isalive():
                 raise MachineTrouble(f"QEMU ended before {text!r}:\n{self._child.read()}")
             time.sleep(0.1)
+
+    def wait_monitor(self, timeout):
+        """Waits until QEMU has opened its monitor."""
+        deadline = time.monotonic() + timeout
+        while not self._short(self._monitor).exists():
+            if not self._child.isalive() or time.monotonic() > deadline:
+                raise MachineTrouble(f"QEMU did not start:\n{self._child.read()}")
+            time.sleep(0.02)
 
     def monitor(self, command, timeout=120):
         """Gives QEMU's monitor a command and returns its answer."""

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Commands run inside a machine, over a serial line to its agent."""
+"""Commands run inside a machine or a DomU, through the agent there.
+
+The agent (`image/agent`) reads "NUMBER BASE64" lines and answers between
+marker lines, with exit status and checksum. `Shell` is the asker's side, for
+any way to exchange a line; `SerialShell` exchanges it over a serial line.
+"""
 
 import base64
 import re
@@ -24,36 +29,24 @@ class MachineTrouble(AssertionError):
 
 
 class Shell:
-    """The asker's side of `image/agent`.
+    """Asks an agent; a subclass says how a line gets there and back."""
 
-    `child` is a pexpect child whose terminal is the serial line; `watch` is
-    called while waiting and raises when the machine is in trouble.
-    """
-
-    def __init__(self, child, watch):
-        self._child = child
-        self._watch = watch
+    def __init__(self):
         self._number = 0
 
-    def wait_ready(self, timeout):
-        """Waits until the agent has started."""
-        self._await(r"#agent ready", timeout, "the agent did not start")
-
-    def wake(self):
-        """Gives the line a blank to lose: the first byte after a restore is."""
-        self._child.send("\n")
+    def exchange(self, number, text, timeout, command):
+        """Sends "number text"; returns all up to and with the end marker."""
+        raise NotImplementedError
 
     def run(self, command, timeout=TIMEOUT):
         """Runs a shell script; returns its exit status and output."""
-        self._number += 1
-        number = self._number
-        text = base64.b64encode(command.encode()).decode()
-        request = text
+        number = self.next_number()
+        request = encode(command)
         for _attempt in range(4):
-            self._child.send(f"{number} {request}\n")
-            answer = self._answer(number, timeout, command)
-            if answer is not None:
-                return answer
+            answer = self.exchange(number, request, timeout, command)
+            decoded = _decode(number, answer)
+            if decoded is not None:
+                return decoded
             request = "again"
         raise CommandFailed(f"no undamaged answer to: {command}")
 
@@ -64,23 +57,45 @@ class Shell:
             raise CommandFailed(f"status {status} from: {command}\n{output}")
         return output.strip()
 
+    def next_number(self):
+        """A number that no earlier request had."""
+        self._number += 1
+        return self._number
+
+
+class SerialShell(Shell):
+    """An agent at the other end of a pexpect child's terminal.
+
+    `watch` is called while waiting and raises when the machine is in trouble.
+    """
+
+    def __init__(self, child, watch):
+        super().__init__()
+        self._child = child
+        self._watch = watch
+
+    def wait_ready(self, timeout):
+        """Waits until the agent has started."""
+        self._await(r"#agent ready", timeout, "the agent did not start")
+
+    def wake(self):
+        """Gives the line a blank to lose: the first byte after a restore is."""
+        self._child.send("\n\n")
+
+    def skip_numbers(self):
+        """Goes on after a restore, where an earlier asker used low numbers."""
+        self._number += 1000
+
     def send(self, command):
         """Starts a shell script and awaits no answer: the machine goes away."""
-        self._number += 1
-        text = base64.b64encode(command.encode()).decode()
-        self._child.send(f"{self._number} {text}\n")
+        self._child.send(f"{self.next_number()} {encode(command)}\n")
 
-    def _answer(self, number, timeout, command):
-        end = rf"#end {number} (\d+) ([0-9a-f]+)\r?\n"
+    def exchange(self, number, text, timeout, command):
+        """Sends one line over the serial line and awaits the end marker."""
+        self._child.send(f"{number} {text}\n")
+        end = rf"#end {number} \d+ [0-9a-f]+\r?\n"
         self._await(end, timeout, f"no answer within {timeout} s to: {command}")
-        status, checksum = self._child.match.groups()
-        body = self._child.before.rsplit(f"#begin {number}", 1)[-1]
-        lines = [line.strip() for line in body.splitlines()]
-        lines = [line for line in lines if re.fullmatch(r"[A-Za-z0-9+/=]+", line)]
-        encoded = "".join(line + "\n" for line in lines)
-        if zlib.crc32(encoded.encode()) != int(checksum, 16):
-            return None
-        return int(status), base64.b64decode(encoded).decode(errors="replace")
+        return self._child.before + self._child.match.group(0)
 
     def _await(self, pattern, timeout, failure):
         deadline = time.monotonic() + timeout
@@ -95,3 +110,18 @@ class Shell:
                 raise MachineTrouble(f"QEMU ended: {failure}\n{self._child.before}") from None
         raise CommandFailed(failure)
 
+
+def encode(command):
+    """A shell script as the agent takes it."""
+    return base64.b64encode(command.encode()).decode()
+
+
+def _decode(number, answer):
+    """Status and output of an answer, or None if it is damaged."""
+    end = re.search(rf"#end {number} (\d+) ([0-9a-f]+)", answer)
+    body = answer[: end.start()].rsplit(f"#begin {number}", 1)[-1]
+    lines = [line.strip() for line in body.splitlines()]
+    encoded = "".join(line + "\n" for line in lines if re.fullmatch(r"[A-Za-z0-9+/=]+", line))
+    if zlib.crc32(encoded.encode()) != int(end.group(2), 16):
+        return None
+    return int(end.group(1)), base64.b64decode(encoded).decode(errors="replace")

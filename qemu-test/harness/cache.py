@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Files and directories that are made once and named by what they are made of.
+
+A thing is made under a temporary name and renamed when complete, under a lock:
+an interrupted making leaves nothing that looks finished, and of two processes
+that want the same thing one makes it and the other waits.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+CACHE = Path(os.environ.get("RBLKIF_CACHE") or Path.home() / ".cache" / "rblkif")
+
+
+def key_of(*parts):
+    """A short name for content: texts, bytes, or files by path."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as file:
+                part = hashlib.file_digest(file, "sha256").digest()
+        elif isinstance(part, str):
+            part = part.encode()
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
+
+
+def made_once(path, make):
+    """Returns `path`, after `make(temporary path)` has made it if need be."""
+    path = Path(path)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_name(path.name + ".lock")):
+        if not path.exists():
+            temporary = path.with_name(path.name + ".tmp")
+            _remove(temporary)
+            make(temporary)
+            temporary.rename(path)
+    return path
+
+
+@contextmanager
+def _locked(path):
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

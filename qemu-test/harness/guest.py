@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A DomU of a Xen host, as a scenario sees it."""
+
+import time
+
+from .evidence import trouble_in
+from .shell import CommandFailed
+from .shell import MachineTrouble
+from .shell import Shell
+
+LOG = "/var/log/xen/console/guest-{name}.log"
+"""Where xenconsoled in dom0 writes a guest's console."""
+
+
+class GuestShell(Shell):
+    """The agent of a DomU, reached through dom0 and the DomU's console."""
+
+    def __init__(self, host, name):
+        super().__init__()
+        self._host = host
+        self._name = name
+
+    def exchange(self, number, text, timeout, command):
+        """Has dom0 pass one line to the guest and read the answer."""
+        status, output = self._host.run(f"guest-sh {self._name} {timeout} {number} {text}", timeout + 30)
+        if status != 0:
+            raise CommandFailed(f"{output.splitlines()[-1] if output else status}: {command}")
+        return output
+
+
+class Guest:
+    """One DomU."""
+
+    def __init__(self, host, name):
+        self.host = host
+        self.name = name
+        self.shell = GuestShell(host, name)
+        self._allowed = []
+
+    def start(self, type, disks, vcpus, memory, root):
+        """xl create, then waits for the agent."""
+        extra = "console=hvc0 panic=1 mitigations=off nokaslr loglevel=5"
+        if root:
+            extra += f" root=/dev/{root}"
+        listed = ", ".join(f'"{disk.specification()}"' for disk in disks)
+        configuration = f"""
+name = "{self.name}"
+type = "{type}"
+vcpus = {vcpus}
+memory = {memory}
+kernel = "/guest/vmlinuz"
+ramdisk = "/run/initrd"
+extra = "{extra}"
+disk = [ {listed} ]
+on_crash = "destroy"
+on_reboot = "destroy"
+"""
+        log = LOG.format(name=self.name)
+        self.host.sh(f"cat > /run/{self.name}.cfg << 'EOF'\n{configuration}\nEOF\n: > {log}")
+        self.host.sh(
+            f"(tail -f {log} | grep -v '^[A-Za-z0-9+/=]*.$' | sed 's/^/({self.name}) /' > /dev/console) >/dev/null 2>&1 &"
+        )
+        self.host.sh(f"xl create /run/{self.name}.cfg", timeout=240)
+        self._wait_for_agent(timeout=240)
+
+    def sh(self, command, timeout=120):
+        """Runs a shell script in the guest; it must succeed. Returns its output."""
+        return self.shell.check(command, timeout)
+
+    def run(self, command, timeout=120):
+        """Runs a shell script in the guest; returns status and output."""
+        return self.shell.run(command, timeout)
+
+    def wait_for(self, condition, timeout=120):
+        """Waits until a shell condition holds in the guest."""
+        script = f"end=$(($(date +%s) + {timeout})); until {condition}; do [ $(date +%s) -lt $end ] || exit 9; usleep 100000; done"
+        status, output = self.run(script, timeout + 30)
+        if status != 0:
+            raise CommandFailed(f"after {timeout} s in {self.name} still not: {condition}\n{output}")
+
+    def wait_for_disk(self, vdev, timeout=120):
+        """Waits until the guest has the disk as a block device."""
+        self.wait_for(f"[ -b /dev/{vdev} ]", timeout)
+
+    def load_frontend(self, parameters=""):
+        """Loads the pair's frontend again."""
+        self.sh(f"insmod $(ls /modules/{self.front}.ko /run/modules/{self.front}.ko 2>/dev/null) {parameters}")
+
+    def unload_frontend(self):
+        """Unloads the pair's frontend."""
+        self.sh(f"rmmod {self.front}")
+
+    @property
+    def front(self):
+        """The name of the pair's frontend module."""
+        return self.host.pair.front.name
+
+    @property
+    def domid(self):
+        """The domain's number."""
+        return int(self.host.sh(f"xl domid {self.name}"))
+
+    def is_alive(self):
+        """Whether the domain exists."""
+        return self.host.run(f"xl domid {self.name}")[0] == 0
+
+    def console(self):
+        """All that the guest's console showed."""
+        return self.host.sh(f"cat {LOG.format(name=self.name)}")
+
+    def allow(self, text):
+        """Lets console lines that contain `text` pass: this scenario provokes them."""
+        self._allowed.append(text)
+        self.host.machine.allow(text)
+
+    def shut_down(self, timeout=120):
+        """Powers the guest off from inside; its console must be clean to the end."""
+        if self.is_alive():
+            number = self.shell.next_number()
+            self.host.run(f"guest-sh {self.name} 3 {number} {_POWER_OFF}")
+            self._wait_gone(timeout)
+        self.check_console()
+        self.host.guests.pop(self.name, None)
+
+    def destroy(self):
+        """xl destroy."""
+        self.host.sh(f"xl destroy {self.name}")
+        self._wait_gone(60)
+
+    def check_console(self):
+        """Keeps the console in the logs and raises if it shows trouble."""
+        text = self.console()
+        (self.host.logs / f"console-{self.name}.txt").write_text(text)
+        bad = [line for line in trouble_in(text) if not any(allowed in line for allowed in self._allowed)]
+        if bad:
+            raise MachineTrouble(f"the console of {self.name} shows:\n" + "\n".join(bad[:20]))
+
+    def _wait_for_agent(self, timeout):
+        deadline = time.monotonic() + timeout
+        log = LOG.format(name=self.name)
+        while self.host.run(f"grep -q '#agent ready' {log}")[0] != 0:
+            self.host.machine.watch()
+            if not self.is_alive():
+                raise MachineTrouble(f"{self.name} ended while starting:\n{self.console()[-3000:]}")
+            if time.monotonic() > deadline:
+                raise MachineTrouble(f"{self.name} did not start within {timeout} s:\n{self.console()[-3000:]}")
+            time.sleep(0.3)
+
+    def _wait_gone(self, timeout):
+        self.host.sh(
+            f"end=$(($(date +%s) + {timeout})); while xl domid {self.name} >/dev/null 2>&1; do "
+            f"[ $(date +%s) -lt $end ] || exit 9; usleep 200000; done",
+            timeout + 30,
+        )
+
+
+_POWER_OFF = "Y2QgLzsgc3luYzsgbW91bnQgLW8gcmVtb3VudCxybyAvIHx8IHRydWU7IHBvd2Vyb2ZmIC1m"
+"""cd /; sync; mount -o remount,ro / || true; poweroff -f"""

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Frontend and backend of a scenario: the C drivers or ours.
+
+A pair is written FRONT/BACK with C for the kernel's own driver and R for the
+Rust driver. C/C is the control: a scenario that fails there tests itself.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cache import CACHE
+from .cache import key_of
+from .cache import made_once
+
+
+@dataclass
+class Driver:
+    """One driver module: its name without .ko, and the file."""
+
+    name: str
+    file: Path
+
+
+@dataclass
+class Pair:
+    """The two drivers of a scenario."""
+
+    name: str
+    front: Driver
+    back: Driver
+
+
+NAMES = {"C": ("xen-blkfront", "xen-blkback"), "R": ("rblkfront", "rblkback")}
+
+
+def pair(name, kernel, build):
+    """The pair called `name` for `kernel`; our modules are in directory `build`."""
+    front, back = name.split("/")
+    return Pair(name, _driver(NAMES[front][0], front, kernel, build), _driver(NAMES[back][1], back, kernel, build))
+
+
+def _driver(name, kind, kernel, build):
+    if kind == "R":
+        return Driver(name, Path(build) / f"{name}.ko")
+    content = kernel.module(name)
+    file = CACHE / "images" / f"{name}-{key_of(content)}.ko"
+    return Driver(name, made_once(file, lambda path: path.write_bytes(content)))

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Xen and dom0 booted once, and started again from there by every scenario.
+
+A snapshot is QEMU's migration stream of a machine whose dom0 is ready. It is
+named by all that went into it. What a scenario brings is on disks, whose
+content no one has read when the snapshot is taken.
+"""
+
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from .cache import CACHE
+from .cache import key_of
+from .cache import made_once
+from .machine import QEMU
+from .machine import Machine
+from .xenimage import dom0_initrd
+from .xenimage import xen_binary
+
+XEN_ARGUMENTS = (
+    "console=com1 com1=115200,8n1 dom0_mem=512M,max:512M dom0_max_vcpus={vcpus} noreboot bootscrub=0 "
+    # Without eager-fpu dom0's user space is randomly corrupted under TCG.
+    "spec-ctrl=no,eager-fpu edd=off vga=none vpmu=off iommu=no cpufreq=none loglvl=warning guest_loglvl=warning"
+)
+DOM0_ARGUMENTS = "console=hvc0 panic=1 loglevel=5 mitigations=off"
+DISK_SIZES = {"payload": 64 << 20, "disk": 512 << 20}
+"""The virtio disks of every Xen host: /dev/vda and /dev/vdb in dom0."""
+
+
+class Snapshot:
+    """The Xen host for one kernel, booted up to "dom0 ready"."""
+
+    def __init__(self, kernel, vcpus=1, memory=1536):
+        self._vcpus = vcpus
+        self._memory = memory
+        self._xen = xen_binary()
+        self._initrd = dom0_initrd(kernel)
+        self._vmlinux = kernel.vmlinux
+        version = subprocess.run([QEMU, "--version"], stdout=subprocess.PIPE, check=True).stdout
+        arguments = " ".join(self._arguments({name: Path(name) for name in DISK_SIZES}))
+        key = key_of(self._initrd.name, self._xen.name, self._vmlinux, version, arguments)
+        self._directory = CACHE / "snapshots" / key
+
+    def start(self, logs, disks):
+        """A machine that goes on from "dom0 ready", with `disks` (name to image)."""
+        directory = made_once(self._directory, self._make)
+        arguments = self._arguments(disks)
+        machine = Machine([*arguments, "-incoming", f"exec:cat {directory / 'state'}"], logs)
+        shutil.copy(directory / "console.log", machine.logs / "console-boot.log")
+        machine.wait_monitor(timeout=30)
+        while "inmigrate" in machine.monitor("info status"):
+            time.sleep(0.05)
+        machine.monitor("cont")
+        machine.shell.skip_numbers()
+        machine.shell.wake()
+        return machine
+
+    def _make(self, directory):
+        directory.mkdir(parents=True)
+        with tempfile.TemporaryDirectory(dir=directory) as place:
+            disks = {name: blank(Path(place) / name, size) for name, size in DISK_SIZES.items()}
+            machine = Machine(self._arguments(disks), directory)
+            try:
+                machine.wait_for_console("init: dom0 ready", timeout=300)
+                machine.shell.check("sync")
+                machine.monitor("stop")
+                machine.monitor(f"migrate \"exec:cat > {directory / 'state'}\"")
+                status = machine.monitor("info migrate")
+                if "completed" not in status:
+                    raise RuntimeError(f"the snapshot was not saved:\n{status}")
+            finally:
+                machine.kill()
+
+    def _arguments(self, disks):
+        def comma(text):
+            return str(text).replace(",", ",,")
+
+        vmlinux = comma(f"{self._vmlinux} {DOM0_ARGUMENTS}")
+        arguments = [
+            "-accel", "tcg", "-machine", "q35", "-cpu", "qemu64,+svm,+npt,+rdrand",
+            "-m", str(self._memory), "-smp", "1", "-kernel", str(self._xen),
+            "-append", XEN_ARGUMENTS.format(vcpus=self._vcpus),
+            "-initrd", f"{vmlinux},{comma(self._initrd)}",
+        ]  # fmt: skip
+        for name in DISK_SIZES:
+            arguments += [
+                "-drive", f"if=none,id={name},format=raw,file={disks[name]}",
+                "-device", f"virtio-blk-pci,drive={name},disable-legacy=on,iommu_platform=on",
+            ]  # fmt: skip
+        return arguments
+
+
+def blank(path, size):
+    """Makes a sparse file of `size` bytes, or grows one to it; returns its path."""
+    with open(path, "ab") as file:
+        file.truncate(size)
+    return path

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A Xen host as a scenario sees it: dom0's shell, guests, disks.
+
+pair       which frontend and which backend serve the disks, see pairs.py
+vdev       the disk's name in the guest, such as xvda
+target     what the backend serves, a block device of dom0
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cpio import Archive
+from .guest import Guest
+from .shell import CommandFailed
+from .shell import MachineTrouble
+from .snapshot import DISK_SIZES
+from .snapshot import blank
+
+
+@dataclass
+class Disk:
+    """One disk of a guest, as in its xl configuration."""
+
+    vdev: str = "xvda"
+    target: str = "/dev/ram0"
+    mode: str = "rw"
+
+    def specification(self):
+        """The disk in xl's syntax."""
+        return f"format=raw,vdev={self.vdev},access={self.mode},script=blk-min,target={self.target}"
+
+
+class XenHost:
+    """A running Xen host with dom0 ready and no backend loaded yet.
+
+    `image` is copied to the disk that dom0 sees as /dev/vdb; after the end of
+    the scenario the copy is at `self.disk` for a look from outside.
+    """
+
+    def __init__(self, snapshot, pair, logs, modules=(), image=None, front_parameters=""):
+        self.logs = Path(logs).resolve()
+        shutil.rmtree(self.logs, ignore_errors=True)
+        self.logs.mkdir(parents=True)
+        self.pair = pair
+        self.guests = {}
+        self.disk = self.logs / "disk"
+        if image:
+            shutil.copy(image, self.disk)
+        blank(self.disk, DISK_SIZES["disk"])
+        payload = self.logs / "payload"
+        self._write_payload(payload, modules, front_parameters)
+        self.machine = snapshot.start(self.logs, {"payload": payload, "disk": self.disk})
+        self.sh("mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null && cat /guest/initrd guest.cpio > /run/initrd")
+
+    def _write_payload(self, path, modules, front_parameters):
+        front = Archive()
+        front.file(f"/modules/{self.pair.front.name}.ko", self.pair.front.file)
+        front.data("/modules/load", f"{self.pair.front.name} {front_parameters}\n")
+        payload = Archive()
+        for module in modules:
+            front.file(f"/modules/{Path(module).name}", module)
+            payload.file(f"/modules/{Path(module).name}", module)
+        payload.data("/guest.cpio", front.to_bytes())
+        payload.file(f"/modules/{self.pair.back.name}.ko", self.pair.back.file)
+        payload.write(path)
+        blank(path, DISK_SIZES["payload"])
+
+    def sh(self, command, timeout=120):
+        """Runs a shell script in dom0; it must succeed. Returns its output."""
+        return self.machine.shell.check(command, timeout)
+
+    def run(self, command, timeout=120):
+        """Runs a shell script in dom0; returns status and output."""
+        return self.machine.shell.run(command, timeout)
+
+    def load_backend(self, parameters=""):
+        """Loads the pair's backend."""
+        self.sh(f"insmod /payload/modules/{self.pair.back.name}.ko {parameters}")
+
+    def unload_backend(self):
+        """Unloads the pair's backend."""
+        self.sh(f"rmmod {self.pair.back.name}")
+
+    def insmod(self, name, parameters=""):
+        """Loads a module of dom0's image or of the payload."""
+        self.sh(f"insmod $(ls /payload/modules/{name}.ko /lib/modules/{name}.ko 2>/dev/null | head -n 1) {parameters}")
+
+    def ram_disks(self, count=1, megabytes=64):
+        """Makes /dev/ram0 and on: disks in dom0's memory."""
+        self.insmod("brd", f"rd_nr={count} rd_size={megabytes * 1024}")
+
+    def start_guest(self, name="guest", type="pv", disks=(Disk(),), vcpus=1, memory=256, root=None):
+        """Starts a DomU and waits until its agent answers."""
+        guest = Guest(self, name)
+        guest.start(type, disks, vcpus, memory, root)
+        self.guests[name] = guest
+        return guest
+
+    def attach(self, guest, disk):
+        """xl block-attach."""
+        self.sh(f"xl block-attach {guest.name} '{disk.specification()}'")
+
+    def detach(self, guest, vdev):
+        """xl block-detach; returns status and output, for it may be refused."""
+        return self.run(f"xl block-detach {guest.name} {vdev}")
+
+    def xenstore_read(self, path):
+        """The value of a xenstore node, or None where there is none."""
+        status, output = self.run(f"xenstore-read {path}")
+        return output.strip() if status == 0 else None
+
+    def xen_messages(self, key):
+        """What Xen prints for one of its debug keys."""
+        return self.sh(f"xl dmesg -c >/dev/null; xl debug-keys {key}; sleep 1; xl dmesg")
+
+    def finish(self):
+        """The end of a scenario that went well: all consoles must be clean."""
+        for guest in list(self.guests.values()):
+            guest.shut_down()
+        (self.logs / "dmesg-dom0.txt").write_text(self.sh("dmesg"))
+        self.sh("echo scenario complete > /dev/console")
+        self.machine.wait_for_console("scenario complete", timeout=30)
+        self.machine.watch()
+
+    def collect(self):
+        """Keeps what helps to understand a failure; never raises."""
+        looks = {
+            "xenstore.txt": "xenstore-ls -fp",
+            "dmesg-dom0.txt": "dmesg",
+            "xl-list.txt": "xl list -v; xl vcpu-list",
+            "xl-dmesg.txt": "xl dmesg",
+            "dom0-processes.txt": "ps; cat /proc/meminfo; lsmod",
+        }
+        for name, command in looks.items():
+            self._collect(name, lambda command=command: self.machine.shell.run(command, 30)[1])
+        for guest in self.guests.values():
+            self._collect(f"console-{guest.name}.txt", guest.console)
+            self._collect(f"dmesg-{guest.name}.txt", lambda guest=guest: guest.run("dmesg", 20)[1])
+
+    def close(self):
+        """Ends the machine and removes what only it needed."""
+        self.machine.kill()
+        for name in ("payload",):
+            (self.logs / name).unlink(missing_ok=True)
+
+    def _collect(self, name, look):
+        watch = self.machine.shell._watch
+        self.machine.shell._watch = lambda: None
+        try:
+            (self.logs / name).write_text(look())
+        except (CommandFailed, MachineTrouble, OSError) as problem:
+            (self.logs / name).write_text(f"not available: {problem}\n")
+        finally:
+            self.machine.shell._watch = watch

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-2.0
+"""What a Xen host is made of: hypervisor, dom0's and the DomU's initramfs, a root disk.
+
+No disk driver for Xen is in any of these. A scenario brings the frontend and
+the backend it wants on the payload disk, so that one snapshot serves all, and
+so that a driver that is not wanted is not there.
+"""
+
+import gzip
+import shutil
+import subprocess
+from pathlib import Path
+
+from .cache import CACHE
+from .cache import key_of
+from .cache import made_once
+from .image import PIECES
+from .image import add_modules
+from .image import add_program
+from .image import base_archive
+
+XEN = "/boot/xen-4.20-amd64.gz"
+XEN_BIN = "/usr/lib/xen-4.20/bin"
+
+DOM0_MODULES = (
+    "xen-privcmd", "xenfs", "xen-evtchn", "xen-gntdev", "xen-gntalloc",
+    "virtio_blk", "ext4", "loop",
+)  # fmt: skip
+DOM0_PROGRAMS = (
+    *(f"{XEN_BIN}/{name}" for name in ("xl", "xenstored", "xenconsoled", "xen-init-dom0", "libxl-save-helper", "xenconsole")),
+    *(f"/usr/bin/xenstore-{name}" for name in ("read", "write", "rm", "ls", "list", "exists", "chmod", "watch")),
+    "/usr/sbin/e2fsck",
+)  # fmt: skip
+DOMU_PROGRAMS = (
+    "/usr/bin/fio", "/usr/bin/dd", "/usr/sbin/blockdev", "/usr/sbin/sfdisk",
+    "/usr/sbin/mkfs.ext4", "/usr/sbin/e2fsck",
+)  # fmt: skip
+
+
+def xen_binary():
+    """The hypervisor as QEMU's -kernel takes it: an ELF multiboot image."""
+    packed = Path(XEN).read_bytes()
+    return made_once(CACHE / "images" / f"xen-{key_of(packed)}", lambda path: path.write_bytes(gzip.decompress(packed)))
+
+
+def domu_archive(kernel):
+    """The part of a DomU's initramfs that all scenarios share, as bytes."""
+    archive = base_archive("domu-init", DOMU_PROGRAMS)
+    order = add_modules(archive, kernel, ("ext4",))
+    archive.data("/lib/modules/order", "\n".join(order) + "\n")
+    return archive.to_bytes()
+
+
+def dom0_initrd(kernel):
+    """The file of dom0's initramfs, with DomU kernel and initramfs inside."""
+    archive = base_archive("dom0-init", DOM0_PROGRAMS)
+    order = add_modules(archive, kernel, DOM0_MODULES)
+    optional = add_modules(archive, kernel, ("brd", "null_blk"))
+    archive.data("/lib/modules/order", "\n".join(order) + "\n")
+    archive.data("/lib/modules/optional", "\n".join(optional) + "\n")
+    archive.data("/etc/xen/xl.conf", 'autoballoon="off"\n')
+    for name in ("blk-min", "guest-sh"):
+        place = "/etc/xen/scripts" if name == "blk-min" else "/usr/bin"
+        archive.file(f"{place}/{name}", PIECES / name)
+    archive.file("/guest/vmlinuz", kernel.vmlinuz)
+    archive.data("/guest/initrd", domu_archive(kernel))
+    content = archive.to_bytes()
+    return made_once(CACHE / "images" / f"dom0-{key_of(content)}", lambda path: path.write_bytes(content))
+
+
+def root_disk(size="384M"):
+    """A raw image with an ext4 root file system for a DomU."""
+    archive = base_archive("root-init", DOMU_PROGRAMS, devices=False)
+    add_program(archive, "/usr/bin/tar")
+    archive.link("/sbin/init", "/init")
+    content = archive.to_bytes()
+
+    def make(path):
+        tree = path.with_name(path.name + ".tree")
+        shutil.rmtree(tree, ignore_errors=True)
+        tree.mkdir()
+        subprocess.run(["cpio", "-id", "--quiet", "--no-absolute-filenames"], input=content, cwd=tree, check=True)
+        subprocess.run(["mkfs.ext4", "-q", "-E", "root_owner=0:0", "-d", tree, path, size], check=True)
+        shutil.rmtree(tree)
+
+    return made_once(CACHE / "images" / f"root-{key_of(content, size)}.img", make)
