@@ -22,11 +22,12 @@ quiet_cmd_bindgen_ext = BINDGEN $@
 
 bindings := $(obj)/rust/bindings
 
-# Whole files are taken, and none of the files that they include.
+# Whole files are taken, and none of the files that they include. Types that the
+# stock bindings have too are left to them.
 $(bindings)/headers_generated.rs: private bindgen_ext_flags = \
 	$(shell sed -n 's,^.include <\(.*\)>.*,--allowlist-file .*/include/\1,p' \
 		$(src)/rust/bindings/headers.h) \
-	--no-recursive-allowlist
+	--no-recursive-allowlist --blocklist-type bio_vec --blocklist-type domid_t
 $(bindings)/headers_generated.rs: $(src)/rust/bindings/headers.h FORCE
 	$(call if_changed_dep,bindgen_ext)
 

@@ -6,6 +6,7 @@
  */
 #include <asm/xen/events.h>
 #include <linux/kthread.h>
+#include <uapi/linux/hdreg.h>
 #include <xen/interface/xen.h>
 #include <xen/interface/grant_table.h>
 #include <xen/interface/event_channel.h>

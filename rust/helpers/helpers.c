@@ -5,4 +5,11 @@
  * No logic lives here.
  */
 
+#include "bio.c"
+#include "blk.c"
+#include "blkdev.c"
 #include "grant_table.c"
+#include "highmem.c"
+#include "sched.c"
+#include "spinlock.c"
+#include "sysfs.c"

@@ -1,3 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! base
+//! What any driver may need and the stock `kernel` crate lacks.
+//!
+//! - [`irq_spinlock`]: a lock for data that an interrupt handler uses too.
+//! - [`kthread`]: kernel threads that run a closure.
+//! - [`module_param`]: module parameters that show in sysfs.
+//! - [`module_ref`]: references to the module.
+//! - [`page`]: bytes of pages that somebody else may change at any time.
+//! - [`pages`]: owners of pages, made of other owners.
+//! - [`sysfs`]: read-only attributes of a device.
+//! - [`this_module`]: the module that this crate is linked into.
+//! - [`wait`]: wait queues.
+
+pub mod irq_spinlock;
+pub mod kthread;
+pub mod module_param;
+pub mod module_ref;
+pub mod page;
+pub mod pages;
+pub mod sysfs;
+pub mod this_module;
+pub mod wait;

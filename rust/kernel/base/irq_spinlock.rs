@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A spinlock that keeps interrupts off on the local CPU while it is held.
+//!
+//! For data that an interrupt handler uses too. [`kernel::sync::SpinLock`] would deadlock there:
+//! the handler can interrupt the holder on the same CPU.
+
+use kernel::{
+    bindings,
+    ffi::c_ulong,
+    sync::lock::{
+        Backend,
+        Guard,
+        Lock, //
+    }, //
+};
+
+/// Creates an [`IrqSpinLock`] initialiser with a lock class of its own.
+///
+/// The name is the one given, or else the place in the source.
+#[macro_export]
+macro_rules! new_irq_spinlock {
+    ($inner:expr $(, $name:literal)? $(,)?) => {
+        $crate::base::irq_spinlock::IrqSpinLock::new(
+            $inner, ::kernel::optional_name!($($name)?), ::kernel::static_lock_class!())
+    };
+}
+pub use new_irq_spinlock;
+
+/// A spinlock that keeps interrupts off on the local CPU while it is held.
+///
+/// May be taken in any context. The interrupt state that was found is restored by the guard, so
+/// guards of several such locks are to be dropped in the reverse order.
+pub type IrqSpinLock<T> = Lock<T, IrqSpinLockBackend>;
+
+/// The guard of an [`IrqSpinLock`].
+pub type IrqSpinLockGuard<'a, T> = Guard<'a, T, IrqSpinLockBackend>;
+
+/// A kernel `spinlock_t` with `spin_lock_irqsave()`.
+pub struct IrqSpinLockBackend;
+
+// SAFETY: `spinlock_t` gives mutual exclusion. `relock` is the default, which locks as `lock` does.
+unsafe impl Backend for IrqSpinLockBackend {
+    type State = bindings::spinlock_t;
+    type GuardState = c_ulong;
+
+    #[inline]
+    unsafe fn init(
+        ptr: *mut Self::State,
+        name: *const kernel::ffi::c_char,
+        key: *mut bindings::lock_class_key,
+    ) {
+        // SAFETY: `ptr` is valid for writes, `name` and `key` live for ever, as the caller
+        // promises.
+        unsafe { bindings::__spin_lock_init(ptr, name, key) }
+    }
+
+    #[inline]
+    unsafe fn lock(ptr: *mut Self::State) -> Self::GuardState {
+        // SAFETY: The lock was initialised, as the caller promises.
+        unsafe { bindings_ext::spin_lock_irqsave(ptr) }
+    }
+
+    #[inline]
+    unsafe fn try_lock(ptr: *mut Self::State) -> Option<Self::GuardState> {
+        let mut flags = 0;
+        // SAFETY: The lock was initialised, as the caller promises.
+        unsafe { bindings_ext::spin_trylock_irqsave(ptr, &mut flags) }.then_some(flags)
+    }
+
+    #[inline]
+    unsafe fn unlock(ptr: *mut Self::State, flags: &Self::GuardState) {
+        // SAFETY: The caller owns the lock, and took it with these flags.
+        unsafe { bindings_ext::spin_unlock_irqrestore(ptr, *flags) }
+    }
+
+    #[inline]
+    unsafe fn assert_is_held(ptr: *mut Self::State) {
+        // SAFETY: The lock was initialised, as the caller promises.
+        unsafe { bindings::spin_assert_is_held(ptr) }
+    }
+}

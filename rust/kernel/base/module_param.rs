@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Module parameters that show in sysfs.
+//!
+//! The `params` of [`kernel::prelude::module`] can be set at load time only, and never show under
+//! `/sys/module/<module>/parameters/`. [`module_params`] makes the entries that the C macro
+//! `module_param()` makes.
+//!
+//! C header: [`include/linux/moduleparam.h`](srctree/include/linux/moduleparam.h)
+
+use core::cell::UnsafeCell;
+use core::ffi::CStr;
+use core::ptr;
+use kernel::bindings;
+
+/// A type that a module parameter can have.
+///
+/// # Safety
+///
+/// The functions of `OPS` take a pointer to `Self` as the parameter's argument, and write single
+/// words that are valid values of `Self`.
+pub unsafe trait ParamType: Copy + Send + Sync + 'static {
+    #[doc(hidden)]
+    const OPS: *const bindings::kernel_param_ops;
+}
+
+// SAFETY: `param_ops_uint` takes an `unsigned int *`, of which every value is valid.
+unsafe impl ParamType for u32 {
+    const OPS: *const bindings::kernel_param_ops = &raw const bindings::param_ops_uint;
+}
+
+// SAFETY: `param_ops_int` takes an `int *`, of which every value is valid.
+unsafe impl ParamType for i32 {
+    const OPS: *const bindings::kernel_param_ops = &raw const bindings::param_ops_int;
+}
+
+// SAFETY: `param_ops_bool` takes a `bool *` and writes 0 or 1.
+unsafe impl ParamType for bool {
+    const OPS: *const bindings::kernel_param_ops = &raw const bindings::param_ops_bool;
+}
+
+/// A module parameter. Made by [`module_params`].
+#[repr(transparent)]
+pub struct Param<T: ParamType>(UnsafeCell<T>);
+
+// SAFETY: All access is by single words: reads by `get`, writes by the kernel's parameter code.
+unsafe impl<T: ParamType> Sync for Param<T> {}
+
+impl<T: ParamType> Param<T> {
+    /// A parameter that was not set.
+    pub const fn new(default: T) -> Self {
+        Self(UnsafeCell::new(default))
+    }
+
+    /// The value now. A parameter that is writable in sysfs can change at any time.
+    pub fn get(&self) -> T {
+        // SAFETY: The pointer is valid. A write at the same time is a write of one word that is
+        // valid for `T`, and a volatile read of one word sees the old or the new one.
+        unsafe { ptr::read_volatile(self.0.get()) }
+    }
+
+    #[doc(hidden)]
+    pub const fn as_ptr(&self) -> *mut kernel::ffi::c_void {
+        self.0.get().cast()
+    }
+}
+
+/// An entry of the section `__param`.
+#[doc(hidden)]
+#[repr(transparent)]
+pub struct KernelParam(bindings::kernel_param);
+
+// SAFETY: Entries are only read.
+unsafe impl Sync for KernelParam {}
+
+impl KernelParam {
+    #[doc(hidden)]
+    pub const fn new<T: ParamType>(
+        name: &'static [u8],
+        param: &'static Param<T>,
+        perm: u16,
+    ) -> Self {
+        assert!(
+            matches!(CStr::from_bytes_with_nul(name), Ok(_)),
+            "the name of a parameter contains a NUL"
+        );
+
+        Self(bindings::kernel_param {
+            name: name.as_ptr().cast(),
+            mod_: super::this_module::this_module().as_ptr(),
+            ops: T::OPS,
+            perm,
+            level: -1,
+            flags: 0,
+            __bindgen_anon_1: bindings::kernel_param__bindgen_ty_1 {
+                arg: param.as_ptr(),
+            },
+        })
+    }
+}
+
+/// Declares module parameters as `module_param()` and `MODULE_PARM_DESC()` do.
+///
+/// Each becomes a static [`Param`]. In parentheses stand its name and the mode of its file in sysfs,
+/// where 0 means none. Types are `u32`, `i32` and `bool`.
+///
+/// ```ignore
+/// module_params! {
+///     /// How many rings a disk has at most.
+///     pub(crate) static MAX_QUEUES("max_queues", 0o444): u32 = 4,
+///         "Maximum number of rings of a disk";
+/// }
+///
+/// let queues = MAX_QUEUES.get();
+/// ```
+#[macro_export]
+macro_rules! module_params {
+    (@type u32) => { "uint" };
+    (@type i32) => { "int" };
+    (@type bool) => { "bool" };
+    ($(
+        $(#[$attr:meta])*
+        $vis:vis static $ident:ident($name:literal, $perm:literal): $ty:ident = $default:expr,
+            $desc:literal;
+    )*) => {$(
+        $(#[$attr])*
+        $vis static $ident: $crate::base::module_param::Param<$ty> =
+            $crate::base::module_param::Param::new($default);
+
+        const _: () = {
+            const NAME: &[u8] = concat!($name, "\0").as_bytes();
+            const PARM: &[u8] = concat!("parm=", $name, ":", $desc, "\0").as_bytes();
+            const PARM_TYPE: &[u8] = concat!(
+                "parmtype=", $name, ":", $crate::module_params!(@type $ty), "\0"
+            ).as_bytes();
+
+            #[link_section = "__param"]
+            #[used]
+            static ENTRY: $crate::base::module_param::KernelParam =
+                $crate::base::module_param::KernelParam::new(NAME, &$ident, $perm);
+
+            #[link_section = ".modinfo"]
+            #[used]
+            static PARM_INFO: [u8; PARM.len()] = $crate::base::module_param::array(PARM);
+
+            #[link_section = ".modinfo"]
+            #[used]
+            static PARM_TYPE_INFO: [u8; PARM_TYPE.len()] =
+                $crate::base::module_param::array(PARM_TYPE);
+        };
+    )*};
+}
+pub use module_params;
+
+/// The bytes as an array, for a section that is made of bare bytes.
+#[doc(hidden)]
+pub const fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    match bytes.first_chunk() {
+        Some(array) => *array,
+        None => panic!("shorter than declared"),
+    }
+}

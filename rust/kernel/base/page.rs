@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Bytes of a page that somebody else may change at any time.
+//!
+//! The pages of a block request belong to a file or a process, and a page that is shared with
+//! another domain belongs to that domain as much as to us. No Rust reference to such bytes may
+//! exist: they can change between two reads. The types here name a range of such bytes and copy
+//! whole ranges, with the C functions that the kernel uses for it.
+//!
+//! - [`PageSlice`]: bytes that may be read.
+//! - [`PageSliceMut`]: bytes that may also be written. A request that *writes* to a disk has only
+//!   [`PageSlice`]s: its pages may be the kernel's zero page.
+//! - [`PageOwner`]: who keeps such pages from being freed or reused.
+
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+use kernel::{
+    bindings,
+    page::{
+        Page,
+        PAGE_SIZE, //
+    }, //
+};
+
+/// A range of bytes in one page, which may be read.
+///
+/// The contents may change at any time. Two reads of the same byte need not agree.
+///
+/// # Invariants
+///
+/// - `page` points to a page that is neither freed nor given to another user during `'a`.
+/// - `offset + len <= PAGE_SIZE`.
+#[derive(Clone, Copy)]
+pub struct PageSlice<'a> {
+    page: NonNull<bindings::page>,
+    offset: usize,
+    len: usize,
+    _page: PhantomData<&'a Page>,
+}
+
+// SAFETY: Pages belong to no thread, and all access is by copies that may race.
+unsafe impl Send for PageSlice<'_> {}
+
+// SAFETY: As above.
+unsafe impl Sync for PageSlice<'_> {}
+
+impl<'a> PageSlice<'a> {
+    /// Names `len` bytes of `page` from `offset` on, or [`None`] if they leave the page.
+    pub fn new(page: &'a Page, offset: usize, len: usize) -> Option<Self> {
+        if offset.checked_add(len)? > PAGE_SIZE {
+            return None;
+        }
+        // INVARIANT: `page` lives during `'a`, and the range was checked.
+        Some(Self {
+            page: NonNull::new(page.as_ptr())?,
+            offset,
+            len,
+            _page: PhantomData,
+        })
+    }
+
+    /// Names `len` bytes of `page` from `offset` on.
+    ///
+    /// # Safety
+    ///
+    /// The type invariants of [`PageSlice`] hold for the arguments.
+    pub(crate) unsafe fn from_raw(
+        page: NonNull<bindings::page>,
+        offset: usize,
+        len: usize,
+    ) -> Self {
+        // INVARIANT: As the caller promises.
+        Self {
+            page,
+            offset,
+            len,
+            _page: PhantomData,
+        }
+    }
+
+    /// The page, for the other modules of this crate.
+    pub(crate) fn page(&self) -> NonNull<bindings::page> {
+        self.page
+    }
+
+    /// Where the bytes start in their page.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// How many bytes these are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no byte at all.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// `len` bytes of these, from `offset` on, or [`None`] if there are not as many.
+    pub fn get(&self, offset: usize, len: usize) -> Option<Self> {
+        if offset.checked_add(len)? > self.len {
+            return None;
+        }
+        // INVARIANT: The new range lies within the old one.
+        Some(Self {
+            offset: self.offset + offset,
+            len,
+            ..*self
+        })
+    }
+
+    /// Copies as many bytes as both sides have, and returns how many.
+    pub fn read(&self, dst: &mut [u8]) -> usize {
+        let len = self.len.min(dst.len());
+        // SAFETY: By the type invariants the source is within a page that lives; `dst` has `len`
+        // bytes.
+        unsafe {
+            bindings_ext::memcpy_from_page(
+                dst.as_mut_ptr().cast(),
+                self.page.as_ptr(),
+                self.offset,
+                len,
+            )
+        };
+        len
+    }
+}
+
+/// A range of bytes in one page, which may be read and written.
+///
+/// # Invariants
+///
+/// The page may be written by the holder: it is no page that the kernel keeps read-only, or keeps
+/// at a fixed content.
+#[derive(Clone, Copy)]
+pub struct PageSliceMut<'a>(PageSlice<'a>);
+
+impl<'a> PageSliceMut<'a> {
+    /// Names `len` bytes of `page` from `offset` on, or [`None`] if they leave the page.
+    pub fn new(page: &'a Page, offset: usize, len: usize) -> Option<Self> {
+        // INVARIANT: A `Page` is owned, so nobody else gives its bytes a meaning.
+        Some(Self(PageSlice::new(page, offset, len)?))
+    }
+
+    /// Makes `slice` writable.
+    ///
+    /// # Safety
+    ///
+    /// The type invariant of [`PageSliceMut`] holds for `slice`.
+    pub(crate) unsafe fn from_slice(slice: PageSlice<'a>) -> Self {
+        // INVARIANT: As the caller promises.
+        Self(slice)
+    }
+
+    /// The same bytes, to be read only.
+    pub fn as_slice(&self) -> PageSlice<'a> {
+        self.0
+    }
+
+    /// How many bytes these are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is no byte at all.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// `len` bytes of these, from `offset` on, or [`None`] if there are not as many.
+    pub fn get(&self, offset: usize, len: usize) -> Option<Self> {
+        // INVARIANT: The bytes are a part of writable ones.
+        Some(Self(self.0.get(offset, len)?))
+    }
+
+    /// Copies as many bytes as both sides have, and returns how many.
+    pub fn write(&self, src: &[u8]) -> usize {
+        let len = self.len().min(src.len());
+        // SAFETY: By the type invariants the destination is within a page that lives and may be
+        // written; `src` has `len` bytes.
+        unsafe {
+            bindings_ext::memcpy_to_page(
+                self.0.page.as_ptr(),
+                self.0.offset,
+                src.as_ptr().cast(),
+                len,
+            )
+        };
+        len
+    }
+
+    /// Copies as many bytes as both sides have, and returns how many.
+    ///
+    /// Where the two overlap, the result is any mix of the old bytes.
+    pub fn copy_from(&self, src: PageSlice<'_>) -> usize {
+        let len = self.len().min(src.len);
+        // SAFETY: By the type invariants both ranges are within pages that live, and the
+        // destination may be written.
+        unsafe {
+            bindings_ext::memcpy_page(
+                self.0.page.as_ptr(),
+                self.0.offset,
+                src.page.as_ptr(),
+                src.offset,
+                len,
+            )
+        };
+        len
+    }
+
+    /// Fills the bytes with zeroes.
+    pub fn zero(&self) {
+        // SAFETY: By the type invariants the range is within a page that lives and may be written.
+        unsafe { bindings_ext::memzero_page(self.0.page.as_ptr(), self.0.offset, self.0.len) };
+    }
+}
+
+/// Who keeps pages from being freed or reused, for those who give others access to them.
+///
+/// A block request owns the pages of its data until it ends. Whoever hands such a page to another
+/// domain takes the owner by value, and gives it back when the other domain has let go.
+///
+/// # Safety
+///
+/// - The pages of [`Self::slices`] stay allocated, and are given to no other user, until the owner
+///   is dropped or given by value to one of its own functions. Moving the owner changes nothing.
+/// - Every call of [`Self::slices`] yields the same ranges in the same order.
+/// - If [`Self::writable`] returns true, all ranges may be written.
+pub unsafe trait PageOwner {
+    /// Whether the bytes may be written.
+    fn writable(&self) -> bool;
+
+    /// The bytes, in order.
+    fn slices(&self) -> impl Iterator<Item = PageSlice<'_>> + '_;
+}
+
+// SAFETY: A `Page` is freed when it is dropped, and not before; its bytes mean nothing to others.
+unsafe impl PageOwner for Page {
+    fn writable(&self) -> bool {
+        true
+    }
+
+    fn slices(&self) -> impl Iterator<Item = PageSlice<'_>> + '_ {
+        PageSlice::new(self, 0, PAGE_SIZE).into_iter()
+    }
+}

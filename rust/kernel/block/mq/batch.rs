@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Ending many requests at once.
+//!
+//! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
+
+use super::{
+    BlkStatus,
+    Operations,
+    Request,
+    State, //
+};
+use kernel::bindings;
+
+/// Requests that are ended together, which is cheaper: tags are freed and time is taken once.
+///
+/// They are ended when the batch is dropped.
+///
+/// # Invariants
+///
+/// The list holds requests that are done without error, which the driver owned and gave up.
+pub struct EndBatch(bindings::io_comp_batch);
+
+impl EndBatch {
+    /// An empty batch.
+    pub fn new() -> Self {
+        // INVARIANT: The list is empty.
+        Self(pin_init::zeroed())
+    }
+
+    /// Ends `rq` with the batch, or at once if that can't be.
+    #[inline]
+    pub fn end<T: Operations, S: State>(&mut self, rq: Request<T, S>, status: BlkStatus) {
+        let rq = rq.into_raw().as_ptr();
+        // SAFETY: The driver owned the request until now, so it may be put into the batch.
+        let added = unsafe {
+            bindings_ext::blk_mq_add_to_batch(
+                rq,
+                &mut self.0,
+                !status.is_ok(),
+                Some(bindings::blk_mq_end_request_batch),
+            )
+        };
+        if !added {
+            // SAFETY: The driver owned the request until now, and the batch did not take it.
+            unsafe { bindings::blk_mq_end_request(rq, status.as_raw()) };
+        }
+    }
+}
+
+impl Default for EndBatch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for EndBatch {
+    fn drop(&mut self) {
+        if !self.0.req_list.head.is_null() {
+            // SAFETY: By the type invariant all requests in the list may be ended as done.
+            unsafe { bindings::blk_mq_end_request_batch(&mut self.0) };
+        }
+    }
+}

@@ -1,0 +1,539 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Disks.
+//!
+//! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
+
+use super::{
+    Operations,
+    QueueLimits,
+    TagSet, //
+};
+use crate::{
+    base::this_module::this_module,
+    block::major::Major, //
+};
+use core::marker::PhantomData;
+use core::ptr;
+use kernel::{
+    bindings,
+    device::Device,
+    error::{
+        from_err_ptr,
+        from_result,
+        to_result, //
+    },
+    ffi::{
+        c_int,
+        c_uint,
+        c_ulong, //
+    },
+    fmt::{
+        self,
+        Write, //
+    },
+    prelude::*,
+    static_lock_class,
+    str::NullTerminatedFormatter,
+    sync::{
+        atomic::{
+            Atomic,
+            Full, //
+        },
+        rcu,
+        Arc, //
+    },
+    types::{
+        ForeignOwnable,
+        NotThreadSafe, //
+    },
+};
+
+/// The largest capacity that can be given in bytes, in sectors.
+const MAX_SECTORS: u64 = i64::MAX as u64 >> 9;
+
+/// The geometry of a disk, for those who still ask for one.
+pub struct Geometry {
+    /// Heads.
+    pub heads: u8,
+    /// Sectors of a track.
+    pub sectors: u8,
+    /// Cylinders.
+    pub cylinders: u16,
+}
+
+/// Describes a disk that is to be made.
+///
+/// Without [`Self::device_numbers`] the block layer chooses a device number.
+pub struct GenDiskBuilder {
+    limits: QueueLimits,
+    numbers: Option<(u32, u32, u32)>,
+    capacity: u64,
+    read_only: bool,
+    flags: c_uint,
+}
+
+impl GenDiskBuilder {
+    /// A disk with these limits, and without any capacity.
+    pub fn new(limits: QueueLimits) -> Self {
+        Self {
+            limits,
+            numbers: None,
+            capacity: 0,
+            read_only: false,
+            flags: 0,
+        }
+    }
+
+    /// The disk is `major`:`first_minor`, and its partitions have the minors up to
+    /// `first_minor + minors`.
+    pub fn device_numbers(mut self, major: &Major, first_minor: u32, minors: u32) -> Self {
+        self.numbers = Some((major.number(), first_minor, minors));
+        self
+    }
+
+    /// How large the disk is, in sectors of 512 bytes.
+    pub fn capacity(mut self, sectors: u64) -> Self {
+        self.capacity = sectors;
+        self
+    }
+
+    /// Whether the disk can only be read.
+    pub fn read_only(mut self, read_only: bool) -> Self {
+        self.read_only = read_only;
+        self
+    }
+
+    /// Whether the medium can be changed.
+    pub fn removable(mut self, removable: bool) -> Self {
+        self.flags &= !bindings::GENHD_FL_REMOVABLE;
+        if removable {
+            self.flags |= bindings::GENHD_FL_REMOVABLE;
+        }
+        self
+    }
+
+    /// The disk has no partitions, whatever is written on it.
+    pub fn no_partitions(mut self) -> Self {
+        self.flags |= bindings::GENHD_FL_NO_PART;
+        self
+    }
+
+    /// Makes the disk. Nobody sees it before [`GenDisk::add`]. Sleeps.
+    ///
+    /// `EINVAL`: the name is empty or longer than 31 bytes, or a number is out of range.
+    pub fn build<T: Operations>(
+        mut self,
+        name: fmt::Arguments<'_>,
+        tag_set: Arc<TagSet<T>>,
+        queue_data: Arc<T::QueueData>,
+    ) -> Result<GenDisk<T>> {
+        self.limits.check()?;
+        if self.capacity > MAX_SECTORS {
+            return Err(EINVAL);
+        }
+
+        let queue_data = queue_data.into_foreign();
+        // SAFETY: The tag set is valid, and the limits are initialised. The functions of the tag
+        // set take `queue_data` for what it is here.
+        let disk = from_err_ptr(unsafe {
+            bindings::__blk_mq_alloc_disk(
+                tag_set.as_raw(),
+                self.limits.as_raw(),
+                queue_data,
+                static_lock_class!().as_ptr(),
+            )
+        })
+        .inspect_err(|_| {
+            // SAFETY: There is no disk, so nobody borrows the data.
+            drop(unsafe { Arc::<T::QueueData>::from_foreign(queue_data) });
+        })?;
+
+        // INVARIANT: The disk was made for this tag set, with this data, and not added.
+        let disk = GenDisk {
+            disk,
+            queue_data,
+            tag_set,
+            added: Atomic::new(NOT_ADDED),
+            quiesced: Atomic::new(0),
+        };
+
+        // SAFETY: Nobody else uses the disk before it is added.
+        let raw = unsafe { &mut *disk.disk };
+        raw.fops = FileOperations::<T>::build();
+        raw.private_data = queue_data;
+        raw.flags |= self.flags as c_int;
+        if let Some((major, first_minor, minors)) = self.numbers {
+            if minors == 0 {
+                return Err(EINVAL);
+            }
+            raw.major = major.try_into()?;
+            raw.first_minor = first_minor.try_into()?;
+            raw.minors = minors.try_into()?;
+        }
+        NullTerminatedFormatter::new(&mut raw.disk_name)
+            .ok_or(EINVAL)?
+            .write_fmt(name)?;
+        if raw.disk_name.first() == Some(&0) {
+            return Err(EINVAL);
+        }
+
+        // SAFETY: The disk is valid.
+        unsafe { bindings::set_capacity(disk.disk, self.capacity) };
+        if self.read_only {
+            disk.set_read_only(true);
+        }
+        Ok(disk)
+    }
+}
+
+/// Values of `GenDisk::added`.
+const NOT_ADDED: i32 = 0;
+const ADDING: i32 = 1;
+const ADDED: i32 = 2;
+
+/// A disk of the driver `T`.
+///
+/// Dropping it removes it from the system, and waits for the requests in flight: the driver has to
+/// end them. Those who still have the disk open get errors from then on. All functions sleep, unless
+/// they say otherwise.
+///
+/// # Invariants
+///
+/// - `disk` points to a disk that was made for `tag_set`, with `queue_data` as its data and
+///   its queue's, which came from `Arc::into_foreign`. One reference to it is owned.
+/// - `added` is [`ADDED`] if and only if it was added to the system.
+/// - `quiesced` is 1 if and only if this object has quiesced the queue.
+pub struct GenDisk<T: Operations> {
+    disk: *mut bindings::gendisk,
+    queue_data: *mut kernel::ffi::c_void,
+    tag_set: Arc<TagSet<T>>,
+    added: Atomic<i32>,
+    quiesced: Atomic<i32>,
+}
+
+// SAFETY: The block layer locks what needs it, and `queue_data` is an `Arc` of what is `Send` and
+// `Sync`.
+unsafe impl<T: Operations> Send for GenDisk<T> {}
+
+// SAFETY: As above.
+unsafe impl<T: Operations> Sync for GenDisk<T> {}
+
+impl<T: Operations> GenDisk<T> {
+    /// Adds the disk to the system, below `parent`, and looks for partitions on it: the driver has
+    /// to serve requests before this returns.
+    ///
+    /// `EBUSY`: this was called before.
+    pub fn add(&self, parent: Option<&Device>) -> Result {
+        let parent = parent.map_or(ptr::null_mut(), |parent| {
+            // `Device` is a transparent wrapper.
+            ptr::from_ref(parent).cast_mut().cast::<bindings::device>()
+        });
+
+        self.added
+            .cmpxchg(NOT_ADDED, ADDING, Full)
+            .map_err(|_| EBUSY)?;
+        // SAFETY: By the type invariants the disk is valid, and was not added. The parent is valid,
+        // and the disk takes a reference to it.
+        to_result(unsafe { bindings::device_add_disk(parent, self.disk, ptr::null_mut()) })?;
+        // INVARIANT: It was added above. After a failure the value stays `ADDING`, and there is no
+        // second try.
+        self.added.store(ADDED, kernel::sync::atomic::Release);
+        Ok(())
+    }
+
+    /// The hardware queues and requests of this disk.
+    pub fn tag_set(&self) -> &Arc<TagSet<T>> {
+        &self.tag_set
+    }
+
+    fn queue(&self) -> *mut bindings::request_queue {
+        // SAFETY: By the type invariants the disk is valid; its queue stays the same.
+        unsafe { (*self.disk).queue }
+    }
+
+    /// Sets the capacity in sectors of 512 bytes, and tells user space if it changed.
+    ///
+    /// `EINVAL`: there is no such capacity.
+    pub fn set_capacity_and_notify(&self, sectors: u64) -> Result {
+        if sectors > MAX_SECTORS {
+            return Err(EINVAL);
+        }
+        // SAFETY: By the type invariants the disk is valid.
+        unsafe { bindings::set_capacity_and_notify(self.disk, sectors) };
+        Ok(())
+    }
+
+    /// Sets whether the disk can only be read.
+    pub fn set_read_only(&self, read_only: bool) {
+        // SAFETY: By the type invariants the disk is valid.
+        unsafe { bindings::set_disk_ro(self.disk, read_only) };
+    }
+
+    /// Changes the limits. The queue should be quiesced, or frozen, or not in use yet.
+    ///
+    /// What `change` leaves alone stays as it is.
+    pub fn update_limits(&self, change: impl FnOnce(&mut QueueLimits)) -> Result {
+        // SAFETY: By the type invariants the queue is valid. The update ends below.
+        let mut limits =
+            QueueLimits::from_raw(unsafe { bindings_ext::queue_limits_start_update(self.queue()) });
+        change(&mut limits);
+
+        if let Err(error) = limits.check() {
+            // SAFETY: The update was started above.
+            unsafe { bindings_ext::queue_limits_cancel_update(self.queue()) };
+            return Err(error);
+        }
+        // SAFETY: The update was started above.
+        to_result(unsafe { bindings::queue_limits_commit_update(self.queue(), limits.as_raw()) })
+    }
+
+    /// The disk is gone: all that is not in flight yet fails, and so does what comes. Requests in
+    /// flight are for the driver to end.
+    pub fn mark_dead(&self) {
+        // SAFETY: By the type invariants the disk is valid.
+        unsafe { bindings::blk_mark_disk_dead(self.disk) };
+    }
+
+    /// How many have the disk open, at this moment. Does not sleep.
+    pub fn openers(&self) -> u32 {
+        // SAFETY: By the type invariants the disk is valid.
+        unsafe { bindings_ext::disk_openers(self.disk) }
+    }
+
+    /// Lets no request through to the driver, and waits until those calls of
+    /// [`Operations::queue_rq`] that run have returned. Requests in flight stay in flight.
+    ///
+    /// Nothing happens if it was done already. Whoever calls this and [`Self::unquiesce`] from
+    /// several threads orders them.
+    pub fn quiesce(&self) {
+        // INVARIANT: The value changes with what is done.
+        if self.quiesced.xchg(1, Full) == 0 {
+            // SAFETY: By the type invariants the queue is valid.
+            unsafe { bindings::blk_mq_quiesce_queue(self.queue()) };
+        }
+    }
+
+    /// Lets requests through again, and runs the queue. Nothing happens if it is not quiesced.
+    pub fn unquiesce(&self) {
+        // INVARIANT: The value changes with what is done.
+        if self.quiesced.xchg(0, Full) == 1 {
+            // SAFETY: By the type invariants the queue is valid, and was quiesced once.
+            unsafe { bindings::blk_mq_unquiesce_queue(self.queue()) };
+        }
+    }
+
+    /// Waits until all requests have ended, and lets no new ones be made, until the result is
+    /// dropped. Memory that is allocated meanwhile causes no I/O.
+    pub fn freeze(&self) -> Freeze<'_, T> {
+        Freeze {
+            // SAFETY: By the type invariants the queue is valid.
+            flags: unsafe { bindings_ext::blk_mq_freeze_queue(self.queue()) },
+            disk: self,
+            _not_send: PhantomData,
+        }
+    }
+
+    /// Has those requests offered again that were [requeued](super::Request::requeue). Any context.
+    pub fn kick_requeue_list(&self) {
+        // SAFETY: By the type invariants the queue is valid.
+        unsafe { bindings::blk_mq_kick_requeue_list(self.queue()) };
+    }
+
+    /// Starts the hardware queues that were [stopped](super::HwQueue::stop). Any context.
+    pub fn start_stopped_hw_queues(&self) {
+        // SAFETY: By the type invariants the queue is valid.
+        unsafe { bindings::blk_mq_start_stopped_hw_queues(self.queue(), true) };
+    }
+
+    /// Stops all hardware queues. Calls of [`Operations::queue_rq`] may still run. Any context.
+    pub fn stop_hw_queues(&self) {
+        // SAFETY: By the type invariants the queue is valid.
+        unsafe { bindings::blk_mq_stop_hw_queues(self.queue()) };
+    }
+
+    /// Has all hardware queues look for requests that wait. Any context.
+    pub fn run_hw_queues(&self) {
+        // SAFETY: By the type invariants the queue is valid.
+        unsafe { bindings::blk_mq_run_hw_queues(self.queue(), true) };
+    }
+}
+
+impl<T: Operations> Drop for GenDisk<T> {
+    fn drop(&mut self) {
+        // The removal waits for requests, which have to get through for that.
+        self.unquiesce();
+
+        if self.added.load(kernel::sync::atomic::Acquire) == ADDED {
+            // SAFETY: By the type invariants the disk was added.
+            unsafe { bindings::del_gendisk(self.disk) };
+        }
+
+        // Those who still have the disk open can call the file operations: from now on these find
+        // no data.
+        //
+        // SAFETY: The disk is valid; the field is only read by the file operations, as one word.
+        unsafe { (&raw mut (*self.disk).private_data).write_volatile(ptr::null_mut()) };
+        // SAFETY: May be called where sleeping is allowed.
+        unsafe { bindings::synchronize_rcu() };
+
+        // SAFETY: By the type invariants this is our reference.
+        unsafe { bindings::put_disk(self.disk) };
+
+        // SAFETY: By the type invariants this came from `into_foreign`. blk-mq uses it no more: the
+        // disk was removed, or, as it was never added, freed. File operations took their own
+        // reference, or found none.
+        drop(unsafe { Arc::<T::QueueData>::from_foreign(self.queue_data) });
+    }
+}
+
+/// While this lives, a disk has no requests.
+///
+/// # Invariants
+///
+/// The queue was frozen once for this, by this thread, and `flags` is what that returned.
+pub struct Freeze<'a, T: Operations> {
+    disk: &'a GenDisk<T>,
+    flags: c_uint,
+    _not_send: PhantomData<NotThreadSafe>,
+}
+
+impl<T: Operations> Drop for Freeze<'_, T> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants this undoes the freeze.
+        unsafe { bindings_ext::blk_mq_unfreeze_queue(self.disk.queue(), self.flags) };
+    }
+}
+
+/// The functions that the kernel calls for openers of a disk of `T`.
+///
+/// They can be called for a disk that was removed, by those who had opened it before. The module is
+/// still there then, as the opener holds a reference to it; the driver's data may not be.
+struct FileOperations<T: Operations>(PhantomData<T>);
+
+impl<T: Operations> FileOperations<T> {
+    /// Calls `f` with the driver's data, or fails with `ENXIO` if the disk was removed.
+    ///
+    /// # Safety
+    ///
+    /// `disk` is a disk of `T`.
+    unsafe fn with_data<R>(
+        disk: *mut bindings::gendisk,
+        f: impl FnOnce(&T::QueueData) -> Result<R>,
+    ) -> Result<R> {
+        let data: Arc<T::QueueData> = {
+            let _guard = rcu::read_lock();
+            // SAFETY: `disk` is valid; the field is written as one word.
+            let data = unsafe { (&raw const (*disk).private_data).read_volatile() };
+            if data.is_null() {
+                return Err(ENXIO);
+            }
+            // SAFETY: The pointer comes from `into_foreign`. Whoever takes it back has cleared the
+            // field, and waits for this RCU reader in between.
+            unsafe { Arc::<T::QueueData>::borrow(data) }.into()
+        };
+        f(&data)
+    }
+
+    /// # Safety
+    ///
+    /// For the block layer: `disk` is a disk of `T`.
+    unsafe extern "C" fn open(disk: *mut bindings::gendisk, mode: bindings::blk_mode_t) -> c_int {
+        /// `BLK_OPEN_WRITE`.
+        const WRITE: bindings::blk_mode_t = 1 << 1;
+
+        // SAFETY: As the caller promises.
+        from_result(|| unsafe {
+            Self::with_data(disk, |data| T::open(data, mode & WRITE != 0)).map(|()| 0)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// For the block layer: `disk` is a disk of `T`.
+    unsafe extern "C" fn release(disk: *mut bindings::gendisk) {
+        // A disk that was removed has nothing to release.
+        //
+        // SAFETY: As the caller promises.
+        let _ = unsafe {
+            Self::with_data(disk, |data| {
+                T::release(data);
+                Ok(())
+            })
+        };
+    }
+
+    /// # Safety
+    ///
+    /// For the block layer: `bdev` is a disk of `T` or a partition of one.
+    unsafe extern "C" fn ioctl(
+        bdev: *mut bindings::block_device,
+        _mode: bindings::blk_mode_t,
+        cmd: c_uint,
+        arg: c_ulong,
+    ) -> c_int {
+        // SAFETY: `bdev` is valid, and belongs to a disk of `T`.
+        let result = unsafe { Self::with_data((*bdev).bd_disk, |data| T::ioctl(data, cmd, arg)) };
+        result.unwrap_or_else(|error| error.to_errno())
+    }
+
+    /// # Safety
+    ///
+    /// For the block layer: `disk` is a disk of `T`, and `geo` valid for writes.
+    unsafe extern "C" fn getgeo(
+        disk: *mut bindings::gendisk,
+        geo: *mut bindings::hd_geometry,
+    ) -> c_int {
+        from_result(|| {
+            // SAFETY: `disk` is valid, and has a whole-disk device.
+            let capacity = unsafe { (*(*disk).part0).bd_nr_sectors };
+            // SAFETY: As the caller promises.
+            let geometry = unsafe { Self::with_data(disk, |data| T::getgeo(data, capacity))? };
+            let geo = geo.cast::<bindings_ext::hd_geometry>();
+            // SAFETY: As the caller promises.
+            unsafe {
+                (*geo).heads = geometry.heads;
+                (*geo).sectors = geometry.sectors;
+                (*geo).cylinders = geometry.cylinders;
+            }
+            Ok(0)
+        })
+    }
+
+    const TABLE: bindings::block_device_operations = bindings::block_device_operations {
+        submit_bio: None,
+        poll_bio: None,
+        open: if T::HAS_OPEN { Some(Self::open) } else { None },
+        release: if T::HAS_RELEASE {
+            Some(Self::release)
+        } else {
+            None
+        },
+        ioctl: if T::HAS_IOCTL {
+            Some(Self::ioctl)
+        } else {
+            None
+        },
+        compat_ioctl: None,
+        check_events: None,
+        unlock_native_capacity: None,
+        getgeo: if T::HAS_GETGEO {
+            Some(Self::getgeo)
+        } else {
+            None
+        },
+        set_read_only: None,
+        free_disk: None,
+        swap_slot_free_notify: None,
+        report_zones: None,
+        devnode: None,
+        get_unique_id: None,
+        owner: this_module().as_ptr(),
+        pr_ops: ptr::null(),
+        alternative_gpt_sector: None,
+    };
+
+    const fn build() -> &'static bindings::block_device_operations {
+        &Self::TABLE
+    }
+}

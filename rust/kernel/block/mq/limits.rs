@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a disk can do in one request.
+//!
+//! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
+
+use super::SECTOR_SIZE;
+use kernel::{
+    bindings,
+    page::PAGE_SIZE,
+    prelude::*, //
+};
+
+/// Something that a disk has or is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Feature {
+    /// A volatile write cache: data is on stable storage only after a flush.
+    WriteCache = 1 << 0,
+    /// Single writes can bypass the write cache.
+    Fua = 1 << 1,
+    /// A moving medium.
+    Rotational = 1 << 2,
+    /// The contents of pages must not change during a write.
+    StableWrites = 1 << 5,
+}
+
+/// What a disk can do in one request: `struct queue_limits`.
+///
+/// What is not set is chosen by the block layer. Sectors are 512 bytes.
+#[repr(transparent)]
+pub struct QueueLimits(bindings::queue_limits);
+
+macro_rules! limits {
+    ($($(#[$attr:meta])* $set:ident, $field:ident: $ty:ty;)*) => {
+        $(
+            $(#[$attr])*
+            pub fn $set(&mut self, value: $ty) -> &mut Self {
+                self.0.$field = value;
+                self
+            }
+        )*
+    };
+}
+
+impl QueueLimits {
+    /// Limits of which none is set.
+    pub fn new() -> Self {
+        Self(pin_init::zeroed())
+    }
+
+    limits! {
+        /// The smallest unit that can be read or written, in bytes: a power of two from 512 on.
+        set_logical_block_size, logical_block_size: u32;
+        /// The smallest unit that the medium writes without reading, in bytes: a power of two.
+        set_physical_block_size, physical_block_size: u32;
+        /// The smallest size that does well, in bytes.
+        set_io_min, io_min: u32;
+        /// The size that does best, in bytes. 0: unknown.
+        set_io_opt, io_opt: u32;
+        /// How long a request may be, in sectors. At least a page.
+        set_max_hw_sectors, max_hw_sectors: u32;
+        /// How many segments a request may have.
+        set_max_segments, max_segments: u16;
+        /// How long a segment may be, in bytes. At least a page.
+        set_max_segment_size, max_segment_size: u32;
+        /// No segment crosses an address where these bits wrap: a page less one, or more.
+        set_seg_boundary_mask, seg_boundary_mask: usize;
+        /// Bits that are 0 in the address and the length of each segment.
+        set_dma_alignment, dma_alignment: u32;
+        /// How much one discard may cover, in sectors. 0: there is no discard.
+        set_max_discard_sectors, max_hw_discard_sectors: u32;
+        /// The unit of discards, in bytes.
+        set_discard_granularity, discard_granularity: u32;
+        /// Where the first unit of discards starts, in bytes.
+        set_discard_alignment, discard_alignment: u32;
+        /// How many ranges one discard may have.
+        set_max_discard_segments, max_discard_segments: u16;
+        /// How much one secure erase may cover, in sectors. 0: there is none.
+        set_max_secure_erase_sectors, max_secure_erase_sectors: u32;
+        /// How much may be zeroed at once, in sectors. 0: the block layer writes zeroes.
+        set_max_write_zeroes_sectors, max_write_zeroes_sectors: u32;
+    }
+
+    /// Has or removes a feature.
+    pub fn set_feature(&mut self, feature: Feature, has: bool) -> &mut Self {
+        if has {
+            self.0.features |= feature as u32;
+        } else {
+            self.0.features &= !(feature as u32);
+        }
+        self
+    }
+
+    /// Whether the disk has a feature.
+    pub fn has_feature(&self, feature: Feature) -> bool {
+        self.0.features & feature as u32 != 0
+    }
+
+    /// How long a request may be, in sectors.
+    pub fn max_hw_sectors(&self) -> u32 {
+        self.0.max_hw_sectors
+    }
+
+    /// How many segments a request may have.
+    pub fn max_segments(&self) -> u16 {
+        self.0.max_segments
+    }
+
+    /// The smallest unit that can be read or written, in bytes.
+    pub fn logical_block_size(&self) -> u32 {
+        self.0.logical_block_size
+    }
+
+    /// Refuses what the block layer would warn of.
+    pub(super) fn check(&self) -> Result {
+        let is_block_size = |size: u32| size == 0 || size.is_power_of_two() && size >= SECTOR_SIZE;
+        let page_sectors = PAGE_SIZE as u32 / SECTOR_SIZE;
+        let block_sectors = self.0.logical_block_size / SECTOR_SIZE;
+
+        let good = is_block_size(self.0.logical_block_size)
+            && is_block_size(self.0.physical_block_size)
+            && (self.0.max_hw_sectors == 0
+                || self.0.max_hw_sectors >= page_sectors && self.0.max_hw_sectors >= block_sectors)
+            && (self.0.max_segment_size == 0 || self.0.max_segment_size >= PAGE_SIZE as u32)
+            && (self.0.seg_boundary_mask == 0 || self.0.seg_boundary_mask >= PAGE_SIZE - 1)
+            && self.0.dma_alignment as usize <= PAGE_SIZE;
+        good.then_some(()).ok_or(EINVAL)
+    }
+
+    pub(super) fn from_raw(limits: bindings::queue_limits) -> Self {
+        Self(limits)
+    }
+
+    pub(super) fn as_raw(&mut self) -> *mut bindings::queue_limits {
+        &mut self.0
+    }
+}
+
+impl Default for QueueLimits {
+    fn default() -> Self {
+        Self::new()
+    }
+}

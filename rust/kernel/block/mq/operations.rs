@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a driver does for its disks.
+//!
+//! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
+
+use super::{
+    Completed,
+    Geometry,
+    HwQueue,
+    Queued,
+    Rejected,
+    Request,
+    RequestId, //
+};
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+use kernel::{
+    bindings,
+    error::{
+        from_result,
+        VTABLE_DEFAULT_ERROR, //
+    },
+    ffi::{
+        c_int,
+        c_uint,
+        c_void, //
+    },
+    prelude::*,
+    sync::{
+        Arc,
+        ArcBorrow, //
+    },
+    types::ForeignOwnable, //
+};
+
+/// What a driver does for its disks.
+///
+/// `queue_rq` and `commit_rqs` must not sleep. The file operations may.
+#[vtable]
+pub trait Operations: Sized + 'static {
+    /// The driver's data of a disk.
+    type QueueData: Send + Sync;
+
+    /// The driver's data of a hardware queue.
+    type HwQueueData: ForeignOwnable + Send + Sync;
+
+    /// The driver's data of a request. It is created with the tag set, once for each request that
+    /// can be in flight, and used again and again.
+    type RequestData: Send;
+
+    /// Creates the data of a request of hardware queue `hw_queue`.
+    fn new_request_data(hw_queue: u32) -> Result<Self::RequestData>;
+
+    /// Creates the data of hardware queue `hw_queue` of a disk.
+    fn new_hw_queue_data(
+        queue_data: ArcBorrow<'_, Self::QueueData>,
+        hw_queue: u32,
+    ) -> Result<Self::HwQueueData>;
+
+    /// Takes a request: [starts](Request::start) and keeps it, or ends it, or rejects it.
+    ///
+    /// If `last` is false, more requests follow at once, or [`Self::commit_rqs`] does: telling the
+    /// device can wait until then.
+    fn queue_rq<'q>(
+        hw_queue: HwQueue<'q, Self>,
+        rq: Request<Self, Queued<'q>>,
+        last: bool,
+    ) -> Result<(), Rejected<'q, Self>>;
+
+    /// No more requests follow, though the last one was offered with `last` false.
+    fn commit_rqs(_hw_queue: HwQueue<'_, Self>) {
+        build_error!(VTABLE_DEFAULT_ERROR)
+    }
+
+    /// Ends a request that was given to [`Request::complete`].
+    ///
+    /// Softirq, or the context of that call.
+    fn complete(rq: Request<Self, Completed>);
+
+    /// A request is in flight for longer than the tag set's time-out. Called again each time that
+    /// the time-out has passed once more.
+    ///
+    /// The request stays where it is, and may be ending on another CPU at this moment. Process
+    /// context.
+    fn timed_out(_queue_data: ArcBorrow<'_, Self::QueueData>, _id: RequestId) {
+        build_error!(VTABLE_DEFAULT_ERROR)
+    }
+
+    /// Chooses the hardware queue of each CPU. The default spreads the CPUs evenly.
+    fn map_queues(_map: &mut QueueMap<'_>) {
+        build_error!(VTABLE_DEFAULT_ERROR)
+    }
+
+    /// The disk is being opened, for writing or only for reading. Not called for disks that are
+    /// being removed.
+    fn open(_queue_data: &Self::QueueData, _write: bool) -> Result {
+        build_error!(VTABLE_DEFAULT_ERROR)
+    }
+
+    /// The last opener is gone. Not called for disks that were removed.
+    fn release(_queue_data: &Self::QueueData) {
+        build_error!(VTABLE_DEFAULT_ERROR)
+    }
+
+    /// A request of user space that the block layer does not know. `arg` is a number, or an address
+    /// in the memory of the caller.
+    ///
+    /// `ENOTTY`: the driver does not know it either.
+    fn ioctl(_queue_data: &Self::QueueData, _cmd: u32, _arg: usize) -> Result<c_int> {
+        build_error!(VTABLE_DEFAULT_ERROR)
+    }
+
+    /// The geometry to show to those who still ask for one.
+    fn getgeo(_queue_data: &Self::QueueData, _capacity: u64) -> Result<Geometry> {
+        build_error!(VTABLE_DEFAULT_ERROR)
+    }
+}
+
+/// Which hardware queue each CPU uses, being made.
+///
+/// # Invariants
+///
+/// `map` is the default map of a tag set, with an entry for each possible CPU number.
+pub struct QueueMap<'a> {
+    map: &'a mut bindings::blk_mq_queue_map,
+}
+
+impl QueueMap<'_> {
+    /// How many hardware queues there are.
+    pub fn nr_hw_queues(&self) -> u32 {
+        self.map.nr_queues
+    }
+
+    /// Spreads the CPUs evenly.
+    pub fn spread(&mut self) {
+        // SAFETY: By the type invariant the map is valid.
+        unsafe { bindings::blk_mq_map_queues(self.map) };
+    }
+
+    /// Has `cpu` use `hw_queue`. `EINVAL`: there is no such CPU number or hardware queue.
+    pub fn set(&mut self, cpu: u32, hw_queue: u32) -> Result {
+        if cpu >= kernel::cpu::nr_cpu_ids() || hw_queue >= self.map.nr_queues {
+            return Err(EINVAL);
+        }
+        // SAFETY: By the type invariant there is an entry for each possible CPU number.
+        unsafe { *self.map.mq_map.add(cpu as usize) = self.map.queue_offset + hw_queue };
+        Ok(())
+    }
+}
+
+/// The driver's data of a disk.
+///
+/// # Safety
+///
+/// `queue` is the queue of a disk of `T`, which is not removed during `'a`.
+pub(super) unsafe fn queue_data<'a, T: Operations>(
+    queue: *mut bindings::request_queue,
+) -> ArcBorrow<'a, T::QueueData> {
+    // SAFETY: `GenDiskBuilder::build` made `queuedata` of an `Arc`, and the removal of the disk
+    // drops it.
+    unsafe { Arc::<T::QueueData>::borrow((*queue).queuedata) }
+}
+
+/// The functions that blk-mq calls, for the driver `T`.
+pub(super) struct OperationsVTable<T: Operations>(PhantomData<T>);
+
+impl<T: Operations> OperationsVTable<T> {
+    /// # Safety
+    ///
+    /// For blk-mq: `hctx` is an initialised hardware queue of a disk of `T`, and `bd` points to a
+    /// request of it that the driver owns from now on.
+    unsafe extern "C" fn queue_rq(
+        hctx: *mut bindings::blk_mq_hw_ctx,
+        bd: *const bindings::blk_mq_queue_data,
+    ) -> bindings::blk_status_t {
+        // SAFETY: blk-mq passes a valid hardware queue.
+        let hw_queue = unsafe { HwQueue::from_raw(NonNull::new_unchecked(hctx)) };
+        // SAFETY: blk-mq passes a valid request, which was not started and is ours from now on; its
+        // data was made by `init_request`.
+        let rq = unsafe { Request::from_raw(NonNull::new_unchecked((*bd).rq)) };
+        // SAFETY: `bd` is valid.
+        let last = unsafe { (*bd).last };
+
+        match T::queue_rq(hw_queue, rq, last) {
+            Ok(()) => bindings::BLK_STS_OK as bindings::blk_status_t,
+            // The lifetime of `rq` is this call's alone, so what comes back is this request.
+            Err(rejected) => rejected.into_status(),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// For blk-mq: `hctx` is an initialised hardware queue of a disk of `T`.
+    unsafe extern "C" fn commit_rqs(hctx: *mut bindings::blk_mq_hw_ctx) {
+        // SAFETY: blk-mq passes a valid hardware queue.
+        T::commit_rqs(unsafe { HwQueue::from_raw(NonNull::new_unchecked(hctx)) });
+    }
+
+    /// # Safety
+    ///
+    /// For blk-mq: `rq` is a request that [`Request::complete`] gave away.
+    unsafe extern "C" fn complete(rq: *mut bindings::request) {
+        // SAFETY: `Request::complete` gave up the ownership of a started request, and it comes back
+        // here.
+        T::complete(unsafe { Request::from_raw(NonNull::new_unchecked(rq)) });
+    }
+
+    /// # Safety
+    ///
+    /// For blk-mq: `rq` is a request of a disk of `T`, to which blk-mq holds a reference.
+    unsafe extern "C" fn timeout(rq: *mut bindings::request) -> bindings::blk_eh_timer_return {
+        // SAFETY: blk-mq holds a reference to the request, and one to the queue, so that the disk
+        // is not removed now.
+        let (queue_data, id) = unsafe { (queue_data::<T>((*rq).q), RequestId::of_shared(rq)) };
+        T::timed_out(queue_data, id);
+        bindings::blk_eh_timer_return_BLK_EH_RESET_TIMER
+    }
+
+    /// # Safety
+    ///
+    /// For blk-mq: `hctx` is a new hardware queue of a disk of `T`.
+    unsafe extern "C" fn init_hctx(
+        hctx: *mut bindings::blk_mq_hw_ctx,
+        _set_data: *mut c_void,
+        index: c_uint,
+    ) -> c_int {
+        from_result(|| {
+            // SAFETY: The disk was given its data before its hardware queues are made.
+            let queue_data = unsafe { queue_data::<T>((*hctx).queue) };
+            let data = T::new_hw_queue_data(queue_data, index)?;
+            // SAFETY: `hctx` is valid, and nobody else uses it yet.
+            unsafe { (*hctx).driver_data = data.into_foreign() };
+            Ok(0)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// For blk-mq: `init_hctx` succeeded for `hctx`, which is not used any more.
+    unsafe extern "C" fn exit_hctx(hctx: *mut bindings::blk_mq_hw_ctx, _index: c_uint) {
+        // SAFETY: `init_hctx` made the pointer, and nobody borrows it any more.
+        drop(unsafe { T::HwQueueData::from_foreign((*hctx).driver_data) });
+    }
+
+    /// # Safety
+    ///
+    /// For blk-mq: `rq` is a new request, followed by room for `T::RequestData`.
+    unsafe extern "C" fn init_request(
+        _set: *mut bindings::blk_mq_tag_set,
+        rq: *mut bindings::request,
+        hw_queue: c_uint,
+        _numa_node: c_int,
+    ) -> c_int {
+        const {
+            assert!(
+                align_of::<T::RequestData>() <= align_of::<bindings::request>(),
+                "data of a request is aligned as the request is"
+            );
+        }
+
+        from_result(|| {
+            let data = T::new_request_data(hw_queue)?;
+            // SAFETY: The tag set was allocated with room for it behind each request, which is
+            // aligned as checked above.
+            unsafe { rq.add(1).cast::<T::RequestData>().write(data) };
+            Ok(0)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// For blk-mq: `init_request` succeeded for `rq`, which is not used any more.
+    unsafe extern "C" fn exit_request(
+        _set: *mut bindings::blk_mq_tag_set,
+        rq: *mut bindings::request,
+        _hw_queue: c_uint,
+    ) {
+        // SAFETY: `init_request` initialised it, and nobody uses it any more.
+        unsafe { core::ptr::drop_in_place(rq.add(1).cast::<T::RequestData>()) };
+    }
+
+    /// # Safety
+    ///
+    /// For blk-mq: `set` is a tag set whose maps are allocated.
+    unsafe extern "C" fn map_queues(set: *mut bindings::blk_mq_tag_set) {
+        // SAFETY: `set` is valid, and nobody else uses its maps now.
+        let map = unsafe { &mut (*set).map[bindings::hctx_type_HCTX_TYPE_DEFAULT as usize] };
+        // INVARIANT: blk-mq allocates an entry for each possible CPU number.
+        T::map_queues(&mut QueueMap { map });
+    }
+
+    const VTABLE: bindings::blk_mq_ops = bindings::blk_mq_ops {
+        queue_rq: Some(Self::queue_rq),
+        queue_rqs: None,
+        commit_rqs: if T::HAS_COMMIT_RQS {
+            Some(Self::commit_rqs)
+        } else {
+            None
+        },
+        get_budget: None,
+        put_budget: None,
+        set_rq_budget_token: None,
+        get_rq_budget_token: None,
+        timeout: if T::HAS_TIMED_OUT {
+            Some(Self::timeout)
+        } else {
+            None
+        },
+        poll: None,
+        complete: Some(Self::complete),
+        init_hctx: Some(Self::init_hctx),
+        exit_hctx: Some(Self::exit_hctx),
+        init_request: Some(Self::init_request),
+        exit_request: Some(Self::exit_request),
+        cleanup_rq: None,
+        busy: None,
+        map_queues: if T::HAS_MAP_QUEUES {
+            Some(Self::map_queues)
+        } else {
+            None
+        },
+        #[cfg(CONFIG_BLK_DEBUG_FS)]
+        show_rq: None,
+    };
+
+    pub(super) const fn build() -> &'static bindings::blk_mq_ops {
+        &Self::VTABLE
+    }
+}

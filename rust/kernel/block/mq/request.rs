@@ -1,0 +1,457 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Requests, owned by typestate.
+//!
+//! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
+
+use super::{
+    BlkStatus,
+    Operations, //
+};
+use crate::base::page::{
+    PageOwner,
+    PageSlice,
+    PageSliceMut, //
+};
+use core::marker::PhantomData;
+use core::mem;
+use core::ptr::NonNull;
+use kernel::bindings;
+
+/// `BLK_STS_RESOURCE`: blk-mq tries again on its own, soon.
+const RESOURCE: bindings::blk_status_t = 9;
+/// `BLK_STS_DEV_RESOURCE`: blk-mq tries again when a request of this hardware queue has ended.
+const DEV_RESOURCE: bindings::blk_status_t = 13;
+
+mod private {
+    pub trait Sealed {}
+}
+
+/// What may be done with a request. Sealed: [`Queued`], [`InFlight`] or [`Completed`].
+pub trait State: private::Sealed {}
+
+/// blk-mq offers the request to the driver, during one call of [`Operations::queue_rq`].
+///
+/// `'q` is that call. It is invariant, so a request of one call can be neither kept nor given as
+/// the answer to another.
+pub struct Queued<'q>(PhantomData<fn(&'q ()) -> &'q ()>);
+
+/// The driver has the request. Its time runs.
+pub struct InFlight(());
+
+/// The device is done with the request. [`Operations::complete`] has it, and ends it.
+pub struct Completed(());
+
+impl private::Sealed for Queued<'_> {}
+impl private::Sealed for InFlight {}
+impl private::Sealed for Completed {}
+impl State for Queued<'_> {}
+impl State for InFlight {}
+impl State for Completed {}
+
+/// What a request asks for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Op {
+    /// Read sectors.
+    Read,
+    /// Write sectors. With [`Request::is_fua`]: and have them on stable storage before it ends.
+    Write,
+    /// Have everything on stable storage that was written by requests that have ended.
+    Flush,
+    /// The contents of the sectors are of no interest any more.
+    Discard,
+    /// The contents of the sectors must not be readable any more.
+    SecureErase,
+    /// Have the sectors read as zeroes.
+    WriteZeroes,
+    /// Anything else, as the number of `enum req_op`. End it with [`BlkStatus::NOTSUPP`].
+    Other(u8),
+}
+
+/// Names a request of a tag set, without being one.
+///
+/// The same id names another request as soon as this one has ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RequestId {
+    /// The hardware queue.
+    pub hw_queue: u32,
+    /// The tag in that hardware queue.
+    pub tag: u32,
+}
+
+impl RequestId {
+    /// Reads the id of a request that another CPU may be ending.
+    ///
+    /// # Safety
+    ///
+    /// The caller holds a reference to the request (`rq->ref`), as blk-mq does when it calls back
+    /// for a time-out or from an iteration.
+    pub(super) unsafe fn of_shared(rq: *mut bindings::request) -> Self {
+        // SAFETY: The request is valid and `mq_hctx` set until its last reference is dropped. `tag`
+        // may be written by a requeue at the same time, hence the volatile read of one word.
+        unsafe {
+            Self {
+                hw_queue: (*(*rq).mq_hctx).queue_num,
+                tag: (&raw const (*rq).tag).read_volatile() as u32,
+            }
+        }
+    }
+}
+
+/// A request that the holder owns, in state `S`.
+///
+/// See the [module](super) for what the states are. Dropping it ends it with
+/// [`BlkStatus::IOERR`].
+///
+/// # Invariants
+///
+/// - The pointer is to a request of a disk of `T`, initialised by `Operations` of `T`.
+/// - The driver owns the request: between `queue_rq` and the end of the request. Nobody but the
+///   holder of this value ends it, requeues it, or uses its driver data.
+/// - In state `InFlight` and `Completed`, it was started.
+pub struct Request<T: Operations, S: State> {
+    rq: NonNull<bindings::request>,
+    _operations: PhantomData<T>,
+    _state: PhantomData<S>,
+}
+
+// SAFETY: A request is bound to no thread, and may be ended in any context. The data of the driver
+// goes with it.
+unsafe impl<T: Operations, S: State> Send for Request<T, S> where T::RequestData: Send {}
+
+// SAFETY: Shared access only reads what does not change while the driver owns the request, and
+// the data of the driver.
+unsafe impl<T: Operations, S: State> Sync for Request<T, S> where T::RequestData: Sync {}
+
+impl<T: Operations, S: State> Request<T, S> {
+    /// Takes ownership of a request.
+    ///
+    /// # Safety
+    ///
+    /// The type invariants hold for `rq`, and the caller gives up the ownership.
+    pub(super) unsafe fn from_raw(rq: NonNull<bindings::request>) -> Self {
+        // INVARIANT: As the caller promises.
+        Self {
+            rq,
+            _operations: PhantomData,
+            _state: PhantomData,
+        }
+    }
+
+    /// Gives up the ownership without ending the request.
+    pub(super) fn into_raw(self) -> NonNull<bindings::request> {
+        let rq = self.rq;
+        mem::forget(self);
+        rq
+    }
+
+    fn as_raw(&self) -> *mut bindings::request {
+        self.rq.as_ptr()
+    }
+
+    fn cmd_flags(&self) -> u32 {
+        // SAFETY: By the type invariants the request is valid, and the field does not change.
+        unsafe { (*self.as_raw()).cmd_flags }
+    }
+
+    fn has_flag(&self, bit: bindings::req_flag_bits) -> bool {
+        self.cmd_flags() & (1 << bit) != 0
+    }
+
+    /// What the request asks for.
+    #[inline]
+    pub fn op(&self) -> Op {
+        let op = self.cmd_flags() & ((1 << bindings::REQ_OP_BITS) - 1);
+        match op {
+            bindings::req_op_REQ_OP_READ => Op::Read,
+            bindings::req_op_REQ_OP_WRITE => Op::Write,
+            bindings::req_op_REQ_OP_FLUSH => Op::Flush,
+            bindings::req_op_REQ_OP_DISCARD => Op::Discard,
+            bindings::req_op_REQ_OP_SECURE_ERASE => Op::SecureErase,
+            bindings::req_op_REQ_OP_WRITE_ZEROES => Op::WriteZeroes,
+            op => Op::Other(op as u8),
+        }
+    }
+
+    /// Whether a write is to be on stable storage before it ends (`REQ_FUA`).
+    ///
+    /// Only a disk with [`Feature::Fua`](super::Feature::Fua) gets such requests.
+    pub fn is_fua(&self) -> bool {
+        self.has_flag(bindings::req_flag_bits___REQ_FUA)
+    }
+
+    /// Whether a flush is to come before a write (`REQ_PREFLUSH`).
+    ///
+    /// blk-mq makes a flush of its own of it: a driver sees it on flushes only.
+    pub fn is_preflush(&self) -> bool {
+        self.has_flag(bindings::req_flag_bits___REQ_PREFLUSH)
+    }
+
+    /// Whether the blocks may keep their space in a [`Op::WriteZeroes`] (`REQ_NOUNMAP`).
+    pub fn is_nounmap(&self) -> bool {
+        self.has_flag(bindings::req_flag_bits___REQ_NOUNMAP)
+    }
+
+    /// The first sector, in units of 512 bytes.
+    #[inline]
+    pub fn sector(&self) -> u64 {
+        // SAFETY: By the type invariants the request is valid, and the field does not change.
+        unsafe { (*self.as_raw()).__sector }
+    }
+
+    /// The length in bytes. For an operation without data, what it applies to. 0 for a flush.
+    #[inline]
+    pub fn bytes(&self) -> u32 {
+        // SAFETY: By the type invariants the request is valid, and the field does not change.
+        unsafe { (*self.as_raw()).__data_len }
+    }
+
+    /// The number of segments under the queue's limits, 0 for requests without data.
+    #[inline]
+    pub fn nr_segments(&self) -> u16 {
+        if self.has_data() {
+            // SAFETY: By the type invariants the request is valid, and the field does not change.
+            unsafe { (*self.as_raw()).nr_phys_segments }
+        } else {
+            0
+        }
+    }
+
+    /// The hardware queue and the tag.
+    #[inline]
+    pub fn id(&self) -> RequestId {
+        // SAFETY: By the type invariants the request is valid; both fields do not change while the
+        // driver owns it.
+        unsafe {
+            RequestId {
+                hw_queue: (*(*self.as_raw()).mq_hctx).queue_num,
+                tag: (*self.as_raw()).tag as u32,
+            }
+        }
+    }
+
+    fn has_data(&self) -> bool {
+        matches!(self.op(), Op::Read | Op::Write)
+    }
+
+    /// The data, in pieces of one page at most: what a write takes from, or a read puts into,
+    /// memory. Empty for all other operations.
+    #[inline]
+    pub fn segments(&self) -> Segments<'_> {
+        let bio = if self.has_data() {
+            // SAFETY: By the type invariants the request is valid, and the field does not change.
+            unsafe { (*self.as_raw()).bio }
+        } else {
+            core::ptr::null_mut()
+        };
+        // SAFETY: A request keeps its bios, and these their pages, until it ends. That takes the
+        // request by value, which the borrow excludes.
+        unsafe { Segments::new(bio) }
+    }
+
+    /// The memory that a read puts its data into. Empty for all other operations.
+    ///
+    /// The pieces are those of [`Self::segments`].
+    #[inline]
+    pub fn segments_mut(&mut self) -> impl Iterator<Item = PageSliceMut<'_>> + '_ {
+        let segments = match self.op() {
+            Op::Read => self.segments(),
+            // SAFETY: No bio at all is valid.
+            _ => unsafe { Segments::new(core::ptr::null_mut()) },
+        };
+        // SAFETY: The pages of a read are there to be written.
+        segments.map(|slice| unsafe { PageSliceMut::from_slice(slice) })
+    }
+
+    fn data_ptr(&self) -> *mut T::RequestData {
+        // SAFETY: blk-mq allocates the driver's data behind the request.
+        unsafe { self.as_raw().add(1).cast() }
+    }
+
+    /// The driver's data of this request. It is what the last user of the tag left in it.
+    #[inline]
+    pub fn data(&self) -> &T::RequestData {
+        // SAFETY: By the type invariants it is initialised, and only the holder uses it.
+        unsafe { &*self.data_ptr() }
+    }
+
+    /// As [`Self::data`], to be changed.
+    #[inline]
+    pub fn data_mut(&mut self) -> &mut T::RequestData {
+        // SAFETY: By the type invariants it is initialised, and only the holder uses it.
+        unsafe { &mut *self.data_ptr() }
+    }
+
+    /// Gives the request back to blk-mq: all of it is done, or failed.
+    ///
+    /// Any context.
+    #[inline]
+    pub fn end(self, status: BlkStatus) {
+        let rq = self.into_raw();
+        // SAFETY: By the type invariants the driver owned the request, and nobody else ends it.
+        unsafe { bindings::blk_mq_end_request(rq.as_ptr(), status.as_raw()) };
+    }
+}
+
+impl<T: Operations, S: State> Drop for Request<T, S> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants the driver owned the request, and nobody else ends it.
+        unsafe { bindings::blk_mq_end_request(self.as_raw(), BlkStatus::IOERR.as_raw()) };
+    }
+}
+
+impl<'q, T: Operations> Request<T, Queued<'q>> {
+    /// Accepts the request. Its time starts to run.
+    ///
+    /// What can fail for lack of something should have been done before: a request that is in
+    /// flight can only be ended or requeued.
+    #[inline]
+    pub fn start(self) -> Request<T, InFlight> {
+        let rq = self.into_raw();
+        // SAFETY: The driver owns the request, and as a queued one it was not started.
+        unsafe { bindings::blk_mq_start_request(rq.as_ptr()) };
+        // SAFETY: The ownership goes over; the request was started above.
+        unsafe { Request::from_raw(rq) }
+    }
+
+    /// Refuses the request for now. blk-mq offers it again after a short while.
+    pub fn reject(self) -> Rejected<'q, T> {
+        Rejected {
+            rq: self,
+            status: RESOURCE,
+        }
+    }
+
+    /// Refuses the request for now. blk-mq offers it again when a request of this hardware queue
+    /// ends.
+    ///
+    /// Only if one that holds what is missing is in flight in this hardware queue. If there may be
+    /// none, use [`Self::reject`].
+    pub fn reject_until_end(self) -> Rejected<'q, T> {
+        Rejected {
+            rq: self,
+            status: DEV_RESOURCE,
+        }
+    }
+}
+
+/// A request that [`Operations::queue_rq`] refuses for now.
+pub struct Rejected<'q, T: Operations> {
+    rq: Request<T, Queued<'q>>,
+    status: bindings::blk_status_t,
+}
+
+impl<T: Operations> Rejected<'_, T> {
+    /// Leaves the request with blk-mq, and tells when to try again.
+    pub(super) fn into_status(self) -> bindings::blk_status_t {
+        let _ = self.rq.into_raw();
+        self.status
+    }
+}
+
+impl<T: Operations> Request<T, InFlight> {
+    /// Has [`Operations::complete`] end the request on the CPU that submitted it, if that is worth
+    /// while. It may be called before this returns.
+    ///
+    /// Any context.
+    pub fn complete(self) {
+        let rq = self.into_raw();
+        // SAFETY: The driver owns the request and started it.
+        if !unsafe { bindings::blk_mq_complete_request_remote(rq.as_ptr()) } {
+            // SAFETY: blk-mq leaves the request to us; it was started.
+            T::complete(unsafe { Request::from_raw(rq) });
+        }
+    }
+
+    /// Gives the request back to blk-mq as if it had never been offered. It is offered again after
+    /// [`GenDisk::kick_requeue_list`](super::GenDisk::kick_requeue_list).
+    ///
+    /// Any context.
+    pub fn requeue(self) {
+        let rq = self.into_raw();
+        // SAFETY: The driver owns the request and started it.
+        unsafe { bindings::blk_mq_requeue_request(rq.as_ptr(), false) };
+    }
+}
+
+impl<T: Operations> Request<T, Completed> {
+    /// As [`Request::<T, InFlight>::requeue`].
+    pub fn requeue(self) {
+        let rq = self.into_raw();
+        // SAFETY: The driver owns the request and started it.
+        unsafe { bindings::blk_mq_requeue_request(rq.as_ptr(), false) };
+    }
+}
+
+// SAFETY: A request keeps the pages of its bios until it ends, which takes it by value. Its bios do
+// not change while the driver owns it. The pages of a read may be written.
+unsafe impl<T: Operations> PageOwner for Request<T, InFlight> {
+    fn writable(&self) -> bool {
+        self.op() == Op::Read
+    }
+
+    fn slices(&self) -> impl Iterator<Item = PageSlice<'_>> + '_ {
+        self.segments()
+    }
+}
+
+/// The data of a request, in pieces of one page at most.
+///
+/// # Invariants
+///
+/// `bio` is null, or a bio with data that lives, and keeps its pages, during `'a`; so do the bios
+/// behind it. `iter` is a position in it.
+pub struct Segments<'a> {
+    bio: *mut bindings::bio,
+    iter: bindings::bvec_iter,
+    _request: PhantomData<&'a ()>,
+}
+
+impl Segments<'_> {
+    /// # Safety
+    ///
+    /// `bio` is null or satisfies the type invariants.
+    unsafe fn new(bio: *mut bindings::bio) -> Self {
+        let iter = if bio.is_null() {
+            bindings::bvec_iter::default()
+        } else {
+            // SAFETY: `bio` is valid.
+            unsafe { (*bio).bi_iter }
+        };
+        // INVARIANT: As the caller promises; `iter` is the bio's start.
+        Self {
+            bio,
+            iter,
+            _request: PhantomData,
+        }
+    }
+}
+
+impl<'a> Iterator for Segments<'a> {
+    type Item = PageSlice<'a>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.iter.bi_size == 0 {
+            if self.bio.is_null() {
+                return None;
+            }
+            // SAFETY: By the type invariants `bio` is valid, and what follows it too.
+            self.bio = unsafe { (*self.bio).bi_next };
+            if self.bio.is_null() {
+                return None;
+            }
+            // SAFETY: As above.
+            self.iter = unsafe { (*self.bio).bi_iter };
+        }
+
+        // SAFETY: By the type invariants `bio` is valid and `iter` a position in it; bytes are left.
+        let bvec = unsafe { bindings_ext::bio_iter_iovec(self.bio, &self.iter) };
+        // SAFETY: As above; the piece is not larger than what is left.
+        unsafe { bindings_ext::bio_advance_iter_single(self.bio, &mut self.iter, bvec.bv_len) };
+
+        let page = NonNull::new(bvec.bv_page)?;
+        // SAFETY: The piece is within one page, which the bio keeps during `'a`.
+        Some(unsafe { PageSlice::from_raw(page, bvec.bv_offset as usize, bvec.bv_len as usize) })
+    }
+}

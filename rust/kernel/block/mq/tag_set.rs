@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tag sets: the hardware queues and the requests that can be in flight.
+//!
+//! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
+
+use super::{
+    operations::OperationsVTable,
+    Operations,
+    RequestId, //
+};
+use core::marker::PhantomData;
+use kernel::{
+    bindings,
+    error::to_result,
+    ffi::c_void,
+    prelude::*,
+    time::Jiffies,
+    types::Opaque, //
+};
+
+/// What a [`TagSet`] is to be like.
+pub struct TagSetParams {
+    /// How many hardware queues. blk-mq makes no more than there are CPUs: ask
+    /// [`TagSet::nr_hw_queues`].
+    pub nr_hw_queues: u32,
+    /// How many requests can be in flight in each.
+    pub queue_depth: u32,
+    /// After what time a request counts as timed out, in jiffies. 0: 30 seconds.
+    pub timeout: Jiffies,
+    /// Have no I/O scheduler unless one is asked for, where there is one hardware queue.
+    pub no_scheduler: bool,
+}
+
+/// The hardware queues of disks of `T`, and the requests that can be in flight in them.
+///
+/// # Invariants
+///
+/// `set` is initialised and valid.
+#[pin_data(PinnedDrop)]
+pub struct TagSet<T: Operations> {
+    #[pin]
+    set: Opaque<bindings::blk_mq_tag_set>,
+    _operations: PhantomData<T>,
+}
+
+// SAFETY: blk-mq locks what needs it. The data of requests, which goes with the tag set, is `Send`.
+unsafe impl<T: Operations> Send for TagSet<T> {}
+
+// SAFETY: As above; shared access gives no access to the data of requests.
+unsafe impl<T: Operations> Sync for TagSet<T> {}
+
+impl<T: Operations> TagSet<T> {
+    /// Creates a tag set. Sleeps.
+    ///
+    /// `EINVAL`: no hardware queue, or a depth of 0, or a time-out that does not fit.
+    pub fn new(params: TagSetParams) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            set <- Opaque::try_ffi_init(move |set: *mut bindings::blk_mq_tag_set| {
+                let flags = if params.no_scheduler {
+                    bindings::BLK_MQ_F_NO_SCHED_BY_DEFAULT
+                } else {
+                    0
+                };
+                let init = bindings::blk_mq_tag_set {
+                    ops: OperationsVTable::<T>::build(),
+                    nr_maps: 1,
+                    nr_hw_queues: params.nr_hw_queues,
+                    queue_depth: params.queue_depth,
+                    cmd_size: u32::try_from(size_of::<T::RequestData>())?,
+                    numa_node: bindings::NUMA_NO_NODE,
+                    timeout: u32::try_from(params.timeout)?,
+                    flags,
+                    ..pin_init::zeroed()
+                };
+                // SAFETY: `set` is valid for writes.
+                unsafe { set.write(init) };
+                // SAFETY: `set` was filled in as the function wants it.
+                to_result(unsafe { bindings::blk_mq_alloc_tag_set(set) })
+            }),
+            _operations: PhantomData,
+        })
+    }
+
+    pub(super) fn as_raw(&self) -> *mut bindings::blk_mq_tag_set {
+        self.set.get()
+    }
+
+    /// How many hardware queues there are.
+    pub fn nr_hw_queues(&self) -> u32 {
+        // SAFETY: By the type invariant the set is valid; the field does not change.
+        unsafe { (*self.as_raw()).nr_hw_queues }
+    }
+
+    /// How many requests can be in flight in each hardware queue.
+    pub fn queue_depth(&self) -> u32 {
+        // SAFETY: By the type invariant the set is valid; the field does not change.
+        unsafe { (*self.as_raw()).queue_depth }
+    }
+
+    /// Calls `f` for the requests that are in flight, until it returns false.
+    ///
+    /// A request can end, and another can start, while this runs. Those that were in flight before,
+    /// and still are afterwards, are all visited. Sleeps not, but is slow: for error handling.
+    pub fn for_each_in_flight(&self, mut f: impl FnMut(RequestId) -> bool) {
+        unsafe extern "C" fn call<F: FnMut(RequestId) -> bool>(
+            rq: *mut bindings::request,
+            f: *mut c_void,
+        ) -> bool {
+            // SAFETY: This is the closure below, which only this iteration uses.
+            let f = unsafe { &mut *f.cast::<F>() };
+            // SAFETY: blk-mq holds a reference to the request during the call.
+            f(unsafe { RequestId::of_shared(rq) })
+        }
+
+        fn function<F: FnMut(RequestId) -> bool>(_: &F) -> bindings::busy_tag_iter_fn {
+            Some(call::<F>)
+        }
+
+        let function = function(&f);
+        // SAFETY: By the type invariant the set is valid; the closure lives until the call returns.
+        unsafe { bindings::blk_mq_tagset_busy_iter(self.as_raw(), function, (&raw mut f).cast()) };
+    }
+
+    /// Waits until [`Operations::complete`] has run for all requests that were given to
+    /// [`Request::complete`](super::Request::complete). Sleeps.
+    pub fn wait_completed(&self) {
+        // SAFETY: By the type invariant the set is valid.
+        unsafe { bindings::blk_mq_tagset_wait_completed_request(self.as_raw()) };
+    }
+}
+
+#[pinned_drop]
+impl<T: Operations> PinnedDrop for TagSet<T> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: By the type invariant the set is valid. Disks own a reference to their tag set,
+        // so there is none any more.
+        unsafe { bindings::blk_mq_free_tag_set(self.as_raw()) };
+    }
+}
