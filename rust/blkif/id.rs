@@ -82,3 +82,38 @@ impl RingId {
         self.0 as u16
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_have_their_places() {
+        let id = RingId::new(0x00ab_cdef, 0x123, 0x456, 0x789a).unwrap();
+        assert_eq!(id.to_wire(), 0xabcd_ef12_3456_789a);
+        assert_eq!(RingId::from_wire(0xabcd_ef12_3456_789a), id);
+        assert_eq!(id.epoch(), 0x00ab_cdef);
+        assert_eq!(id.queue(), 0x123);
+        assert_eq!(id.part(), 0x456);
+        assert_eq!(id.tag(), 0x789a);
+    }
+
+    #[test]
+    fn largest_fields() {
+        let most = FIELD_LIMIT - 1;
+        assert_eq!(
+            RingId::new(EPOCHS - 1, most, most, u16::MAX)
+                .unwrap()
+                .to_wire(),
+            u64::MAX
+        );
+        assert_eq!(RingId::new(0, FIELD_LIMIT, 0, 0), None);
+        assert_eq!(RingId::new(0, 0, FIELD_LIMIT, 0), None);
+    }
+
+    #[test]
+    fn epochs_wrap() {
+        assert_eq!(RingId::new(EPOCHS, 0, 0, 1), RingId::new(0, 0, 0, 1));
+        assert_ne!(RingId::new(1, 0, 0, 1), RingId::new(0, 0, 0, 1));
+    }
+}

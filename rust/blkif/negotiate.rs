@@ -379,6 +379,18 @@ pub struct Accepted {
     pub persistent: bool,
 }
 
+impl BackLimits {
+    /// Largest number of rings, at least 1.
+    fn queues(&self) -> u32 {
+        self.max_queues.max(1)
+    }
+
+    /// Largest ring, as the binary logarithm of its pages, at most 4.
+    fn page_order(&self) -> u32 {
+        self.max_ring_page_order.min(MAX_PAGE_ORDER)
+    }
+}
+
 impl FrontChoice {
     /// Nodes of the frontend's directory that make up the choice. All are optional.
     pub const NODES: [&'static str; 4] = [
@@ -406,14 +418,12 @@ impl FrontChoice {
     /// Checks the choice against what the backend offered.
     pub fn check(&self, limits: &BackLimits) -> Result<Accepted, BadChoice> {
         let queues = self.queues.unwrap_or(1);
-        if queues == 0 || queues > limits.max_queues.max(1) {
-            return Err(BadChoice::Queues {
-                queues,
-                limit: limits.max_queues,
-            });
+        let limit = limits.queues();
+        if queues == 0 || queues > limit {
+            return Err(BadChoice::Queues { queues, limit });
         }
         let order = self.ring_page_order.unwrap_or(0);
-        let limit = limits.max_ring_page_order.min(MAX_PAGE_ORDER);
+        let limit = limits.page_order();
         if order > limit {
             return Err(BadChoice::RingPageOrder { order, limit });
         }
@@ -462,5 +472,440 @@ impl fmt::Display for BadChoice {
                 write!(f, "ring-page-order = \"{order}\": larger than {limit}")
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::string::ToString;
+
+    const FRONT: FrontOffer = FrontOffer {
+        max_ring_page_order: 4,
+        max_queues: 4,
+        max_indirect_segments: 32,
+        persistent: true,
+        trusted: true,
+    };
+
+    fn offer(nodes: &[(&'static str, &str)]) -> BackOffer {
+        let mut offer = BackOffer::default();
+        for (node, text) in nodes {
+            assert!(BackOffer::NODES.contains(node));
+            offer.set(node, text.as_bytes()).unwrap();
+        }
+        offer
+    }
+
+    fn features(nodes: &[(&'static str, &str)]) -> Features {
+        negotiate(&FRONT, &offer(nodes))
+    }
+
+    #[test]
+    fn a_backend_that_offers_nothing() {
+        let expected = Features {
+            rings: RingShape {
+                page_order: 0,
+                queues: 1,
+            },
+            indirect_segments: 0,
+            persistent: false,
+            flush: Flush::None,
+            discard: None,
+            bounce: false,
+        };
+        assert_eq!(features(&[]), expected);
+    }
+
+    #[test]
+    fn a_linux_backend() {
+        let features = features(&[
+            ("max-ring-page-order", "4"),
+            ("multi-queue-max-queues", "2"),
+            ("feature-max-indirect-segments", "256"),
+            ("feature-persistent", "1"),
+            ("feature-flush-cache", "1"),
+            ("feature-barrier", "1"),
+            ("feature-discard", "1"),
+            ("discard-granularity", "4096"),
+            ("discard-alignment", "512"),
+            ("discard-secure", "1"),
+        ]);
+        let expected = Features {
+            rings: RingShape {
+                page_order: 4,
+                queues: 2,
+            },
+            indirect_segments: 32,
+            persistent: true,
+            flush: Flush::Cache,
+            discard: Some(Discard {
+                granularity: 4096,
+                alignment: 512,
+                secure: true,
+            }),
+            bounce: true,
+        };
+        assert_eq!(features, expected);
+    }
+
+    #[test]
+    fn the_smaller_ring_wins() {
+        let order = |front, back: &str| {
+            let front = FrontOffer {
+                max_ring_page_order: front,
+                ..FRONT
+            };
+            RingShape::choose(&front, &offer(&[("max-ring-page-order", back)])).page_order
+        };
+        assert_eq!(order(2, "4"), 2);
+        assert_eq!(order(4, "3"), 3);
+        assert_eq!(order(9, "9"), 4);
+        assert_eq!(
+            RingShape {
+                page_order: 0,
+                queues: 1
+            }
+            .pages(),
+            1
+        );
+        assert_eq!(
+            RingShape {
+                page_order: 4,
+                queues: 1
+            }
+            .pages(),
+            16
+        );
+        assert_eq!(
+            RingShape {
+                page_order: 99,
+                queues: 1
+            }
+            .pages(),
+            1
+        );
+    }
+
+    #[test]
+    fn the_smaller_number_of_queues_wins() {
+        let queues = |front, back: &str| {
+            let front = FrontOffer {
+                max_queues: front,
+                ..FRONT
+            };
+            RingShape::choose(&front, &offer(&[("multi-queue-max-queues", back)])).queues
+        };
+        assert_eq!(queues(4, "2"), 2);
+        assert_eq!(queues(2, "4"), 2);
+        assert_eq!(queues(4, "0"), 1);
+        assert_eq!(queues(0, "4"), 1);
+    }
+
+    #[test]
+    fn indirect_segments() {
+        let segments = |front, back: &str| {
+            let front = FrontOffer {
+                max_indirect_segments: front,
+                ..FRONT
+            };
+            let back = offer(&[("feature-max-indirect-segments", back)]);
+            negotiate(&front, &back).indirect_segments
+        };
+        assert_eq!(segments(32, "256"), 32);
+        assert_eq!(segments(256, "32"), 32);
+        assert_eq!(segments(12, "256"), 12);
+        assert_eq!(segments(11, "256"), 0);
+        assert_eq!(segments(32, "11"), 0);
+        assert_eq!(segments(u32::MAX, "4294967295"), 4096);
+        assert_eq!(segments(0x1_0020, "65568"), 4096);
+    }
+
+    #[test]
+    fn persistent_takes_two() {
+        for (front, back, both) in [
+            (true, "1", true),
+            (true, "0", false),
+            (false, "1", false),
+            (false, "0", false),
+        ] {
+            let front = FrontOffer {
+                persistent: front,
+                ..FRONT
+            };
+            let features = negotiate(&front, &offer(&[("feature-persistent", back)]));
+            assert_eq!((features.persistent, features.bounce), (both, both));
+        }
+    }
+
+    #[test]
+    fn an_untrusted_backend_sees_only_bounced_data() {
+        let front = FrontOffer {
+            trusted: false,
+            ..FRONT
+        };
+        let features = negotiate(&front, &BackOffer::default());
+        assert_eq!((features.persistent, features.bounce), (false, true));
+    }
+
+    #[test]
+    fn flush_is_better_than_barrier() {
+        let flush = |cache, barrier| {
+            features(&[("feature-flush-cache", cache), ("feature-barrier", barrier)]).flush
+        };
+        assert_eq!(flush("0", "0"), Flush::None);
+        assert_eq!(flush("1", "0"), Flush::Cache);
+        assert_eq!(flush("0", "1"), Flush::Barrier);
+        assert_eq!(flush("1", "1"), Flush::Cache);
+        assert_eq!(Flush::None.operation(), None);
+        assert_eq!(Flush::Cache.operation(), Some(op::FLUSH_DISKCACHE));
+        assert_eq!(Flush::Barrier.operation(), Some(op::WRITE_BARRIER));
+    }
+
+    #[test]
+    fn discard_details_without_discard_mean_nothing() {
+        assert_eq!(
+            features(&[("discard-secure", "1"), ("discard-granularity", "512")]).discard,
+            None
+        );
+    }
+
+    #[test]
+    fn a_bad_node_leaves_the_offer_as_it_was() {
+        for node in BackOffer::NODES {
+            let mut offer = BackOffer::default();
+            let bad = offer.set(node, b"many").unwrap_err();
+            assert_eq!((bad.node(), bad.text()), (node, "many"));
+            assert_eq!(offer, BackOffer::default());
+        }
+        let mut offer = BackOffer::default();
+        assert_eq!(offer.set("feature-unheard-of", b"many"), Ok(()));
+        assert_eq!(offer, BackOffer::default());
+    }
+
+    fn nodes(list: &[(&'static str, &str)]) -> DiskNodes {
+        let mut nodes = DiskNodes::default();
+        for (node, text) in list {
+            assert!(DiskNodes::NODES.contains(node));
+            nodes.set(node, text.as_bytes()).unwrap();
+        }
+        nodes
+    }
+
+    #[test]
+    fn a_disk() {
+        let disk = nodes(&[
+            ("sectors", "2048"),
+            ("info", "4"),
+            ("sector-size", "512"),
+            ("physical-sector-size", "4096"),
+        ]);
+        let expected = Disk {
+            sectors: 2048,
+            info: 4,
+            block_size: 512,
+            physical_block_size: 4096,
+        };
+        assert_eq!(disk.disk(), Ok(expected));
+    }
+
+    #[test]
+    fn the_physical_block_is_at_least_the_logical_one() {
+        let required = [("sectors", "8"), ("info", "0"), ("sector-size", "4096")];
+        let disk = nodes(&required).disk().unwrap();
+        assert_eq!(disk.physical_block_size, 4096);
+        let mut nodes = nodes(&required);
+        nodes.set("physical-sector-size", b"512").unwrap();
+        assert_eq!(nodes.disk().unwrap().physical_block_size, 4096);
+    }
+
+    #[test]
+    fn required_nodes_that_are_missing() {
+        let all = [("sectors", "8"), ("info", "0"), ("sector-size", "512")];
+        for without in all {
+            let rest: std::vec::Vec<_> = all.into_iter().filter(|node| *node != without).collect();
+            assert_eq!(nodes(&rest).disk(), Err(BadNode::missing(without.0)));
+        }
+    }
+
+    #[test]
+    fn nodes_of_a_disk_that_cannot_be() {
+        let limits = Wrong::NotABlockSize {
+            min: 512,
+            max: 65536,
+        };
+        for node in ["sector-size", "physical-sector-size"] {
+            for text in ["0", "256", "513", "3072", "131072", "4294967295"] {
+                let mut nodes = DiskNodes::default();
+                let bad = nodes.set(node, text.as_bytes()).unwrap_err();
+                assert_eq!(bad, BadNode::new(node, text.as_bytes(), limits));
+                assert_eq!(nodes, DiskNodes::default());
+            }
+            for text in ["512", "65536"] {
+                assert_eq!(DiskNodes::default().set(node, text.as_bytes()), Ok(()));
+            }
+        }
+        assert!(DiskNodes::default().set("info", b"ro").is_err());
+        assert!(DiskNodes::default().set("sectors", b"-1").is_err());
+        assert_eq!(DiskNodes::default().set("size", b"-1"), Ok(()));
+    }
+
+    #[test]
+    fn the_largest_disk() {
+        assert_eq!(sectors(b"18014398509481983"), Ok(i64::MAX as u64 / 512));
+        let wrong = Wrong::TooLarge {
+            limit: 18_014_398_509_481_983,
+        };
+        assert_eq!(sectors(b"18014398509481984").unwrap_err().wrong(), wrong);
+    }
+
+    #[test]
+    fn flags_of_a_disk() {
+        for (info, flags) in [
+            (0, (false, false, false)),
+            (1, (true, false, false)),
+            (2, (false, true, false)),
+            (4, (false, false, true)),
+            (7, (true, true, true)),
+            (!7, (false, false, false)),
+        ] {
+            let disk = Disk {
+                sectors: 0,
+                info,
+                block_size: 512,
+                physical_block_size: 512,
+            };
+            assert_eq!((disk.cdrom(), disk.removable(), disk.read_only()), flags);
+        }
+    }
+
+    const BACK: BackLimits = BackLimits {
+        max_ring_page_order: 3,
+        max_queues: 2,
+        persistent: true,
+    };
+
+    fn choice(list: &[(&'static str, &str)]) -> FrontChoice {
+        let mut choice = FrontChoice::default();
+        for (node, text) in list {
+            assert!(FrontChoice::NODES.contains(node));
+            choice.set(node, text.as_bytes()).unwrap();
+        }
+        choice
+    }
+
+    #[test]
+    fn a_frontend_that_says_nothing() {
+        let expected = Accepted {
+            abi: Abi::when_absent(),
+            rings: RingShape {
+                page_order: 0,
+                queues: 1,
+            },
+            numbered_refs: false,
+            queue_dirs: false,
+            persistent: false,
+        };
+        assert_eq!(choice(&[]).check(&BACK), Ok(expected));
+    }
+
+    #[test]
+    fn a_frontend_that_takes_all() {
+        let choice = choice(&[
+            ("protocol", "arm-abi"),
+            ("multi-queue-num-queues", "2"),
+            ("ring-page-order", "3"),
+            ("feature-persistent", "1"),
+        ]);
+        let expected = Accepted {
+            abi: Abi::Arm,
+            rings: RingShape {
+                page_order: 3,
+                queues: 2,
+            },
+            numbered_refs: true,
+            queue_dirs: true,
+            persistent: true,
+        };
+        assert_eq!(choice.check(&BACK), Ok(expected));
+        let without = BackLimits {
+            persistent: false,
+            ..BACK
+        };
+        assert!(!choice.check(&without).unwrap().persistent);
+    }
+
+    #[test]
+    fn places_of_the_rings() {
+        let accepted = choice(&[("ring-page-order", "0"), ("multi-queue-num-queues", "1")]);
+        let accepted = accepted.check(&BACK).unwrap();
+        assert_eq!((accepted.numbered_refs, accepted.queue_dirs), (true, false));
+    }
+
+    #[test]
+    fn choices_that_were_not_offered() {
+        for queues in [0, 3, u32::MAX] {
+            let text = queues.to_string();
+            let bad = choice(&[("multi-queue-num-queues", &text)]).check(&BACK);
+            assert_eq!(bad, Err(BadChoice::Queues { queues, limit: 2 }));
+        }
+        let bad = choice(&[("ring-page-order", "4")]).check(&BACK);
+        assert_eq!(bad, Err(BadChoice::RingPageOrder { order: 4, limit: 3 }));
+        let large = BackLimits {
+            max_ring_page_order: 99,
+            ..BACK
+        };
+        assert!(choice(&[("ring-page-order", "4")]).check(&large).is_ok());
+        let bad = choice(&[("ring-page-order", "5")]).check(&large);
+        assert_eq!(bad, Err(BadChoice::RingPageOrder { order: 5, limit: 4 }));
+    }
+
+    #[test]
+    fn one_queue_is_always_offered() {
+        let none = BackLimits {
+            max_queues: 0,
+            ..BACK
+        };
+        assert_eq!(choice(&[]).check(&none).unwrap().rings.queues, 1);
+        assert_eq!(none.queues(), 1);
+        let bad = choice(&[("multi-queue-num-queues", "2")]).check(&none);
+        assert_eq!(
+            bad,
+            Err(BadChoice::Queues {
+                queues: 2,
+                limit: 1
+            })
+        );
+    }
+
+    #[test]
+    fn bad_nodes_of_a_choice() {
+        let mut choice = FrontChoice::default();
+        let bad = choice.set("protocol", b"s390-abi").unwrap_err();
+        assert_eq!(bad, BadNode::new("protocol", b"s390-abi", Wrong::Unknown));
+        for node in [
+            "multi-queue-num-queues",
+            "ring-page-order",
+            "feature-persistent",
+        ] {
+            let bad = choice.set(node, b"all").unwrap_err();
+            assert_eq!(bad, BadNode::new(node, b"all", Wrong::NotANumber));
+        }
+        assert_eq!(choice.set("ring-ref", b"all"), Ok(()));
+        assert_eq!(choice, FrontChoice::default());
+    }
+
+    #[test]
+    fn messages() {
+        let bad = BadChoice::Queues {
+            queues: 3,
+            limit: 2,
+        };
+        assert_eq!(
+            bad.to_string(),
+            "multi-queue-num-queues = \"3\": not from 1 to 2"
+        );
+        let bad = BadChoice::RingPageOrder { order: 5, limit: 4 };
+        assert_eq!(bad.to_string(), "ring-page-order = \"5\": larger than 4");
     }
 }

@@ -31,8 +31,6 @@ pub enum Wrong {
         /// The largest.
         max: u32,
     },
-    /// The number must not be zero.
-    Zero,
     /// The text is none of those that are known.
     Unknown,
 }
@@ -46,7 +44,6 @@ impl fmt::Display for Wrong {
             Wrong::NotABlockSize { min, max } => {
                 write!(f, "not a power of two from {min} to {max}")
             }
-            Wrong::Zero => f.write_str("zero"),
             Wrong::Unknown => f.write_str("not known"),
         }
     }
@@ -185,4 +182,158 @@ fn digits(text: &[u8], base: u32, limit: u64) -> Result<u64, Wrong> {
     number
         .filter(|number| *number <= limit)
         .ok_or(Wrong::TooLarge { limit })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::string::ToString;
+
+    #[test]
+    fn decimal_numbers() {
+        assert_eq!(decimal("n", b"0", 9), Ok(0));
+        assert_eq!(decimal("n", b"0042", 42), Ok(42));
+        assert_eq!(
+            decimal("n", b"18446744073709551615", u64::MAX),
+            Ok(u64::MAX)
+        );
+        assert_eq!(decimal_u32("n", b"4294967295"), Ok(u32::MAX));
+    }
+
+    #[test]
+    fn nothing_but_digits() {
+        for text in [
+            &b""[..],
+            b" 1",
+            b"1 ",
+            b"1\n",
+            b"+1",
+            b"-1",
+            b"0x1",
+            b"1a",
+            b"\xff",
+            b"1\0",
+        ] {
+            assert_eq!(
+                decimal("n", text, 9).unwrap_err().wrong(),
+                Wrong::NotANumber
+            );
+        }
+        // Also when the number is too large before the text ends.
+        assert_eq!(
+            decimal("n", b"999x", 9).unwrap_err().wrong(),
+            Wrong::NotANumber
+        );
+        let text = b"99999999999999999999999x";
+        assert_eq!(
+            decimal("n", text, 9).unwrap_err().wrong(),
+            Wrong::NotANumber
+        );
+    }
+
+    #[test]
+    fn numbers_that_are_too_large() {
+        for text in [
+            &b"10"[..],
+            b"18446744073709551616",
+            b"99999999999999999999999999",
+        ] {
+            let wrong = Wrong::TooLarge { limit: 9 };
+            assert_eq!(decimal("n", text, 9), Err(BadNode::new("n", text, wrong)));
+        }
+        let wrong = Wrong::TooLarge { limit: 0xffff_ffff };
+        assert_eq!(decimal_u32("n", b"4294967296").unwrap_err().wrong(), wrong);
+    }
+
+    #[test]
+    fn switches() {
+        assert_eq!(switch("n", b"0"), Ok(false));
+        assert_eq!(switch("n", b"1"), Ok(true));
+        assert_eq!(switch("n", b"2"), Ok(true));
+        assert!(switch("n", b"y").is_err());
+    }
+
+    #[test]
+    fn device_numbers() {
+        assert_eq!(device_number("n", b"51712"), Ok(51712));
+        assert_eq!(device_number("n", b"0xca00"), Ok(51712));
+        assert_eq!(
+            device_number("n", b"0XCA00").unwrap_err().wrong(),
+            Wrong::NotANumber
+        );
+        assert_eq!(
+            device_number("n", b"0x").unwrap_err().wrong(),
+            Wrong::NotANumber
+        );
+        let wrong = Wrong::TooLarge { limit: 0xffff_ffff };
+        assert_eq!(
+            device_number("n", b"0x100000000").unwrap_err().wrong(),
+            wrong
+        );
+    }
+
+    #[test]
+    fn physical_devices() {
+        assert_eq!(physical_device("n", b"7:0"), Ok((7, 0)));
+        assert_eq!(physical_device("n", b"fd:1A"), Ok((0xfd, 0x1a)));
+        assert_eq!(physical_device("n", b"fff:fffff"), Ok((0xfff, 0xf_ffff)));
+        for text in [
+            &b""[..],
+            b":",
+            b"7",
+            b"7:",
+            b":0",
+            b"7:0:0",
+            b"7 :0",
+            b"7:0\n",
+            b"g:0",
+        ] {
+            assert_eq!(
+                physical_device("n", text).unwrap_err().wrong(),
+                Wrong::NotANumber
+            );
+        }
+        for text in [&b"1000:0"[..], b"0:100000"] {
+            let wrong = physical_device("n", text).unwrap_err().wrong();
+            assert!(matches!(wrong, Wrong::TooLarge { .. }));
+        }
+    }
+
+    #[test]
+    fn messages_name_node_text_and_reason() {
+        let bad = decimal("sectors", b"12q", 9).unwrap_err();
+        assert_eq!(bad.node(), "sectors");
+        assert_eq!(bad.text(), "12q");
+        assert_eq!(
+            bad.to_string(),
+            "sectors = \"12q\": not a number of the form expected"
+        );
+        assert_eq!(BadNode::missing("sectors").to_string(), "sectors: missing");
+        for (wrong, reason) in [
+            (Wrong::Missing, "missing"),
+            (Wrong::TooLarge { limit: 7 }, "larger than 7"),
+            (
+                Wrong::NotABlockSize {
+                    min: 512,
+                    max: 4096,
+                },
+                "not a power of two from 512 to 4096",
+            ),
+            (Wrong::Unknown, "not known"),
+        ] {
+            assert_eq!(wrong.to_string(), reason);
+        }
+    }
+
+    #[test]
+    fn long_and_unprintable_text_is_tamed() {
+        let exact = BadNode::new("n", &[b'a'; 32], Wrong::Unknown);
+        assert_eq!(exact.text(), "a".repeat(32));
+        assert!(!exact.to_string().contains("..."));
+        let long = BadNode::new("n", &[b'a'; 300], Wrong::Unknown);
+        assert_eq!(long.text(), "a".repeat(32));
+        assert!(long.to_string().contains("aaa...\""));
+        let odd = BadNode::new("n", b"a \x1b[2J\n\xff", Wrong::Unknown);
+        assert_eq!(odd.text(), "a ?[2J??");
+    }
 }

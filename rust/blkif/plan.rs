@@ -380,3 +380,215 @@ pub const fn discard(handle: u16, id: u64, sector: u64, sectors: u64, secure: bo
         nr_sectors: sectors,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::negotiate::Flush;
+    use std::vec::Vec;
+
+    fn pages(count: u32) -> impl Iterator<Item = Piece> {
+        (0..count).map(|_| Piece::new(0, 4096).unwrap())
+    }
+
+    fn parts(sector: u64, count: u32, indirect: u16) -> Vec<Part> {
+        let limits = SlotLimits::new(indirect);
+        let plan = Plan::new(sector, pages(count), count, limits).unwrap();
+        let (slots, grants) = (plan.slots(), plan.grants());
+        let parts: Vec<_> = plan.collect();
+        assert_eq!(parts.len() as u32, slots);
+        let used: u32 = parts
+            .iter()
+            .map(|part| u32::from(part.count) + indirect_grants(part))
+            .sum();
+        assert_eq!(used, grants);
+        parts
+    }
+
+    fn indirect_grants(part: &Part) -> u32 {
+        match part.form {
+            Form::Direct => 0,
+            Form::Indirect(pages) => pages.into(),
+        }
+    }
+
+    #[test]
+    fn pieces_are_whole_sectors_of_a_page() {
+        let piece = Piece::new(512, 1024).unwrap();
+        assert_eq!(
+            (piece.offset(), piece.len(), piece.sectors()),
+            (512, 1024, 2)
+        );
+        assert_eq!(
+            piece.segment(5),
+            WireSegment {
+                gref: 5,
+                first: 1,
+                last: 2
+            }
+        );
+        assert!(!piece.is_empty());
+        assert!(Piece::new(0, 4096).is_some());
+        assert!(Piece::new(3584, 512).is_some());
+        let bad = [
+            (0, 0),
+            (0, 100),
+            (100, 512),
+            (0, 4608),
+            (3584, 1024),
+            (4096, 512),
+            (512, u32::MAX),
+        ];
+        for (offset, len) in bad {
+            assert_eq!(Piece::new(offset, len), None, "{offset} {len}");
+        }
+    }
+
+    #[test]
+    fn runs_are_cut_at_pages() {
+        let cut = |offset, len| -> Vec<_> {
+            let pieces = Pieces::new(offset, len).unwrap();
+            pieces
+                .map(|(page, piece)| (page, piece.offset(), piece.len()))
+                .collect()
+        };
+        assert_eq!(cut(512, 512), [(0, 512, 512)]);
+        assert_eq!(cut(3584, 5120), [(0, 3584, 512), (1, 0, 4096), (2, 0, 512)]);
+        assert_eq!(cut(8192, 4096), [(2, 0, 4096)]);
+        assert_eq!(cut(0, 0), []);
+        assert!(Pieces::new(1, 512).is_none());
+        assert!(Pieces::new(512, 1).is_none());
+        assert!(Pieces::new(u32::MAX - 511, 512).is_none());
+    }
+
+    #[test]
+    fn limits_have_bounds() {
+        for (offered, segments) in [(0, 11), (11, 11), (12, 12), (4096, 4096), (u16::MAX, 4096)] {
+            assert_eq!(SlotLimits::new(offered).segments(), segments);
+        }
+    }
+
+    #[test]
+    fn what_fits_into_a_slot_is_direct() {
+        let first = Part {
+            index: 0,
+            sector: 7,
+            sectors: 88,
+            first: 0,
+            count: 11,
+            form: Form::Direct,
+        };
+        assert_eq!(parts(7, 11, 0), [first]);
+        assert_eq!(parts(7, 11, 256), [first]);
+        assert_eq!(parts(7, 0, 256), []);
+    }
+
+    #[test]
+    fn more_is_indirect() {
+        let form = Form::Indirect(1);
+        let part = Part {
+            index: 0,
+            sector: 0,
+            sectors: 96,
+            first: 0,
+            count: 12,
+            form,
+        };
+        assert_eq!(parts(0, 12, 32), [part]);
+        assert_eq!(parts(0, 512, 4096)[0].form, Form::Indirect(1));
+        assert_eq!(parts(0, 513, 4096)[0].form, Form::Indirect(2));
+        assert_eq!(parts(0, 4096, 4096)[0].form, Form::Indirect(8));
+    }
+
+    #[test]
+    fn more_than_a_slot_can_carry_is_several_parts() {
+        let part = |index, sector, first, count| {
+            let sectors = u32::from(count) * 8;
+            Part {
+                index,
+                sector,
+                sectors,
+                first,
+                count,
+                form: Form::Direct,
+            }
+        };
+        let expected = [
+            part(0, 100, 0, 11),
+            part(1, 188, 11, 11),
+            part(2, 276, 22, 10),
+        ];
+        assert_eq!(parts(100, 32, 0), expected);
+        let forms: Vec<_> = parts(0, 70, 32)
+            .iter()
+            .map(|part| (part.count, part.form))
+            .collect();
+        let indirect = Form::Indirect(1);
+        assert_eq!(forms, [(32, indirect), (32, indirect), (6, Form::Direct)]);
+    }
+
+    #[test]
+    fn plans_that_cannot_be() {
+        let plan = |sector, count| Plan::new(sector, pages(0), count, SlotLimits::new(0));
+        assert!(plan(0, 4096 * 11).is_some());
+        assert!(plan(0, 4096 * 11 + 1).is_none());
+        assert!(plan(u64::MAX - 8, 1).is_some());
+        assert!(plan(u64::MAX - 7, 1).is_none());
+    }
+
+    #[test]
+    fn a_list_that_ends_early_ends_the_plan() {
+        let plan = Plan::new(0, pages(3), 20, SlotLimits::new(0)).unwrap();
+        let counts: Vec<_> = plan.map(|part| part.count).collect();
+        assert_eq!(counts, [3]);
+    }
+
+    #[test]
+    fn parts_become_requests() {
+        let limits = SlotLimits::new(32);
+        let part = Plan::new(9, pages(2), 2, limits).unwrap().next().unwrap();
+        let segments = [1, 2].map(|gref| Piece::new(0, 4096).unwrap().segment(gref));
+        let WireRequest::Rw(rw) = part.direct(Direction::Write, 51712, 5, segments) else {
+            panic!()
+        };
+        assert_eq!(
+            (rw.operation, rw.handle, rw.id, rw.sector),
+            (op::WRITE, 51712, 5, 9)
+        );
+        assert_eq!(rw.segments(), segments);
+
+        let part = Plan::new(9, pages(12), 12, limits).unwrap().next().unwrap();
+        let request = part.indirect(Direction::Read, 51712, 5, [77]);
+        let WireRequest::Indirect(indirect) = request else {
+            panic!()
+        };
+        assert_eq!((indirect.operation, indirect.nr_segments), (op::READ, 12));
+        assert_eq!(
+            (indirect.handle, indirect.id, indirect.sector),
+            (51712, 5, 9)
+        );
+        assert_eq!(indirect.grefs(), [77]);
+    }
+
+    #[test]
+    fn requests_without_data() {
+        let operation = Flush::Cache.operation().unwrap();
+        let WireRequest::Rw(rw) = flush(operation, 3, 4) else {
+            panic!()
+        };
+        assert_eq!(
+            (rw.operation, rw.nr_segments, rw.handle, rw.id),
+            (3, 0, 3, 4)
+        );
+        for (secure, flag) in [(false, 0), (true, 1)] {
+            let expected = wire::Discard {
+                flag,
+                handle: 3,
+                id: 4,
+                sector: 5,
+                nr_sectors: 6,
+            };
+            assert_eq!(discard(3, 4, 5, 6, secure), WireRequest::Discard(expected));
+        }
+    }
+}

@@ -565,3 +565,589 @@ fn check_discard(discard: &wire::Discard, limits: &DiskLimits) -> Result<Request
     };
     Ok(Request::Discard { extent, secure })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::Discard;
+    use crate::wire::Indirect;
+    use crate::wire::Rw;
+    use std::string::ToString;
+    use std::vec::Vec;
+
+    const LIMITS: DiskLimits = DiskLimits {
+        sectors: 1000,
+        block_size: 512,
+        read_only: false,
+        discard: true,
+        secure_discard: true,
+        indirect_segments: 256,
+    };
+    const READ_ONLY: DiskLimits = DiskLimits {
+        read_only: true,
+        ..LIMITS
+    };
+    const BLOCKS_OF_4K: DiskLimits = DiskLimits {
+        block_size: 4096,
+        ..LIMITS
+    };
+    const BLOCKS_OF_16K: DiskLimits = DiskLimits {
+        block_size: 16384,
+        ..LIMITS
+    };
+
+    fn wire(first: u8, last: u8) -> WireSegment {
+        WireSegment {
+            gref: 7,
+            first,
+            last,
+        }
+    }
+
+    fn rw(operation: u8, sector: u64, list: &[WireSegment]) -> WireRequest {
+        let mut segments = [WireSegment::default(); DIRECT_SEGMENTS];
+        segments[..list.len()].copy_from_slice(list);
+        let nr_segments = list.len() as u8;
+        WireRequest::Rw(Rw {
+            operation,
+            nr_segments,
+            handle: 0,
+            id: 1,
+            sector,
+            segments,
+        })
+    }
+
+    fn indirect(operation: u8, sector: u64, nr_segments: u16) -> WireRequest {
+        let grefs = [10, 11, 12, 13, 14, 15, 16, 17];
+        WireRequest::Indirect(Indirect {
+            operation,
+            nr_segments,
+            handle: 0,
+            id: 1,
+            sector,
+            grefs,
+        })
+    }
+
+    fn discard(sector: u64, nr_sectors: u64, flag: u8) -> WireRequest {
+        WireRequest::Discard(Discard {
+            flag,
+            handle: 0,
+            id: 1,
+            sector,
+            nr_sectors,
+        })
+    }
+
+    fn refusal(request: &WireRequest, limits: &DiskLimits) -> Refusal {
+        check(request, limits).unwrap_err()
+    }
+
+    /// The direct data of a request.
+    fn direct(request: &WireRequest, limits: &DiskLimits) -> Direct {
+        match check(request, limits) {
+            Ok(Request::Read(Data::Direct(data)) | Request::Write(Data::Direct(data))) => data,
+            Ok(Request::Barrier(Some(data))) => data,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn unfetched(sector: u64, count: u16, limits: &DiskLimits) -> Unfetched {
+        match check(&indirect(op::READ, sector, count), limits) {
+            Ok(Request::Read(Data::Indirect(data))) => data,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn direct_data_is_passed_on() {
+        let data = direct(&rw(op::READ, 5, &[wire(1, 7), wire(0, 0)]), &LIMITS);
+        assert_eq!((data.extent().sector(), data.extent().sectors()), (5, 8));
+        let segments: Vec<_> = data
+            .segments()
+            .iter()
+            .map(|s| (s.gref(), s.offset(), s.len(), s.sectors(), s.is_empty()))
+            .collect();
+        assert_eq!(segments, [(7, 512, 3584, 7, false), (7, 0, 512, 1, false)]);
+    }
+
+    #[test]
+    fn operations() {
+        let one = [wire(0, 7)];
+        let read = check(&rw(op::READ, 0, &one), &LIMITS);
+        assert!(matches!(read, Ok(Request::Read(Data::Direct(_)))));
+        let write = check(&rw(op::WRITE, 0, &one), &LIMITS);
+        assert!(matches!(write, Ok(Request::Write(Data::Direct(_)))));
+        assert_eq!(
+            check(&rw(op::FLUSH_DISKCACHE, 0, &[]), &LIMITS),
+            Ok(Request::Flush)
+        );
+        assert_eq!(
+            check(&rw(op::WRITE_BARRIER, 0, &[]), &LIMITS),
+            Ok(Request::Barrier(None))
+        );
+        for operation in [op::WRITE_BARRIER, op::FLUSH_DISKCACHE] {
+            let barrier = check(&rw(operation, 0, &one), &LIMITS);
+            assert!(matches!(barrier, Ok(Request::Barrier(Some(_)))));
+        }
+        let read = check(&indirect(op::READ, 0, 1), &LIMITS);
+        assert!(matches!(read, Ok(Request::Read(Data::Indirect(_)))));
+        let write = check(&indirect(op::WRITE, 0, 1), &LIMITS);
+        assert!(matches!(write, Ok(Request::Write(Data::Indirect(_)))));
+    }
+
+    #[test]
+    fn unknown_operations() {
+        for operation in [4, 7, 255] {
+            let request = WireRequest::Unknown { operation, id: 1 };
+            assert_eq!(
+                refusal(&request, &LIMITS),
+                Refusal::UnknownOperation(operation)
+            );
+            let request = rw(operation, 0, &[wire(0, 0)]);
+            assert_eq!(
+                refusal(&request, &LIMITS),
+                Refusal::UnknownOperation(operation)
+            );
+        }
+        for operation in [
+            op::WRITE_BARRIER,
+            op::FLUSH_DISKCACHE,
+            op::DISCARD,
+            op::INDIRECT,
+            255,
+        ] {
+            let request = indirect(operation, 0, 1);
+            assert_eq!(
+                refusal(&request, &LIMITS),
+                Refusal::IndirectOperation(operation)
+            );
+        }
+    }
+
+    #[test]
+    fn number_of_direct_segments() {
+        assert_eq!(refusal(&rw(op::READ, 0, &[]), &LIMITS), Refusal::NoSegments);
+        assert_eq!(
+            refusal(&rw(op::WRITE, 0, &[]), &LIMITS),
+            Refusal::NoSegments
+        );
+        assert_eq!(
+            direct(&rw(op::READ, 0, &[wire(0, 0); 11]), &LIMITS)
+                .segments()
+                .len(),
+            11
+        );
+        let WireRequest::Rw(full) = rw(op::READ, 0, &[wire(0, 0); 11]) else {
+            panic!()
+        };
+        for nr_segments in [12, 255] {
+            let request = WireRequest::Rw(Rw {
+                nr_segments,
+                ..full
+            });
+            let segments = nr_segments.into();
+            let refused = Refusal::TooManySegments {
+                segments,
+                limit: 11,
+            };
+            assert_eq!(refusal(&request, &LIMITS), refused);
+        }
+    }
+
+    #[test]
+    fn number_of_indirect_segments() {
+        assert_eq!(
+            refusal(&indirect(op::READ, 0, 0), &LIMITS),
+            Refusal::NoSegments
+        );
+        assert_eq!(unfetched(0, 256, &LIMITS).count(), 256);
+        let refused = Refusal::TooManySegments {
+            segments: 257,
+            limit: 256,
+        };
+        assert_eq!(refusal(&indirect(op::READ, 0, 257), &LIMITS), refused);
+        let unlimited = DiskLimits {
+            indirect_segments: u16::MAX,
+            ..LIMITS
+        };
+        assert_eq!(unfetched(0, 4096, &unlimited).count(), 4096);
+        let refused = Refusal::TooManySegments {
+            segments: 4097,
+            limit: 4096,
+        };
+        assert_eq!(refusal(&indirect(op::READ, 0, 4097), &unlimited), refused);
+    }
+
+    #[test]
+    fn indirect_requests_can_be_off() {
+        let none = DiskLimits {
+            indirect_segments: 0,
+            ..LIMITS
+        };
+        assert_eq!(
+            refusal(&indirect(op::READ, 0, 1), &none),
+            Refusal::IndirectNotOffered
+        );
+        assert_eq!(
+            refusal(&indirect(9, 0, 0), &none),
+            Refusal::IndirectNotOffered
+        );
+    }
+
+    #[test]
+    fn pages_of_an_indirect_request() {
+        let unlimited = DiskLimits {
+            indirect_segments: 4096,
+            ..LIMITS
+        };
+        assert_eq!(unfetched(0, 512, &unlimited).grefs(), [10]);
+        assert_eq!(unfetched(0, 513, &unlimited).grefs(), [10, 11]);
+        assert_eq!(
+            unfetched(0, 4096, &unlimited).grefs(),
+            [10, 11, 12, 13, 14, 15, 16, 17]
+        );
+    }
+
+    #[test]
+    fn segments_stay_in_their_page() {
+        for (first, last) in [(1, 0), (7, 6), (0, 8), (8, 8), (255, 255), (0, 255)] {
+            let request = rw(op::READ, 0, &[wire(0, 0), wire(first, last)]);
+            assert_eq!(
+                refusal(&request, &LIMITS),
+                Refusal::SegmentRange { first, last }
+            );
+        }
+        for (first, last) in [(0, 0), (0, 7), (7, 7), (3, 4)] {
+            let data = direct(&rw(op::READ, 0, &[wire(first, last)]), &LIMITS);
+            assert_eq!(data.extent().sectors(), u64::from(last - first + 1));
+        }
+    }
+
+    #[test]
+    fn segments_of_large_blocks() {
+        let misaligned = |limits, first, last| {
+            let block_size = DiskLimits::block_sectors(limits) * 512;
+            let refused = Refusal::MisalignedSegment {
+                first,
+                last,
+                block_size,
+            };
+            refusal(&rw(op::READ, 0, &[wire(first, last)]), limits) == refused
+        };
+        assert!(misaligned(&BLOCKS_OF_4K, 0, 6));
+        assert!(misaligned(&BLOCKS_OF_4K, 4, 7));
+        let blocks_of_1k = DiskLimits {
+            block_size: 1024,
+            ..LIMITS
+        };
+        assert!(misaligned(&blocks_of_1k, 0, 2));
+        assert_eq!(
+            direct(&rw(op::READ, 0, &[wire(1, 2)]), &blocks_of_1k)
+                .extent()
+                .sectors(),
+            2
+        );
+        // A block of 16 KiB is four whole pages.
+        assert!(misaligned(&BLOCKS_OF_16K, 0, 3));
+        let four = rw(op::READ, 0, &[wire(0, 7); 4]);
+        assert_eq!(direct(&four, &BLOCKS_OF_16K).extent().sectors(), 32);
+        let three = rw(op::READ, 0, &[wire(0, 7); 3]);
+        let refused = Refusal::MisalignedLength {
+            sectors: 24,
+            block_size: 16384,
+        };
+        assert_eq!(refusal(&three, &BLOCKS_OF_16K), refused);
+    }
+
+    #[test]
+    fn block_sizes_that_cannot_be_are_taken_as_one_sector() {
+        let limits = DiskLimits {
+            block_size: 0,
+            ..LIMITS
+        };
+        assert_eq!(
+            direct(&rw(op::READ, 3, &[wire(0, 0)]), &limits)
+                .extent()
+                .sectors(),
+            1
+        );
+    }
+
+    #[test]
+    fn data_starts_at_a_block() {
+        let page = [wire(0, 7)];
+        for sector in [1, 4, 7, 9] {
+            let refused = Refusal::MisalignedSector {
+                sector,
+                block_size: 4096,
+            };
+            assert_eq!(
+                refusal(&rw(op::READ, sector, &page), &BLOCKS_OF_4K),
+                refused
+            );
+        }
+        assert_eq!(
+            direct(&rw(op::READ, 8, &page), &BLOCKS_OF_4K)
+                .extent()
+                .sector(),
+            8
+        );
+    }
+
+    #[test]
+    fn data_stays_on_the_disk() {
+        let page = [wire(0, 7)];
+        assert_eq!(
+            direct(&rw(op::READ, 992, &page), &LIMITS).extent().sector(),
+            992
+        );
+        for sector in [993, 1000, u64::MAX - 8, u64::MAX - 7, u64::MAX] {
+            let refused = Refusal::OutOfRange {
+                sector,
+                sectors: 8,
+                size: 1000,
+            };
+            assert_eq!(refusal(&rw(op::READ, sector, &page), &LIMITS), refused);
+            assert_eq!(
+                refusal(&rw(op::WRITE_BARRIER, sector, &page), &LIMITS),
+                refused
+            );
+        }
+        // Nothing is written, so it does not matter where.
+        assert_eq!(
+            check(&rw(op::FLUSH_DISKCACHE, u64::MAX, &[]), &LIMITS),
+            Ok(Request::Flush)
+        );
+    }
+
+    #[test]
+    fn read_only() {
+        let page = [wire(0, 7)];
+        assert!(check(&rw(op::READ, 0, &page), &READ_ONLY).is_ok());
+        assert!(check(&indirect(op::READ, 0, 1), &READ_ONLY).is_ok());
+        assert_eq!(
+            check(&rw(op::FLUSH_DISKCACHE, 0, &[]), &READ_ONLY),
+            Ok(Request::Flush)
+        );
+        assert_eq!(
+            check(&rw(op::WRITE_BARRIER, 0, &[]), &READ_ONLY),
+            Ok(Request::Barrier(None))
+        );
+        for operation in [op::WRITE, op::WRITE_BARRIER, op::FLUSH_DISKCACHE] {
+            assert_eq!(
+                refusal(&rw(operation, 0, &page), &READ_ONLY),
+                Refusal::ReadOnly
+            );
+        }
+        assert_eq!(
+            refusal(&indirect(op::WRITE, 0, 1), &READ_ONLY),
+            Refusal::ReadOnly
+        );
+        assert_eq!(refusal(&discard(0, 8, 0), &READ_ONLY), Refusal::ReadOnly);
+        assert_eq!(
+            refusal(&rw(4, 0, &page), &READ_ONLY),
+            Refusal::UnknownOperation(4)
+        );
+    }
+
+    #[test]
+    fn discards() {
+        for (flag, secure) in [(0, false), (1, true), (2, false), (255, true)] {
+            let Ok(Request::Discard { extent, secure: is }) = check(&discard(8, 9, flag), &LIMITS)
+            else {
+                panic!()
+            };
+            assert_eq!((extent.sector(), extent.sectors(), is), (8, 9, secure));
+        }
+        let refused = Refusal::OutOfRange {
+            sector: 1,
+            sectors: u64::MAX,
+            size: 1000,
+        };
+        assert_eq!(refusal(&discard(1, u64::MAX, 0), &LIMITS), refused);
+        let refused = Refusal::MisalignedLength {
+            sectors: 12,
+            block_size: 4096,
+        };
+        assert_eq!(refusal(&discard(8, 12, 0), &BLOCKS_OF_4K), refused);
+        assert_eq!(refusal(&discard(1, 0, 0), &LIMITS), Refusal::EmptyDiscard);
+    }
+
+    #[test]
+    fn discards_that_were_not_offered() {
+        let off = DiskLimits {
+            discard: false,
+            ..LIMITS
+        };
+        assert_eq!(refusal(&discard(0, 8, 0), &off), Refusal::DiscardNotOffered);
+        let plain = DiskLimits {
+            secure_discard: false,
+            ..LIMITS
+        };
+        assert_eq!(
+            refusal(&discard(0, 8, 1), &plain),
+            Refusal::SecureNotOffered
+        );
+        assert!(check(&discard(0, 8, 0), &plain).is_ok());
+    }
+
+    #[test]
+    fn fetched_segments_give_an_extent() {
+        let mut checker = unfetched(16, 3, &LIMITS).checker(&LIMITS);
+        assert_eq!(checker.push(wire(0, 7)).unwrap().sectors(), 8);
+        assert_eq!(checker.push(wire(2, 3)).unwrap().offset(), 1024);
+        checker.push(wire(7, 7)).unwrap();
+        let extent = checker.finish().unwrap();
+        assert_eq!((extent.sector(), extent.sectors()), (16, 11));
+    }
+
+    #[test]
+    fn fetched_segments_are_checked() {
+        let mut checker = unfetched(16, 3, &BLOCKS_OF_4K).checker(&BLOCKS_OF_4K);
+        assert_eq!(
+            checker.push(wire(3, 2)),
+            Err(Refusal::SegmentRange { first: 3, last: 2 })
+        );
+        let refused = Refusal::MisalignedSegment {
+            first: 0,
+            last: 3,
+            block_size: 4096,
+        };
+        assert_eq!(checker.push(wire(0, 3)), Err(refused));
+    }
+
+    #[test]
+    fn all_segments_must_be_fetched() {
+        for fetched in [1, 3] {
+            let mut checker = unfetched(0, 2, &LIMITS).checker(&LIMITS);
+            for _ in 0..fetched {
+                checker.push(wire(0, 0)).unwrap();
+            }
+            let refused = Refusal::SegmentCount {
+                expected: 2,
+                fetched,
+            };
+            assert_eq!(checker.finish(), Err(refused));
+        }
+    }
+
+    #[test]
+    fn fetched_segments_stay_on_the_disk() {
+        let mut checker = unfetched(990, 2, &LIMITS).checker(&LIMITS);
+        checker.push(wire(0, 7)).unwrap();
+        checker.push(wire(0, 7)).unwrap();
+        let refused = Refusal::OutOfRange {
+            sector: 990,
+            sectors: 16,
+            size: 1000,
+        };
+        assert_eq!(checker.finish(), Err(refused));
+    }
+
+    #[test]
+    fn every_refusal_has_a_status_and_a_message() {
+        let (first, last, block_size, sectors) = (3, 2, 4096, 9);
+        for (refused, status, message) in [
+            (
+                Refusal::UnknownOperation(9),
+                Status::NotSupported,
+                "unknown operation 9",
+            ),
+            (
+                Refusal::IndirectNotOffered,
+                Status::NotSupported,
+                "indirect request, but none were offered",
+            ),
+            (
+                Refusal::IndirectOperation(5),
+                Status::Error,
+                "indirect request with operation 5, not a read or write",
+            ),
+            (
+                Refusal::NoSegments,
+                Status::Error,
+                "read or write without segments",
+            ),
+            (
+                Refusal::TooManySegments {
+                    segments: 12,
+                    limit: 11,
+                },
+                Status::Error,
+                "12 segments, at most 11 are allowed",
+            ),
+            (
+                Refusal::SegmentRange { first, last },
+                Status::Error,
+                "segment from sector 3 to 2 of a page of 8",
+            ),
+            (
+                Refusal::MisalignedSegment {
+                    first,
+                    last,
+                    block_size,
+                },
+                Status::Error,
+                "segment from sector 3 to 2 is not in blocks of 4096",
+            ),
+            (
+                Refusal::SegmentCount {
+                    expected: 2,
+                    fetched: 1,
+                },
+                Status::Error,
+                "1 segments fetched of a request with 2",
+            ),
+            (
+                Refusal::MisalignedSector {
+                    sector: 1,
+                    block_size,
+                },
+                Status::Error,
+                "sector 1 is not at the start of a block of 4096",
+            ),
+            (
+                Refusal::MisalignedLength {
+                    sectors,
+                    block_size,
+                },
+                Status::Error,
+                "9 sectors are not in blocks of 4096",
+            ),
+            (
+                Refusal::OutOfRange {
+                    sector: 1,
+                    sectors,
+                    size: 5,
+                },
+                Status::Error,
+                "9 sectors at 1 on a disk of 5",
+            ),
+            (
+                Refusal::ReadOnly,
+                Status::Error,
+                "write or discard on a read-only disk",
+            ),
+            (
+                Refusal::DiscardNotOffered,
+                Status::NotSupported,
+                "discard, but it was not offered",
+            ),
+            (
+                Refusal::SecureNotOffered,
+                Status::NotSupported,
+                "secure discard, but it was not offered",
+            ),
+            (
+                Refusal::EmptyDiscard,
+                Status::Error,
+                "discard of no sectors",
+            ),
+        ] {
+            assert_eq!(refused.status(), status);
+            assert_eq!(refused.to_string(), message);
+        }
+    }
+}

@@ -115,7 +115,7 @@ impl Name {
         }
     }
 
-    /// 0 is `a`, 25 is `z`, 26 is `aa`: at most `fbn` for the last of 4096 disks.
+    /// 0 is `a`, 25 is `z`, 26 is `aa`: at most `fan` for the last of 4096 disks.
     fn push_letters(&mut self, disk: u32) {
         if let Some(higher) = (disk / 26).checked_sub(1) {
             self.push_letters(higher);
@@ -210,5 +210,155 @@ impl VirtualDevice {
             minors,
             name: Name::new(disk, partition),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::string::ToString;
+
+    fn assert_is(number: u32, form: Form, disk: u32, minor: u32, minors: u32, name: &str) {
+        let device = VirtualDevice::new(number).unwrap();
+        assert_eq!(device.name.as_str(), name, "{number:#x}");
+        assert_eq!((device.form, device.disk), (form, disk), "{number:#x}");
+        assert_eq!(
+            (device.minor, device.minors),
+            (minor, minors),
+            "{number:#x}"
+        );
+    }
+
+    #[test]
+    fn xvd() {
+        assert_is(202 << 8, Form::Xvd, 0, 0, 16, "xvda");
+        assert_is(202 << 8 | 0x10, Form::Xvd, 1, 16, 16, "xvdb");
+        assert_is(202 << 8 | 0xf0, Form::Xvd, 15, 240, 16, "xvdp");
+    }
+
+    #[test]
+    fn partitions() {
+        assert_is(202 << 8 | 1, Form::Xvd, 0, 1, 1, "xvda1");
+        assert_is(202 << 8 | 0xff, Form::Xvd, 15, 255, 1, "xvdp15");
+        assert_is(
+            1 << 28 | 26 << 8 | 255,
+            Form::Extended,
+            26,
+            26 * 256 + 255,
+            1,
+            "xvdaa255",
+        );
+    }
+
+    #[test]
+    fn extended() {
+        assert_is(1 << 28, Form::Extended, 0, 0, 256, "xvda");
+        assert_is(1 << 28 | 16 << 8, Form::Extended, 16, 4096, 256, "xvdq");
+        assert_is(1 << 28 | 25 << 8, Form::Extended, 25, 6400, 256, "xvdz");
+        assert_is(1 << 28 | 26 << 8, Form::Extended, 26, 6656, 256, "xvdaa");
+        assert_is(
+            1 << 28 | 701 << 8,
+            Form::Extended,
+            701,
+            179_456,
+            256,
+            "xvdzz",
+        );
+        assert_is(
+            1 << 28 | 702 << 8,
+            Form::Extended,
+            702,
+            179_712,
+            256,
+            "xvdaaa",
+        );
+        assert_is(
+            1 << 28 | 4095 << 8,
+            Form::Extended,
+            4095,
+            1_048_320,
+            256,
+            "xvdfan",
+        );
+        assert_is(
+            (1 << 28) + (1 << 20) - 1,
+            Form::Extended,
+            4095,
+            1_048_575,
+            1,
+            "xvdfan255",
+        );
+    }
+
+    #[test]
+    fn hd_and_its_partitions() {
+        assert_is(3 << 8, Form::Hd, 0, 0, 16, "xvda");
+        assert_is(3 << 8 | 1, Form::Hd, 0, 0, 16, "xvda");
+        assert_is(3 << 8 | 64, Form::Hd, 1, 16, 16, "xvdb");
+        assert_is(22 << 8, Form::Hd, 2, 32, 16, "xvdc");
+        assert_is(22 << 8 | 65, Form::Hd, 3, 48, 16, "xvdd");
+    }
+
+    #[test]
+    fn sd() {
+        assert_is(8 << 8, Form::Sd, 0, 0, 16, "xvda");
+        assert_is(8 << 8 | 0x12, Form::Sd, 1, 18, 1, "xvdb2");
+        assert_is(65 << 8, Form::Sd, 16, 256, 16, "xvdq");
+        assert_is(71 << 8 | 0xf0, Form::Sd, 127, 2032, 16, "xvddx");
+        assert_is(128 << 8, Form::Sd, 128, 2048, 16, "xvddy");
+        assert_is(135 << 8 | 0xf0, Form::Sd, 255, 4080, 16, "xvdiv");
+    }
+
+    #[test]
+    fn numbers_of_no_disk() {
+        for major in [0, 2, 4, 7, 9, 21, 23, 64, 72, 127, 136, 201, 203, 1 << 19] {
+            let bad = VirtualDevice::new(major << 8);
+            assert_eq!(bad, Err(BadNumber::Major(major)));
+        }
+        assert_eq!(
+            VirtualDevice::new(1 << 28 | 1 << 20),
+            Err(BadNumber::Minor(1 << 20))
+        );
+        assert_eq!(VirtualDevice::new(2 << 28), Err(BadNumber::Beyond(2 << 28)));
+        assert_eq!(
+            VirtualDevice::new(u32::MAX),
+            Err(BadNumber::Beyond(u32::MAX))
+        );
+    }
+
+    #[test]
+    fn messages() {
+        assert_eq!(
+            BadNumber::Beyond(2 << 28).to_string(),
+            "virtual device 0x20000000 is above the extended range"
+        );
+        assert_eq!(
+            BadNumber::Major(9).to_string(),
+            "virtual device of major 9, please use an xvd device instead"
+        );
+        assert_eq!(
+            BadNumber::Minor(1 << 20).to_string(),
+            "virtual device with minor 1048576, at most 1048575 are possible"
+        );
+        assert_eq!(
+            VirtualDevice::new(202 << 8).unwrap().name.to_string(),
+            "xvda"
+        );
+    }
+
+    #[test]
+    fn every_classic_number_has_a_name_of_its_own_or_none() {
+        let mut seen = std::collections::BTreeMap::new();
+        for number in (0..1u32 << 16).filter(|number| number >> 8 != 3 && number >> 8 != 22) {
+            let Ok(device) = VirtualDevice::new(number) else {
+                continue;
+            };
+            if device.form == Form::Xvd {
+                continue;
+            }
+            let other = seen.insert(device.name.to_string(), number);
+            assert_eq!(other, None, "{number:#x}");
+        }
+        assert_eq!(seen.len(), 16 * 256);
     }
 }

@@ -565,3 +565,319 @@ fn read_u64(next: &mut impl FnMut() -> u32) -> u64 {
     let low = u64::from(next());
     low | u64::from(next()) << 32
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::vec::Vec;
+
+    const ABIS: [Abi; 3] = [Abi::X86_64, Abi::X86_32, Abi::Arm];
+
+    fn bytes(request: &WireRequest, abi: Abi) -> Vec<u8> {
+        request
+            .encode(abi)
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect()
+    }
+
+    /// All bytes of a slot at once: `(offset, bytes)`, everything else zero.
+    fn slot(fields: &[(usize, &[u8])]) -> Vec<u8> {
+        let mut slot = std::vec![0; 4 * REQUEST_WORDS];
+        for (offset, field) in fields {
+            slot[*offset..offset + field.len()].copy_from_slice(field);
+        }
+        slot
+    }
+
+    fn rw(nr_segments: u8) -> Rw {
+        let mut segments = [WireSegment::default(); DIRECT_SEGMENTS];
+        for (n, segment) in segments.iter_mut().take(nr_segments.into()).enumerate() {
+            *segment = WireSegment {
+                gref: 0xa0b0_c000 + n as u32,
+                first: 1,
+                last: 6,
+            };
+        }
+        let id = 0x0807_0605_0403_0201;
+        let sector = 0x1817_1615_1413_1211;
+        Rw {
+            operation: op::WRITE,
+            nr_segments,
+            handle: 0x2221,
+            id,
+            sector,
+            segments,
+        }
+    }
+
+    const ID: (usize, &[u8]) = (8, &[1, 2, 3, 4, 5, 6, 7, 8]);
+    const SECTOR: (usize, &[u8]) = (16, &[0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x17, 0x18]);
+
+    /// The same fields four bytes earlier, but for those of the first word.
+    fn packed<'a>(fields: &[(usize, &'a [u8])]) -> Vec<(usize, &'a [u8])> {
+        fields
+            .iter()
+            .map(|(at, field)| (if *at < 4 { *at } else { at - 4 }, *field))
+            .collect()
+    }
+
+    fn assert_layout(request: &WireRequest, fields: &[(usize, &[u8])]) {
+        assert_eq!(bytes(request, Abi::X86_64), slot(fields));
+        assert_eq!(bytes(request, Abi::Arm), slot(fields));
+        assert_eq!(bytes(request, Abi::X86_32), slot(&packed(fields)));
+        for abi in ABIS {
+            assert_eq!(WireRequest::decode(abi, &request.encode(abi)), *request);
+        }
+    }
+
+    #[test]
+    fn abi_sizes() {
+        for (abi, slot, response) in [
+            (Abi::X86_64, 112, 16),
+            (Abi::X86_32, 108, 12),
+            (Abi::Arm, 112, 16),
+        ] {
+            assert_eq!(abi.slot_bytes(), slot);
+            assert_eq!(abi.slot_words() * 4, slot);
+            assert_eq!(abi.response_bytes(), response);
+        }
+    }
+
+    #[test]
+    fn abi_names() {
+        let names = ["x86_64-abi", "x86_32-abi", "arm-abi"];
+        for (abi, name) in ABIS.into_iter().zip(names) {
+            assert_eq!(abi.name(), name);
+            assert_eq!(Abi::from_name(name.as_bytes()), Some(abi));
+        }
+        assert_eq!(Abi::from_name(b"x86_64-abi\n"), None);
+        assert_eq!(Abi::from_name(b""), None);
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn abi_of_this_machine() {
+        assert_eq!(Abi::native(), Abi::X86_64);
+        assert_eq!(Abi::when_absent(), Abi::X86_32);
+    }
+
+    #[test]
+    fn layout_of_a_direct_request() {
+        let segments = [
+            0x00, 0xc0, 0xb0, 0xa0, 1, 6, 0, 0, 0x01, 0xc0, 0xb0, 0xa0, 1, 6, 0, 0,
+        ];
+        let head = [op::WRITE, 2, 0x21, 0x22];
+        let fields = [(0, &head[..]), ID, SECTOR, (24, &segments)];
+        assert_layout(&WireRequest::Rw(rw(2)), &fields);
+    }
+
+    #[test]
+    fn a_full_slot_ends_with_the_last_segment() {
+        let request = WireRequest::Rw(rw(11));
+        assert_eq!(
+            bytes(&request, Abi::X86_64)[104..108],
+            [0x0a, 0xc0, 0xb0, 0xa0]
+        );
+        assert_eq!(
+            bytes(&request, Abi::X86_32)[100..104],
+            [0x0a, 0xc0, 0xb0, 0xa0]
+        );
+        assert_eq!(bytes(&request, Abi::X86_32)[108..], [0; 4]);
+    }
+
+    #[test]
+    fn layout_of_a_discard() {
+        let discard = Discard {
+            flag: DISCARD_SECURE,
+            handle: 0x2221,
+            id: 0x0807_0605_0403_0201,
+            sector: 0x1817_1615_1413_1211,
+            nr_sectors: 0x3837_3635_3433_3231,
+        };
+        let sectors = [0x31, 0x32, 0x33, 0x34, 0x35, 0x36, 0x37, 0x38];
+        let fields = [(0, &[5, 1, 0x21, 0x22][..]), ID, SECTOR, (24, &sectors)];
+        assert_layout(&WireRequest::Discard(discard), &fields);
+    }
+
+    #[test]
+    fn layout_of_an_indirect_request() {
+        let mut grefs = [0; INDIRECT_PAGES];
+        grefs[0] = 0xa0b0_c0d0;
+        grefs[1] = 0xa1b1_c1d1;
+        let indirect = Indirect {
+            operation: op::WRITE,
+            nr_segments: 0x0201,
+            handle: 0x2221,
+            id: 0x0807_0605_0403_0201,
+            sector: 0x1817_1615_1413_1211,
+            grefs,
+        };
+        let pages = [0xd0, 0xc0, 0xb0, 0xa0, 0xd1, 0xc1, 0xb1, 0xa1];
+        let fields = [
+            (0, &[6, 1, 1, 2][..]),
+            ID,
+            SECTOR,
+            (24, &[0x21, 0x22]),
+            (28, &pages),
+        ];
+        assert_layout(&WireRequest::Indirect(indirect), &fields);
+    }
+
+    #[test]
+    fn an_unknown_operation_has_its_id() {
+        let request = WireRequest::Unknown {
+            operation: 4,
+            id: 0x0807_0605_0403_0201,
+        };
+        assert_layout(&request, &[(0, &[4][..]), ID]);
+        assert_eq!(request.id(), 0x0807_0605_0403_0201);
+        assert_eq!(request.response_operation(), 4);
+    }
+
+    #[test]
+    fn a_request_with_too_many_segments_has_those_that_fit() {
+        let mut words = WireRequest::Rw(rw(11)).encode(Abi::X86_64);
+        words[0] = u32::from_le_bytes([op::READ, 255, 0, 0]);
+        let WireRequest::Rw(read) = WireRequest::decode(Abi::X86_64, &words) else {
+            panic!()
+        };
+        assert_eq!(read.nr_segments, 255);
+        assert_eq!(read.segments(), rw(11).segments);
+    }
+
+    #[test]
+    fn only_the_words_in_use_are_touched() {
+        for abi in ABIS {
+            let head = if abi == Abi::X86_32 { 5 } else { 6 };
+            for (request, used) in [
+                (WireRequest::Rw(rw(0)), head),
+                (WireRequest::Rw(rw(3)), head + 6),
+                (WireRequest::Rw(rw(11)), head + 22),
+                (
+                    WireRequest::Unknown {
+                        operation: 9,
+                        id: 1,
+                    },
+                    head - 2,
+                ),
+            ] {
+                let mut words = Vec::new();
+                request.write(abi, |word| words.push(word));
+                assert_eq!(words.len(), used);
+                let mut read = 0;
+                WireRequest::read(abi, || {
+                    read += 1;
+                    words[read - 1]
+                });
+                assert_eq!(read, used);
+            }
+        }
+    }
+
+    #[test]
+    fn responses_name_the_operation_of_the_data() {
+        let grefs = [0; INDIRECT_PAGES];
+        let indirect = Indirect {
+            operation: op::WRITE,
+            nr_segments: 1,
+            handle: 0,
+            id: 7,
+            sector: 0,
+            grefs,
+        };
+        let discard = Discard {
+            flag: 0,
+            handle: 0,
+            id: 8,
+            sector: 0,
+            nr_sectors: 1,
+        };
+        for (request, id, operation) in [
+            (WireRequest::Rw(Rw { id: 6, ..rw(1) }), 6, op::WRITE),
+            (WireRequest::Indirect(indirect), 7, op::WRITE),
+            (WireRequest::Discard(discard), 8, op::DISCARD),
+        ] {
+            let response = Response {
+                id,
+                operation,
+                status: Status::Error,
+            };
+            assert_eq!(request.response(Status::Error), response);
+        }
+    }
+
+    #[test]
+    fn layout_of_a_response() {
+        let response = Response {
+            id: 0x0807_0605_0403_0201,
+            operation: op::DISCARD,
+            status: Status::NotSupported,
+        };
+        let words = response.encode();
+        assert_eq!(words, [0x0403_0201, 0x0807_0605, 0xfffe_0005]);
+        assert_eq!(Response::decode(words), response);
+        // Padding after the operation is not looked at.
+        assert_eq!(
+            Response::decode([0x0403_0201, 0x0807_0605, 0xfffe_aa05]),
+            response
+        );
+    }
+
+    #[test]
+    fn statuses() {
+        for (status, number) in [
+            (Status::Okay, 0),
+            (Status::Error, -1),
+            (Status::NotSupported, -2),
+        ] {
+            assert_eq!(status.to_wire(), number);
+            assert_eq!(Status::from_wire(number), status);
+        }
+        assert_eq!(Status::from_wire(1), Status::Error);
+        assert_eq!(Status::from_wire(i16::MIN), Status::Error);
+    }
+
+    #[test]
+    fn layout_of_a_segment() {
+        let segment = WireSegment {
+            gref: 9,
+            first: 2,
+            last: 7,
+        };
+        assert_eq!(segment.encode(), [9, 0x0702]);
+        assert_eq!(WireSegment::decode([9, 0xffff_0702]), segment);
+    }
+
+    #[test]
+    fn pages_for_segments() {
+        for (segments, pages) in [
+            (0, 0),
+            (1, 1),
+            (512, 1),
+            (513, 2),
+            (4096, 8),
+            (u16::MAX, 128),
+        ] {
+            assert_eq!(indirect_pages(segments), pages);
+        }
+        let grefs = [1, 2, 3, 4, 5, 6, 7, 8];
+        let indirect = Indirect {
+            operation: 0,
+            nr_segments: 513,
+            handle: 0,
+            id: 0,
+            sector: 0,
+            grefs,
+        };
+        assert_eq!(indirect.grefs(), [1, 2]);
+        assert_eq!(
+            Indirect {
+                nr_segments: 9999,
+                ..indirect
+            }
+            .grefs(),
+            grefs
+        );
+    }
+}
