@@ -369,8 +369,9 @@ pub struct BackRing<M> {
 
 impl<M: Memory> BackRing<M> {
     /// Attaches to a frontend's ring where its last backend left off: at the number of responses
-    /// published. That is 0 on a ring never served. Requests that an older backend took and did
-    /// not answer are seen again.
+    /// published. That is 0 on a ring never served. The last backend must have answered all that
+    /// it took: responses overwrite requests in the order of their completion, so a request that
+    /// was taken and not answered may be nowhere in the ring any more.
     pub fn attach(memory: M, abi: Abi) -> Result<Self, RingError> {
         let slots = Slots::new(memory, abi)?;
         let at = slots.memory.load(RSP_PROD);
@@ -459,5 +460,497 @@ impl<M: Memory> BackRing<M> {
         self.slots.memory.rmb();
         self.req_seen = req_prod;
         Ok(new != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan;
+    use crate::wire::op;
+    use crate::wire::Status;
+    use std::cell::Cell;
+    use std::cell::RefCell;
+    use std::string::ToString;
+    use std::vec::Vec;
+
+    /// What a ring did to its memory.
+    #[derive(Clone, Copy, Debug, Eq, PartialEq)]
+    enum Access {
+        Load(usize),
+        Store(usize),
+        Rmb,
+        Wmb,
+        Mb,
+    }
+
+    /// Pages of words that both ends use, with a log.
+    struct Pages {
+        words: Vec<Cell<u32>>,
+        log: RefCell<Vec<Access>>,
+    }
+
+    impl Pages {
+        fn new(pages: usize) -> Self {
+            let words = std::vec![Cell::new(0); pages * WORDS_PER_PAGE];
+            Pages {
+                words,
+                log: RefCell::default(),
+            }
+        }
+
+        /// What was done since the last call.
+        fn log(&self) -> Vec<Access> {
+            self.log.take()
+        }
+
+        fn note(&self, access: Access) {
+            self.log.borrow_mut().push(access);
+        }
+    }
+
+    impl Memory for &Pages {
+        fn words(&self) -> usize {
+            self.words.len()
+        }
+        fn load(&self, word: usize) -> u32 {
+            self.note(Access::Load(word));
+            self.words[word].get()
+        }
+        fn store(&self, word: usize, value: u32) {
+            self.note(Access::Store(word));
+            self.words[word].set(value);
+        }
+        fn rmb(&self) {
+            self.note(Access::Rmb);
+        }
+        fn wmb(&self) {
+            self.note(Access::Wmb);
+        }
+        fn mb(&self) {
+            self.note(Access::Mb);
+        }
+    }
+
+    const ABI: Abi = Abi::X86_64;
+
+    fn request(id: u64) -> WireRequest {
+        plan::flush(op::FLUSH_DISKCACHE, 0, id)
+    }
+
+    fn response(id: u64) -> Response {
+        Response {
+            id,
+            operation: op::FLUSH_DISKCACHE,
+            status: Status::Okay,
+        }
+    }
+
+    /// Both ends of a ring that has already come to index `at`.
+    fn pair(pages: &Pages, at: u32) -> (FrontRing<&Pages>, BackRing<&Pages>) {
+        let mut front = FrontRing::new(pages, ABI).unwrap();
+        front.req_prod_pvt = at;
+        front.req_prod = at;
+        front.rsp_cons = at;
+        front.rsp_seen = at;
+        for (word, value) in [(REQ_PROD, at), (RSP_PROD, at)] {
+            pages.words[word].set(value);
+        }
+        for word in [REQ_EVENT, RSP_EVENT] {
+            pages.words[word].set(at.wrapping_add(1));
+        }
+        (front, BackRing::attach(pages, ABI).unwrap())
+    }
+
+    fn takes(back: &mut BackRing<&Pages>, id: u64) {
+        assert_eq!(back.take_request(), Ok(Some(request(id))));
+    }
+
+    #[test]
+    fn capacities() {
+        for abi in [Abi::X86_64, Abi::X86_32, Abi::Arm] {
+            for (pages, slots) in [(1, 32), (2, 64), (3, 64), (4, 128), (8, 256), (16, 512)] {
+                assert_eq!(capacity(pages * WORDS_PER_PAGE, abi), slots);
+            }
+        }
+        assert_eq!(capacity(0, ABI), 0);
+        assert_eq!(capacity(43, ABI), 0);
+        assert_eq!(capacity(44, ABI), 1);
+    }
+
+    #[test]
+    fn sizes_of_memory() {
+        let bad = |words: usize| {
+            let mut pages = Pages::new(0);
+            pages.words = std::vec![Cell::new(0); words];
+            let front = FrontRing::new(&pages, ABI).err();
+            assert_eq!(BackRing::attach(&pages, ABI).err(), front);
+            front
+        };
+        for words in [0, 1, 1023, 1025, 17 * 1024, 32 * 1024] {
+            assert_eq!(bad(words), Some(RingError::Memory(words)));
+        }
+        assert_eq!(bad(1024), None);
+        assert_eq!(bad(16 * 1024), None);
+        let pages = Pages::new(2);
+        assert_eq!(FrontRing::new(&pages, ABI).unwrap().capacity(), 64);
+        assert_eq!(BackRing::attach(&pages, ABI).unwrap().capacity(), 64);
+    }
+
+    #[test]
+    fn a_new_ring_asks_for_the_first_events() {
+        let pages = Pages::new(1);
+        for word in 0..4 {
+            pages.words[word].set(77);
+        }
+        let front = FrontRing::new(&pages, ABI).unwrap();
+        let header: Vec<_> = pages.words[..4].iter().map(Cell::get).collect();
+        assert_eq!(header, [0, 1, 0, 1]);
+        assert!(core::ptr::eq(*front.memory(), &pages));
+        let back = BackRing::attach(&pages, ABI).unwrap();
+        assert!(core::ptr::eq(*back.memory(), &pages));
+    }
+
+    #[test]
+    fn slots_are_where_the_layout_says() {
+        for (abi, second) in [
+            (Abi::X86_64, 64 + 112),
+            (Abi::X86_32, 64 + 108),
+            (Abi::Arm, 176),
+        ] {
+            let pages = Pages::new(1);
+            let mut front = FrontRing::new(&pages, abi).unwrap();
+            front.put(&request(0)).unwrap();
+            front.put(&request(0)).unwrap();
+            assert_eq!(pages.words[64 / 4].get(), 3);
+            assert_eq!(pages.words[second / 4].get(), 3);
+        }
+    }
+
+    #[test]
+    fn nothing_is_shown_before_it_is_published() {
+        let pages = Pages::new(1);
+        let (mut front, mut back) = pair(&pages, 0);
+        front.put(&request(5)).unwrap();
+        assert_eq!(back.take_request(), Ok(None));
+        assert!(front.publish());
+        takes(&mut back, 5);
+        assert_eq!(back.take_request(), Ok(None));
+        back.put(&response(5)).unwrap();
+        assert_eq!(front.take_response(), Ok(None));
+        assert!(back.publish());
+        assert_eq!(front.take_response(), Ok(Some(response(5))));
+        assert_eq!(front.take_response(), Ok(None));
+    }
+
+    #[test]
+    fn slots_are_counted() {
+        let pages = Pages::new(1);
+        let (mut front, mut back) = pair(&pages, u32::MAX - 3);
+        for id in 0..32 {
+            assert_eq!((front.in_flight(), front.free_slots()), (id, 32 - id));
+            front.put(&request(id.into())).unwrap();
+        }
+        assert_eq!(front.put(&request(32)), Err(NoSlot));
+        assert_eq!((front.in_flight(), front.free_slots()), (32, 0));
+        assert!(front.publish());
+        for id in 0..32 {
+            assert_eq!(u64::from(back.in_flight()), id);
+            takes(&mut back, id);
+        }
+        for id in 0..32 {
+            back.put(&response(id)).unwrap();
+        }
+        assert_eq!(back.put(&response(32)), Err(NoSlot));
+        assert!(back.publish());
+        for id in 0..32 {
+            assert_eq!(front.take_response(), Ok(Some(response(id))));
+            assert_eq!(u64::from(front.free_slots()), id + 1);
+        }
+    }
+
+    #[test]
+    fn only_what_is_needed_is_notified() {
+        for at in [0, u32::MAX - 1] {
+            let pages = Pages::new(1);
+            let (mut front, mut back) = pair(&pages, at);
+            assert!(!front.publish(), "nothing to publish");
+            front.put(&request(0)).unwrap();
+            assert!(front.publish(), "the backend sleeps");
+            front.put(&request(1)).unwrap();
+            assert!(!front.publish(), "it was notified");
+            takes(&mut back, 0);
+            takes(&mut back, 1);
+            assert!(!back.final_check());
+            front.put(&request(2)).unwrap();
+            front.put(&request(3)).unwrap();
+            assert!(front.publish(), "it sleeps again");
+            assert!(back.final_check(), "something came");
+        }
+    }
+
+    #[test]
+    fn a_final_check_sees_what_came_before_it() {
+        let pages = Pages::new(1);
+        let (mut front, mut back) = pair(&pages, 0);
+        front.put(&request(0)).unwrap();
+        let _ = front.publish();
+        pages.log();
+        assert!(back.final_check());
+        assert_eq!(pages.log(), [Access::Load(REQ_PROD)]);
+        takes(&mut back, 0);
+        pages.log();
+        assert!(!back.final_check());
+        let expected = [
+            Access::Load(REQ_PROD),
+            Access::Store(REQ_EVENT),
+            Access::Mb,
+            Access::Load(REQ_PROD),
+        ];
+        assert_eq!(pages.log(), expected);
+        back.put(&response(0)).unwrap();
+        let _ = back.publish();
+        assert!(front.final_check(1));
+    }
+
+    #[test]
+    fn thresholds() {
+        for at in [0, u32::MAX - 2] {
+            let pages = Pages::new(1);
+            let (mut front, mut back) = pair(&pages, at);
+            for id in 0..4 {
+                front.put(&request(id)).unwrap();
+            }
+            let event = || pages.words[RSP_EVENT].get().wrapping_sub(at);
+            assert!(!front.final_check(3));
+            assert_eq!(event(), 1, "nothing is published yet");
+            let _ = front.publish();
+            for (threshold, expected) in [(0, 1), (1, 1), (3, 3), (4, 4), (5, 4), (u32::MAX, 4)] {
+                assert!(!front.final_check(threshold));
+                assert_eq!(event(), expected);
+            }
+            assert!(!front.final_check(2));
+            for (id, notified) in [(0, false), (1, true), (2, false)] {
+                takes(&mut back, id);
+                back.put(&response(id)).unwrap();
+                assert_eq!(back.publish(), notified);
+            }
+        }
+    }
+
+    #[test]
+    fn indices_are_read_once_for_a_batch() {
+        let pages = Pages::new(1);
+        let (mut front, mut back) = pair(&pages, 0);
+        for id in 0..3 {
+            front.put(&request(id)).unwrap();
+        }
+        let _ = front.publish();
+        pages.log();
+        while back.take_request().unwrap().is_some() {}
+        let log = pages.log();
+        assert_eq!(
+            log.iter()
+                .filter(|access| **access == Access::Load(REQ_PROD))
+                .count(),
+            2
+        );
+        assert_eq!(log[..2], [Access::Load(REQ_PROD), Access::Rmb]);
+        for id in 0..3 {
+            back.put(&response(id)).unwrap();
+        }
+        let _ = back.publish();
+        pages.log();
+        while front.take_response().unwrap().is_some() {}
+        let log = pages.log();
+        assert_eq!(
+            log.iter()
+                .filter(|access| **access == Access::Load(RSP_PROD))
+                .count(),
+            2
+        );
+        assert_eq!(log[..2], [Access::Load(RSP_PROD), Access::Rmb]);
+    }
+
+    #[test]
+    fn slots_come_before_the_index_and_that_before_the_look() {
+        let pages = Pages::new(1);
+        let (mut front, mut back) = pair(&pages, 0);
+        pages.log();
+        front.put(&request(0)).unwrap();
+        let _ = front.publish();
+        let log = pages.log();
+        assert!(log[..6]
+            .iter()
+            .all(|access| matches!(access, Access::Store(16..22))));
+        let tail = [
+            Access::Wmb,
+            Access::Store(REQ_PROD),
+            Access::Mb,
+            Access::Load(REQ_EVENT),
+        ];
+        assert_eq!(log[6..], tail);
+        takes(&mut back, 0);
+        pages.log();
+        back.put(&response(0)).unwrap();
+        let _ = back.publish();
+        let log = pages.log();
+        assert_eq!(
+            log[..3],
+            [Access::Store(16), Access::Store(17), Access::Store(18)]
+        );
+        let tail = [
+            Access::Wmb,
+            Access::Store(RSP_PROD),
+            Access::Mb,
+            Access::Load(RSP_EVENT),
+        ];
+        assert_eq!(log[3..], tail);
+    }
+
+    #[test]
+    fn each_word_of_a_request_is_read_once() {
+        let pages = Pages::new(1);
+        let (mut front, mut back) = pair(&pages, 0);
+        front.put(&request(0)).unwrap();
+        let _ = front.publish();
+        pages.log();
+        takes(&mut back, 0);
+        let expected: Vec<_> = (16..22).map(Access::Load).collect();
+        assert_eq!(pages.log()[2..], expected);
+    }
+
+    #[test]
+    fn more_requests_than_slots_are_refused() {
+        for at in [0, u32::MAX - 10] {
+            let pages = Pages::new(1);
+            let (mut front, mut back) = pair(&pages, at);
+            let index = |n: u32| at.wrapping_add(n);
+            let hostile = |back: &mut BackRing<&Pages>, req_prod: u32| {
+                pages.words[REQ_PROD].set(req_prod);
+                let req_cons = back.req_cons;
+                assert_eq!(
+                    back.take_request(),
+                    Err(RingError::Requests { req_prod, req_cons })
+                );
+            };
+            hostile(&mut back, index(33));
+            hostile(&mut back, index(u32::MAX));
+            hostile(&mut back, index(1 << 31));
+            pages.words[REQ_PROD].set(at);
+            front.put(&request(0)).unwrap();
+            front.put(&request(1)).unwrap();
+            let _ = front.publish();
+            takes(&mut back, 0);
+            takes(&mut back, 1);
+            // Two are in flight, so 30 more fit.
+            hostile(&mut back, index(33));
+            // An index cannot go back, not even to what is in flight.
+            hostile(&mut back, index(1));
+            back.put(&response(0)).unwrap();
+            hostile(&mut back, index(34));
+            pages.words[REQ_PROD].set(index(33));
+            assert!(back.take_request().unwrap().is_some());
+        }
+    }
+
+    #[test]
+    fn more_responses_than_requests_are_refused() {
+        for at in [0, u32::MAX - 1] {
+            let pages = Pages::new(1);
+            let (mut front, _) = pair(&pages, at);
+            let hostile = |front: &mut FrontRing<&Pages>, n: u32| {
+                let rsp_prod = at.wrapping_add(n);
+                pages.words[RSP_PROD].set(rsp_prod);
+                let error = RingError::Responses {
+                    rsp_prod,
+                    rsp_cons: front.rsp_cons,
+                };
+                assert_eq!(front.take_response(), Err(error));
+            };
+            hostile(&mut front, 1);
+            for id in 0..3 {
+                front.put(&request(id)).unwrap();
+            }
+            hostile(&mut front, 1);
+            let _ = front.publish();
+            hostile(&mut front, 4);
+            hostile(&mut front, u32::MAX);
+            pages.words[RSP_PROD].set(at.wrapping_add(2));
+            assert!(front.take_response().unwrap().is_some());
+            assert!(front.take_response().unwrap().is_some());
+            hostile(&mut front, 1);
+            hostile(&mut front, 4);
+            pages.words[RSP_PROD].set(at.wrapping_add(3));
+            assert!(front.take_response().unwrap().is_some());
+        }
+    }
+
+    #[test]
+    fn a_second_backend_goes_on_where_the_first_left_off() {
+        let pages = Pages::new(1);
+        let (mut front, mut back) = pair(&pages, u32::MAX);
+        for id in 0..3 {
+            front.put(&request(id)).unwrap();
+        }
+        let _ = front.publish();
+        takes(&mut back, 0);
+        back.put(&response(0)).unwrap();
+        let _ = back.publish();
+        let mut back = BackRing::attach(&pages, ABI).unwrap();
+        assert_eq!(back.in_flight(), 0);
+        takes(&mut back, 1);
+        takes(&mut back, 2);
+        back.put(&response(1)).unwrap();
+        back.put(&response(2)).unwrap();
+        let _ = back.publish();
+        for id in 0..3 {
+            assert_eq!(front.take_response(), Ok(Some(response(id))));
+        }
+    }
+
+    #[test]
+    fn a_ring_with_impossible_indices_is_not_attached_to() {
+        let pages = Pages::new(1);
+        for (req_prod, rsp_prod, fine) in [
+            (32, 0, true),
+            (33, 0, false),
+            (0, 1, false),
+            (5, u32::MAX, true),
+            (5, 5, true),
+        ] {
+            pages.words[REQ_PROD].set(req_prod);
+            pages.words[RSP_PROD].set(rsp_prod);
+            let error = RingError::Requests {
+                req_prod,
+                req_cons: rsp_prod,
+            };
+            let expected = if fine { None } else { Some(error) };
+            assert_eq!(BackRing::attach(&pages, ABI).err(), expected);
+        }
+    }
+
+    #[test]
+    fn messages() {
+        assert_eq!(
+            RingError::Memory(5).to_string(),
+            "a ring of 5 words is not 1 to 16 pages"
+        );
+        assert_eq!(
+            RingError::Requests {
+                req_prod: 99,
+                req_cons: 1
+            }
+            .to_string(),
+            "req_prod 99 is impossible after 1 requests"
+        );
+        assert_eq!(
+            RingError::Responses {
+                rsp_prod: 99,
+                rsp_cons: 1
+            }
+            .to_string(),
+            "rsp_prod 99 is impossible after 1 responses"
+        );
     }
 }
