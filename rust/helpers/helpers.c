@@ -5,11 +5,17 @@
  * No logic lives here.
  */
 
+#include "barrier.c"
 #include "bio.c"
 #include "blk.c"
 #include "blkdev.c"
+#include "device.c"
+#include "event_channel.c"
 #include "grant_table.c"
 #include "highmem.c"
+#include "irq.c"
 #include "sched.c"
 #include "spinlock.c"
 #include "sysfs.c"
+#include "xen.c"
+#include "xenbus.c"

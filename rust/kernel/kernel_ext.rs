@@ -14,3 +14,6 @@
 pub mod base;
 pub mod block;
 pub mod xen;
+
+/// What messages of this crate begin with; the modules have a prefix of their own.
+const __LOG_PREFIX: &[u8] = b"rblkif\0";

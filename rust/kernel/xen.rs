@@ -1,3 +1,56 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! xen
+//! Xen: talking to drivers in other domains.
+//!
+//! A split driver has a *frontend* in one domain and a *backend* in another. They find each other
+//! and negotiate in [`xenstore`], a tree of small strings that a daemon keeps; the kernel makes a
+//! device of each half ([`xenbus`]). Then they share memory: the frontend *grants* pages, the
+//! backend maps or copies them ([`grant`]); the page with the requests is the *ring* ([`ring`]).
+//! They wake each other through *event channels* ([`events`]).
+//!
+//! What the other domain writes is hostile until checked. Nothing here relies on it for memory
+//! safety: foreign numbers are data that Xen itself checks, shared memory is only ever copied word
+//! by word or byte by byte, and memory that is shared goes back to the allocator only when Xen says
+//! that the other domain has let go of it.
+//!
+//! C headers: [`include/xen`](srctree/include/xen)
+
+pub mod events;
+pub mod grant;
+pub mod ring;
+pub mod xenbus;
+pub mod xenstore;
+
+use kernel::fmt;
+
+/// The number of a domain.
+///
+/// Comes from a bound device ([`xenbus::Device::otherend_id`]).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DomId(u16);
+
+impl DomId {
+    /// The domain that this kernel runs in, as grant operations name it (`DOMID_SELF`).
+    pub(crate) const SELF: Self = Self(bindings_ext::DOMID_SELF as u16);
+
+    pub(crate) const fn from_raw(id: u16) -> Self {
+        Self(id)
+    }
+
+    /// The number, for messages and hypercalls.
+    pub const fn value(self) -> u16 {
+        self.0
+    }
+}
+
+impl fmt::Display for DomId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// Whether this kernel runs on Xen at all.
+pub fn is_xen_domain() -> bool {
+    // SAFETY: Only reads a variable that is set at boot.
+    unsafe { bindings_ext::xen_domain() }
+}

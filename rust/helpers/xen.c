@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: GPL-2.0
+
+#include <xen/xen.h>
+
+bool rust_helper_xen_domain(void)
+{
+	return xen_domain();
+}

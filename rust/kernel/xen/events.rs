@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Event channels: waking the other domain, and being woken.
+//!
+//! A channel has two ends. The frontend makes an end that a certain domain may connect to
+//! ([`Channel::alloc_unbound`]) and tells its number, the *port*, through xenstore; the backend
+//! connects ([`Channel::bind_interdomain`]). Each end is an interrupt of its domain.
+//!
+//! An event that has arrived is *pending* until it is ended (EOI), and no other one comes before
+//! that. So ending events late slows a domain down that sends too many (XSA-332, XSA-391): all
+//! channels here are of the `lateeoi` kind. An event for which there was nothing to do is
+//! *spurious*; after spurious events Xen's glue code delays the next one, up to a second.
+//!
+//! C header: [`include/xen/events.h`](srctree/include/xen/events.h)
+
+use super::xenbus;
+use core::ptr::NonNull;
+use kernel::bindings;
+use kernel::device::Bound;
+use kernel::error::to_result;
+use kernel::ffi;
+use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+use kernel::sync::Arc;
+
+/// What a [`Handler`] has made of an event.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub enum Eoi {
+    /// There was work, and it is done: the next event may come.
+    Done,
+    /// There was nothing to do: the next event may come, after a while if that goes on.
+    Spurious,
+    /// The event goes on; [`Channel::eoi`] will end it. Without that no event comes any more, which
+    /// is how one gets rid of a domain that breaks the rules.
+    Later,
+}
+
+/// Is called when an event has arrived.
+pub trait Handler: Send + Sync + 'static {
+    /// An event. Runs in hard interrupt context, on one CPU at a time.
+    fn handle(&self) -> Eoi;
+}
+
+/// How a channel tells the other end.
+#[derive(Clone, Copy)]
+enum Notify {
+    /// By the port, known from the start.
+    Port(bindings_ext::evtchn_port_t),
+    /// By the interrupt, whose port only Xen's glue code knows.
+    Irq,
+}
+
+/// Our end of an event channel, with its interrupt and handler.
+///
+/// Dropping it closes the channel, and waits until the handler is not running on any CPU; after that
+/// it is never called again. So do not drop it while holding a lock that the handler takes.
+///
+/// # Invariants
+///
+/// - `irq` is bound to an event channel, with [`Self::interrupt`] as handler and `handler` as its
+///   argument, an `Arc<T>` in raw form that this owns.
+/// - `device` is what the interrupt was bound for: the glue code may use it while `irq` is bound.
+pub struct Channel<T: Handler> {
+    irq: ffi::c_uint,
+    notify: Notify,
+    handler: NonNull<T>,
+    _device: ARef<xenbus::Device>,
+}
+
+// SAFETY: An interrupt belongs to no thread; the handler is `Send` and `Sync`.
+unsafe impl<T: Handler> Send for Channel<T> {}
+// SAFETY: All methods with `&self` may be called on several CPUs at once.
+unsafe impl<T: Handler> Sync for Channel<T> {}
+
+impl<T: Handler> Channel<T> {
+    /// Makes an end that the other end's domain of `device` may connect to.
+    ///
+    /// `name` is shown in `/proc/interrupts`. The port, for xenstore, is [`Self::port`]. The handler
+    /// may be called before this returns.
+    pub fn alloc_unbound(
+        device: &xenbus::Device<Bound>,
+        name: &'static CStr,
+        handler: Arc<T>,
+    ) -> Result<Self> {
+        let mut port = 0;
+        // SAFETY: `port` is valid for a write.
+        to_result(unsafe {
+            bindings_ext::evtchn_alloc_unbound(device.otherend_id().value(), &mut port)
+        })?;
+        let bound = Self::request(device, Notify::Port(port), handler, |argument| {
+            // SAFETY: The name lives for ever; `argument` is what `interrupt` wants, and stays until
+            // the interrupt is unbound.
+            unsafe {
+                bindings_ext::bind_evtchn_to_irqhandler_lateeoi(
+                    port,
+                    Some(Self::interrupt),
+                    0,
+                    name.as_char_ptr(),
+                    argument,
+                )
+            }
+        });
+        if bound.is_err() {
+            // The usual failure is that there is no memory for the interrupt, which leaves the port
+            // open. Others have closed it; then this fails.
+            //
+            // SAFETY: Closing a port has no effect on memory.
+            let _ = unsafe { bindings_ext::evtchn_close(port) };
+        }
+        bound
+    }
+
+    /// Connects to the port that the other end's domain of `device` has made for us.
+    ///
+    /// The port is data from the other domain; Xen refuses one that is not meant for us. `name` is
+    /// shown in `/proc/interrupts`. The handler may be called before this returns.
+    pub fn bind_interdomain(
+        device: &xenbus::Device<Bound>,
+        remote_port: u32,
+        name: &'static CStr,
+        handler: Arc<T>,
+    ) -> Result<Self> {
+        Self::request(device, Notify::Irq, handler, |argument| {
+            // SAFETY: The name lives for ever; `argument` is what `interrupt` wants, and stays until
+            // the interrupt is unbound, and so does the device.
+            unsafe {
+                bindings_ext::bind_interdomain_evtchn_to_irqhandler_lateeoi(
+                    device.as_raw(),
+                    remote_port,
+                    Some(Self::interrupt),
+                    0,
+                    name.as_char_ptr(),
+                    argument,
+                )
+            }
+        })
+    }
+
+    /// Makes a `Channel` of what `bind` returns: an interrupt or a negative errno.
+    fn request(
+        device: &xenbus::Device<Bound>,
+        notify: Notify,
+        handler: Arc<T>,
+        bind: impl FnOnce(*mut ffi::c_void) -> ffi::c_int,
+    ) -> Result<Self> {
+        let device = ARef::from(device);
+        let argument = Arc::into_raw(handler);
+        let irq = bind(argument.cast_mut().cast());
+        let Some(handler) = NonNull::new(argument.cast_mut()) else {
+            return Err(EINVAL);
+        };
+        if irq < 0 {
+            // SAFETY: `argument` is from `into_raw` and nobody else has it.
+            drop(unsafe { Arc::from_raw(argument) });
+            return Err(Error::from_errno(irq));
+        }
+        // INVARIANT: `bind` has bound the interrupt, with these.
+        Ok(Self {
+            irq: irq as ffi::c_uint,
+            notify,
+            handler,
+            _device: device,
+        })
+    }
+
+    /// Our port, for xenstore. Only an end made by [`Self::alloc_unbound`] knows it.
+    pub fn port(&self) -> Option<u32> {
+        match self.notify {
+            Notify::Port(port) => Some(port),
+            Notify::Irq => None,
+        }
+    }
+
+    /// Wakes the other domain. Any context.
+    #[inline]
+    pub fn notify(&self) {
+        match self.notify {
+            // SAFETY: A number. If the channel is gone, after a restore, then Xen refuses it, or
+            // somebody gets an event for nothing.
+            Notify::Port(port) => unsafe { bindings_ext::notify_remote_via_evtchn(port) },
+            // SAFETY: The interrupt is bound by the type invariant.
+            Notify::Irq => unsafe { bindings_ext::notify_remote_via_irq(self.irq as ffi::c_int) },
+        }
+    }
+
+    /// Ends the event for which the handler has said [`Eoi::Later`]. Any context; does nothing if
+    /// there is no such event.
+    #[inline]
+    pub fn eoi(&self, spurious: bool) {
+        // SAFETY: The interrupt is bound by the type invariant.
+        unsafe { lateeoi(self.irq, spurious) };
+    }
+
+    /// The number of the interrupt, as in `/proc/interrupts`.
+    pub fn irq(&self) -> u32 {
+        self.irq
+    }
+
+    /// Lets the interrupt, and so the events, come to one CPU.
+    pub fn set_affinity(&self, cpu: kernel::cpu::CpuId) -> Result {
+        // SAFETY: The interrupt is bound by the type invariant; `cpu` is in range.
+        to_result(unsafe { bindings_ext::irq_set_affinity_to_cpu(self.irq, cpu.as_u32()) })
+    }
+
+    /// # Safety
+    ///
+    /// Only as a handler that [`Self::request`] has bound, with its argument.
+    unsafe extern "C" fn interrupt(
+        irq: ffi::c_int,
+        handler: *mut ffi::c_void,
+    ) -> bindings::irqreturn_t {
+        // SAFETY: By the requirements of this function; the `Channel` keeps it until the interrupt
+        // is unbound.
+        let eoi = unsafe { &*handler.cast::<T>() }.handle();
+        match eoi {
+            // SAFETY: The interrupt is the one being handled.
+            Eoi::Done => unsafe { lateeoi(irq as ffi::c_uint, false) },
+            // SAFETY: As above.
+            Eoi::Spurious => unsafe { lateeoi(irq as ffi::c_uint, true) },
+            Eoi::Later => {}
+        }
+        bindings::irqreturn::IRQ_HANDLED
+    }
+}
+
+/// # Safety
+///
+/// `irq` is bound to an event channel of the `lateeoi` kind.
+#[inline]
+unsafe fn lateeoi(irq: ffi::c_uint, spurious: bool) {
+    let flags = if spurious {
+        bindings_ext::XEN_EOI_FLAG_SPURIOUS
+    } else {
+        0
+    };
+    // SAFETY: By the requirements of this function.
+    unsafe { bindings_ext::xen_irq_lateeoi(irq, flags) };
+}
+
+impl<T: Handler> Drop for Channel<T> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant; waits until the handler has returned everywhere.
+        unsafe { bindings_ext::unbind_from_irqhandler(self.irq, self.handler.as_ptr().cast()) };
+        // SAFETY: From `into_raw`, and the interrupt does not use it any more.
+        drop(unsafe { Arc::from_raw(self.handler.as_ptr()) });
+    }
+}

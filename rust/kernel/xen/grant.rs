@@ -1,0 +1,498 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Grants: memory that one domain lets another one use.
+//!
+//! A domain has a table of *grant entries*; an entry names a page, a domain that may use it, and
+//! whether it may write. The number of the entry, the *grant reference*, is what the other domain
+//! gets to know. A reference that the table has free for us to use is *reserved*.
+//!
+//! The side that owns the memory (for disks, the frontend) uses:
+//! - [`GrantReserve`]: references that are ours, so that starting an I/O cannot fail for want of
+//!   them,
+//! - [`GrantedPage`]: a page of our own that stays granted for long,
+//! - [`Granted`]: pages of somebody else, such as those of a block request, granted for one I/O.
+//!
+//! The side that uses the memory (the backend) has:
+//! - [`map`]: mapping foreign pages into our address space, and
+//! - [`copy`]: letting Xen copy between foreign pages and our own.
+//!
+//! The rule behind the first half (XSA-396): *access ends only when Xen says so*. Ending a grant
+//! that the other domain still maps fails, and then the page must go to nobody else. Here such a
+//! page stays in quarantine, where the kernel tries again from time to time; a block request with
+//! such a page is not given back at all.
+//!
+//! C header: [`include/xen/grant_table.h`](srctree/include/xen/grant_table.h)
+
+pub mod copy;
+pub mod map;
+
+use super::DomId;
+use crate::base::page::PageOwner;
+use crate::base::page::PageSlice;
+use crate::base::page::PageSliceMut;
+use core::mem::ManuallyDrop;
+use kernel::error::to_result;
+use kernel::ffi;
+use kernel::fmt;
+use kernel::page::Page;
+use kernel::page::PAGE_SIZE;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel::types::Opaque;
+
+/// The end of a private list of references, as grant-table.c has it.
+const LIST_END: bindings_ext::grant_ref_t = u32::MAX;
+
+/// What the other domain may do with a page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Read it: the data of a disk write.
+    ReadOnly,
+    /// Read and write it: the data of a disk read, a ring.
+    ReadWrite,
+}
+
+/// A reference to one of our own pages, to be told to the other domain. Plain data: whoever knows
+/// the number gains nothing by it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct GrantRef(u32);
+
+impl GrantRef {
+    pub(crate) const fn from_raw(reference: u32) -> Self {
+        Self(reference)
+    }
+
+    /// The number, for a ring or for xenstore.
+    pub const fn value(self) -> u32 {
+        self.0
+    }
+}
+
+/// A reference that the other domain has told us. Plain data from a hostile place: Xen checks it
+/// when it is used.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct ForeignRef(pub u32);
+
+/// The answer of Xen to one grant operation that failed (`GNTST_*`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct GrantStatus(i16);
+
+impl GrantStatus {
+    /// The frame is paged out: try again later, from a thread.
+    pub const EAGAIN: Self = Self(bindings_ext::GNTST_eagain as i16);
+
+    pub(crate) const OKAY: Self = Self(bindings_ext::GNTST_okay as i16);
+
+    pub(crate) const fn from_raw(status: i16) -> Self {
+        Self(status)
+    }
+
+    /// The number that Xen gave. Negative, except where Xen did not get to the operation at all.
+    pub const fn value(self) -> i16 {
+        self.0
+    }
+
+    /// Whose fault it is, as an errno: `EAGAIN` and `ENOSPC` (no more mappings fit) are nobody's,
+    /// `EFAULT` means that the other domain gave a bad reference.
+    pub fn to_error(self) -> Error {
+        match i32::from(self.0) {
+            bindings_ext::GNTST_eagain => EAGAIN,
+            bindings_ext::GNTST_no_device_space => ENOSPC,
+            _ => EFAULT,
+        }
+    }
+}
+
+impl fmt::Display for GrantStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = match i32::from(self.0) {
+            0 => "okay",
+            bindings_ext::GNTST_general_error => "general error",
+            bindings_ext::GNTST_bad_domain => "bad domain",
+            bindings_ext::GNTST_bad_gntref => "bad grant reference",
+            bindings_ext::GNTST_bad_handle => "bad handle",
+            bindings_ext::GNTST_bad_virt_addr => "bad virtual address",
+            bindings_ext::GNTST_no_device_space => "no more mappings possible",
+            bindings_ext::GNTST_permission_denied => "permission denied",
+            bindings_ext::GNTST_bad_page => "bad page",
+            bindings_ext::GNTST_bad_copy_arg => "copy crosses a page boundary",
+            bindings_ext::GNTST_address_too_big => "address too big",
+            bindings_ext::GNTST_eagain => "page is not in memory",
+            _ => return write!(f, "status {}", self.0),
+        };
+        f.write_str(name)
+    }
+}
+
+/// References that are ours to use, but do not grant anything yet.
+///
+/// # Invariants
+///
+/// `head` is the head of a private list of `len` free references, made by
+/// `gnttab_alloc_grant_references` or empty.
+pub struct GrantReserve {
+    head: bindings_ext::grant_ref_t,
+    len: usize,
+}
+
+impl GrantReserve {
+    /// No reference.
+    pub const fn empty() -> Self {
+        // INVARIANT: The empty list.
+        Self {
+            head: LIST_END,
+            len: 0,
+        }
+    }
+
+    /// Reserves `count` references. `ENOSPC`: the table has no more; a [`FreeCallback`] tells when it
+    /// has. Atomic context, irqs on or off.
+    pub fn new(count: u16) -> Result<Self> {
+        let mut reserve = Self::empty();
+        if count == 0 {
+            return Ok(reserve);
+        }
+        // SAFETY: `head` is valid for a write.
+        to_result(unsafe {
+            bindings_ext::gnttab_alloc_grant_references(count, &mut reserve.head)
+        })?;
+        // INVARIANT: `head` is the list that the call has made.
+        reserve.len = count.into();
+        Ok(reserve)
+    }
+
+    /// How many references are left.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no reference is left.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Reserves more, until there are `count`.
+    pub fn fill(&mut self, count: u16) -> Result {
+        let missing = usize::from(count).saturating_sub(self.len);
+        let mut more = Self::new(missing as u16)?;
+        while let Some(reference) = more.claim() {
+            self.release(reference);
+        }
+        Ok(())
+    }
+
+    /// Takes a reference off the list; it must be granted, or put back by [`Self::release`].
+    fn claim(&mut self) -> Option<bindings_ext::grant_ref_t> {
+        if self.len == 0 {
+            return None;
+        }
+        // SAFETY: By the type invariant the list is private to us and not empty.
+        let reference = unsafe { bindings_ext::gnttab_claim_grant_reference(&mut self.head) };
+        // INVARIANT: One less, in the list and in the number.
+        self.len -= 1;
+        u32::try_from(reference).ok()
+    }
+
+    /// Puts a claimed reference back.
+    fn release(&mut self, reference: bindings_ext::grant_ref_t) {
+        // SAFETY: The list is private to us, and the reference is ours and grants nothing.
+        unsafe { bindings_ext::gnttab_release_grant_reference(&mut self.head, reference) };
+        // INVARIANT: One more, in the list and in the number.
+        self.len += 1;
+    }
+
+    /// Grants a page to `domain`. `ENOSPC`: no reference is left.
+    ///
+    /// # Safety
+    ///
+    /// The page must go to nobody else until the grant has been ended with success.
+    unsafe fn grant(
+        &mut self,
+        domain: DomId,
+        page: *mut kernel::bindings::page,
+        access: Access,
+    ) -> Result<GrantRef> {
+        let reference = self.claim().ok_or(ENOSPC)?;
+        let readonly = access == Access::ReadOnly;
+        // SAFETY: The reference is ours and free, `page` is valid by the requirements of this
+        // function.
+        unsafe {
+            bindings_ext::gnttab_grant_foreign_access_ref(
+                reference,
+                domain.value(),
+                bindings_ext::xen_page_to_gfn(page),
+                readonly.into(),
+            )
+        };
+        Ok(GrantRef(reference))
+    }
+}
+
+impl Drop for GrantReserve {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the list is ours.
+        unsafe { bindings_ext::gnttab_free_grant_references(self.head) };
+    }
+}
+
+/// Ends a grant if the other domain does not use it any more, and frees its reference.
+///
+/// # Safety
+///
+/// The reference is ours and granted; on `true` it is not ours any more.
+unsafe fn try_end(reference: GrantRef) -> bool {
+    // SAFETY: By the requirements of this function.
+    unsafe { bindings_ext::gnttab_try_end_foreign_access(reference.0) != 0 }
+}
+
+/// A page of our own that is granted to another domain.
+///
+/// What is in it can change at any time if the access is [`Access::ReadWrite`]; it can only be
+/// copied out. When dropped, the grant ends and the page is freed; if the other domain still uses
+/// it, both stay in quarantine until it does not.
+///
+/// # Invariants
+///
+/// `reference` is ours and grants `page`, with `access`.
+pub struct GrantedPage {
+    page: ManuallyDrop<Page>,
+    reference: GrantRef,
+}
+
+impl GrantedPage {
+    /// Grants `page` to `domain`, with a reference of `reserve`. Whatever the page contains can be
+    /// read there: give a page that was zeroed, or whose contents are meant for the other domain.
+    ///
+    /// `ENOSPC`: the reserve is empty; the page is freed.
+    pub fn new(
+        reserve: &mut GrantReserve,
+        domain: DomId,
+        page: Page,
+        access: Access,
+    ) -> Result<Self> {
+        // SAFETY: `GrantedPage` owns the page until the grant has ended.
+        let reference = unsafe { reserve.grant(domain, page.as_ptr(), access) }?;
+        // INVARIANT: As granted just above.
+        Ok(Self {
+            page: ManuallyDrop::new(page),
+            reference,
+        })
+    }
+
+    /// The reference, to be told to the other domain.
+    #[inline]
+    pub fn reference(&self) -> GrantRef {
+        self.reference
+    }
+
+    /// `len` bytes of the page from `offset` on, to copy from; `None` if they leave the page.
+    #[inline]
+    pub fn slice(&self, offset: usize, len: usize) -> Option<PageSlice<'_>> {
+        PageSlice::new(&self.page, offset, len)
+    }
+
+    /// `len` bytes of the page from `offset` on, to copy to; `None` if they leave the page.
+    #[inline]
+    pub fn slice_mut(&self, offset: usize, len: usize) -> Option<PageSliceMut<'_>> {
+        PageSliceMut::new(&self.page, offset, len)
+    }
+
+    /// Ends the grant and gives the page back, unless the other domain still uses it.
+    pub fn try_end(self) -> Result<Page, Self> {
+        // SAFETY: By the type invariant.
+        if !unsafe { try_end(self.reference) } {
+            return Err(self);
+        }
+        let mut this = ManuallyDrop::new(self);
+        // SAFETY: `this` is not used after this.
+        Ok(unsafe { ManuallyDrop::take(&mut this.page) })
+    }
+}
+
+impl Drop for GrantedPage {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the reference is ours, and so is the page, which the call
+        // takes over and frees as soon as the grant could be ended.
+        unsafe { bindings_ext::gnttab_end_foreign_access(self.reference.0, self.page.as_ptr()) };
+    }
+}
+
+/// References of one [`Granted`]: memory that is allocated once and goes from I/O to I/O.
+pub type References = KVec<GrantRef>;
+
+/// Pages of an owner `S`, granted to another domain for as long as this exists.
+///
+/// The owner is inside and comes out only when Xen says that the other domain has let go of all
+/// pages ([`Granted::try_end`]). So a block request cannot be ended while a backend could still
+/// write to its memory. If a `Granted` is dropped while the other domain holds a page, the owner is
+/// leaked: lost memory is better than memory that somebody else writes to.
+///
+/// # Invariants
+///
+/// Each of `references` is ours and grants a page of `owner`.
+pub struct Granted<S: PageOwner> {
+    owner: ManuallyDrop<S>,
+    references: ManuallyDrop<References>,
+}
+
+impl<S: PageOwner> Granted<S> {
+    /// Grants the page of each slice of `owner` to `domain`, one reference a slice, in order:
+    /// read-only unless `access` says otherwise and the owner's memory is writable.
+    ///
+    /// `references` is cleared; its capacity must be enough, nothing is allocated. Fails with
+    /// `ENOSPC` if it is not, or if `reserve` has too few references, and gives all back.
+    pub fn new(
+        owner: S,
+        access: Access,
+        domain: DomId,
+        reserve: &mut GrantReserve,
+        mut references: References,
+    ) -> Result<Self, (Error, S, References)> {
+        references.clear();
+        let count = owner.slices().count();
+        if count > references.capacity() || count > reserve.len() {
+            return Err((ENOSPC, owner, references));
+        }
+        let access = if owner.writable() {
+            access
+        } else {
+            Access::ReadOnly
+        };
+
+        for slice in owner.slices() {
+            // SAFETY: The owner keeps its pages while it is inside of the `Granted` below; there is
+            // no way out of this function before that, for there are references and space for all
+            // slices.
+            let granted = unsafe { reserve.grant(domain, slice.page().as_ptr(), access) };
+            let Ok(reference) = granted else { break };
+            // The capacity was checked above.
+            let _ = references.push_within_capacity(reference);
+        }
+        // INVARIANT: As granted just above.
+        Ok(Self {
+            owner: ManuallyDrop::new(owner),
+            references: ManuallyDrop::new(references),
+        })
+    }
+
+    /// The owner of the pages.
+    pub fn owner(&self) -> &S {
+        &self.owner
+    }
+
+    /// One reference for each slice of the owner, in order.
+    pub fn references(&self) -> &[GrantRef] {
+        &self.references
+    }
+
+    /// Ends the grants and gives the owner back, unless the other domain still uses a page. Then
+    /// those that could be ended are ended, and it can be tried again.
+    pub fn try_end(mut self) -> Result<(S, References), Self> {
+        if !self.end_all() {
+            return Err(self);
+        }
+        let mut this = ManuallyDrop::new(self);
+        // SAFETY: `this` is not used after these two.
+        let owner = unsafe { ManuallyDrop::take(&mut this.owner) };
+        // SAFETY: As above.
+        let references = unsafe { ManuallyDrop::take(&mut this.references) };
+        Ok((owner, references))
+    }
+
+    /// Ends what can be ended. Whether that is all.
+    fn end_all(&mut self) -> bool {
+        // INVARIANT: Those that have ended are removed.
+        //
+        // SAFETY: By the type invariant.
+        self.references
+            .retain(|reference| !unsafe { try_end(*reference) });
+        self.references.is_empty()
+    }
+}
+
+impl<S: PageOwner> Drop for Granted<S> {
+    fn drop(&mut self) {
+        if self.end_all() {
+            // SAFETY: Dropped once, here, after the last grant on its pages has ended.
+            unsafe { ManuallyDrop::drop(&mut self.owner) };
+            // SAFETY: Dropped once, here.
+            unsafe { ManuallyDrop::drop(&mut self.references) };
+        } else {
+            pr_warn!(
+                "the other domain still uses {} pages that it was lent: keeping them\n",
+                self.references.len()
+            );
+        }
+    }
+}
+
+/// What a [`FreeCallback`] calls.
+pub trait FreeHandler: Send + Sync + 'static {
+    /// References have become free.
+    ///
+    /// Called with interrupts off and under the lock of the grant table: it must not use any
+    /// function of this module, only wake somebody up.
+    fn references_free(&self);
+}
+
+/// Tells when the grant table has references again.
+///
+/// # Invariants
+///
+/// `inner` does not move; it is registered or all zero.
+#[pin_data(PinnedDrop)]
+pub struct FreeCallback<T: FreeHandler> {
+    #[pin]
+    inner: Opaque<bindings_ext::gnttab_free_callback>,
+    handler: Arc<T>,
+}
+
+// SAFETY: The grant table uses `inner` under its own lock; it may be called from any thread.
+unsafe impl<T: FreeHandler> Send for FreeCallback<T> {}
+// SAFETY: As above.
+unsafe impl<T: FreeHandler> Sync for FreeCallback<T> {}
+
+impl<T: FreeHandler> FreeCallback<T> {
+    /// Nothing is asked for yet.
+    pub fn new(handler: Arc<T>) -> impl PinInit<Self> {
+        // INVARIANT: All zero.
+        pin_init!(Self {
+            inner: Opaque::new(Default::default()),
+            handler
+        })
+    }
+
+    /// Asks to be called once when `count` references are free; at once if they are. Asking again
+    /// before that changes nothing.
+    pub fn request(self: Pin<&Self>, count: u16) {
+        // SAFETY: `inner` stays in place until it is cancelled in `drop`, and so does `self`, which
+        // the callback gets.
+        unsafe {
+            bindings_ext::gnttab_request_free_callback(
+                self.inner.get(),
+                Some(Self::callback),
+                Arc::as_ptr(&self.handler).cast_mut().cast(),
+                count,
+            )
+        };
+    }
+
+    /// # Safety
+    ///
+    /// Only for the grant table, with the handler of a `FreeCallback<T>` that is registered.
+    unsafe extern "C" fn callback(handler: *mut ffi::c_void) {
+        // SAFETY: The `FreeCallback` holds the handler until it has cancelled the callback, which
+        // takes the lock that is held here.
+        unsafe { &*handler.cast::<T>() }.references_free();
+    }
+}
+
+#[pinned_drop]
+impl<T: FreeHandler> PinnedDrop for FreeCallback<T> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: Valid also if nothing was requested.
+        unsafe { bindings_ext::gnttab_cancel_free_callback(self.inner.get()) };
+    }
+}
+
+const _: () = assert!(PAGE_SIZE == 4096, "one page is one grant");

@@ -1,0 +1,494 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Mapping the pages of another domain.
+//!
+//! A page of another domain needs a page of our own address space without memory behind it; a
+//! [`PageCache`] has some. A [`Mapper`] maps and unmaps many at once, one hypercall for all. What it
+//! has mapped is a list of [`MappedPage`]s, owned values: each is unmapped once. A page that is part
+//! of an I/O is owned by the I/O meanwhile ([`PageOwner`]), so it cannot be unmapped under it.
+//!
+//! Others may hold on to a page for longer than the I/O: a network card that sends it does. Such a
+//! page is *busy*. [`Mapper::unmap`] leaves busy pages in the list, for the caller to try later.
+
+use super::Access;
+use super::ForeignRef;
+use super::GrantStatus;
+use crate::base::page::PageOwner;
+use crate::base::page::PageSlice;
+use crate::base::page::PageSliceMut;
+use crate::ratelimited;
+use crate::xen::DomId;
+use core::mem::ManuallyDrop;
+use core::ptr::NonNull;
+use kernel::bindings;
+use kernel::error::to_result;
+use kernel::page::PAGE_SIZE;
+use kernel::prelude::*;
+use kernel::types::Opaque;
+
+/// What the status of an operation says before Xen has got to it.
+const NOT_REACHED: i16 = 1;
+
+/// How long dropping a busy page waits for it, in tries of [`BUSY_SLEEP_MS`].
+const BUSY_TRIES: usize = 500;
+const BUSY_SLEEP_MS: u32 = 20;
+
+/// Pages without memory behind them (`gnttab_page_cache`).
+///
+/// # Invariants
+///
+/// `inner` is initialised and does not move.
+#[pin_data(PinnedDrop)]
+pub struct PageCache {
+    #[pin]
+    inner: Opaque<bindings_ext::gnttab_page_cache>,
+}
+
+// SAFETY: The cache has its own lock.
+unsafe impl Send for PageCache {}
+// SAFETY: As above.
+unsafe impl Sync for PageCache {}
+
+impl PageCache {
+    /// An empty cache. Pages are made when they are needed, and kept.
+    pub fn new() -> impl PinInit<Self> {
+        // INVARIANT: Initialised here.
+        pin_init!(Self {
+            inner <- Opaque::ffi_init(|inner| {
+                // SAFETY: `inner` is valid for writes, and stays where it is.
+                unsafe { bindings_ext::gnttab_page_cache_init(inner) }
+            }),
+        })
+    }
+
+    /// Frees all but `keep` pages. May sleep.
+    pub fn shrink(&self, keep: u32) {
+        // SAFETY: By the type invariant; all pages in the cache are unmapped ones.
+        unsafe { bindings_ext::gnttab_page_cache_shrink(self.inner.get(), keep) };
+    }
+
+    /// Makes pages until the cache has at least `count` of them, so that many can be taken without
+    /// fail. May sleep.
+    pub fn fill(&self, count: usize) -> Result {
+        let mut pages = KVec::with_capacity(count, GFP_KERNEL)?;
+        let mut result = Ok(());
+        for _ in 0..count {
+            match self.get() {
+                Ok(page) => pages.push(page.as_ptr(), GFP_KERNEL)?,
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            }
+        }
+        self.put(&mut pages);
+        result
+    }
+
+    /// Takes a page; makes one if there is none, which may sleep.
+    fn get(&self) -> Result<NonNull<bindings::page>> {
+        let mut page = core::ptr::null_mut();
+        // SAFETY: By the type invariant; `page` is valid for a write.
+        to_result(unsafe { bindings_ext::gnttab_page_cache_get(self.inner.get(), &mut page) })?;
+        NonNull::new(page).ok_or(ENOMEM)
+    }
+
+    /// Puts pages that [`Self::get`] has given, and that are not mapped, back.
+    fn put(&self, pages: &mut [*mut bindings::page]) {
+        if pages.is_empty() {
+            return;
+        }
+        // SAFETY: By the type invariant; the pages are ours.
+        unsafe {
+            bindings_ext::gnttab_page_cache_put(
+                self.inner.get(),
+                pages.as_mut_ptr(),
+                pages.len() as u32,
+            )
+        };
+    }
+}
+
+#[pinned_drop]
+impl PinnedDrop for PageCache {
+    fn drop(self: Pin<&mut Self>) {
+        self.shrink(0);
+    }
+}
+
+/// A page of another domain, mapped.
+///
+/// What is in it can change at any time; it can only be copied. Dropping one unmaps it; that sleeps
+/// up to ten seconds if the page is busy, and then leaks the page. So give pages back through
+/// [`Mapper::unmap`], and drop what is left only from a thread.
+///
+/// # Invariants
+///
+/// `page` came from a [`PageCache`]; `handle` is a mapping of a foreign frame there, with `access`,
+/// that nobody else knows.
+pub struct MappedPage {
+    page: NonNull<bindings::page>,
+    handle: bindings_ext::grant_handle_t,
+    reference: ForeignRef,
+    access: Access,
+}
+
+// SAFETY: A mapping belongs to no thread.
+unsafe impl Send for MappedPage {}
+// SAFETY: All access to the page is by copies that may race.
+unsafe impl Sync for MappedPage {}
+
+impl MappedPage {
+    /// What is mapped: the key under which a persistent grant is found again.
+    #[inline]
+    pub fn reference(&self) -> ForeignRef {
+        self.reference
+    }
+
+    /// What may be done with it.
+    #[inline]
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// `len` bytes of the page from `offset` on, to copy from; `None` if they leave the page.
+    #[inline]
+    pub fn slice(&self, offset: usize, len: usize) -> Option<PageSlice<'_>> {
+        self.whole().get(offset, len)
+    }
+
+    /// `len` bytes of the page from `offset` on, to copy to; `None` if they leave the page, or it is
+    /// mapped read-only.
+    #[inline]
+    pub fn slice_mut(&self, offset: usize, len: usize) -> Option<PageSliceMut<'_>> {
+        if self.access == Access::ReadOnly {
+            return None;
+        }
+        // SAFETY: By the type invariant the page is mapped for writing.
+        Some(unsafe { PageSliceMut::from_slice(self.slice(offset, len)?) })
+    }
+
+    fn whole(&self) -> PageSlice<'_> {
+        // SAFETY: The page is ours, mapped, and stays so while `self` is borrowed.
+        unsafe { PageSlice::from_raw(self.page, 0, PAGE_SIZE) }
+    }
+
+    /// Whether somebody else still uses the page.
+    #[inline]
+    pub fn is_busy(&self) -> bool {
+        // SAFETY: The page is valid by the type invariant.
+        unsafe { bindings_ext::page_count(self.page.as_ptr()) > 1 }
+    }
+}
+
+// SAFETY: The page stays mapped, and belongs to nobody else, until the `MappedPage` is dropped or
+// given to a `Mapper`. It can be written if it is mapped so.
+unsafe impl PageOwner for MappedPage {
+    fn writable(&self) -> bool {
+        self.access == Access::ReadWrite
+    }
+
+    fn slices(&self) -> impl Iterator<Item = PageSlice<'_>> + '_ {
+        core::iter::once(self.whole())
+    }
+}
+
+impl Drop for MappedPage {
+    fn drop(&mut self) {
+        for _ in 0..BUSY_TRIES {
+            if !self.is_busy() {
+                break;
+            }
+            // SAFETY: Just sleeps.
+            unsafe { bindings::msleep(BUSY_SLEEP_MS) };
+        }
+        if self.is_busy() {
+            pr_err!(
+                "grant {}: still in use {} s after its I/O: leaking the page\n",
+                self.reference.0,
+                BUSY_TRIES * BUSY_SLEEP_MS as usize / 1000
+            );
+            return;
+        }
+        let mut op = unmap_op(self);
+        let mut page = self.page.as_ptr();
+        // SAFETY: By the type invariant the mapping is ours; nobody uses the page, and the handle is
+        // not used after this.
+        unsafe {
+            unmap_refs(
+                core::slice::from_mut(&mut op),
+                core::slice::from_mut(&mut page),
+            )
+        };
+        if is_unmapped(&op) {
+            // SAFETY: The page came from `gnttab_alloc_pages` by way of a cache, and is unmapped.
+            unsafe { bindings_ext::gnttab_free_pages(1, &mut page) };
+        }
+    }
+}
+
+/// The operation that unmaps `page`.
+fn unmap_op(page: &MappedPage) -> bindings_ext::gnttab_unmap_grant_ref {
+    let mut op = bindings_ext::gnttab_unmap_grant_ref {
+        status: NOT_REACHED,
+        ..Default::default()
+    };
+    // SAFETY: The page is valid by the type invariant, and has an address of its own.
+    unsafe {
+        bindings_ext::gnttab_set_unmap_op(
+            &mut op,
+            page.page.as_ptr(),
+            bindings_ext::GNTMAP_host_map,
+            page.handle,
+        )
+    };
+    op
+}
+
+/// Unmaps; says so in the status of each operation.
+///
+/// # Safety
+///
+/// Both slices are of the same length; each operation comes from [`unmap_op`] for the page at the
+/// same place, nobody uses that page, and its handle is not used again.
+unsafe fn unmap_refs(
+    ops: &mut [bindings_ext::gnttab_unmap_grant_ref],
+    pages: &mut [*mut bindings::page],
+) {
+    // The result says less than the statuses.
+    //
+    // SAFETY: By the requirements of this function.
+    let _ = unsafe {
+        bindings_ext::gnttab_unmap_refs(
+            ops.as_mut_ptr(),
+            core::ptr::null_mut(),
+            pages.as_mut_ptr(),
+            ops.len() as u32,
+        )
+    };
+}
+
+/// Whether an operation that [`unmap_refs`] ran has worked. If not, something is badly wrong, and
+/// the page has to be leaked.
+fn is_unmapped(op: &bindings_ext::gnttab_unmap_grant_ref) -> bool {
+    let status = GrantStatus::from_raw(op.status);
+    if status != GrantStatus::OKAY {
+        ratelimited!(pr_err!(
+            "cannot unmap a grant: {}: leaking the page\n",
+            status
+        ));
+    }
+    status == GrantStatus::OKAY
+}
+
+/// `count` operations that do nothing yet.
+fn defaults<T: Default>(count: usize) -> Result<KVec<T>> {
+    let mut ops = KVec::with_capacity(count, GFP_KERNEL)?;
+    for _ in 0..count {
+        ops.push(T::default(), GFP_KERNEL)?;
+    }
+    Ok(ops)
+}
+
+/// Why pages could not be mapped.
+#[derive(Clone, Copy, Debug)]
+pub enum MapError {
+    /// There is no page to map to, or no place in the list.
+    NoSpace(Error),
+    /// Xen did not map this one.
+    Refused(ForeignRef, GrantStatus),
+}
+
+impl From<MapError> for Error {
+    fn from(error: MapError) -> Self {
+        match error {
+            MapError::NoSpace(error) => error,
+            MapError::Refused(_, status) => status.to_error(),
+        }
+    }
+}
+
+/// Maps and unmaps many pages with one hypercall.
+///
+/// Memory for the operations, made once; one for each thread that maps.
+///
+/// # Invariants
+///
+/// The three vectors have the same length, at least 1.
+pub struct Mapper {
+    map: KVec<bindings_ext::gnttab_map_grant_ref>,
+    unmap: KVec<bindings_ext::gnttab_unmap_grant_ref>,
+    pages: KVec<*mut bindings::page>,
+}
+
+// SAFETY: The pointers mean nothing between two calls.
+unsafe impl Send for Mapper {}
+// SAFETY: There is nothing to do with a shared reference.
+unsafe impl Sync for Mapper {}
+
+impl Mapper {
+    /// For up to `capacity` pages at once.
+    pub fn new(capacity: usize) -> Result<Self> {
+        let capacity = capacity.max(1);
+        // INVARIANT: All of the same length.
+        Ok(Self {
+            map: defaults(capacity)?,
+            unmap: defaults(capacity)?,
+            pages: KVec::from_elem(core::ptr::null_mut(), capacity, GFP_KERNEL)?,
+        })
+    }
+
+    /// Maps pages that `domain` has granted, and appends them to `list` in order; all, or none.
+    ///
+    /// There have to be places for all in the mapper and in the capacity of `list`; nothing is
+    /// allocated but pages that the cache lacks. Sleeps, if a page is not in memory over there, for
+    /// at most 32 s each.
+    pub fn map(
+        &mut self,
+        cache: &PageCache,
+        domain: DomId,
+        references: &[ForeignRef],
+        access: Access,
+        list: &mut KVec<MappedPage>,
+    ) -> Result<(), MapError> {
+        let before = list.len();
+        if references.len() > self.pages.len()
+            || references.len() > list.capacity().saturating_sub(before)
+        {
+            return Err(MapError::NoSpace(ENOSPC));
+        }
+        self.prepare(cache, domain, references, access)
+            .map_err(MapError::NoSpace)?;
+        // The statuses say all.
+        //
+        // SAFETY: There are as many operations and pages as references, by `prepare` and the type
+        // invariant; each maps to a page that is ours and has nothing mapped.
+        let _ = unsafe {
+            bindings_ext::gnttab_map_refs(
+                self.map.as_mut_ptr(),
+                core::ptr::null_mut(),
+                self.pages.as_mut_ptr(),
+                references.len() as u32,
+            )
+        };
+        let result = self.collect(cache, references, access, list);
+        if result.is_err() {
+            self.unmap_beyond(cache, list, before);
+        }
+        result
+    }
+
+    /// Sets up one operation, with a page, for each reference.
+    fn prepare(
+        &mut self,
+        cache: &PageCache,
+        domain: DomId,
+        references: &[ForeignRef],
+        access: Access,
+    ) -> Result {
+        let flags = match access {
+            Access::ReadOnly => bindings_ext::GNTMAP_host_map | bindings_ext::GNTMAP_readonly,
+            Access::ReadWrite => bindings_ext::GNTMAP_host_map,
+        };
+        let places = self.map.iter_mut().zip(self.pages.iter_mut());
+        for (index, (reference, (op, place))) in references.iter().zip(places).enumerate() {
+            let page = match cache.get() {
+                Ok(page) => page,
+                Err(error) => {
+                    cache.put(self.pages.get_mut(..index).unwrap_or_default());
+                    return Err(error);
+                }
+            };
+            *place = page.as_ptr();
+            // SAFETY: The page is ours and has an address of its own.
+            unsafe {
+                bindings_ext::gnttab_set_map_op(
+                    op,
+                    page.as_ptr(),
+                    flags,
+                    reference.0,
+                    domain.value(),
+                )
+            };
+        }
+        Ok(())
+    }
+
+    /// Looks at the status of each operation. What was mapped goes to `list`, the pages of the
+    /// others go back; the error is that of the first.
+    fn collect(
+        &mut self,
+        cache: &PageCache,
+        references: &[ForeignRef],
+        access: Access,
+        list: &mut KVec<MappedPage>,
+    ) -> Result<(), MapError> {
+        let mut result = Ok(());
+        let places = self.map.iter().zip(self.pages.iter_mut());
+        for (reference, (op, place)) in references.iter().zip(places) {
+            let status = GrantStatus::from_raw(op.status);
+            let Some(page) = NonNull::new(*place) else {
+                continue;
+            };
+            if status == GrantStatus::OKAY {
+                // INVARIANT: The hypercall has just mapped it, and given the handle to us alone.
+                let page = MappedPage {
+                    page,
+                    handle: op.handle,
+                    reference: *reference,
+                    access,
+                };
+                // The capacity was checked by the caller.
+                let _ = list.push_within_capacity(page);
+            } else {
+                cache.put(core::slice::from_mut(place));
+                result = result.and(Err(MapError::Refused(*reference, status)));
+            }
+        }
+        result
+    }
+
+    /// Unmaps the pages of `list` that are not busy, and puts them to `cache`. Busy ones stay in the
+    /// list, first in it. Does not sleep; any context but hard interrupts.
+    pub fn unmap(&mut self, cache: &PageCache, list: &mut KVec<MappedPage>) {
+        let mut busy = 0;
+        for index in 0..list.len() {
+            if list.get(index).is_some_and(MappedPage::is_busy) {
+                list.swap(busy, index);
+                busy += 1;
+            }
+        }
+        self.unmap_beyond(cache, list, busy);
+    }
+
+    /// Unmaps all but the first `keep` pages. None of them is busy.
+    fn unmap_beyond(&mut self, cache: &PageCache, list: &mut KVec<MappedPage>, keep: usize) {
+        while list.len() > keep {
+            let mut count = 0;
+            for (op, place) in self.unmap.iter_mut().zip(self.pages.iter_mut()) {
+                if list.len() <= keep {
+                    break;
+                }
+                let Some(page) = list.pop() else { break };
+                // The mapping ends here, not by `drop`.
+                let page = ManuallyDrop::new(page);
+                *op = unmap_op(&page);
+                *place = page.page.as_ptr();
+                count += 1;
+            }
+            let (Some(ops), Some(pages)) =
+                (self.unmap.get_mut(..count), self.pages.get_mut(..count))
+            else {
+                return;
+            };
+            // SAFETY: Each operation was made just above for the page at the same place, which is
+            // not busy and which nobody owns any more.
+            unsafe { unmap_refs(ops, pages) };
+            for (op, page) in ops.iter().zip(pages) {
+                if is_unmapped(op) {
+                    cache.put(core::slice::from_mut(page));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The memory of a ring: pages that both domains read and write all the time.
+//!
+//! The frontend allocates and grants it ([`RingPages`]), the backend maps it ([`MappedRing`]). Both
+//! deref to [`SharedWords`], which is all that one can do with such memory: load and store words of
+//! 32 bits, and order that by fences. What it means is the business of the protocol on top.
+//!
+//! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
+
+use super::grant::ForeignRef;
+use super::grant::GrantRef;
+use super::xenbus;
+use core::ops::Deref;
+use core::ptr::NonNull;
+use kernel::device::Bound;
+use kernel::error::to_result;
+use kernel::page::PAGE_SIZE;
+use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+
+/// Most pages of a ring (`XENBUS_MAX_RING_GRANTS`).
+pub const MAX_PAGES: usize = bindings_ext::XENBUS_MAX_RING_GRANTS as usize;
+
+const WORDS_PER_PAGE: usize = PAGE_SIZE / size_of::<u32>();
+
+/// Words of 32 bits that another domain reads and writes at the same time.
+///
+/// There is no order between accesses but that of the fences.
+///
+/// # Invariants
+///
+/// `words` points to `len` words of shared memory that stay as long as this.
+pub struct SharedWords {
+    words: NonNull<u32>,
+    len: usize,
+}
+
+// SAFETY: All access is by single volatile words, which may race.
+unsafe impl Send for SharedWords {}
+// SAFETY: As above.
+unsafe impl Sync for SharedWords {}
+
+impl SharedWords {
+    /// How many words there are.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no word; never so.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Reads a word once (`READ_ONCE`). One that does not exist is 0.
+    #[inline]
+    pub fn load(&self, index: usize) -> u32 {
+        if index >= self.len {
+            return 0;
+        }
+        // SAFETY: In range, and by the type invariant valid; volatile, for it may change.
+        unsafe { self.words.as_ptr().add(index).read_volatile() }
+    }
+
+    /// Writes a word once (`WRITE_ONCE`). One that does not exist is not written.
+    #[inline]
+    pub fn store(&self, index: usize, value: u32) {
+        if index >= self.len {
+            return;
+        }
+        // SAFETY: As in `load`.
+        unsafe { self.words.as_ptr().add(index).write_volatile(value) };
+    }
+
+    /// What was loaded before is older than what is loaded after (`virt_rmb`).
+    #[inline]
+    pub fn read_fence(&self) {
+        fence::read();
+    }
+
+    /// What is stored before is seen before what is stored after (`virt_wmb`).
+    #[inline]
+    pub fn write_fence(&self) {
+        fence::write();
+    }
+
+    /// Orders all loads and stores (`virt_mb`).
+    #[inline]
+    pub fn full_fence(&self) {
+        fence::full();
+    }
+}
+
+/// The `virt_*` barriers. They exist on kernels for one CPU too, because the other domain has a CPU
+/// of its own.
+#[cfg(target_arch = "x86_64")]
+mod fence {
+    use core::arch::asm;
+
+    /// x86 orders loads by itself: only the compiler has to be told.
+    #[inline(always)]
+    pub(super) fn read() {
+        // SAFETY: No instruction.
+        unsafe { asm!("", options(nostack, preserves_flags)) };
+    }
+
+    /// x86 orders stores by itself: only the compiler has to be told.
+    #[inline(always)]
+    pub(super) fn write() {
+        // SAFETY: No instruction.
+        unsafe { asm!("", options(nostack, preserves_flags)) };
+    }
+
+    /// A locked instruction on the own stack, as the kernel does: cheaper than `mfence`.
+    #[inline(always)]
+    pub(super) fn full() {
+        // SAFETY: Adds 0 to a word below the stack pointer, where nothing lives in the kernel.
+        unsafe { asm!("lock add dword ptr [rsp - 4], 0") };
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod fence {
+    #[inline]
+    pub(super) fn read() {
+        // SAFETY: A barrier.
+        unsafe { bindings_ext::virt_rmb() };
+    }
+
+    #[inline]
+    pub(super) fn write() {
+        // SAFETY: A barrier.
+        unsafe { bindings_ext::virt_wmb() };
+    }
+
+    #[inline]
+    pub(super) fn full() {
+        // SAFETY: A barrier.
+        unsafe { bindings_ext::virt_mb() };
+    }
+}
+
+/// A ring of our own, granted to the other end of a device for reading and writing.
+///
+/// When dropped, the grants end and the pages are freed; those that the other end still maps stay in
+/// quarantine until it does not (XSA-396).
+///
+/// # Invariants
+///
+/// `words` are the first `pages` pages at an address from `xenbus_setup_ring`, with the first `pages`
+/// of `references`.
+pub struct RingPages {
+    words: SharedWords,
+    references: [u32; MAX_PAGES],
+    pages: usize,
+}
+
+impl RingPages {
+    /// Allocates `1 << order` pages filled with zeroes, and grants them. At most [`MAX_PAGES`]; they
+    /// are contiguous, so more than one may be hard to get. May sleep; does no I/O.
+    pub fn new(device: &xenbus::Device<Bound>, order: u32) -> Result<Self> {
+        let pages = 1usize.checked_shl(order).ok_or(EINVAL)?;
+        if pages > MAX_PAGES {
+            return Err(EINVAL);
+        }
+        let mut references = [0; MAX_PAGES];
+        let mut address = core::ptr::null_mut();
+        // SAFETY: The device is bound; `address` is valid for a write, `references` for as many as
+        // there are pages.
+        to_result(unsafe {
+            bindings_ext::xenbus_setup_ring_noio(
+                device.as_raw(),
+                &mut address,
+                pages as u32,
+                references.as_mut_ptr(),
+            )
+        })?;
+        let words = NonNull::new(address.cast()).ok_or(ENOMEM)?;
+        // INVARIANT: Set up just above; the pages stay until `drop`.
+        let words = SharedWords {
+            words,
+            len: pages * WORDS_PER_PAGE,
+        };
+        Ok(Self {
+            words,
+            references,
+            pages,
+        })
+    }
+
+    /// The references of the pages, in order, for xenstore.
+    pub fn references(&self) -> impl Iterator<Item = GrantRef> + '_ {
+        self.references
+            .iter()
+            .take(self.pages)
+            .map(|reference| GrantRef::from_raw(*reference))
+    }
+}
+
+impl Deref for RingPages {
+    type Target = SharedWords;
+
+    #[inline]
+    fn deref(&self) -> &SharedWords {
+        &self.words
+    }
+}
+
+impl Drop for RingPages {
+    fn drop(&mut self) {
+        let mut address = self.words.words.as_ptr().cast();
+        // SAFETY: By the type invariant; nobody uses the words after this. Pages that are still
+        // mapped over there get a reference of the grant table, so freeing them here does not give
+        // them to anybody.
+        unsafe {
+            bindings_ext::xenbus_teardown_ring(
+                &mut address,
+                self.pages as u32,
+                self.references.as_mut_ptr(),
+            )
+        };
+    }
+}
+
+/// A ring of the other domain, mapped.
+///
+/// Unmapped when dropped, which may sleep.
+///
+/// # Invariants
+///
+/// `words` are at an address from `xenbus_map_ring_valloc` for `device`.
+pub struct MappedRing {
+    words: SharedWords,
+    device: ARef<xenbus::Device>,
+}
+
+impl MappedRing {
+    /// Maps the pages that the other end of `device` has granted: 1 to [`MAX_PAGES`].
+    ///
+    /// The references are data from the other domain, Xen checks them. If it refuses one, the error
+    /// is in xenstore, and the device has been switched to `Closing`, already. Sleeps, for at most
+    /// 32 s a page, if a page is not in memory over there.
+    pub fn new(device: &xenbus::Device<Bound>, references: &[ForeignRef]) -> Result<Self> {
+        let pages = references.len();
+        if pages == 0 || pages > MAX_PAGES {
+            return Err(EINVAL);
+        }
+        let mut raw = [0; MAX_PAGES];
+        for (raw, reference) in raw.iter_mut().zip(references) {
+            *raw = reference.0;
+        }
+        let mut address = core::ptr::null_mut();
+        // SAFETY: The device is bound; `raw` has at least `pages` references, `address` is valid for
+        // a write.
+        to_result(unsafe {
+            bindings_ext::xenbus_map_ring_valloc(
+                device.as_raw(),
+                raw.as_mut_ptr(),
+                pages as u32,
+                &mut address,
+            )
+        })?;
+        let words = NonNull::new(address.cast()).ok_or(ENOMEM)?;
+        // INVARIANT: Mapped just above, until `drop`.
+        let words = SharedWords {
+            words,
+            len: pages * WORDS_PER_PAGE,
+        };
+        Ok(Self {
+            words,
+            device: ARef::from(device),
+        })
+    }
+}
+
+impl Deref for MappedRing {
+    type Target = SharedWords;
+
+    #[inline]
+    fn deref(&self) -> &SharedWords {
+        &self.words
+    }
+}
+
+impl Drop for MappedRing {
+    fn drop(&mut self) {
+        // If it fails, the memory is leaked and xenbus has said so.
+        //
+        // SAFETY: By the type invariant; nobody uses the words after this.
+        let _ = unsafe {
+            bindings_ext::xenbus_unmap_ring_vfree(
+                self.device.as_raw(),
+                self.words.words.as_ptr().cast(),
+            )
+        };
+    }
+}

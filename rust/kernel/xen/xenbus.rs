@@ -1,0 +1,633 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Xenbus: the bus of split drivers.
+//!
+//! Each half of a split device has a directory in xenstore, and the kernel makes a device of it. The
+//! *nodename* is the directory of our half, the *otherend* the one of the other half, the
+//! *otherend id* the domain that it is in. Each half writes a [`State`] to its directory, and the
+//! bus calls the driver when the state of the other half changes.
+//!
+//! A driver implements [`Driver`]; [`Adapter`] registers it, by [`module_xenbus_driver`] or as part
+//! of a module:
+//!
+//! ```ignore
+//! #[pin_data]
+//! struct MyModule {
+//!     #[pin]
+//!     driver: driver::Registration<xenbus::Adapter<MyDriver>>,
+//! }
+//!
+//! impl kernel::InPlaceModule for MyModule {
+//!     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+//!         try_pin_init!(Self {
+//!             driver <- driver::Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),
+//!         })
+//!     }
+//! }
+//! ```
+//!
+//! A module that is to be loaded for a device says so with `alias: ["xen:vbd"]` (a frontend) or
+//! `alias: ["xen-backend:vbd"]` in its `module!`.
+//!
+//! Who calls what: `probe`, `remove`, `suspend` and `resume` run with the device locked.
+//! `otherend_changed` runs in the `xenwatch` thread, never before `probe` has returned nor during or
+//! after `remove` or `resume`. While it runs, no other device of this kernel hears anything.
+//!
+//! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
+
+use super::xenstore;
+use super::DomId;
+use crate::base::this_module::this_module;
+use core::marker::PhantomData;
+use core::mem::offset_of;
+use core::ptr::addr_of;
+use core::ptr::addr_of_mut;
+use core::ptr::NonNull;
+use kernel::bindings;
+use kernel::device;
+use kernel::driver;
+use kernel::error::from_result;
+use kernel::error::to_result;
+use kernel::ffi;
+use kernel::fmt;
+use kernel::prelude::*;
+use kernel::sync::aref::AlwaysRefCounted;
+use kernel::types::Opaque;
+
+/// The state of one half of a device, as it stands in its directory (`XenbusState*`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum State {
+    /// There is no state: the directory is gone or cannot be read.
+    Unknown,
+    /// The half exists and gathers what it can do.
+    Initialising,
+    /// A backend has written its offers and waits for the frontend.
+    InitWait,
+    /// A frontend has written ring and event channel and waits for the backend.
+    Initialised,
+    /// Both can work.
+    Connected,
+    /// The half goes away, or wants the other one to.
+    Closing,
+    /// The half does not use the other one any more.
+    Closed,
+    /// A bus changes.
+    Reconfiguring,
+    /// A bus has changed.
+    Reconfigured,
+    /// A number that is no state.
+    Other(u32),
+}
+
+impl State {
+    fn from_raw(state: bindings_ext::xenbus_state) -> Self {
+        match state {
+            bindings_ext::xenbus_state_XenbusStateUnknown => Self::Unknown,
+            bindings_ext::xenbus_state_XenbusStateInitialising => Self::Initialising,
+            bindings_ext::xenbus_state_XenbusStateInitWait => Self::InitWait,
+            bindings_ext::xenbus_state_XenbusStateInitialised => Self::Initialised,
+            bindings_ext::xenbus_state_XenbusStateConnected => Self::Connected,
+            bindings_ext::xenbus_state_XenbusStateClosing => Self::Closing,
+            bindings_ext::xenbus_state_XenbusStateClosed => Self::Closed,
+            bindings_ext::xenbus_state_XenbusStateReconfiguring => Self::Reconfiguring,
+            bindings_ext::xenbus_state_XenbusStateReconfigured => Self::Reconfigured,
+            other => Self::Other(other),
+        }
+    }
+
+    fn to_raw(self) -> bindings_ext::xenbus_state {
+        match self {
+            Self::Unknown => bindings_ext::xenbus_state_XenbusStateUnknown,
+            Self::Initialising => bindings_ext::xenbus_state_XenbusStateInitialising,
+            Self::InitWait => bindings_ext::xenbus_state_XenbusStateInitWait,
+            Self::Initialised => bindings_ext::xenbus_state_XenbusStateInitialised,
+            Self::Connected => bindings_ext::xenbus_state_XenbusStateConnected,
+            Self::Closing => bindings_ext::xenbus_state_XenbusStateClosing,
+            Self::Closed => bindings_ext::xenbus_state_XenbusStateClosed,
+            Self::Reconfiguring => bindings_ext::xenbus_state_XenbusStateReconfiguring,
+            Self::Reconfigured => bindings_ext::xenbus_state_XenbusStateReconfigured,
+            Self::Other(state) => state,
+        }
+    }
+
+    /// The number in xenstore.
+    pub fn number(self) -> u32 {
+        self.to_raw()
+    }
+}
+
+/// A device of xenbus: our half of a split device.
+///
+/// # Invariants
+///
+/// A `Device` is a valid `struct xenbus_device` that the bus has made.
+#[repr(transparent)]
+pub struct Device<Ctx: device::DeviceContext = device::Normal>(
+    Opaque<bindings_ext::xenbus_device>,
+    PhantomData<Ctx>,
+);
+
+impl<Ctx: device::DeviceContext> Device<Ctx> {
+    pub(crate) fn as_raw(&self) -> *mut bindings_ext::xenbus_device {
+        self.0.get()
+    }
+
+    /// The directory of this half, such as `device/vbd/51712` or `backend/vbd/1/51712`, below the
+    /// home of this domain.
+    pub fn nodename(&self) -> &CStr {
+        // SAFETY: The bus sets the name before anybody gets to see the device, and frees it with it.
+        unsafe { CStr::from_char_ptr((*self.as_raw()).nodename) }
+    }
+
+    /// The type, such as `vbd`.
+    pub fn devicetype(&self) -> &CStr {
+        // SAFETY: As in `nodename`.
+        unsafe { CStr::from_char_ptr((*self.as_raw()).devicetype) }
+    }
+
+    /// The number of the device among those of its type: what follows the last `/` of the nodename.
+    /// `None` if that is no number.
+    pub fn handle(&self) -> Option<u32> {
+        let last = self
+            .nodename()
+            .to_bytes()
+            .rsplit(|byte| *byte == b'/')
+            .next()?;
+        core::str::from_utf8(last).ok()?.parse().ok()
+    }
+
+    /// The state that this half has written last.
+    pub fn state(&self) -> State {
+        // SAFETY: The device is valid by the type invariant; a number that may change meanwhile.
+        State::from_raw(unsafe { addr_of!((*self.as_raw()).state).read_volatile() })
+    }
+}
+
+impl Device<device::Bound> {
+    /// The domain of the other half.
+    pub fn otherend_id(&self) -> DomId {
+        // SAFETY: The device is valid by the type invariant; a number that changes after a restore.
+        let id = unsafe { addr_of!((*self.as_raw()).otherend_id).read_volatile() };
+        DomId::from_raw(id as u16)
+    }
+
+    /// Writes the state of this half to xenstore, if it is another one than before
+    /// (`xenbus_switch_state`). May sleep.
+    ///
+    /// Does nothing if the directory is gone. If xenstore fails, the error is logged and the state
+    /// becomes [`State::Closing`], if possible.
+    pub fn switch_state(&self, state: State) {
+        // Always 0.
+        //
+        // SAFETY: The device is valid by the type invariant.
+        let _ = unsafe { bindings_ext::xenbus_switch_state(self.as_raw(), state.to_raw()) };
+    }
+
+    /// The state in the directory `path` (`xenbus_read_driver_state`). May sleep.
+    pub fn read_driver_state(&self, path: &CStr) -> State {
+        // SAFETY: The device is valid by the type invariant, `path` is zero-terminated.
+        State::from_raw(unsafe {
+            bindings_ext::xenbus_read_driver_state(self.as_raw(), path.as_char_ptr())
+        })
+    }
+
+    /// Whether the toolstack wants the device to stay when the frontend closes it: `online` in the
+    /// directory of a backend (`xenbus_dev_is_online`). May sleep.
+    pub fn is_online(&self) -> bool {
+        // SAFETY: The device is valid by the type invariant.
+        unsafe { bindings_ext::xenbus_dev_is_online(self.as_raw()) != 0 }
+    }
+
+    /// Switches a frontend to [`State::Closed`], and ends the wait of a shutdown for that
+    /// (`xenbus_frontend_closed`). May sleep.
+    pub fn frontend_closed(&self) {
+        // Always 0.
+        //
+        // SAFETY: The device is valid by the type invariant.
+        let _ = unsafe { bindings_ext::xenbus_frontend_closed(self.as_raw()) };
+    }
+
+    /// Logs an error and writes it to `error/<nodename>/error` in xenstore (`xenbus_dev_error`). Up
+    /// to 4 KB. May sleep. Limit the rate of what the other domain can cause.
+    pub fn dev_error(&self, error: Error, message: fmt::Arguments<'_>) {
+        // SAFETY: The device is valid by the type invariant; `%pA` takes a pointer to `Arguments`.
+        unsafe {
+            bindings_ext::xenbus_dev_error(
+                self.as_raw(),
+                error.to_errno(),
+                c"%pA".as_char_ptr(),
+                core::ptr::from_ref(&message).cast::<ffi::c_void>(),
+            )
+        };
+    }
+
+    /// [`Self::dev_error`], and switches to [`State::Closing`] (`xenbus_dev_fatal`). May sleep.
+    pub fn dev_fatal(&self, error: Error, message: fmt::Arguments<'_>) {
+        // SAFETY: As in `dev_error`.
+        unsafe {
+            bindings_ext::xenbus_dev_fatal(
+                self.as_raw(),
+                error.to_errno(),
+                c"%pA".as_char_ptr(),
+                core::ptr::from_ref(&message).cast::<ffi::c_void>(),
+            )
+        };
+    }
+}
+
+impl Device<device::Core<'_>> {
+    /// The directory of the other half, as an absolute path. `ENOENT` if it could not be read after
+    /// a restore.
+    ///
+    /// It changes with a restore; so copy it if it is needed outside of callbacks, and again in
+    /// `resume`.
+    pub fn otherend(&self) -> Result<&CStr> {
+        // SAFETY: The device is valid by the type invariant. The path is replaced before `resume` is
+        // called and freed after `remove`, and neither happens while a callback runs.
+        let path = unsafe { (*self.as_raw()).otherend };
+        if path.is_null() {
+            return Err(ENOENT);
+        }
+        // SAFETY: A zero-terminated string, which stays as said above.
+        Ok(unsafe { CStr::from_char_ptr(path) })
+    }
+}
+
+// SAFETY: `Device` is a transparent wrapper of `struct xenbus_device`, and the offset is that of its
+// `struct device`.
+unsafe impl<Ctx: device::DeviceContext> device::AsBusDevice<Ctx> for Device<Ctx> {
+    const OFFSET: usize = offset_of!(bindings_ext::xenbus_device, dev);
+}
+
+// SAFETY: `Device` is a transparent wrapper of a type that does not depend on the context.
+kernel::impl_device_context_deref!(unsafe { Device });
+kernel::impl_device_context_into_aref!(Device);
+
+// SAFETY: Devices are always reference-counted.
+unsafe impl AlwaysRefCounted for Device {
+    fn inc_ref(&self) {
+        // SAFETY: A shared reference means that the count is not zero.
+        unsafe { bindings::get_device(addr_of_mut!((*self.as_raw()).dev)) };
+    }
+
+    unsafe fn dec_ref(obj: NonNull<Self>) {
+        let device = obj.cast::<bindings_ext::xenbus_device>().as_ptr();
+        // SAFETY: By the requirements of this function the count is not zero.
+        unsafe { bindings::put_device(addr_of_mut!((*device).dev)) };
+    }
+}
+
+impl<Ctx: device::DeviceContext> AsRef<device::Device<Ctx>> for Device<Ctx> {
+    fn as_ref(&self) -> &device::Device<Ctx> {
+        // SAFETY: The device is valid by the type invariant, and so is the one in it.
+        unsafe { device::Device::from_raw(addr_of_mut!((*self.as_raw()).dev)) }
+    }
+}
+
+// SAFETY: A device may be released from any thread.
+unsafe impl Send for Device {}
+
+// SAFETY: All methods of `Device<Normal>` may be called from several threads.
+unsafe impl Sync for Device {}
+
+// SAFETY: As above; in `Device<Bound>` xenbus itself orders what needs it.
+unsafe impl Sync for Device<device::Bound> {}
+
+/// One type of device that a driver drives.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct DeviceId(bindings_ext::xenbus_device_id);
+
+impl DeviceId {
+    /// A type of device such as `vbd`; up to 31 characters, or it does not compile.
+    pub const fn new(devicetype: &'static CStr) -> Self {
+        let bytes = devicetype.to_bytes_with_nul();
+        let mut id = bindings_ext::xenbus_device_id {
+            devicetype: [0; 32],
+        };
+        let mut index = 0;
+        while index < bytes.len() {
+            id.devicetype[index] = bytes[index] as _;
+            index += 1;
+        }
+        Self(id)
+    }
+}
+
+/// A table of `N` types of devices, with an end.
+#[repr(C)]
+pub struct IdArray<const N: usize> {
+    ids: [DeviceId; N],
+    end: DeviceId,
+}
+
+impl<const N: usize> IdArray<N> {
+    /// Of these.
+    pub const fn new(ids: [DeviceId; N]) -> Self {
+        Self {
+            ids,
+            end: DeviceId::new(c""),
+        }
+    }
+
+    /// For [`Driver::ID_TABLE`].
+    pub const fn as_table(&'static self) -> IdTable {
+        // INVARIANT: The end follows the others.
+        IdTable(core::ptr::from_ref(self).cast())
+    }
+}
+
+/// The types of devices of a driver.
+///
+/// # Invariants
+///
+/// Points to a table that lives for ever, whose last entry is empty.
+#[derive(Clone, Copy)]
+pub struct IdTable(*const bindings_ext::xenbus_device_id);
+
+/// Which half of a device a driver drives.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Side {
+    /// Devices that others serve: bus `xen`.
+    Frontend,
+    /// Devices that we serve: bus `xen-backend`.
+    Backend,
+}
+
+/// What becomes of a device after [`Driver::otherend_changed`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub enum After {
+    /// It stays.
+    Keep,
+    /// It is unbound from the driver and unregistered from the bus. For a backend whose device is
+    /// not to be used again.
+    Unregister,
+}
+
+/// A driver of one half of a split device.
+///
+/// The implementing type is the private data of a bound device: made by [`Driver::probe`], given to
+/// the other callbacks, and dropped when the device is unbound, after [`Driver::remove`].
+pub trait Driver: Send + Sync + Sized + 'static {
+    /// Frontend or backend.
+    const SIDE: Side;
+
+    /// The name in sysfs, such as `vbd`.
+    const NAME: &'static CStr;
+
+    /// The types of devices.
+    const ID_TABLE: IdTable;
+
+    /// The driver can be bound again, so the state is not set to Closed when it is unbound.
+    const ALLOW_REBIND: bool = false;
+
+    /// The boot of a domain need not wait for such a frontend.
+    const NOT_ESSENTIAL: bool = false;
+
+    /// A device was found. The other half may be in any state; [`Driver::otherend_changed`] is
+    /// called with it soon after this has returned.
+    fn probe(dev: &Device<device::Core<'_>>) -> impl PinInit<Self, Error>;
+
+    /// The other half may have changed its state. May be called again with the same state, and states
+    /// may be missed.
+    fn otherend_changed(self: Pin<&Self>, dev: &Device<device::Core<'_>>, state: State) -> After;
+
+    /// The device is unbound: the driver goes, or the device. Must not wait for the other domain
+    /// without a deadline. What needs no device is better done in `Drop`.
+    fn remove(self: Pin<&Self>, dev: &Device<device::Core<'_>>) {
+        let _ = dev;
+    }
+
+    /// The domain is about to be saved.
+    fn suspend(self: Pin<&Self>, dev: &Device<device::Core<'_>>) -> Result {
+        let _ = dev;
+        Ok(())
+    }
+
+    /// The domain was restored, maybe on another host: the other half is a new one, event channels
+    /// are closed and no grant is mapped.
+    fn resume(self: Pin<&Self>, dev: &Device<device::Core<'_>>) -> Result {
+        let _ = dev;
+        Ok(())
+    }
+
+    /// Whether a frontend that is Connected can be used. Boot waits for that, for up to 5 minutes.
+    fn is_ready(self: Pin<&Self>) -> bool {
+        true
+    }
+}
+
+/// Registers a [`Driver`], by `kernel::driver::Registration<Adapter<T>>`.
+///
+/// Registering fails with `ENODEV` outside of Xen, and with `EBUSY` if there is a driver of the same
+/// name. A frontend waits up to 5 minutes for the devices that exist to be connected.
+pub struct Adapter<T: Driver>(T);
+
+// SAFETY:
+// - `xenbus_driver` is `repr(C)`.
+// - `T` is the type of the private data.
+// - `xenbus_driver` embeds a `struct device_driver` at that offset.
+unsafe impl<T: Driver> driver::DriverLayout for Adapter<T> {
+    type DriverType = bindings_ext::xenbus_driver;
+    type DriverData<'bound> = T;
+    const DEVICE_DRIVER_OFFSET: usize = offset_of!(Self::DriverType, driver);
+}
+
+// SAFETY: `unregister` is valid after a `register` that succeeded.
+unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
+    unsafe fn register(
+        reg: &Opaque<Self::DriverType>,
+        name: &'static CStr,
+        module: &'static ThisModule,
+    ) -> Result {
+        if !super::is_xen_domain() {
+            return Err(ENODEV);
+        }
+        // SAFETY: Nobody else uses the driver before it is registered.
+        unsafe {
+            let driver = reg.get();
+            (*driver).name = T::NAME.as_char_ptr();
+            (*driver).ids = T::ID_TABLE.0;
+            (*driver).allow_rebind = T::ALLOW_REBIND;
+            (*driver).not_essential = T::NOT_ESSENTIAL;
+            (*driver).probe = Some(Self::probe);
+            (*driver).otherend_changed = Some(Self::otherend_changed);
+            (*driver).remove = Some(Self::remove);
+            (*driver).suspend = Some(Self::suspend);
+            (*driver).resume = Some(Self::resume);
+            (*driver).is_ready = Some(Self::is_ready);
+        }
+        let register = match T::SIDE {
+            Side::Frontend => bindings_ext::__xenbus_register_frontend,
+            Side::Backend => bindings_ext::__xenbus_register_backend,
+        };
+        // SAFETY: The driver is filled in, and pinned until it is unregistered.
+        to_result(unsafe { register(reg.get(), module.as_ptr(), name.as_char_ptr()) })
+    }
+
+    unsafe fn unregister(reg: &Opaque<Self::DriverType>) {
+        // SAFETY: By the requirements of this function.
+        unsafe { bindings_ext::xenbus_unregister_driver(reg.get()) };
+        // `otherend_changed` may have unregistered the last device and not have returned yet.
+        xenstore::synchronize();
+    }
+}
+
+impl<T: Driver> Adapter<T> {
+    /// The device, and its private data.
+    ///
+    /// # Safety
+    ///
+    /// `device` is bound to this driver, `probe` has succeeded, and the device is not unbound during
+    /// `'a`.
+    unsafe fn bound<'a>(
+        device: *mut bindings_ext::xenbus_device,
+    ) -> (&'a Device<device::CoreInternal<'a>>, Pin<&'a T>) {
+        // SAFETY: By the requirements of this function; the layout is transparent.
+        let device = unsafe { &*device.cast::<Device<device::CoreInternal<'a>>>() };
+        // SAFETY: `probe` has stored a `T`.
+        let data = unsafe { AsRef::<device::Device<_>>::as_ref(device).drvdata_borrow::<T>() };
+        (device, data)
+    }
+
+    /// # Safety
+    ///
+    /// Only for xenbus.
+    unsafe extern "C" fn probe(
+        device: *mut bindings_ext::xenbus_device,
+        _id: *const bindings_ext::xenbus_device_id,
+    ) -> ffi::c_int {
+        // SAFETY: The bus gives a valid device; the layout is transparent.
+        let device = unsafe { &*device.cast::<Device<device::CoreInternal<'_>>>() };
+        from_result(|| {
+            let data = T::probe(device);
+            AsRef::<device::Device<_>>::as_ref(device).set_drvdata(data)?;
+            Ok(0)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Only for xenbus.
+    unsafe extern "C" fn otherend_changed(
+        device: *mut bindings_ext::xenbus_device,
+        state: bindings_ext::xenbus_state,
+    ) {
+        let after = {
+            // SAFETY: The bus registers the watch that gets here after `probe` has succeeded, and
+            // waits for it before `remove`.
+            let (device, data) = unsafe { Self::bound(device) };
+            T::otherend_changed(data, device, State::from_raw(state))
+        };
+        if after == After::Unregister {
+            // SAFETY: The device is registered: who unregisters it waits for this function, in all
+            // threads but this. The references from above are gone.
+            unsafe { bindings::device_unregister(addr_of_mut!((*device).dev)) };
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Only for xenbus.
+    unsafe extern "C" fn remove(device: *mut bindings_ext::xenbus_device) {
+        // SAFETY: The bus calls this once, after `probe` has succeeded.
+        let (device, data) = unsafe { Self::bound(device) };
+        T::remove(data, device);
+    }
+
+    /// # Safety
+    ///
+    /// Only for xenbus, with the device locked.
+    unsafe extern "C" fn suspend(device: *mut bindings_ext::xenbus_device) -> ffi::c_int {
+        // SAFETY: The device is valid, and locked, so it stays bound or not bound.
+        unsafe { Self::with_data(device, |data, device| T::suspend(data, device)) }
+    }
+
+    /// # Safety
+    ///
+    /// Only for xenbus, with the device locked.
+    unsafe extern "C" fn resume(device: *mut bindings_ext::xenbus_device) -> ffi::c_int {
+        // SAFETY: As in `suspend`.
+        unsafe { Self::with_data(device, |data, device| T::resume(data, device)) }
+    }
+
+    /// Calls `callback` if the device is bound.
+    ///
+    /// # Safety
+    ///
+    /// The device is valid and locked.
+    unsafe fn with_data(
+        device: *mut bindings_ext::xenbus_device,
+        callback: impl FnOnce(Pin<&T>, &Device<device::Core<'_>>) -> Result,
+    ) -> ffi::c_int {
+        // SAFETY: The device is valid.
+        if unsafe { bindings::dev_get_drvdata(addr_of_mut!((*device).dev)) }.is_null() {
+            return 0;
+        }
+        // SAFETY: Private data is set from the end of `probe` until after `remove`, all under the
+        // lock of the device.
+        let (device, data) = unsafe { Self::bound(device) };
+        from_result(|| callback(data, device).map(|()| 0))
+    }
+
+    /// # Safety
+    ///
+    /// Only for xenbus.
+    unsafe extern "C" fn is_ready(device: *mut bindings_ext::xenbus_device) -> ffi::c_int {
+        // SAFETY: The device is valid, the bus holds a reference.
+        let dev = unsafe { addr_of_mut!((*device).dev) };
+        // The bus asks without any lock; this keeps the device bound meanwhile.
+        //
+        // SAFETY: The device is valid; the bus does not hold its lock.
+        unsafe { bindings_ext::device_lock(dev) };
+        let mut ready = false;
+        // SAFETY: The device is locked, and bound to this driver if it is the driver of that name.
+        unsafe {
+            if is_bound_to(dev, T::NAME) {
+                Self::with_data(device, |data, _| {
+                    ready = T::is_ready(data);
+                    Ok(())
+                });
+            }
+        }
+        // SAFETY: Locked above.
+        unsafe { bindings_ext::device_unlock(dev) };
+        ready.into()
+    }
+}
+
+/// Whether a device is bound to the driver of this module with that name. On one bus there is but
+/// one.
+///
+/// # Safety
+///
+/// The device is valid and locked.
+unsafe fn is_bound_to(dev: *const bindings::device, name: &CStr) -> bool {
+    // SAFETY: By the requirements of this function, `driver` is null or valid.
+    let Some(driver) = (unsafe { (*dev).driver.as_ref() }) else {
+        return false;
+    };
+    // SAFETY: A driver that is registered has a name.
+    let same_name = unsafe { CStr::from_char_ptr(driver.name) } == name;
+    same_name && core::ptr::eq(driver.owner, this_module().as_ptr())
+}
+
+/// Declares a module with one driver of xenbus and nothing else.
+///
+/// ```ignore
+/// kernel_ext::module_xenbus_driver! {
+///     type: MyDriver,
+///     name: "my_driver",
+///     authors: ["..."],
+///     description: "...",
+///     license: "GPL",
+///     alias: ["xen:vbd"],
+/// }
+/// ```
+#[macro_export]
+macro_rules! module_xenbus_driver {
+    ($($f:tt)*) => {
+        ::kernel::module_driver!(<T>, $crate::xen::xenbus::Adapter<T>, { $($f)* });
+    };
+}

@@ -1,0 +1,431 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Xenstore: the tree of strings in which the halves of a driver meet.
+//!
+//! A *node* has a path, a value and children; a *watch* is called when something at or below a path
+//! changes. All functions here sleep until the daemon answers. Both the daemon's tree and what the
+//! other domain writes into it are input: values come as bounded bytes and are parsed strictly, and
+//! an error names the node.
+//!
+//! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
+
+use crate::ratelimited;
+use core::ffi::CStr;
+use core::ops::Deref;
+use core::ptr::NonNull;
+use kernel::bindings;
+use kernel::error::from_err_ptr;
+use kernel::error::to_result;
+use kernel::ffi;
+use kernel::fmt;
+use kernel::prelude::*;
+use kernel::str::BStr;
+use kernel::str::CString;
+use kernel::str::NullTerminatedFormatter;
+use kernel::sync::Arc;
+use kernel::types::Opaque;
+
+/// Longest value that is written, and longest node name below a directory, in bytes with the zero.
+/// Longer ones are refused with `E2BIG`; nothing that a driver writes comes near.
+const TEXT_MAX: usize = 256;
+
+/// How much of a value is shown in a message, in bytes.
+const VALUE_SHOWN: usize = 64;
+
+/// How often a transaction is tried while others keep changing what it read.
+const TRANSACTION_TRIES: usize = 32;
+
+/// A short zero-terminated text on the stack: writing to xenstore must not depend on free memory
+/// when the disk that memory is swapped to is the one that reconnects.
+struct Text([u8; TEXT_MAX]);
+
+impl Text {
+    fn new(args: fmt::Arguments<'_>) -> Result<Self> {
+        let mut text = [0; TEXT_MAX];
+        let mut formatter = NullTerminatedFormatter::new(&mut text).ok_or(EINVAL)?;
+        fmt::Write::write_fmt(&mut formatter, args).map_err(|_| E2BIG)?;
+        Ok(Self(text))
+    }
+
+    /// The text up to the first zero.
+    fn as_cstr(&self) -> Result<&CStr> {
+        CStr::from_bytes_until_nul(&self.0).map_err(|_| EINVAL)
+    }
+}
+
+/// What a read belongs to: a [`Transaction`], or [`NoTransaction`].
+pub trait Context {
+    #[doc(hidden)]
+    fn id(&self) -> u32;
+}
+
+/// Outside of any transaction (`XBT_NIL`).
+pub struct NoTransaction;
+
+impl Context for NoTransaction {
+    fn id(&self) -> u32 {
+        0
+    }
+}
+
+/// A transaction: its reads see one state of the tree, its writes happen at once or not at all.
+///
+/// Only [`transaction`] makes one.
+pub struct Transaction(u32);
+
+impl Context for Transaction {
+    fn id(&self) -> u32 {
+        self.0
+    }
+}
+
+fn raw(context: &impl Context) -> bindings_ext::xenbus_transaction {
+    bindings_ext::xenbus_transaction { id: context.id() }
+}
+
+/// Runs `body` in a transaction and commits it if `body` succeeds.
+///
+/// When somebody else changed what `body` used, it is run again, at most 32 times (then `EAGAIN`).
+/// So it must not have other effects.
+pub fn transaction<R>(mut body: impl FnMut(&Transaction) -> Result<R>) -> Result<R> {
+    for _ in 0..TRANSACTION_TRIES {
+        let mut started = bindings_ext::xenbus_transaction { id: 0 };
+        // SAFETY: `started` is valid for a write.
+        to_result(unsafe { bindings_ext::xenbus_transaction_start(&mut started) })?;
+        let transaction = Transaction(started.id);
+
+        let result = body(&transaction);
+        // SAFETY: The transaction was started above and ends here, once.
+        let ended = to_result(unsafe {
+            bindings_ext::xenbus_transaction_end(raw(&transaction), result.is_err())
+        });
+        match (result, ended) {
+            (Err(error), _) => return Err(error),
+            (Ok(value), Ok(())) => return Ok(value),
+            (Ok(_), Err(error)) if error == EAGAIN => continue,
+            (Ok(_), Err(error)) => return Err(error),
+        }
+    }
+    Err(EAGAIN)
+}
+
+/// The value of a node: up to 4096 bytes, never with a zero among them.
+///
+/// # Invariants
+///
+/// The pointer comes from `xenbus_read`: a buffer of the slab allocator, owned by this, that holds
+/// `len` bytes without a zero, and one zero after them.
+pub struct Value {
+    bytes: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: A plain buffer that is owned.
+unsafe impl Send for Value {}
+// SAFETY: It is only read through a shared reference.
+unsafe impl Sync for Value {}
+
+impl Value {
+    /// The bytes, without the zero at the end.
+    pub fn as_bytes(&self) -> &[u8] {
+        // SAFETY: By the type invariant.
+        unsafe { core::slice::from_raw_parts(self.bytes.as_ptr(), self.len) }
+    }
+
+    /// The number that the value is, in decimal and nothing else. `EINVAL`: it is no such number, or
+    /// does not fit.
+    pub fn parse<T: core::str::FromStr>(&self) -> Result<T> {
+        let bytes = self.as_bytes();
+        if !bytes
+            .first()
+            .is_some_and(|first| first.is_ascii_digit() || *first == b'-')
+        {
+            return Err(EINVAL);
+        }
+        let text = core::str::from_utf8(bytes).map_err(|_| EINVAL)?;
+        text.parse().map_err(|_| EINVAL)
+    }
+}
+
+impl Deref for Value {
+    type Target = CStr;
+
+    fn deref(&self) -> &CStr {
+        // SAFETY: By the type invariant there is a zero after the last byte, and none before.
+        unsafe {
+            CStr::from_bytes_with_nul_unchecked(core::slice::from_raw_parts(
+                self.bytes.as_ptr(),
+                self.len + 1,
+            ))
+        }
+    }
+}
+
+impl Drop for Value {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the buffer is ours and from the slab allocator.
+        unsafe { bindings::kfree(self.bytes.as_ptr().cast()) };
+    }
+}
+
+/// Reads a node. `ENOENT`: there is none, or the daemon does not show it to us.
+pub fn read(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> Result<Value> {
+    let node = Text::new(node)?;
+    let mut len = 0;
+    // SAFETY: Both strings are zero-terminated and outlive the call, `len` is valid for a write.
+    let bytes = from_err_ptr(unsafe {
+        bindings_ext::xenbus_read(
+            raw(context),
+            dir.as_char_ptr(),
+            node.as_cstr()?.as_char_ptr(),
+            &mut len,
+        )
+    })?;
+    let bytes = NonNull::new(bytes.cast::<u8>()).ok_or(ENOENT)?;
+    // SAFETY: `xenbus_read` gives a buffer of `len` bytes and a zero after them.
+    let value = unsafe { core::slice::from_raw_parts(bytes.as_ptr(), len as usize) };
+    let len = value
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(value.len());
+    // INVARIANT: The buffer is owned by the caller of `xenbus_read`; `len` is where its first zero
+    // is.
+    Ok(Value { bytes, len })
+}
+
+/// Whether a node exists and can be read.
+pub fn exists(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> bool {
+    read(context, dir, node).is_ok()
+}
+
+/// Writes a node, and makes it and its parents if they do not exist.
+pub fn write(
+    context: &impl Context,
+    dir: &CStr,
+    node: fmt::Arguments<'_>,
+    value: fmt::Arguments<'_>,
+) -> Result {
+    let node = Text::new(node)?;
+    let value = Text::new(value)?;
+    // SAFETY: All strings are zero-terminated and outlive the call.
+    to_result(unsafe {
+        bindings_ext::xenbus_write(
+            raw(context),
+            dir.as_char_ptr(),
+            node.as_cstr()?.as_char_ptr(),
+            value.as_cstr()?.as_char_ptr(),
+        )
+    })
+}
+
+/// Removes a node and all below it. `ENOENT`: there is none.
+pub fn remove(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> Result {
+    let node = Text::new(node)?;
+    // SAFETY: Both strings are zero-terminated and outlive the call.
+    to_result(unsafe {
+        bindings_ext::xenbus_rm(
+            raw(context),
+            dir.as_char_ptr(),
+            node.as_cstr()?.as_char_ptr(),
+        )
+    })
+}
+
+/// Reads several nodes of one directory, and says which of them is wrong (`xenbus_gather`).
+///
+/// The error of a node that is missing or malformed is logged, rate-limited, with path and value.
+pub struct Reader<'a, C: Context = NoTransaction> {
+    context: &'a C,
+    dir: &'a CStr,
+}
+
+impl<'a> Reader<'a> {
+    /// Of `dir`, outside of any transaction.
+    pub fn new(dir: &'a CStr) -> Self {
+        Self {
+            context: &NoTransaction,
+            dir,
+        }
+    }
+}
+
+impl<'a, C: Context> Reader<'a, C> {
+    /// Of `dir`, in a transaction.
+    pub fn within(context: &'a C, dir: &'a CStr) -> Self {
+        Self { context, dir }
+    }
+
+    /// A node that has to be there.
+    pub fn value(&self, node: fmt::Arguments<'_>) -> Result<Value> {
+        self.optional_value(node)?.ok_or(ENOENT).inspect_err(|_| {
+            ratelimited!(pr_warn!("xenstore: {}/{} is missing\n", self.dir, node));
+        })
+    }
+
+    /// A node that may be missing. An empty one counts as missing.
+    pub fn optional_value(&self, node: fmt::Arguments<'_>) -> Result<Option<Value>> {
+        match read(self.context, self.dir, node) {
+            Ok(value) if value.as_bytes().is_empty() => Ok(None),
+            Ok(value) => Ok(Some(value)),
+            Err(error) if error == ENOENT => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A decimal number that has to be there.
+    pub fn number<T: core::str::FromStr>(&self, node: fmt::Arguments<'_>) -> Result<T> {
+        self.parse(node, &self.value(node)?)
+    }
+
+    /// A decimal number that may be missing.
+    pub fn optional<T: core::str::FromStr>(&self, node: fmt::Arguments<'_>) -> Result<Option<T>> {
+        match self.optional_value(node)? {
+            Some(value) => self.parse(node, &value).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether a feature is on: its node is a number other than 0. Missing means off.
+    pub fn flag(&self, node: fmt::Arguments<'_>) -> Result<bool> {
+        Ok(self.optional::<u32>(node)?.unwrap_or(0) != 0)
+    }
+
+    fn parse<T: core::str::FromStr>(&self, node: fmt::Arguments<'_>, value: &Value) -> Result<T> {
+        value.parse().inspect_err(|_| {
+            let bytes = value.as_bytes();
+            ratelimited!(pr_warn!(
+                "xenstore: {}/{} is '{}', not a number in range\n",
+                self.dir,
+                node,
+                BStr::from_bytes(bytes.get(..VALUE_SHOWN).unwrap_or(bytes))
+            ));
+        })
+    }
+}
+
+/// What a [`Watch`] calls.
+pub trait WatchHandler: Send + Sync + 'static {
+    /// Something at or below the node has changed, or the watch was just registered.
+    ///
+    /// Runs in the `xenwatch` thread, the one for all watches of the kernel: it may sleep, but while
+    /// it does no other device hears anything. Events that come while one is still waiting to be
+    /// delivered are merged into it, so look at the tree and not at a history.
+    fn changed(&self);
+}
+
+/// What the watch and its callback share.
+#[repr(C)]
+struct WatchInner<T> {
+    /// First, so that the callback finds the rest behind the pointer that it gets.
+    watch: Opaque<bindings_ext::xenbus_watch>,
+    node: CString,
+    handler: Arc<T>,
+}
+
+/// A registered watch on a node, until it is dropped.
+///
+/// Dropping waits for a callback that is running, unless it happens in the callback itself. So do
+/// not drop it while holding a lock that the callback takes.
+///
+/// # Invariants
+///
+/// `inner` is registered with xenbus as a watch, and does not move.
+pub struct Watch<T: WatchHandler> {
+    inner: Pin<KBox<WatchInner<T>>>,
+}
+
+// SAFETY: The watch may be unregistered from any thread, the handler is shared with the `xenwatch`
+// thread anyway.
+unsafe impl<T: WatchHandler> Send for Watch<T> {}
+// SAFETY: There is nothing to do with a shared reference.
+unsafe impl<T: WatchHandler> Sync for Watch<T> {}
+
+impl<T: WatchHandler> Watch<T> {
+    /// Watches `dir`/`node`, or `dir` itself if `node` is empty. The handler is called once soon.
+    pub fn new(dir: &CStr, node: fmt::Arguments<'_>, handler: Arc<T>) -> Result<Self> {
+        let node = Text::new(node)?;
+        let node = node.as_cstr()?;
+        let node = if node.is_empty() {
+            CString::try_from_fmt(fmt!("{}", dir))?
+        } else {
+            CString::try_from_fmt(fmt!("{}/{}", dir, node))?
+        };
+        let watch = bindings_ext::xenbus_watch {
+            node: node.as_char_ptr(),
+            will_handle: Some(Self::will_handle),
+            callback: Some(Self::callback),
+            ..Default::default()
+        };
+        let inner = KBox::pin(
+            WatchInner {
+                watch: Opaque::new(watch),
+                node,
+                handler,
+            },
+            GFP_KERNEL,
+        )?;
+        // SAFETY: The watch is initialised, does not move, and stays until it is unregistered in
+        // `drop`; its node is a zero-terminated string that lives as long.
+        to_result(unsafe { bindings_ext::register_xenbus_watch(inner.watch.get()) })?;
+        // INVARIANT: Registered just above.
+        Ok(Self { inner })
+    }
+
+    /// The path that is watched.
+    pub fn node(&self) -> &CStr {
+        &self.inner.node
+    }
+
+    /// Merges events: one that waits is enough. Runs under a spin lock of xenbus.
+    ///
+    /// # Safety
+    ///
+    /// Only for xenbus, with a registered watch.
+    unsafe extern "C" fn will_handle(
+        watch: *mut bindings_ext::xenbus_watch,
+        _path: *const ffi::c_char,
+        _token: *const ffi::c_char,
+    ) -> bool {
+        // SAFETY: The watch is valid while it is registered.
+        unsafe { (*watch).nr_pending == 0 }
+    }
+
+    /// # Safety
+    ///
+    /// Only for xenbus, with a registered watch that is the first field of a `WatchInner<T>`.
+    unsafe extern "C" fn callback(
+        watch: *mut bindings_ext::xenbus_watch,
+        _path: *const ffi::c_char,
+        _token: *const ffi::c_char,
+    ) {
+        // The handler may drop the watch, so nothing of it is used once the handler runs.
+        //
+        // SAFETY: By the requirements of this function; `unregister_xenbus_watch` waits for this
+        // function in all threads but this one, so `inner` is valid here.
+        let handler = unsafe { (*watch.cast::<WatchInner<T>>()).handler.clone() };
+        handler.changed();
+    }
+}
+
+impl<T: WatchHandler> Drop for Watch<T> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the watch is registered.
+        unsafe { bindings_ext::unregister_xenbus_watch(self.inner.watch.get()) };
+    }
+}
+
+/// Waits until every callback of the `xenwatch` thread that is running now has returned.
+///
+/// For code that goes away after having been called there. Does nothing useful in that thread.
+pub(crate) fn synchronize() {
+    struct Nothing;
+    impl WatchHandler for Nothing {
+        fn changed(&self) {}
+    }
+
+    let Ok(handler) = Arc::new(Nothing, GFP_KERNEL) else {
+        return;
+    };
+    // Unregistering a watch waits; there is no other way to be had.
+    let _ = Watch::new(c"domid", fmt!(""), handler);
+}
