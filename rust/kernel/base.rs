@@ -8,9 +8,11 @@
 //! - [`module_ref`]: references to the module.
 //! - [`page`]: bytes of pages that somebody else may change at any time.
 //! - [`pages`]: owners of pages, made of other owners.
+//! - [`ratelimit`]: messages that others can cause.
 //! - [`sysfs`]: read-only attributes of a device.
 //! - [`this_module`]: the module that this crate is linked into.
 //! - [`wait`]: wait queues.
+//! - [`workqueue`]: work queues that end with their owner.
 
 pub mod irq_spinlock;
 pub mod kthread;
@@ -18,6 +20,8 @@ pub mod module_param;
 pub mod module_ref;
 pub mod page;
 pub mod pages;
+pub mod ratelimit;
 pub mod sysfs;
 pub mod this_module;
 pub mod wait;
+pub mod workqueue;

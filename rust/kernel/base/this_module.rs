@@ -4,7 +4,6 @@
 
 use kernel::{
     bindings,
-    types::Opaque,
     ThisModule, //
 };
 
@@ -13,12 +12,7 @@ use kernel::{
 /// Each module links a `kernel_ext` of its own, so there is one answer, and nobody has to pass it
 /// around.
 pub const fn this_module() -> ThisModule {
-    extern "C" {
-        static __this_module: Opaque<bindings::module>;
-    }
-
     // SAFETY: The kernel makes `__this_module` when it loads the module, and keeps it until the
-    // module, and this code with it, is unloaded. Only its
-    // address is taken.
-    unsafe { ThisModule::from_ptr(__this_module.get()) }
+    // module, and this code with it, is unloaded.
+    unsafe { ThisModule::from_ptr(&raw mut bindings::__this_module) }
 }

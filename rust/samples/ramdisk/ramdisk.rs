@@ -1,21 +1,78 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! ramdisk.
+//! A RAM disk, to test `kernel_ext::block` without Xen.
+//!
+//! The disk is `/dev/rblk0`. Parameters choose what becomes of each request, see [`Mode`]. Those
+//! that can be written (`size_mib`, `gone`) take effect when the disk is opened the next time, for
+//! instance by `blockdev --getsz`.
+
+mod disk;
+mod mode;
+mod store;
 
 use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel_ext::base::module_param::module_params;
+use kernel_ext::base::workqueue::OwnedQueue;
+
+use crate::disk::Control;
 
 module! {
-    type: Module,
+    type: Ramdisk,
     name: "rblk_ramdisk",
     authors: ["The rblkif developers"],
-    description: "ramdisk",
+    description: "RAM disk to test the block layer of rblkif",
     license: "GPL",
 }
 
-struct Module;
+module_params! {
+    /// Size of the disk.
+    static SIZE_MIB("size_mib", 0o644): u32 = 16, "Size of the disk in MiB";
+    /// The largest size that the disk can get.
+    static MAX_MIB("max_mib", 0o444): u32 = 64, "Largest size of the disk in MiB";
+    /// Hardware queues.
+    static QUEUES("queues", 0o444): u32 = 1, "Number of hardware queues";
+    /// Requests in flight.
+    static DEPTH("depth", 0o444): u32 = 32, "Number of requests in flight in a hardware queue";
+    /// Block size.
+    static BLOCK_SIZE("block_size", 0o444): u32 = 512, "Logical block size in bytes";
+    /// What becomes of requests.
+    static MODE("mode", 0o644): u32 = 0,
+        "0: done at once, 1: by complete, 2: by a work item, 3: kept, 4: fail, 5: reject, 6: requeue";
+    /// How many requests are treated normally before one is not.
+    static EVERY("every", 0o644): u32 = 1, "Treat each n-th request so; the others are done at once";
+    /// When a request counts as timed out.
+    static TIMEOUT_MS("timeout_ms", 0o444): u32 = 30_000, "Time-out of a request in ms";
+    /// Whether there is a write cache.
+    static WRITE_CACHE("write_cache", 0o444): bool = true, "Ask for flushes";
+    /// Whether there is FUA.
+    static FUA("fua", 0o444): bool = false, "Ask for FUA";
+    /// Whether the disk can only be read.
+    static READ_ONLY("read_only", 0o444): bool = false, "The disk can only be read";
+    /// Whether the disk was pulled out.
+    static GONE("gone", 0o644): bool = false, "The disk is pulled out";
+}
 
-impl kernel::Module for Module {
+/// The module: one disk.
+struct Ramdisk {
+    control: Arc<Control>,
+    queue: Arc<OwnedQueue>,
+}
+
+impl kernel::Module for Ramdisk {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        Ok(Module)
+        let queue = Arc::new(OwnedQueue::new(c"rblk_ramdisk")?, GFP_KERNEL)?;
+        let control = Control::new(queue.clone())?;
+        let module = Self { control, queue };
+        Control::add_disk(&module.control)?;
+        Ok(module)
+    }
+}
+
+impl Drop for Ramdisk {
+    fn drop(&mut self) {
+        self.control.remove();
+        // After this no work has the control, or the queue in it, any more.
+        self.queue.flush();
     }
 }

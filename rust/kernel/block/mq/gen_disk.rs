@@ -41,7 +41,8 @@ use kernel::{
             Full, //
         },
         rcu,
-        Arc, //
+        Arc,
+        ArcBorrow, //
     },
     types::{
         ForeignOwnable,
@@ -370,7 +371,8 @@ impl<T: Operations> Drop for GenDisk<T> {
         }
 
         // Those who still have the disk open can call the file operations: from now on these find
-        // no data.
+        // no data. The RCU grace period waits for those that have found it, and for calls of
+        // `queue_rq` that ended the last request and still run.
         //
         // SAFETY: The disk is valid; the field is only read by the file operations, as one word.
         unsafe { (&raw mut (*self.disk).private_data).write_volatile(ptr::null_mut()) };
@@ -382,7 +384,7 @@ impl<T: Operations> Drop for GenDisk<T> {
 
         // SAFETY: By the type invariants this came from `into_foreign`. blk-mq uses it no more: the
         // disk was removed, or, as it was never added, freed. File operations took their own
-        // reference, or found none.
+        // reference, or find none.
         drop(unsafe { Arc::<T::QueueData>::from_foreign(self.queue_data) });
     }
 }
@@ -419,7 +421,7 @@ impl<T: Operations> FileOperations<T> {
     /// `disk` is a disk of `T`.
     unsafe fn with_data<R>(
         disk: *mut bindings::gendisk,
-        f: impl FnOnce(&T::QueueData) -> Result<R>,
+        f: impl FnOnce(ArcBorrow<'_, T::QueueData>) -> Result<R>,
     ) -> Result<R> {
         let data: Arc<T::QueueData> = {
             let _guard = rcu::read_lock();
@@ -432,7 +434,7 @@ impl<T: Operations> FileOperations<T> {
             // field, and waits for this RCU reader in between.
             unsafe { Arc::<T::QueueData>::borrow(data) }.into()
         };
-        f(&data)
+        f(data.as_arc_borrow())
     }
 
     /// # Safety

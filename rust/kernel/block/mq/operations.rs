@@ -94,12 +94,12 @@ pub trait Operations: Sized + 'static {
 
     /// The disk is being opened, for writing or only for reading. Not called for disks that are
     /// being removed.
-    fn open(_queue_data: &Self::QueueData, _write: bool) -> Result {
+    fn open(_queue_data: ArcBorrow<'_, Self::QueueData>, _write: bool) -> Result {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
     /// The last opener is gone. Not called for disks that were removed.
-    fn release(_queue_data: &Self::QueueData) {
+    fn release(_queue_data: ArcBorrow<'_, Self::QueueData>) {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
@@ -107,12 +107,12 @@ pub trait Operations: Sized + 'static {
     /// in the memory of the caller.
     ///
     /// `ENOTTY`: the driver does not know it either.
-    fn ioctl(_queue_data: &Self::QueueData, _cmd: u32, _arg: usize) -> Result<c_int> {
+    fn ioctl(_queue_data: ArcBorrow<'_, Self::QueueData>, _cmd: u32, _arg: usize) -> Result<c_int> {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
     /// The geometry to show to those who still ask for one.
-    fn getgeo(_queue_data: &Self::QueueData, _capacity: u64) -> Result<Geometry> {
+    fn getgeo(_queue_data: ArcBorrow<'_, Self::QueueData>, _capacity: u64) -> Result<Geometry> {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 }
@@ -239,6 +239,11 @@ impl<T: Operations> OperationsVTable<T> {
     ///
     /// For blk-mq: `init_hctx` succeeded for `hctx`, which is not used any more.
     unsafe extern "C" fn exit_hctx(hctx: *mut bindings::blk_mq_hw_ctx, _index: c_uint) {
+        // A call of `queue_rq` may have ended the last request that the removal waited for, and
+        // still run. It is an RCU reader.
+        //
+        // SAFETY: Hardware queues are taken down where sleeping is allowed.
+        unsafe { bindings::synchronize_rcu() };
         // SAFETY: `init_hctx` made the pointer, and nobody borrows it any more.
         drop(unsafe { T::HwQueueData::from_foreign((*hctx).driver_data) });
     }

@@ -5,6 +5,7 @@
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
 use super::{
+    operations,
     BlkStatus,
     Operations, //
 };
@@ -16,7 +17,10 @@ use crate::base::page::{
 use core::marker::PhantomData;
 use core::mem;
 use core::ptr::NonNull;
-use kernel::bindings;
+use kernel::{
+    bindings,
+    sync::Arc, //
+};
 
 /// `BLK_STS_RESOURCE`: blk-mq tries again on its own, soon.
 const RESOURCE: bindings::blk_status_t = 9;
@@ -228,6 +232,15 @@ impl<T: Operations, S: State> Request<T, S> {
                 tag: (*self.as_raw()).tag as u32,
             }
         }
+    }
+
+    /// The driver's data of the disk.
+    ///
+    /// A reference of its own: as soon as the request has ended, the disk may go.
+    pub fn queue_data(&self) -> Arc<T::QueueData> {
+        // SAFETY: By the type invariants the request is valid, and its disk is not removed before
+        // it ends.
+        unsafe { operations::queue_data::<T>((*self.as_raw()).q) }.into()
     }
 
     fn has_data(&self) -> bool {

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The disk, and its driver.
+
+use kernel::impl_has_work;
+use kernel::new_mutex;
+use kernel::new_work;
+use kernel::prelude::*;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Relaxed;
+use kernel::sync::Arc;
+use kernel::sync::ArcBorrow;
+use kernel::sync::Mutex;
+use kernel::time::msecs_to_jiffies;
+use kernel::workqueue::Work;
+use kernel::workqueue::WorkItem;
+use kernel_ext::base::irq_spinlock::new_irq_spinlock;
+use kernel_ext::base::irq_spinlock::IrqSpinLock;
+use kernel_ext::base::workqueue::OwnedQueue;
+use kernel_ext::block::mq::BlkStatus;
+use kernel_ext::block::mq::Completed;
+use kernel_ext::block::mq::EndBatch;
+use kernel_ext::block::mq::Feature;
+use kernel_ext::block::mq::GenDisk;
+use kernel_ext::block::mq::GenDiskBuilder;
+use kernel_ext::block::mq::HwQueue;
+use kernel_ext::block::mq::InFlight;
+use kernel_ext::block::mq::Operations;
+use kernel_ext::block::mq::QueueLimits;
+use kernel_ext::block::mq::Queued;
+use kernel_ext::block::mq::Rejected;
+use kernel_ext::block::mq::Request;
+use kernel_ext::block::mq::RequestId;
+use kernel_ext::block::mq::TagSet;
+use kernel_ext::block::mq::TagSetParams;
+
+use crate::mode::Mode;
+use crate::store::Store;
+
+const SECTORS_PER_MIB: u64 = 1 << 11;
+
+/// Requests in flight that are not being worked on.
+struct Parked {
+    /// The disk was pulled out: nothing is parked any more.
+    gone: bool,
+    /// Has room for all requests that can be in flight.
+    requests: KVec<(Mode, Request<Control, InFlight>)>,
+}
+
+/// The disk and its driver: the data of its queue, and a work item.
+#[pin_data]
+pub(crate) struct Control {
+    store: Store,
+    count: Atomic<u32>,
+    queue: Arc<OwnedQueue>,
+    #[pin]
+    parked: IrqSpinLock<Parked>,
+    #[pin]
+    disk: Mutex<Option<GenDisk<Control>>>,
+    #[pin]
+    work: Work<Control>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Control { self.work }
+}
+
+impl Control {
+    pub(crate) fn new(queue: Arc<OwnedQueue>) -> Result<Arc<Self>> {
+        let store = Store::new(crate::MAX_MIB.get())?;
+        let in_flight = (crate::QUEUES.get() as usize)
+            .checked_mul(crate::DEPTH.get() as usize)
+            .ok_or(EINVAL)?;
+        let requests = KVec::with_capacity(in_flight, GFP_KERNEL)?;
+
+        Arc::pin_init(
+            pin_init!(Self {
+                store,
+                count: Atomic::new(0),
+                queue,
+                parked <- new_irq_spinlock!(Parked { gone: false, requests }),
+                disk <- new_mutex!(None),
+                work <- new_work!("Control::work"),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Makes the disk and shows it to the system.
+    pub(crate) fn add_disk(this: &Arc<Self>) -> Result {
+        let tag_set = Arc::pin_init(
+            TagSet::new(TagSetParams {
+                nr_hw_queues: crate::QUEUES.get(),
+                queue_depth: crate::DEPTH.get(),
+                timeout: msecs_to_jiffies(crate::TIMEOUT_MS.get()),
+                no_scheduler: false,
+            }),
+            GFP_KERNEL,
+        )?;
+
+        let mut limits = QueueLimits::new();
+        limits
+            .set_logical_block_size(crate::BLOCK_SIZE.get())
+            .set_max_hw_sectors(256)
+            .set_max_segments(32)
+            .set_max_discard_sectors(u32::MAX)
+            .set_max_write_zeroes_sectors(u32::MAX)
+            .set_feature(Feature::WriteCache, crate::WRITE_CACHE.get())
+            .set_feature(Feature::Fua, crate::FUA.get());
+
+        let disk = GenDiskBuilder::new(limits)
+            .capacity(Self::capacity())
+            .read_only(crate::READ_ONLY.get())
+            .build(fmt!("rblk0"), tag_set, this.clone())?;
+        disk.add(None)?;
+        *this.disk.lock() = Some(disk);
+        Ok(())
+    }
+
+    /// Takes the disk away, with all that is in flight.
+    pub(crate) fn remove(&self) {
+        let Some(disk) = self.disk.lock().take() else {
+            return;
+        };
+        disk.mark_dead();
+        self.parked.lock().gone = true;
+        self.end_parked(|_, _| Some(BlkStatus::IOERR));
+        drop(disk);
+        pr_info!("rblk0: removed\n");
+    }
+
+    fn capacity() -> u64 {
+        u64::from(crate::SIZE_MIB.get().min(crate::MAX_MIB.get())) * SECTORS_PER_MIB
+    }
+
+    /// Ends those parked requests for which `f` has a status.
+    fn end_parked(
+        &self,
+        mut f: impl FnMut(Mode, &mut Request<Self, InFlight>) -> Option<BlkStatus>,
+    ) {
+        let mut batch = EndBatch::new();
+        let mut index = 0;
+        loop {
+            let (mut rq, mode) = {
+                let mut parked = self.parked.lock();
+                let Ok((mode, rq)) = parked.requests.remove(index) else {
+                    return;
+                };
+                (rq, mode)
+            };
+            match f(mode, &mut rq) {
+                Some(status) => batch.end(rq, status),
+                None => {
+                    self.park(mode, rq);
+                    index += 1;
+                }
+            }
+        }
+    }
+
+    /// Keeps a request that was started, or ends it if the disk is gone.
+    fn park(&self, mode: Mode, rq: Request<Self, InFlight>) {
+        let mut parked = self.parked.lock();
+        if parked.gone {
+            drop(parked);
+            rq.end(BlkStatus::OFFLINE);
+        } else if let Err(error) = parked.requests.push_within_capacity((mode, rq)) {
+            drop(parked);
+            let (_, rq) = error.0;
+            rq.end(BlkStatus::RESOURCE);
+        }
+    }
+
+    /// The mode for the next request.
+    fn next_mode(&self) -> Mode {
+        let count = self.count.fetch_add(1, Relaxed);
+        if count % crate::EVERY.get().max(1) == 0 {
+            Mode::new(crate::MODE.get())
+        } else {
+            Mode::Now
+        }
+    }
+
+    fn schedule(this: ArcBorrow<'_, Self>) {
+        // If the work waits to be run already, it will see what there is to do.
+        let _ = this.queue.enqueue::<Arc<Self>, 0>(this.into());
+    }
+}
+
+impl WorkItem for Control {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.end_parked(|mode, rq| (mode == Mode::Later).then(|| this.store.serve(rq)));
+
+        if crate::GONE.get() {
+            this.remove();
+        } else if let Some(disk) = &*this.disk.lock() {
+            disk.kick_requeue_list();
+            if disk.set_capacity_and_notify(Self::capacity()).is_err() {
+                pr_err!("rblk0: capacity out of range\n");
+            }
+        }
+    }
+}
+
+#[vtable]
+impl Operations for Control {
+    type QueueData = Self;
+    type HwQueueData = Arc<Self>;
+    type RequestData = u64;
+
+    fn new_request_data(_hw_queue: u32) -> Result<u64> {
+        Ok(0)
+    }
+
+    fn new_hw_queue_data(this: ArcBorrow<'_, Self>, _hw_queue: u32) -> Result<Arc<Self>> {
+        Ok(this.into())
+    }
+
+    fn queue_rq<'q>(
+        hw_queue: HwQueue<'q, Self>,
+        mut rq: Request<Self, Queued<'q>>,
+        last: bool,
+    ) -> Result<(), Rejected<'q, Self>> {
+        let this = hw_queue.queue_data();
+        *rq.data_mut() += 1;
+
+        match this.next_mode() {
+            Mode::Now => {
+                let mut rq = rq.start();
+                let status = this.store.serve(&mut rq);
+                rq.end(status);
+            }
+            Mode::Complete => rq.start().complete(),
+            Mode::Later => {
+                this.park(Mode::Later, rq.start());
+                if last {
+                    Self::schedule(this);
+                }
+            }
+            Mode::Keep => this.park(Mode::Keep, rq.start()),
+            Mode::Fail => rq.end(BlkStatus::IOERR),
+            Mode::Reject => return Err(rq.reject()),
+            Mode::Requeue => {
+                rq.start().requeue();
+                Self::schedule(this);
+            }
+        }
+        Ok(())
+    }
+
+    fn commit_rqs(hw_queue: HwQueue<'_, Self>) {
+        Self::schedule(hw_queue.queue_data());
+    }
+
+    fn complete(mut rq: Request<Self, Completed>) {
+        let this = rq.queue_data();
+        let status = this.store.serve(&mut rq);
+        rq.end(status);
+    }
+
+    fn timed_out(this: ArcBorrow<'_, Self>, id: RequestId) {
+        pr_warn!(
+            "rblk0: request {} of queue {} timed out\n",
+            id.tag,
+            id.hw_queue
+        );
+        this.end_parked(|_, rq| (rq.id() == id).then_some(BlkStatus::TIMEOUT));
+    }
+
+    fn open(this: ArcBorrow<'_, Self>, _write: bool) -> Result {
+        Self::schedule(this);
+        Ok(())
+    }
+}

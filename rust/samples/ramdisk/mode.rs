@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What becomes of a request.
+
+/// What becomes of a request: the parameter `mode`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// 0: it is done in `queue_rq`.
+    Now,
+    /// 1: it is done in `complete`.
+    Complete,
+    /// 2: it is done by a work item, in a batch with others.
+    Later,
+    /// 3: it stays in flight until it times out or the disk goes.
+    Keep,
+    /// 4: it fails.
+    Fail,
+    /// 5: it is refused, and offered again by blk-mq.
+    Reject,
+    /// 6: it is requeued, and offered again after a kick.
+    Requeue,
+}
+
+impl Mode {
+    /// The mode with this number. Numbers that mean nothing are [`Mode::Now`].
+    pub(crate) fn new(number: u32) -> Self {
+        match number {
+            1 => Self::Complete,
+            2 => Self::Later,
+            3 => Self::Keep,
+            4 => Self::Fail,
+            5 => Self::Reject,
+            6 => Self::Requeue,
+            _ => Self::Now,
+        }
+    }
+}

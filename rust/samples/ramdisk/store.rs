@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The memory that the disk keeps its data in.
+
+use kernel::page::Page;
+use kernel::page::PAGE_SIZE;
+use kernel::prelude::*;
+use kernel_ext::base::page::PageSliceMut;
+use kernel_ext::block::mq::BlkStatus;
+use kernel_ext::block::mq::Op;
+use kernel_ext::block::mq::Request;
+use kernel_ext::block::mq::State;
+use kernel_ext::block::mq::SECTOR_SIZE;
+
+use crate::disk::Control;
+
+/// The memory that the disk keeps its data in.
+pub(crate) struct Store {
+    pages: KVVec<Page>,
+}
+
+impl Store {
+    /// Memory of `mib` MiB, filled with zeroes.
+    pub(crate) fn new(mib: u32) -> Result<Self> {
+        let count = (mib as usize)
+            .checked_mul((1 << 20) / PAGE_SIZE)
+            .ok_or(EINVAL)?;
+        let mut pages = KVVec::with_capacity(count, GFP_KERNEL)?;
+        for _ in 0..count {
+            pages.push(Page::alloc_page(GFP_KERNEL | __GFP_ZERO)?, GFP_KERNEL)?;
+        }
+        Ok(Self { pages })
+    }
+
+    /// Does what a request asks for.
+    pub(crate) fn serve<S: State>(&self, rq: &mut Request<Control, S>) -> BlkStatus {
+        let position = rq.sector() * u64::from(SECTOR_SIZE);
+        let result = match rq.op() {
+            Op::Read => self.read(position, rq),
+            Op::Write => self.write(position, rq),
+            Op::Discard | Op::WriteZeroes => self.zero(position, rq.bytes() as usize),
+            // All memory is equally stable.
+            Op::Flush => Some(()),
+            Op::SecureErase | Op::Other(_) => return BlkStatus::NOTSUPP,
+        };
+        match result {
+            Some(()) => BlkStatus::OK,
+            None => BlkStatus::IOERR,
+        }
+    }
+
+    fn read<S: State>(&self, mut position: u64, rq: &mut Request<Control, S>) -> Option<()> {
+        for segment in rq.segments_mut() {
+            let mut done = 0;
+            while done < segment.len() {
+                let here = self.slice(position, segment.len() - done)?;
+                segment.get(done, here.len())?.copy_from(here.as_slice());
+                done += here.len();
+                position += here.len() as u64;
+            }
+        }
+        Some(())
+    }
+
+    fn write<S: State>(&self, mut position: u64, rq: &Request<Control, S>) -> Option<()> {
+        for segment in rq.segments() {
+            let mut done = 0;
+            while done < segment.len() {
+                let here = self.slice(position, segment.len() - done)?;
+                here.copy_from(segment.get(done, here.len())?);
+                done += here.len();
+                position += here.len() as u64;
+            }
+        }
+        Some(())
+    }
+
+    fn zero(&self, mut position: u64, mut len: usize) -> Option<()> {
+        while len > 0 {
+            let here = self.slice(position, len)?;
+            here.zero();
+            len -= here.len();
+            position += here.len() as u64;
+        }
+        Some(())
+    }
+
+    /// The bytes from `position` on, to the end of their page, but not more than `len`.
+    fn slice(&self, position: u64, len: usize) -> Option<PageSliceMut<'_>> {
+        let position = usize::try_from(position).ok()?;
+        let offset = position % PAGE_SIZE;
+        let page = self.pages.get(position / PAGE_SIZE)?;
+        PageSliceMut::new(page, offset, len.min(PAGE_SIZE - offset))
+    }
+}
