@@ -16,7 +16,6 @@
 use super::xenbus;
 use core::ptr::NonNull;
 use kernel::bindings;
-use kernel::device::Bound;
 use kernel::error::to_result;
 use kernel::ffi;
 use kernel::prelude::*;
@@ -79,7 +78,7 @@ impl<T: Handler> Channel<T> {
     /// `name` is shown in `/proc/interrupts`. The port, for xenstore, is [`Self::port`]. The handler
     /// may be called before this returns.
     pub fn alloc_unbound(
-        device: &xenbus::Device<Bound>,
+        device: &xenbus::Device,
         name: &'static CStr,
         handler: Arc<T>,
     ) -> Result<Self> {
@@ -116,7 +115,7 @@ impl<T: Handler> Channel<T> {
     /// The port is data from the other domain; Xen refuses one that is not meant for us. `name` is
     /// shown in `/proc/interrupts`. The handler may be called before this returns.
     pub fn bind_interdomain(
-        device: &xenbus::Device<Bound>,
+        device: &xenbus::Device,
         remote_port: u32,
         name: &'static CStr,
         handler: Arc<T>,
@@ -139,7 +138,7 @@ impl<T: Handler> Channel<T> {
 
     /// Makes a `Channel` of what `bind` returns: an interrupt or a negative errno.
     fn request(
-        device: &xenbus::Device<Bound>,
+        device: &xenbus::Device,
         notify: Notify,
         handler: Arc<T>,
         bind: impl FnOnce(*mut ffi::c_void) -> ffi::c_int,

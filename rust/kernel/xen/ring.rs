@@ -13,7 +13,6 @@ use super::grant::GrantRef;
 use super::xenbus;
 use core::ops::Deref;
 use core::ptr::NonNull;
-use kernel::device::Bound;
 use kernel::error::to_result;
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
@@ -160,14 +159,14 @@ pub struct RingPages {
 impl RingPages {
     /// Allocates `1 << order` pages filled with zeroes, and grants them. At most [`MAX_PAGES`]; they
     /// are contiguous, so more than one may be hard to get. May sleep; does no I/O.
-    pub fn new(device: &xenbus::Device<Bound>, order: u32) -> Result<Self> {
+    pub fn new(device: &xenbus::Device, order: u32) -> Result<Self> {
         let pages = 1usize.checked_shl(order).ok_or(EINVAL)?;
         if pages > MAX_PAGES {
             return Err(EINVAL);
         }
         let mut references = [0; MAX_PAGES];
         let mut address = core::ptr::null_mut();
-        // SAFETY: The device is bound; `address` is valid for a write, `references` for as many as
+        // SAFETY: The device is valid; `address` is valid for a write, `references` for as many as
         // there are pages.
         to_result(unsafe {
             bindings_ext::xenbus_setup_ring_noio(
@@ -242,7 +241,7 @@ impl MappedRing {
     /// The references are data from the other domain, Xen checks them. If it refuses one, the error
     /// is in xenstore, and the device has been switched to `Closing`, already. Sleeps, for at most
     /// 32 s a page, if a page is not in memory over there.
-    pub fn new(device: &xenbus::Device<Bound>, references: &[ForeignRef]) -> Result<Self> {
+    pub fn new(device: &xenbus::Device, references: &[ForeignRef]) -> Result<Self> {
         let pages = references.len();
         if pages == 0 || pages > MAX_PAGES {
             return Err(EINVAL);
@@ -252,7 +251,7 @@ impl MappedRing {
             *raw = reference.0;
         }
         let mut address = core::ptr::null_mut();
-        // SAFETY: The device is bound; `raw` has at least `pages` references, `address` is valid for
+        // SAFETY: The device is valid; `raw` has at least `pages` references, `address` is valid for
         // a write.
         to_result(unsafe {
             bindings_ext::xenbus_map_ring_valloc(

@@ -118,6 +118,10 @@ impl State {
 
 /// A device of xenbus: our half of a split device.
 ///
+/// A thread that works for a device holds an `ARef<Device>`. With that it can do all that there is to
+/// do but read [`Device::otherend`]; writing the state of a device that is not bound any more is a
+/// bug in the driver's logic, without effect on memory.
+///
 /// # Invariants
 ///
 /// A `Device` is a valid `struct xenbus_device` that the bus has made.
@@ -161,9 +165,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         // SAFETY: The device is valid by the type invariant; a number that may change meanwhile.
         State::from_raw(unsafe { addr_of!((*self.as_raw()).state).read_volatile() })
     }
-}
 
-impl Device<device::Bound> {
     /// The domain of the other half.
     pub fn otherend_id(&self) -> DomId {
         // SAFETY: The device is valid by the type invariant; a number that changes after a restore.
@@ -290,7 +292,7 @@ unsafe impl Send for Device {}
 // SAFETY: All methods of `Device<Normal>` may be called from several threads.
 unsafe impl Sync for Device {}
 
-// SAFETY: As above; in `Device<Bound>` xenbus itself orders what needs it.
+// SAFETY: As above; the two differ in nothing.
 unsafe impl Sync for Device<device::Bound> {}
 
 /// One type of device that a driver drives.
