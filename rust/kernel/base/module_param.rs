@@ -157,6 +157,7 @@ pub use module_params;
 pub const fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
     match bytes.first_chunk() {
         Some(array) => *array,
+        // PANIC: While compiling, if at all: this is called for statics alone.
         None => panic!("shorter than declared"),
     }
 }
