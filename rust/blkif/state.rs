@@ -125,7 +125,8 @@ pub enum FrontEvent {
     Backend {
         /// Present state of the backend.
         state: XenbusState,
-        /// Its node `online`: it is to serve this device. A node that is missing means no.
+        /// False if its node `online` is 0: the toolstack wants the disk back. A backend without
+        /// this node is online.
         online: bool,
     },
     /// The backend's node `state` holds no number of a state.
@@ -196,11 +197,15 @@ impl Front {
     /// What to do about an event.
     pub const fn step(self, event: FrontEvent) -> FrontAction {
         match event {
-            FrontEvent::Backend { state, online } => match self {
-                Front::Waiting => Self::waiting(state, online),
-                Front::Offered => Self::offered(state, online),
-                Front::Live => Self::live(state, online),
-                Front::Reset => Self::reset(state, online),
+            FrontEvent::Backend { online: false, .. } => self.give_up(),
+            FrontEvent::Backend {
+                state,
+                online: true,
+            } => match self {
+                Front::Waiting => Self::waiting(state),
+                Front::Offered => Self::offered(state),
+                Front::Live => Self::live(state),
+                Front::Reset => Self::reset(state),
                 Front::Dead => FrontAction::Wait,
             },
             FrontEvent::BadState | FrontEvent::Failed => self.give_up(),
@@ -211,55 +216,52 @@ impl Front {
     }
 
     /// A backend that is Connected or Closing belongs to a connection of which this driver knows
-    /// nothing, as after a crash of the frontend: it must close first.
-    const fn waiting(backend: XenbusState, online: bool) -> FrontAction {
-        match (backend, online) {
-            (XenbusState::InitWait, _) => FrontAction::Offer,
-            (XenbusState::Closing | XenbusState::Closed, false) => FrontAction::Detach,
-            (XenbusState::Connected, _) | (XenbusState::Closing, true) => FrontAction::Reset,
-            // It sees that the frontend is Initialising and will return to InitWait.
-            (XenbusState::Closed, true) => FrontAction::Wait,
-            (XenbusState::Unknown | XenbusState::Initialising, _) => FrontAction::Wait,
-            (XenbusState::Initialised, _) => FrontAction::Wait,
-            (XenbusState::Reconfiguring | XenbusState::Reconfigured, _) => FrontAction::Wait,
+    /// nothing, as after a crash of the frontend: it must close first. One that is Closed sees that
+    /// the frontend is Initialising and will return to InitWait.
+    const fn waiting(backend: XenbusState) -> FrontAction {
+        match backend {
+            XenbusState::InitWait => FrontAction::Offer,
+            XenbusState::Connected | XenbusState::Closing => FrontAction::Reset,
+            XenbusState::Unknown | XenbusState::Initialising => FrontAction::Wait,
+            XenbusState::Initialised | XenbusState::Closed => FrontAction::Wait,
+            XenbusState::Reconfiguring | XenbusState::Reconfigured => FrontAction::Wait,
         }
     }
 
     /// A backend that answers an offer with Closing has refused it. To offer the same again would
     /// go on for ever.
-    const fn offered(backend: XenbusState, online: bool) -> FrontAction {
-        match (backend, online) {
-            (XenbusState::Connected, _) => FrontAction::Connect,
-            (XenbusState::Closing, _) | (XenbusState::Closed, false) => FrontAction::Detach,
-            (XenbusState::Closed, true) => FrontAction::Restart,
-            (XenbusState::Unknown | XenbusState::Initialising, _) => FrontAction::Wait,
-            (XenbusState::InitWait | XenbusState::Initialised, _) => FrontAction::Wait,
-            (XenbusState::Reconfiguring | XenbusState::Reconfigured, _) => FrontAction::Wait,
+    const fn offered(backend: XenbusState) -> FrontAction {
+        match backend {
+            XenbusState::Connected => FrontAction::Connect,
+            XenbusState::Closing => FrontAction::Detach,
+            XenbusState::Closed => FrontAction::Restart,
+            XenbusState::Unknown | XenbusState::Initialising => FrontAction::Wait,
+            XenbusState::InitWait | XenbusState::Initialised => FrontAction::Wait,
+            XenbusState::Reconfiguring | XenbusState::Reconfigured => FrontAction::Wait,
         }
     }
 
     /// A backend before Connected is one that was replaced and comes back to the same rings.
-    const fn live(backend: XenbusState, online: bool) -> FrontAction {
-        match (backend, online) {
-            (XenbusState::Connected, _) => FrontAction::Refresh,
-            (XenbusState::Closing | XenbusState::Closed, false) => FrontAction::Detach,
-            (XenbusState::Closing, true) => FrontAction::Reset,
-            (XenbusState::Closed, true) => FrontAction::Restart,
-            (XenbusState::Unknown | XenbusState::Initialising, _) => FrontAction::Wait,
-            (XenbusState::InitWait | XenbusState::Initialised, _) => FrontAction::Wait,
-            (XenbusState::Reconfiguring | XenbusState::Reconfigured, _) => FrontAction::Wait,
+    const fn live(backend: XenbusState) -> FrontAction {
+        match backend {
+            XenbusState::Connected => FrontAction::Refresh,
+            XenbusState::Closing => FrontAction::Reset,
+            XenbusState::Closed => FrontAction::Restart,
+            XenbusState::Unknown | XenbusState::Initialising => FrontAction::Wait,
+            XenbusState::InitWait | XenbusState::Initialised => FrontAction::Wait,
+            XenbusState::Reconfiguring | XenbusState::Reconfigured => FrontAction::Wait,
         }
     }
 
-    /// Closed has been written. A backend that has seen it, or is a new one, can be connected to.
-    const fn reset(backend: XenbusState, online: bool) -> FrontAction {
-        match (backend, online) {
-            (XenbusState::Closing | XenbusState::Closed, false) => FrontAction::Detach,
-            (XenbusState::Closed, true) => FrontAction::Restart,
-            (XenbusState::Initialising | XenbusState::InitWait, _) => FrontAction::Restart,
-            (XenbusState::Closing, true) | (XenbusState::Connected, _) => FrontAction::Wait,
-            (XenbusState::Unknown | XenbusState::Initialised, _) => FrontAction::Wait,
-            (XenbusState::Reconfiguring | XenbusState::Reconfigured, _) => FrontAction::Wait,
+    /// Closed has been written, and every backend follows to Closed, also one that has just been
+    /// started and is in InitWait. To go on before that would be to race with it.
+    const fn reset(backend: XenbusState) -> FrontAction {
+        match backend {
+            XenbusState::Closed => FrontAction::Restart,
+            XenbusState::Unknown | XenbusState::Initialising => FrontAction::Wait,
+            XenbusState::InitWait | XenbusState::Initialised => FrontAction::Wait,
+            XenbusState::Connected | XenbusState::Closing => FrontAction::Wait,
+            XenbusState::Reconfiguring | XenbusState::Reconfigured => FrontAction::Wait,
         }
     }
 
@@ -305,7 +307,7 @@ pub enum BackEvent {
     Frontend {
         /// Present state of the frontend.
         state: XenbusState,
-        /// The own node `online`: the toolstack wants the device to exist.
+        /// The own node `online` is there and not 0: the toolstack wants the device to exist.
         online: bool,
         /// The physical device is open.
         ready: bool,
@@ -370,14 +372,19 @@ impl Back {
         match event {
             BackEvent::Frontend {
                 state,
-                online,
+                online: false,
+                ..
+            } => self.unwanted(state),
+            BackEvent::Frontend {
+                state,
+                online: true,
                 ready,
             } => match self {
                 Back::Waiting => Self::waiting(state, ready),
                 Back::Live => Self::live(state),
                 Back::Closing => Self::closing(state),
-                Back::Detached => Self::detached(state, online),
-                Back::Closed => Self::closed(state, online),
+                Back::Detached => Self::detached(state),
+                Back::Closed => Self::closed(state),
                 Back::Gone => BackAction::Wait,
             },
             BackEvent::BadState | BackEvent::Failed => self.fail(),
@@ -408,39 +415,52 @@ impl Back {
         }
     }
 
-    /// A frontend that has not seen Closing yet, or not followed it, will or will be removed.
+    /// Every frontend answers Closing with Closed, or the toolstack removes it. To return to
+    /// InitWait before that would be to race with it.
     const fn closing(frontend: XenbusState) -> BackAction {
         match frontend {
             XenbusState::Closed | XenbusState::Unknown => BackAction::Drain,
-            XenbusState::Initialising => BackAction::Drain,
+            XenbusState::Initialising | XenbusState::InitWait => BackAction::Wait,
             XenbusState::Initialised | XenbusState::Connected => BackAction::Wait,
-            XenbusState::Closing | XenbusState::InitWait => BackAction::Wait,
+            XenbusState::Closing => BackAction::Wait,
             XenbusState::Reconfiguring | XenbusState::Reconfigured => BackAction::Wait,
         }
     }
 
-    const fn detached(frontend: XenbusState, online: bool) -> BackAction {
-        match (frontend, online) {
-            (XenbusState::Unknown, _) => BackAction::Forget,
-            (XenbusState::Closed, false) => BackAction::Forget,
-            (XenbusState::Closed, true) => BackAction::Finish,
-            (XenbusState::Closing, _) => BackAction::Close,
-            (XenbusState::Initialising, _) => BackAction::Restart,
-            (XenbusState::Initialised | XenbusState::Connected, _) => BackAction::Restart,
-            (XenbusState::InitWait, _) => BackAction::Fail,
-            (XenbusState::Reconfiguring | XenbusState::Reconfigured, _) => BackAction::Fail,
+    const fn detached(frontend: XenbusState) -> BackAction {
+        match frontend {
+            XenbusState::Unknown => BackAction::Forget,
+            XenbusState::Closed => BackAction::Finish,
+            XenbusState::Closing => BackAction::Close,
+            XenbusState::Initialising => BackAction::Restart,
+            XenbusState::Initialised | XenbusState::Connected => BackAction::Restart,
+            XenbusState::InitWait => BackAction::Fail,
+            XenbusState::Reconfiguring | XenbusState::Reconfigured => BackAction::Fail,
         }
     }
 
     /// Some frontends (boot loaders) offer rings without waiting for InitWait.
-    const fn closed(frontend: XenbusState, online: bool) -> BackAction {
-        match (frontend, online) {
-            (XenbusState::Unknown, _) | (_, false) => BackAction::Forget,
-            (XenbusState::Initialising, true) => BackAction::Restart,
-            (XenbusState::Initialised | XenbusState::Connected, true) => BackAction::Restart,
-            (XenbusState::Closing | XenbusState::Closed, true) => BackAction::Wait,
-            (XenbusState::InitWait, true) => BackAction::Wait,
-            (XenbusState::Reconfiguring | XenbusState::Reconfigured, true) => BackAction::Wait,
+    const fn closed(frontend: XenbusState) -> BackAction {
+        match frontend {
+            XenbusState::Unknown => BackAction::Forget,
+            XenbusState::Initialising => BackAction::Restart,
+            XenbusState::Initialised | XenbusState::Connected => BackAction::Restart,
+            XenbusState::Closing | XenbusState::Closed => BackAction::Wait,
+            XenbusState::InitWait => BackAction::Wait,
+            XenbusState::Reconfiguring | XenbusState::Reconfigured => BackAction::Wait,
+        }
+    }
+
+    /// The toolstack wants the device back. It has written Closing to the backend's node itself,
+    /// and this state may have been overwritten since.
+    const fn unwanted(self, frontend: XenbusState) -> BackAction {
+        let closed = matches!(frontend, XenbusState::Closed | XenbusState::Unknown);
+        match self {
+            Back::Waiting | Back::Live | Back::Closing if closed => BackAction::Drain,
+            Back::Waiting | Back::Live => BackAction::Close,
+            Back::Closing => BackAction::Wait,
+            Back::Detached | Back::Closed => BackAction::Forget,
+            Back::Gone => BackAction::Wait,
         }
     }
 
@@ -449,5 +469,226 @@ impl Back {
             Back::Waiting | Back::Live | Back::Detached => BackAction::Fail,
             Back::Closing | Back::Closed | Back::Gone => BackAction::Wait,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STATES: [XenbusState; 9] = [
+        XenbusState::Unknown,
+        XenbusState::Initialising,
+        XenbusState::InitWait,
+        XenbusState::Initialised,
+        XenbusState::Connected,
+        XenbusState::Closing,
+        XenbusState::Closed,
+        XenbusState::Reconfiguring,
+        XenbusState::Reconfigured,
+    ];
+    const FRONTS: [Front; 5] = [
+        Front::Waiting,
+        Front::Offered,
+        Front::Live,
+        Front::Reset,
+        Front::Dead,
+    ];
+    const BACKS: [Back; 6] = [
+        Back::Waiting,
+        Back::Live,
+        Back::Closing,
+        Back::Detached,
+        Back::Closed,
+        Back::Gone,
+    ];
+
+    fn front(own: Front, state: XenbusState) -> FrontAction {
+        own.step(FrontEvent::Backend {
+            state,
+            online: true,
+        })
+    }
+
+    fn back(own: Back, state: XenbusState, online: bool) -> BackAction {
+        own.step(BackEvent::Frontend {
+            state,
+            online,
+            ready: true,
+        })
+    }
+
+    #[test]
+    fn numbers_of_states() {
+        for (number, state) in STATES.into_iter().enumerate() {
+            assert_eq!(XenbusState::from_number(number as u32), Some(state));
+            assert_eq!(state.number(), number as u32);
+        }
+        assert_eq!(XenbusState::from_number(9), None);
+        assert_eq!(XenbusState::from_number(u32::MAX), None);
+    }
+
+    #[test]
+    fn an_ordinary_life() {
+        assert_eq!(
+            front(Front::Waiting, XenbusState::Initialising),
+            FrontAction::Wait
+        );
+        assert_eq!(
+            front(Front::Waiting, XenbusState::InitWait),
+            FrontAction::Offer
+        );
+        assert_eq!(
+            back(Back::Waiting, XenbusState::Initialised, true),
+            BackAction::Attach
+        );
+        assert_eq!(
+            front(Front::Offered, XenbusState::Connected),
+            FrontAction::Connect
+        );
+        assert_eq!(
+            back(Back::Live, XenbusState::Connected, true),
+            BackAction::Wait
+        );
+        assert_eq!(
+            front(Front::Live, XenbusState::Connected),
+            FrontAction::Refresh
+        );
+        let asked = FrontEvent::Backend {
+            state: XenbusState::Closing,
+            online: false,
+        };
+        assert_eq!(Front::Live.step(asked), FrontAction::Detach);
+        assert_eq!(
+            back(Back::Live, XenbusState::Closed, false),
+            BackAction::Drain
+        );
+        assert_eq!(
+            back(Back::Detached, XenbusState::Closed, false),
+            BackAction::Forget
+        );
+    }
+
+    #[test]
+    fn a_disk_in_use_outlives_an_outage() {
+        for state in STATES {
+            assert_ne!(front(Front::Live, state), FrontAction::Detach);
+        }
+        let online = FrontEvent::Backend {
+            state: XenbusState::Connected,
+            online: false,
+        };
+        assert_eq!(Front::Live.step(online), FrontAction::Detach);
+    }
+
+    #[test]
+    fn only_a_served_disk_is_whole() {
+        for own in FRONTS {
+            for state in STATES {
+                let both = own == Front::Live && state == XenbusState::Connected;
+                assert_eq!(own.whole(state), both);
+            }
+        }
+    }
+
+    #[test]
+    fn deadlines_end_the_wait_for_those_who_wait() {
+        for own in FRONTS {
+            let dead = own == Front::Dead;
+            let expected = if dead {
+                FrontAction::Wait
+            } else {
+                FrontAction::Detach
+            };
+            assert_eq!(own.step(FrontEvent::Deadline { disk: true }), expected);
+            assert_eq!(own.step(FrontEvent::BadState), expected);
+            assert_eq!(own.step(FrontEvent::Failed), expected);
+            assert_eq!(
+                own.step(FrontEvent::Deadline { disk: false }),
+                FrontAction::Report
+            );
+            let expected = if dead {
+                FrontAction::Wait
+            } else {
+                FrontAction::Restart
+            };
+            assert_eq!(own.step(FrontEvent::Resume), expected);
+        }
+    }
+
+    #[test]
+    fn a_backend_waits_for_its_device() {
+        for state in [XenbusState::Initialised, XenbusState::Connected] {
+            let event = BackEvent::Frontend {
+                state,
+                online: true,
+                ready: false,
+            };
+            assert_eq!(Back::Waiting.step(event), BackAction::Wait);
+        }
+    }
+
+    #[test]
+    fn a_backend_fails_once() {
+        for own in BACKS {
+            let open = matches!(own, Back::Waiting | Back::Live | Back::Detached);
+            let expected = if open {
+                BackAction::Fail
+            } else {
+                BackAction::Wait
+            };
+            assert_eq!(own.step(BackEvent::Failed), expected);
+            assert_eq!(own.step(BackEvent::BadState), expected);
+            for state in [
+                XenbusState::InitWait,
+                XenbusState::Reconfiguring,
+                XenbusState::Reconfigured,
+            ] {
+                assert_eq!(back(own, state, true), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn a_backend_without_a_frontend_goes() {
+        for (own, action) in [
+            (Back::Waiting, BackAction::Drain),
+            (Back::Live, BackAction::Drain),
+            (Back::Closing, BackAction::Drain),
+            (Back::Detached, BackAction::Forget),
+            (Back::Closed, BackAction::Forget),
+            (Back::Gone, BackAction::Wait),
+        ] {
+            assert_eq!(back(own, XenbusState::Unknown, true), action);
+            assert_eq!(back(own, XenbusState::Unknown, false), action);
+        }
+    }
+
+    #[test]
+    fn actions_lead_to_states_with_their_nodes() {
+        for (action, node) in [
+            (FrontAction::Offer, XenbusState::Initialised),
+            (FrontAction::Connect, XenbusState::Connected),
+            (FrontAction::Reset, XenbusState::Closed),
+            (FrontAction::Restart, XenbusState::Initialising),
+            (FrontAction::Detach, XenbusState::Closed),
+        ] {
+            assert_eq!(action.leads_to().map(Front::xenbus), Some(node));
+        }
+        for action in [FrontAction::Wait, FrontAction::Report, FrontAction::Refresh] {
+            assert_eq!(action.leads_to(), None);
+        }
+        for (action, node) in [
+            (BackAction::Attach, Some(XenbusState::Connected)),
+            (BackAction::Close, Some(XenbusState::Closing)),
+            (BackAction::Fail, Some(XenbusState::Closing)),
+            (BackAction::Drain, None),
+            (BackAction::Restart, Some(XenbusState::InitWait)),
+            (BackAction::Finish, Some(XenbusState::Closed)),
+            (BackAction::Forget, Some(XenbusState::Closed)),
+        ] {
+            assert_eq!(action.leads_to().and_then(Back::xenbus), node);
+        }
+        assert_eq!(BackAction::Wait.leads_to(), None);
     }
 }
