@@ -22,6 +22,11 @@ use kernel::prelude::*;
 use kernel::sync::aref::ARef;
 use kernel::sync::Arc;
 
+#[cfg(irqreturn_is_newtype)]
+const IRQ_HANDLED: bindings::irqreturn_t = bindings::irqreturn::IRQ_HANDLED;
+#[cfg(not(irqreturn_is_newtype))]
+const IRQ_HANDLED: bindings::irqreturn_t = bindings::irqreturn_IRQ_HANDLED;
+
 /// What a [`Handler`] has made of an event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
@@ -219,7 +224,7 @@ impl<T: Handler> Channel<T> {
             Eoi::Spurious => unsafe { lateeoi(irq as ffi::c_uint, true) },
             Eoi::Later => {}
         }
-        bindings::irqreturn::IRQ_HANDLED
+        IRQ_HANDLED
     }
 }
 
