@@ -1,21 +1,115 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! echo_back.
+//! The backend of the echo pair: Xen lifetimes without a disk.
+//!
+//! Answers the messages of the frontend, each in the way that the message asks for.
 
+mod answerer;
+mod protocol;
+
+use kernel::device::Core;
 use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+use kernel::sync::new_mutex;
+use kernel::sync::Mutex;
+use kernel_ext::xen::xenbus;
+use kernel_ext::xen::xenbus::After;
+use kernel_ext::xen::xenbus::DeviceId;
+use kernel_ext::xen::xenbus::IdArray;
+use kernel_ext::xen::xenbus::IdTable;
+use kernel_ext::xen::xenbus::Side;
+use kernel_ext::xen::xenbus::State;
+use kernel_ext::xen::xenstore::Reader;
 
-module! {
-    type: Module,
+use crate::answerer::Connection;
+
+kernel_ext::module_xenbus_driver! {
+    type: Back,
     name: "rblk_echo_back",
     authors: ["The rblkif developers"],
-    description: "echo_back",
+    description: "Backend of a pair that tests rblkif's Xen layer",
     license: "GPL",
+    alias: ["xen-backend:recho"],
 }
 
-struct Module;
+static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"recho")]);
 
-impl kernel::Module for Module {
-    fn init(_module: &'static ThisModule) -> Result<Self> {
-        Ok(Module)
+/// A device.
+#[pin_data]
+struct Back {
+    device: ARef<xenbus::Device>,
+    #[pin]
+    connection: Mutex<Option<Connection>>,
+}
+
+impl Back {
+    /// Connects to what the frontend has published, unless it is connected to just that.
+    fn connect(&self, otherend: &CStr) -> Result {
+        let epoch = Reader::new(otherend).number(fmt!("epoch"))?;
+        let mut connection = self.connection.lock();
+        if connection
+            .as_ref()
+            .is_some_and(|connection| connection.epoch() == epoch)
+        {
+            return Ok(());
+        }
+        *connection = None;
+        *connection = Some(Connection::new(&self.device, otherend, epoch)?);
+        Ok(())
+    }
+
+    fn disconnect(&self) {
+        *self.connection.lock() = None;
+    }
+}
+
+impl xenbus::Driver for Back {
+    const SIDE: Side = Side::Backend;
+    const NAME: &'static CStr = c"recho";
+    const ID_TABLE: IdTable = IDS.as_table();
+
+    fn probe(dev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
+        dev.switch_state(State::InitWait);
+        let device: ARef<xenbus::Device> = dev.into();
+        try_pin_init!(Self {
+            device,
+            connection <- new_mutex!(None),
+        })
+    }
+
+    fn otherend_changed(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>, state: State) -> After {
+        match state {
+            State::Initialising => {
+                self.disconnect();
+                dev.switch_state(State::InitWait);
+            }
+            State::Initialised | State::Connected => {
+                match dev.otherend().and_then(|otherend| self.connect(otherend)) {
+                    Ok(()) => dev.switch_state(State::Connected),
+                    Err(error) => dev.dev_fatal(error, fmt!("connecting")),
+                }
+            }
+            State::Closing => {
+                self.disconnect();
+                dev.switch_state(State::Closing);
+            }
+            State::Closed => {
+                self.disconnect();
+                dev.switch_state(State::Closed);
+                if !dev.is_online() {
+                    return After::Unregister;
+                }
+            }
+            State::Unknown => {
+                self.disconnect();
+                return After::Unregister;
+            }
+            State::InitWait | State::Reconfiguring | State::Reconfigured | State::Other(_) => {}
+        }
+        After::Keep
+    }
+
+    fn remove(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>) {
+        self.disconnect();
     }
 }

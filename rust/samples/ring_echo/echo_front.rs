@@ -1,21 +1,137 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! echo_front.
+//! The frontend of the echo pair: Xen lifetimes without a disk.
+//!
+//! Sends messages as long as it is connected, checks the answers, and counts both; the counts are in
+//! the device's directory in sysfs. It connects whenever the backend waits for it.
 
+mod protocol;
+mod sender;
+
+use kernel::device::Core;
 use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+use kernel::sync::new_mutex;
+use kernel::sync::Arc;
+use kernel::sync::Mutex;
+use kernel_ext::base::sysfs;
+use kernel_ext::base::sysfs::Attribute;
+use kernel_ext::xen::xenbus;
+use kernel_ext::xen::xenbus::After;
+use kernel_ext::xen::xenbus::DeviceId;
+use kernel_ext::xen::xenbus::IdArray;
+use kernel_ext::xen::xenbus::IdTable;
+use kernel_ext::xen::xenbus::Side;
+use kernel_ext::xen::xenbus::State;
 
-module! {
-    type: Module,
+use crate::sender::Connection;
+use crate::sender::Counters;
+
+kernel_ext::module_xenbus_driver! {
+    type: Front,
     name: "rblk_echo_front",
     authors: ["The rblkif developers"],
-    description: "echo_front",
+    description: "Frontend of a pair that tests rblkif's Xen layer",
     license: "GPL",
+    alias: ["xen:recho"],
 }
 
-struct Module;
+static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"recho")]);
 
-impl kernel::Module for Module {
-    fn init(_module: &'static ThisModule) -> Result<Self> {
-        Ok(Module)
+static ATTRIBUTES: [Attribute<Counters>; 2] = [
+    Attribute {
+        name: c"echoed",
+        show: |counters, output| counters.show_echoed(output),
+    },
+    Attribute {
+        name: c"errors",
+        show: |counters, output| counters.show_errors(output),
+    },
+];
+
+/// A device.
+#[pin_data]
+struct Front {
+    device: ARef<xenbus::Device>,
+    counters: Arc<Counters>,
+    #[pin]
+    connection: Mutex<Option<Connection>>,
+}
+
+impl Front {
+    /// Tells the backend that a new connection comes, and makes it. Whatever there was before ends.
+    fn connect(&self) -> Result {
+        let mut connection = self.connection.lock();
+        *connection = None;
+        self.device.switch_state(State::Initialising);
+        *connection = Some(Connection::new(&self.device, &self.counters)?);
+        self.device.switch_state(State::Initialised);
+        Ok(())
+    }
+
+    fn disconnect(&self) {
+        *self.connection.lock() = None;
+    }
+
+    fn is_connected(&self) -> bool {
+        self.connection.lock().is_some()
+    }
+}
+
+impl xenbus::Driver for Front {
+    const SIDE: Side = Side::Frontend;
+    const NAME: &'static CStr = c"recho";
+    const ID_TABLE: IdTable = IDS.as_table();
+    const NOT_ESSENTIAL: bool = true;
+
+    fn probe(dev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
+        let device: ARef<xenbus::Device> = dev.into();
+        let counters = Arc::new(Counters::new(), GFP_KERNEL);
+        let prepared = counters.map_err(Error::from).and_then(|counters| {
+            sysfs::register(dev.as_ref(), None, &ATTRIBUTES, counters.clone())?;
+            dev.switch_state(State::Initialising);
+            Ok(counters)
+        });
+        try_pin_init!(Self {
+            device,
+            counters: prepared?,
+            connection <- new_mutex!(None),
+        })
+    }
+
+    fn otherend_changed(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>, state: State) -> After {
+        match state {
+            State::InitWait => {
+                if let Err(error) = self.connect() {
+                    dev.dev_fatal(error, fmt!("connecting"));
+                }
+            }
+            State::Connected if self.is_connected() => dev.switch_state(State::Connected),
+            State::Closing | State::Closed | State::Unknown => {
+                self.disconnect();
+                dev.frontend_closed();
+                if state == State::Closed {
+                    // Ready for a backend that comes back.
+                    dev.switch_state(State::Initialising);
+                }
+            }
+            State::Connected
+            | State::Initialising
+            | State::Initialised
+            | State::Reconfiguring
+            | State::Reconfigured
+            | State::Other(_) => {}
+        }
+        After::Keep
+    }
+
+    fn remove(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>) {
+        self.disconnect();
+    }
+
+    fn resume(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) -> Result {
+        self.disconnect();
+        dev.switch_state(State::Initialising);
+        Ok(())
     }
 }

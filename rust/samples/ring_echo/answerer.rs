@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A connection of the backend: ring, event channel, and the thread that answers.
+
+use core::num::Wrapping;
+use kernel::page::Page;
+use kernel::page::PAGE_SIZE;
+use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+use kernel::sync::Arc;
+use kernel::time::msecs_to_jiffies;
+use kernel_ext::base::kthread::Current;
+use kernel_ext::base::kthread::KThread;
+use kernel_ext::base::kthread::Kind;
+use kernel_ext::base::page::PageSlice;
+use kernel_ext::base::page::PageSliceMut;
+use kernel_ext::ratelimited;
+use kernel_ext::xen::events::Channel;
+use kernel_ext::xen::grant::copy::Copier;
+use kernel_ext::xen::grant::map::MappedPage;
+use kernel_ext::xen::grant::map::Mapper;
+use kernel_ext::xen::grant::map::PageCache;
+use kernel_ext::xen::grant::Access;
+use kernel_ext::xen::grant::ForeignRef;
+use kernel_ext::xen::ring::MappedRing;
+use kernel_ext::xen::ring::MAX_PAGES;
+use kernel_ext::xen::xenbus;
+use kernel_ext::xen::xenstore::Reader;
+
+use crate::protocol::answer_word;
+use crate::protocol::message_word;
+use crate::protocol::sum;
+use crate::protocol::Wake;
+use crate::protocol::Way;
+use crate::protocol::ANSWERS;
+use crate::protocol::MESSAGES;
+use crate::protocol::SLOTS;
+
+/// Pages that stay mapped after the answer.
+const KEPT: usize = 4;
+/// How long the thread sleeps without an event before it looks at the ring all the same.
+const IDLE_MS: u32 = 1000;
+/// How long the end of a thread may take.
+const STOP_MS: u32 = 5000;
+
+/// A connection. Ends when it is dropped.
+pub(crate) struct Connection {
+    epoch: u32,
+    thread: KThread,
+}
+
+impl Connection {
+    /// Connects to ring and event channel in the directory of the frontend, and starts to answer.
+    pub(crate) fn new(device: &ARef<xenbus::Device>, otherend: &CStr, epoch: u32) -> Result<Self> {
+        let reader = Reader::new(otherend);
+        let order: u32 = reader.number(fmt!("ring-page-order"))?;
+        let port = reader.number(fmt!("event-channel"))?;
+        let pages = 1usize
+            .checked_shl(order)
+            .filter(|pages| *pages <= MAX_PAGES)
+            .ok_or(EINVAL)?;
+        let mut references = KVec::with_capacity(pages, GFP_KERNEL)?;
+        for index in 0..pages {
+            references.push(
+                ForeignRef(reader.number(fmt!("ring-ref{}", index))?),
+                GFP_KERNEL,
+            )?;
+        }
+
+        let ring = MappedRing::new(device, &references)?;
+        let wake = Wake::new()?;
+        let channel = Channel::bind_interdomain(device, port, c"recho-backend", wake.clone())?;
+        // Where the backend before us was: all that it took is answered.
+        let answered = Wrapping(ring.load(ANSWERS));
+        let answerer = Answerer {
+            device: device.clone(),
+            wake,
+            ring,
+            channel,
+            answered,
+            cache: KBox::pin_init(PageCache::new(), GFP_KERNEL)?,
+            mapper: Mapper::new(KEPT)?,
+            copier: Copier::new(1)?,
+            mapped: KVec::with_capacity(1, GFP_KERNEL)?,
+            kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
+            buffer: Page::alloc_page(GFP_KERNEL)?,
+        };
+        let kind = Kind {
+            freezable: false,
+            noio: false,
+        };
+        let thread = KThread::spawn(fmt!("recho-backend"), kind, move |current| {
+            answerer.run(current)
+        })?;
+        Ok(Self { epoch, thread })
+    }
+
+    /// Which of the frontend's connections this is.
+    pub(crate) fn epoch(&self) -> u32 {
+        self.epoch
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.thread.stop();
+        if !self.thread.join(msecs_to_jiffies(STOP_MS)) {
+            pr_err!("the answering thread does not end within {} ms\n", STOP_MS);
+        }
+    }
+}
+
+/// A message, copied from the ring.
+struct Message {
+    number: u32,
+    reference: ForeignRef,
+    way: u32,
+}
+
+/// The thread, and all that it owns.
+struct Answerer {
+    device: ARef<xenbus::Device>,
+    wake: Arc<Wake>,
+    ring: MappedRing,
+    channel: Channel<Wake>,
+    /// Count of answers, and of messages taken.
+    answered: Wrapping<u32>,
+    cache: Pin<KBox<PageCache>>,
+    mapper: Mapper,
+    copier: Copier,
+    /// The page of the message at hand.
+    mapped: KVec<MappedPage>,
+    /// Pages that stay mapped for a while.
+    kept: KVec<MappedPage>,
+    buffer: Page,
+}
+
+impl Answerer {
+    fn run(mut self, current: &Current) {
+        while !current.should_stop() {
+            let event = self.wake.wait(current, msecs_to_jiffies(IDLE_MS));
+            self.wake.clear();
+            match self.answer_all(current) {
+                Ok(answered) if event => self.channel.eoi(answered == 0),
+                Ok(_) => {}
+                Err(error) => {
+                    self.device
+                        .dev_fatal(error, fmt!("the frontend claims too many messages"));
+                    break;
+                }
+            }
+        }
+        self.mapper.unmap(&self.cache, &mut self.kept);
+    }
+
+    /// Answers all messages that are there, and says how many these are.
+    fn answer_all(&mut self, current: &Current) -> Result<u32> {
+        let there = Wrapping(self.ring.load(MESSAGES)) - self.answered;
+        if there.0 > SLOTS {
+            return Err(EPROTO);
+        }
+        self.ring.read_fence();
+        for done in 0..there.0 {
+            if current.should_stop() {
+                return Ok(done);
+            }
+            self.answer_one();
+        }
+        if there.0 > 0 {
+            self.channel.notify();
+        }
+        Ok(there.0)
+    }
+
+    fn answer_one(&mut self) {
+        let word = message_word(self.answered);
+        let message = Message {
+            number: self.ring.load(word),
+            reference: ForeignRef(self.ring.load(word + 1)),
+            way: self.ring.load(word + 2),
+        };
+        let (sum, status) = match self.work(&message) {
+            Ok(sum) => (sum, 0),
+            Err(error) => {
+                ratelimited!(pr_warn!(
+                    "{}: message {} with grant {}: {:?}\n",
+                    self.device.nodename(),
+                    message.number,
+                    message.reference.0,
+                    error
+                ));
+                (0, error.to_errno().unsigned_abs())
+            }
+        };
+        let word = answer_word(self.answered);
+        self.ring.store(word, message.number);
+        self.ring.store(word + 1, sum);
+        self.ring.store(word + 2, status);
+        self.answered += 1;
+        self.ring.write_fence();
+        self.ring.store(ANSWERS, self.answered.0);
+    }
+
+    /// Sums up the page of a message, and leaves the sum in it.
+    fn work(&mut self, message: &Message) -> Result<u32> {
+        match way(message.way)? {
+            Way::Copy => self.by_copy(message.reference),
+            Way::Map => {
+                let sum = self.by_map(message.reference);
+                self.mapper.unmap(&self.cache, &mut self.mapped);
+                sum
+            }
+            Way::Keep => {
+                let sum = self.by_map(message.reference);
+                if self.kept.len() == KEPT {
+                    self.mapper.unmap(&self.cache, &mut self.kept);
+                }
+                if let Some(page) = self.mapped.pop() {
+                    self.kept.push_within_capacity(page).map_err(|_| ENOSPC)?;
+                }
+                sum
+            }
+        }
+    }
+
+    fn by_map(&mut self, reference: ForeignRef) -> Result<u32> {
+        let domain = self.device.otherend_id();
+        self.mapper.map(
+            &self.cache,
+            domain,
+            &[reference],
+            Access::ReadWrite,
+            &mut self.mapped,
+        )?;
+        let page = self.mapped.last().ok_or(EINVAL)?;
+        let sum = page.slice(0, PAGE_SIZE).map_or(0, sum);
+        page.slice_mut(0, 4)
+            .ok_or(EINVAL)?
+            .write(&sum.to_le_bytes());
+        Ok(sum)
+    }
+
+    fn by_copy(&mut self, reference: ForeignRef) -> Result<u32> {
+        let domain = self.device.otherend_id();
+        let mut batch = self.copier.batch();
+        let whole = PageSliceMut::new(&self.buffer, 0, PAGE_SIZE).ok_or(EINVAL)?;
+        batch.read(domain, reference, 0, whole)?;
+        batch.run_sleeping()?;
+
+        let sum = sum(whole.as_slice());
+        whole.write(&sum.to_le_bytes());
+        let mut batch = self.copier.batch();
+        let first = PageSlice::new(&self.buffer, 0, 4).ok_or(EINVAL)?;
+        batch.write(domain, reference, 0, first)?;
+        batch.run_sleeping()?;
+        Ok(sum)
+    }
+}
+
+/// The way that a message asks for.
+fn way(number: u32) -> Result<Way> {
+    let mut ways = [Way::Map, Way::Copy, Way::Keep].into_iter();
+    ways.find(|way| way.number() == number).ok_or(EINVAL)
+}

@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A connection of the frontend: ring, event channel, and the thread that sends.
+
+use core::num::Wrapping;
+use kernel::fmt;
+use kernel::page::Page;
+use kernel::page::PAGE_SIZE;
+use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Relaxed;
+use kernel::sync::Arc;
+use kernel::time::msecs_to_jiffies;
+use kernel_ext::base::kthread::Current;
+use kernel_ext::base::kthread::KThread;
+use kernel_ext::base::kthread::Kind;
+use kernel_ext::base::page::PageSlice;
+use kernel_ext::base::page::PageSliceMut;
+use kernel_ext::base::sysfs::Output;
+use kernel_ext::ratelimited;
+use kernel_ext::xen::events::Channel;
+use kernel_ext::xen::grant::Access;
+use kernel_ext::xen::grant::GrantReserve;
+use kernel_ext::xen::grant::GrantedPage;
+use kernel_ext::xen::ring::RingPages;
+use kernel_ext::xen::xenbus;
+use kernel_ext::xen::xenstore;
+
+use crate::protocol::answer_word;
+use crate::protocol::message_word;
+use crate::protocol::sum;
+use crate::protocol::Wake;
+use crate::protocol::Way;
+use crate::protocol::ANSWERS;
+use crate::protocol::MESSAGES;
+
+/// Messages that wait for an answer, at most.
+const WINDOW: usize = 8;
+/// Pages that the backend does not let go of, at most; the oldest goes into quarantine then.
+const KEPT: usize = 16;
+/// Pause between two rounds, so that the test leaves time for what it tests.
+const PAUSE_MS: u32 = 2;
+/// How long the end of a thread may take.
+const STOP_MS: u32 = 5000;
+
+/// What a device has done in its life.
+pub(crate) struct Counters {
+    epoch: Atomic<u32>,
+    number: Atomic<u32>,
+    echoed: Atomic<u64>,
+    errors: Atomic<u64>,
+}
+
+impl Counters {
+    pub(crate) fn new() -> Self {
+        Self {
+            epoch: Atomic::new(0),
+            number: Atomic::new(0),
+            echoed: Atomic::new(0),
+            errors: Atomic::new(0),
+        }
+    }
+
+    /// Right answers.
+    pub(crate) fn show_echoed(&self, output: &mut Output<'_>) -> fmt::Result {
+        fmt::Write::write_fmt(output, fmt!("{}\n", self.echoed.load(Relaxed)))
+    }
+
+    /// Wrong answers.
+    pub(crate) fn show_errors(&self, output: &mut Output<'_>) -> fmt::Result {
+        fmt::Write::write_fmt(output, fmt!("{}\n", self.errors.load(Relaxed)))
+    }
+}
+
+/// A connection. Ends when it is dropped.
+pub(crate) struct Connection {
+    thread: KThread,
+}
+
+impl Connection {
+    /// Makes ring and event channel, tells the backend, and starts to send.
+    pub(crate) fn new(device: &ARef<xenbus::Device>, counters: &Arc<Counters>) -> Result<Self> {
+        let epoch = counters.epoch.fetch_add(1, Relaxed);
+        let order = epoch % 3;
+        let wake = Wake::new()?;
+        let ring = RingPages::new(device, order)?;
+        let channel = Channel::alloc_unbound(device, c"recho", wake.clone())?;
+        publish(device, &ring, &channel, order, epoch)?;
+
+        let sender = Sender {
+            device: device.clone(),
+            counters: counters.clone(),
+            wake,
+            ring,
+            channel,
+            reserve: GrantReserve::empty(),
+            sent: Wrapping(0),
+            answered: Wrapping(0),
+            waiting: KVec::with_capacity(WINDOW, GFP_KERNEL)?,
+            kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
+        };
+        let kind = Kind {
+            freezable: false,
+            noio: false,
+        };
+        let thread = KThread::spawn(fmt!("recho"), kind, move |current| sender.run(current))?;
+        Ok(Self { thread })
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.thread.stop();
+        if !self.thread.join(msecs_to_jiffies(STOP_MS)) {
+            pr_err!("the sending thread does not end within {} ms\n", STOP_MS);
+        }
+    }
+}
+
+/// Writes what the backend has to know.
+fn publish(
+    device: &xenbus::Device,
+    ring: &RingPages,
+    channel: &Channel<Wake>,
+    order: u32,
+    epoch: u32,
+) -> Result {
+    let port = channel.port().ok_or(EINVAL)?;
+    let dir = device.nodename();
+    xenstore::transaction(|transaction| {
+        for (index, reference) in ring.references().enumerate() {
+            let value = reference.value();
+            xenstore::write(
+                transaction,
+                dir,
+                fmt!("ring-ref{}", index),
+                fmt!("{}", value),
+            )?;
+        }
+        xenstore::write(transaction, dir, fmt!("ring-page-order"), fmt!("{}", order))?;
+        xenstore::write(transaction, dir, fmt!("event-channel"), fmt!("{}", port))?;
+        xenstore::write(transaction, dir, fmt!("epoch"), fmt!("{}", epoch))
+    })
+}
+
+/// A message that waits for its answer.
+struct Waiting {
+    number: u32,
+    sum: u32,
+    page: GrantedPage,
+}
+
+/// The thread, and all that it owns.
+struct Sender {
+    device: ARef<xenbus::Device>,
+    counters: Arc<Counters>,
+    wake: Arc<Wake>,
+    ring: RingPages,
+    channel: Channel<Wake>,
+    reserve: GrantReserve,
+    /// Count of messages.
+    sent: Wrapping<u32>,
+    /// Count of answers that were taken.
+    answered: Wrapping<u32>,
+    /// In the order of the ring.
+    waiting: KVec<Waiting>,
+    /// Answered, but still mapped by the backend.
+    kept: KVec<GrantedPage>,
+}
+
+impl Sender {
+    fn run(mut self, current: &Current) {
+        while !current.should_stop() {
+            let event = self.wake.wait(current, msecs_to_jiffies(PAUSE_MS));
+            self.wake.clear();
+            let taken = match self.take_answers() {
+                Ok(taken) => taken,
+                Err(error) => return self.give_up(error),
+            };
+            if event {
+                self.channel.eoi(taken == 0);
+            }
+            self.end_kept();
+            if let Err(error) = self.send() {
+                ratelimited!(pr_warn!(
+                    "{}: cannot send: {:?}\n",
+                    self.device.nodename(),
+                    error
+                ));
+            }
+        }
+    }
+
+    /// The backend has broken the rules: no more events, no more messages.
+    fn give_up(&self, error: Error) {
+        self.counters.errors.fetch_add(1, Relaxed);
+        self.device.dev_fatal(
+            error,
+            fmt!("the backend claims answers to messages never sent"),
+        );
+    }
+
+    /// Takes all answers that are there, and says how many.
+    fn take_answers(&mut self) -> Result<u32> {
+        let there = Wrapping(self.ring.load(ANSWERS)) - self.answered;
+        if there > self.sent - self.answered {
+            return Err(EPROTO);
+        }
+        self.ring.read_fence();
+        for _ in 0..there.0 {
+            self.take_answer();
+        }
+        Ok(there.0)
+    }
+
+    fn take_answer(&mut self) {
+        let word = answer_word(self.answered);
+        let [number, sum, status] = [0, 1, 2].map(|field| self.ring.load(word + field));
+        self.answered += 1;
+        let Ok(message) = self.waiting.remove(0) else {
+            return;
+        };
+
+        let mut first = [0; 4];
+        if let Some(slice) = message.page.slice(0, first.len()) {
+            slice.read(&mut first);
+        }
+        let right = number == message.number
+            && sum == message.sum
+            && u32::from_le_bytes(first) == message.sum
+            && status == 0;
+        let counter = if right {
+            &self.counters.echoed
+        } else {
+            &self.counters.errors
+        };
+        counter.fetch_add(1, Relaxed);
+        if !right {
+            ratelimited!(pr_err!(
+                "{}: message {} with sum {:#x}: answer {} with sum {:#x}, page {:?}, status {}\n",
+                self.device.nodename(),
+                message.number,
+                message.sum,
+                number,
+                sum,
+                first,
+                status
+            ));
+        }
+        self.end(message.page);
+    }
+
+    /// Ends a grant, or keeps the page for later.
+    fn end(&mut self, page: GrantedPage) {
+        let Err(page) = page.try_end() else { return };
+        if self.kept.len() == KEPT {
+            // Dropping it puts it into quarantine.
+            drop(self.kept.remove(0));
+        }
+        // There is a place, see above.
+        let _ = self.kept.push_within_capacity(page);
+    }
+
+    /// Tries once more for the pages that the backend had not let go of.
+    fn end_kept(&mut self) {
+        for _ in 0..self.kept.len() {
+            if let Ok(page) = self.kept.remove(0) {
+                self.end(page);
+            }
+        }
+    }
+
+    /// Sends as many messages as may wait.
+    fn send(&mut self) -> Result {
+        let before = self.sent;
+        let result = self.fill_window();
+        if self.sent != before {
+            self.ring.write_fence();
+            self.ring.store(MESSAGES, self.sent.0);
+            self.channel.notify();
+        }
+        result
+    }
+
+    fn fill_window(&mut self) -> Result {
+        self.reserve.fill(WINDOW as u16)?;
+        while self.waiting.len() < WINDOW {
+            let number = self.counters.number.fetch_add(1, Relaxed);
+            let page = Page::alloc_page(GFP_KERNEL)?;
+            let sum = fill(&page, number);
+            let domain = self.device.otherend_id();
+            let page = GrantedPage::new(&mut self.reserve, domain, page, Access::ReadWrite)?;
+
+            let word = message_word(self.sent);
+            self.ring.store(word, number);
+            self.ring.store(word + 1, page.reference().value());
+            self.ring.store(word + 2, way_of(number).number());
+            self.waiting
+                .push(Waiting { number, sum, page }, GFP_KERNEL)?;
+            self.sent += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Fills the page of a message, and says what the sum of its bytes is.
+fn fill(page: &Page, number: u32) -> u32 {
+    let mut chunk = [0; 128];
+    for offset in (0..PAGE_SIZE).step_by(chunk.len()) {
+        for (index, byte) in chunk.iter_mut().enumerate() {
+            *byte = (number as usize)
+                .wrapping_mul(31)
+                .wrapping_add(offset ^ index) as u8;
+        }
+        if let Some(slice) = PageSliceMut::new(page, offset, chunk.len()) {
+            slice.write(&chunk);
+        }
+    }
+    PageSlice::new(page, 0, PAGE_SIZE).map_or(0, sum)
+}
+
+/// The way of the message with this number.
+fn way_of(number: u32) -> Way {
+    match number % 8 {
+        7 => Way::Keep,
+        1 | 3 | 5 => Way::Copy,
+        _ => Way::Map,
+    }
+}
