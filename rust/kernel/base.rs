@@ -2,6 +2,7 @@
 
 //! What any driver may need and the stock `kernel` crate lacks.
 //!
+//! - [`cpu`]: the CPUs of the machine.
 //! - [`irq_spinlock`]: a lock for data that an interrupt handler uses too.
 //! - [`kthread`]: kernel threads that run a closure.
 //! - [`module_param`]: module parameters that show in sysfs.
@@ -14,6 +15,7 @@
 //! - [`wait`]: wait queues.
 //! - [`workqueue`]: work queues that end with their owner.
 
+pub mod cpu;
 pub mod irq_spinlock;
 pub mod kthread;
 pub mod module_param;

@@ -39,10 +39,20 @@ struct Shared {
     wait: WaitQueue,
 }
 
+/// What kind of thread it is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Kind {
+    /// It is frozen on suspend, in [`WaitQueue::wait_idle`]. Others go on running.
+    pub freezable: bool,
+    /// Memory that it allocates may not come from writing to a disk, whatever the flags of the
+    /// allocation say: for threads that disks depend on.
+    pub noio: bool,
+}
+
 /// What a new thread starts with.
 struct Start<F> {
     main: F,
-    freezable: bool,
+    kind: Kind,
     shared: Arc<Shared>,
     module: ModuleRef,
 }
@@ -81,9 +91,8 @@ pub struct KThread {
 impl KThread {
     /// Starts a thread that runs `main`.
     ///
-    /// `name` is shown by `ps`; the kernel cuts it for other uses. A `freezable` thread is frozen on
-    /// suspend, in [`WaitQueue::wait_idle`]; the others go on running.
-    pub fn spawn<F>(name: fmt::Arguments<'_>, freezable: bool, main: F) -> Result<Self>
+    /// `name` is shown by `ps`; the kernel cuts it for other uses.
+    pub fn spawn<F>(name: fmt::Arguments<'_>, kind: Kind, main: F) -> Result<Self>
     where
         F: FnOnce(&Current) + Send + 'static,
     {
@@ -98,7 +107,7 @@ impl KThread {
         )?;
         let start = Start {
             main,
-            freezable,
+            kind,
             shared: shared.clone(),
             module: ModuleRef::new()?,
         };
@@ -162,13 +171,17 @@ unsafe extern "C" fn run<F: FnOnce(&Current)>(start: *mut ffi::c_void) -> ffi::c
     let start = unsafe { KBox::from_raw(start.cast::<Start<F>>()) };
     let Start {
         main,
-        freezable,
+        kind,
         shared,
         module,
     } = KBox::into_inner(start);
-    if freezable {
+    if kind.freezable {
         // SAFETY: Only touches the current task.
         unsafe { bindings::set_freezable() };
+    }
+    if kind.noio {
+        // SAFETY: Only touches the current task. It is for all its life, so nothing is restored.
+        unsafe { bindings_ext::memalloc_noio_save() };
     }
     let current = Current {
         shared: shared.clone(),

@@ -5,6 +5,7 @@
 use super::page::PageOwner;
 use super::page::PageSlice;
 use kernel::prelude::*;
+use kernel::sync::Arc;
 
 /// No page: for operations without data.
 // SAFETY: There is nothing to keep.
@@ -30,42 +31,27 @@ unsafe impl<T: PageOwner> PageOwner for KVec<T> {
     }
 }
 
-/// One of two things.
-pub enum Either<A, B> {
-    /// The first.
-    Left(A),
-    /// The second.
-    Right(B),
-}
-
-impl<A, B, T> Iterator for Either<A, B>
-where
-    A: Iterator<Item = T>,
-    B: Iterator<Item = T>,
-{
-    type Item = T;
-
-    fn next(&mut self) -> Option<T> {
-        match self {
-            Either::Left(iter) => iter.next(),
-            Either::Right(iter) => iter.next(),
-        }
-    }
-}
-
-// SAFETY: Whichever owner it is keeps the promise.
-unsafe impl<A: PageOwner, B: PageOwner> PageOwner for Either<A, B> {
+/// Pages that are shared: they stay with the last reference.
+// SAFETY: The owner inside keeps the promise, and is not dropped while there is a reference. Nobody
+// can give it away by value meanwhile.
+unsafe impl<T: PageOwner> PageOwner for Arc<T> {
     fn writable(&self) -> bool {
-        match self {
-            Either::Left(owner) => owner.writable(),
-            Either::Right(owner) => owner.writable(),
-        }
+        (**self).writable()
     }
 
     fn slices(&self) -> impl Iterator<Item = PageSlice<'_>> + '_ {
-        match self {
-            Either::Left(owner) => Either::Left(owner.slices()),
-            Either::Right(owner) => Either::Right(owner.slices()),
-        }
+        (**self).slices()
+    }
+}
+
+/// The pages of two owners, those of the first first.
+// SAFETY: Both keep the promise, and stay owned by the pair.
+unsafe impl<A: PageOwner, B: PageOwner> PageOwner for (A, B) {
+    fn writable(&self) -> bool {
+        self.0.writable() && self.1.writable()
+    }
+
+    fn slices(&self) -> impl Iterator<Item = PageSlice<'_>> + '_ {
+        Iterator::chain(self.0.slices(), self.1.slices())
     }
 }

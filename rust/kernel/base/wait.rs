@@ -116,6 +116,12 @@ impl WaitQueue {
         self.sleep(Sleep::Idle, MAX_SCHEDULE_TIMEOUT, condition);
     }
 
+    /// Like [`WaitQueue::wait_idle`], for at most `timeout`. Says whether the condition holds.
+    pub fn wait_idle_timeout(&self, timeout: Jiffies, condition: impl FnMut() -> bool) -> bool {
+        let timeout = isize::try_from(timeout).unwrap_or(isize::MAX);
+        self.sleep(Sleep::Idle, timeout, condition)
+    }
+
     fn sleep(&self, sleep: Sleep, mut timeout: isize, mut condition: impl FnMut() -> bool) -> bool {
         kernel::task::might_sleep();
         if condition() {

@@ -3,7 +3,7 @@
 //! I/O on a block device.
 //!
 //! An [`Io`] owns the memory that is read or written and a context of the driver. [`submit`] takes
-//! it, and it comes back through [`Completion::complete`], once, when the device is done with the
+//! it, and it comes back through [`Context::complete`], once, when the device is done with the
 //! memory. In between nobody can touch or free what the device works on.
 //!
 //! One `Io` is one bio: up to [`MAX_PARTS`] pieces of memory for one run of sectors. The bio comes
@@ -128,8 +128,12 @@ impl<D, C> Io<D, C> {
     }
 }
 
-/// The context of an [`Io`] that knows what to do at its end.
-pub trait Completion<D>: Sized + Send + 'static {
+/// The context of an [`Io`]: it knows what part the memory has in it, and what to do at its end.
+pub trait Context<D>: Sized + Send + 'static {
+    /// The parts of the memory that the I/O is about: the first lies in the first slice of the
+    /// memory, and so on. There may be more slices than parts.
+    fn parts(&self) -> impl ExactSizeIterator<Item = Part> + '_;
+
     /// The I/O has ended, with `EOPNOTSUPP` if the device can't do it, or another error.
     ///
     /// # Context
@@ -143,31 +147,41 @@ pub trait Completion<D>: Sized + Send + 'static {
 
 /// Starts an I/O at a sector (of 512 bytes) of a device. May sleep.
 ///
-/// The first of the `parts` lies in the first slice of the memory, and so on. There may be more slices
-/// than parts.
-///
 /// On an error it has not started, and is given back. `EINVAL`: the parts do not lie in the slices,
 /// are too many, or do not fit the operation. `EACCES`: the device is not open for writing, or memory
 /// that must not change is read into.
-pub fn submit<D: PageOwner + Send + 'static, C: Completion<D>>(
+pub fn submit<D: PageOwner + Send + 'static, C: Context<D>>(
     device: &Arc<BlockDevice>,
     operation: Operation,
     sector: u64,
-    parts: impl ExactSizeIterator<Item = Part>,
     mut io: KBox<Io<D, C>>,
 ) -> Result<(), (Error, KBox<Io<D, C>>)> {
-    if let Err(error) = check(device, operation, parts.len(), &io.data) {
-        return Err((error, io));
+    match prepare(device, operation, sector, &io.data, io.context.parts()) {
+        Err(error) => Err((error, io)),
+        Ok(bio) => {
+            io.device = Some(device.clone());
+            bio.submit(io);
+            Ok(())
+        }
     }
-    io.device = Some(device.clone());
+}
 
+/// Makes a bio of parts of `data`, which the caller keeps until the bio has ended or was dropped.
+fn prepare(
+    device: &BlockDevice,
+    operation: Operation,
+    sector: u64,
+    data: &impl PageOwner,
+    parts: impl ExactSizeIterator<Item = Part>,
+) -> Result<Bio> {
+    check(device, operation, parts.len(), data)?;
     let bio = Bio::new(device, operation, sector, parts.len());
-    if let Err(error) = bio.add(&io.data, parts) {
-        drop(bio);
-        return Err((error, io));
+    let mut slices = data.slices();
+    for Part { offset, len } in parts {
+        let slice = slices.next().and_then(|slice| slice.get(offset, len));
+        bio.add(slice.ok_or(EINVAL)?)?;
     }
-    bio.submit(io);
-    Ok(())
+    Ok(bio)
 }
 
 fn check(
@@ -232,20 +246,8 @@ impl Bio {
         Self(bio)
     }
 
-    /// Adds parts of `data`, which the caller keeps until the bio has ended or was dropped.
-    fn add(&self, data: &impl PageOwner, parts: impl Iterator<Item = Part>) -> Result {
-        let mut slices = data.slices();
-        for Part { offset, len } in parts {
-            let slice = slices
-                .next()
-                .and_then(|slice| slice.get(offset, len))
-                .ok_or(EINVAL)?;
-            self.add_slice(slice)?;
-        }
-        Ok(())
-    }
-
-    fn add_slice(&self, slice: PageSlice<'_>) -> Result {
+    /// Adds a part of the memory that the caller keeps until the bio has ended or was dropped.
+    fn add(&self, slice: PageSlice<'_>) -> Result {
         if slice.is_empty() {
             return Err(EINVAL);
         }
@@ -261,7 +263,7 @@ impl Bio {
         }
     }
 
-    fn submit<D: PageOwner + Send + 'static, C: Completion<D>>(self, io: KBox<Io<D, C>>) {
+    fn submit<D: PageOwner + Send + 'static, C: Context<D>>(self, io: KBox<Io<D, C>>) {
         let bio = self.0;
         core::mem::forget(self);
         // SAFETY: The bio is valid by the type invariant, and ours until it is submitted. All pages
@@ -284,9 +286,7 @@ impl Drop for Bio {
 /// # Safety
 ///
 /// `bio` was submitted by [`Bio::submit`] with the same types, and has ended.
-unsafe extern "C" fn end_io<D: PageOwner + Send + 'static, C: Completion<D>>(
-    bio: *mut bindings::bio,
-) {
+unsafe extern "C" fn end_io<D: PageOwner + Send + 'static, C: Context<D>>(bio: *mut bindings::bio) {
     // SAFETY: By the requirements of this function; it is called once.
     let (io, status) = unsafe {
         (
