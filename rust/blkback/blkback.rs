@@ -1,21 +1,64 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! blkback.
+//! The backend of the Xen virtual block device: serves disks of this domain to other domains.
+//!
+//! # Terms
+//!
+//! - *Frontend*: the driver in the other domain, whose disk this is.
+//! - *Queue*: one ring of a frontend, and the kernel thread that serves it.
+//! - *Transfer*: a request that was taken from a ring, with the memory that it is about.
+//!
+//! # Where what is
+//!
+//! | file | |
+//! |---|---|
+//! | `vbd` | the life of a device, from probe to removal |
+//! | `connect` | what is read from xenstore and written to it |
+//! | `disk` | the block device that is served |
+//! | `queue` | the thread of a queue: takes requests, ends transfers |
+//! | `transfer` | a request on its way, and how it gets back to its thread |
+//! | `memory` | how data gets between the frontend's memory and the disk |
+//! | `ring` | the memory of a ring |
+//! | `stats` | counters and files in sysfs |
+//! | `params` | module parameters |
+//!
+//! What can be decided without the kernel is decided in the crate [`blkif`].
 
+#![deny(unsafe_code)]
+
+use kernel::driver::Registration;
 use kernel::prelude::*;
+use kernel_ext::xen::xenbus::Adapter;
+
+mod connect;
+mod disk;
+mod memory;
+mod params;
+mod queue;
+mod ring;
+mod stats;
+mod transfer;
+mod vbd;
 
 module! {
     type: Module,
     name: "rblkback",
     authors: ["The rblkif developers"],
-    description: "blkback",
+    description: "Xen virtual block device backend",
     license: "GPL",
+    alias: ["xen-backend:vbd"],
 }
 
-struct Module;
+#[pin_data]
+struct Module {
+    #[pin]
+    driver: Registration<Adapter<vbd::VbdDriver>>,
+}
 
-impl kernel::Module for Module {
-    fn init(_module: &'static ThisModule) -> Result<Self> {
-        Ok(Module)
+impl kernel::InPlaceModule for Module {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        pin_init!(Self {
+            driver <- Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),
+        }? Error)
     }
 }

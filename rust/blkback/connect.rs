@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Connecting to a frontend: what is read from its directory and written to ours.
+
+use crate::disk::Disk;
+use crate::disk::MAX_INDIRECT_SEGMENTS;
+use crate::queue::Parts;
+use crate::queue::Queue;
+use crate::ring::Memory;
+use crate::stats::Counters;
+use crate::stats::Stats;
+use crate::transfer::Inbox;
+use blkif::negotiate::Accepted;
+use blkif::negotiate::BackLimits;
+use blkif::negotiate::BadChoice;
+use blkif::negotiate::FrontChoice;
+use blkif::node;
+use blkif::node::BadNode;
+use blkif::node::Wrong;
+use blkif::ring::BackRing;
+use blkif::ring::RingError;
+use kernel::fmt;
+use kernel::prelude::*;
+use kernel::str::BStr;
+use kernel::str::CStr;
+use kernel::str::CString;
+use kernel::sync::Arc;
+use kernel_ext::block::bdev::Access;
+use kernel_ext::block::bdev::DeviceNumber;
+use kernel_ext::xen::events::Channel;
+use kernel_ext::xen::grant::ForeignRef;
+use kernel_ext::xen::ring::MappedRing;
+use kernel_ext::xen::ring::MAX_PAGES;
+use kernel_ext::xen::xenbus::Device;
+use kernel_ext::xen::xenstore;
+use kernel_ext::xen::xenstore::NoTransaction;
+use kernel_ext::xen::xenstore::Value;
+
+/// Why a connection cannot be made. Written to xenstore for a person to read.
+#[derive(Debug)]
+pub(crate) enum Fault {
+    /// A node of the frontend, or of the toolstack.
+    Node(BadNode),
+    /// A node of one queue.
+    Queue(u32, BadNode),
+    /// A choice that was not offered.
+    Choice(BadChoice),
+    /// The indices in a ring make no sense.
+    Ring(u32, RingError),
+    /// A number that the frontend gave for a queue is refused by Xen: the node and the number.
+    Refused(u32, &'static str, u32, Error),
+    /// The frontend is in a state that has no place in the protocol.
+    State,
+    /// The disk cannot be opened.
+    Disk(DeviceNumber, Access, Error),
+    /// Something of our own failed.
+    Own(&'static str, Error),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Fault::Node(bad) => write!(f, "{bad}"),
+            Fault::Queue(index, bad) => write!(f, "queue {index}: {bad}"),
+            Fault::Choice(bad) => write!(f, "{bad}"),
+            Fault::Ring(index, error) => write!(f, "ring of queue {index}: {error}"),
+            Fault::Refused(index, node, number, _) => {
+                write!(f, "queue {index}: {node} = \"{number}\": refused by Xen")
+            }
+            Fault::State => f.write_str("the frontend's state has no place in the protocol"),
+            Fault::Disk(number, access, _) => {
+                let (major, minor) = (number.major(), number.minor());
+                let how = match access {
+                    Access::ReadOnly => "reading",
+                    Access::ReadWrite => "writing",
+                };
+                write!(
+                    f,
+                    "physical-device = \"{major:x}:{minor:x}\": cannot be opened for {how}"
+                )
+            }
+            Fault::Own(what, _) => f.write_str(what),
+        }
+    }
+}
+
+impl Fault {
+    /// The errno that goes with it.
+    pub(crate) fn error(&self) -> Error {
+        match self {
+            Fault::Node(_) | Fault::Queue(..) | Fault::Choice(_) | Fault::State => EINVAL,
+            Fault::Ring(..) => EIO,
+            Fault::Disk(_, _, error) | Fault::Refused(_, _, _, error) | Fault::Own(_, error) => {
+                *error
+            }
+        }
+    }
+}
+
+/// Says what was being done when an error happened.
+trait Doing<T> {
+    fn doing(self, what: &'static str) -> Result<T, Fault>;
+}
+
+impl<T> Doing<T> for Result<T> {
+    fn doing(self, what: &'static str) -> Result<T, Fault> {
+        self.map_err(|error| Fault::Own(what, error))
+    }
+}
+
+/// Reads a node. One that is empty counts as missing.
+fn read(dir: &CStr, node: fmt::Arguments<'_>) -> Result<Option<Value>, Fault> {
+    match xenstore::read(&NoTransaction, dir, node) {
+        Ok(value) => Ok(Some(value).filter(|value| !value.as_bytes().is_empty())),
+        Err(error) if error == ENOENT => Ok(None),
+        Err(error) => Err(Fault::Own("reading xenstore", error)),
+    }
+}
+
+/// Opens the disk that the hotplug script has written to our directory; `None` if it has not, or
+/// there is one already.
+pub(crate) fn find_disk(device: &Device, disk: Option<&Disk>) -> Result<Option<Disk>, Fault> {
+    const NODE: &str = "physical-device";
+    let dir = device.nodename();
+    let Some(value) = read(dir, fmt!("{NODE}"))? else {
+        return Ok(None);
+    };
+    let (major, minor) = node::physical_device(NODE, value.as_bytes()).map_err(Fault::Node)?;
+    let number = DeviceNumber::new(major, minor)
+        .ok_or_else(|| Fault::Node(BadNode::new(NODE, value.as_bytes(), Wrong::Unknown)))?;
+    if let Some(disk) = disk {
+        if disk.number != number {
+            dev_warn!(
+                device.as_ref(),
+                "{NODE} was changed to {major:x}:{minor:x}: ignored\n"
+            );
+        }
+        return Ok(None);
+    }
+    let mode = read(dir, fmt!("mode"))?.ok_or(Fault::Node(BadNode::missing("mode")))?;
+    let access = match mode.as_bytes() {
+        [b'r'] => Access::ReadOnly,
+        mode if mode.contains(&b'w') => Access::ReadWrite,
+        other => return Err(Fault::Node(BadNode::new("mode", other, Wrong::Unknown))),
+    };
+    let mode = CString::try_from_fmt(fmt!("{}", &*mode)).doing("keeping the mode")?;
+    let discard = read(dir, fmt!("discard-enable"))?.is_none_or(|value| value.as_bytes() != b"0");
+    Disk::open(number, access, mode, discard)
+        .map(Some)
+        .map_err(|error| Fault::Disk(number, access, error))
+}
+
+/// Writes what any frontend may choose from.
+pub(crate) fn write_offers(dir: &CStr, limits: &BackLimits) -> Result {
+    let write = |node: &str, value: u32| {
+        xenstore::write(&NoTransaction, dir, fmt!("{node}"), fmt!("{value}"))
+    };
+    write(
+        "feature-max-indirect-segments",
+        MAX_INDIRECT_SEGMENTS.into(),
+    )?;
+    write("multi-queue-max-queues", limits.max_queues)?;
+    write("max-ring-page-order", limits.max_ring_page_order)
+}
+
+/// Reads what the frontend has chosen.
+fn read_choice(frontend: &CStr, limits: &BackLimits) -> Result<Accepted, Fault> {
+    let mut choice = FrontChoice::default();
+    for node in FrontChoice::NODES {
+        if let Some(value) = read(frontend, fmt!("{node}"))? {
+            choice.set(node, value.as_bytes()).map_err(Fault::Node)?;
+        }
+    }
+    choice.check(limits).map_err(Fault::Choice)
+}
+
+/// What the queues of a connection have in common.
+pub(crate) struct Connection<'a> {
+    device: &'a Device,
+    frontend: &'a CStr,
+    accepted: Accepted,
+    disk: Arc<Disk>,
+    /// Name of the virtual device, such as `xvda`.
+    name: CString,
+}
+
+impl<'a> Connection<'a> {
+    /// To a frontend that has written what it wants.
+    pub(crate) fn new(
+        device: &'a Device,
+        frontend: &'a CStr,
+        disk: Arc<Disk>,
+        limits: &BackLimits,
+    ) -> Result<Self, Fault> {
+        let accepted = read_choice(frontend, limits)?;
+        let dev =
+            read(device.nodename(), fmt!("dev"))?.ok_or(Fault::Node(BadNode::missing("dev")))?;
+        let name = dev.as_bytes();
+        let name = name.strip_prefix(b"/dev/").unwrap_or(name);
+        let name =
+            CString::try_from_fmt(fmt!("{}", BStr::from_bytes(name))).doing("keeping the name")?;
+        Ok(Self {
+            device,
+            frontend,
+            accepted,
+            disk,
+            name,
+        })
+    }
+
+    /// Number of rings.
+    pub(crate) fn queues(&self) -> u32 {
+        self.accepted.rings.queues
+    }
+
+    /// Maps the ring of a queue, and connects its event channel.
+    pub(crate) fn queue(&self, index: u32, stats: &Stats) -> Result<Queue, Fault> {
+        let (references, pages) = self.references(index)?;
+        let references = references.get(..pages).unwrap_or_default();
+        let port = self.number(index, "event-channel", fmt!("event-channel"))?;
+
+        let ring = MappedRing::new(self.device, references).map_err(|error| {
+            let first = references.first().map_or(0, |reference| reference.0);
+            Fault::Refused(index, "ring-ref", first, error)
+        })?;
+        let ring = BackRing::attach(Memory(ring), self.accepted.abi)
+            .map_err(|error| Fault::Ring(index, error))?;
+        let inbox = Arc::pin_init(Inbox::new(), GFP_KERNEL).doing("making a queue")?;
+        let channel = Channel::bind_interdomain(self.device, port, c"blkif-backend", inbox.clone())
+            .map_err(|error| Fault::Refused(index, "event-channel", port, error))?;
+        let counters = usize::try_from(index)
+            .map_err(Error::from)
+            .and_then(|index| stats.queue(index))
+            .doing("making a queue")?;
+        self.finish(index, ring, inbox, channel, counters)
+            .doing("making a queue")
+    }
+
+    fn finish(
+        &self,
+        index: u32,
+        ring: BackRing<Memory>,
+        inbox: Arc<Inbox>,
+        channel: Channel<Inbox>,
+        counters: Arc<Counters>,
+    ) -> Result<Queue> {
+        let domain = self.device.otherend_id();
+        Queue::new(Parts {
+            name: CString::try_from_fmt(fmt!("{}.{}-{}", domain, *self.name, index))?,
+            ring,
+            channel,
+            inbox,
+            disk: self.disk.clone(),
+            counters,
+            domain,
+        })
+    }
+
+    /// The grant references of the pages of a ring, and their number.
+    fn references(&self, index: u32) -> Result<([ForeignRef; MAX_PAGES], usize), Fault> {
+        let mut references = [ForeignRef(0); MAX_PAGES];
+        let pages = usize::try_from(self.accepted.rings.pages()).unwrap_or(MAX_PAGES);
+        for (page, reference) in references.iter_mut().take(pages).enumerate() {
+            let number = if self.accepted.numbered_refs {
+                self.number(index, "ring-ref", fmt!("ring-ref{page}"))?
+            } else {
+                self.number(index, "ring-ref", fmt!("ring-ref"))?
+            };
+            *reference = ForeignRef(number);
+        }
+        Ok((references, pages))
+    }
+
+    /// A number in the directory of a queue.
+    fn number(
+        &self,
+        index: u32,
+        name: &'static str,
+        node: fmt::Arguments<'_>,
+    ) -> Result<u32, Fault> {
+        let value = if self.accepted.queue_dirs {
+            read(self.frontend, fmt!("queue-{index}/{node}"))?
+        } else {
+            read(self.frontend, node)?
+        };
+        let number = match &value {
+            Some(value) => node::decimal_u32(name, value.as_bytes()),
+            None => Err(BadNode::missing(name)),
+        };
+        number.map_err(|bad| Fault::Queue(index, bad))
+    }
+
+    /// Writes what the disk is and can do.
+    pub(crate) fn describe_disk(&self) -> Result<(), Fault> {
+        let cdrom = read(self.frontend, fmt!("device-type"))?
+            .is_some_and(|kind| kind.as_bytes() == b"cdrom");
+        let disk = &self.disk;
+        let dir = self.device.nodename();
+        xenstore::transaction(|transaction| {
+            let write = |node: &str, value: u64| {
+                xenstore::write(transaction, dir, fmt!("{node}"), fmt!("{value}"))
+            };
+            let write_cache = disk.device.write_cache().into();
+            write("feature-flush-cache", write_cache)?;
+            write("feature-barrier", write_cache)?;
+            if let Some(discard) = disk.discard {
+                write("discard-granularity", discard.granularity.into())?;
+                write("discard-alignment", discard.alignment.into())?;
+                write("discard-secure", discard.secure.into())?;
+                write("feature-discard", 1)?;
+            }
+            write("feature-persistent", self.accepted.persistent.into())?;
+            write("sectors", disk.device.sectors())?;
+            write("info", disk.info(cdrom).into())?;
+            write("sector-size", disk.device.logical_block_size().into())?;
+            write(
+                "physical-sector-size",
+                disk.device.physical_block_size().into(),
+            )
+        })
+        .doing("writing what the disk is")
+    }
+}

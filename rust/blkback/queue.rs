@@ -1,0 +1,512 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A queue: one ring, and the thread that serves it.
+//!
+//! The thread owns all of it, so there is no lock: it takes what waits in the ring in one pass,
+//! starts the I/O of all of it under one plug, ends what the disk is done with, unmaps that together,
+//! and then shows all answers at once and notifies the frontend at most once. When there is nothing
+//! to do, it sleeps until an event or the end of an I/O wakes it; there is no timer.
+//!
+//! A request that was taken from the ring is answered, whatever happens: the thread ends only when
+//! nothing is in flight. Requests that nobody has taken stay in the ring for the next backend.
+
+use crate::disk::Disk;
+use crate::disk::MAX_SEGMENTS;
+use crate::memory::Mover;
+use crate::memory::Problem;
+use crate::ring::Memory;
+use crate::stats::Counters;
+use crate::transfer::has_space;
+use crate::transfer::new_transfer;
+use crate::transfer::reserve;
+use crate::transfer::Chain;
+use crate::transfer::Inbox;
+use crate::transfer::Transfer;
+use crate::transfer::Wake;
+use crate::transfer::Work;
+use blkif::request;
+use blkif::request::Data;
+use blkif::request::DiskLimits;
+use blkif::request::Request;
+use blkif::ring::BackRing;
+use blkif::ring::RingError;
+use blkif::wire::Response;
+use blkif::wire::Status;
+use blkif::wire::WireRequest;
+use kernel::prelude::*;
+use kernel::str::CStr;
+use kernel::str::CString;
+use kernel::sync::Arc;
+use kernel::time::msecs_to_jiffies;
+use kernel_ext::base::kthread::Current;
+use kernel_ext::block::bio;
+use kernel_ext::block::bio::Operation;
+use kernel_ext::block::bio::MAX_DISCARD_SECTORS;
+use kernel_ext::ratelimited;
+use kernel_ext::xen::events::Channel;
+use kernel_ext::xen::DomId;
+
+/// How long to wait for somebody else who still uses the pages of an I/O that has ended.
+const BUSY_WAIT_MS: u32 = 5;
+
+/// Sectors of one piece of a discard: large, and a multiple of what devices discard at once.
+const DISCARD_PIECE: u64 = 1 << 22;
+const _: () = assert!(DISCARD_PIECE <= MAX_DISCARD_SECTORS as u64);
+
+/// Where a barrier is.
+enum Barrier {
+    /// There is none.
+    None,
+    /// It waits for what came before. Nothing is taken from the ring meanwhile.
+    Waiting(KBox<Transfer>),
+    /// It is on its way, alone.
+    Running,
+}
+
+/// What a queue is made of.
+pub(crate) struct Parts {
+    /// For messages: domain, device and number of the queue.
+    pub(crate) name: CString,
+    pub(crate) ring: BackRing<Memory>,
+    pub(crate) channel: Channel<Inbox>,
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) disk: Arc<Disk>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) domain: DomId,
+}
+
+/// What the thread of a queue owns.
+pub(crate) struct Queue {
+    name: CString,
+    ring: BackRing<Memory>,
+    channel: Channel<Inbox>,
+    inbox: Arc<Inbox>,
+    disk: Arc<Disk>,
+    counters: Arc<Counters>,
+    mover: Mover,
+    /// Transfers that are not used now.
+    idle: Chain,
+    /// A transfer with space for any request, for when memory is short.
+    reserve: Option<KBox<Transfer>>,
+    /// Transfers whose I/O has ended, but somebody still uses their pages.
+    busy: Chain,
+    /// A request that was taken from the ring, and waits for memory.
+    stalled: Option<WireRequest>,
+    barrier: Barrier,
+    /// Transfers that were submitted and not answered, busy ones too.
+    in_flight: usize,
+    /// The frontend has broken the ring: nothing more is taken from it.
+    broken: Option<RingError>,
+}
+
+impl Queue {
+    pub(crate) fn new(parts: Parts) -> Result<Self> {
+        let Parts {
+            name,
+            ring,
+            channel,
+            inbox,
+            disk,
+            counters,
+            domain,
+        } = parts;
+        let mover = Mover::new(domain, MAX_SEGMENTS)?;
+        let reserve = new_transfer(&inbox, MAX_SEGMENTS, GFP_KERNEL)?;
+        Ok(Self {
+            name,
+            ring,
+            channel,
+            inbox,
+            disk,
+            counters,
+            mover,
+            idle: Chain::new(),
+            reserve: Some(reserve),
+            busy: Chain::new(),
+            stalled: None,
+            barrier: Barrier::None,
+            in_flight: 0,
+            broken: None,
+        })
+    }
+
+    /// Domain, device and number of the queue.
+    pub(crate) fn name(&self) -> &CStr {
+        &self.name
+    }
+
+    /// Serves the ring until the thread should stop. `report` is called once if the frontend breaks
+    /// the ring.
+    pub(crate) fn serve(mut self, thread: &Current, report: impl FnOnce(RingError)) {
+        let mut report = Some(report);
+        loop {
+            let event = self.inbox.take_event();
+            let took = self.pass(thread);
+            match self.broken {
+                // The event is never given back, so that no more come.
+                Some(error) => {
+                    if let Some(report) = report.take() {
+                        report(error);
+                    }
+                }
+                None if event => self.channel.eoi(!took),
+                None => {}
+            }
+            let stopping = thread.should_stop();
+            if stopping && self.is_drained() {
+                return;
+            }
+            self.sleep(thread, stopping);
+        }
+    }
+
+    /// Nothing that was taken from the ring is without an answer.
+    fn is_drained(&self) -> bool {
+        self.in_flight == 0 && self.stalled.is_none() && matches!(self.barrier, Barrier::None)
+    }
+
+    fn sleep(&self, thread: &Current, stopping: bool) {
+        if self.in_flight == 0 {
+            self.mover.shrink();
+        }
+        let wake = Wake {
+            event: !stopping && self.broken.is_none(),
+            stop: !stopping,
+        };
+        let timeout = (!self.busy.is_empty()).then(|| msecs_to_jiffies(BUSY_WAIT_MS));
+        self.inbox.wait(thread, wake, timeout);
+    }
+
+    /// Does all that there is to do now. Whether a request was taken from the ring.
+    fn pass(&mut self, thread: &Current) -> bool {
+        let mut took_any = false;
+        loop {
+            let stopping = thread.should_stop();
+            let took = self.take(stopping);
+            let ended = self.end_all();
+            self.publish();
+            took_any |= took;
+            if !took && !ended && !self.more(stopping) {
+                return took_any;
+            }
+            thread.cond_resched();
+        }
+    }
+
+    /// Whether requests have come since the ring was found empty. If not, the next one will send an
+    /// event.
+    fn more(&mut self, stopping: bool) -> bool {
+        let listening = !stopping
+            && self.broken.is_none()
+            && self.stalled.is_none()
+            && matches!(self.barrier, Barrier::None);
+        listening && self.ring.final_check()
+    }
+
+    /// Starts all requests that can be started now. Whether there were any.
+    fn take(&mut self, stopping: bool) -> bool {
+        let limits = self.disk.limits();
+        let mut took = false;
+        bio::with_plug(|| {
+            loop {
+                let fresh = self.stalled.is_none();
+                let Some(wire) = self.next(stopping) else {
+                    break;
+                };
+                let begun = self.begin(&wire, &limits);
+                took |= begun || fresh;
+                if !begun {
+                    break;
+                }
+            }
+            self.start_barrier();
+        });
+        took
+    }
+
+    /// The next request to be started.
+    fn next(&mut self, stopping: bool) -> Option<WireRequest> {
+        if !matches!(self.barrier, Barrier::None) {
+            return None;
+        }
+        if let Some(wire) = self.stalled.take() {
+            return Some(wire);
+        }
+        if stopping || self.broken.is_some() {
+            return None;
+        }
+        match self.ring.take_request() {
+            Ok(wire) => wire,
+            Err(error) => {
+                self.broken = Some(error);
+                None
+            }
+        }
+    }
+
+    /// Checks a request and starts it. `false`: it has to wait for memory.
+    fn begin(&mut self, wire: &WireRequest, limits: &DiskLimits) -> bool {
+        match request::check(wire, limits) {
+            Ok(request) => self.start(wire, request, limits),
+            Err(refusal) => {
+                ratelimited!(pr_warn!(
+                    "{}: refused a request: {}\n",
+                    *self.name,
+                    format_args!("{refusal}")
+                ));
+                self.answer(wire.response(refusal.status()));
+                true
+            }
+        }
+    }
+
+    fn start(&mut self, wire: &WireRequest, request: Request, limits: &DiskLimits) -> bool {
+        let Some(mut transfer) = self.idle_transfer(segments(&request)) else {
+            return self.stall(wire);
+        };
+        match self.fill(&mut transfer, wire, request, limits) {
+            Ok(()) => self.dispatch(transfer),
+            Err(problem) if problem.is_shortage() && self.in_flight != 0 => {
+                self.recycle(transfer);
+                return self.stall(wire);
+            }
+            Err(problem) => {
+                ratelimited!(pr_warn!("{}: failed a request: {}\n", *self.name, problem));
+                self.recycle(transfer);
+                self.answer(wire.response(problem.status()));
+            }
+        }
+        true
+    }
+
+    /// Keeps a request until a transfer has ended, which gives memory back.
+    fn stall(&mut self, wire: &WireRequest) -> bool {
+        self.counters.out_of_memory.add(1);
+        self.stalled = Some(*wire);
+        false
+    }
+
+    /// A transfer with space for so many segments. If there is none, then others are in flight.
+    fn idle_transfer(&mut self, segments: usize) -> Option<KBox<Transfer>> {
+        let transfer = match self.idle.pop() {
+            Some(transfer) => Ok(transfer),
+            None => new_transfer(&self.inbox, segments, GFP_NOWAIT),
+        };
+        if let Ok(mut transfer) = transfer {
+            if reserve(&mut transfer, segments, GFP_NOWAIT).is_ok() {
+                return Some(transfer);
+            }
+            self.idle.push(transfer);
+        }
+        self.reserve.take()
+    }
+
+    /// Puts a transfer aside that is not used now.
+    fn recycle(&mut self, mut transfer: KBox<Transfer>) {
+        transfer.context.segments.clear();
+        if self.reserve.is_none() && has_space(&transfer, MAX_SEGMENTS) {
+            self.reserve = Some(transfer);
+        } else {
+            self.idle.push(transfer);
+        }
+    }
+
+    /// Makes a transfer of a request, with its memory.
+    fn fill(
+        &mut self,
+        transfer: &mut Transfer,
+        wire: &WireRequest,
+        request: Request,
+        limits: &DiskLimits,
+    ) -> Result<(), Problem> {
+        let job = &mut transfer.context;
+        job.answer = wire.response(Status::Okay);
+        job.segments.clear();
+        let (work, data) = match request {
+            Request::Read(data) => (Work::Read, Some(data)),
+            Request::Write(data) => (Work::Write, Some(data)),
+            Request::Flush => (Work::Flush, None),
+            Request::Barrier(data) => (Work::Barrier, data.map(Data::Direct)),
+            Request::Discard { extent, secure } => {
+                let (sector, left) = (extent.sector(), extent.sectors());
+                (
+                    Work::Discard {
+                        sector,
+                        left,
+                        secure,
+                    },
+                    None,
+                )
+            }
+        };
+        job.work = work;
+        job.sector = match data {
+            None => 0,
+            Some(Data::Direct(direct)) => {
+                for segment in direct.segments() {
+                    job.segments
+                        .push_within_capacity(*segment)
+                        .map_err(|_| ENOMEM)?;
+                }
+                direct.extent().sector()
+            }
+            Some(Data::Indirect(unfetched)) => self
+                .mover
+                .fetch(&unfetched, limits, &mut job.segments)?
+                .sector(),
+        };
+        self.mover.bring(transfer)
+    }
+
+    fn dispatch(&mut self, transfer: KBox<Transfer>) {
+        self.count(&transfer);
+        if transfer.context.work == Work::Barrier {
+            self.barrier = Barrier::Waiting(transfer);
+        } else {
+            self.submit(transfer);
+        }
+    }
+
+    fn count(&self, transfer: &Transfer) {
+        let counters = &self.counters;
+        let sectors = transfer.context.sectors();
+        match transfer.context.work {
+            Work::Read => {
+                counters.reads.add(1);
+                counters.sectors_read.add(sectors);
+            }
+            Work::Write => {
+                counters.writes.add(1);
+                counters.sectors_written.add(sectors);
+            }
+            Work::Flush | Work::Barrier => {
+                counters.flushes.add(1);
+                counters.sectors_written.add(sectors);
+            }
+            Work::Discard { .. } => counters.discards.add(1),
+        }
+    }
+
+    /// Starts a barrier if everything that came before has ended.
+    fn start_barrier(&mut self) {
+        if self.in_flight != 0 {
+            return;
+        }
+        match core::mem::replace(&mut self.barrier, Barrier::None) {
+            Barrier::Waiting(transfer) => {
+                self.barrier = Barrier::Running;
+                self.submit(transfer);
+            }
+            other => self.barrier = other,
+        }
+    }
+
+    /// Gives a transfer, or its next piece, to the disk.
+    fn submit(&mut self, mut transfer: KBox<Transfer>) {
+        let (operation, sector) = next_step(&mut transfer);
+        self.in_flight = self.in_flight.wrapping_add(1);
+        if let Err((error, mut transfer)) =
+            bio::submit(&self.disk.device, operation, sector, transfer)
+        {
+            transfer.context.result = Err(error);
+            self.inbox.done(transfer);
+        }
+    }
+
+    /// Ends all transfers that the disk is done with. Whether there were any.
+    fn end_all(&mut self) -> bool {
+        let mut ended = false;
+        let mut busy = self.busy.take();
+        while let Some(transfer) = busy.pop() {
+            ended |= self.settle(transfer);
+        }
+        let mut done = self.inbox.take_done();
+        while let Some(transfer) = done.pop() {
+            ended |= self.end(transfer);
+        }
+        ended
+    }
+
+    fn end(&mut self, transfer: KBox<Transfer>) -> bool {
+        if transfer.context.has_more() {
+            self.in_flight = self.in_flight.wrapping_sub(1);
+            self.submit(transfer);
+            return true;
+        }
+        self.settle(transfer)
+    }
+
+    /// Gives up the memory of a transfer, and answers it. `false`: its pages are busy.
+    fn settle(&mut self, mut transfer: KBox<Transfer>) -> bool {
+        if !self.mover.release(&mut transfer) {
+            self.busy.push(transfer);
+            return false;
+        }
+        self.in_flight = self.in_flight.wrapping_sub(1);
+        if transfer.context.work == Work::Barrier {
+            self.barrier = Barrier::None;
+        }
+        self.answer(transfer.context.final_answer());
+        self.recycle(transfer);
+        true
+    }
+
+    /// Writes an answer, which the frontend sees after [`Queue::publish`].
+    fn answer(&mut self, answer: Response) {
+        // Each request that was taken is answered once, so there is a slot.
+        let _ = self.ring.put(&answer);
+    }
+
+    /// Unmaps the pages of transfers that have ended, and shows the frontend their answers.
+    fn publish(&mut self) {
+        self.mover.flush();
+        if self.ring.publish() {
+            self.channel.notify();
+        }
+    }
+}
+
+/// Number of segments of a request.
+fn segments(request: &Request) -> usize {
+    match request {
+        Request::Read(Data::Indirect(data)) | Request::Write(Data::Indirect(data)) => {
+            usize::from(data.count())
+        }
+        Request::Read(Data::Direct(data)) | Request::Write(Data::Direct(data)) => {
+            data.segments().len()
+        }
+        Request::Barrier(data) => data.as_ref().map_or(0, |data| data.segments().len()),
+        Request::Flush | Request::Discard { .. } => 0,
+    }
+}
+
+/// What the disk is asked for next, and where.
+fn next_step(transfer: &mut Transfer) -> (Operation, u64) {
+    let job = &mut transfer.context;
+    match job.work {
+        Work::Read => (Operation::Read, job.sector),
+        Work::Write => (Operation::Write, job.sector),
+        Work::Flush => (Operation::Flush, 0),
+        Work::Barrier => (Operation::FlushWrite, job.sector),
+        Work::Discard {
+            sector,
+            left,
+            secure,
+        } => {
+            let piece = left.min(DISCARD_PIECE);
+            job.work = Work::Discard {
+                sector: sector.wrapping_add(piece),
+                left: left.wrapping_sub(piece),
+                secure,
+            };
+            // At most `DISCARD_PIECE`.
+            let sectors = piece as u32;
+            let operation = if secure {
+                Operation::SecureErase(sectors)
+            } else {
+                Operation::Discard(sectors)
+            };
+            (operation, sector)
+        }
+    }
+}

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A request on its way through the disk.
+//!
+//! A [`Transfer`] is made once and goes around: idle in its queue, filled with a request and its
+//! memory, owned by the block layer, and back over the [`Inbox`] to the thread of the queue, which
+//! ends it. So each is in one place at any time, and nothing is allocated for a request that finds
+//! an idle one.
+
+use crate::memory::Memory;
+use blkif::request::Segment;
+use blkif::wire::Response;
+use blkif::wire::Status;
+use kernel::alloc::Flags;
+use kernel::prelude::*;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Relaxed;
+use kernel::sync::Arc;
+use kernel::time::Jiffies;
+use kernel_ext::base::irq_spinlock::IrqSpinLock;
+use kernel_ext::base::kthread::Current;
+use kernel_ext::base::wait::WaitQueue;
+use kernel_ext::block::bio::Context;
+use kernel_ext::block::bio::Io;
+use kernel_ext::block::bio::Part;
+use kernel_ext::new_irq_spinlock;
+use kernel_ext::new_wait_queue;
+use kernel_ext::xen::events::Eoi;
+use kernel_ext::xen::events::Handler;
+
+/// A request with its memory.
+pub(crate) type Transfer = Io<Memory, Job>;
+
+/// What a transfer does.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Work {
+    /// From the disk to the frontend's memory.
+    Read,
+    /// From the frontend's memory to the disk.
+    Write,
+    /// No data; what was written becomes durable.
+    Flush,
+    /// Alone on the ring: what came before has ended and becomes durable, then the data, if any,
+    /// is written and becomes durable.
+    Barrier,
+    /// Forgets sectors, piece by piece.
+    Discard {
+        /// Where the next piece starts.
+        sector: u64,
+        /// Sectors that are left, without the piece on its way.
+        left: u64,
+        /// Such that they cannot be recovered.
+        secure: bool,
+    },
+}
+
+/// What the driver knows of a transfer.
+pub(crate) struct Job {
+    /// The answer, if all goes well.
+    pub(crate) answer: Response,
+    pub(crate) work: Work,
+    /// First sector of the data.
+    pub(crate) sector: u64,
+    /// The pieces of the data, checked.
+    pub(crate) segments: KVec<Segment>,
+    /// How it went.
+    pub(crate) result: Result,
+    inbox: Arc<Inbox>,
+    /// The rest of the chain that it is in.
+    next: Chain,
+}
+
+impl Job {
+    fn new(inbox: Arc<Inbox>) -> Self {
+        let answer = Response {
+            id: 0,
+            operation: 0,
+            status: Status::Okay,
+        };
+        let segments = KVec::new();
+        let next = Chain::new();
+        Self {
+            answer,
+            work: Work::Flush,
+            sector: 0,
+            segments,
+            result: Ok(()),
+            inbox,
+            next,
+        }
+    }
+
+    /// Whether there is another piece, and all went well so far.
+    pub(crate) fn has_more(&self) -> bool {
+        self.result.is_ok() && matches!(self.work, Work::Discard { left, .. } if left != 0)
+    }
+
+    /// The answer, as it went.
+    pub(crate) fn final_answer(&self) -> Response {
+        let may_be_unsupported = matches!(
+            self.work,
+            Work::Flush | Work::Barrier | Work::Discard { .. }
+        );
+        let status = match self.result {
+            Ok(()) => Status::Okay,
+            Err(error) if error == EOPNOTSUPP && may_be_unsupported => Status::NotSupported,
+            Err(_) => Status::Error,
+        };
+        Response {
+            status,
+            ..self.answer
+        }
+    }
+
+    /// Number of sectors in the segments.
+    pub(crate) fn sectors(&self) -> u64 {
+        self.segments
+            .iter()
+            .map(|segment| u64::from(segment.sectors()))
+            .sum()
+    }
+}
+
+/// Makes an idle transfer, with space for so many segments.
+pub(crate) fn new_transfer(
+    inbox: &Arc<Inbox>,
+    segments: usize,
+    flags: Flags,
+) -> Result<KBox<Transfer>> {
+    let job = Job::new(inbox.clone());
+    let mut transfer = KBox::new(Io::new(Memory::new(), job), flags)?;
+    reserve(&mut transfer, segments, flags)?;
+    Ok(transfer)
+}
+
+/// Makes space for so many segments in an idle transfer.
+pub(crate) fn reserve(transfer: &mut Transfer, segments: usize, flags: Flags) -> Result {
+    transfer.context.segments.reserve(segments, flags)?;
+    transfer.data_mut().reserve(segments, flags)?;
+    Ok(())
+}
+
+/// Whether an idle transfer has space for so many segments.
+pub(crate) fn has_space(transfer: &Transfer, segments: usize) -> bool {
+    transfer.context.segments.capacity() >= segments && transfer.data().capacity() >= segments
+}
+
+impl Context<Memory> for Job {
+    fn parts(&self) -> impl ExactSizeIterator<Item = Part> + '_ {
+        self.segments.iter().map(|segment| Part {
+            offset: segment.offset().into(),
+            len: segment.len().into(),
+        })
+    }
+
+    fn complete(mut transfer: KBox<Transfer>, result: Result) {
+        transfer.context.result = result;
+        let inbox = transfer.context.inbox.clone();
+        inbox.done(transfer);
+    }
+}
+
+/// Transfers, each one holding the next.
+pub(crate) struct Chain(Option<KBox<Transfer>>);
+
+impl Chain {
+    pub(crate) const fn new() -> Self {
+        Self(None)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
+    pub(crate) fn push(&mut self, mut transfer: KBox<Transfer>) {
+        transfer.context.next = Chain(self.0.take());
+        self.0 = Some(transfer);
+    }
+
+    pub(crate) fn pop(&mut self) -> Option<KBox<Transfer>> {
+        let mut transfer = self.0.take()?;
+        self.0 = transfer.context.next.0.take();
+        Some(transfer)
+    }
+
+    /// All of them, leaving none.
+    pub(crate) fn take(&mut self) -> Self {
+        Self(self.0.take())
+    }
+}
+
+impl Drop for Chain {
+    /// One after another: the chain may be longer than the stack is deep.
+    fn drop(&mut self) {
+        while self.pop().is_some() {}
+    }
+}
+
+/// Where the thread of a queue finds what there is to do. Interrupts put it here.
+#[pin_data]
+pub(crate) struct Inbox {
+    /// The frontend has sent an event that was not given back yet.
+    event: Atomic<bool>,
+    /// Transfers that the disk is done with.
+    #[pin]
+    done: IrqSpinLock<Chain>,
+    #[pin]
+    wait: WaitQueue,
+}
+
+impl Inbox {
+    pub(crate) fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            event: Atomic::new(false),
+            done <- new_irq_spinlock!(Chain::new()),
+            wait <- new_wait_queue!(),
+        })
+    }
+
+    /// A transfer has ended. Any context.
+    pub(crate) fn done(&self, transfer: KBox<Transfer>) {
+        let mut done = self.done.lock();
+        let first = done.is_empty();
+        done.push(transfer);
+        drop(done);
+        if first {
+            self.wait.wake_up();
+        }
+    }
+
+    /// Whether there was an event since the last call.
+    pub(crate) fn take_event(&self) -> bool {
+        self.event.load(Relaxed) && {
+            self.event.store(false, Relaxed);
+            true
+        }
+    }
+
+    /// The transfers that have ended since the last call.
+    pub(crate) fn take_done(&self) -> Chain {
+        self.done.lock().take()
+    }
+
+    fn has_done(&self) -> bool {
+        !self.done.lock().is_empty()
+    }
+
+    /// Sleeps until a transfer has ended or `wake` says so; at most for `timeout`, if there is one.
+    pub(crate) fn wait(&self, thread: &Current, wake: Wake, timeout: Option<Jiffies>) {
+        let condition = || {
+            wake.event && self.event.load(Relaxed)
+                || wake.stop && thread.should_stop()
+                || self.has_done()
+        };
+        match timeout {
+            None => self.wait.wait_idle(condition),
+            Some(timeout) => {
+                self.wait.wait_idle_timeout(timeout, condition);
+            }
+        }
+    }
+}
+
+/// What wakes the thread of a queue, besides the end of a transfer.
+#[derive(Clone, Copy)]
+pub(crate) struct Wake {
+    /// An event of the frontend.
+    pub(crate) event: bool,
+    /// That it should stop.
+    pub(crate) stop: bool,
+}
+
+impl Handler for Inbox {
+    fn handle(&self) -> Eoi {
+        self.event.store(true, Relaxed);
+        self.wait.wake_up();
+        Eoi::Later
+    }
+}

@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The driver of the virtual block device: its life from probe to removal.
+//!
+//! What is to be done when is decided by [`blkif::state`]; this carries it out. The device hears of
+//! two things, both in the `xenwatch` thread: the frontend's state has changed, or the hotplug script
+//! has written `physical-device`. Either may come first.
+//!
+//! When the driver is unbound, nothing is said to the frontend: the rings stay as they are, with the
+//! requests that nobody has taken, and the next driver goes on with them.
+
+use crate::connect;
+use crate::connect::Connection;
+use crate::connect::Fault;
+use crate::disk::Disk;
+use crate::params;
+use crate::stats;
+use crate::stats::Stats;
+use blkif::negotiate::BackLimits;
+use blkif::ring::RingError;
+use blkif::state::Back;
+use blkif::state::BackAction;
+use blkif::state::BackEvent;
+use blkif::state::XenbusState;
+use core::fmt::Write;
+use kernel::device::Core;
+use kernel::fmt;
+use kernel::new_mutex;
+use kernel::prelude::*;
+use kernel::str::CStr;
+use kernel::str::CString;
+use kernel::sync::aref::ARef;
+use kernel::sync::Arc;
+use kernel::sync::Mutex;
+use kernel::time::msecs_to_jiffies;
+use kernel_ext::base::kthread::KThread;
+use kernel_ext::base::kthread::Kind;
+use kernel_ext::base::sysfs;
+use kernel_ext::base::sysfs::Output;
+use kernel_ext::ratelimited;
+use kernel_ext::xen::xenbus::After;
+use kernel_ext::xen::xenbus::Device;
+use kernel_ext::xen::xenbus::DeviceId;
+use kernel_ext::xen::xenbus::Driver;
+use kernel_ext::xen::xenbus::IdArray;
+use kernel_ext::xen::xenbus::IdTable;
+use kernel_ext::xen::xenbus::Side;
+use kernel_ext::xen::xenbus::State;
+use kernel_ext::xen::xenstore::Watch;
+use kernel_ext::xen::xenstore::WatchHandler;
+
+/// How long to wait for what is in flight, before its queues are left to themselves.
+const DRAIN_MS: u32 = 30_000;
+
+static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
+
+/// A bound device.
+pub(crate) struct VbdDriver {
+    vbd: Arc<Vbd>,
+    _watch: Watch<PhysicalDevice>,
+}
+
+/// Hears of the node `physical-device`.
+struct PhysicalDevice(Arc<Vbd>);
+
+/// A device, as its callbacks, files and threads share it.
+#[pin_data]
+pub(crate) struct Vbd {
+    device: ARef<Device>,
+    /// The frontend's directory.
+    frontend: CString,
+    stats: Arc<Stats>,
+    #[pin]
+    inner: Mutex<Inner>,
+}
+
+/// What changes in a device's life.
+struct Inner {
+    back: Back,
+    /// What was offered to the frontend.
+    limits: BackLimits,
+    /// Once the hotplug script has named it.
+    disk: Option<Arc<Disk>>,
+    /// One for each ring that is served.
+    threads: KVec<KThread>,
+    /// Counts the connections, so that a thread of an old one does no harm to a new one.
+    connection: u64,
+}
+
+impl Driver for VbdDriver {
+    const SIDE: Side = Side::Backend;
+    const NAME: &'static CStr = c"vbd";
+    const ID_TABLE: IdTable = IDS.as_table();
+    const ALLOW_REBIND: bool = true;
+
+    fn probe(device: &Device<Core<'_>>) -> impl PinInit<Self, Error> {
+        Self::new(device)
+            .inspect_err(|error| device.dev_fatal(*error, fmt!("making a disk to offer")))
+    }
+
+    fn otherend_changed(self: Pin<&Self>, _device: &Device<Core<'_>>, _state: State) -> After {
+        match self.vbd.advance() {
+            Back::Gone => After::Unregister,
+            Back::Waiting | Back::Live | Back::Closing | Back::Detached | Back::Closed => {
+                After::Keep
+            }
+        }
+    }
+
+    fn remove(self: Pin<&Self>, _device: &Device<Core<'_>>) {
+        self.vbd.leave();
+    }
+}
+
+impl VbdDriver {
+    fn new(device: &Device<Core<'_>>) -> Result<Self> {
+        let vbd = Vbd::new(device)?;
+        vbd.offer(&mut vbd.inner.lock())?;
+        sysfs::register(device.as_ref(), None, &stats::DEVICE, vbd.clone())?;
+        let stats = vbd.stats.clone();
+        sysfs::register(
+            device.as_ref(),
+            Some(c"statistics"),
+            &stats::STATISTICS,
+            stats,
+        )?;
+        device.switch_state(State::InitWait);
+        let handler = Arc::new(PhysicalDevice(vbd.clone()), GFP_KERNEL)?;
+        let watch = Watch::new(device.nodename(), fmt!("physical-device"), handler)?;
+        Ok(Self { vbd, _watch: watch })
+    }
+}
+
+impl WatchHandler for PhysicalDevice {
+    fn changed(&self) {
+        self.0.find_disk();
+    }
+}
+
+impl Vbd {
+    fn new(device: &Device<Core<'_>>) -> Result<Arc<Self>> {
+        let frontend = CString::try_from_fmt(fmt!("{}", device.otherend()?))?;
+        let stats = Arc::pin_init(Stats::new(), GFP_KERNEL)?;
+        let inner = Inner {
+            back: Back::Waiting,
+            limits: params::limits(),
+            disk: None,
+            threads: KVec::new(),
+            connection: 0,
+        };
+        let device: ARef<Device> = ARef::from(&***device);
+        let vbd = pin_init!(Self {
+            device,
+            frontend,
+            stats,
+            inner <- new_mutex!(inner),
+        });
+        Arc::pin_init(vbd, GFP_KERNEL)
+    }
+
+    /// Does what the frontend's state asks for, until there is nothing more to do. The state after
+    /// that.
+    fn advance(self: &Arc<Self>) -> Back {
+        let mut inner = self.inner.lock();
+        loop {
+            let event = self.look(&inner);
+            let action = inner.back.step(event);
+            if action == BackAction::Drain {
+                let threads = core::mem::take(&mut inner.threads);
+                // The threads may need the lock to report an error.
+                drop(inner);
+                self.drain(threads);
+                inner = self.inner.lock();
+            }
+            if !self.carry_out(&mut inner, action) {
+                return inner.back;
+            }
+        }
+    }
+
+    /// What is to be seen now.
+    fn look(&self, inner: &Inner) -> BackEvent {
+        let state = self.device.read_driver_state(&self.frontend).number();
+        match XenbusState::from_number(state) {
+            None => BackEvent::BadState,
+            Some(state) => BackEvent::Frontend {
+                state,
+                online: self.device.is_online(),
+                ready: inner.disk.is_some(),
+            },
+        }
+    }
+
+    /// Carries out an action, and enters the state that it leads to. Whether there is one.
+    fn carry_out(self: &Arc<Self>, inner: &mut Inner, action: BackAction) -> bool {
+        let result = match action {
+            BackAction::Attach => self.attach(inner),
+            BackAction::Restart => self
+                .offer(inner)
+                .map_err(|error| Fault::Own("offering", error)),
+            BackAction::Fail => Err(Fault::State),
+            BackAction::Wait
+            | BackAction::Drain
+            | BackAction::Close
+            | BackAction::Finish
+            | BackAction::Forget => Ok(()),
+        };
+        match (result, action.leads_to()) {
+            (Err(fault), _) => self.fail(inner, &fault),
+            (Ok(()), Some(next)) => {
+                self.enter(inner, next);
+                true
+            }
+            (Ok(()), None) => false,
+        }
+    }
+
+    /// Takes over a state, and shows it.
+    fn enter(&self, inner: &mut Inner, next: Back) {
+        inner.back = next;
+        if let Some(state) = next.xenbus() {
+            self.device.switch_state(shown(state));
+        }
+    }
+
+    /// Writes what is wrong to xenstore, and wants the frontend to close. Whether that is new.
+    fn fail(&self, inner: &mut Inner, fault: &Fault) -> bool {
+        let action = inner.back.step(BackEvent::Failed);
+        let Some(next) = action.leads_to() else {
+            return false;
+        };
+        ratelimited!(self.device.dev_fatal(fault.error(), fmt!("{fault}")));
+        self.enter(inner, next);
+        true
+    }
+
+    /// Writes what a frontend may choose from.
+    fn offer(&self, inner: &mut Inner) -> Result {
+        inner.limits = params::limits();
+        connect::write_offers(self.device.nodename(), &inner.limits)
+    }
+
+    /// Opens the disk as soon as the hotplug script has named it, and connects if the frontend
+    /// waits for that.
+    fn find_disk(self: &Arc<Self>) {
+        let mut inner = self.inner.lock();
+        if inner.back == Back::Gone {
+            return;
+        }
+        match connect::find_disk(&self.device, inner.disk.as_deref()) {
+            Ok(None) => return,
+            Ok(Some(disk)) => inner.disk = Arc::new(disk, GFP_KERNEL).ok(),
+            Err(fault) => {
+                self.fail(&mut inner, &fault);
+                return;
+            }
+        }
+        let action = inner.back.step(self.look(&inner));
+        if action == BackAction::Attach {
+            self.carry_out(&mut inner, action);
+        }
+    }
+
+    /// Connects to the frontend: its rings are served when this returns.
+    fn attach(self: &Arc<Self>, inner: &mut Inner) -> Result<(), Fault> {
+        let disk = inner.disk.clone().ok_or(Fault::Own("no disk", ENODEV))?;
+        let connection = Connection::new(&self.device, &self.frontend, disk, &inner.limits)?;
+        inner.connection = inner.connection.wrapping_add(1);
+        connection.describe_disk()?;
+        let mut threads = KVec::new();
+        for index in 0..connection.queues() {
+            let queue = connection.queue(index, &self.stats);
+            let thread = queue.and_then(|queue| self.spawn(queue, index, inner.connection));
+            match thread.and_then(|thread| push(&mut threads, thread)) {
+                Ok(()) => {}
+                Err(fault) => {
+                    self.drain(threads);
+                    return Err(fault);
+                }
+            }
+        }
+        inner.threads = threads;
+        Ok(())
+    }
+
+    fn spawn(
+        self: &Arc<Self>,
+        queue: crate::queue::Queue,
+        index: u32,
+        connection: u64,
+    ) -> Result<KThread, Fault> {
+        let vbd = self.clone();
+        let name = CString::try_from_fmt(fmt!("rblkback {}", queue.name()))
+            .map_err(|error| Fault::Own("naming a thread", error))?;
+        let kind = Kind {
+            freezable: true,
+            noio: true,
+        };
+        let report = move |error| vbd.ring_broken(index, connection, error);
+        KThread::spawn(fmt!("{}", *name), kind, move |thread| {
+            queue.serve(thread, report)
+        })
+        .map_err(|error| Fault::Own("starting a thread", error))
+    }
+
+    /// The frontend has broken one of its rings.
+    fn ring_broken(&self, index: u32, connection: u64, error: RingError) {
+        let mut inner = self.inner.lock();
+        if inner.connection == connection {
+            self.fail(&mut inner, &Fault::Ring(index, error));
+        }
+    }
+
+    /// Has the threads end what they have taken from their rings. One that does not get there in
+    /// time goes on alone: it owns its ring and memory.
+    fn drain(&self, threads: KVec<KThread>) {
+        threads.iter().for_each(KThread::stop);
+        let stuck = threads
+            .iter()
+            .filter(|thread| !thread.join(msecs_to_jiffies(DRAIN_MS)))
+            .count();
+        if stuck != 0 {
+            dev_warn!(
+                self.device.as_ref(),
+                "{stuck} queues still wait for the disk after {} s: they end when it answers\n",
+                DRAIN_MS / 1000
+            );
+        }
+    }
+
+    /// The driver is unbound.
+    fn leave(&self) {
+        let mut inner = self.inner.lock();
+        inner.back = Back::Gone;
+        let threads = core::mem::take(&mut inner.threads);
+        drop(inner);
+        self.drain(threads);
+        self.inner.lock().disk = None;
+    }
+
+    /// The file `physical_device`.
+    pub(crate) fn show_physical_device(&self, out: &mut Output<'_>) -> fmt::Result {
+        match &self.inner.lock().disk {
+            Some(disk) => writeln!(out, "{:x}:{:x}", disk.number.major(), disk.number.minor()),
+            None => Ok(()),
+        }
+    }
+
+    /// The file `mode`.
+    pub(crate) fn show_mode(&self, out: &mut Output<'_>) -> fmt::Result {
+        match &self.inner.lock().disk {
+            Some(disk) => out.write_fmt(fmt!("{}\n", *disk.mode)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn push(threads: &mut KVec<KThread>, thread: KThread) -> Result<(), Fault> {
+    threads
+        .push(thread, GFP_KERNEL)
+        .map_err(|_| Fault::Own("keeping a thread", ENOMEM))
+}
+
+/// A state as the bus has it.
+fn shown(state: XenbusState) -> State {
+    match state {
+        XenbusState::Unknown => State::Unknown,
+        XenbusState::Initialising => State::Initialising,
+        XenbusState::InitWait => State::InitWait,
+        XenbusState::Initialised => State::Initialised,
+        XenbusState::Connected => State::Connected,
+        XenbusState::Closing => State::Closing,
+        XenbusState::Closed => State::Closed,
+        XenbusState::Reconfiguring => State::Reconfiguring,
+        XenbusState::Reconfigured => State::Reconfigured,
+    }
+}
