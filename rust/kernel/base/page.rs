@@ -105,7 +105,7 @@ impl<'a> PageSlice<'a> {
         }
         // INVARIANT: The new range lies within the old one.
         Some(Self {
-            offset: self.offset + offset,
+            offset: self.offset.wrapping_add(offset),
             len,
             ..*self
         })

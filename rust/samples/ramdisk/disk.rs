@@ -43,8 +43,8 @@ const SECTORS_PER_MIB: u64 = 1 << 11;
 struct Parked {
     /// The disk was pulled out: nothing is parked any more.
     gone: bool,
-    /// Has room for all requests that can be in flight.
-    requests: KVec<(Mode, Request<Control, InFlight>)>,
+    /// One slot for each request that can be in flight.
+    slots: KVec<Option<(Mode, Request<Control, InFlight>)>>,
 }
 
 /// The disk and its driver: the data of its queue, and a work item.
@@ -56,7 +56,7 @@ pub(crate) struct Control {
     #[pin]
     parked: IrqSpinLock<Parked>,
     #[pin]
-    disk: Mutex<Option<GenDisk<Control>>>,
+    disk: Mutex<Option<Arc<GenDisk<Control>>>>,
     #[pin]
     work: Work<Control>,
 }
@@ -71,14 +71,17 @@ impl Control {
         let in_flight = (crate::QUEUES.get() as usize)
             .checked_mul(crate::DEPTH.get() as usize)
             .ok_or(EINVAL)?;
-        let requests = KVec::with_capacity(in_flight, GFP_KERNEL)?;
+        let mut slots = KVec::with_capacity(in_flight, GFP_KERNEL)?;
+        for _ in 0..in_flight {
+            slots.push(None, GFP_KERNEL)?;
+        }
 
         Arc::pin_init(
             pin_init!(Self {
                 store,
                 count: Atomic::new(0),
                 queue,
-                parked <- new_irq_spinlock!(Parked { gone: false, requests }),
+                parked <- new_irq_spinlock!(Parked { gone: false, slots }),
                 disk <- new_mutex!(None),
                 work <- new_work!("Control::work"),
             }),
@@ -112,9 +115,10 @@ impl Control {
             .capacity(Self::capacity())
             .read_only(crate::READ_ONLY.get())
             .build(fmt!("rblk0"), tag_set, this.clone())?;
-        disk.add(None)?;
-        *this.disk.lock() = Some(disk);
-        Ok(())
+        // Work needs the disk while it is being added: it is read then.
+        let disk = Arc::new(disk, GFP_KERNEL)?;
+        *this.disk.lock() = Some(disk.clone());
+        disk.add(None).inspect_err(|_| this.remove())
     }
 
     /// Takes the disk away, with all that is in flight.
@@ -130,7 +134,7 @@ impl Control {
     }
 
     fn capacity() -> u64 {
-        u64::from(crate::SIZE_MIB.get().min(crate::MAX_MIB.get())) * SECTORS_PER_MIB
+        u64::from(crate::SIZE_MIB.get().min(crate::MAX_MIB.get())).wrapping_mul(SECTORS_PER_MIB)
     }
 
     /// Ends those parked requests for which `f` has a status.
@@ -139,21 +143,17 @@ impl Control {
         mut f: impl FnMut(Mode, &mut Request<Self, InFlight>) -> Option<BlkStatus>,
     ) {
         let mut batch = EndBatch::new();
-        let mut index = 0;
-        loop {
-            let (mut rq, mode) = {
-                let mut parked = self.parked.lock();
-                let Ok((mode, rq)) = parked.requests.remove(index) else {
-                    return;
-                };
-                (rq, mode)
+        for slot in 0.. {
+            let (mode, mut rq) = match self.parked.lock().slots.get_mut(slot) {
+                Some(slot) => match slot.take() {
+                    Some(parked) => parked,
+                    None => continue,
+                },
+                None => return,
             };
             match f(mode, &mut rq) {
                 Some(status) => batch.end(rq, status),
-                None => {
-                    self.park(mode, rq);
-                    index += 1;
-                }
+                None => self.park(mode, rq),
             }
         }
     }
@@ -161,20 +161,20 @@ impl Control {
     /// Keeps a request that was started, or ends it if the disk is gone.
     fn park(&self, mode: Mode, rq: Request<Self, InFlight>) {
         let mut parked = self.parked.lock();
-        if parked.gone {
-            drop(parked);
-            rq.end(BlkStatus::OFFLINE);
-        } else if let Err(error) = parked.requests.push_within_capacity((mode, rq)) {
-            drop(parked);
-            let (_, rq) = error.0;
-            rq.end(BlkStatus::RESOURCE);
+        if !parked.gone {
+            if let Some(slot) = parked.slots.iter_mut().find(|slot| slot.is_none()) {
+                *slot = Some((mode, rq));
+                return;
+            }
         }
+        drop(parked);
+        rq.end(BlkStatus::OFFLINE);
     }
 
     /// The mode for the next request.
     fn next_mode(&self) -> Mode {
         let count = self.count.fetch_add(1, Relaxed);
-        if count % crate::EVERY.get().max(1) == 0 {
+        if count.checked_rem(crate::EVERY.get()).unwrap_or(0) == 0 {
             Mode::new(crate::MODE.get())
         } else {
             Mode::Now
@@ -193,9 +193,11 @@ impl WorkItem for Control {
     fn run(this: Arc<Self>) {
         this.end_parked(|mode, rq| (mode == Mode::Later).then(|| this.store.serve(rq)));
 
+        let disk = this.disk.lock().clone();
         if crate::GONE.get() {
+            drop(disk);
             this.remove();
-        } else if let Some(disk) = &*this.disk.lock() {
+        } else if let Some(disk) = disk {
             disk.kick_requeue_list();
             if disk.set_capacity_and_notify(Self::capacity()).is_err() {
                 pr_err!("rblk0: capacity out of range\n");
@@ -224,7 +226,8 @@ impl Operations for Control {
         last: bool,
     ) -> Result<(), Rejected<'q, Self>> {
         let this = hw_queue.queue_data();
-        *rq.data_mut() += 1;
+        let uses = rq.data().wrapping_add(1);
+        *rq.data_mut() = uses;
 
         match this.next_mode() {
             Mode::Now => {

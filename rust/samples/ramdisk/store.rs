@@ -34,7 +34,8 @@ impl Store {
 
     /// Does what a request asks for.
     pub(crate) fn serve<S: State>(&self, rq: &mut Request<Control, S>) -> BlkStatus {
-        let position = rq.sector() * u64::from(SECTOR_SIZE);
+        // A flush has no position: its sector is all ones.
+        let position = rq.sector().wrapping_mul(u64::from(SECTOR_SIZE));
         let result = match rq.op() {
             Op::Read => self.read(position, rq),
             Op::Write => self.write(position, rq),
@@ -53,10 +54,10 @@ impl Store {
         for segment in rq.segments_mut() {
             let mut done = 0;
             while done < segment.len() {
-                let here = self.slice(position, segment.len() - done)?;
+                let here = self.slice(position, segment.len().saturating_sub(done))?;
                 segment.get(done, here.len())?.copy_from(here.as_slice());
-                done += here.len();
-                position += here.len() as u64;
+                done = done.wrapping_add(here.len());
+                position = position.wrapping_add(here.len() as u64);
             }
         }
         Some(())
@@ -66,10 +67,10 @@ impl Store {
         for segment in rq.segments() {
             let mut done = 0;
             while done < segment.len() {
-                let here = self.slice(position, segment.len() - done)?;
+                let here = self.slice(position, segment.len().saturating_sub(done))?;
                 here.copy_from(segment.get(done, here.len())?);
-                done += here.len();
-                position += here.len() as u64;
+                done = done.wrapping_add(here.len());
+                position = position.wrapping_add(here.len() as u64);
             }
         }
         Some(())
@@ -79,8 +80,8 @@ impl Store {
         while len > 0 {
             let here = self.slice(position, len)?;
             here.zero();
-            len -= here.len();
-            position += here.len() as u64;
+            len = len.saturating_sub(here.len());
+            position = position.wrapping_add(here.len() as u64);
         }
         Some(())
     }
@@ -90,6 +91,6 @@ impl Store {
         let position = usize::try_from(position).ok()?;
         let offset = position % PAGE_SIZE;
         let page = self.pages.get(position / PAGE_SIZE)?;
-        PageSliceMut::new(page, offset, len.min(PAGE_SIZE - offset))
+        PageSliceMut::new(page, offset, len.min(PAGE_SIZE.saturating_sub(offset)))
     }
 }

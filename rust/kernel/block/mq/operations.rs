@@ -143,8 +143,9 @@ impl QueueMap<'_> {
         if cpu >= kernel::cpu::nr_cpu_ids() || hw_queue >= self.map.nr_queues {
             return Err(EINVAL);
         }
+        let index = self.map.queue_offset.wrapping_add(hw_queue);
         // SAFETY: By the type invariant there is an entry for each possible CPU number.
-        unsafe { *self.map.mq_map.add(cpu as usize) = self.map.queue_offset + hw_queue };
+        unsafe { *self.map.mq_map.add(cpu as usize) = index };
         Ok(())
     }
 }

@@ -196,7 +196,7 @@ impl<T: Operations, S: State> Request<T, S> {
         self.has_flag(bindings::req_flag_bits___REQ_NOUNMAP)
     }
 
-    /// The first sector, in units of 512 bytes.
+    /// The first sector, in units of 512 bytes. A flush has none: all bits are set then.
     #[inline]
     pub fn sector(&self) -> u64 {
         // SAFETY: By the type invariants the request is valid, and the field does not change.
