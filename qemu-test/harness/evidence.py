@@ -3,6 +3,8 @@
 
 import re
 
+from .kernel import build_id
+
 TROUBLE = re.compile(
     r"egmentation|segfault|general protection|orrupt|Fatal glibc|free\(\): |double free"
     r"|BUG[: ]|WARNING[: ]|Oops|[Kk]ernel panic|panic - not syncing|Panic on CPU"
@@ -24,3 +26,31 @@ HARMLESS = re.compile(
 def trouble_in(text):
     """The lines of `text` that no healthy machine prints."""
     return [line for line in text.splitlines() if TROUBLE.search(line) and not HARMLESS.search(line)]
+
+
+def assert_served_by_pair(host, guest, vdev="xvda"):
+    """The loaded drivers are the files of this run's pair, and no other is there."""
+    front, back = host.pair.front, host.pair.back
+    assert loaded_build_id(guest, front.name) == build_id(front.file)
+    assert loaded_build_id(host, back.name) == build_id(back.file)
+    driver = guest.sh(f"readlink -f /sys/block/{vdev}/device/driver/module || readlink -f /sys/block/{vdev}/device/driver")
+    assert driver.split("/")[-1] in (front.name.replace("-", "_"), "vbd"), driver
+    for machine, driver in ((guest, front), (host, back)):
+        others = OTHER[driver.name]
+        assert not machine.sh(f"find / -xdev -name '{others[0]}.ko*' -o -xdev -name '{others[1]}.ko*'")
+        assert not machine.sh(f"ls -d /sys/module/{others[0].replace('-', '_')} 2>/dev/null || true")
+
+
+OTHER = {
+    "xen-blkfront": ("rblkfront", "rblkfront"),
+    "xen-blkback": ("rblkback", "rblkback"),
+    "rblkfront": ("xen-blkfront", "xen_blkfront"),
+    "rblkback": ("xen-blkback", "xen_blkback"),
+}
+"""The driver that must not be there, by the one that must."""
+
+
+def loaded_build_id(machine, module):
+    """The build id of a loaded module, as the kernel that runs it shows it."""
+    note = machine.sh(f"od -An -v -tx1 /sys/module/{module.replace('-', '_')}/notes/.note.gnu.build-id")
+    return "".join(note.split())[-40:]

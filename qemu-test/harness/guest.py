@@ -37,7 +37,7 @@ class Guest:
         self.shell = GuestShell(host, name)
         self._allowed = []
 
-    def start(self, type, disks, vcpus, memory, root):
+    def start(self, type, disks, vcpus, memory, root, fio):
         """xl create, then waits for the agent."""
         extra = "console=hvc0 panic=1 mitigations=off nokaslr loglevel=5"
         if root:
@@ -48,8 +48,8 @@ name = "{self.name}"
 type = "{type}"
 vcpus = {vcpus}
 memory = {memory}
-kernel = "/guest/vmlinuz"
-ramdisk = "/run/initrd"
+kernel = "/guest/vmlinux"
+ramdisk = "/run/{self.name}.initrd"
 extra = "{extra}"
 disk = [ {listed} ]
 on_crash = "destroy"
@@ -60,6 +60,8 @@ on_reboot = "destroy"
         self.host.sh(
             f"(tail -f {log} | grep -v '^[A-Za-z0-9+/=]*.$' | sed 's/^/({self.name}) /' > /dev/console) >/dev/null 2>&1 &"
         )
+        fio_part = "/guest/fio" if fio else ""
+        self.host.sh(f"cat /guest/initrd {fio_part} /payload/guest.cpio > /run/{self.name}.initrd")
         self.host.sh(f"xl create /run/{self.name}.cfg", timeout=240)
         self._wait_for_agent(timeout=240)
 

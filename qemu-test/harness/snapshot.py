@@ -18,6 +18,7 @@ from .cache import made_once
 from .machine import QEMU
 from .machine import Machine
 from .xenimage import dom0_initrd
+from .xenimage import guest_disk
 from .xenimage import xen_binary
 
 XEN_ARGUMENTS = (
@@ -27,7 +28,7 @@ XEN_ARGUMENTS = (
 )
 DOM0_ARGUMENTS = "console=hvc0 panic=1 loglevel=5 mitigations=off"
 DISK_SIZES = {"payload": 64 << 20, "disk": 512 << 20}
-"""The virtio disks of every Xen host: /dev/vda and /dev/vdb in dom0."""
+"""The disks that a scenario brings: /dev/vda and /dev/vdb in dom0. /dev/vdc is the guests' kernel."""
 
 
 class Snapshot:
@@ -38,10 +39,11 @@ class Snapshot:
         self._memory = memory
         self._xen = xen_binary()
         self._initrd = dom0_initrd(kernel)
+        self._guest_disk = guest_disk(kernel)
         self._vmlinux = kernel.vmlinux
         version = subprocess.run([QEMU, "--version"], stdout=subprocess.PIPE, check=True).stdout
         arguments = " ".join(self._arguments({name: Path(name) for name in DISK_SIZES}))
-        key = key_of(self._initrd.name, self._xen.name, self._vmlinux, version, arguments)
+        key = key_of(self._initrd.name, self._xen.name, self._guest_disk.name, self._vmlinux, version, arguments)
         self._directory = CACHE / "snapshots" / key
 
     def start(self, logs, disks):
@@ -65,6 +67,7 @@ class Snapshot:
             machine = Machine(self._arguments(disks), directory)
             try:
                 machine.wait_for_console("init: dom0 ready", timeout=300)
+                machine.shell.wait_ready(timeout=60)
                 machine.shell.check("sync")
                 machine.monitor("stop")
                 machine.monitor(f"migrate \"exec:cat > {directory / 'state'}\"")
@@ -85,9 +88,11 @@ class Snapshot:
             "-append", XEN_ARGUMENTS.format(vcpus=self._vcpus),
             "-initrd", f"{vmlinux},{comma(self._initrd)}",
         ]  # fmt: skip
-        for name in DISK_SIZES:
+        drives = {name: f"file={disks[name]}" for name in DISK_SIZES}
+        drives["guest"] = f"file={self._guest_disk},readonly=on"
+        for name, drive in drives.items():
             arguments += [
-                "-drive", f"if=none,id={name},format=raw,file={disks[name]}",
+                "-drive", f"if=none,id={name},format=raw,{drive}",
                 "-device", f"virtio-blk-pci,drive={name},disable-legacy=on,iommu_platform=on",
             ]  # fmt: skip
         return arguments

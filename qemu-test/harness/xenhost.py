@@ -51,7 +51,7 @@ class XenHost:
         payload = self.logs / "payload"
         self._write_payload(payload, modules, front_parameters)
         self.machine = snapshot.start(self.logs, {"payload": payload, "disk": self.disk})
-        self.sh("mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null && cat /guest/initrd guest.cpio > /run/initrd")
+        self.sh("mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null")
 
     def _write_payload(self, path, modules, front_parameters):
         front = Archive()
@@ -90,10 +90,10 @@ class XenHost:
         """Makes /dev/ram0 and on: disks in dom0's memory."""
         self.insmod("brd", f"rd_nr={count} rd_size={megabytes * 1024}")
 
-    def start_guest(self, name="guest", type="pv", disks=(Disk(),), vcpus=1, memory=256, root=None):
-        """Starts a DomU and waits until its agent answers."""
+    def start_guest(self, name="guest", type="pv", disks=(Disk(),), vcpus=1, memory=192, root=None, fio=False):
+        """Starts a DomU and waits until its agent answers; `fio` puts fio in it."""
         guest = Guest(self, name)
-        guest.start(type, disks, vcpus, memory, root)
+        guest.start(type, disks, vcpus, memory + 128 * fio, root, fio)
         self.guests[name] = guest
         return guest
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from .cache import CACHE
 from .cache import key_of
 from .cache import made_once
+from .cpio import Archive
 from .image import PIECES
 from .image import add_modules
 from .image import add_program
@@ -31,10 +32,10 @@ DOM0_PROGRAMS = (
     *(f"/usr/bin/xenstore-{name}" for name in ("read", "write", "rm", "ls", "list", "exists", "chmod", "watch")),
     "/usr/sbin/e2fsck",
 )  # fmt: skip
-DOMU_PROGRAMS = (
-    "/usr/bin/fio", "/usr/bin/dd", "/usr/sbin/blockdev", "/usr/sbin/sfdisk",
-    "/usr/sbin/mkfs.ext4", "/usr/sbin/e2fsck",
-)  # fmt: skip
+DOMU_PROGRAMS = ("/usr/bin/dd", "/usr/sbin/blockdev", "/usr/sbin/sfdisk", "/usr/sbin/mkfs.ext4", "/usr/sbin/e2fsck")
+FIO = "/usr/bin/fio"
+"""Comes with 40 MB of libraries: only in guests that ask for it."""
+
 
 
 def xen_binary():
@@ -51,8 +52,15 @@ def domu_archive(kernel):
     return archive.to_bytes()
 
 
+def fio_archive():
+    """What is added to a DomU's initramfs for a guest that runs fio, as bytes."""
+    archive = Archive()
+    add_program(archive, FIO)
+    return archive.to_bytes()
+
+
 def dom0_initrd(kernel):
-    """The file of dom0's initramfs, with DomU kernel and initramfs inside."""
+    """The file of dom0's initramfs."""
     archive = base_archive("dom0-init", DOM0_PROGRAMS)
     order = add_modules(archive, kernel, DOM0_MODULES)
     optional = add_modules(archive, kernel, ("brd", "null_blk"))
@@ -62,25 +70,40 @@ def dom0_initrd(kernel):
     for name in ("blk-min", "guest-sh"):
         place = "/etc/xen/scripts" if name == "blk-min" else "/usr/bin"
         archive.file(f"{place}/{name}", PIECES / name)
-    archive.file("/guest/vmlinuz", kernel.vmlinuz)
-    archive.data("/guest/initrd", domu_archive(kernel))
+    archive.directory("/guest")
     content = archive.to_bytes()
     return made_once(CACHE / "images" / f"dom0-{key_of(content)}", lambda path: path.write_bytes(content))
+
+
+def guest_disk(kernel):
+    """An ext4 image that dom0 mounts read-only at /guest: what DomUs boot."""
+    parts = {"initrd": domu_archive(kernel), "fio": fio_archive(), "vmlinux": kernel.vmlinux.read_bytes()}
+
+    def make(path):
+        _ext4_image(path, "192M", lambda tree: [(tree / name).write_bytes(part) for name, part in parts.items()])
+
+    return made_once(CACHE / "images" / f"guest-{key_of(*parts.values())}.img", make)
 
 
 def root_disk(size="384M"):
     """A raw image with an ext4 root file system for a DomU."""
     archive = base_archive("root-init", DOMU_PROGRAMS, devices=False)
-    add_program(archive, "/usr/bin/tar")
+    add_program(archive, FIO)
     archive.link("/sbin/init", "/init")
     content = archive.to_bytes()
 
-    def make(path):
-        tree = path.with_name(path.name + ".tree")
-        shutil.rmtree(tree, ignore_errors=True)
-        tree.mkdir()
-        subprocess.run(["cpio", "-id", "--quiet", "--no-absolute-filenames"], input=content, cwd=tree, check=True)
-        subprocess.run(["mkfs.ext4", "-q", "-E", "root_owner=0:0", "-d", tree, path, size], check=True)
-        shutil.rmtree(tree)
+    def unpack(tree):
+        command = ["cpio", "-id", "--quiet", "--no-absolute-filenames"]
+        subprocess.run(command, input=content, cwd=tree, check=True)
 
-    return made_once(CACHE / "images" / f"root-{key_of(content, size)}.img", make)
+    return made_once(CACHE / "images" / f"root-{key_of(content, size)}.img", lambda path: _ext4_image(path, size, unpack))
+
+
+def _ext4_image(path, size, fill):
+    """Makes an ext4 image of what `fill(directory)` puts into a directory."""
+    tree = path.with_name(path.name + ".tree")
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir()
+    fill(tree)
+    subprocess.run(["mkfs.ext4", "-q", "-E", "root_owner=0:0", "-d", tree, path, size], check=True)
+    shutil.rmtree(tree)

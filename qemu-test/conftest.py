@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: GPL-2.0
+"""What every scenario gets: its kernel, its pair, its machines, its logs.
+
+The environment says where things are: RBLKIF_KERNELS is a list of NAME=DIRECTORY
+of prepared kernels, RBLKIF_BUILD the directory with a directory of our modules
+for each kernel release.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from harness import expected
+from harness.kernel import Kernel
+from harness.pairs import pair as pair_called
+from harness.plain import PlainVm
+from harness.snapshot import Snapshot
+from harness.xenhost import XenHost
+
+ROWS = expected.read()
+BUILD = Path(os.environ.get("RBLKIF_BUILD", "build")).resolve()
+LOGS = BUILD / "test-logs"
+
+
+def kernels():
+    """Name to directory of the kernels of this run."""
+    return dict(item.split("=", 1) for item in os.environ["RBLKIF_KERNELS"].split())
+
+
+def pytest_generate_tests(metafunc):
+    """Runs a scenario once for each kernel and pair of its row."""
+    scenario = metafunc.function.__name__.removeprefix("test_")
+    if scenario not in ROWS:
+        raise pytest.UsageError(f"{scenario} has no row in {expected.FILE}")
+    runs = [run for run in ROWS[scenario] if run[0] in kernels()]
+    metafunc.parametrize("run", runs, ids=[f"{kernel}-{pair}" for kernel, pair in runs], indirect=True)
+
+
+def pytest_collection_finish(session):
+    """A row of the expected list without its scenario is a failure."""
+    if session.config.option.keyword or session.config.option.file_or_dir:
+        return
+    found = {item.function.__name__.removeprefix("test_") for item in session.items}
+    wanted = {name for name, runs in ROWS.items() if any(kernel in kernels() for kernel, _pair in runs)}
+    if wanted - found:
+        raise pytest.UsageError(f"{expected.FILE} has rows without a scenario: {sorted(wanted - found)}")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A skipped scenario is a failed one; tells fixtures how the test went."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped: every expected scenario must run"
+    if call.when == "call":
+        item.failed = report.failed
+
+
+@pytest.fixture
+def run(request):
+    """(kernel name, pair name) of this run."""
+    return request.param
+
+
+@pytest.fixture
+def kernel(run):
+    """The kernel of this run."""
+    return Kernel(kernels()[run[0]])
+
+
+@pytest.fixture
+def build(kernel):
+    """The directory with our modules for this run's kernel."""
+    return BUILD / kernel.release
+
+
+@pytest.fixture
+def pair(run, kernel, build):
+    """The frontend and backend of this run."""
+    return pair_called(run[1], kernel, build)
+
+
+@pytest.fixture
+def logs(request):
+    """The directory for this run's logs."""
+    return LOGS / re.sub(r"[^\w.+-]+", "_", request.node.name.removeprefix("test_")).strip("_")
+
+
+@pytest.fixture
+def xen(request, kernel, pair, logs):
+    """Makes a Xen host: `host = xen()`. After the scenario its consoles must be clean."""
+    hosts = []
+
+    def start(vcpus=1, **options):
+        host = XenHost(Snapshot(kernel, vcpus), pair, logs, **options)
+        hosts.append(host)
+        return host
+
+    yield start
+    failed = getattr(request.node, "failed", True)
+    for host in hosts:
+        try:
+            if not failed:
+                host.finish()
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            if failed:
+                host.collect()
+                _show_logs(host.machine)
+            host.close()
+
+
+@pytest.fixture
+def host(xen):
+    """A Xen host with the pair's backend loaded and a RAM disk, /dev/ram0."""
+    host = xen()
+    host.load_backend()
+    host.ram_disks()
+    return host
+
+
+@pytest.fixture
+def plain_vm(request, kernel, logs):
+    """Makes a machine without Xen: `vm = plain_vm(modules=[...])`."""
+    machines = []
+
+    def start(**options):
+        vm = PlainVm(kernel, logs, **options)
+        machines.append(vm)
+        return vm
+
+    yield start
+    failed = getattr(request.node, "failed", True)
+    for vm in machines:
+        try:
+            if not failed:
+                vm.stop()
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            if failed:
+                _show_logs(vm.machine)
+            vm.machine.kill()
+
+
+def _show_logs(machine):
+    print(f"logs: {machine.logs}")
+    print("last lines of the console:")
+    print("\n".join(machine.console().splitlines()[-25:]))

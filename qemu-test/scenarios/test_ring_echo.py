@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Xen lifetimes without a disk: both halves of a pair come and go at random.
+
+The echo pair sends pages back and forth. Each half is unbound and bound again a
+hundred times, at the same time and in whatever state the other one is just
+then. After each round the pair must work again; at the end nothing may be left,
+as Xen counts it: grants, event channels, pages.
+"""
+
+import random
+import re
+import time
+
+ROUNDS = 5
+UNBINDS = 20
+"""Of each half, in a round."""
+
+FRONT = "/sys/bus/xen/drivers/recho"
+BACK = "/sys/bus/xen-backend/drivers/recho"
+
+
+def create_device(host, domid):
+    """What a toolstack writes for a device: the state last."""
+    front = f"/local/domain/{domid}/device/recho/0"
+    back = f"/local/domain/0/backend/recho/{domid}/0"
+    host.sh(
+        f"xenstore-write {front}/backend {back} {front}/backend-id 0"
+        f" {back}/frontend {front} {back}/frontend-id {domid} {back}/online 1\n"
+        f"xenstore-chmod -r {back} n0 r{domid}\n"
+        f"xenstore-chmod -r {front} n{domid} r0\n"
+        f"xenstore-write {back}/state 1 {front}/state 1"
+    )
+
+
+def comes_and_goes(chance, driver, device):
+    """A script that unbinds and binds, with pauses of 0 to 0.2 s."""
+    pauses = " ".join(str(chance.randrange(200_000)) for _ in range(UNBINDS))
+    return (
+        f"for pause in {pauses}; do usleep $pause; echo {device} > {driver}/unbind; "
+        f"usleep $((200000 - pause)); echo {device} > {driver}/bind; done"
+    )
+
+
+def wait_until_it_echoes(guest):
+    """The pair works: there are more right answers every time one looks, and no wrong one."""
+    for _ in range(2):
+        now = "$(cat /sys/bus/xen/devices/recho-0/echoed)"
+        guest.sh(f"echo {now} > /tmp/echoed")
+        guest.wait_for(f"[ {now} != $(cat /tmp/echoed) ] && [ {now} != 0 ]", timeout=30)
+    assert guest.sh("cat /sys/bus/xen/devices/recho-0/errors") == "0"
+
+
+def count_by_xen(host, domid):
+    """What the domains have of Xen: grants, mappings, event channels, pages."""
+    grants = host.xen_messages("g")
+    channels = host.xen_messages("e")
+    pages = host.xen_messages("q")
+    return {
+        "grants": len(re.findall(r"\[0x[0-9a-f]+\]", grants)),
+        "channels": len(re.findall(r"\]: s=[1-9]", channels)),
+        "pages": re.findall(rf"domain {domid}:.*?nr_pages=(\d+)", pages, re.DOTALL)[:1],
+    }
+
+
+def free_kilobytes(machine):
+    """Memory that a kernel could use, without what it only caches."""
+    machine.sh("sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1")
+    return int(machine.sh("sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo"))
+
+
+def assert_nothing_left(host, guest, before, free):
+    """Xen counts as much as before; what is in quarantine is let go of within seconds."""
+    deadline = time.monotonic() + 30
+    while (now := count_by_xen(host, guest.domid)) != before:
+        assert time.monotonic() < deadline, f"before {before}, now {now}"
+    for machine, kilobytes in free.items():
+        lost = kilobytes - free_kilobytes(machine)
+        assert lost < 4096, f"{lost} KiB less than before"
+
+
+def load(host, guest):
+    """Both modules; they find the device by themselves."""
+    host.insmod("rblk_echo_back")
+    guest.sh("insmod /modules/rblk_echo_front.ko")
+
+
+def unload(host, guest, domid):
+    """Unbinds both halves and removes both modules."""
+    guest.sh(f"echo recho-0 > {FRONT}/unbind; rmmod rblk_echo_front")
+    host.sh(f"echo recho-{domid}-0 > {BACK}/unbind; rmmod rblk_echo_back")
+
+
+def test_ring_echo(xen, build):
+    chance = random.Random(20)
+    host = xen(modules=[build / "rblk_echo_front.ko", build / "rblk_echo_back.ko"])
+    guest = host.start_guest(disks=[])
+    domid = guest.domid
+    load(host, guest)
+    create_device(host, domid)
+    wait_until_it_echoes(guest)
+    unload(host, guest, domid)
+    before = count_by_xen(host, domid)
+    free = {machine: free_kilobytes(machine) for machine in (host, guest)}
+
+    for _ in range(ROUNDS):
+        load(host, guest)
+        wait_until_it_echoes(guest)
+        guest.sh(f"(set -e; {comes_and_goes(chance, FRONT, 'recho-0')}; echo done) > /tmp/round 2>&1 &")
+        host.sh(comes_and_goes(chance, BACK, f"recho-{domid}-0"), timeout=300)
+        guest.wait_for("grep -q done /tmp/round", timeout=300)
+        wait_until_it_echoes(guest)
+        unload(host, guest, domid)
+    assert_nothing_left(host, guest, before, free)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A guest lives on its disk: the root file system is on /dev/xvda."""
+
+import hashlib
+import subprocess
+
+from harness.evidence import assert_served_by_pair
+from harness.xenhost import Disk
+from harness.xenimage import root_disk
+
+
+def live_on_root_disk(xen, type):
+    """Boots from the disk, writes, powers off; then the host looks at the image."""
+    host = xen(image=root_disk())
+    host.load_backend()
+    guest = host.start_guest(type=type, disks=[Disk("xvda", "/dev/vdb")], root="xvda")
+    assert "/dev/root / ext4 rw" in guest.sh("cat /proc/mounts") or "/dev/xvda / ext4 rw" in guest.sh("cat /proc/mounts")
+    assert_served_by_pair(host, guest)
+    guest.sh("dd if=/dev/urandom of=/work bs=64k count=200 conv=fsync && tar -C /usr -cf /usr.tar bin sbin && sync")
+    guest_sum = guest.sh("sha256sum /work /usr.tar")
+    guest.sh("echo 3 > /proc/sys/vm/drop_caches")
+    assert guest.sh("sha256sum /work /usr.tar") == guest_sum
+    guest.shut_down()
+    host.sh("blockdev --flushbufs /dev/vdb")
+    host.machine.monitor("stop")
+    subprocess.run(["e2fsck", "-fn", host.disk], check=True)
+    assert image_sum(host.disk, "/work") in guest_sum
+    assert image_sum(host.disk, "/usr.tar") in guest_sum
+    host.machine.monitor("cont")
+
+
+def image_sum(image, path):
+    """The checksum of a file in an ext4 image, computed without mounting it."""
+    content = subprocess.run(["debugfs", "-R", f"cat {path}", image], stdout=subprocess.PIPE, check=True).stdout
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_root_disk_pv(xen):
+    live_on_root_disk(xen, "pv")
+
+
+def test_root_disk_pvh(xen):
+    live_on_root_disk(xen, "pvh")

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: GPL-2.0
+"""What was written is what is read, over the whole disk, in requests of all sizes."""
+
+from harness.evidence import assert_served_by_pair
+
+FIO = (
+    "fio --name=whole --filename=/dev/xvda --ioengine=libaio --iodepth=16 --direct=1 "
+    "--rw=randwrite --norandommap=0 --bsrange=512-1M --blockalign=512 --size=100% "
+    "--verify=crc32c --verify_fatal=1 --do_verify=1 --randseed=7 --output-format=terse"
+)
+
+
+def test_write_verify(host):
+    guest = host.start_guest(fio=True)
+    assert_served_by_pair(host, guest)
+    guest.sh(FIO, timeout=600)
