@@ -18,6 +18,7 @@
 //! | `queue` | the thread of a queue: takes requests, ends transfers |
 //! | `transfer` | a request on its way, and how it gets back to its thread |
 //! | `memory` | how data gets between the frontend's memory and the disk |
+//! | `persistent` | pages that stay mapped |
 //! | `ring` | the memory of a ring |
 //! | `stats` | counters and files in sysfs |
 //! | `params` | module parameters |
@@ -34,6 +35,7 @@ mod connect;
 mod disk;
 mod memory;
 mod params;
+mod persistent;
 mod queue;
 mod ring;
 mod stats;

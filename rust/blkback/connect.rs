@@ -253,6 +253,7 @@ impl<'a> Connection<'a> {
             disk: self.disk.clone(),
             counters,
             domain,
+            persistent: self.accepted.persistent,
         })
     }
 

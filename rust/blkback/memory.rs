@@ -6,13 +6,18 @@
 //!
 //! - *map*: the pages of the whole request are mapped with one hypercall, the disk works on them,
 //!   and they are unmapped together with those of other requests before their answers are shown.
+//! - *stay mapped*: if the frontend uses persistent grants, its pages are kept in a [`Table`].
 //! - *copy*: the pages of segments of an indirect request are copied to private memory, where they
 //!   can be looked at without the frontend changing them meanwhile.
 
 use crate::params::MAX_BUFFER_PAGES;
+use crate::params::MAX_PERSISTENT_GRANTS;
+use crate::params::PERSISTENT_GRANT_UNUSED_SECONDS;
+use crate::persistent::Table;
 use crate::transfer::Transfer;
 use crate::transfer::Work;
 use blkif::request::DiskLimits;
+use blkif::request::Extent;
 use blkif::request::Refusal;
 use blkif::request::Segment;
 use blkif::request::Unfetched;
@@ -23,6 +28,9 @@ use kernel::fmt;
 use kernel::page::Page;
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
+use kernel_ext::base::jiffies;
+use kernel_ext::base::jiffies::Jiffies;
+use kernel_ext::base::page::PageSlice;
 use kernel_ext::base::page::PageSliceMut;
 use kernel_ext::xen::grant::copy::Copier;
 use kernel_ext::xen::grant::copy::CopyError;
@@ -109,8 +117,14 @@ pub(crate) struct Mover {
     copier: Copier,
     /// Private copy of a page of segments.
     descriptors: Page,
+    /// Pages that stay mapped, if the frontend uses persistent grants.
+    table: Option<Table>,
     /// References of the request that is being mapped.
     references: KVec<ForeignRef>,
+    /// The pages of them.
+    mapped: KVec<MappedPage>,
+    /// For each segment the page that the table had.
+    found: KVec<Option<MappedPage>>,
     /// Pages of transfers that have ended, to be unmapped together.
     ended: KVec<MappedPage>,
     /// Addresses that are never freed.
@@ -120,16 +134,24 @@ pub(crate) struct Mover {
 impl Mover {
     /// For requests of `domain` with up to `segments` segments. One such request can always be
     /// mapped, if no other one is.
-    pub(crate) fn new(domain: DomId, segments: usize) -> Result<Self> {
+    pub(crate) fn new(domain: DomId, segments: usize, persistent: bool) -> Result<Self> {
         let cache = KBox::pin_init(PageCache::new(), GFP_KERNEL)?;
         cache.fill(segments)?;
+        let limit = usize::try_from(MAX_PERSISTENT_GRANTS.get()).unwrap_or(0);
         Ok(Self {
             domain,
             cache,
             mapper: Mapper::new(segments)?,
             copier: Copier::new(1)?,
             descriptors: Page::alloc_page(GFP_KERNEL)?,
+            table: if persistent {
+                Some(Table::new(limit)?)
+            } else {
+                None
+            },
             references: KVec::with_capacity(segments, GFP_KERNEL)?,
+            mapped: KVec::with_capacity(segments, GFP_KERNEL)?,
+            found: KVec::with_capacity(segments, GFP_KERNEL)?,
             ended: KVec::with_capacity(segments, GFP_KERNEL)?,
             at_least: u32::try_from(segments).unwrap_or(u32::MAX),
         })
@@ -141,62 +163,101 @@ impl Mover {
         unfetched: &Unfetched,
         limits: &DiskLimits,
         segments: &mut KVec<Segment>,
-    ) -> Result<blkif::request::Extent, Problem> {
+    ) -> Result<Extent, Problem> {
         let mut checker = unfetched.checker(limits);
         let mut left = usize::from(unfetched.count());
         for gref in unfetched.grefs() {
             let here = left.min(SEGMENTS_PER_INDIRECT_PAGE);
             left = left.saturating_sub(here);
-            let words = self.copy_descriptors(ForeignRef(*gref), here)?;
+            let descriptors = self.copy_descriptors(ForeignRef(*gref), here)?;
             for index in 0..here {
-                let mut bytes = [0; SEGMENT_BYTES];
-                let offset = index.saturating_mul(SEGMENT_BYTES);
-                words
-                    .get(offset, SEGMENT_BYTES)
-                    .ok_or(EINVAL)?
-                    .as_slice()
-                    .read(&mut bytes);
-                let [a, b, c, d, e, f, g, h] = bytes;
-                let wire = WireSegment::decode([
-                    u32::from_le_bytes([a, b, c, d]),
-                    u32::from_le_bytes([e, f, g, h]),
-                ]);
+                let wire = wire_segment(descriptors, index).ok_or(EINVAL)?;
                 let segment = checker.push(wire).map_err(Problem::Refused)?;
-                segments
-                    .push_within_capacity(segment)
-                    .map_err(|_| Problem::Own(ENOMEM))?;
+                segments.push_within_capacity(segment).map_err(|_| ENOMEM)?;
             }
         }
         checker.finish().map_err(Problem::Refused)
     }
 
-    /// Copies so many segments of a page of the frontend.
+    /// Copies so many segments out of a page of the frontend.
     fn copy_descriptors(
         &mut self,
         reference: ForeignRef,
         segments: usize,
-    ) -> Result<PageSliceMut<'_>, Problem> {
+    ) -> Result<PageSlice<'_>, Problem> {
         let len = segments.saturating_mul(SEGMENT_BYTES).min(PAGE_SIZE);
-        let words = PageSliceMut::new(&self.descriptors, 0, len).ok_or(EINVAL)?;
-        let mut batch = self.copier.batch();
-        batch.read(self.domain, reference, 0, words)?;
-        batch.run_sleeping().map_err(Problem::Copy)?;
-        Ok(words)
+        match &mut self.table {
+            None => {
+                let copy = PageSliceMut::new(&self.descriptors, 0, len).ok_or(EINVAL)?;
+                let mut batch = self.copier.batch();
+                batch.read(self.domain, reference, 0, copy)?;
+                batch.run_sleeping().map_err(Problem::Copy)?;
+            }
+            Some(table) => {
+                let page = match table.take(reference) {
+                    Some(page) => page,
+                    None => self.map_one(reference)?,
+                };
+                let copy = PageSliceMut::new(&self.descriptors, 0, len).ok_or(EINVAL)?;
+                copy.copy_from(page.slice(0, len).ok_or(EINVAL)?);
+                self.put(page);
+            }
+        }
+        Ok(PageSlice::new(&self.descriptors, 0, len).ok_or(EINVAL)?)
     }
 
-    /// Maps the pages of a transfer's segments.
+    /// Maps a page that is to stay.
+    fn map_one(&mut self, reference: ForeignRef) -> Result<MappedPage, Problem> {
+        self.references.clear();
+        self.references
+            .push_within_capacity(reference)
+            .map_err(|_| ENOMEM)?;
+        self.map_missing(Access::ReadWrite)?;
+        Ok(self.mapped.pop().ok_or(EINVAL)?)
+    }
+
+    /// Maps the pages of a transfer's segments, as far as they are not mapped.
     pub(crate) fn bring(&mut self, transfer: &mut Transfer) -> Result<(), Problem> {
-        let access = match transfer.context.work {
+        let (pages, job) = transfer.split_mut();
+        let access = match job.work {
+            // A page that stays is used for both.
+            _ if self.table.is_some() => Access::ReadWrite,
             Work::Read => Access::ReadWrite,
             Work::Write | Work::Flush | Work::Barrier | Work::Discard { .. } => Access::ReadOnly,
         };
-        self.references.clear();
-        for segment in &transfer.context.segments {
-            let reference = ForeignRef(segment.gref());
-            self.references
-                .push_within_capacity(reference)
-                .map_err(|_| Problem::Own(ENOMEM))?;
+        let result = self
+            .find(&job.segments)
+            .and_then(|()| self.map_missing(access));
+        self.mapped.reverse();
+        for found in self.found.drain_all() {
+            if let Some(page) = found.or_else(|| self.mapped.pop()) {
+                // There is space: the transfer was made for so many segments.
+                let _ = pages.push_within_capacity(page);
+            }
         }
+        if result.is_err() {
+            self.give_up(pages);
+        }
+        result
+    }
+
+    /// Looks for the pages of segments in the table. Those that are not there are in `references`.
+    fn find(&mut self, segments: &[Segment]) -> Result<(), Problem> {
+        self.references.clear();
+        for segment in segments {
+            let reference = ForeignRef(segment.gref());
+            let found = self.table.as_mut().and_then(|table| table.take(reference));
+            if found.is_none() {
+                self.references
+                    .push_within_capacity(reference)
+                    .map_err(|_| ENOMEM)?;
+            }
+            self.found.push_within_capacity(found).map_err(|_| ENOMEM)?;
+        }
+        Ok(())
+    }
+
+    fn map_missing(&mut self, access: Access) -> Result<(), Problem> {
         if self.references.is_empty() {
             return Ok(());
         }
@@ -206,7 +267,7 @@ impl Mover {
                 self.domain,
                 &self.references,
                 access,
-                transfer.data_mut(),
+                &mut self.mapped,
             )
             .map_err(Problem::Map)
     }
@@ -216,19 +277,38 @@ impl Mover {
     ///
     /// They are gone only after [`Mover::flush`].
     pub(crate) fn release(&mut self, transfer: &mut Transfer) -> bool {
-        let pages = transfer.data_mut();
-        if pages.iter().any(MappedPage::is_busy) {
+        let (pages, _) = transfer.split_mut();
+        // A page that stays mapped anyway may be busy: its frontend does not take it back.
+        if self.table.is_none() && pages.iter().any(MappedPage::is_busy) {
             return false;
         }
-        let space = self.ended.capacity().saturating_sub(self.ended.len());
-        if pages.len() > space {
+        self.give_up(pages);
+        true
+    }
+
+    fn give_up(&mut self, pages: &mut KVec<MappedPage>) {
+        while let Some(page) = pages.pop() {
+            self.put(page);
+        }
+    }
+
+    /// Keeps a page mapped, or has it unmapped by the next [`Mover::flush`].
+    fn put(&mut self, page: MappedPage) {
+        let spare = match &mut self.table {
+            Some(table) => table.put(page),
+            None => Some(page),
+        };
+        if let Some(page) = spare {
+            self.unmap_later(page);
+        }
+    }
+
+    fn unmap_later(&mut self, page: MappedPage) {
+        if self.ended.len() == self.ended.capacity() {
             self.flush();
         }
-        while let Some(page) = pages.pop() {
-            // There is space: no transfer has more pages than the list has places.
-            let _ = self.ended.push_within_capacity(page);
-        }
-        true
+        // If all are busy and there is no space, the page is unmapped by itself, once it is not.
+        let _ = self.ended.push_within_capacity(page);
     }
 
     /// Unmaps the pages of the transfers that have ended. Must come before their answers are shown.
@@ -238,9 +318,48 @@ impl Mover {
         }
     }
 
-    /// Frees addresses that are more than what is to be kept.
-    pub(crate) fn shrink(&self) {
+    /// Unmaps pages that were not used for so long.
+    fn forget_unused(&mut self, time: Jiffies) {
+        while let Some(page) = self
+            .table
+            .as_mut()
+            .and_then(|table| table.take_unused(time))
+        {
+            self.unmap_later(page);
+        }
+        self.flush();
+    }
+
+    /// Gives back what is not needed now, because there is nothing to do. After so long it should be
+    /// called again, if there is a time.
+    pub(crate) fn rest(&mut self) -> Option<Jiffies> {
+        let seconds = PERSISTENT_GRANT_UNUSED_SECONDS.get();
+        let time = jiffies::msecs_to_jiffies(seconds.saturating_mul(1000));
+        if seconds != 0 {
+            self.forget_unused(time);
+        }
         let keep = u32::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0);
         self.cache.shrink(keep.max(self.at_least));
+        let waits = seconds != 0 && self.table.as_ref().is_some_and(|table| !table.is_empty());
+        waits.then_some(time)
     }
+}
+
+impl Drop for Mover {
+    fn drop(&mut self) {
+        self.forget_unused(0);
+    }
+}
+
+/// A segment out of a private copy of a page of segments.
+fn wire_segment(descriptors: PageSlice<'_>, index: usize) -> Option<WireSegment> {
+    let mut bytes = [0; SEGMENT_BYTES];
+    let offset = index.checked_mul(SEGMENT_BYTES)?;
+    descriptors.get(offset, SEGMENT_BYTES)?.read(&mut bytes);
+    let [a, b, c, d, e, f, g, h] = bytes;
+    let words = [
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]),
+    ];
+    Some(WireSegment::decode(words))
 }

@@ -73,6 +73,8 @@ pub(crate) struct Parts {
     pub(crate) disk: Arc<Disk>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) domain: DomId,
+    /// The frontend uses persistent grants.
+    pub(crate) persistent: bool,
 }
 
 /// What the thread of a queue owns.
@@ -109,8 +111,9 @@ impl Queue {
             disk,
             counters,
             domain,
+            persistent,
         } = parts;
-        let mover = Mover::new(domain, MAX_SEGMENTS)?;
+        let mover = Mover::new(domain, MAX_SEGMENTS, persistent)?;
         let reserve = new_transfer(&inbox, MAX_SEGMENTS, GFP_KERNEL)?;
         Ok(Self {
             name,
@@ -165,15 +168,17 @@ impl Queue {
         self.in_flight == 0 && self.stalled.is_none() && matches!(self.barrier, Barrier::None)
     }
 
-    fn sleep(&self, thread: &Current, stopping: bool) {
-        if self.in_flight == 0 {
-            self.mover.shrink();
-        }
+    fn sleep(&mut self, thread: &Current, stopping: bool) {
+        let rest = self.mover.rest();
         let wake = Wake {
             event: !stopping && self.broken.is_none(),
             stop: !stopping,
         };
-        let timeout = (!self.busy.is_empty()).then(|| msecs_to_jiffies(BUSY_WAIT_MS));
+        let timeout = if self.busy.is_empty() {
+            rest
+        } else {
+            Some(msecs_to_jiffies(BUSY_WAIT_MS))
+        };
         self.inbox.wait(thread, wake, timeout);
     }
 

@@ -135,8 +135,9 @@ pub(crate) fn new_transfer(
 
 /// Makes space for so many segments in an idle transfer.
 pub(crate) fn reserve(transfer: &mut Transfer, segments: usize, flags: Flags) -> Result {
-    transfer.context.segments.reserve(segments, flags)?;
-    transfer.data_mut().reserve(segments, flags)?;
+    let (pages, job) = transfer.split_mut();
+    job.segments.reserve(segments, flags)?;
+    pages.reserve(segments, flags)?;
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 //!
 //! - [`cpu`]: the CPUs of the machine.
 //! - [`irq_spinlock`]: a lock for data that an interrupt handler uses too.
+//! - [`jiffies`]: the kernel's coarse clock.
 //! - [`kthread`]: kernel threads that run a closure.
 //! - [`module_param`]: module parameters that show in sysfs.
 //! - [`module_ref`]: references to the module.
@@ -17,6 +18,7 @@
 
 pub mod cpu;
 pub mod irq_spinlock;
+pub mod jiffies;
 pub mod kthread;
 pub mod module_param;
 pub mod module_ref;

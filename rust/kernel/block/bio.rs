@@ -122,9 +122,9 @@ impl<D, C> Io<D, C> {
         &self.data
     }
 
-    /// The memory.
-    pub fn data_mut(&mut self) -> &mut D {
-        &mut self.data
+    /// The memory and the context, both to be changed.
+    pub fn split_mut(&mut self) -> (&mut D, &mut C) {
+        (&mut self.data, &mut self.context)
     }
 }
 

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The kernel's coarse clock, which costs a load from memory.
+//!
+//! C header: [`include/linux/jiffies.h`](srctree/include/linux/jiffies.h)
+
+use kernel::bindings;
+pub use kernel::time::msecs_to_jiffies;
+pub use kernel::time::Jiffies;
+
+/// The number of ticks since some time ago. Wraps.
+#[inline]
+pub fn now() -> Jiffies {
+    // SAFETY: A word that is only read here; volatile, for interrupts change it.
+    unsafe { (&raw const bindings::jiffies).read_volatile() }
+}
+
+/// The number of ticks since `then`, an earlier value of [`now`].
+#[inline]
+pub fn since(then: Jiffies) -> Jiffies {
+    now().wrapping_sub(then)
+}
