@@ -747,7 +747,10 @@ mod tests {
         }
         let _ = front.publish();
         pages.log();
-        while back.take_request().unwrap().is_some() {}
+        assert_eq!(
+            (0..4).filter_map(|_| back.take_request().unwrap()).count(),
+            3
+        );
         let log = pages.log();
         assert_eq!(
             log.iter()
@@ -761,7 +764,12 @@ mod tests {
         }
         let _ = back.publish();
         pages.log();
-        while front.take_response().unwrap().is_some() {}
+        assert_eq!(
+            (0..4)
+                .filter_map(|_| front.take_response().unwrap())
+                .count(),
+            3
+        );
         let log = pages.log();
         assert_eq!(
             log.iter()

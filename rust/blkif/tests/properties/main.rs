@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What holds for every input: the crate against models of it, with arbitrary values.
+
+mod common;
+mod plan;
+mod request;
+mod ring;
+mod text;
+mod wire;

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Every byte of a block request is in exactly one slot, and no slot carries more than it may.
+
+use blkif::plan::Direction;
+use blkif::plan::Form;
+use blkif::plan::Piece;
+use blkif::plan::Pieces;
+use blkif::plan::Plan;
+use blkif::plan::SlotLimits;
+use blkif::request::check;
+use blkif::request::Data;
+use blkif::request::DiskLimits;
+use blkif::request::Request;
+use proptest::prelude::*;
+
+fn piece() -> impl Strategy<Value = Piece> {
+    (0..8u32, 0..8u32).prop_map(|(a, b)| {
+        let (first, last) = (a.min(b), a.max(b));
+        Piece::new(first * 512, (last - first + 1) * 512).unwrap()
+    })
+}
+
+fn pieces() -> impl Strategy<Value = Vec<Piece>> {
+    prop_oneof![
+        proptest::collection::vec(piece(), 0..40),
+        proptest::collection::vec(piece(), 0..2000)
+    ]
+}
+
+fn offered() -> impl Strategy<Value = u16> {
+    prop_oneof![Just(0), 1..40u16, Just(256), 500..530u16, any::<u16>()]
+}
+
+proptest! {
+    #[test]
+    fn each_piece_once_and_in_order(pieces in pieces(), offered in offered(), sector in 0..1u64 << 60) {
+        let limits = SlotLimits::new(offered);
+        let list = pieces.iter().copied();
+        let plan = Plan::new(sector, list, pieces.len() as u32, limits).unwrap();
+        let (slots, mut grants) = (plan.slots(), plan.grants());
+        let (mut first, mut next_sector, mut index) = (0, sector, 0);
+        for part in plan {
+            prop_assert_eq!((part.index, part.first as usize, part.sector), (index, first, next_sector));
+            prop_assert!(part.count >= 1 && part.count <= limits.segments());
+            let mine = &pieces[first..first + usize::from(part.count)];
+            let sectors: u32 = mine.iter().map(|piece| u32::from(piece.sectors())).sum();
+            prop_assert_eq!(part.sectors, sectors);
+            let pages = match part.form {
+                Form::Direct => {
+                    prop_assert!(part.count <= 11);
+                    0
+                }
+                Form::Indirect(pages) => {
+                    prop_assert!(part.count > 11 && part.count <= offered.min(4096));
+                    prop_assert_eq!(u32::from(pages), u32::from(part.count).div_ceil(512));
+                    u32::from(pages)
+                }
+            };
+            grants -= pages + u32::from(part.count);
+            first += mine.len();
+            next_sector += u64::from(sectors);
+            index += 1;
+        }
+        prop_assert_eq!((first, u32::from(index), grants), (pieces.len(), slots, 0));
+    }
+
+    /// What the frontend plans, the backend accepts as what it was.
+    #[test]
+    fn a_planned_slot_is_a_valid_request(pieces in pieces(), offered in offered(), sector in 0..1u64 << 40) {
+        let limits = SlotLimits::new(offered);
+        let disk = DiskLimits {
+            sectors: 1 << 41,
+            block_size: 512,
+            read_only: false,
+            discard: false,
+            secure_discard: false,
+            indirect_segments: offered,
+        };
+        let list = pieces.iter().copied();
+        for part in Plan::new(sector, list, pieces.len() as u32, limits).unwrap() {
+            let mine = &pieces[part.first as usize..][..usize::from(part.count)];
+            let segments = mine.iter().zip(100..).map(|(piece, gref)| piece.segment(gref));
+            let extent = match part.form {
+                Form::Direct => {
+                    let request = part.direct(Direction::Write, 0, 1, segments);
+                    let Ok(Request::Write(Data::Direct(data))) = check(&request, &disk) else { panic!() };
+                    prop_assert_eq!(data.segments().len(), mine.len());
+                    data.extent()
+                }
+                Form::Indirect(pages) => {
+                    let request = part.indirect(Direction::Write, 0, 1, 7..7 + u32::from(pages));
+                    let Ok(Request::Write(Data::Indirect(data))) = check(&request, &disk) else { panic!() };
+                    prop_assert_eq!((data.count(), data.grefs().len()), (part.count, pages.into()));
+                    let mut checker = data.checker(&disk);
+                    for (segment, piece) in segments.zip(mine) {
+                        let checked = checker.push(segment).unwrap();
+                        prop_assert_eq!((checked.offset(), checked.len()), (piece.offset(), piece.len()));
+                    }
+                    checker.finish().unwrap()
+                }
+            };
+            prop_assert_eq!((extent.sector(), extent.sectors()), (part.sector, part.sectors.into()));
+        }
+    }
+
+    #[test]
+    fn a_run_is_cut_without_gaps(offset in 0..100u32, len in 0..100u32) {
+        let mut at = offset * 512;
+        for (page, piece) in Pieces::new(at, len * 512).unwrap() {
+            prop_assert_eq!(page * 4096 + u32::from(piece.offset()), at);
+            at += u32::from(piece.len());
+        }
+        prop_assert_eq!(at, (offset + len) * 512);
+    }
+
+    #[test]
+    fn a_piece_is_what_was_asked_for(offset: u32, len: u32) {
+        let whole = offset % 512 == 0 && len % 512 == 0 && len > 0;
+        let fits = u64::from(offset) + u64::from(len) <= 4096;
+        let piece = Piece::new(offset, len);
+        prop_assert_eq!(piece.is_some(), whole && fits);
+    }
+}
