@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# Commands of this tree; `make help` lists them. Kbuild has the modules.
+
+KREL ?= 7.3
+export KDIR
+
+.PHONY: all demo test shell lint doc kernel kernel-debug install clean distclean help
+all: ## the modules, for KREL= (a series or release, 7.3) or KDIR= (a build directory)
+	@scripts/build-modules $(KREL) >/dev/null && ls -1 build/*/rblk*.ko
+
+demo: ## a guest whose root disk our pair carries, checked from outside
+	@scripts/demo
+
+test: ## all tests; T=<name> for scenarios with that name only
+	@scripts/run-tests $(T)
+
+shell: ## a dom0 with a guest, to play in
+	@scripts/demo --shell
+
+lint: ## what can be seen of the tree without running it
+	@scripts/build-modules $(KREL) >/dev/null
+	@scripts/lint
+
+doc: ## the interfaces of the crates and the pages as HTML, in build/doc
+	@scripts/doc
+
+kernel: ## a small kernel of our own
+	@scripts/own-kernel plain
+
+kernel-debug: ## a kernel of our own with KASAN, lockdep, kmemleak
+	@scripts/own-kernel debug
+
+install: ## the modules into this machine's running kernel's directory
+	@scripts/install-modules
+
+clean: ## removes build/
+	rm -rf build
+
+distclean: clean ## removes the cache too, and says what that is
+	@scripts/distclean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
