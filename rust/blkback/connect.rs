@@ -119,7 +119,7 @@ fn read(dir: &CStr, node: fmt::Arguments<'_>) -> Result<Option<Value>, Fault> {
 
 /// Opens the disk that the hotplug script has written to our directory; `None` if it has not, or
 /// there is one already.
-pub(crate) fn find_disk(device: &Device, disk: Option<&Disk>) -> Result<Option<Disk>, Fault> {
+pub(crate) fn find_disk(device: &Device, disk: Option<&Disk>) -> Result<Option<Arc<Disk>>, Fault> {
     const NODE: &str = "physical-device";
     let dir = device.nodename();
     let Some(value) = read(dir, fmt!("{NODE}"))? else {
@@ -145,9 +145,10 @@ pub(crate) fn find_disk(device: &Device, disk: Option<&Disk>) -> Result<Option<D
     };
     let mode = CString::try_from_fmt(fmt!("{}", &*mode)).doing("keeping the mode")?;
     let discard = read(dir, fmt!("discard-enable"))?.is_none_or(|value| value.as_bytes() != b"0");
-    Disk::open(number, access, mode, discard)
-        .map(Some)
-        .map_err(|error| Fault::Disk(number, access, error))
+    let disk = Disk::open(number, access, mode, discard)
+        .map_err(|error| Fault::Disk(number, access, error))?;
+    let disk = Arc::new(disk, GFP_KERNEL).map_err(|_| Fault::Own("keeping the disk", ENOMEM))?;
+    Ok(Some(disk))
 }
 
 /// Writes what any frontend may choose from.
@@ -161,6 +162,17 @@ pub(crate) fn write_offers(dir: &CStr, limits: &BackLimits) -> Result {
     )?;
     write("multi-queue-max-queues", limits.max_queues)?;
     write("max-ring-page-order", limits.max_ring_page_order)
+}
+
+/// Writes the size of the disk, and the state again, which makes the frontend look at it.
+pub(crate) fn write_size(device: &Device, disk: &Disk) -> Result {
+    let dir = device.nodename();
+    xenstore::transaction(|transaction| {
+        let sectors = disk.device.sectors();
+        xenstore::write(transaction, dir, fmt!("sectors"), fmt!("{sectors}"))?;
+        let state = device.state().number();
+        xenstore::write(transaction, dir, fmt!("state"), fmt!("{state}"))
+    })
 }
 
 /// Reads what the frontend has chosen.

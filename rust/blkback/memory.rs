@@ -4,16 +4,20 @@
 //!
 //! There are several ways to get at the frontend's pages, and a [`Mover`] takes the cheapest:
 //!
-//! - *map*: the pages of the whole request are mapped with one hypercall, the disk works on them,
-//!   and they are unmapped together with those of other requests before their answers are shown.
-//! - *stay mapped*: if the frontend uses persistent grants, its pages are kept in a [`Table`].
-//! - *copy*: the pages of segments of an indirect request are copied to private memory, where they
-//!   can be looked at without the frontend changing them meanwhile.
+//! - *Stay mapped*: if the frontend uses persistent grants, its pages are kept in a [`Table`].
+//! - *Copy*: the data of a small request is copied between the frontend's pages and our own. One
+//!   hypercall does it for several requests, and there is nothing to unmap.
+//! - *Map*: the pages of a large request are mapped with one hypercall, and unmapped together with
+//!   those of other requests before their answers are shown.
+//!
+//! The segments of an indirect request are copied to private memory before they are looked at, so
+//! that the frontend cannot change them in between.
 
 use crate::params::MAX_BUFFER_PAGES;
 use crate::params::MAX_PERSISTENT_GRANTS;
 use crate::params::PERSISTENT_GRANT_UNUSED_SECONDS;
 use crate::persistent::Table;
+use crate::transfer::Chain;
 use crate::transfer::Transfer;
 use crate::transfer::Work;
 use blkif::request::DiskLimits;
@@ -32,6 +36,8 @@ use kernel_ext::base::jiffies;
 use kernel_ext::base::jiffies::Jiffies;
 use kernel_ext::base::page::PageSlice;
 use kernel_ext::base::page::PageSliceMut;
+use kernel_ext::ratelimited;
+use kernel_ext::xen::grant::copy::Batch;
 use kernel_ext::xen::grant::copy::Copier;
 use kernel_ext::xen::grant::copy::CopyError;
 use kernel_ext::xen::grant::map::MapError;
@@ -42,8 +48,14 @@ use kernel_ext::xen::grant::Access;
 use kernel_ext::xen::grant::ForeignRef;
 use kernel_ext::xen::DomId;
 
-/// The pages of a transfer, one for each segment.
-pub(crate) type Memory = KVec<MappedPage>;
+/// The pages of a transfer, one for each segment: those of the frontend, mapped, or our own.
+pub(crate) type Memory = (KVec<MappedPage>, KVec<Page>);
+
+/// A request with at most so many segments is copied.
+const COPIED_SEGMENTS: usize = 8;
+
+/// Copies in one hypercall.
+const COPIES: usize = 256;
 
 /// Bytes of a segment in a page of segments.
 const SEGMENT_BYTES: usize = 8;
@@ -119,6 +131,8 @@ pub(crate) struct Mover {
     descriptors: Page,
     /// Pages that stay mapped, if the frontend uses persistent grants.
     table: Option<Table>,
+    /// Pages of our own, to copy to. Only this frontend's data was ever in them.
+    buffers: KVec<Page>,
     /// References of the request that is being mapped.
     references: KVec<ForeignRef>,
     /// The pages of them.
@@ -142,13 +156,14 @@ impl Mover {
             domain,
             cache,
             mapper: Mapper::new(segments)?,
-            copier: Copier::new(1)?,
+            copier: Copier::new(COPIES)?,
             descriptors: Page::alloc_page(GFP_KERNEL)?,
             table: if persistent {
                 Some(Table::new(limit)?)
             } else {
                 None
             },
+            buffers: KVec::with_capacity(COPIES, GFP_KERNEL)?,
             references: KVec::with_capacity(segments, GFP_KERNEL)?,
             mapped: KVec::with_capacity(segments, GFP_KERNEL)?,
             found: KVec::with_capacity(segments, GFP_KERNEL)?,
@@ -216,9 +231,75 @@ impl Mover {
         Ok(self.mapped.pop().ok_or(EINVAL)?)
     }
 
-    /// Maps the pages of a transfer's segments, as far as they are not mapped.
+    /// Gets pages for a transfer's segments. If those are our own, the data has to be copied by
+    /// [`Mover::copy`]: before the I/O for a write, after it for a read.
     pub(crate) fn bring(&mut self, transfer: &mut Transfer) -> Result<(), Problem> {
-        let (pages, job) = transfer.split_mut();
+        let (_, job) = transfer.split_mut();
+        let small = job.segments.len() <= COPIED_SEGMENTS && job.work != Work::Barrier;
+        if small && self.table.is_none() && self.take_buffers(transfer).is_ok() {
+            return Ok(());
+        }
+        self.map(transfer)
+    }
+
+    /// Takes pages of our own for a transfer.
+    fn take_buffers(&mut self, transfer: &mut Transfer) -> Result {
+        let ((_, own), job) = transfer.split_mut();
+        own.reserve(job.segments.len(), GFP_NOWAIT)?;
+        for _ in &job.segments {
+            let page = match self.buffers.pop() {
+                Some(page) => Ok(page),
+                None => Page::alloc_page(GFP_NOWAIT | __GFP_ZERO),
+            };
+            match page {
+                Ok(page) => own.push_within_capacity(page).map_err(|_| ENOMEM)?,
+                Err(error) => {
+                    self.give_back_buffers(own);
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn give_back_buffers(&mut self, own: &mut KVec<Page>) {
+        while let Some(page) = own.pop() {
+            // A page for which there is no place is freed.
+            let _ = self.buffers.push_within_capacity(page);
+        }
+    }
+
+    /// Copies the data of transfers between the frontend's pages and our own, with one hypercall.
+    /// Those for which it does not work get an error as their result.
+    pub(crate) fn copy(&mut self, transfers: &mut Chain) {
+        let mut batch = self.copier.batch();
+        let added = transfers
+            .iter()
+            .try_for_each(|one| add_copies(&mut batch, self.domain, one));
+        if added.is_ok() && batch.run_sleeping().is_ok() {
+            return;
+        }
+        drop(batch);
+        // One by one, to see which ones do not work.
+        let mut all = transfers.take();
+        while let Some(mut transfer) = all.pop() {
+            if let Err(problem) = self.copy_one(&transfer) {
+                ratelimited!(pr_warn!("domain {}: {}\n", self.domain, problem));
+                transfer.context.result = Err(EIO);
+            }
+            transfers.push(transfer);
+        }
+    }
+
+    fn copy_one(&mut self, transfer: &Transfer) -> Result<(), Problem> {
+        let mut batch = self.copier.batch();
+        add_copies(&mut batch, self.domain, transfer)?;
+        batch.run_sleeping().map_err(Problem::Copy)
+    }
+
+    /// Maps the pages of a transfer's segments, as far as they are not mapped.
+    fn map(&mut self, transfer: &mut Transfer) -> Result<(), Problem> {
+        let ((pages, _), job) = transfer.split_mut();
         let access = match job.work {
             // A page that stays is used for both.
             _ if self.table.is_some() => Access::ReadWrite,
@@ -277,12 +358,13 @@ impl Mover {
     ///
     /// They are gone only after [`Mover::flush`].
     pub(crate) fn release(&mut self, transfer: &mut Transfer) -> bool {
-        let (pages, _) = transfer.split_mut();
+        let ((pages, own), _) = transfer.split_mut();
         // A page that stays mapped anyway may be busy: its frontend does not take it back.
         if self.table.is_none() && pages.iter().any(MappedPage::is_busy) {
             return false;
         }
         self.give_up(pages);
+        self.give_back_buffers(own);
         true
     }
 
@@ -330,6 +412,13 @@ impl Mover {
         self.flush();
     }
 
+    /// Unmaps all pages that stay mapped and are not used now. Whether there were any.
+    pub(crate) fn forget_all(&mut self) -> bool {
+        let some = self.table.as_ref().is_some_and(|table| !table.is_empty());
+        self.forget_unused(0);
+        some
+    }
+
     /// Gives back what is not needed now, because there is nothing to do. After so long it should be
     /// called again, if there is a time.
     pub(crate) fn rest(&mut self) -> Option<Jiffies> {
@@ -349,6 +438,37 @@ impl Drop for Mover {
     fn drop(&mut self) {
         self.forget_unused(0);
     }
+}
+
+/// Whether the data of a transfer has to be copied.
+pub(crate) fn is_copied(transfer: &Transfer) -> bool {
+    let (_, own) = transfer.data();
+    !own.is_empty()
+}
+
+/// Whether a chain of so many transfers can be copied at once, and one more.
+pub(crate) fn can_add_copies(transfers: usize) -> bool {
+    transfers < COPIES / COPIED_SEGMENTS
+}
+
+/// Adds the copies that a transfer needs.
+fn add_copies<'a>(batch: &mut Batch<'a>, domain: DomId, transfer: &'a Transfer) -> Result {
+    let (_, own) = transfer.data();
+    for (segment, page) in transfer.context.segments.iter().zip(own) {
+        let reference = ForeignRef(segment.gref());
+        let (offset, len) = (usize::from(segment.offset()), usize::from(segment.len()));
+        match transfer.context.work {
+            Work::Read => {
+                let from = PageSlice::new(page, offset, len).ok_or(EINVAL)?;
+                batch.write(domain, reference, offset, from)?;
+            }
+            Work::Write | Work::Barrier | Work::Flush | Work::Discard { .. } => {
+                let to = PageSliceMut::new(page, offset, len).ok_or(EINVAL)?;
+                batch.read(domain, reference, offset, to)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A segment out of a private copy of a page of segments.

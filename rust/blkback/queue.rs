@@ -12,6 +12,8 @@
 
 use crate::disk::Disk;
 use crate::disk::MAX_SEGMENTS;
+use crate::memory::can_add_copies;
+use crate::memory::is_copied;
 use crate::memory::Mover;
 use crate::memory::Problem;
 use crate::ring::Memory;
@@ -24,6 +26,7 @@ use crate::transfer::Inbox;
 use crate::transfer::Transfer;
 use crate::transfer::Wake;
 use crate::transfer::Work;
+use crate::vbd::Link;
 use blkif::request;
 use blkif::request::Data;
 use blkif::request::DiskLimits;
@@ -95,10 +98,15 @@ pub(crate) struct Queue {
     /// A request that was taken from the ring, and waits for memory.
     stalled: Option<WireRequest>,
     barrier: Barrier,
-    /// Transfers that were submitted and not answered, busy ones too.
+    /// Writes whose data is to be copied before they are submitted, and their number.
+    incoming: Chain,
+    incoming_len: usize,
+    /// Transfers that were started and not answered: incoming, submitted, busy.
     in_flight: usize,
     /// The frontend has broken the ring: nothing more is taken from it.
     broken: Option<RingError>,
+    /// Size of the disk when it was last looked at.
+    sectors: u64,
 }
 
 impl Queue {
@@ -113,6 +121,7 @@ impl Queue {
             domain,
             persistent,
         } = parts;
+        let sectors = disk.limits().sectors;
         let mover = Mover::new(domain, MAX_SEGMENTS, persistent)?;
         let reserve = new_transfer(&inbox, MAX_SEGMENTS, GFP_KERNEL)?;
         Ok(Self {
@@ -128,8 +137,11 @@ impl Queue {
             busy: Chain::new(),
             stalled: None,
             barrier: Barrier::None,
+            incoming: Chain::new(),
+            incoming_len: 0,
             in_flight: 0,
             broken: None,
+            sectors,
         })
     }
 
@@ -138,22 +150,25 @@ impl Queue {
         &self.name
     }
 
-    /// Serves the ring until the thread should stop. `report` is called once if the frontend breaks
-    /// the ring.
-    pub(crate) fn serve(mut self, thread: &Current, report: impl FnOnce(RingError)) {
-        let mut report = Some(report);
+    /// Serves the ring until the thread should stop.
+    pub(crate) fn serve(mut self, thread: &Current, link: &Link) {
+        let mut reported = false;
         loop {
             let event = self.inbox.take_event();
             let took = self.pass(thread);
             match self.broken {
                 // The event is never given back, so that no more come.
-                Some(error) => {
-                    if let Some(report) = report.take() {
-                        report(error);
-                    }
+                Some(error) if !reported => {
+                    link.ring_broken(error);
+                    reported = true;
                 }
                 None if event => self.channel.eoi(!took),
-                None => {}
+                _ => {}
+            }
+            let sectors = self.disk.limits().sectors;
+            if sectors != self.sectors {
+                self.sectors = sectors;
+                link.resized();
             }
             let stopping = thread.should_stop();
             if stopping && self.is_drained() {
@@ -224,6 +239,7 @@ impl Queue {
                     break;
                 }
             }
+            self.copy_incoming();
             self.start_barrier();
         });
         took
@@ -271,7 +287,7 @@ impl Queue {
         };
         match self.fill(&mut transfer, wire, request, limits) {
             Ok(()) => self.dispatch(transfer),
-            Err(problem) if problem.is_shortage() && self.in_flight != 0 => {
+            Err(problem) if problem.is_shortage() && self.may_wait() => {
                 self.recycle(transfer);
                 return self.stall(wire);
             }
@@ -282,6 +298,12 @@ impl Queue {
             }
         }
         true
+    }
+
+    /// Whether memory may come back: because transfers are in flight, or because pages are kept that
+    /// are not used now, which ends here.
+    fn may_wait(&mut self) -> bool {
+        self.in_flight != 0 || self.mover.forget_all()
     }
 
     /// Keeps a request until a transfer has ended, which gives memory back.
@@ -326,6 +348,7 @@ impl Queue {
     ) -> Result<(), Problem> {
         let job = &mut transfer.context;
         job.answer = wire.response(Status::Okay);
+        job.result = Ok(());
         job.segments.clear();
         let (work, data) = match request {
             Request::Read(data) => (Work::Read, Some(data)),
@@ -367,8 +390,34 @@ impl Queue {
         self.count(&transfer);
         if transfer.context.work == Work::Barrier {
             self.barrier = Barrier::Waiting(transfer);
+            return;
+        }
+        self.in_flight = self.in_flight.wrapping_add(1);
+        if transfer.context.work == Work::Write && is_copied(&transfer) {
+            self.incoming.push(transfer);
+            self.incoming_len = self.incoming_len.wrapping_add(1);
+            if !can_add_copies(self.incoming_len) {
+                self.copy_incoming();
+            }
         } else {
             self.submit(transfer);
+        }
+    }
+
+    /// Copies the data of writes, and submits them.
+    fn copy_incoming(&mut self) {
+        if self.incoming.is_empty() {
+            return;
+        }
+        self.incoming_len = 0;
+        let mut incoming = self.incoming.take();
+        self.mover.copy(&mut incoming);
+        while let Some(transfer) = incoming.pop() {
+            if transfer.context.result.is_ok() {
+                self.submit(transfer);
+            } else {
+                self.inbox.done(transfer);
+            }
         }
     }
 
@@ -400,6 +449,7 @@ impl Queue {
         match core::mem::replace(&mut self.barrier, Barrier::None) {
             Barrier::Waiting(transfer) => {
                 self.barrier = Barrier::Running;
+                self.in_flight = self.in_flight.wrapping_add(1);
                 self.submit(transfer);
             }
             other => self.barrier = other,
@@ -409,7 +459,6 @@ impl Queue {
     /// Gives a transfer, or its next piece, to the disk.
     fn submit(&mut self, mut transfer: KBox<Transfer>) {
         let (operation, sector) = next_step(&mut transfer);
-        self.in_flight = self.in_flight.wrapping_add(1);
         if let Err((error, mut transfer)) =
             bio::submit(&self.disk.device, operation, sector, transfer)
         {
@@ -426,19 +475,35 @@ impl Queue {
             ended |= self.settle(transfer);
         }
         let mut done = self.inbox.take_done();
+        let mut outgoing = Chain::new();
+        let mut len = 0usize;
         while let Some(transfer) = done.pop() {
-            ended |= self.end(transfer);
+            if transfer.context.has_more() {
+                self.submit(transfer);
+            } else if is_read_into_copy(&transfer) {
+                outgoing.push(transfer);
+                len = len.wrapping_add(1);
+                if !can_add_copies(len) {
+                    len = 0;
+                    ended |= self.copy_outgoing(outgoing.take());
+                }
+            } else {
+                ended |= self.settle(transfer);
+            }
         }
-        ended
+        self.copy_outgoing(outgoing) || ended
     }
 
-    fn end(&mut self, transfer: KBox<Transfer>) -> bool {
-        if transfer.context.has_more() {
-            self.in_flight = self.in_flight.wrapping_sub(1);
-            self.submit(transfer);
-            return true;
+    /// Copies what reads have brought to the frontend, and answers them. Whether there were any.
+    fn copy_outgoing(&mut self, mut outgoing: Chain) -> bool {
+        if outgoing.is_empty() {
+            return false;
         }
-        self.settle(transfer)
+        self.mover.copy(&mut outgoing);
+        while let Some(transfer) = outgoing.pop() {
+            self.settle(transfer);
+        }
+        true
     }
 
     /// Gives up the memory of a transfer, and answers it. `false`: its pages are busy.
@@ -483,6 +548,11 @@ fn segments(request: &Request) -> usize {
         Request::Barrier(data) => data.as_ref().map_or(0, |data| data.segments().len()),
         Request::Flush | Request::Discard { .. } => 0,
     }
+}
+
+/// Whether a read has brought data that is still to be copied to the frontend.
+fn is_read_into_copy(transfer: &Transfer) -> bool {
+    transfer.context.work == Work::Read && transfer.context.result.is_ok() && is_copied(transfer)
 }
 
 /// What the disk is asked for next, and where.

@@ -128,22 +128,23 @@ pub(crate) fn new_transfer(
     flags: Flags,
 ) -> Result<KBox<Transfer>> {
     let job = Job::new(inbox.clone());
-    let mut transfer = KBox::new(Io::new(Memory::new(), job), flags)?;
+    let mut transfer = KBox::new(Io::new((KVec::new(), KVec::new()), job), flags)?;
     reserve(&mut transfer, segments, flags)?;
     Ok(transfer)
 }
 
 /// Makes space for so many segments in an idle transfer.
 pub(crate) fn reserve(transfer: &mut Transfer, segments: usize, flags: Flags) -> Result {
-    let (pages, job) = transfer.split_mut();
+    let ((mapped, _), job) = transfer.split_mut();
     job.segments.reserve(segments, flags)?;
-    pages.reserve(segments, flags)?;
+    mapped.reserve(segments, flags)?;
     Ok(())
 }
 
 /// Whether an idle transfer has space for so many segments.
 pub(crate) fn has_space(transfer: &Transfer, segments: usize) -> bool {
-    transfer.context.segments.capacity() >= segments && transfer.data().capacity() >= segments
+    let (mapped, _) = transfer.data();
+    transfer.context.segments.capacity() >= segments && mapped.capacity() >= segments
 }
 
 impl Context<Memory> for Job {
@@ -182,6 +183,13 @@ impl Chain {
         let mut transfer = self.0.take()?;
         self.0 = transfer.context.next.0.take();
         Some(transfer)
+    }
+
+    /// From the one that was pushed last to the first.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Transfer> {
+        core::iter::successors(self.0.as_deref(), |transfer| {
+            transfer.context.next.0.as_deref()
+        })
     }
 
     /// All of them, leaving none.

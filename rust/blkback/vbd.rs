@@ -249,7 +249,7 @@ impl Vbd {
         }
         match connect::find_disk(&self.device, inner.disk.as_deref()) {
             Ok(None) => return,
-            Ok(Some(disk)) => inner.disk = Arc::new(disk, GFP_KERNEL).ok(),
+            Ok(Some(disk)) => inner.disk = Some(disk),
             Err(fault) => {
                 self.fail(&mut inner, &fault);
                 return;
@@ -289,26 +289,21 @@ impl Vbd {
         index: u32,
         connection: u64,
     ) -> Result<KThread, Fault> {
-        let vbd = self.clone();
+        let link = Link {
+            vbd: self.clone(),
+            index,
+            connection,
+        };
         let name = CString::try_from_fmt(fmt!("rblkback {}", queue.name()))
             .map_err(|error| Fault::Own("naming a thread", error))?;
         let kind = Kind {
             freezable: true,
             noio: true,
         };
-        let report = move |error| vbd.ring_broken(index, connection, error);
         KThread::spawn(fmt!("{}", *name), kind, move |thread| {
-            queue.serve(thread, report)
+            queue.serve(thread, &link)
         })
         .map_err(|error| Fault::Own("starting a thread", error))
-    }
-
-    /// The frontend has broken one of its rings.
-    fn ring_broken(&self, index: u32, connection: u64, error: RingError) {
-        let mut inner = self.inner.lock();
-        if inner.connection == connection {
-            self.fail(&mut inner, &Fault::Ring(index, error));
-        }
     }
 
     /// Has the threads end what they have taken from their rings. One that does not get there in
@@ -351,6 +346,38 @@ impl Vbd {
         match &self.inner.lock().disk {
             Some(disk) => out.write_fmt(fmt!("{}\n", *disk.mode)),
             None => Ok(()),
+        }
+    }
+}
+
+/// What the thread of a queue tells its device.
+pub(crate) struct Link {
+    vbd: Arc<Vbd>,
+    index: u32,
+    connection: u64,
+}
+
+impl Link {
+    /// The frontend has broken the ring.
+    pub(crate) fn ring_broken(&self, error: RingError) {
+        let mut inner = self.vbd.inner.lock();
+        if inner.connection == self.connection {
+            self.vbd.fail(&mut inner, &Fault::Ring(self.index, error));
+        }
+    }
+
+    /// The size of the disk has changed. Writes it, and the state, which makes the frontend look.
+    pub(crate) fn resized(&self) {
+        let inner = self.vbd.inner.lock();
+        let Some(disk) = &inner.disk else { return };
+        if inner.connection != self.connection || inner.back != Back::Live {
+            return;
+        }
+        if let Err(error) = connect::write_size(&self.vbd.device, disk) {
+            ratelimited!(dev_warn!(
+                self.vbd.device.as_ref(),
+                "cannot tell the frontend of the new size: {error:?}\n"
+            ));
         }
     }
 }
