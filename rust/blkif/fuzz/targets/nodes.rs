@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Text of nodes: lines of `name=text`, as either side may find them.
+
+#![no_main]
+
+use blkif::negotiate::negotiate;
+use blkif::negotiate::BackLimits;
+use blkif::negotiate::BackOffer;
+use blkif::negotiate::DiskNodes;
+use blkif::negotiate::FrontChoice;
+use blkif::negotiate::FrontOffer;
+use blkif::node;
+use blkif::node::BadNode;
+use blkif::vdev::VirtualDevice;
+use libfuzzer_sys::fuzz_target;
+
+const FRONT: FrontOffer = FrontOffer {
+    max_ring_page_order: 4,
+    max_queues: 8,
+    max_indirect_segments: 256,
+    persistent: true,
+    trusted: true,
+};
+const BACK: BackLimits = BackLimits {
+    max_ring_page_order: 4,
+    max_queues: 8,
+    persistent: true,
+};
+
+fuzz_target!(|data: &[u8]| {
+    let mut offer = BackOffer::default();
+    let mut disk = DiskNodes::default();
+    let mut choice = FrontChoice::default();
+    for line in data.split(|byte| *byte == b'\n') {
+        let Some(equals) = line.iter().position(|byte| *byte == b'=') else {
+            continue;
+        };
+        let (name, text) = (&line[..equals], &line[equals + 1..]);
+        if let Some(node) = find(&BackOffer::NODES, name) {
+            print(offer.set(node, text));
+        }
+        if let Some(node) = find(&DiskNodes::NODES, name) {
+            print(disk.set(node, text));
+        }
+        if let Some(node) = find(&FrontChoice::NODES, name) {
+            print(choice.set(node, text));
+        }
+        match name {
+            b"virtual-device" => print(node::device_number("virtual-device", text).map(name_of)),
+            b"physical-device" => print(node::physical_device("physical-device", text)),
+            _ => {}
+        }
+    }
+    agree(&offer, &disk, &choice);
+});
+
+fn find(nodes: &'static [&'static str], name: &[u8]) -> Option<&'static str> {
+    nodes.iter().find(|node| node.as_bytes() == name).copied()
+}
+
+/// A complaint must be fit for the log.
+fn print<T>(result: Result<T, BadNode>) {
+    if let Err(bad) = result {
+        let message = bad.to_string();
+        assert!(message.len() < 200);
+        assert!(message.chars().all(|c| c.is_ascii_graphic() || c == ' '));
+    }
+}
+
+fn name_of(number: u32) {
+    match VirtualDevice::new(number) {
+        Ok(device) => {
+            assert!(device.name.as_str().starts_with("xvd"));
+            assert!(device.minor + device.minors <= 1 << 20);
+        }
+        Err(bad) => assert!(!bad.to_string().is_empty()),
+    }
+}
+
+fn agree(offer: &BackOffer, disk: &DiskNodes, choice: &FrontChoice) {
+    let features = negotiate(&FRONT, offer);
+    assert!(features.rings.page_order <= 4 && (1..=8).contains(&features.rings.queues));
+    assert!(features.indirect_segments <= 256);
+    if let Ok(disk) = disk.disk() {
+        assert!(disk.block_size.is_power_of_two());
+        assert!(disk.physical_block_size >= disk.block_size);
+        assert!(disk.sectors.checked_mul(512).is_some());
+    }
+    if let Ok(accepted) = choice.check(&BACK) {
+        assert!(accepted.rings.page_order <= 4 && (1..=8).contains(&accepted.rings.queues));
+    }
+}
