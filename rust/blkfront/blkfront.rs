@@ -1,21 +1,75 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! blkfront.
+//! The frontend: disks that another domain serves.
+//!
+//! | file | idea |
+//! |---|---|
+//! | `vbd` | a device of xenbus: its driver |
+//! | `control` | the thread of a device: connects, closes, waits |
+//! | `nodes` | what is read from and written to xenstore |
+//! | `disk` | the block device: limits, requests of the block layer |
+//! | `queue` | a ring: the way of a request to the backend |
+//! | `slots` | which request an answer belongs to |
+//! | `answer` | the way of an answer back |
+//! | `carry` | what a request carries: granted pages, or pages to bounce its data |
+//! | `pool` | pages that stay granted |
+//! | `link` | a ring and its event channel |
+//! | `signal` | what wakes the thread |
+//! | `params` | module parameters |
+//!
+//! # Who owns what
+//!
+//! The thread of a device owns the connection, the disk, and every decision about them. Everybody
+//! else only tells it that something happened. The queues are shared by the thread, the block layer
+//! and the event handlers; each has a lock, under which nothing sleeps, allocates, or notifies.
+//!
+//! The order is: the thread, quiescing the block layer's queue, the lock of a queue.
 
+mod answer;
+mod carry;
+mod control;
+mod disk;
+mod link;
+mod nodes;
+mod params;
+mod pool;
+mod queue;
+mod signal;
+mod slots;
+mod vbd;
+
+use blkif::vdev::MAJOR;
+use kernel::driver::Registration;
 use kernel::prelude::*;
+use kernel_ext::block::major::Major;
+use kernel_ext::xen::xenbus::Adapter;
+
+use crate::vbd::Vbd;
 
 module! {
-    type: Module,
+    type: Blkfront,
     name: "rblkfront",
     authors: ["The rblkif developers"],
-    description: "blkfront",
+    description: "Xen virtual block device frontend",
     license: "GPL",
+    alias: ["xen:vbd", "xenblk", "block-major-202-*"],
 }
 
-struct Module;
+/// The module: a driver for all devices. Fields go in this order.
+#[pin_data]
+struct Blkfront {
+    #[pin]
+    driver: Registration<Adapter<Vbd>>,
+    major: Major,
+}
 
-impl kernel::Module for Module {
-    fn init(_module: &'static ThisModule) -> Result<Self> {
-        Ok(Module)
+impl kernel::InPlaceModule for Blkfront {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            major: Major::register(MAJOR, c"xvd").inspect_err(|_| {
+                pr_err!("major {} is taken: is xen_blkfront loaded? Unload it first\n", MAJOR);
+            })?,
+            driver <- Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),
+        })
     }
 }

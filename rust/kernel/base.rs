@@ -11,6 +11,7 @@
 //! - [`page`]: bytes of pages that somebody else may change at any time.
 //! - [`pages`]: owners of pages, made of other owners.
 //! - [`ratelimit`]: messages that others can cause.
+//! - [`shown`]: messages with values of crates that do not know the kernel.
 //! - [`sysfs`]: read-only attributes of a device.
 //! - [`this_module`]: the module that this crate is linked into.
 //! - [`wait`]: wait queues.
@@ -25,6 +26,7 @@ pub mod module_ref;
 pub mod page;
 pub mod pages;
 pub mod ratelimit;
+pub mod shown;
 pub mod sysfs;
 pub mod this_module;
 pub mod wait;

@@ -5,7 +5,7 @@
 //! - [`bdev`]: open block devices.
 //! - [`bio`]: I/O on them.
 //! - [`mq`]: for drivers that offer a disk.
-//! - [`major`]: ownership of a block major number.
+//! - [`major`]: ownership of a block major number and of minors.
 
 pub mod bdev;
 pub mod bio;

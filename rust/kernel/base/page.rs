@@ -154,6 +154,11 @@ impl<'a> PageSliceMut<'a> {
         Self(slice)
     }
 
+    /// Where the bytes start in their page.
+    pub fn offset(&self) -> usize {
+        self.0.offset()
+    }
+
     /// The same bytes, to be read only.
     pub fn as_slice(&self) -> PageSlice<'a> {
         self.0

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Ownership of a block major number.
+//! Ownership of a block major number, and of the minors of single disks.
 //!
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
@@ -8,8 +8,33 @@ use kernel::{
     bindings,
     error::to_result,
     prelude::*,
-    str::CStrExt, //
+    str::CStrExt,
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Release, //
+        },
+        global_lock, //
+    }, //
 };
+
+/// How many minors a major has in Linux.
+const MINORS: u32 = 1 << 20;
+
+global_lock! {
+    // SAFETY: `Major::register` initialises it before `Minors::reserve` uses it.
+    unsafe(uninit) static RESERVED: Mutex<KVec<(u32, u32)>> = KVec::new();
+}
+
+/// Values of `STATE`.
+const UNUSED: i32 = 0;
+const STARTING: i32 = 1;
+const READY: i32 = 2;
+
+/// What was done to `RESERVED`: it is initialised when this is `READY`, and stays so.
+static STATE: Atomic<i32> = Atomic::new(UNUSED);
 
 /// A registered block major number, released when dropped.
 ///
@@ -24,11 +49,16 @@ pub struct Major {
 impl Major {
     /// Registers `major`, which must not be 0, under the name that `/proc/devices` shows.
     ///
-    /// `EBUSY`: another driver has it.
+    /// `EBUSY`: another driver has it, or this module has registered one before.
     pub fn register(major: u32, name: &'static CStr) -> Result<Self> {
         if major == 0 {
             return Err(EINVAL);
         }
+        STATE.cmpxchg(UNUSED, STARTING, Full).map_err(|_| EBUSY)?;
+        // SAFETY: Only the first call gets here.
+        unsafe { RESERVED.init() };
+        STATE.store(READY, Release);
+
         // SAFETY: `name` lives for ever; there is no probe function.
         to_result(unsafe { bindings::__register_blkdev(major, name.as_char_ptr(), None) })?;
         // INVARIANT: Registered above.
@@ -45,5 +75,66 @@ impl Drop for Major {
     fn drop(&mut self) {
         // SAFETY: By the type invariant this undoes our registration.
         unsafe { bindings::unregister_blkdev(self.major, self.name.as_char_ptr()) };
+    }
+}
+
+/// Minors of this module's major that nobody else in the module has, until dropped.
+pub struct Minors {
+    major: u32,
+    first: u32,
+    count: u32,
+}
+
+impl Minors {
+    /// Reserves `count` minors from `first` on, of the `major` that the module has registered.
+    ///
+    /// `EBUSY`: another disk has one of them. `EINVAL`: there are no such minors. `ENODEV`: no major
+    /// was registered.
+    pub fn reserve(major: u32, first: u32, count: u32) -> Result<Self> {
+        let end = first.checked_add(count).ok_or(EINVAL)?;
+        if count == 0 || end > MINORS {
+            return Err(EINVAL);
+        }
+        if STATE.load(Acquire) != READY {
+            return Err(ENODEV);
+        }
+
+        let mut reserved = RESERVED.lock();
+        let taken = |&(other, size): &(u32, u32)| first < other.wrapping_add(size) && other < end;
+        if reserved.iter().any(taken) {
+            return Err(EBUSY);
+        }
+        reserved.push((first, count), GFP_KERNEL)?;
+        Ok(Self {
+            major,
+            first,
+            count,
+        })
+    }
+
+    /// The major.
+    pub fn major(&self) -> u32 {
+        self.major
+    }
+
+    /// The first of the minors.
+    pub fn first(&self) -> u32 {
+        self.first
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u32 {
+        self.count
+    }
+}
+
+impl Drop for Minors {
+    fn drop(&mut self) {
+        let mut reserved = RESERVED.lock();
+        reserved.retain(|&mut (first, _)| first != self.first);
+        if reserved.is_empty() {
+            // Nobody drops a static: leave no memory behind.
+            *reserved = KVec::new();
+        }
     }
 }

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     base::this_module::this_module,
-    block::major::Major, //
+    block::major::Minors, //
 };
 use core::marker::PhantomData;
 use core::ptr;
@@ -68,7 +68,7 @@ pub struct Geometry {
 /// Without [`Self::device_numbers`] the block layer chooses a device number.
 pub struct GenDiskBuilder {
     limits: QueueLimits,
-    numbers: Option<(u32, u32, u32)>,
+    minors: Option<Minors>,
     capacity: u64,
     read_only: bool,
     flags: c_uint,
@@ -79,17 +79,16 @@ impl GenDiskBuilder {
     pub fn new(limits: QueueLimits) -> Self {
         Self {
             limits,
-            numbers: None,
+            minors: None,
             capacity: 0,
             read_only: false,
             flags: 0,
         }
     }
 
-    /// The disk is `major`:`first_minor`, and its partitions have the minors up to
-    /// `first_minor + minors`.
-    pub fn device_numbers(mut self, major: &Major, first_minor: u32, minors: u32) -> Self {
-        self.numbers = Some((major.number(), first_minor, minors));
+    /// The disk has the first of these minors, and its partitions those that follow.
+    pub fn device_numbers(mut self, minors: Minors) -> Self {
+        self.minors = Some(minors);
         self
     }
 
@@ -151,10 +150,11 @@ impl GenDiskBuilder {
         })?;
 
         // INVARIANT: The disk was made for this tag set, with this data, and not added.
-        let disk = GenDisk {
+        let mut disk = GenDisk {
             disk,
             queue_data,
             tag_set,
+            _minors: None,
             added: Atomic::new(NOT_ADDED),
             quiesced: Atomic::new(0),
         };
@@ -164,13 +164,11 @@ impl GenDiskBuilder {
         raw.fops = FileOperations::<T>::build();
         raw.private_data = queue_data;
         raw.flags |= self.flags as c_int;
-        if let Some((major, first_minor, minors)) = self.numbers {
-            if minors == 0 {
-                return Err(EINVAL);
-            }
-            raw.major = major.try_into()?;
-            raw.first_minor = first_minor.try_into()?;
-            raw.minors = minors.try_into()?;
+        if let Some(minors) = self.minors {
+            raw.major = minors.major().try_into()?;
+            raw.first_minor = minors.first().try_into()?;
+            raw.minors = minors.count().try_into()?;
+            disk._minors = Some(minors);
         }
         NullTerminatedFormatter::new(&mut raw.disk_name)
             .ok_or(EINVAL)?
@@ -209,6 +207,8 @@ pub struct GenDisk<T: Operations> {
     disk: *mut bindings::gendisk,
     queue_data: *mut kernel::ffi::c_void,
     tag_set: Arc<TagSet<T>>,
+    /// Given back after the disk is removed.
+    _minors: Option<Minors>,
     added: Atomic<i32>,
     quiesced: Atomic<i32>,
 }
@@ -246,6 +246,12 @@ impl<T: Operations> GenDisk<T> {
     /// The hardware queues and requests of this disk.
     pub fn tag_set(&self) -> &Arc<TagSet<T>> {
         &self.tag_set
+    }
+
+    /// The driver's data.
+    pub fn queue_data(&self) -> ArcBorrow<'_, T::QueueData> {
+        // SAFETY: By the type invariants this is an `Arc`, which is dropped with the disk.
+        unsafe { Arc::<T::QueueData>::borrow(self.queue_data) }
     }
 
     fn queue(&self) -> *mut bindings::request_queue {
@@ -364,6 +370,8 @@ impl<T: Operations> Drop for GenDisk<T> {
     fn drop(&mut self) {
         // The removal waits for requests, which have to get through for that.
         self.unquiesce();
+        self.start_stopped_hw_queues();
+        self.kick_requeue_list();
 
         if self.added.load(kernel::sync::atomic::Acquire) == ADDED {
             // SAFETY: By the type invariants the disk was added.

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a request carries on its way to the backend and back.
+//!
+//! The data of a request goes in one of two ways. *Direct*: its own pages are granted for as long as
+//! it takes. *Bounced*: it is copied to or from pages that hold nothing else, and stay granted.
+
+use blkif::plan::Form;
+use blkif::plan::Part;
+use blkif::plan::Piece;
+use blkif::plan::Plan;
+use blkif::plan::SlotLimits;
+use blkif::wire::indirect_pages;
+use blkif::wire::WireSegment;
+use kernel::page::PAGE_SIZE;
+use kernel::prelude::*;
+use kernel_ext::block::mq::InFlight;
+use kernel_ext::block::mq::Request;
+use kernel_ext::block::mq::Segments;
+use kernel_ext::xen::grant::Granted;
+use kernel_ext::xen::grant::GrantedPage;
+use kernel_ext::xen::grant::References;
+
+use crate::disk::Disk;
+use crate::params;
+
+/// A request that was accepted.
+pub(crate) type Started = Request<Disk, InFlight>;
+
+/// Memory of a request, used again by each that has its tag. Nothing is allocated for a single one.
+pub(crate) struct Carry {
+    /// Which connection the pages below belong to.
+    pub(crate) generation: u32,
+    /// Pages for the data, if it is bounced.
+    pub(crate) data: KVec<GrantedPage>,
+    /// Pages for the segments of indirect requests.
+    pub(crate) indirect: KVec<GrantedPage>,
+    /// Room for the grants of the data, if it goes directly.
+    pub(crate) references: References,
+}
+
+impl Carry {
+    /// Memory for the largest request.
+    pub(crate) fn new() -> Result<Self> {
+        let segments = usize::from(params::max_segments());
+        Ok(Self {
+            generation: 0,
+            data: KVec::with_capacity(segments, GFP_KERNEL)?,
+            indirect: KVec::with_capacity(params::MOST_PARTS, GFP_KERNEL)?,
+            references: References::with_capacity(segments, GFP_KERNEL)?,
+        })
+    }
+}
+
+/// A request whose data the backend may use.
+pub(crate) enum Held {
+    /// The data goes through the pages of its [`Carry`], or there is none.
+    Bounced(Started),
+    /// The pages of the request are granted.
+    Direct(Granted<Started>),
+}
+
+impl Held {
+    pub(crate) fn request(&self) -> &Started {
+        match self {
+            Held::Bounced(rq) => rq,
+            Held::Direct(granted) => granted.owner(),
+        }
+    }
+
+    /// The grant of a piece of the data.
+    pub(crate) fn reference(&self, piece: usize) -> Option<u32> {
+        let reference = match self {
+            Held::Bounced(rq) => rq.data().data.get(piece)?.reference(),
+            Held::Direct(granted) => *granted.references().get(piece)?,
+        };
+        Some(reference.value())
+    }
+}
+
+/// The data of a request in pieces. `None` for one that is not whole sectors.
+pub(crate) fn pieces(segments: Segments<'_>) -> impl Iterator<Item = Option<Piece>> + '_ {
+    segments.map(|segment| Piece::new(segment.offset() as u32, segment.len() as u32))
+}
+
+/// The grants of a request, as the backend gets to see them.
+pub(crate) struct Lists<'a> {
+    held: &'a Held,
+    /// Pages for the segments of indirect parts, those of each part one after the other.
+    indirect: &'a [GrantedPage],
+}
+
+impl<'a> Lists<'a> {
+    pub(crate) fn new(held: &'a Held, indirect: &'a [GrantedPage]) -> Self {
+        Self { held, indirect }
+    }
+
+    /// Where the request starts on the disk.
+    pub(crate) fn sector(&self) -> u64 {
+        self.held.request().sector()
+    }
+
+    /// The data, in pieces of sectors.
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = Piece> + 'a {
+        pieces(self.held.request().segments()).flatten()
+    }
+
+    /// The segments of a part.
+    pub(crate) fn segments(&self, part: &Part) -> impl Iterator<Item = WireSegment> + 'a {
+        let held = self.held;
+        self.pieces()
+            .enumerate()
+            .skip(part.first as usize)
+            .take(part.count.into())
+            .filter_map(move |(index, piece)| Some(piece.segment(held.reference(index)?)))
+    }
+
+    /// The grants of the pages with the segments of an indirect part.
+    pub(crate) fn pages(&self, part: &Part, limits: SlotLimits) -> impl Iterator<Item = u32> + 'a {
+        self.part_pages(part, limits)
+            .iter()
+            .map(|page| page.reference().value())
+    }
+
+    /// Writes the segments of all indirect parts into their pages.
+    pub(crate) fn fill(&self, pieces: u32, limits: SlotLimits) {
+        if self.indirect.is_empty() {
+            return;
+        }
+        let Some(plan) = Plan::new(self.sector(), self.pieces(), pieces, limits) else {
+            return;
+        };
+        for part in plan.filter(|part| part.form != Form::Direct) {
+            let mut segments = self.segments(&part);
+            for page in self.part_pages(&part, limits) {
+                fill_page(page, &mut segments);
+            }
+        }
+    }
+
+    /// All parts but the last have as many pages, and the last has no more.
+    fn part_pages(&self, part: &Part, limits: SlotLimits) -> &'a [GrantedPage] {
+        let each = indirect_pages(limits.segments());
+        let first = each.wrapping_mul(part.index.into());
+        let pages = self.indirect.get(first..).unwrap_or(&[]);
+        pages.get(..indirect_pages(part.count)).unwrap_or(pages)
+    }
+}
+
+/// Segments that are written to a page at once.
+const SEGMENTS_AT_ONCE: usize = 32;
+/// Bytes of a segment.
+const SEGMENT_BYTES: usize = 8;
+
+/// Fills a page with the next 512 segments, or as many as there are.
+fn fill_page(page: &GrantedPage, segments: &mut impl Iterator<Item = WireSegment>) {
+    let mut offset = 0usize;
+    while offset < PAGE_SIZE {
+        let mut bytes = [0; SEGMENTS_AT_ONCE * SEGMENT_BYTES];
+        let mut len = 0usize;
+        for chunk in bytes.chunks_exact_mut(SEGMENT_BYTES) {
+            let Some(segment) = segments.next() else {
+                break;
+            };
+            let [gref, range] = segment.encode();
+            let (low, high) = chunk.split_at_mut(SEGMENT_BYTES / 2);
+            low.copy_from_slice(&gref.to_le_bytes());
+            high.copy_from_slice(&range.to_le_bytes());
+            len = len.wrapping_add(SEGMENT_BYTES);
+        }
+        if len == 0 {
+            return;
+        }
+        if let (Some(to), Some(from)) = (page.slice_mut(offset, len), bytes.get(..len)) {
+            to.write(from);
+        }
+        offset = offset.wrapping_add(len);
+    }
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The block device: its limits, and what the block layer asks of it.
+
+use blkif::negotiate;
+use blkif::negotiate::Features;
+use blkif::negotiate::Flush;
+use blkif::plan::Direction;
+use blkif::plan::SlotLimits;
+use kernel::error::code::ENOTTY;
+use kernel::prelude::*;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Relaxed;
+use kernel::sync::Arc;
+use kernel::sync::ArcBorrow;
+use kernel::uaccess::UserPtr;
+use kernel::uaccess::UserSlice;
+use kernel_ext::block::mq::BlkStatus;
+use kernel_ext::block::mq::Completed;
+use kernel_ext::block::mq::Feature;
+use kernel_ext::block::mq::Geometry;
+use kernel_ext::block::mq::HwQueue;
+use kernel_ext::block::mq::Op;
+use kernel_ext::block::mq::Operations;
+use kernel_ext::block::mq::QueueLimits;
+use kernel_ext::block::mq::Queued;
+use kernel_ext::block::mq::Rejected;
+use kernel_ext::block::mq::Request;
+
+use crate::carry::Carry;
+use crate::queue::Order;
+use crate::queue::Queue;
+
+/// `CDROMMULTISESSION`
+const CDROM_MULTISESSION: u32 = 0x5310;
+/// `CDROM_GET_CAPABILITY`
+const CDROM_GET_CAPABILITY: u32 = 0x5331;
+/// Bytes of `struct cdrom_multisession`.
+const MULTISESSION_BYTES: usize = 8;
+
+/// Geometry of disks of which nobody knows it.
+const HEADS: u8 = 255;
+const SECTORS_PER_TRACK: u8 = 63;
+
+/// A disk, as the block layer knows it.
+pub(crate) struct Disk {
+    /// One for each hardware queue.
+    queues: KVec<Arc<Queue>>,
+    /// How many of these have a ring; the others use one of theirs.
+    rings: Atomic<u32>,
+    cdrom: bool,
+}
+
+impl Disk {
+    /// A disk with these queues.
+    pub(crate) fn new(queues: KVec<Arc<Queue>>, cdrom: bool) -> Self {
+        Self {
+            rings: Atomic::new(queues.len() as u32),
+            queues,
+            cdrom,
+        }
+    }
+
+    /// Sets how many queues have a ring. No request is being queued.
+    pub(crate) fn set_rings(&self, rings: u32) {
+        self.rings.store(rings, Relaxed);
+    }
+
+    /// The queue whose ring a hardware queue uses.
+    fn queue(&self, hw_queue: u32) -> Option<&Queue> {
+        let ring = hw_queue.checked_rem(self.rings.load(Relaxed)).unwrap_or(0);
+        self.queues.get(ring as usize).map(|queue| &**queue)
+    }
+}
+
+/// Sets what follows from the disk and from what both sides can do.
+pub(crate) fn set_limits(
+    limits: &mut QueueLimits,
+    disk: &negotiate::Disk,
+    features: &Features,
+    slot: SlotLimits,
+) {
+    let segments = slot.segments();
+    limits
+        .set_logical_block_size(disk.block_size)
+        .set_physical_block_size(disk.physical_block_size)
+        .set_max_hw_sectors(u32::from(segments).wrapping_mul(SECTORS_PER_PAGE))
+        .set_max_segments(segments)
+        .set_max_segment_size(blkif::wire::PAGE_SIZE)
+        .set_seg_boundary_mask(blkif::wire::PAGE_SIZE as usize - 1)
+        .set_dma_alignment(blkif::wire::SECTOR_SIZE - 1)
+        .set_feature(Feature::WriteCache, features.flush != Flush::None);
+
+    let discard = features.discard;
+    let most = |can: bool| if can { u32::MAX } else { 0 };
+    limits
+        .set_max_discard_sectors(most(discard.is_some()))
+        .set_max_secure_erase_sectors(most(discard.is_some_and(|discard| discard.secure)))
+        .set_discard_granularity(discard.map_or(0, |discard| discard.granularity))
+        .set_discard_alignment(discard.map_or(0, |discard| discard.alignment));
+}
+
+const SECTORS_PER_PAGE: u32 = blkif::wire::SECTORS_PER_PAGE as u32;
+
+#[vtable]
+impl Operations for Disk {
+    type QueueData = Self;
+    type HwQueueData = ();
+    type RequestData = Carry;
+
+    fn new_request_data(_hw_queue: u32) -> Result<Carry> {
+        Carry::new()
+    }
+
+    fn new_hw_queue_data(_disk: ArcBorrow<'_, Self>, _hw_queue: u32) -> Result {
+        Ok(())
+    }
+
+    fn queue_rq<'q>(
+        hw_queue: HwQueue<'q, Self>,
+        rq: Request<Self, Queued<'q>>,
+        last: bool,
+    ) -> Result<(), Rejected<'q, Self>> {
+        let disk = hw_queue.queue_data();
+        let Some(queue) = disk.queue(hw_queue.index()) else {
+            rq.end(BlkStatus::IOERR);
+            return Ok(());
+        };
+        let order = match rq.op() {
+            Op::Read => Order::Transfer(Direction::Read),
+            Op::Write => Order::Transfer(Direction::Write),
+            Op::Flush => Order::Flush,
+            Op::Discard => Order::Discard { secure: false },
+            Op::SecureErase => Order::Discard { secure: true },
+            Op::WriteZeroes | Op::Other(_) => {
+                rq.end(BlkStatus::NOTSUPP);
+                queue.commit();
+                return Ok(());
+            }
+        };
+        queue.submit(rq, order, last)
+    }
+
+    fn commit_rqs(hw_queue: HwQueue<'_, Self>) {
+        if let Some(queue) = hw_queue.queue_data().queue(hw_queue.index()) {
+            queue.commit();
+        }
+    }
+
+    fn complete(rq: Request<Self, Completed>) {
+        let disk = rq.queue_data();
+        match disk.queue(rq.id().hw_queue) {
+            Some(queue) => queue.complete_read(rq),
+            None => rq.end(BlkStatus::IOERR),
+        }
+    }
+
+    fn ioctl(disk: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<i32> {
+        match cmd {
+            CDROM_MULTISESSION => {
+                let user = UserSlice::new(UserPtr::from_addr(arg), MULTISESSION_BYTES);
+                user.writer().write_slice(&[0; MULTISESSION_BYTES])?;
+                Ok(0)
+            }
+            CDROM_GET_CAPABILITY if disk.cdrom => Ok(0),
+            CDROM_GET_CAPABILITY => Err(EINVAL),
+            _ => Err(ENOTTY),
+        }
+    }
+
+    fn getgeo(_disk: ArcBorrow<'_, Self>, capacity: u64) -> Result<Geometry> {
+        let cylinder = u64::from(HEADS).wrapping_mul(SECTORS_PER_TRACK.into());
+        let cylinders = capacity.checked_div(cylinder).unwrap_or(0);
+        Ok(Geometry {
+            heads: HEADS,
+            sectors: SECTORS_PER_TRACK,
+            cylinders: u16::try_from(cylinders).unwrap_or(u16::MAX),
+        })
+    }
+}

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A ring and its event channel, shared with the backend.
+
+use blkif::ring::FrontRing;
+use blkif::ring::Memory;
+use blkif::wire::Abi;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel_ext::xen::events::Channel;
+use kernel_ext::xen::grant::GrantRef;
+use kernel_ext::xen::ring::RingPages;
+use kernel_ext::xen::xenbus;
+
+use crate::queue::Queue;
+
+/// The pages of a ring, as the protocol sees them.
+pub(crate) struct RingMemory(RingPages);
+
+impl Memory for RingMemory {
+    #[inline]
+    fn words(&self) -> usize {
+        self.0.len()
+    }
+
+    #[inline]
+    fn load(&self, word: usize) -> u32 {
+        self.0.load(word)
+    }
+
+    #[inline]
+    fn store(&self, word: usize, value: u32) {
+        self.0.store(word, value);
+    }
+
+    #[inline]
+    fn rmb(&self) {
+        self.0.read_fence();
+    }
+
+    #[inline]
+    fn wmb(&self) {
+        self.0.write_fence();
+    }
+
+    #[inline]
+    fn mb(&self) {
+        self.0.full_fence();
+    }
+}
+
+/// A ring and its event channel. Dropping it ends both; it sleeps.
+pub(crate) struct Link {
+    pub(crate) ring: FrontRing<RingMemory>,
+    pub(crate) channel: Arc<Channel<Queue>>,
+}
+
+impl Link {
+    /// Makes a ring of `1 << page_order` pages and an event channel for the device's backend, whose
+    /// events `queue` gets.
+    pub(crate) fn new(
+        device: &xenbus::Device,
+        page_order: u32,
+        queue: &Arc<Queue>,
+    ) -> Result<Self> {
+        let pages = RingPages::new(device, page_order)?;
+        let ring = FrontRing::new(RingMemory(pages), Abi::native()).map_err(|_| EINVAL)?;
+        let channel = Channel::alloc_unbound(device, c"blkif", queue.clone())?;
+        Ok(Self {
+            ring,
+            channel: Arc::new(channel, GFP_KERNEL)?,
+        })
+    }
+
+    /// The grants of the ring's pages, for xenstore.
+    pub(crate) fn references(&self) -> impl Iterator<Item = GrantRef> + '_ {
+        self.ring.memory().0.references()
+    }
+}

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is read from and written to xenstore.
+//!
+//! A node that is missing or makes no sense is reported with its name and its text.
+
+use blkif::negotiate;
+use blkif::negotiate::BackOffer;
+use blkif::negotiate::Disk;
+use blkif::negotiate::DiskNodes;
+use blkif::negotiate::FrontOffer;
+use blkif::node;
+use blkif::node::BadNode;
+use blkif::state::FrontEvent;
+use blkif::state::XenbusState;
+use blkif::vdev::VirtualDevice;
+use blkif::wire::Abi;
+use kernel::fmt;
+use kernel::prelude::*;
+use kernel::str::CString;
+use kernel_ext::base::shown::Shown;
+use kernel_ext::ratelimited;
+use kernel_ext::xen::xenbus;
+use kernel_ext::xen::xenstore;
+use kernel_ext::xen::xenstore::NoTransaction;
+use kernel_ext::xen::xenstore::Transaction;
+use kernel_ext::xen::xenstore::Value;
+
+use crate::link::Link;
+use crate::params;
+
+/// A node, or `None` if there is none.
+fn read(dir: &CStr, node: &'static str) -> Result<Option<Value>> {
+    match xenstore::read(&NoTransaction, dir, fmt!("{}", node)) {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error == ENOENT => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reports a node that makes no sense.
+fn complain(dir: &CStr, bad: &BadNode) {
+    ratelimited!(pr_warn!("{}/{}\n", dir, Shown(bad)));
+}
+
+fn bad(dir: &CStr, bad: BadNode) -> Error {
+    complain(dir, &bad);
+    EINVAL
+}
+
+/// The name and minors of the device.
+pub(crate) fn virtual_device(device: &xenbus::Device) -> Result<VirtualDevice> {
+    let dir = device.nodename();
+    let (node, value) = match read(dir, "virtual-device")? {
+        Some(value) => ("virtual-device", Some(value)),
+        None => ("virtual-device-ext", read(dir, "virtual-device-ext")?),
+    };
+    let value = value.ok_or_else(|| bad(dir, BadNode::missing("virtual-device")))?;
+    let number = node::device_number(node, value.as_bytes()).map_err(|error| bad(dir, error))?;
+    VirtualDevice::new(number).map_err(|error| {
+        pr_err!("{}: {}\n", dir, Shown(error));
+        ENODEV
+    })
+}
+
+/// The backend's directory.
+pub(crate) fn backend(device: &xenbus::Device) -> Result<CString> {
+    let value = read(device.nodename(), "backend")?.ok_or(ENOENT)?;
+    Ok(CString::try_from_fmt(fmt!("{}", &*value))?)
+}
+
+/// What the backend's state is now.
+pub(crate) fn backend_event(device: &xenbus::Device, backend: &CStr) -> FrontEvent {
+    let state = device.read_driver_state(backend).number();
+    let Some(state) = XenbusState::from_number(state) else {
+        ratelimited!(pr_err!("{}/state = \"{}\": no state\n", backend, state));
+        return FrontEvent::BadState;
+    };
+    FrontEvent::Backend {
+        state,
+        online: is_online(backend),
+    }
+}
+
+/// A backend without this node is online.
+fn is_online(backend: &CStr) -> bool {
+    let Ok(Some(value)) = read(backend, "online") else {
+        return true;
+    };
+    node::switch("online", value.as_bytes()).unwrap_or_else(|error| {
+        complain(backend, &error);
+        true
+    })
+}
+
+/// What this side can do for the device.
+pub(crate) fn front_offer(device: &xenbus::Device) -> Result<FrontOffer> {
+    let dir = device.nodename();
+    let trusted = match read(dir, "trusted")? {
+        None => true,
+        // Who cannot be understood is not trusted.
+        Some(value) => node::switch("trusted", value.as_bytes()).unwrap_or_else(|error| {
+            complain(dir, &error);
+            false
+        }),
+    };
+    Ok(params::front_offer(trusted))
+}
+
+/// What the backend can do. Nodes that make no sense count as missing.
+pub(crate) fn back_offer(backend: &CStr) -> Result<BackOffer> {
+    let mut offer = BackOffer::default();
+    for node in BackOffer::NODES {
+        if let Some(value) = read(backend, node)? {
+            if let Err(error) = offer.set(node, value.as_bytes()) {
+                complain(backend, &error);
+            }
+        }
+    }
+    Ok(offer)
+}
+
+/// What the disk is.
+pub(crate) fn disk(backend: &CStr) -> Result<Disk> {
+    let mut nodes = DiskNodes::default();
+    for node in DiskNodes::NODES {
+        if let Some(value) = read(backend, node)? {
+            nodes
+                .set(node, value.as_bytes())
+                .map_err(|error| bad(backend, error))?;
+        }
+    }
+    nodes.disk().map_err(|error| bad(backend, error))
+}
+
+/// How large the disk is.
+pub(crate) fn sectors(backend: &CStr) -> Result<u64> {
+    let value =
+        read(backend, "sectors")?.ok_or_else(|| bad(backend, BadNode::missing("sectors")))?;
+    negotiate::sectors(value.as_bytes()).map_err(|error| bad(backend, error))
+}
+
+/// Where the nodes of a ring are: in the directory itself, or in one for each of several rings.
+#[derive(Clone, Copy)]
+struct Prefix(Option<usize>);
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(number) => write!(f, "queue-{}/", number),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What the backend has to know about a ring.
+pub(crate) struct RingNodes {
+    references: KVec<u32>,
+    port: u32,
+}
+
+impl RingNodes {
+    pub(crate) fn new(link: &Link) -> Result<Self> {
+        let mut references = KVec::new();
+        for reference in link.references() {
+            references.push(reference.value(), GFP_KERNEL)?;
+        }
+        Ok(Self {
+            references,
+            port: link.channel.port().ok_or(EINVAL)?,
+        })
+    }
+
+    /// Writes the nodes of this ring.
+    fn write(&self, transaction: &Transaction, dir: &CStr, prefix: Prefix) -> Result {
+        if let [reference] = self.references.as_slice() {
+            xenstore::write(
+                transaction,
+                dir,
+                fmt!("{}ring-ref", prefix),
+                fmt!("{}", reference),
+            )?;
+        } else {
+            for (number, reference) in self.references.iter().enumerate() {
+                xenstore::write(
+                    transaction,
+                    dir,
+                    fmt!("{}ring-ref{}", prefix, number),
+                    fmt!("{}", reference),
+                )?;
+            }
+        }
+        xenstore::write(
+            transaction,
+            dir,
+            fmt!("{}event-channel", prefix),
+            fmt!("{}", self.port),
+        )
+    }
+}
+
+/// Writes all that the backend needs to know, at once.
+pub(crate) fn publish(
+    device: &xenbus::Device,
+    rings: &[RingNodes],
+    page_order: u32,
+    persistent: bool,
+) -> Result {
+    let dir = device.nodename();
+    xenstore::transaction(|transaction| {
+        let write = |node: &str, value: fmt::Arguments<'_>| {
+            xenstore::write(transaction, dir, fmt!("{}", node), value)
+        };
+        // An earlier connection may have had several rings, or larger ones.
+        remove(transaction, dir, "multi-queue-num-queues")?;
+        remove(transaction, dir, "ring-page-order")?;
+
+        if page_order > 0 {
+            write("ring-page-order", fmt!("{}", page_order))?;
+        }
+        if let [ring] = rings {
+            ring.write(transaction, dir, Prefix(None))?;
+        } else {
+            write("multi-queue-num-queues", fmt!("{}", rings.len()))?;
+            for (number, ring) in rings.iter().enumerate() {
+                ring.write(transaction, dir, Prefix(Some(number)))?;
+            }
+        }
+        write("protocol", fmt!("{}", Abi::native().name()))?;
+        write("feature-persistent", fmt!("{}", u32::from(persistent)))
+    })
+}
+
+/// Removes a node, if it is there.
+fn remove(transaction: &Transaction, dir: &CStr, node: &str) -> Result {
+    match xenstore::remove(transaction, dir, fmt!("{}", node)) {
+        Err(error) if error != ENOENT => Err(error),
+        _ => Ok(()),
+    }
+}

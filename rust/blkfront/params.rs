@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Module parameters, with the names and defaults of `xen-blkfront`.
+
+use blkif::negotiate::FrontOffer;
+use blkif::wire::DIRECT_SEGMENTS;
+use kernel_ext::base::module_param::module_params;
+
+module_params! {
+    /// Segments of an indirect request.
+    static MAX_INDIRECT_SEGMENTS("max_indirect_segments", 0o444): u32 = 32,
+        "Maximum amount of segments in indirect requests (default is 32)";
+    /// Rings of a disk.
+    static MAX_QUEUES("max_queues", 0o444): u32 = 4,
+        "Maximum number of hardware queues/rings used per virtual disk (default is 4)";
+    /// Pages of a ring.
+    static MAX_RING_PAGE_ORDER("max_ring_page_order", 0o444): i32 = 0,
+        "Maximum order of pages to be used for the shared ring (default is 0, at most 4)";
+    /// Whether backends may see what else is in the pages of a request.
+    static TRUSTED("trusted", 0o644): bool = true,
+        "Is the backend trusted with the pages of requests? Else all data is copied (default is Y)";
+    /// Whether to use persistent grants.
+    static FEATURE_PERSISTENT("feature_persistent", 0o644): bool = true,
+        "Use grants that stay with the backend, if it wants that (default is Y)";
+}
+
+/// Segments that are used at most, whatever the parameter says: as many as fit into the smallest
+/// ring without indirect requests. A backend without them can take the place of one that had them,
+/// and then a request must still fit.
+const MOST_SEGMENTS: u32 = MOST_PARTS as u32 * DIRECT_SEGMENTS as u32;
+
+/// Slots that a request takes at most: those of the smallest ring.
+pub(crate) const MOST_PARTS: usize = 32;
+
+/// What the parameters allow now. `trusted` is the device's node of that name.
+pub(crate) fn front_offer(trusted: bool) -> FrontOffer {
+    FrontOffer {
+        max_ring_page_order: u32::try_from(MAX_RING_PAGE_ORDER.get()).unwrap_or(0),
+        max_queues: MAX_QUEUES.get().min(kernel::cpu::nr_cpu_ids()),
+        max_indirect_segments: max_segments().into(),
+        persistent: FEATURE_PERSISTENT.get(),
+        trusted: trusted && TRUSTED.get(),
+    }
+}
+
+/// Segments that a request of the block layer can have at most, with any backend.
+pub(crate) fn max_segments() -> u16 {
+    MAX_INDIRECT_SEGMENTS
+        .get()
+        .clamp(DIRECT_SEGMENTS as u32, MOST_SEGMENTS) as u16
+}

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pages that stay granted to the backend, and are used again and again.
+//!
+//! Data that is bounced, and the segments of indirect requests, stand in such pages. A queue starts
+//! with as many as one request of any size needs, so that one can always proceed, and gets more as
+//! they are needed; they go when the connection goes.
+
+use kernel::alloc::flags::__GFP_NOWARN;
+use kernel::alloc::Flags;
+use kernel::page::Page;
+use kernel::prelude::*;
+use kernel_ext::xen::grant::Access;
+use kernel_ext::xen::grant::GrantReserve;
+use kernel_ext::xen::grant::GrantedPage;
+use kernel_ext::xen::DomId;
+
+/// Granted pages that no request uses.
+pub(crate) struct Pool {
+    pages: KVVec<GrantedPage>,
+}
+
+impl Pool {
+    /// No pages, and no room for any.
+    pub(crate) const fn empty() -> Self {
+        Self {
+            pages: KVVec::new(),
+        }
+    }
+
+    /// A pool with room for `most` pages, of which `first` are there from the start. Sleeps.
+    pub(crate) fn new(domain: DomId, first: usize, most: usize) -> Result<Self> {
+        let mut pages = KVVec::with_capacity(most.max(first), GFP_KERNEL)?;
+        for _ in 0..first {
+            // There is room for them.
+            let _ = pages.push_within_capacity(new_page(domain, GFP_KERNEL)?);
+        }
+        Ok(Self { pages })
+    }
+
+    /// Moves pages to `to` until that has `count`, as far as there are any.
+    pub(crate) fn take(&mut self, to: &mut KVec<GrantedPage>, count: usize) {
+        while to.len() < count {
+            let Some(page) = self.pages.pop() else { return };
+            if to.push_within_capacity(page).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Takes pages back. Those for which there is no room are freed.
+    pub(crate) fn give(&mut self, from: &mut KVec<GrantedPage>) {
+        while let Some(page) = from.pop() {
+            let _ = self.pages.push_within_capacity(page);
+        }
+    }
+}
+
+/// Adds new pages to `to` until that has `count`. Does not sleep.
+pub(crate) fn grow(domain: DomId, to: &mut KVec<GrantedPage>, count: usize) -> Result {
+    while to.len() < count {
+        let page = new_page(domain, GFP_ATOMIC | __GFP_NOWARN)?;
+        to.push_within_capacity(page).map_err(|_| ENOSPC)?;
+    }
+    Ok(())
+}
+
+/// The backend can see what is in the page: it starts with zeroes.
+fn new_page(domain: DomId, flags: Flags) -> Result<GrantedPage> {
+    let mut reserve = GrantReserve::new(1)?;
+    let page = Page::alloc_page(flags | __GFP_ZERO)?;
+    GrantedPage::new(&mut reserve, domain, page, Access::ReadWrite)
+}

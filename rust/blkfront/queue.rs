@@ -1,0 +1,495 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A queue: a ring, its slots, and the way of a request to the backend.
+//!
+//! A request is prepared without the lock: pages are found, data is copied. Then it is started, and
+//! put into the ring under the lock. The backend sees it when its batch is published, and is
+//! notified once for the batch, without the lock.
+
+use blkif::negotiate::Flush;
+use blkif::plan;
+use blkif::plan::Direction;
+use blkif::plan::Form;
+use blkif::plan::Plan;
+use blkif::plan::SlotLimits;
+use blkif::wire::op;
+use blkif::wire::WireRequest;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel_ext::base::irq_spinlock::new_irq_spinlock;
+use kernel_ext::base::irq_spinlock::IrqSpinLock;
+use kernel_ext::block::mq;
+use kernel_ext::block::mq::BlkStatus;
+use kernel_ext::block::mq::Op;
+use kernel_ext::block::mq::Queued;
+use kernel_ext::block::mq::Rejected;
+use kernel_ext::block::mq::Request;
+use kernel_ext::ratelimited;
+use kernel_ext::xen::grant::Access;
+use kernel_ext::xen::grant::GrantReserve;
+use kernel_ext::xen::grant::Granted;
+use kernel_ext::xen::grant::GrantedPage;
+use kernel_ext::xen::DomId;
+
+use crate::carry;
+use crate::carry::Carry;
+use crate::carry::Held;
+use crate::carry::Lists;
+use crate::carry::Started;
+use crate::disk::Disk;
+use crate::link::Link;
+use crate::params;
+use crate::pool;
+use crate::pool::Pool;
+use crate::signal::Cause;
+use crate::signal::Signal;
+use crate::slots::Slots;
+use crate::slots::Waiting;
+
+/// What a connection allows. Changes only while no request is being queued.
+#[derive(Clone, Copy)]
+pub(crate) struct Terms {
+    /// Who may use our pages.
+    pub(crate) domain: DomId,
+    /// How much a slot can carry.
+    pub(crate) limits: SlotLimits,
+    /// Whether data is bounced.
+    pub(crate) bounce: bool,
+    /// How a flush is asked for.
+    pub(crate) flush: Flush,
+    /// Counts the connections.
+    pub(crate) generation: u32,
+}
+
+/// What a queue is good for.
+#[derive(Clone, Copy)]
+pub(crate) enum State {
+    /// There is no connection, but one may come. The block layer is quiesced.
+    Away,
+    /// Requests are served.
+    Live(Terms),
+    /// There will never be a connection: requests fail.
+    Dead,
+}
+
+/// What a request asks the backend for.
+#[derive(Clone, Copy)]
+pub(crate) enum Order {
+    /// Move the data.
+    Transfer(Direction),
+    /// Flush.
+    Flush,
+    /// Forget the content of the sectors.
+    Discard {
+        /// And make sure that nobody can read it any more.
+        secure: bool,
+    },
+}
+
+/// What the lock of a queue protects.
+pub(crate) struct Inner {
+    pub(crate) state: State,
+    pub(crate) link: Option<Link>,
+    pub(crate) slots: Slots,
+    /// Requests that are answered, but of which the backend still uses pages.
+    pub(crate) answered: KVVec<Waiting>,
+    pub(crate) pool: Pool,
+    /// The backend broke the rules: its answers are not looked at any more.
+    pub(crate) broken: bool,
+}
+
+/// A ring with its slots.
+#[pin_data]
+pub(crate) struct Queue {
+    index: u16,
+    /// The number of the device, which every request repeats.
+    handle: u16,
+    pub(crate) signal: Arc<Signal>,
+    #[pin]
+    pub(crate) inner: IrqSpinLock<Inner>,
+}
+
+/// How much of what a request needs.
+#[derive(Clone, Copy)]
+struct Needs {
+    /// Pieces of data.
+    pieces: u32,
+    /// Slots.
+    slots: usize,
+    /// Pages to bounce data.
+    data: usize,
+    /// Pages for the segments of indirect requests.
+    indirect: usize,
+    /// Grants for the request's own pages.
+    grants: u16,
+}
+
+impl Needs {
+    fn new(terms: &Terms, pieces: u32) -> Self {
+        let lists = terms.limits.grants(pieces).saturating_sub(pieces);
+        let bounced = if terms.bounce { pieces } else { 0 };
+        Self {
+            pieces,
+            // What moves no data needs a slot too.
+            slots: terms.limits.slots(pieces).max(1) as usize,
+            data: bounced as usize,
+            indirect: lists as usize,
+            grants: pieces.saturating_sub(bounced) as u16,
+        }
+    }
+}
+
+/// What becomes of a request that wants to be put into the ring.
+enum Promise {
+    /// There are slots for it.
+    Given(Terms, Needs),
+    /// There are no slots now.
+    Later,
+    /// There is no backend, and there will be none.
+    Never,
+}
+
+impl Inner {
+    /// Takes out a request that waits for answers, or for its pages.
+    fn evict(&mut self) -> Option<Waiting> {
+        self.answered.pop().or_else(|| self.slots.evict())
+    }
+}
+
+impl Queue {
+    pub(crate) fn new(index: u16, handle: u16, signal: Arc<Signal>) -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Self {
+                index,
+                handle,
+                signal,
+                inner <- new_irq_spinlock!(Inner {
+                    state: State::Away,
+                    link: None,
+                    slots: Slots::empty(),
+                    answered: KVVec::new(),
+                    pool: Pool::empty(),
+                    broken: false,
+                }),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Has a ring from now on, which nobody serves yet. The queue has no requests. Sleeps.
+    pub(crate) fn attach(&self, link: Link) -> Result {
+        let epoch = self.inner.lock().slots.epoch();
+        let capacity = link.ring.capacity();
+        let slots = Slots::new(capacity as u16, epoch)?;
+        let answered = KVVec::with_capacity(capacity as usize, GFP_KERNEL)?;
+
+        // What was there before is freed without the lock.
+        let _old = {
+            let mut inner = self.inner.lock();
+            inner.broken = false;
+            (
+                core::mem::replace(&mut inner.slots, slots),
+                core::mem::replace(&mut inner.answered, answered),
+                inner.link.replace(link),
+            )
+        };
+        Ok(())
+    }
+
+    /// Serves requests from now on. Sleeps.
+    pub(crate) fn serve(&self, terms: Terms) -> Result {
+        let largest = Needs::new(&terms, terms.limits.segments().into());
+        let first = largest.data.saturating_add(largest.indirect);
+        let capacity = self.inner.lock().slots.capacity();
+        let pool = Pool::new(terms.domain, first, first.saturating_mul(capacity))?;
+
+        let _old = {
+            let mut inner = self.inner.lock();
+            inner.state = State::Live(terms);
+            core::mem::replace(&mut inner.pool, pool)
+        };
+        Ok(())
+    }
+
+    /// Serves no requests from now on, for a while or for ever. No request is being queued.
+    ///
+    /// Ends the ring, the event channel and all grants that are not part of a request; what waits
+    /// for answers goes to `evicted`. Sleeps.
+    pub(crate) fn detach(&self, dead: bool, mut evicted: impl FnMut(Waiting)) {
+        let link = {
+            let mut inner = self.inner.lock();
+            inner.state = if dead { State::Dead } else { State::Away };
+            inner.link.take()
+        };
+        // Waits for the event handler, which finds no ring any more.
+        drop(link);
+
+        let pool = core::mem::replace(&mut self.inner.lock().pool, Pool::empty());
+        drop(pool);
+        while let Some(waiting) = self.inner.lock().evict() {
+            evicted(waiting);
+        }
+    }
+
+    /// How many slots the ring has.
+    pub(crate) fn capacity(&self) -> usize {
+        self.inner.lock().slots.capacity()
+    }
+
+    /// Whether no request waits for an answer.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.inner.lock().slots.is_idle()
+    }
+
+    /// Whether the backend broke the rules.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.inner.lock().broken
+    }
+
+    /// Takes a request: puts it into the ring, ends it, or has it offered again later.
+    pub(crate) fn submit<'q>(
+        &self,
+        rq: Request<Disk, Queued<'q>>,
+        order: Order,
+        last: bool,
+    ) -> Result<(), Rejected<'q, Disk>> {
+        let result = self.accept(rq, order);
+        if last {
+            self.commit();
+        }
+        result
+    }
+
+    /// Shows the backend what was put into the ring, and notifies it if it wants that.
+    pub(crate) fn commit(&self) {
+        let channel = {
+            let mut inner = self.inner.lock();
+            let link = inner.link.as_mut();
+            link.and_then(|link| link.ring.publish().then(|| link.channel.clone()))
+        };
+        if let Some(channel) = channel {
+            channel.notify();
+        }
+    }
+
+    fn accept<'q>(
+        &self,
+        mut rq: Request<Disk, Queued<'q>>,
+        order: Order,
+    ) -> Result<(), Rejected<'q, Disk>> {
+        let Some(pieces) = count_pieces(&rq) else {
+            ratelimited!(pr_err!(
+                "a request is not made of whole sectors, or too large\n"
+            ));
+            rq.end(BlkStatus::IOERR);
+            return Ok(());
+        };
+
+        let (terms, needs) = match self.promise(rq.data_mut(), pieces) {
+            Promise::Given(terms, needs) => (terms, needs),
+            Promise::Later => return Err(rq.reject()),
+            Promise::Never => {
+                rq.end(BlkStatus::IOERR);
+                return Ok(());
+            }
+        };
+        let Ok(reserve) = prepare(&mut rq, &terms, needs) else {
+            self.break_promise(rq.data_mut(), needs);
+            return Err(rq.reject());
+        };
+
+        let mut rq = rq.start();
+        let indirect = core::mem::take(&mut rq.data_mut().indirect);
+        match hold(rq, &terms, needs, reserve) {
+            Ok(held) => {
+                let lists = Lists::new(&held, &indirect);
+                lists.fill(pieces, terms.limits);
+                self.put(held, indirect, order, &terms, needs);
+            }
+            Err(mut rq) => {
+                rq.data_mut().indirect = indirect;
+                self.break_promise(rq.data_mut(), needs);
+                rq.end(BlkStatus::RESOURCE);
+            }
+        }
+        Ok(())
+    }
+
+    /// Promises slots, and takes pages out of the pool as far as there are any.
+    fn promise(&self, carry: &mut Carry, pieces: u32) -> Promise {
+        let mut inner = self.inner.lock();
+        let terms = match inner.state {
+            State::Live(terms) => terms,
+            State::Away => return Promise::Later,
+            State::Dead => return Promise::Never,
+        };
+        let needs = Needs::new(&terms, pieces);
+        if !inner.slots.promise(needs.slots) {
+            return Promise::Later;
+        }
+        carry.generation = terms.generation;
+        inner.pool.take(&mut carry.data, needs.data);
+        inner.pool.take(&mut carry.indirect, needs.indirect);
+        Promise::Given(terms, needs)
+    }
+
+    /// Takes back what was promised to a request that is not put into the ring.
+    fn break_promise(&self, carry: &mut Carry, needs: Needs) {
+        let mut inner = self.inner.lock();
+        inner.slots.unpromise(needs.slots);
+        inner.pool.give(&mut carry.data);
+        inner.pool.give(&mut carry.indirect);
+    }
+
+    /// Puts a request into the slots that were promised to it.
+    fn put(
+        &self,
+        held: Held,
+        indirect: KVec<GrantedPage>,
+        order: Order,
+        terms: &Terms,
+        needs: Needs,
+    ) {
+        let mut inner = self.inner.lock();
+        inner.slots.unpromise(needs.slots);
+        let lists = Lists::new(&held, &indirect);
+        let (first, parts) = match order {
+            Order::Transfer(direction) => {
+                self.put_parts(&mut inner, &lists, direction, terms, needs)
+            }
+            Order::Flush => self.put_single(&mut inner, |id| {
+                let operation = terms.flush.operation().unwrap_or(op::FLUSH_DISKCACHE);
+                plan::flush(operation, self.handle, id)
+            }),
+            Order::Discard { secure } => self.put_single(&mut inner, |id| {
+                let rq = held.request();
+                let sectors = u64::from(rq.bytes() >> 9);
+                plan::discard(self.handle, id, rq.sector(), sectors, secure)
+            }),
+        };
+
+        let waiting = Waiting::new(held, indirect, parts);
+        if let Err(waiting) = inner.slots.keep(first, waiting) {
+            // The slots were promised, so this cannot be. It means that something is in the ring of
+            // which we know nothing: give the ring up.
+            inner.broken = true;
+            drop(inner);
+            self.signal.raise(Cause::Failed);
+            drop(waiting);
+        }
+    }
+
+    /// Puts the parts of a transfer; gives the first slot and how many there are.
+    fn put_parts(
+        &self,
+        inner: &mut Inner,
+        lists: &Lists<'_>,
+        direction: Direction,
+        terms: &Terms,
+        needs: Needs,
+    ) -> (Option<u16>, u16) {
+        let sector = lists.sector();
+        let Some(plan) = Plan::new(sector, lists.pieces(), needs.pieces, terms.limits) else {
+            return (None, 0);
+        };
+        let mut first = None;
+        let mut parts = 0u16;
+        for part in plan {
+            let number = self.put_slot(inner, first, part.index, |id| match part.form {
+                Form::Direct => part.direct(direction, self.handle, id, lists.segments(&part)),
+                Form::Indirect(_) => {
+                    part.indirect(direction, self.handle, id, lists.pages(&part, terms.limits))
+                }
+            });
+            if number.is_none() {
+                return (None, 0);
+            }
+            first = first.or(number);
+            parts = parts.wrapping_add(1);
+        }
+        (first, parts)
+    }
+
+    /// Puts a request of one slot.
+    fn put_single(
+        &self,
+        inner: &mut Inner,
+        make: impl FnOnce(u64) -> WireRequest,
+    ) -> (Option<u16>, u16) {
+        (self.put_slot(inner, None, 0, make), 1)
+    }
+
+    /// Puts one slot, and gives its number.
+    fn put_slot(
+        &self,
+        inner: &mut Inner,
+        first: Option<u16>,
+        part: u16,
+        make: impl FnOnce(u64) -> WireRequest,
+    ) -> Option<u16> {
+        let ring = &mut inner.link.as_mut()?.ring;
+        let claim = inner.slots.claim(first, self.index, part)?;
+        let request = make(claim.id.to_wire());
+        ring.put(&request).ok()?;
+        inner.slots.expect(&claim, &request);
+        Some(claim.number)
+    }
+}
+
+/// How many pieces the data of a request has. `None` if it is more than a request can carry, or not
+/// made of whole sectors.
+fn count_pieces<S: mq::State>(rq: &Request<Disk, S>) -> Option<u32> {
+    let mut count = 0u32;
+    for piece in carry::pieces(rq.segments()) {
+        piece?;
+        count = count.wrapping_add(1);
+    }
+    (count <= params::max_segments().into()).then_some(count)
+}
+
+/// Gets what the pool did not have, reserves grants, and copies the data of a write that is bounced.
+fn prepare<S: mq::State>(
+    rq: &mut Request<Disk, S>,
+    terms: &Terms,
+    needs: Needs,
+) -> Result<GrantReserve> {
+    let carry = rq.data_mut();
+    pool::grow(terms.domain, &mut carry.data, needs.data)?;
+    pool::grow(terms.domain, &mut carry.indirect, needs.indirect)?;
+    let reserve = GrantReserve::new(needs.grants)?;
+
+    if terms.bounce && rq.op() == Op::Write {
+        for (segment, page) in rq.segments().zip(&rq.data().data) {
+            if let Some(copy) = page.slice_mut(segment.offset(), segment.len()) {
+                copy.copy_from(segment);
+            }
+        }
+    }
+    Ok(reserve)
+}
+
+/// Lets the backend use the data of a request that was started.
+fn hold(
+    mut rq: Started,
+    terms: &Terms,
+    needs: Needs,
+    mut reserve: GrantReserve,
+) -> Result<Held, Started> {
+    if needs.grants == 0 {
+        return Ok(Held::Bounced(rq));
+    }
+    let references = core::mem::take(&mut rq.data_mut().references);
+    // What the backend may only read is read-only all the same.
+    Granted::new(
+        rq,
+        Access::ReadWrite,
+        terms.domain,
+        &mut reserve,
+        references,
+    )
+    .map(Held::Direct)
+    .map_err(|(_, mut rq, references)| {
+        rq.data_mut().references = references;
+        rq
+    })
+}

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Slots: which request an answer belongs to.
+//!
+//! A request takes one slot of its queue, or several if it is larger than what the backend takes at
+//! once. The slot's number is in the id that the backend repeats in its answer; the whole id is kept
+//! and compared, see [`blkif::id`]. The request itself waits in the first of its slots, which is not
+//! free before all of them are answered.
+
+use blkif::id::RingId;
+use blkif::wire::Response;
+use blkif::wire::Status;
+use blkif::wire::WireRequest;
+use kernel::prelude::*;
+use kernel_ext::block::mq::BlkStatus;
+use kernel_ext::xen::grant::GrantedPage;
+
+use crate::carry::Held;
+
+/// A slot.
+struct Slot {
+    /// What the answer must repeat; `None` if no answer is awaited.
+    id: Option<RingId>,
+    /// The operation that the answer must name.
+    operation: u8,
+    /// The slot that has the request.
+    first: u16,
+    /// The request, if this is its first slot.
+    waiting: Option<Waiting>,
+}
+
+/// A request that waits for answers, or has got them.
+pub(crate) struct Waiting {
+    pub(crate) held: Held,
+    /// Pages with the segments of indirect requests.
+    pub(crate) indirect: KVec<GrantedPage>,
+    /// Answers that are missing.
+    pub(crate) missing: u16,
+    /// The worst answer so far.
+    pub(crate) status: Status,
+}
+
+impl Waiting {
+    /// For so many answers.
+    pub(crate) fn new(held: Held, indirect: KVec<GrantedPage>, parts: u16) -> Self {
+        Self {
+            held,
+            indirect,
+            missing: parts,
+            status: Status::Okay,
+        }
+    }
+
+    /// How the request has ended, if all answers are there.
+    pub(crate) fn answer(&self) -> Option<BlkStatus> {
+        (self.missing == 0).then(|| self.blk_status())
+    }
+
+    /// How the request has ended, as far as it has.
+    pub(crate) fn blk_status(&self) -> BlkStatus {
+        match self.status {
+            Status::Okay => BlkStatus::OK,
+            Status::Error => BlkStatus::IOERR,
+            Status::NotSupported => BlkStatus::NOTSUPP,
+        }
+    }
+}
+
+/// An answer that does not belong to any request.
+pub(crate) struct Stray;
+
+/// The slots of a queue.
+pub(crate) struct Slots {
+    slots: KVVec<Slot>,
+    /// Numbers of free slots.
+    free: KVVec<u16>,
+    /// How many of these are promised to requests that are being prepared.
+    promised: usize,
+    /// Counts the uses of slots.
+    epoch: u32,
+}
+
+impl Slots {
+    /// No slots.
+    pub(crate) const fn empty() -> Self {
+        Self {
+            slots: KVVec::new(),
+            free: KVVec::new(),
+            promised: 0,
+            epoch: 0,
+        }
+    }
+
+    /// So many slots, all free. `epoch` is that of the slots that were there before.
+    pub(crate) fn new(capacity: u16, epoch: u32) -> Result<Self> {
+        let mut slots = KVVec::with_capacity(capacity.into(), GFP_KERNEL)?;
+        let mut free = KVVec::with_capacity(capacity.into(), GFP_KERNEL)?;
+        for number in (0..capacity).rev() {
+            let slot = Slot {
+                id: None,
+                operation: 0,
+                first: 0,
+                waiting: None,
+            };
+            slots.push(slot, GFP_KERNEL)?;
+            free.push(number, GFP_KERNEL)?;
+        }
+        Ok(Self {
+            slots,
+            free,
+            promised: 0,
+            epoch,
+        })
+    }
+
+    pub(crate) fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    pub(crate) fn capacity(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Whether no request is waiting or being prepared.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.promised == 0 && self.free.len() == self.slots.len()
+    }
+
+    /// Promises so many slots, if there are as many.
+    pub(crate) fn promise(&mut self, count: usize) -> bool {
+        let promised = self.promised.saturating_add(count);
+        let enough = promised <= self.free.len();
+        if enough {
+            self.promised = promised;
+        }
+        enough
+    }
+
+    /// Takes a promise back, or begins to keep it.
+    pub(crate) fn unpromise(&mut self, count: usize) {
+        self.promised = self.promised.saturating_sub(count);
+    }
+
+    /// Takes a slot for a request, whose first slot is `first`, or this one. `queue` and `part` go
+    /// into the id.
+    pub(crate) fn claim(&mut self, first: Option<u16>, queue: u16, part: u16) -> Option<Claim> {
+        let number = self.free.pop()?;
+        let id = RingId::new(self.epoch, queue, part, number)?;
+        self.epoch = self.epoch.wrapping_add(1);
+        let slot = self.slots.get_mut(usize::from(number))?;
+        slot.id = Some(id);
+        slot.first = first.unwrap_or(number);
+        Some(Claim { number, id })
+    }
+
+    /// Notes what was put into the ring for a claimed slot.
+    pub(crate) fn expect(&mut self, claim: &Claim, request: &WireRequest) {
+        if let Some(slot) = self.slots.get_mut(usize::from(claim.number)) {
+            slot.operation = request.response_operation();
+        }
+    }
+
+    /// Keeps a request in its first slot until all its slots are answered. It comes back if there is
+    /// no such slot.
+    pub(crate) fn keep(&mut self, first: Option<u16>, waiting: Waiting) -> Result<(), Waiting> {
+        match first.and_then(|first| self.slots.get_mut(usize::from(first))) {
+            Some(slot) => {
+                slot.waiting = Some(waiting);
+                Ok(())
+            }
+            None => Err(waiting),
+        }
+    }
+
+    /// Takes an answer to account: gives the request that is complete by it, if one is.
+    pub(crate) fn answer(&mut self, response: &Response) -> Result<Option<Waiting>, Stray> {
+        let id = RingId::from_wire(response.id);
+        let slot = self.slots.get_mut(usize::from(id.tag())).ok_or(Stray)?;
+        if slot.id != Some(id) || slot.operation != response.operation {
+            return Err(Stray);
+        }
+        slot.id = None;
+        let first = slot.first;
+        if first != id.tag() {
+            self.release(id.tag());
+        }
+
+        let waiting = &mut self.slots.get_mut(usize::from(first)).ok_or(Stray)?.waiting;
+        let Some(request) = waiting else {
+            return Err(Stray);
+        };
+        request.status = worse(request.status, response.status);
+        request.missing = request.missing.saturating_sub(1);
+        if request.missing > 0 {
+            return Ok(None);
+        }
+        let complete = waiting.take();
+        self.release(first);
+        Ok(complete)
+    }
+
+    /// Takes out a request that waits, whatever is missing. For when the ring is gone.
+    pub(crate) fn evict(&mut self) -> Option<Waiting> {
+        self.slots.iter_mut().find_map(|slot| slot.waiting.take())
+    }
+
+    fn release(&mut self, number: u16) {
+        // There is room for all slots.
+        let _ = self.free.push_within_capacity(number);
+    }
+}
+
+/// A slot that was taken, with the id that the request must have.
+pub(crate) struct Claim {
+    pub(crate) number: u16,
+    pub(crate) id: RingId,
+}
+
+/// An error is worse than what is not supported, and that is worse than success.
+fn worse(one: Status, other: Status) -> Status {
+    match (one, other) {
+        (Status::Error, _) | (_, Status::Error) => Status::Error,
+        (Status::NotSupported, _) | (_, Status::NotSupported) => Status::NotSupported,
+        (Status::Okay, Status::Okay) => Status::Okay,
+    }
+}

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A device of xenbus.
+//!
+//! The callbacks only tell the device's thread what has happened: they run in a thread that all
+//! devices of the guest share, or with the device locked, and must not wait for the backend.
+
+use kernel::device::Core;
+use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+use kernel::sync::Arc;
+use kernel::time::msecs_to_jiffies;
+use kernel_ext::base::kthread::KThread;
+use kernel_ext::base::kthread::Kind;
+use kernel_ext::xen::xenbus;
+use kernel_ext::xen::xenbus::After;
+use kernel_ext::xen::xenbus::DeviceId;
+use kernel_ext::xen::xenbus::Driver;
+use kernel_ext::xen::xenbus::IdArray;
+use kernel_ext::xen::xenbus::IdTable;
+use kernel_ext::xen::xenbus::Side;
+use kernel_ext::xen::xenbus::State;
+
+use crate::control::Control;
+use crate::nodes;
+use crate::signal::Cause;
+use crate::signal::Signal;
+
+/// How long an unbind waits for the device's thread. Longer than that thread waits for the backend.
+const REMOVE_MS: u32 = 30_000;
+
+static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
+
+/// A device.
+pub(crate) struct Vbd {
+    signal: Arc<Signal>,
+    thread: KThread,
+}
+
+impl Vbd {
+    fn new(dev: &xenbus::Device<Core<'_>>) -> Result<Self> {
+        let device: ARef<xenbus::Device> = dev.into();
+        let vdev = nodes::virtual_device(&device)
+            .inspect_err(|error| dev.dev_fatal(*error, fmt!("reading virtual-device")))?;
+        let signal = Signal::new()?;
+        let control = Control::new(device, vdev, signal.clone())?;
+
+        // A disk may be what memory is freed by writing to.
+        let kind = Kind {
+            freezable: false,
+            noio: true,
+        };
+        let thread = KThread::spawn(fmt!("rblkfront/{}", vdev.name.as_str()), kind, move |_| {
+            control.run();
+        })?;
+        Ok(Self { signal, thread })
+    }
+}
+
+impl Driver for Vbd {
+    const SIDE: Side = Side::Frontend;
+    const NAME: &'static CStr = c"vbd";
+    const ID_TABLE: IdTable = IDS.as_table();
+
+    fn probe(dev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
+        Self::new(dev)
+    }
+
+    fn otherend_changed(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>, _state: State) -> After {
+        self.signal.raise(Cause::Backend);
+        After::Keep
+    }
+
+    fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {
+        self.signal.raise(Cause::Remove);
+        if !self.thread.join(msecs_to_jiffies(REMOVE_MS)) {
+            dev.dev_error(
+                ETIMEDOUT,
+                fmt!("the backend still uses pages of requests: the disk stays until it does not"),
+            );
+        }
+    }
+
+    fn resume(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>) -> Result {
+        self.signal.raise(Cause::Resume);
+        Ok(())
+    }
+
+    fn is_ready(self: Pin<&Self>) -> bool {
+        self.signal.is_settled()
+    }
+}

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Messages with values of crates that do not know the kernel.
+//!
+//! The kernel's formatting macros want [`kernel::fmt::Display`], which such crates cannot
+//! implement.
+
+use kernel::fmt;
+
+/// A value that is shown as [`core::fmt::Display`] shows it.
+pub struct Shown<T>(pub T);
+
+impl<T: core::fmt::Display> fmt::Display for Shown<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        core::fmt::Display::fmt(&self.0, f)
+    }
+}
