@@ -75,10 +75,7 @@ on_reboot = "destroy"
 
     def wait_for(self, condition, timeout=120):
         """Waits until a shell condition holds in the guest."""
-        script = f"end=$(($(date +%s) + {timeout})); until {condition}; do [ $(date +%s) -lt $end ] || exit 9; usleep 100000; done"
-        status, output = self.run(script, timeout + 30)
-        if status != 0:
-            raise CommandFailed(f"after {timeout} s in {self.name} still not: {condition}\n{output}")
+        wait_in(self, condition, timeout)
 
     def wait_for_disk(self, vdev, timeout=120):
         """Waits until the guest has the disk as a block device."""
@@ -149,11 +146,15 @@ on_reboot = "destroy"
             time.sleep(0.3)
 
     def _wait_gone(self, timeout):
-        self.host.sh(
-            f"end=$(($(date +%s) + {timeout})); while xl domid {self.name} >/dev/null 2>&1; do "
-            f"[ $(date +%s) -lt $end ] || exit 9; usleep 200000; done",
-            timeout + 30,
-        )
+        wait_in(self.host, f"! xl domid {self.name} >/dev/null 2>&1", timeout)
+
+
+def wait_in(machine, condition, timeout):
+    """Waits until a shell condition holds in dom0 or a guest."""
+    script = f"end=$(($(date +%s) + {timeout})); until {condition}; do [ $(date +%s) -lt $end ] || exit 9; usleep 100000; done"
+    status, output = machine.run(script, timeout + 30)
+    if status != 0:
+        raise CommandFailed(f"after {timeout} s still not: {condition}\n{output}")
 
 
 _POWER_OFF = "Y2QgLzsgc3luYzsgbW91bnQgLW8gcmVtb3VudCxybyAvIHx8IHRydWU7IHBvd2Vyb2ZmIC1m"

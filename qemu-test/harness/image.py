@@ -11,6 +11,9 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
+from .cache import CACHE
+from .cache import key_of
+from .cache import made_once
 from .cpio import Archive
 
 PIECES = Path(__file__).resolve().parent.parent / "image"
@@ -65,3 +68,17 @@ def add_modules(archive, kernel, names):
     for name in ordered:
         archive.data(f"/lib/modules/{name}.ko", kernel.module(name))
     return ordered
+
+
+def debian_packages(names):
+    """Package files of the build root's Debian release, by apt, kept in the cache."""
+    version = subprocess.run(["dpkg-query", "-W", *names], stdout=subprocess.PIPE, check=True).stdout
+
+    def make(path):
+        path.mkdir()
+        command = ["apt-get", "-q", "download", *names]
+        result = subprocess.run(command, cwd=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"apt-get download {' '.join(names)} failed:\n{result.stdout}")
+
+    return sorted(made_once(CACHE / "images" / f"packages-{key_of(version)}", make).glob("*.deb"))

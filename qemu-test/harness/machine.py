@@ -85,6 +85,11 @@ class Machine:
             line.sendall(command.encode() + b"\n")
             return _until_prompt(line)
 
+    def interact(self, command):
+        """Gives this terminal to `command` on the agent's line until it ends."""
+        self.shell.send(f"stty sane </dev/ttyS1; ({command}) </dev/ttyS1 >/dev/ttyS1 2>&1; stty raw -echo </dev/ttyS1; poweroff -f")
+        self._child.interact()
+
     def wait_end(self, timeout):
         """Waits until QEMU has ended by itself."""
         deadline = time.monotonic() + timeout

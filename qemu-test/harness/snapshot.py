@@ -46,10 +46,13 @@ class Snapshot:
         key = key_of(self._initrd.name, self._xen.name, self._guest_disk.name, self._vmlinux, version, arguments)
         self._directory = CACHE / "snapshots" / key
 
-    def start(self, logs, disks):
-        """A machine that goes on from "dom0 ready", with `disks` (name to image)."""
+    def start(self, logs, disks, write_log=None):
+        """A machine that goes on from "dom0 ready", with `disks` (name to image).
+
+        With `write_log`, QEMU logs the writes to the disk "disk" in that file.
+        """
         directory = made_once(self._directory, self._make)
-        arguments = self._arguments(disks)
+        arguments = self._arguments(disks, write_log)
         machine = Machine([*arguments, "-incoming", f"exec:cat {directory / 'state'}"], logs)
         shutil.copy(directory / "console.log", machine.logs / "console-boot.log")
         machine.wait_monitor(timeout=30)
@@ -77,7 +80,7 @@ class Snapshot:
             finally:
                 machine.kill()
 
-    def _arguments(self, disks):
+    def _arguments(self, disks, write_log=None):
         def comma(text):
             return str(text).replace(",", ",,")
 
@@ -88,11 +91,14 @@ class Snapshot:
             "-append", XEN_ARGUMENTS.format(vcpus=self._vcpus),
             "-initrd", f"{vmlinux},{comma(self._initrd)}",
         ]  # fmt: skip
-        drives = {name: f"file={disks[name]}" for name in DISK_SIZES}
-        drives["guest"] = f"file={self._guest_disk},readonly=on"
+        drives = {name: f"format=raw,file={disks[name]}" for name in DISK_SIZES}
+        drives["guest"] = f"format=raw,file={self._guest_disk},readonly=on"
+        if write_log:
+            write_log.touch()
+            drives["disk"] = f"driver=blklogwrites,file.driver=file,file.filename={disks['disk']},log.driver=file,log.filename={write_log}"
         for name, drive in drives.items():
             arguments += [
-                "-drive", f"if=none,id={name},format=raw,{drive}",
+                "-drive", f"if=none,id={name},{drive}",
                 "-device", f"virtio-blk-pci,drive={name},disable-legacy=on,iommu_platform=on",
             ]  # fmt: skip
         return arguments

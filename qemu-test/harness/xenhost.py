@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .cpio import Archive
 from .guest import Guest
+from .guest import wait_in
 from .shell import CommandFailed
 from .shell import MachineTrouble
 from .snapshot import DISK_SIZES
@@ -34,11 +35,11 @@ class Disk:
 class XenHost:
     """A running Xen host with dom0 ready and no backend loaded yet.
 
-    `image` is copied to the disk that dom0 sees as /dev/vdb; after the end of
+    With `log_writes` QEMU logs the writes to /dev/vdb, see writelog.py. `image` is copied to the disk that dom0 sees as /dev/vdb; after the end of
     the scenario the copy is at `self.disk` for a look from outside.
     """
 
-    def __init__(self, snapshot, pair, logs, modules=(), image=None, front_parameters=""):
+    def __init__(self, snapshot, pair, logs, modules=(), image=None, front_parameters="", log_writes=False):
         self.logs = Path(logs).resolve()
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
@@ -50,7 +51,8 @@ class XenHost:
         blank(self.disk, DISK_SIZES["disk"])
         payload = self.logs / "payload"
         self._write_payload(payload, modules, front_parameters)
-        self.machine = snapshot.start(self.logs, {"payload": payload, "disk": self.disk})
+        self.write_log = self.logs / "writes" if log_writes else None
+        self.machine = snapshot.start(self.logs, {"payload": payload, "disk": self.disk}, self.write_log)
         self.sh("mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null")
 
     def _write_payload(self, path, modules, front_parameters):
@@ -105,6 +107,10 @@ class XenHost:
         """xl block-detach; returns status and output, for it may be refused."""
         return self.run(f"xl block-detach {guest.name} {vdev}")
 
+    def wait_for(self, condition, timeout=120):
+        """Waits until a shell condition holds in dom0."""
+        wait_in(self, condition, timeout)
+
     def xenstore_read(self, path):
         """The value of a xenstore node, or None where there is none."""
         status, output = self.run(f"xenstore-read {path}")
@@ -141,7 +147,7 @@ class XenHost:
     def close(self):
         """Ends the machine and removes what only it needed."""
         self.machine.kill()
-        for name in ("payload",):
+        for name in ("payload", "disk", "writes"):
             (self.logs / name).unlink(missing_ok=True)
 
     def _collect(self, name, look):

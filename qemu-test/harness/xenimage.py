@@ -85,11 +85,13 @@ def guest_disk(kernel):
     return made_once(CACHE / "images" / f"guest-{key_of(*parts.values())}.img", make)
 
 
-def root_disk(size="384M"):
-    """A raw image with an ext4 root file system for a DomU."""
+def root_disk(size="384M", packages=()):
+    """A raw image with an ext4 root file system for a DomU, with `packages` in /packages."""
     archive = base_archive("root-init", DOMU_PROGRAMS, devices=False)
     add_program(archive, FIO)
     archive.link("/sbin/init", "/init")
+    for package in packages:
+        archive.file(f"/packages/{package.name}", package)
     content = archive.to_bytes()
 
     def unpack(tree):

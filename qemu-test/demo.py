@@ -1,0 +1,177 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0
+"""A guest whose root disk our pair carries from boot to shutdown.
+
+Boots a Xen host in QEMU, starts a guest on /dev/xvda, has it do real work on
+that and a second disk, powers it off, and looks at the disk from outside. With
+--shell a person gets dom0's shell instead of the work.
+"""
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from harness.evidence import assert_served_by_pair
+from harness.evidence import loaded_build_id
+from harness.image import debian_packages
+from harness.kernel import Kernel
+from harness.pairs import pair
+from harness.shell import CommandFailed
+from harness.shell import MachineTrouble
+from harness.snapshot import Snapshot
+from harness.xenhost import Disk
+from harness.xenhost import XenHost
+from harness.xenimage import root_disk
+
+PACKAGES = ("bash", "tar", "gzip")
+FIO = "--ioengine=libaio --iodepth=8 --direct=1 --rw=randwrite --bsrange=4k-128k --verify=crc32c --verify_fatal=1 --output-format=terse"
+
+
+class Story:
+    """Says what happens, and remembers how long each step took."""
+
+    def __init__(self):
+        self.start = self.last = time.monotonic()
+
+    def tell(self, text):
+        """One step is done."""
+        now = time.monotonic()
+        print(f"  {now - self.last:5.1f} s  {text}", flush=True)
+        self.last = now
+
+    def total(self):
+        """Seconds since the beginning."""
+        return time.monotonic() - self.start
+
+
+def unpack_packages(guest, story):
+    """Unpacks Debian packages onto the root disk."""
+    guest.sh("mkdir /unpacked && for p in /packages/*.deb; do dpkg-deb -x $p /unpacked; done && sync", timeout=300)
+    files = guest.sh("find /unpacked -type f | wc -l; du -sm /unpacked | cut -f1").split()
+    story.tell(f"unpacked {len(PACKAGES)} Debian packages onto the root disk: {files[0]} files, {files[1]} MB")
+    return files[0]
+
+
+def write_durably(guest, story):
+    """A hundred small files, each with an fsync of its own."""
+    guest.sh("mkdir /durable && for i in $(seq 100); do echo line $i | dd of=/durable/$i conv=fsync 2>/dev/null; done", timeout=300)
+    story.tell("wrote 100 files, each with its own fsync")
+
+
+def verify_disks(guest, story):
+    """fio writes both disks and reads back what it wrote."""
+    guest.sh(f"fio --name=root --filename=/fio --size=16M {FIO} && rm /fio", timeout=300)
+    story.tell("fio wrote and verified 16 MB on the root disk (crc32c, 4 to 128 KiB)")
+    guest.sh(f"fio --name=second --filename=/dev/xvdb --size=32M {FIO}", timeout=300)
+    story.tell("fio wrote and verified 32 MB on the second disk, /dev/xvdb")
+
+
+def sums_in_guest(guest, story):
+    """Checksums of the files, read from the disk and not from memory."""
+    guest.sh("sync; echo 3 > /proc/sys/vm/drop_caches")
+    lines = guest.sh("sha256sum /durable/1 /durable/100 $(find /unpacked -type f -size +20k | head -n 40)", timeout=300)
+    sums = dict(reversed(line.split(None, 1)) for line in lines.splitlines())
+    story.tell(f"the guest computed the checksums of {len(sums)} files")
+    return sums
+
+
+def check_image(image, sums, story):
+    """What the disk holds, seen without the drivers or a mount."""
+    result = subprocess.run(["e2fsck", "-fn", image], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode != 0:
+        raise AssertionError(f"e2fsck found errors:\n{result.stdout}")
+    story.tell("e2fsck -fn on the image: clean")
+    for path, expected in sums.items():
+        content = subprocess.run(["debugfs", "-R", f'cat "{path}"', image], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+        if hashlib.sha256(content.stdout).hexdigest() != expected:
+            raise AssertionError(f"{path} differs between guest and image")
+    story.tell(f"all {len(sums)} checksums computed from the image are the guest's")
+
+
+def start(options, kernel, story):
+    """The Xen host and its guest."""
+    packages = debian_packages(PACKAGES)
+    host = XenHost(Snapshot(kernel), pair(options.pair, kernel, options.build), options.logs, image=root_disk(packages=packages))
+    story.tell("Xen and dom0 are up in QEMU")
+    try:
+        host.load_backend()
+        host.ram_disks()
+        disks = [Disk("xvda", "/dev/vdb"), Disk("xvdb", "/dev/ram0")]
+        guest = host.start_guest(disks=disks, root="xvda", memory=256)
+        assert_served_by_pair(host, guest)
+    except BaseException:
+        host.collect()
+        host.close()
+        raise
+    story.tell("the guest has booted from /dev/xvda")
+    return host, guest
+
+
+def work(host, guest, story):
+    """What the demonstration demonstrates."""
+    mount = guest.sh("grep ' / ' /proc/mounts | tail -n 1")
+    front = loaded_build_id(guest, host.pair.front.name)
+    back = loaded_build_id(host, host.pair.back.name)
+    files = unpack_packages(guest, story)
+    write_durably(guest, story)
+    verify_disks(guest, story)
+    sums = sums_in_guest(guest, story)
+    guest.shut_down()
+    story.tell("the guest powered off")
+    host.sh("blockdev --flushbufs /dev/vdb")
+    host.finish()
+    check_image(host.disk, sums, story)
+    return [
+        ("root disk", mount),
+        ("frontend", f"{host.pair.front.name}.ko  build id {front[:16]}"),
+        ("backend", f"{host.pair.back.name}.ko  build id {back[:16]}"),
+        ("written", f"{files} files unpacked, 100 files with fsync, 48 MB verified by fio"),
+        ("checked", f"e2fsck clean, {len(sums)} checksums equal inside and outside"),
+    ]
+
+
+def play(host):
+    """Gives the terminal to dom0's shell until the person leaves it."""
+    print("\n  This is dom0. Try: xl list; xenstore-ls; xl console guest (leave with Ctrl-]).")
+    print("  `exit` ends it all.\n", flush=True)
+    host.machine.interact("PS1='dom0# ' HOME=/root exec setsid -c sh -i")
+
+
+def main():
+    """Runs the demonstration and says how it went."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", required=True, help="directory of a prepared kernel")
+    parser.add_argument("--build", required=True, help="directory with our modules")
+    parser.add_argument("--logs", required=True, help="where logs go")
+    parser.add_argument("--pair", default="R/R", help="FRONT/BACK, each C or R")
+    parser.add_argument("--shell", action="store_true", help="a shell in dom0 instead of the work")
+    options = parser.parse_args()
+    options.logs = Path(options.logs)
+    kernel, story = Kernel(options.kernel), Story()
+    try:
+        host, guest = start(options, kernel, story)
+        try:
+            if options.shell:
+                play(host)
+                return 0
+            summary = work(host, guest, story)
+        except BaseException:
+            host.collect()
+            raise
+        finally:
+            host.close()
+    except (CommandFailed, MachineTrouble, AssertionError) as problem:
+        print(f"\nThe demonstration failed: {problem}\n\nLogs: {options.logs}", file=sys.stderr)
+        return 1
+    print(f"\n  {'kernel':10} {kernel.release}, stock Debian")
+    for name, text in summary:
+        print(f"  {name:10} {text}")
+    print(f"  {'time':10} {story.total():.0f} s\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

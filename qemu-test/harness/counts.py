@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Counts of what a driver could leave behind, kept by Xen and by the kernels.
+
+Xen's debug key `g` prints every active grant, `e` every event channel and `q`
+every domain with its pages. The counts are totals by domain.
+"""
+
+import re
+
+
+def xen_counts(host):
+    """Grants, event channels and pages by domain, and xenstore's nodes."""
+    return {
+        "grants": _by_domain(host.xen_messages("g"), r"grant-table for remote d(\d+)", r"^\(XEN\)\s+(?:\[\d+\])?\s*\d+\s+.*0x"),
+        "events": _by_domain(host.xen_messages("e"), r"Event channel information for domain (\d+)|^\(XEN\) \[.*d(\d+)", r"\[\d/\d/"),
+        "pages": re.findall(r"nr_pages=(\d+)", host.xen_messages("q")),
+        "xenstore": host.sh("xenstore-ls | wc -l"),
+    }
+
+
+def kernel_counts(machine):
+    """Threads, slab memory and modules with their reference counts."""
+    machine.sh("sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1")
+    return {
+        "threads": int(machine.sh("ps | grep -c '\\[.*blk' || true")),
+        "slab_kb": int(machine.sh("sed -n 's/^SUnreclaim: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")),
+        "modules": machine.sh("cut -d' ' -f1,3 /proc/modules | sort"),
+    }
+
+
+def _by_domain(text, domain_pattern, item_pattern):
+    counts, domain = {}, None
+    for line in text.splitlines():
+        match = re.search(domain_pattern, line)
+        if match:
+            domain = next(group for group in match.groups() if group)
+            counts.setdefault(domain, 0)
+        elif domain is not None and re.search(item_pattern, line):
+            counts[domain] += 1
+    return counts

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Prints how many tests in a JUnit file passed and how many did not.
+
+A file that is not there is one failure: the run did not get as far.
+"""
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+
+def counts(path):
+    """(passed, failed) of the JUnit file `path`."""
+    if not Path(path).exists():
+        return 0, 1
+    cases = list(ElementTree.parse(path).iter("testcase"))
+    bad = sum(1 for case in cases if len(case.findall("failure")) + len(case.findall("error")) + len(case.findall("skipped")))
+    return len(cases) - bad, bad if cases else 1
+
+
+if __name__ == "__main__":
+    print(*counts(sys.argv[1]))

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Reads the log of writes that QEMU's blklogwrites driver keeps.
+
+The format is that of the kernel's dm-log-writes: a super block, then for each
+write or flush an entry of one sector, followed by its data. All numbers are
+little-endian.
+"""
+
+import struct
+from dataclasses import dataclass
+
+MAGIC = 0x6A736677736872
+FLUSH, FUA = 1, 2
+
+
+@dataclass
+class Entry:
+    """One logged request, in the order in which the disk completed them."""
+
+    sector: int
+    flags: int
+    data: bytes
+
+    @property
+    def is_flush(self):
+        """Whether all earlier writes are durable after this entry."""
+        return bool(self.flags & FLUSH)
+
+
+def read_log(path):
+    """All entries of the log file `path`."""
+    entries = []
+    with open(path, "rb") as file:
+        magic, _version, count, sector_size = struct.unpack("<QQQI", file.read(28))
+        if magic != MAGIC:
+            raise ValueError(f"{path} is no log of writes")
+        file.seek(sector_size)
+        for _ in range(count):
+            sector, _sectors, flags, length = struct.unpack("<QQQQ", file.read(sector_size)[:32])
+            data = file.read(-(-length // sector_size) * sector_size)[:length]
+            entries.append(Entry(sector, flags, data))
+    return entries

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A partition table on the disk, and a disk that is a partition."""
+
+from harness.evidence import assert_served_by_pair
+from harness.xenhost import Disk
+
+FILL = "mkfs.ext4 -q {0} && mount {0} /mnt && echo kept > /mnt/file && umount /mnt"
+
+
+def test_partition_table(host):
+    guest = host.start_guest()
+    assert_served_by_pair(host, guest)
+    guest.sh("printf '2048,32768,L\\n,,L\\n' | sfdisk -q /dev/xvda")
+    for partition in ("xvda1", "xvda2"):
+        guest.wait_for_disk(partition)
+        guest.sh(FILL.format(f"/dev/{partition}"))
+    sizes = guest.sh("cat /sys/block/xvda/xvda1/size /sys/block/xvda/xvda2/size").split()
+    assert sizes == ["32768", str(131072 - 2048 - 32768)]
+    guest.unload_frontend()
+    guest.load_frontend()
+    for partition in ("xvda1", "xvda2"):
+        guest.wait_for_disk(partition)
+        assert guest.sh(f"mount /dev/{partition} /mnt && cat /mnt/file && umount /mnt") == "kept"
+
+
+def test_partition_vbd(host):
+    guest = host.start_guest(disks=[Disk("xvda1", "/dev/ram0")])
+    guest.wait_for_disk("xvda1")
+    assert_served_by_pair(host, guest, "xvda1")
+    assert guest.sh("cat /sys/block/xvda1/dev") == "202:1"
+    assert guest.run("[ -e /sys/block/xvda ]")[0] != 0
+    guest.sh(FILL.format("/dev/xvda1"))
+    guest.shut_down()
+    assert host.sh("mount -o ro /dev/ram0 /mnt && cat /mnt/file && umount /mnt") == "kept"

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A disk given read-only can be read, and nothing the guest does changes it."""
+
+from harness.evidence import assert_served_by_pair
+from harness.xenhost import Disk
+
+
+def test_read_only_disk(host):
+    host.sh("yes precious | dd of=/dev/ram0 bs=1M count=4 iflag=fullblock conv=fsync")
+    before = host.sh("sha256sum /dev/ram0")
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/ram0", mode="r")])
+    assert_served_by_pair(host, guest)
+    assert guest.sh("blockdev --getro /dev/xvda") == "1"
+    assert guest.sh("head -c 8 /dev/xvda") == "precious"
+    status, _output = guest.run("dd if=/dev/zero of=/dev/xvda bs=4k count=1 conv=fsync")
+    assert status != 0
+    # Asking the kernel to forget that the disk is read-only does not open it.
+    guest.allow("I/O error, dev xvda")
+    guest.allow("lost async page write")
+    guest.run("blockdev --setrw /dev/xvda && dd if=/dev/zero of=/dev/xvda bs=4k count=1 oflag=direct")
+    guest.shut_down()
+    assert host.sh("sha256sum /dev/ram0") == before

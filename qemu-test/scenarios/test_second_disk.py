@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A second disk comes and goes while the guest runs, idle and in use."""
+
+from harness.evidence import assert_served_by_pair
+from harness.xenhost import Disk
+
+BACKEND = "/local/domain/0/backend/vbd"
+
+
+def test_second_disk(host):
+    guest = host.start_guest(disks=[])
+    for cycle in range(10):
+        in_use = cycle % 2 == 1
+        host.attach(guest, Disk("xvdb", "/dev/ram0"))
+        guest.wait_for_disk("xvdb")
+        if cycle == 0:
+            assert_served_by_pair(host, guest, "xvdb")
+        guest.sh(f"yes cycle-{cycle} | dd of=/dev/xvdb bs=4k count=64 iflag=fullblock conv=fsync")
+        assert f"cycle-{cycle}" in guest.sh("dd if=/dev/xvdb bs=4k count=1 iflag=direct | head -n 1")
+        if in_use:
+            guest.sh("(while dd if=/dev/zero of=/dev/xvdb bs=64k count=64 oflag=direct; do true; done) >/dev/null 2>&1 &")
+            guest.allow("I/O error, dev xvdb")
+            guest.allow("lost async page write")
+        status, output = host.detach(guest, "xvdb")
+        assert status == 0, output
+        guest.wait_for("[ ! -b /dev/xvdb ]")
+        host.wait_for(f"! xenstore-exists {BACKEND}/{guest.domid}/51728")
+        guest.wait_for("! pidof dd")
