@@ -178,6 +178,10 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     ///
     /// Does nothing if the directory is gone. If xenstore fails, the error is logged and the state
     /// becomes [`State::Closing`], if possible.
+    ///
+    /// A frontend switches to [`State::Initialising`] only in `otherend_changed`. The bus watches for
+    /// that state, and anywhere else it may see it in xenstore before the device knows of it: then
+    /// it takes the device for a new one, and replaces it.
     pub fn switch_state(&self, state: State) {
         // Always 0.
         //
@@ -414,6 +418,12 @@ pub trait Driver: Send + Sync + Sized + 'static {
         Ok(())
     }
 
+    /// Memory is short: give back what is not needed. Backends only.
+    ///
+    /// Whoever allocates may call this, with any lock held: it must not wait for a lock, and not
+    /// allocate.
+    fn reclaim_memory(self: Pin<&Self>) {}
+
     /// Whether a frontend that is Connected can be used. Boot waits for that, for up to 5 minutes.
     fn is_ready(self: Pin<&Self>) -> bool {
         true
@@ -459,6 +469,7 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
             (*driver).suspend = Some(Self::suspend);
             (*driver).resume = Some(Self::resume);
             (*driver).is_ready = Some(Self::is_ready);
+            (*driver).reclaim_memory = Some(Self::reclaim_memory);
         }
         let register = match T::SIDE {
             Side::Frontend => bindings_ext::__xenbus_register_frontend,
@@ -571,6 +582,31 @@ impl<T: Driver> Adapter<T> {
         // lock of the device.
         let (device, data) = unsafe { Self::bound(device) };
         from_result(|| callback(data, device).map(|()| 0))
+    }
+
+    /// # Safety
+    ///
+    /// Only for xenbus.
+    unsafe extern "C" fn reclaim_memory(device: *mut bindings_ext::xenbus_device) {
+        // SAFETY: The device is valid, the bus holds a reference.
+        let dev = unsafe { addr_of_mut!((*device).dev) };
+        // Being probed or unbound, it has little to give; the caller may even hold the lock.
+        //
+        // SAFETY: The device is valid.
+        if unsafe { bindings_ext::device_trylock(dev) } == 0 {
+            return;
+        }
+        // SAFETY: The device is locked, and bound to this driver if it is the driver of that name.
+        unsafe {
+            if is_bound_to(dev, T::NAME) {
+                Self::with_data(device, |data, _| {
+                    T::reclaim_memory(data);
+                    Ok(())
+                });
+            }
+        }
+        // SAFETY: Locked above.
+        unsafe { bindings_ext::device_unlock(dev) };
     }
 
     /// # Safety

@@ -4,6 +4,9 @@
 //!
 //! Sends messages as long as it is connected, checks the answers, and counts both; the counts are in
 //! the device's directory in sysfs. It connects whenever the backend waits for it.
+//!
+//! The state is only switched in `otherend_changed`, which is called after `probe` in any case: see
+//! [`xenbus::Device::switch_state`].
 
 mod protocol;
 mod sender;
@@ -89,7 +92,6 @@ impl xenbus::Driver for Front {
         let counters = Arc::new(Counters::new(), GFP_KERNEL);
         let prepared = counters.map_err(Error::from).and_then(|counters| {
             sysfs::register(dev.as_ref(), None, &ATTRIBUTES, counters.clone())?;
-            dev.switch_state(State::Initialising);
             Ok(counters)
         });
         try_pin_init!(Self {
@@ -129,9 +131,8 @@ impl xenbus::Driver for Front {
         self.disconnect();
     }
 
-    fn resume(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) -> Result {
+    fn resume(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>) -> Result {
         self.disconnect();
-        dev.switch_state(State::Initialising);
         Ok(())
     }
 }
