@@ -12,6 +12,15 @@ LOG = "/var/log/xen/console/guest-{name}.log"
 """Where xenconsoled in dom0 writes a guest's console."""
 
 
+DRIVER = "/sys/bus/xen/drivers/vbd"
+"""The frontend's directory in a guest's sysfs: xenbus holds its module while a disk is bound."""
+
+_SHOW_CONSOLE = """(tail -f {log} | while read -r line; do
+case $line in *[!A-Za-z0-9+/=]*) echo "({name}) $line" > /dev/console ;; esac
+done) > /dev/null 2>&1 &"""
+"""Puts a guest's console lines on dom0's console, without the agent's base64."""
+
+
 class GuestShell(Shell):
     """The agent of a DomU, reached through dom0 and the DomU's console."""
 
@@ -57,9 +66,7 @@ on_reboot = "destroy"
 """
         log = LOG.format(name=self.name)
         self.host.sh(f"cat > /run/{self.name}.cfg << 'EOF'\n{configuration}\nEOF\n: > {log}")
-        self.host.sh(
-            f"(tail -f {log} | grep -v '^[A-Za-z0-9+/=]*.$' | sed 's/^/({self.name}) /' > /dev/console) >/dev/null 2>&1 &"
-        )
+        self.host.sh(_SHOW_CONSOLE.format(log=log, name=self.name))
         fio_part = "/guest/fio" if fio else ""
         self.host.sh(f"cat /guest/initrd {fio_part} /payload/guest.cpio > /run/{self.name}.initrd")
         self.host.sh(f"xl create /run/{self.name}.cfg", timeout=240)
@@ -86,8 +93,20 @@ on_reboot = "destroy"
         self.sh(f"insmod $(ls /modules/{self.front}.ko /run/modules/{self.front}.ko 2>/dev/null) {parameters}")
 
     def unload_frontend(self):
-        """Unloads the pair's frontend."""
-        self.sh(f"rmmod {self.front}")
+        """Unbinds all disks from the pair's frontend and unloads it."""
+        self.sh(
+            f"cd {DRIVER}; for disk in vbd-*; do [ ! -e $disk ] || echo $disk > unbind; done\n"
+            f"rmmod {self.front}"
+        )
+
+    def reload_frontend(self):
+        """Unloads and loads the frontend; all disks are closed and come back."""
+        self.unload_frontend()
+        self.load_frontend()
+        if self.front == "xen-blkfront":
+            # The C frontend leaves it at state 6 and waits for who closed it.
+            directory = f"/local/domain/{self.domid}/device/vbd"
+            self.host.sh(f"for disk in $(xenstore-list {directory}); do xenstore-write {directory}/$disk/state 1; done")
 
     @property
     def front(self):

@@ -21,6 +21,8 @@ class Kernel:
         self.release = (self.directory / "release").read_text().strip()
         self.vmlinuz = self.directory / "vmlinuz"
         self.vmlinux = self.directory / "vmlinux"
+        self.memory_factor = 2 if self.release.endswith("-debug") else 1
+        """What KASAN's shadow and the checks take: times the memory of a plain kernel."""
         self._tree = self.directory / "modules"
         self._paths = {_name(path): path for path in self._tree.rglob("*.ko*")}
         text = (self._tree / "modules.builtin").read_text()

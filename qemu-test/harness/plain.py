@@ -25,7 +25,7 @@ class PlainVm:
         archive.write(initrd)
         command_line = f"console=ttyS0 panic=1 mitigations=off nokaslr loglevel=7 {arguments}"
         self.machine = Machine(
-            ["-accel", "tcg", "-machine", "q35", "-cpu", "qemu64,+rdrand", "-m", memory, "-smp", cpus,
+            ["-accel", "tcg", "-machine", "q35", "-cpu", "qemu64,+rdrand", "-m", memory * kernel.memory_factor, "-smp", cpus,
              "-kernel", kernel.vmlinux, "-initrd", initrd, "-append", command_line],
             logs,
         )  # fmt: skip

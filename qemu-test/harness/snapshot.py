@@ -22,7 +22,7 @@ from .xenimage import guest_disk
 from .xenimage import xen_binary
 
 XEN_ARGUMENTS = (
-    "console=com1 com1=115200,8n1 dom0_mem=512M,max:512M dom0_max_vcpus={vcpus} noreboot bootscrub=0 "
+    "console=com1 com1=115200,8n1 dom0_mem={memory}M,max:{memory}M dom0_max_vcpus={vcpus} noreboot bootscrub=0 "
     # Without eager-fpu dom0's user space is randomly corrupted under TCG.
     "spec-ctrl=no,eager-fpu edd=off vga=none vpmu=off iommu=no cpufreq=none loglvl=warning guest_loglvl=warning"
 )
@@ -34,9 +34,9 @@ DISK_SIZES = {"payload": 64 << 20, "disk": 512 << 20}
 class Snapshot:
     """The Xen host for one kernel, booted up to "dom0 ready"."""
 
-    def __init__(self, kernel, vcpus=1, memory=1536):
+    def __init__(self, kernel, vcpus=1):
         self._vcpus = vcpus
-        self._memory = memory
+        self.memory_factor = kernel.memory_factor
         self._xen = xen_binary()
         self._initrd = dom0_initrd(kernel)
         self._guest_disk = guest_disk(kernel)
@@ -87,8 +87,8 @@ class Snapshot:
         vmlinux = comma(f"{self._vmlinux} {DOM0_ARGUMENTS}")
         arguments = [
             "-accel", "tcg", "-machine", "q35", "-cpu", "qemu64,+svm,+npt,+rdrand",
-            "-m", str(self._memory), "-smp", "1", "-kernel", str(self._xen),
-            "-append", XEN_ARGUMENTS.format(vcpus=self._vcpus),
+            "-m", str(1536 * self.memory_factor), "-smp", "1", "-kernel", str(self._xen),
+            "-append", XEN_ARGUMENTS.format(vcpus=self._vcpus, memory=512 * self.memory_factor),
             "-initrd", f"{vmlinux},{comma(self._initrd)}",
         ]  # fmt: skip
         drives = {name: f"format=raw,file={disks[name]}" for name in DISK_SIZES}

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 
 MAGIC = 0x6A736677736872
-FLUSH, FUA = 1, 2
+FLUSH, DISCARD = 1, 4
 
 
 @dataclass
@@ -36,7 +36,7 @@ def read_log(path):
             raise ValueError(f"{path} is no log of writes")
         file.seek(sector_size)
         for _ in range(count):
-            sector, _sectors, flags, length = struct.unpack("<QQQQ", file.read(sector_size)[:32])
-            data = file.read(-(-length // sector_size) * sector_size)[:length]
+            sector, sectors, flags, _length = struct.unpack("<QQQQ", file.read(sector_size)[:32])
+            data = b"" if flags & DISCARD else file.read(sectors * sector_size)
             entries.append(Entry(sector, flags, data))
     return entries

@@ -44,6 +44,7 @@ class XenHost:
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
         self.pair = pair
+        self._memory_factor = snapshot.memory_factor
         self.guests = {}
         self.disk = self.logs / "disk"
         if image:
@@ -95,7 +96,7 @@ class XenHost:
     def start_guest(self, name="guest", type="pv", disks=(Disk(),), vcpus=1, memory=192, root=None, fio=False):
         """Starts a DomU and waits until its agent answers; `fio` puts fio in it."""
         guest = Guest(self, name)
-        guest.start(type, disks, vcpus, memory + 128 * fio, root, fio)
+        guest.start(type, disks, vcpus, (memory + 128 * fio) * self._memory_factor, root, fio)
         self.guests[name] = guest
         return guest
 

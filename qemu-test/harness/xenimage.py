@@ -80,7 +80,8 @@ def guest_disk(kernel):
     parts = {"initrd": domu_archive(kernel), "fio": fio_archive(), "vmlinux": kernel.vmlinux.read_bytes()}
 
     def make(path):
-        _ext4_image(path, "192M", lambda tree: [(tree / name).write_bytes(part) for name, part in parts.items()])
+        size = f"{sum(map(len, parts.values())) * 5 // 4 >> 20}M"
+        _ext4_image(path, size, lambda tree: [(tree / name).write_bytes(part) for name, part in parts.items()])
 
     return made_once(CACHE / "images" / f"guest-{key_of(*parts.values())}.img", make)
 

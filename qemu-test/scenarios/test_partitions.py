@@ -16,8 +16,7 @@ def test_partition_table(host):
         guest.sh(FILL.format(f"/dev/{partition}"))
     sizes = guest.sh("cat /sys/block/xvda/xvda1/size /sys/block/xvda/xvda2/size").split()
     assert sizes == ["32768", str(131072 - 2048 - 32768)]
-    guest.unload_frontend()
-    guest.load_frontend()
+    guest.reload_frontend()
     for partition in ("xvda1", "xvda2"):
         guest.wait_for_disk(partition)
         assert guest.sh(f"mount /dev/{partition} /mnt && cat /mnt/file && umount /mnt") == "kept"

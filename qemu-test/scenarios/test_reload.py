@@ -11,9 +11,7 @@ def test_reload_frontend(host):
     guest.sh("yes pattern | dd of=/dev/xvda bs=4k count=256 iflag=fullblock conv=fsync")
     written = guest.sh("dd if=/dev/xvda bs=4k count=256 iflag=direct | sha256sum")
     for _cycle in range(3):
-        guest.unload_frontend()
-        guest.wait_for("[ ! -b /dev/xvda ]")
-        guest.load_frontend()
+        guest.reload_frontend()
         guest.wait_for_disk("xvda")
         assert guest.sh("dd if=/dev/xvda bs=4k count=256 iflag=direct | sha256sum") == written
     assert_served_by_pair(host, guest)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The other side writes nonsense into xenstore: a message, an end, no harm.
+
+Dom0's shell plays the other side: it writes the nodes that a backend or a
+frontend would write. After each piece of nonsense a good disk must work.
+"""
+
+from harness.evidence import assert_served_by_pair
+from harness.xenhost import Disk
+
+CODE = 51728
+"""Virtual device number of xvdb."""
+
+OFFERS = {"sectors": "2048", "sector-size": "512", "info": "0", "feature-flush-cache": "1"}
+BAD_OFFERS = [("sectors", None), ("sectors", "many"), ("sector-size", "five"), ("info", "-")]
+BAD_FRONTS = [
+    {"ring-ref": "4000000000", "event-channel": "4000", "protocol": "x86_64-abi"},
+    {"ring-ref": "8", "event-channel": "4000000", "protocol": "x86_64-abi"},
+    {"ring-ref": "8", "event-channel": "4", "protocol": "pdp11-abi"},
+    {"event-channel": "4", "protocol": "x86_64-abi"},
+    {"ring-ref": "eight", "event-channel": "4", "protocol": "x86_64-abi"},
+]
+
+
+def write_nodes(host, directory, nodes):
+    """Writes xenstore nodes below a directory; None removes one."""
+    for name, value in nodes.items():
+        if value is None:
+            host.run(f"xenstore-rm {directory}/{name}")
+        else:
+            host.sh(f"xenstore-write {directory}/{name} '{value}'")
+
+
+def create_device(host, domid):
+    """What the toolstack and a backend that waits would write."""
+    front, back = f"/local/domain/{domid}/device/vbd/{CODE}", f"/local/domain/0/backend/vbd/{domid}/{CODE}"
+    write_nodes(host, back, {"frontend": front, "frontend-id": domid, "online": 1, "mode": "w", "state": 2})
+    write_nodes(host, front, {"backend": back, "backend-id": 0, "virtual-device": CODE, "device-type": "disk"})
+    host.sh(f"xenstore-chmod -r {back} n0 r{domid}; xenstore-chmod -r {front} n{domid} r0; xenstore-write {front}/state 1")
+    return front, back
+
+
+def remove_device(host, guest, front, back):
+    """The device goes away for good."""
+    host.sh(f"xenstore-write {back}/online 0 {back}/state 6")
+    host.run(f"xenstore-rm {front}; xenstore-rm {back}")
+    guest.wait_for(f"[ ! -e /sys/bus/xen/devices/vbd-{CODE} ]")
+
+
+def test_bad_offers(xen):
+    """Nonsense from the backend: the frontend names it and closes."""
+    host = xen()
+    guest = host.start_guest(disks=[])
+    for node, value in BAD_OFFERS:
+        front, back = create_device(host, guest.domid)
+        host.wait_for(f"[ $(xenstore-read {front}/state) = 3 ]")
+        guest.sh("dmesg -c > /dev/null")
+        write_nodes(host, back, {**OFFERS, node: value, "state": 4})
+        host.wait_for(f"[ $(xenstore-read {front}/state) -ge 5 ]")
+        said = guest.sh("dmesg")
+        if host.pair.front.name == "rblkfront":
+            assert node in said and (value or "missing") in said, said
+        assert guest.run("[ -b /dev/xvdb ]")[0] != 0
+        remove_device(host, guest, front, back)
+    host.load_backend()
+    host.ram_disks()
+    host.attach(guest, Disk("xvdb", "/dev/ram0"))
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+    guest.sh("dd if=/dev/zero of=/dev/xvdb bs=64k count=16 oflag=direct")
+
+
+def test_bad_frontend(host):
+    """Nonsense from the frontend: an error in xenstore, and the next one connects."""
+    guest = host.start_guest(disks=[])
+    guest.unload_frontend()
+    domid = guest.domid
+    error = f"/local/domain/0/error/backend/vbd/{domid}/{CODE}"
+    for nodes in BAD_FRONTS:
+        host.attach(guest, Disk("xvdb", "/dev/ram0"))
+        write_nodes(host, f"/local/domain/{domid}/device/vbd/{CODE}", {**nodes, "state": 3})
+        host.wait_for(f"xenstore-exists {error}/error")
+        host.run(f"xl block-detach {guest.name} xvdb force; xenstore-rm {error}")
+        host.wait_for(f"! xenstore-exists /local/domain/0/backend/vbd/{domid}/{CODE}")
+    host.attach(guest, Disk("xvdb", "/dev/ram0"))
+    guest.load_frontend()
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+    guest.sh("dd if=/dev/zero of=/dev/xvdb bs=64k count=16 oflag=direct")

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Our block layer without Xen: the RAM disk rblk_ramdisk.ko in a plain machine.
+
+Its module parameters choose what becomes of requests; see
+rust/samples/ramdisk/ramdisk.rs.
+"""
+
+import pytest
+from harness.guest import wait_in
+
+DISK = "/dev/rblk0"
+PARAMETERS = "/sys/module/rblk_ramdisk/parameters"
+FIO = (
+    f"fio --name=whole --filename={DISK} --ioengine=libaio --iodepth=16 --direct=1 --rw=randwrite "
+    "--bsrange=512-256k --blockalign=512 --size=100% --verify=crc32c --verify_fatal=1 --randseed=7 --output-format=terse"
+)
+
+
+@pytest.fixture
+def vm(plain_vm, build):
+    """A machine that has the module, not loaded yet."""
+    return plain_vm(modules=[build / "rblk_ramdisk.ko"])
+
+
+def test_ramdisk_data(vm):
+    """What was written is read, however requests are carried out and by how many queues."""
+    for mode in (0, 1, 2, 5, 6):
+        vm.insmod("rblk_ramdisk", f"queues=2 every=3 mode={mode}")
+        assert vm.sh(f"blockdev --getsize64 {DISK}") == str(16 << 20)
+        vm.sh(FIO, timeout=300)
+        vm.rmmod("rblk_ramdisk")
+        assert vm.run(f"[ -e {DISK} ]")[0] == 1
+
+
+def test_ramdisk_flush(vm):
+    """fsync reaches the driver as a flush, exactly if the disk has a write cache."""
+    flushes = "awk '{print $16}' /sys/block/rblk0/stat"
+    for cache, expected in ((1, 5), (0, 0)):
+        vm.insmod("rblk_ramdisk", f"write_cache={cache}")
+        vm.sh(f"for i in 1 2 3 4 5; do dd if=/dev/zero of={DISK} bs=4k seek=$i count=1 conv=fsync,notrunc; done")
+        assert int(vm.sh(flushes)) == expected
+        vm.rmmod("rblk_ramdisk")
+
+
+def test_ramdisk_timeout(vm):
+    """A request that nobody ends is ended by its time-out, with an error."""
+    vm.machine.allow("error, dev rblk0")
+    vm.machine.allow("Buffer I/O error on dev")
+    vm.insmod("rblk_ramdisk", "timeout_ms=1000")
+    vm.sh(f"echo 3 > {PARAMETERS}/mode")
+    assert vm.run(f"dd if=/dev/zero of={DISK} bs=4k count=1 oflag=direct", timeout=120)[0] != 0
+    vm.sh(f"echo 0 > {PARAMETERS}/mode")
+    vm.sh(f"dd if=/dev/zero of={DISK} bs=4k count=1 oflag=direct")
+    assert "timed out" in vm.sh("dmesg")
+    vm.rmmod("rblk_ramdisk")
+
+
+def test_ramdisk_resize(vm):
+    """The disk grows and shrinks while it is open."""
+    vm.insmod("rblk_ramdisk")
+    for size in (32, 8, 64):
+        vm.sh(f"echo {size} > {PARAMETERS}/size_mib")
+        wait_in(vm, f"[ $(blockdev --getsize64 {DISK}) = {size << 20} ]", 60)
+    vm.sh(f"dd if=/dev/urandom of={DISK} bs=1M seek=60 count=4 oflag=direct")
+    vm.rmmod("rblk_ramdisk")
+
+
+def test_ramdisk_removal(vm):
+    """The disk is pulled out with requests in flight: they end, with an error."""
+    vm.machine.allow("error, dev rblk0")
+    vm.machine.allow("Buffer I/O error on dev")
+    vm.insmod("rblk_ramdisk")
+    vm.sh(f"echo 3 > {PARAMETERS}/mode")
+    vm.sh(f"(dd if=/dev/zero of={DISK} bs=4k count=1 oflag=direct; echo $? > /tmp/status) >/dev/null 2>&1 &")
+    wait_in(vm, "[ $(awk '{print $9}' /sys/block/rblk0/stat) -gt 0 ]", 60)
+    vm.sh(f"echo 1 > {PARAMETERS}/gone")
+    vm.run(f"blockdev --getsz {DISK}")
+    wait_in(vm, "[ -s /tmp/status ]", 60)
+    assert vm.sh("cat /tmp/status") != "0"
+    assert vm.run(f"[ -e {DISK} ]")[0] == 1
+    vm.rmmod("rblk_ramdisk")
+
+
+def test_ramdisk_busy(vm):
+    """The module stays while the disk is open, and goes when it is closed."""
+    vm.insmod("rblk_ramdisk")
+    vm.sh(f"mkfs.ext4 -q {DISK} && mount {DISK} /mnt && echo kept > /mnt/file")
+    assert vm.run("rmmod rblk_ramdisk")[0] != 0
+    vm.sh("umount /mnt")
+    vm.rmmod("rblk_ramdisk")
