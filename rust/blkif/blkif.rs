@@ -4,14 +4,14 @@
 //!
 //! Everything about a Xen virtual block device that can be decided by looking at numbers is decided
 //! here: what the bytes of a request mean, whether it is valid, how a block request becomes ring
-//! slots, which features two sides agree on, what to do when the other side changes state. The crate
-//! allocates nothing, takes no lock, reads no clock and does no I/O, so all of it can be tested on
-//! the build machine in milliseconds. Both drivers link it.
+//! slots, which features two sides agree on, what to do when the other side changes state. The
+//! crate allocates nothing, takes no lock, reads no clock and does no I/O, so all of it can be
+//! tested on the build machine in milliseconds. Both drivers link it.
 //!
 //! # Terms
 //!
-//! - *Frontend*: the side that has a disk because another domain serves it. *Backend*: the side that
-//!   serves it.
+//! - *Frontend*: the side that has a disk because another domain serves it. *Backend*: the side
+//!   that serves it.
 //! - *Ring*: 1 to 16 pages of memory that both sides map. The frontend writes requests into its
 //!   *slots*, the backend overwrites them with responses.
 //! - *Sector*: always 512 bytes on the wire, whatever the logical block size of the disk is.

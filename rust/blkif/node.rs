@@ -3,8 +3,8 @@
 //! Text of xenstore nodes to numbers.
 //!
 //! What stands in a node was written by the other side or by a tool, so it is read strictly: a
-//! number is digits and nothing else. What is wrong is a [`BadNode`], which knows the node, the text
-//! and the reason, so that a message can name all three.
+//! number is digits and nothing else. What is wrong is a [`BadNode`], which knows the node, the
+//! text and the reason, so that a message can name all three.
 
 use core::fmt;
 use core::str;

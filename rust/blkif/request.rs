@@ -9,8 +9,8 @@
 //! A request that moves data carries [`Data`]. If the segments stand in the slot, they are checked
 //! with the rest. If they stand in pages of their own ([`Unfetched`]), nothing is known about them
 //! until these pages were fetched and each segment went through a [`SegmentChecker`], which gives
-//! the [`Extent`] of the transfer at its end. An `Extent` and a [`Segment`] cannot be made in another
-//! way, so code that asks for them cannot be given unchecked numbers.
+//! the [`Extent`] of the transfer at its end. An `Extent` and a [`Segment`] cannot be made in
+//! another way, so code that asks for them cannot be given unchecked numbers.
 
 use core::fmt;
 

@@ -62,8 +62,8 @@ const HEADER_WORDS: u32 = 16;
 ///   (`READ_ONCE`, `WRITE_ONCE`). The other side may write any word at any time.
 /// - A `load` at or beyond `words` gives 0, a `store` there does nothing.
 /// - `rmb` orders loads before it against loads and stores after it, `wmb` loads and stores before
-///   it against stores after it, `mb` everything (`virt_rmb`, `virt_wmb`, `virt_mb`; in the terms of
-///   the language: acquire, release and sequentially consistent fences).
+///   it against stores after it, `mb` everything (`virt_rmb`, `virt_wmb`, `virt_mb`; in the terms
+///   of the language: acquire, release and sequentially consistent fences).
 pub trait Memory {
     /// Size in words: 1024 for each page. Never changes.
     fn words(&self) -> usize;

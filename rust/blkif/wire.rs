@@ -13,14 +13,14 @@
 //! | 4 | - | padding |
 //! | 8 | 4 | id u64 |
 //! | 16 | 12 | sector u64 |
-//! | 24 | 20 | 11 segments of 8 bytes; or nr_sectors u64; or handle u16, padding u16, 8 grants u32 |
+//! | 24 | 20 | 11 segments of 8 bytes, or nr_sectors u64, or handle u16, padding, 8 grants u32 |
 //!
 //! Every field lies within words at the same place for all three kinds of request, so a request is
 //! a stream of words: it is written to and read from the ring word by word, each word once. No byte
 //! that leaves is uninitialised (XSA-216), and no word is read twice (XSA-155).
 //!
-//! A type here says what the other side wrote, not that it is right: see [`request`](crate::request)
-//! for the checks.
+//! A type here says what the other side wrote, not that it is right: see
+//! [`request`](crate::request) for the checks.
 
 /// Bytes in a sector, the unit of all sector numbers and counts on the wire.
 pub const SECTOR_SIZE: u32 = 512;

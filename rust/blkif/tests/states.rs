@@ -5,8 +5,8 @@
 //! A *world* is a frontend, a backend, their nodes, and what each has yet to notice. Moves are what
 //! the sides do by themselves; blows are what befalls them: a detach, a driver that is unbound or
 //! bound, a crash, a failure, a migration, a deadline. The search visits every world that any
-//! sequence of moves and blows leads to, and then looks at the moves alone: from no world do they go
-//! on for ever, and wherever they end is a good end.
+//! sequence of moves and blows leads to, and then looks at the moves alone: from no world do they
+//! go on for ever, and wherever they end is a good end.
 //!
 //! A side reads the other's state in one move and acts on it in another, so that the other may
 //! change in between. A watch that fires several times is noticed once.

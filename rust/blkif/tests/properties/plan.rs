@@ -34,14 +34,19 @@ fn offered() -> impl Strategy<Value = u16> {
 
 proptest! {
     #[test]
-    fn each_piece_once_and_in_order(pieces in pieces(), offered in offered(), sector in 0..1u64 << 60) {
+    fn each_piece_once_and_in_order(
+        pieces in pieces(),
+        offered in offered(),
+        sector in 0..1u64 << 60,
+    ) {
         let limits = SlotLimits::new(offered);
         let list = pieces.iter().copied();
         let plan = Plan::new(sector, list, pieces.len() as u32, limits).unwrap();
         let (slots, mut grants) = (plan.slots(), plan.grants());
         let (mut first, mut next_sector, mut index) = (0, sector, 0);
         for part in plan {
-            prop_assert_eq!((part.index, part.first as usize, part.sector), (index, first, next_sector));
+            prop_assert_eq!((part.index, part.first as usize), (index, first));
+            prop_assert_eq!(part.sector, next_sector);
             prop_assert!(part.count >= 1 && part.count <= limits.segments());
             let mine = &pieces[first..first + usize::from(part.count)];
             let sectors: u32 = mine.iter().map(|piece| u32::from(piece.sectors())).sum();
@@ -67,7 +72,11 @@ proptest! {
 
     /// What the frontend plans, the backend accepts as what it was.
     #[test]
-    fn a_planned_slot_is_a_valid_request(pieces in pieces(), offered in offered(), sector in 0..1u64 << 40) {
+    fn a_planned_slot_is_a_valid_request(
+        pieces in pieces(),
+        offered in offered(),
+        sector in 0..1u64 << 40,
+    ) {
         let limits = SlotLimits::new(offered);
         let disk = DiskLimits {
             sectors: 1 << 41,
@@ -84,23 +93,29 @@ proptest! {
             let extent = match part.form {
                 Form::Direct => {
                     let request = part.direct(Direction::Write, 0, 1, segments);
-                    let Ok(Request::Write(Data::Direct(data))) = check(&request, &disk) else { panic!() };
+                    let Ok(Request::Write(Data::Direct(data))) = check(&request, &disk) else {
+                        panic!("{request:?}")
+                    };
                     prop_assert_eq!(data.segments().len(), mine.len());
                     data.extent()
                 }
                 Form::Indirect(pages) => {
                     let request = part.indirect(Direction::Write, 0, 1, 7..7 + u32::from(pages));
-                    let Ok(Request::Write(Data::Indirect(data))) = check(&request, &disk) else { panic!() };
+                    let Ok(Request::Write(Data::Indirect(data))) = check(&request, &disk) else {
+                        panic!("{request:?}")
+                    };
                     prop_assert_eq!((data.count(), data.grefs().len()), (part.count, pages.into()));
                     let mut checker = data.checker(&disk);
                     for (segment, piece) in segments.zip(mine) {
                         let checked = checker.push(segment).unwrap();
-                        prop_assert_eq!((checked.offset(), checked.len()), (piece.offset(), piece.len()));
+                        prop_assert_eq!(checked.offset(), piece.offset());
+                        prop_assert_eq!(checked.len(), piece.len());
                     }
                     checker.finish().unwrap()
                 }
             };
-            prop_assert_eq!((extent.sector(), extent.sectors()), (part.sector, part.sectors.into()));
+            prop_assert_eq!(extent.sector(), part.sector);
+            prop_assert_eq!(extent.sectors(), u64::from(part.sectors));
         }
     }
 

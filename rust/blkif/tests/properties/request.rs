@@ -233,7 +233,12 @@ fn segment() -> impl Strategy<Value = WireSegment> {
 }
 
 fn sector() -> impl Strategy<Value = u64> {
-    prop_oneof![4 => (0..20u64).prop_map(|n| n * 8), 2 => 0..200u64, 1 => any::<u64>(), 1 => u64::MAX - 100..=u64::MAX]
+    prop_oneof![
+        4 => (0..20u64).prop_map(|n| n * 8),
+        2 => 0..200u64,
+        1 => any::<u64>(),
+        1 => u64::MAX - 100..=u64::MAX,
+    ]
 }
 
 fn plausible_rw() -> impl Strategy<Value = WireRequest> {

@@ -210,6 +210,15 @@ impl Both {
     }
 }
 
+/// Writes a request into the slot of an index, and the index as its id.
+fn write_request(words: &Words, index: u32) {
+    let slot = 16 + (index % 32) as usize * 28;
+    let request = request(u64::from(index)).encode(Abi::native());
+    for (word, value) in request.into_iter().enumerate() {
+        words.store(slot + word, value);
+    }
+}
+
 proptest! {
     #[test]
     fn both_ends_agree_with_a_queue(shape in shape(), steps in steps()) {
@@ -221,7 +230,10 @@ proptest! {
 
     /// The frontend is played by the test: it publishes some requests at a time.
     #[test]
-    fn a_backend_serves_over_the_wrap(at in position(), batches in proptest::collection::vec(0..=32u32, 1..40)) {
+    fn a_backend_serves_over_the_wrap(
+        at in position(),
+        batches in proptest::collection::vec(0..=32u32, 1..40),
+    ) {
         let words = Words::new(1);
         words.store(REQ_PROD, at);
         words.store(RSP_PROD, at);
@@ -229,10 +241,7 @@ proptest! {
         let mut index = at;
         for batch in batches {
             for n in 0..batch {
-                let slot = 16 + (index.wrapping_add(n) % 32) as usize * 28;
-                for (word, value) in request(u64::from(index.wrapping_add(n))).encode(Abi::native()).into_iter().enumerate() {
-                    words.store(slot + word, value);
-                }
+                write_request(&words, index.wrapping_add(n));
             }
             prop_assert!(!back.final_check());
             prop_assert_eq!(words.load(REQ_EVENT), index.wrapping_add(1));
@@ -253,7 +262,10 @@ proptest! {
     /// Whatever a frontend writes to its index, a backend takes no more than the ring has slots for
     /// and goes forward only.
     #[test]
-    fn a_backend_is_not_led_astray(at in position(), indices in proptest::collection::vec(position(), 1..20)) {
+    fn a_backend_is_not_led_astray(
+        at in position(),
+        indices in proptest::collection::vec(position(), 1..20),
+    ) {
         let words = Words::new(1);
         words.store(REQ_PROD, at);
         words.store(RSP_PROD, at);

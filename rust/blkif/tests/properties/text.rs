@@ -55,7 +55,8 @@ proptest! {
             }
         }
         for node in DiskNodes::NODES {
-            prop_assert_eq!(DiskNodes::default().set(node, &text).is_ok(), valid_disk_node(node, &text));
+            let set = DiskNodes::default().set(node, &text);
+            prop_assert_eq!(set.is_ok(), valid_disk_node(node, &text));
         }
         for node in FrontChoice::NODES {
             let _ = FrontChoice::default().set(node, &text);
@@ -63,7 +64,12 @@ proptest! {
     }
 
     #[test]
-    fn no_more_is_agreed_on_than_both_offer(front: [u32; 3], back: [u32; 3], persistent: bool, trusted: bool) {
+    fn no_more_is_agreed_on_than_both_offer(
+        front: [u32; 3],
+        back: [u32; 3],
+        persistent: bool,
+        trusted: bool,
+    ) {
         let offer = FrontOffer {
             max_ring_page_order: front[0],
             max_queues: front[1],
@@ -89,7 +95,7 @@ proptest! {
     }
 
     #[test]
-    fn every_extended_number_names_its_disk_and_partition(disk in 0..4096u32, partition in 0..256u32) {
+    fn an_extended_number_names_its_disk(disk in 0..4096u32, partition in 0..256u32) {
         let device = VirtualDevice::new(1 << 28 | disk << 8 | partition).unwrap();
         prop_assert_eq!((device.form, device.disk), (Form::Extended, disk));
         let name = device.name.as_str().strip_prefix("xvd").unwrap();
