@@ -419,16 +419,23 @@ impl Mover {
         some
     }
 
-    /// Gives back what is not needed now, because there is nothing to do. After so long it should be
-    /// called again, if there is a time.
-    pub(crate) fn rest(&mut self) -> Option<Jiffies> {
+    /// Gives back what is not needed now, because there is nothing to do; or all that can be spared,
+    /// because memory is short. After so long it should be called again, if there is a time.
+    pub(crate) fn rest(&mut self, short: bool) -> Option<Jiffies> {
         let seconds = PERSISTENT_GRANT_UNUSED_SECONDS.get();
         let time = jiffies::msecs_to_jiffies(seconds.saturating_mul(1000));
         if seconds != 0 {
             self.forget_unused(time);
         }
-        let keep = u32::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0);
+        let keep = if short {
+            0
+        } else {
+            u32::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0)
+        };
         self.cache.shrink(keep.max(self.at_least));
+        if short {
+            self.buffers.clear();
+        }
         let waits = seconds != 0 && self.table.as_ref().is_some_and(|table| !table.is_empty());
         waits.then_some(time)
     }

@@ -16,6 +16,8 @@ use crate::memory::can_add_copies;
 use crate::memory::is_copied;
 use crate::memory::Mover;
 use crate::memory::Problem;
+use crate::params::BUFFER_SQUEEZE_DURATION_MS;
+use crate::params::LOG_STATS;
 use crate::ring::Memory;
 use crate::stats::Counters;
 use crate::transfer::has_space;
@@ -40,7 +42,9 @@ use kernel::prelude::*;
 use kernel::str::CStr;
 use kernel::str::CString;
 use kernel::sync::Arc;
-use kernel::time::msecs_to_jiffies;
+use kernel_ext::base::jiffies;
+use kernel_ext::base::jiffies::msecs_to_jiffies;
+use kernel_ext::base::jiffies::Jiffies;
 use kernel_ext::base::kthread::Current;
 use kernel_ext::block::bio;
 use kernel_ext::block::bio::Operation;
@@ -51,6 +55,9 @@ use kernel_ext::xen::DomId;
 
 /// How long to wait for somebody else who still uses the pages of an I/O that has ended.
 const BUSY_WAIT_MS: u32 = 5;
+
+/// How often numbers are printed, if that is wanted.
+const LOG_STATS_SECONDS: u32 = 10;
 
 /// Sectors of one piece of a discard: large, and a multiple of what devices discard at once.
 const DISCARD_PIECE: u64 = 1 << 22;
@@ -107,6 +114,10 @@ pub(crate) struct Queue {
     broken: Option<RingError>,
     /// Size of the disk when it was last looked at.
     sectors: u64,
+    /// Until when memory counts as short.
+    short_until: Option<Jiffies>,
+    /// When numbers were last printed.
+    logged: Jiffies,
 }
 
 impl Queue {
@@ -142,12 +153,19 @@ impl Queue {
             in_flight: 0,
             broken: None,
             sectors,
+            short_until: None,
+            logged: jiffies::now(),
         })
     }
 
     /// Domain, device and number of the queue.
     pub(crate) fn name(&self) -> &CStr {
         &self.name
+    }
+
+    /// Where others give it work.
+    pub(crate) fn inbox(&self) -> Arc<Inbox> {
+        self.inbox.clone()
     }
 
     /// Serves the ring until the thread should stop.
@@ -170,6 +188,7 @@ impl Queue {
                 self.sectors = sectors;
                 link.resized();
             }
+            self.log();
             let stopping = thread.should_stop();
             if stopping && self.is_drained() {
                 return;
@@ -184,7 +203,17 @@ impl Queue {
     }
 
     fn sleep(&mut self, thread: &Current, stopping: bool) {
-        let rest = self.mover.rest();
+        if self.inbox.take_short() {
+            let time = msecs_to_jiffies(BUFFER_SQUEEZE_DURATION_MS.get());
+            self.short_until = Some(jiffies::now().wrapping_add(time));
+        }
+        let short = self.short_until.is_some_and(|end| !jiffies::is_past(end));
+        if short {
+            drop(self.idle.take());
+        } else {
+            self.short_until = None;
+        }
+        let rest = self.mover.rest(short);
         let wake = Wake {
             event: !stopping && self.broken.is_none(),
             stop: !stopping,
@@ -195,6 +224,15 @@ impl Queue {
             Some(msecs_to_jiffies(BUSY_WAIT_MS))
         };
         self.inbox.wait(thread, wake, timeout);
+    }
+
+    /// Prints what was done so far, if that is wanted.
+    fn log(&mut self) {
+        let seconds = LOG_STATS_SECONDS;
+        if LOG_STATS.get() != 0 && jiffies::since(self.logged) >= msecs_to_jiffies(seconds * 1000) {
+            self.logged = jiffies::now();
+            pr_info!("{}: {}\n", *self.name, *self.counters);
+        }
     }
 
     /// Does all that there is to do now. Whether a request was taken from the ring.

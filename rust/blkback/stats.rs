@@ -37,6 +37,20 @@ pub(crate) struct Counters {
     pub(crate) sectors_written: Counter,
 }
 
+impl fmt::Display for Counters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "oo {} | rd {} | wr {} | f {} | ds {}",
+            self.out_of_memory.get(),
+            self.reads.get(),
+            self.writes.get(),
+            self.flushes.get(),
+            self.discards.get()
+        )
+    }
+}
+
 /// A number that grows. Only the thread of its queue adds to it.
 pub(crate) struct Counter(Atomic<u64>);
 

@@ -210,6 +210,8 @@ impl Drop for Chain {
 pub(crate) struct Inbox {
     /// The frontend has sent an event that was not given back yet.
     event: Atomic<bool>,
+    /// Memory is short, and nobody has looked yet.
+    short: Atomic<bool>,
     /// Transfers that the disk is done with.
     #[pin]
     done: IrqSpinLock<Chain>,
@@ -221,6 +223,7 @@ impl Inbox {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             event: Atomic::new(false),
+            short: Atomic::new(false),
             done <- new_irq_spinlock!(Chain::new()),
             wait <- new_wait_queue!(),
         })
@@ -245,6 +248,20 @@ impl Inbox {
         }
     }
 
+    /// Memory is short: what is not needed is to be given back. Any context.
+    pub(crate) fn memory_is_short(&self) {
+        self.short.store(true, Relaxed);
+        self.wait.wake_up();
+    }
+
+    /// Whether memory was short since the last call.
+    pub(crate) fn take_short(&self) -> bool {
+        self.short.load(Relaxed) && {
+            self.short.store(false, Relaxed);
+            true
+        }
+    }
+
     /// The transfers that have ended since the last call.
     pub(crate) fn take_done(&self) -> Chain {
         self.done.lock().take()
@@ -259,6 +276,7 @@ impl Inbox {
         let condition = || {
             wake.event && self.event.load(Relaxed)
                 || wake.stop && thread.should_stop()
+                || self.short.load(Relaxed)
                 || self.has_done()
         };
         match timeout {

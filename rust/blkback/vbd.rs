@@ -14,8 +14,10 @@ use crate::connect::Connection;
 use crate::connect::Fault;
 use crate::disk::Disk;
 use crate::params;
+use crate::queue::Queue;
 use crate::stats;
 use crate::stats::Stats;
+use crate::transfer::Inbox;
 use blkif::negotiate::BackLimits;
 use blkif::ring::RingError;
 use blkif::state::Back;
@@ -32,7 +34,8 @@ use kernel::str::CString;
 use kernel::sync::aref::ARef;
 use kernel::sync::Arc;
 use kernel::sync::Mutex;
-use kernel::time::msecs_to_jiffies;
+use kernel_ext::base::jiffies;
+use kernel_ext::base::jiffies::msecs_to_jiffies;
 use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
 use kernel_ext::base::sysfs;
@@ -82,9 +85,15 @@ struct Inner {
     /// Once the hotplug script has named it.
     disk: Option<Arc<Disk>>,
     /// One for each ring that is served.
-    threads: KVec<KThread>,
+    serving: KVec<Serving>,
     /// Counts the connections, so that a thread of an old one does no harm to a new one.
     connection: u64,
+}
+
+/// A queue that is served.
+struct Serving {
+    thread: KThread,
+    inbox: Arc<Inbox>,
 }
 
 impl Driver for VbdDriver {
@@ -109,6 +118,15 @@ impl Driver for VbdDriver {
 
     fn remove(self: Pin<&Self>, _device: &Device<Core<'_>>) {
         self.vbd.leave();
+    }
+
+    fn reclaim_memory(self: Pin<&Self>) {
+        if let Some(inner) = self.vbd.inner.try_lock() {
+            inner
+                .serving
+                .iter()
+                .for_each(|one| one.inbox.memory_is_short());
+        }
     }
 }
 
@@ -145,7 +163,7 @@ impl Vbd {
             back: Back::Waiting,
             limits: params::limits(),
             disk: None,
-            threads: KVec::new(),
+            serving: KVec::new(),
             connection: 0,
         };
         let device: ARef<Device> = ARef::from(&***device);
@@ -166,10 +184,10 @@ impl Vbd {
             let event = self.look(&inner);
             let action = inner.back.step(event);
             if action == BackAction::Drain {
-                let threads = core::mem::take(&mut inner.threads);
+                let serving = core::mem::take(&mut inner.serving);
                 // The threads may need the lock to report an error.
                 drop(inner);
-                self.drain(threads);
+                self.drain(serving);
                 inner = self.inner.lock();
             }
             if !self.carry_out(&mut inner, action) {
@@ -267,28 +285,25 @@ impl Vbd {
         let connection = Connection::new(&self.device, &self.frontend, disk, &inner.limits)?;
         inner.connection = inner.connection.wrapping_add(1);
         connection.describe_disk()?;
-        let mut threads = KVec::new();
+        let mut queues = KVec::new();
         for index in 0..connection.queues() {
-            let queue = connection.queue(index, &self.stats);
-            let thread = queue.and_then(|queue| self.spawn(queue, index, inner.connection));
-            match thread.and_then(|thread| push(&mut threads, thread)) {
-                Ok(()) => {}
-                Err(fault) => {
-                    self.drain(threads);
-                    return Err(fault);
-                }
-            }
+            push(&mut queues, (index, connection.queue(index, &self.stats)?))?;
         }
-        inner.threads = threads;
+        // If one of these does not start, those that did are dropped, and end.
+        let mut serving = KVec::new();
+        for (index, queue) in queues {
+            push(&mut serving, self.spawn(queue, index, inner.connection)?)?;
+        }
+        inner.serving = serving;
         Ok(())
     }
 
     fn spawn(
         self: &Arc<Self>,
-        queue: crate::queue::Queue,
+        queue: Queue,
         index: u32,
         connection: u64,
-    ) -> Result<KThread, Fault> {
+    ) -> Result<Serving, Fault> {
         let link = Link {
             vbd: self.clone(),
             index,
@@ -300,19 +315,22 @@ impl Vbd {
             freezable: true,
             noio: true,
         };
+        let inbox = queue.inbox();
         KThread::spawn(fmt!("{}", *name), kind, move |thread| {
             queue.serve(thread, &link)
         })
+        .map(|thread| Serving { thread, inbox })
         .map_err(|error| Fault::Own("starting a thread", error))
     }
 
     /// Has the threads end what they have taken from their rings. One that does not get there in
     /// time goes on alone: it owns its ring and memory.
-    fn drain(&self, threads: KVec<KThread>) {
-        threads.iter().for_each(KThread::stop);
-        let stuck = threads
+    fn drain(&self, serving: KVec<Serving>) {
+        serving.iter().for_each(|one| one.thread.stop());
+        let end = jiffies::now().wrapping_add(msecs_to_jiffies(DRAIN_MS));
+        let stuck = serving
             .iter()
-            .filter(|thread| !thread.join(msecs_to_jiffies(DRAIN_MS)))
+            .filter(|one| !one.thread.join(jiffies::until(end)))
             .count();
         if stuck != 0 {
             dev_warn!(
@@ -327,9 +345,9 @@ impl Vbd {
     fn leave(&self) {
         let mut inner = self.inner.lock();
         inner.back = Back::Gone;
-        let threads = core::mem::take(&mut inner.threads);
+        let serving = core::mem::take(&mut inner.serving);
         drop(inner);
-        self.drain(threads);
+        self.drain(serving);
         self.inner.lock().disk = None;
     }
 
@@ -382,10 +400,9 @@ impl Link {
     }
 }
 
-fn push(threads: &mut KVec<KThread>, thread: KThread) -> Result<(), Fault> {
-    threads
-        .push(thread, GFP_KERNEL)
-        .map_err(|_| Fault::Own("keeping a thread", ENOMEM))
+fn push<T>(list: &mut KVec<T>, item: T) -> Result<(), Fault> {
+    list.push(item, GFP_KERNEL)
+        .map_err(|_| Fault::Own("making a queue", ENOMEM))
 }
 
 /// A state as the bus has it.

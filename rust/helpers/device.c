@@ -11,3 +11,8 @@ void rust_helper_device_unlock(struct device *dev)
 {
 	device_unlock(dev);
 }
+
+int rust_helper_device_trylock(struct device *dev)
+{
+	return device_trylock(dev);
+}
