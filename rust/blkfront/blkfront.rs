@@ -5,7 +5,8 @@
 //! | file | idea |
 //! |---|---|
 //! | `vbd` | a device of xenbus: its driver |
-//! | `control` | the thread of a device: connects, closes, waits |
+//! | `control` | the connection of a device and its disk, step by step |
+//! | `keeper` | the thread of a device: lets the disk go, keeps deadlines |
 //! | `nodes` | what is read from and written to xenstore |
 //! | `disk` | the block device: limits, requests of the block layer |
 //! | `queue` | a ring: the way of a request to the backend |
@@ -19,16 +20,17 @@
 //!
 //! # Who owns what
 //!
-//! The thread of a device owns the connection, the disk, and every decision about them. Everybody
-//! else only tells it that something happened. The queues are shared by the thread, the block layer
-//! and the event handlers; each has a lock, under which nothing sleeps, allocates, or notifies.
+//! The connection and the disk belong to [`control::Control`], under a mutex. The queues are shared by
+//! it, the block layer and the event handlers; each has a lock, under which nothing sleeps,
+//! allocates, or notifies.
 //!
-//! The order is: the thread, quiescing the block layer's queue, the lock of a queue.
+//! The order is: the mutex, quiescing the block layer's queue, the lock of a queue.
 
 mod answer;
 mod carry;
 mod control;
 mod disk;
+mod keeper;
 mod link;
 mod nodes;
 mod params;

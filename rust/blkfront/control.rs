@@ -1,21 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The thread of a device: connects, closes, waits.
+//! The connection of a device, and its disk.
 //!
-//! It follows [`blkif::state::Front`]: whenever something happens it looks at the state of the
-//! backend as it is then, and does what is to be done until there is nothing to do but wait. It owns
-//! the disk, and is the only one that makes and ends connections.
+//! It follows [`blkif::state::Front`]: whenever the backend may have changed, look at its state as it
+//! is then, and do what is to be done until there is nothing to do but wait.
 //!
-//! # What waits for whom
-//!
-//! - The device is not served: after [`OUTAGE_MS`] the disk is given up, and what was in flight ends
-//!   with an error.
-//! - A disk goes while requests are in flight: after [`DRAIN_MS`] they end with an error, once their
-//!   pages are ours again.
-//! - A backend still uses pages of a request: the request *lingers*. To end it would be to give its
-//!   pages to somebody else. It ends when the backend lets go, at the latest when its domain ends.
-//! - The partitions of a new disk are looked for by another thread: that reads from the disk, and a
-//!   backend that does not answer must not keep this one from closing it.
+//! The own state is written by xenbus's thread as far as it has to do with Initialising: the bus
+//! takes such a change by anybody else for a device that the toolstack made anew. So that thread
+//! does all the steps but one. To let a disk go takes time, and is left to the device's own thread,
+//! see [`keeper`](crate::keeper).
 
 use blkif::negotiate;
 use blkif::negotiate::negotiate;
@@ -34,17 +27,10 @@ use kernel::prelude::*;
 use kernel::str::CString;
 use kernel::sync::aref::ARef;
 use kernel::sync::Arc;
-use kernel::time::delay::fsleep;
-use kernel::time::msecs_to_jiffies;
-use kernel::time::Delta;
-use kernel::time::Instant;
-use kernel::time::Jiffies;
-use kernel::time::Monotonic;
 use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
 use kernel_ext::block::major::Minors;
 use kernel_ext::block::mq::BlkStatus;
-use kernel_ext::block::mq::Feature;
 use kernel_ext::block::mq::GenDisk;
 use kernel_ext::block::mq::GenDiskBuilder;
 use kernel_ext::block::mq::QueueLimits;
@@ -63,32 +49,23 @@ use crate::signal::Cause;
 use crate::signal::Signal;
 use crate::slots::Waiting;
 
-/// How long a disk waits for a backend that is away.
-const OUTAGE_MS: i64 = 300_000;
-/// How long a disk that goes waits for the answers to its last requests.
-const DRAIN_MS: i64 = 5_000;
-/// How often is looked whether a drain is over.
-const DRAIN_STEP_MS: i64 = 5;
-/// How often is looked whether the backend has let go of pages.
-const LINGER_STEP_MS: u32 = 100;
-/// How often is looked whether a backend is away for too long.
-const OUTAGE_STEP_MS: u32 = 10_000;
-
 /// What becomes of requests whose connection has ended.
 #[derive(Clone, Copy)]
-enum Fate {
+pub(crate) enum Fate {
     /// They are offered to the queue again, for the next connection.
     Again,
     /// They end with an error.
     Fail,
 }
 
-/// A device: what its thread owns.
+/// The connection of a device, and its disk.
 pub(crate) struct Control {
     device: ARef<xenbus::Device>,
     vdev: VirtualDevice,
     signal: Arc<Signal>,
     own: Front,
+    /// The device's thread is about to let the disk go: no more steps are taken.
+    closing: bool,
     /// The backend's directory.
     backend: CString,
     /// What this side can do, as of the last offer.
@@ -104,8 +81,6 @@ pub(crate) struct Control {
     lingering: KVVec<(Waiting, Fate)>,
     /// Counts the connections.
     generation: u32,
-    /// Since when requests are not being served.
-    away: Option<Instant<Monotonic>>,
 }
 
 impl Control {
@@ -115,12 +90,12 @@ impl Control {
         signal: Arc<Signal>,
     ) -> Result<Self> {
         let backend = nodes::backend(&device)?;
-        signal.raise(Cause::Backend);
         Ok(Self {
             device,
             vdev,
             signal,
             own: Front::Waiting,
+            closing: false,
             backend,
             offer: None,
             queues: KVec::new(),
@@ -129,74 +104,18 @@ impl Control {
             adder: None,
             lingering: KVVec::new(),
             generation: 0,
-            away: None,
         })
     }
 
-    /// The life of the device.
-    pub(crate) fn run(mut self) {
-        self.show();
-        while !self.signal.removed() {
-            self.look();
-            self.release();
-            if self.own == Front::Dead && self.lingering.is_empty() {
-                self.remove_disk();
-            }
-            self.signal.wait(self.patience());
-        }
-
-        if self.own != Front::Dead {
-            self.detach();
-            self.own = Front::Dead;
-            self.show();
-        }
-        while !self.lingering.is_empty() {
-            fsleep(Delta::from_millis(LINGER_STEP_MS.into()));
-            self.release();
-        }
-        self.remove_disk();
-    }
-
     /// The name of the disk.
-    fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         self.vdev.name.as_str()
     }
 
-    /// How long to sleep if nothing happens.
-    fn patience(&self) -> Option<Jiffies> {
-        if !self.lingering.is_empty() {
-            Some(msecs_to_jiffies(LINGER_STEP_MS))
-        } else if self.away.is_some() {
-            Some(msecs_to_jiffies(OUTAGE_STEP_MS))
-        } else {
-            None
-        }
-    }
-
-    /// Deals with all that has happened.
-    fn look(&mut self) {
-        if self.signal.take(Cause::Resume) {
-            self.follow(FrontEvent::Resume);
-        }
-        if self.signal.take(Cause::Failed) {
-            self.follow(FrontEvent::Failed);
-        }
-        if self.signal.take(Cause::NoFlush) {
-            self.withdraw("flush", |limits| {
-                limits.set_feature(Feature::WriteCache, false);
-            });
-        }
-        if self.signal.take(Cause::NoDiscard) {
-            self.withdraw("discard", |limits| {
-                limits
-                    .set_max_discard_sectors(0)
-                    .set_max_secure_erase_sectors(0);
-            });
-        }
-        self.signal.take(Cause::Backend);
+    /// The backend may have changed.
+    pub(crate) fn follow_backend(&mut self) {
         let event = self.backend_event();
         self.follow(event);
-        self.check_outage();
     }
 
     /// The backend as it is now. Its directory can be another one after a restore.
@@ -208,9 +127,14 @@ impl Control {
     }
 
     /// Does what is to be done, until that is nothing.
-    fn follow(&mut self, mut event: FrontEvent) {
-        while !self.signal.removed() {
+    pub(crate) fn follow(&mut self, mut event: FrontEvent) {
+        while !self.closing {
             let action = self.own.step(event);
+            if action == FrontAction::Detach {
+                self.closing = true;
+                self.signal.raise(Cause::Close);
+                return;
+            }
             event = match self.carry_out(action) {
                 Ok(()) => {
                     let Some(next) = action.leads_to() else {
@@ -230,7 +154,7 @@ impl Control {
 
     fn carry_out(&mut self, action: FrontAction) -> Result {
         match action {
-            FrontAction::Wait => Ok(()),
+            FrontAction::Wait | FrontAction::Detach => Ok(()),
             FrontAction::Report => {
                 pr_warn!("{}: still waiting for {}\n", self.name(), &*self.backend);
                 Ok(())
@@ -240,10 +164,6 @@ impl Control {
             FrontAction::Refresh => self.refresh(),
             FrontAction::Reset | FrontAction::Restart => {
                 self.stop_sharing(Fate::Again);
-                Ok(())
-            }
-            FrontAction::Detach => {
-                self.detach();
                 Ok(())
             }
         }
@@ -261,31 +181,6 @@ impl Control {
             | XenbusState::Closing
             | XenbusState::Reconfiguring
             | XenbusState::Reconfigured => self.device.switch_state(xenbus::State::Initialising),
-        }
-        if self.own == Front::Dead {
-            self.signal.settle();
-        }
-    }
-
-    /// Gives up a disk that is not served for too long.
-    fn check_outage(&mut self) {
-        let state = match nodes::backend_event(&self.device, &self.backend) {
-            FrontEvent::Backend { state, .. } => state,
-            _ => XenbusState::Unknown,
-        };
-        if self.own == Front::Dead || self.own.whole(state) {
-            self.away = None;
-            return;
-        }
-        let since = *self.away.get_or_insert_with(Instant::now);
-        if since.elapsed().as_millis() >= OUTAGE_MS {
-            self.away = Some(Instant::now());
-            if self.disk.is_some() {
-                pr_err!("{}: the backend is away for too long\n", self.name());
-            }
-            self.follow(FrontEvent::Deadline {
-                disk: self.disk.is_some(),
-            });
         }
     }
 
@@ -455,7 +350,7 @@ impl Control {
     }
 
     /// The backend cannot do something, though it had said so.
-    fn withdraw(&self, what: &str, change: impl FnOnce(&mut QueueLimits)) {
+    pub(crate) fn withdraw(&self, what: &str, change: impl FnOnce(&mut QueueLimits)) {
         let Some(disk) = &self.disk else { return };
         pr_warn!("{}: the backend cannot {}, it is off\n", self.name(), what);
         if self.own != Front::Live {
@@ -487,12 +382,14 @@ impl Control {
         self.rings = 0;
     }
 
-    /// Ends everything but the disk itself, which is dead from now on.
-    fn detach(&mut self) {
-        if let Some(disk) = &self.disk {
-            disk.mark_dead();
-            self.drain();
-        }
+    /// Lets the disk go: takes no more steps, and gives the disk if there is one.
+    pub(crate) fn begin_close(&mut self) -> Option<Arc<GenDisk<Disk>>> {
+        self.closing = true;
+        self.disk.clone()
+    }
+
+    /// Ends everything but the disk itself, whose requests fail from now on.
+    pub(crate) fn finish_close(&mut self) {
         self.stop_sharing(Fate::Fail);
         for (_, fate) in self.lingering.iter_mut() {
             *fate = Fate::Fail;
@@ -501,34 +398,46 @@ impl Control {
             disk.kick_requeue_list();
             disk.unquiesce();
         }
+        self.own = Front::Dead;
+        self.show();
     }
 
-    /// Waits for the answers to the last requests, for a while.
-    fn drain(&self) {
-        if self.own != Front::Live {
-            return;
-        }
-        let start = Instant::<Monotonic>::now();
-        while start.elapsed().as_millis() < DRAIN_MS {
-            let wait = |queue: &Arc<Queue>| !queue.is_idle() && !queue.is_broken();
-            if !self.queues.iter().any(wait) {
-                return;
-            }
-            fsleep(Delta::from_millis(DRAIN_STEP_MS));
-        }
-        pr_warn!(
-            "{}: the backend does not answer, requests fail\n",
-            self.name()
-        );
+    /// Whether the disk is to be let go, and that was not done yet.
+    pub(crate) fn must_close(&self) -> bool {
+        self.closing && self.own != Front::Dead
+    }
+
+    /// Whether no request waits for an answer that may still come.
+    pub(crate) fn is_drained(&self) -> bool {
+        let waits = |queue: &Arc<Queue>| !queue.is_idle() && !queue.is_broken();
+        self.own != Front::Live || !self.queues.iter().any(waits)
+    }
+
+    /// Whether requests are being served, or never will be again.
+    pub(crate) fn is_settled(&mut self) -> bool {
+        let backend = match self.backend_event() {
+            FrontEvent::Backend { state, .. } => state,
+            _ => XenbusState::Unknown,
+        };
+        self.own == Front::Dead || self.own.whole(backend)
+    }
+
+    /// Whether there is a disk.
+    pub(crate) fn has_disk(&self) -> bool {
+        self.disk.is_some()
+    }
+
+    /// Whether the backend still uses pages of requests.
+    pub(crate) fn lingers(&self) -> bool {
+        !self.lingering.is_empty()
     }
 
     /// Ends requests of which the backend has let go.
-    fn release(&mut self) {
+    pub(crate) fn release(&mut self) {
         let count = self.lingering.len();
-        for _ in 0..count {
-            // Those that linger on go to the end.
-            let Some((waiting, fate)) = take_first(&mut self.lingering) else {
-                return;
+        for index in (0..count).rev() {
+            let Ok((waiting, fate)) = self.lingering.remove(index) else {
+                continue;
             };
             settle(&mut self.lingering, waiting, fate);
         }
@@ -539,15 +448,13 @@ impl Control {
         }
     }
 
-    /// Removes a disk that is dead. All its requests have ended.
-    fn remove_disk(&mut self) {
-        self.disk = None;
-        let Some(adder) = self.adder.take() else {
-            return;
-        };
-        // Everything that it reads fails.
-        while !adder.join(msecs_to_jiffies(OUTAGE_STEP_MS)) {
-            pr_warn!("{}: still looking for partitions\n", self.name());
+    /// Takes a dead disk, and the thread that may still look for partitions on it. To be dropped
+    /// without the lock: that waits.
+    pub(crate) fn take_disk(&mut self) -> (Option<Arc<GenDisk<Disk>>>, Option<KThread>) {
+        if self.own == Front::Dead && self.lingering.is_empty() {
+            (self.disk.take(), self.adder.take())
+        } else {
+            (None, None)
         }
     }
 }
@@ -560,7 +467,7 @@ fn purpose(action: FrontAction) -> &'static str {
         FrontAction::Connect => "connecting",
         FrontAction::Refresh => "reading the size of the disk",
         FrontAction::Reset | FrontAction::Restart => "closing the connection",
-        FrontAction::Detach => "closing the device",
+        FrontAction::Detach => "letting the disk go",
     }
 }
 
@@ -583,9 +490,4 @@ fn settle(lingering: &mut KVVec<(Waiting, Fate)>, waiting: Waiting, fate: Fate) 
             let _ = lingering.push_within_capacity((waiting, fate));
         }
     }
-}
-
-/// Takes out any element; which one does not matter as long as all have their turn.
-fn take_first<T>(list: &mut KVVec<T>) -> Option<T> {
-    list.remove(0).ok()
 }

@@ -14,10 +14,10 @@ use kernel_ext::new_wait_queue;
 /// Something that the thread has to look at.
 #[derive(Clone, Copy)]
 pub(crate) enum Cause {
-    /// The state of the backend, or what it says about the disk, may have changed.
+    /// The backend may have changed: it may be away, or back.
     Backend,
-    /// The domain runs anew after it was saved.
-    Resume,
+    /// The disk is to be let go.
+    Close,
     /// A backend broke the rules of a ring, or the disk could not be added: there is no way on.
     Failed,
     /// The backend has said that it cannot flush.

@@ -2,9 +2,10 @@
 
 //! A device of xenbus.
 //!
-//! The callbacks only tell the device's thread what has happened: they run in a thread that all
-//! devices of the guest share, or with the device locked, and must not wait for the backend.
+//! Xenbus tells of the backend in a thread that all devices of the guest share: what may wait for
+//! the backend is left to the device's own thread.
 
+use blkif::state::FrontEvent;
 use kernel::device::Core;
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
@@ -12,6 +13,7 @@ use kernel::sync::Arc;
 use kernel::time::msecs_to_jiffies;
 use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
+use kernel_ext::base::noio::Noio;
 use kernel_ext::xen::xenbus;
 use kernel_ext::xen::xenbus::After;
 use kernel_ext::xen::xenbus::DeviceId;
@@ -22,6 +24,7 @@ use kernel_ext::xen::xenbus::Side;
 use kernel_ext::xen::xenbus::State;
 
 use crate::control::Control;
+use crate::keeper::Keeper;
 use crate::nodes;
 use crate::signal::Cause;
 use crate::signal::Signal;
@@ -34,6 +37,7 @@ static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 /// A device.
 pub(crate) struct Vbd {
     signal: Arc<Signal>,
+    keeper: Arc<Keeper>,
     thread: KThread,
 }
 
@@ -44,16 +48,22 @@ impl Vbd {
             .inspect_err(|error| dev.dev_fatal(*error, fmt!("reading virtual-device")))?;
         let signal = Signal::new()?;
         let control = Control::new(device, vdev, signal.clone())?;
+        let keeper = Keeper::new(control, signal.clone())?;
 
         // A disk may be what memory is freed by writing to.
         let kind = Kind {
             freezable: false,
             noio: true,
         };
+        let runner = keeper.clone();
         let thread = KThread::spawn(fmt!("rblkfront/{}", vdev.name.as_str()), kind, move |_| {
-            control.run();
+            runner.run();
         })?;
-        Ok(Self { signal, thread })
+        Ok(Self {
+            signal,
+            keeper,
+            thread,
+        })
     }
 }
 
@@ -67,6 +77,8 @@ impl Driver for Vbd {
     }
 
     fn otherend_changed(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>, _state: State) -> After {
+        let _noio = Noio::new();
+        self.keeper.control.lock().follow_backend();
         self.signal.raise(Cause::Backend);
         After::Keep
     }
@@ -82,7 +94,9 @@ impl Driver for Vbd {
     }
 
     fn resume(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>) -> Result {
-        self.signal.raise(Cause::Resume);
+        let _noio = Noio::new();
+        self.keeper.control.lock().follow(FrontEvent::Resume);
+        self.signal.raise(Cause::Backend);
         Ok(())
     }
 

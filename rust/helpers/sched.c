@@ -12,3 +12,8 @@ unsigned int rust_helper_memalloc_noio_save(void)
 {
 	return memalloc_noio_save();
 }
+
+void rust_helper_memalloc_noio_restore(unsigned int flags)
+{
+	memalloc_noio_restore(flags);
+}

@@ -8,6 +8,7 @@
 //! - [`kthread`]: kernel threads that run a closure.
 //! - [`module_param`]: module parameters that show in sysfs.
 //! - [`module_ref`]: references to the module.
+//! - [`noio`]: code that memory is freed by.
 //! - [`page`]: bytes of pages that somebody else may change at any time.
 //! - [`pages`]: owners of pages, made of other owners.
 //! - [`ratelimit`]: messages that others can cause.
@@ -23,6 +24,7 @@ pub mod jiffies;
 pub mod kthread;
 pub mod module_param;
 pub mod module_ref;
+pub mod noio;
 pub mod page;
 pub mod pages;
 pub mod ratelimit;

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The thread of a device: lets the disk go, keeps deadlines.
+//!
+//! # What waits for whom
+//!
+//! - The device is not served: after [`OUTAGE_MS`] the disk is given up, and what was in flight ends
+//!   with an error.
+//! - A disk goes while requests are in flight: after [`DRAIN_MS`] they end with an error, once their
+//!   pages are ours again.
+//! - A backend still uses pages of a request: the request *lingers*. To end it would be to give its
+//!   pages to somebody else. It ends when the backend lets go, at the latest when its domain ends.
+//! - The partitions of a new disk are looked for by another thread: that reads from the disk, and a
+//!   backend that does not answer must not keep anybody from closing it.
+
+use blkif::state::FrontEvent;
+use kernel::new_mutex;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel::sync::Mutex;
+use kernel::time::delay::fsleep;
+use kernel::time::msecs_to_jiffies;
+use kernel::time::Delta;
+use kernel::time::Instant;
+use kernel::time::Jiffies;
+use kernel::time::Monotonic;
+use kernel_ext::block::mq::Feature;
+
+use crate::control::Control;
+use crate::signal::Cause;
+use crate::signal::Signal;
+
+/// How long a disk waits for a backend that is away.
+const OUTAGE_MS: i64 = 300_000;
+/// How long a disk that goes waits for the answers to its last requests.
+const DRAIN_MS: i64 = 5_000;
+/// How often is looked whether a drain is over.
+const DRAIN_STEP_MS: i64 = 5;
+/// How often is looked whether the backend has let go of pages.
+const LINGER_STEP_MS: u32 = 100;
+/// How often is looked whether a backend is away for too long.
+const OUTAGE_STEP_MS: u32 = 10_000;
+
+/// A device, as its thread and xenbus share it.
+#[pin_data]
+pub(crate) struct Keeper {
+    signal: Arc<Signal>,
+    #[pin]
+    pub(crate) control: Mutex<Control>,
+}
+
+impl Keeper {
+    pub(crate) fn new(control: Control, signal: Arc<Signal>) -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Self {
+                signal,
+                control <- new_mutex!(control),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// The life of the device.
+    pub(crate) fn run(&self) {
+        let mut away = None;
+        while !self.signal.removed() {
+            self.attend();
+            self.check_outage(&mut away);
+            self.signal.wait(self.patience(away.is_some()));
+        }
+
+        self.close();
+        while self.control.lock().lingers() {
+            fsleep(Delta::from_millis(LINGER_STEP_MS.into()));
+            self.control.lock().release();
+        }
+        self.remove_disk();
+    }
+
+    /// How long to sleep if nothing happens.
+    fn patience(&self, away: bool) -> Option<Jiffies> {
+        if self.control.lock().lingers() {
+            Some(msecs_to_jiffies(LINGER_STEP_MS))
+        } else if away {
+            Some(msecs_to_jiffies(OUTAGE_STEP_MS))
+        } else {
+            None
+        }
+    }
+
+    /// Deals with what has happened.
+    fn attend(&self) {
+        if self.signal.take(Cause::Failed) {
+            self.control.lock().follow(FrontEvent::Failed);
+        }
+        if self.signal.take(Cause::NoFlush) {
+            self.control.lock().withdraw("flush", |limits| {
+                limits.set_feature(Feature::WriteCache, false);
+            });
+        }
+        if self.signal.take(Cause::NoDiscard) {
+            self.control.lock().withdraw("discard", |limits| {
+                limits
+                    .set_max_discard_sectors(0)
+                    .set_max_secure_erase_sectors(0);
+            });
+        }
+        // Whether that is so is found out by looking.
+        self.signal.take(Cause::Backend);
+        self.signal.take(Cause::Close);
+        if self.control.lock().must_close() {
+            self.close();
+        }
+        self.control.lock().release();
+        self.remove_disk();
+    }
+
+    /// Gives up a disk that is not served for too long. `away` is since when it is not.
+    fn check_outage(&self, away: &mut Option<Instant<Monotonic>>) {
+        let mut control = self.control.lock();
+        if control.is_settled() {
+            *away = None;
+            return;
+        }
+        let since = *away.get_or_insert_with(Instant::now);
+        if since.elapsed().as_millis() < OUTAGE_MS {
+            return;
+        }
+        *away = Some(Instant::now());
+        let disk = control.has_disk();
+        if disk {
+            pr_err!("{}: the backend is away for too long\n", control.name());
+        }
+        control.follow(FrontEvent::Deadline { disk });
+    }
+
+    /// Lets the disk go. What is in flight gets a while to be answered, and fails then.
+    fn close(&self) {
+        let disk = self.control.lock().begin_close();
+        if let Some(disk) = disk {
+            disk.mark_dead();
+            self.drain();
+        }
+        self.control.lock().finish_close();
+        self.signal.settle();
+    }
+
+    fn drain(&self) {
+        let start = Instant::<Monotonic>::now();
+        while !self.control.lock().is_drained() {
+            if start.elapsed().as_millis() >= DRAIN_MS {
+                let control = self.control.lock();
+                pr_warn!(
+                    "{}: the backend does not answer, requests fail\n",
+                    control.name()
+                );
+                return;
+            }
+            fsleep(Delta::from_millis(DRAIN_STEP_MS));
+        }
+    }
+
+    /// Removes a disk that is dead, if all its requests have ended.
+    fn remove_disk(&self) {
+        let (disk, adder) = self.control.lock().take_disk();
+        // Waits for the openers that are inside of the block layer, whose requests fail.
+        drop(disk);
+        if let Some(adder) = adder {
+            while !adder.join(msecs_to_jiffies(OUTAGE_STEP_MS)) {
+                pr_warn!(
+                    "{}: still looking for partitions\n",
+                    self.control.lock().name()
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Code that memory is freed by: it must not wait for memory that is freed by it.
+//!
+//! C header: [`include/linux/sched/mm.h`](srctree/include/linux/sched/mm.h)
+
+use core::marker::PhantomData;
+use kernel::{
+    ffi::c_uint,
+    types::NotThreadSafe, //
+};
+
+/// While this lives, the current thread gets no memory by having data written to disks, whatever
+/// the flags of the allocation say.
+///
+/// Several are to be dropped in the reverse order.
+///
+/// # Invariants
+///
+/// `flags` is what the thread had before.
+#[must_use]
+pub struct Noio {
+    flags: c_uint,
+    _not_send: PhantomData<NotThreadSafe>,
+}
+
+impl Noio {
+    /// From now on.
+    pub fn new() -> Self {
+        // INVARIANT: The call returns what the thread had before.
+        Self {
+            // SAFETY: Changes a flag of the current thread.
+            flags: unsafe { bindings_ext::memalloc_noio_save() },
+            _not_send: PhantomData,
+        }
+    }
+}
+
+impl Default for Noio {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Noio {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant, and by its type this is the thread that it was made in.
+        unsafe { bindings_ext::memalloc_noio_restore(self.flags) };
+    }
+}
