@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: none
+
+//! The control: what is right compiles.
+
+use kernel::page::Page;
+use kernel_ext::xen::grant::GrantedPage;
+
+fn right_use(granted: GrantedPage) -> Option<Page> {
+    if granted.slice(0, 16).is_none() {
+        return None;
+    }
+    granted.try_end().ok()
+}

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0505
+
+//! Xen copies to a page only while it lives.
+
+use kernel::page::Page;
+use kernel::prelude::*;
+use kernel_ext::base::page::PageSliceMut;
+use kernel_ext::xen::grant::copy::Copier;
+use kernel_ext::xen::grant::ForeignRef;
+use kernel_ext::xen::DomId;
+
+fn misuse(copier: &mut Copier, page: Page, domain: DomId, reference: ForeignRef) -> Result {
+    let mut batch = copier.batch();
+    let slice = PageSliceMut::new(&page, 0, 512).ok_or(EINVAL)?;
+    batch.read(domain, reference, 0, slice)?;
+    drop(page);
+    batch.run()?;
+    Ok(())
+}

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0624
+
+//! The domain to share memory with is that of a device, no number that one likes.
+
+use kernel_ext::xen::DomId;
+
+fn misuse() -> DomId {
+    DomId::from_raw(0)
+}

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0053
+
+//! A handler says what becomes of the event.
+
+use kernel_ext::xen::events::Handler;
+
+struct Misuse;
+
+impl Handler for Misuse {
+    fn handle(&self) {}
+}

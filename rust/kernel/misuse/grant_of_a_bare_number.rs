@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0423
+
+//! A number is not a grant of ours.
+
+use kernel_ext::xen::grant::GrantRef;
+
+fn misuse() -> GrantRef {
+    GrantRef(8)
+}

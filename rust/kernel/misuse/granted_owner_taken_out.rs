@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0507
+
+//! Who owns granted pages does not come out before the grants have ended.
+
+use kernel::page::Page;
+use kernel_ext::xen::grant::Granted;
+
+fn misuse(granted: Granted<Page>) -> Page {
+    *granted.owner()
+}

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0382
+
+//! A page whose grant has ended is not a granted page any more.
+
+use kernel::page::Page;
+use kernel_ext::xen::grant::GrantedPage;
+
+fn misuse(granted: GrantedPage) -> (Option<Page>, bool) {
+    let page = granted.try_end().ok();
+    (page, granted.slice(0, 16).is_some())
+}

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0308
+
+//! There is one owner of a mapping, so that it is unmapped once.
+
+use kernel_ext::xen::grant::map::MappedPage;
+
+fn misuse(page: &MappedPage) -> MappedPage {
+    page.clone()
+}

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: lifetime may not live long enough
+
+//! The path of the other half can change after a callback: it has to be copied.
+
+use kernel::device::Core;
+use kernel::prelude::*;
+use kernel_ext::xen::xenbus::Device;
+
+fn misuse(device: &Device<Core<'_>>) -> Result<&'static CStr> {
+    device.otherend()
+}

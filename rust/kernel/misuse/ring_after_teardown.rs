@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0505
+
+//! The words of a ring go with it.
+
+use kernel_ext::xen::ring::MappedRing;
+use kernel_ext::xen::ring::SharedWords;
+
+fn misuse(ring: MappedRing) -> u32 {
+    let words: &SharedWords = &ring;
+    drop(ring);
+    words.load(0)
+}
