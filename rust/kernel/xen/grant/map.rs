@@ -72,14 +72,11 @@ impl PageCache {
     pub fn fill(&self, count: usize) -> Result {
         let mut pages = KVec::with_capacity(count, GFP_KERNEL)?;
         let mut result = Ok(());
-        for _ in 0..count {
-            match self.get() {
-                Ok(page) => pages.push(page.as_ptr(), GFP_KERNEL)?,
-                Err(error) => {
-                    result = Err(error);
-                    break;
-                }
-            }
+        while result.is_ok() && pages.len() < count {
+            // There is space, see above.
+            result = self
+                .get()
+                .map(|page| drop(pages.push_within_capacity(page.as_ptr())));
         }
         self.put(&mut pages);
         result
