@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def made_once(path, make):
     """Returns `path`, after `make(temporary path)` has made it if need be."""
     path = Path(path)
     if path.exists():
+        os.utime(path)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_name(path.name + ".lock")):
@@ -41,7 +43,15 @@ def made_once(path, make):
             _remove(temporary)
             make(temporary)
             temporary.rename(path)
+            _forget_unused(path.parent)
     return path
+
+
+def _forget_unused(directory):
+    """Removes what has not been used for a week."""
+    for path in directory.iterdir():
+        if time.time() - path.stat().st_mtime > 7 * 86400:
+            _remove(path)
 
 
 @contextmanager

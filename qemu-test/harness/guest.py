@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0
 """A DomU of a Xen host, as a scenario sees it."""
 
-import time
-
 from .evidence import trouble_in
 from .shell import CommandFailed
 from .shell import MachineTrouble
 from .shell import Shell
+from .shell import encode
 
 LOG = "/var/log/xen/console/guest-{name}.log"
 """Where xenconsoled in dom0 writes a guest's console."""
 
+POWER_OFF = "cd /; sync; mount -o remount,ro / || true; poweroff -f"
 
 DRIVER = "/sys/bus/xen/drivers/vbd"
 """The frontend's directory in a guest's sysfs: xenbus holds its module while a disk is bound."""
@@ -24,17 +24,21 @@ done) > /dev/null 2>&1 &"""
 class GuestShell(Shell):
     """The agent of a DomU, reached through dom0 and the DomU's console."""
 
-    def __init__(self, host, name):
+    def __init__(self, host, line):
         super().__init__()
         self._host = host
-        self._name = name
+        self._line = line
 
     def exchange(self, number, text, timeout, command):
         """Has dom0 pass one line to the guest and read the answer."""
-        status, output = self._host.run(f"guest-sh {self._name} {timeout} {number} {text}", timeout + 30)
+        status, output = self._host.run(f"guest-sh {self._line} {timeout} {number} {text}", timeout + 30)
         if status != 0:
-            raise CommandFailed(f"{output.splitlines()[-1] if output else status}: {command}")
+            raise CommandFailed(f"no answer from the guest within {timeout} s to: {command}\n{output[-500:]}")
         return output
+
+    def send(self, command):
+        """Starts a shell script and awaits no answer: the guest goes away."""
+        self._host.run(f"guest-sh {self._line} 0 {self.next_number()} {encode(command)}")
 
 
 class Guest:
@@ -43,7 +47,8 @@ class Guest:
     def __init__(self, host, name):
         self.host = host
         self.name = name
-        self.shell = GuestShell(host, name)
+        self.domid = None
+        self.shell = None
         self._allowed = []
 
     def start(self, type, disks, vcpus, memory, root, fio):
@@ -70,6 +75,8 @@ on_reboot = "destroy"
         fio_part = "/guest/fio" if fio else ""
         self.host.sh(f"cat /guest/initrd {fio_part} /payload/guest.cpio > /run/{self.name}.initrd")
         self.host.sh(f"xl create /run/{self.name}.cfg", timeout=240)
+        self.domid = int(self.host.sh(f"xl domid {self.name}"))
+        self.shell = GuestShell(self.host, self.host.xenstore_read(f"/local/domain/{self.domid}/console/tty"))
         self._wait_for_agent(timeout=240)
 
     def sh(self, command, timeout=120):
@@ -113,14 +120,9 @@ on_reboot = "destroy"
         """The name of the pair's frontend module."""
         return self.host.pair.front.name
 
-    @property
-    def domid(self):
-        """The domain's number."""
-        return int(self.host.sh(f"xl domid {self.name}"))
-
     def is_alive(self):
         """Whether the domain exists."""
-        return self.host.run(f"xl domid {self.name}")[0] == 0
+        return self.domid is not None and self.host.run(f"xenstore-exists /local/domain/{self.domid}")[0] == 0
 
     def console(self):
         """All that the guest's console showed."""
@@ -134,8 +136,7 @@ on_reboot = "destroy"
     def shut_down(self, timeout=120):
         """Powers the guest off from inside; its console must be clean to the end."""
         if self.is_alive():
-            number = self.shell.next_number()
-            self.host.run(f"guest-sh {self.name} 3 {number} {_POWER_OFF}")
+            self.shell.send(POWER_OFF)
             self._wait_gone(timeout)
         self.check_console()
         self.host.guests.pop(self.name, None)
@@ -154,18 +155,14 @@ on_reboot = "destroy"
             raise MachineTrouble(f"the console of {self.name} shows:\n" + "\n".join(bad[:20]))
 
     def _wait_for_agent(self, timeout):
-        deadline = time.monotonic() + timeout
         log = LOG.format(name=self.name)
-        while self.host.run(f"grep -q '#agent ready' {log}")[0] != 0:
-            self.host.machine.watch()
-            if not self.is_alive():
-                raise MachineTrouble(f"{self.name} ended while starting:\n{self.console()[-3000:]}")
-            if time.monotonic() > deadline:
-                raise MachineTrouble(f"{self.name} did not start within {timeout} s:\n{self.console()[-3000:]}")
-            time.sleep(0.3)
+        ready = f"grep -q '#agent ready' {log} || ! xenstore-exists /local/domain/{self.domid}"
+        wait_in(self.host, ready, timeout)
+        if not self.is_alive():
+            raise MachineTrouble(f"{self.name} ended while starting:\n{self.console()[-3000:]}")
 
     def _wait_gone(self, timeout):
-        wait_in(self.host, f"! xl domid {self.name} >/dev/null 2>&1", timeout)
+        wait_in(self.host, f"! xenstore-exists /local/domain/{self.domid}", timeout)
 
 
 def wait_in(machine, condition, timeout):
@@ -174,7 +171,3 @@ def wait_in(machine, condition, timeout):
     status, output = machine.run(script, timeout + 30)
     if status != 0:
         raise CommandFailed(f"after {timeout} s still not: {condition}\n{output}")
-
-
-_POWER_OFF = "Y2QgLzsgc3luYzsgbW91bnQgLW8gcmVtb3VudCxybyAvIHx8IHRydWU7IHBvd2Vyb2ZmIC1m"
-"""cd /; sync; mount -o remount,ro / || true; poweroff -f"""

@@ -95,9 +95,8 @@ class XenHost:
 
     def start_guest(self, name="guest", type="pv", disks=(Disk(),), vcpus=1, memory=192, root=None, fio=False):
         """Starts a DomU and waits until its agent answers; `fio` puts fio in it."""
-        guest = Guest(self, name)
+        guest = self.guests[name] = Guest(self, name)
         guest.start(type, disks, vcpus, (memory + 128 * fio) * self._memory_factor, root, fio)
-        self.guests[name] = guest
         return guest
 
     def attach(self, guest, disk):

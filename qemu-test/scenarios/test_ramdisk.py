@@ -71,12 +71,12 @@ def test_ramdisk_removal(vm):
     vm.machine.allow("Buffer I/O error on dev")
     vm.insmod("rblk_ramdisk")
     vm.sh(f"echo 3 > {PARAMETERS}/mode")
-    vm.sh(f"(dd if=/dev/zero of={DISK} bs=4k count=1 oflag=direct; echo $? > /tmp/status) >/dev/null 2>&1 &")
+    vm.sh(f"(dd if=/dev/zero of={DISK} bs=4k count=1 oflag=direct && echo done > /tmp/end || echo error > /tmp/end) >/dev/null 2>&1 &")
     wait_in(vm, "[ $(awk '{print $9}' /sys/block/rblk0/stat) -gt 0 ]", 60)
     vm.sh(f"echo 1 > {PARAMETERS}/gone")
     vm.run(f"blockdev --getsz {DISK}")
-    wait_in(vm, "[ -s /tmp/status ]", 60)
-    assert vm.sh("cat /tmp/status") != "0"
+    wait_in(vm, "[ -s /tmp/end ]", 60)
+    assert vm.sh("cat /tmp/end") == "error"
     assert vm.run(f"[ -e {DISK} ]")[0] == 1
     vm.rmmod("rblk_ramdisk")
 
