@@ -38,9 +38,9 @@ impl RingId {
             return None;
         }
         Some(RingId(
-            (epoch as u64) << EPOCH_SHIFT
-                | (queue as u64) << QUEUE_SHIFT
-                | (part as u64) << PART_SHIFT
+            ((epoch as u64) << EPOCH_SHIFT)
+                | ((queue as u64) << QUEUE_SHIFT)
+                | ((part as u64) << PART_SHIFT)
                 | tag as u64,
         ))
     }

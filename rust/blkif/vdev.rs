@@ -218,6 +218,14 @@ mod tests {
     use super::*;
     use std::string::ToString;
 
+    fn classic(major: u32, minor: u32) -> u32 {
+        major * 256 + minor
+    }
+
+    fn extended(disk: u32, partition: u32) -> u32 {
+        (1 << 28) + disk * 256 + partition
+    }
+
     fn assert_is(number: u32, form: Form, disk: u32, minor: u32, minors: u32, name: &str) {
         let device = VirtualDevice::new(number).unwrap();
         assert_eq!(device.name.as_str(), name, "{number:#x}");
@@ -230,18 +238,18 @@ mod tests {
     }
 
     #[test]
-    fn xvd() {
-        assert_is(202 << 8, Form::Xvd, 0, 0, 16, "xvda");
-        assert_is(202 << 8 | 0x10, Form::Xvd, 1, 16, 16, "xvdb");
-        assert_is(202 << 8 | 0xf0, Form::Xvd, 15, 240, 16, "xvdp");
+    fn xvd_numbers() {
+        assert_is(classic(202, 0), Form::Xvd, 0, 0, 16, "xvda");
+        assert_is(classic(202, 0x10), Form::Xvd, 1, 16, 16, "xvdb");
+        assert_is(classic(202, 0xf0), Form::Xvd, 15, 240, 16, "xvdp");
     }
 
     #[test]
     fn partitions() {
-        assert_is(202 << 8 | 1, Form::Xvd, 0, 1, 1, "xvda1");
-        assert_is(202 << 8 | 0xff, Form::Xvd, 15, 255, 1, "xvdp15");
+        assert_is(classic(202, 1), Form::Xvd, 0, 1, 1, "xvda1");
+        assert_is(classic(202, 0xff), Form::Xvd, 15, 255, 1, "xvdp15");
         assert_is(
-            1 << 28 | 26 << 8 | 255,
+            extended(26, 255),
             Form::Extended,
             26,
             26 * 256 + 255,
@@ -251,21 +259,14 @@ mod tests {
     }
 
     #[test]
-    fn extended() {
-        assert_is(1 << 28, Form::Extended, 0, 0, 256, "xvda");
-        assert_is(1 << 28 | 16 << 8, Form::Extended, 16, 4096, 256, "xvdq");
-        assert_is(1 << 28 | 25 << 8, Form::Extended, 25, 6400, 256, "xvdz");
-        assert_is(1 << 28 | 26 << 8, Form::Extended, 26, 6656, 256, "xvdaa");
+    fn extended_numbers() {
+        assert_is(extended(0, 0), Form::Extended, 0, 0, 256, "xvda");
+        assert_is(extended(16, 0), Form::Extended, 16, 4096, 256, "xvdq");
+        assert_is(extended(25, 0), Form::Extended, 25, 6400, 256, "xvdz");
+        assert_is(extended(26, 0), Form::Extended, 26, 6656, 256, "xvdaa");
+        assert_is(extended(701, 0), Form::Extended, 701, 179_456, 256, "xvdzz");
         assert_is(
-            1 << 28 | 701 << 8,
-            Form::Extended,
-            701,
-            179_456,
-            256,
-            "xvdzz",
-        );
-        assert_is(
-            1 << 28 | 702 << 8,
+            extended(702, 0),
             Form::Extended,
             702,
             179_712,
@@ -273,7 +274,7 @@ mod tests {
             "xvdaaa",
         );
         assert_is(
-            1 << 28 | 4095 << 8,
+            extended(4095, 0),
             Form::Extended,
             4095,
             1_048_320,
@@ -292,21 +293,21 @@ mod tests {
 
     #[test]
     fn hd_and_its_partitions() {
-        assert_is(3 << 8, Form::Hd, 0, 0, 16, "xvda");
-        assert_is(3 << 8 | 1, Form::Hd, 0, 0, 16, "xvda");
-        assert_is(3 << 8 | 64, Form::Hd, 1, 16, 16, "xvdb");
-        assert_is(22 << 8, Form::Hd, 2, 32, 16, "xvdc");
-        assert_is(22 << 8 | 65, Form::Hd, 3, 48, 16, "xvdd");
+        assert_is(classic(3, 0), Form::Hd, 0, 0, 16, "xvda");
+        assert_is(classic(3, 1), Form::Hd, 0, 0, 16, "xvda");
+        assert_is(classic(3, 64), Form::Hd, 1, 16, 16, "xvdb");
+        assert_is(classic(22, 0), Form::Hd, 2, 32, 16, "xvdc");
+        assert_is(classic(22, 65), Form::Hd, 3, 48, 16, "xvdd");
     }
 
     #[test]
-    fn sd() {
-        assert_is(8 << 8, Form::Sd, 0, 0, 16, "xvda");
-        assert_is(8 << 8 | 0x12, Form::Sd, 1, 18, 1, "xvdb2");
-        assert_is(65 << 8, Form::Sd, 16, 256, 16, "xvdq");
-        assert_is(71 << 8 | 0xf0, Form::Sd, 127, 2032, 16, "xvddx");
-        assert_is(128 << 8, Form::Sd, 128, 2048, 16, "xvddy");
-        assert_is(135 << 8 | 0xf0, Form::Sd, 255, 4080, 16, "xvdiv");
+    fn sd_numbers() {
+        assert_is(classic(8, 0), Form::Sd, 0, 0, 16, "xvda");
+        assert_is(classic(8, 0x12), Form::Sd, 1, 18, 1, "xvdb2");
+        assert_is(classic(65, 0), Form::Sd, 16, 256, 16, "xvdq");
+        assert_is(classic(71, 0xf0), Form::Sd, 127, 2032, 16, "xvddx");
+        assert_is(classic(128, 0), Form::Sd, 128, 2048, 16, "xvddy");
+        assert_is(classic(135, 0xf0), Form::Sd, 255, 4080, 16, "xvdiv");
     }
 
     #[test]
@@ -316,7 +317,7 @@ mod tests {
             assert_eq!(bad, Err(BadNumber::Major(major)));
         }
         assert_eq!(
-            VirtualDevice::new(1 << 28 | 1 << 20),
+            VirtualDevice::new(extended(4096, 0)),
             Err(BadNumber::Minor(1 << 20))
         );
         assert_eq!(VirtualDevice::new(2 << 28), Err(BadNumber::Beyond(2 << 28)));

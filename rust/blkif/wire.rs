@@ -187,7 +187,7 @@ impl WireSegment {
     /// The two words of a segment, in a slot or in a page of an indirect request.
     #[inline]
     pub const fn encode(self) -> [u32; 2] {
-        [self.gref, self.first as u32 | (self.last as u32) << 8]
+        [self.gref, self.first as u32 | ((self.last as u32) << 8)]
     }
 
     /// Reads a segment. Padding is ignored.
@@ -535,7 +535,7 @@ impl Response {
         let [low, high, last] = words;
         let [operation, _, byte2, byte3] = last.to_le_bytes();
         Response {
-            id: low as u64 | (high as u64) << 32,
+            id: low as u64 | ((high as u64) << 32),
             operation,
             status: Status::from_wire(i16::from_le_bytes([byte2, byte3])),
         }
@@ -563,7 +563,7 @@ fn write_u64(value: u64, put: &mut impl FnMut(u32)) {
 #[inline]
 fn read_u64(next: &mut impl FnMut() -> u32) -> u64 {
     let low = u64::from(next());
-    low | u64::from(next()) << 32
+    low | (u64::from(next()) << 32)
 }
 
 #[cfg(test)]

@@ -29,11 +29,11 @@ impl Input<'_> {
     }
 
     pub fn u32(&mut self) -> u32 {
-        u32::from(self.u16()) | u32::from(self.u16()) << 16
+        u32::from(self.u16()) | (u32::from(self.u16()) << 16)
     }
 
     pub fn u64(&mut self) -> u64 {
-        u64::from(self.u32()) | u64::from(self.u32()) << 32
+        u64::from(self.u32()) | (u64::from(self.u32()) << 32)
     }
 
     pub fn abi(&mut self) -> Abi {

@@ -96,7 +96,7 @@ proptest! {
 
     #[test]
     fn an_extended_number_names_its_disk(disk in 0..4096u32, partition in 0..256u32) {
-        let device = VirtualDevice::new(1 << 28 | disk << 8 | partition).unwrap();
+        let device = VirtualDevice::new((1 << 28) + disk * 256 + partition).unwrap();
         prop_assert_eq!((device.form, device.disk), (Form::Extended, disk));
         let name = device.name.as_str().strip_prefix("xvd").unwrap();
         let letters = name.trim_end_matches(|c: char| c.is_ascii_digit());

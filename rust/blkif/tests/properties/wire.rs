@@ -23,7 +23,7 @@ fn words() -> impl Strategy<Value = RequestWords> {
     )
         .prop_map(|(operation, words)| {
             let mut words: RequestWords = words.try_into().unwrap();
-            words[0] = words[0] & !0xff | u32::from(operation);
+            words[0] = (words[0] & !0xff) | u32::from(operation);
             words
         })
 }
@@ -65,7 +65,7 @@ proptest! {
     fn segments_survive(segment in common::segment(), padding in any::<u16>()) {
         let [gref, range] = segment.encode();
         prop_assert_eq!(range >> 16, 0);
-        let words = [gref, range | u32::from(padding) << 16];
+        let words = [gref, range | (u32::from(padding) << 16)];
         prop_assert_eq!(WireSegment::decode(words), segment);
     }
 
