@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0277
+
+//! The interrupt state that a guard restores is that of its CPU.
+
+use kernel_ext::base::irq_spinlock::IrqSpinLockGuard;
+
+fn needs_send<T: Send>(_: T) {}
+
+fn give_away(guard: IrqSpinLockGuard<'static, u32>) {
+    needs_send(guard);
+}

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0382
+
+//! Two disks cannot have the same minors.
+
+use kernel_ext::block::major::Minors;
+use kernel_ext::block::mq::*;
+
+fn both(first: GenDiskBuilder, second: GenDiskBuilder, minors: Minors) {
+    first.device_numbers(minors);
+    second.device_numbers(minors);
+}

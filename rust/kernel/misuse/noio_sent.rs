@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0277
+
+//! The flag is one of the thread.
+
+use kernel_ext::base::noio::Noio;
+
+fn needs_send<T: Send>(_: T) {}
+
+fn give_away() {
+    needs_send(Noio::new());
+}

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0505
+
+//! Bytes of a page go with the page.
+
+use kernel::page::Page;
+use kernel_ext::base::page::PageSlice;
+
+fn late(page: Page) -> Option<usize> {
+    let slice = PageSlice::new(&page, 0, 8)?;
+    drop(page);
+    Some(slice.len())
+}

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0599
+
+//! A request that is complete can only end.
+
+use kernel_ext::block::mq::*;
+
+fn again<T: Operations>(rq: Request<T, Completed>) {
+    rq.complete();
+}

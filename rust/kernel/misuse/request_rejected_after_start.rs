@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0599
+
+//! A request that is in flight cannot be left with blk-mq.
+
+use kernel_ext::block::mq::*;
+
+fn regret<T: Operations>(rq: Request<T, Queued<'_>>) {
+    let _ = rq.start().reject();
+}

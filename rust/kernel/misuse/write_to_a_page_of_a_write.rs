@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0599
+
+//! The pages of a write are not ours to change.
+
+use kernel_ext::block::mq::*;
+
+fn scribble<T: Operations>(rq: &Request<T, InFlight>) {
+    for segment in rq.segments() {
+        segment.write(&[0]);
+    }
+}
