@@ -95,7 +95,10 @@ impl Queue {
             let response = match link.ring.take_response() {
                 Ok(Some(response)) => response,
                 Ok(None) => return Ok(None),
-                Err(error) => return Err(self.complain_ring(error)),
+                Err(error) => {
+                    complain_ring(error);
+                    return Err(());
+                }
             };
             *answers = answers.wrapping_add(1);
             match inner.slots.answer(&response) {
@@ -114,13 +117,6 @@ impl Queue {
                 }
             }
         }
-    }
-
-    fn complain_ring(&self, error: RingError) {
-        ratelimited!(pr_err!(
-            "the backend broke a ring: {}; closing the device\n",
-            Shown(error)
-        ));
     }
 
     /// Ends a request that is complete, if its pages are ours again.
@@ -175,6 +171,13 @@ impl Queue {
         rq.data_mut().data = data;
         rq.end(BlkStatus::OK);
     }
+}
+
+fn complain_ring(error: RingError) {
+    ratelimited!(pr_err!(
+        "the backend broke a ring: {}; closing the device\n",
+        Shown(error)
+    ));
 }
 
 /// Whether data stands in pages of ours and belongs into those of the request.

@@ -66,7 +66,7 @@ pub(crate) fn virtual_device(device: &xenbus::Device) -> Result<VirtualDevice> {
 /// The backend's directory.
 pub(crate) fn backend(device: &xenbus::Device) -> Result<CString> {
     let value = read(device.nodename(), "backend")?.ok_or(ENOENT)?;
-    Ok(CString::try_from_fmt(fmt!("{}", &*value))?)
+    CString::try_from_fmt(fmt!("{}", &*value))
 }
 
 /// What the backend's state is now.

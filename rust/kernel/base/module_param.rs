@@ -81,7 +81,7 @@ impl KernelParam {
         perm: u16,
     ) -> Self {
         assert!(
-            matches!(CStr::from_bytes_with_nul(name), Ok(_)),
+            CStr::from_bytes_with_nul(name).is_ok(),
             "the name of a parameter contains a NUL"
         );
 

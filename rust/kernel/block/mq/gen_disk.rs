@@ -282,8 +282,8 @@ impl<T: Operations> GenDisk<T> {
     /// What `change` leaves alone stays as it is.
     pub fn update_limits(&self, change: impl FnOnce(&mut QueueLimits)) -> Result {
         // SAFETY: By the type invariants the queue is valid. The update ends below.
-        let mut limits =
-            QueueLimits::from_raw(unsafe { bindings_ext::queue_limits_start_update(self.queue()) });
+        let limits = unsafe { bindings_ext::queue_limits_start_update(self.queue()) };
+        let mut limits = QueueLimits::from_raw(limits);
         change(&mut limits);
 
         if let Err(error) = limits.check() {

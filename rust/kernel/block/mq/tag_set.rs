@@ -103,6 +103,9 @@ impl<T: Operations> TagSet<T> {
     /// A request can end, and another can start, while this runs. Those that were in flight before,
     /// and still are afterwards, are all visited. Sleeps not, but is slow: for error handling.
     pub fn for_each_in_flight(&self, mut f: impl FnMut(RequestId) -> bool) {
+        /// # Safety
+        ///
+        /// For the iteration below: `f` is its closure.
         unsafe extern "C" fn call<F: FnMut(RequestId) -> bool>(
             rq: *mut bindings::request,
             f: *mut c_void,
