@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0308
+
+//! Only a bound device can get attributes: unbinding is what removes them.
+
+use kernel::device::Device;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel_ext::base::sysfs;
+
+static FILES: [sysfs::Attribute<u32>; 0] = [];
+
+fn misuse(device: &Device, data: Arc<u32>) -> Result {
+    sysfs::register(device, None, &FILES, data)
+}

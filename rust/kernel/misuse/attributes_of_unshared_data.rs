@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0277
+
+//! Any thread may read an attribute, at the same time as others: its data has to allow that.
+
+use core::cell::Cell;
+use kernel::device::Bound;
+use kernel::device::Device;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel_ext::base::sysfs;
+
+fn misuse(
+    device: &Device<Bound>,
+    files: &'static [sysfs::Attribute<Cell<u32>>],
+    data: Arc<Cell<u32>>,
+) -> Result {
+    sysfs::register(device, None, files, data)
+}

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0382
+
+//! An I/O cannot be touched while the device works on its memory.
+
+use kernel::page::Page;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel_ext::block::bdev::BlockDevice;
+use kernel_ext::block::bio;
+
+fn misuse<C: bio::Context<Page>>(device: &Arc<BlockDevice>, io: KBox<bio::Io<Page, C>>) {
+    let _ = bio::submit(device, bio::Operation::Read, 0, io);
+    let _ = io.data();
+}

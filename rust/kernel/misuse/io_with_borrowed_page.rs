@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0277
+
+//! An I/O owns its memory: a page that belongs to somebody else does not do.
+
+use kernel::page::Page;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel_ext::block::bdev::BlockDevice;
+use kernel_ext::block::bio;
+
+fn misuse<C>(device: &Arc<BlockDevice>, page: &'static Page, context: C) -> Result
+where
+    C: bio::Context<&'static Page>,
+{
+    let io = KBox::new(bio::Io::new(page, context), GFP_KERNEL)?;
+    bio::submit(device, bio::Operation::Read, 0, io).map_err(|(error, _)| error)
+}

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0597
+
+//! A thread may run for longer than the function that starts it, so it borrows nothing from there.
+
+use kernel::fmt;
+use kernel::prelude::*;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Relaxed;
+use kernel_ext::base::kthread::KThread;
+use kernel_ext::base::kthread::Kind;
+
+fn misuse() -> Result<KThread> {
+    let number = Atomic::new(0i32);
+    let borrowed = &number;
+    KThread::spawn(fmt!("misuse"), Kind::default(), move |_thread| {
+        borrowed.store(1, Relaxed)
+    })
+}
