@@ -3,7 +3,7 @@
 #
 # cache       where downloads, build roots and kernels are kept, outside the tree
 # build root  a Debian trixie directory tree with every tool the project needs
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 
 TREE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 CACHE=${RBLKIF_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/rblkif}
