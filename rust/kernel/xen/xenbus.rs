@@ -179,9 +179,11 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     /// Does nothing if the directory is gone. If xenstore fails, the error is logged and the state
     /// becomes [`State::Closing`], if possible.
     ///
-    /// A frontend switches to [`State::Initialising`] only in `otherend_changed`. The bus watches for
-    /// that state, and anywhere else it may see it in xenstore before the device knows of it: then
-    /// it takes the device for a new one, and replaces it.
+    /// A frontend switches to and from [`State::Initialising`] only in `otherend_changed`. The bus
+    /// watches for that state in the same thread; when it is switched elsewhere, the bus may find it
+    /// in xenstore but not in the device: then it takes the device for a new one, and replaces it, or
+    /// loses it. So such a driver sets [`Driver::ALLOW_REBIND`], and closes in `remove` only from
+    /// other states.
     pub fn switch_state(&self, state: State) {
         // Always 0.
         //

@@ -85,6 +85,7 @@ impl xenbus::Driver for Front {
     const SIDE: Side = Side::Frontend;
     const NAME: &'static CStr = c"recho";
     const ID_TABLE: IdTable = IDS.as_table();
+    const ALLOW_REBIND: bool = true;
     const NOT_ESSENTIAL: bool = true;
 
     fn probe(dev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
@@ -127,8 +128,13 @@ impl xenbus::Driver for Front {
         After::Keep
     }
 
-    fn remove(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>) {
+    fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {
         self.disconnect();
+        // The bus, in its own thread, may look at this state just now, and take any other one for
+        // that of a new device.
+        if dev.state() != State::Initialising {
+            dev.switch_state(State::Closed);
+        }
     }
 
     fn resume(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>) -> Result {
