@@ -126,7 +126,7 @@ class XenHost:
             guest.shut_down()
         (self.logs / "dmesg-dom0.txt").write_text(self.sh("dmesg"))
         self.sh("echo scenario complete > /dev/console")
-        self.machine.wait_for_console("scenario complete", timeout=30)
+        self.machine.wait_for_console("scenario complete", timeout=300)
         self.machine.watch()
 
     def collect(self):
