@@ -189,7 +189,7 @@ impl GrantReserve {
         // SAFETY: By the type invariant the list is private to us and not empty.
         let reference = unsafe { bindings_ext::gnttab_claim_grant_reference(&mut self.head) };
         // INVARIANT: One less, in the list and in the number.
-        self.len -= 1;
+        self.len = self.len.wrapping_sub(1);
         u32::try_from(reference).ok()
     }
 
@@ -198,7 +198,7 @@ impl GrantReserve {
         // SAFETY: The list is private to us, and the reference is ours and grants nothing.
         unsafe { bindings_ext::gnttab_release_grant_reference(&mut self.head, reference) };
         // INVARIANT: One more, in the list and in the number.
-        self.len += 1;
+        self.len = self.len.wrapping_add(1);
     }
 
     /// Grants a page to `domain`. `ENOSPC`: no reference is left.

@@ -180,7 +180,7 @@ impl RingPages {
         // INVARIANT: Set up just above; the pages stay until `drop`.
         let words = SharedWords {
             words,
-            len: pages * WORDS_PER_PAGE,
+            len: pages.wrapping_mul(WORDS_PER_PAGE),
         };
         Ok(Self {
             words,
@@ -265,7 +265,7 @@ impl MappedRing {
         // INVARIANT: Mapped just above, until `drop`.
         let words = SharedWords {
             words,
-            len: pages * WORDS_PER_PAGE,
+            len: pages.wrapping_mul(WORDS_PER_PAGE),
         };
         Ok(Self {
             words,

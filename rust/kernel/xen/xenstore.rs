@@ -155,7 +155,7 @@ impl Deref for Value {
         unsafe {
             CStr::from_bytes_with_nul_unchecked(core::slice::from_raw_parts(
                 self.bytes.as_ptr(),
-                self.len + 1,
+                self.len.wrapping_add(1),
             ))
         }
     }

@@ -448,11 +448,11 @@ impl Mapper {
     /// Unmaps the pages of `list` that are not busy, and puts them to `cache`. Busy ones stay in the
     /// list, first in it. Does not sleep; any context but hard interrupts.
     pub fn unmap(&mut self, cache: &PageCache, list: &mut KVec<MappedPage>) {
-        let mut busy = 0;
+        let mut busy = 0usize;
         for index in 0..list.len() {
             if list.get(index).is_some_and(MappedPage::is_busy) {
                 list.swap(busy, index);
-                busy += 1;
+                busy = busy.wrapping_add(1);
             }
         }
         self.unmap_beyond(cache, list, busy);
@@ -461,7 +461,7 @@ impl Mapper {
     /// Unmaps all but the first `keep` pages. None of them is busy.
     fn unmap_beyond(&mut self, cache: &PageCache, list: &mut KVec<MappedPage>, keep: usize) {
         while list.len() > keep {
-            let mut count = 0;
+            let mut count = 0usize;
             for (op, place) in self.unmap.iter_mut().zip(self.pages.iter_mut()) {
                 if list.len() <= keep {
                     break;
@@ -471,7 +471,7 @@ impl Mapper {
                 let page = ManuallyDrop::new(page);
                 *op = unmap_op(&page);
                 *place = page.page.as_ptr();
-                count += 1;
+                count = count.wrapping_add(1);
             }
             let (Some(ops), Some(pages)) =
                 (self.unmap.get_mut(..count), self.pages.get_mut(..count))
