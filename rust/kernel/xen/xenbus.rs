@@ -54,6 +54,10 @@ use kernel::prelude::*;
 use kernel::sync::aref::AlwaysRefCounted;
 use kernel::types::Opaque;
 
+/// How long [`unregister`] tries to lock a device that others may have locked for a moment.
+const LOCK_TRIES: usize = 50;
+const LOCK_SLEEP_MS: u32 = 20;
+
 /// The state of one half of a device, as it stands in its directory (`XenbusState*`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum State {
@@ -538,7 +542,7 @@ impl<T: Driver> Adapter<T> {
         if after == After::Unregister {
             // SAFETY: The device is registered: who unregisters it waits for this function, in all
             // threads but this. The references from above are gone.
-            unsafe { bindings::device_unregister(addr_of_mut!((*device).dev)) };
+            unsafe { unregister(addr_of_mut!((*device).dev)) };
         }
     }
 
@@ -634,6 +638,29 @@ impl<T: Driver> Adapter<T> {
         // SAFETY: Locked above.
         unsafe { bindings_ext::device_unlock(dev) };
         ready.into()
+    }
+}
+
+/// Unregisters a device, unless it is being unbound.
+///
+/// Whoever unbinds it holds its lock, and waits for the thread of xenbus to return from
+/// `otherend_changed`; to wait for that lock here would stop both, and all other devices with them.
+/// What is unbound is unregistered when the toolstack removes its directory.
+///
+/// # Safety
+///
+/// In the thread of xenbus, with a device that is registered.
+unsafe fn unregister(dev: *mut bindings::device) {
+    for _ in 0..LOCK_TRIES {
+        // SAFETY: The device is valid.
+        if unsafe { bindings_ext::device_trylock(dev) } != 0 {
+            // SAFETY: Locked just above.
+            unsafe { bindings_ext::device_unlock(dev) };
+            // SAFETY: By the requirements of this function.
+            return unsafe { bindings::device_unregister(dev) };
+        }
+        // SAFETY: Just sleeps.
+        unsafe { bindings::msleep(LOCK_SLEEP_MS) };
     }
 }
 
