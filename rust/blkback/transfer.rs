@@ -20,6 +20,7 @@ use kernel::time::Jiffies;
 use kernel_ext::base::irq_spinlock::IrqSpinLock;
 use kernel_ext::base::kthread::Current;
 use kernel_ext::base::wait::WaitQueue;
+use kernel_ext::block::bio::is_unsupported;
 use kernel_ext::block::bio::Context;
 use kernel_ext::block::bio::Io;
 use kernel_ext::block::bio::Part;
@@ -103,7 +104,7 @@ impl Job {
         );
         let status = match self.result {
             Ok(()) => Status::Okay,
-            Err(error) if error == EOPNOTSUPP && may_be_unsupported => Status::NotSupported,
+            Err(error) if may_be_unsupported && is_unsupported(error) => Status::NotSupported,
             Err(_) => Status::Error,
         };
         Response {

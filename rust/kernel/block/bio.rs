@@ -134,7 +134,7 @@ pub trait Context<D>: Sized + Send + 'static {
     /// memory, and so on. There may be more slices than parts.
     fn parts(&self) -> impl ExactSizeIterator<Item = Part> + '_;
 
-    /// The I/O has ended, with `EOPNOTSUPP` if the device can't do it, or another error.
+    /// The I/O has ended. See [`is_unsupported`] for the one error with a meaning of its own.
     ///
     /// # Context
     ///
@@ -143,6 +143,12 @@ pub trait Context<D>: Sized + Send + 'static {
     /// elsewhere. Hand the `Io` to a thread: what it owns may need to sleep to be freed, and the
     /// reference to its device too.
     fn complete(io: KBox<Io<D, Self>>, result: Result);
+}
+
+/// Whether an I/O has ended with this error because the device cannot do the operation
+/// (`EOPNOTSUPP`).
+pub fn is_unsupported(error: Error) -> bool {
+    error.to_errno().unsigned_abs() == bindings::EOPNOTSUPP
 }
 
 /// Starts an I/O at a sector (of 512 bytes) of a device. May sleep.
