@@ -8,6 +8,7 @@ glibc loads it by name when a thread is cancelled, and xl aborts without it.
 
 import re
 import subprocess
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -51,6 +52,13 @@ def add_program(archive, program):
     for library in _libraries(program):
         if library not in archive:
             archive.file(library, library)
+
+
+def add_built_module(archive, directory, module):
+    """Adds a module file without its debug information, which is most of it."""
+    with tempfile.NamedTemporaryFile() as stripped:
+        subprocess.run(["objcopy", "--strip-debug", module, stripped.name], check=True)
+        archive.data(f"{directory}/{Path(module).name}", Path(stripped.name).read_bytes())
 
 
 @lru_cache(maxsize=None)

@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+from .image import add_built_module
 from .image import add_modules
 from .image import base_archive
 from .machine import Machine
@@ -20,7 +21,7 @@ class PlainVm:
         order = add_modules(archive, kernel, needs)
         archive.data("/lib/modules/order", "\n".join(order) + "\n")
         for module in modules:
-            archive.file(f"/modules/{Path(module).name}", module)
+            add_built_module(archive, "/modules", module)
         initrd = logs / "initrd"
         archive.write(initrd)
         command_line = f"console=ttyS0 panic=1 mitigations=off nokaslr loglevel=7 {arguments}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from .cpio import Archive
 from .guest import Guest
 from .guest import wait_in
+from .image import add_built_module
 from .shell import CommandFailed
 from .shell import MachineTrouble
 from .snapshot import DISK_SIZES
@@ -58,14 +59,14 @@ class XenHost:
 
     def _write_payload(self, path, modules, front_parameters):
         front = Archive()
-        front.file(f"/modules/{self.pair.front.name}.ko", self.pair.front.file)
+        add_built_module(front, "/modules", self.pair.front.file)
         front.data("/modules/load", f"{self.pair.front.name} {front_parameters}\n")
         payload = Archive()
         for module in modules:
-            front.file(f"/modules/{Path(module).name}", module)
-            payload.file(f"/modules/{Path(module).name}", module)
+            add_built_module(front, "/modules", module)
+            add_built_module(payload, "/modules", module)
         payload.data("/guest.cpio", front.to_bytes())
-        payload.file(f"/modules/{self.pair.back.name}.ko", self.pair.back.file)
+        add_built_module(payload, "/modules", self.pair.back.file)
         payload.write(path)
         blank(path, DISK_SIZES["payload"])
 
