@@ -112,8 +112,12 @@ impl Control {
         self.vdev.name.as_str()
     }
 
-    /// The backend may have changed.
+    /// The backend may have changed. Called once at least, after the device was bound.
     pub(crate) fn follow_backend(&mut self) {
+        if self.own == Front::Waiting {
+            // The device may have been bound before, and be Closed since.
+            self.show();
+        }
         let event = self.backend_event();
         self.follow(event);
     }
