@@ -16,9 +16,9 @@ DRIVER = "/sys/bus/xen/drivers/vbd"
 """The frontend's directory in a guest's sysfs: xenbus holds its module while a disk is bound."""
 
 _SHOW_CONSOLE = """(tail -f {log} | while read -r line; do
-case $line in *[!A-Za-z0-9+/=]*) echo "({name}) $line" > /dev/console ;; esac
+case $line in "#"*) ;; *[!A-Za-z0-9+/=]*) echo "({name}) $line" > /dev/console ;; esac
 done) > /dev/null 2>&1 &"""
-"""Puts a guest's console lines on dom0's console, without the agent's base64."""
+"""Puts a guest's console lines on dom0's console, without the agent's lines."""
 
 
 class GuestShell(Shell):

@@ -143,7 +143,7 @@ class XenHost:
             self._collect(name, lambda command=command: self.machine.shell.run(command, 30)[1])
         for guest in self.guests.values():
             self._collect(f"console-{guest.name}.txt", guest.console)
-            self._collect(f"dmesg-{guest.name}.txt", lambda guest=guest: guest.run("dmesg", 20)[1])
+            self._collect(f"dmesg-{guest.name}.txt", lambda guest=guest: guest.run("dmesg", 60)[1])
 
     def close(self):
         """Ends the machine and removes what only it needed."""
