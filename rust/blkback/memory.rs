@@ -97,11 +97,11 @@ impl fmt::Display for Problem {
             Problem::Map(MapError::NoSpace(error)) => {
                 write!(f, "no page to map to: {error:?}")
             }
-            Problem::Copy(CopyError::Refused(index, status)) => f.write_fmt(fmt!(
-                "page {index} of the segments cannot be copied: {status}"
-            )),
+            Problem::Copy(CopyError::Refused(index, status)) => {
+                f.write_fmt(fmt!("copy {index} is refused: {status}"))
+            }
             Problem::Copy(CopyError::Hypercall(error)) => {
-                write!(f, "pages of segments cannot be copied: {error:?}")
+                write!(f, "cannot copy: {error:?}")
             }
             Problem::Own(error) => write!(f, "no memory: {error:?}"),
         }
