@@ -54,11 +54,11 @@ def add_program(archive, program):
             archive.file(library, library)
 
 
-def add_built_module(archive, directory, module):
-    """Adds a module file without its debug information, which is most of it."""
+def add_built_module(archive, path, module):
+    """Adds a module file at `path`, without its debug information, which is most of it."""
     with tempfile.NamedTemporaryFile() as stripped:
         subprocess.run(["objcopy", "--strip-debug", module, stripped.name], check=True)
-        archive.data(f"{directory}/{Path(module).name}", Path(stripped.name).read_bytes())
+        archive.data(path, Path(stripped.name).read_bytes())
 
 
 @lru_cache(maxsize=None)

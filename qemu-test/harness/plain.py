@@ -21,7 +21,7 @@ class PlainVm:
         order = add_modules(archive, kernel, needs)
         archive.data("/lib/modules/order", "\n".join(order) + "\n")
         for module in modules:
-            add_built_module(archive, "/modules", module)
+            add_built_module(archive, f"/modules/{Path(module).name}", module)
         initrd = logs / "initrd"
         archive.write(initrd)
         command_line = f"console=ttyS0 panic=1 mitigations=off nokaslr loglevel=7 {arguments}"

@@ -59,14 +59,14 @@ class XenHost:
 
     def _write_payload(self, path, modules, front_parameters):
         front = Archive()
-        add_built_module(front, "/modules", self.pair.front.file)
+        add_built_module(front, f"/modules/{self.pair.front.name}.ko", self.pair.front.file)
         front.data("/modules/load", f"{self.pair.front.name} {front_parameters}\n")
         payload = Archive()
         for module in modules:
-            add_built_module(front, "/modules", module)
-            add_built_module(payload, "/modules", module)
+            for archive in (front, payload):
+                add_built_module(archive, f"/modules/{Path(module).name}", module)
         payload.data("/guest.cpio", front.to_bytes())
-        add_built_module(payload, "/modules", self.pair.back.file)
+        add_built_module(payload, f"/modules/{self.pair.back.name}.ko", self.pair.back.file)
         payload.write(path)
         blank(path, DISK_SIZES["payload"])
 
