@@ -157,7 +157,7 @@ impl Answerer {
     fn answer_all(&mut self, current: &Current) -> Result<u32> {
         let there = Wrapping(self.ring.load(MESSAGES)) - self.answered;
         if there.0 > SLOTS {
-            return Err(EPROTO);
+            return Err(EINVAL);
         }
         self.ring.read_fence();
         for done in 0..there.0 {

@@ -205,7 +205,7 @@ impl Sender {
     fn take_answers(&mut self) -> Result<u32> {
         let there = Wrapping(self.ring.load(ANSWERS)) - self.answered;
         if there > self.sent - self.answered {
-            return Err(EPROTO);
+            return Err(EINVAL);
         }
         self.ring.read_fence();
         for _ in 0..there.0 {
