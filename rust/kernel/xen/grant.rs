@@ -402,10 +402,10 @@ impl<S: PageOwner> Granted<S> {
     /// Ends what can be ended. Whether that is all.
     fn end_all(&mut self) -> bool {
         // INVARIANT: Those that have ended are removed.
-        //
-        // SAFETY: By the type invariant.
-        self.references
-            .retain(|reference| !unsafe { try_end(*reference) });
+        self.references.retain(|reference| {
+            // SAFETY: By the type invariant.
+            !unsafe { try_end(*reference) }
+        });
         self.references.is_empty()
     }
 }

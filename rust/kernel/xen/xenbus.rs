@@ -319,7 +319,7 @@ impl DeviceId {
         };
         let mut index = 0;
         while index < bytes.len() {
-            id.devicetype[index] = bytes[index] as _;
+            id.devicetype[index] = bytes[index];
             index += 1;
         }
         Self(id)
