@@ -18,7 +18,7 @@ def test_bad_physical_device(host):
         host.wait_for(f"xenstore-exists {node}")
         assert host.xenstore_read(node)
         assert guest.run(f"[ -b /dev/{vdev} ]")[0] != 0
-        host.run(f"xl block-detach {guest.name} {vdev} force")
+        host.sh(f"xl block-detach --force {guest.name} {vdev}")
     guest.sh("dd if=/dev/zero of=/dev/xvda bs=64k count=16 conv=fsync")
     host.attach(guest, Disk("xvde", "/dev/ram0", mode="r"))
     guest.wait_for_disk("xvde")

@@ -90,6 +90,18 @@ def unload(host, guest, domid):
     host.sh(f"echo recho-{domid}-0 > {BACK}/unbind; rmmod rblk_echo_back")
 
 
+def detach(host, guest, domid):
+    """What a toolstack does to take a device away; both halves let go of it."""
+    front = f"/local/domain/{domid}/device/recho/0"
+    back = f"/local/domain/0/backend/recho/{domid}/0"
+    host.sh(f"xenstore-write {back}/online 0 {back}/state 5")
+    host.wait_for(f"[ $(xenstore-read {back}/state) = 6 ] && [ ! -e /sys/bus/xen-backend/devices/recho-{domid}-0 ]")
+    host.sh(f"xenstore-rm {front}; xenstore-rm {back}")
+    guest.wait_for("[ ! -e /sys/bus/xen/devices/recho-0 ]")
+    guest.sh("rmmod rblk_echo_front")
+    host.sh("rmmod rblk_echo_back")
+
+
 def test_ring_echo(xen, build):
     chance = random.Random(20)
     host = xen(modules=[build / "rblk_echo_front.ko", build / "rblk_echo_back.ko"])
@@ -112,4 +124,7 @@ def test_ring_echo(xen, build):
         assert guest.sh("cat /tmp/round") == "end"
         wait_until_it_echoes(guest)
         unload(host, guest, domid)
+    load(host, guest)
+    wait_until_it_echoes(guest)
+    detach(host, guest, domid)
     assert_nothing_left(host, guest, before, free)
