@@ -117,6 +117,7 @@ def xen(request, kernel, pair, logs):
             if failed:
                 host.collect()
                 _show_logs(host.machine)
+            request.node.user_properties.append(("qemu_cpu_seconds", host.machine.cpu_seconds()))
             host.close()
 
 

@@ -6,6 +6,7 @@ to a file. The second is the agent's. QEMU dies with the harness: it lives in
 the process namespace that `scripts/in-root` made.
 """
 
+import os
 import socket
 import time
 from pathlib import Path
@@ -98,6 +99,14 @@ class Machine:
                 raise MachineTrouble(f"the machine did not power off within {timeout} s")
             self._drain()
         self.watch()
+
+    def cpu_seconds(self):
+        """Processor time that QEMU has taken: what a scenario costs on any machine."""
+        try:
+            fields = Path(f"/proc/{self._child.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except FileNotFoundError:
+            return 0
+        return round((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
 
     def kill(self):
         """Ends QEMU now."""
