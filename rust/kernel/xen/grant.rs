@@ -32,13 +32,10 @@ use crate::base::page::PageSlice;
 use crate::base::page::PageSliceMut;
 use core::mem::ManuallyDrop;
 use kernel::error::to_result;
-use kernel::ffi;
 use kernel::fmt;
 use kernel::page::Page;
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel::types::Opaque;
 
 /// The end of a private list of references, as grant-table.c has it.
 const LIST_END: bindings_ext::grant_ref_t = u32::MAX;
@@ -145,8 +142,7 @@ impl GrantReserve {
         }
     }
 
-    /// Reserves `count` references. `ENOSPC`: the table has no more; a [`FreeCallback`] tells when it
-    /// has. Atomic context, irqs on or off.
+    /// Reserves `count` references. `ENOSPC`: the table has no more. Any context.
     pub fn new(count: u16) -> Result<Self> {
         let mut reserve = Self::empty();
         if count == 0 {
@@ -423,75 +419,6 @@ impl<S: PageOwner> Drop for Granted<S> {
                 self.references.len()
             );
         }
-    }
-}
-
-/// What a [`FreeCallback`] calls.
-pub trait FreeHandler: Send + Sync + 'static {
-    /// References have become free.
-    ///
-    /// Called with interrupts off and under the lock of the grant table: it must not use any
-    /// function of this module, only wake somebody up.
-    fn references_free(&self);
-}
-
-/// Tells when the grant table has references again.
-///
-/// # Invariants
-///
-/// `inner` does not move; it is registered or all zero.
-#[pin_data(PinnedDrop)]
-pub struct FreeCallback<T: FreeHandler> {
-    #[pin]
-    inner: Opaque<bindings_ext::gnttab_free_callback>,
-    handler: Arc<T>,
-}
-
-// SAFETY: The grant table uses `inner` under its own lock; it may be called from any thread.
-unsafe impl<T: FreeHandler> Send for FreeCallback<T> {}
-// SAFETY: As above.
-unsafe impl<T: FreeHandler> Sync for FreeCallback<T> {}
-
-impl<T: FreeHandler> FreeCallback<T> {
-    /// Nothing is asked for yet.
-    pub fn new(handler: Arc<T>) -> impl PinInit<Self> {
-        // INVARIANT: All zero.
-        pin_init!(Self {
-            inner: Opaque::new(Default::default()),
-            handler
-        })
-    }
-
-    /// Asks to be called once when `count` references are free; at once if they are. Asking again
-    /// before that changes nothing.
-    pub fn request(self: Pin<&Self>, count: u16) {
-        // SAFETY: `inner` stays in place until it is cancelled in `drop`, and so does `self`, which
-        // the callback gets.
-        unsafe {
-            bindings_ext::gnttab_request_free_callback(
-                self.inner.get(),
-                Some(Self::callback),
-                Arc::as_ptr(&self.handler).cast_mut().cast(),
-                count,
-            )
-        };
-    }
-
-    /// # Safety
-    ///
-    /// Only for the grant table, with the handler of a `FreeCallback<T>` that is registered.
-    unsafe extern "C" fn callback(handler: *mut ffi::c_void) {
-        // SAFETY: The `FreeCallback` holds the handler until it has cancelled the callback, which
-        // takes the lock that is held here.
-        unsafe { &*handler.cast::<T>() }.references_free();
-    }
-}
-
-#[pinned_drop]
-impl<T: FreeHandler> PinnedDrop for FreeCallback<T> {
-    fn drop(self: Pin<&mut Self>) {
-        // SAFETY: Valid also if nothing was requested.
-        unsafe { bindings_ext::gnttab_cancel_free_callback(self.inner.get()) };
     }
 }
 

@@ -147,12 +147,6 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         unsafe { CStr::from_char_ptr((*self.as_raw()).nodename) }
     }
 
-    /// The type, such as `vbd`.
-    pub fn devicetype(&self) -> &CStr {
-        // SAFETY: As in `nodename`.
-        unsafe { CStr::from_char_ptr((*self.as_raw()).devicetype) }
-    }
-
     /// The number of the device among those of its type: what follows the last `/` of the nodename.
     /// `None` if that is no number.
     pub fn handle(&self) -> Option<u32> {

@@ -371,11 +371,6 @@ impl<T: WatchHandler> Watch<T> {
         Ok(Self { inner })
     }
 
-    /// The path that is watched.
-    pub fn node(&self) -> &CStr {
-        &self.inner.node
-    }
-
     /// Merges events: one that waits is enough. Runs under a spin lock of xenbus.
     ///
     /// # Safety
