@@ -3,8 +3,6 @@
 
 import re
 
-from .kernel import build_id
-
 TROUBLE = re.compile(
     r"egmentation|segfault|general protection|orrupt|Fatal glibc|free\(\): |double free"
     r"|BUG[: ]|WARNING[: ]|Oops|[Kk]ernel panic|panic - not syncing|Panic on CPU"
@@ -31,8 +29,8 @@ def trouble_in(text):
 def assert_served_by_pair(host, guest, vdev="xvda"):
     """The loaded drivers are the files of this run's pair, and no other is there."""
     front, back = host.pair.front, host.pair.back
-    assert loaded_build_id(guest, front.name) == build_id(front.file)
-    assert loaded_build_id(host, back.name) == build_id(back.file)
+    assert loaded_build_id(guest, front.name) == front.build_id
+    assert loaded_build_id(host, back.name) == back.build_id
     driver = guest.sh(f"readlink -f /sys/block/{vdev}/device/driver/module || readlink -f /sys/block/{vdev}/device/driver")
     assert driver.split("/")[-1] in (front.name.replace("-", "_"), "vbd"), driver
     for machine, driver in ((guest, front), (host, back)):

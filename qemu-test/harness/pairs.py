@@ -11,14 +11,16 @@ from pathlib import Path
 from .cache import CACHE
 from .cache import key_of
 from .cache import made_once
+from .kernel import build_id
 
 
 @dataclass
 class Driver:
-    """One driver module: its name without .ko, and the file."""
+    """One driver module: its name without .ko, the file, and the build id in it."""
 
     name: str
     file: Path
+    build_id: str
 
 
 @dataclass
@@ -41,7 +43,9 @@ def pair(name, kernel, build):
 
 def _driver(name, kind, kernel, build):
     if kind == "R":
-        return Driver(name, Path(build) / f"{name}.ko")
+        file = Path(build) / f"{name}.ko"
+        return Driver(name, file, build_id(file))
     content = kernel.module(name)
     file = CACHE / "images" / f"{name}-{key_of(content)}.ko"
-    return Driver(name, made_once(file, lambda path: path.write_bytes(content)))
+    made_once(file, lambda path: path.write_bytes(content))
+    return Driver(name, file, build_id(file))
