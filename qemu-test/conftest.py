@@ -34,7 +34,9 @@ def pytest_generate_tests(metafunc):
     if scenario not in ROWS:
         raise pytest.UsageError(f"{scenario} has no row in {expected.FILE}")
     runs = [run for run in ROWS[scenario] if run[0] in kernels()]
-    metafunc.parametrize("run", runs, ids=[f"{kernel}-{pair}" for kernel, pair in runs], indirect=True)
+    metafunc.parametrize(
+        "run", runs, ids=[f"{kernel}-{pair}" for kernel, pair in runs], indirect=True
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -47,9 +49,13 @@ def pytest_collection_finish(session):
     if session.config.option.keyword or any(".py" in argument for argument in session.config.args):
         return
     found = {item.function.__name__.removeprefix("test_") for item in session.items}
-    wanted = {name for name, runs in ROWS.items() if any(kernel in kernels() for kernel, _pair in runs)}
+    wanted = {
+        name for name, runs in ROWS.items() if any(kernel in kernels() for kernel, _pair in runs)
+    }
     if wanted - found:
-        raise pytest.UsageError(f"{expected.FILE} has rows without a scenario: {sorted(wanted - found)}")
+        raise pytest.UsageError(
+            f"{expected.FILE} has rows without a scenario: {sorted(wanted - found)}"
+        )
 
 
 @pytest.hookimpl(hookwrapper=True)

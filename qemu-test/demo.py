@@ -27,7 +27,10 @@ from harness.xenhost import XenHost
 from harness.xenimage import root_disk
 
 PACKAGES = ("bash", "tar", "gzip")
-FIO = "--ioengine=libaio --iodepth=8 --direct=1 --rw=randwrite --bsrange=4k-128k --verify=crc32c --verify_fatal=1 --output-format=terse"
+FIO = (
+    "--ioengine=libaio --iodepth=8 --direct=1 --rw=randwrite --bsrange=4k-128k "
+    "--verify=crc32c --verify_fatal=1 --output-format=terse"
+)
 
 
 class Story:
@@ -49,15 +52,23 @@ class Story:
 
 def unpack_packages(guest, story):
     """Unpacks Debian packages onto the root disk."""
-    guest.sh("mkdir /unpacked && for p in /packages/*.deb; do dpkg-deb -x $p /unpacked; done && sync", timeout=300)
+    guest.sh(
+        "mkdir /unpacked && for p in /packages/*.deb; do dpkg-deb -x $p /unpacked; done && sync",
+        timeout=300,
+    )
     files = guest.sh("find /unpacked -type f | wc -l; du -sm /unpacked | cut -f1").split()
-    story.tell(f"unpacked {len(PACKAGES)} Debian packages onto the root disk: {files[0]} files, {files[1]} MB")
+    story.tell(
+        f"unpacked {len(PACKAGES)} Debian packages onto the root disk: {files[0]} files, {files[1]} MB"
+    )
     return files[0]
 
 
 def write_durably(guest, story):
     """A hundred small files, each with an fsync of its own."""
-    guest.sh("mkdir /durable && for i in $(seq 100); do echo line $i | dd of=/durable/$i conv=fsync 2>/dev/null; done", timeout=300)
+    guest.sh(
+        "mkdir /durable && for i in $(seq 100); do echo line $i | dd of=/durable/$i conv=fsync 2>/dev/null; done",
+        timeout=300,
+    )
     story.tell("wrote 100 files, each with its own fsync")
 
 
@@ -72,7 +83,10 @@ def verify_disks(guest, story):
 def sums_in_guest(guest, story):
     """Checksums of the files, read from the disk and not from memory."""
     guest.sh("sync; echo 3 > /proc/sys/vm/drop_caches")
-    lines = guest.sh("sha256sum /durable/1 /durable/100 $(find /unpacked -type f -size +20k | head -n 40)", timeout=300)
+    lines = guest.sh(
+        "sha256sum /durable/1 /durable/100 $(find /unpacked -type f -size +20k | head -n 40)",
+        timeout=300,
+    )
     sums = dict(reversed(line.split(None, 1)) for line in lines.splitlines())
     story.tell(f"the guest computed the checksums of {len(sums)} files")
     return sums
@@ -80,12 +94,19 @@ def sums_in_guest(guest, story):
 
 def check_image(image, sums, story):
     """What the disk holds, seen without the drivers or a mount."""
-    result = subprocess.run(["e2fsck", "-fn", image], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    result = subprocess.run(
+        ["e2fsck", "-fn", image], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if result.returncode != 0:
         raise AssertionError(f"e2fsck found errors:\n{result.stdout}")
     story.tell("e2fsck -fn on the image: clean")
     for path, expected in sums.items():
-        content = subprocess.run(["debugfs", "-R", f'cat "{path}"', image], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+        content = subprocess.run(
+            ["debugfs", "-R", f'cat "{path}"', image],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=True,
+        )
         if hashlib.sha256(content.stdout).hexdigest() != expected:
             raise AssertionError(f"{path} differs between guest and image")
     story.tell(f"all {len(sums)} checksums computed from the image are the guest's")
@@ -94,7 +115,12 @@ def check_image(image, sums, story):
 def start(options, kernel, story):
     """The Xen host and its guest."""
     packages = debian_packages(PACKAGES)
-    host = XenHost(Snapshot(kernel), pair(options.pair, kernel, options.build), options.logs, image=root_disk(packages=packages))
+    host = XenHost(
+        Snapshot(kernel),
+        pair(options.pair, kernel, options.build),
+        options.logs,
+        image=root_disk(packages=packages),
+    )
     story.tell("Xen and dom0 are up in QEMU")
     try:
         host.load_backend()
@@ -142,7 +168,9 @@ def play(host):
 
 def main():
     """Runs the demonstration and says how it went."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kernel", required=True, help="directory of a prepared kernel")
     parser.add_argument("--build", required=True, help="directory with our modules")
     parser.add_argument("--logs", required=True, help="where logs go")

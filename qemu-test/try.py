@@ -41,7 +41,9 @@ def xen(options, logs):
         host.load_backend()
         host.ram_disks()
         print(host.sh(options.dom0, options.timeout))
-        guest = host.start_guest(type=options.type, vcpus=options.cpus, disks=[Disk()] if options.disk else [])
+        guest = host.start_guest(
+            type=options.type, vcpus=options.cpus, disks=[Disk()] if options.disk else []
+        )
         status, output = guest.run(options.script, options.timeout)
         print(output)
         print(host.sh(options.then, options.timeout))
@@ -56,18 +58,31 @@ def xen(options, logs):
 
 def main():
     """Parses the command line and runs one machine."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=["plain", "xen"])
     parser.add_argument("--kernel", required=True, help="directory of a prepared kernel")
-    parser.add_argument("--module", action="append", default=[], help="a .ko to put along (plain: /modules, dom0: /payload/modules)")
+    parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        help="a .ko to put along (plain: /modules, dom0: /payload/modules)",
+    )
     parser.add_argument("--logs", default=None, help="where logs go (default: a name of this run)")
-    parser.add_argument("--cpus", type=int, default=None, help="of the plain machine (2) or the guest (1)")
+    parser.add_argument(
+        "--cpus", type=int, default=None, help="of the plain machine (2) or the guest (1)"
+    )
     parser.add_argument("--timeout", type=int, default=300)
     parser.add_argument("--pair", default="C/C", help="xen: FRONT/BACK, each C or R")
     parser.add_argument("--build", default=None, help="xen: directory with our modules")
     parser.add_argument("--type", default="pv", help="xen: pv or pvh")
-    parser.add_argument("--no-disk", dest="disk", action="store_false", help="xen: a guest without a disk")
-    parser.add_argument("--dom0", default="true", help="xen: script for dom0 before the guest starts")
+    parser.add_argument(
+        "--no-disk", dest="disk", action="store_false", help="xen: a guest without a disk"
+    )
+    parser.add_argument(
+        "--dom0", default="true", help="xen: script for dom0 before the guest starts"
+    )
     parser.add_argument("--then", default="true", help="xen: script for dom0 after the guest's")
     parser.add_argument("script", help="runs in the plain machine or in the guest")
     options = parser.parse_args()

@@ -11,8 +11,16 @@ import re
 def xen_counts(host):
     """Grants, event channels and pages by domain, and xenstore's nodes."""
     return {
-        "grants": _by_domain(host.xen_messages("g"), r"grant-table for remote d(\d+)", r"^\(XEN\)\s+(?:\[\d+\])?\s*\d+\s+.*0x"),
-        "events": _by_domain(host.xen_messages("e"), r"Event channel information for domain (\d+)|^\(XEN\) \[.*d(\d+)", r"\[\d/\d/"),
+        "grants": _by_domain(
+            host.xen_messages("g"),
+            r"grant-table for remote d(\d+)",
+            r"^\(XEN\)\s+(?:\[\d+\])?\s*\d+\s+.*0x",
+        ),
+        "events": _by_domain(
+            host.xen_messages("e"),
+            r"Event channel information for domain (\d+)|^\(XEN\) \[.*d(\d+)",
+            r"\[\d/\d/",
+        ),
         "pages": re.findall(r"nr_pages=(\d+)", host.xen_messages("q")),
         "xenstore": host.sh("xenstore-ls | wc -l"),
     }

@@ -23,7 +23,9 @@ HARMLESS = re.compile(
 
 def trouble_in(text):
     """The lines of `text` that no healthy machine prints."""
-    return [line for line in text.splitlines() if TROUBLE.search(line) and not HARMLESS.search(line)]
+    return [
+        line for line in text.splitlines() if TROUBLE.search(line) and not HARMLESS.search(line)
+    ]
 
 
 def assert_served_by_pair(host, guest, vdev="xvda"):
@@ -31,12 +33,18 @@ def assert_served_by_pair(host, guest, vdev="xvda"):
     front, back = host.pair.front, host.pair.back
     assert loaded_build_id(guest, front.name) == front.build_id
     assert loaded_build_id(host, back.name) == back.build_id
-    driver = guest.sh(f"readlink -f /sys/block/{vdev}/device/driver/module || readlink -f /sys/block/{vdev}/device/driver")
+    driver = guest.sh(
+        f"readlink -f /sys/block/{vdev}/device/driver/module || readlink -f /sys/block/{vdev}/device/driver"
+    )
     assert driver.split("/")[-1] in (front.name.replace("-", "_"), "vbd"), driver
     for machine, driver in ((guest, front), (host, back)):
         others = OTHER[driver.name]
-        assert not machine.sh(f"find / -xdev -name '{others[0]}.ko*' -o -xdev -name '{others[1]}.ko*'")
-        assert not machine.sh(f"ls -d /sys/module/{others[0].replace('-', '_')} 2>/dev/null || true")
+        assert not machine.sh(
+            f"find / -xdev -name '{others[0]}.ko*' -o -xdev -name '{others[1]}.ko*'"
+        )
+        assert not machine.sh(
+            f"ls -d /sys/module/{others[0].replace('-', '_')} 2>/dev/null || true"
+        )
 
 
 OTHER = {
@@ -50,5 +58,7 @@ OTHER = {
 
 def loaded_build_id(machine, module):
     """The build id of a loaded module, as the kernel that runs it shows it."""
-    note = machine.sh(f"od -An -v -tx1 /sys/module/{module.replace('-', '_')}/notes/.note.gnu.build-id")
+    note = machine.sh(
+        f"od -An -v -tx1 /sys/module/{module.replace('-', '_')}/notes/.note.gnu.build-id"
+    )
     return "".join(note.split())[-40:]

@@ -31,9 +31,13 @@ class GuestShell(Shell):
 
     def exchange(self, number, text, timeout, command):
         """Has dom0 pass one line to the guest and read the answer."""
-        status, output = self._host.run(f"guest-sh {self._line} {timeout} {number} {text}", timeout + 30)
+        status, output = self._host.run(
+            f"guest-sh {self._line} {timeout} {number} {text}", timeout + 30
+        )
         if status != 0:
-            raise CommandFailed(f"no answer from the guest within {timeout} s to: {command}\n{output[-500:]}")
+            raise CommandFailed(
+                f"no answer from the guest within {timeout} s to: {command}\n{output[-500:]}"
+            )
         return output
 
     def send(self, command):
@@ -76,7 +80,9 @@ on_reboot = "destroy"
         self.host.sh(f"cat /guest/initrd {fio_part} /payload/guest.cpio > /run/{self.name}.initrd")
         self.host.sh(f"xl create /run/{self.name}.cfg", timeout=240)
         self.domid = int(self.host.sh(f"xl domid {self.name}"))
-        self.shell = GuestShell(self.host, self.host.xenstore_read(f"/local/domain/{self.domid}/console/tty"))
+        self.shell = GuestShell(
+            self.host, self.host.xenstore_read(f"/local/domain/{self.domid}/console/tty")
+        )
         self._wait_for_agent(timeout=240)
 
     def sh(self, command, timeout=120):
@@ -97,7 +103,9 @@ on_reboot = "destroy"
 
     def load_frontend(self, parameters=""):
         """Loads the pair's frontend again."""
-        self.sh(f"insmod $(ls /modules/{self.front}.ko /run/modules/{self.front}.ko 2>/dev/null) {parameters}")
+        self.sh(
+            f"insmod $(ls /modules/{self.front}.ko /run/modules/{self.front}.ko 2>/dev/null) {parameters}"
+        )
 
     def unload_frontend(self):
         """Unbinds all disks from the pair's frontend and unloads it."""
@@ -113,7 +121,9 @@ on_reboot = "destroy"
         if self.front == "xen-blkfront":
             # The C frontend leaves it at state 6 and waits for who closed it.
             directory = f"/local/domain/{self.domid}/device/vbd"
-            self.host.sh(f"for disk in $(xenstore-list {directory}); do xenstore-write {directory}/$disk/state 1; done")
+            self.host.sh(
+                f"for disk in $(xenstore-list {directory}); do xenstore-write {directory}/$disk/state 1; done"
+            )
 
     @property
     def front(self):
@@ -122,7 +132,10 @@ on_reboot = "destroy"
 
     def is_alive(self):
         """Whether the domain exists."""
-        return self.domid is not None and self.host.run(f"xenstore-exists /local/domain/{self.domid}")[0] == 0
+        return (
+            self.domid is not None
+            and self.host.run(f"xenstore-exists /local/domain/{self.domid}")[0] == 0
+        )
 
     def console(self):
         """All that the guest's console showed."""
@@ -150,7 +163,11 @@ on_reboot = "destroy"
         """Keeps the console in the logs and raises if it shows trouble."""
         text = self.console()
         (self.host.logs / f"console-{self.name}.txt").write_text(text)
-        bad = [line for line in trouble_in(text) if not any(allowed in line for allowed in self._allowed)]
+        bad = [
+            line
+            for line in trouble_in(text)
+            if not any(allowed in line for allowed in self._allowed)
+        ]
         if bad:
             raise MachineTrouble(f"the console of {self.name} shows:\n" + "\n".join(bad[:20]))
 
@@ -167,7 +184,10 @@ on_reboot = "destroy"
 
 def wait_in(machine, condition, timeout):
     """Waits until a shell condition holds in dom0 or a guest."""
-    script = f"end=$(($(date +%s) + {timeout})); until {condition}; do [ $(date +%s) -lt $end ] || exit 9; usleep 100000; done"
+    script = (
+        f"end=$(($(date +%s) + {timeout})); until {condition}; do "
+        "[ $(date +%s) -lt $end ] || exit 9; usleep 100000; done"
+    )
     status, output = machine.run(script, timeout + 30)
     if status != 0:
         raise CommandFailed(f"after {timeout} s still not: {condition}\n{output}")

@@ -29,7 +29,18 @@ def base_archive(init, programs=(), devices=True):
     wants before /init has mounted /dev.
     """
     archive = Archive()
-    for path in ("/proc", "/sys", "/dev", "/run", "/tmp", "/etc", "/lib/modules", "/var/log", "/root", "/mnt"):
+    for path in (
+        "/proc",
+        "/sys",
+        "/dev",
+        "/run",
+        "/tmp",
+        "/etc",
+        "/lib/modules",
+        "/var/log",
+        "/root",
+        "/mnt",
+    ):
         archive.directory(path)
     if devices:
         archive.device("/dev/console", 5, 1)
@@ -63,7 +74,9 @@ def add_built_module(archive, path, module):
 
 @lru_cache(maxsize=None)
 def _libraries(program):
-    result = subprocess.run(["ldd", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    result = subprocess.run(
+        ["ldd", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     found = re.findall(r"(/\S+) \(0x", result.stdout)
     if found:
         found.append("/lib/x86_64-linux-gnu/libgcc_s.so.1")
@@ -80,12 +93,16 @@ def add_modules(archive, kernel, names):
 
 def debian_packages(names):
     """Package files of the build root's Debian release, by apt, kept in the cache."""
-    version = subprocess.run(["dpkg-query", "-W", *names], stdout=subprocess.PIPE, check=True).stdout
+    version = subprocess.run(
+        ["dpkg-query", "-W", *names], stdout=subprocess.PIPE, check=True
+    ).stdout
 
     def make(path):
         path.mkdir()
         command = ["apt-get", "-q", "download", *names]
-        result = subprocess.run(command, cwd=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        result = subprocess.run(
+            command, cwd=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         if result.returncode != 0:
             raise RuntimeError(f"apt-get download {' '.join(names)} failed:\n{result.stdout}")
 

@@ -38,7 +38,15 @@ class Machine:
         ]  # fmt: skip
         command = [*common, *(str(argument) for argument in arguments)]
         (self.logs / "qemu.txt").write_text(" \\\n ".join([QEMU, *command]) + "\n")
-        self._child = pexpect.spawn(QEMU, command, timeout=None, encoding="utf-8", codec_errors="replace", echo=False, cwd=self.logs)
+        self._child = pexpect.spawn(
+            QEMU,
+            command,
+            timeout=None,
+            encoding="utf-8",
+            codec_errors="replace",
+            echo=False,
+            cwd=self.logs,
+        )
         self._child.delaybeforesend = None
         self.shell = SerialShell(self._child, self.watch)
 
@@ -88,7 +96,8 @@ class Machine:
 
     def interact(self, command):
         """Gives this terminal to `command` on the agent's line until it ends."""
-        self.shell.send(f"stty sane </dev/ttyS1; ({command}) </dev/ttyS1 >/dev/ttyS1 2>&1; stty raw -echo </dev/ttyS1; poweroff -f")
+        line = "/dev/ttyS1"
+        self.shell.send(f"stty sane <{line}; ({command}) <{line} >{line} 2>&1; poweroff -f")
         self._child.interact()
 
     def wait_end(self, timeout):

@@ -38,7 +38,11 @@ NAMES = {"C": ("xen-blkfront", "xen-blkback"), "R": ("rblkfront", "rblkback")}
 def pair(name, kernel, build):
     """The pair called `name` for `kernel`; our modules are in directory `build`."""
     front, back = name.split("/")
-    return Pair(name, _driver(NAMES[front][0], front, kernel, build), _driver(NAMES[back][1], back, kernel, build))
+    return Pair(
+        name,
+        _driver(NAMES[front][0], front, kernel, build),
+        _driver(NAMES[back][1], back, kernel, build),
+    )
 
 
 def _driver(name, kind, kernel, build):

@@ -8,7 +8,13 @@ from .image import add_modules
 from .image import base_archive
 from .machine import Machine
 
-PROGRAMS = ("/usr/bin/fio", "/usr/sbin/mkfs.ext4", "/usr/sbin/e2fsck", "/usr/sbin/blockdev", "/usr/bin/dd")
+PROGRAMS = (
+    "/usr/bin/fio",
+    "/usr/sbin/mkfs.ext4",
+    "/usr/sbin/e2fsck",
+    "/usr/sbin/blockdev",
+    "/usr/bin/dd",
+)
 
 
 class PlainVm:
@@ -26,7 +32,8 @@ class PlainVm:
         archive.write(initrd)
         command_line = f"console=ttyS0 panic=1 mitigations=off nokaslr loglevel=7 {arguments}"
         self.machine = Machine(
-            ["-accel", "tcg", "-machine", "q35", "-cpu", "qemu64,+rdrand", "-m", memory * kernel.memory_factor, "-smp", cpus,
+            ["-accel", "tcg", "-machine", "q35", "-cpu", "qemu64,+rdrand", "-smp", cpus,
+             "-m", memory * kernel.memory_factor,
              "-kernel", kernel.vmlinux, "-initrd", initrd, "-append", command_line],
             logs,
         )  # fmt: skip

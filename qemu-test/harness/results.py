@@ -14,7 +14,11 @@ def counts(path):
     if not Path(path).exists():
         return 0, 1
     cases = list(ElementTree.parse(path).iter("testcase"))
-    bad = sum(1 for case in cases if len(case.findall("failure")) + len(case.findall("error")) + len(case.findall("skipped")))
+    bad = sum(
+        1
+        for case in cases
+        if len(case.findall("failure")) + len(case.findall("error")) + len(case.findall("skipped"))
+    )
     return len(cases) - bad, bad if cases else 1
 
 

@@ -28,7 +28,7 @@ XEN_ARGUMENTS = (
 )
 DOM0_ARGUMENTS = "console=hvc0 panic=1 loglevel=5 mitigations=off"
 DISK_SIZES = {"payload": 64 << 20, "disk": 512 << 20}
-"""The disks that a scenario brings: /dev/vda and /dev/vdb in dom0. /dev/vdc is the guests' kernel."""
+"""The disks that a scenario brings: /dev/vda and /dev/vdb in dom0. /dev/vdc has the guests' kernel."""
 
 
 class Snapshot:
@@ -43,7 +43,14 @@ class Snapshot:
         self._vmlinux = kernel.vmlinux
         version = subprocess.run([QEMU, "--version"], stdout=subprocess.PIPE, check=True).stdout
         arguments = " ".join(self._arguments({name: Path(name) for name in DISK_SIZES}))
-        key = key_of(self._initrd.name, self._xen.name, self._guest_disk.name, self._vmlinux, version, arguments)
+        key = key_of(
+            self._initrd.name,
+            self._xen.name,
+            self._guest_disk.name,
+            self._vmlinux,
+            version,
+            arguments,
+        )
         self._directory = CACHE / "snapshots" / key
 
     def start(self, logs, disks, write_log=None):
@@ -95,7 +102,10 @@ class Snapshot:
         drives["guest"] = f"format=raw,file={self._guest_disk},readonly=on"
         if write_log:
             write_log.touch()
-            drives["disk"] = f"driver=blklogwrites,file.driver=file,file.filename={disks['disk']},log.driver=file,log.filename={write_log}"
+            drives["disk"] = (
+                f"driver=blklogwrites,file.driver=file,file.filename={disks['disk']},"
+                f"log.driver=file,log.filename={write_log}"
+            )
         for name, drive in drives.items():
             arguments += [
                 "-drive", f"if=none,id={name},{drive}",

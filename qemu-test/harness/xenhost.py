@@ -36,11 +36,14 @@ class Disk:
 class XenHost:
     """A running Xen host with dom0 ready and no backend loaded yet.
 
-    With `log_writes` QEMU logs the writes to /dev/vdb, see writelog.py. `image` is copied to the disk that dom0 sees as /dev/vdb; after the end of
-    the scenario the copy is at `self.disk` for a look from outside.
+    `image` is copied to the disk that dom0 sees as /dev/vdb; after the end of
+    the scenario the copy is at `self.disk` for a look from outside. With
+    `log_writes` QEMU logs the writes to that disk, see writelog.py.
     """
 
-    def __init__(self, snapshot, pair, logs, modules=(), image=None, front_parameters="", log_writes=False):
+    def __init__(
+        self, snapshot, pair, logs, modules=(), image=None, front_parameters="", log_writes=False
+    ):
         self.logs = Path(logs).resolve()
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
@@ -54,7 +57,9 @@ class XenHost:
         payload = self.logs / "payload"
         self._write_payload(payload, modules, front_parameters)
         self.write_log = self.logs / "writes" if log_writes else None
-        self.machine = snapshot.start(self.logs, {"payload": payload, "disk": self.disk}, self.write_log)
+        self.machine = snapshot.start(
+            self.logs, {"payload": payload, "disk": self.disk}, self.write_log
+        )
         self.sh("mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null")
 
     def _write_payload(self, path, modules, front_parameters):
@@ -88,13 +93,17 @@ class XenHost:
 
     def insmod(self, name, parameters=""):
         """Loads a module of dom0's image or of the payload."""
-        self.sh(f"insmod $(ls /payload/modules/{name}.ko /lib/modules/{name}.ko 2>/dev/null | head -n 1) {parameters}")
+        self.sh(
+            f"insmod $(ls /payload/modules/{name}.ko /lib/modules/{name}.ko 2>/dev/null | head -n 1) {parameters}"
+        )
 
     def ram_disks(self, count=1, megabytes=64):
         """Makes /dev/ram0 and on: disks in dom0's memory."""
         self.insmod("brd", f"rd_nr={count} rd_size={megabytes * 1024}")
 
-    def start_guest(self, name="guest", type="pv", disks=(Disk(),), vcpus=1, memory=192, root=None, fio=False):
+    def start_guest(
+        self, name="guest", type="pv", disks=(Disk(),), vcpus=1, memory=192, root=None, fio=False
+    ):
         """Starts a DomU and waits until its agent answers; `fio` puts fio in it."""
         guest = self.guests[name] = Guest(self, name)
         guest.start(type, disks, vcpus, (memory + 128 * fio) * self._memory_factor, root, fio)
@@ -152,11 +161,9 @@ class XenHost:
             (self.logs / name).unlink(missing_ok=True)
 
     def _collect(self, name, look):
-        watch = self.machine.shell._watch
-        self.machine.shell._watch = lambda: None
         try:
-            (self.logs / name).write_text(look())
+            with self.machine.shell.unwatched():
+                text = look()
         except (CommandFailed, MachineTrouble, OSError) as problem:
-            (self.logs / name).write_text(f"not available: {problem}\n")
-        finally:
-            self.machine.shell._watch = watch
+            text = f"not available: {problem}\n"
+        (self.logs / name).write_text(text)

@@ -23,25 +23,36 @@ from .image import base_archive
 XEN = "/boot/xen-4.20-amd64.gz"
 XEN_BIN = "/usr/lib/xen-4.20/bin"
 
+XEN_TOOLS = ("xl", "xenstored", "xenconsoled", "xen-init-dom0", "libxl-save-helper", "xenconsole")
+XENSTORE_TOOLS = ("read", "write", "rm", "ls", "list", "exists", "chmod", "watch")
+
 DOM0_MODULES = (
     "xen-privcmd", "xenfs", "xen-evtchn", "xen-gntdev", "xen-gntalloc",
     "virtio_blk", "ext4", "loop",
 )  # fmt: skip
 DOM0_PROGRAMS = (
-    *(f"{XEN_BIN}/{name}" for name in ("xl", "xenstored", "xenconsoled", "xen-init-dom0", "libxl-save-helper", "xenconsole")),
-    *(f"/usr/bin/xenstore-{name}" for name in ("read", "write", "rm", "ls", "list", "exists", "chmod", "watch")),
+    *(f"{XEN_BIN}/{name}" for name in XEN_TOOLS),
+    *(f"/usr/bin/xenstore-{name}" for name in XENSTORE_TOOLS),
     "/usr/sbin/e2fsck",
-)  # fmt: skip
-DOMU_PROGRAMS = ("/usr/bin/dd", "/usr/sbin/blockdev", "/usr/sbin/sfdisk", "/usr/sbin/mkfs.ext4", "/usr/sbin/e2fsck")
+)
+DOMU_PROGRAMS = (
+    "/usr/bin/dd",
+    "/usr/sbin/blockdev",
+    "/usr/sbin/sfdisk",
+    "/usr/sbin/mkfs.ext4",
+    "/usr/sbin/e2fsck",
+)
 FIO = "/usr/bin/fio"
 """Comes with 40 MB of libraries: only in guests that ask for it."""
-
 
 
 def xen_binary():
     """The hypervisor as QEMU's -kernel takes it: an ELF multiboot image."""
     packed = Path(XEN).read_bytes()
-    return made_once(CACHE / "images" / f"xen-{key_of(packed)}", lambda path: path.write_bytes(gzip.decompress(packed)))
+    return made_once(
+        CACHE / "images" / f"xen-{key_of(packed)}",
+        lambda path: path.write_bytes(gzip.decompress(packed)),
+    )
 
 
 def domu_archive(kernel):
@@ -72,16 +83,26 @@ def dom0_initrd(kernel):
         archive.file(f"{place}/{name}", PIECES / name)
     archive.directory("/guest")
     content = archive.to_bytes()
-    return made_once(CACHE / "images" / f"dom0-{key_of(content)}", lambda path: path.write_bytes(content))
+    return made_once(
+        CACHE / "images" / f"dom0-{key_of(content)}", lambda path: path.write_bytes(content)
+    )
 
 
 def guest_disk(kernel):
     """An ext4 image that dom0 mounts read-only at /guest: what DomUs boot."""
-    parts = {"initrd": domu_archive(kernel), "fio": fio_archive(), "vmlinux": kernel.vmlinux.read_bytes()}
+    parts = {
+        "initrd": domu_archive(kernel),
+        "fio": fio_archive(),
+        "vmlinux": kernel.vmlinux.read_bytes(),
+    }
 
     def make(path):
         size = f"{sum(map(len, parts.values())) * 5 // 4 >> 20}M"
-        _ext4_image(path, size, lambda tree: [(tree / name).write_bytes(part) for name, part in parts.items()])
+        _ext4_image(
+            path,
+            size,
+            lambda tree: [(tree / name).write_bytes(part) for name, part in parts.items()],
+        )
 
     return made_once(CACHE / "images" / f"guest-{key_of(*parts.values())}.img", make)
 
@@ -99,7 +120,10 @@ def root_disk(size="384M", packages=()):
         command = ["cpio", "-id", "--quiet", "--no-absolute-filenames"]
         subprocess.run(command, input=content, cwd=tree, check=True)
 
-    return made_once(CACHE / "images" / f"root-{key_of(content, size)}.img", lambda path: _ext4_image(path, size, unpack))
+    return made_once(
+        CACHE / "images" / f"root-{key_of(content, size)}.img",
+        lambda path: _ext4_image(path, size, unpack),
+    )
 
 
 def _ext4_image(path, size, fill):

@@ -33,10 +33,21 @@ def write_nodes(host, directory, nodes):
 
 def create_device(host, domid):
     """What the toolstack and a backend that waits would write."""
-    front, back = f"/local/domain/{domid}/device/vbd/{CODE}", f"/local/domain/0/backend/vbd/{domid}/{CODE}"
-    write_nodes(host, back, {"frontend": front, "frontend-id": domid, "online": 1, "mode": "w", "state": 2})
-    write_nodes(host, front, {"backend": back, "backend-id": 0, "virtual-device": CODE, "device-type": "disk"})
-    host.sh(f"xenstore-chmod -r {back} n0 r{domid}; xenstore-chmod -r {front} n{domid} r0; xenstore-write {front}/state 1")
+    front, back = (
+        f"/local/domain/{domid}/device/vbd/{CODE}",
+        f"/local/domain/0/backend/vbd/{domid}/{CODE}",
+    )
+    write_nodes(
+        host, back, {"frontend": front, "frontend-id": domid, "online": 1, "mode": "w", "state": 2}
+    )
+    write_nodes(
+        host,
+        front,
+        {"backend": back, "backend-id": 0, "virtual-device": CODE, "device-type": "disk"},
+    )
+    host.sh(
+        f"xenstore-chmod -r {back} n0 r{domid}; xenstore-chmod -r {front} n{domid} r0; xenstore-write {front}/state 1"
+    )
     return front, back
 
 

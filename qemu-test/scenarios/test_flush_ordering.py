@@ -27,10 +27,14 @@ def test_flush_ordering(xen):
     )
     guest.shut_down()
     entries = read_log(host.write_log)
-    position = {entry.data[:9]: index for index, entry in enumerate(entries) if entry.data[:5] == b"step "}
+    position = {
+        entry.data[:9]: index for index, entry in enumerate(entries) if entry.data[:5] == b"step "
+    }
     assert len(position) == STEPS
     for step in range(STEPS - 1):
         here, there = position[b"step %04d" % step], position[b"step %04d" % (step + 1)]
         assert here < there
-        assert any(entry.is_flush for entry in entries[here + 1 : there + 1]), f"no flush after step {step}"
+        assert any(
+            entry.is_flush for entry in entries[here + 1 : there + 1]
+        ), f"no flush after step {step}"
     assert any(entry.is_flush for entry in entries[position[b"step %04d" % (STEPS - 1)] :])

@@ -17,7 +17,15 @@ def test_four_vcpus(xen):
     guest = host.start_guest(vcpus=4, fio=True)
     assert_served_by_pair(host, guest)
     assert guest.sh("nproc") == "4"
-    offered = int(host.xenstore_read(f"/local/domain/0/backend/vbd/{guest.domid}/51712/multi-queue-max-queues") or 1)
-    used = int(host.xenstore_read(f"/local/domain/{guest.domid}/device/vbd/51712/multi-queue-num-queues") or 1)
+    offered = int(
+        host.xenstore_read(
+            f"/local/domain/0/backend/vbd/{guest.domid}/51712/multi-queue-max-queues"
+        )
+        or 1
+    )
+    used = int(
+        host.xenstore_read(f"/local/domain/{guest.domid}/device/vbd/51712/multi-queue-num-queues")
+        or 1
+    )
     assert 1 <= used <= offered
     guest.sh(FIO, timeout=600)

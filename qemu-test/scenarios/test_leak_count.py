@@ -6,7 +6,7 @@ from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 
-CYCLES = 10
+CYCLES = 5
 SLACK_KB = 1024
 """Kernel memory may differ by this much: caches of the rest of the system."""
 
@@ -15,7 +15,9 @@ def cycle(host, guest):
     """One life of a disk and of both drivers."""
     host.attach(guest, Disk("xvdb", "/dev/ram0"))
     guest.wait_for_disk("xvdb")
-    guest.sh("dd if=/dev/zero of=/dev/xvdb bs=256k count=8 oflag=direct && dd if=/dev/xvdb of=/dev/null bs=256k count=8")
+    guest.sh(
+        "dd if=/dev/zero of=/dev/xvdb bs=256k count=8 oflag=direct && dd if=/dev/xvdb of=/dev/null bs=256k count=8"
+    )
     status, output = host.detach(guest, "xvdb")
     assert status == 0, output
     guest.wait_for("[ ! -b /dev/xvdb ]")

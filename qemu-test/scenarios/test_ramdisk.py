@@ -37,7 +37,9 @@ def test_ramdisk_flush(vm):
     flushes = "awk '{print $16}' /sys/block/rblk0/stat"
     for cache, expected in ((1, 5), (0, 0)):
         vm.insmod("rblk_ramdisk", f"write_cache={cache}")
-        vm.sh(f"for i in 1 2 3 4 5; do dd if=/dev/zero of={DISK} bs=4k seek=$i count=1 conv=fsync,notrunc; done")
+        vm.sh(
+            f"for i in 1 2 3 4 5; do dd if=/dev/zero of={DISK} bs=4k seek=$i count=1 conv=fsync,notrunc; done"
+        )
         assert int(vm.sh(flushes)) == expected
         vm.rmmod("rblk_ramdisk")
 
@@ -71,7 +73,9 @@ def test_ramdisk_removal(vm):
     vm.machine.allow("Buffer I/O error on dev")
     vm.insmod("rblk_ramdisk")
     vm.sh(f"echo 3 > {PARAMETERS}/mode")
-    vm.sh(f"(dd if=/dev/zero of={DISK} bs=4k count=1 oflag=direct && echo done > /tmp/end || echo error > /tmp/end) >/dev/null 2>&1 &")
+    vm.sh(
+        f"(dd if=/dev/zero of={DISK} bs=4k count=1 oflag=direct && echo done > /tmp/end || echo error > /tmp/end) >/dev/null 2>&1 &"
+    )
     wait_in(vm, "[ $(awk '{print $9}' /sys/block/rblk0/stat) -gt 0 ]", 60)
     vm.sh(f"echo 1 > {PARAMETERS}/gone")
     vm.run(f"blockdev --getsz {DISK}")

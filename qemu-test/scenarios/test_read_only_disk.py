@@ -17,6 +17,8 @@ def test_read_only_disk(host):
     # Asking the kernel to forget that the disk is read-only does not open it.
     guest.allow("I/O error, dev xvda")
     guest.allow("lost async page write")
-    guest.run("blockdev --setrw /dev/xvda && dd if=/dev/zero of=/dev/xvda bs=4k count=1 oflag=direct")
+    guest.run(
+        "blockdev --setrw /dev/xvda && dd if=/dev/zero of=/dev/xvda bs=4k count=1 oflag=direct"
+    )
     guest.shut_down()
     assert host.sh("sha256sum /dev/ram0") == before

@@ -41,5 +41,10 @@ def test_reload_backend(host):
     assert guest.run("[ -e /tmp/failed ]")[0] == 1
     last = int(guest.sh("cat /tmp/rounds"))
     for round in range(max(1, last - 10), last + 1):
-        assert guest.sh(f"dd if=/dev/xvda bs=4k skip={round % 64} count=1 iflag=direct 2>/dev/null | head -c 12") == f"round {round:06}"
+        assert (
+            guest.sh(
+                f"dd if=/dev/xvda bs=4k skip={round % 64} count=1 iflag=direct 2>/dev/null | head -c 12"
+            )
+            == f"round {round:06}"
+        )
     assert_served_by_pair(host, guest)

@@ -16,7 +16,9 @@ def live_on_root_disk(xen, type):
     guest = host.start_guest(type=type, disks=[Disk("xvda", "/dev/vdb")], root="xvda")
     assert "/dev/xvda / ext4 rw" in guest.sh("cat /proc/mounts")
     assert_served_by_pair(host, guest)
-    guest.sh("dd if=/dev/urandom of=/work bs=64k count=48 conv=fsync && tar -cf /bin.tar /bin && sync")
+    guest.sh(
+        "dd if=/dev/urandom of=/work bs=64k count=48 conv=fsync && tar -cf /bin.tar /bin && sync"
+    )
     guest_sum = guest.sh("sha256sum /work /bin.tar")
     guest.sh("echo 3 > /proc/sys/vm/drop_caches")
     assert guest.sh("sha256sum /work /bin.tar") == guest_sum
@@ -31,7 +33,9 @@ def live_on_root_disk(xen, type):
 
 def image_sum(image, path):
     """The checksum of a file in an ext4 image, computed without mounting it."""
-    content = subprocess.run(["debugfs", "-R", f"cat {path}", image], stdout=subprocess.PIPE, check=True).stdout
+    content = subprocess.run(
+        ["debugfs", "-R", f"cat {path}", image], stdout=subprocess.PIPE, check=True
+    ).stdout
     return hashlib.sha256(content).hexdigest()
 
 

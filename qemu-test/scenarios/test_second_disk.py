@@ -16,9 +16,13 @@ def test_second_disk(host):
         if cycle == 0:
             assert_served_by_pair(host, guest, "xvdb")
         guest.sh(f"yes cycle-{cycle} | dd of=/dev/xvdb bs=4k count=64 iflag=fullblock conv=fsync")
-        assert f"cycle-{cycle}" in guest.sh("dd if=/dev/xvdb bs=4k count=1 iflag=direct | head -n 1")
+        assert f"cycle-{cycle}" in guest.sh(
+            "dd if=/dev/xvdb bs=4k count=1 iflag=direct | head -n 1"
+        )
         if in_use:
-            guest.sh("(while dd if=/dev/zero of=/dev/xvdb bs=64k count=64 oflag=direct; do true; done) >/dev/null 2>&1 &")
+            guest.sh(
+                "(while dd if=/dev/zero of=/dev/xvdb bs=64k count=64 oflag=direct; do true; done) >/dev/null 2>&1 &"
+            )
             guest.allow("I/O error, dev xvdb")
             guest.allow("lost async page write")
         status, output = host.detach(guest, "xvdb")
