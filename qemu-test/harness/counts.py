@@ -11,26 +11,18 @@ import re
 def xen_counts(host):
     """Grants, event channels and pages by domain, and xenstore's nodes."""
     return {
-        "grants": _by_domain(
-            host.xen_messages("g"),
-            r"grant-table for remote d(\d+)",
-            r"^\(XEN\)\s+(?:\[\d+\])?\s*\d+\s+.*0x",
-        ),
-        "events": _by_domain(
-            host.xen_messages("e"),
-            r"Event channel information for domain (\d+)|^\(XEN\) \[.*d(\d+)",
-            r"\[\d/\d/",
-        ),
+        "grants": _by_domain(host.xen_messages("g"), r"for remote d(\d+)", r"\[0x[0-9a-f]+\]"),
+        "events": _by_domain(host.xen_messages("e"), r"for domain (\d+)", r"\[\d/\d/"),
         "pages": re.findall(r"nr_pages=(\d+)", host.xen_messages("q")),
         "xenstore": host.sh("xenstore-ls | wc -l"),
     }
 
 
 def kernel_counts(machine):
-    """Threads, slab memory and modules with their reference counts."""
+    """Kernel threads, slab memory and modules with their reference counts."""
     machine.sh("sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1")
     return {
-        "threads": int(machine.sh("ps | grep -c '\\[.*blk' || true")),
+        "threads": int(machine.sh("ps | grep -F '[' | grep -vc kworker")),
         "slab_kb": int(machine.sh("sed -n 's/^SUnreclaim: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")),
         "modules": machine.sh("cut -d' ' -f1,3 /proc/modules | sort"),
     }
@@ -41,7 +33,7 @@ def _by_domain(text, domain_pattern, item_pattern):
     for line in text.splitlines():
         match = re.search(domain_pattern, line)
         if match:
-            domain = next(group for group in match.groups() if group)
+            domain = match.group(1)
             counts.setdefault(domain, 0)
         elif domain is not None and re.search(item_pattern, line):
             counts[domain] += 1
