@@ -30,6 +30,7 @@ pub const MAX_PARTS: usize = bindings::BIO_MAX_VECS as usize;
 pub const MAX_DISCARD_SECTORS: u32 = u32::MAX >> SECTOR_SHIFT;
 
 const SECTOR_SHIFT: u32 = bindings::SECTOR_SHIFT;
+const SECTOR_SIZE: usize = 1 << SECTOR_SHIFT;
 
 /// What an I/O does.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -94,7 +95,7 @@ impl Operation {
 pub struct Part {
     /// Offset in the piece in bytes.
     pub offset: usize,
-    /// Number of bytes, not 0.
+    /// Number of bytes: whole sectors of 512, not 0.
     pub len: usize,
 }
 
@@ -254,7 +255,8 @@ impl Bio {
 
     /// Adds a part of the memory that the caller keeps until the bio has ended or was dropped.
     fn add(&self, slice: PageSlice<'_>) -> Result {
-        if slice.is_empty() {
+        // What is not whole sectors is refused by blk-mq, but not by every other driver.
+        if slice.is_empty() || slice.len() % SECTOR_SIZE != 0 {
             return Err(EINVAL);
         }
         // Both at most the size of a page.
