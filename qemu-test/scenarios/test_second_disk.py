@@ -5,6 +5,11 @@ from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 
 BACKEND = "/local/domain/0/backend/vbd"
+WRITER = (
+    "while /usr/bin/dd if=/dev/zero of=/dev/xvdb bs=64k count=64 oflag=direct conv=nocreat,notrunc; "
+    "do true; done"
+)
+"""Writes until the disk is gone, and makes no file of its name then."""
 
 
 def test_second_disk(host):
@@ -20,9 +25,7 @@ def test_second_disk(host):
             "dd if=/dev/xvdb bs=4k count=1 iflag=direct | head -n 1"
         )
         if in_use:
-            guest.sh(
-                "(while dd if=/dev/zero of=/dev/xvdb bs=64k count=64 oflag=direct; do true; done) >/dev/null 2>&1 &"
-            )
+            guest.sh(f"({WRITER}) > /dev/null 2>&1 &")
             guest.allow("I/O error, dev xvdb")
             guest.allow("lost async page write")
         status, output = host.detach(guest, "xvdb")
