@@ -25,7 +25,7 @@ class PlainVm:
         logs.mkdir(parents=True, exist_ok=True)
         archive = base_archive("vm-init", PROGRAMS)
         order = add_modules(archive, kernel, needs)
-        archive.data("/lib/modules/order", "\n".join(order) + "\n")
+        archive.data("/lib/modules/order", "".join(f"{name}\n" for name in order))
         for module in modules:
             add_built_module(archive, f"/modules/{Path(module).name}", module)
         initrd = logs / "initrd"

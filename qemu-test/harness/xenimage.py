@@ -59,7 +59,7 @@ def domu_archive(kernel):
     """The part of a DomU's initramfs that all scenarios share, as bytes."""
     archive = base_archive("domu-init", DOMU_PROGRAMS)
     order = add_modules(archive, kernel, ("ext4",))
-    archive.data("/lib/modules/order", "\n".join(order) + "\n")
+    archive.data("/lib/modules/order", "".join(f"{name}\n" for name in order))
     return archive.to_bytes()
 
 
@@ -75,8 +75,8 @@ def dom0_initrd(kernel):
     archive = base_archive("dom0-init", DOM0_PROGRAMS)
     order = add_modules(archive, kernel, DOM0_MODULES)
     optional = add_modules(archive, kernel, ("brd", "null_blk"))
-    archive.data("/lib/modules/order", "\n".join(order) + "\n")
-    archive.data("/lib/modules/optional", "\n".join(optional) + "\n")
+    archive.data("/lib/modules/order", "".join(f"{name}\n" for name in order))
+    archive.data("/lib/modules/optional", "".join(f"{name}\n" for name in optional))
     archive.data("/etc/xen/xl.conf", 'autoballoon="off"\n')
     for name in ("blk-min", "guest-sh"):
         place = "/etc/xen/scripts" if name == "blk-min" else "/usr/bin"
