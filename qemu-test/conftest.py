@@ -108,6 +108,7 @@ def xen(request, kernel, pair, logs):
     def start(vcpus=1, **options):
         host = XenHost(Snapshot(kernel, vcpus), pair, logs, **options)
         hosts.append(host)
+        host.boot()
         return host
 
     yield start
@@ -144,6 +145,7 @@ def plain_vm(request, kernel, logs):
     def start(**options):
         vm = PlainVm(kernel, logs, **options)
         machines.append(vm)
+        vm.boot()
         return vm
 
     yield start

@@ -121,8 +121,9 @@ def start(options, kernel, story):
         options.logs,
         image=root_disk(packages=packages),
     )
-    story.tell("Xen and dom0 are up in QEMU")
     try:
+        host.boot()
+        story.tell("Xen and dom0 are up in QEMU")
         host.load_backend()
         host.ram_disks()
         disks = [Disk("xvda", "/dev/vdb"), Disk("xvdb", "/dev/ram0")]

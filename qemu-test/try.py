@@ -24,6 +24,7 @@ def plain(options, logs):
     """One kernel, no Xen."""
     vm = PlainVm(Kernel(options.kernel), logs, options.module, cpus=options.cpus)
     try:
+        vm.boot()
         status, output = vm.run(options.script, options.timeout)
         print(output)
         vm.stop()
@@ -38,6 +39,7 @@ def xen(options, logs):
     build = Path(options.build or f"build/{kernel.release}")
     host = XenHost(Snapshot(kernel), pair(options.pair, kernel, build), logs, options.module)
     try:
+        host.boot()
         host.load_backend()
         host.ram_disks()
         print(host.sh(options.dom0, options.timeout))

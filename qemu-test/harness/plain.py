@@ -18,7 +18,7 @@ PROGRAMS = (
 
 
 class PlainVm:
-    """A booted machine; `modules` are .ko files, found in /modules there."""
+    """A machine; `modules` are .ko files, found in /modules there."""
 
     def __init__(self, kernel, logs, modules=(), needs=("ext4",), cpus=2, memory=768, arguments=""):
         logs = Path(logs).resolve()
@@ -37,7 +37,10 @@ class PlainVm:
              "-kernel", kernel.vmlinux, "-initrd", initrd, "-append", command_line],
             logs,
         )  # fmt: skip
-        self.machine.shell.wait_ready(timeout=180)
+
+    def boot(self):
+        """Waits until the machine answers."""
+        self.machine.shell.wait_ready(timeout=300)
 
     def sh(self, command, timeout=120):
         """Runs a shell script in the machine; it must succeed."""

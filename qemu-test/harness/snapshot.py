@@ -54,20 +54,15 @@ class Snapshot:
         self._directory = CACHE / "snapshots" / key
 
     def start(self, logs, disks, write_log=None):
-        """A machine that goes on from "dom0 ready", with `disks` (name to image).
+        """A machine that is about to go on from "dom0 ready", see `resume`.
 
+        `disks` are the images, by name.
         With `write_log`, QEMU logs the writes to the disk "disk" in that file.
         """
         directory = made_once(self._directory, self._make)
         arguments = self._arguments(disks, write_log)
         machine = Machine([*arguments, "-incoming", f"exec:cat {directory / 'state'}"], logs)
         shutil.copy(directory / "console.log", machine.logs / "console-boot.log")
-        machine.wait_monitor(timeout=30)
-        while "inmigrate" in machine.monitor("info status"):
-            time.sleep(0.05)
-        machine.monitor("cont")
-        machine.shell.skip_numbers()
-        machine.shell.wake()
         return machine
 
     def _make(self, directory):
@@ -112,6 +107,16 @@ class Snapshot:
                 "-device", f"virtio-blk-pci,drive={name},disable-legacy=on,iommu_platform=on",
             ]  # fmt: skip
         return arguments
+
+
+def resume(machine):
+    """Lets a machine that a snapshot started go on, once it is all there."""
+    machine.wait_monitor(timeout=60)
+    while "inmigrate" in machine.monitor("info status"):
+        time.sleep(0.05)
+    machine.monitor("cont")
+    machine.shell.skip_numbers()
+    machine.shell.wake()
 
 
 def blank(path, size):

@@ -18,6 +18,7 @@ from .shell import CommandFailed
 from .shell import MachineTrouble
 from .snapshot import DISK_SIZES
 from .snapshot import blank
+from .snapshot import resume
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Disk:
 
 
 class XenHost:
-    """A running Xen host with dom0 ready and no backend loaded yet.
+    """A Xen host; after `boot` dom0 is ready, and no backend loaded yet.
 
     `image` is copied to the disk that dom0 sees as /dev/vdb; after the end of
     the scenario the copy is at `self.disk` for a look from outside. With
@@ -60,6 +61,10 @@ class XenHost:
         self.machine = snapshot.start(
             self.logs, {"payload": payload, "disk": self.disk}, self.write_log
         )
+
+    def boot(self):
+        """Goes on from the snapshot and unpacks what the scenario brings."""
+        resume(self.machine)
         self.sh("mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null")
 
     def _write_payload(self, path, modules, front_parameters):
