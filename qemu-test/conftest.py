@@ -3,7 +3,7 @@
 
 The environment says where things are: RBLKIF_KERNELS is a list of NAME=DIRECTORY
 of prepared kernels, RBLKIF_BUILD the directory with a directory of our modules
-for each kernel release.
+for each kernel release, RBLKIF_LOGS where logs go if not to test-logs there.
 """
 
 import os
@@ -20,7 +20,7 @@ from harness.xenhost import XenHost
 
 ROWS = expected.read()
 BUILD = Path(os.environ.get("RBLKIF_BUILD", "build")).resolve()
-LOGS = BUILD / "test-logs"
+LOGS = Path(os.environ.get("RBLKIF_LOGS", BUILD / "test-logs")).resolve()
 
 
 def kernels():
