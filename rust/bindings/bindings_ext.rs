@@ -27,10 +27,7 @@ mod headers {
     use kernel::{bindings::*, ffi};
     use pin_init::MaybeZeroable;
 
-    include!(concat!(
-        env!("RBLKIF_BINDINGS"),
-        "/headers_generated.rs"
-    ));
+    include!(concat!(env!("RBLKIF_BINDINGS"), "/headers_generated.rs"));
 }
 
 mod helpers {
@@ -38,10 +35,7 @@ mod helpers {
     use super::headers::*;
     use kernel::{bindings::*, ffi};
 
-    include!(concat!(
-        env!("RBLKIF_BINDINGS"),
-        "/helpers_generated.rs"
-    ));
+    include!(concat!(env!("RBLKIF_BINDINGS"), "/helpers_generated.rs"));
 }
 
 pub use headers::*;
