@@ -26,7 +26,7 @@ def test_reload_backend(host):
     guest.sh(
         "(i=0; while [ ! -e /tmp/stop ]; do i=$((i+1)); "
         "printf 'round %06d' $i | dd of=/dev/xvda bs=4k seek=$((i % 64)) conv=sync,fsync,notrunc || touch /tmp/failed; "
-        "echo $i > /tmp/rounds; done) >/dev/null 2>&1 &"
+        "echo $i > /tmp/round; mv /tmp/round /tmp/rounds; done) >/dev/null 2>&1 &"
     )
     for _cycle in range(3):
         guest.wait_for("[ -s /tmp/rounds ]")
