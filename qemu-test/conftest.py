@@ -8,6 +8,7 @@ for each kernel release, RBLKIF_LOGS where logs go if not to test-logs there.
 
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -103,29 +104,12 @@ def logs(request):
 @pytest.fixture
 def xen(request, kernel, pair, logs):
     """Makes a Xen host: `host = xen()`. After the scenario its consoles must be clean."""
-    hosts = []
+    with _machines(request) as boot:
 
-    def start(vcpus=1, **options):
-        host = XenHost(Snapshot(kernel, vcpus), pair, logs, **options)
-        hosts.append(host)
-        host.boot()
-        return host
+        def start(vcpus=1, **options):
+            return boot(XenHost(Snapshot(kernel, vcpus), pair, logs, **options))
 
-    yield start
-    failed = getattr(request.node, "failed", True)
-    for host in hosts:
-        try:
-            if not failed:
-                host.finish()
-        except BaseException:
-            failed = True
-            raise
-        finally:
-            if failed:
-                host.collect()
-                _show_logs(host.machine)
-            request.node.user_properties.append(("qemu_cpu_seconds", host.machine.cpu_seconds()))
-            host.close()
+        yield start
 
 
 @pytest.fixture
@@ -140,27 +124,42 @@ def host(xen):
 @pytest.fixture
 def plain_vm(request, kernel, logs):
     """Makes a machine without Xen: `vm = plain_vm(modules=[...])`."""
-    machines = []
+    with _machines(request) as boot:
 
-    def start(**options):
-        vm = PlainVm(kernel, logs, **options)
-        machines.append(vm)
-        vm.boot()
-        return vm
+        def start(**options):
+            return boot(PlainVm(kernel, logs, **options))
 
-    yield start
-    failed = getattr(request.node, "failed", True)
-    for vm in machines:
+        yield start
+
+
+@contextmanager
+def _machines(request):
+    """Boots what it is given; at the end all of it is finished, or looked at and ended."""
+    booted = []
+
+    def boot(thing):
+        booted.append(thing)
         try:
-            if not failed:
-                vm.stop()
+            thing.boot()
         except BaseException:
-            failed = True
+            _show_logs(thing.machine)
+            raise
+        return thing
+
+    yield boot
+    for thing in booted:
+        try:
+            if not getattr(request.node, "failed", True):
+                thing.finish()
+        except BaseException:
+            request.node.failed = True
             raise
         finally:
-            if failed:
-                _show_logs(vm.machine)
-            vm.machine.kill()
+            if getattr(request.node, "failed", True):
+                thing.collect()
+                _show_logs(thing.machine)
+            request.node.user_properties.append(("qemu_cpu_seconds", thing.machine.cpu_seconds()))
+            thing.close()
 
 
 def _show_logs(machine):

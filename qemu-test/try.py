@@ -27,9 +27,9 @@ def plain(options, logs):
         vm.boot()
         status, output = vm.run(options.script, options.timeout)
         print(output)
-        vm.stop()
+        vm.finish()
     finally:
-        vm.machine.kill()
+        vm.close()
     return status
 
 

@@ -16,6 +16,10 @@ PROGRAMS = (
     "/usr/bin/dd",
 )
 
+STEADY_TIME = ("-icount", "shift=2")
+"""Time is counted instructions. By the host's clock, a kernel that measures one
+clock against another while the host is busy may find a processor of 36 MHz."""
+
 
 class PlainVm:
     """A machine; `modules` are .ko files, found in /modules there."""
@@ -32,7 +36,7 @@ class PlainVm:
         archive.write(initrd)
         command_line = f"console=ttyS0 panic=1 mitigations=off nokaslr loglevel=7 {arguments}"
         self.machine = Machine(
-            ["-accel", "tcg", "-machine", "q35", "-cpu", "qemu64,+rdrand", "-smp", cpus,
+            ["-accel", "tcg", *STEADY_TIME, "-machine", "q35", "-cpu", "qemu64,+rdrand", "-smp", cpus,
              "-m", memory * kernel.memory_factor,
              "-kernel", kernel.vmlinux, "-initrd", initrd, "-append", command_line],
             logs,
@@ -58,8 +62,21 @@ class PlainVm:
         """Unloads a module."""
         return self.sh(f"rmmod {name}")
 
-    def stop(self):
+    def finish(self):
         """Shuts the machine down; its console must be clean to the end."""
         self.machine.shell.check("sync")
         self.machine.shell.send("poweroff -f")
         self.machine.wait_end(timeout=60)
+
+    def collect(self):
+        """Keeps where its processors are: all that a machine that does not answer can tell."""
+        try:
+            text = self.machine.monitor("info registers -a")
+        except OSError as problem:
+            text = f"not available: {problem}\n"
+        (self.machine.logs / "registers.txt").write_text(text)
+
+    def close(self):
+        """Ends the machine and removes what only it needed."""
+        self.machine.kill()
+        (self.machine.logs / "initrd").unlink(missing_ok=True)
