@@ -186,7 +186,7 @@ def wait_in(machine, condition, timeout):
     """Waits until a shell condition holds in dom0 or a guest."""
     script = (
         f"end=$(($(date +%s) + {timeout})); until {condition}; do "
-        "[ $(date +%s) -lt $end ] || exit 9; usleep 100000; done"
+        "[ $(date +%s) -lt $end ] || exit 9; usleep 400000; done"
     )
     status, output = machine.run(script, timeout + 30)
     if status != 0:
