@@ -272,14 +272,9 @@ impl Mover {
     /// Copies the data of transfers between the frontend's pages and our own, with one hypercall.
     /// Those for which it does not work get an error as their result.
     pub(crate) fn copy(&mut self, transfers: &mut Chain) {
-        let mut batch = self.copier.batch();
-        let added = transfers
-            .iter()
-            .try_for_each(|one| add_copies(&mut batch, self.domain, one));
-        if added.is_ok() && batch.run_sleeping().is_ok() {
+        if self.copy_all(transfers).is_ok() {
             return;
         }
-        drop(batch);
         // One by one, to see which ones do not work.
         let mut all = transfers.take();
         while let Some(mut transfer) = all.pop() {
@@ -289,6 +284,14 @@ impl Mover {
             }
             transfers.push(transfer);
         }
+    }
+
+    fn copy_all(&mut self, transfers: &Chain) -> Result<(), Problem> {
+        let mut batch = self.copier.batch();
+        for transfer in transfers.iter() {
+            add_copies(&mut batch, self.domain, transfer)?;
+        }
+        batch.run_sleeping().map_err(Problem::Copy)
     }
 
     fn copy_one(&mut self, transfer: &Transfer) -> Result<(), Problem> {
