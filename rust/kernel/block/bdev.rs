@@ -203,7 +203,7 @@ impl BlockDevice {
         unsafe {
             (bindings_ext::bdev_max_discard_sectors(bdev) != 0).then(|| Discard {
                 granularity: bindings_ext::bdev_discard_granularity(bdev),
-                alignment: u32::try_from(bindings::bdev_discard_alignment(bdev)).unwrap_or(0),
+                alignment: bindings::bdev_discard_alignment(bdev),
                 secure: bindings_ext::bdev_max_secure_erase_sectors(bdev) != 0,
             })
         }
