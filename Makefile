@@ -7,7 +7,7 @@ export KDIR
 
 .PHONY: all demo test shell lint doc kernel kernel-debug install clean distclean help
 all: ## the modules, for KREL= (a series or release, 7.3) or KDIR= (a build directory)
-	@scripts/build-modules $(KREL) >/dev/null && ls -1 build/*/rblk*.ko
+	@built=$$(scripts/build-modules $(KREL)) && ls -1 "$${built#$(CURDIR)/}"/rblk*.ko
 
 demo: ## a guest whose root disk our pair carries, checked from outside
 	@scripts/demo
@@ -31,8 +31,8 @@ kernel: ## a small kernel of our own
 kernel-debug: ## a kernel of our own with KASAN, lockdep, kmemleak
 	@scripts/own-kernel debug
 
-install: ## the modules into this machine's running kernel's directory
-	@scripts/install-modules
+install: ## the modules for modprobe: of the running kernel, or KREL= or KDIR=, below DESTDIR=
+	@scripts/install-modules $(if $(filter file,$(origin KREL)),,$(KREL))
 
 clean: ## removes build/
 	rm -rf build
