@@ -38,6 +38,7 @@ use kernel_ext::base::jiffies;
 use kernel_ext::base::jiffies::msecs_to_jiffies;
 use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
+use kernel_ext::base::noio::Noio;
 use kernel_ext::base::sysfs;
 use kernel_ext::base::sysfs::Output;
 use kernel_ext::ratelimited;
@@ -311,12 +312,11 @@ impl Vbd {
         };
         let name = CString::try_from_fmt(fmt!("rblkback {}", queue.name()))
             .map_err(|error| Fault::Own("naming a thread", error))?;
-        let kind = Kind {
-            freezable: true,
-            noio: true,
-        };
+        let kind = Kind { freezable: true };
         let inbox = queue.inbox();
         KThread::spawn(fmt!("{}", *name), kind, move |thread| {
+            // What it serves may be where memory is freed to.
+            let _noio = Noio::new();
             queue.serve(thread, &link)
         })
         .map(|thread| Serving { thread, inbox })

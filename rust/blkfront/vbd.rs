@@ -51,12 +51,10 @@ impl Vbd {
         let keeper = Keeper::new(control, signal.clone())?;
 
         // A disk may be what memory is freed by writing to.
-        let kind = Kind {
-            freezable: false,
-            noio: true,
-        };
+        let kind = Kind { freezable: false };
         let runner = keeper.clone();
         let thread = KThread::spawn(fmt!("rblkfront/{}", vdev.name.as_str()), kind, move |_| {
+            let _noio = Noio::new();
             runner.run();
         })?;
         Ok(Self {

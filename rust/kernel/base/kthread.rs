@@ -44,9 +44,6 @@ struct Shared {
 pub struct Kind {
     /// It is frozen on suspend, in [`WaitQueue::wait_idle`]. Others go on running.
     pub freezable: bool,
-    /// Memory that it allocates may not come from writing to a disk, whatever the flags of the
-    /// allocation say: for threads that disks depend on.
-    pub noio: bool,
 }
 
 /// What a new thread starts with.
@@ -178,10 +175,6 @@ unsafe extern "C" fn run<F: FnOnce(&Current)>(start: *mut ffi::c_void) -> ffi::c
     if kind.freezable {
         // SAFETY: Only touches the current task.
         unsafe { bindings::set_freezable() };
-    }
-    if kind.noio {
-        // SAFETY: Only touches the current task. It is for all its life, so nothing is restored.
-        unsafe { bindings_ext::memalloc_noio_save() };
     }
     let current = Current {
         shared: shared.clone(),

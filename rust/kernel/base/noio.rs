@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Code that memory is freed by: it must not wait for memory that is freed by it.
+//! Code that memory is freed by: it must not wait for memory that is freed by it. A thread that disks
+//! depend on makes a [`Noio`] first and keeps it to its end.
 //!
 //! C header: [`include/linux/sched/mm.h`](srctree/include/linux/sched/mm.h)
 

@@ -85,10 +85,7 @@ impl Connection {
             kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
             buffer: Page::alloc_page(GFP_KERNEL)?,
         };
-        let kind = Kind {
-            freezable: false,
-            noio: false,
-        };
+        let kind = Kind { freezable: false };
         let thread = KThread::spawn(fmt!("recho-backend"), kind, move |current| {
             answerer.run(current)
         })?;

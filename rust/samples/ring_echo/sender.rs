@@ -100,10 +100,7 @@ impl Connection {
             waiting: KVec::with_capacity(WINDOW, GFP_KERNEL)?,
             kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
         };
-        let kind = Kind {
-            freezable: false,
-            noio: false,
-        };
+        let kind = Kind { freezable: false };
         let thread = KThread::spawn(fmt!("recho"), kind, move |current| sender.run(current))?;
         Ok(Self { thread })
     }
