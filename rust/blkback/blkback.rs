@@ -19,7 +19,6 @@
 //! | `transfer` | a request on its way, and how it gets back to its thread |
 //! | `memory` | how data gets between the frontend's memory and the disk |
 //! | `persistent` | pages that stay mapped |
-//! | `ring` | the memory of a ring |
 //! | `stats` | counters and files in sysfs |
 //! | `params` | module parameters |
 //!
@@ -37,7 +36,6 @@ mod memory;
 mod params;
 mod persistent;
 mod queue;
-mod ring;
 mod stats;
 mod transfer;
 mod vbd;

@@ -6,7 +6,6 @@ use crate::disk::Disk;
 use crate::disk::MAX_INDIRECT_SEGMENTS;
 use crate::queue::Parts;
 use crate::queue::Queue;
-use crate::ring::Memory;
 use crate::stats::Counters;
 use crate::stats::Stats;
 use crate::transfer::Inbox;
@@ -235,8 +234,8 @@ impl<'a> Connection<'a> {
             let first = references.first().map_or(0, |reference| reference.0);
             Fault::Refused(index, "ring-ref", first, error)
         })?;
-        let ring = BackRing::attach(Memory(ring), self.accepted.abi)
-            .map_err(|error| Fault::Ring(index, error))?;
+        let ring =
+            BackRing::attach(ring, self.accepted.abi).map_err(|error| Fault::Ring(index, error))?;
         let inbox = Arc::pin_init(Inbox::new(), GFP_KERNEL).doing("making a queue")?;
         let channel = Channel::bind_interdomain(self.device, port, c"blkif-backend", inbox.clone())
             .map_err(|error| Fault::Refused(index, "event-channel", port, error))?;
@@ -251,7 +250,7 @@ impl<'a> Connection<'a> {
     fn finish(
         &self,
         index: u32,
-        ring: BackRing<Memory>,
+        ring: BackRing<MappedRing>,
         inbox: Arc<Inbox>,
         channel: Channel<Inbox>,
         counters: Arc<Counters>,

@@ -18,7 +18,6 @@ use crate::memory::Mover;
 use crate::memory::Problem;
 use crate::params::BUFFER_SQUEEZE_DURATION_MS;
 use crate::params::LOG_STATS;
-use crate::ring::Memory;
 use crate::stats::Counters;
 use crate::transfer::has_space;
 use crate::transfer::new_transfer;
@@ -51,6 +50,7 @@ use kernel_ext::block::bio::Operation;
 use kernel_ext::block::bio::MAX_DISCARD_SECTORS;
 use kernel_ext::ratelimited;
 use kernel_ext::xen::events::Channel;
+use kernel_ext::xen::ring::MappedRing;
 use kernel_ext::xen::DomId;
 
 /// How long to wait for somebody else who still uses the pages of an I/O that has ended.
@@ -77,7 +77,7 @@ enum Barrier {
 pub(crate) struct Parts {
     /// For messages: domain, device and number of the queue.
     pub(crate) name: CString,
-    pub(crate) ring: BackRing<Memory>,
+    pub(crate) ring: BackRing<MappedRing>,
     pub(crate) channel: Channel<Inbox>,
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) disk: Arc<Disk>,
@@ -90,7 +90,7 @@ pub(crate) struct Parts {
 /// What the thread of a queue owns.
 pub(crate) struct Queue {
     name: CString,
-    ring: BackRing<Memory>,
+    ring: BackRing<MappedRing>,
     channel: Channel<Inbox>,
     inbox: Arc<Inbox>,
     disk: Arc<Disk>,

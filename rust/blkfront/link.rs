@@ -3,7 +3,6 @@
 //! A ring and its event channel, shared with the backend.
 
 use blkif::ring::FrontRing;
-use blkif::ring::Memory;
 use blkif::wire::Abi;
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -14,44 +13,9 @@ use kernel_ext::xen::xenbus;
 
 use crate::queue::Queue;
 
-/// The pages of a ring, as the protocol sees them.
-pub(crate) struct RingMemory(RingPages);
-
-impl Memory for RingMemory {
-    #[inline]
-    fn words(&self) -> usize {
-        self.0.len()
-    }
-
-    #[inline]
-    fn load(&self, word: usize) -> u32 {
-        self.0.load(word)
-    }
-
-    #[inline]
-    fn store(&self, word: usize, value: u32) {
-        self.0.store(word, value);
-    }
-
-    #[inline]
-    fn rmb(&self) {
-        self.0.read_fence();
-    }
-
-    #[inline]
-    fn wmb(&self) {
-        self.0.write_fence();
-    }
-
-    #[inline]
-    fn mb(&self) {
-        self.0.full_fence();
-    }
-}
-
 /// A ring and its event channel. Dropping it ends both; it sleeps.
 pub(crate) struct Link {
-    pub(crate) ring: FrontRing<RingMemory>,
+    pub(crate) ring: FrontRing<RingPages>,
     pub(crate) channel: Arc<Channel<Queue>>,
 }
 
@@ -64,7 +28,7 @@ impl Link {
         queue: &Arc<Queue>,
     ) -> Result<Self> {
         let pages = RingPages::new(device, page_order)?;
-        let ring = FrontRing::new(RingMemory(pages), Abi::native()).map_err(|_| EINVAL)?;
+        let ring = FrontRing::new(pages, Abi::native()).map_err(|_| EINVAL)?;
         let channel = Channel::alloc_unbound(device, c"blkif", queue.clone())?;
         Ok(Self {
             ring,
@@ -74,6 +38,6 @@ impl Link {
 
     /// The grants of the ring's pages, for xenstore.
     pub(crate) fn references(&self) -> impl Iterator<Item = GrantRef> + '_ {
-        self.ring.memory().0.references()
+        self.ring.memory().references()
     }
 }

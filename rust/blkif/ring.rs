@@ -35,6 +35,7 @@
 //! Neither [`FrontRing`] nor [`BackRing`] locks: the caller holds its ring lock, or owns it.
 
 use core::fmt;
+use core::ops::Deref;
 
 use crate::wire::Abi;
 use crate::wire::Response;
@@ -77,6 +78,43 @@ pub trait Memory {
     fn wmb(&self);
     /// Full barrier.
     fn mb(&self);
+}
+
+/// What leads to such memory is as good as the memory.
+impl<D> Memory for D
+where
+    D: Deref,
+    D::Target: Memory,
+{
+    #[inline]
+    fn words(&self) -> usize {
+        self.deref().words()
+    }
+
+    #[inline]
+    fn load(&self, word: usize) -> u32 {
+        self.deref().load(word)
+    }
+
+    #[inline]
+    fn store(&self, word: usize, value: u32) {
+        self.deref().store(word, value);
+    }
+
+    #[inline]
+    fn rmb(&self) {
+        self.deref().rmb();
+    }
+
+    #[inline]
+    fn wmb(&self) {
+        self.deref().wmb();
+    }
+
+    #[inline]
+    fn mb(&self) {
+        self.deref().mb();
+    }
 }
 
 /// What is wrong with a ring. All but `Memory` mean that the other side broke the protocol.
@@ -509,7 +547,7 @@ mod tests {
         }
     }
 
-    impl Memory for &Pages {
+    impl Memory for Pages {
         fn words(&self) -> usize {
             self.words.len()
         }

@@ -84,7 +84,7 @@ impl<'a> Page<'a> {
     }
 }
 
-impl Memory for &Page<'_> {
+impl Memory for Page<'_> {
     fn words(&self) -> usize {
         1024
     }

@@ -92,6 +92,40 @@ impl SharedWords {
     }
 }
 
+/// What the rings of a protocol are made of. [`RingPages`] and [`MappedRing`] are such memory too, as
+/// they deref to this.
+impl blkif::ring::Memory for SharedWords {
+    #[inline]
+    fn words(&self) -> usize {
+        self.len()
+    }
+
+    #[inline]
+    fn load(&self, word: usize) -> u32 {
+        SharedWords::load(self, word)
+    }
+
+    #[inline]
+    fn store(&self, word: usize, value: u32) {
+        SharedWords::store(self, word, value);
+    }
+
+    #[inline]
+    fn rmb(&self) {
+        self.read_fence();
+    }
+
+    #[inline]
+    fn wmb(&self) {
+        self.write_fence();
+    }
+
+    #[inline]
+    fn mb(&self) {
+        self.full_fence();
+    }
+}
+
 /// The `virt_*` barriers. They exist on kernels for one CPU too, because the other domain has a CPU
 /// of its own.
 #[cfg(target_arch = "x86_64")]
