@@ -52,3 +52,8 @@ bool rust_helper_bdev_is_removable(struct block_device *bdev)
 {
 	return bdev->bd_disk->flags & GENHD_FL_REMOVABLE;
 }
+
+sector_t rust_helper_get_capacity(struct gendisk *disk)
+{
+	return get_capacity(disk);
+}

@@ -6,3 +6,8 @@ unsigned int rust_helper_num_online_cpus(void)
 {
 	return num_online_cpus();
 }
+
+bool rust_helper_cpu_online(unsigned int cpu)
+{
+	return cpu_online(cpu);
+}

@@ -2,8 +2,16 @@
 
 //! The CPUs of the machine.
 
+use kernel::cpu::CpuId;
+
 /// How many CPUs are online now; at least 1.
 pub fn online() -> u32 {
     // SAFETY: Only reads a counter.
     unsafe { bindings_ext::num_online_cpus() }
+}
+
+/// Whether a CPU is online now.
+pub fn is_online(cpu: CpuId) -> bool {
+    // SAFETY: Only reads a bit; the number is in range.
+    unsafe { bindings_ext::cpu_online(cpu.as_u32()) }
 }

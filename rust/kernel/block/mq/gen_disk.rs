@@ -72,6 +72,7 @@ pub struct GenDiskBuilder {
     capacity: u64,
     read_only: bool,
     flags: c_uint,
+    state: c_ulong,
 }
 
 impl GenDiskBuilder {
@@ -83,6 +84,7 @@ impl GenDiskBuilder {
             capacity: 0,
             read_only: false,
             flags: 0,
+            state: 0,
         }
     }
 
@@ -116,6 +118,12 @@ impl GenDiskBuilder {
     /// The disk has no partitions, whatever is written on it.
     pub fn no_partitions(mut self) -> Self {
         self.flags |= bindings::GENHD_FL_NO_PART;
+        self
+    }
+
+    /// Nobody looks for partitions on the disk. Whoever knows of some can still add them.
+    pub fn no_partition_scan(mut self) -> Self {
+        self.state |= 1 << bindings::GD_SUPPRESS_PART_SCAN;
         self
     }
 
@@ -164,6 +172,7 @@ impl GenDiskBuilder {
         raw.fops = FileOperations::<T>::build();
         raw.private_data = queue_data;
         raw.flags |= self.flags as c_int;
+        raw.state |= self.state;
         if let Some(minors) = self.minors {
             raw.major = minors.major().try_into()?;
             raw.first_minor = minors.first().try_into()?;
@@ -257,6 +266,12 @@ impl<T: Operations> GenDisk<T> {
     fn queue(&self) -> *mut bindings::request_queue {
         // SAFETY: By the type invariants the disk is valid; its queue stays the same.
         unsafe { (*self.disk).queue }
+    }
+
+    /// The capacity in sectors of 512 bytes. Does not sleep.
+    pub fn capacity(&self) -> u64 {
+        // SAFETY: By the type invariants the disk is valid.
+        unsafe { bindings_ext::get_capacity(self.disk) }
     }
 
     /// Sets the capacity in sectors of 512 bytes, and tells user space if it changed.
@@ -524,6 +539,15 @@ impl<T: Operations> FileOperations<T> {
         } else {
             None
         },
+        // What a driver takes is either a number or a pointer to something that is the same for
+        // 32-bit programs.
+        #[cfg(CONFIG_COMPAT)]
+        compat_ioctl: if T::HAS_IOCTL {
+            Some(bindings::blkdev_compat_ptr_ioctl)
+        } else {
+            None
+        },
+        #[cfg(not(CONFIG_COMPAT))]
         compat_ioctl: None,
         check_events: None,
         unlock_native_capacity: None,

@@ -104,7 +104,7 @@ pub trait Operations: Sized + 'static {
     }
 
     /// A request of user space that the block layer does not know. `arg` is a number, or an address
-    /// in the memory of the caller.
+    /// in the memory of the caller. What is at that address is the same for 32-bit programs.
     ///
     /// `ENOTTY`: the driver does not know it either.
     fn ioctl(_queue_data: ArcBorrow<'_, Self::QueueData>, _cmd: u32, _arg: usize) -> Result<c_int> {

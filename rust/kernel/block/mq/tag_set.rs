@@ -9,9 +9,11 @@ use super::{
     Operations,
     RequestId, //
 };
+use crate::base::cpu;
 use core::marker::PhantomData;
 use kernel::{
     bindings,
+    cpu::CpuId,
     error::to_result,
     ffi::c_void,
     prelude::*,
@@ -96,6 +98,18 @@ impl<T: Operations> TagSet<T> {
     pub fn queue_depth(&self) -> u32 {
         // SAFETY: By the type invariant the set is valid; the field does not change.
         unsafe { (*self.as_raw()).queue_depth }
+    }
+
+    /// The first CPU that is online now of those that use a hardware queue.
+    pub fn cpu_of(&self, hw_queue: u32) -> Option<CpuId> {
+        // SAFETY: By the type invariant the set is valid; its maps do not change.
+        let map = unsafe { &(*self.as_raw()).map[bindings::hctx_type_HCTX_TYPE_DEFAULT as usize] };
+        (0..kernel::cpu::nr_cpu_ids()).find_map(|number| {
+            // SAFETY: blk-mq allocates an entry for each possible CPU number.
+            let used = unsafe { *map.mq_map.add(number as usize) };
+            let cpu = CpuId::from_u32(number)?;
+            (used == hw_queue && cpu::is_online(cpu)).then_some(cpu)
+        })
     }
 
     /// Calls `f` for the requests that are in flight, until it returns false.
