@@ -6,3 +6,8 @@ bool rust_helper_xen_domain(void)
 {
 	return xen_domain();
 }
+
+bool rust_helper_xen_hvm_domain(void)
+{
+	return xen_hvm_domain();
+}

@@ -54,3 +54,23 @@ pub fn is_xen_domain() -> bool {
     // SAFETY: Only reads a variable that is set at boot.
     unsafe { bindings_ext::xen_domain() }
 }
+
+/// Whether this kernel runs on virtual hardware, and not as a PV guest. It can have emulated devices
+/// then, and a PV device can stand for the same thing as one of these.
+pub fn is_hvm_domain() -> bool {
+    // SAFETY: Only reads a variable that is set at boot.
+    unsafe { bindings_ext::xen_hvm_domain() }
+}
+
+/// Whether disks of other domains may be used: not if the command line says `xen_nopv`, or if
+/// emulated disks stand for them (`xen_emul_unplug`).
+pub fn has_pv_disks() -> bool {
+    // SAFETY: Only reads variables that are set at boot.
+    unsafe { bindings_ext::xen_has_pv_disk_devices() }
+}
+
+/// Whether emulated disks were left in place beside those of other domains.
+pub fn has_pv_and_emulated_disks() -> bool {
+    // SAFETY: Only reads variables that are set at boot.
+    unsafe { bindings_ext::xen_has_pv_and_legacy_disk_devices() }
+}

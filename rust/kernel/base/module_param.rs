@@ -43,7 +43,7 @@ unsafe impl ParamType for bool {
 #[repr(transparent)]
 pub struct Param<T: ParamType>(UnsafeCell<T>);
 
-// SAFETY: All access is by single words: reads by `get`, writes by the kernel's parameter code.
+// SAFETY: All access is by single words: reads by `get`, writes by `set` and the kernel's parameter code.
 unsafe impl<T: ParamType> Sync for Param<T> {}
 
 impl<T: ParamType> Param<T> {
@@ -57,6 +57,12 @@ impl<T: ParamType> Param<T> {
         // SAFETY: The pointer is valid. A write at the same time is a write of one word that is
         // valid for `T`, and a volatile read of one word sees the old or the new one.
         unsafe { ptr::read_volatile(self.0.get()) }
+    }
+
+    /// Replaces a value that makes no sense, before anybody relies on it.
+    pub fn set(&self, value: T) {
+        // SAFETY: As in `get`: a write of one word that is valid for `T`.
+        unsafe { ptr::write_volatile(self.0.get(), value) }
     }
 
     #[doc(hidden)]
