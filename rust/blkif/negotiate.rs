@@ -263,11 +263,18 @@ pub struct DiskNodes {
     info: Option<u32>,
     sector_size: Option<u32>,
     physical_sector_size: Option<u32>,
+    removable: bool,
 }
 
 impl DiskNodes {
-    /// Nodes of the backend's directory that describe the disk. All but the last are required.
-    pub const NODES: [&'static str; 4] = ["sectors", "info", "sector-size", "physical-sector-size"];
+    /// Nodes of the backend's directory that describe the disk. The first three are required.
+    pub const NODES: [&'static str; 5] = [
+        "sectors",
+        "info",
+        "sector-size",
+        "physical-sector-size",
+        "removable",
+    ];
 
     /// Takes over a node. A name that is not one of [`DiskNodes::NODES`] has no effect.
     pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), BadNode> {
@@ -276,6 +283,7 @@ impl DiskNodes {
             "info" => self.info = Some(node::decimal_u32(node, text)?),
             "sector-size" => self.sector_size = Some(block_size(node, text)?),
             "physical-sector-size" => self.physical_sector_size = Some(block_size(node, text)?),
+            "removable" => self.removable = node::switch(node, text)?,
             _ => {}
         }
         Ok(())
@@ -284,7 +292,10 @@ impl DiskNodes {
     /// The disk, or the first required node that is missing.
     pub fn disk(&self) -> Result<Disk, BadNode> {
         let sectors = self.sectors.ok_or(BadNode::missing("sectors"))?;
-        let info = self.info.ok_or(BadNode::missing("info"))?;
+        let mut info = self.info.ok_or(BadNode::missing("info"))?;
+        if self.removable {
+            info |= info::REMOVABLE;
+        }
         let block_size = self.sector_size.ok_or(BadNode::missing("sector-size"))?;
         let physical = self.physical_sector_size.unwrap_or(block_size);
         Ok(Disk {
