@@ -44,6 +44,7 @@ use blkif::vdev::MAJOR;
 use kernel::driver::Registration;
 use kernel::prelude::*;
 use kernel_ext::block::major::Major;
+use kernel_ext::xen;
 use kernel_ext::xen::xenbus::Adapter;
 
 use crate::vbd::Vbd;
@@ -57,6 +58,20 @@ module! {
     alias: ["xen:vbd", "xenblk", "block-major-202-*"],
 }
 
+/// Takes the major of disks of other domains, if there can be any.
+fn register_major() -> Result<Major> {
+    if !xen::has_pv_disks() {
+        return Err(ENODEV);
+    }
+    params::check();
+    Major::register(MAJOR, c"xvd").inspect_err(|_| {
+        pr_err!(
+            "major {} is taken: is xen_blkfront loaded? Unload it first\n",
+            MAJOR
+        );
+    })
+}
+
 /// The module: a driver for all devices. Fields go in this order.
 #[pin_data]
 struct Blkfront {
@@ -68,9 +83,7 @@ struct Blkfront {
 impl kernel::InPlaceModule for Blkfront {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            major: Major::register(MAJOR, c"xvd").inspect_err(|_| {
-                pr_err!("major {} is taken: is xen_blkfront loaded? Unload it first\n", MAJOR);
-            })?,
+            major: register_major()?,
             driver <- Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),
         })
     }

@@ -75,6 +75,8 @@ pub(crate) struct Control {
     /// How many of the queues have a ring.
     rings: usize,
     disk: Option<Arc<GenDisk<Disk>>>,
+    /// The logical block size of the disk. Its users rely on it.
+    block_size: u32,
     /// Looks for partitions on the disk.
     adder: Option<KThread>,
     /// Requests of which the backend still uses pages.
@@ -101,6 +103,7 @@ impl Control {
             queues: KVec::new(),
             rings: 0,
             disk: None,
+            block_size: 0,
             adder: None,
             lingering: KVVec::new(),
             generation: 0,
@@ -165,7 +168,10 @@ impl Control {
             }
             FrontAction::Offer => self.offer(),
             FrontAction::Connect => self.connect(),
-            FrontAction::Refresh => self.refresh(),
+            FrontAction::Refresh => {
+                self.refresh();
+                Ok(())
+            }
             FrontAction::Reset | FrontAction::Restart => {
                 self.stop_sharing(Fate::Again);
                 Ok(())
@@ -245,6 +251,7 @@ impl Control {
             None => self.make_disk(&nodes, &features, limits)?,
             Some(disk) => self.resume_disk(disk, &nodes, &features, limits)?,
         }
+        self.spread_events();
         self.report(&features);
         Ok(())
     }
@@ -279,17 +286,21 @@ impl Control {
         let mut limits = QueueLimits::new();
         disk::set_limits(&mut limits, nodes, features, slot);
 
-        let disk = GenDiskBuilder::new(limits)
+        let mut builder = GenDiskBuilder::new(limits)
             .device_numbers(minors)
             .capacity(nodes.sectors)
             .read_only(nodes.read_only())
-            .removable(nodes.removable())
-            .build(
-                fmt!("{}", self.name()),
-                tag_set,
-                Arc::new(Disk::new(queues, nodes.cdrom()), GFP_KERNEL)?,
-            )?;
+            .removable(nodes.removable());
+        if nodes::no_partition_scan(&self.device)? {
+            builder = builder.no_partition_scan();
+        }
+        let disk = builder.build(
+            fmt!("{}", self.name()),
+            tag_set,
+            Arc::new(Disk::new(queues, nodes.cdrom()), GFP_KERNEL)?,
+        )?;
         let disk = Arc::new(disk, GFP_KERNEL)?;
+        self.block_size = nodes.block_size;
         self.disk = Some(disk.clone());
         self.add_disk(disk)
     }
@@ -320,9 +331,22 @@ impl Control {
         features: &Features,
         slot: SlotLimits,
     ) -> Result {
+        if nodes.block_size > self.block_size {
+            pr_err!(
+                "{}: sector-size = {} instead of {}: the users of the disk cannot follow\n",
+                self.name(),
+                nodes.block_size,
+                self.block_size
+            );
+            return Err(EINVAL);
+        }
         disk.queue_data().set_rings(self.rings as u32);
-        disk.update_limits(|limits| disk::set_limits(limits, nodes, features, slot))?;
-        disk.set_capacity_and_notify(nodes.sectors)?;
+        disk.update_limits(|limits| {
+            disk::set_limits(limits, nodes, features, slot);
+            // Whole blocks of the old size are whole blocks of a smaller one.
+            limits.set_logical_block_size(self.block_size);
+        })?;
+        self.follow_disk(disk, nodes)?;
         disk.kick_requeue_list();
         disk.unquiesce();
         Ok(())
@@ -345,11 +369,44 @@ impl Control {
         );
     }
 
-    /// The disk may have another size.
-    fn refresh(&self) -> Result {
-        if let Some(disk) = &self.disk {
-            disk.set_capacity_and_notify(nodes::sectors(&self.backend)?)?;
+    /// Has the events of each ring come to a CPU that uses it, so that a request ends where it was
+    /// made. Where that does not work, events come to any CPU.
+    fn spread_events(&self) {
+        let Some(disk) = &self.disk else { return };
+        let rings = self.queues.iter().take(self.rings);
+        for (number, queue) in rings.enumerate() {
+            if let Some(cpu) = disk.tag_set().cpu_of(number as u32) {
+                queue.set_event_cpu(cpu);
+            }
         }
+    }
+
+    /// The disk may have another size, or refuse writes from now on. Nonsense changes nothing: the
+    /// disk is in use.
+    fn refresh(&self) {
+        let Some(disk) = &self.disk else { return };
+        let Ok(nodes) = nodes::disk(&self.backend) else {
+            return;
+        };
+        if nodes.block_size != self.block_size {
+            pr_warn!(
+                "{}: sector-size = {} instead of {}: ignored until the disk is attached anew\n",
+                self.name(),
+                nodes.block_size,
+                self.block_size
+            );
+        }
+        // What was read is in range.
+        let _ = self.follow_disk(disk, &nodes);
+    }
+
+    /// Takes over what may change while a disk is in use.
+    fn follow_disk(&self, disk: &GenDisk<Disk>, nodes: &negotiate::Disk) -> Result {
+        if disk.capacity() != nodes.sectors {
+            pr_info!("{}: Setting capacity to {}\n", self.name(), nodes.sectors);
+            disk.set_capacity_and_notify(nodes.sectors)?;
+        }
+        disk.set_read_only(nodes.read_only());
         Ok(())
     }
 
@@ -402,8 +459,14 @@ impl Control {
             disk.kick_requeue_list();
             disk.unquiesce();
         }
+        let connected = self.own != Front::Waiting;
         self.own = Front::Dead;
-        self.show();
+        // To be unbound without ever having offered anything is nothing to tell: the device can be
+        // bound again. And the bus, which looks at Initialising in xenbus's thread, must not find
+        // that it has become something else in another.
+        if connected || !self.signal.removed() {
+            self.show();
+        }
     }
 
     /// Whether the disk is to be let go, and that was not done yet.

@@ -4,7 +4,6 @@
 //!
 //! A node that is missing or makes no sense is reported with its name and its text.
 
-use blkif::negotiate;
 use blkif::negotiate::BackOffer;
 use blkif::negotiate::Disk;
 use blkif::negotiate::DiskNodes;
@@ -13,6 +12,7 @@ use blkif::node;
 use blkif::node::BadNode;
 use blkif::state::FrontEvent;
 use blkif::state::XenbusState;
+use blkif::vdev::Form;
 use blkif::vdev::VirtualDevice;
 use blkif::wire::Abi;
 use kernel::fmt;
@@ -20,6 +20,7 @@ use kernel::prelude::*;
 use kernel::str::CString;
 use kernel_ext::base::shown::Shown;
 use kernel_ext::ratelimited;
+use kernel_ext::xen;
 use kernel_ext::xen::xenbus;
 use kernel_ext::xen::xenstore;
 use kernel_ext::xen::xenstore::NoTransaction;
@@ -61,6 +62,33 @@ pub(crate) fn virtual_device(device: &xenbus::Device) -> Result<VirtualDevice> {
         pr_err!("{}: {}\n", dir, Shown(error));
         ENODEV
     })
+}
+
+/// Refuses a device that an emulated one stands for: what is written to one would change the other
+/// behind its back.
+pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> Result {
+    if !xen::is_hvm_domain() {
+        return Ok(());
+    }
+    let dir = device.nodename();
+    let own_major = matches!(vdev.form, Form::Xvd | Form::Extended);
+    if xen::has_pv_and_emulated_disks() && !own_major {
+        pr_info!(
+            "{}: {} is an emulated disk too, and left to that\n",
+            dir,
+            vdev.name.as_str()
+        );
+        return Err(ENODEV);
+    }
+    let Some(kind) = read(dir, "device-type")? else {
+        complain(dir, &BadNode::missing("device-type"));
+        return Err(ENODEV);
+    };
+    if kind.as_bytes().starts_with(b"cdrom") {
+        pr_info!("{}: a CD-ROM drive, left to the emulated one\n", dir);
+        return Err(ENODEV);
+    }
+    Ok(())
 }
 
 /// The backend's directory.
@@ -107,6 +135,21 @@ pub(crate) fn front_offer(device: &xenbus::Device) -> Result<FrontOffer> {
     Ok(params::front_offer(trusted))
 }
 
+/// Whether nobody is to look for partitions on the disk. The toolstack says so, as it says whether
+/// the backend is trusted: who serves the disk has no say in it.
+pub(crate) fn no_partition_scan(device: &xenbus::Device) -> Result<bool> {
+    let dir = device.nodename();
+    let Some(value) = read(dir, "no-part-scan")? else {
+        return Ok(false);
+    };
+    Ok(
+        node::switch("no-part-scan", value.as_bytes()).unwrap_or_else(|error| {
+            complain(dir, &error);
+            true
+        }),
+    )
+}
+
 /// What the backend can do. Nodes that make no sense count as missing.
 pub(crate) fn back_offer(backend: &CStr) -> Result<BackOffer> {
     let mut offer = BackOffer::default();
@@ -131,13 +174,6 @@ pub(crate) fn disk(backend: &CStr) -> Result<Disk> {
         }
     }
     nodes.disk().map_err(|error| bad(backend, error))
-}
-
-/// How large the disk is.
-pub(crate) fn sectors(backend: &CStr) -> Result<u64> {
-    let value =
-        read(backend, "sectors")?.ok_or_else(|| bad(backend, BadNode::missing("sectors")))?;
-    negotiate::sectors(value.as_bytes()).map_err(|error| bad(backend, error))
 }
 
 /// Where the nodes of a ring are: in the directory itself, or in one for each of several rings.

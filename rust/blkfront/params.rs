@@ -3,7 +3,10 @@
 //! Module parameters, with the names and defaults of `xen-blkfront`.
 
 use blkif::negotiate::FrontOffer;
+use blkif::ring::MAX_PAGE_ORDER;
 use blkif::wire::DIRECT_SEGMENTS;
+use kernel::prelude::*;
+use kernel_ext::base::cpu;
 use kernel_ext::base::module_param::module_params;
 
 module_params! {
@@ -32,11 +35,40 @@ const MOST_SEGMENTS: u32 = MOST_PARTS as u32 * DIRECT_SEGMENTS as u32;
 /// Slots that a request takes at most: those of the smallest ring.
 pub(crate) const MOST_PARTS: usize = 32;
 
+/// Replaces values that make no sense, so that what the parameters show is what is used. Once, when
+/// the module is loaded.
+pub(crate) fn check() {
+    let segments = MAX_INDIRECT_SEGMENTS.get();
+    if segments > MOST_SEGMENTS {
+        pr_info!(
+            "max_indirect_segments = {}: using {}\n",
+            segments,
+            MOST_SEGMENTS
+        );
+    }
+    MAX_INDIRECT_SEGMENTS.set(max_segments().into());
+    let order = MAX_RING_PAGE_ORDER.get();
+    if !(0..=MAX_PAGE_ORDER as i32).contains(&order) {
+        pr_info!(
+            "max_ring_page_order = {}: using {}\n",
+            order,
+            MAX_PAGE_ORDER
+        );
+        MAX_RING_PAGE_ORDER.set(MAX_PAGE_ORDER as i32);
+    }
+    let queues = MAX_QUEUES.get();
+    let cpus = cpu::online();
+    if queues > cpus {
+        pr_info!("max_queues = {}: using {}, as many as CPUs\n", queues, cpus);
+        MAX_QUEUES.set(cpus);
+    }
+}
+
 /// What the parameters allow now. `trusted` is the device's node of that name.
 pub(crate) fn front_offer(trusted: bool) -> FrontOffer {
     FrontOffer {
         max_ring_page_order: u32::try_from(MAX_RING_PAGE_ORDER.get()).unwrap_or(0),
-        max_queues: MAX_QUEUES.get().min(kernel::cpu::nr_cpu_ids()),
+        max_queues: MAX_QUEUES.get(),
         max_indirect_segments: max_segments().into(),
         persistent: FEATURE_PERSISTENT.get(),
         trusted: trusted && TRUSTED.get(),

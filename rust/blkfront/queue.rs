@@ -14,6 +14,7 @@ use blkif::plan::Plan;
 use blkif::plan::SlotLimits;
 use blkif::wire::op;
 use blkif::wire::WireRequest;
+use kernel::cpu::CpuId;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel_ext::base::irq_spinlock::new_irq_spinlock;
@@ -228,6 +229,14 @@ impl Queue {
         drop(pool);
         while let Some(waiting) = self.inner.lock().evict() {
             evicted(waiting);
+        }
+    }
+
+    /// Has the backend's events come to one CPU, if that is possible. Sleeps.
+    pub(crate) fn set_event_cpu(&self, cpu: CpuId) {
+        let channel = (self.inner.lock().link.as_ref()).map(|link| link.channel.clone());
+        if let Some(channel) = channel {
+            let _ = channel.set_affinity(cpu);
         }
     }
 

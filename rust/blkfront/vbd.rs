@@ -46,6 +46,7 @@ impl Vbd {
         let device: ARef<xenbus::Device> = dev.into();
         let vdev = nodes::virtual_device(&device)
             .inspect_err(|error| dev.dev_fatal(*error, fmt!("reading virtual-device")))?;
+        nodes::refuse_emulated(&device, &vdev)?;
         let signal = Signal::new()?;
         let control = Control::new(device, vdev, signal.clone())?;
         let keeper = Keeper::new(control, signal.clone())?;
@@ -69,6 +70,7 @@ impl Driver for Vbd {
     const SIDE: Side = Side::Frontend;
     const NAME: &'static CStr = c"vbd";
     const ID_TABLE: IdTable = IDS.as_table();
+    const ALLOW_REBIND: bool = true;
 
     fn probe(dev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
         Self::new(dev)
