@@ -79,11 +79,23 @@ on_reboot = "destroy"
         fio_part = "/guest/fio" if fio else ""
         self.host.sh(f"cat /guest/initrd {fio_part} /payload/guest.cpio > /run/{self.name}.initrd")
         self.host.sh(f"xl create /run/{self.name}.cfg", timeout=240)
-        self.domid = int(self.host.sh(f"xl domid {self.name}"))
-        self.shell = GuestShell(
-            self.host, self.host.xenstore_read(f"/local/domain/{self.domid}/console/tty")
-        )
+        self._find()
         self._wait_for_agent(timeout=240)
+
+    def save(self, place):
+        """xl save: the guest is gone until it is restored."""
+        self.host.sh(f"xl save {self.name} {place}", timeout=300)
+
+    def restore(self, place):
+        """xl restore: the guest goes on as another domain, with new backends."""
+        self.host.sh(f"xl restore {place}", timeout=300)
+        self._find()
+
+    def _find(self):
+        """The domain of this name, and the way to its agent."""
+        self.domid = int(self.host.sh(f"xl domid {self.name}"))
+        terminal = self.host.xenstore_read(f"/local/domain/{self.domid}/console/tty")
+        self.shell = GuestShell(self.host, terminal)
 
     def sh(self, command, timeout=120):
         """Runs a shell script in the guest; it must succeed. Returns its output."""
