@@ -15,13 +15,6 @@ int rust_helper_evtchn_alloc_unbound(domid_t remote, evtchn_port_t *port)
 	return err;
 }
 
-int rust_helper_evtchn_close(evtchn_port_t port)
-{
-	struct evtchn_close close = { .port = port };
-
-	return HYPERVISOR_event_channel_op(EVTCHNOP_close, &close);
-}
-
 void rust_helper_notify_remote_via_evtchn(evtchn_port_t port)
 {
 	notify_remote_via_evtchn(port);

@@ -92,7 +92,10 @@ impl<T: Handler> Channel<T> {
         to_result(unsafe {
             bindings_ext::evtchn_alloc_unbound(device.otherend_id().value(), &mut port)
         })?;
-        let bound = Self::request(device, Notify::Port(port), handler, |argument| {
+        // Of what can fail here, most closes the port. Only if there is no memory for the number of
+        // the interrupt, it stays open and unused until the domain ends: the error does not tell,
+        // and to close it twice could close what somebody else has got meanwhile.
+        Self::request(device, Notify::Port(port), handler, |argument| {
             // SAFETY: The name lives for ever; `argument` is what `interrupt` wants, and stays until
             // the interrupt is unbound.
             unsafe {
@@ -104,15 +107,7 @@ impl<T: Handler> Channel<T> {
                     argument,
                 )
             }
-        });
-        if bound.is_err() {
-            // The usual failure is that there is no memory for the interrupt, which leaves the port
-            // open. Others have closed it; then this fails.
-            //
-            // SAFETY: Closing a port has no effect on memory.
-            let _ = unsafe { bindings_ext::evtchn_close(port) };
-        }
-        bound
+        })
     }
 
     /// Connects to the port that the other end's domain of `device` has made for us.
