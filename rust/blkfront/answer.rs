@@ -135,9 +135,16 @@ impl Queue {
     }
 
     /// The backend cannot do an operation, though it had said so.
+    ///
+    /// A flush goes on to be asked for, and is an error each time: if it were turned off, the block
+    /// layer would report flushes done of which nobody knows whether data needs them.
     fn revoke(&self, op: Op) {
         match op {
-            Op::Flush => self.signal.raise(Cause::NoFlush),
+            Op::Flush => {
+                ratelimited!(pr_err!(
+                    "the backend has refused a flush: data may be lost\n"
+                ));
+            }
             Op::Discard | Op::SecureErase => self.signal.raise(Cause::NoDiscard),
             Op::Read | Op::Write | Op::WriteZeroes | Op::Other(_) => {}
         }

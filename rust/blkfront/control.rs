@@ -242,6 +242,7 @@ impl Control {
             limits,
             bounce: features.bounce,
             flush: features.flush,
+            discard: features.discard,
             generation: self.generation,
         };
         for queue in self.queues.iter().take(self.rings) {
@@ -410,19 +411,23 @@ impl Control {
         Ok(())
     }
 
-    /// The backend cannot do something, though it had said so.
-    pub(crate) fn withdraw(&self, what: &str, change: impl FnOnce(&mut QueueLimits)) {
+    /// The backend cannot discard, though it had said so: nobody is to ask for it any more.
+    pub(crate) fn withdraw_discard(&self) {
         let Some(disk) = &self.disk else { return };
-        pr_warn!("{}: the backend cannot {}, it is off\n", self.name(), what);
+        pr_warn!("{}: the backend cannot discard, it is off\n", self.name());
         if self.own != Front::Live {
             return;
         }
         disk.quiesce();
-        if let Err(error) = disk.update_limits(change) {
+        let off = disk.update_limits(|limits| {
+            limits
+                .set_max_discard_sectors(0)
+                .set_max_secure_erase_sectors(0);
+        });
+        if let Err(error) = off {
             pr_err!(
-                "{}: {} cannot be turned off: {:?}\n",
+                "{}: discard cannot be turned off: {:?}\n",
                 self.name(),
-                what,
                 error
             );
         }

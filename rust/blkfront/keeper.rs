@@ -24,7 +24,6 @@ use kernel::time::Delta;
 use kernel::time::Instant;
 use kernel::time::Jiffies;
 use kernel::time::Monotonic;
-use kernel_ext::block::mq::Feature;
 
 use crate::control::Control;
 use crate::signal::Cause;
@@ -93,17 +92,8 @@ impl Keeper {
         if self.signal.take(Cause::Failed) {
             self.control.lock().follow(FrontEvent::Failed);
         }
-        if self.signal.take(Cause::NoFlush) {
-            self.control.lock().withdraw("flush", |limits| {
-                limits.set_feature(Feature::WriteCache, false);
-            });
-        }
         if self.signal.take(Cause::NoDiscard) {
-            self.control.lock().withdraw("discard", |limits| {
-                limits
-                    .set_max_discard_sectors(0)
-                    .set_max_secure_erase_sectors(0);
-            });
+            self.control.lock().withdraw_discard();
         }
         // Whether that is so is found out by looking.
         self.signal.take(Cause::Backend);

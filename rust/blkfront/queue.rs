@@ -6,6 +6,7 @@
 //! put into the ring under the lock. The backend sees it when its batch is published, and is
 //! notified once for the batch, without the lock.
 
+use blkif::negotiate::Discard;
 use blkif::negotiate::Flush;
 use blkif::plan;
 use blkif::plan::Direction;
@@ -58,8 +59,27 @@ pub(crate) struct Terms {
     pub(crate) bounce: bool,
     /// How a flush is asked for.
     pub(crate) flush: Flush,
+    /// What can be discarded.
+    pub(crate) discard: Option<Discard>,
     /// Counts the connections.
     pub(crate) generation: u32,
+}
+
+impl Terms {
+    /// The end of a request with which the backend has nothing to do. Such a request was made for an
+    /// earlier connection, to a backend that could do more.
+    fn own_answer(&self, order: Order) -> Option<BlkStatus> {
+        match order {
+            Order::Transfer(_) => None,
+            // A disk without a cache has nothing to flush.
+            Order::Flush => (self.flush == Flush::None).then_some(BlkStatus::OK),
+            Order::Discard { secure } => match self.discard {
+                Some(discard) if discard.secure || !secure => None,
+                // A backend might take a secure discard for an ordinary one.
+                _ => Some(BlkStatus::NOTSUPP),
+            },
+        }
+    }
 }
 
 /// What a queue is good for.
@@ -146,8 +166,8 @@ enum Promise {
     Given(Terms, Needs),
     /// There are no slots now.
     Later,
-    /// There is no backend, and there will be none.
-    Never,
+    /// The request ends like this.
+    Ended(BlkStatus),
 }
 
 impl Inner {
@@ -294,11 +314,11 @@ impl Queue {
             return Ok(());
         };
 
-        let (terms, needs) = match self.promise(rq.data_mut(), pieces) {
+        let (terms, needs) = match self.promise(rq.data_mut(), order, pieces) {
             Promise::Given(terms, needs) => (terms, needs),
             Promise::Later => return Err(rq.reject()),
-            Promise::Never => {
-                rq.end(BlkStatus::IOERR);
+            Promise::Ended(status) => {
+                rq.end(status);
                 return Ok(());
             }
         };
@@ -325,13 +345,17 @@ impl Queue {
     }
 
     /// Promises slots, and takes pages out of the pool as far as there are any.
-    fn promise(&self, carry: &mut Carry, pieces: u32) -> Promise {
+    fn promise(&self, carry: &mut Carry, order: Order, pieces: u32) -> Promise {
         let mut inner = self.inner.lock();
         let terms = match inner.state {
             State::Live(terms) => terms,
             State::Away => return Promise::Later,
-            State::Dead => return Promise::Never,
+            // There is no backend, and there will be none.
+            State::Dead => return Promise::Ended(BlkStatus::IOERR),
         };
+        if let Some(status) = terms.own_answer(order) {
+            return Promise::Ended(status);
+        }
         let needs = Needs::new(&terms, pieces);
         if !inner.slots.promise(needs.slots) {
             return Promise::Later;

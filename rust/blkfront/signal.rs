@@ -20,15 +20,13 @@ pub(crate) enum Cause {
     Close,
     /// A backend broke the rules of a ring, or the disk could not be added: there is no way on.
     Failed,
-    /// The backend has said that it cannot flush.
-    NoFlush,
     /// The backend has said that it cannot discard.
     NoDiscard,
     /// The device is being unbound.
     Remove,
 }
 
-const CAUSES: usize = 6;
+const CAUSES: usize = 5;
 
 /// Wakes the thread of a device. Any context.
 #[pin_data]
