@@ -2,6 +2,20 @@
 """Dom0's shell plays the toolstack and a backend, as far as xenstore shows them.
 
 There is no ring behind such a backend: a disk of it must not be read.
+
+code    a virtual device number, such as 51712 for xvda
+"""
+
+PLAIN = {"sectors": 0, "sector-size": 512, "info": 0}
+"""An empty disk: nobody looks for partitions on it."""
+
+_WAIT = """wait_for_state() {
+	end=$(($(date +%s) + 60))
+	until [ "$(xenstore-read $1/state)" = $2 ]; do
+		[ $(date +%s) -lt $end ] || { echo "$1/state is not $2"; exit 9; }
+		usleep 200000
+	done
+}
 """
 
 
@@ -12,36 +26,56 @@ def directories(domid, code):
 
 
 def write_nodes(host, directory, nodes):
-    """Writes xenstore nodes below a directory, in this order; None removes one."""
-    commands = (
-        f"xenstore-rm {directory}/{name} || true"
-        if value is None
-        else f"xenstore-write {directory}/{name} '{value}'"
-        for name, value in nodes.items()
-    )
-    host.sh("\n".join(commands))
+    """Writes xenstore nodes below a directory, at once; None removes one."""
+    host.sh(_writing(directory, nodes))
 
 
 def create_device(host, domid, code, kind="disk", **nodes):
     """What the toolstack and a backend that waits would write; gives both directories."""
+    host.sh(_creating(domid, code, kind, nodes))
+    return directories(domid, code)
+
+
+def connect_disks(host, guest, disks):
+    """Disks by code: what their backends offer, and the toolstack's nodes for the frontend."""
+    script = _WAIT
+    for code, (_offers, nodes) in disks.items():
+        script += _creating(guest.domid, code, "disk", nodes)
+    for code, (offers, _nodes) in disks.items():
+        front, back = directories(guest.domid, code)
+        script += f"wait_for_state {front} 3\n"
+        script += _writing(back, {**PLAIN, **offers, "state": 4})
+    for code in disks:
+        script += f"wait_for_state {directories(guest.domid, code)[0]} 4\n"
+    host.sh(script)
+
+
+def remove_devices(host, guest, codes):
+    """The devices go away for good."""
+    script, gone = "", []
+    for code in codes:
+        front, back = directories(guest.domid, code)
+        script += f"xenstore-write {back}/online 0 {back}/state 6\n"
+        script += f"xenstore-rm {front} || true; xenstore-rm {back} || true\n"
+        gone.append(f"[ ! -e /sys/bus/xen/devices/vbd-{code} ]")
+    host.sh(script)
+    guest.wait_for(" && ".join(gone))
+
+
+def _writing(directory, nodes):
+    written = [f"{directory}/{name} '{value}'" for name, value in nodes.items() if value is not None]
+    removed = [f"{directory}/{name}" for name, value in nodes.items() if value is None]
+    script = f"xenstore-write {' '.join(written)}\n" if written else ""
+    return script + "".join(f"xenstore-rm {path} || true\n" for path in removed)
+
+
+def _creating(domid, code, kind, nodes):
     front, back = directories(domid, code)
-    write_nodes(
-        host, back, {"frontend": front, "frontend-id": domid, "online": 1, "mode": "w", "state": 2}
+    served = {"frontend": front, "frontend-id": domid, "online": 1, "mode": "w", "state": 2}
+    used = {"backend": back, "backend-id": 0, "virtual-device": code, "device-type": kind, **nodes}
+    return (
+        _writing(back, served)
+        + _writing(front, used)
+        + f"xenstore-chmod -r {back} n0 r{domid}; xenstore-chmod -r {front} n{domid} r0\n"
+        + f"xenstore-write {front}/state 1\n"
     )
-    write_nodes(
-        host,
-        front,
-        {"backend": back, "backend-id": 0, "virtual-device": code, "device-type": kind, **nodes},
-    )
-    host.sh(
-        f"xenstore-chmod -r {back} n0 r{domid}; xenstore-chmod -r {front} n{domid} r0; xenstore-write {front}/state 1"
-    )
-    return front, back
-
-
-def remove_device(host, guest, code):
-    """The device goes away for good."""
-    front, back = directories(guest.domid, code)
-    host.sh(f"xenstore-write {back}/online 0 {back}/state 6")
-    host.run(f"xenstore-rm {front}; xenstore-rm {back}")
-    guest.wait_for(f"[ ! -e /sys/bus/xen/devices/vbd-{code} ]")

@@ -6,6 +6,9 @@ frontend would write. After each piece of nonsense a good disk must work.
 """
 
 from harness.evidence import assert_served_by_pair
+from harness.toolstack import create_device
+from harness.toolstack import remove_devices
+from harness.toolstack import write_nodes
 from harness.xenhost import Disk
 
 CODE = 51728
@@ -22,48 +25,12 @@ BAD_FRONTS = [
 ]
 
 
-def write_nodes(host, directory, nodes):
-    """Writes xenstore nodes below a directory; None removes one."""
-    for name, value in nodes.items():
-        if value is None:
-            host.run(f"xenstore-rm {directory}/{name}")
-        else:
-            host.sh(f"xenstore-write {directory}/{name} '{value}'")
-
-
-def create_device(host, domid):
-    """What the toolstack and a backend that waits would write."""
-    front, back = (
-        f"/local/domain/{domid}/device/vbd/{CODE}",
-        f"/local/domain/0/backend/vbd/{domid}/{CODE}",
-    )
-    write_nodes(
-        host, back, {"frontend": front, "frontend-id": domid, "online": 1, "mode": "w", "state": 2}
-    )
-    write_nodes(
-        host,
-        front,
-        {"backend": back, "backend-id": 0, "virtual-device": CODE, "device-type": "disk"},
-    )
-    host.sh(
-        f"xenstore-chmod -r {back} n0 r{domid}; xenstore-chmod -r {front} n{domid} r0; xenstore-write {front}/state 1"
-    )
-    return front, back
-
-
-def remove_device(host, guest, front, back):
-    """The device goes away for good."""
-    host.sh(f"xenstore-write {back}/online 0 {back}/state 6")
-    host.run(f"xenstore-rm {front}; xenstore-rm {back}")
-    guest.wait_for(f"[ ! -e /sys/bus/xen/devices/vbd-{CODE} ]")
-
-
 def test_bad_offers(xen):
     """Nonsense from the backend: the frontend names it and closes."""
     host = xen()
     guest = host.start_guest(disks=[])
     for node, value in BAD_OFFERS:
-        front, back = create_device(host, guest.domid)
+        front, back = create_device(host, guest.domid, CODE)
         host.wait_for(f"[ $(xenstore-read {front}/state) = 3 ]")
         guest.sh("dmesg -c > /dev/null")
         write_nodes(host, back, {**OFFERS, node: value, "state": 4})
@@ -72,7 +39,7 @@ def test_bad_offers(xen):
         if host.pair.front.name == "rblkfront":
             assert node in said and (value or "missing") in said, said
         assert guest.run("[ -b /dev/xvdb ]")[0] != 0
-        remove_device(host, guest, front, back)
+        remove_devices(host, guest, [CODE])
     host.load_backend()
     host.ram_disks()
     host.attach(guest, Disk("xvdb", "/dev/ram0"))

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0
+"""What a backend says about its disk is what the guest gets to see, also when it changes.
+
+Dom0's shell plays backends that say all sorts of things. Their disks have no
+sectors while they connect, as nobody would answer a look for partitions.
+"""
+
+from harness.toolstack import PLAIN
+from harness.toolstack import connect_disks
+from harness.toolstack import create_device
+from harness.toolstack import directories
+from harness.toolstack import remove_devices
+from harness.toolstack import write_nodes
+
+FEATURES = {
+    "feature-max-indirect-segments": 256,
+    "feature-persistent": 1,
+    "feature-discard": 1,
+    "discard-granularity": 8192,
+    "discard-alignment": 4096,
+    "discard-secure": 1,
+    "physical-sector-size": 4096,
+}
+SHOWN = {
+    "ro": "0",
+    "removable": "0",
+    "queue/logical_block_size": "512",
+    "queue/physical_block_size": "512",
+    "queue/max_hw_sectors_kb": "44",
+    "queue/max_segments": "11",
+    "queue/max_segment_size": "4096",
+    "queue/write_cache": "write through",
+    "queue/fua": "0",
+    "queue/discard_max_hw_bytes": "0",
+    "queue/discard_granularity": "0",
+    "queue/write_zeroes_max_bytes": "0",
+}
+INDIRECT = {"queue/max_hw_sectors_kb": "128", "queue/max_segments": "32"}
+DISCARD = {"queue/discard_max_hw_bytes": str(0xFFFFFFFF << 9), "queue/discard_granularity": "8192"}
+LARGE_BLOCKS = {"queue/logical_block_size": "4096", "queue/physical_block_size": "4096"}
+CACHE = {"queue/write_cache": "write back"}
+
+XVDF = 51792
+
+
+def disks(rust):
+    """Name, code, offers, the toolstack's nodes, and what is to be seen of it."""
+    # A barrier flushes before its data, not after: only C takes it for more than a flush.
+    fua = {} if rust else {"queue/fua": "1"}
+    ours = {"removable": "1"} if rust else {}
+    yield "xvda", 51712, {}, {}, {}
+    yield "xvdb", 51728, FEATURES, {}, {**INDIRECT, **DISCARD, "queue/physical_block_size": "4096"}
+    yield "xvdc", 51744, {"sector-size": 4096, "info": 6}, {}, {
+        **LARGE_BLOCKS,
+        "ro": "1",
+        "removable": "1",
+    }
+    yield "xvdd", 51760, {"feature-barrier": 1, "feature-flush-cache": 1}, {}, CACHE
+    yield "xvde", 51776, {"feature-barrier": 1}, {}, {**CACHE, **fua}
+    yield "xvdf", XVDF, {"removable": 1}, {"no-part-scan": 1}, ours
+
+
+def test_disk_facts(xen):
+    """What offers become in sysfs, while a disk connects and later.
+
+    Rows: FE-07, FE-08, FE-09, FE-10, FE-11, FE-13, FE-51, FE-52, FE-54, FE-63, F-20
+    """
+    host = xen()
+    guest = host.start_guest(disks=[])
+    rust = guest.front == "rblkfront"
+    listed = list(disks(rust))
+    connect_disks(host, guest, {code: (offers, nodes) for _, code, offers, nodes, _ in listed})
+    guest.wait_for(" && ".join(f"[ -b /dev/{name} ]" for name, *_ in listed))
+    seen = guest.sh(
+        f"for d in {' '.join(name for name, *_ in listed)}; do cd /sys/block/$d; cat {' '.join(SHOWN)}; done"
+    ).splitlines()
+    for name, _code, offers, nodes, facts in listed:
+        shown = dict(zip(SHOWN, seen[: len(SHOWN)], strict=True))
+        assert shown == {**SHOWN, **facts}, (name, offers, nodes)
+        seen = seen[len(SHOWN) :]
+    follow_changes(host, guest, rust)
+    remove_devices(host, guest, [code for _, code, *_ in listed])
+
+
+def follow_changes(host, guest, rust):
+    """Size, and whether it can be written, change while the disk is there. Nonsense changes nothing."""
+    back = directories(guest.domid, XVDF)[1]
+    for sectors in (8192, 6144, 0):
+        write_nodes(host, back, {"sectors": sectors, "state": 4})
+        guest.wait_for(f"[ $(cat /sys/block/xvdf/size) = {sectors} ]")
+    write_nodes(host, back, {"info": 4, "sectors": 2048, "state": 4})
+    guest.wait_for("[ $(cat /sys/block/xvdf/size) = 2048 ]")
+    assert guest.sh("cat /sys/block/xvdf/ro; dmesg -c > /dev/null") == ("1" if rust else "0")
+    write_nodes(host, back, {"sectors": "many", "state": 4})
+    write_nodes(host, back, {"sectors": 1024, "sector-size": 4096, "info": 0, "state": 4})
+    guest.wait_for("[ $(cat /sys/block/xvdf/size) = 1024 ]")
+    assert guest.sh("cd /sys/block/xvdf; cat queue/logical_block_size ro").split() == ["512", "0"]
+    if rust:
+        said = guest.sh("dmesg")
+        assert "sector-size = 4096" in said, said
+    write_nodes(host, back, {"sectors": 0, "state": 4})
+    guest.wait_for("[ $(cat /sys/block/xvdf/size) = 0 ]")
+
+
+NAMES = [
+    {
+        51712: ("xvda", "202:0"),
+        51729: ("xvdb1", "202:17"),
+        5632: ("xvdc", "202:32"),
+        2096: ("xvdd", "202:48"),
+        16640: ("xvdq", "202:256"),
+        (1 << 28) + 256 * 30: ("xvdae", "202:7680"),
+    },
+    {768: ("xvda", "202:0"), 2064: ("xvdb", "202:16")},
+]
+"""Names and numbers of disks by virtual device number: xvd, hd, sd and extended form."""
+
+NOWHERE = [9 << 8, 3 << 28, (1 << 28) + (1 << 20)]
+"""Virtual device numbers of no disk."""
+
+
+def test_disk_names(xen):
+    """Each form of virtual device number has its name and minors; a clash is refused.
+
+    Rows: FE-01
+    """
+    host = xen()
+    guest = host.start_guest(disks=[])
+    for names in NAMES:
+        connect_disks(host, guest, {code: ({}, {}) for code in names})
+        for code, (name, number) in names.items():
+            guest.wait_for(f'[ "$(cat /sys/block/{name}/dev)" = {number} ]')
+        if 768 in names:
+            refuse_clash(host, guest)
+        remove_devices(host, guest, names)
+    for code in NOWHERE:
+        create_device(host, guest.domid, code)
+    guest.wait_for(
+        " && ".join(f"[ -e /sys/bus/xen/devices/vbd-{code} ]" for code in NOWHERE)
+    )
+    assert guest.sh("ls -d /sys/block/xvd* 2>/dev/null || true") == ""
+    remove_devices(host, guest, NOWHERE)
+
+
+def refuse_clash(host, guest):
+    """51712 and 768 are both xvda: the second is closed, the first stays."""
+    front, back = create_device(host, guest.domid, 51712)
+    host.wait_for(f"[ $(xenstore-read {front}/state) = 3 ]")
+    write_nodes(host, back, {**PLAIN, "state": 4})
+    host.wait_for(f"[ $(xenstore-read {front}/state) -ge 5 ]")
+    assert guest.sh("readlink -f /sys/block/xvda").split("/")[-3] == "vbd-768"
+    remove_devices(host, guest, [51712])
