@@ -44,6 +44,7 @@ use crate::link::Link;
 use crate::nodes;
 use crate::nodes::RingNodes;
 use crate::queue::Queue;
+use crate::queue::Spare;
 use crate::queue::Terms;
 use crate::signal::Cause;
 use crate::signal::Signal;
@@ -492,6 +493,13 @@ impl Control {
             _ => XenbusState::Unknown,
         };
         self.own == Front::Dead || self.own.whole(backend)
+    }
+
+    /// Gives back pages of the pools that nobody has needed since the last time.
+    pub(crate) fn give_back_spare(&self) -> Spare {
+        self.queues.iter().fold(Spare::default(), |sum, queue| {
+            sum.and(queue.give_back_spare())
+        })
     }
 
     /// Whether there is a disk.

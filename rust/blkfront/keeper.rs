@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The thread of a device: lets the disk go, keeps deadlines.
+//! The thread of a device: lets the disk go, keeps deadlines, gives back memory.
 //!
 //! # What waits for whom
 //!
@@ -40,6 +40,20 @@ const LINGER_STEP_MS: u32 = 100;
 /// How often is looked whether a backend is away for too long.
 const OUTAGE_STEP_MS: u32 = 10_000;
 
+/// How often pages that nobody needs are looked for, while there may be some.
+const SPARE_STEP_MS: u32 = 10_000;
+/// How often that is done in vain. A backend need not let go of pages that are granted to stay.
+const SPARE_TRIES: u32 = 18;
+
+/// When to look for spare pages.
+#[derive(Default)]
+struct Spares {
+    /// The last look, or when the pool has grown; `None` if there is nothing to look for.
+    last: Option<Instant<Monotonic>>,
+    /// Looks in a row that have found nothing.
+    vain: u32,
+}
+
 /// A device, as its thread and xenbus share it.
 #[pin_data]
 pub(crate) struct Keeper {
@@ -62,10 +76,13 @@ impl Keeper {
     /// The life of the device.
     pub(crate) fn run(&self) {
         let mut away = None;
+        let mut spares = Spares::default();
         while !self.signal.removed() {
             self.attend();
             self.check_outage(&mut away);
-            self.signal.wait(self.patience(away.is_some()));
+            self.look_for_spares(&mut spares);
+            self.signal
+                .wait(self.patience(away.is_some() || spares.last.is_some()));
         }
 
         self.close();
@@ -76,12 +93,12 @@ impl Keeper {
         self.remove_disk();
     }
 
-    /// How long to sleep if nothing happens.
-    fn patience(&self, away: bool) -> Option<Jiffies> {
+    /// How long to sleep if nothing happens. `watching`: for a backend that is away, or for memory.
+    fn patience(&self, watching: bool) -> Option<Jiffies> {
         if self.control.lock().lingers() {
             Some(msecs_to_jiffies(LINGER_STEP_MS))
-        } else if away {
-            Some(msecs_to_jiffies(OUTAGE_STEP_MS))
+        } else if watching {
+            Some(msecs_to_jiffies(OUTAGE_STEP_MS.min(SPARE_STEP_MS)))
         } else {
             None
         }
@@ -122,6 +139,26 @@ impl Keeper {
             pr_err!("{}: the backend is away for too long\n", control.name());
         }
         control.follow(FrontEvent::Deadline { disk });
+    }
+
+    /// Gives back pages that nobody needs any more.
+    fn look_for_spares(&self, spares: &mut Spares) {
+        if self.signal.take(Cause::Grown) {
+            spares.vain = 0;
+            spares.last.get_or_insert_with(Instant::now);
+        }
+        let due = |last: &Instant<Monotonic>| last.elapsed().as_millis() >= SPARE_STEP_MS.into();
+        if !spares.last.as_ref().is_some_and(due) {
+            return;
+        }
+        let found = self.control.lock().give_back_spare();
+        spares.vain = if found.freed {
+            0
+        } else {
+            spares.vain.wrapping_add(1)
+        };
+        let go_on = found.grown && spares.vain < SPARE_TRIES;
+        spares.last = go_on.then(Instant::now);
     }
 
     /// Lets the disk go. What is in flight gets a while to be answered, and fails then.

@@ -4,7 +4,8 @@
 //!
 //! Data that is bounced, and the segments of indirect requests, stand in such pages. A queue starts
 //! with as many as one request of any size needs, so that one can always proceed, and gets more as
-//! they are needed; they go when the connection goes.
+//! they are needed. Those that nobody has needed for a while are *spare*, and are given back, but
+//! for those of the start.
 
 use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::alloc::Flags;
@@ -18,13 +19,22 @@ use kernel_ext::xen::DomId;
 /// Granted pages that no request uses.
 pub(crate) struct Pool {
     pages: KVVec<GrantedPage>,
+    /// As many as there always are.
+    first: usize,
+    /// How few there were since the last look for spare pages.
+    fewest: usize,
 }
+
+/// Pages that are taken out at once to be given back.
+pub(crate) const SPARE_AT_ONCE: usize = 64;
 
 impl Pool {
     /// No pages, and no room for any.
     pub(crate) const fn empty() -> Self {
         Self {
             pages: KVVec::new(),
+            first: 0,
+            fewest: 0,
         }
     }
 
@@ -35,17 +45,22 @@ impl Pool {
             // There is room for them.
             let _ = pages.push_within_capacity(new_page(domain, GFP_KERNEL)?);
         }
-        Ok(Self { pages })
+        Ok(Self {
+            pages,
+            first,
+            fewest: first,
+        })
     }
 
     /// Moves pages to `to` until that has `count`, as far as there are any.
     pub(crate) fn take(&mut self, to: &mut KVec<GrantedPage>, count: usize) {
         while to.len() < count {
-            let Some(page) = self.pages.pop() else { return };
+            let Some(page) = self.pages.pop() else { break };
             if to.push_within_capacity(page).is_err() {
-                return;
+                break;
             }
         }
+        self.fewest = self.fewest.min(self.pages.len());
     }
 
     /// Takes pages back. Those for which there is no room are freed.
@@ -53,6 +68,34 @@ impl Pool {
         while let Some(page) = from.pop() {
             let _ = self.pages.push_within_capacity(page);
         }
+    }
+
+    /// Takes out some spare pages: those that nobody has used for the longest time, which the
+    /// backend has least reason to keep mapped.
+    pub(crate) fn take_spare(&mut self) -> [Option<GrantedPage>; SPARE_AT_ONCE] {
+        let count = self.fewest.saturating_sub(self.first).min(SPARE_AT_ONCE);
+        if count <= self.pages.len() {
+            self.pages.rotate_left(count);
+        }
+        self.fewest = self.fewest.saturating_sub(count);
+        core::array::from_fn(|index| {
+            if index < count {
+                self.pages.pop()
+            } else {
+                None
+            }
+        })
+    }
+
+    /// Takes back a spare page that the backend has mapped.
+    pub(crate) fn keep(&mut self, page: GrantedPage) {
+        let _ = self.pages.push_within_capacity(page);
+    }
+
+    /// Begins to count anew how many pages are spare. Whether there are more pages than at the start.
+    pub(crate) fn watch(&mut self) -> bool {
+        self.fewest = self.pages.len();
+        self.fewest > self.first
     }
 }
 

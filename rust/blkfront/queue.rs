@@ -130,6 +130,25 @@ pub(crate) struct Queue {
     pub(crate) inner: IrqSpinLock<Inner>,
 }
 
+/// What a look for spare pages has found.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Spare {
+    /// Some were given back.
+    pub(crate) freed: bool,
+    /// There are still more than at the start.
+    pub(crate) grown: bool,
+}
+
+impl Spare {
+    /// What was found in two places.
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            freed: self.freed || other.freed,
+            grown: self.grown || other.grown,
+        }
+    }
+}
+
 /// How much of what a request needs.
 #[derive(Clone, Copy)]
 struct Needs {
@@ -252,6 +271,28 @@ impl Queue {
         }
     }
 
+    /// Gives back pages that nobody has needed since the last time, as far as the backend does not
+    /// have them mapped.
+    pub(crate) fn give_back_spare(&self) -> Spare {
+        let mut freed = false;
+        loop {
+            let pages = self.inner.lock().pool.take_spare();
+            let mut some = false;
+            for page in pages.into_iter().flatten() {
+                match page.try_end() {
+                    Ok(_page) => some = true,
+                    Err(page) => self.inner.lock().pool.keep(page),
+                }
+            }
+            freed |= some;
+            if !some {
+                break;
+            }
+        }
+        let grown = self.inner.lock().pool.watch();
+        Spare { freed, grown }
+    }
+
     /// Has the backend's events come to one CPU, if that is possible. Sleeps.
     pub(crate) fn set_event_cpu(&self, cpu: CpuId) {
         let channel = (self.inner.lock().link.as_ref()).map(|link| link.channel.clone());
@@ -322,7 +363,7 @@ impl Queue {
                 return Ok(());
             }
         };
-        let Ok(reserve) = prepare(&mut rq, &terms, needs) else {
+        let Ok(reserve) = self.prepare(&mut rq, &terms, needs) else {
             self.break_promise(rq.data_mut(), needs);
             return Err(rq.reject());
         };
@@ -342,6 +383,32 @@ impl Queue {
             }
         }
         Ok(())
+    }
+
+    /// Gets what the pool did not have, reserves grants, and copies the data of a write that is
+    /// bounced.
+    fn prepare<S: mq::State>(
+        &self,
+        rq: &mut Request<Disk, S>,
+        terms: &Terms,
+        needs: Needs,
+    ) -> Result<GrantReserve> {
+        let carry = rq.data_mut();
+        if carry.data.len() < needs.data || carry.indirect.len() < needs.indirect {
+            self.signal.raise(Cause::Grown);
+        }
+        pool::grow(terms.domain, &mut carry.data, needs.data)?;
+        pool::grow(terms.domain, &mut carry.indirect, needs.indirect)?;
+        let reserve = GrantReserve::new(needs.grants)?;
+
+        if terms.bounce && rq.op() == Op::Write {
+            for (segment, page) in rq.segments().zip(&rq.data().data) {
+                if let Some(copy) = page.slice_mut(segment.offset(), segment.len()) {
+                    copy.copy_from(segment);
+                }
+            }
+        }
+        Ok(reserve)
     }
 
     /// Promises slots, and takes pages out of the pool as far as there are any.
@@ -478,27 +545,6 @@ fn count_pieces<S: mq::State>(rq: &Request<Disk, S>) -> Option<u32> {
         count = count.wrapping_add(1);
     }
     (count <= params::max_segments().into()).then_some(count)
-}
-
-/// Gets what the pool did not have, reserves grants, and copies the data of a write that is bounced.
-fn prepare<S: mq::State>(
-    rq: &mut Request<Disk, S>,
-    terms: &Terms,
-    needs: Needs,
-) -> Result<GrantReserve> {
-    let carry = rq.data_mut();
-    pool::grow(terms.domain, &mut carry.data, needs.data)?;
-    pool::grow(terms.domain, &mut carry.indirect, needs.indirect)?;
-    let reserve = GrantReserve::new(needs.grants)?;
-
-    if terms.bounce && rq.op() == Op::Write {
-        for (segment, page) in rq.segments().zip(&rq.data().data) {
-            if let Some(copy) = page.slice_mut(segment.offset(), segment.len()) {
-                copy.copy_from(segment);
-            }
-        }
-    }
-    Ok(reserve)
 }
 
 /// Lets the backend use the data of a request that was started.

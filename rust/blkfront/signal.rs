@@ -20,13 +20,15 @@ pub(crate) enum Cause {
     Close,
     /// A backend broke the rules of a ring, or the disk could not be added: there is no way on.
     Failed,
+    /// A pool of pages has grown: it is to be looked after until it is small again.
+    Grown,
     /// The backend has said that it cannot discard.
     NoDiscard,
     /// The device is being unbound.
     Remove,
 }
 
-const CAUSES: usize = 5;
+const CAUSES: usize = 6;
 
 /// Wakes the thread of a device. Any context.
 #[pin_data]
