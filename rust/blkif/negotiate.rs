@@ -307,9 +307,9 @@ impl DiskNodes {
     }
 }
 
-/// Reads the node `sectors`, also alone when a disk changes its size. The size in bytes must be a
-/// positive `i64`, the kernel's type for offsets.
-pub fn sectors(text: &[u8]) -> Result<u64, BadNode> {
+/// Reads the node `sectors`. The size in bytes must be a positive `i64`, the kernel's type for
+/// offsets.
+fn sectors(text: &[u8]) -> Result<u64, BadNode> {
     node::decimal("sectors", text, i64::MAX as u64 / u64::from(SECTOR_SIZE))
 }
 
@@ -718,6 +718,18 @@ mod tests {
             physical_block_size: 4096,
         };
         assert_eq!(disk.disk(), Ok(expected));
+    }
+
+    #[test]
+    fn a_disk_is_removable_by_info_or_by_a_node_of_its_own() {
+        let required = [("sectors", "8"), ("sector-size", "512")];
+        for (info, removable, expected) in [("0", "0", false), ("2", "0", true), ("0", "1", true)] {
+            let mut nodes = nodes(&required);
+            nodes.set("info", info.as_bytes()).unwrap();
+            nodes.set("removable", removable.as_bytes()).unwrap();
+            assert_eq!(nodes.disk().unwrap().removable(), expected);
+        }
+        assert!(DiskNodes::default().set("removable", b"yes").is_err());
     }
 
     #[test]
