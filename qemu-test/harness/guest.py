@@ -48,9 +48,10 @@ class GuestShell(Shell):
 class Guest:
     """One DomU."""
 
-    def __init__(self, host, name):
+    def __init__(self, host, name, settings=""):
         self.host = host
         self.name = name
+        self._settings = settings
         self.domid = None
         self.shell = None
         self._allowed = []
@@ -72,6 +73,7 @@ extra = "{extra}"
 disk = [ {listed} ]
 on_crash = "destroy"
 on_reboot = "destroy"
+{self._settings}
 """
         log = LOG.format(name=self.name)
         self.host.sh(f"cat > /run/{self.name}.cfg << 'EOF'\n{configuration}\nEOF\n: > {log}")

@@ -27,6 +27,11 @@ XEN_ARGUMENTS = (
     "spec-ctrl=no,eager-fpu edd=off vga=none vpmu=off iommu=no cpufreq=none loglvl=warning guest_loglvl=warning"
 )
 DOM0_ARGUMENTS = "console=hvc0 panic=1 loglevel=5 mitigations=off"
+PROCESSOR = "qemu64,+svm,+npt,+rdrand"
+COUNTED = (
+    "-icount", "shift=0,sleep=off", "-seed", "1", "-rtc", "base=2026-01-01T00:00:00,clock=vm",
+)  # fmt: skip
+"""A machine whose clock is the number of instructions that it ran: one each nanosecond."""
 DISK_SIZES = {"payload": 64 << 20, "disk": 512 << 20}
 """The disks that a scenario brings: /dev/vda and /dev/vdb in dom0. /dev/vdc has the guests' kernel."""
 
@@ -35,10 +40,14 @@ BOOTS = 5
 
 
 class Snapshot:
-    """The Xen host for one kernel, booted up to "dom0 ready"."""
+    """The Xen host for one kernel, booted up to "dom0 ready".
 
-    def __init__(self, kernel, vcpus=1):
+    `counted` makes a machine that measures time in instructions, see COUNTED.
+    """
+
+    def __init__(self, kernel, vcpus=1, counted=False):
         self._vcpus = vcpus
+        self._counted = counted
         self.memory_factor = kernel.memory_factor
         self._xen = xen_binary()
         self._initrd = dom0_initrd(kernel)
@@ -55,16 +64,18 @@ class Snapshot:
             arguments,
             Path(__file__),
         )
+        self.key = key
         self._directory = CACHE / "snapshots" / key
 
-    def start(self, logs, disks, write_log=None):
+    def start(self, logs, disks, write_log=None, extra=()):
         """A machine that is about to go on from "dom0 ready", see `resume`.
 
         `disks` are the images, by name.
         With `write_log`, QEMU logs the writes to the disk "disk" in that file.
+        `extra` are more arguments for QEMU, such as a plugin.
         """
         directory = made_once(self._directory, self._make)
-        arguments = self._arguments(disks, write_log)
+        arguments = [*self._arguments(disks, write_log), *extra]
         machine = Machine([*arguments, "-incoming", f"exec:cat {directory / 'state'}"], logs)
         shutil.copy(directory / "console.log", machine.logs / "console-boot.log")
         return machine
@@ -87,7 +98,7 @@ class Snapshot:
             try:
                 machine.wait_for_console("init: dom0 ready", timeout=300)
                 machine.shell.wait_ready(timeout=60)
-                if not _keeps_time(machine):
+                if not self._counted and not _keeps_time(machine):
                     return False
                 machine.shell.check("sync")
                 machine.monitor("stop")
@@ -105,7 +116,8 @@ class Snapshot:
 
         vmlinux = comma(f"{self._vmlinux} {DOM0_ARGUMENTS}")
         arguments = [
-            "-accel", "tcg", "-machine", "q35", "-cpu", "qemu64,+svm,+npt,+rdrand",
+            "-accel", "tcg,thread=single" if self._counted else "tcg", "-machine", "q35",
+            "-cpu", PROCESSOR + ",-x2apic" * self._counted, *COUNTED * self._counted,
             "-m", str(1536 * self.memory_factor), "-smp", "1", "-kernel", str(self._xen),
             "-append", XEN_ARGUMENTS.format(vcpus=self._vcpus, memory=512 * self.memory_factor),
             "-initrd", f"{vmlinux},{comma(self._initrd)}",

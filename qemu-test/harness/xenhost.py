@@ -39,12 +39,15 @@ class XenHost:
 
     `image` is copied to the disk that dom0 sees as /dev/vdb; after the end of
     the scenario the copy is at `self.disk` for a look from outside. With
-    `log_writes` QEMU logs the writes to that disk, see writelog.py.
+    `log_writes` QEMU logs the writes to that disk, see writelog.py. `programs`
+    are in /payload/programs of dom0 and in /programs of each guest; `extra` are
+    more arguments for QEMU.
     """
 
     def __init__(
-        self, snapshot, pair, logs, modules=(), image=None, front_parameters="", log_writes=False
-    ):
+        self, snapshot, pair, logs, modules=(), image=None, front_parameters="", log_writes=False,
+        programs=(), extra=(),
+    ):  # fmt: skip
         self.logs = Path(logs).resolve()
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
@@ -56,10 +59,10 @@ class XenHost:
             shutil.copy(image, self.disk)
         blank(self.disk, DISK_SIZES["disk"])
         payload = self.logs / "payload"
-        self._write_payload(payload, modules, front_parameters)
+        self._write_payload(payload, modules, programs, front_parameters)
         self.write_log = self.logs / "writes" if log_writes else None
         self.machine = snapshot.start(
-            self.logs, {"payload": payload, "disk": self.disk}, self.write_log
+            self.logs, {"payload": payload, "disk": self.disk}, self.write_log, extra
         )
 
     def boot(self):
@@ -67,7 +70,7 @@ class XenHost:
         resume(self.machine)
         self.sh("mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null")
 
-    def _write_payload(self, path, modules, front_parameters):
+    def _write_payload(self, path, modules, programs, front_parameters):
         front = Archive()
         add_built_module(front, f"/modules/{self.pair.front.name}.ko", self.pair.front.file)
         front.data("/modules/load", f"{self.pair.front.name} {front_parameters}\n")
@@ -75,6 +78,9 @@ class XenHost:
         for module in modules:
             for archive in (front, payload):
                 add_built_module(archive, f"/modules/{Path(module).name}", module)
+        for program in programs:
+            for archive in (front, payload):
+                archive.file(f"/programs/{Path(program).name}", program)
         payload.data("/guest.cpio", front.to_bytes())
         add_built_module(payload, f"/modules/{self.pair.back.name}.ko", self.pair.back.file)
         payload.write(path)
@@ -107,10 +113,14 @@ class XenHost:
         self.insmod("brd", f"rd_nr={count} rd_size={megabytes * 1024}")
 
     def start_guest(
-        self, name="guest", type="pv", disks=(Disk(),), vcpus=1, memory=192, root=None, fio=False
-    ):
-        """Starts a DomU and waits until its agent answers; `fio` puts fio in it."""
-        guest = self.guests[name] = Guest(self, name)
+        self, name="guest", type="pv", disks=(Disk(),), vcpus=1, memory=192, root=None, fio=False,
+        settings="",
+    ):  # fmt: skip
+        """Starts a DomU and waits until its agent answers; `fio` puts fio in it.
+
+        `settings` are more lines for its xl configuration.
+        """
+        guest = self.guests[name] = Guest(self, name, settings)
         guest.start(type, disks, vcpus, (memory + 128 * fio) * self._memory_factor, root, fio)
         return guest
 

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A Xen host that counts: what is measured, on what, and with which tools.
+
+cell     one measurement: a load on a disk, by its name
+window   the part of a load that is counted, see load.c
+symbols  addresses and names of the functions of Xen and of the kernels
+"""
+
+import bisect
+import gzip
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "qemu-test"))
+
+from harness.cache import CACHE  # noqa: E402
+from harness.cache import key_of  # noqa: E402
+from harness.cache import made_once  # noqa: E402
+from harness.xenhost import XenHost  # noqa: E402
+
+LOAD_FLAGS = ("-static", "-Wl,--section-start=.window=0x5b1c0000")
+PLUGIN_FLAGS = ("-shared", "-fPIC", "-fvisibility=hidden")
+
+XEN_TEXT = 0xFFFF82D000000000
+"""Xen is from here to XEN_END, in the address space of every domain."""
+XEN_END = 0xFFFF830000000000
+KERNEL = 0xFFFF800000000000
+
+
+def compiled(name, *flags):
+    """A program or plugin of this directory, compiled."""
+    source = HERE / name
+    header = HERE / "qemu_plugin.h"
+
+    def make(path):
+        command = ["gcc", "-O2", "-Wall", "-Werror", *flags, "-o", str(path), str(source)]
+        subprocess.run(command, check=True)
+
+    return made_once(CACHE / "bench" / f"{source.stem}-{key_of(source, header, *flags)}", make)
+
+
+@dataclass
+class Symbols:
+    """Functions by address."""
+
+    addresses: list
+    names: list
+
+    @classmethod
+    def parse(cls, text, keep=lambda line: True):
+        """Reads lines "ADDRESS TYPE NAME [MODULE]"."""
+        found = []
+        for line in text.splitlines():
+            match = re.match(r"([0-9a-f]{16}) \w (\S+)(?:\s+(\[\S+\]))?", line)
+            if match and keep(line):
+                name = match.group(2) + (f" {match.group(3)}" if match.group(3) else "")
+                found.append((int(match.group(1), 16), name))
+        found.sort()
+        return cls([address for address, _ in found], [name for _, name in found])
+
+    def name(self, address):
+        """The function that has an instruction at `address`."""
+        place = bisect.bisect_right(self.addresses, address) - 1
+        return self.names[place] if place >= 0 else hex(address)
+
+    def address(self, name):
+        """Where the function called `name` starts, or None."""
+        try:
+            return self.addresses[self.names.index(name)]
+        except ValueError:
+            return None
+
+
+def base_symbols(snapshot, pair):
+    """What Xen and the kernel name their functions: asked once of a running host."""
+
+    def make(path):
+        host = XenHost(snapshot, pair, path.with_name(path.name + ".logs"))
+        try:
+            host.boot()
+            host.sh("(cat /proc/xen/xensyms; echo; grep -v '\\[' /proc/kallsyms) | gzip > /tmp/all.gz")
+            size = int(host.sh("stat -c %s /tmp/all.gz"))
+            host.sh("dd if=/tmp/all.gz of=/dev/vdb bs=64k conv=fsync 2>/dev/null")
+            with host.disk.open("rb") as disk:
+                path.write_bytes(disk.read(size))
+        finally:
+            host.close()
+
+    path = made_once(CACHE / "bench" / f"symbols-{snapshot.key}", make)
+    text = gzip.decompress(path.read_bytes()).decode()
+    xen, _, linux = text.partition("\n\n")
+    return Symbols.parse(xen), Symbols.parse(linux)
+
+
+HYPERCALLS = (
+    "grant_table_op", "event_channel_op", "sched_op", "set_timer_op", "vcpu_op", "iret", "mmuext_op",
+    "mmu_update", "update_va_mapping", "multicall", "physdev_op", "memory_op", "xen_version",
+    "set_segment_base", "stack_switch", "fpu_taskswitch", "update_descriptor", "console_io",
+)  # fmt: skip
+"""The hypercalls that are counted, by the functions of Xen that serve them."""
+
+LINUX_EVENTS = {
+    "switches": ("__switch_to_asm", "-"),
+    "copied": ("memcpy", "rdx"),
+    "allocations": ("kmem_cache_alloc_noprof", "-"),
+    "kmalloc": ("__kmalloc_noprof", "-"),
+    "kmalloc_cache": ("__kmalloc_cache_noprof", "-"),
+    "upcalls": ("xen_evtchn_do_upcall", "-"),
+    "wakes": ("try_to_wake_up", "-"),
+}
+"""What is counted in the kernels: the function, and the register whose values are summed."""
+
+XEN_EVENTS = {"xen_copied": ("memcpy", "rdx"), "flushes": ("flush_area_mask", "-")}
+
+
+def points(xen, linux):
+    """What the plugin is to look at, in its own words."""
+    lines = [f"switch {xen.address('context_switch'):x}"]
+    for name in HYPERCALLS:
+        address = xen.address(f"do_{name}")
+        if address:
+            keyed = name in ("grant_table_op", "event_channel_op")
+            amount = "rdx" if name == "grant_table_op" else "-"
+            lines.append(f"event hc:{name} {address:x} {'rdi' if keyed else '-'} {amount}")
+    for symbols, events in ((xen, XEN_EVENTS), (linux, LINUX_EVENTS)):
+        for name, (function, amount) in events.items():
+            address = symbols.address(function)
+            if address:
+                lines.append(f"event {name} {address:x} - {amount}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+@dataclass
+class Window:
+    """What the plugin has counted in one window: raw, by slot."""
+
+    number: int
+    slot: int
+    blocks: list
+    events: list
+
+    def places(self):
+        """For each slot who runs there: guest (whoever runs the load), dom0 or idle.
+
+        Where the load runs in dom0, there is no guest.
+        """
+        outside = {slot for address, _, slot in self.blocks if not XEN_TEXT <= address < XEN_END}
+        return {
+            slot: "load" if slot == self.slot else "other" if slot in outside else "idle"
+            for _, _, slot in self.blocks
+        }
+
+
+def read_windows(path):
+    """The windows of a run of the plugin, by number."""
+    windows = {}
+    window = None
+    for line in Path(path).read_text().splitlines():
+        kind, *fields = line.split()
+        if kind == "window":
+            window = Window(int(fields[0]), int(fields[1]), [], [])
+            windows[window.number] = window
+        elif kind == "block":
+            window.blocks.append((int(fields[0], 16), int(fields[1]) * int(fields[3]), int(fields[2])))
+        else:
+            window.events.append((fields[0], *map(int, fields[1:])))
+    return windows

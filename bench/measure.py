@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-2.0
+"""From the counts of a window to what one I/O costs."""
+
+from collections import Counter
+
+from counted import KERNEL
+from counted import XEN_END
+from counted import XEN_TEXT
+from counted import Symbols
+
+PROFILE_LENGTH = 60
+"""Functions that are kept of each window, those with the most instructions."""
+
+GRANT_OPERATIONS = {0: "map", 1: "unmap", 5: "copy"}
+SEND = 4
+"""The operation of event_channel_op that notifies another domain."""
+
+
+def measured(window, where, cell, ios, nanoseconds, symbols, modules):
+    """What one I/O of a window costs. `where` the load ran: pair, guest (floor) or dom0 (floor)."""
+    place = window.places()
+    who = {"load": "dom0" if where == "dom0" else "guest", "other": "dom0", "idle": "idle"}
+    if where == "dom0":
+        who["other"] = "guest"
+    named = {slot: who[name] for slot, name in place.items()}
+    instructions, profile = _instructions(window, named, symbols, _module_symbols(modules, who))
+    result = {
+        "where": where,
+        "cell": cell.name,
+        "ios": ios,
+        "clock": round(nanoseconds / ios, 1),
+        "instructions": {name: round(count / ios, 1) for name, count in instructions.items()},
+        "profile": [
+            [*key, round(count / ios, 1)] for key, count in profile.most_common(PROFILE_LENGTH)
+        ],
+    }
+    return result | {
+        group: {name: round(count / ios, 4) for name, count in sorted(counts.items())}
+        for group, counts in _events(window, named).items()
+    }
+
+
+def _module_symbols(modules, who):
+    return {who[name]: Symbols.parse(text) for name, text in modules.items()}
+
+
+def _instructions(window, named, symbols, modules):
+    xen, linux = symbols
+    totals = Counter()
+    profile = Counter()
+    for address, count, slot in window.blocks:
+        domain = named[slot]
+        if XEN_TEXT <= address < XEN_END:
+            where, name = "xen", xen.name(address)
+            totals["xen"] += count
+        elif address < KERNEL:
+            where, name = domain, "(user)"
+            totals[domain] += count
+        else:
+            module = modules.get(domain)
+            inside = module and module.addresses and address >= module.addresses[0]
+            where = domain
+            name = module.name(address) if inside else linux.name(address)
+            totals[domain] += count
+        profile[(where, name)] += count
+    return totals, profile
+
+
+def _events(window, named):
+    hypercalls, grants, others = Counter(), Counter(), Counter()
+    for name, slot, key, runs, amount, empty in window.events:
+        domain = named.get(slot, "idle")
+        if name.startswith("hc:"):
+            hypercalls[f"{domain}:{name[3:]}"] += runs
+        else:
+            others[f"{domain}:{name}"] += runs
+        if name == "hc:grant_table_op":
+            operation = GRANT_OPERATIONS.get(key, f"operation {key}")
+            grants[f"{operation} calls"] += runs
+            grants[f"{operation} pages"] += amount
+            grants["empty calls"] += empty
+        if name == "hc:event_channel_op" and key == SEND:
+            others[f"{domain}:notifications"] += runs
+        if name in ("copied", "xen_copied"):
+            others[f"{domain}:{name} bytes"] += amount
+    return {"hypercalls": hypercalls, "grants": grants, "events": others}
