@@ -5,7 +5,7 @@
 KREL ?= 7.3
 export KDIR
 
-.PHONY: all demo test shell lint doc kernel kernel-debug install clean distclean help
+.PHONY: all demo test bench bench-page profile shell lint doc kernel kernel-debug install clean distclean help
 all: ## the modules, for KREL= (a series or release, 7.3) or KDIR= (a build directory)
 	@built=$$(scripts/build-modules $(KREL)) && ls -1 "$${built#$(CURDIR)/}"/rblk*.ko
 
@@ -14,6 +14,16 @@ demo: ## a guest whose root disk our pair carries, checked from outside
 
 test: ## all tests; T=<name> for scenarios with that name only
 	@scripts/run-tests $(T)
+
+bench: ## what an I/O costs, counted, with the C pair and ours; BASE=<json> compares with an earlier run
+	@scripts/bench $(if $(CELLS),--cells "$(CELLS)") $(if $(BASE),--base "$(BASE)")
+
+bench-page: ## the same, and writes the tables and the picture of Documentation/performance.rst
+	@scripts/bench --page Documentation
+
+profile: ## where the instructions go, function by function; CELLS="4k read qd1" names the loads
+	@scripts/bench --profile --no-floors --settings fixed --pairs C/C,R/R --out build/bench/profile.json \
+		--cells "$(or $(CELLS),4k read qd32)"
 
 shell: ## a dom0 with a guest, to play in
 	@scripts/demo --shell

@@ -1,14 +1,15 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0
-"""Counts what an I/O costs, with the C pair and with ours, and prints a table.
+"""Counts what an I/O costs, with the C pair and with ours, and prints tables.
 
-    bench.py --kernel DIR --build DIR [--pairs C/C,R/R] [--types pv,pvh] [--cells 4k,1m]
-             [--settings fixed,stock] [--out FILE] [--base FILE]
+Each pair boots once per kind of guest and setting:
 
-fixed   the guest's scheduler is none and its clock is read without a trap: what
-        the drivers cost. stock: both as they come, what a user gets.
-floor   the same load on a RAM disk in the guest, and on the one in dom0: what is
-        left if the way between the two domains costs nothing.
+fixed    the guest's scheduler is none and its clock is read without a trap: what
+         the drivers cost
+granted  the same with feature_persistent=0 in both drivers
+stock    all as it comes: what a user gets
+floor    the same load on a RAM disk in the guest, and on the one in dom0: what is
+         left if the way between the two domains costs nothing
 """
 
 import argparse
@@ -22,34 +23,40 @@ from counted import LOAD_FLAGS
 from counted import PLUGIN_FLAGS
 from counted import base_symbols
 from counted import compiled
+from counted import code_of
+from counted import module_symbols
 from counted import points
 from counted import read_windows
+from draw import draw
 from measure import measured
+from page import write_page
+from report import print_profile
 from report import print_report
 
 from harness.kernel import Kernel
+from harness.kernel import build_id
+from harness.pairs import Driver
 from harness.pairs import pair as pair_called
 from harness.snapshot import Snapshot
+from harness.xenhost import Disk
 from harness.xenhost import XenHost
 
-SETTINGS = {"fixed": 'tsc_mode="native"', "stock": ""}
 MEGABYTES = 64
-FILL = "dd if=/dev/zero of=/dev/ram0 bs=1M 2>/dev/null || true; sync"
-DRAM = "/dev/ram0"
+FLUSHED = "/run/flushed"
+NOT_KEPT = "feature_persistent=0"
 
 
 class Run:
-    """One boot: a pair and a kind of guest, with all cells."""
+    """One boot: a pair, a kind of guest and a setting, with all cells."""
 
     def __init__(self, options, snapshot, symbols, pair, kind, setting):
         self.options = options
         self.pair, self.kind, self.setting = pair, kind, setting
-        name = f"{pair.name}-{kind}-{setting}".replace("/", "")
-        self.logs = Path(options.logs) / name
+        self.logs = Path(options.logs) / f"{pair.name}-{kind}-{setting}".replace("/", "")
         self.symbols = symbols
         self._snapshot = snapshot
         self._windows = []
-        self._modules = {}
+        self._code = {}
 
     def __call__(self, cells, floors):
         """Boots, runs the cells and returns what they cost."""
@@ -59,14 +66,17 @@ class Run:
         place.write_text(points(*self.symbols))
         plugin = compiled("count.c", *PLUGIN_FLAGS)
         self._load = compiled("load.c", *LOAD_FLAGS)
-        brd = self.options.kernel_object.with_dependencies(["brd"]) and self._brd()
+        ram_disk = self._module("brd")
         host = XenHost(
-            self._snapshot, self.pair, self.logs, modules=[brd], programs=[self._load],
+            self._snapshot, self.pair, self.logs, modules=[ram_disk.file], programs=[self._load],
+            front_parameters=self._parameters(),
             extra=["-plugin", f"{plugin},points={place.resolve()},out={counts.resolve()}"],
         )  # fmt: skip
         try:
             host.boot()
-            self._run(host, cells, floors)
+            guest = self._start(host, ram_disk, floors)
+            for cell in cells:
+                self._measure(host, guest, cell, floors and cell.disk == "xvda" and cell.bytes)
             host.finish()
         except BaseException:
             host.collect()
@@ -74,34 +84,48 @@ class Run:
         finally:
             host.close()
         windows = read_windows(counts)
+        modules = {domain: module_symbols(places) for domain, places in self._code.items()}
         return [
-            measured(windows[number], where, cell, ios, nanoseconds, self.symbols, self._modules)
+            measured(windows[number], where, cell, ios, nanoseconds, self.symbols, modules)
             | {"pair": self.pair.name, "type": self.kind, "setting": self.setting}
             for number, (where, cell, ios, nanoseconds) in enumerate(self._windows)
         ]
 
-    def _brd(self):
-        path = self.logs.with_name("brd.ko")
-        path.write_bytes(self.options.kernel_object.module("brd"))
-        return path
+    def _parameters(self):
+        return NOT_KEPT if self.setting == "granted" else ""
 
-    def _run(self, host, cells, floors):
-        host.load_backend()
+    def _module(self, name):
+        path = self.logs.with_name(f"{name}.ko")
+        path.write_bytes(self.options.kernel_object.module(name))
+        return Driver(name, path, build_id(path))
+
+    def _start(self, host, ram_disk, floors):
+        """Starts a guest with a RAM disk, xvda, and one that can be flushed, xvdb."""
+        fill = f"dd if=/dev/zero of=/dev/ram0 bs=1M count={MEGABYTES} 2>/dev/null; sync"
+        host.load_backend(self._parameters())
         host.ram_disks(1, MEGABYTES)
-        host.sh(FILL)
-        guest = host.start_guest(type=self.kind, memory=320, settings=SETTINGS[self.setting])
-        if self.setting == "fixed":
-            guest.sh("echo none > /sys/block/xvda/queue/scheduler")
+        host.sh(f"{fill}; dd if=/dev/zero of={FLUSHED} bs=1M count=8 2>/dev/null")
+        host.sh(f"losetup /dev/loop0 {FLUSHED}")
+        guest = host.start_guest(
+            type=self.kind, memory=320, disks=[Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/loop0")],
+            settings="" if self.setting == "stock" else 'tsc_mode = "native"',
+        )  # fmt: skip
+        if self.setting != "stock":
+            guest.sh("for disk in xvda xvdb; do echo none > /sys/block/$disk/queue/scheduler; done")
         if floors:
-            guest.sh(f"insmod /modules/brd.ko rd_nr=1 rd_size={MEGABYTES * 1024}; {FILL}")
-        look = "grep '\\[' /proc/kallsyms"
-        self._modules = {"load": guest.sh(look), "other": host.sh(look)}
+            guest.sh(f"insmod /modules/brd.ko rd_nr=1 rd_size={MEGABYTES * 1024}; {fill}")
+        self._code = {
+            "guest": code_of(guest, [self.pair.front, *[ram_disk] * floors]),
+            "dom0": code_of(host, [self.pair.back, ram_disk]),
+        }
+        return guest
+
+    def _measure(self, host, guest, cell, floors):
         program = f"/programs/{self._load.name}"
-        for cell in cells:
-            self._cell(guest, "pair", cell, f"{program} ", "/dev/xvda")
-            if floors and cell.kind != "idle":
-                self._cell(guest, "guest", cell, program, DRAM)
-                self._cell(host, "dom0", cell, f"/payload{program}", DRAM)
+        self._cell(guest, "pair", cell, program, f"/dev/{cell.disk}")
+        if floors:
+            self._cell(guest, "guest", cell, program, "/dev/ram0")
+            self._cell(host, "dom0", cell, f"/payload{program}", "/dev/ram0")
 
     def _cell(self, machine, where, cell, program, device):
         number = len(self._windows)
@@ -117,41 +141,64 @@ class Run:
         )
 
 
-def main():
-    """Parses the command line, measures, prints."""
+def parsed():
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kernel", required=True)
-    parser.add_argument("--build", required=True)
-    parser.add_argument("--pairs", default="C/C,R/R,R/C,C/R")
-    parser.add_argument("--types", default="pv")
-    parser.add_argument("--settings", default="fixed")
-    parser.add_argument("--cells", default="")
+    parser.add_argument("--kernel", required=True, help="a prepared kernel")
+    parser.add_argument("--build", required=True, help="directory with our modules")
+    parser.add_argument("--pairs", default="C/C,R/R,C/R,R/C", help="FRONT/BACK, ...")
+    parser.add_argument("--types", default="pv", help="pv, pvh")
+    parser.add_argument("--settings", default="fixed,granted,stock")
+    parser.add_argument("--cells", default="", help="parts of names of cells; all if empty")
     parser.add_argument("--no-floors", dest="floors", action="store_false")
+    parser.add_argument("--profile", action="store_true", help="print the functions too")
     parser.add_argument("--logs", default="build/bench")
     parser.add_argument("--out", default="build/bench/results.json")
-    parser.add_argument("--base", default=None)
-    options = parser.parse_args()
+    parser.add_argument("--base", help="results of an earlier run, to compare with")
+    parser.add_argument("--page", help="directory for the table and the picture of the documentation")
+    return parser.parse_args()
 
-    start = time.monotonic()
+
+def run_all(options):
+    """Boots and measures all that the command line asks for."""
     kernel = options.kernel_object = Kernel(options.kernel)
     snapshot = Snapshot(kernel, counted=True)
     pairs = [pair_called(name, kernel, options.build) for name in options.pairs.split(",")]
     symbols = base_symbols(snapshot, pairs[0])
-    cells = chosen(options.cells)
     results = []
     for kind in options.types.split(","):
         for setting in options.settings.split(","):
+            cells = chosen(options.cells, setting)
             for pair in pairs:
+                if setting != "fixed" and len(set(pair.name.split("/"))) > 1:
+                    continue
                 floors = options.floors and pair is pairs[0] and setting == "fixed"
                 results += Run(options, snapshot, symbols, pair, kind, setting)(cells, floors)
-    document = {"kernel": kernel.release, "results": results}
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.out).write_text(json.dumps(document, indent=1) + "\n")
+    return {
+        "kernel": kernel.release,
+        "date": time.strftime("%B %Y"),
+        "results": results,
+    }
+
+
+def main():
+    """Measures, writes the results, prints them."""
+    options = parsed()
     base = json.loads(Path(options.base).read_text()) if options.base else None
+    start = time.monotonic()
+    document = run_all(options)
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
     print_report(document, base)
-    print(f"{options.out}: took {time.monotonic() - start:.0f} s", file=sys.stderr)
+    if options.profile:
+        print_profile(document)
+    if options.page:
+        write_page(document, Path(options.page) / "performance-tables.inc")
+        draw(document, Path(options.page) / "pictures" / "performance.svg")
+    print(f"{out}: took {time.monotonic() - start:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ XEN_TEXT = 0xFFFF82D000000000
 """Xen is from here to XEN_END, in the address space of every domain."""
 XEN_END = 0xFFFF830000000000
 KERNEL = 0xFFFF800000000000
+"""From here on a domain's kernel is."""
+MODULES = 0xFFFFFFFFC0000000
 
 
 def compiled(name, *flags):
@@ -51,16 +53,16 @@ class Symbols:
     names: list
 
     @classmethod
-    def parse(cls, text, keep=lambda line: True):
-        """Reads lines "ADDRESS TYPE NAME [MODULE]"."""
-        found = []
-        for line in text.splitlines():
-            match = re.match(r"([0-9a-f]{16}) \w (\S+)(?:\s+(\[\S+\]))?", line)
-            if match and keep(line):
-                name = match.group(2) + (f" {match.group(3)}" if match.group(3) else "")
-                found.append((int(match.group(1), 16), name))
-        found.sort()
-        return cls([address for address, _ in found], [name for _, name in found])
+    def parse(cls, text):
+        """Reads lines "ADDRESS TYPE NAME"."""
+        lines = re.finditer(r"^([0-9a-f]{16}) \w (\S+)", text, re.MULTILINE)
+        return cls.of([(int(line.group(1), 16), line.group(2)) for line in lines])
+
+    @classmethod
+    def of(cls, pairs):
+        """Of pairs of an address and a name."""
+        pairs = sorted(pairs)
+        return cls([address for address, _ in pairs], [name for _, name in pairs])
 
     def name(self, address):
         """The function that has an instruction at `address`."""
@@ -94,6 +96,32 @@ def base_symbols(snapshot, pair):
     text = gzip.decompress(path.read_bytes()).decode()
     xen, _, linux = text.partition("\n\n")
     return Symbols.parse(xen), Symbols.parse(linux)
+
+
+def code_of(machine, drivers):
+    """Where the code of loaded modules is: name and file of each, and the address of its text."""
+    show = "cat /sys/module/{}/sections/.text"
+    return [
+        (driver.name, driver.file, int(machine.sh(show.format(driver.name.replace("-", "_"))), 16))
+        for driver in drivers
+    ]
+
+
+def module_symbols(places):
+    """The functions of modules, see `code_of`, and one "(module)" for all others."""
+    found = [(MODULES, "(module)")]
+    for module, file, base in places:
+        command = ["nm", "-C", "-f", "sysv", str(file)]
+        text = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+        end = base
+        for line in text.splitlines():
+            fields = [field.strip() for field in line.split("|")]
+            if fields[-1] == ".text" and fields[3] == "FUNC":
+                start = base + int(fields[1], 16)
+                end = max(end, start + int(fields[4], 16))
+                found.append((start, f"{fields[0]} [{module}]"))
+        found.append((end, "(module)"))
+    return Symbols.of(found)
 
 
 HYPERCALLS = (

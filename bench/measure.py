@@ -4,9 +4,9 @@
 from collections import Counter
 
 from counted import KERNEL
+from counted import MODULES
 from counted import XEN_END
 from counted import XEN_TEXT
-from counted import Symbols
 
 PROFILE_LENGTH = 60
 """Functions that are kept of each window, those with the most instructions."""
@@ -23,10 +23,11 @@ def measured(window, where, cell, ios, nanoseconds, symbols, modules):
     if where == "dom0":
         who["other"] = "guest"
     named = {slot: who[name] for slot, name in place.items()}
-    instructions, profile = _instructions(window, named, symbols, _module_symbols(modules, who))
+    instructions, profile = _instructions(window, named, symbols, modules)
     result = {
         "where": where,
         "cell": cell.name,
+        "bytes": cell.bytes,
         "ios": ios,
         "clock": round(nanoseconds / ios, 1),
         "instructions": {name: round(count / ios, 1) for name, count in instructions.items()},
@@ -38,10 +39,6 @@ def measured(window, where, cell, ios, nanoseconds, symbols, modules):
         group: {name: round(count / ios, 4) for name, count in sorted(counts.items())}
         for group, counts in _events(window, named).items()
     }
-
-
-def _module_symbols(modules, who):
-    return {who[name]: Symbols.parse(text) for name, text in modules.items()}
 
 
 def _instructions(window, named, symbols, modules):
@@ -57,10 +54,9 @@ def _instructions(window, named, symbols, modules):
             where, name = domain, "(user)"
             totals[domain] += count
         else:
-            module = modules.get(domain)
-            inside = module and module.addresses and address >= module.addresses[0]
             where = domain
-            name = module.name(address) if inside else linux.name(address)
+            known = modules[domain] if address >= MODULES and domain in modules else linux
+            name = known.name(address)
             totals[domain] += count
         profile[(where, name)] += count
     return totals, profile

@@ -1,5 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0
-"""The table of a run, and what has changed since another one."""
+"""A run as tables: what one I/O costs, what has changed, and where it is spent."""
+
+SCHEDULING = {
+    "fpu_taskswitch", "iret", "sched_op", "set_segment_base", "set_timer_op", "stack_switch",
+    "update_descriptor", "vcpu_op", "xen_version",
+}  # fmt: skip
+"""Hypercalls of who changes tasks, keeps time or returns from a trap: no driver asks for them."""
+
+TITLES = {
+    "fixed": "scheduler none and a clock that is read without a trap",
+    "granted": "as above, and feature_persistent=0 on both sides",
+    "stock": "as it comes: the default scheduler, and each reading of the clock traps",
+}
+
+COLUMNS = ("total", "of C/C", "guest", "xen", "dom0", "hypercalls", "maps", "copies", "empty",
+           "to back", "to front", "switches", "allocated", "copied")  # fmt: skip
 
 
 def total(result):
@@ -7,50 +22,96 @@ def total(result):
     return sum(count for name, count in result["instructions"].items() if name != "idle")
 
 
-def print_report(document, base=None):
-    """Prints a table for each kind of guest and setting."""
+def tables(document):
+    """For each kind of guest and setting: a title, and the results of the pairs there, in order."""
     results = document["results"]
-    for kind, setting in sorted({(r["type"], r["setting"]) for r in results}):
+    for kind, setting in dict.fromkeys((r["type"], r["setting"]) for r in results):
         chosen = [r for r in results if (r["type"], r["setting"]) == (kind, setting)]
-        print(f"\n{kind}, {setting} settings, kernel {document['kernel']}: instructions for each I/O")
-        _print_table(chosen, base)
+        cells = list(dict.fromkeys(r["cell"] for r in chosen))
+        chosen.sort(key=lambda r: (cells.index(r["cell"]), r["pair"]))
+        yield f"{kind.upper()} guest, {TITLES[setting]}", chosen
 
 
-def _print_table(results, base):
-    floors = {
-        (r["where"], r["cell"]): total(r) for r in results if r["where"] in ("guest", "dom0")
+def row(results, result):
+    """The columns of a result; None where nothing can be said."""
+    instructions, events, grants = (result[part] for part in ("instructions", "events", "grants"))
+    control = next((total(r) for r in results if _is(r, result, "pair", "C/C")), None)
+    work = {
+        name: count
+        for name, count in result["hypercalls"].items()
+        if name.split(":")[1] not in SCHEDULING
     }
-    control = {r["cell"]: total(r) for r in results if r["where"] == "pair" and r["pair"] == "C/C"}
-    before = {_key(r): total(r) for r in (base or {"results": []})["results"]}
-    print(
-        f"{'cell':20}{'pair':5}{'total':>10}{'of C/C':>8}{'guest':>9}{'xen':>8}{'dom0':>9}"
-        f"{'hcalls':>8}{'grant':>7}{'empty':>6}{'notif':>7}{'switch':>7}{'copied':>9}{'clock':>10}"
-        f"{'floor guest':>12}{'dom0':>8}" + (f"{'of base':>9}" if base else "")
-    )
-    for r in sorted(results, key=lambda r: _order(results, r)):
-        if r["where"] != "pair":
-            continue
-        here = total(r)
-        row = r["instructions"]
-        events = r["events"]
-        ratio = here / control[r["cell"]] if r["cell"] in control else 0
-        line = (
-            f"{r['cell']:20}{r['pair']:5}{here:10.0f}{ratio:8.3f}{row.get('guest', 0):9.0f}"
-            f"{row.get('xen', 0):8.0f}{row.get('dom0', 0):9.0f}"
-            f"{sum(r['hypercalls'].values()):8.2f}"
-            f"{_sum(r['grants'], ' calls') - r['grants'].get('empty calls', 0):7.2f}{r['grants'].get('empty calls', 0):6.2f}"
-            f"{_sum(events, ':notifications'):7.2f}{_sum(events, ':switches'):7.2f}"
-            f"{_sum(events, 'copied bytes'):9.0f}{r['clock']:10.0f}"
-            f"{floors.get(('guest', r['cell']), 0):12.0f}{floors.get(('dom0', r['cell']), 0):8.0f}"
-        )
-        if base:
-            line += f"{here / before[_key(r)]:9.3f}" if _key(r) in before else "        -"
-        print(line)
+    return {
+        "total": total(result),
+        "of C/C": total(result) / control if control else None,
+        **{name: instructions.get(name, 0) for name in ("guest", "xen", "dom0")},
+        "hypercalls": sum(work.values()),
+        "maps": grants.get("map pages", 0),
+        "copies": grants.get("copy pages", 0),
+        "empty": grants.get("empty calls", 0),
+        "to back": events.get("guest:notifications", 0),
+        "to front": events.get("dom0:notifications", 0),
+        "switches": _sum(events, ":switches"),
+        "allocated": sum(_sum(events, f":{name}") for name in ("allocations", "kmalloc", "kmalloc_cache")),
+        "copied": _sum(events, "copied bytes"),
+        "floor guest": _floor(results, result, "guest"),
+        "floor dom0": _floor(results, result, "dom0"),
+    }  # fmt: skip
 
 
-def _order(results, result):
-    cells = list(dict.fromkeys(r["cell"] for r in results))
-    return cells.index(result["cell"]), result["pair"]
+def shown(value):
+    """A figure with as many digits as mean something."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def print_report(document, base=None):
+    """Prints the tables; with an earlier document, how much of it each total is."""
+    before = {_key(r): total(r) for r in base["results"]} if base else {}
+    columns = [*COLUMNS, "floor guest", "floor dom0"]
+    for title, results in tables(document):
+        print(f"\n{title}; kernel {document['kernel']}, for each I/O")
+        print(f"{'':20}{'':5}" + "".join(f"{name:>12}" for name in columns) + "     of base" * bool(base))
+        for result in results:
+            if result["where"] != "pair":
+                continue
+            values = row(results, result)
+            line = f"{result['cell']:20}{result['pair']:5}"
+            line += "".join(f"{shown(values[name]):>12}" for name in columns)
+            if base:
+                old = before.get(_key(result))
+                line += f"{shown(total(result) / old if old else None):>12}"
+            print(line)
+
+
+def print_profile(document, limit=60):
+    """Prints, for each cell, the functions with the most instructions, pair by pair."""
+    for title, results in tables(document):
+        for cell in dict.fromkeys(r["cell"] for r in results):
+            found = {r["pair"]: r for r in results if r["cell"] == cell and r["where"] == "pair"}
+            _print_profile(f"{title}: {cell}", found, limit)
+
+
+def _print_profile(title, found, limit):
+    counts = {
+        pair: {(where, name): count for where, name, count in result["profile"]}
+        for pair, result in found.items()
+    }
+    names = {name: max(c.get(name, 0) for c in counts.values()) for c in counts.values() for name in c}
+    print(f"\n{title}: instructions for each I/O")
+    print("".join(f"{pair:>9}" for pair in found))
+    for name in sorted(names, key=names.get, reverse=True)[:limit]:
+        print("".join(f"{shown(c.get(name, 0)):>9}" for c in counts.values()) + f"  {name[0]:6}{name[1]}")
+
+
+def _floor(results, result, where):
+    same = (r for r in results if r["where"] == where and r["cell"] == result["cell"])
+    return next((total(r) for r in same), None)
+
+
+def _is(one, result, name, value):
+    return one[name] == value and one["cell"] == result["cell"] and one["where"] == "pair"
 
 
 def _key(result):

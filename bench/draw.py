@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Stacked bars: where the instructions of an I/O are spent, pair beside pair."""
+
+from report import row
+from report import shown
+from report import tables
+
+PARTS = (("guest", "#7aa6c2"), ("xen", "#d9a441"), ("dom0", "#8fb57a"))
+ROW, WIDTH, LEFT, TOP = 15, 560, 190, 46
+
+
+def draw(document, path):
+    """Draws the first table, each load on a scale of its own: the C pair is 1."""
+    title, results = next(tables(document))
+    results = [r for r in results if r["bytes"]]
+    pairs = [(r, row(results, r)) for r in results if r["where"] == "pair"]
+    lines, y, last = [], TOP, None
+    for result, values in pairs:
+        if not values["of C/C"]:
+            continue
+        y += 6 if result["cell"] != last else 0
+        lines += _bar(result, values, y, result["cell"] != last)
+        last, y = result["cell"], y + ROW
+    width, height = LEFT + WIDTH + 150, y + 10
+    head = [
+        '<?xml version="1.0" encoding="UTF-8"?>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'font-family="sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="8" y="16" font-size="12">Instructions for each I/O; {title}</text>',
+        *_legend(),
+        _line(LEFT + WIDTH, TOP, y, "#444"),
+    ]
+    path.write_text("\n".join([*head, *lines, "</svg>"]) + "\n")
+
+
+def _legend():
+    x = LEFT
+    for name, colour in PARTS:
+        yield f'<rect x="{x}" y="26" width="10" height="10" fill="{colour}"/>'
+        yield _text(x + 14, 35, name)
+        x += 70
+    yield _line(x, 26, 36, "#c0392b")
+    yield _text(x + 6, 35, "floor: a RAM disk in the guest")
+    yield _text(LEFT + WIDTH - 20, 42, "C/C = 1")
+
+
+def _bar(result, values, y, named):
+    scale = WIDTH * values["of C/C"] / values["total"]
+    x = LEFT
+    if named:
+        yield _text(8, y + 10, result["cell"])
+    yield _text(LEFT - 34, y + 10, result["pair"])
+    for name, colour in PARTS:
+        width = values[name] * scale
+        yield f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 3}" fill="{colour}"/>'
+        x += width
+    if values["floor guest"]:
+        yield _line(LEFT + values["floor guest"] * scale, y, y + ROW - 3, "#c0392b")
+    yield _text(x + 6, y + 10, f"{shown(values['total'])} ({values['of C/C']:.2f})")
+
+
+def _text(x, y, text):
+    return f'<text x="{x:.1f}" y="{y}">{text}</text>'
+
+
+def _line(x, top, bottom, colour):
+    return f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}" stroke="{colour}" stroke-width="1.5"/>'

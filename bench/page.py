@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The tables as a part of the documentation."""
+
+from report import COLUMNS
+from report import row
+from report import shown
+from report import tables
+
+HEAD = """.. SPDX-License-Identifier: GPL-2.0
+.. Written by bench/page.py from the results of a run.
+
+Kernel {kernel}; {date}.
+"""
+
+
+def write_page(document, path):
+    """Writes all tables in reStructuredText."""
+    lines = [HEAD.format(**document)]
+    for title, results in tables(document):
+        lines += [title, "-" * len(title), "", *_table(results), ""]
+    path.write_text("\n".join(lines))
+
+
+def _table(results):
+    yield from (".. list-table::", "   :header-rows: 1", "")
+    columns = [*COLUMNS, *["floor guest", "floor dom0"] * any(r["where"] != "pair" for r in results)]
+    yield from _row(["load", "pair", *columns])
+    for result in results:
+        if result["where"] == "pair":
+            values = row(results, result)
+            yield from _row([result["cell"], result["pair"], *(shown(values[name]) for name in columns)])
+
+
+def _row(fields):
+    for number, field in enumerate(fields):
+        yield f"   {'*' if number == 0 else ' '} - {field}"
