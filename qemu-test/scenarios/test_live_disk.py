@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A disk changes its size while it is read and written, and its memory goes with its use."""
+
+from harness.evidence import assert_served_by_pair
+from harness.xenhost import Disk
+
+SIZE = "/sys/module/rblk_ramdisk/parameters/size_mib"
+KEPT = 4
+"""Megabytes that are written and read all the time."""
+
+WRITER = f"""cat > /tmp/writer << 'EOF'
+pass=0
+while [ ! -e /tmp/stop ]; do
+	pass=$((pass + 1))
+	yes "pass $pass" | head -c {KEPT << 20} > /tmp/pattern
+	dd if=/tmp/pattern of=/dev/xvda bs=256k oflag=direct conv=notrunc &&
+		dd if=/dev/xvda bs=256k count={KEPT * 4} iflag=direct | cmp - /tmp/pattern ||
+		{{ touch /tmp/failed; break; }}
+	echo $pass > /tmp/passes
+done
+EOF
+sh /tmp/writer > /tmp/writer.log 2>&1 &"""
+
+IDLE_KB = 256
+"""What an idle disk of one queue may cost."""
+DISKS = 3
+WORK = (
+    "for i in 0 1 2 3 4 5; do dd if=/dev/xvda of=/dev/null bs=128k count=32 skip=$((i * 32)) "
+    "iflag=direct 2> /dev/null & done; wait"
+)
+
+
+def test_resize(xen, build):
+    """Up and down under I/O; what lies within both sizes is untouched.
+
+    Rows: FE-63, FE-55
+    """
+    host = xen(modules=[build / "rblk_ramdisk.ko"])
+    host.load_backend()
+    host.insmod("rblk_ramdisk")
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
+    assert_served_by_pair(host, guest)
+    guest.sh(WRITER)
+    for size in (32, 8, 64):
+        # It takes effect when somebody opens the disk.
+        host.sh(f"echo {size} > {SIZE}; : < /dev/rblk0")
+        guest.wait_for(f"[ $(cat /sys/block/xvda/size) = {size << 11} ]")
+        guest.sh(
+            f"dd if=/dev/zero of=/dev/xvda bs=1M seek={size - 1} count=1 oflag=direct conv=notrunc"
+        )
+    guest.sh("cp /tmp/passes /tmp/then")
+    guest.wait_for("[ -e /tmp/failed ] || [ $(cat /tmp/passes) -gt $(($(cat /tmp/then) + 1)) ]")
+    guest.sh("touch /tmp/stop")
+    guest.wait_for("! pidof dd")
+    assert guest.run("[ -e /tmp/failed ]")[0] == 1, guest.sh("tail /tmp/writer.log")
+    assert f"Setting capacity to {64 << 11}" in guest.sh("dmesg | tail")
+
+
+def free_kb(guest):
+    """Memory of the guest that nobody uses."""
+    drop = "sync; echo 3 > /proc/sys/vm/drop_caches"
+    return int(guest.sh(f"{drop}; sed -n 's/^MemFree: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo"))
+
+
+def test_idle_memory(xen, record_property):
+    """An idle disk costs little, before and after it had much to do.
+
+    xen-blkfront allocates at once for the largest load.
+
+    Rows: F-14
+    """
+    host = xen()
+    host.load_backend("persistent_grant_unused_seconds=1")
+    host.ram_disks(count=DISKS, megabytes=32)
+    guest = host.start_guest(disks=[])
+    before = free_kb(guest)
+    for number, name in enumerate(["xvda", "xvdb", "xvdc"]):
+        host.attach(guest, Disk(name, f"/dev/ram{number}"))
+        guest.wait_for_disk(name)
+    assert_served_by_pair(host, guest)
+    idle = free_kb(guest)
+    each = (before - idle) // DISKS
+    if guest.front == "xen-blkfront":
+        assert each > 8 * IDLE_KB
+        record_property("c_fails", "F-14")
+        return
+    assert each < 2 * IDLE_KB, each
+    guest.sh(WORK)
+    for _look in range(40):
+        if free_kb(guest) > idle - IDLE_KB:
+            return
+        guest.sh("sleep 2")
+    raise AssertionError(f"{idle - free_kb(guest)} kB are not given back")
