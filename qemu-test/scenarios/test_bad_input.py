@@ -26,7 +26,10 @@ BAD_FRONTS = [
 
 
 def test_bad_offers(xen):
-    """Nonsense from the backend: the frontend names it and closes."""
+    """Nonsense from the backend: the frontend names it and closes.
+
+    Rows: FE-07, FE-26, F-09, F-11
+    """
     host = xen()
     guest = host.start_guest(disks=[])
     for node, value in BAD_OFFERS:

@@ -11,6 +11,7 @@ FIO = (
 
 
 def test_four_vcpus(xen):
+    """Rows: FE-06, FE-23, FE-50"""
     host = xen()
     host.load_backend("max_queues=4")
     host.ram_disks()

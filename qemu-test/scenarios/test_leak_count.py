@@ -29,6 +29,7 @@ def cycle(host, guest):
 
 
 def test_leak_count(host):
+    """Rows: FE-65, FE-68"""
     guest = host.start_guest(disks=[])
     cycle(host, guest)
     cycle(host, guest)

@@ -8,6 +8,7 @@ FILL = "mkfs.ext4 -q {0} && mount {0} /mnt && echo kept > /mnt/file && umount /m
 
 
 def test_partition_table(host):
+    """Rows: FE-62"""
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
     guest.sh("printf '2048,32768,L\\n,,L\\n' | sfdisk -q /dev/xvda")
@@ -23,6 +24,7 @@ def test_partition_table(host):
 
 
 def test_partition_vbd(host):
+    """Rows: FE-01"""
     guest = host.start_guest(disks=[Disk("xvda1", "/dev/ram0")])
     guest.wait_for_disk("xvda1")
     assert_served_by_pair(host, guest, "xvda1")

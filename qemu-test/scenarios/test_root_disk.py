@@ -40,6 +40,7 @@ def image_sum(image, path):
 
 
 def test_root_disk_pv(xen):
+    """Rows: FE-24, FE-60, FE-61, FE-62"""
     live_on_root_disk(xen, "pv")
 
 

@@ -11,6 +11,7 @@ FIO = (
 
 
 def test_write_verify(host):
+    """Rows: FE-12, FE-40, FE-41"""
     guest = host.start_guest(fio=True)
     assert_served_by_pair(host, guest)
     guest.sh(FIO, timeout=600)
