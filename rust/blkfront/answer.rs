@@ -96,7 +96,7 @@ impl Queue {
                 Ok(Some(response)) => response,
                 Ok(None) => return Ok(None),
                 Err(error) => {
-                    complain_ring(error);
+                    self.complain_ring(error);
                     return Err(());
                 }
             };
@@ -109,7 +109,8 @@ impl Queue {
                 Ok(None) => {}
                 Err(_) => {
                     ratelimited!(pr_err!(
-                        "the backend has answered id {:#x} operation {}, which nobody asked for; closing the device\n",
+                        "{}: the backend has answered id {:#x} operation {}, which nobody asked for; closing the device\n",
+                        self.name.as_str(),
                         response.id,
                         response.operation
                     ));
@@ -142,7 +143,8 @@ impl Queue {
         match op {
             Op::Flush => {
                 ratelimited!(pr_err!(
-                    "the backend has refused a flush: data may be lost\n"
+                    "{}: the backend has refused a flush: data may be lost\n",
+                    self.name.as_str()
                 ));
             }
             Op::Discard | Op::SecureErase => self.signal.raise(Cause::NoDiscard),
@@ -150,10 +152,19 @@ impl Queue {
         }
     }
 
+    fn complain_ring(&self, error: RingError) {
+        ratelimited!(pr_err!(
+            "{}: the backend broke a ring: {}; closing the device\n",
+            self.name.as_str(),
+            Shown(error)
+        ));
+    }
+
     /// The backend has answered a request and still uses its pages.
     fn complain_pages(&self, waiting: Waiting) {
         ratelimited!(pr_err!(
-            "the backend has answered a request and still uses its pages; closing the device\n"
+            "{}: the backend has answered a request and still uses its pages; closing the device\n",
+            self.name.as_str()
         ));
         let kept = {
             let mut inner = self.inner.lock();
@@ -178,13 +189,6 @@ impl Queue {
         rq.data_mut().data = data;
         rq.end(BlkStatus::OK);
     }
-}
-
-fn complain_ring(error: RingError) {
-    ratelimited!(pr_err!(
-        "the backend broke a ring: {}; closing the device\n",
-        Shown(error)
-    ));
 }
 
 /// Whether data stands in pages of ours and belongs into those of the request.

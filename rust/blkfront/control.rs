@@ -223,7 +223,7 @@ impl Control {
         self.queues = KVec::new();
         let handle = self.device.handle().unwrap_or(0) as u16;
         for index in 0..count {
-            let queue = Queue::new(index as u16, handle, self.signal.clone())?;
+            let queue = Queue::new(self.vdev.name, index as u16, handle, self.signal.clone())?;
             self.queues.push(queue, GFP_KERNEL)?;
         }
         Ok(())

@@ -13,6 +13,7 @@ use blkif::plan::Direction;
 use blkif::plan::Form;
 use blkif::plan::Plan;
 use blkif::plan::SlotLimits;
+use blkif::vdev::Name;
 use blkif::wire::op;
 use blkif::wire::WireRequest;
 use kernel::cpu::CpuId;
@@ -122,6 +123,8 @@ pub(crate) struct Inner {
 /// A ring with its slots.
 #[pin_data]
 pub(crate) struct Queue {
+    /// Of the disk.
+    pub(crate) name: Name,
     index: u16,
     /// The number of the device, which every request repeats.
     handle: u16,
@@ -197,9 +200,15 @@ impl Inner {
 }
 
 impl Queue {
-    pub(crate) fn new(index: u16, handle: u16, signal: Arc<Signal>) -> Result<Arc<Self>> {
+    pub(crate) fn new(
+        name: Name,
+        index: u16,
+        handle: u16,
+        signal: Arc<Signal>,
+    ) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
+                name,
                 index,
                 handle,
                 signal,
