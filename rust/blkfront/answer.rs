@@ -7,6 +7,7 @@
 //! was bounced has its data copied where it was submitted.
 
 use blkif::ring::RingError;
+use blkif::wire::Status;
 use kernel::prelude::*;
 use kernel_ext::base::shown::Shown;
 use kernel_ext::block::mq::BlkStatus;
@@ -123,10 +124,11 @@ impl Queue {
     /// Ends a request that is complete, if its pages are ours again.
     fn finish(&self, waiting: Waiting, batch: &mut EndBatch) {
         let status = waiting.blk_status();
+        let refused = waiting.status == Status::NotSupported;
         match waiting.release() {
             Ok(rq) if status.is_ok() && must_copy(&rq) => rq.complete(),
             Ok(rq) => {
-                if status == BlkStatus::NOTSUPP {
+                if refused {
                     self.revoke(rq.op());
                 }
                 batch.end(rq, status);

@@ -13,6 +13,7 @@ use blkif::wire::Status;
 use blkif::wire::WireRequest;
 use kernel::prelude::*;
 use kernel_ext::block::mq::BlkStatus;
+use kernel_ext::block::mq::Op;
 use kernel_ext::xen::grant::GrantedPage;
 
 use crate::carry::Held;
@@ -56,12 +57,18 @@ impl Waiting {
         (self.missing == 0).then(|| self.blk_status())
     }
 
-    /// How the request has ended, as far as it has.
+    /// How the request has ended, as far as it has. Who discards must be ready to hear that this is not
+    /// possible. Of any other request the system may take that for a success.
     pub(crate) fn blk_status(&self) -> BlkStatus {
         match self.status {
             Status::Okay => BlkStatus::OK,
             Status::Error => BlkStatus::IOERR,
-            Status::NotSupported => BlkStatus::NOTSUPP,
+            Status::NotSupported => match self.held.request().op() {
+                Op::Discard | Op::SecureErase => BlkStatus::NOTSUPP,
+                Op::Read | Op::Write | Op::Flush | Op::WriteZeroes | Op::Other(_) => {
+                    BlkStatus::IOERR
+                }
+            },
         }
     }
 }
