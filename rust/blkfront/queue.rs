@@ -436,7 +436,13 @@ impl Queue {
         if !inner.slots.promise(needs.slots) {
             return Promise::Later;
         }
-        carry.generation = terms.generation;
+        if carry.generation != terms.generation {
+            // Pages of a request that was kept when its connection ended: they are granted to that
+            // connection's backend, and after a restore to nobody.
+            carry.data.clear();
+            carry.indirect.clear();
+            carry.generation = terms.generation;
+        }
         inner.pool.take(&mut carry.data, needs.data);
         inner.pool.take(&mut carry.indirect, needs.indirect);
         Promise::Given(terms, needs)
