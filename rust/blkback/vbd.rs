@@ -61,7 +61,8 @@ static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 /// A bound device.
 pub(crate) struct VbdDriver {
     vbd: Arc<Vbd>,
-    _watch: Watch<PhysicalDevice>,
+    /// Until the device is being unbound.
+    watch: Pin<KBox<Mutex<Option<Watch<PhysicalDevice>>>>>,
 }
 
 /// Hears of the node `physical-device`.
@@ -118,6 +119,10 @@ impl Driver for VbdDriver {
     }
 
     fn remove(self: Pin<&Self>, _device: &Device<Core<'_>>) {
+        // This waits for the `xenwatch` thread, with the device locked. So not after a long wait for
+        // something else: by then that thread may want the lock, to remove the device.
+        let watch = self.watch.lock().take();
+        drop(watch);
         self.vbd.leave();
     }
 
@@ -146,7 +151,8 @@ impl VbdDriver {
         device.switch_state(State::InitWait);
         let handler = Arc::new(PhysicalDevice(vbd.clone()), GFP_KERNEL)?;
         let watch = Watch::new(device.nodename(), fmt!("physical-device"), handler)?;
-        Ok(Self { vbd, _watch: watch })
+        let watch = KBox::pin_init(new_mutex!(Some(watch)), GFP_KERNEL)?;
+        Ok(Self { vbd, watch })
     }
 }
 
