@@ -323,9 +323,14 @@ impl Queue {
         let Some(mut transfer) = self.idle_transfer(segments(&request)) else {
             return self.stall(wire);
         };
-        match self.fill(&mut transfer, wire, request, limits) {
+        let mut filled = self.fill(&mut transfer, wire, request, limits);
+        // What is missing may be in pages that are kept and not used now.
+        if self.in_flight == 0 && is_shortage(&filled) && self.mover.forget_all() {
+            filled = self.fill(&mut transfer, wire, request, limits);
+        }
+        match filled {
             Ok(()) => self.dispatch(transfer),
-            Err(problem) if problem.is_shortage() && self.may_wait() => {
+            Err(problem) if problem.is_shortage() && self.in_flight != 0 => {
                 self.recycle(transfer);
                 return self.stall(wire);
             }
@@ -336,12 +341,6 @@ impl Queue {
             }
         }
         true
-    }
-
-    /// Whether memory may come back: because transfers are in flight, or because pages are kept that
-    /// are not used now, which ends here.
-    fn may_wait(&mut self) -> bool {
-        self.in_flight != 0 || self.mover.forget_all()
     }
 
     /// Keeps a request until a transfer has ended, which gives memory back.
@@ -586,6 +585,11 @@ fn segments(request: &Request) -> usize {
         Request::Barrier(data) => data.as_ref().map_or(0, |data| data.segments().len()),
         Request::Flush | Request::Discard { .. } => 0,
     }
+}
+
+/// Whether it may work when there is more memory.
+fn is_shortage(filled: &Result<(), Problem>) -> bool {
+    filled.as_ref().is_err_and(Problem::is_shortage)
 }
 
 /// Whether a read has brought data that is still to be copied to the frontend.
