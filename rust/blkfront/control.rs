@@ -29,6 +29,7 @@ use kernel::sync::aref::ARef;
 use kernel::sync::Arc;
 use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
+use kernel_ext::base::noio::Noio;
 use kernel_ext::block::major::Minors;
 use kernel_ext::block::mq::BlkStatus;
 use kernel_ext::block::mq::GenDisk;
@@ -80,6 +81,8 @@ pub(crate) struct Control {
     block_size: u32,
     /// Looks for partitions on the disk.
     adder: Option<KThread>,
+    /// Tells the users of the disk that it is gone.
+    reporter: Option<KThread>,
     /// Requests of which the backend still uses pages.
     lingering: KVVec<(Waiting, Fate)>,
     /// Counts the connections.
@@ -106,6 +109,7 @@ impl Control {
             disk: None,
             block_size: 0,
             adder: None,
+            reporter: None,
             lingering: KVVec::new(),
             generation: 0,
         })
@@ -449,10 +453,36 @@ impl Control {
         self.rings = 0;
     }
 
-    /// Lets the disk go: takes no more steps, and gives the disk if there is one.
-    pub(crate) fn begin_close(&mut self) -> Option<Arc<GenDisk<Disk>>> {
+    /// Lets the disk go: takes no more steps, and has new requests fail. Whether there is a disk.
+    pub(crate) fn begin_close(&mut self) -> bool {
         self.closing = true;
-        self.disk.clone()
+        let Some(disk) = &self.disk else { return false };
+        if self.reporter.is_some() {
+            return true;
+        }
+        // Another thread tells the file systems, for that waits for I/O: a mount or an unmount that is
+        // under way has the super block locked until its I/O ends. It may be in flight for ever, and
+        // fails only when this thread goes on.
+        let dead = disk.clone();
+        let name = self.vdev.name;
+        let reporter = KThread::spawn(
+            fmt!("rblkfront/{}-", name.as_str()),
+            Kind::default(),
+            move |_| {
+                let _noio = Noio::new();
+                dead.mark_dead();
+            },
+        );
+        match reporter {
+            Ok(reporter) => self.reporter = Some(reporter),
+            // Its requests fail all the same, one by one.
+            Err(error) => pr_err!(
+                "{}: the users of the disk cannot be told that it goes: {:?}\n",
+                self.name(),
+                error
+            ),
+        }
+        true
     }
 
     /// Ends everything but the disk itself, whose requests fail from now on.
@@ -528,13 +558,13 @@ impl Control {
         }
     }
 
-    /// Takes a dead disk, and the thread that may still look for partitions on it. To be dropped
-    /// without the lock: that waits.
-    pub(crate) fn take_disk(&mut self) -> (Option<Arc<GenDisk<Disk>>>, Option<KThread>) {
+    /// Takes a dead disk, and the threads that may still use it. To be dropped without the lock:
+    /// that waits.
+    pub(crate) fn take_disk(&mut self) -> (Option<Arc<GenDisk<Disk>>>, [Option<KThread>; 2]) {
         if self.own == Front::Dead && self.lingering.is_empty() {
-            (self.disk.take(), self.adder.take())
+            (self.disk.take(), [self.adder.take(), self.reporter.take()])
         } else {
-            (None, None)
+            (None, [None, None])
         }
     }
 }

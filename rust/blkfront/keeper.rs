@@ -10,8 +10,9 @@
 //!   pages are ours again.
 //! - A backend still uses pages of a request: the request *lingers*. To end it would be to give its
 //!   pages to somebody else. It ends when the backend lets go, at the latest when its domain ends.
-//! - The partitions of a new disk are looked for by another thread: that reads from the disk, and a
-//!   backend that does not answer must not keep anybody from closing it.
+//! - The partitions of a new disk are looked for by another thread, and its users are told of its end
+//!   by another one: that waits for I/O, and a backend that does not answer must not keep anybody
+//!   from ending it.
 
 use blkif::state::FrontEvent;
 use kernel::new_mutex;
@@ -163,9 +164,7 @@ impl Keeper {
 
     /// Lets the disk go. What is in flight gets a while to be answered, and fails then.
     fn close(&self) {
-        let disk = self.control.lock().begin_close();
-        if let Some(disk) = disk {
-            disk.mark_dead();
+        if self.control.lock().begin_close() {
             self.drain();
         }
         self.control.lock().finish_close();
@@ -189,13 +188,13 @@ impl Keeper {
 
     /// Removes a disk that is dead, if all its requests have ended.
     fn remove_disk(&self) {
-        let (disk, adder) = self.control.lock().take_disk();
+        let (disk, helpers) = self.control.lock().take_disk();
         // Waits for the openers that are inside of the block layer, whose requests fail.
         drop(disk);
-        if let Some(adder) = adder {
-            while !adder.join(msecs_to_jiffies(OUTAGE_STEP_MS)) {
+        for helper in helpers.into_iter().flatten() {
+            while !helper.join(msecs_to_jiffies(OUTAGE_STEP_MS)) {
                 pr_warn!(
-                    "{}: still looking for partitions\n",
+                    "{}: the disk is still being added or told to end\n",
                     self.control.lock().name()
                 );
             }
