@@ -423,7 +423,8 @@ impl Control {
         if self.own != Front::Live {
             return;
         }
-        disk.quiesce();
+        // Not quiesced: whoever changes the limits through sysfs holds their lock and waits for the
+        // requests that are there.
         let off = disk.update_limits(|limits| {
             limits
                 .set_max_discard_sectors(0)
@@ -436,7 +437,6 @@ impl Control {
                 error
             );
         }
-        disk.unquiesce();
     }
 
     /// Ends rings, event channels and grants.
