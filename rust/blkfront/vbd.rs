@@ -67,6 +67,13 @@ impl Vbd {
     }
 }
 
+impl Drop for Vbd {
+    fn drop(&mut self) {
+        // The thread has to end also if the device could not be bound.
+        self.signal.raise(Cause::Remove);
+    }
+}
+
 impl Driver for Vbd {
     const SIDE: Side = Side::Frontend;
     const NAME: &'static CStr = c"vbd";
