@@ -14,12 +14,15 @@
 //! C header: [`include/xen/events.h`](srctree/include/xen/events.h)
 
 use super::xenbus;
-use core::ptr::NonNull;
+use crate::base::module_ref::ModuleRef;
 use kernel::bindings;
 use kernel::error::to_result;
 use kernel::ffi;
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Full;
+use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
 
 #[cfg(irqreturn_is_newtype)]
@@ -55,6 +58,36 @@ enum Notify {
     Irq,
 }
 
+/// What a channel and its interrupt share.
+struct Shared<T> {
+    handler: Arc<T>,
+    /// 1 while an event has come and was not ended. The glue code must be told once of each end: it
+    /// puts the event to a list, without a look at whether somebody else does so at the same time.
+    open: Atomic<i32>,
+}
+
+impl<T: Handler> Shared<T> {
+    /// Ends the event, if there is one.
+    ///
+    /// # Safety
+    ///
+    /// `irq` is bound to an event channel of the `lateeoi` kind, with this as its argument.
+    #[inline]
+    unsafe fn end(&self, irq: ffi::c_uint, spurious: bool) {
+        if self.open.xchg(0, Full) == 0 {
+            return;
+        }
+        let flags = if spurious {
+            bindings_ext::XEN_EOI_FLAG_SPURIOUS
+        } else {
+            0
+        };
+        // SAFETY: By the requirements of this function; nobody else has found the event open, and no
+        // other one comes before this.
+        unsafe { bindings_ext::xen_irq_lateeoi(irq, flags) };
+    }
+}
+
 /// Our end of an event channel, with its interrupt and handler.
 ///
 /// Dropping it closes the channel, and waits until the handler is not running on any CPU; after that
@@ -62,20 +95,16 @@ enum Notify {
 ///
 /// # Invariants
 ///
-/// - `irq` is bound to an event channel, with [`Self::interrupt`] as handler and `handler` as its
-///   argument, an `Arc<T>` in raw form that this owns.
+/// - `irq` is bound to an event channel, with [`Self::interrupt`] as handler and `shared` as its
+///   argument, which does not move.
 /// - `device` is what the interrupt was bound for: the glue code may use it while `irq` is bound.
 pub struct Channel<T: Handler> {
     irq: ffi::c_uint,
     notify: Notify,
-    handler: NonNull<T>,
+    shared: Pin<KBox<Shared<T>>>,
     _device: ARef<xenbus::Device>,
+    _module: ModuleRef,
 }
-
-// SAFETY: An interrupt belongs to no thread; the handler is `Send` and `Sync`.
-unsafe impl<T: Handler> Send for Channel<T> {}
-// SAFETY: All methods with `&self` may be called on several CPUs at once.
-unsafe impl<T: Handler> Sync for Channel<T> {}
 
 impl<T: Handler> Channel<T> {
     /// Makes an end that the other end's domain of `device` may connect to.
@@ -87,18 +116,19 @@ impl<T: Handler> Channel<T> {
         name: &'static CStr,
         handler: Arc<T>,
     ) -> Result<Self> {
-        let mut port = 0;
-        // SAFETY: `port` is valid for a write.
-        to_result(unsafe {
-            bindings_ext::evtchn_alloc_unbound(device.otherend_id().value(), &mut port)
-        })?;
-        // Of what can fail here, most closes the port. Only if there is no memory for the number of
-        // the interrupt, it stays open and unused until the domain ends: the error does not tell,
-        // and to close it twice could close what somebody else has got meanwhile.
-        Self::request(device, Notify::Port(port), handler, |argument| {
+        Self::request(device, handler, |argument| {
+            let mut port = 0;
+            // SAFETY: `port` is valid for a write.
+            to_result(unsafe {
+                bindings_ext::evtchn_alloc_unbound(device.otherend_id().value(), &mut port)
+            })?;
+            // Of what can fail here, most closes the port. Only if there is no memory for the number
+            // of the interrupt, it stays open and unused until the domain ends: the error does not
+            // tell, and to close it twice could close what somebody else has got meanwhile.
+            //
             // SAFETY: The name lives for ever; `argument` is what `interrupt` wants, and stays until
             // the interrupt is unbound.
-            unsafe {
+            let irq = unsafe {
                 bindings_ext::bind_evtchn_to_irqhandler_lateeoi(
                     port,
                     Some(Self::interrupt),
@@ -106,7 +136,8 @@ impl<T: Handler> Channel<T> {
                     name.as_char_ptr(),
                     argument,
                 )
-            }
+            };
+            Ok((irq, Notify::Port(port)))
         })
     }
 
@@ -120,10 +151,10 @@ impl<T: Handler> Channel<T> {
         name: &'static CStr,
         handler: Arc<T>,
     ) -> Result<Self> {
-        Self::request(device, Notify::Irq, handler, |argument| {
+        Self::request(device, handler, |argument| {
             // SAFETY: The name lives for ever; `argument` is what `interrupt` wants, and stays until
             // the interrupt is unbound, and so does the device.
-            unsafe {
+            let irq = unsafe {
                 bindings_ext::bind_interdomain_evtchn_to_irqhandler_lateeoi(
                     device.as_raw(),
                     remote_port,
@@ -132,34 +163,35 @@ impl<T: Handler> Channel<T> {
                     name.as_char_ptr(),
                     argument,
                 )
-            }
+            };
+            Ok((irq, Notify::Irq))
         })
     }
 
-    /// Makes a `Channel` of what `bind` returns: an interrupt or a negative errno.
+    /// Makes a `Channel` of what `bind` returns: an interrupt or a negative errno. There is nothing
+    /// to be undone after that.
     fn request(
         device: &xenbus::Device,
-        notify: Notify,
         handler: Arc<T>,
-        bind: impl FnOnce(*mut ffi::c_void) -> ffi::c_int,
+        bind: impl FnOnce(*mut ffi::c_void) -> Result<(ffi::c_int, Notify)>,
     ) -> Result<Self> {
-        let device = ARef::from(device);
-        let argument = Arc::into_raw(handler);
-        let irq = bind(argument.cast_mut().cast());
-        let Some(handler) = NonNull::new(argument.cast_mut()) else {
-            return Err(EINVAL);
+        let module = ModuleRef::new()?;
+        let shared = Shared {
+            handler,
+            open: Atomic::new(0),
         };
+        let shared = KBox::pin(shared, GFP_KERNEL)?;
+        let (irq, notify) = bind(argument(&shared))?;
         if irq < 0 {
-            // SAFETY: `argument` is from `into_raw` and nobody else has it.
-            drop(unsafe { Arc::from_raw(argument) });
             return Err(Error::from_errno(irq));
         }
         // INVARIANT: `bind` has bound the interrupt, with these.
         Ok(Self {
             irq: irq as ffi::c_uint,
             notify,
-            handler,
-            _device: device,
+            shared,
+            _device: ARef::from(device),
+            _module: module,
         })
     }
 
@@ -188,7 +220,7 @@ impl<T: Handler> Channel<T> {
     #[inline]
     pub fn eoi(&self, spurious: bool) {
         // SAFETY: The interrupt is bound by the type invariant.
-        unsafe { lateeoi(self.irq, spurious) };
+        unsafe { self.shared.end(self.irq, spurious) };
     }
 
     /// The number of the interrupt, as in `/proc/interrupts`.
@@ -207,41 +239,33 @@ impl<T: Handler> Channel<T> {
     /// Only as a handler that [`Self::request`] has bound, with its argument.
     unsafe extern "C" fn interrupt(
         irq: ffi::c_int,
-        handler: *mut ffi::c_void,
+        shared: *mut ffi::c_void,
     ) -> bindings::irqreturn_t {
         // SAFETY: By the requirements of this function; the `Channel` keeps it until the interrupt
         // is unbound.
-        let eoi = unsafe { &*handler.cast::<T>() }.handle();
-        match eoi {
-            // SAFETY: The interrupt is the one being handled.
-            Eoi::Done => unsafe { lateeoi(irq as ffi::c_uint, false) },
-            // SAFETY: As above.
-            Eoi::Spurious => unsafe { lateeoi(irq as ffi::c_uint, true) },
-            Eoi::Later => {}
-        }
+        let shared = unsafe { &*shared.cast::<Shared<T>>() };
+        // First, for the handler can wake somebody who ends the event before it returns.
+        shared.open.store(1, Relaxed);
+        let spurious = match shared.handler.handle() {
+            Eoi::Done => false,
+            Eoi::Spurious => true,
+            Eoi::Later => return IRQ_HANDLED,
+        };
+        // SAFETY: The interrupt is the one being handled.
+        unsafe { shared.end(irq as ffi::c_uint, spurious) };
         IRQ_HANDLED
     }
 }
 
-/// # Safety
-///
-/// `irq` is bound to an event channel of the `lateeoi` kind.
-#[inline]
-unsafe fn lateeoi(irq: ffi::c_uint, spurious: bool) {
-    let flags = if spurious {
-        bindings_ext::XEN_EOI_FLAG_SPURIOUS
-    } else {
-        0
-    };
-    // SAFETY: By the requirements of this function.
-    unsafe { bindings_ext::xen_irq_lateeoi(irq, flags) };
+/// What the interrupt of a channel gets.
+fn argument<T>(shared: &Shared<T>) -> *mut ffi::c_void {
+    core::ptr::from_ref(shared).cast_mut().cast()
 }
 
 impl<T: Handler> Drop for Channel<T> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant; waits until the handler has returned everywhere.
-        unsafe { bindings_ext::unbind_from_irqhandler(self.irq, self.handler.as_ptr().cast()) };
-        // SAFETY: From `into_raw`, and the interrupt does not use it any more.
-        drop(unsafe { Arc::from_raw(self.handler.as_ptr()) });
+        // SAFETY: By the type invariant; waits until the handler has returned everywhere, so that
+        // `shared` can go.
+        unsafe { bindings_ext::unbind_from_irqhandler(self.irq, argument(&self.shared)) };
     }
 }
