@@ -9,6 +9,7 @@
 //!
 //! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
 
+use crate::base::module_ref::ModuleRef;
 use crate::ratelimited;
 use core::ffi::CStr;
 use core::ops::Deref;
@@ -332,6 +333,8 @@ struct WatchInner<T> {
 /// `inner` is registered with xenbus as a watch, and does not move.
 pub struct Watch<T: WatchHandler> {
     inner: Pin<KBox<WatchInner<T>>>,
+    /// None if the module's exit waits for the watch to be dropped.
+    _module: Option<ModuleRef>,
 }
 
 // SAFETY: The watch may be unregistered from any thread, the handler is shared with the `xenwatch`
@@ -343,6 +346,15 @@ unsafe impl<T: WatchHandler> Sync for Watch<T> {}
 impl<T: WatchHandler> Watch<T> {
     /// Watches `dir`/`node`, or `dir` itself if `node` is empty. The handler is called once soon.
     pub fn new(dir: &CStr, node: fmt::Arguments<'_>, handler: Arc<T>) -> Result<Self> {
+        Self::register(dir, node, handler, Some(ModuleRef::new()?))
+    }
+
+    fn register(
+        dir: &CStr,
+        node: fmt::Arguments<'_>,
+        handler: Arc<T>,
+        module: Option<ModuleRef>,
+    ) -> Result<Self> {
         let node = Text::new(node)?;
         let node = node.as_cstr()?;
         let node = if node.is_empty() {
@@ -368,7 +380,10 @@ impl<T: WatchHandler> Watch<T> {
         // `drop`; its node is a zero-terminated string that lives as long.
         to_result(unsafe { bindings_ext::register_xenbus_watch(inner.watch.get()) })?;
         // INVARIANT: Registered just above.
-        Ok(Self { inner })
+        Ok(Self {
+            inner,
+            _module: module,
+        })
     }
 
     /// Merges events: one that waits is enough. Runs under a spin lock of xenbus.
@@ -422,5 +437,5 @@ pub(crate) fn synchronize() {
         return;
     };
     // Unregistering a watch waits; there is no other way to be had.
-    let _ = Watch::new(c"domid", fmt!(""), handler);
+    let _ = Watch::register(c"domid", fmt!(""), handler, None);
 }
