@@ -9,8 +9,8 @@
 
 use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::alloc::Flags;
-use kernel::page::Page;
 use kernel::prelude::*;
+use kernel_ext::base::page::Page;
 use kernel_ext::xen::grant::Access;
 use kernel_ext::xen::grant::GrantReserve;
 use kernel_ext::xen::grant::GrantedPage;

@@ -7,6 +7,7 @@
 //! exist: they can change between two reads. The types here name a range of such bytes and copy
 //! whole ranges, with the C functions that the kernel uses for it.
 //!
+//! - [`Page`]: a page of our own.
 //! - [`PageSlice`]: bytes that may be read.
 //! - [`PageSliceMut`]: bytes that may also be written. A request that *writes* to a disk has only
 //!   [`PageSlice`]s: its pages may be the kernel's zero page.
@@ -15,12 +16,38 @@
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 use kernel::{
+    alloc::{
+        AllocError,
+        Flags, //
+    },
     bindings,
     page::{
-        Page,
+        self,
         PAGE_SIZE, //
     }, //
 };
+
+/// A page of our own, for bytes.
+///
+/// [`kernel::page::Page`] is also what the pages of a vector are borrowed as. Whoever writes to such a
+/// page writes to values, of which not every pattern of bytes is one; so that type is not taken here.
+///
+/// # Invariants
+///
+/// The page was allocated for this, and holds nothing but bytes.
+pub struct Page(page::Page);
+
+impl Page {
+    /// Allocates a page, with `__GFP_ZERO` in `flags` of zeroes, else of whatever was there before.
+    pub fn alloc_page(flags: Flags) -> Result<Self, AllocError> {
+        // INVARIANT: It is new.
+        page::Page::alloc_page(flags).map(Self)
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut bindings::page {
+        self.0.as_ptr()
+    }
+}
 
 /// A range of bytes in one page, which may be read.
 ///
@@ -140,7 +167,7 @@ pub struct PageSliceMut<'a>(PageSlice<'a>);
 impl<'a> PageSliceMut<'a> {
     /// Names `len` bytes of `page` from `offset` on, or [`None`] if they leave the page.
     pub fn new(page: &'a Page, offset: usize, len: usize) -> Option<Self> {
-        // INVARIANT: A `Page` is owned, so nobody else gives its bytes a meaning.
+        // INVARIANT: By that of `Page`, nobody else gives its bytes a meaning.
         Some(Self(PageSlice::new(page, offset, len)?))
     }
 

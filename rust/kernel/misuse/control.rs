@@ -3,7 +3,7 @@
 
 //! The control: what is right compiles.
 
-use kernel::page::Page;
+use kernel_ext::base::page::Page;
 use kernel_ext::xen::grant::GrantedPage;
 
 fn right_use(granted: GrantedPage) -> Option<Page> {

@@ -3,8 +3,8 @@
 
 //! Xen copies to a page only while it lives.
 
-use kernel::page::Page;
 use kernel::prelude::*;
+use kernel_ext::base::page::Page;
 use kernel_ext::base::page::PageSliceMut;
 use kernel_ext::xen::grant::copy::Copier;
 use kernel_ext::xen::grant::ForeignRef;

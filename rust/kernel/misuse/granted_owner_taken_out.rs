@@ -3,7 +3,7 @@
 
 //! Who owns granted pages does not come out before the grants have ended.
 
-use kernel::page::Page;
+use kernel_ext::base::page::Page;
 use kernel_ext::xen::grant::Granted;
 
 fn misuse(granted: Granted<Page>) -> Page {

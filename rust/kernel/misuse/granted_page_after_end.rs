@@ -3,7 +3,7 @@
 
 //! A page whose grant has ended is not a granted page any more.
 
-use kernel::page::Page;
+use kernel_ext::base::page::Page;
 use kernel_ext::xen::grant::GrantedPage;
 
 fn misuse(granted: GrantedPage) -> (Option<Page>, bool) {

@@ -3,9 +3,9 @@
 
 //! An I/O cannot be touched while the device works on its memory.
 
-use kernel::page::Page;
 use kernel::prelude::*;
 use kernel::sync::Arc;
+use kernel_ext::base::page::Page;
 use kernel_ext::block::bdev::BlockDevice;
 use kernel_ext::block::bio;
 

@@ -3,9 +3,9 @@
 
 //! An I/O owns its memory: a page that belongs to somebody else does not do.
 
-use kernel::page::Page;
 use kernel::prelude::*;
 use kernel::sync::Arc;
+use kernel_ext::base::page::Page;
 use kernel_ext::block::bdev::BlockDevice;
 use kernel_ext::block::bio;
 

@@ -3,7 +3,7 @@
 
 //! Bytes of a page go with the page.
 
-use kernel::page::Page;
+use kernel_ext::base::page::Page;
 use kernel_ext::base::page::PageSlice;
 
 fn late(page: Page) -> Option<usize> {

@@ -27,13 +27,13 @@ pub mod copy;
 pub mod map;
 
 use super::DomId;
+use crate::base::page::Page;
 use crate::base::page::PageOwner;
 use crate::base::page::PageSlice;
 use crate::base::page::PageSliceMut;
 use core::mem::ManuallyDrop;
 use kernel::error::to_result;
 use kernel::fmt;
-use kernel::page::Page;
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
 

@@ -2,9 +2,9 @@
 
 //! The memory that the disk keeps its data in.
 
-use kernel::page::Page;
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
+use kernel_ext::base::page::Page;
 use kernel_ext::base::page::PageSliceMut;
 use kernel_ext::block::mq::BlkStatus;
 use kernel_ext::block::mq::Op;

@@ -3,7 +3,6 @@
 //! A connection of the backend: ring, event channel, and the thread that answers.
 
 use core::num::Wrapping;
-use kernel::page::Page;
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
@@ -12,6 +11,7 @@ use kernel::time::msecs_to_jiffies;
 use kernel_ext::base::kthread::Current;
 use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
+use kernel_ext::base::page::Page;
 use kernel_ext::base::page::PageSlice;
 use kernel_ext::base::page::PageSliceMut;
 use kernel_ext::ratelimited;

@@ -4,7 +4,6 @@
 
 use core::num::Wrapping;
 use kernel::fmt;
-use kernel::page::Page;
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
@@ -15,6 +14,7 @@ use kernel::time::msecs_to_jiffies;
 use kernel_ext::base::kthread::Current;
 use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
+use kernel_ext::base::page::Page;
 use kernel_ext::base::page::PageSlice;
 use kernel_ext::base::page::PageSliceMut;
 use kernel_ext::base::sysfs::Output;

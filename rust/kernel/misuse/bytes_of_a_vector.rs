@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0308
+
+//! The pages of a vector hold values, which not all bytes are.
+
+use kernel::page::AsPageIter;
+use kernel::prelude::*;
+use kernel_ext::base::page::PageSliceMut;
+
+fn misuse(names: &mut VVec<&'static str>) {
+    for page in names.page_iter() {
+        if let Some(bytes) = PageSliceMut::new(&page, 0, 16) {
+            bytes.zero();
+        }
+    }
+}
