@@ -132,6 +132,16 @@ on_reboot = "destroy"
         """Unloads and loads the frontend; all disks are closed and come back."""
         self.unload_frontend()
         self.load_frontend()
+        self.ask_for_disks()
+
+    def rebind_disk(self, code):
+        """Unbinds a disk from the frontend through sysfs, and binds it again."""
+        device = f"vbd-{code}"
+        self.sh(f"cd {DRIVER}; echo {device} > unbind; [ ! -e {device} ]; echo {device} > bind")
+        self.ask_for_disks()
+
+    def ask_for_disks(self):
+        """Has a frontend that was unbound from its disks connect to them again."""
         if self.front == "xen-blkfront":
             # The C frontend leaves it at state 6 and waits for who closed it.
             directory = f"/local/domain/{self.domid}/device/vbd"

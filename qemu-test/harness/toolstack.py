@@ -30,9 +30,9 @@ def write_nodes(host, directory, nodes):
     host.sh(_writing(directory, nodes))
 
 
-def create_device(host, domid, code, kind="disk", **nodes):
+def create_device(host, domid, code, backend_state=2, **nodes):
     """What the toolstack and a backend that waits would write; gives both directories."""
-    host.sh(_creating(domid, code, kind, nodes))
+    host.sh(_creating(domid, code, backend_state, nodes))
     return directories(domid, code)
 
 
@@ -40,7 +40,7 @@ def connect_disks(host, guest, disks):
     """Disks by code: what their backends offer, and the toolstack's nodes for the frontend."""
     script = _WAIT
     for code, (_offers, nodes) in disks.items():
-        script += _creating(guest.domid, code, "disk", nodes)
+        script += _creating(guest.domid, code, 2, nodes)
     for code, (offers, _nodes) in disks.items():
         front, back = directories(guest.domid, code)
         script += f"wait_for_state {front} 3\n"
@@ -69,10 +69,10 @@ def _writing(directory, nodes):
     return script + "".join(f"xenstore-rm {path} || true\n" for path in removed)
 
 
-def _creating(domid, code, kind, nodes):
+def _creating(domid, code, backend_state, nodes):
     front, back = directories(domid, code)
-    served = {"frontend": front, "frontend-id": domid, "online": 1, "mode": "w", "state": 2}
-    used = {"backend": back, "backend-id": 0, "virtual-device": code, "device-type": kind, **nodes}
+    served = {"frontend": front, "frontend-id": domid, "online": 1, "state": backend_state}
+    used = {"backend": back, "backend-id": 0, "virtual-device": code, "device-type": "disk", **nodes}
     return (
         _writing(back, served)
         + _writing(front, used)
