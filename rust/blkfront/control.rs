@@ -122,8 +122,9 @@ impl Control {
 
     /// The backend may have changed. Called once at least, after the device was bound.
     pub(crate) fn follow_backend(&mut self) {
-        if self.own == Front::Waiting {
-            // The device may have been bound before, and be Closed since.
+        if matches!(self.own, Front::Waiting | Front::Dead) {
+            // What stands there may be of an earlier life: a device that was bound before is Closed,
+            // and one that was restored is Initialising, also if its disk is dead.
             self.show();
         }
         let event = self.backend_event();
