@@ -25,6 +25,7 @@ use kernel_ext::block::mq::GenDisk;
 use kernel_ext::block::mq::GenDiskBuilder;
 use kernel_ext::block::mq::HwQueue;
 use kernel_ext::block::mq::InFlight;
+use kernel_ext::block::mq::Op;
 use kernel_ext::block::mq::Operations;
 use kernel_ext::block::mq::QueueLimits;
 use kernel_ext::block::mq::Queued;
@@ -34,6 +35,7 @@ use kernel_ext::block::mq::RequestId;
 use kernel_ext::block::mq::TagSet;
 use kernel_ext::block::mq::TagSetParams;
 
+use crate::mode::concerns;
 use crate::mode::Mode;
 use crate::store::Store;
 
@@ -107,6 +109,13 @@ impl Control {
             .set_max_hw_sectors(256)
             .set_max_segments(32)
             .set_max_discard_sectors(u32::MAX)
+            .set_discard_granularity(crate::DISCARD_GRANULARITY.get())
+            .set_discard_alignment(crate::DISCARD_ALIGNMENT.get())
+            .set_max_secure_erase_sectors(if crate::SECURE_ERASE.get() {
+                u32::MAX
+            } else {
+                0
+            })
             .set_max_write_zeroes_sectors(u32::MAX)
             .set_feature(Feature::WriteCache, crate::WRITE_CACHE.get())
             .set_feature(Feature::Fua, crate::FUA.get());
@@ -172,7 +181,10 @@ impl Control {
     }
 
     /// The mode for the next request.
-    fn next_mode(&self) -> Mode {
+    fn next_mode(&self, op: Op) -> Mode {
+        if !concerns(crate::ONLY.get(), op) {
+            return Mode::Now;
+        }
         let count = self.count.fetch_add(1, Relaxed);
         if count.checked_rem(crate::EVERY.get()).unwrap_or(0) == 0 {
             Mode::new(crate::MODE.get())
@@ -191,7 +203,8 @@ impl WorkItem for Control {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
-        this.end_parked(|mode, rq| (mode == Mode::Later).then(|| this.store.serve(rq)));
+        let kept = Mode::new(crate::MODE.get()) == Mode::Keep;
+        this.end_parked(|mode, rq| (mode == Mode::Later || !kept).then(|| this.store.serve(rq)));
 
         let disk = this.disk.lock().clone();
         if crate::GONE.get() {
@@ -229,7 +242,7 @@ impl Operations for Control {
         let uses = rq.data().wrapping_add(1);
         *rq.data_mut() = uses;
 
-        match this.next_mode() {
+        match this.next_mode(rq.op()) {
             Mode::Now => {
                 let mut rq = rq.start();
                 let status = this.store.serve(&mut rq);
@@ -244,6 +257,7 @@ impl Operations for Control {
             }
             Mode::Keep => this.park(Mode::Keep, rq.start()),
             Mode::Fail => rq.end(BlkStatus::IOERR),
+            Mode::Refuse => rq.end(BlkStatus::NOTSUPP),
             Mode::Reject => return Err(rq.reject()),
             Mode::Requeue => {
                 rq.start().requeue();

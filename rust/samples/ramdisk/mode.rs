@@ -2,6 +2,8 @@
 
 //! What becomes of a request.
 
+use kernel_ext::block::mq::Op;
+
 /// What becomes of a request: the parameter `mode`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
@@ -11,7 +13,7 @@ pub(crate) enum Mode {
     Complete,
     /// 2: it is done by a work item, in a batch with others.
     Later,
-    /// 3: it stays in flight until it times out or the disk goes.
+    /// 3: it stays in flight until the parameter changes, it times out or the disk goes.
     Keep,
     /// 4: it fails.
     Fail,
@@ -19,6 +21,8 @@ pub(crate) enum Mode {
     Reject,
     /// 6: it is requeued, and offered again after a kick.
     Requeue,
+    /// 7: it is refused as something that the disk cannot do.
+    Refuse,
 }
 
 impl Mode {
@@ -31,7 +35,20 @@ impl Mode {
             4 => Self::Fail,
             5 => Self::Reject,
             6 => Self::Requeue,
+            7 => Self::Refuse,
             _ => Self::Now,
         }
     }
+}
+
+/// Whether the parameter `only` has the bit of an operation.
+pub(crate) fn concerns(only: u32, op: Op) -> bool {
+    let bit = match op {
+        Op::Read => 1,
+        Op::Write => 2,
+        Op::Flush => 4,
+        Op::Discard | Op::SecureErase => 8,
+        Op::WriteZeroes | Op::Other(_) => 16,
+    };
+    only & bit != 0
 }

@@ -3,7 +3,7 @@
 //! A RAM disk, to test `kernel_ext::block` without Xen.
 //!
 //! The disk is `/dev/rblk0`. Parameters choose what becomes of each request, see [`Mode`]. Those
-//! that can be written (`size_mib`, `gone`) take effect when the disk is opened the next time, for
+//! that can be written (`size_mib`, `gone`, the end of mode 3) take effect when the disk is opened the next time, for
 //! instance by `blockdev --getsz`.
 
 mod disk;
@@ -38,7 +38,10 @@ module_params! {
     static BLOCK_SIZE("block_size", 0o444): u32 = 512, "Logical block size in bytes";
     /// What becomes of requests.
     static MODE("mode", 0o644): u32 = 0,
-        "0: done at once, 1: by complete, 2: by a work item, 3: kept, 4: fail, 5: reject, 6: requeue";
+        "0: done at once, 1: by complete, 2: by a work item, 3: kept, 4: fail, 5: reject, 6: requeue, 7: refuse";
+    /// Which operations are treated so.
+    static ONLY("only", 0o644): u32 = u32::MAX,
+        "Bits of operations treated so; 1: read, 2: write, 4: flush, 8: discard, 16: others";
     /// How many requests are treated normally before one is not.
     static EVERY("every", 0o644): u32 = 1, "Treat each n-th request so; the others are done at once";
     /// When a request counts as timed out.
@@ -47,6 +50,14 @@ module_params! {
     static WRITE_CACHE("write_cache", 0o444): bool = true, "Ask for flushes";
     /// Whether there is FUA.
     static FUA("fua", 0o444): bool = false, "Ask for FUA";
+    /// The unit of discards.
+    static DISCARD_GRANULARITY("discard_granularity", 0o444): u32 = 0, "Unit of discards in bytes";
+    /// Where the first unit starts.
+    static DISCARD_ALIGNMENT("discard_alignment", 0o444): u32 = 0,
+        "Where the first unit of discards starts, in bytes";
+    /// Whether there is secure erase.
+    static SECURE_ERASE("secure_erase", 0o444): bool = false,
+        "Can erase securely: leaves ones, where a discard leaves zeroes";
     /// Whether the disk can only be read.
     static READ_ONLY("read_only", 0o444): bool = false, "The disk can only be read";
     /// Whether the disk was pulled out.

@@ -39,10 +39,11 @@ impl Store {
         let result = match rq.op() {
             Op::Read => self.read(position, rq),
             Op::Write => self.write(position, rq),
-            Op::Discard | Op::WriteZeroes => self.zero(position, rq.bytes() as usize),
+            Op::Discard | Op::WriteZeroes => self.fill(position, rq.bytes() as usize, 0),
+            Op::SecureErase => self.fill(position, rq.bytes() as usize, 0xff),
             // All memory is equally stable.
             Op::Flush => Some(()),
-            Op::SecureErase | Op::Other(_) => return BlkStatus::NOTSUPP,
+            Op::Other(_) => return BlkStatus::NOTSUPP,
         };
         match result {
             Some(()) => BlkStatus::OK,
@@ -76,10 +77,10 @@ impl Store {
         Some(())
     }
 
-    fn zero(&self, mut position: u64, mut len: usize) -> Option<()> {
+    fn fill(&self, mut position: u64, mut len: usize, byte: u8) -> Option<()> {
         while len > 0 {
-            let here = self.slice(position, len)?;
-            here.zero();
+            let here = self.slice(position, len.min(SECTOR_SIZE as usize))?;
+            here.write(&[byte; SECTOR_SIZE as usize]);
             len = len.saturating_sub(here.len());
             position = position.wrapping_add(here.len() as u64);
         }
