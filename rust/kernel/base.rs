@@ -6,6 +6,7 @@
 //! - [`irq_spinlock`]: a lock for data that an interrupt handler uses too.
 //! - [`jiffies`]: the kernel's coarse clock.
 //! - [`kthread`]: kernel threads that run a closure.
+//! - [`lazy_timer`]: timers that wake nobody.
 //! - [`module_param`]: module parameters that show in sysfs.
 //! - [`module_ref`]: references to the module.
 //! - [`noio`]: code that memory is freed by.
@@ -22,6 +23,7 @@ pub mod cpu;
 pub mod irq_spinlock;
 pub mod jiffies;
 pub mod kthread;
+pub mod lazy_timer;
 pub mod module_param;
 pub mod module_ref;
 pub mod noio;
