@@ -48,6 +48,11 @@ bool rust_helper_bdev_is_cdrom(struct block_device *bdev)
 	return disk_to_cdi(bdev->bd_disk);
 }
 
+u64 rust_helper_bdev_diskseq(struct block_device *bdev)
+{
+	return bdev->bd_disk->diskseq;
+}
+
 bool rust_helper_bdev_is_removable(struct block_device *bdev)
 {
 	return bdev->bd_disk->flags & GENHD_FL_REMOVABLE;

@@ -56,6 +56,8 @@ pub struct Discard {
     pub granularity: u32,
     /// Offset in bytes of the first aligned position.
     pub alignment: u32,
+    /// Sectors that the device discards at once.
+    pub max_sectors: u32,
     /// The device can also make the data unrecoverable.
     pub secure: bool,
 }
@@ -190,6 +192,13 @@ impl BlockDevice {
         unsafe { bindings_ext::bdev_is_cdrom(self.bdev()) }
     }
 
+    /// The kernel's count of disks when this one was made, or got another medium. Numbers are used
+    /// again, this one is not.
+    pub fn disk_sequence(&self) -> u64 {
+        // SAFETY: By the type invariant.
+        unsafe { bindings_ext::bdev_diskseq(self.bdev()) }
+    }
+
     /// Whether the medium can be removed.
     pub fn is_removable(&self) -> bool {
         // SAFETY: By the type invariant.
@@ -201,7 +210,9 @@ impl BlockDevice {
         let bdev = self.bdev();
         // SAFETY: By the type invariant; for all four.
         unsafe {
-            (bindings_ext::bdev_max_discard_sectors(bdev) != 0).then(|| Discard {
+            let max_sectors = bindings_ext::bdev_max_discard_sectors(bdev);
+            (max_sectors != 0).then(|| Discard {
+                max_sectors,
                 granularity: bindings_ext::bdev_discard_granularity(bdev),
                 alignment: bindings::bdev_discard_alignment(bdev),
                 secure: bindings_ext::bdev_max_secure_erase_sectors(bdev) != 0,
