@@ -147,10 +147,37 @@ pub fn device_number(node: &'static str, text: &[u8]) -> Result<u32, BadNode> {
         .map_err(|wrong| BadNode::new(node, text, wrong))
 }
 
-/// Reads a physical device as a hotplug script writes it: major and minor in hexadecimal with a
-/// colon between.
-pub fn physical_device(node: &'static str, text: &[u8]) -> Result<(u32, u32), BadNode> {
-    major_minor(text).map_err(|wrong| BadNode::new(node, text, wrong))
+/// A block device as a hotplug script names it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct PhysicalDevice {
+    /// Major number, 12 bits.
+    pub major: u32,
+    /// Minor number, 20 bits.
+    pub minor: u32,
+    /// The kernel's count of disks when this one was made. A disk that was given the same numbers
+    /// later has another one.
+    pub sequence: Option<u64>,
+}
+
+/// Reads a physical device: major and minor in hexadecimal with a colon between. Before them there
+/// may be the disk's sequence number in hexadecimal and an `@`.
+pub fn physical_device(node: &'static str, text: &[u8]) -> Result<PhysicalDevice, BadNode> {
+    sequence_and_numbers(text).map_err(|wrong| BadNode::new(node, text, wrong))
+}
+
+fn sequence_and_numbers(text: &[u8]) -> Result<PhysicalDevice, Wrong> {
+    let mut parts = text.splitn(2, |byte| *byte == b'@');
+    let (first, second) = (parts.next().unwrap_or_default(), parts.next());
+    let sequence = match second {
+        Some(_) => Some(digits(first, 16, u64::MAX)?),
+        None => None,
+    };
+    let (major, minor) = major_minor(second.unwrap_or(first))?;
+    Ok(PhysicalDevice {
+        major,
+        minor,
+        sequence,
+    })
 }
 
 /// Major has 12 bits and minor 20 in the kernel.
@@ -274,9 +301,18 @@ mod tests {
 
     #[test]
     fn physical_devices() {
-        assert_eq!(physical_device("n", b"7:0"), Ok((7, 0)));
-        assert_eq!(physical_device("n", b"fd:1A"), Ok((0xfd, 0x1a)));
-        assert_eq!(physical_device("n", b"fff:fffff"), Ok((0xfff, 0xf_ffff)));
+        let device = |major, minor, sequence| {
+            Ok(PhysicalDevice {
+                major,
+                minor,
+                sequence,
+            })
+        };
+        assert_eq!(physical_device("n", b"7:0"), device(7, 0, None));
+        assert_eq!(physical_device("n", b"fd:1A"), device(0xfd, 0x1a, None));
+        let largest = device(0xfff, 0xf_ffff, Some(u64::MAX));
+        let text = b"ffffffffffffffff@fff:fffff";
+        assert_eq!(physical_device("n", text), largest);
         for text in [
             &b""[..],
             b":",
@@ -287,13 +323,17 @@ mod tests {
             b"7 :0",
             b"7:0\n",
             b"g:0",
+            b"@7:0",
+            b"1@@7:0",
+            b"1@7",
+            b"7:0@1",
         ] {
             assert_eq!(
                 physical_device("n", text).unwrap_err().wrong(),
                 Wrong::NotANumber
             );
         }
-        for text in [&b"1000:0"[..], b"0:100000"] {
+        for text in [&b"1000:0"[..], b"0:100000", b"10000000000000000@7:0"] {
             let wrong = physical_device("n", text).unwrap_err().wrong();
             assert!(matches!(wrong, Wrong::TooLarge { .. }));
         }
