@@ -16,6 +16,7 @@
 //! | `connect` | what is read from xenstore and written to it |
 //! | `disk` | the block device that is served |
 //! | `queue` | the thread of a queue: takes requests, ends transfers |
+//! | `fence` | barriers, which order the requests of all queues |
 //! | `transfer` | a request on its way, and how it gets back to its thread |
 //! | `memory` | how data gets between the frontend's memory and the disk |
 //! | `persistent` | pages that stay mapped |
@@ -32,6 +33,7 @@ use kernel_ext::xen::xenbus::Adapter;
 
 mod connect;
 mod disk;
+mod fence;
 mod memory;
 mod params;
 mod persistent;

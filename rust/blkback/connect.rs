@@ -4,6 +4,8 @@
 
 use crate::disk::Disk;
 use crate::disk::MAX_INDIRECT_SEGMENTS;
+use crate::fence::Fence;
+use crate::fence::Post;
 use crate::queue::Parts;
 use crate::queue::Queue;
 use crate::stats::Counters;
@@ -191,6 +193,7 @@ pub(crate) struct Connection<'a> {
     frontend: &'a CStr,
     accepted: Accepted,
     disk: Arc<Disk>,
+    fence: Arc<Fence>,
     /// Name of the virtual device, such as `xvda`.
     name: CString,
 }
@@ -210,11 +213,13 @@ impl<'a> Connection<'a> {
         let name = name.strip_prefix(b"/dev/").unwrap_or(name);
         let name =
             CString::try_from_fmt(fmt!("{}", BStr::from_bytes(name))).doing("keeping the name")?;
+        let fence = Arc::pin_init(Fence::new(), GFP_KERNEL).doing("making a fence")?;
         Ok(Self {
             device,
             frontend,
             accepted,
             disk,
+            fence,
             name,
         })
     }
@@ -258,6 +263,7 @@ impl<'a> Connection<'a> {
         let domain = self.device.otherend_id();
         Queue::new(Parts {
             name: CString::try_from_fmt(fmt!("{}.{}-{}", domain, *self.name, index))?,
+            post: Post::new(&self.fence, index, &inbox)?,
             ring,
             channel,
             inbox,

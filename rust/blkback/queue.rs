@@ -12,6 +12,7 @@
 
 use crate::disk::Disk;
 use crate::disk::MAX_SEGMENTS;
+use crate::fence::Post;
 use crate::memory::can_add_copies;
 use crate::memory::is_copied;
 use crate::memory::Mover;
@@ -67,7 +68,7 @@ const _: () = assert!(DISCARD_PIECE <= MAX_DISCARD_SECTORS as u64);
 enum Barrier {
     /// There is none.
     None,
-    /// It waits for what came before. Nothing is taken from the ring meanwhile.
+    /// It waits for what came before, in all queues. Nothing is taken meanwhile.
     Waiting(KBox<Transfer>),
     /// It is on its way, alone.
     Running,
@@ -82,6 +83,7 @@ pub(crate) struct Parts {
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) disk: Arc<Disk>,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) post: Post,
     pub(crate) domain: DomId,
     /// The frontend uses persistent grants.
     pub(crate) persistent: bool,
@@ -95,6 +97,7 @@ pub(crate) struct Queue {
     inbox: Arc<Inbox>,
     disk: Arc<Disk>,
     counters: Arc<Counters>,
+    post: Post,
     mover: Mover,
     /// Transfers that are not used now.
     idle: Chain,
@@ -129,6 +132,7 @@ impl Queue {
             inbox,
             disk,
             counters,
+            post,
             domain,
             persistent,
         } = parts;
@@ -142,6 +146,7 @@ impl Queue {
             inbox,
             disk,
             counters,
+            post,
             mover,
             idle: Chain::new(),
             reserve: Some(reserve),
@@ -172,6 +177,7 @@ impl Queue {
     pub(crate) fn serve(mut self, thread: &Current, link: &Link) {
         let mut reported = false;
         loop {
+            self.inbox.forget_nudge();
             let event = self.inbox.take_event();
             let took = self.pass(thread);
             match self.broken {
@@ -235,9 +241,10 @@ impl Queue {
         }
     }
 
-    /// Does all that there is to do now. Whether a request was taken from the ring.
+    /// Does all that there is to do now. Whether a request was taken from the ring, or could not be
+    /// taken yet.
     fn pass(&mut self, thread: &Current) -> bool {
-        let mut took_any = false;
+        let mut took_any = self.is_held();
         loop {
             let stopping = thread.should_stop();
             let took = self.take(stopping);
@@ -257,7 +264,7 @@ impl Queue {
         let listening = !stopping
             && self.broken.is_none()
             && self.stalled.is_none()
-            && matches!(self.barrier, Barrier::None);
+            && !self.is_held();
         listening && self.ring.final_check()
     }
 
@@ -278,20 +285,22 @@ impl Queue {
                 }
             }
             self.copy_incoming();
-            self.start_barrier();
         });
+        self.attend_fence();
         took
+    }
+
+    /// Nothing is taken from the ring, because of a barrier of this or another queue.
+    fn is_held(&self) -> bool {
+        !matches!(self.barrier, Barrier::None) || self.post.is_raised()
     }
 
     /// The next request to be started.
     fn next(&mut self, stopping: bool) -> Option<WireRequest> {
-        if !matches!(self.barrier, Barrier::None) {
-            return None;
-        }
         if let Some(wire) = self.stalled.take() {
             return Some(wire);
         }
-        if stopping || self.broken.is_some() {
+        if stopping || self.broken.is_some() || self.is_held() {
             return None;
         }
         match self.ring.take_request() {
@@ -427,6 +436,7 @@ impl Queue {
         self.count(&transfer);
         if transfer.context.work == Work::Barrier {
             self.barrier = Barrier::Waiting(transfer);
+            self.post.may_run(false);
             return;
         }
         self.in_flight = self.in_flight.wrapping_add(1);
@@ -478,13 +488,13 @@ impl Queue {
         }
     }
 
-    /// Starts a barrier if everything that came before has ended.
-    fn start_barrier(&mut self) {
-        if self.in_flight != 0 {
-            return;
-        }
+    /// Starts a barrier if everything that came before has ended, or lets that of another queue
+    /// start.
+    fn attend_fence(&mut self) {
+        let idle = self.in_flight == 0 && self.stalled.is_none();
         match core::mem::replace(&mut self.barrier, Barrier::None) {
-            Barrier::Waiting(transfer) => {
+            Barrier::None if idle && self.post.is_raised() => self.post.arrive(),
+            Barrier::Waiting(transfer) if self.post.may_run(idle) => {
                 self.barrier = Barrier::Running;
                 self.in_flight = self.in_flight.wrapping_add(1);
                 self.submit(transfer);
@@ -552,6 +562,7 @@ impl Queue {
         self.in_flight = self.in_flight.wrapping_sub(1);
         if transfer.context.work == Work::Barrier {
             self.barrier = Barrier::None;
+            self.post.lower();
         }
         self.answer(transfer.context.final_answer());
         self.recycle(transfer);
@@ -604,6 +615,7 @@ fn next_step(transfer: &mut Transfer) -> (Operation, u64) {
         Work::Read => (Operation::Read, job.sector),
         Work::Write => (Operation::Write, job.sector),
         Work::Flush => (Operation::Flush, 0),
+        Work::Barrier if job.segments.is_empty() => (Operation::Flush, 0),
         Work::Barrier => (Operation::FlushWrite, job.sector),
         Work::Discard {
             sector,

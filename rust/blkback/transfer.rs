@@ -14,6 +14,7 @@ use blkif::wire::Status;
 use kernel::alloc::Flags;
 use kernel::prelude::*;
 use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Full;
 use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
 use kernel::time::Jiffies;
@@ -41,8 +42,8 @@ pub(crate) enum Work {
     Write,
     /// No data; what was written becomes durable.
     Flush,
-    /// Alone on the ring: what came before has ended and becomes durable, then the data, if any,
-    /// is written and becomes durable.
+    /// Alone on the disk: what came before has ended and becomes durable, then the data, if any, is
+    /// written and becomes durable.
     Barrier,
     /// Forgets sectors, piece by piece.
     Discard {
@@ -213,6 +214,8 @@ pub(crate) struct Inbox {
     event: Atomic<bool>,
     /// Memory is short, and nobody has looked yet.
     short: Atomic<bool>,
+    /// Something outside of the queue has changed, and nobody has looked yet.
+    nudged: Atomic<bool>,
     /// Transfers that the disk is done with.
     #[pin]
     done: IrqSpinLock<Chain>,
@@ -225,6 +228,7 @@ impl Inbox {
         pin_init!(Self {
             event: Atomic::new(false),
             short: Atomic::new(false),
+            nudged: Atomic::new(false),
             done <- new_irq_spinlock!(Chain::new()),
             wait <- new_wait_queue!(),
         })
@@ -246,6 +250,20 @@ impl Inbox {
         self.event.load(Relaxed) && {
             self.event.store(false, Relaxed);
             true
+        }
+    }
+
+    /// Something outside of the queue has changed that it should look at. Any context.
+    pub(crate) fn nudge(&self) {
+        self.nudged.store(true, Relaxed);
+        self.wait.wake_up();
+    }
+
+    /// What was changed until now is about to be looked at.
+    pub(crate) fn forget_nudge(&self) {
+        if self.nudged.load(Relaxed) {
+            // A full barrier, so that what is looked at is not older than the nudge.
+            self.nudged.xchg(false, Full);
         }
     }
 
@@ -278,6 +296,7 @@ impl Inbox {
             wake.event && self.event.load(Relaxed)
                 || wake.stop && thread.should_stop()
                 || self.short.load(Relaxed)
+                || self.nudged.load(Relaxed)
                 || self.has_done()
         };
         match timeout {
