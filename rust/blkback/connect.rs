@@ -168,12 +168,14 @@ pub(crate) fn write_offers(dir: &CStr, limits: &BackLimits) -> Result {
 /// Writes the size of the disk, and the state again, which makes the frontend look at it.
 pub(crate) fn write_size(device: &Device, disk: &Disk) -> Result {
     let dir = device.nodename();
+    let sectors = disk.device.sectors();
     xenstore::transaction(|transaction| {
-        let sectors = disk.device.sectors();
         xenstore::write(transaction, dir, fmt!("sectors"), fmt!("{sectors}"))?;
         let state = device.state().number();
         xenstore::write(transaction, dir, fmt!("state"), fmt!("{state}"))
-    })
+    })?;
+    disk.told(sectors);
+    Ok(())
 }
 
 /// Reads what the frontend has chosen.
@@ -314,6 +316,8 @@ impl<'a> Connection<'a> {
             .is_some_and(|kind| kind.as_bytes() == b"cdrom");
         let disk = &self.disk;
         let dir = self.device.nodename();
+        let sectors = disk.device.sectors();
+        disk.told(sectors);
         xenstore::transaction(|transaction| {
             let write = |node: &str, value: u64| {
                 xenstore::write(transaction, dir, fmt!("{node}"), fmt!("{value}"))
@@ -328,7 +332,7 @@ impl<'a> Connection<'a> {
                 write("feature-discard", 1)?;
             }
             write("feature-persistent", self.accepted.persistent.into())?;
-            write("sectors", disk.device.sectors())?;
+            write("sectors", sectors)?;
             write("info", disk.info(cdrom).into())?;
             write("sector-size", disk.device.logical_block_size().into())?;
             write(

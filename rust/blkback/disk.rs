@@ -1,12 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! The disk behind a device: what a hotplug script has put at `physical-device`.
+//!
+//! Nobody tells a user of a block device that its size has changed, so one has to look. A queue looks
+//! whenever it has something to do. For a disk without I/O there is a [`SizeWatch`], which wakes no
+//! idle CPU; and the hotplug script may write `physical-device` again to have it looked at now.
 
+use crate::transfer::Inbox;
 use blkif::request::DiskLimits;
 use blkif::wire::info;
 use kernel::prelude::*;
 use kernel::str::CString;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
+use kernel_ext::base::lazy_timer::Target;
 use kernel_ext::block::bdev::Access;
 use kernel_ext::block::bdev::BlockDevice;
 use kernel_ext::block::bdev::DeviceNumber;
@@ -27,6 +35,8 @@ pub(crate) struct Disk {
     /// Discard as it is offered; none if the toolstack forbids it.
     pub(crate) discard: Option<Discard>,
     block_size: u32,
+    /// Size in sectors that the frontend was told.
+    told: Atomic<u64>,
 }
 
 impl Disk {
@@ -44,12 +54,14 @@ impl Disk {
             .discard()
             .filter(|_| discard && access == Access::ReadWrite);
         let block_size = device.logical_block_size();
+        let told = Atomic::new(device.sectors());
         Ok(Self {
             number,
             mode,
             device,
             discard,
             block_size,
+            told,
         })
     }
 
@@ -71,11 +83,37 @@ impl Disk {
         }
     }
 
+    /// Whether the size is another one than the frontend was told. Any context.
+    #[inline]
+    pub(crate) fn has_new_size(&self) -> bool {
+        self.device.sectors() != self.told.load(Relaxed)
+    }
+
+    /// The frontend was told this size.
+    pub(crate) fn told(&self, sectors: u64) {
+        self.told.store(sectors, Relaxed);
+    }
+
     /// The node `info`.
     pub(crate) fn info(&self, cdrom: bool) -> u32 {
         let flag = |flag, set| if set { flag } else { 0 };
         flag(info::CDROM, cdrom || self.device.is_cdrom())
             | flag(info::REMOVABLE, self.device.is_removable())
             | flag(info::READONLY, self.read_only())
+    }
+}
+
+/// Looks for a new size of a disk without I/O.
+pub(crate) struct SizeWatch {
+    pub(crate) disk: Arc<Disk>,
+    /// The queue that has to tell the frontend.
+    pub(crate) inbox: Arc<Inbox>,
+}
+
+impl Target for SizeWatch {
+    fn expired(&self) {
+        if self.disk.has_new_size() {
+            self.inbox.nudge();
+        }
     }
 }

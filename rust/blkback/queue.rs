@@ -115,8 +115,6 @@ pub(crate) struct Queue {
     in_flight: usize,
     /// The frontend has broken the ring: nothing more is taken from it.
     broken: Option<RingError>,
-    /// Size of the disk when it was last looked at.
-    sectors: u64,
     /// Until when memory counts as short.
     short_until: Option<Jiffies>,
     /// When numbers were last printed.
@@ -136,7 +134,6 @@ impl Queue {
             domain,
             persistent,
         } = parts;
-        let sectors = disk.limits().sectors;
         let mover = Mover::new(domain, MAX_SEGMENTS, persistent)?;
         let reserve = new_transfer(&inbox, MAX_SEGMENTS, GFP_KERNEL)?;
         Ok(Self {
@@ -157,7 +154,6 @@ impl Queue {
             incoming_len: 0,
             in_flight: 0,
             broken: None,
-            sectors,
             short_until: None,
             logged: jiffies::now(),
         })
@@ -189,9 +185,7 @@ impl Queue {
                 None if event => self.channel.eoi(!took),
                 _ => {}
             }
-            let sectors = self.disk.limits().sectors;
-            if sectors != self.sectors {
-                self.sectors = sectors;
+            if self.disk.has_new_size() {
                 link.resized();
             }
             self.log();

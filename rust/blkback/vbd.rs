@@ -13,6 +13,7 @@ use crate::connect;
 use crate::connect::Connection;
 use crate::connect::Fault;
 use crate::disk::Disk;
+use crate::disk::SizeWatch;
 use crate::params;
 use crate::queue::Queue;
 use crate::stats;
@@ -38,6 +39,7 @@ use kernel_ext::base::jiffies;
 use kernel_ext::base::jiffies::msecs_to_jiffies;
 use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
+use kernel_ext::base::lazy_timer::LazyTimer;
 use kernel_ext::base::noio::Noio;
 use kernel_ext::base::sysfs;
 use kernel_ext::base::sysfs::Output;
@@ -52,6 +54,9 @@ use kernel_ext::xen::xenbus::Side;
 use kernel_ext::xen::xenbus::State;
 use kernel_ext::xen::xenstore::Watch;
 use kernel_ext::xen::xenstore::WatchHandler;
+
+/// How often to look for a new size of a disk without I/O.
+const SIZE_WATCH_MS: u32 = 1000;
 
 /// How long to wait for what is in flight, before its queues are left to themselves.
 const DRAIN_MS: u32 = 30_000;
@@ -88,6 +93,7 @@ struct Inner {
     disk: Option<Arc<Disk>>,
     /// One for each ring that is served.
     serving: KVec<Serving>,
+    size_watch: Option<Pin<KBox<LazyTimer<SizeWatch>>>>,
     /// Counts the connections, so that a thread of an old one does no harm to a new one.
     connection: u64,
 }
@@ -171,6 +177,7 @@ impl Vbd {
             limits: params::limits(),
             disk: None,
             serving: KVec::new(),
+            size_watch: None,
             connection: 0,
         };
         let device: ARef<Device> = ARef::from(&***device);
@@ -273,7 +280,10 @@ impl Vbd {
             return;
         }
         match connect::find_disk(&self.device, inner.disk.as_deref()) {
-            Ok(None) => return,
+            Ok(None) => {
+                self.tell_size(&inner);
+                return;
+            }
             Ok(Some(disk)) => inner.disk = Some(disk),
             Err(fault) => {
                 self.fail(&mut inner, &fault);
@@ -289,7 +299,8 @@ impl Vbd {
     /// Connects to the frontend: its rings are served when this returns.
     fn attach(self: &Arc<Self>, inner: &mut Inner) -> Result<(), Fault> {
         let disk = inner.disk.clone().ok_or(Fault::Own("no disk", ENODEV))?;
-        let connection = Connection::new(&self.device, &self.frontend, disk, &inner.limits)?;
+        let connection =
+            Connection::new(&self.device, &self.frontend, disk.clone(), &inner.limits)?;
         inner.connection = inner.connection.wrapping_add(1);
         connection.describe_disk()?;
         let mut queues = KVec::new();
@@ -300,6 +311,13 @@ impl Vbd {
         let mut serving = KVec::new();
         for (index, queue) in queues {
             push(&mut serving, self.spawn(queue, index, inner.connection)?)?;
+        }
+        if let Some(first) = serving.first() {
+            let (disk, inbox) = (disk, first.inbox.clone());
+            let period = msecs_to_jiffies(SIZE_WATCH_MS);
+            let watch = LazyTimer::new(period, SizeWatch { disk, inbox })
+                .map_err(|error| Fault::Own("starting a timer", error))?;
+            inner.size_watch = Some(watch);
         }
         inner.serving = serving;
         Ok(())
@@ -327,6 +345,22 @@ impl Vbd {
         })
         .map(|thread| Serving { thread, inbox })
         .map_err(|error| Fault::Own("starting a thread", error))
+    }
+
+    /// Tells the frontend of a new size of the disk, if there is one.
+    fn tell_size(&self, inner: &Inner) {
+        let Some(disk) = inner.disk.as_ref().filter(|disk| disk.has_new_size()) else {
+            return;
+        };
+        if inner.back != Back::Live {
+            return;
+        }
+        if let Err(error) = connect::write_size(&self.device, disk) {
+            ratelimited!(dev_warn!(
+                self.device.as_ref(),
+                "cannot tell the frontend of the new size: {error:?}\n"
+            ));
+        }
     }
 
     /// Has the threads end what they have taken from their rings. One that does not get there in
@@ -390,18 +424,11 @@ impl Link {
         }
     }
 
-    /// The size of the disk has changed. Writes it, and the state, which makes the frontend look.
+    /// The size of the disk has changed.
     pub(crate) fn resized(&self) {
         let inner = self.vbd.inner.lock();
-        let Some(disk) = &inner.disk else { return };
-        if inner.connection != self.connection || inner.back != Back::Live {
-            return;
-        }
-        if let Err(error) = connect::write_size(&self.vbd.device, disk) {
-            ratelimited!(dev_warn!(
-                self.vbd.device.as_ref(),
-                "cannot tell the frontend of the new size: {error:?}\n"
-            ));
+        if inner.connection == self.connection {
+            self.vbd.tell_size(&inner);
         }
     }
 }
