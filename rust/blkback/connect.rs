@@ -178,6 +178,11 @@ pub(crate) fn write_size(device: &Device, disk: &Disk) -> Result {
     Ok(())
 }
 
+/// Takes back an offer: the disk has refused it.
+pub(crate) fn withdraw(device: &Device, node: &str) -> Result {
+    xenstore::write(&NoTransaction, device.nodename(), fmt!("{node}"), fmt!("0"))
+}
+
 /// Reads what the frontend has chosen.
 fn read_choice(frontend: &CStr, limits: &BackLimits) -> Result<Accepted, Fault> {
     let mut choice = FrontChoice::default();

@@ -113,6 +113,8 @@ pub(crate) struct Queue {
     incoming_len: usize,
     /// Transfers that were started and not answered: incoming, submitted, busy.
     in_flight: usize,
+    /// The node that offered what the disk has refused last, and whether it was taken back.
+    withdrawn: Option<(&'static str, bool)>,
     /// The frontend has broken the ring: nothing more is taken from it.
     broken: Option<RingError>,
     /// Until when memory counts as short.
@@ -153,6 +155,7 @@ impl Queue {
             incoming: Chain::new(),
             incoming_len: 0,
             in_flight: 0,
+            withdrawn: None,
             broken: None,
             short_until: None,
             logged: jiffies::now(),
@@ -184,6 +187,10 @@ impl Queue {
                 }
                 None if event => self.channel.eoi(!took),
                 _ => {}
+            }
+            if let Some((node, told @ false)) = &mut self.withdrawn {
+                *told = true;
+                link.withdraw(node);
             }
             if self.disk.has_new_size() {
                 link.resized();
@@ -557,6 +564,10 @@ impl Queue {
         if transfer.context.work == Work::Barrier {
             self.barrier = Barrier::None;
             self.post.lower();
+        }
+        if let Some(node) = transfer.context.withdrawn() {
+            let told = self.withdrawn == Some((node, true));
+            self.withdrawn = Some((node, told));
         }
         self.answer(transfer.context.final_answer());
         self.recycle(transfer);

@@ -9,6 +9,7 @@
 
 use crate::memory::Memory;
 use blkif::request::Segment;
+use blkif::wire::op;
 use blkif::wire::Response;
 use blkif::wire::Status;
 use kernel::alloc::Flags;
@@ -111,6 +112,17 @@ impl Job {
         Response {
             status,
             ..self.answer
+        }
+    }
+
+    /// The node that offered what the disk has refused, if it has.
+    pub(crate) fn withdrawn(&self) -> Option<&'static str> {
+        let flushes = matches!(self.work, Work::Flush | Work::Barrier);
+        match (self.result, self.answer.operation) {
+            (Err(error), _) if !flushes || !is_unsupported(error) => None,
+            (Err(_), op::WRITE_BARRIER) => Some("feature-barrier"),
+            (Err(_), _) => Some("feature-flush-cache"),
+            (Ok(()), _) => None,
         }
     }
 

@@ -6,6 +6,10 @@
 //! two things, both in the `xenwatch` thread: the frontend's state has changed, or the hotplug script
 //! has written `physical-device`. Either may come first.
 //!
+//! To stop using a disk takes as long as the disk takes to answer, which may be for ever. So what is
+//! to be done then is done by the last thread of the device, if the one that began it has waited for
+//! long enough.
+//!
 //! When the driver is unbound, nothing is said to the frontend: the rings stay as they are, with the
 //! requests that nobody has taken, and the next driver goes on with them.
 
@@ -33,9 +37,12 @@ use kernel::prelude::*;
 use kernel::str::CStr;
 use kernel::str::CString;
 use kernel::sync::aref::ARef;
+use kernel::sync::atomic::Acquire;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Full;
+use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
 use kernel::sync::Mutex;
-use kernel_ext::base::jiffies;
 use kernel_ext::base::jiffies::msecs_to_jiffies;
 use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
@@ -43,6 +50,8 @@ use kernel_ext::base::lazy_timer::LazyTimer;
 use kernel_ext::base::noio::Noio;
 use kernel_ext::base::sysfs;
 use kernel_ext::base::sysfs::Output;
+use kernel_ext::base::wait::WaitQueue;
+use kernel_ext::new_wait_queue;
 use kernel_ext::ratelimited;
 use kernel_ext::xen::xenbus::After;
 use kernel_ext::xen::xenbus::Device;
@@ -58,8 +67,13 @@ use kernel_ext::xen::xenstore::WatchHandler;
 /// How often to look for a new size of a disk without I/O.
 const SIZE_WATCH_MS: u32 = 1000;
 
-/// How long to wait for what is in flight, before its queues are left to themselves.
+/// How long a driver that is unbound waits for what is in flight, before its queues are left to
+/// themselves.
 const DRAIN_MS: u32 = 30_000;
+
+/// The same for the `xenwatch` thread, in which all other devices wait too. What takes longer goes on
+/// when the last queue has ended.
+const XENWATCH_MS: u32 = 500;
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 
@@ -80,6 +94,12 @@ pub(crate) struct Vbd {
     /// The frontend's directory.
     frontend: CString,
     stats: Arc<Stats>,
+    /// Threads that have not ended, also of older connections.
+    threads: Atomic<u32>,
+    /// The queues were told to end; what is to be done after that waits for the last one.
+    draining: Atomic<bool>,
+    #[pin]
+    ended: WaitQueue,
     #[pin]
     inner: Mutex<Inner>,
 }
@@ -100,7 +120,8 @@ struct Inner {
 
 /// A queue that is served.
 struct Serving {
-    thread: KThread,
+    /// Dropping it stops the thread.
+    _thread: KThread,
     inbox: Arc<Inbox>,
 }
 
@@ -185,6 +206,9 @@ impl Vbd {
             device,
             frontend,
             stats,
+            threads: Atomic::new(0),
+            draining: Atomic::new(false),
+            ended <- new_wait_queue!(),
             inner <- new_mutex!(inner),
         });
         Arc::pin_init(vbd, GFP_KERNEL)
@@ -196,13 +220,19 @@ impl Vbd {
         let mut inner = self.inner.lock();
         loop {
             let event = self.look(&inner);
-            let action = inner.back.step(event);
-            if action == BackAction::Drain {
-                let serving = core::mem::take(&mut inner.serving);
+            let action = match self.draining.load(Relaxed) {
+                false => inner.back.step(event),
+                true if self.has_threads() => return inner.back,
+                true => BackAction::Drain,
+            };
+            if action == BackAction::Drain && self.stop(&mut inner) {
                 // The threads may need the lock to report an error.
                 drop(inner);
-                self.drain(serving);
+                if !self.drain(XENWATCH_MS) {
+                    return Back::Closing;
+                }
                 inner = self.inner.lock();
+                continue;
             }
             if !self.carry_out(&mut inner, action) {
                 return inner.back;
@@ -276,7 +306,7 @@ impl Vbd {
     /// waits for that.
     fn find_disk(self: &Arc<Self>) {
         let mut inner = self.inner.lock();
-        if inner.back == Back::Gone {
+        if inner.back == Back::Gone || self.draining.load(Relaxed) {
             return;
         }
         match connect::find_disk(&self.device, inner.disk.as_deref()) {
@@ -329,11 +359,7 @@ impl Vbd {
         index: u32,
         connection: u64,
     ) -> Result<Serving, Fault> {
-        let link = Link {
-            vbd: self.clone(),
-            index,
-            connection,
-        };
+        let link = Link::new(self, index, connection);
         let name = CString::try_from_fmt(fmt!("rblkback {}", queue.name()))
             .map_err(|error| Fault::Own("naming a thread", error))?;
         let kind = Kind { freezable: true };
@@ -341,9 +367,10 @@ impl Vbd {
         KThread::spawn(fmt!("{}", *name), kind, move |thread| {
             // What it serves may be where memory is freed to.
             let _noio = Noio::new();
-            queue.serve(thread, &link)
+            queue.serve(thread, &link);
+            drop(link);
         })
-        .map(|thread| Serving { thread, inbox })
+        .map(|_thread| Serving { _thread, inbox })
         .map_err(|error| Fault::Own("starting a thread", error))
     }
 
@@ -363,31 +390,49 @@ impl Vbd {
         }
     }
 
-    /// Has the threads end what they have taken from their rings. One that does not get there in
-    /// time goes on alone: it owns its ring and memory.
-    fn drain(&self, serving: KVec<Serving>) {
-        serving.iter().for_each(|one| one.thread.stop());
-        let end = jiffies::now().wrapping_add(msecs_to_jiffies(DRAIN_MS));
-        let stuck = serving
-            .iter()
-            .filter(|one| !one.thread.join(jiffies::until(end)))
-            .count();
-        if stuck != 0 {
-            dev_warn!(
-                self.device.as_ref(),
-                "{stuck} queues still wait for the disk after {} s: they end when it answers\n",
-                DRAIN_MS / 1000
-            );
+    /// Has the threads end what they have taken from their rings. Whether there are any left.
+    fn stop(&self, inner: &mut Inner) -> bool {
+        inner.size_watch = None;
+        inner.serving.clear();
+        // A full barrier: either the last thread sees this, or its end is seen below.
+        self.draining.xchg(true, Full);
+        let left = self.has_threads();
+        if !left {
+            self.draining.store(false, Relaxed);
         }
+        left
+    }
+
+    fn has_threads(&self) -> bool {
+        self.threads.load(Acquire) != 0
+    }
+
+    /// Waits until all threads have ended. A thread that does not get there in time goes on alone: it
+    /// owns its ring and memory.
+    fn drain(&self, time_ms: u32) -> bool {
+        let time = msecs_to_jiffies(time_ms);
+        let drained = self.ended.wait_timeout(time, || !self.has_threads());
+        if !drained {
+            ratelimited!(dev_warn!(
+                self.device.as_ref(),
+                "{} queues still wait for the disk after {time_ms} ms: they end when it answers\n",
+                self.threads.load(Relaxed)
+            ));
+        }
+        drained
     }
 
     /// The driver is unbound.
     fn leave(&self) {
         let mut inner = self.inner.lock();
         inner.back = Back::Gone;
-        let serving = core::mem::take(&mut inner.serving);
+        self.stop(&mut inner);
+        // There is nothing to be done after that.
+        self.draining.store(false, Relaxed);
         drop(inner);
-        self.drain(serving);
+        // Without its directory the device goes for good: nobody else will serve its rings.
+        let gone = self.device.read_driver_state(self.device.nodename()) == State::Unknown;
+        self.drain(if gone { XENWATCH_MS } else { DRAIN_MS });
         self.inner.lock().disk = None;
     }
 
@@ -416,6 +461,28 @@ pub(crate) struct Link {
 }
 
 impl Link {
+    fn new(vbd: &Arc<Vbd>, index: u32, connection: u64) -> Self {
+        vbd.threads.fetch_add(1, Relaxed);
+        Self {
+            vbd: vbd.clone(),
+            index,
+            connection,
+        }
+    }
+
+    /// The disk has refused what a node has offered.
+    pub(crate) fn withdraw(&self, node: &str) {
+        let inner = self.vbd.inner.lock();
+        if inner.connection != self.connection {
+            return;
+        }
+        let device = &self.vbd.device;
+        dev_info!(device.as_ref(), "the disk has refused this: {node} = 0\n");
+        if let Err(error) = connect::withdraw(device, node) {
+            dev_warn!(device.as_ref(), "cannot write {node}: {error:?}\n");
+        }
+    }
+
     /// The frontend has broken the ring.
     pub(crate) fn ring_broken(&self, error: RingError) {
         let mut inner = self.vbd.inner.lock();
@@ -429,6 +496,20 @@ impl Link {
         let inner = self.vbd.inner.lock();
         if inner.connection == self.connection {
             self.vbd.tell_size(&inner);
+        }
+    }
+}
+
+impl Drop for Link {
+    /// The thread has ended, and all that it had is gone.
+    fn drop(&mut self) {
+        let vbd = &self.vbd;
+        if vbd.threads.fetch_sub(1, Full) == 1 {
+            vbd.ended.wake_up();
+            if vbd.draining.load(Relaxed) {
+                // What has to be unregistered now is so when the toolstack sees that it is closed.
+                vbd.advance();
+            }
         }
     }
 }
