@@ -28,6 +28,7 @@ use kernel::str::CString;
 use kernel::sync::Arc;
 use kernel_ext::block::bdev::Access;
 use kernel_ext::block::bdev::DeviceNumber;
+use kernel_ext::ratelimited;
 use kernel_ext::xen::events::Channel;
 use kernel_ext::xen::grant::ForeignRef;
 use kernel_ext::xen::ring::MappedRing;
@@ -229,6 +230,25 @@ impl<'a> Connection<'a> {
             fence,
             name,
         })
+    }
+
+    /// Says what was agreed on.
+    pub(crate) fn report(&self) {
+        let Accepted {
+            abi,
+            rings,
+            persistent,
+            ..
+        } = &self.accepted;
+        ratelimited!(dev_info!(
+            self.device.as_ref(),
+            "{}: {} queues of {} pages, {}, persistent grants {}\n",
+            &*self.name,
+            rings.queues,
+            rings.pages(),
+            abi.name(),
+            if *persistent { "on" } else { "off" }
+        ));
     }
 
     /// Number of rings.

@@ -9,6 +9,7 @@
 use crate::transfer::Inbox;
 use blkif::request::DiskLimits;
 use blkif::wire::info;
+use blkif::wire::SECTOR_SIZE;
 use kernel::prelude::*;
 use kernel::str::CString;
 use kernel::sync::atomic::Atomic;
@@ -19,12 +20,17 @@ use kernel_ext::block::bdev::Access;
 use kernel_ext::block::bdev::BlockDevice;
 use kernel_ext::block::bdev::DeviceNumber;
 use kernel_ext::block::bdev::Discard;
+use kernel_ext::block::bio::MAX_DISCARD_SECTORS;
 
 /// Segments that an indirect request may have (`MAX_INDIRECT_SEGMENTS` of the C backend).
 pub(crate) const MAX_INDIRECT_SEGMENTS: u16 = 256;
 
 /// Segments that any request may have.
 pub(crate) const MAX_SEGMENTS: usize = MAX_INDIRECT_SEGMENTS as usize;
+
+/// Sectors of one piece of a discard, at most.
+const DISCARD_PIECE: u64 = 1 << 22;
+const _: () = assert!(DISCARD_PIECE <= MAX_DISCARD_SECTORS as u64);
 
 /// An open disk, as it is offered to a frontend.
 pub(crate) struct Disk {
@@ -68,6 +74,26 @@ impl Disk {
     /// Writes are refused.
     pub(crate) fn read_only(&self) -> bool {
         self.device.access() == Access::ReadOnly || self.device.read_only()
+    }
+
+    /// How much of a discard of `left` sectors is asked for at once: what the device does at once, to
+    /// the end of a granule, so that none is spared because two halves of it were discarded.
+    pub(crate) fn discard_piece(&self, sector: u64, left: u64) -> u64 {
+        let Some(discard) = self.discard else {
+            return left.min(DISCARD_PIECE);
+        };
+        let piece = DISCARD_PIECE.min(discard.max_sectors.max(1).into());
+        if left <= piece {
+            return left;
+        }
+        let end = sector
+            .wrapping_add(piece)
+            .wrapping_sub(u64::from(discard.alignment) / u64::from(SECTOR_SIZE));
+        let granule = u64::from(discard.granularity) / u64::from(SECTOR_SIZE);
+        match end.checked_rem(granule) {
+            Some(excess) if excess < piece => piece.wrapping_sub(excess),
+            _ => piece,
+        }
     }
 
     /// What requests are checked against. The size is that of now.

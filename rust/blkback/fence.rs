@@ -86,7 +86,10 @@ impl Fence {
     fn turn(&self, queues: &mut Queues, owner: Option<u32>) {
         queues.owner = owner;
         self.raised.store(owner.is_some(), Relaxed);
-        queues.all.iter_mut().for_each(|place| place.arrived = false);
+        queues
+            .all
+            .iter_mut()
+            .for_each(|place| place.arrived = false);
         queues.nudge(|place| owner != Some(place.index));
     }
 }

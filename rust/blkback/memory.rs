@@ -227,7 +227,7 @@ impl Mover {
         self.references
             .push_within_capacity(reference)
             .map_err(|_| ENOMEM)?;
-        self.map_missing(Access::ReadWrite)?;
+        self.map_missing(Access::ReadOnly)?;
         Ok(self.mapped.pop().ok_or(EINVAL)?)
     }
 
@@ -304,13 +304,11 @@ impl Mover {
     fn map(&mut self, transfer: &mut Transfer) -> Result<(), Problem> {
         let ((pages, _), job) = transfer.split_mut();
         let access = match job.work {
-            // A page that stays is used for both.
-            _ if self.table.is_some() => Access::ReadWrite,
             Work::Read => Access::ReadWrite,
             Work::Write | Work::Flush | Work::Barrier | Work::Discard { .. } => Access::ReadOnly,
         };
         let result = self
-            .find(&job.segments)
+            .find(&job.segments, access)
             .and_then(|()| self.map_missing(access));
         self.mapped.reverse();
         for found in self.found.drain_all() {
@@ -326,11 +324,11 @@ impl Mover {
     }
 
     /// Looks for the pages of segments in the table. Those that are not there are in `references`.
-    fn find(&mut self, segments: &[Segment]) -> Result<(), Problem> {
+    fn find(&mut self, segments: &[Segment], access: Access) -> Result<(), Problem> {
         self.references.clear();
         for segment in segments {
             let reference = ForeignRef(segment.gref());
-            let found = self.table.as_mut().and_then(|table| table.take(reference));
+            let found = self.take_kept(reference, access);
             if found.is_none() {
                 self.references
                     .push_within_capacity(reference)
@@ -339,6 +337,16 @@ impl Mover {
             self.found.push_within_capacity(found).map_err(|_| ENOMEM)?;
         }
         Ok(())
+    }
+
+    /// A page that has stayed mapped. One that was mapped for less than is needed now is mapped anew.
+    fn take_kept(&mut self, reference: ForeignRef, access: Access) -> Option<MappedPage> {
+        let page = self.table.as_mut()?.take(reference)?;
+        if access == Access::ReadWrite && page.access() == Access::ReadOnly {
+            self.unmap_later(page);
+            return None;
+        }
+        Some(page)
     }
 
     fn map_missing(&mut self, access: Access) -> Result<(), Problem> {

@@ -48,7 +48,6 @@ use kernel_ext::base::jiffies::Jiffies;
 use kernel_ext::base::kthread::Current;
 use kernel_ext::block::bio;
 use kernel_ext::block::bio::Operation;
-use kernel_ext::block::bio::MAX_DISCARD_SECTORS;
 use kernel_ext::ratelimited;
 use kernel_ext::xen::events::Channel;
 use kernel_ext::xen::ring::MappedRing;
@@ -59,10 +58,6 @@ const BUSY_WAIT_MS: u32 = 5;
 
 /// How often numbers are printed, if that is wanted.
 const LOG_STATS_SECONDS: u32 = 10;
-
-/// Sectors of one piece of a discard: large, and a multiple of what devices discard at once.
-const DISCARD_PIECE: u64 = 1 << 22;
-const _: () = assert!(DISCARD_PIECE <= MAX_DISCARD_SECTORS as u64);
 
 /// Where a barrier is.
 enum Barrier {
@@ -262,10 +257,8 @@ impl Queue {
     /// Whether requests have come since the ring was found empty. If not, the next one will send an
     /// event.
     fn more(&mut self, stopping: bool) -> bool {
-        let listening = !stopping
-            && self.broken.is_none()
-            && self.stalled.is_none()
-            && !self.is_held();
+        let listening =
+            !stopping && self.broken.is_none() && self.stalled.is_none() && !self.is_held();
         listening && self.ring.final_check()
     }
 
@@ -506,7 +499,7 @@ impl Queue {
 
     /// Gives a transfer, or its next piece, to the disk.
     fn submit(&mut self, mut transfer: KBox<Transfer>) {
-        let (operation, sector) = next_step(&mut transfer);
+        let (operation, sector) = next_step(&self.disk, &mut transfer);
         if let Err((error, mut transfer)) =
             bio::submit(&self.disk.device, operation, sector, transfer)
         {
@@ -614,7 +607,7 @@ fn is_read_into_copy(transfer: &Transfer) -> bool {
 }
 
 /// What the disk is asked for next, and where.
-fn next_step(transfer: &mut Transfer) -> (Operation, u64) {
+fn next_step(disk: &Disk, transfer: &mut Transfer) -> (Operation, u64) {
     let job = &mut transfer.context;
     match job.work {
         Work::Read => (Operation::Read, job.sector),
@@ -627,14 +620,14 @@ fn next_step(transfer: &mut Transfer) -> (Operation, u64) {
             left,
             secure,
         } => {
-            let piece = left.min(DISCARD_PIECE);
+            let piece = disk.discard_piece(sector, left);
             job.work = Work::Discard {
                 sector: sector.wrapping_add(piece),
                 left: left.wrapping_sub(piece),
                 secure,
             };
-            // At most `DISCARD_PIECE`.
-            let sectors = piece as u32;
+            // What does not fit is refused.
+            let sectors = u32::try_from(piece).unwrap_or(u32::MAX);
             let operation = if secure {
                 Operation::SecureErase(sectors)
             } else {

@@ -350,6 +350,7 @@ impl Vbd {
             inner.size_watch = Some(watch);
         }
         inner.serving = serving;
+        connection.report();
         Ok(())
     }
 
