@@ -17,6 +17,7 @@ use blkif::negotiate::BadChoice;
 use blkif::negotiate::FrontChoice;
 use blkif::node;
 use blkif::node::BadNode;
+use blkif::node::PhysicalDevice;
 use blkif::node::Wrong;
 use blkif::ring::BackRing;
 use blkif::ring::RingError;
@@ -55,6 +56,8 @@ pub(crate) enum Fault {
     State,
     /// The disk cannot be opened.
     Disk(DeviceNumber, Access, Error),
+    /// The disk has another sequence number than the toolstack says: it is another disk.
+    Recycled(DeviceNumber, u64, u64),
     /// Something of our own failed.
     Own(&'static str, Error),
 }
@@ -81,6 +84,14 @@ impl fmt::Display for Fault {
                     "physical-device = \"{major:x}:{minor:x}\": cannot be opened for {how}"
                 )
             }
+            Fault::Recycled(number, wanted, found) => {
+                let (major, minor) = (number.major(), number.minor());
+                write!(
+                    f,
+                    "physical-device = \"{wanted:x}@{major:x}:{minor:x}\": another disk, \
+                     {found:x}, has that number now"
+                )
+            }
             Fault::Own(what, _) => f.write_str(what),
         }
     }
@@ -92,6 +103,7 @@ impl Fault {
         match self {
             Fault::Node(_) | Fault::Queue(..) | Fault::Choice(_) | Fault::State => EINVAL,
             Fault::Ring(..) => EIO,
+            Fault::Recycled(..) => ESTALE,
             Fault::Disk(_, _, error) | Fault::Refused(_, _, _, error) | Fault::Own(_, error) => {
                 *error
             }
@@ -127,7 +139,11 @@ pub(crate) fn find_disk(device: &Device, disk: Option<&Disk>) -> Result<Option<A
     let Some(value) = read(dir, fmt!("{NODE}"))? else {
         return Ok(None);
     };
-    let (major, minor) = node::physical_device(NODE, value.as_bytes()).map_err(Fault::Node)?;
+    let PhysicalDevice {
+        major,
+        minor,
+        sequence,
+    } = node::physical_device(NODE, value.as_bytes()).map_err(Fault::Node)?;
     let number = DeviceNumber::new(major, minor)
         .ok_or_else(|| Fault::Node(BadNode::new(NODE, value.as_bytes(), Wrong::Unknown)))?;
     if let Some(disk) = disk {
@@ -149,6 +165,10 @@ pub(crate) fn find_disk(device: &Device, disk: Option<&Disk>) -> Result<Option<A
     let discard = read(dir, fmt!("discard-enable"))?.is_none_or(|value| value.as_bytes() != b"0");
     let disk = Disk::open(number, access, mode, discard)
         .map_err(|error| Fault::Disk(number, access, error))?;
+    let found = disk.device.disk_sequence();
+    if let Some(wanted) = sequence.filter(|wanted| *wanted != found) {
+        return Err(Fault::Recycled(number, wanted, found));
+    }
     let disk = Arc::new(disk, GFP_KERNEL).map_err(|_| Fault::Own("keeping the disk", ENOMEM))?;
     Ok(Some(disk))
 }

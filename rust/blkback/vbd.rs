@@ -10,6 +10,23 @@
 //! to be done then is done by the last thread of the device, if the one that began it has waited for
 //! long enough.
 //!
+//! # What is freed when
+//!
+//! Whatever ends a device, at whatever point of its life, each thing has one owner and ends with it:
+//!
+//! - The thread of a queue owns its ring, its event channel, the pages that it has mapped and the
+//!   requests that it has taken. It returns when nothing is in flight, and drops them then, in the
+//!   order of the fields of [`Queue`]. Nobody else unmaps or unbinds.
+//! - What is in flight is owned by the block layer, and holds the disk open; see
+//!   [`kernel_ext::block::bio`].
+//! - A [`Link`] lives as long as its thread, or as the attempt to start it. It keeps the [`Vbd`] and
+//!   with that the device, and counts: the count is 0 only when all queues are gone.
+//! - The watch, the timer and the files in sysfs are dropped by whoever unbinds the driver, and each
+//!   waits for a call of its own that is running. None of them is dropped with a lock that its call
+//!   takes.
+//! - A thread holds the module. So neither an unbind nor the loss of the device's directory has to
+//!   wait for a disk that does not answer: what waits there keeps all that it needs.
+//!
 //! When the driver is unbound, nothing is said to the frontend: the rings stay as they are, with the
 //! requests that nobody has taken, and the next driver goes on with them.
 
@@ -220,10 +237,12 @@ impl Vbd {
         let mut inner = self.inner.lock();
         loop {
             let event = self.look(&inner);
-            let action = match self.draining.load(Relaxed) {
-                false => inner.back.step(event),
-                true if self.has_threads() => return inner.back,
-                true => BackAction::Drain,
+            let action = if !self.draining.load(Relaxed) {
+                inner.back.step(event)
+            } else if self.has_threads() {
+                return inner.back;
+            } else {
+                BackAction::Drain
             };
             if action == BackAction::Drain && self.stop(&mut inner) {
                 // The threads may need the lock to report an error.
