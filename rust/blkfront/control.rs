@@ -39,7 +39,7 @@ use kernel_ext::block::mq::TagSet;
 use kernel_ext::block::mq::TagSetParams;
 use kernel_ext::xen::xenbus;
 
-use crate::disk;
+use crate::disk::Basis;
 use crate::disk::Disk;
 use crate::link::Link;
 use crate::nodes;
@@ -79,6 +79,8 @@ pub(crate) struct Control {
     disk: Option<Arc<GenDisk<Disk>>>,
     /// The logical block size of the disk. Its users rely on it.
     block_size: u32,
+    /// What the limits of the disk were made from; `None` if they have changed since.
+    basis: Option<Basis>,
     /// Looks for partitions on the disk.
     adder: Option<KThread>,
     /// Tells the users of the disk that it is gone.
@@ -108,6 +110,7 @@ impl Control {
             rings: 0,
             disk: None,
             block_size: 0,
+            basis: None,
             adder: None,
             reporter: None,
             lingering: KVVec::new(),
@@ -254,9 +257,9 @@ impl Control {
         for queue in self.queues.iter().take(self.rings) {
             queue.serve(terms)?;
         }
-        match &self.disk {
+        match self.disk.clone() {
             None => self.make_disk(&nodes, &features, limits)?,
-            Some(disk) => self.resume_disk(disk, &nodes, &features, limits)?,
+            Some(disk) => self.resume_disk(&disk, &nodes, &features, limits)?,
         }
         self.spread_events();
         self.report(&features);
@@ -290,8 +293,9 @@ impl Control {
             }),
             GFP_KERNEL,
         )?;
+        let basis = Basis::new(nodes.block_size, nodes, features, slot);
         let mut limits = QueueLimits::new();
-        disk::set_limits(&mut limits, nodes, features, slot);
+        basis.apply(&mut limits);
 
         let mut builder = GenDiskBuilder::new(limits)
             .device_numbers(minors)
@@ -308,6 +312,7 @@ impl Control {
         )?;
         let disk = Arc::new(disk, GFP_KERNEL)?;
         self.block_size = nodes.block_size;
+        self.basis = Some(basis);
         self.disk = Some(disk.clone());
         self.add_disk(disk)
     }
@@ -332,7 +337,7 @@ impl Control {
 
     /// Goes on with a disk after an outage.
     fn resume_disk(
-        &self,
+        &mut self,
         disk: &GenDisk<Disk>,
         nodes: &negotiate::Disk,
         features: &Features,
@@ -348,11 +353,14 @@ impl Control {
             return Err(EINVAL);
         }
         disk.queue_data().set_rings(self.rings as u32);
-        disk.update_limits(|limits| {
-            disk::set_limits(limits, nodes, features, slot);
-            // Whole blocks of the old size are whole blocks of a smaller one.
-            limits.set_logical_block_size(self.block_size);
-        })?;
+        // Whole blocks of the old size are whole blocks of a smaller one.
+        let basis = Basis::new(self.block_size, nodes, features, slot);
+        // Most backends come back as they were. Whoever changes the limits through sysfs holds their
+        // lock, and waits for the requests that wait for this.
+        if self.basis != Some(basis) {
+            disk.update_limits(|limits| basis.apply(limits))?;
+            self.basis = Some(basis);
+        }
         self.follow_disk(disk, nodes)?;
         disk.kick_requeue_list();
         disk.unquiesce();
@@ -418,7 +426,7 @@ impl Control {
     }
 
     /// The backend cannot discard, though it had said so: nobody is to ask for it any more.
-    pub(crate) fn withdraw_discard(&self) {
+    pub(crate) fn withdraw_discard(&mut self) {
         let Some(disk) = &self.disk else { return };
         pr_warn!("{}: the backend cannot discard, it is off\n", self.name());
         if self.own != Front::Live {
@@ -438,6 +446,7 @@ impl Control {
                 error
             );
         }
+        self.basis = None;
     }
 
     /// Ends rings, event channels and grants.

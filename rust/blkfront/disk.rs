@@ -3,6 +3,7 @@
 //! The block device: its limits, and what the block layer asks of it.
 
 use blkif::negotiate;
+use blkif::negotiate::Discard;
 use blkif::negotiate::Features;
 use blkif::negotiate::Flush;
 use blkif::plan::Direction;
@@ -73,31 +74,54 @@ impl Disk {
     }
 }
 
-/// Sets what follows from the disk and from what both sides can do.
-pub(crate) fn set_limits(
-    limits: &mut QueueLimits,
-    disk: &negotiate::Disk,
-    features: &Features,
+/// What the limits of a disk follow from.
+#[derive(Clone, Copy, Eq, PartialEq)]
+pub(crate) struct Basis {
+    block_size: u32,
+    physical_block_size: u32,
     slot: SlotLimits,
-) {
-    let segments = slot.segments();
-    limits
-        .set_logical_block_size(disk.block_size)
-        .set_physical_block_size(disk.physical_block_size)
-        .set_max_hw_sectors(u32::from(segments).wrapping_mul(SECTORS_PER_PAGE))
-        .set_max_segments(segments)
-        .set_max_segment_size(blkif::wire::PAGE_SIZE)
-        .set_seg_boundary_mask(blkif::wire::PAGE_SIZE as usize - 1)
-        .set_dma_alignment(blkif::wire::SECTOR_SIZE - 1)
-        .set_feature(Feature::WriteCache, features.flush != Flush::None);
+    write_cache: bool,
+    discard: Option<Discard>,
+}
 
-    let discard = features.discard;
-    let most = |can: bool| if can { u32::MAX } else { 0 };
-    limits
-        .set_max_discard_sectors(most(discard.is_some()))
-        .set_max_secure_erase_sectors(most(discard.is_some_and(|discard| discard.secure)))
-        .set_discard_granularity(discard.map_or(0, |discard| discard.granularity))
-        .set_discard_alignment(discard.map_or(0, |discard| discard.alignment));
+impl Basis {
+    /// Of a disk with this logical block size, by what both sides can do.
+    pub(crate) fn new(
+        block_size: u32,
+        disk: &negotiate::Disk,
+        features: &Features,
+        slot: SlotLimits,
+    ) -> Self {
+        Self {
+            block_size,
+            physical_block_size: disk.physical_block_size,
+            slot,
+            write_cache: features.flush != Flush::None,
+            discard: features.discard,
+        }
+    }
+
+    /// Sets what follows.
+    pub(crate) fn apply(&self, limits: &mut QueueLimits) {
+        let segments = self.slot.segments();
+        limits
+            .set_logical_block_size(self.block_size)
+            .set_physical_block_size(self.physical_block_size)
+            .set_max_hw_sectors(u32::from(segments).wrapping_mul(SECTORS_PER_PAGE))
+            .set_max_segments(segments)
+            .set_max_segment_size(blkif::wire::PAGE_SIZE)
+            .set_seg_boundary_mask(blkif::wire::PAGE_SIZE as usize - 1)
+            .set_dma_alignment(blkif::wire::SECTOR_SIZE - 1)
+            .set_feature(Feature::WriteCache, self.write_cache);
+
+        let discard = self.discard;
+        let most = |can: bool| if can { u32::MAX } else { 0 };
+        limits
+            .set_max_discard_sectors(most(discard.is_some()))
+            .set_max_secure_erase_sectors(most(discard.is_some_and(|discard| discard.secure)))
+            .set_discard_granularity(discard.map_or(0, |discard| discard.granularity))
+            .set_discard_alignment(discard.map_or(0, |discard| discard.alignment));
+    }
 }
 
 const SECTORS_PER_PAGE: u32 = blkif::wire::SECTORS_PER_PAGE as u32;
