@@ -22,7 +22,7 @@ def kernel_counts(machine):
     """Kernel threads, slab memory and modules with their reference counts."""
     machine.sh("sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1")
     return {
-        "threads": int(machine.sh("ps | grep -F '[' | grep -vc kworker")),
+        "threads": int(machine.sh("ps | grep '\\[.*\\]$' | grep -vc kworker")),
         "slab_kb": int(machine.sh("sed -n 's/^SUnreclaim: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")),
         "modules": machine.sh("cut -d' ' -f1,3 /proc/modules | sort"),
     }
