@@ -9,6 +9,7 @@
 
 use super::jiffies;
 use super::jiffies::Jiffies;
+use super::module_ref::ModuleRef;
 use kernel::bindings;
 use kernel::optional_name;
 use kernel::prelude::*;
@@ -37,6 +38,7 @@ pub struct LazyTimer<T: Target> {
     timer: Opaque<bindings::timer_list>,
     period: Jiffies,
     target: T,
+    _module: ModuleRef,
 }
 
 // SAFETY: A timer may be set and shut down from any thread; the target is `Send`.
@@ -48,6 +50,7 @@ impl<T: Target> LazyTimer<T> {
     /// Starts a timer with this period, at least one jiffy.
     pub fn new(period: Jiffies, target: T) -> Result<Pin<KBox<Self>>> {
         let period = period.max(1);
+        let module = ModuleRef::new()?;
         let this = KBox::pin_init(
             pin_init!(Self {
                 // INVARIANT: Initialised here, and pinned.
@@ -65,6 +68,7 @@ impl<T: Target> LazyTimer<T> {
                 }),
                 period,
                 target,
+                _module: module,
             }),
             GFP_KERNEL,
         )?;

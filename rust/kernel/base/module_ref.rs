@@ -10,8 +10,8 @@ use kernel::prelude::*;
 /// A reference to this module, which stays loaded while the reference lives.
 ///
 /// Held by what the kernel may call back into at any time: a thread, a sysfs attribute, an
-/// interrupt, a watch. If such a thing is ever leaked, the module can no longer be unloaded, instead
-/// of being called after it is gone.
+/// interrupt, a watch, a timer. If such a thing is ever leaked, the module can no longer be unloaded,
+/// instead of being called after it is gone.
 ///
 /// # Invariants
 ///
