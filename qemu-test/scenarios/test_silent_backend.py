@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A backend answers nothing: what waits for it ends when the disk goes, and not never.
+
+Dom0's shell plays the backend, which has no ring.
+"""
+
+from harness.toolstack import connect_disks
+from harness.toolstack import directories
+from harness.toolstack import remove_devices
+from harness.toolstack import write_nodes
+
+XVDB = 51728
+OFFERS = {"feature-persistent": 1, "feature-flush-cache": 1}
+READER = """
+rm -f /tmp/ended
+(if /usr/bin/dd if=/dev/xvdb of=/dev/null bs=4k count=1 iflag=direct; then
+	echo read
+else
+	echo failed
+fi > /tmp/ended) 2> /dev/null &
+until [ "$(awk '{print $9}' /sys/block/xvdb/stat)" -ge 1 ]; do usleep 100000; done
+"""
+"""Reads, and waits until that is in flight."""
+
+
+def start_reader(host, guest):
+    """A disk with a request in flight that nobody answers; gives the backend's directory."""
+    connect_disks(host, guest, {XVDB: (OFFERS, {})})
+    guest.wait_for_disk("xvdb")
+    back = directories(guest.domid, XVDB)[1]
+    write_nodes(host, back, {"sectors": 2048, "state": 4})
+    guest.wait_for("[ $(cat /sys/block/xvdb/size) = 2048 ]")
+    guest.sh(READER)
+    return back
+
+
+def wait_for_front(host, guest, state):
+    """Waits for a state of the frontend."""
+    front = directories(guest.domid, XVDB)[0]
+    host.wait_for(f"[ $(xenstore-read {front}/state) = {state} ]")
+
+
+def test_silent_backend(xen, record_property):
+    """Detached with a request in flight; and back with blocks that the disk's users cannot follow.
+
+    Rows: F-03, F-04, F-05
+    """
+    host = xen()
+    guest = host.start_guest(disks=[])
+    guest.allow("I/O error, dev xvdb")
+    guest.allow("rror on dev xvdb")
+    back = start_reader(host, guest)
+    write_nodes(host, back, {"online": 0, "state": 5})
+    wait_for_front(host, guest, 6)
+    if guest.front == "xen-blkfront":
+        # It is Closed, and its reader waits for ever.
+        assert guest.run("[ -s /tmp/ended ]")[0] == 1
+        record_property("c_fails", "F-04")
+        guest.destroy()
+        return
+    guest.wait_for('[ "$(cat /tmp/ended)" = failed ]')
+    remove_devices(host, guest, [XVDB])
+
+    back = start_reader(host, guest)
+    write_nodes(host, back, {"state": 6})
+    wait_for_front(host, guest, 1)
+    write_nodes(host, back, {"state": 2})
+    wait_for_front(host, guest, 3)
+    assert guest.run("[ -s /tmp/ended ]")[0] == 1
+    write_nodes(host, back, {"sector-size": 4096, "state": 4})
+    guest.wait_for('[ "$(cat /tmp/ended)" = failed ]')
+    assert "sector-size = 4096 instead of 512" in guest.sh("dmesg | tail")
+    remove_devices(host, guest, [XVDB])
