@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A disk whose nodes the scenario writes itself, where xl would write them.
+
+So the scenario decides when the backend hears of what. The two drivers are the
+pair's.
+"""
+
+from dataclasses import dataclass
+
+from .toolstack import directories
+
+CODES = {"xvda": 51712, "xvdb": 51728, "xvdc": 51744, "xvdd": 51760}
+"""Virtual device numbers by name."""
+
+
+@dataclass
+class HandMade:
+    """A disk of a guest, made node by node."""
+
+    host: object
+    guest: object
+    vdev: str = "xvdb"
+
+    @property
+    def code(self):
+        """The virtual device number."""
+        return CODES[self.vdev]
+
+    @property
+    def front(self):
+        """The frontend's directory in xenstore."""
+        return directories(self.guest.domid, self.code)[0]
+
+    @property
+    def back(self):
+        """The backend's directory in xenstore."""
+        return directories(self.guest.domid, self.code)[1]
+
+    @property
+    def device(self):
+        """The backend's device in dom0's sysfs."""
+        return f"/sys/bus/xen-backend/devices/vbd-{self.guest.domid}-{self.code}"
+
+    def offer(self, mode="w", **nodes):
+        """What the toolstack writes before the hotplug script runs; `nodes` are of the backend."""
+        domid = self.guest.domid
+        back = {
+            "frontend": self.front, "frontend-id": domid, "online": 1, "removable": 0,
+            "bootable": 1, "type": "phy", "dev": self.vdev, "mode": mode, "device-type": "disk",
+            **{name.replace("_", "-"): value for name, value in nodes.items()},
+        }  # fmt: skip
+        front = {
+            "backend": self.back, "backend-id": 0, "virtual-device": self.code,
+            "device-type": "disk",
+        }  # fmt: skip
+        self._write(self.back, back)
+        self._write(self.front, front)
+        self.host.sh(
+            f"xenstore-chmod -r {self.back} n0 r{domid}; "
+            f"xenstore-chmod -r {self.front} n{domid} r0; "
+            f"xenstore-write {self.back}/state 1 {self.front}/state 1"
+        )
+
+    def give(self, target):
+        """What the hotplug script writes: which block device it is."""
+        self.host.sh(
+            f"xenstore-write {self.back}/physical-device $(stat -L -c %t:%T {target})"
+            f" {self.back}/hotplug-status connected"
+        )
+
+    def wait_for(self, front=None, back=None):
+        """Waits until the two halves are in these states."""
+        for directory, state in ((self.front, front), (self.back, back)):
+            if state is not None:
+                self.host.wait_for(f'[ "$(xenstore-read {directory}/state)" = {state} ]')
+
+    def statistic(self, name):
+        """A number of the backend's statistics."""
+        return int(self.host.sh(f"cat {self.device}/statistics/{name}"))
+
+    def wait_statistic(self, name, value):
+        """Waits until the backend has taken so many requests."""
+        self.host.wait_for(f"[ $(cat {self.device}/statistics/{name}) -ge {value} ]")
+
+    def _write(self, directory, nodes):
+        pairs = " ".join(f"{directory}/{name} '{value}'" for name, value in nodes.items())
+        self.host.sh(f"xenstore-write {pairs}")
