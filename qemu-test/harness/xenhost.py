@@ -14,6 +14,7 @@ from .cpio import Archive
 from .guest import Guest
 from .guest import wait_in
 from .image import add_built_module
+from .image import add_program
 from .shell import CommandFailed
 from .shell import MachineTrouble
 from .snapshot import DISK_SIZES
@@ -40,13 +41,14 @@ class XenHost:
     `image` is copied to the disk that dom0 sees as /dev/vdb; after the end of
     the scenario the copy is at `self.disk` for a look from outside. With
     `log_writes` QEMU logs the writes to that disk, see writelog.py. `programs`
-    are in /payload/programs of dom0 and in /programs of each guest; `extra` are
-    more arguments for QEMU.
+    are in /payload/programs of dom0 and in /programs of each guest; `tools` of
+    the build root, with their libraries, are below /payload; `extra` are more
+    arguments for QEMU.
     """
 
     def __init__(
         self, snapshot, pair, logs, modules=(), image=None, front_parameters="", log_writes=False,
-        programs=(), extra=(),
+        programs=(), extra=(), tools=(),
     ):  # fmt: skip
         self.logs = Path(logs).resolve()
         shutil.rmtree(self.logs, ignore_errors=True)
@@ -59,7 +61,7 @@ class XenHost:
             shutil.copy(image, self.disk)
         blank(self.disk, DISK_SIZES["disk"])
         payload = self.logs / "payload"
-        self._write_payload(payload, modules, programs, front_parameters)
+        self._write_payload(payload, modules, programs, front_parameters, tools)
         self.write_log = self.logs / "writes" if log_writes else None
         self.machine = snapshot.start(
             self.logs, {"payload": payload, "disk": self.disk}, self.write_log, extra
@@ -70,11 +72,13 @@ class XenHost:
         resume(self.machine)
         self.sh("mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null")
 
-    def _write_payload(self, path, modules, programs, front_parameters):
+    def _write_payload(self, path, modules, programs, front_parameters, tools):
         front = Archive()
         add_built_module(front, f"/modules/{self.pair.front.name}.ko", self.pair.front.file)
         front.data("/modules/load", f"{self.pair.front.name} {front_parameters}\n")
         payload = Archive()
+        for tool in tools:
+            add_program(payload, tool)
         for module in modules:
             for archive in (front, payload):
                 add_built_module(archive, f"/modules/{Path(module).name}", module)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0
+"""What scripts and people find of a backend in dom0 is where the C module has it."""
+
+from harness.evidence import assert_served_by_pair
+from harness.handmade import CODES
+from harness.xenhost import Disk
+
+XENTOP = "/usr/lib/xen-4.20/bin/xentop"
+PARAMETERS = """\
+buffer_squeeze_duration_ms 644 10
+feature_persistent 644 Y
+log_stats 644 0
+max_buffer_pages 644 1024
+max_persistent_grants 644 1056
+max_queues 644 2
+max_ring_page_order 444 4
+persistent_grant_unused_seconds 644 60"""
+STATISTICS = "ds_req f_req oo_req rd_req rd_sect wr_req wr_sect"
+
+
+def test_backend_interface(xen):
+    """Parameters, files in sysfs, names of threads, and the numbers of xentop.
+
+    Rows: BE-03, BE-30, BE-31, BE-32, BE-33, BE-34, BE-35, BE-36, BE-37
+    """
+    host = xen(tools=[XENTOP])
+    host.load_backend("max_queues=2")
+    host.ram_disks(2)
+    guest = host.start_guest(
+        disks=[Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/ram1", mode="r")], vcpus=2
+    )
+    assert_served_by_pair(host, guest)
+    back = host.pair.back.name
+    assert (
+        host.sh(
+            f"cd /sys/module/{back.replace('-', '_')}/parameters; "
+            "for name in *; do echo $name $(stat -c %a $name) $(cat $name); done"
+        )
+        == PARAMETERS
+    )
+    prefix = f"/sys/bus/xen-backend/devices/vbd-{guest.domid}-"
+    devices = {vdev: f"{prefix}{CODES[vdev]}" for vdev in ("xvda", "xvdb")}
+    assert host.sh(f"cat {devices['xvda']}/physical_device {devices['xvda']}/mode") == "1:0\nw"
+    assert host.sh(f"cat {devices['xvdb']}/physical_device {devices['xvdb']}/mode") == "1:1\nr"
+    assert host.sh(f"ls {devices['xvda']}/statistics | xargs") == STATISTICS
+
+    threads = host.sh("cat /proc/[0-9]*/comm | grep -o '[0-9]*[.]xvd.*' | sort").split()
+    assert threads == [f"{guest.domid}.{vdev}-{queue}" for vdev in devices for queue in (0, 1)]
+
+    before = statistics(host, devices["xvda"])
+    guest.sh(
+        "dd if=/dev/xvda of=/dev/null bs=4k count=16 iflag=direct; "
+        "dd if=/dev/zero of=/dev/xvda bs=4k count=8 oflag=direct"
+    )
+    after = statistics(host, devices["xvda"])
+    grown = {name: after[name] - before[name] for name in after}
+    counted = ("rd_req", "rd_sect", "wr_req", "wr_sect")
+    assert [grown[name] for name in counted] == [16, 128, 8, 64]
+    assert xentop(host, guest) == [
+        sum(statistics(host, device)[name] for device in devices.values())
+        for name in ("oo_req", "rd_req", "wr_req", "rd_sect", "wr_sect")
+    ]
+
+
+def statistics(host, device):
+    """The numbers of a disk, by name."""
+    names = STATISTICS.split()
+    values = host.sh(f"cd {device}/statistics; cat {STATISTICS}").split()
+    return dict(zip(names, map(int, values)))
+
+
+def xentop(host, guest):
+    """What xentop shows of a guest's disks: requests that waited, read, written; sectors."""
+    places = "find /payload -name '*.so*' | sed 's,/[^/]*$,,' | sort -u | tr '\\n' ':'"
+    lines = host.sh(f"LD_LIBRARY_PATH=$({places}) /payload{XENTOP} -b -i 1").splitlines()
+    head, rows = lines[0].split(), [line.split() for line in lines[1:]]
+    row = next(row for row in rows if row[0] == guest.name)
+    # From the end: a limit of memory that is not there is two words.
+    names = ("VBD_OO", "VBD_RD", "VBD_WR", "VBD_RSECT", "VBD_WSECT")
+    return [int(row[head.index(name) - len(head)]) for name in names]
