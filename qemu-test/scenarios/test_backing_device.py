@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The device under the backend changes, refuses, or does not answer.
+
+It is the RAM disk of rust/samples/ramdisk in dom0, whose parameters say what
+becomes of requests.
+"""
+
+import pytest
+from harness.evidence import assert_served_by_pair
+from harness.handmade import CODES
+from harness.handmade import HandMade
+from harness.xenhost import Disk
+
+PARAMETERS = "/sys/module/rblk_ramdisk/parameters"
+MIB = 1 << 20
+READ, WRITE, FLUSH, DISCARD = 1, 2, 4, 8
+KEEP, REFUSE = 3, 7
+
+
+@pytest.fixture
+def ramdisk_host(xen, build):
+    """Makes a Xen host with the backend and /dev/rblk0: `host = ramdisk_host(PARAMETERS)`."""
+
+    def start(parameters, **options):
+        host = xen(modules=[build / "rblk_ramdisk.ko"], **options)
+        host.load_backend()
+        host.insmod("rblk_ramdisk", parameters)
+        return host
+
+    return start
+
+
+def set_parameter(host, **values):
+    """Writes parameters of the RAM disk, and opens it, which gives them effect."""
+    for name, value in values.items():
+        host.sh(f"echo {value} > {PARAMETERS}/{name}")
+    host.sh("blockdev --getsz /dev/rblk0")
+
+
+def device(guest, vdev="xvda"):
+    """The backend's device in dom0's sysfs."""
+    return f"/sys/bus/xen-backend/devices/vbd-{guest.domid}-{CODES[vdev]}"
+
+
+def switches(host):
+    """How often the backend's threads have gone to sleep."""
+    return host.sh(
+        "cat $(grep -l xvd /proc/[0-9]*/comm | sed s/comm/status/) | "
+        "awk '/^voluntary/ {sum += $2} END {print sum}'"
+    )
+
+
+def test_resize_idle(ramdisk_host, record_property):
+    """A new size is seen, with and without I/O, and an idle disk wakes nobody to look for it.
+
+    The C backend wakes each thread ten times a second.
+
+    Rows: BE-25, BE-51, B-13
+    """
+    host = ramdisk_host("size_mib=16")
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
+    assert_served_by_pair(host, guest)
+    assert guest.sh("blockdev --getsize64 /dev/xvda") == str(16 * MIB)
+    before = switches(host)
+    host.sh("sleep 3")
+    ours = host.pair.back.name == "rblkback"
+    assert (switches(host) == before) == ours
+    if not ours:
+        record_property("c_fails", "B-13")
+    set_parameter(host, size_mib=32)
+    guest.wait_for(f"[ $(blockdev --getsize64 /dev/xvda) = {32 * MIB} ]")
+    guest.sh(
+        "(while [ ! -e /tmp/stop ]; do dd if=/dev/xvda of=/dev/null bs=64k iflag=direct; done) "
+        "> /dev/null 2>&1 &"
+    )
+    set_parameter(host, size_mib=48)
+    guest.wait_for(f"[ $(blockdev --getsize64 /dev/xvda) = {48 * MIB} ]")
+    guest.sh("touch /tmp/stop; dd if=/dev/zero of=/dev/xvda bs=1M count=1 seek=47 conv=fsync")
+
+
+def test_flush_refused(ramdisk_host):
+    """A device that refuses a flush: the offer is taken back, and I/O goes on.
+
+    Rows: BE-22, BE-50, B-04
+    """
+    host = ramdisk_host(f"only={FLUSH}")
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
+    assert_served_by_pair(host, guest)
+    node = f"/local/domain/0/backend/vbd/{guest.domid}/51712/feature-flush-cache"
+    assert host.xenstore_read(node) == "1"
+    set_parameter(host, mode=REFUSE)
+    guest.run("dd if=/dev/zero of=/dev/xvda bs=4k count=4 conv=fsync")
+    host.wait_for(f"[ $(xenstore-read {node}) = 0 ]")
+    guest.sh("dd if=/dev/zero of=/dev/xvda bs=4k count=4 conv=fsync")
+
+
+def test_discard(ramdisk_host, record_property):
+    """Discards are seen on the device, and other I/O goes on while one takes long.
+
+    The C backend waits for a discard before it does anything else.
+
+    Rows: BE-23, BE-47, B-08
+    """
+    host = ramdisk_host(
+        f"only={DISCARD} secure_erase=1 discard_granularity=65536 discard_alignment=4096"
+    )
+    host.sh("tr '\\0' x < /dev/zero | dd of=/dev/rblk0 bs=64k count=256 iflag=fullblock conv=fsync")
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
+    assert_served_by_pair(host, guest)
+    back = f"/local/domain/0/backend/vbd/{guest.domid}/51712"
+    nodes = ("feature-discard", "discard-granularity", "discard-alignment", "discard-secure")
+    offered = [host.xenstore_read(f"{back}/{node}") for node in nodes]
+    assert offered == ["1", "65536", "4096", "1"]
+    assert guest.sh("cat /sys/block/xvda/queue/discard_granularity") == "65536"
+
+    set_parameter(host, mode=KEEP)
+    guest.sh(
+        f"(blkdiscard -o {MIB} -l {2 * MIB} /dev/xvda; touch /tmp/discarded) > /dev/null 2>&1 &"
+    )
+    host.wait_for(f"[ $(cat {device(guest)}/statistics/ds_req) -ge 1 ]")
+    guest.sh(
+        "(dd if=/dev/xvda of=/tmp/read bs=4k count=1 iflag=direct; touch /tmp/has-read) "
+        "> /dev/null 2>&1 &"
+    )
+    if host.pair.back.name == "rblkback":
+        guest.wait_for("[ -e /tmp/has-read ]")
+    else:
+        record_property("c_fails", "B-08")
+    assert guest.run("[ -e /tmp/discarded ]")[0] != 0
+    set_parameter(host, mode=0)
+    guest.wait_for("[ -e /tmp/discarded -a -e /tmp/has-read ]")
+    guest.sh(f"blkdiscard -s -o {4 * MIB} -l {MIB} /dev/xvda")
+    guest.shut_down()
+    whole = [f"dd if=/dev/rblk0 bs=1M skip={mib} count=1 2>/dev/null" for mib in range(6)]
+    for part, byte in zip(whole, ("x", "\\0", "\\0", "x", "\\377", "x")):
+        assert host.sh(f"{part} | tr -d '{byte}' | wc -c") == "0", (part, byte)
+
+
+def test_discard_forbidden(ramdisk_host, record_property):
+    """A discard that the toolstack has forbidden is refused, whatever the frontend believes.
+
+    The guest is paused while dom0 adds the offer that the backend did not make.
+    The C backend discards.
+
+    Rows: BE-04, BE-43, B-09
+    """
+    host = ramdisk_host("")
+    host.sh("echo precious | dd of=/dev/rblk0 conv=sync,fsync 2>/dev/null")
+    guest = host.start_guest(disks=[])
+    disk = HandMade(host, guest)
+    disk.offer(discard_enable=0)
+    disk.wait_for(front=3, back=2)
+    host.sh(f"xl pause {guest.name}")
+    disk.give("/dev/rblk0")
+    disk.wait_for(back=4)
+    assert host.xenstore_read(f"{disk.back}/feature-discard") in (None, "0")
+    host.sh(f"xenstore-write {disk.back}/feature-discard 1; xl unpause {guest.name}")
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+    guest.allow("xvdb")
+    guest.run("blkdiscard /dev/xvdb")
+    assert disk.statistic("ds_req") <= 1
+    kept = host.sh("dd if=/dev/rblk0 count=1 iflag=direct 2>/dev/null | head -c 8") == "precious"
+    ours = host.pair.back.name == "rblkback"
+    assert kept == ours
+    if not ours:
+        record_property("c_fails", "B-09")
+
+
+def test_disk_sequence(xen):
+    """A device number that was given to another disk meanwhile is not served.
+
+    The C backend is no control: it does not know sequence numbers.
+
+    Rows: BE-01, BE-52, B-20
+    """
+    host = xen()
+    host.load_backend()
+    host.ram_disks()
+    guest = host.start_guest(disks=[])
+    number = host.sh("stat -L -c %t:%T /dev/ram0")
+    sequence = int(host.sh("cat /sys/block/ram0/diskseq"))
+    wrong, right = HandMade(host, guest, "xvdb"), HandMade(host, guest, "xvdc")
+    for disk, given in ((wrong, sequence + 1), (right, sequence)):
+        disk.offer()
+        disk.wait_for(front=3)
+        host.sh(f"xenstore-write {disk.back}/physical-device {given:x}@{number}")
+    guest.wait_for_disk("xvdc")
+    assert_served_by_pair(host, guest, "xvdc")
+    error = host.xenstore_read(
+        f"/local/domain/0/error/backend/vbd/{guest.domid}/{wrong.code}/error"
+    )
+    assert f"{sequence + 1:x}@{number}" in error and "another disk" in error
+    assert guest.run("[ -b /dev/xvdb ]")[0] != 0
+
+
+def test_stuck_disk(ramdisk_host):
+    """A disk that does not answer holds up its own guest, and no other.
+
+    The C backend is no control: it frees the device while the disk still has its
+    requests.
+
+    Rows: B-01
+    """
+    host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
+    host.ram_disks()
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
+    assert_served_by_pair(host, guest)
+    set_parameter(host, mode=KEEP)
+    guest.allow("xvda")
+    guest.sh("(dd if=/dev/zero of=/dev/xvda bs=4k count=1 oflag=direct) > /dev/null 2>&1 &")
+    host.wait_for(f"[ $(cat {device(guest)}/statistics/wr_req) -ge 1 ]")
+    back = f"/local/domain/0/backend/vbd/{guest.domid}/51712"
+    host.sh(f"xenstore-write {back}/online 0 {back}/state 5")
+    host.wait_for(f"[ $(xenstore-read /local/domain/{guest.domid}/device/vbd/51712/state) -ge 5 ]")
+    # Attached, used and detached while the other one is stuck.
+    host.attach(guest, Disk("xvdb", "/dev/ram0"))
+    guest.wait_for_disk("xvdb")
+    guest.sh("dd if=/dev/zero of=/dev/xvdb bs=64k count=16 oflag=direct")
+    status, output = host.detach(guest, "xvdb")
+    assert status == 0, output
+    assert host.xenstore_read(f"{back}/state") != "6"
+    set_parameter(host, mode=0)
+    host.wait_for(f"[ $(xenstore-read {back}/state) = 6 ]")
+    host.run(f"xenstore-rm {back}; xenstore-rm /local/domain/{guest.domid}/device/vbd/51712")
+    host.wait_for(f"[ ! -e {device(guest)} ]")
