@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The device below the backend refuses to flush, though it had said that it can.
+
+Nobody knows then what became of the data: each fsync in the guest is an error,
+until the disk is attached anew. xen-blkfront reports them done. Our backend alone
+serves this: xen-blkback sleeps where it must not when a flush is refused.
+"""
+
+from harness.evidence import assert_served_by_pair
+from harness.xenhost import Disk
+
+MODE = "/sys/module/rblk_ramdisk/parameters/mode"
+REFUSE, SERVE = 7, 0
+SYNC = "dd if=/dev/zero of=/dev/xvda bs=4k count=1 conv=fsync,notrunc"
+
+
+def test_refused_flush(xen, build, record_property):
+    """Rows: FE-42, F-22"""
+    host = xen(modules=[build / "rblk_ramdisk.ko"])
+    host.load_backend()
+    host.insmod("rblk_ramdisk", "only=4")
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
+    assert_served_by_pair(host, guest)
+    for machine in (host.machine, guest):
+        machine.allow("error, dev")
+        machine.allow("rror on dev")
+    guest.sh(SYNC)
+    host.sh(f"echo {REFUSE} > {MODE}")
+    refused = [guest.run(SYNC)[0] != 0 for _time in range(3)]
+    host.sh(f"echo {SERVE} > {MODE}")
+    if guest.front == "xen-blkfront":
+        assert not any(refused)
+        record_property("c_fails", "F-22")
+        return
+    assert all(refused)
+    guest.sh(SYNC)
