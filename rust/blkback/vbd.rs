@@ -58,6 +58,7 @@ use kernel::sync::atomic::Acquire;
 use kernel::sync::atomic::Atomic;
 use kernel::sync::atomic::Full;
 use kernel::sync::atomic::Relaxed;
+use kernel::sync::atomic::Release;
 use kernel::sync::Arc;
 use kernel::sync::Mutex;
 use kernel_ext::base::jiffies::msecs_to_jiffies;
@@ -92,6 +93,10 @@ const DRAIN_MS: u32 = 30_000;
 /// when the last queue has ended.
 const XENWATCH_MS: u32 = 500;
 
+/// Devices that were unbound, and whose queues still wait for the disk. They will answer in rings
+/// that another driver of the device would take for its own.
+static LEFT_ALONE: Atomic<u32> = Atomic::new(0);
+
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 
 /// A bound device.
@@ -115,6 +120,8 @@ pub(crate) struct Vbd {
     threads: Atomic<u32>,
     /// The queues were told to end; what is to be done after that waits for the last one.
     draining: Atomic<bool>,
+    /// Counted in `LEFT_ALONE`.
+    left_alone: Atomic<bool>,
     #[pin]
     ended: WaitQueue,
     #[pin]
@@ -149,8 +156,10 @@ impl Driver for VbdDriver {
     const ALLOW_REBIND: bool = true;
 
     fn probe(device: &Device<Core<'_>>) -> impl PinInit<Self, Error> {
-        Self::new(device)
-            .inspect_err(|error| device.dev_fatal(*error, fmt!("making a disk to offer")))
+        Self::check_take_over(device).and_then(|()| {
+            Self::new(device)
+                .inspect_err(|error| device.dev_fatal(*error, fmt!("making a disk to offer")))
+        })
     }
 
     fn otherend_changed(self: Pin<&Self>, _device: &Device<Core<'_>>, _state: State) -> After {
@@ -181,6 +190,20 @@ impl Driver for VbdDriver {
 }
 
 impl VbdDriver {
+    /// Whether rings that are in use can be taken over. If not, the frontend is told nothing, so that
+    /// the device can be bound later.
+    fn check_take_over(device: &Device<Core<'_>>) -> Result {
+        let in_use = device.read_driver_state(device.otherend()?) == State::Connected;
+        if in_use && LEFT_ALONE.load(Acquire) != 0 {
+            dev_err!(
+                device.as_ref(),
+                "queues of a driver that was unbound still wait for a disk: bind again later\n"
+            );
+            return Err(EBUSY);
+        }
+        Ok(())
+    }
+
     fn new(device: &Device<Core<'_>>) -> Result<Self> {
         let vbd = Vbd::new(device)?;
         vbd.offer(&mut vbd.inner.lock())?;
@@ -225,6 +248,7 @@ impl Vbd {
             stats,
             threads: Atomic::new(0),
             draining: Atomic::new(false),
+            left_alone: Atomic::new(false),
             ended <- new_wait_queue!(),
             inner <- new_mutex!(inner),
         });
@@ -452,8 +476,27 @@ impl Vbd {
         drop(inner);
         // Without its directory the device goes for good: nobody else will serve its rings.
         let gone = self.device.read_driver_state(self.device.nodename()) == State::Unknown;
-        self.drain(if gone { XENWATCH_MS } else { DRAIN_MS });
+        if !self.drain(if gone { XENWATCH_MS } else { DRAIN_MS }) && !gone {
+            self.leave_alone();
+        }
         self.inner.lock().disk = None;
+    }
+
+    /// The threads go on, and nobody may take over their rings meanwhile.
+    fn leave_alone(&self) {
+        LEFT_ALONE.fetch_add(1, Relaxed);
+        // A full barrier: either the last thread sees this, or its end is seen below.
+        self.left_alone.xchg(true, Full);
+        if !self.has_threads() {
+            self.not_alone();
+        }
+    }
+
+    /// The last thread has ended.
+    fn not_alone(&self) {
+        if self.left_alone.xchg(false, Full) {
+            LEFT_ALONE.fetch_sub(1, Release);
+        }
     }
 
     /// The file `physical_device`.
@@ -526,6 +569,7 @@ impl Drop for Link {
         let vbd = &self.vbd;
         if vbd.threads.fetch_sub(1, Full) == 1 {
             vbd.ended.wake_up();
+            vbd.not_alone();
             if vbd.draining.load(Relaxed) {
                 // What has to be unregistered now is so when the toolstack sees that it is closed.
                 vbd.advance();
