@@ -11,6 +11,7 @@ from harness.handmade import CODES
 from harness.handmade import HandMade
 from harness.xenhost import Disk
 
+DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 PARAMETERS = "/sys/module/rblk_ramdisk/parameters"
 MIB = 1 << 20
 READ, WRITE, FLUSH, DISCARD = 1, 2, 4, 8
@@ -224,3 +225,33 @@ def test_stuck_disk(ramdisk_host):
     host.wait_for(f"[ $(xenstore-read {back}/state) = 6 ]")
     host.run(f"xenstore-rm {back}; xenstore-rm /local/domain/{guest.domid}/device/vbd/51712")
     host.wait_for(f"[ ! -e {device(guest)} ]")
+
+
+def test_stuck_unbind(ramdisk_host):
+    """A disk that does not answer, under a backend that is unbound: its requests are done once.
+
+    The backend stops to wait after half a minute. Until the disk has answered
+    nobody takes over the rings; then the guest goes on.
+
+    The C backend is no control: it frees the device while the disk still has its
+    requests.
+
+    Rows: B-01
+    """
+    host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
+    assert_served_by_pair(host, guest)
+    set_parameter(host, mode=KEEP)
+    guest.sh(
+        "(yes new | dd of=/dev/xvda bs=4k count=1 iflag=fullblock oflag=direct; touch /tmp/done) "
+        "> /dev/null 2>&1 &"
+    )
+    host.wait_for(f"[ $(cat {device(guest)}/statistics/wr_req) -ge 1 ]")
+    name = f"vbd-{guest.domid}-51712"
+    host.sh(f"echo {name} > {DRIVER}/unbind")
+    assert host.run(f"echo {name} > {DRIVER}/bind")[0] != 0
+    set_parameter(host, mode=0)
+    host.wait_for(f"echo {name} > {DRIVER}/bind")
+    guest.wait_for("[ -e /tmp/done ]")
+    assert guest.sh("dd if=/dev/xvda bs=4k count=1 iflag=direct 2>/dev/null | head -n 1") == "new"
+    assert_served_by_pair(host, guest)
