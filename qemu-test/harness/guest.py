@@ -48,10 +48,11 @@ class GuestShell(Shell):
 class Guest:
     """One DomU."""
 
-    def __init__(self, host, name, settings=""):
+    def __init__(self, host, name, settings="", loader=None):
         self.host = host
         self.name = name
         self._settings = settings
+        self._loader = loader
         self.domid = None
         self.shell = None
         self._allowed = []
@@ -61,15 +62,16 @@ class Guest:
         extra = "console=hvc0 panic=1 mitigations=off nokaslr loglevel=5"
         if root:
             extra += f" root=/dev/{root}"
+        boot = f'kernel = "/guest/vmlinux"\nramdisk = "/run/{self.name}.initrd"\nextra = "{extra}"'
+        if self._loader:
+            boot = f'kernel = "{self._loader}"'
         listed = ", ".join(f'"{disk.specification()}"' for disk in disks)
         configuration = f"""
 name = "{self.name}"
 type = "{type}"
 vcpus = {vcpus}
 memory = {memory}
-kernel = "/guest/vmlinux"
-ramdisk = "/run/{self.name}.initrd"
-extra = "{extra}"
+{boot}
 disk = [ {listed} ]
 on_crash = "destroy"
 on_reboot = "destroy"

@@ -91,11 +91,16 @@ def add_modules(archive, kernel, names):
     return ordered
 
 
-def debian_packages(names):
-    """Package files of the build root's Debian release, by apt, kept in the cache."""
-    version = subprocess.run(
-        ["dpkg-query", "-W", *names], stdout=subprocess.PIPE, check=True
-    ).stdout
+def debian_packages(names, installed=True):
+    """Package files of the build root's Debian release, by apt, kept in the cache.
+
+    If they are installed there, they are kept by version.
+    """
+    version = " ".join(names).encode()
+    if installed:
+        version = subprocess.run(
+            ["dpkg-query", "-W", *names], stdout=subprocess.PIPE, check=True
+        ).stdout
 
     def make(path):
         path.mkdir()

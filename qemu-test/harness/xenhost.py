@@ -42,13 +42,14 @@ class XenHost:
     the scenario the copy is at `self.disk` for a look from outside. With
     `log_writes` QEMU logs the writes to that disk, see writelog.py. `programs`
     are in /payload/programs of dom0 and in /programs of each guest; `tools` of
-    the build root, with their libraries, are below /payload; `extra` are more
-    arguments for QEMU.
+    the build root, with their libraries, and `files`, content by name, are below
+    /payload; `extra` are more arguments for QEMU. `image` may be a function of the
+    part of the guest's initramfs that has the frontend.
     """
 
     def __init__(
         self, snapshot, pair, logs, modules=(), image=None, front_parameters="", log_writes=False,
-        programs=(), extra=(), tools=(),
+        programs=(), extra=(), tools=(), files=None,
     ):  # fmt: skip
         self.logs = Path(logs).resolve()
         shutil.rmtree(self.logs, ignore_errors=True)
@@ -57,11 +58,15 @@ class XenHost:
         self._memory_factor = snapshot.memory_factor
         self.guests = {}
         self.disk = self.logs / "disk"
+        payload = self.logs / "payload"
+        front = self._write_payload(
+            payload, modules, programs, front_parameters, tools, files or {}
+        )
+        if callable(image):
+            image = image(front)
         if image:
             shutil.copy(image, self.disk)
         blank(self.disk, DISK_SIZES["disk"])
-        payload = self.logs / "payload"
-        self._write_payload(payload, modules, programs, front_parameters, tools)
         self.write_log = self.logs / "writes" if log_writes else None
         self.machine = snapshot.start(
             self.logs, {"payload": payload, "disk": self.disk}, self.write_log, extra
@@ -72,13 +77,15 @@ class XenHost:
         resume(self.machine)
         self.sh("mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null")
 
-    def _write_payload(self, path, modules, programs, front_parameters, tools):
+    def _write_payload(self, path, modules, programs, front_parameters, tools, files):
         front = Archive()
         add_built_module(front, f"/modules/{self.pair.front.name}.ko", self.pair.front.file)
         front.data("/modules/load", f"{self.pair.front.name} {front_parameters}\n")
         payload = Archive()
         for tool in tools:
             add_program(payload, tool)
+        for name, content in files.items():
+            payload.data(f"/{name}", content)
         for module in modules:
             for archive in (front, payload):
                 add_built_module(archive, f"/modules/{Path(module).name}", module)
@@ -89,6 +96,7 @@ class XenHost:
         add_built_module(payload, f"/modules/{self.pair.back.name}.ko", self.pair.back.file)
         payload.write(path)
         blank(path, DISK_SIZES["payload"])
+        return front.to_bytes()
 
     def sh(self, command, timeout=120):
         """Runs a shell script in dom0; it must succeed. Returns its output."""
@@ -118,13 +126,14 @@ class XenHost:
 
     def start_guest(
         self, name="guest", type="pv", disks=(Disk(),), vcpus=1, memory=192, root=None, fio=False,
-        settings="",
+        settings="", loader=None,
     ):  # fmt: skip
         """Starts a DomU and waits until its agent answers; `fio` puts fio in it.
 
-        `settings` are more lines for its xl configuration.
+        `settings` are more lines for its xl configuration; `loader`, a file of dom0,
+        is started in place of the kernel.
         """
-        guest = self.guests[name] = Guest(self, name, settings)
+        guest = self.guests[name] = Guest(self, name, settings, loader)
         guest.start(type, disks, vcpus, (memory + 128 * fio) * self._memory_factor, root, fio)
         return guest
 

@@ -19,6 +19,7 @@ from .image import PIECES
 from .image import add_modules
 from .image import add_program
 from .image import base_archive
+from .image import debian_packages
 
 XEN = "/boot/xen-4.20-amd64.gz"
 XEN_BIN = "/usr/lib/xen-4.20/bin"
@@ -134,3 +135,35 @@ def _ext4_image(path, size, fill):
     fill(tree)
     subprocess.run(["mkfs.ext4", "-q", "-E", "root_owner=0:0", "-d", tree, path, size], check=True)
     shutil.rmtree(tree)
+
+
+def grub(name):
+    """GRUB as a guest's first program: a file of Debian's grub-xen-host, as bytes.
+
+    It has a blkif frontend of its own. The package is not installed, because its
+    scripts belong on a real host.
+    """
+    package = debian_packages(["grub-xen-host"], installed=False)[0]
+    command = f"dpkg-deb --fsys-tarfile {package} | tar -xO ./usr/lib/grub-xen/{name}"
+    return subprocess.run(command, shell=True, stdout=subprocess.PIPE, check=True).stdout
+
+
+def grub_disk(kernel, initrd):
+    """A raw image with a kernel, `initrd` and a configuration that makes GRUB start them."""
+    parts = {
+        "linux": kernel.vmlinuz.read_bytes(),
+        "initrd": initrd,
+        "grub/grub.cfg": b"linux /boot/linux console=hvc0 panic=1 mitigations=off loglevel=5\n"
+        b"initrd /boot/initrd\nboot\n",
+    }
+
+    def fill(tree):
+        (tree / "boot/grub").mkdir(parents=True)
+        for name, part in parts.items():
+            (tree / "boot" / name).write_bytes(part)
+
+    size = f"{(sum(map(len, parts.values())) >> 20) * 5 // 4 + 8}M"
+    return made_once(
+        CACHE / "images" / f"boot-{key_of(*parts.values())}.img",
+        lambda path: _ext4_image(path, size, fill),
+    )
