@@ -17,6 +17,7 @@ from .cache import key_of
 from .cache import made_once
 from .machine import QEMU
 from .machine import Machine
+from .shell import MachineTrouble
 from .xenimage import dom0_initrd
 from .xenimage import guest_disk
 from .xenimage import xen_binary
@@ -82,24 +83,29 @@ class Snapshot:
 
     def _make(self, directory):
         directory.mkdir(parents=True)
+        wrong = []
         for _attempt in range(BOOTS):
-            if self._boot_and_save(directory):
+            if self._boot_and_save(directory, wrong):
                 return
-        raise RuntimeError(
-            f"after each of {BOOTS} boots the time in dom0 was wrong: this machine is too busy\n"
-            f"the last console: {directory / 'console.log'}"
+        raise MachineTrouble(
+            f"after each of {BOOTS} boots dom0 kept wrong time: {'; '.join(wrong)}.\n"
+            "This machine was too busy while Xen measured its clocks: try again when it is not.\n"
+            f"The last console: {directory / 'console.log'}"
         )
 
-    def _boot_and_save(self, directory):
-        """Boots, and saves the machine unless it found wrong frequencies at boot."""
+    def _boot_and_save(self, directory, wrong):
+        """Boots, and saves the machine unless its time is wrong: how wrong is added to `wrong`."""
         with tempfile.TemporaryDirectory(dir=directory) as place:
             disks = {name: blank(Path(place) / name, size) for name, size in DISK_SIZES.items()}
             machine = Machine(self._arguments(disks), directory)
             try:
                 machine.wait_for_console("init: dom0 ready", timeout=300)
                 machine.shell.wait_ready(timeout=60)
-                if not self._counted and not _keeps_time(machine):
-                    return False
+                if not self._counted:
+                    rate, nap = _time(machine)
+                    if not 0.7 < rate < 1.4 or nap > 1.0:
+                        wrong.append(f"a second took {1 / rate:.2f} s, half a second's nap {nap:.2f} s")
+                        return False
                 machine.shell.check("sync")
                 machine.monitor("stop")
                 machine.monitor(f"migrate \"exec:cat > {directory / 'state'}\"")
@@ -138,25 +144,26 @@ class Snapshot:
         return arguments
 
 
-def _keeps_time(machine):
-    """Whether dom0's clock and timers run as fast as the host's.
+def _time(machine):
+    """How fast dom0's clock runs, and how long a timer of half a second takes by that clock.
 
     Xen measures one clock against another at boot. When the host takes the
     processor away in that moment, the result is wrong by any factor, and would
     stay so in all that starts from the snapshot.
     """
 
-    def uptime():
-        return float(machine.shell.check("cut -d ' ' -f 1 /proc/uptime"))
+    def nap():
+        """The middle of a nap by the host's clock and by dom0's, and its length."""
+        before = time.monotonic()
+        text = machine.shell.check(
+            "read a _ < /proc/uptime; usleep 500000; read b _ < /proc/uptime; echo $a $b"
+        )
+        start, end = (float(part) for part in text.split())
+        return (before + time.monotonic()) / 2, (start + end) / 2, end - start
 
-    host, guest = time.monotonic(), uptime()
-    naps = []
-    for _nap in range(3):
-        before = uptime()
-        machine.shell.check("usleep 500000")
-        naps.append(uptime() - before)
-    ratio = (uptime() - guest) / (time.monotonic() - host)
-    return 0.7 < ratio < 1.4 and min(naps) < 1.0
+    naps = [nap() for _ in range(5)]
+    (host, guest, _), (host_end, guest_end, _) = naps[0], naps[-1]
+    return max(guest_end - guest, 0.01) / (host_end - host), min(length for _, _, length in naps)
 
 
 def resume(machine):
