@@ -103,7 +103,7 @@ impl Fault {
         match self {
             Fault::Node(_) | Fault::Queue(..) | Fault::Choice(_) | Fault::State => EINVAL,
             Fault::Ring(..) => EIO,
-            Fault::Recycled(..) => ESTALE,
+            Fault::Recycled(..) => ENXIO,
             Fault::Disk(_, _, error) | Fault::Refused(_, _, _, error) | Fault::Own(_, error) => {
                 *error
             }
