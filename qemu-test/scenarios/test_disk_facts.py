@@ -62,9 +62,9 @@ def disks(rust):
 
 
 def test_disk_facts(xen, record_property):
-    """What offers become in sysfs, while a disk connects and later.
+    """Offers as they are seen in sysfs, while disks connect and later; names and numbers of disks.
 
-    Rows: FE-07, FE-08, FE-09, FE-10, FE-11, FE-13, FE-51, FE-52, FE-54, FE-63, F-20
+    Rows: FE-01, FE-07, FE-08, FE-09, FE-10, FE-11, FE-13, FE-51, FE-52, FE-54, FE-60, FE-63, F-20
     """
     host = xen()
     guest = host.start_guest(disks=[])
@@ -83,6 +83,9 @@ def test_disk_facts(xen, record_property):
         record_property("c_fails", "F-20")
     follow_changes(host, guest, rust)
     remove_devices(host, guest, [code for _, code, *_ in listed])
+    follow_names(host, guest)
+    refuse_what_is_no_disk(host, guest)
+    rebind_before_the_backend(host, guest)
 
 
 def follow_changes(host, guest, rust):
@@ -122,13 +125,8 @@ NOWHERE = [9 << 8, 3 << 28, (1 << 28) + (1 << 20)]
 """Virtual device numbers of no disk."""
 
 
-def test_disk_names(xen):
-    """Each form of virtual device number has its name and minors; a clash is refused.
-
-    Rows: FE-01, FE-60
-    """
-    host = xen()
-    guest = host.start_guest(disks=[])
+def follow_names(host, guest):
+    """Each form of virtual device number has its name and minors; a clash is refused."""
     for names in NAMES:
         connect_disks(host, guest, {code: ({}, {}) for code in names})
         for code, (name, number) in names.items():
@@ -136,6 +134,10 @@ def test_disk_names(xen):
         if 768 in names:
             refuse_clash(host, guest)
         remove_devices(host, guest, names)
+
+
+def refuse_what_is_no_disk(host, guest):
+    """A number of no disk makes none."""
     for code in NOWHERE:
         create_device(host, guest.domid, code)
     guest.wait_for(
@@ -143,7 +145,6 @@ def test_disk_names(xen):
     )
     assert guest.sh("ls -d /sys/block/xvd* 2>/dev/null || true") == ""
     remove_devices(host, guest, NOWHERE)
-    rebind_before_the_backend(host, guest)
 
 
 def refuse_clash(host, guest):
