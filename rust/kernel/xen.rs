@@ -33,6 +33,9 @@ impl DomId {
     /// The domain that this kernel runs in, as grant operations name it (`DOMID_SELF`).
     pub(crate) const SELF: Self = Self(bindings_ext::DOMID_SELF as u16);
 
+    /// No domain (`DOMID_INVALID`): what is granted to it can be used by nobody.
+    pub const NONE: Self = Self(bindings_ext::DOMID_INVALID as u16);
+
     pub(crate) const fn from_raw(id: u16) -> Self {
         Self(id)
     }
