@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A backend that breaks the rules: what a frontend must bear.
+//!
+//! It takes one virtual block device, needs no disk for it, and serves it as well as any backend
+//! does, until the parameter `trick` tells it to do something wrong.
+
+mod server;
+mod tricks;
+
+use core::ffi::CStr;
+use kernel::device::Core;
+use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+use kernel::sync::new_mutex;
+use kernel::sync::Mutex;
+use kernel_ext::base::module_param::module_params;
+use kernel_ext::xen::xenbus;
+use kernel_ext::xen::xenbus::After;
+use kernel_ext::xen::xenbus::DeviceId;
+use kernel_ext::xen::xenbus::IdArray;
+use kernel_ext::xen::xenbus::IdTable;
+use kernel_ext::xen::xenbus::Side;
+use kernel_ext::xen::xenbus::State;
+use kernel_ext::xen::xenstore;
+
+use crate::server::Connection;
+use crate::server::SECTORS;
+
+kernel_ext::module_xenbus_driver! {
+    type: Back,
+    name: "rblk_hostile_back",
+    authors: ["The rblkif developers"],
+    description: "Backend that breaks the rules, to test frontends",
+    license: "GPL",
+}
+
+module_params! {
+    /// The device to take.
+    static DEVICE("device", 0o644): u32 = 51728,
+        "Virtual device number of the one device to take";
+    /// What to do wrong.
+    static TRICK("trick", 0o644): u32 = 0,
+        "0: nothing; 1, 2, 3: status of a write, a write, a flush; 4, 5, 6: id, id twice, operation; 7, 8: too many, too few answers; 9: keep pages; 10: silence";
+}
+
+static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
+
+/// A device.
+#[pin_data]
+struct Back {
+    device: ARef<xenbus::Device>,
+    #[pin]
+    connection: Mutex<Option<Connection>>,
+}
+
+impl Back {
+    /// Serves what the frontend has published, unless it is served already.
+    fn connect(&self, frontend: &CStr) -> Result {
+        let mut connection = self.connection.lock();
+        if connection.is_none() {
+            *connection = Some(Connection::new(&self.device, frontend)?);
+            describe_disk(&self.device)?;
+            self.device.switch_state(State::Connected);
+        }
+        Ok(())
+    }
+
+    fn disconnect(&self) {
+        *self.connection.lock() = None;
+    }
+}
+
+/// Writes what the disk is.
+fn describe_disk(device: &xenbus::Device) -> Result {
+    xenstore::transaction(|transaction| {
+        let write = |node: &str, value: u64| {
+            let dir = device.nodename();
+            xenstore::write(transaction, dir, fmt!("{node}"), fmt!("{value}"))
+        };
+        write("sectors", SECTORS)?;
+        write("sector-size", 512)?;
+        write("info", 0)?;
+        write("feature-flush-cache", 1)
+    })
+}
+
+impl xenbus::Driver for Back {
+    const SIDE: Side = Side::Backend;
+    const NAME: &'static CStr = c"vbd-hostile";
+    const ID_TABLE: IdTable = IDS.as_table();
+
+    fn probe(dev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
+        let device: ARef<xenbus::Device> = dev.into();
+        let wanted = dev.handle() == Some(DEVICE.get());
+        if wanted {
+            dev.switch_state(State::InitWait);
+        }
+        try_pin_init!(Self {
+            device: wanted.then_some(device).ok_or(ENODEV)?,
+            connection <- new_mutex!(None),
+        })
+    }
+
+    fn otherend_changed(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>, state: State) -> After {
+        match state {
+            State::Initialised | State::Connected => {
+                let result = dev.otherend().and_then(|frontend| self.connect(frontend));
+                if let Err(error) = result {
+                    dev.dev_fatal(error, fmt!("connecting"));
+                }
+            }
+            State::Closing | State::Closed | State::Unknown => {
+                self.disconnect();
+                if state == State::Closing {
+                    dev.switch_state(State::Closing);
+                } else {
+                    dev.switch_state(State::Closed);
+                    if !dev.is_online() || state == State::Unknown {
+                        return After::Unregister;
+                    }
+                }
+            }
+            State::Initialising if dev.state() == State::Closed => {
+                dev.switch_state(State::InitWait);
+            }
+            State::Initialising
+            | State::InitWait
+            | State::Reconfiguring
+            | State::Reconfigured
+            | State::Other(_) => {}
+        }
+        After::Keep
+    }
+
+    fn remove(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>) {
+        self.disconnect();
+    }
+}

@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A frontend that breaks the rules: what a backend must bear.
+//!
+//! It takes one virtual block device of the guest, makes no disk of it, and goes through a list of
+//! *episodes* instead. Each episode is a connection of its own: ring, event channel, and a thread
+//! that sends requests, right and wrong ones. What came of each case is a line of the file `report`
+//! in the device's directory in sysfs; the last line is that of the case `end`, after which the
+//! device stays connected and quiet.
+//!
+//! The state is only switched to and from Initialising in `otherend_changed`: see
+//! [`xenbus::Device::switch_state`].
+
+mod actor;
+mod episodes;
+mod requests;
+mod stage;
+mod words;
+
+use blkif::wire::info;
+use core::ffi::CStr;
+use kernel::device::Core;
+use kernel::fmt;
+use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+use kernel::sync::new_mutex;
+use kernel::sync::Arc;
+use kernel::sync::Mutex;
+use kernel_ext::base::jiffies::msecs_to_jiffies;
+use kernel_ext::base::kthread::KThread;
+use kernel_ext::base::kthread::Kind;
+use kernel_ext::base::module_param::module_params;
+use kernel_ext::base::sysfs;
+use kernel_ext::base::sysfs::Attribute;
+use kernel_ext::xen::events::Channel;
+use kernel_ext::xen::ring::RingPages;
+use kernel_ext::xen::xenbus;
+use kernel_ext::xen::xenbus::After;
+use kernel_ext::xen::xenbus::DeviceId;
+use kernel_ext::xen::xenbus::IdArray;
+use kernel_ext::xen::xenbus::IdTable;
+use kernel_ext::xen::xenbus::Side;
+use kernel_ext::xen::xenbus::State;
+use kernel_ext::xen::xenstore;
+use kernel_ext::xen::xenstore::Reader;
+
+use crate::actor::Actor;
+use crate::actor::Pages;
+use crate::actor::Parts;
+use crate::episodes::Episode;
+use crate::episodes::READ_ONLY_DISK;
+use crate::episodes::WRITABLE_DISK;
+use crate::stage::DiskFacts;
+use crate::stage::Outcome;
+use crate::stage::Stage;
+use crate::words::Words;
+use crate::words::REQ_PROD;
+use crate::words::RSP_PROD;
+
+kernel_ext::module_xenbus_driver! {
+    type: Front,
+    name: "rblk_hostile_front",
+    authors: ["The rblkif developers"],
+    description: "Frontend that breaks the rules, to test backends",
+    license: "GPL",
+}
+
+module_params! {
+    /// The device to take.
+    static DEVICE("device", 0o644): u32 = 51728,
+        "Virtual device number of the one device to take";
+    /// What to do with it.
+    static LIST("list", 0o644): u32 = 0,
+        "0: all that there is for a disk that can be written, 1: requests to a read-only disk";
+    /// Spare a backend that warns of a ring that it cannot connect to.
+    static GENTLE("gentle", 0o644): bool = false,
+        "Leave out rings that are broken or gone before a backend can connect to them";
+    /// How long to wait for a backend that may take no notice of a broken ring.
+    static PATIENCE_MS("patience_ms", 0o644): u32 = 60_000,
+        "How long to wait for a backend to close after its ring was broken";
+}
+
+static LISTS: [&[Episode]; 2] = [WRITABLE_DISK, READ_ONLY_DISK];
+
+/// How long the end of a thread may take.
+const STOP_MS: u32 = 10_000;
+/// How often the state is toggled in the episode for that.
+const TOGGLES: u32 = 20;
+
+static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
+
+static ATTRIBUTES: [Attribute<Stage>; 1] = [Attribute {
+    name: c"report",
+    show: |stage, output| stage.show(output),
+}];
+
+/// A device.
+#[pin_data]
+struct Front {
+    device: ARef<xenbus::Device>,
+    stage: Arc<Stage>,
+    episodes: &'static [Episode],
+    #[pin]
+    inner: Mutex<Inner>,
+}
+
+/// What changes from episode to episode.
+struct Inner {
+    /// The next one.
+    next: usize,
+    thread: Option<KThread>,
+}
+
+impl Front {
+    /// Starts the next episode, unless one is being played: the bus may tell of a state twice.
+    fn begin(&self) -> Result {
+        let mut inner = self.inner.lock();
+        if inner.thread.is_some() {
+            return Ok(());
+        }
+        let Some(episode) = self.next_episode(&mut inner) else {
+            return Ok(());
+        };
+        self.device.switch_state(State::Initialising);
+        let parts = self.make(episode)?;
+        // From now on the backend is what it says, and not what the last episode heard.
+        self.stage.heard(State::InitWait);
+        let kind = Kind::default();
+        let thread = KThread::spawn(fmt!("hostile"), kind, move |current| {
+            play(Actor::new(parts, current), episode);
+        })?;
+        inner.thread = Some(thread);
+        self.device.switch_state(State::Initialised);
+        Ok(())
+    }
+
+    fn next_episode(&self, inner: &mut Inner) -> Option<&'static Episode> {
+        let left = self.episodes.get(inner.next..)?;
+        let skipped = left.iter().take_while(|one| one.is_harsh() && GENTLE.get());
+        let skipped = skipped.count();
+        inner.next = inner.next.wrapping_add(skipped).wrapping_add(1);
+        left.get(skipped)
+    }
+
+    /// Makes ring and event channel, and tells the backend.
+    fn make(&self, episode: &Episode) -> Result<Parts> {
+        let device = &self.device;
+        let ring = RingPages::new(device, episode.order)?;
+        let (req_prod, rsp_prod) = episode.start;
+        ring.store(REQ_PROD, req_prod);
+        ring.store(RSP_PROD, rsp_prod);
+        let channel = Channel::alloc_unbound(device, c"hostile", self.stage.clone())?;
+        publish(device, &ring, &channel, episode)?;
+        Ok(Parts {
+            device: device.clone(),
+            stage: self.stage.clone(),
+            words: Words::new(ring, episode.abi),
+            channel,
+            pages: Pages::new(device)?,
+            patience_ms: PATIENCE_MS.get(),
+        })
+    }
+
+    /// The backend serves the ring, or is about to be told otherwise.
+    fn connected(&self, dev: &xenbus::Device<Core<'_>>) -> Result {
+        let reader = Reader::new(dev.otherend()?);
+        self.stage.learn(DiskFacts {
+            sectors: reader.number(fmt!("sectors"))?,
+            read_only: reader.number::<u32>(fmt!("info"))? & info::READONLY != 0,
+        });
+        let inner = self.inner.lock();
+        if inner.thread.is_none() {
+            return Ok(());
+        }
+        let playing = self.episodes.get(inner.next.wrapping_sub(1));
+        if playing.is_some_and(|episode| episode.toggle) && dev.state() == State::Initialised {
+            self.toggle();
+        }
+        dev.switch_state(State::Connected);
+        Ok(())
+    }
+
+    /// Goes through all states, faster than a backend can follow.
+    fn toggle(&self) {
+        for _ in 0..TOGGLES {
+            for state in [
+                State::Connected,
+                State::Closing,
+                State::Closed,
+                State::Initialising,
+                State::Initialised,
+            ] {
+                self.device.switch_state(state);
+            }
+        }
+    }
+}
+
+/// Ends the episode that is being played.
+fn end(inner: &mut Inner) {
+    let Some(thread) = inner.thread.take() else {
+        return;
+    };
+    thread.stop();
+    if !thread.join(msecs_to_jiffies(STOP_MS)) {
+        pr_err!(
+            "the thread of an episode does not end within {} ms\n",
+            STOP_MS
+        );
+    }
+}
+
+/// The life of a thread.
+fn play(actor: Actor<'_>, episode: &Episode) {
+    let device = actor.parts.device.clone();
+    if actor.await_connection() {
+        (episode.script)(actor, episode.name);
+    } else {
+        let stage = actor.parts.stage.clone();
+        stage.report(episode.name, Outcome::Closing, Outcome::Closing);
+    }
+    if device.state() == State::Connected {
+        device.switch_state(State::Closing);
+    }
+}
+
+/// Writes what the backend has to know.
+fn publish(
+    device: &xenbus::Device,
+    ring: &RingPages,
+    channel: &Channel<Stage>,
+    episode: &Episode,
+) -> Result {
+    let port = channel.port().ok_or(EINVAL)?;
+    let dir = device.nodename();
+    xenstore::transaction(|transaction| {
+        let write = |node: fmt::Arguments<'_>, value: u32| {
+            xenstore::write(transaction, dir, node, fmt!("{value}"))
+        };
+        for (index, reference) in ring.references().enumerate() {
+            if episode.order == 0 {
+                write(fmt!("ring-ref"), reference.value())?;
+            } else {
+                write(fmt!("ring-ref{index}"), reference.value())?;
+            }
+        }
+        if episode.order == 0 {
+            remove(transaction, dir, c"ring-page-order")?;
+        } else {
+            write(fmt!("ring-page-order"), episode.order)?;
+        }
+        write(fmt!("event-channel"), port)?;
+        write(fmt!("feature-persistent"), episode.persistent.into())?;
+        let protocol = episode.abi.name();
+        xenstore::write(transaction, dir, fmt!("protocol"), fmt!("{protocol}"))
+    })
+}
+
+/// Removes a node that an earlier episode may have written.
+fn remove(transaction: &xenstore::Transaction, dir: &CStr, node: &CStr) -> Result {
+    if xenstore::exists(transaction, dir, fmt!("{node}")) {
+        xenstore::remove(transaction, dir, fmt!("{node}"))?;
+    }
+    Ok(())
+}
+
+impl xenbus::Driver for Front {
+    const SIDE: Side = Side::Frontend;
+    const NAME: &'static CStr = c"vbd-hostile";
+    const ID_TABLE: IdTable = IDS.as_table();
+    const ALLOW_REBIND: bool = true;
+    const NOT_ESSENTIAL: bool = true;
+
+    fn probe(dev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
+        let device: ARef<xenbus::Device> = dev.into();
+        let stage = Stage::new().and_then(|stage| {
+            if dev.handle() != Some(DEVICE.get()) {
+                return Err(ENODEV);
+            }
+            sysfs::register(dev.as_ref(), None, &ATTRIBUTES, stage.clone())?;
+            Ok(stage)
+        });
+        let list = LISTS.get(LIST.get() as usize);
+        try_pin_init!(Self {
+            device,
+            stage: stage?,
+            episodes: list.copied().ok_or(EINVAL)?,
+            inner <- new_mutex!(Inner { next: 0, thread: None }),
+        })
+    }
+
+    fn otherend_changed(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>, state: State) -> After {
+        let result = match state {
+            State::InitWait => self.begin(),
+            State::Connected => self.connected(dev),
+            _ => Ok(()),
+        };
+        if let Err(error) = result {
+            dev.dev_fatal(error, fmt!("beginning an episode"));
+        }
+        self.stage.heard(state);
+        if matches!(state, State::Closing | State::Closed | State::Unknown) {
+            end(&mut self.inner.lock());
+            dev.frontend_closed();
+        }
+        if state == State::Closed {
+            dev.switch_state(State::Initialising);
+        }
+        After::Keep
+    }
+
+    fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {
+        end(&mut self.inner.lock());
+        // As in the other frontend of the samples: the bus may look at this state just now.
+        if dev.state() != State::Initialising {
+            dev.switch_state(State::Closed);
+        }
+    }
+}

@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Requests, each wrong in one way, and some that are only unusual.
+
+use blkif::wire::op;
+use blkif::wire::Discard;
+use blkif::wire::Indirect;
+use blkif::wire::Rw;
+use blkif::wire::Status;
+use blkif::wire::WireRequest;
+use blkif::wire::WireSegment;
+use blkif::wire::DISCARD_SECURE;
+use kernel_ext::xen::grant::GrantReserve;
+
+use crate::actor::whole;
+use crate::actor::Actor;
+use crate::actor::ELSEWHERE;
+use crate::actor::NO_GRANT;
+use crate::actor::SCRATCH;
+use crate::actor::VICTIM;
+use crate::stage::Outcome;
+
+/// Wrong requests in a row, for the flood.
+const FLOOD: u32 = 512;
+
+/// One thing to be tried.
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    pub(crate) run: fn(&mut Actor<'_>) -> Outcome,
+}
+
+const fn case(name: &'static str, run: fn(&mut Actor<'_>) -> Outcome) -> Case {
+    Case { name, run }
+}
+
+/// For a disk that can be written.
+pub(crate) static WRITABLE: &[Case] = &[
+    case("unknown-operation-4", |a| unknown(a, 4)),
+    case("unknown-operation-255", |a| unknown(a, 255)),
+    case("read-without-segments", |a| a.direct(op::READ, VICTIM, &[])),
+    case("write-without-segments", |a| {
+        a.direct(op::WRITE, VICTIM, &[])
+    }),
+    case("segments-12", |a| claim_segments(a, 12)),
+    case("segments-255", |a| claim_segments(a, 255)),
+    case("first-after-last", |a| part(a, 5, 2)),
+    case("last-8", |a| part(a, 0, 8)),
+    case("last-255", |a| part(a, 0, 255)),
+    case("beyond-the-end", |a| {
+        let end = a.parts.stage.facts().sectors;
+        write_evil(a, end.wrapping_sub(4))
+    }),
+    case("at-the-end", |a| {
+        let end = a.parts.stage.facts().sectors;
+        write_evil(a, end)
+    }),
+    case("sector-2-to-63", |a| write_evil(a, 1 << 63)),
+    case("sector-overflow", |a| write_evil(a, u64::MAX - 3)),
+    case("bad-grant", |a| {
+        a.direct(op::WRITE, VICTIM, &[whole(NO_GRANT)])
+    }),
+    case("bad-second-grant", |a| {
+        let evil = a.evil();
+        a.direct(op::WRITE, VICTIM, &[evil, whole(NO_GRANT)])
+    }),
+    case("foreign-grant", |a| {
+        let foreign = a.foreign();
+        a.direct(op::WRITE, VICTIM, &[foreign])
+    }),
+    case("ended-grant", ended_grant),
+    case("read-to-read-only-grant", |a| {
+        let locked = a.locked();
+        a.direct(op::READ, VICTIM, &[locked])
+    }),
+    case("write-from-read-only-grant", |a| {
+        let locked = a.locked();
+        a.direct(op::WRITE, ELSEWHERE, &[locked])
+    }),
+    case("same-grant-twice", |a| {
+        let evil = a.evil();
+        a.direct(op::WRITE, ELSEWHERE, &[evil, evil])
+    }),
+    case("same-id-twice", same_id),
+    case("indirect", |a| {
+        let evil = [a.evil(); 32];
+        indirect(a, op::WRITE, ELSEWHERE, &evil, |request| request)
+    }),
+    case("indirect-257", |a| claim_indirect(a, 257)),
+    case("indirect-4097", |a| claim_indirect(a, 4097)),
+    case("indirect-65535", |a| claim_indirect(a, u16::MAX)),
+    case("indirect-0", |a| claim_indirect(a, 0)),
+    case("indirect-bad-list", |a| {
+        let evil = [a.evil(); 16];
+        indirect(a, op::WRITE, VICTIM, &evil, |request| Indirect {
+            grefs: [NO_GRANT; 8],
+            ..request
+        })
+    }),
+    case("indirect-bad-grant", |a| {
+        let evil = a.evil();
+        let segments = [evil, evil, whole(NO_GRANT), evil];
+        indirect(a, op::WRITE, VICTIM, &segments, |request| request)
+    }),
+    case("indirect-bad-segment", |a| {
+        let segments = [a.evil(), a.part_of_evil(3, 8)];
+        indirect(a, op::WRITE, VICTIM, &segments, |request| request)
+    }),
+    case("indirect-flush", |a| nested(a, op::FLUSH_DISKCACHE)),
+    case("indirect-indirect", |a| nested(a, op::INDIRECT)),
+    case("flush", |a| a.direct(op::FLUSH_DISKCACHE, 0, &[])),
+    case("flush-with-data", |a| {
+        let evil = a.evil();
+        a.direct(op::FLUSH_DISKCACHE, ELSEWHERE, &[evil])
+    }),
+    case("flush-beyond-the-end", |a| {
+        let (evil, end) = (a.evil(), a.parts.stage.facts().sectors);
+        a.direct(op::FLUSH_DISKCACHE, end, &[evil])
+    }),
+    case("discard-beyond-the-end", |a| {
+        let end = a.parts.stage.facts().sectors;
+        discard(a, 0, end.wrapping_sub(8), 16)
+    }),
+    case("discard-overflow", |a| discard(a, 0, 16, u64::MAX - 7)),
+    case("discard-secure", |a| {
+        discard(a, DISCARD_SECURE, ELSEWHERE, 8)
+    }),
+    case("discard-unknown-flag", |a| discard(a, 0x80, ELSEWHERE, 8)),
+    case("discard", |a| discard(a, 0, ELSEWHERE, 8)),
+    case("flood", flood),
+];
+
+/// For a disk that can only be read, and so offers no discard.
+pub(crate) static READ_ONLY: &[Case] = &[
+    case("read-only-write", |a| write_evil(a, VICTIM)),
+    case("read-only-indirect-write", |a| {
+        let evil = [a.evil(); 16];
+        indirect(a, op::WRITE, VICTIM, &evil, |request| request)
+    }),
+    case("read-only-flush-with-data", |a| {
+        let evil = a.evil();
+        a.direct(op::FLUSH_DISKCACHE, VICTIM, &[evil])
+    }),
+    case("read-only-barrier-with-data", |a| {
+        let evil = a.evil();
+        a.direct(op::WRITE_BARRIER, VICTIM, &[evil])
+    }),
+    case("read-only-discard", |a| discard(a, 0, VICTIM, 8)),
+    case("read-only-flush", |a| a.direct(op::FLUSH_DISKCACHE, 0, &[])),
+    case("read-only-read", |a| {
+        let evil = a.evil();
+        a.direct(op::READ, SCRATCH, &[evil])
+    }),
+];
+
+fn unknown(a: &mut Actor<'_>, operation: u8) -> Outcome {
+    let id = a.next_id();
+    a.ask(WireRequest::Unknown { operation, id })
+}
+
+fn write_evil(a: &mut Actor<'_>, sector: u64) -> Outcome {
+    let evil = a.evil();
+    a.direct(op::WRITE, sector, &[evil])
+}
+
+fn part(a: &mut Actor<'_>, first: u8, last: u8) -> Outcome {
+    let segment = a.part_of_evil(first, last);
+    a.direct(op::WRITE, VICTIM, &[segment])
+}
+
+/// A write that claims more segments than a slot has.
+fn claim_segments(a: &mut Actor<'_>, nr_segments: u8) -> Outcome {
+    let evil = [a.evil(); 11];
+    let request = a.rw(op::WRITE, VICTIM, &evil);
+    a.ask(WireRequest::Rw(Rw {
+        nr_segments,
+        ..request
+    }))
+}
+
+fn indirect(
+    a: &mut Actor<'_>,
+    operation: u8,
+    sector: u64,
+    segments: &[WireSegment],
+    change: impl FnOnce(Indirect) -> Indirect,
+) -> Outcome {
+    let request = change(a.indirect(operation, sector, segments));
+    a.ask(WireRequest::Indirect(request))
+}
+
+/// An indirect write that claims a number of segments.
+fn claim_indirect(a: &mut Actor<'_>, nr_segments: u16) -> Outcome {
+    let evil = [a.evil(); 16];
+    indirect(a, op::WRITE, VICTIM, &evil, |request| Indirect {
+        nr_segments,
+        ..request
+    })
+}
+
+/// An indirect request whose operation is neither a read nor a write.
+fn nested(a: &mut Actor<'_>, operation: u8) -> Outcome {
+    let evil = [a.evil(); 16];
+    indirect(a, operation, VICTIM, &evil, |request| request)
+}
+
+fn discard(a: &mut Actor<'_>, flag: u8, sector: u64, nr_sectors: u64) -> Outcome {
+    let (handle, id) = (a.handle(), a.next_id());
+    a.ask(WireRequest::Discard(Discard {
+        flag,
+        handle,
+        id,
+        sector,
+        nr_sectors,
+    }))
+}
+
+/// A write from a page whose grant has ended.
+fn ended_grant(a: &mut Actor<'_>) -> Outcome {
+    let Ok(page) = a.grant_page() else {
+        return Outcome::Own;
+    };
+    let segment = whole(page.reference().value());
+    drop(page);
+    // The reference that was freed last is the next one to be reserved, so nobody else has it.
+    let reserve = GrantReserve::new(1);
+    let outcome = a.direct(op::WRITE, VICTIM, &[segment]);
+    drop(reserve);
+    outcome
+}
+
+/// Two reads with the same id: each has its answer.
+fn same_id(a: &mut Actor<'_>) -> Outcome {
+    let evil = a.evil();
+    let read = WireRequest::Rw(a.rw(op::READ, SCRATCH, &[evil]));
+    a.put(&read);
+    a.put(&read);
+    a.publish();
+    for _ in 0..2 {
+        match a.take() {
+            Ok(response) if response == read.response(Status::Okay) => {}
+            Ok(_) => return Outcome::Stray,
+            Err(outcome) => return outcome,
+        }
+    }
+    Outcome::Okay
+}
+
+/// Wrong requests, as many at once as the ring takes: each has its answer.
+fn flood(a: &mut Actor<'_>) -> Outcome {
+    let mut left = FLOOD;
+    while left > 0 {
+        let batch = left.min(a.parts.words.slots());
+        for _ in 0..batch {
+            let id = a.next_id();
+            let operation = 77;
+            a.put(&WireRequest::Unknown { operation, id });
+        }
+        a.publish();
+        for _ in 0..batch {
+            match a.take() {
+                Ok(response) if response.status == Status::NotSupported => {}
+                Ok(_) => return Outcome::Stray,
+                Err(outcome) => return outcome,
+            }
+        }
+        left = left.wrapping_sub(batch);
+    }
+    Outcome::NotSupported
+}

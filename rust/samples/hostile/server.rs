@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A connection of the backend: ring, event channel, and the thread that answers.
+//!
+//! The disk is all zeroes, and forgets what is written to it.
+
+use blkif::request;
+use blkif::request::Data;
+use blkif::request::Direct;
+use blkif::request::DiskLimits;
+use blkif::request::Request;
+use blkif::ring::BackRing;
+use blkif::wire::op;
+use blkif::wire::Abi;
+use blkif::wire::Response;
+use blkif::wire::Status;
+use blkif::wire::WireRequest;
+use blkif::wire::DIRECT_SEGMENTS;
+use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+use kernel::sync::atomic::Acquire;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Release;
+use kernel::sync::Arc;
+use kernel_ext::base::jiffies::msecs_to_jiffies;
+use kernel_ext::base::kthread::Current;
+use kernel_ext::base::kthread::KThread;
+use kernel_ext::base::kthread::Kind;
+use kernel_ext::base::page::Page;
+use kernel_ext::base::page::PageSlice;
+use kernel_ext::base::wait::new_wait_queue;
+use kernel_ext::base::wait::WaitQueue;
+use kernel_ext::xen::events::Channel;
+use kernel_ext::xen::events::Eoi;
+use kernel_ext::xen::events::Handler;
+use kernel_ext::xen::grant::copy::Copier;
+use kernel_ext::xen::grant::map::MappedPage;
+use kernel_ext::xen::grant::map::Mapper;
+use kernel_ext::xen::grant::map::PageCache;
+use kernel_ext::xen::grant::Access;
+use kernel_ext::xen::grant::ForeignRef;
+use kernel_ext::xen::ring::MappedRing;
+use kernel_ext::xen::xenbus;
+use kernel_ext::xen::xenstore::Reader;
+
+use crate::tricks::Trick;
+use crate::TRICK;
+
+/// Size of the disk in sectors.
+pub(crate) const SECTORS: u64 = 2048;
+/// The word of a ring with the number of responses published.
+const RSP_PROD: usize = 2;
+/// Words of a ring before the first slot.
+const HEADER_WORDS: u32 = 16;
+/// The word of a response with operation and status.
+const STATUS_WORD: u32 = 2;
+/// A status that the protocol does not have.
+const NO_STATUS: u32 = 77;
+/// Pages that may be kept mapped.
+const KEPT: usize = 64;
+/// How long the thread sleeps without an event before it looks at the ring all the same.
+const IDLE_MS: u32 = 1000;
+/// How long the end of a thread may take.
+const STOP_MS: u32 = 5000;
+
+const LIMITS: DiskLimits = DiskLimits {
+    sectors: SECTORS,
+    block_size: 512,
+    read_only: false,
+    discard: false,
+    secure_discard: false,
+    indirect_segments: 0,
+};
+
+/// Wakes the thread when an event arrives.
+#[pin_data]
+struct Wake {
+    event: Atomic<bool>,
+    #[pin]
+    wait: WaitQueue,
+}
+
+impl Handler for Wake {
+    fn handle(&self) -> Eoi {
+        self.event.store(true, Release);
+        self.wait.wake_up();
+        Eoi::Later
+    }
+}
+
+/// A connection. Ends when it is dropped.
+pub(crate) struct Connection(KThread);
+
+impl Connection {
+    /// Connects to ring and event channel in the directory of the frontend, and starts to answer.
+    pub(crate) fn new(device: &ARef<xenbus::Device>, frontend: &CStr) -> Result<Self> {
+        let reader = Reader::new(frontend);
+        let reference = ForeignRef(reader.number(fmt!("ring-ref"))?);
+        let port = reader.number(fmt!("event-channel"))?;
+
+        let ring = MappedRing::new(device, &[reference])?;
+        let ring = BackRing::attach(ring, Abi::native()).map_err(|_| EINVAL)?;
+        let wake = Arc::pin_init(
+            pin_init!(Wake { event: Atomic::new(true), wait <- new_wait_queue!() }),
+            GFP_KERNEL,
+        )?;
+        let channel = Channel::bind_interdomain(device, port, c"hostile", wake.clone())?;
+        let server = Server {
+            device: device.clone(),
+            wake,
+            put: ring.memory().load(RSP_PROD),
+            ring,
+            channel,
+            last_id: 0,
+            copier: Copier::new(DIRECT_SEGMENTS)?,
+            zeroes: Page::alloc_page(GFP_KERNEL | __GFP_ZERO)?,
+            cache: KBox::pin_init(PageCache::new(), GFP_KERNEL)?,
+            mapper: Mapper::new(DIRECT_SEGMENTS)?,
+            kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
+        };
+        let kind = Kind::default();
+        KThread::spawn(fmt!("hostile"), kind, move |current| server.run(current)).map(Self)
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.stop();
+        if !self.0.join(msecs_to_jiffies(STOP_MS)) {
+            pr_err!("the answering thread does not end within {} ms\n", STOP_MS);
+        }
+    }
+}
+
+/// The thread, and all that it owns.
+struct Server {
+    device: ARef<xenbus::Device>,
+    wake: Arc<Wake>,
+    ring: BackRing<MappedRing>,
+    channel: Channel<Wake>,
+    /// Responses put.
+    put: u32,
+    /// Of the last request that was answered.
+    last_id: u64,
+    copier: Copier,
+    zeroes: Page,
+    cache: Pin<KBox<PageCache>>,
+    mapper: Mapper,
+    /// Pages that stay mapped after their request was answered.
+    kept: KVec<MappedPage>,
+}
+
+impl Server {
+    fn run(mut self, current: &Current) {
+        while !current.should_stop() {
+            let woken = || self.wake.event.load(Acquire) || current.should_stop();
+            let _ = self
+                .wake
+                .wait
+                .wait_timeout(msecs_to_jiffies(IDLE_MS), woken);
+            self.wake.event.store(false, Release);
+            while self.serve() {}
+            self.channel.eoi(false);
+        }
+        self.mapper.unmap(&self.cache, &mut self.kept);
+    }
+
+    /// Answers all requests that are there. Whether there may be more.
+    fn serve(&mut self) -> bool {
+        let trick = Trick::from_number(TRICK.get());
+        let mut claim = None;
+        while let Ok(Some(request)) = self.ring.take_request() {
+            let suits = trick.suits(&request);
+            match trick {
+                Trick::Silence if suits => continue,
+                Trick::Ahead if suits => claim = Some(self.put.wrapping_add(33)),
+                Trick::Back if suits => claim = Some(self.put.wrapping_sub(1)),
+                _ => {}
+            }
+            self.answer(&request, if suits { trick } else { Trick::Honest });
+        }
+        match claim {
+            Some(claim) => {
+                self.ring.memory().store(RSP_PROD, claim);
+                self.channel.notify();
+                false
+            }
+            None => {
+                if self.ring.publish() {
+                    self.channel.notify();
+                }
+                self.ring.final_check()
+            }
+        }
+    }
+
+    fn answer(&mut self, request: &WireRequest, trick: Trick) {
+        let honest = request.response(self.work(request, trick));
+        let last_id = core::mem::replace(&mut self.last_id, request.id());
+        let response = match trick {
+            Trick::UnsupportedWrite | Trick::UnsupportedFlush => Response {
+                status: Status::NotSupported,
+                ..honest
+            },
+            Trick::UnknownId => Response {
+                id: !honest.id,
+                ..honest
+            },
+            Trick::IdTwice => Response {
+                id: last_id,
+                ..honest
+            },
+            Trick::WrongOperation => Response {
+                operation: op::READ,
+                ..honest
+            },
+            _ => honest,
+        };
+        if self.ring.put(&response).is_err() {
+            return;
+        }
+        if trick == Trick::UnknownStatus {
+            let operation = u32::from(response.operation);
+            let word = self.status_word();
+            self.ring.memory().store(word, operation | NO_STATUS << 16);
+        }
+        self.put = self.put.wrapping_add(1);
+    }
+
+    /// The word with the status of the response that was put last.
+    fn status_word(&self) -> usize {
+        let slot = self.put & self.ring.capacity().wrapping_sub(1);
+        let first = slot.wrapping_mul(Abi::native().slot_words());
+        first.wrapping_add(HEADER_WORDS + STATUS_WORD) as usize
+    }
+
+    /// Does what a request asks for.
+    fn work(&mut self, request: &WireRequest, trick: Trick) -> Status {
+        let result = match request::check(request, &LIMITS) {
+            Ok(Request::Read(Data::Direct(data))) => self.read(&data),
+            Ok(Request::Write(Data::Direct(data))) if trick == Trick::Keep => self.keep(&data),
+            Ok(_) => Ok(()),
+            Err(refusal) => return refusal.status(),
+        };
+        match result {
+            Ok(()) => Status::Okay,
+            Err(_) => Status::Error,
+        }
+    }
+
+    /// Gives zeroes to a read.
+    fn read(&mut self, data: &Direct) -> Result {
+        let mut batch = self.copier.batch();
+        for segment in data.segments() {
+            let (offset, len) = (usize::from(segment.offset()), usize::from(segment.len()));
+            let from = PageSlice::new(&self.zeroes, offset, len).ok_or(EINVAL)?;
+            let reference = ForeignRef(segment.gref());
+            batch.write(self.device.otherend_id(), reference, offset, from)?;
+        }
+        Ok(batch.run_sleeping()?)
+    }
+
+    /// Maps the pages of a write, for as long as there is room for them.
+    fn keep(&mut self, data: &Direct) -> Result {
+        for segment in data.segments() {
+            self.mapper.map(
+                &self.cache,
+                self.device.otherend_id(),
+                &[ForeignRef(segment.gref())],
+                Access::ReadOnly,
+                &mut self.kept,
+            )?;
+        }
+        Ok(())
+    }
+}

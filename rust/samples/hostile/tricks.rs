@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The ways in which a backend may be wrong.
+
+use blkif::wire::op;
+use blkif::wire::WireRequest;
+
+/// What the backend does wrong, as long as it is told to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Trick {
+    /// Nothing.
+    Honest,
+    /// Answers a write by a status that the protocol does not have.
+    UnknownStatus,
+    /// Cannot do a write, which no backend may say.
+    UnsupportedWrite,
+    /// Cannot flush, though it has offered that.
+    UnsupportedFlush,
+    /// Answers a request that nobody has made.
+    UnknownId,
+    /// Answers a write by the id of the request before it, which is answered already.
+    IdTwice,
+    /// Answers a write as if it were a read.
+    WrongOperation,
+    /// Claims an answer more than there are requests.
+    Ahead,
+    /// Takes answers back.
+    Back,
+    /// Answers a write, and goes on using its pages until the connection ends.
+    Keep,
+    /// Does not answer.
+    Silence,
+}
+
+/// In the order of their numbers.
+const TRICKS: [Trick; 11] = [
+    Trick::Honest,
+    Trick::UnknownStatus,
+    Trick::UnsupportedWrite,
+    Trick::UnsupportedFlush,
+    Trick::UnknownId,
+    Trick::IdTwice,
+    Trick::WrongOperation,
+    Trick::Ahead,
+    Trick::Back,
+    Trick::Keep,
+    Trick::Silence,
+];
+
+impl Trick {
+    /// The one with a number.
+    pub(crate) fn from_number(number: u32) -> Self {
+        let trick = TRICKS.get(number as usize);
+        trick.copied().unwrap_or(Trick::Honest)
+    }
+
+    /// Whether a request is one to play it on.
+    pub(crate) fn suits(self, request: &WireRequest) -> bool {
+        let operation = match self {
+            Trick::UnsupportedFlush => op::FLUSH_DISKCACHE,
+            _ => op::WRITE,
+        };
+        self != Trick::Honest && request.response_operation() == operation
+    }
+}

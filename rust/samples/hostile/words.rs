@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A ring as bare words: nothing here keeps its user from writing nonsense.
+
+use blkif::ring::capacity;
+use blkif::wire::Abi;
+use core::ops::Deref;
+use kernel_ext::xen::ring::SharedWords;
+
+/// The word with the number of requests published.
+pub(crate) const REQ_PROD: usize = 0;
+/// The word with the number of requests after which the backend wants an event.
+pub(crate) const REQ_EVENT: usize = 1;
+/// The word with the number of responses published.
+pub(crate) const RSP_PROD: usize = 2;
+/// The word with the number of responses after which the frontend wants an event.
+pub(crate) const RSP_EVENT: usize = 3;
+
+/// Words before the first slot.
+const HEADER_WORDS: usize = 16;
+
+/// A ring of our own or of the other domain.
+pub(crate) struct Words<R> {
+    pub(crate) ring: R,
+    abi: Abi,
+    slots: u32,
+}
+
+impl<R: Deref<Target = SharedWords>> Words<R> {
+    pub(crate) fn new(ring: R, abi: Abi) -> Self {
+        let slots = capacity(ring.len(), abi);
+        Self { ring, abi, slots }
+    }
+
+    /// How requests are laid out.
+    pub(crate) fn abi(&self) -> Abi {
+        self.abi
+    }
+
+    /// Number of slots, a power of two.
+    pub(crate) fn slots(&self) -> u32 {
+        self.slots
+    }
+
+    /// The first word of the slot that an index selects.
+    pub(crate) fn slot(&self, index: u32) -> usize {
+        let slot = index & self.slots.wrapping_sub(1);
+        HEADER_WORDS.wrapping_add(slot.wrapping_mul(self.abi.slot_words()) as usize)
+    }
+
+    /// Writes words into a slot.
+    pub(crate) fn put(&self, index: u32, words: &[u32]) {
+        let first = self.slot(index);
+        for (offset, word) in words.iter().enumerate() {
+            self.ring.store(first.wrapping_add(offset), *word);
+        }
+    }
+
+    /// Reads words from a slot.
+    pub(crate) fn get<const N: usize>(&self, index: u32) -> [u32; N] {
+        let first = self.slot(index);
+        core::array::from_fn(|offset| self.ring.load(first.wrapping_add(offset)))
+    }
+}
