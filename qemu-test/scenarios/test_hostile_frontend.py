@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A frontend that breaks the rules of the ring, and a disk beside it that must not notice.
+
+The frontend is a module of its own, rblk_hostile_front, which takes xvdb and
+goes through lists of cases by itself. Its report has a line for each: the case,
+what came of it, and how the valid requests went that followed. The pair's own
+frontend serves xvda meanwhile, on a ring of 16 pages, and what is written there
+is read back all the time.
+"""
+
+from harness.counts import xen_counts
+from harness.evidence import assert_served_by_pair
+from harness.xenhost import Disk
+
+CODE = 51728
+"""Virtual device number of xvdb."""
+
+REPORT = f"/sys/bus/xen/devices/vbd-{CODE}/report"
+PARAMETERS = "/sys/module/rblk_hostile_front/parameters"
+
+ALL, READ_ONLY = range(2)
+"""Lists of the module."""
+
+NOT_SUPPORTED = {
+    "unknown-operation-4",
+    "unknown-operation-255",
+    "discard-secure",
+    "flood",
+}
+OKAY = {
+    "valid",
+    "write-from-read-only-grant",
+    "same-grant-twice",
+    "same-id-twice",
+    "indirect",
+    "flush",
+    "flush-with-data",
+    "discard",
+    "discard-unknown-flag",
+    "read-only-flush",
+    "read-only-read",
+    "end",
+}
+"""Cases whose answer is another one than an error."""
+
+CLOSED = {"req-prod-ahead", "req-prod-far", "req-prod-back", "born-broken"}
+"""What makes a backend close the disk."""
+
+MOST_LINES = 200
+"""Lines that dom0 may print for a list, with some 700 wrong requests and 40 connections in it."""
+
+PATIENCE_MS = 2000
+"""How long the module waits for a backend that takes no notice of a broken ring."""
+
+WORK_ON_XVDA = """
+dd if=/dev/urandom of=/tmp/data bs=64k count=4 2>/dev/null
+while [ ! -e /tmp/stop ]; do
+    dd if=/tmp/data of=/dev/xvda bs=64k oflag=direct 2>/dev/null &&
+    dd if=/dev/xvda bs=64k count=4 iflag=direct 2>/dev/null | cmp -s - /tmp/data || exit 1
+    echo x >> /tmp/rounds
+    usleep 1000000
+done
+"""
+
+
+def start(xen, build):
+    """A host with two RAM disks, and a guest whose xvda works without end."""
+    host = xen(modules=[build / "rblk_hostile_front.ko"])
+    host.load_backend()
+    host.ram_disks(2)
+    guest = host.start_guest(disks=[])
+    guest.unload_frontend()
+    guest.sh(f"insmod /modules/rblk_hostile_front.ko device={CODE} patience_ms={PATIENCE_MS}")
+    guest.load_frontend("max_ring_page_order=4")
+    before = xen_counts(host)
+    host.attach(guest, Disk("xvda", "/dev/ram0"))
+    guest.wait_for_disk("xvda")
+    assert_served_by_pair(host, guest, "xvda")
+    order = f"/local/domain/{guest.domid}/device/vbd/51712/ring-page-order"
+    assert host.xenstore_read(order) == "4"
+    work = f"(sh -c '{WORK_ON_XVDA}' && echo good > /tmp/end || echo bad > /tmp/end)"
+    guest.sh(f"{work} > /dev/null 2>&1 &")
+    return host, guest, before
+
+
+def remove(host, guest, vdev, code):
+    """Detaches a disk; nothing of it stays."""
+    status, output = host.detach(guest, vdev)
+    assert status == 0, output
+    host.wait_for(f"! xenstore-exists /local/domain/0/backend/vbd/{guest.domid}/{code}")
+    guest.wait_for(f"[ ! -e /sys/bus/xen/devices/vbd-{code} ]")
+
+
+def play(host, guest, number, mode="rw"):
+    """Plays a list on a fresh xvdb; its report as {case: (outcome, after)}."""
+    guest.sh(f"echo {number} > {PARAMETERS}/list; rm -f /tmp/rounds")
+    lines = int(host.sh("dmesg | wc -l"))
+    host.attach(guest, Disk("xvdb", "/dev/ram1", mode))
+    guest.wait_for(f"grep -q '^end ' {REPORT} && grep -q x /tmp/rounds", timeout=300)
+    report = guest.sh(f"cat {REPORT}")
+    print(report)
+    remove(host, guest, "xvdb", CODE)
+    printed = int(host.sh("dmesg | wc -l")) - lines
+    assert printed <= MOST_LINES, host.sh("dmesg | tail -n 60")
+    return {case: (outcome, after) for case, outcome, after in map(str.split, report.splitlines())}
+
+
+def assert_answers(report, excused=()):
+    """Each case of requests has the answer that blkif.h gives it, and harms nobody."""
+    for case, (outcome, after) in report.items():
+        wanted = "notsupp" if case in NOT_SUPPORTED else "okay" if case in OKAY else "error"
+        assert outcome == wanted or case in excused, (case, outcome)
+        assert after == "okay", (case, after)
+
+
+def test_hostile_frontend(xen, build):
+    """Every wrong request is answered as such, and a broken ring ends its own disk only.
+
+    The C backend is the control for what a request must be answered by. It takes
+    a secure discard for an ordinary one where none was offered, and refuses to
+    flush a disk that is read-only. It does not close a disk whose ring is broken,
+    warns, with a stack trace, of one that it cannot connect to, and does not know
+    the Arm layout.
+    """
+    host, guest, before = start(xen, build)
+    ours = host.pair.back.name == "rblkback"
+
+    guest.sh(f"echo {int(not ours)} > {PARAMETERS}/gentle")
+    report = play(host, guest, ALL)
+    end = list(report).index("flood") + 1
+    requests, rest = dict(list(report.items())[:end]), dict(list(report.items())[end:])
+    assert_answers(requests, () if ours else ("discard-secure",))
+    assert_answers(play(host, guest, READ_ONLY, "r"), () if ours else ("read-only-flush",))
+    closing = {case for case in rest if rest[case][0] == "closing"} - {"toggle"}
+    assert closing == (CLOSED if ours else {"arm-abi-0"})
+    for case, result in rest.items():
+        layout = "abi" in case and (ours or "arm" not in case)
+        assert result == ("okay", "okay") or not layout, (case, result)
+    assert rest["end"] == ("okay", "okay")
+
+    guest.sh("touch /tmp/stop")
+    guest.wait_for("[ -s /tmp/end ]")
+    assert guest.sh("cat /tmp/end") == "good"
+    remove(host, guest, "xvda", 51712)
+    after = xen_counts(host)
+    assert [after[key] for key in ("grants", "events", "pages")] == [
+        before[key] for key in ("grants", "events", "pages")
+    ]
