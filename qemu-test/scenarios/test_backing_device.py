@@ -82,6 +82,9 @@ def test_resize_idle(ramdisk_host, record_property):
 def test_flush_refused(ramdisk_host):
     """A device that refuses a flush: the offer is taken back, and I/O goes on.
 
+    The C backend is no control: it writes the node where the flush ends, which
+    may not sleep, and dom0 did not answer after that.
+
     Rows: BE-22, BE-50, B-04
     """
     host = ramdisk_host(f"only={FLUSH}")
