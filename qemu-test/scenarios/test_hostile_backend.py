@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A backend that breaks the rules of the ring, and a guest that must live with it.
+
+The backend is a module of its own, rblk_hostile_back, which serves xvdb well
+until its parameter tells it to play a trick. The pair's own backend serves xvda
+meanwhile.
+"""
+
+from harness.evidence import assert_served_by_pair
+from harness.xenhost import Disk
+
+CODE = 51728
+"""Virtual device number of xvdb."""
+
+TRICK = "/sys/module/rblk_hostile_back/parameters/trick"
+
+HONEST, UNKNOWN_STATUS, UNSUPPORTED_WRITE, UNSUPPORTED_FLUSH = range(4)
+KEEP, SILENCE = 9, 10
+BREAKS = {
+    4: "which nobody asked for",
+    5: "which nobody asked for",
+    6: "which nobody asked for",
+    7: "broke a ring",
+    8: "broke a ring",
+    KEEP: "still uses its pages",
+}
+"""Tricks that end the disk: unknown id, id twice, operation, too many and too few answers, pages
+kept; and what the frontend says."""
+
+ERRORS = ("Input/output error", "No space left on device")
+"""What a write ends with that was not done; the second is that of a disk that is gone."""
+
+WRITE = "dd if=/dev/zero of=/dev/xvdb bs=4k count=2"
+
+
+def write(host, guest, trick, how="oflag=direct"):
+    """Writes to xvdb under a trick. Whether that was done; if not, dd says why."""
+    host.sh(f"echo {trick} > {TRICK}")
+    status, output = guest.run(f"{WRITE} {how} 2>&1")
+    host.sh(f"echo {HONEST} > {TRICK}")
+    assert status == 0 or any(error in output for error in ERRORS), output
+    return status == 0
+
+
+def renew(host, guest):
+    """xvdb was closed by its frontend; the toolstack makes it anew, and it works."""
+    back = f"/local/domain/0/backend/vbd/{guest.domid}/{CODE}"
+    guest.wait_for("[ ! -b /dev/xvdb ]")
+    host.wait_for(f"[ $(xenstore-read {back}/state) = 6 ]")
+    host.sh(f"xenstore-write /local/domain/{guest.domid}/device/vbd/{CODE}/state 1")
+    guest.wait_for_disk("xvdb")
+    assert write(host, guest, HONEST)
+
+
+def test_hostile_backend(xen, build):
+    """What was not answered well is not done, and a broken ring ends its own disk only.
+
+    The C frontend is the control for answers that are wrong but belong to a
+    request. It takes a flush for done that was refused. Of what breaks the ring
+    it makes a disk that can neither work nor be closed, with requests that never
+    end: that is for ours alone.
+    """
+    host = xen(modules=[build / "rblk_hostile_back.ko"])
+    host.insmod("rblk_hostile_back", f"device={CODE}")
+    host.load_backend()
+    host.ram_disks(2)
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/ram0")])
+    assert_served_by_pair(host, guest, "xvda")
+    guest.allow("error, dev xvdb")
+    ours = guest.front == "rblkfront"
+
+    host.attach(guest, Disk("xvdb", "/dev/ram1"))
+    guest.wait_for_disk("xvdb")
+    assert write(host, guest, HONEST)
+    for trick in (UNKNOWN_STATUS, UNSUPPORTED_WRITE):
+        assert not write(host, guest, trick), trick
+        assert write(host, guest, HONEST), trick
+    if ours:
+        assert not write(host, guest, UNSUPPORTED_FLUSH, "conv=fsync")
+        assert write(host, guest, HONEST, "conv=fsync")
+        for trick, message in BREAKS.items():
+            guest.sh("dmesg -c > /dev/null")
+            assert not write(host, guest, trick), trick
+            renew(host, guest)
+            said = [line for line in guest.sh("dmesg").splitlines() if message in line]
+            assert len(said) == 1 and "xvdb" in said[0], said
+        host.sh(f"echo {SILENCE} > {TRICK}")
+        guest.sh(f"({WRITE} oflag=direct && echo done > /tmp/end || echo failed > /tmp/end) &")
+        guest.wait_for("grep -q '[1-9]' /sys/block/xvdb/inflight")
+
+    status, output = host.detach(guest, "xvdb")
+    assert status == 0, output
+    guest.wait_for("[ ! -b /dev/xvdb ]")
+    if ours:
+        guest.wait_for("grep -q failed /tmp/end")
+    guest.sh("dd if=/dev/urandom of=/dev/xvda bs=64k count=4 oflag=direct")
+    guest.unload_frontend()
