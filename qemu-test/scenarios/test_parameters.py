@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Module parameters, and the node `trusted`, decide how data goes; it arrives in all ways.
+
+Names, permissions and defaults are those of xen-blkfront.
+"""
+
+from harness.evidence import assert_served_by_pair
+
+PARAMETERS = {
+    "feature_persistent": ("644", "Y"),
+    "max_indirect_segments": ("444", "32"),
+    "max_queues": ("444", "2"),
+    "max_ring_page_order": ("444", "0"),
+    "trusted": ("644", "Y"),
+}
+"""Permissions, and value by default with two CPUs."""
+
+COMMON = {"protocol": "x86_64-abi", "feature-persistent": "1", "state": "4"}
+TWO_RINGS = {
+    **COMMON,
+    "multi-queue-num-queues": "2",
+    "ring-page-order": None,
+    "queue-0/event-channel": "number",
+    "queue-1/event-channel": "number",
+    "queue-1/ring-ref": "number",
+}
+LARGE_RINGS = {
+    **COMMON,
+    "multi-queue-num-queues": "2",
+    "ring-page-order": "2",
+    "queue-1/event-channel": "number",
+    "queue-1/ring-ref0": "number",
+    "queue-1/ring-ref3": "number",
+}
+ONE_RING = {
+    **COMMON,
+    "multi-queue-num-queues": None,
+    "ring-page-order": None,
+    "event-channel": "number",
+    "ring-ref": "number",
+}
+
+SAID = "persistent grants: {}; indirect descriptors: {}; bounce buffer: {}"
+WAYS = [
+    ("", 1, TWO_RINGS, 32, ("enabled", "enabled", "enabled")),
+    (
+        "feature_persistent=0 max_ring_page_order=2 max_indirect_segments=64",
+        1,
+        {**LARGE_RINGS, "feature-persistent": "0"},
+        64,
+        ("disabled", "enabled", "disabled"),
+    ),
+    (
+        "feature_persistent=0 max_queues=1 max_indirect_segments=0",
+        0,
+        {**ONE_RING, "feature-persistent": "0"},
+        11,
+        ("disabled", "disabled", "enabled"),
+    ),
+    (
+        "trusted=0 max_queues=99 max_ring_page_order=9 max_indirect_segments=9999",
+        1,
+        {**LARGE_RINGS, "ring-page-order": "4"},
+        256,
+        ("enabled", "enabled", "enabled"),
+    ),
+]
+"""Parameters, the node trusted; nodes that are written, segments of a request, what is said."""
+
+IRQ_CPUS = """
+sed -n 's/^ *\\([0-9]*\\):.*blkif.*/\\1/p' /proc/interrupts | while read -r irq; do
+	cat /proc/irq/$irq/smp_affinity_list
+done
+"""
+"""Which CPUs get the events of each ring."""
+
+DATA = """
+head -c 4194816 /dev/urandom > /tmp/data
+dd if=/tmp/data of=/dev/xvda bs=1M oflag=direct conv=notrunc count=4
+dd if=/tmp/data of=/dev/xvda bs=512 skip=8192 seek=8192 oflag=direct conv=notrunc
+dd if=/dev/xvda bs=1M count=5 iflag=direct | head -c 4194816 | cmp - /tmp/data
+"""
+
+
+def nodes_written(host, directory, names):
+    """What the frontend has written, numbers that differ each time as "number"."""
+    script = "".join(f"xenstore-read {directory}/{name} 2>/dev/null || echo -\n" for name in names)
+    values = dict(zip(names, host.sh(script).splitlines(), strict=True))
+    return {
+        name: None if value == "-" else "number" if "ring-ref" in name or "event" in name else value
+        for name, value in values.items()
+    }
+
+
+def forget(host, directory):
+    """Removes what tells of several rings: xen-blkfront leaves it there when it has but one."""
+    for name in ("multi-queue-num-queues", "ring-page-order"):
+        host.run(f"xenstore-rm {directory}/{name}")
+
+
+def test_parameters(xen, record_property):
+    """Rows: FE-03, FE-05, FE-06, FE-12, FE-13, FE-20, FE-21, FE-22, FE-23, FE-24, FE-25, FE-26,
+    FE-30, FE-31, FE-32, FE-33, FE-34, FE-40, FE-41, FE-55, FE-68, F-17
+    """
+    host = xen()
+    host.load_backend("max_queues=2")
+    host.ram_disks()
+    guest = host.start_guest(vcpus=2)
+    assert_served_by_pair(host, guest)
+    parameters = f"/sys/module/{guest.front.replace('-', '_')}/parameters"
+    shown = guest.sh(f"cd {parameters}; for p in *; do echo $p $(stat -c %a $p) $(cat $p); done")
+    shown = {name: (mode, value) for name, mode, value in map(str.split, shown.splitlines())}
+    assert shown == PARAMETERS
+    if sorted(guest.sh(IRQ_CPUS).split()) != ["0", "1"]:
+        assert guest.front == "xen-blkfront"
+        record_property("c_fails", "F-17")
+    directory = f"/local/domain/{guest.domid}/device/vbd/51712"
+    # For the last way xen-blkfront wants a gigabyte of memory.
+    ways = WAYS if guest.front == "rblkfront" else WAYS[:-1]
+    for number, (options, trusted, nodes, segments, said) in enumerate(ways):
+        if number:
+            guest.unload_frontend()
+            host.sh(f"xenstore-write {directory}/trusted {trusted}")
+            if guest.front == "xen-blkfront":
+                forget(host, directory)
+            guest.load_frontend(options)
+            guest.ask_for_disks()
+            guest.wait_for_disk("xvda")
+        assert nodes_written(host, directory, nodes) == nodes, options
+        assert guest.sh("cat /sys/block/xvda/queue/max_segments") == str(segments), options
+        assert SAID.format(*said) in guest.sh("dmesg | grep 'bounce buffer' | tail -n 1"), options
+        guest.sh(DATA)
