@@ -31,6 +31,8 @@ pub(crate) type Started = Request<Disk, InFlight>;
 pub(crate) struct Carry {
     /// Which connection the pages below belong to.
     pub(crate) generation: u32,
+    /// The data in pieces of sectors.
+    pub(crate) pieces: KVec<Piece>,
     /// Pages for the data, if it is bounced.
     pub(crate) data: KVec<GrantedPage>,
     /// Pages for the segments of indirect requests.
@@ -45,6 +47,7 @@ impl Carry {
         let segments = usize::from(params::max_segments());
         Ok(Self {
             generation: 0,
+            pieces: KVec::with_capacity(segments, GFP_KERNEL)?,
             data: KVec::with_capacity(segments, GFP_KERNEL)?,
             indirect: KVec::with_capacity(params::MOST_PARTS, GFP_KERNEL)?,
             references: References::with_capacity(segments, GFP_KERNEL)?,
@@ -78,9 +81,17 @@ impl Held {
     }
 }
 
-/// The data of a request in pieces. `None` for one that is not whole sectors.
-pub(crate) fn pieces(segments: Segments<'_>) -> impl Iterator<Item = Option<Piece>> + '_ {
-    segments.map(|segment| Piece::new(segment.offset() as u32, segment.len() as u32))
+impl Carry {
+    /// Notes the pieces of a request's data, and says how many there are. `None` if there are more
+    /// than a request can carry, or one is not made of whole sectors.
+    pub(crate) fn note_pieces(&mut self, segments: Segments<'_>) -> Option<u32> {
+        self.pieces.clear();
+        for segment in segments {
+            let piece = Piece::new(segment.offset() as u32, segment.len() as u32)?;
+            self.pieces.push_within_capacity(piece).ok()?;
+        }
+        Some(self.pieces.len() as u32)
+    }
 }
 
 /// The grants of a request, as the backend gets to see them.
@@ -102,7 +113,7 @@ impl<'a> Lists<'a> {
 
     /// The data, in pieces of sectors.
     pub(crate) fn pieces(&self) -> impl Iterator<Item = Piece> + 'a {
-        pieces(self.held.request().segments()).flatten()
+        self.held.request().data().pieces.iter().copied()
     }
 
     /// The segments of a part.

@@ -34,14 +34,12 @@ use kernel_ext::xen::grant::Granted;
 use kernel_ext::xen::grant::GrantedPage;
 use kernel_ext::xen::DomId;
 
-use crate::carry;
 use crate::carry::Carry;
 use crate::carry::Held;
 use crate::carry::Lists;
 use crate::carry::Started;
 use crate::disk::Disk;
 use crate::link::Link;
-use crate::params;
 use crate::pool;
 use crate::pool::Pool;
 use crate::signal::Cause;
@@ -356,7 +354,8 @@ impl Queue {
         mut rq: Request<Disk, Queued<'q>>,
         order: Order,
     ) -> Result<(), Rejected<'q, Disk>> {
-        let Some(pieces) = count_pieces(&rq) else {
+        let (segments, carry) = rq.segments_and_data();
+        let Some(pieces) = carry.note_pieces(segments) else {
             ratelimited!(pr_err!(
                 "a request is not made of whole sectors, or too large\n"
             ));
@@ -549,17 +548,6 @@ impl Queue {
         inner.slots.expect(&claim, &request);
         Some(claim.number)
     }
-}
-
-/// How many pieces the data of a request has. `None` if it is more than a request can carry, or not
-/// made of whole sectors.
-fn count_pieces<S: mq::State>(rq: &Request<Disk, S>) -> Option<u32> {
-    let mut count = 0u32;
-    for piece in carry::pieces(rq.segments()) {
-        piece?;
-        count = count.wrapping_add(1);
-    }
-    (count <= params::max_segments().into()).then_some(count)
 }
 
 /// Lets the backend use the data of a request that was started.

@@ -295,6 +295,15 @@ impl<T: Operations, S: State> Request<T, S> {
         unsafe { &mut *self.data_ptr() }
     }
 
+    /// The data as [`Self::segments`] gives it, and the driver's data of the request to be changed.
+    #[inline]
+    pub fn segments_and_data(&mut self) -> (Segments<'_>, &mut T::RequestData) {
+        let data = self.data_ptr();
+        // SAFETY: As in `data_mut`. `segments` reads the request and its bios, not the data of the
+        // driver, which is behind the request.
+        (self.segments(), unsafe { &mut *data })
+    }
+
     /// Gives the request back to blk-mq: all of it is done, or failed.
     ///
     /// Any context.
@@ -459,10 +468,7 @@ impl<'a> Iterator for Segments<'a> {
         }
 
         // SAFETY: By the type invariants `bio` is valid and `iter` a position in it; bytes are left.
-        let bvec = unsafe { bindings_ext::bio_iter_iovec(self.bio, &self.iter) };
-        // SAFETY: As above; the piece is not larger than what is left.
-        unsafe { bindings_ext::bio_advance_iter_single(self.bio, &mut self.iter, bvec.bv_len) };
-
+        let bvec = unsafe { bindings_ext::bio_iter_next(self.bio, &mut self.iter) };
         let page = NonNull::new(bvec.bv_page)?;
         // SAFETY: The piece is within one page, which the bio keeps during `'a`.
         Some(unsafe { PageSlice::from_raw(page, bvec.bv_offset as usize, bvec.bv_len as usize) })
