@@ -3,13 +3,15 @@
 //! The way of an answer back.
 //!
 //! The event handler takes all answers that are there, each copied once and checked whole against
-//! the slots. Requests end after their grants have ended, without the lock, in a batch. A read that
-//! was bounced has its data copied where it was submitted.
+//! the slots. Requests end after their grants have ended, without the lock, in a batch. The data of a
+//! read that was bounced is copied at once if it is small, for the way to where it was submitted
+//! would cost more; that of a larger one is copied there, with interrupts on.
 
 use blkif::ring::RingError;
 use blkif::wire::Status;
 use kernel::prelude::*;
 use kernel_ext::base::shown::Shown;
+use kernel_ext::block::mq;
 use kernel_ext::block::mq::BlkStatus;
 use kernel_ext::block::mq::Completed;
 use kernel_ext::block::mq::EndBatch;
@@ -32,6 +34,9 @@ use crate::slots::Waiting;
 /// Requests that are taken out at once, under the lock.
 const AT_ONCE: usize = 16;
 
+/// Most pages of a read whose data is copied by the event handler.
+const COPIED_AT_ONCE: usize = 2;
+
 /// What a look at the ring has found.
 enum Found {
     /// There may be more.
@@ -45,13 +50,10 @@ enum Found {
 impl Handler for Queue {
     fn handle(&self) -> Eoi {
         let mut answers = 0u32;
+        let mut done: [_; AT_ONCE] = core::array::from_fn(|_| None);
         loop {
-            let mut done = [const { None }; AT_ONCE];
             let found = self.take(&mut done, &mut answers);
-            let mut batch = EndBatch::new();
-            for waiting in done.into_iter().flatten() {
-                self.finish(waiting, &mut batch);
-            }
+            self.finish_all(&mut done);
             match found {
                 Found::More => {}
                 Found::Drained if answers == 0 => return Eoi::Spurious,
@@ -103,10 +105,7 @@ impl Queue {
             };
             *answers = answers.wrapping_add(1);
             match inner.slots.answer(&response) {
-                Ok(Some(mut waiting)) => {
-                    inner.reclaim(&mut waiting);
-                    return Ok(Some(waiting));
-                }
+                Ok(Some(waiting)) => return Ok(Some(waiting)),
                 Ok(None) => {}
                 Err(_) => {
                     ratelimited!(pr_err!(
@@ -121,12 +120,29 @@ impl Queue {
         }
     }
 
+    /// Ends requests that are complete: those in front of the first `None`, and leaves none.
+    fn finish_all(&self, done: &mut [Option<Waiting>]) {
+        for waiting in done.iter_mut().map_while(Option::as_mut) {
+            waiting.copy_small();
+        }
+        {
+            let mut inner = self.inner.lock();
+            for waiting in done.iter_mut().map_while(Option::as_mut) {
+                inner.reclaim(waiting);
+            }
+        }
+        let mut batch = EndBatch::new();
+        for waiting in done.iter_mut().map_while(Option::take) {
+            self.finish(waiting, &mut batch);
+        }
+    }
+
     /// Ends a request that is complete, if its pages are ours again.
     fn finish(&self, waiting: Waiting, batch: &mut EndBatch) {
         let status = waiting.blk_status();
         let refused = waiting.status == Status::NotSupported;
         match waiting.release() {
-            Ok(rq) if status.is_ok() && must_copy(&rq) => rq.complete(),
+            Ok(rq) if status.is_ok() && is_copied_later(&rq) => rq.complete(),
             Ok(rq) => {
                 if refused {
                     self.revoke(rq.op());
@@ -181,30 +197,36 @@ impl Queue {
 
     /// Copies the data of a read that was bounced, and ends it. Softirq, or any other context.
     pub(crate) fn complete_read(&self, mut rq: Request<Disk, Completed>) {
-        let mut data = core::mem::take(&mut rq.data_mut().data);
-        for (segment, page) in rq.segments_mut().zip(&data) {
-            if let Some(from) = page.slice(segment.offset(), segment.len()) {
-                segment.copy_from(from);
-            }
-        }
-        self.inner.lock().give_back(rq.data().generation, &mut data);
-        rq.data_mut().data = data;
+        copy_read(&mut rq);
+        let carry = rq.data_mut();
+        let generation = carry.generation;
+        self.inner.lock().give_back(generation, &mut carry.data);
         rq.end(BlkStatus::OK);
     }
 }
 
-/// Whether data stands in pages of ours and belongs into those of the request.
-fn must_copy(rq: &Started) -> bool {
-    rq.op() == Op::Read && !rq.data().data.is_empty()
+/// Copies the data of a read from our pages to those of the request.
+fn copy_read<S: mq::State>(rq: &mut Request<Disk, S>) {
+    let (segments, carry) = rq.segments_mut_and_data();
+    for (segment, page) in segments.zip(&carry.data) {
+        if let Some(from) = page.slice(segment.offset(), segment.len()) {
+            segment.copy_from(from);
+        }
+    }
+}
+
+/// Whether the data of a read stands in so many pages of ours that it is not copied at once.
+fn is_copied_later(rq: &Started) -> bool {
+    rq.op() == Op::Read && rq.data().data.len() > COPIED_AT_ONCE
 }
 
 impl Inner {
     /// Takes back the pages of a request that is complete, as far as they are not needed any more.
     fn reclaim(&mut self, waiting: &mut Waiting) {
-        self.pool.give(&mut waiting.indirect);
+        self.pool.give(waiting.held.indirect_mut());
         let status = waiting.blk_status();
         if let Held::Bounced(rq) = &mut waiting.held {
-            if !(status.is_ok() && must_copy(&*rq)) {
+            if !(status.is_ok() && is_copied_later(rq)) {
                 self.pool.give(&mut rq.data_mut().data);
             }
         }
@@ -221,34 +243,35 @@ impl Inner {
 }
 
 impl Waiting {
+    /// Copies the data of a small read that was bounced.
+    fn copy_small(&mut self) {
+        let status = self.blk_status();
+        if let Held::Bounced(rq) = &mut self.held {
+            if status.is_ok() && rq.op() == Op::Read && !is_copied_later(rq) {
+                copy_read(rq);
+            }
+        }
+    }
+
     /// Ends the grants of the request's own pages, and gives the request back, unless the backend
     /// still uses one of them. Then it can be tried again.
     pub(crate) fn release(self) -> Result<Started, Self> {
-        let Waiting {
-            held,
-            indirect,
-            missing,
-            status,
-        } = self;
-        match held {
-            Held::Bounced(mut rq) => {
-                rq.data_mut().indirect = indirect;
+        let (granted, indirect) = match self.held {
+            Held::Bounced(rq) => return Ok(rq),
+            Held::Direct { granted, indirect } => (granted, indirect),
+        };
+        match granted.try_end() {
+            Ok((mut rq, references)) => {
+                let carry = rq.data_mut();
+                carry.references = references;
+                carry.indirect = indirect;
                 Ok(rq)
             }
-            Held::Direct(granted) => match granted.try_end() {
-                Ok((mut rq, references)) => {
-                    let carry = rq.data_mut();
-                    carry.references = references;
-                    carry.indirect = indirect;
-                    Ok(rq)
-                }
-                Err(granted) => Err(Waiting {
-                    held: Held::Direct(granted),
-                    indirect,
-                    missing,
-                    status,
-                }),
-            },
+            Err(granted) => Err(Waiting {
+                held: Held::Direct { granted, indirect },
+                missing: self.missing,
+                status: self.status,
+            }),
         }
     }
 }

@@ -60,14 +60,35 @@ pub(crate) enum Held {
     /// The data goes through the pages of its [`Carry`], or there is none.
     Bounced(Started),
     /// The pages of the request are granted.
-    Direct(Granted<Started>),
+    Direct {
+        /// The request, which comes out when the backend has let go of its pages.
+        granted: Granted<Started>,
+        /// Its pages for the segments of indirect requests, which do not wait for that.
+        indirect: KVec<GrantedPage>,
+    },
 }
 
 impl Held {
     pub(crate) fn request(&self) -> &Started {
         match self {
             Held::Bounced(rq) => rq,
-            Held::Direct(granted) => granted.owner(),
+            Held::Direct { granted, .. } => granted.owner(),
+        }
+    }
+
+    /// Pages for the segments of indirect requests.
+    pub(crate) fn indirect(&self) -> &[GrantedPage] {
+        match self {
+            Held::Bounced(rq) => &rq.data().indirect,
+            Held::Direct { indirect, .. } => indirect,
+        }
+    }
+
+    /// As [`Self::indirect`], to be given back.
+    pub(crate) fn indirect_mut(&mut self) -> &mut KVec<GrantedPage> {
+        match self {
+            Held::Bounced(rq) => &mut rq.data_mut().indirect,
+            Held::Direct { indirect, .. } => indirect,
         }
     }
 
@@ -75,7 +96,7 @@ impl Held {
     pub(crate) fn reference(&self, piece: usize) -> Option<u32> {
         let reference = match self {
             Held::Bounced(rq) => rq.data().data.get(piece)?.reference(),
-            Held::Direct(granted) => *granted.references().get(piece)?,
+            Held::Direct { granted, .. } => *granted.references().get(piece)?,
         };
         Some(reference.value())
     }
@@ -97,13 +118,11 @@ impl Carry {
 /// The grants of a request, as the backend gets to see them.
 pub(crate) struct Lists<'a> {
     held: &'a Held,
-    /// Pages for the segments of indirect parts, those of each part one after the other.
-    indirect: &'a [GrantedPage],
 }
 
 impl<'a> Lists<'a> {
-    pub(crate) fn new(held: &'a Held, indirect: &'a [GrantedPage]) -> Self {
-        Self { held, indirect }
+    pub(crate) fn new(held: &'a Held) -> Self {
+        Self { held }
     }
 
     /// Where the request starts on the disk.
@@ -135,7 +154,7 @@ impl<'a> Lists<'a> {
 
     /// Writes the segments of all indirect parts into their pages.
     pub(crate) fn fill(&self, pieces: u32, limits: SlotLimits) {
-        if self.indirect.is_empty() {
+        if self.held.indirect().is_empty() {
             return;
         }
         let Some(plan) = Plan::new(self.sector(), self.pieces(), pieces, limits) else {
@@ -149,11 +168,12 @@ impl<'a> Lists<'a> {
         }
     }
 
-    /// All parts but the last have as many pages, and the last has no more.
+    /// Those of each part stand one after the other. All parts but the last have as many, and the
+    /// last has no more.
     fn part_pages(&self, part: &Part, limits: SlotLimits) -> &'a [GrantedPage] {
         let each = indirect_pages(limits.segments());
         let first = each.wrapping_mul(part.index.into());
-        let pages = self.indirect.get(first..).unwrap_or(&[]);
+        let pages = self.held.indirect().get(first..).unwrap_or(&[]);
         pages.get(..indirect_pages(part.count)).unwrap_or(pages)
     }
 }

@@ -7,6 +7,7 @@ use blkif::wire::Abi;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel_ext::xen::events::Channel;
+use kernel_ext::xen::events::Doorbell;
 use kernel_ext::xen::grant::GrantRef;
 use kernel_ext::xen::ring::RingPages;
 use kernel_ext::xen::xenbus;
@@ -17,6 +18,7 @@ use crate::queue::Queue;
 pub(crate) struct Link {
     pub(crate) ring: FrontRing<RingPages>,
     pub(crate) channel: Arc<Channel<Queue>>,
+    pub(crate) doorbell: Doorbell,
 }
 
 impl Link {
@@ -32,6 +34,7 @@ impl Link {
         let channel = Channel::alloc_unbound(device, c"blkif", queue.clone())?;
         Ok(Self {
             ring,
+            doorbell: channel.doorbell().ok_or(EINVAL)?,
             channel: Arc::new(channel, GFP_KERNEL)?,
         })
     }

@@ -28,10 +28,10 @@ use kernel_ext::block::mq::Queued;
 use kernel_ext::block::mq::Rejected;
 use kernel_ext::block::mq::Request;
 use kernel_ext::ratelimited;
+use kernel_ext::xen::events::Doorbell;
 use kernel_ext::xen::grant::Access;
 use kernel_ext::xen::grant::GrantReserve;
 use kernel_ext::xen::grant::Granted;
-use kernel_ext::xen::grant::GrantedPage;
 use kernel_ext::xen::DomId;
 
 use crate::carry::Carry;
@@ -191,6 +191,13 @@ enum Promise {
 }
 
 impl Inner {
+    /// Shows the backend what was put into the ring. What is to be rung, without the lock, if it
+    /// wants to know.
+    fn publish(&mut self) -> Option<Doorbell> {
+        let link = self.link.as_mut()?;
+        link.ring.publish().then_some(link.doorbell)
+    }
+
     /// Takes out a request that waits for answers, or for its pages.
     fn evict(&mut self) -> Option<Waiting> {
         self.answered.pop().or_else(|| self.slots.evict())
@@ -330,37 +337,37 @@ impl Queue {
         order: Order,
         last: bool,
     ) -> Result<(), Rejected<'q, Disk>> {
-        let result = self.accept(rq, order);
-        if last {
+        let result = self.accept(rq, order, last);
+        // What was put into the ring was shown at once, with all before it.
+        if last && !matches!(result, Ok(true)) {
             self.commit();
         }
-        result
+        result.map(|_put| ())
     }
 
     /// Shows the backend what was put into the ring, and notifies it if it wants that.
     pub(crate) fn commit(&self) {
-        let channel = {
-            let mut inner = self.inner.lock();
-            let link = inner.link.as_mut();
-            link.and_then(|link| link.ring.publish().then(|| link.channel.clone()))
-        };
-        if let Some(channel) = channel {
-            channel.notify();
+        let doorbell = self.inner.lock().publish();
+        if let Some(doorbell) = doorbell {
+            doorbell.ring();
         }
     }
 
+    /// Takes a request; the last one of a batch is shown to the backend with the batch. Whether it
+    /// was put into the ring.
     fn accept<'q>(
         &self,
         mut rq: Request<Disk, Queued<'q>>,
         order: Order,
-    ) -> Result<(), Rejected<'q, Disk>> {
+        last: bool,
+    ) -> Result<bool, Rejected<'q, Disk>> {
         let (segments, carry) = rq.segments_and_data();
         let Some(pieces) = carry.note_pieces(segments) else {
             ratelimited!(pr_err!(
                 "a request is not made of whole sectors, or too large\n"
             ));
             rq.end(BlkStatus::IOERR);
-            return Ok(());
+            return Ok(false);
         };
 
         let (terms, needs) = match self.promise(rq.data_mut(), order, pieces) {
@@ -368,7 +375,7 @@ impl Queue {
             Promise::Later => return Err(rq.reject()),
             Promise::Ended(status) => {
                 rq.end(status);
-                return Ok(());
+                return Ok(false);
             }
         };
         let Ok(reserve) = self.prepare(&mut rq, &terms, needs) else {
@@ -376,21 +383,18 @@ impl Queue {
             return Err(rq.reject());
         };
 
-        let mut rq = rq.start();
-        let indirect = core::mem::take(&mut rq.data_mut().indirect);
-        match hold(rq, &terms, needs, reserve) {
+        match hold(rq.start(), &terms, needs, reserve) {
             Ok(held) => {
-                let lists = Lists::new(&held, &indirect);
-                lists.fill(pieces, terms.limits);
-                self.put(held, indirect, order, &terms, needs);
+                Lists::new(&held).fill(pieces, terms.limits);
+                self.put(held, order, &terms, needs, last);
+                Ok(true)
             }
             Err(mut rq) => {
-                rq.data_mut().indirect = indirect;
                 self.break_promise(rq.data_mut(), needs);
                 rq.end(BlkStatus::RESOURCE);
+                Ok(false)
             }
         }
-        Ok(())
     }
 
     /// Gets what the pool did not have, reserves grants, and copies the data of a write that is
@@ -455,18 +459,12 @@ impl Queue {
         inner.pool.give(&mut carry.indirect);
     }
 
-    /// Puts a request into the slots that were promised to it.
-    fn put(
-        &self,
-        held: Held,
-        indirect: KVec<GrantedPage>,
-        order: Order,
-        terms: &Terms,
-        needs: Needs,
-    ) {
+    /// Puts a request into the slots that were promised to it, and shows it to the backend if it is
+    /// the last one of a batch.
+    fn put(&self, held: Held, order: Order, terms: &Terms, needs: Needs, last: bool) {
         let mut inner = self.inner.lock();
         inner.slots.unpromise(needs.slots);
-        let lists = Lists::new(&held, &indirect);
+        let lists = Lists::new(&held);
         let (first, parts) = match order {
             Order::Transfer(direction) => {
                 self.put_parts(&mut inner, &lists, direction, terms, needs)
@@ -482,7 +480,7 @@ impl Queue {
             }),
         };
 
-        let waiting = Waiting::new(held, indirect, parts);
+        let waiting = Waiting::new(held, parts);
         if let Err(waiting) = inner.slots.keep(first, waiting) {
             // The slots were promised, so this cannot be. It means that something is in the ring of
             // which we know nothing: give the ring up.
@@ -490,6 +488,12 @@ impl Queue {
             drop(inner);
             self.signal.raise(Cause::Failed);
             drop(waiting);
+            return;
+        }
+        let doorbell = if last { inner.publish() } else { None };
+        drop(inner);
+        if let Some(doorbell) = doorbell {
+            doorbell.ring();
         }
     }
 
@@ -560,18 +564,23 @@ fn hold(
     if needs.grants == 0 {
         return Ok(Held::Bounced(rq));
     }
-    let references = core::mem::take(&mut rq.data_mut().references);
+    let carry = rq.data_mut();
+    let references = core::mem::take(&mut carry.references);
+    let indirect = core::mem::take(&mut carry.indirect);
     // What the backend may only read is read-only all the same.
-    Granted::new(
+    match Granted::new(
         rq,
         Access::ReadWrite,
         terms.domain,
         &mut reserve,
         references,
-    )
-    .map(Held::Direct)
-    .map_err(|(_, mut rq, references)| {
-        rq.data_mut().references = references;
-        rq
-    })
+    ) {
+        Ok(granted) => Ok(Held::Direct { granted, indirect }),
+        Err((_, mut rq, references)) => {
+            let carry = rq.data_mut();
+            carry.references = references;
+            carry.indirect = indirect;
+            Err(rq)
+        }
+    }
 }

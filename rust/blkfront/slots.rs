@@ -14,7 +14,6 @@ use blkif::wire::WireRequest;
 use kernel::prelude::*;
 use kernel_ext::block::mq::BlkStatus;
 use kernel_ext::block::mq::Op;
-use kernel_ext::xen::grant::GrantedPage;
 
 use crate::carry::Held;
 
@@ -33,8 +32,6 @@ struct Slot {
 /// A request that waits for answers, or has got them.
 pub(crate) struct Waiting {
     pub(crate) held: Held,
-    /// Pages with the segments of indirect requests.
-    pub(crate) indirect: KVec<GrantedPage>,
     /// Answers that are missing.
     pub(crate) missing: u16,
     /// The worst answer so far.
@@ -43,10 +40,9 @@ pub(crate) struct Waiting {
 
 impl Waiting {
     /// For so many answers.
-    pub(crate) fn new(held: Held, indirect: KVec<GrantedPage>, parts: u16) -> Self {
+    pub(crate) fn new(held: Held, parts: u16) -> Self {
         Self {
             held,
-            indirect,
             missing: parts,
             status: Status::Okay,
         }

@@ -88,6 +88,22 @@ impl<T: Handler> Shared<T> {
     }
 }
 
+/// Wakes the other domain of a channel, without the channel.
+///
+/// It is a number, which costs nothing to keep or copy. Once the channel is gone, ringing is refused
+/// by Xen, or gives somebody an event for nothing.
+#[derive(Clone, Copy)]
+pub struct Doorbell(bindings_ext::evtchn_port_t);
+
+impl Doorbell {
+    /// Wakes the other domain. Any context.
+    #[inline]
+    pub fn ring(self) {
+        // SAFETY: A number, which Xen checks.
+        unsafe { bindings_ext::notify_remote_via_evtchn(self.0) };
+    }
+}
+
 /// Our end of an event channel, with its interrupt and handler.
 ///
 /// Dropping it closes the channel, and waits until the handler is not running on any CPU; after that
@@ -201,6 +217,11 @@ impl<T: Handler> Channel<T> {
             Notify::Port(port) => Some(port),
             Notify::Irq => None,
         }
+    }
+
+    /// What wakes the other domain without this. Only an end made by [`Self::alloc_unbound`] has it.
+    pub fn doorbell(&self) -> Option<Doorbell> {
+        self.port().map(Doorbell)
     }
 
     /// Wakes the other domain. Any context.

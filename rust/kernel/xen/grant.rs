@@ -226,8 +226,10 @@ impl GrantReserve {
 
 impl Drop for GrantReserve {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant the list is ours.
-        unsafe { bindings_ext::gnttab_free_grant_references(self.head) };
+        if self.len != 0 {
+            // SAFETY: By the type invariant the list is ours.
+            unsafe { bindings_ext::gnttab_free_grant_references(self.head) };
+        }
     }
 }
 

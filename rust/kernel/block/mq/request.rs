@@ -304,6 +304,19 @@ impl<T: Operations, S: State> Request<T, S> {
         (self.segments(), unsafe { &mut *data })
     }
 
+    /// The memory as [`Self::segments_mut`] gives it, and the driver's data of the request.
+    #[inline]
+    pub fn segments_mut_and_data(
+        &mut self,
+    ) -> (
+        impl Iterator<Item = PageSliceMut<'_>> + '_,
+        &mut T::RequestData,
+    ) {
+        let data = self.data_ptr();
+        // SAFETY: As in `segments_and_data`.
+        (self.segments_mut(), unsafe { &mut *data })
+    }
+
     /// Gives the request back to blk-mq: all of it is done, or failed.
     ///
     /// Any context.
