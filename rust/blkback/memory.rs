@@ -175,7 +175,7 @@ impl Mover {
     /// Gets the segments of an indirect request, and checks them.
     pub(crate) fn fetch(
         &mut self,
-        unfetched: &Unfetched,
+        unfetched: &Unfetched<'_>,
         limits: &DiskLimits,
         segments: &mut KVec<Segment>,
     ) -> Result<Extent, Problem> {

@@ -322,7 +322,7 @@ impl Queue {
         }
     }
 
-    fn start(&mut self, wire: &WireRequest, request: Request, limits: &DiskLimits) -> bool {
+    fn start(&mut self, wire: &WireRequest, request: Request<'_>, limits: &DiskLimits) -> bool {
         let Some(mut transfer) = self.idle_transfer(segments(&request)) else {
             return self.stall(wire);
         };
@@ -383,7 +383,7 @@ impl Queue {
         &mut self,
         transfer: &mut Transfer,
         wire: &WireRequest,
-        request: Request,
+        request: Request<'_>,
         limits: &DiskLimits,
     ) -> Result<(), Problem> {
         let job = &mut transfer.context;
@@ -413,7 +413,7 @@ impl Queue {
             Some(Data::Direct(direct)) => {
                 for segment in direct.segments() {
                     job.segments
-                        .push_within_capacity(*segment)
+                        .push_within_capacity(segment)
                         .map_err(|_| ENOMEM)?;
                 }
                 direct.extent().sector()
@@ -583,7 +583,7 @@ impl Queue {
 }
 
 /// Number of segments of a request.
-fn segments(request: &Request) -> usize {
+fn segments(request: &Request<'_>) -> usize {
     match request {
         Request::Read(Data::Indirect(data)) | Request::Write(Data::Indirect(data)) => {
             usize::from(data.count())

@@ -15,7 +15,6 @@
 use core::fmt;
 
 use crate::wire;
-use crate::wire::indirect_pages;
 use crate::wire::op;
 use crate::wire::Status;
 use crate::wire::WireRequest;
@@ -254,13 +253,20 @@ pub struct Segment {
 }
 
 impl Segment {
+    /// Of a segment that was checked.
+    #[inline]
+    const fn new(wire: WireSegment) -> Self {
+        let WireSegment { gref, first, last } = wire;
+        Segment { gref, first, last }
+    }
+
     #[inline]
     fn check(wire: WireSegment, limits: &DiskLimits) -> Result<Self, Refusal> {
-        let WireSegment { gref, first, last } = wire;
+        let WireSegment { first, last, .. } = wire;
         if first > last || last >= SECTORS_PER_PAGE {
             return Err(Refusal::SegmentRange { first, last });
         }
-        let segment = Segment { gref, first, last };
+        let segment = Segment::new(wire);
         if limits.segment_misaligned(segment.sectors()) {
             let block_size = limits.block_size;
             return Err(Refusal::MisalignedSegment {
@@ -325,34 +331,36 @@ impl Extent {
 
 /// Checked data of a read, write or barrier.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Data {
+pub enum Data<'a> {
     /// The segments stood in the slot and are checked.
-    Direct(Direct),
+    Direct(Direct<'a>),
     /// The segments stand in pages that have not been fetched.
-    Indirect(Unfetched),
+    Indirect(Unfetched<'a>),
 }
 
 /// Checked segments that stood in the slot, and the range of the disk that they are for.
+///
+/// They stay in the request, which is private memory and cannot change while this is there.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Direct {
+pub struct Direct<'a> {
     extent: Extent,
-    count: u8,
-    segments: [Segment; DIRECT_SEGMENTS],
+    /// Each of them was checked.
+    segments: &'a [WireSegment],
 }
 
-impl Direct {
+impl<'a> Direct<'a> {
     #[inline]
-    fn check(sector: u64, wire: &[WireSegment], limits: &DiskLimits) -> Result<Self, Refusal> {
-        let mut segments = [Segment::default(); DIRECT_SEGMENTS];
-        let mut sum = SegmentChecker::new(sector, wire.len() as u16, *limits);
-        for (segment, wire) in segments.iter_mut().zip(wire) {
-            *segment = sum.push(*wire)?;
+    fn check(
+        sector: u64,
+        segments: &'a [WireSegment],
+        limits: &DiskLimits,
+    ) -> Result<Self, Refusal> {
+        let mut sum = SegmentChecker::new(sector, segments.len() as u16, limits);
+        for wire in segments {
+            sum.push(*wire)?;
         }
-        Ok(Direct {
-            extent: sum.finish()?,
-            count: wire.len() as u8,
-            segments,
-        })
+        let extent = sum.finish()?;
+        Ok(Direct { extent, segments })
     }
 
     /// The range of the disk; as long as the segments together.
@@ -363,22 +371,20 @@ impl Direct {
 
     /// The segments, 1 to 11.
     #[inline]
-    pub fn segments(&self) -> &[Segment] {
-        self.segments
-            .get(..usize::from(self.count))
-            .unwrap_or(&self.segments)
+    pub fn segments(&self) -> impl ExactSizeIterator<Item = Segment> + 'a {
+        self.segments.iter().map(|wire| Segment::new(*wire))
     }
 }
 
 /// An indirect request whose pages of segments have not been fetched.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Unfetched {
+pub struct Unfetched<'a> {
     sector: u64,
     count: u16,
-    grefs: [u32; wire::INDIRECT_PAGES],
+    grefs: &'a [u32],
 }
 
-impl Unfetched {
+impl<'a> Unfetched<'a> {
     /// Number of segments, at least 1 and at most what was offered.
     #[inline]
     pub fn count(&self) -> u16 {
@@ -387,32 +393,30 @@ impl Unfetched {
 
     /// Grant references of the pages of segments, 512 in each but the last.
     #[inline]
-    pub fn grefs(&self) -> &[u32] {
+    pub fn grefs(&self) -> &'a [u32] {
         self.grefs
-            .get(..indirect_pages(self.count))
-            .unwrap_or(&self.grefs)
     }
 
     /// Starts the check of the segments.
     #[inline]
-    pub fn checker(&self, limits: &DiskLimits) -> SegmentChecker {
-        SegmentChecker::new(self.sector, self.count, *limits)
+    pub fn checker<'l>(&self, limits: &'l DiskLimits) -> SegmentChecker<'l> {
+        SegmentChecker::new(self.sector, self.count, limits)
     }
 }
 
 /// Checks segments one after another, and their sum at the end.
 #[derive(Clone, Copy, Debug)]
-pub struct SegmentChecker {
-    limits: DiskLimits,
+pub struct SegmentChecker<'l> {
+    limits: &'l DiskLimits,
     sector: u64,
     sectors: u64,
     expected: u16,
     fetched: u16,
 }
 
-impl SegmentChecker {
+impl<'l> SegmentChecker<'l> {
     #[inline]
-    fn new(sector: u64, expected: u16, limits: DiskLimits) -> Self {
+    fn new(sector: u64, expected: u16, limits: &'l DiskLimits) -> Self {
         SegmentChecker {
             limits,
             sector,
@@ -425,7 +429,7 @@ impl SegmentChecker {
     /// Checks the next segment, from a private copy of its two words ([`WireSegment::decode`]).
     #[inline]
     pub fn push(&mut self, wire: WireSegment) -> Result<Segment, Refusal> {
-        let segment = Segment::check(wire, &self.limits)?;
+        let segment = Segment::check(wire, self.limits)?;
         self.fetched = self.fetched.saturating_add(1);
         self.sectors = self.sectors.wrapping_add(u64::from(segment.sectors()));
         Ok(segment)
@@ -450,17 +454,17 @@ impl SegmentChecker {
 
 /// A request that is valid for its disk.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Request {
+pub enum Request<'a> {
     /// Read into the segments.
-    Read(Data),
+    Read(Data<'a>),
     /// Write from the segments.
-    Write(Data),
+    Write(Data<'a>),
     /// Make durable what was answered before.
     Flush,
     /// Everything that came before is done and durable; then write the data, if any, and make it
     /// durable; nothing that came after starts before that. A flush that carries data is served as
     /// one, which promises more.
-    Barrier(Option<Direct>),
+    Barrier(Option<Direct<'a>>),
     /// Forget the content of a range.
     Discard {
         /// The range.
@@ -473,7 +477,7 @@ pub enum Request {
 /// Checks a request against a disk. The response takes id and operation from `wire`
 /// ([`WireRequest::response`]).
 #[inline]
-pub fn check(wire: &WireRequest, limits: &DiskLimits) -> Result<Request, Refusal> {
+pub fn check<'a>(wire: &'a WireRequest, limits: &DiskLimits) -> Result<Request<'a>, Refusal> {
     match wire {
         WireRequest::Rw(rw) => check_rw(rw, limits),
         WireRequest::Indirect(indirect) => check_indirect(indirect, limits),
@@ -483,7 +487,7 @@ pub fn check(wire: &WireRequest, limits: &DiskLimits) -> Result<Request, Refusal
 }
 
 #[inline]
-fn check_rw(rw: &wire::Rw, limits: &DiskLimits) -> Result<Request, Refusal> {
+fn check_rw<'a>(rw: &'a wire::Rw, limits: &DiskLimits) -> Result<Request<'a>, Refusal> {
     if usize::from(rw.nr_segments) > DIRECT_SEGMENTS {
         let segments = u16::from(rw.nr_segments);
         return Err(Refusal::TooManySegments {
@@ -514,7 +518,10 @@ fn check_rw(rw: &wire::Rw, limits: &DiskLimits) -> Result<Request, Refusal> {
 }
 
 #[inline]
-fn check_indirect(indirect: &wire::Indirect, limits: &DiskLimits) -> Result<Request, Refusal> {
+fn check_indirect<'a>(
+    indirect: &'a wire::Indirect,
+    limits: &DiskLimits,
+) -> Result<Request<'a>, Refusal> {
     if limits.indirect_segments == 0 {
         return Err(Refusal::IndirectNotOffered);
     }
@@ -532,7 +539,7 @@ fn check_indirect(indirect: &wire::Indirect, limits: &DiskLimits) -> Result<Requ
     let data = Unfetched {
         sector: indirect.sector,
         count: segments,
-        grefs: indirect.grefs,
+        grefs: indirect.grefs(),
     };
     if indirect.operation == op::READ {
         Ok(Request::Read(Data::Indirect(data)))
@@ -544,7 +551,10 @@ fn check_indirect(indirect: &wire::Indirect, limits: &DiskLimits) -> Result<Requ
 }
 
 #[inline]
-fn check_discard(discard: &wire::Discard, limits: &DiskLimits) -> Result<Request, Refusal> {
+fn check_discard(
+    discard: &wire::Discard,
+    limits: &DiskLimits,
+) -> Result<Request<'static>, Refusal> {
     let secure = discard.flag & wire::DISCARD_SECURE != 0;
     if limits.read_only {
         return Err(Refusal::ReadOnly);
@@ -572,6 +582,7 @@ mod tests {
     use crate::wire::Discard;
     use crate::wire::Indirect;
     use crate::wire::Rw;
+    use std::boxed::Box;
     use std::string::ToString;
     use std::vec::Vec;
 
@@ -645,7 +656,7 @@ mod tests {
     }
 
     /// The direct data of a request.
-    fn direct(request: &WireRequest, limits: &DiskLimits) -> Direct {
+    fn direct<'a>(request: &'a WireRequest, limits: &DiskLimits) -> Direct<'a> {
         match check(request, limits) {
             Ok(Request::Read(Data::Direct(data)) | Request::Write(Data::Direct(data))) => data,
             Ok(Request::Barrier(Some(data))) => data,
@@ -653,8 +664,9 @@ mod tests {
         }
     }
 
-    fn unfetched(sector: u64, count: u16, limits: &DiskLimits) -> Unfetched {
-        match check(&indirect(op::READ, sector, count), limits) {
+    fn unfetched(sector: u64, count: u16, limits: &DiskLimits) -> Unfetched<'static> {
+        let request = Box::leak(Box::new(indirect(op::READ, sector, count)));
+        match check(request, limits) {
             Ok(Request::Read(Data::Indirect(data))) => data,
             other => panic!("{other:?}"),
         }
@@ -662,11 +674,11 @@ mod tests {
 
     #[test]
     fn direct_data_is_passed_on() {
-        let data = direct(&rw(op::READ, 5, &[wire(1, 7), wire(0, 0)]), &LIMITS);
+        let request = rw(op::READ, 5, &[wire(1, 7), wire(0, 0)]);
+        let data = direct(&request, &LIMITS);
         assert_eq!((data.extent().sector(), data.extent().sectors()), (5, 8));
         let segments: Vec<_> = data
             .segments()
-            .iter()
             .map(|s| (s.gref(), s.offset(), s.len(), s.sectors(), s.is_empty()))
             .collect();
         assert_eq!(segments, [(7, 512, 3584, 7, false), (7, 0, 512, 1, false)]);
@@ -675,10 +687,14 @@ mod tests {
     #[test]
     fn operations() {
         let one = [wire(0, 7)];
-        let read = check(&rw(op::READ, 0, &one), &LIMITS);
-        assert!(matches!(read, Ok(Request::Read(Data::Direct(_)))));
-        let write = check(&rw(op::WRITE, 0, &one), &LIMITS);
-        assert!(matches!(write, Ok(Request::Write(Data::Direct(_)))));
+        assert!(matches!(
+            check(&rw(op::READ, 0, &one), &LIMITS),
+            Ok(Request::Read(Data::Direct(_)))
+        ));
+        assert!(matches!(
+            check(&rw(op::WRITE, 0, &one), &LIMITS),
+            Ok(Request::Write(Data::Direct(_)))
+        ));
         assert_eq!(
             check(&rw(op::FLUSH_DISKCACHE, 0, &[]), &LIMITS),
             Ok(Request::Flush)
@@ -688,13 +704,19 @@ mod tests {
             Ok(Request::Barrier(None))
         );
         for operation in [op::WRITE_BARRIER, op::FLUSH_DISKCACHE] {
-            let barrier = check(&rw(operation, 0, &one), &LIMITS);
-            assert!(matches!(barrier, Ok(Request::Barrier(Some(_)))));
+            assert!(matches!(
+                check(&rw(operation, 0, &one), &LIMITS),
+                Ok(Request::Barrier(Some(_)))
+            ));
         }
-        let read = check(&indirect(op::READ, 0, 1), &LIMITS);
-        assert!(matches!(read, Ok(Request::Read(Data::Indirect(_)))));
-        let write = check(&indirect(op::WRITE, 0, 1), &LIMITS);
-        assert!(matches!(write, Ok(Request::Write(Data::Indirect(_)))));
+        assert!(matches!(
+            check(&indirect(op::READ, 0, 1), &LIMITS),
+            Ok(Request::Read(Data::Indirect(_)))
+        ));
+        assert!(matches!(
+            check(&indirect(op::WRITE, 0, 1), &LIMITS),
+            Ok(Request::Write(Data::Indirect(_)))
+        ));
     }
 
     #[test]
@@ -820,7 +842,8 @@ mod tests {
             );
         }
         for (first, last) in [(0, 0), (0, 7), (7, 7), (3, 4)] {
-            let data = direct(&rw(op::READ, 0, &[wire(first, last)]), &LIMITS);
+            let request = rw(op::READ, 0, &[wire(first, last)]);
+            let data = direct(&request, &LIMITS);
             assert_eq!(data.extent().sectors(), u64::from(last - first + 1));
         }
     }

@@ -166,7 +166,11 @@ pub fn submit<D: PageOwner + Send + 'static, C: Context<D>>(
     match prepare(device, operation, sector, &io.data, io.context.parts()) {
         Err(error) => Err((error, io)),
         Ok(bio) => {
-            io.device = Some(device.clone());
+            // An `Io` that goes around keeps the device that it has.
+            let known = io.device.as_ref();
+            if !known.is_some_and(|known| Arc::ptr_eq(known, device)) {
+                io.device = Some(device.clone());
+            }
             bio.submit(io);
             Ok(())
         }

@@ -249,7 +249,7 @@ impl Server {
     }
 
     /// Gives zeroes to a read.
-    fn read(&mut self, data: &Direct) -> Result {
+    fn read(&mut self, data: &Direct<'_>) -> Result {
         let mut batch = self.copier.batch();
         for segment in data.segments() {
             let (offset, len) = (usize::from(segment.offset()), usize::from(segment.len()));
@@ -261,7 +261,7 @@ impl Server {
     }
 
     /// Maps the pages of a write, for as long as there is room for them.
-    fn keep(&mut self, data: &Direct) -> Result {
+    fn keep(&mut self, data: &Direct<'_>) -> Result {
         for segment in data.segments() {
             self.mapper.map(
                 &self.cache,

@@ -30,7 +30,7 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-fn assert_valid(request: &Request, disk: &DiskLimits) {
+fn assert_valid(request: &Request<'_>, disk: &DiskLimits) {
     match request {
         Request::Flush | Request::Barrier(None) => {}
         Request::Read(data) => assert_data(data, disk),
@@ -49,7 +49,7 @@ fn assert_valid(request: &Request, disk: &DiskLimits) {
     }
 }
 
-fn assert_data(data: &Data, disk: &DiskLimits) {
+fn assert_data(data: &Data<'_>, disk: &DiskLimits) {
     match data {
         Data::Direct(direct) => assert_direct(direct, disk),
         Data::Indirect(unfetched) => {
@@ -62,7 +62,7 @@ fn assert_data(data: &Data, disk: &DiskLimits) {
     }
 }
 
-fn assert_direct(direct: &Direct, disk: &DiskLimits) {
+fn assert_direct(direct: &Direct<'_>, disk: &DiskLimits) {
     assert_extent(direct.extent(), disk);
     let mut bytes = 0;
     for segment in direct.segments() {

@@ -161,12 +161,12 @@ fn effect(
 fn moved(
     write: bool,
     barrier: bool,
-    data: &Data,
+    data: &Data<'_>,
     fetched: &[WireSegment],
     disk: &DiskLimits,
 ) -> Result<Effect, Refusal> {
     let (extent, segments) = match data {
-        Data::Direct(direct) => (direct.extent(), direct.segments().to_vec()),
+        Data::Direct(direct) => (direct.extent(), direct.segments().collect()),
         Data::Indirect(unfetched) => {
             let mut checker = unfetched.checker(disk);
             let segments: Result<Vec<Segment>, Refusal> = fetched
