@@ -60,6 +60,9 @@ const COPIES: usize = 256;
 /// Bytes of a segment in a page of segments.
 const SEGMENT_BYTES: usize = 8;
 
+/// Segments that are read from such a page at once.
+const SEGMENTS_AT_ONCE: usize = 32;
+
 /// Why the data of a request cannot be had.
 #[derive(Debug)]
 pub(crate) enum Problem {
@@ -185,11 +188,11 @@ impl Mover {
             let here = left.min(SEGMENTS_PER_INDIRECT_PAGE);
             left = left.saturating_sub(here);
             let descriptors = self.copy_descriptors(ForeignRef(*gref), here)?;
-            for index in 0..here {
-                let wire = wire_segment(descriptors, index).ok_or(EINVAL)?;
+            for_each_segment(descriptors, |wire| {
                 let segment = checker.push(wire).map_err(Problem::Refused)?;
                 segments.push_within_capacity(segment).map_err(|_| ENOMEM)?;
-            }
+                Ok(())
+            })?;
         }
         checker.finish().map_err(Problem::Refused)
     }
@@ -307,8 +310,12 @@ impl Mover {
             Work::Read => Access::ReadWrite,
             Work::Write | Work::Flush | Work::Barrier | Work::Discard { .. } => Access::ReadOnly,
         };
+        let rest = self.take_first(&job.segments, access, pages);
+        if rest.is_empty() {
+            return Ok(());
+        }
         let result = self
-            .find(&job.segments, access)
+            .find(rest, access)
             .and_then(|()| self.map_missing(access));
         self.mapped.reverse();
         for found in self.found.drain_all() {
@@ -321,6 +328,26 @@ impl Mover {
             self.give_up(pages);
         }
         result
+    }
+
+    /// Takes the pages of the first segments, up to one that has not stayed mapped. Gives the segments
+    /// that are left.
+    fn take_first<'s>(
+        &mut self,
+        segments: &'s [Segment],
+        access: Access,
+        pages: &mut KVec<MappedPage>,
+    ) -> &'s [Segment] {
+        let mut rest = segments;
+        while let Some((segment, others)) = rest.split_first() {
+            let Some(page) = self.take_kept(ForeignRef(segment.gref()), access) else {
+                break;
+            };
+            // There is space: the transfer was made for so many segments.
+            let _ = pages.push_within_capacity(page);
+            rest = others;
+        }
+        rest
     }
 
     /// Looks for the pages of segments in the table. Those that are not there are in `references`.
@@ -489,15 +516,27 @@ fn add_copies<'a>(batch: &mut Batch<'a>, domain: DomId, transfer: &'a Transfer) 
     Ok(())
 }
 
-/// A segment out of a private copy of a page of segments.
-fn wire_segment(descriptors: PageSlice<'_>, index: usize) -> Option<WireSegment> {
-    let mut bytes = [0; SEGMENT_BYTES];
-    let offset = index.checked_mul(SEGMENT_BYTES)?;
-    descriptors.get(offset, SEGMENT_BYTES)?.read(&mut bytes);
-    let [a, b, c, d, e, f, g, h] = bytes;
-    let words = [
-        u32::from_le_bytes([a, b, c, d]),
-        u32::from_le_bytes([e, f, g, h]),
-    ];
-    Some(WireSegment::decode(words))
+/// Passes on the segments in a private copy of a page of segments.
+fn for_each_segment(
+    descriptors: PageSlice<'_>,
+    mut take: impl FnMut(WireSegment) -> Result<(), Problem>,
+) -> Result<(), Problem> {
+    let mut bytes = [0; SEGMENTS_AT_ONCE * SEGMENT_BYTES];
+    let mut offset = 0usize;
+    while offset < descriptors.len() {
+        let len = bytes.len().min(descriptors.len().wrapping_sub(offset));
+        let some = descriptors.get(offset, len).ok_or(EINVAL)?;
+        let got = some.read(&mut bytes);
+        for segment in bytes.chunks_exact(SEGMENT_BYTES).take(got / SEGMENT_BYTES) {
+            take(wire_segment(segment))?;
+        }
+        offset = offset.wrapping_add(len);
+    }
+    Ok(())
+}
+
+/// A segment of [`SEGMENT_BYTES`] bytes.
+fn wire_segment(bytes: &[u8]) -> WireSegment {
+    let bytes = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
+    WireSegment::decode([bytes as u32, (bytes >> 32) as u32])
 }
