@@ -265,14 +265,17 @@ impl Bio {
         }
         // Both at most the size of a page.
         let (len, offset) = (slice.len() as ffi::c_uint, slice.offset() as ffi::c_uint);
-        // SAFETY: The bio is valid by the type invariant; the bytes lie in the page by that of
-        // `PageSlice`.
-        let added = unsafe { bindings::bio_add_page(self.0, slice.page().as_ptr(), len, offset) };
-        if added == len as ffi::c_int {
-            Ok(())
-        } else {
-            Err(EINVAL)
+        // SAFETY: The bio is valid by the type invariant, and ours alone.
+        if unsafe { (*self.0).bi_vcnt >= (*self.0).bi_max_vecs } {
+            return Err(EINVAL);
         }
+        // Adjacent pages, which are rare among those of another domain, are put together further
+        // down, where the limits of the device are known.
+        //
+        // SAFETY: The bio is valid by the type invariant, and has room; the bytes lie in the page by
+        // the invariant of `PageSlice`.
+        unsafe { bindings::__bio_add_page(self.0, slice.page().as_ptr(), len, offset) };
+        Ok(())
     }
 
     fn submit<D: PageOwner + Send + 'static, C: Context<D>>(self, io: KBox<Io<D, C>>) {
