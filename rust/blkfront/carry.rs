@@ -138,11 +138,11 @@ impl<'a> Lists<'a> {
     /// The segments of a part.
     pub(crate) fn segments(&self, part: &Part) -> impl Iterator<Item = WireSegment> + 'a {
         let held = self.held;
-        self.pieces()
-            .enumerate()
-            .skip(part.first as usize)
-            .take(part.count.into())
-            .filter_map(move |(index, piece)| Some(piece.segment(held.reference(index)?)))
+        let first = part.first as usize;
+        let pieces = held.request().data().pieces.get(first..).unwrap_or(&[]);
+        let pieces = pieces.get(..part.count.into()).unwrap_or(pieces);
+        core::iter::zip(pieces, first..)
+            .filter_map(move |(piece, index)| Some(piece.segment(held.reference(index)?)))
     }
 
     /// The grants of the pages with the segments of an indirect part.

@@ -2,11 +2,11 @@
 
 #include <linux/bio.h>
 
-struct bio_vec rust_helper_bio_iter_next(const struct bio *bio,
+struct bio_vec rust_helper_bio_data_next(const struct bio *bio,
 					 struct bvec_iter *iter)
 {
-	struct bio_vec bvec = bio_iter_iovec(bio, *iter);
+	struct bio_vec bvec = bvec_iter_bvec(bio->bi_io_vec, *iter);
 
-	bio_advance_iter_single(bio, iter, bvec.bv_len);
+	bvec_iter_advance_single(bio->bi_io_vec, iter, bvec.bv_len);
 	return bvec;
 }

@@ -481,7 +481,7 @@ impl<'a> Iterator for Segments<'a> {
         }
 
         // SAFETY: By the type invariants `bio` is valid and `iter` a position in it; bytes are left.
-        let bvec = unsafe { bindings_ext::bio_iter_next(self.bio, &mut self.iter) };
+        let bvec = unsafe { bindings_ext::bio_data_next(self.bio, &mut self.iter) };
         let page = NonNull::new(bvec.bv_page)?;
         // SAFETY: The piece is within one page, which the bio keeps during `'a`.
         Some(unsafe { PageSlice::from_raw(page, bvec.bv_offset as usize, bvec.bv_len as usize) })
