@@ -289,7 +289,8 @@ impl Control {
                 nr_hw_queues: queues.len() as u32,
                 queue_depth: queue_depth(&self.queues),
                 timeout: 0,
-                no_scheduler: false,
+                // The backend's domain schedules for the device; doing it twice only costs.
+                no_scheduler: true,
             }),
             GFP_KERNEL,
         )?;
