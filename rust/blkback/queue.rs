@@ -247,18 +247,24 @@ impl Queue {
             let ended = self.end_all();
             self.publish();
             took_any |= took;
-            if !took && !ended && !self.more(stopping) {
+            // What is held back may go on, now that something has ended or memory was freed for it.
+            let go_on = (took || ended) && self.holds_back();
+            if !go_on && !self.more(stopping) {
                 return took_any;
             }
             thread.cond_resched();
         }
     }
 
+    /// Whether something has to happen here or in another queue before more is taken from the ring.
+    fn holds_back(&self) -> bool {
+        self.stalled.is_some() || self.is_held()
+    }
+
     /// Whether requests have come since the ring was found empty. If not, the next one will send an
     /// event.
     fn more(&mut self, stopping: bool) -> bool {
-        let listening =
-            !stopping && self.broken.is_none() && self.stalled.is_none() && !self.is_held();
+        let listening = !stopping && self.broken.is_none() && !self.holds_back();
         listening && self.ring.final_check()
     }
 

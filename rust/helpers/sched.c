@@ -2,6 +2,7 @@
 
 #include <linux/sched.h>
 #include <linux/sched/mm.h>
+#include <linux/wait.h>
 
 void rust_helper_cond_resched(void)
 {
@@ -16,4 +17,9 @@ unsigned int rust_helper_memalloc_noio_save(void)
 void rust_helper_memalloc_noio_restore(unsigned int flags)
 {
 	memalloc_noio_restore(flags);
+}
+
+bool rust_helper_wq_has_sleeper(struct wait_queue_head *wq_head)
+{
+	return wq_has_sleeper(wq_head);
 }

@@ -83,9 +83,16 @@ impl WaitQueue {
     }
 
     /// Wakes all waiters, which then look at their conditions again. May be called in any context,
-    /// including hard interrupts.
+    /// including hard interrupts. Costs little if nobody waits.
     #[inline]
     pub fn wake_up(&self) {
+        // A waiter puts itself into the queue before it looks at its condition. What the caller has
+        // changed is seen there, or the waiter is seen here: this has the barrier for that.
+        //
+        // SAFETY: By the type invariant, the head is initialised.
+        if !unsafe { bindings_ext::wq_has_sleeper(self.head.get()) } {
+            return;
+        }
         // SAFETY: By the type invariant, the head is initialised.
         unsafe {
             bindings::__wake_up(
