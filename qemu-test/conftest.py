@@ -3,7 +3,8 @@
 
 The environment says where things are: RBLKIF_KERNELS is a list of NAME=DIRECTORY
 of prepared kernels, RBLKIF_BUILD the directory with a directory of our modules
-for each kernel release, RBLKIF_LOGS where logs go if not to test-logs there.
+for each kernel release, RBLKIF_DOM0_KERNEL a kernel for dom0 where that of the
+run cannot be it, RBLKIF_LOGS where logs go if not to test-logs there.
 """
 
 import os
@@ -90,9 +91,15 @@ def build(kernel):
 
 
 @pytest.fixture
-def pair(run, kernel, build):
+def dom0_kernel(kernel):
+    """The kernel of dom0: that of this run, or the stock one where that cannot be it."""
+    return kernel if kernel.guest_type == "pv" else Kernel(os.environ["RBLKIF_DOM0_KERNEL"])
+
+
+@pytest.fixture
+def pair(run, kernel, build, dom0_kernel):
     """The frontend and backend of this run."""
-    return pair_called(run[1], kernel, build)
+    return pair_called(run[1], kernel, build, (dom0_kernel, BUILD / dom0_kernel.release))
 
 
 @pytest.fixture
@@ -102,12 +109,13 @@ def logs(request):
 
 
 @pytest.fixture
-def xen(request, kernel, pair, logs):
+def xen(request, kernel, dom0_kernel, pair, logs):
     """Makes a Xen host: `host = xen()`. After the scenario its consoles must be clean."""
     with _machines(request) as boot:
 
         def start(vcpus=1, **options):
-            return boot(XenHost(Snapshot(kernel, vcpus), pair, logs, **options))
+            snapshot = Snapshot(dom0_kernel, vcpus, guest_kernel=kernel)
+            return boot(XenHost(snapshot, pair, logs, **options))
 
         yield start
 

@@ -7,6 +7,11 @@ every domain with its pages. The counts are totals by domain.
 
 import re
 
+MODULE_ADDRESS = re.compile(
+    r"\[(rblk|xen_blk)\w+\]|^ +(\[<[0-9a-f]+>\] )?0xffffffffc", re.MULTILINE
+)
+"""A line of a backtrace in a driver of the pair, or in a module that is gone."""
+
 
 def xen_counts(host):
     """Grants, event channels and pages by domain, and xenstore's nodes."""
@@ -26,6 +31,21 @@ def kernel_counts(machine):
         "slab_kb": int(machine.sh("sed -n 's/^SUnreclaim: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")),
         "modules": machine.sh("cut -d' ' -f1,3 /proc/modules | sort"),
     }
+
+
+def assert_no_lost_memory(machine):
+    """By the debug kernel's kmemleak, no memory of a driver is left that nothing points to.
+
+    An allocation counts when it is five seconds old and two scans have not found
+    a pointer to it. One whose module is gone has addresses without a name.
+    """
+    found = machine.sh(
+        "cd /sys/kernel/debug; sleep 6; echo scan > kmemleak; echo scan > kmemleak; cat kmemleak",
+        timeout=300,
+    )
+    reports = re.split(r"^(?=unreferenced object)", found, flags=re.MULTILINE)
+    ours = [report for report in reports if MODULE_ADDRESS.search(report)]
+    assert not ours, f"memory that nothing points to in {machine.name}:\n" + "".join(ours[:5])
 
 
 def _by_domain(text, domain_pattern, item_pattern):

@@ -28,16 +28,21 @@ def trouble_in(text):
     ]
 
 
-def assert_served_by_pair(host, guest, vdev="xvda"):
-    """The loaded drivers are the files of this run's pair, and no other is there."""
-    front, back = host.pair.front, host.pair.back
+def assert_served_by_pair(host, guest, vdev="xvda", storage=None):
+    """The loaded drivers are the files of this run's pair, and no other is there.
+
+    The backend is dom0's, or that of the driver domain `storage`.
+    """
+    front, server, back = host.pair.front, host, host.pair.back
+    if storage:
+        server, back = storage, host.pair.storage
     assert loaded_build_id(guest, front.name) == front.build_id
-    assert loaded_build_id(host, back.name) == back.build_id
+    assert loaded_build_id(server, back.name) == back.build_id
     driver = guest.sh(
         f"readlink -f /sys/block/{vdev}/device/driver/module || readlink -f /sys/block/{vdev}/device/driver"
     )
     assert driver.split("/")[-1] in (front.name.replace("-", "_"), "vbd"), driver
-    for machine, driver in ((guest, front), (host, back)):
+    for machine, driver in ((guest, front), (server, back)):
         others = OTHER[driver.name]
         assert not machine.sh(
             f"find / -xdev -name '{others[0]}.ko*' -o -xdev -name '{others[1]}.ko*'"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """A DomU of a Xen host, as a scenario sees it."""
 
+from .counts import assert_no_lost_memory
 from .evidence import trouble_in
 from .shell import CommandFailed
 from .shell import MachineTrouble
@@ -48,6 +49,9 @@ class GuestShell(Shell):
 class Guest:
     """One DomU."""
 
+    parts = ("/guest/initrd", "/payload/guest.cpio")
+    """What its initramfs is made of, files of dom0."""
+
     def __init__(self, host, name, settings="", loader=None):
         self.host = host
         self.name = name
@@ -57,7 +61,7 @@ class Guest:
         self.shell = None
         self._allowed = []
 
-    def start(self, type, disks, vcpus, memory, root, fio):
+    def start(self, type, disks, vcpus, memory, root=None, fio=False):
         """xl create, then waits for the agent."""
         extra = "console=hvc0 panic=1 mitigations=off nokaslr loglevel=5"
         if root:
@@ -80,8 +84,8 @@ on_reboot = "destroy"
         log = LOG.format(name=self.name)
         self.host.sh(f"cat > /run/{self.name}.cfg << 'EOF'\n{configuration}\nEOF\n: > {log}")
         self.host.sh(_SHOW_CONSOLE.format(log=log, name=self.name))
-        fio_part = "/guest/fio" if fio else ""
-        self.host.sh(f"cat /guest/initrd {fio_part} /payload/guest.cpio > /run/{self.name}.initrd")
+        parts = " ".join([*self.parts, *(["/guest/fio"] if fio else [])])
+        self.host.sh(f"cat {parts} > /run/{self.name}.initrd")
         self.host.sh(f"xl create /run/{self.name}.cfg", timeout=240)
         self._find()
         self._wait_for_agent(timeout=240)
@@ -175,6 +179,8 @@ on_reboot = "destroy"
     def shut_down(self, timeout=120):
         """Powers the guest off from inside; its console must be clean to the end."""
         if self.is_alive():
+            if self.host.has_checks:
+                assert_no_lost_memory(self)
             self.shell.send(POWER_OFF)
             self._wait_gone(timeout)
         self.check_console()

@@ -21,8 +21,13 @@ class Kernel:
         self.release = (self.directory / "release").read_text().strip()
         self.vmlinuz = self.directory / "vmlinuz"
         self.vmlinux = self.directory / "vmlinux"
-        self.memory_factor = 2 if self.release.endswith("-debug") else 1
+        self.has_checks = self.release.endswith("-debug")
+        """Whether it is our debug kernel, with KASAN, lockdep and kmemleak."""
+        self.memory_factor = 2 if self.has_checks else 1
         """What KASAN's shadow and the checks take: times the memory of a plain kernel."""
+        self.guest_type = "pvh" if self.has_checks else "pv"
+        """A kernel with KASAN does not start as a PV domain: it looks at its
+        shadow before that is there. So it is no dom0, and its guests are PVH."""
         self._tree = self.directory / "modules"
         self._paths = {_name(path): path for path in self._tree.rglob("*.ko*")}
         text = (self._tree / "modules.builtin").read_text()

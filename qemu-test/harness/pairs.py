@@ -30,17 +30,24 @@ class Pair:
     name: str
     front: Driver
     back: Driver
+    """The backend in dom0."""
+    storage: Driver
+    """The backend in a driver domain: the same, built for the guests' kernel."""
 
 
 NAMES = {"C": ("xen-blkfront", "xen-blkback"), "R": ("rblkfront", "rblkback")}
 
 
-def pair(name, kernel, build):
-    """The pair called `name` for `kernel`; our modules are in directory `build`."""
+def pair(name, kernel, build, dom0=None):
+    """The pair called `name` for `kernel`; our modules are in directory `build`.
+
+    `dom0` is (kernel, build) of dom0 if it runs another kernel than its guests.
+    """
     front, back = name.split("/")
     return Pair(
         name,
         _driver(NAMES[front][0], front, kernel, build),
+        _driver(NAMES[back][1], back, *(dom0 or (kernel, build))),
         _driver(NAMES[back][1], back, kernel, build),
     )
 

@@ -23,7 +23,7 @@ from .xenimage import guest_disk
 from .xenimage import xen_binary
 
 XEN_ARGUMENTS = (
-    "console=com1 com1=115200,8n1 dom0_mem={memory}M,max:{memory}M dom0_max_vcpus={vcpus} noreboot bootscrub=0 "
+    "console=com1 com1=115200,8n1 dom0_mem=512M,max:512M dom0_max_vcpus={vcpus} noreboot bootscrub=0 "
     # Without eager-fpu dom0's user space is randomly corrupted under TCG.
     "spec-ctrl=no,eager-fpu edd=off vga=none vpmu=off iommu=no cpufreq=none loglvl=warning guest_loglvl=warning"
 )
@@ -43,16 +43,20 @@ BOOTS = 5
 class Snapshot:
     """The Xen host for one kernel, booted up to "dom0 ready".
 
-    `counted` makes a machine that measures time in instructions, see COUNTED.
+    `guest_kernel` is what guests boot, if not dom0's. `counted` makes a machine
+    that measures time in instructions, see COUNTED.
     """
 
-    def __init__(self, kernel, vcpus=1, counted=False):
+    def __init__(self, kernel, vcpus=1, guest_kernel=None, counted=False):
+        guest_kernel = guest_kernel or kernel
         self._vcpus = vcpus
         self._counted = counted
-        self.memory_factor = kernel.memory_factor
+        self.guest_type = guest_kernel.guest_type
+        self.has_checks = guest_kernel.has_checks
+        self.memory_factor = guest_kernel.memory_factor
         self._xen = xen_binary()
         self._initrd = dom0_initrd(kernel)
-        self._guest_disk = guest_disk(kernel)
+        self._guest_disk = guest_disk(guest_kernel)
         self._vmlinux = kernel.vmlinux
         version = subprocess.run([QEMU, "--version"], stdout=subprocess.PIPE, check=True).stdout
         arguments = " ".join(self._arguments({name: Path(name) for name in DISK_SIZES}))
@@ -125,7 +129,7 @@ class Snapshot:
             "-accel", "tcg,thread=single" if self._counted else "tcg", "-machine", "q35",
             "-cpu", PROCESSOR + ",-x2apic" * self._counted, *COUNTED * self._counted,
             "-m", str(1536 * self.memory_factor), "-smp", "1", "-kernel", str(self._xen),
-            "-append", XEN_ARGUMENTS.format(vcpus=self._vcpus, memory=512 * self.memory_factor),
+            "-append", XEN_ARGUMENTS.format(vcpus=self._vcpus),
             "-initrd", f"{vmlinux},{comma(self._initrd)}",
         ]  # fmt: skip
         drives = {name: f"format=raw,file={disks[name]}" for name in DISK_SIZES}

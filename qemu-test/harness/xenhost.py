@@ -3,7 +3,8 @@
 
 pair       which frontend and which backend serve the disks, see pairs.py
 vdev       the disk's name in the guest, such as xvda
-target     what the backend serves, a block device of dom0
+backend    the domain that serves it: dom0, or a driver domain
+target     what the backend serves, a block device of that domain
 """
 
 import shutil
@@ -20,6 +21,7 @@ from .shell import MachineTrouble
 from .snapshot import DISK_SIZES
 from .snapshot import blank
 from .snapshot import resume
+from .storage import Storage
 
 
 @dataclass
@@ -29,10 +31,14 @@ class Disk:
     vdev: str = "xvda"
     target: str = "/dev/ram0"
     mode: str = "rw"
+    backend: str = "Domain-0"
 
     def specification(self):
         """The disk in xl's syntax."""
-        return f"format=raw,vdev={self.vdev},access={self.mode},script=blk-min,target={self.target}"
+        return (
+            f"format=raw,vdev={self.vdev},access={self.mode},backend={self.backend},"
+            f"script=blk-min,target={self.target}"
+        )
 
 
 class XenHost:
@@ -56,6 +62,8 @@ class XenHost:
         self.logs.mkdir(parents=True)
         self.pair = pair
         self._memory_factor = snapshot.memory_factor
+        self._guest_type = snapshot.guest_type
+        self.has_checks = snapshot.has_checks
         self.guests = {}
         self.disk = self.logs / "disk"
         payload = self.logs / "payload"
@@ -81,18 +89,22 @@ class XenHost:
         front = Archive()
         add_built_module(front, f"/modules/{self.pair.front.name}.ko", self.pair.front.file)
         front.data("/modules/load", f"{self.pair.front.name} {front_parameters}\n")
+        storage = Archive()
+        add_built_module(storage, f"/modules/{self.pair.storage.name}.ko", self.pair.storage.file)
+        storage.data("/modules/load", f"{self.pair.storage.name}\n")
         payload = Archive()
         for tool in tools:
             add_program(payload, tool)
         for name, content in files.items():
             payload.data(f"/{name}", content)
         for module in modules:
-            for archive in (front, payload):
+            for archive in (front, storage, payload):
                 add_built_module(archive, f"/modules/{Path(module).name}", module)
         for program in programs:
             for archive in (front, payload):
                 archive.file(f"/programs/{Path(program).name}", program)
         payload.data("/guest.cpio", front.to_bytes())
+        payload.data("/storage.cpio", storage.to_bytes())
         add_built_module(payload, f"/modules/{self.pair.back.name}.ko", self.pair.back.file)
         payload.write(path)
         blank(path, DISK_SIZES["payload"])
@@ -125,7 +137,7 @@ class XenHost:
         self.insmod("brd", f"rd_nr={count} rd_size={megabytes * 1024}")
 
     def start_guest(
-        self, name="guest", type="pv", disks=(Disk(),), vcpus=1, memory=192, root=None, fio=False,
+        self, name="guest", type=None, disks=(Disk(),), vcpus=1, memory=192, root=None, fio=False,
         settings="", loader=None,
     ):  # fmt: skip
         """Starts a DomU and waits until its agent answers; `fio` puts fio in it.
@@ -134,8 +146,15 @@ class XenHost:
         is started in place of the kernel.
         """
         guest = self.guests[name] = Guest(self, name, settings, loader)
+        type = type or self._guest_type
         guest.start(type, disks, vcpus, (memory + 128 * fio) * self._memory_factor, root, fio)
         return guest
+
+    def start_storage(self, name="storage", type=None, vcpus=1, memory=192):
+        """Starts a driver domain that serves disks, see storage.py."""
+        storage = self.guests[name] = Storage(self, name)
+        storage.start(type or self._guest_type, (), vcpus, memory * self._memory_factor)
+        return storage
 
     def attach(self, guest, disk):
         """xl block-attach."""
@@ -160,7 +179,7 @@ class XenHost:
 
     def finish(self):
         """The end of a scenario that went well: all consoles must be clean."""
-        for guest in list(self.guests.values()):
+        for guest in reversed(list(self.guests.values())):
             guest.shut_down()
         self.sh("echo scenario complete > /dev/console")
         self.machine.wait_for_console("scenario complete", timeout=300)

@@ -36,6 +36,10 @@ DOM0_PROGRAMS = (
     *(f"/usr/bin/xenstore-{name}" for name in XENSTORE_TOOLS),
     "/usr/sbin/e2fsck",
 )
+STORAGE_PROGRAMS = (
+    f"{XEN_BIN}/xl",
+    *(f"/usr/bin/xenstore-{name}" for name in XENSTORE_TOOLS),
+)
 DOMU_PROGRAMS = (
     "/usr/bin/dd",
     "/usr/sbin/blockdev",
@@ -71,6 +75,18 @@ def fio_archive():
     return archive.to_bytes()
 
 
+def storage_archive(kernel):
+    """What is added to a DomU's initramfs for a driver domain, as bytes."""
+    archive = Archive()
+    for program in STORAGE_PROGRAMS:
+        add_program(archive, program)
+    order = add_modules(archive, kernel, ("ext4", "xen-privcmd"))
+    add_modules(archive, kernel, ("brd",))
+    archive.data("/lib/modules/order", "".join(f"{name}\n" for name in order))
+    archive.file("/etc/xen/scripts/blk-min", PIECES / "blk-min")
+    return archive.to_bytes()
+
+
 def dom0_initrd(kernel):
     """The file of dom0's initramfs."""
     archive = base_archive("dom0-init", DOM0_PROGRAMS)
@@ -94,6 +110,7 @@ def guest_disk(kernel):
     parts = {
         "initrd": domu_archive(kernel),
         "fio": fio_archive(),
+        "storage": storage_archive(kernel),
         "vmlinux": kernel.vmlinux.read_bytes(),
     }
 

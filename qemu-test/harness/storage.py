@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A driver domain: a DomU whose backend serves the disks of other DomUs.
+
+xl in dom0 creates the devices, with the driver domain's name as `backend` of
+a disk; `xl devd` in the driver domain runs the hotplug script.
+"""
+
+from .guest import Guest
+
+XL = "/usr/lib/xen-4.20/bin/xl"
+
+
+class Storage(Guest):
+    """A driver domain; after `start` the pair's backend is loaded and `xl devd` runs."""
+
+    parts = ("/guest/initrd", "/guest/storage", "/payload/storage.cpio")
+
+    def __init__(self, host, name):
+        super().__init__(host, name, settings="driver_domain = 1")
+
+    def start(self, *arguments):
+        """As a guest; it also begins to serve disks."""
+        super().start(*arguments)
+        self.sh(f"mkdir -p /var/log/xen /var/run /run/xen && {XL} devd")
+
+    def load_backend(self, parameters=""):
+        """Loads the pair's backend again."""
+        self.sh(f"insmod /modules/{self.back}.ko {parameters}")
+
+    def unload_backend(self):
+        """Unloads the pair's backend."""
+        self.sh(f"rmmod {self.back}")
+
+    def ram_disks(self, count=1, megabytes=64):
+        """Makes /dev/ram0 and on: disks in its memory."""
+        self.sh(f"insmod /lib/modules/brd.ko rd_nr={count} rd_size={megabytes * 1024}")
+
+    @property
+    def back(self):
+        """The name of the pair's backend module."""
+        return self.host.pair.storage.name
+
+    @property
+    def devices(self):
+        """The directory of its backend devices in xenstore."""
+        return f"/local/domain/{self.domid}/backend/vbd"

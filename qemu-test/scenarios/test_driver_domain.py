@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A driver domain serves the disks, and neither of the drivers notices.
+
+On the debug kernel, which cannot be dom0, this is where both drivers live under
+KASAN, lockdep and kmemleak: so one scenario has most of what a disk can live
+through.
+"""
+
+from harness.counts import xen_counts
+from harness.evidence import assert_served_by_pair
+from harness.xenhost import Disk
+
+DRIVER = "/sys/bus/xen-backend/drivers/vbd"
+TRANSFERS = ("512 96", "4096 96", "28672 48", "1048576 2")
+"""Size and number of transfers, each kind in a part of the disk of its own."""
+
+WRITER = (
+    "rm -f /tmp/rounds /tmp/stop /tmp/failed; (until [ -e /tmp/stop ]; do "
+    "/usr/bin/dd if=/dev/zero of=/dev/xvdb bs=64k seek=384 count=16 oflag=direct "
+    "conv=nocreat,notrunc || touch /tmp/failed /tmp/stop; echo >> /tmp/rounds; done) > /dev/null 2>&1 &"
+)
+"""Writes from 24 MiB on until it is stopped or the disk is gone."""
+
+
+def in_each_part(script):
+    """A script that does this for each kind of transfer, all at the same time."""
+    kinds = " ".join(f"'{number} {kind}'" for number, kind in enumerate(TRANSFERS))
+    return (
+        f"for kind in {kinds}; do set -- $kind; at=$(($1 * 4194304)) size=$2 count=$3; "
+        f"({script}) 2> /tmp/error$1 || cat /tmp/error$1 > /tmp/wrong & done; wait; "
+        "[ ! -e /tmp/wrong ]"
+    )
+
+
+WRITE = in_each_part(
+    "dd if=/dev/urandom of=/tmp/data$1 bs=$size count=$count && "
+    "/usr/bin/dd if=/tmp/data$1 of=/dev/xvdb bs=$size seek=$at oflag=direct,seek_bytes conv=notrunc"
+)
+COMPARE = in_each_part(
+    "/usr/bin/dd if=/dev/xvdb bs=$size skip=$at count=$count iflag=direct,skip_bytes | "
+    "cmp - /tmp/data$1"
+)
+
+
+def life_of_a_disk(host, storage, guest):
+    """Attached, written, both drivers replaced, compared, taken away in use."""
+    device = f"vbd-{guest.domid}-51728"
+    host.attach(guest, Disk("xvdb", backend="storage"))
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb", storage)
+    guest.sh(WRITE)
+    guest.sh(COMPARE)
+
+    guest.sh(WRITER)
+    guest.wait_for("[ -s /tmp/rounds ]")
+    storage.sh(f"echo {device} > {DRIVER}/unbind")
+    storage.unload_backend()
+    storage.load_backend()
+    storage.wait_for(f"[ -e {DRIVER}/{device} ] || echo {device} > {DRIVER}/bind")
+    guest.sh("rm /tmp/rounds")
+    guest.wait_for("[ -s /tmp/rounds ]")
+    guest.sh("touch /tmp/stop")
+    guest.wait_for("! pidof dd")
+    guest.sh("[ ! -e /tmp/failed ]")
+
+    guest.reload_frontend()
+    guest.wait_for_disk("xvdb")
+    guest.sh(COMPARE)
+
+    guest.sh(WRITER)
+    guest.wait_for("[ -s /tmp/rounds ]")
+    guest.allow("I/O error, dev xvdb")
+    status, output = host.detach(guest, "xvdb")
+    assert status == 0, output
+    guest.wait_for("[ ! -b /dev/xvdb ] && ! pidof dd")
+    host.wait_for(f"! xenstore-exists {storage.devices}/{guest.domid}/51728")
+
+
+def test_driver_domain(xen):
+    """The second life leaves no more behind than the first, as Xen counts it."""
+    host = xen()
+    storage = host.start_storage()
+    storage.ram_disks(megabytes=32)
+    guest = host.start_guest(disks=[])
+    life_of_a_disk(host, storage, guest)
+    before = xen_counts(host)
+    life_of_a_disk(host, storage, guest)
+    assert xen_counts(host) == before
