@@ -123,7 +123,7 @@ fn valid_disk_node(node: &str, text: &[u8]) -> bool {
     };
     match node {
         "sectors" => number <= i64::MAX as u64 / 512,
-        "info" => number <= u32::MAX.into(),
+        "info" | "removable" => number <= u32::MAX.into(),
         _ => [9, 10, 11, 12, 13, 14, 15, 16]
             .map(|shift| 1 << shift)
             .contains(&number),
