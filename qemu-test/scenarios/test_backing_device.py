@@ -14,8 +14,8 @@ from harness.xenhost import Disk
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 PARAMETERS = "/sys/module/rblk_ramdisk/parameters"
 MIB = 1 << 20
-READ, WRITE, FLUSH, DISCARD = 1, 2, 4, 8
-KEEP, REFUSE = 3, 7
+WRITE, DISCARD = 2, 8
+KEEP = 3
 
 
 @pytest.fixture
@@ -77,25 +77,6 @@ def test_resize_idle(ramdisk_host, record_property):
     set_parameter(host, size_mib=48)
     guest.wait_for(f"[ $(blockdev --getsize64 /dev/xvda) = {48 * MIB} ]")
     guest.sh("touch /tmp/stop; dd if=/dev/zero of=/dev/xvda bs=1M count=1 seek=47 conv=fsync")
-
-
-def test_flush_refused(ramdisk_host):
-    """A device that refuses a flush: the offer is taken back, and I/O goes on.
-
-    The C backend is no control: it writes the node where the flush ends, which
-    may not sleep, and dom0 did not answer after that.
-
-    Rows: BE-22, BE-50, B-04
-    """
-    host = ramdisk_host(f"only={FLUSH}")
-    guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
-    assert_served_by_pair(host, guest)
-    node = f"/local/domain/0/backend/vbd/{guest.domid}/51712/feature-flush-cache"
-    assert host.xenstore_read(node) == "1"
-    set_parameter(host, mode=REFUSE)
-    guest.run("dd if=/dev/zero of=/dev/xvda bs=4k count=4 conv=fsync")
-    host.wait_for(f"[ $(xenstore-read {node}) = 0 ]")
-    guest.sh("dd if=/dev/zero of=/dev/xvda bs=4k count=4 conv=fsync")
 
 
 def test_discard(ramdisk_host, record_property):

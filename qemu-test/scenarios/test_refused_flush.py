@@ -2,8 +2,9 @@
 """The device below the backend refuses to flush, though it had said that it can.
 
 Nobody knows then what became of the data: each fsync in the guest is an error,
-until the disk is attached anew. xen-blkfront reports them done. Our backend alone
-serves this: xen-blkback sleeps where it must not when a flush is refused.
+the backend takes its offer back, and other I/O goes on. xen-blkfront reports them
+done. Our backend alone serves this: xen-blkback sleeps where it must not when a
+flush is refused.
 """
 
 from harness.evidence import assert_served_by_pair
@@ -15,7 +16,7 @@ SYNC = "dd if=/dev/zero of=/dev/xvda bs=4k count=1 conv=fsync,notrunc"
 
 
 def test_refused_flush(xen, build, record_property):
-    """Rows: FE-42, F-22"""
+    """Rows: FE-42, F-22, BE-22, BE-50, B-04"""
     host = xen(modules=[build / "rblk_ramdisk.ko"])
     host.load_backend()
     host.insmod("rblk_ramdisk", "only=4")
@@ -24,9 +25,13 @@ def test_refused_flush(xen, build, record_property):
     for machine in (host.machine, guest):
         machine.allow("error, dev")
         machine.allow("rror on dev")
+    node = f"/local/domain/0/backend/vbd/{guest.domid}/51712/feature-flush-cache"
+    assert host.xenstore_read(node) == "1"
     guest.sh(SYNC)
     host.sh(f"echo {REFUSE} > {MODE}")
     refused = [guest.run(SYNC)[0] != 0 for _time in range(3)]
+    host.wait_for(f"[ $(xenstore-read {node}) = 0 ]")
+    guest.sh("dd if=/dev/zero of=/dev/xvda bs=4k count=1 oflag=direct")
     host.sh(f"echo {SERVE} > {MODE}")
     if guest.front == "xen-blkfront":
         assert not any(refused)
