@@ -549,7 +549,7 @@ impl Queue {
         let claim = inner.slots.claim(first, self.index, part)?;
         let request = make(claim.id.to_wire());
         ring.put(&request).ok()?;
-        inner.slots.expect(&claim, &request);
+        inner.slots.await_answer(&claim, &request);
         Some(claim.number)
     }
 }

@@ -156,8 +156,8 @@ impl Slots {
         Some(Claim { number, id })
     }
 
-    /// Notes what was put into the ring for a claimed slot.
-    pub(crate) fn expect(&mut self, claim: &Claim, request: &WireRequest) {
+    /// A claimed slot waits for the answer to what was put into the ring.
+    pub(crate) fn await_answer(&mut self, claim: &Claim, request: &WireRequest) {
         if let Some(slot) = self.slots.get_mut(usize::from(claim.number)) {
             slot.operation = request.response_operation();
         }
