@@ -20,6 +20,8 @@ from harness.plain import PlainVm
 from harness.snapshot import Snapshot
 from harness.xenhost import XenHost
 
+pytest_plugins = ["harness.controls"]
+
 ROWS = expected.read()
 BUILD = Path(os.environ.get("RBLKIF_BUILD", "build")).resolve()
 LOGS = Path(os.environ.get("RBLKIF_LOGS", BUILD / "test-logs")).resolve()
@@ -88,6 +90,12 @@ def kernel(run):
 def build(kernel):
     """The directory with our modules for this run's kernel."""
     return BUILD / kernel.release
+
+
+@pytest.fixture
+def test_modules(build):
+    """The same directory, for a scenario that takes modules of rust/samples from it."""
+    return build
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Prints how many tests in a JUnit file passed and how many did not.
+"""Prints how many tests in a JUnit file passed, how many did not, how many were kept.
 
-A file that is not there is one failure: the run did not get as far.
+Kept ones passed, in an earlier run, see controls.py. A file that is not there is
+one failure: the run did not get as far.
 """
 
 import sys
@@ -10,16 +11,17 @@ from xml.etree import ElementTree
 
 
 def counts(path):
-    """(passed, failed) of the JUnit file `path`."""
+    """(passed, failed, kept) of the JUnit file `path`."""
     if not Path(path).exists():
-        return 0, 1
+        return 0, 1, 0
     cases = list(ElementTree.parse(path).iter("testcase"))
     bad = sum(
         1
         for case in cases
         if len(case.findall("failure")) + len(case.findall("error")) + len(case.findall("skipped"))
     )
-    return len(cases) - bad, bad if cases else 1
+    kept = sum(1 for case in cases if case.find("properties/property[@name='kept']") is not None)
+    return len(cases) - bad, bad if cases else 1, kept
 
 
 if __name__ == "__main__":

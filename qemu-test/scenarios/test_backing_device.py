@@ -19,11 +19,11 @@ KEEP = 3
 
 
 @pytest.fixture
-def ramdisk_host(xen, build):
+def ramdisk_host(xen, test_modules):
     """Makes a Xen host with the backend and /dev/rblk0: `host = ramdisk_host(PARAMETERS)`."""
 
     def start(parameters, **options):
-        host = xen(modules=[build / "rblk_ramdisk.ko"], **options)
+        host = xen(modules=[test_modules / "rblk_ramdisk.ko"], **options)
         host.load_backend()
         host.insmod("rblk_ramdisk", parameters)
         return host

@@ -52,7 +52,7 @@ def renew(host, guest):
     assert write(host, guest, HONEST)
 
 
-def test_hostile_backend(xen, build):
+def test_hostile_backend(xen, test_modules):
     """What was not answered well is not done, and a broken ring ends its own disk only.
 
     The C frontend is the control for answers that are wrong but belong to a
@@ -60,7 +60,7 @@ def test_hostile_backend(xen, build):
     it makes a disk that can neither work nor be closed, with requests that never
     end: that is for ours alone.
     """
-    host = xen(modules=[build / "rblk_hostile_back.ko"])
+    host = xen(modules=[test_modules / "rblk_hostile_back.ko"])
     host.insmod("rblk_hostile_back", f"device={CODE}")
     host.load_backend()
     host.ram_disks(2)

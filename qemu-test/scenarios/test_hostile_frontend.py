@@ -63,9 +63,9 @@ done
 """
 
 
-def start(xen, build):
+def start(xen, test_modules):
     """A host with two RAM disks, and a guest whose xvda works without end."""
-    host = xen(modules=[build / "rblk_hostile_front.ko"])
+    host = xen(modules=[test_modules / "rblk_hostile_front.ko"])
     host.load_backend()
     host.ram_disks(2)
     guest = host.start_guest(disks=[])
@@ -113,7 +113,7 @@ def assert_answers(report, excused=()):
         assert after == "okay", (case, after)
 
 
-def test_hostile_frontend(xen, build):
+def test_hostile_frontend(xen, test_modules):
     """Every wrong request is answered as such, and a broken ring ends its own disk only.
 
     The C backend is the control for what a request must be answered by. It takes

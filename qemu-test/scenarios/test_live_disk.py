@@ -30,12 +30,12 @@ WORK = (
 )
 
 
-def test_resize(xen, build):
+def test_resize(xen, test_modules):
     """Up and down under I/O; what lies within both sizes is untouched.
 
     Rows: FE-63, FE-55
     """
-    host = xen(modules=[build / "rblk_ramdisk.ko"])
+    host = xen(modules=[test_modules / "rblk_ramdisk.ko"])
     host.load_backend()
     host.insmod("rblk_ramdisk")
     guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])

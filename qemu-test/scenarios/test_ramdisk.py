@@ -17,9 +17,9 @@ FIO = (
 
 
 @pytest.fixture
-def vm(plain_vm, build):
+def vm(plain_vm, test_modules):
     """A machine that has the module, not loaded yet."""
-    return plain_vm(modules=[build / "rblk_ramdisk.ko"])
+    return plain_vm(modules=[test_modules / "rblk_ramdisk.ko"])
 
 
 def test_ramdisk_data(vm):

@@ -15,9 +15,9 @@ REFUSE, SERVE = 7, 0
 SYNC = "dd if=/dev/zero of=/dev/xvda bs=4k count=1 conv=fsync,notrunc"
 
 
-def test_refused_flush(xen, build, record_property):
+def test_refused_flush(xen, test_modules, record_property):
     """Rows: FE-42, F-22, BE-22, BE-50, B-04"""
-    host = xen(modules=[build / "rblk_ramdisk.ko"])
+    host = xen(modules=[test_modules / "rblk_ramdisk.ko"])
     host.load_backend()
     host.insmod("rblk_ramdisk", "only=4")
     guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])

@@ -102,9 +102,9 @@ def detach(host, guest, domid):
     host.sh("rmmod rblk_echo_back")
 
 
-def test_ring_echo(xen, build):
+def test_ring_echo(xen, test_modules):
     chance = random.Random(20)
-    host = xen(modules=[build / "rblk_echo_front.ko", build / "rblk_echo_back.ko"])
+    host = xen(modules=[test_modules / "rblk_echo_front.ko", test_modules / "rblk_echo_back.ko"])
     guest = host.start_guest(disks=[])
     domid = guest.domid
     load(host, guest)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Results of controls, kept until something that went into them changes.
+
+A control is a run of a scenario with the C pair. It tests the scenario, not our
+drivers, and nothing of it changes when they do. So a control that passed is not
+run again: its result and what it recorded are taken from the cache, where it is
+named by all that it was made of. The report calls it KEPT, with the day of the
+run. RBLKIF_CONTROLS=again runs them all.
+"""
+
+import json
+import os
+import subprocess
+import time
+from functools import lru_cache
+
+import pytest
+
+from .cache import CACHE
+from .cache import key_of
+from .cache import made_once
+from .image import PIECES
+from .kernel import Kernel
+
+CONTROL = "C/C"
+HARNESS = PIECES.parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Reports a control that is kept, in place of running it."""
+    place = _place(item)
+    if place is None or not place.exists() or os.environ.get("RBLKIF_CONTROLS") == "again":
+        return None
+    os.utime(place)
+    properties = json.loads(place.read_text())
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for when in ("setup", "call", "teardown"):
+        report = pytest.TestReport(
+            item.nodeid, item.location, {}, "passed", None, when, user_properties=properties
+        )
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    """Keeps a control whose steps, with the look at its machines at the end, all passed."""
+    report = (yield).get_result()
+    item.all_passed = getattr(item, "all_passed", True) and report.passed
+    place = _place(item)
+    if report.when == "teardown" and item.all_passed and place is not None:
+        properties = [*item.user_properties, ("kept", time.strftime("%Y-%m-%d"))]
+        made_once(place, lambda path: path.write_text(json.dumps(properties)))
+
+
+def pytest_report_teststatus(report):
+    """What the list of results calls a control that was not run."""
+    day = dict(report.user_properties).get("kept")
+    if report.when == "call" and report.passed and day:
+        return "passed", "k", f"KEPT of {day}"
+    return None
+
+
+def _place(item):
+    """Where the result of `item` is kept; None if it is no control."""
+    kernel, pair = item.callspec.params["run"]
+    if pair != CONTROL:
+        return None
+    # Modules of rust/samples are ours: a control that takes some depends on them.
+    ours = "test_modules" in item.fixturenames
+    return CACHE / "controls" / key_of(item.nodeid, item.path, _parts(kernel, ours))
+
+
+@lru_cache(maxsize=None)
+def _parts(name, ours):
+    """The key of all that the controls on a kernel share."""
+    kernels = dict(item.split("=", 1) for item in os.environ["RBLKIF_KERNELS"].split())
+    kernel = Kernel(kernels[name])
+    packages = subprocess.run(["dpkg-query", "-W"], stdout=subprocess.PIPE, check=True).stdout
+    files = [*HARNESS.glob("*.py"), *HARNESS.glob("harness/*.py"), *PIECES.iterdir()]
+    if ours:
+        build = HARNESS / os.environ.get("RBLKIF_BUILD", "../build") / kernel.release
+        files += build.glob("rblk_*.ko")
+    modules = [kernel.module(module) for module in ("xen-blkfront", "xen-blkback")]
+    dom0 = os.environ.get("RBLKIF_DOM0_KERNEL", "")
+    return key_of(packages, kernel.release, kernel.vmlinux, dom0, *modules, *sorted(files))
