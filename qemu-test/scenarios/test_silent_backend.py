@@ -40,10 +40,30 @@ def wait_for_front(host, guest, state):
     host.wait_for(f"[ $(xenstore-read {front}/state) = {state} ]")
 
 
+def come_back_while_limits_change(host, guest, back):
+    """Somebody changes limits, and waits for the request in flight; the backend comes back with
+    limits of its own: the disk goes on without them.
+    """
+    guest.sh(
+        "(echo 8 > /sys/block/xvdb/queue/max_sectors_kb; touch /tmp/changed) > /dev/null 2>&1 & "
+        "echo $! > /tmp/changer"
+    )
+    guest.wait_for("grep -q freeze /proc/$(cat /tmp/changer)/wchan")
+    write_nodes(host, back, {"state": 6})
+    wait_for_front(host, guest, 1)
+    write_nodes(host, back, {"state": 2})
+    wait_for_front(host, guest, 3)
+    write_nodes(host, back, {"feature-discard": 1, "state": 4})
+    wait_for_front(host, guest, 4)
+    assert guest.run("[ -e /tmp/changed ]")[0] != 0
+
+
 def test_silent_backend(xen, record_property):
     """Detached with a request in flight; and back with blocks that the disk's users cannot follow.
 
-    Rows: F-03, F-04, F-05
+    xen-blkfront waits for ever in the first case, and does not go on in the second.
+
+    Rows: F-04, F-05
     """
     host = xen()
     guest = host.start_guest(disks=[])
@@ -56,12 +76,14 @@ def test_silent_backend(xen, record_property):
         # It is Closed, and its reader waits for ever.
         assert guest.run("[ -s /tmp/ended ]")[0] == 1
         record_property("c_fails", "F-04")
+        record_property("c_not_asked", "F-05")
         guest.destroy()
         return
     guest.wait_for('[ "$(cat /tmp/ended)" = failed ]')
     remove_devices(host, guest, [XVDB])
 
     back = start_reader(host, guest)
+    come_back_while_limits_change(host, guest, back)
     write_nodes(host, back, {"state": 6})
     wait_for_front(host, guest, 1)
     write_nodes(host, back, {"state": 2})
@@ -70,4 +92,5 @@ def test_silent_backend(xen, record_property):
     write_nodes(host, back, {"sector-size": 4096, "state": 4})
     guest.wait_for('[ "$(cat /tmp/ended)" = failed ]')
     assert "sector-size = 4096 instead of 512" in guest.sh("dmesg | tail")
+    guest.wait_for("[ -e /tmp/changed ]")
     remove_devices(host, guest, [XVDB])

@@ -79,8 +79,10 @@ pub(crate) struct Control {
     disk: Option<Arc<GenDisk<Disk>>>,
     /// The logical block size of the disk. Its users rely on it.
     block_size: u32,
-    /// What the limits of the disk were made from; `None` if they have changed since.
+    /// What the limits of the disk were made from.
     basis: Option<Basis>,
+    /// What they are to be made from.
+    wanted: Option<Basis>,
     /// Looks for partitions on the disk.
     adder: Option<KThread>,
     /// Tells the users of the disk that it is gone.
@@ -111,6 +113,7 @@ impl Control {
             disk: None,
             block_size: 0,
             basis: None,
+            wanted: None,
             adder: None,
             reporter: None,
             lingering: KVVec::new(),
@@ -314,6 +317,7 @@ impl Control {
         let disk = Arc::new(disk, GFP_KERNEL)?;
         self.block_size = nodes.block_size;
         self.basis = Some(basis);
+        self.wanted = Some(basis);
         self.disk = Some(disk.clone());
         self.add_disk(disk)
     }
@@ -355,17 +359,58 @@ impl Control {
         }
         disk.queue_data().set_rings(self.rings as u32);
         // Whole blocks of the old size are whole blocks of a smaller one.
-        let basis = Basis::new(self.block_size, nodes, features, slot);
-        // Most backends come back as they were. Whoever changes the limits through sysfs holds their
-        // lock, and waits for the requests that wait for this.
-        if self.basis != Some(basis) {
-            disk.update_limits(|limits| basis.apply(limits))?;
-            self.basis = Some(basis);
-        }
+        self.wanted = Some(Basis::new(self.block_size, nodes, features, slot));
+        self.follow_limits()?;
         self.follow_disk(disk, nodes)?;
         disk.kick_requeue_list();
         disk.unquiesce();
         Ok(())
+    }
+
+    /// Makes the limits of the disk from what they are to be made from.
+    ///
+    /// Whoever changes limits through sysfs has them locked, and waits for requests, which wait for
+    /// the backend. So that lock is not waited for: the thread of the device tries again. Requests
+    /// within the old limits are served under the new ones too. But without a write cache nobody asks
+    /// for a flush: a disk that has got one does not go on before it is known.
+    fn follow_limits(&mut self) -> Result {
+        let (Some(disk), Some(wanted)) = (&self.disk, self.wanted) else {
+            return Ok(());
+        };
+        // Most backends come back as they were.
+        if self.basis == Some(wanted) {
+            return Ok(());
+        }
+        match disk.try_update_limits(|limits| wanted.apply(limits)) {
+            Ok(()) => self.basis = Some(wanted),
+            Err(error) if error != EBUSY => return Err(error),
+            Err(_) if wanted.gains_cache(&self.basis) => {
+                pr_err!(
+                    "{}: the backend has a write cache now, and the limits of the disk are locked
+",
+                    self.name()
+                );
+                return Err(EBUSY);
+            }
+            Err(_) => self.signal.raise(Cause::Limits),
+        }
+        Ok(())
+    }
+
+    /// Tries again to make the limits of the disk from what they are to be made from.
+    pub(crate) fn retry_limits(&mut self) {
+        if self.own != Front::Live {
+            // The next connection wants its own.
+            return;
+        }
+        if let Err(error) = self.follow_limits() {
+            pr_err!(
+                "{}: the limits of the disk stay: {:?}
+",
+                self.name(),
+                error
+            );
+        }
     }
 
     fn report(&self, features: &Features) {
@@ -428,26 +473,12 @@ impl Control {
 
     /// The backend cannot discard, though it had said so: nobody is to ask for it any more.
     pub(crate) fn withdraw_discard(&mut self) {
-        let Some(disk) = &self.disk else { return };
-        pr_warn!("{}: the backend cannot discard, it is off\n", self.name());
-        if self.own != Front::Live {
+        if self.disk.is_none() {
             return;
         }
-        // Not quiesced: whoever changes the limits through sysfs holds their lock and waits for the
-        // requests that are there.
-        let off = disk.update_limits(|limits| {
-            limits
-                .set_max_discard_sectors(0)
-                .set_max_secure_erase_sectors(0);
-        });
-        if let Err(error) = off {
-            pr_err!(
-                "{}: discard cannot be turned off: {:?}\n",
-                self.name(),
-                error
-            );
-        }
-        self.basis = None;
+        pr_warn!("{}: the backend cannot discard, it is off\n", self.name());
+        self.wanted = self.wanted.map(Basis::without_discard);
+        self.retry_limits();
     }
 
     /// Ends rings, event channels and grants.

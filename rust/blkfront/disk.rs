@@ -101,6 +101,19 @@ impl Basis {
         }
     }
 
+    /// The same, but nothing can be discarded.
+    pub(crate) fn without_discard(self) -> Self {
+        Self {
+            discard: None,
+            ..self
+        }
+    }
+
+    /// Whether there is a write cache, and was none before.
+    pub(crate) fn gains_cache(&self, before: &Option<Self>) -> bool {
+        self.write_cache && !before.is_some_and(|before| before.write_cache)
+    }
+
     /// Sets what follows.
     pub(crate) fn apply(&self, limits: &mut QueueLimits) {
         let segments = self.slot.segments();

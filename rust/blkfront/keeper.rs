@@ -36,6 +36,8 @@ const OUTAGE_MS: i64 = 300_000;
 const DRAIN_MS: i64 = 5_000;
 /// How often is looked whether a drain is over.
 const DRAIN_STEP_MS: i64 = 5;
+/// How often is tried to change limits that somebody else is changing.
+const LIMITS_STEP_MS: i64 = 10;
 /// How often is looked whether the backend has let go of pages.
 const LINGER_STEP_MS: u32 = 100;
 /// How often is looked whether a backend is away for too long.
@@ -112,6 +114,10 @@ impl Keeper {
         }
         if self.signal.take(Cause::NoDiscard) {
             self.control.lock().withdraw_discard();
+        }
+        if self.signal.take(Cause::Limits) {
+            fsleep(Delta::from_millis(LIMITS_STEP_MS));
+            self.control.lock().retry_limits();
         }
         // Whether that is so is found out by looking.
         self.signal.take(Cause::Backend);

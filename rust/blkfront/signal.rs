@@ -22,13 +22,15 @@ pub(crate) enum Cause {
     Failed,
     /// A pool of pages has grown: it is to be looked after until it is small again.
     Grown,
+    /// The limits of the disk were to be changed, and somebody else was changing them.
+    Limits,
     /// The backend has said that it cannot discard.
     NoDiscard,
     /// The device is being unbound.
     Remove,
 }
 
-const CAUSES: usize = 6;
+const CAUSES: usize = 7;
 
 /// Wakes the thread of a device. Any context.
 #[pin_data]

@@ -21,9 +21,14 @@ void rust_helper_blk_mq_unfreeze_queue(struct request_queue *q,
 	blk_mq_unfreeze_queue(q, memflags);
 }
 
-struct queue_limits rust_helper_queue_limits_start_update(struct request_queue *q)
+/* As queue_limits_start_update(), if nobody else is changing them. */
+bool rust_helper_queue_limits_try_start_update(struct request_queue *q,
+					       struct queue_limits *lim)
 {
-	return queue_limits_start_update(q);
+	if (!mutex_trylock(&q->limits_lock))
+		return false;
+	*lim = q->limits;
+	return true;
 }
 
 void rust_helper_queue_limits_cancel_update(struct request_queue *q)

@@ -294,11 +294,17 @@ impl<T: Operations> GenDisk<T> {
 
     /// Changes the limits. The queue should be quiesced, or frozen, or not in use yet.
     ///
-    /// What `change` leaves alone stays as it is.
-    pub fn update_limits(&self, change: impl FnOnce(&mut QueueLimits)) -> Result {
-        // SAFETY: By the type invariants the queue is valid. The update ends below.
-        let limits = unsafe { bindings_ext::queue_limits_start_update(self.queue()) };
-        let mut limits = QueueLimits::from_raw(limits);
+    /// What `change` leaves alone stays as it is. `EBUSY`: somebody else is changing them, and may
+    /// wait for requests in flight before that is over.
+    pub fn try_update_limits(&self, change: impl FnOnce(&mut QueueLimits)) -> Result {
+        let mut limits = QueueLimits::new();
+        // SAFETY: By the type invariants the queue is valid. The limits are valid for a write, and
+        // of the type of the queue's. If it is started, the update ends below.
+        let started =
+            unsafe { bindings_ext::queue_limits_try_start_update(self.queue(), limits.as_raw()) };
+        if !started {
+            return Err(EBUSY);
+        }
         change(&mut limits);
 
         if let Err(error) = limits.check() {

@@ -128,10 +128,6 @@ impl QueueLimits {
         good.then_some(()).ok_or(EINVAL)
     }
 
-    pub(super) fn from_raw(limits: bindings::queue_limits) -> Self {
-        Self(limits)
-    }
-
     pub(super) fn as_raw(&mut self) -> *mut bindings::queue_limits {
         &mut self.0
     }
