@@ -122,7 +122,7 @@ def test_hostile_frontend(xen, test_modules):
     warns, with a stack trace, of one that it cannot connect to, and does not know
     the Arm layout.
     """
-    host, guest, before = start(xen, build)
+    host, guest, before = start(xen, test_modules)
     ours = host.pair.back.name == "rblkback"
 
     guest.sh(f"echo {int(not ours)} > {PARAMETERS}/gentle")
