@@ -10,14 +10,17 @@ run cannot be it, RBLKIF_LOGS where logs go if not to test-logs there.
 import os
 import re
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 from harness import expected
 from harness.kernel import Kernel
+from harness.guest import Kind
 from harness.pairs import pair as pair_called
 from harness.plain import PlainVm
 from harness.snapshot import Snapshot
+from harness.waiting import SnapshotWithGuest
 from harness.xenhost import XenHost
 
 pytest_plugins = ["harness.controls"]
@@ -30,6 +33,20 @@ LOGS = Path(os.environ.get("RBLKIF_LOGS", BUILD / "test-logs")).resolve()
 def kernels():
     """Name to directory of the kernels of this run."""
     return dict(item.split("=", 1) for item in os.environ["RBLKIF_KERNELS"].split())
+
+
+@lru_cache(maxsize=None)
+def kernel_in(directory):
+    """The kernel in a directory: the same object each time."""
+    return Kernel(directory)
+
+
+@lru_cache(maxsize=None)
+def snapshot_of(dom0_kernel, vcpus, kernel, waiting):
+    """The snapshot of these parts; to find its name, hundreds of megabytes are read."""
+    if waiting:
+        return SnapshotWithGuest(dom0_kernel, vcpus, guest_kernel=kernel, waiting=waiting)
+    return Snapshot(dom0_kernel, vcpus, guest_kernel=kernel)
 
 
 def pytest_generate_tests(metafunc):
@@ -83,7 +100,7 @@ def run(request):
 @pytest.fixture
 def kernel(run):
     """The kernel of this run."""
-    return Kernel(kernels()[run[0]])
+    return kernel_in(kernels()[run[0]])
 
 
 @pytest.fixture
@@ -101,7 +118,7 @@ def test_modules(build):
 @pytest.fixture
 def dom0_kernel(kernel):
     """The kernel of dom0: that of this run, or the stock one where that cannot be it."""
-    return kernel if kernel.guest_type == "pv" else Kernel(os.environ["RBLKIF_DOM0_KERNEL"])
+    return kernel if kernel.guest_type == "pv" else kernel_in(os.environ["RBLKIF_DOM0_KERNEL"])
 
 
 @pytest.fixture
@@ -118,11 +135,14 @@ def logs(request):
 
 @pytest.fixture
 def xen(request, kernel, dom0_kernel, pair, logs):
-    """Makes a Xen host: `host = xen()`. After the scenario its consoles must be clean."""
+    """Makes a Xen host: `host = xen()`. After the scenario its consoles must be clean.
+
+    A guest of the kind `waiting` waits there, unless that is None.
+    """
     with _machines(request) as boot:
 
-        def start(vcpus=1, **options):
-            snapshot = Snapshot(dom0_kernel, vcpus, guest_kernel=kernel)
+        def start(vcpus=1, waiting=Kind(), **options):
+            snapshot = snapshot_of(dom0_kernel, vcpus, kernel, waiting)
             return boot(XenHost(snapshot, pair, logs, **options))
 
         yield start

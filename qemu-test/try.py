@@ -16,13 +16,14 @@ from harness.kernel import Kernel
 from harness.pairs import pair
 from harness.plain import PlainVm
 from harness.snapshot import Snapshot
+from harness.waiting import SnapshotWithGuest
 from harness.xenhost import Disk
 from harness.xenhost import XenHost
 
 
 def plain(options, logs):
     """One kernel, no Xen."""
-    vm = PlainVm(Kernel(options.kernel), logs, options.module, cpus=options.cpus)
+    vm = PlainVm(Kernel(options.kernel), logs, options.module, cpus=options.cpus or 2)
     try:
         vm.boot()
         status, output = vm.run(options.script, options.timeout)
@@ -37,15 +38,16 @@ def xen(options, logs):
     """dom0 with the pair's backend on a RAM disk, and a guest with the pair's frontend."""
     kernel = Kernel(options.kernel)
     build = Path(options.build or f"build/{kernel.release}")
-    host = XenHost(Snapshot(kernel), pair(options.pair, kernel, build), logs, options.module)
+    kind = {"type": options.type, "vcpus": options.cpus}
+    kind = {name: value for name, value in kind.items() if value}
+    snapshot = Snapshot(kernel) if kind else SnapshotWithGuest(kernel)
+    host = XenHost(snapshot, pair(options.pair, kernel, build), logs, options.module)
     try:
         host.boot()
         host.load_backend()
         host.ram_disks()
         print(host.sh(options.dom0, options.timeout))
-        guest = host.start_guest(
-            type=options.type, vcpus=options.cpus, disks=[Disk()] if options.disk else []
-        )
+        guest = host.start_guest(disks=[Disk()] if options.disk else [], **kind)
         status, output = guest.run(options.script, options.timeout)
         print(output)
         print(host.sh(options.then, options.timeout))
@@ -78,7 +80,7 @@ def main():
     parser.add_argument("--timeout", type=int, default=300)
     parser.add_argument("--pair", default="C/C", help="xen: FRONT/BACK, each C or R")
     parser.add_argument("--build", default=None, help="xen: directory with our modules")
-    parser.add_argument("--type", default="pv", help="xen: pv or pvh")
+    parser.add_argument("--type", default=None, help="xen: pv or pvh")
     parser.add_argument(
         "--no-disk", dest="disk", action="store_false", help="xen: a guest without a disk"
     )
@@ -88,7 +90,6 @@ def main():
     parser.add_argument("--then", default="true", help="xen: script for dom0 after the guest's")
     parser.add_argument("script", help="runs in the plain machine or in the guest")
     options = parser.parse_args()
-    options.cpus = options.cpus or (2 if options.kind == "plain" else 1)
     logs = Path(options.logs or f"build/test-logs/try-{time.time_ns() // 10**6}").resolve()
     print(f"logs: {logs}", file=sys.stderr)
     return {"plain": plain, "xen": xen}[options.kind](options, logs)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 """A DomU of a Xen host, as a scenario sees it."""
 
+from dataclasses import dataclass
+
 from .counts import assert_no_lost_memory
 from .evidence import trouble_in
 from .shell import CommandFailed
@@ -29,11 +31,18 @@ class GuestShell(Shell):
         super().__init__()
         self._host = host
         self._line = line
+        self._file = ""
+
+    def feed(self, command, file):
+        """Runs a shell script that must succeed and reads `file` of dom0 from /dev/hvc0."""
+        self._file = file
+        self.check(command)
 
     def exchange(self, number, text, timeout, command):
         """Has dom0 pass one line to the guest and read the answer."""
+        file, self._file = self._file, ""
         status, output = self._host.run(
-            f"guest-sh {self._line} {timeout} {number} {text}", timeout + 30
+            f"guest-sh {self._line} {timeout} {number} {text} {file}", timeout + 30
         )
         if status != 0:
             raise CommandFailed(
@@ -44,6 +53,23 @@ class GuestShell(Shell):
     def send(self, command):
         """Starts a shell script and awaits no answer: the guest goes away."""
         self._host.run(f"guest-sh {self._line} 0 {self.next_number()} {encode(command)}")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a guest is apart from its disks."""
+
+    type: str | None = None
+    """pv or pvh; what its kernel can be if not said."""
+    vcpus: int = 1
+    memory: int = 192
+    """In MiB, without what checks in its kernel take."""
+    fio: bool = False
+    """Whether it has fio, which takes memory too."""
+
+
+TWO_VCPUS = Kind(vcpus=2, fio=True)
+"""For more than one ring, or for fio. One kind, so that one snapshot serves both."""
 
 
 class Guest:
@@ -61,8 +87,10 @@ class Guest:
         self.shell = None
         self._allowed = []
 
-    def start(self, type, disks, vcpus, memory, root=None, fio=False):
+    def start(self, kind, disks=(), root=None):
         """xl create, then waits for the agent."""
+        type = kind.type or self.host.guest_type
+        memory = (kind.memory + 128 * kind.fio) * self.host.memory_factor
         extra = "console=hvc0 panic=1 mitigations=off nokaslr loglevel=5"
         if root:
             extra += f" root=/dev/{root}"
@@ -73,7 +101,7 @@ class Guest:
         configuration = f"""
 name = "{self.name}"
 type = "{type}"
-vcpus = {vcpus}
+vcpus = {kind.vcpus}
 memory = {memory}
 {boot}
 disk = [ {listed} ]
@@ -84,11 +112,25 @@ on_reboot = "destroy"
         log = LOG.format(name=self.name)
         self.host.sh(f"cat > /run/{self.name}.cfg << 'EOF'\n{configuration}\nEOF\n: > {log}")
         self.host.sh(_SHOW_CONSOLE.format(log=log, name=self.name))
-        parts = " ".join([*self.parts, *(["/guest/fio"] if fio else [])])
+        parts = " ".join([*self.parts, *(["/guest/fio"] if kind.fio else [])])
         self.host.sh(f"cat {parts} > /run/{self.name}.initrd")
         self.host.sh(f"xl create /run/{self.name}.cfg", timeout=240)
         self._find()
         self._wait_for_agent(timeout=240)
+
+    def take_over(self, disks):
+        """As `start`, where the guest of this name has waited since before the scenario."""
+        self._find()
+        self.shell.skip_numbers()
+        for disk in disks:
+            self.host.attach(self, disk)
+        text = "/payload/guest.text"
+        size = self.host.sh(f"wc -c < {text}")
+        self.shell.feed(
+            f"set -o pipefail; head -c {size} < /dev/hvc0 | base64 -d | gunzip | (cd / && cpio -id)",
+            text,
+        )
+        self.sh("load-modules")
 
     def save(self, place):
         """xl save: the guest is gone until it is restored."""
@@ -101,8 +143,10 @@ on_reboot = "destroy"
 
     def _find(self):
         """The domain of this name, and the way to its agent."""
-        self.domid = int(self.host.sh(f"xl domid {self.name}"))
-        terminal = self.host.xenstore_read(f"/local/domain/{self.domid}/console/tty")
+        domid, terminal = self.host.sh(
+            f"id=$(xl domid {self.name}); echo $id $(xenstore-read /local/domain/$id/console/tty)"
+        ).split()
+        self.domid = int(domid)
         self.shell = GuestShell(self.host, terminal)
 
     def sh(self, command, timeout=120):

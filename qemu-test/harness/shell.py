@@ -58,6 +58,10 @@ class Shell:
             raise CommandFailed(f"status {status} from: {command}\n{output}")
         return output.strip()
 
+    def skip_numbers(self):
+        """Goes on after a restore, where an earlier asker used low numbers."""
+        self._number += 1000
+
     def next_number(self):
         """A number that no earlier request had."""
         self._number += 1
@@ -91,10 +95,6 @@ class SerialShell(Shell):
             yield
         finally:
             self._watch = watch
-
-    def skip_numbers(self):
-        """Goes on after a restore, where an earlier asker used low numbers."""
-        self._number += 1000
 
     def send(self, command):
         """Starts a shell script and awaits no answer: the machine goes away."""

@@ -41,11 +41,13 @@ BOOTS = 5
 
 
 class Snapshot:
-    """The Xen host for one kernel, booted up to "dom0 ready".
+    """The Xen host for one kernel, booted up to "dom0 ready". No guest waits on it.
 
     `guest_kernel` is what guests boot, if not dom0's. `counted` makes a machine
     that measures time in instructions, see COUNTED.
     """
+
+    waiting = None
 
     def __init__(self, kernel, vcpus=1, guest_kernel=None, counted=False):
         guest_kernel = guest_kernel or kernel
@@ -110,12 +112,7 @@ class Snapshot:
                     if not 0.7 < rate < 1.4 or nap > 1.0:
                         wrong.append(f"a second took {1 / rate:.2f} s, half a second's nap {nap:.2f} s")
                         return False
-                machine.shell.check("sync")
-                machine.monitor("stop")
-                machine.monitor(f"migrate \"exec:cat > {directory / 'state'}\"")
-                status = machine.monitor("info migrate")
-                if "completed" not in status:
-                    raise RuntimeError(f"the snapshot was not saved:\n{status}")
+                save(machine, directory)
             finally:
                 machine.kill()
         return True
@@ -168,6 +165,16 @@ def _time(machine):
     naps = [nap() for _ in range(5)]
     (host, guest, _), (host_end, guest_end, _) = naps[0], naps[-1]
     return max(guest_end - guest, 0.01) / (host_end - host), min(length for _, _, length in naps)
+
+
+def save(machine, directory):
+    """Stops a machine for good and writes its state where `Snapshot.start` finds it."""
+    machine.shell.check("sync")
+    machine.monitor("stop")
+    machine.monitor(f"migrate \"exec:cat > {directory / 'state'}\"")
+    status = machine.monitor("info migrate")
+    if "completed" not in status:
+        raise RuntimeError(f"the snapshot was not saved:\n{status}")
 
 
 def resume(machine):

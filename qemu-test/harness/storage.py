@@ -18,9 +18,9 @@ class Storage(Guest):
     def __init__(self, host, name):
         super().__init__(host, name, settings="driver_domain = 1")
 
-    def start(self, *arguments):
+    def start(self, kind):
         """As a guest; it also begins to serve disks."""
-        super().start(*arguments)
+        super().start(kind)
         self.sh(f"mkdir -p /var/log/xen /var/run /run/xen && {XL} devd")
 
     def load_backend(self, parameters=""):

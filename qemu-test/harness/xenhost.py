@@ -7,12 +7,15 @@ backend    the domain that serves it: dom0, or a driver domain
 target     what the backend serves, a block device of that domain
 """
 
+import base64
+import gzip
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from .cpio import Archive
 from .guest import Guest
+from .guest import Kind
 from .guest import wait_in
 from .image import add_built_module
 from .image import add_program
@@ -44,6 +47,8 @@ class Disk:
 class XenHost:
     """A Xen host; after `boot` dom0 is ready, and no backend loaded yet.
 
+    Without a `pair` the payload is empty, and there is nothing to load.
+
     `image` is copied to the disk that dom0 sees as /dev/vdb; after the end of
     the scenario the copy is at `self.disk` for a look from outside. With
     `log_writes` QEMU logs the writes to that disk, see writelog.py. `programs`
@@ -61,9 +66,10 @@ class XenHost:
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
         self.pair = pair
-        self._memory_factor = snapshot.memory_factor
-        self._guest_type = snapshot.guest_type
+        self.memory_factor = snapshot.memory_factor
+        self.guest_type = snapshot.guest_type
         self.has_checks = snapshot.has_checks
+        self._waiting = snapshot.waiting
         self.guests = {}
         self.disk = self.logs / "disk"
         payload = self.logs / "payload"
@@ -86,6 +92,9 @@ class XenHost:
         self.sh("mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null")
 
     def _write_payload(self, path, modules, programs, front_parameters, tools, files):
+        if self.pair is None:
+            blank(path, DISK_SIZES["payload"])
+            return b""
         front = Archive()
         add_built_module(front, f"/modules/{self.pair.front.name}.ko", self.pair.front.file)
         front.data("/modules/load", f"{self.pair.front.name} {front_parameters}\n")
@@ -104,6 +113,8 @@ class XenHost:
             for archive in (front, payload):
                 archive.file(f"/programs/{Path(program).name}", program)
         payload.data("/guest.cpio", front.to_bytes())
+        packed = gzip.compress(front.to_bytes(), mtime=0)
+        payload.data("/guest.text", base64.encodebytes(packed))
         payload.data("/storage.cpio", storage.to_bytes())
         add_built_module(payload, f"/modules/{self.pair.back.name}.ko", self.pair.back.file)
         payload.write(path)
@@ -137,23 +148,28 @@ class XenHost:
         self.insmod("brd", f"rd_nr={count} rd_size={megabytes * 1024}")
 
     def start_guest(
-        self, name="guest", type=None, disks=(Disk(),), vcpus=1, memory=192, root=None, fio=False,
-        settings="", loader=None,
-    ):  # fmt: skip
-        """Starts a DomU and waits until its agent answers; `fio` puts fio in it.
+        self, name="guest", disks=(Disk(),), root=None, settings="", loader=None, **kind
+    ):
+        """Starts a DomU and waits until its agent answers; `kind` are the fields of `Kind`.
 
-        `settings` are more lines for its xl configuration; `loader`, a file of dom0,
-        is started in place of the kernel.
+        If a guest waits, the first one is that: it booted before the scenario, and
+        gets disks and frontend now. `settings` are more lines for the xl
+        configuration; `loader`, a file of dom0, is started in place of the kernel.
         """
         guest = self.guests[name] = Guest(self, name, settings, loader)
-        type = type or self._guest_type
-        guest.start(type, disks, vcpus, (memory + 128 * fio) * self._memory_factor, root, fio)
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            guest.start(Kind(**kind), disks, root)
+        elif kind or root or settings or loader or name != "guest":
+            raise ValueError(f"the guest that waits is {waiting}: ask for another by xen(waiting=)")
+        else:
+            guest.take_over(disks)
         return guest
 
-    def start_storage(self, name="storage", type=None, vcpus=1, memory=192):
+    def start_storage(self, name="storage", **kind):
         """Starts a driver domain that serves disks, see storage.py."""
         storage = self.guests[name] = Storage(self, name)
-        storage.start(type or self._guest_type, (), vcpus, memory * self._memory_factor)
+        storage.start(Kind(**kind))
         return storage
 
     def attach(self, guest, disk):

@@ -63,6 +63,7 @@ def xen_binary():
 def domu_archive(kernel):
     """The part of a DomU's initramfs that all scenarios share, as bytes."""
     archive = base_archive("domu-init", DOMU_PROGRAMS)
+    archive.file("/bin/load-modules", PIECES / "load-modules")
     order = add_modules(archive, kernel, ("ext4",))
     archive.data("/lib/modules/order", "".join(f"{name}\n" for name in order))
     return archive.to_bytes()

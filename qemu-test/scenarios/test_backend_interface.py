@@ -2,6 +2,7 @@
 """What scripts and people find of a backend in dom0 is where the C module has it."""
 
 from harness.evidence import assert_served_by_pair
+from harness.guest import TWO_VCPUS
 from harness.handmade import CODES
 from harness.xenhost import Disk
 
@@ -23,11 +24,11 @@ def test_backend_interface(xen):
 
     Rows: BE-03, BE-30, BE-31, BE-32, BE-33, BE-34, BE-35, BE-36, BE-37
     """
-    host = xen(tools=[XENTOP])
+    host = xen(waiting=TWO_VCPUS, tools=[XENTOP])
     host.load_backend("max_queues=2")
     host.ram_disks(2)
     guest = host.start_guest(
-        disks=[Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/ram1", mode="r")], vcpus=2
+        disks=[Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/ram1", mode="r")]
     )
     assert_served_by_pair(host, guest)
     back = host.pair.back.name

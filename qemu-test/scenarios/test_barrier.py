@@ -9,6 +9,7 @@ one go, so the guest is paused meanwhile, and the node rewritten.
 """
 
 from harness.evidence import assert_served_by_pair
+from harness.guest import TWO_VCPUS
 from harness.handmade import HandMade
 from harness.writelog import read_log
 
@@ -53,9 +54,9 @@ def test_barrier(xen, record_property):
 
     Rows: BE-22, BE-46, B-02, B-03
     """
-    host = xen(log_writes=True)
+    host = xen(waiting=TWO_VCPUS, log_writes=True)
     host.load_backend("max_queues=2")
-    guest = host.start_guest(disks=[], vcpus=2)
+    guest = host.start_guest(disks=[])
     disk = connect_with_barrier_only(host, guest)
 
     throttle(host, 1)

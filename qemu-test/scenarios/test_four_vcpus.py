@@ -12,7 +12,7 @@ FIO = (
 
 def test_four_vcpus(xen):
     """Rows: FE-06, FE-23, FE-50"""
-    host = xen()
+    host = xen(waiting=None)
     host.load_backend("max_queues=4")
     host.ram_disks()
     guest = host.start_guest(vcpus=4, fio=True)

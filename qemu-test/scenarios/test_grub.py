@@ -18,7 +18,7 @@ def test_grub_pvh(xen, kernel):
     def image(front):
         return grub_disk(kernel, domu_archive(kernel) + front)
 
-    host = xen(files={"grub": grub("grub-i386-xen_pvh.bin")}, image=image)
+    host = xen(waiting=None, files={"grub": grub("grub-i386-xen_pvh.bin")}, image=image)
     host.load_backend()
     guest = host.start_guest(
         type="pvh", disks=[Disk("xvda", "/dev/vdb")], memory=320, loader="/payload/grub"

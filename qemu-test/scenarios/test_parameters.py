@@ -5,6 +5,7 @@ Names, permissions and defaults are those of xen-blkfront.
 """
 
 from harness.evidence import assert_served_by_pair
+from harness.guest import TWO_VCPUS
 
 PARAMETERS = {
     "feature_persistent": ("644", "Y"),
@@ -102,10 +103,10 @@ def test_parameters(xen, record_property):
     """Rows: FE-03, FE-05, FE-06, FE-12, FE-13, FE-20, FE-21, FE-22, FE-23, FE-24, FE-25, FE-26,
     FE-30, FE-31, FE-32, FE-33, FE-34, FE-40, FE-41, FE-55, FE-68, F-17
     """
-    host = xen()
+    host = xen(waiting=TWO_VCPUS)
     host.load_backend("max_queues=2")
     host.ram_disks()
-    guest = host.start_guest(vcpus=2)
+    guest = host.start_guest()
     assert_served_by_pair(host, guest)
     parameters = f"/sys/module/{guest.front.replace('-', '_')}/parameters"
     shown = guest.sh(f"cd {parameters}; for p in *; do echo $p $(stat -c %a $p) $(cat $p); done")

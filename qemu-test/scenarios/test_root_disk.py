@@ -11,7 +11,7 @@ from harness.xenimage import root_disk
 
 def live_on_root_disk(xen, type):
     """Boots from the disk, writes, powers off; then the host looks at the image."""
-    host = xen(image=root_disk())
+    host = xen(waiting=None, image=root_disk())
     host.load_backend()
     guest = host.start_guest(type=type, disks=[Disk("xvda", "/dev/vdb")], root="xvda")
     assert "/dev/xvda / ext4 rw" in guest.sh("cat /proc/mounts")

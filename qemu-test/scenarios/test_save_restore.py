@@ -6,6 +6,7 @@ moment of the save. Each program checks what it reads; none may see an error.
 """
 
 from harness.evidence import assert_served_by_pair
+from harness.guest import TWO_VCPUS
 from harness.xenhost import Disk
 
 SLOW_DISK = "memory_backed=1 discard=1 cache_size=64 irqmode=2 completion_nsec=20000000 gb=1"
@@ -51,11 +52,13 @@ def wait_for_passes(guest, count):
 
 def start(xen):
     """A guest with two large rings whose jobs have passed once."""
-    host = xen(front_parameters="max_ring_page_order=1 max_indirect_segments=64")
+    host = xen(
+        waiting=TWO_VCPUS, front_parameters="max_ring_page_order=1 max_indirect_segments=64"
+    )
     host.load_backend("max_queues=2")
     host.insmod("configfs")
     host.insmod("null_blk", SLOW_DISK)
-    guest = host.start_guest(disks=[Disk("xvda", "/dev/nullb0")], vcpus=2, fio=True)
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/nullb0")])
     assert_served_by_pair(host, guest)
     start_jobs(guest)
     wait_for_passes(guest, 1)

@@ -2,6 +2,7 @@
 """What was written is what is read, over the whole disk, in requests of all sizes."""
 
 from harness.evidence import assert_served_by_pair
+from harness.guest import TWO_VCPUS
 
 FIO = (
     "fio --name=whole --filename=/dev/xvda --ioengine=libaio --iodepth=16 --direct=1 "
@@ -10,8 +11,11 @@ FIO = (
 )
 
 
-def test_write_verify(host):
+def test_write_verify(xen):
     """Rows: FE-12, FE-40, FE-41"""
-    guest = host.start_guest(fio=True)
+    host = xen(waiting=TWO_VCPUS)
+    host.load_backend()
+    host.ram_disks()
+    guest = host.start_guest()
     assert_served_by_pair(host, guest)
     guest.sh(FIO, timeout=600)

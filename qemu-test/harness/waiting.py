@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A snapshot with a guest on it that has booted and waits.
+
+To boot a guest is most of what a scenario costs. The one that waits has no disk
+and no frontend, and neither file nor module of a scenario has ever been in it:
+these come over its console when a scenario takes it over.
+"""
+
+from pathlib import Path
+
+from .cache import CACHE
+from .cache import key_of
+from .guest import Guest
+from .guest import Kind
+from .snapshot import Snapshot
+from .snapshot import resume
+from .snapshot import save
+from .xenhost import XenHost
+
+MADE_BY = [Path(__file__).with_name(name) for name in ("waiting.py", "guest.py", "xenhost.py")]
+
+
+class SnapshotWithGuest(Snapshot):
+    """The Xen host for one kernel, with a guest of the kind `waiting` called "guest"."""
+
+    def __init__(self, *arguments, waiting=Kind(), **options):
+        super().__init__(*arguments, **options)
+        self.waiting = waiting
+        self._before = Snapshot(*arguments, **options)
+        self.key = key_of(self.key, repr(waiting), *MADE_BY)
+        self._directory = CACHE / "snapshots" / self.key
+
+    def _make(self, directory):
+        host = XenHost(self._before, None, directory)
+        try:
+            resume(host.machine)
+            guest = Guest(host, "guest")
+            guest.parts = ("/guest/initrd",)
+            guest.start(self.waiting)
+            save(host.machine, directory)
+        finally:
+            host.close()
