@@ -30,7 +30,8 @@ kept; and what the frontend says."""
 ERRORS = ("Input/output error", "No space left on device")
 """What a write ends with that was not done; the second is that of a disk that is gone."""
 
-WRITE = "dd if=/dev/zero of=/dev/xvdb bs=4k count=2"
+WRITE = "/usr/bin/dd if=/dev/zero of=/dev/xvdb bs=4k count=2"
+WRITE_BEHIND = f"({WRITE} oflag=direct && echo done > /tmp/end || echo failed > /tmp/end) &"
 
 
 def write(host, guest, trick, how="oflag=direct"):
@@ -52,13 +53,49 @@ def renew(host, guest):
     assert write(host, guest, HONEST)
 
 
-def test_hostile_backend(xen, test_modules):
+def refuse_barrier(host, guest, record_property):
+    """A backend that offers nothing but a barrier, and refuses it: the write is not done.
+
+    xen-blkfront sends data with the barrier, and reports what was refused as done.
+    """
+    host.sh("echo Y > /sys/module/rblk_hostile_back/parameters/barrier")
+    host.attach(guest, Disk("xvdb", "/dev/ram1"))
+    guest.wait_for_disk("xvdb")
+    assert write(host, guest, HONEST, "oflag=direct,dsync")
+    done = write(host, guest, UNSUPPORTED_FLUSH, "oflag=direct,dsync")
+    assert done == (guest.front == "xen-blkfront")
+    if done:
+        record_property("c_fails", "F-02")
+    detach(host, guest)
+    host.sh("echo N > /sys/module/rblk_hostile_back/parameters/barrier")
+
+
+def detach(host, guest):
+    """xvdb goes."""
+    status, output = host.detach(guest, "xvdb")
+    assert status == 0, output
+    guest.wait_for("[ ! -b /dev/xvdb ]")
+    host.wait_for(f"! xenstore-exists /local/domain/0/backend/vbd/{guest.domid}/{CODE}")
+
+
+def park(host, guest, record_property):
+    """What xen-blkfront makes of a broken ring: a request that never ends."""
+    host.sh(f"echo {next(iter(BREAKS))} > {TRICK}")
+    guest.sh(f"dmesg -c > /dev/null\n{WRITE_BEHIND}")
+    guest.wait_for("dmesg | grep -q 'disabled for further use'")
+    assert guest.run("[ -e /tmp/end ]")[0] != 0
+    record_property("c_fails", "F-03")
+    record_property("c_not_asked", "F-19")
+    guest.destroy()
+
+
+def test_hostile_backend(xen, test_modules, record_property):
     """What was not answered well is not done, and a broken ring ends its own disk only.
 
-    The C frontend is the control for answers that are wrong but belong to a
-    request. It takes a flush for done that was refused. Of what breaks the ring
-    it makes a disk that can neither work nor be closed, with requests that never
-    end: that is for ours alone.
+    xen-blkfront takes a flush for done that was refused. Of what breaks the ring
+    it makes a disk that can neither work nor be closed: of these it gets one.
+
+    Rows: FE-64, F-02, F-03, F-19
     """
     host = xen(modules=[test_modules / "rblk_hostile_back.ko"])
     host.insmod("rblk_hostile_back", f"device={CODE}")
@@ -67,31 +104,30 @@ def test_hostile_backend(xen, test_modules):
     guest = host.start_guest(disks=[Disk("xvda", "/dev/ram0")])
     assert_served_by_pair(host, guest, "xvda")
     guest.allow("error, dev xvdb")
-    ours = guest.front == "rblkfront"
 
+    refuse_barrier(host, guest, record_property)
     host.attach(guest, Disk("xvdb", "/dev/ram1"))
     guest.wait_for_disk("xvdb")
     assert write(host, guest, HONEST)
     for trick in (UNKNOWN_STATUS, UNSUPPORTED_WRITE):
         assert not write(host, guest, trick), trick
         assert write(host, guest, HONEST), trick
-    if ours:
-        assert not write(host, guest, UNSUPPORTED_FLUSH, "conv=fsync")
-        assert write(host, guest, HONEST, "conv=fsync")
-        for trick, message in BREAKS.items():
-            guest.sh("dmesg -c > /dev/null")
-            assert not write(host, guest, trick), trick
-            renew(host, guest)
-            said = [line for line in guest.sh("dmesg").splitlines() if message in line]
-            assert len(said) == 1 and "xvdb" in said[0], said
-        host.sh(f"echo {SILENCE} > {TRICK}")
-        guest.sh(f"({WRITE} oflag=direct && echo done > /tmp/end || echo failed > /tmp/end) &")
-        guest.wait_for("grep -q '[1-9]' /sys/block/xvdb/inflight")
+    if guest.front == "xen-blkfront":
+        park(host, guest, record_property)
+        return
 
-    status, output = host.detach(guest, "xvdb")
-    assert status == 0, output
-    guest.wait_for("[ ! -b /dev/xvdb ]")
-    if ours:
-        guest.wait_for("grep -q failed /tmp/end")
+    assert not write(host, guest, UNSUPPORTED_FLUSH, "conv=fsync")
+    assert write(host, guest, HONEST, "conv=fsync")
+    for trick, message in BREAKS.items():
+        guest.sh("dmesg -c > /dev/null")
+        assert not write(host, guest, trick), trick
+        renew(host, guest)
+        said = [line for line in guest.sh("dmesg").splitlines() if message in line]
+        assert len(said) == 1 and "xvdb" in said[0], said
+    host.sh(f"echo {SILENCE} > {TRICK}")
+    guest.sh(WRITE_BEHIND)
+    guest.wait_for("grep -q '[1-9]' /sys/block/xvdb/inflight")
+    detach(host, guest)
+    guest.wait_for("grep -q failed /tmp/end")
     guest.sh("dd if=/dev/urandom of=/dev/xvda bs=64k count=4 oflag=direct")
     guest.unload_frontend()

@@ -42,6 +42,8 @@ module_params! {
     /// What to do wrong.
     static TRICK("trick", 0o644): u32 = 0,
         "0: nothing; 1, 2, 3: status of a write, a write, a flush; 4, 5, 6: id, id twice, operation; 7, 8: too many, too few answers; 9: keep pages; 10: silence";
+    /// What it offers in place of a flush.
+    static BARRIER("barrier", 0o644): bool = false, "Offer a barrier, and no flush";
 }
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
@@ -81,7 +83,12 @@ fn describe_disk(device: &xenbus::Device) -> Result {
         write("sectors", SECTORS)?;
         write("sector-size", 512)?;
         write("info", 0)?;
-        write("feature-flush-cache", 1)
+        let offered = if BARRIER.get() {
+            "feature-barrier"
+        } else {
+            "feature-flush-cache"
+        };
+        write(offered, 1)
     })
 }
 

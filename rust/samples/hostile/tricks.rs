@@ -14,7 +14,7 @@ pub(crate) enum Trick {
     UnknownStatus,
     /// Cannot do a write, which no backend may say.
     UnsupportedWrite,
-    /// Cannot flush, though it has offered that.
+    /// Cannot do a flush or a barrier, though it has offered that.
     UnsupportedFlush,
     /// Answers a request that nobody has made.
     UnknownId,
@@ -56,10 +56,13 @@ impl Trick {
 
     /// Whether a request is one to play it on.
     pub(crate) fn suits(self, request: &WireRequest) -> bool {
-        let operation = match self {
-            Trick::UnsupportedFlush => op::FLUSH_DISKCACHE,
-            _ => op::WRITE,
-        };
-        self != Trick::Honest && request.response_operation() == operation
+        let operation = request.response_operation();
+        match self {
+            Trick::Honest => false,
+            Trick::UnsupportedFlush => {
+                matches!(operation, op::FLUSH_DISKCACHE | op::WRITE_BARRIER)
+            }
+            _ => operation == op::WRITE,
+        }
     }
 }
