@@ -12,6 +12,7 @@
 
 use blkif::negotiate;
 use blkif::negotiate::negotiate;
+use blkif::negotiate::BackOffer;
 use blkif::negotiate::Features;
 use blkif::negotiate::Flush;
 use blkif::negotiate::FrontOffer;
@@ -209,7 +210,7 @@ impl Control {
     /// Shares rings with the backend.
     fn offer(&mut self) -> Result {
         let front = nodes::front_offer(&self.device)?;
-        let back = nodes::back_offer(&self.backend)?;
+        let back = nodes::back_offer(&self.backend, &BackOffer::RING_NODES)?;
         let shape = RingShape::choose(&front, &back);
         if self.disk.is_none() {
             self.make_queues(shape.queues)?;
@@ -243,7 +244,7 @@ impl Control {
     /// Serves requests: makes the disk, or goes on with the one that there is.
     fn connect(&mut self) -> Result {
         let nodes = nodes::disk(&self.backend)?;
-        let back = nodes::back_offer(&self.backend)?;
+        let back = nodes::back_offer(&self.backend, &BackOffer::NODES)?;
         let front = self.offer.ok_or(EINVAL)?;
         let features = negotiate(&front, &back);
         let limits = SlotLimits::new(features.indirect_segments);

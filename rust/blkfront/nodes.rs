@@ -150,10 +150,10 @@ pub(crate) fn no_partition_scan(device: &xenbus::Device) -> Result<bool> {
     )
 }
 
-/// What the backend can do. Nodes that make no sense count as missing.
-pub(crate) fn back_offer(backend: &CStr) -> Result<BackOffer> {
+/// What the backend can do, as far as `nodes` tell. Those that make no sense count as missing.
+pub(crate) fn back_offer(backend: &CStr, nodes: &[&'static str]) -> Result<BackOffer> {
     let mut offer = BackOffer::default();
-    for node in BackOffer::NODES {
+    for &node in nodes {
         if let Some(value) = read(backend, node)? {
             if let Err(error) = offer.set(node, value.as_bytes()) {
                 complain(backend, &error);
@@ -168,9 +168,11 @@ pub(crate) fn disk(backend: &CStr) -> Result<Disk> {
     let mut nodes = DiskNodes::default();
     for node in DiskNodes::NODES {
         if let Some(value) = read(backend, node)? {
-            nodes
-                .set(node, value.as_bytes())
-                .map_err(|error| bad(backend, error))?;
+            match nodes.set(node, value.as_bytes()) {
+                Err(error) if DiskNodes::is_required(node) => return Err(bad(backend, error)),
+                Err(error) => complain(backend, &error),
+                Ok(()) => {}
+            }
         }
     }
     nodes.disk().map_err(|error| bad(backend, error))

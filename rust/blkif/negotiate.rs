@@ -102,6 +102,9 @@ impl Default for BackOffer {
 }
 
 impl BackOffer {
+    /// Those of [`BackOffer::NODES`] that say how many rings there can be, and how large.
+    pub const RING_NODES: [&'static str; 2] = ["max-ring-page-order", "multi-queue-max-queues"];
+
     /// Nodes of the backend's directory that make up the offer. All are optional.
     pub const NODES: [&'static str; 10] = [
         "max-ring-page-order",
@@ -275,6 +278,12 @@ impl DiskNodes {
         "physical-sector-size",
         "removable",
     ];
+
+    /// Whether there is no disk without this node. Any other one that makes no sense counts as
+    /// missing.
+    pub fn is_required(node: &str) -> bool {
+        matches!(node, "sectors" | "info" | "sector-size")
+    }
 
     /// Takes over a node. A name that is not one of [`DiskNodes::NODES`] has no effect.
     pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), BadNode> {
@@ -510,6 +519,25 @@ mod tests {
 
     fn features(nodes: &[(&'static str, &str)]) -> Features {
         negotiate(&FRONT, &offer(nodes))
+    }
+
+    #[test]
+    fn nodes_of_rings_are_of_the_offer() {
+        for node in BackOffer::RING_NODES {
+            assert!(BackOffer::NODES.contains(&node));
+        }
+    }
+
+    #[test]
+    fn a_disk_needs_what_is_required_and_no_more() {
+        let mut nodes = DiskNodes::default();
+        for node in DiskNodes::NODES {
+            assert_eq!(nodes.disk().is_err(), DiskNodes::is_required(node));
+            if DiskNodes::is_required(node) {
+                nodes.set(node, b"512").unwrap();
+            }
+        }
+        assert!(nodes.disk().is_ok());
     }
 
     #[test]
