@@ -65,7 +65,7 @@ def remove_devices(host, guest, codes):
 def _writing(directory, nodes):
     written = [f"{directory}/{name} '{value}'" for name, value in nodes.items() if value is not None]
     removed = [f"{directory}/{name}" for name, value in nodes.items() if value is None]
-    script = f"xenstore-write {' '.join(written)}\n" if written else ""
+    script = f"xenstore-write -- {' '.join(written)}\n" if written else ""
     return script + "".join(f"xenstore-rm {path} || true\n" for path in removed)
 
 

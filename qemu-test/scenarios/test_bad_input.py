@@ -6,7 +6,10 @@ frontend would write. After each piece of nonsense a good disk must work.
 """
 
 from harness.evidence import assert_served_by_pair
+from harness.toolstack import PLAIN
+from harness.toolstack import connect_disks
 from harness.toolstack import create_device
+from harness.toolstack import directories
 from harness.toolstack import remove_devices
 from harness.toolstack import write_nodes
 from harness.xenhost import Disk
@@ -14,8 +17,52 @@ from harness.xenhost import Disk
 CODE = 51728
 """Virtual device number of xvdb."""
 
-OFFERS = {"sectors": "2048", "sector-size": "512", "info": "0", "feature-flush-cache": "1"}
-BAD_OFFERS = [("sectors", None), ("sectors", "many"), ("sector-size", "five"), ("info", "-")]
+HUGE = "99999999999999999999"
+REFUSED = [
+    ("sectors", None),
+    ("sectors", "many"),
+    ("sector-size", "five"),
+    ("info", "-"),
+]
+"""Node and value, None for a missing node, of a disk that neither frontend takes."""
+REFUSED_BY_OURS = [("sectors", HUGE), ("sectors", "-1"), ("sector-size", "0"), ("sector-size", "")]
+"""xen-blkfront takes a part of these for a number."""
+NONSENSE = [
+    {
+        "feature-max-indirect-segments": "",
+        "feature-persistent": "-1",
+        "feature-flush-cache": "many",
+        "feature-barrier": HUGE,
+        "feature-discard": "",
+        "discard-granularity": "-1",
+        "discard-alignment": "many",
+        "discard-secure": HUGE,
+    },
+    {
+        "max-ring-page-order": HUGE,
+        "multi-queue-max-queues": "-1",
+        "physical-sector-size": "many",
+        "removable": "",
+    },
+    {"online": "0x1"},
+]
+"""Nodes of disks that are taken as if these were missing."""
+NONSENSE_OF_TOOLSTACK = {"trusted": "yes", "no-part-scan": ""}
+DEFAULTS = {
+    "queue/max_segments": "11",
+    "queue/write_cache": "write through",
+    "queue/discard_max_hw_bytes": "0",
+    "queue/physical_block_size": "512",
+    "removable": "0",
+}
+FLICKER = """(while [ ! -e /tmp/stop ]; do
+	for value in many '' -1 512 0 4 99999999999999999999; do
+		xenstore-write -- {back}/sectors "$value" {back}/sector-size "$value" \\
+			{back}/info "$value" {back}/max-ring-page-order "$value" {back}/online "$value"
+	done
+done; rm /tmp/stop) > /dev/null 2>&1 &"""
+"""Dom0 writes nodes all the time."""
+
 BAD_FRONTS = [
     {"ring-ref": "4000000000", "event-channel": "4000", "protocol": "x86_64-abi"},
     {"ring-ref": "8", "event-channel": "4000000", "protocol": "x86_64-abi"},
@@ -25,24 +72,89 @@ BAD_FRONTS = [
 ]
 
 
-def test_bad_offers(xen):
-    """Nonsense from the backend: the frontend names it and closes.
+def refuse(host, guest, bad):
+    """Disks that cannot be: each is closed, with a message that names the node and its value."""
+    codes = [CODE + 16 * number for number in range(len(bad))]
+    guest.sh("dmesg -c > /dev/null")
+    for code in codes:
+        create_device(host, guest.domid, code)
+    for code, (node, value) in zip(codes, bad, strict=True):
+        front, back = directories(guest.domid, code)
+        host.wait_for(f"[ $(xenstore-read {front}/state) = 3 ]")
+        write_nodes(host, back, {**PLAIN, node: value, "state": 4})
+    fronts = [directories(guest.domid, code)[0] for code in codes]
+    host.wait_for(" && ".join(f"[ $(xenstore-read {front}/state) -ge 5 ]" for front in fronts))
+    said = guest.sh("dmesg")
+    for code, (node, value) in zip(codes, bad, strict=True):
+        text = message(directories(guest.domid, code)[1], node, value)
+        assert text in said or guest.front == "xen-blkfront", (text, said)
+    assert guest.sh("ls /sys/block | grep xvd || true") == ""
+    remove_devices(host, guest, codes)
+
+
+def message(directory, node, value):
+    """What the guest's log has about a node."""
+    text = f"{node}: missing" if value is None else f'{node} = "{value}"'
+    return f"{directory}/{text}"
+
+
+def take(host, guest, offers):
+    """A disk that is taken as if the nodes that make no sense were missing; each is named."""
+    guest.sh("dmesg -c > /dev/null")
+    connect_disks(host, guest, {CODE: (offers, NONSENSE_OF_TOOLSTACK)})
+    guest.wait_for("[ -b /dev/xvdb ]")
+    back = directories(guest.domid, CODE)[1]
+    facts = guest.sh(f"cd /sys/block/xvdb; cat {' '.join(DEFAULTS)}").splitlines()
+    assert facts == list(DEFAULTS.values())
+    said = guest.sh("dmesg")
+    for directory, nodes in ((back, offers), (f"device/vbd/{CODE}", NONSENSE_OF_TOOLSTACK)):
+        for node, value in nodes.items():
+            assert message(directory, node, value) in said, (node, said)
+    remove_devices(host, guest, [CODE])
+
+
+def flicker(host, guest):
+    """Nodes change while they are read: the device connects or is closed, and goes."""
+    for _ in range(2):
+        back = create_device(host, guest.domid, CODE)[1]
+        host.sh(FLICKER.format(back=back))
+        for state in (4, 6, 2, 4):
+            host.sh(f"xenstore-write {back}/state {state}")
+        host.sh("touch /tmp/stop")
+        host.wait_for("[ ! -e /tmp/stop ]")
+        remove_devices(host, guest, [CODE])
+
+
+def test_bad_offers(xen, record_property):
+    """Nonsense from the backend: the frontend names it, and closes or does without.
+
+    xen-blkfront reads a block size of 65536 as 0, and its default is 512.
 
     Rows: FE-07, FE-26, F-09, F-11
     """
     host = xen()
     guest = host.start_guest(disks=[])
-    for node, value in BAD_OFFERS:
-        front, back = create_device(host, guest.domid, CODE)
-        host.wait_for(f"[ $(xenstore-read {front}/state) = 3 ]")
-        guest.sh("dmesg -c > /dev/null")
-        write_nodes(host, back, {**OFFERS, node: value, "state": 4})
-        host.wait_for(f"[ $(xenstore-read {front}/state) -ge 5 ]")
-        said = guest.sh("dmesg")
-        if host.pair.front.name == "rblkfront":
-            assert node in said and (value or "missing") in said, said
-        assert guest.run("[ -b /dev/xvdb ]")[0] != 0
+    refuse(host, guest, REFUSED)
+    if guest.front == "rblkfront":
+        refuse(host, guest, REFUSED_BY_OURS)
+        create_device(host, guest.domid, CODE, **{"virtual-device": "many"})
+        guest.wait_for("dmesg | grep -q 'virtual-device = \"many\"'")
         remove_devices(host, guest, [CODE])
+        # Messages of one kind are limited to ten in five seconds.
+        for offers in NONSENSE:
+            guest.sh("sleep 5")
+            take(host, guest, offers)
+        flicker(host, guest)
+    offers = {"sector-size": 65536, "feature-max-indirect-segments": 32}
+    connect_disks(host, guest, {CODE: (offers, {})})
+    guest.wait_for("[ -b /dev/xvdb ]")
+    seen = guest.sh("cat /sys/block/xvdb/queue/logical_block_size")
+    if guest.front == "xen-blkfront":
+        assert seen == "512"
+        record_property("c_fails", "F-11")
+    else:
+        assert seen == "65536"
+    remove_devices(host, guest, [CODE])
     host.load_backend()
     host.ram_disks()
     host.attach(guest, Disk("xvdb", "/dev/ram0"))
