@@ -83,6 +83,16 @@ def _libraries(program):
     return tuple(found)
 
 
+def compiled(name):
+    """The file of a program in `image/` that needs no library of the machine it runs in."""
+    source = PIECES / f"{name}.c"
+
+    def make(path):
+        subprocess.run(["gcc", "-static", "-O2", "-Wall", "-s", "-o", path, source], check=True)
+
+    return made_once(CACHE / "images" / f"{name}-{key_of(source.read_bytes())}" / name, make)
+
+
 def add_modules(archive, kernel, names):
     """Adds kernel modules, and a list in the order to load them."""
     ordered = kernel.with_dependencies(names)

@@ -5,7 +5,10 @@ Dom0's shell plays backends that say all sorts of things. Their disks have no
 sectors while they connect, as nobody would answer a look for partitions.
 """
 
+import errno
+
 from harness.guest import DRIVER
+from harness.image import compiled
 from harness.toolstack import PLAIN
 from harness.toolstack import connect_disks
 from harness.toolstack import create_device
@@ -43,6 +46,17 @@ CACHE = {"queue/write_cache": "write back"}
 
 XVDF = 51792
 
+MULTISESSION, CAPABILITY, EJECT, GEOMETRY = 0x5310, 0x5331, 0x5309, 0x301
+"""ioctls of a CD-ROM, and that for the geometry."""
+ASKED = [
+    ("xvdc", CAPABILITY, "0 0"),
+    ("xvda", CAPABILITY, f"-1 {errno.EINVAL}"),
+    ("xvda", MULTISESSION, "0 0 0000000000000000"),
+    ("xvdc", EJECT, "-1 "),
+    ("xvda", GEOMETRY, "0 0 ff3f0000"),
+]
+"""Disk, ioctl, and how the answer begins: what it returns, the error, its first bytes."""
+
 
 def disks(rust):
     """Name, code, offers, the toolstack's nodes, and what is to be seen of it."""
@@ -51,7 +65,7 @@ def disks(rust):
     ours = {"removable": "1"} if rust else {}
     yield "xvda", 51712, {}, {}, {}
     yield "xvdb", 51728, FEATURES, {}, {**INDIRECT, **DISCARD, "queue/physical_block_size": "4096"}
-    yield "xvdc", 51744, {"sector-size": 4096, "info": 6}, {}, {
+    yield "xvdc", 51744, {"sector-size": 4096, "info": 7}, {}, {
         **LARGE_BLOCKS,
         "ro": "1",
         "removable": "1",
@@ -64,9 +78,10 @@ def disks(rust):
 def test_disk_facts(xen, record_property):
     """Offers as they are seen in sysfs, while disks connect and later; names and numbers of disks.
 
-    Rows: FE-01, FE-07, FE-08, FE-09, FE-10, FE-11, FE-13, FE-51, FE-52, FE-54, FE-60, FE-63, F-20
+    Rows: FE-01, FE-04, FE-07, FE-08, FE-09, FE-10, FE-11, FE-13, FE-51, FE-52, FE-53, FE-54, FE-60,
+    FE-63, F-08, F-20
     """
-    host = xen()
+    host = xen(programs=[compiled("ioctl")])
     guest = host.start_guest(disks=[])
     rust = guest.front == "rblkfront"
     listed = list(disks(rust))
@@ -81,11 +96,15 @@ def test_disk_facts(xen, record_property):
         seen = seen[len(SHOWN) :]
     if not rust:
         record_property("c_fails", "F-20")
+    for disk, number, answer in ASKED:
+        assert guest.sh(f"/programs/ioctl /dev/{disk} {number}").startswith(answer), (disk, number)
     follow_changes(host, guest, rust)
+    follow_another_backend(host, guest, 51712)
     remove_devices(host, guest, [code for _, code, *_ in listed])
     follow_names(host, guest)
     refuse_what_is_no_disk(host, guest)
     rebind_before_the_backend(host, guest)
+    refuse_name(host, guest, record_property)
 
 
 def follow_changes(host, guest, rust):
@@ -123,6 +142,27 @@ NAMES = [
 
 NOWHERE = [9 << 8, 3 << 28, (1 << 28) + (1 << 20)]
 """Virtual device numbers of no disk."""
+
+
+def follow_another_backend(host, guest, code):
+    """The toolstack gives the device another backend, and begins anew: the old one has no say."""
+    front, old = directories(guest.domid, code)
+    new = f"{old}0"
+    nodes = {"frontend": front, "frontend-id": guest.domid, "online": 1, "state": 2}
+    write_nodes(host, new, nodes)
+    host.sh(f"xenstore-chmod -r {new} n0 r{guest.domid}")
+    write_nodes(host, front, {"backend": new, "state": 1})
+    host.wait_for(f"[ $(xenstore-read {front}/state) = 3 ]")
+    write_nodes(host, new, {**PLAIN, "state": 4})
+    host.wait_for(f"[ $(xenstore-read {front}/state) = 4 ]")
+    write_nodes(host, old, {"sectors": 2048, "state": 6})
+    write_nodes(host, new, {"sectors": 4096, "state": 4})
+    guest.wait_for("[ $(cat /sys/block/xvda/size) = 4096 ]")
+    write_nodes(host, new, {"sectors": 0, "state": 4})
+    guest.wait_for("[ $(cat /sys/block/xvda/size) = 0 ]")
+    write_nodes(host, new, {"online": 0, "state": 6})
+    host.wait_for(f"[ $(xenstore-read {front}/state) = 6 ]")
+    host.sh(f"xenstore-rm {new}")
 
 
 def follow_names(host, guest):
@@ -166,3 +206,26 @@ def rebind_before_the_backend(host, guest):
     write_nodes(host, back, {"state": 2})
     host.wait_for(f"[ $(xenstore-read {front}/state) = 3 ]")
     remove_devices(host, guest, [51712])
+
+
+def refuse_name(host, guest, record_property):
+    """Two forms of number give the name xvdb, with minors of their own: the second is closed.
+
+    xen-blkfront goes on with a disk that it has freed.
+    """
+    first, second = 51728, (1 << 28) + 256
+    connect_disks(host, guest, {first: ({}, {})})
+    guest.wait_for("[ -b /dev/xvdb ]")
+    if guest.front == "xen-blkfront":
+        record_property("c_not_asked", "F-08")
+        remove_devices(host, guest, [first])
+        return
+    # The kernel shows from where a name was to be used again.
+    guest.allow("Call Trace")
+    front, back = create_device(host, guest.domid, second)
+    host.wait_for(f"[ $(xenstore-read {front}/state) = 3 ]")
+    write_nodes(host, back, {**PLAIN, "state": 4})
+    host.wait_for(f"[ $(xenstore-read {front}/state) -ge 5 ]")
+    assert "adding disk xvdb" in guest.sh("dmesg | tail -n 60")
+    assert guest.sh("cat /sys/block/xvdb/dev") == "202:16"
+    remove_devices(host, guest, [second, first])
