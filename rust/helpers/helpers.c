@@ -9,6 +9,7 @@
 #include "bio.c"
 #include "blk.c"
 #include "blkdev.c"
+#include "cgroup.c"
 #include "cpumask.c"
 #include "device.c"
 #include "event_channel.c"

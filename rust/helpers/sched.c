@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
+#include <linux/ioprio.h>
 #include <linux/sched.h>
 #include <linux/sched/mm.h>
 #include <linux/wait.h>
@@ -22,4 +23,9 @@ void rust_helper_memalloc_noio_restore(unsigned int flags)
 bool rust_helper_wq_has_sleeper(struct wait_queue_head *wq_head)
 {
 	return wq_has_sleeper(wq_head);
+}
+
+int rust_helper_set_current_ioprio(int ioprio)
+{
+	return set_task_ioprio(current, ioprio);
 }

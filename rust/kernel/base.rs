@@ -3,6 +3,8 @@
 //! What any driver may need and the stock `kernel` crate lacks.
 //!
 //! - [`cpu`]: the CPUs of the machine.
+//! - [`global_mutex`]: mutexes in statics.
+//! - [`io_owner`]: who the I/O of a thread counts for.
 //! - [`irq_spinlock`]: a lock for data that an interrupt handler uses too.
 //! - [`jiffies`]: the kernel's coarse clock.
 //! - [`kthread`]: kernel threads that run a closure.
@@ -20,6 +22,8 @@
 //! - [`workqueue`]: work queues that end with their owner.
 
 pub mod cpu;
+pub mod global_mutex;
+pub mod io_owner;
 pub mod irq_spinlock;
 pub mod jiffies;
 pub mod kthread;

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Mutexes in statics.
+//!
+//! The kernel's `global_lock!` has to be initialised once, before its first use, which only unsafe
+//! code can promise. A [`GlobalMutex`] sees to that itself.
+
+use core::marker::PhantomData;
+use core::ops::Deref;
+use core::ops::DerefMut;
+use core::pin::Pin;
+use kernel::c_str;
+use kernel::static_lock_class;
+use kernel::str::CStr;
+use kernel::sync::atomic::Acquire;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Full;
+use kernel::sync::atomic::Release;
+use kernel::sync::lock::mutex::MutexBackend;
+use kernel::sync::GlobalGuard;
+use kernel::sync::GlobalLock;
+use kernel::sync::GlobalLockBackend;
+use kernel::sync::LockClassKey;
+
+/// Nobody has used the mutex.
+const FRESH: u32 = 0;
+/// Somebody initialises it.
+const BUSY: u32 = 1;
+/// It is initialised.
+const READY: u32 = 2;
+
+/// Says what the lock is made of. Nobody else can name it, so nothing else is guarded by its locks.
+struct Backend<T>(PhantomData<T>);
+
+impl<T: 'static> GlobalLockBackend for Backend<T> {
+    const NAME: &'static CStr = c_str!("GlobalMutex");
+    type Item = T;
+    type Backend = MutexBackend;
+
+    fn get_lock_class() -> Pin<&'static LockClassKey> {
+        static_lock_class!()
+    }
+}
+
+/// A mutex for a static. All of them are of one lock class: nobody may hold two.
+///
+/// What is in it is not dropped when the module goes.
+///
+/// # Invariants
+///
+/// `lock` is initialised when `state` is [`READY`]; the one who made it [`BUSY`] initialises it.
+pub struct GlobalMutex<T: 'static> {
+    state: Atomic<u32>,
+    lock: GlobalLock<Backend<T>>,
+}
+
+impl<T: 'static> GlobalMutex<T> {
+    /// A mutex with `data` in it.
+    pub const fn new(data: T) -> Self {
+        Self {
+            state: Atomic::new(FRESH),
+            // SAFETY: Nothing is done with the lock until it is initialised, by the type invariant.
+            // The private type `Backend` guards nothing else.
+            lock: unsafe { GlobalLock::new(data) },
+        }
+    }
+
+    /// Takes the mutex. May sleep.
+    pub fn lock(&'static self) -> Guard<T> {
+        while self.state.load(Acquire) != READY {
+            if self.state.cmpxchg(FRESH, BUSY, Full).is_ok() {
+                // SAFETY: Only one gets here, once, by the type invariant.
+                unsafe { self.lock.init() };
+                // INVARIANT: It is initialised now.
+                self.state.store(READY, Release);
+            } else {
+                // SAFETY: Who takes a mutex may sleep.
+                unsafe { bindings_ext::cond_resched() };
+            }
+        }
+        Guard(self.lock.lock())
+    }
+}
+
+/// Gives access to what is in a mutex, and releases it when dropped.
+#[must_use = "the mutex is released when the guard is dropped"]
+pub struct Guard<T: 'static>(GlobalGuard<Backend<T>>);
+
+impl<T> Deref for Guard<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T: Unpin> DerefMut for Guard<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
+}

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Who the I/O of a kernel thread counts for.
+//!
+//! A kernel thread that does the I/O of somebody else can have it charged to a cgroup ([`IoGroup`],
+//! [`Current::charge`]) and give it a priority ([`Current::set_io_priority`]). The block layer looks
+//! at both when a bio is made or submitted, in the thread that does so.
+//!
+//! C headers: [`include/linux/cgroup.h`](srctree/include/linux/cgroup.h),
+//! [`include/linux/kthread.h`](srctree/include/linux/kthread.h),
+//! [`include/linux/ioprio.h`](srctree/include/linux/ioprio.h)
+
+use super::kthread::Current;
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+use kernel::bindings;
+use kernel::error::from_err_ptr;
+use kernel::error::to_result;
+use kernel::ffi::c_void;
+use kernel::prelude::*;
+use kernel::str::CStr;
+use kernel::types::NotThreadSafe;
+
+/// A cgroup that I/O can be charged to: one of the hierarchy of version 2, or the nearest one above
+/// it that controls I/O.
+///
+/// # Invariants
+///
+/// Points to the I/O controller's part of a cgroup, with a reference of ours.
+pub struct IoGroup(NonNull<c_void>);
+
+// SAFETY: A cgroup belongs to no thread.
+unsafe impl Send for IoGroup {}
+// SAFETY: Nothing can be changed through it.
+unsafe impl Sync for IoGroup {}
+
+impl IoGroup {
+    /// Finds a cgroup by its path below the root of the hierarchy, such as `/guests/web`. May sleep.
+    ///
+    /// `ENOENT`: there is none. `EOPNOTSUPP`: the kernel does not control I/O by cgroup.
+    pub fn find(path: &CStr) -> Result<Self> {
+        // SAFETY: The path is a string.
+        let css = from_err_ptr(unsafe { bindings_ext::io_css_get_from_path(path.as_char_ptr()) })?;
+        // INVARIANT: What is no error comes with a reference.
+        NonNull::new(css).map(Self).ok_or(ENODEV)
+    }
+}
+
+impl Drop for IoGroup {
+    fn drop(&mut self) {
+        // SAFETY: The reference is ours by the type invariant.
+        unsafe { bindings_ext::io_css_put(self.0.as_ptr()) };
+    }
+}
+
+/// While this lives, the I/O of the current thread is charged to a cgroup.
+#[must_use]
+pub struct Charged<'a> {
+    _thread: &'a Current,
+    _not_send: PhantomData<NotThreadSafe>,
+}
+
+impl Drop for Charged<'_> {
+    fn drop(&mut self) {
+        // SAFETY: This is the thread that was charged: the type cannot leave it. NULL ends that.
+        unsafe { bindings_ext::kthread_associate_io_css(core::ptr::null_mut()) };
+    }
+}
+
+/// How urgent I/O is, as `ionice` has it. Schedulers that know priorities go by it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum IoPriority {
+    /// Before all others: level 0 to 7, 0 is the most urgent.
+    RealTime(u8),
+    /// The usual: level 0 to 7.
+    BestEffort(u8),
+    /// When nobody else has anything to do.
+    Idle,
+}
+
+impl IoPriority {
+    /// The least urgent level.
+    const MAX_LEVEL: u8 = 7;
+
+    fn to_raw(self) -> i32 {
+        let (class, level) = match self {
+            IoPriority::RealTime(level) => (bindings::IOPRIO_CLASS_RT, level),
+            IoPriority::BestEffort(level) => (bindings::IOPRIO_CLASS_BE, level),
+            IoPriority::Idle => (bindings::IOPRIO_CLASS_IDLE, 0),
+        };
+        ((class << bindings::IOPRIO_CLASS_SHIFT) as i32) | i32::from(level.min(Self::MAX_LEVEL))
+    }
+}
+
+impl Current {
+    /// Has the I/O of this thread charged to `group` until the result is dropped. Only one at a time
+    /// counts: the last one.
+    pub fn charge(&self, group: &IoGroup) -> Charged<'_> {
+        // SAFETY: The current task is a kernel thread, as there is a `Current`, which does not leave
+        // it. The kernel takes a reference of its own, which `Charged` gives back.
+        unsafe { bindings_ext::kthread_associate_io_css(group.0.as_ptr()) };
+        Charged {
+            _thread: self,
+            _not_send: PhantomData,
+        }
+    }
+
+    /// Gives all I/O of this thread from now on a priority.
+    pub fn set_io_priority(&self, priority: IoPriority) -> Result {
+        // SAFETY: Any number may be given; the current task is valid.
+        to_result(unsafe { bindings_ext::set_current_ioprio(priority.to_raw()) })
+    }
+}
