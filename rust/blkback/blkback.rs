@@ -15,6 +15,7 @@
 //! | `vbd` | the life of a device, from probe to removal |
 //! | `connect` | what is read from xenstore and written to it |
 //! | `disk` | the block device that is served |
+//! | `domain` | how many pages the disks of a frontend's domain may have mapped |
 //! | `queue` | the thread of a queue: takes requests, ends transfers |
 //! | `fence` | barriers, which order the requests of all queues |
 //! | `transfer` | a request on its way, and how it gets back to its thread |
@@ -33,6 +34,7 @@ use kernel_ext::xen::xenbus::Adapter;
 
 mod connect;
 mod disk;
+mod domain;
 mod fence;
 mod memory;
 mod params;

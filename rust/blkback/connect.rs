@@ -4,6 +4,7 @@
 
 use crate::disk::Disk;
 use crate::disk::MAX_INDIRECT_SEGMENTS;
+use crate::domain::Domain;
 use crate::fence::Fence;
 use crate::fence::Post;
 use crate::queue::Parts;
@@ -219,6 +220,7 @@ fn read_choice(frontend: &CStr, limits: &BackLimits) -> Result<Accepted, Fault> 
 pub(crate) struct Connection<'a> {
     device: &'a Device,
     frontend: &'a CStr,
+    domain: Arc<Domain>,
     accepted: Accepted,
     disk: Arc<Disk>,
     fence: Arc<Fence>,
@@ -231,6 +233,7 @@ impl<'a> Connection<'a> {
     pub(crate) fn new(
         device: &'a Device,
         frontend: &'a CStr,
+        domain: &Arc<Domain>,
         disk: Arc<Disk>,
         limits: &BackLimits,
     ) -> Result<Self, Fault> {
@@ -245,6 +248,7 @@ impl<'a> Connection<'a> {
         Ok(Self {
             device,
             frontend,
+            domain: domain.clone(),
             accepted,
             disk,
             fence,
@@ -307,9 +311,9 @@ impl<'a> Connection<'a> {
         channel: Channel<Inbox>,
         counters: Arc<Counters>,
     ) -> Result<Queue> {
-        let domain = self.device.otherend_id();
+        let domain = self.domain.clone();
         Queue::new(Parts {
-            name: CString::try_from_fmt(fmt!("{}.{}-{}", domain, *self.name, index))?,
+            name: CString::try_from_fmt(fmt!("{}.{}-{}", domain.id, *self.name, index))?,
             post: Post::new(&self.fence, index, &inbox)?,
             ring,
             channel,

@@ -13,6 +13,8 @@
 //! The segments of an indirect request are copied to private memory before they are looked at, so
 //! that the frontend cannot change them in between.
 
+use crate::domain::Domain;
+use crate::domain::Share;
 use crate::params::MAX_BUFFER_PAGES;
 use crate::params::MAX_PERSISTENT_GRANTS;
 use crate::params::PERSISTENT_GRANT_UNUSED_SECONDS;
@@ -31,6 +33,7 @@ use blkif::wire::SEGMENTS_PER_INDIRECT_PAGE;
 use kernel::fmt;
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
+use kernel::sync::Arc;
 use kernel_ext::base::jiffies;
 use kernel_ext::base::jiffies::Jiffies;
 use kernel_ext::base::page::Page;
@@ -144,25 +147,31 @@ pub(crate) struct Mover {
     found: KVec<Option<MappedPage>>,
     /// Pages of transfers that have ended, to be unmapped together.
     ended: KVec<MappedPage>,
-    /// Addresses that are never freed.
-    at_least: u32,
+    /// Pages that are mapped now, for requests or to stay.
+    mapped_now: usize,
+    /// How many there may be on their way, besides those of one request.
+    share: Share,
+    /// Pages of one request: addresses that are never freed.
+    at_least: usize,
 }
 
 impl Mover {
     /// For requests of `domain` with up to `segments` segments. One such request can always be
     /// mapped, if no other one is.
-    pub(crate) fn new(domain: DomId, segments: usize, persistent: bool) -> Result<Self> {
+    pub(crate) fn new(domain: &Arc<Domain>, segments: usize, persistent: bool) -> Result<Self> {
         let cache = KBox::pin_init(PageCache::new(), GFP_KERNEL)?;
         cache.fill(segments)?;
-        let limit = usize::try_from(MAX_PERSISTENT_GRANTS.get()).unwrap_or(0);
+        let moving = usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0);
+        let staying = usize::try_from(MAX_PERSISTENT_GRANTS.get()).unwrap_or(0);
         Ok(Self {
-            domain,
+            domain: domain.id,
             cache,
             mapper: Mapper::new(segments)?,
             copier: Copier::new(COPIES)?,
             descriptors: Page::alloc_page(GFP_KERNEL)?,
             table: if persistent {
-                Some(Table::new(limit)?)
+                let share = Share::new(domain, |domain| &domain.staying, staying);
+                Some(Table::new(share, staying)?)
             } else {
                 None
             },
@@ -171,7 +180,13 @@ impl Mover {
             mapped: KVec::with_capacity(segments, GFP_KERNEL)?,
             found: KVec::with_capacity(segments, GFP_KERNEL)?,
             ended: KVec::with_capacity(segments, GFP_KERNEL)?,
-            at_least: u32::try_from(segments).unwrap_or(u32::MAX),
+            mapped_now: 0,
+            share: Share::new(
+                domain,
+                |domain| &domain.moving,
+                moving.saturating_add(staying),
+            ),
+            at_least: segments,
         })
     }
 
@@ -377,8 +392,12 @@ impl Mover {
     }
 
     fn map_missing(&mut self, access: Access) -> Result<(), Problem> {
-        if self.references.is_empty() {
+        let count = self.references.len();
+        if count == 0 {
             return Ok(());
+        }
+        if !self.may_map(count) {
+            return Err(Problem::Own(ENOMEM));
         }
         self.mapper
             .map(
@@ -388,7 +407,21 @@ impl Mover {
                 access,
                 &mut self.mapped,
             )
-            .map_err(Problem::Map)
+            .map_err(Problem::Map)?;
+        self.mapped_now = self.mapped_now.wrapping_add(count);
+        Ok(())
+    }
+
+    /// Whether the domain's budget allows so many more pages of requests on their way.
+    fn may_map(&mut self, count: usize) -> bool {
+        let pages = self.moving_now().saturating_add(count);
+        self.share.covers(pages.saturating_sub(self.at_least))
+    }
+
+    /// Pages of requests on their way.
+    fn moving_now(&self) -> usize {
+        let staying = self.table.as_ref().map_or(0, Table::len);
+        self.mapped_now.saturating_sub(staying)
     }
 
     /// Gives up the pages of a transfer that has ended. `false`: somebody still uses them, the
@@ -427,14 +460,19 @@ impl Mover {
         if self.ended.len() == self.ended.capacity() {
             self.flush();
         }
-        // If all are busy and there is no space, the page is unmapped by itself, once it is not.
-        let _ = self.ended.push_within_capacity(page);
+        if self.ended.push_within_capacity(page).is_err() {
+            // All are busy, and there is no space: the page is unmapped by itself, once it is not.
+            self.mapped_now = self.mapped_now.wrapping_sub(1);
+        }
     }
 
     /// Unmaps the pages of the transfers that have ended. Must come before their answers are shown.
     pub(crate) fn flush(&mut self) {
-        if !self.ended.is_empty() {
+        let before = self.ended.len();
+        if before != 0 {
             self.mapper.unmap(&self.cache, &mut self.ended);
+            let unmapped = before.wrapping_sub(self.ended.len());
+            self.mapped_now = self.mapped_now.wrapping_sub(unmapped);
         }
     }
 
@@ -448,6 +486,19 @@ impl Mover {
             self.unmap_later(page);
         }
         self.flush();
+    }
+
+    /// Gives back what other queues of the domain may need.
+    fn share_with_others(&mut self) {
+        while let Some(page) = self.table.as_mut().and_then(Table::take_excess) {
+            self.unmap_later(page);
+        }
+        self.flush();
+        if let Some(table) = &mut self.table {
+            table.rest();
+        }
+        self.share
+            .keep(self.moving_now().saturating_sub(self.at_least));
     }
 
     /// Unmaps all pages that stay mapped and are not used now. Whether there were any.
@@ -465,12 +516,14 @@ impl Mover {
         if seconds != 0 {
             self.forget_unused(time);
         }
+        self.share_with_others();
         let keep = if short {
             0
         } else {
-            u32::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0)
+            usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0)
         };
-        self.cache.shrink(keep.max(self.at_least));
+        self.cache
+            .shrink(u32::try_from(keep.max(self.at_least)).unwrap_or(u32::MAX));
         if short {
             self.buffers.clear();
         }

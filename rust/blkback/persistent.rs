@@ -7,10 +7,12 @@
 //! request uses now. A request takes its pages out and owns them; afterwards they go back. So a page
 //! is never unmapped under a request, and nothing has to be counted.
 //!
-//! The number of pages is limited. At the limit, a page that comes back takes the place of the one
-//! that was unused for longest, but only if that was for a while: otherwise, with a set of pages
-//! slightly too large, each of them would be unmapped just before it is needed again.
+//! The number of pages is limited by the table's [`Share`]. At the limit, a page that comes back takes
+//! the place of the one that was unused for longest, but only if that was for a while: otherwise,
+//! with a set of pages slightly too large, each of them would be unmapped just before it is needed
+//! again.
 
+use crate::domain::Share;
 use kernel::prelude::*;
 use kernel_ext::base::jiffies;
 use kernel_ext::base::jiffies::Jiffies;
@@ -19,6 +21,9 @@ use kernel_ext::xen::grant::ForeignRef;
 
 /// After so long without use a page gives way to another one.
 const GIVES_WAY_MS: u32 = 1000;
+
+/// Lists of a table, at most.
+const MAX_LISTS: usize = 1 << 16;
 
 /// No place.
 const NONE: u32 = u32::MAX;
@@ -35,7 +40,9 @@ pub(crate) struct Table {
     free: u32,
     oldest: u32,
     youngest: u32,
-    limit: usize,
+    /// Number of pages.
+    len: usize,
+    share: Share,
 }
 
 /// Where a page may be.
@@ -50,24 +57,28 @@ struct Place {
 }
 
 impl Table {
-    /// For at most `limit` pages.
-    pub(crate) fn new(limit: usize) -> Result<Self> {
-        // The number has to be a place, and not `NONE`.
-        let limit = limit.min(1 << 20);
-        let lists = limit.next_power_of_two();
+    /// For as many pages as `share` has, which may be `usual` ones.
+    pub(crate) fn new(share: Share, usual: usize) -> Result<Self> {
+        let lists = usual.min(MAX_LISTS).next_power_of_two();
         Ok(Self {
             places: KVec::new(),
             lists: KVec::from_elem(NONE, lists, GFP_KERNEL)?,
             free: NONE,
             oldest: NONE,
             youngest: NONE,
-            limit,
+            len: 0,
+            share,
         })
     }
 
     /// Whether there is no page.
     pub(crate) fn is_empty(&self) -> bool {
         self.oldest == NONE
+    }
+
+    /// Number of pages.
+    pub(crate) fn len(&self) -> usize {
+        self.len
     }
 
     /// Takes out the page of a reference.
@@ -96,19 +107,40 @@ impl Table {
         if self.holds(page.reference()) {
             return Some(page);
         }
-        let evicted = if self.free == NONE && !self.grow() {
+        let evicted = if self.share.covers(self.len.wrapping_add(1)) {
+            None
+        } else {
             match self.take_unused(jiffies::msecs_to_jiffies(GIVES_WAY_MS)) {
                 Some(oldest) => Some(oldest),
                 None => return Some(page),
             }
-        } else {
-            None
         };
+        if self.free == NONE && !self.grow() {
+            return Some(page);
+        }
         match self.fill(page) {
             Ok(()) => evicted,
             // There is a free place, see above.
             Err(page) => Some(page),
         }
+    }
+
+    /// Takes out the page that was unused for longest, if there are more than the table should have
+    /// now.
+    pub(crate) fn take_excess(&mut self) -> Option<MappedPage> {
+        if self.share.excess(self.len) == 0 {
+            return None;
+        }
+        self.take_unused(0)
+    }
+
+    /// Gives back what is there for more pages than there are.
+    pub(crate) fn rest(&mut self) {
+        if self.is_empty() {
+            self.places = KVec::new();
+            self.free = NONE;
+        }
+        self.share.keep(self.len);
     }
 
     /// Takes out the page that was unused for longest, if that was for at least so long.
@@ -134,13 +166,12 @@ impl Table {
         false
     }
 
-    /// Adds a free place, if that is allowed and there is memory.
+    /// Adds a free place, if there is memory.
     fn grow(&mut self) -> bool {
-        if self.places.len() >= self.limit {
+        let index = u32::try_from(self.places.len()).unwrap_or(NONE);
+        if index == NONE {
             return false;
         }
-        // At most the limit, which fits.
-        let index = self.places.len() as u32;
         let place = Place {
             page: None,
             since: 0,
@@ -172,6 +203,7 @@ impl Table {
         place.younger = NONE;
         self.free = free;
         self.youngest = index;
+        self.len = self.len.wrapping_add(1);
         match self.place(youngest) {
             Some(place) => place.younger = index,
             None => self.oldest = index,
@@ -199,6 +231,9 @@ impl Table {
         let (older, younger) = (place.older, place.younger);
         place.next = free;
         self.free = index;
+        if page.is_some() {
+            self.len = self.len.wrapping_sub(1);
+        }
         match self.place(older) {
             Some(place) => place.younger = younger,
             None => self.oldest = younger,

@@ -12,6 +12,7 @@
 
 use crate::disk::Disk;
 use crate::disk::MAX_SEGMENTS;
+use crate::domain::Domain;
 use crate::fence::Post;
 use crate::memory::can_add_copies;
 use crate::memory::is_copied;
@@ -51,7 +52,6 @@ use kernel_ext::block::bio::Operation;
 use kernel_ext::ratelimited;
 use kernel_ext::xen::events::Channel;
 use kernel_ext::xen::ring::MappedRing;
-use kernel_ext::xen::DomId;
 
 /// How long to wait for somebody else who still uses the pages of an I/O that has ended.
 const BUSY_WAIT_MS: u32 = 5;
@@ -79,7 +79,7 @@ pub(crate) struct Parts {
     pub(crate) disk: Arc<Disk>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) post: Post,
-    pub(crate) domain: DomId,
+    pub(crate) domain: Arc<Domain>,
     /// The frontend uses persistent grants.
     pub(crate) persistent: bool,
 }
@@ -131,7 +131,7 @@ impl Queue {
             domain,
             persistent,
         } = parts;
-        let mover = Mover::new(domain, MAX_SEGMENTS, persistent)?;
+        let mover = Mover::new(&domain, MAX_SEGMENTS, persistent)?;
         let reserve = new_transfer(&inbox, MAX_SEGMENTS, GFP_KERNEL)?;
         Ok(Self {
             name,

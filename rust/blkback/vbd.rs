@@ -35,6 +35,8 @@ use crate::connect::Connection;
 use crate::connect::Fault;
 use crate::disk::Disk;
 use crate::disk::SizeWatch;
+use crate::domain;
+use crate::domain::Seated;
 use crate::params;
 use crate::queue::Queue;
 use crate::stats;
@@ -58,7 +60,6 @@ use kernel::sync::atomic::Acquire;
 use kernel::sync::atomic::Atomic;
 use kernel::sync::atomic::Full;
 use kernel::sync::atomic::Relaxed;
-use kernel::sync::atomic::Release;
 use kernel::sync::Arc;
 use kernel::sync::Mutex;
 use kernel_ext::base::jiffies::msecs_to_jiffies;
@@ -93,10 +94,6 @@ const DRAIN_MS: u32 = 30_000;
 /// when the last queue has ended.
 const XENWATCH_MS: u32 = 500;
 
-/// Devices that were unbound, and whose queues still wait for the disk. They will answer in rings
-/// that another driver of the device would take for its own.
-static LEFT_ALONE: Atomic<u32> = Atomic::new(0);
-
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 
 /// A bound device.
@@ -120,8 +117,7 @@ pub(crate) struct Vbd {
     threads: Atomic<u32>,
     /// The queues were told to end; what is to be done after that waits for the last one.
     draining: Atomic<bool>,
-    /// Counted in `LEFT_ALONE`.
-    left_alone: Atomic<bool>,
+    seat: Seated,
     #[pin]
     ended: WaitQueue,
     #[pin]
@@ -194,7 +190,7 @@ impl VbdDriver {
     /// the device can be bound later.
     fn check_take_over(device: &Device<Core<'_>>) -> Result {
         let in_use = device.read_driver_state(device.otherend()?) == State::Connected;
-        if in_use && LEFT_ALONE.load(Acquire) != 0 {
+        if in_use && domain::is_left_alone(device.nodename()) {
             dev_err!(
                 device.as_ref(),
                 "queues of a driver that was unbound still wait for a disk: bind again later\n"
@@ -241,6 +237,7 @@ impl Vbd {
             size_watch: None,
             connection: 0,
         };
+        let seat = Seated::new(device)?;
         let device: ARef<Device> = ARef::from(&***device);
         let vbd = pin_init!(Self {
             device,
@@ -248,7 +245,7 @@ impl Vbd {
             stats,
             threads: Atomic::new(0),
             draining: Atomic::new(false),
-            left_alone: Atomic::new(false),
+            seat,
             ended <- new_wait_queue!(),
             inner <- new_mutex!(inner),
         });
@@ -372,8 +369,13 @@ impl Vbd {
     /// Connects to the frontend: its rings are served when this returns.
     fn attach(self: &Arc<Self>, inner: &mut Inner) -> Result<(), Fault> {
         let disk = inner.disk.clone().ok_or(Fault::Own("no disk", ENODEV))?;
-        let connection =
-            Connection::new(&self.device, &self.frontend, disk.clone(), &inner.limits)?;
+        let connection = Connection::new(
+            &self.device,
+            &self.frontend,
+            self.seat.domain(),
+            disk.clone(),
+            &inner.limits,
+        )?;
         inner.connection = inner.connection.wrapping_add(1);
         connection.describe_disk()?;
         let mut queues = KVec::new();
@@ -484,9 +486,8 @@ impl Vbd {
 
     /// The threads go on, and nobody may take over their rings meanwhile.
     fn leave_alone(&self) {
-        LEFT_ALONE.fetch_add(1, Relaxed);
         // A full barrier: either the last thread sees this, or its end is seen below.
-        self.left_alone.xchg(true, Full);
+        self.seat.left_alone().xchg(true, Full);
         if !self.has_threads() {
             self.not_alone();
         }
@@ -494,9 +495,7 @@ impl Vbd {
 
     /// The last thread has ended.
     fn not_alone(&self) {
-        if self.left_alone.xchg(false, Full) {
-            LEFT_ALONE.fetch_sub(1, Release);
-        }
+        self.seat.left_alone().xchg(false, Full);
     }
 
     /// The file `physical_device`.

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What all disks of a frontend's domain have in common: how many of its pages may be mapped.
+//!
+//! There are two budgets for each domain: one for the pages of requests on their way, one for pages
+//! that stay mapped between requests. Each queue of the domain adds its part to both, as the module
+//! parameters say, and takes from them what it needs. So a busy queue may have more than its part as
+//! long as other queues do not need theirs, and a domain with many disks has no more than a domain
+//! with as many queues on one disk. When a queue does not get its part, those who have more than
+//! theirs give the rest back.
+//!
+//! One request of each queue can always be served, whatever the budgets say.
+
+use kernel::prelude::*;
+use kernel::str::CStr;
+use kernel::str::CString;
+use kernel::sync::atomic::Acquire;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Relaxed;
+use kernel::sync::Arc;
+use kernel_ext::base::global_mutex::GlobalMutex;
+use kernel_ext::base::jiffies;
+use kernel_ext::base::jiffies::msecs_to_jiffies;
+use kernel_ext::base::jiffies::Jiffies;
+use kernel_ext::xen::xenbus::Device;
+use kernel_ext::xen::DomId;
+
+/// For so long after a queue did not get its part nobody gets more than its own.
+const SHORTAGE_MS: u32 = 10_000;
+
+/// What a queue adds to a budget, at most.
+const MAX_PART: usize = 1 << 20;
+
+/// Pages that are taken and given back at once.
+const STEP: usize = 64;
+
+/// Each device that the driver is bound to, or was, if its threads still run.
+static SEATS: GlobalMutex<KVec<Arc<Seat>>> = GlobalMutex::new(KVec::new());
+
+/// The place of a device among the others.
+struct Seat {
+    device: CString,
+    domain: Arc<Domain>,
+    /// The driver was unbound, and threads still wait for the disk. They will answer in rings that
+    /// another driver of the device would take for its own.
+    left_alone: Atomic<bool>,
+}
+
+/// The seat of a device, until this is dropped.
+pub(crate) struct Seated(Arc<Seat>);
+
+impl Seated {
+    /// Takes a seat for a device.
+    pub(crate) fn new(device: &Device) -> Result<Self> {
+        let mut seats = SEATS.lock();
+        let id = device.otherend_id();
+        let known = seats.iter().find(|seat| seat.domain.id == id);
+        let domain = match known {
+            Some(seat) => seat.domain.clone(),
+            None => Arc::new(Domain::new(id), GFP_KERNEL)?,
+        };
+        let seat = Seat {
+            device: CString::try_from_fmt(fmt!("{}", device.nodename()))?,
+            domain,
+            left_alone: Atomic::new(false),
+        };
+        let seat = Arc::new(seat, GFP_KERNEL)?;
+        seats.push(seat.clone(), GFP_KERNEL)?;
+        Ok(Self(seat))
+    }
+
+    /// The domain of the frontend.
+    pub(crate) fn domain(&self) -> &Arc<Domain> {
+        &self.0.domain
+    }
+
+    /// Whether threads still run without a driver.
+    pub(crate) fn left_alone(&self) -> &Atomic<bool> {
+        &self.0.left_alone
+    }
+}
+
+impl Drop for Seated {
+    fn drop(&mut self) {
+        let mut seats = SEATS.lock();
+        seats.retain(|seat| !Arc::ptr_eq(seat, &self.0));
+        if seats.is_empty() {
+            // Nobody drops a static.
+            *seats = KVec::new();
+        }
+    }
+}
+
+/// Whether threads of a driver that was unbound from this device still run.
+pub(crate) fn is_left_alone(device: &CStr) -> bool {
+    let seats = SEATS.lock();
+    let mut same = seats.iter().filter(|seat| &*seat.device == device);
+    same.any(|seat| seat.left_alone.load(Acquire))
+}
+
+/// The domain of a frontend, shared by the queues of all its disks.
+pub(crate) struct Domain {
+    pub(crate) id: DomId,
+    /// Pages of requests on their way.
+    pub(crate) moving: Budget,
+    /// Pages that stay mapped.
+    pub(crate) staying: Budget,
+}
+
+impl Domain {
+    fn new(id: DomId) -> Self {
+        Self {
+            id,
+            moving: Budget::new(),
+            staying: Budget::new(),
+        }
+    }
+}
+
+/// A number of pages that the queues of a domain share.
+pub(crate) struct Budget {
+    /// The sum of their parts.
+    limit: Atomic<usize>,
+    /// The sum of what they have taken.
+    used: Atomic<usize>,
+    /// Until when it counts as used up.
+    short_until: Atomic<Jiffies>,
+}
+
+impl Budget {
+    fn new() -> Self {
+        Self {
+            limit: Atomic::new(0),
+            used: Atomic::new(0),
+            short_until: Atomic::new(jiffies::now()),
+        }
+    }
+
+    fn is_short(&self) -> bool {
+        !jiffies::is_past(self.short_until.load(Relaxed))
+    }
+
+    /// Takes pages, if there are so many left.
+    fn take(&self, pages: usize) -> bool {
+        let used = self.used.fetch_add(pages, Relaxed).wrapping_add(pages);
+        let enough = used <= self.limit.load(Relaxed);
+        if !enough {
+            self.used.fetch_sub(pages, Relaxed);
+        }
+        enough
+    }
+
+    /// A queue did not get its part.
+    fn is_used_up(&self) {
+        let end = jiffies::now().wrapping_add(msecs_to_jiffies(SHORTAGE_MS));
+        self.short_until.store(end, Relaxed);
+    }
+}
+
+/// What one queue has of a budget.
+pub(crate) struct Share {
+    domain: Arc<Domain>,
+    which: fn(&Domain) -> &Budget,
+    /// What it has added.
+    part: usize,
+    /// What it has taken.
+    has: usize,
+}
+
+impl Share {
+    /// The share of a queue that adds `part` pages.
+    pub(crate) fn new(domain: &Arc<Domain>, which: fn(&Domain) -> &Budget, part: usize) -> Self {
+        let part = part.min(MAX_PART);
+        which(domain).limit.fetch_add(part, Relaxed);
+        Self {
+            domain: domain.clone(),
+            which,
+            part,
+            has: 0,
+        }
+    }
+
+    fn budget(&self) -> &Budget {
+        (self.which)(&self.domain)
+    }
+
+    /// Whether the queue may have so many pages; takes what is missing.
+    #[inline]
+    pub(crate) fn covers(&mut self, pages: usize) -> bool {
+        pages <= self.has || self.grow(pages)
+    }
+
+    fn grow(&mut self, pages: usize) -> bool {
+        let budget = self.budget();
+        let beyond = pages > self.part;
+        if beyond && budget.is_short() {
+            return false;
+        }
+        let missing = pages.saturating_sub(self.has);
+        let step = if budget.is_short() {
+            missing
+        } else {
+            missing.next_multiple_of(STEP)
+        };
+        let mut sizes = [step, missing].into_iter();
+        match sizes.find(|pages| budget.take(*pages)) {
+            Some(taken) => {
+                self.has = self.has.wrapping_add(taken);
+                true
+            }
+            None => {
+                if !beyond {
+                    budget.is_used_up();
+                }
+                false
+            }
+        }
+    }
+
+    /// How many of its pages the queue has to give up, because others of the domain need them. Gives
+    /// back what it has taken and does not use.
+    pub(crate) fn excess(&mut self, pages: usize) -> usize {
+        if self.has <= self.part || !self.budget().is_short() {
+            return 0;
+        }
+        self.shrink(pages.max(self.part));
+        pages.saturating_sub(self.part)
+    }
+
+    /// Gives back what is not needed for so many pages, if that is much.
+    #[inline]
+    pub(crate) fn keep(&mut self, pages: usize) {
+        if self.has.saturating_sub(pages) >= STEP {
+            self.shrink(pages);
+        }
+    }
+
+    fn shrink(&mut self, pages: usize) {
+        let spare = self.has.saturating_sub(pages);
+        self.budget().used.fetch_sub(spare, Relaxed);
+        self.has = self.has.wrapping_sub(spare);
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let budget = self.budget();
+        budget.used.fetch_sub(self.has, Relaxed);
+        budget.limit.fetch_sub(self.part, Relaxed);
+    }
+}
