@@ -74,16 +74,14 @@ impl fmt::Display for Fault {
                 write!(f, "queue {index}: {node} = \"{number}\": refused by Xen")
             }
             Fault::State => f.write_str("the frontend's state has no place in the protocol"),
-            Fault::Disk(number, access, _) => {
+            Fault::Disk(number, access, error) => {
                 let (major, minor) = (number.major(), number.minor());
-                let how = match access {
-                    Access::ReadOnly => "reading",
-                    Access::ReadWrite => "writing",
+                let what = match access {
+                    _ if *error == EBUSY => "in use here: mounted, or part of another device",
+                    Access::ReadOnly => "cannot be opened for reading",
+                    Access::ReadWrite => "cannot be opened for writing",
                 };
-                write!(
-                    f,
-                    "physical-device = \"{major:x}:{minor:x}\": cannot be opened for {how}"
-                )
+                write!(f, "physical-device = \"{major:x}:{minor:x}\": {what}")
             }
             Fault::Recycled(number, wanted, found) => {
                 let (major, minor) = (number.major(), number.minor());

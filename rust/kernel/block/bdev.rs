@@ -13,6 +13,9 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
+/// In whose name devices are opened for writing: that of the module. Only its address counts.
+static HOLDER: u8 = 0;
+
 /// Bios that a device can always have in flight, however short memory is.
 const RESERVED_BIOS: ffi::c_uint = 2;
 
@@ -97,12 +100,16 @@ impl File {
             Access::ReadOnly => 1,
             Access::ReadWrite => 3,
         };
-        // SAFETY: Any number may be asked for. Without a holder there is nothing to keep valid.
+        let holder = match access {
+            Access::ReadOnly => core::ptr::null(),
+            Access::ReadWrite => &raw const HOLDER,
+        };
+        // SAFETY: Any number may be asked for. The holder, if any, is only compared with others.
         let file = from_err_ptr(unsafe {
             bindings::bdev_file_open_by_dev(
                 number.0,
                 mode,
-                core::ptr::null_mut(),
+                holder.cast_mut().cast(),
                 core::ptr::null(),
             )
         })?;
@@ -125,9 +132,14 @@ impl Drop for File {
 }
 
 impl BlockDevice {
-    /// Opens a device, not exclusively. May sleep.
+    /// Opens a device. May sleep.
     ///
-    /// `ENXIO`: there is none. `EACCES`: it is read-only. `ENOMEDIUM`: the drive is empty.
+    /// If it is opened for writing, nobody but this module can have it exclusively at the same time:
+    /// no file system can be mounted from it, and it can be part of no other device. This module may
+    /// open it again.
+    ///
+    /// `ENXIO`: there is none. `EACCES`: it is read-only. `ENOMEDIUM`: the drive is empty. `EBUSY`:
+    /// somebody has it exclusively.
     pub fn open(number: DeviceNumber, access: Access) -> Result<Arc<Self>> {
         let file = File::open(number, access)?;
         let device = try_pin_init!(Self {
