@@ -13,6 +13,7 @@
 //! | file | |
 //! |---|---|
 //! | `vbd` | the life of a device, from probe to removal |
+//! | `charge` | whom the I/O counts for |
 //! | `connect` | what is read from xenstore and written to it |
 //! | `disk` | the block device that is served |
 //! | `domain` | how many pages the disks of a frontend's domain may have mapped |
@@ -32,6 +33,7 @@ use kernel::driver::Registration;
 use kernel::prelude::*;
 use kernel_ext::xen::xenbus::Adapter;
 
+mod charge;
 mod connect;
 mod disk;
 mod domain;

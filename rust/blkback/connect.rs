@@ -2,6 +2,7 @@
 
 //! Connecting to a frontend: what is read from its directory and written to ours.
 
+use crate::charge::Charge;
 use crate::disk::Disk;
 use crate::disk::MAX_INDIRECT_SEGMENTS;
 use crate::domain::Domain;
@@ -111,7 +112,7 @@ impl Fault {
 }
 
 /// Says what was being done when an error happened.
-trait Doing<T> {
+pub(crate) trait Doing<T> {
     fn doing(self, what: &'static str) -> Result<T, Fault>;
 }
 
@@ -122,7 +123,7 @@ impl<T> Doing<T> for Result<T> {
 }
 
 /// Reads a node. One that is empty counts as missing.
-fn read(dir: &CStr, node: fmt::Arguments<'_>) -> Result<Option<Value>, Fault> {
+pub(crate) fn read(dir: &CStr, node: fmt::Arguments<'_>) -> Result<Option<Value>, Fault> {
     match xenstore::read(&NoTransaction, dir, node) {
         Ok(value) => Ok(Some(value).filter(|value| !value.as_bytes().is_empty())),
         Err(error) if error == ENOENT => Ok(None),
@@ -220,6 +221,7 @@ pub(crate) struct Connection<'a> {
     frontend: &'a CStr,
     domain: Arc<Domain>,
     accepted: Accepted,
+    charge: Arc<Charge>,
     disk: Arc<Disk>,
     fence: Arc<Fence>,
     /// Name of the virtual device, such as `xvda`.
@@ -242,12 +244,16 @@ impl<'a> Connection<'a> {
         let name = name.strip_prefix(b"/dev/").unwrap_or(name);
         let name =
             CString::try_from_fmt(fmt!("{}", BStr::from_bytes(name))).doing("keeping the name")?;
+        let charge = Arc::new(Charge::read(device)?, GFP_KERNEL)
+            .map_err(Error::from)
+            .doing("keeping whom I/O counts for")?;
         let fence = Arc::pin_init(Fence::new(), GFP_KERNEL).doing("making a fence")?;
         Ok(Self {
             device,
             frontend,
             domain: domain.clone(),
             accepted,
+            charge,
             disk,
             fence,
             name,
@@ -316,6 +322,7 @@ impl<'a> Connection<'a> {
             ring,
             channel,
             inbox,
+            charge: self.charge.clone(),
             disk: self.disk.clone(),
             counters,
             domain,

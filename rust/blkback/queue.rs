@@ -10,6 +10,7 @@
 //! A request that was taken from the ring is answered, whatever happens: the thread ends only when
 //! nothing is in flight. Requests that nobody has taken stay in the ring for the next backend.
 
+use crate::charge::Charge;
 use crate::disk::Disk;
 use crate::disk::MAX_SEGMENTS;
 use crate::domain::Domain;
@@ -76,6 +77,7 @@ pub(crate) struct Parts {
     pub(crate) ring: BackRing<MappedRing>,
     pub(crate) channel: Channel<Inbox>,
     pub(crate) inbox: Arc<Inbox>,
+    pub(crate) charge: Arc<Charge>,
     pub(crate) disk: Arc<Disk>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) post: Post,
@@ -90,6 +92,7 @@ pub(crate) struct Queue {
     ring: BackRing<MappedRing>,
     channel: Channel<Inbox>,
     inbox: Arc<Inbox>,
+    charge: Arc<Charge>,
     disk: Arc<Disk>,
     counters: Arc<Counters>,
     post: Post,
@@ -125,6 +128,7 @@ impl Queue {
             ring,
             channel,
             inbox,
+            charge,
             disk,
             counters,
             post,
@@ -138,6 +142,7 @@ impl Queue {
             ring,
             channel,
             inbox,
+            charge,
             disk,
             counters,
             post,
@@ -169,6 +174,8 @@ impl Queue {
 
     /// Serves the ring until the thread should stop.
     pub(crate) fn serve(mut self, thread: &Current, link: &Link) {
+        let charge = self.charge.clone();
+        let _charged = charge.begin(thread);
         let mut reported = false;
         loop {
             self.inbox.forget_nudge();

@@ -165,6 +165,33 @@ pub fn physical_device(node: &'static str, text: &[u8]) -> Result<PhysicalDevice
     sequence_and_numbers(text).map_err(|wrong| BadNode::new(node, text, wrong))
 }
 
+/// How urgent the I/O of a disk is: a class, and for two of them a level from 0, the most urgent one,
+/// to 7.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum IoPriority {
+    /// `realtime/N`.
+    RealTime(u8),
+    /// `best-effort/N`.
+    BestEffort(u8),
+    /// `idle`.
+    Idle,
+}
+
+/// Reads a priority of I/O.
+pub fn io_priority(node: &'static str, text: &[u8]) -> Result<IoPriority, BadNode> {
+    let level = |digits: &[u8]| decimal(node, digits, 7).map(|level| level as u8);
+    let priority = if text == b"idle" {
+        Ok(IoPriority::Idle)
+    } else if let Some(digits) = text.strip_prefix(b"realtime/") {
+        level(digits).map(IoPriority::RealTime)
+    } else if let Some(digits) = text.strip_prefix(b"best-effort/") {
+        level(digits).map(IoPriority::BestEffort)
+    } else {
+        return Err(BadNode::new(node, text, Wrong::Unknown));
+    };
+    priority.map_err(|bad| BadNode::new(node, text, bad.wrong()))
+}
+
 fn sequence_and_numbers(text: &[u8]) -> Result<PhysicalDevice, Wrong> {
     let mut parts = text.splitn(2, |byte| *byte == b'@');
     let (first, second) = (parts.next().unwrap_or_default(), parts.next());
@@ -336,6 +363,31 @@ mod tests {
         for text in [&b"1000:0"[..], b"0:100000", b"10000000000000000@7:0"] {
             let wrong = physical_device("n", text).unwrap_err().wrong();
             assert!(matches!(wrong, Wrong::TooLarge { .. }));
+        }
+    }
+
+    #[test]
+    fn io_priorities() {
+        let good = [
+            (&b"idle"[..], IoPriority::Idle),
+            (b"realtime/0", IoPriority::RealTime(0)),
+            (b"best-effort/7", IoPriority::BestEffort(7)),
+        ];
+        for (text, priority) in good {
+            assert_eq!(io_priority("n", text), Ok(priority));
+        }
+        let too_large = Wrong::TooLarge { limit: 7 };
+        let bad = [
+            (&b""[..], Wrong::Unknown),
+            (b"idle/1", Wrong::Unknown),
+            (b"Idle", Wrong::Unknown),
+            (b"realtime", Wrong::Unknown),
+            (b"realtime/", Wrong::NotANumber),
+            (b"best-effort/-1", Wrong::NotANumber),
+            (b"best-effort/8", too_large),
+        ];
+        for (text, wrong) in bad {
+            assert_eq!(io_priority("n", text), Err(BadNode::new("n", text, wrong)));
         }
     }
 

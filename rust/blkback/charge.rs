@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Whom the I/O of a disk counts for: what the toolstack has written to the backend's directory.
+//!
+//! - `cgroup`: I/O is charged to this cgroup of version 2, a path below the root of the hierarchy. Its
+//!   limits, weights and counters (`io.max`, `io.weight`, `io.stat`) hold for the guest then.
+//! - `io-priority`: `realtime/N`, `best-effort/N` or `idle`, as of `ionice`, for schedulers that know
+//!   priorities.
+//!
+//! That is as far as it goes: the kernel gives modules no way to charge a cgroup for the CPU time or
+//! the memory of a kernel thread. For these, and to choose the CPUs, a person can move the threads
+//! (`cgroup.procs`, `taskset`): they have names and stay while the frontend is connected.
+
+use crate::connect::read;
+use crate::connect::Doing;
+use crate::connect::Fault;
+use blkif::node;
+use blkif::node::BadNode;
+use blkif::node::Wrong;
+use kernel::prelude::*;
+use kernel::str::CString;
+use kernel_ext::base::io_owner::Charged;
+use kernel_ext::base::io_owner::IoGroup;
+use kernel_ext::base::io_owner::IoPriority;
+use kernel_ext::base::kthread::Current;
+use kernel_ext::xen::xenbus::Device;
+
+/// Whom the I/O of a disk counts for.
+pub(crate) struct Charge {
+    group: Option<IoGroup>,
+    priority: Option<IoPriority>,
+}
+
+impl Charge {
+    /// As the toolstack wants it.
+    pub(crate) fn read(device: &Device) -> Result<Self, Fault> {
+        Ok(Self {
+            group: read_group(device)?,
+            priority: read_priority(device)?,
+        })
+    }
+
+    /// Has the I/O of a thread count so, until the result is dropped.
+    pub(crate) fn begin<'a>(&self, thread: &'a Current) -> Option<Charged<'a>> {
+        if let Some(priority) = self.priority {
+            if let Err(error) = thread.set_io_priority(priority) {
+                pr_warn!("cannot set the priority of I/O: {error:?}\n");
+            }
+        }
+        self.group.as_ref().map(|group| thread.charge(group))
+    }
+}
+
+fn read_group(device: &Device) -> Result<Option<IoGroup>, Fault> {
+    const NODE: &str = "cgroup";
+    let Some(path) = read(device.nodename(), fmt!("{NODE}"))? else {
+        return Ok(None);
+    };
+    let text = CString::try_from_fmt(fmt!("{}", &*path)).doing("keeping the name of a cgroup")?;
+    match IoGroup::find(&text) {
+        Ok(group) => Ok(Some(group)),
+        Err(error) if error == ENOENT => {
+            let bad = BadNode::new(NODE, path.as_bytes(), Wrong::Unknown);
+            Err(Fault::Node(bad))
+        }
+        Err(error) => Err(Fault::Own("looking for a cgroup", error)),
+    }
+}
+
+fn read_priority(device: &Device) -> Result<Option<IoPriority>, Fault> {
+    const NODE: &str = "io-priority";
+    let Some(value) = read(device.nodename(), fmt!("{NODE}"))? else {
+        return Ok(None);
+    };
+    let priority = node::io_priority(NODE, value.as_bytes()).map_err(Fault::Node)?;
+    Ok(Some(match priority {
+        node::IoPriority::RealTime(level) => IoPriority::RealTime(level),
+        node::IoPriority::BestEffort(level) => IoPriority::BestEffort(level),
+        node::IoPriority::Idle => IoPriority::Idle,
+    }))
+}
