@@ -29,6 +29,15 @@
 //!
 //! When the driver is unbound, nothing is said to the frontend: the rings stay as they are, with the
 //! requests that nobody has taken, and the next driver goes on with them.
+//!
+//! # What a frontend can make us do
+//!
+//! Each thread takes from a ring what the frontend has put there and no more, lets others run in
+//! between, and gives an event back as spurious if there was nothing: a frontend that only sends
+//! events, or changes the index of its requests to and fro, is slowed down by the event channels.
+//! What it reads of our index, and may overwrite, nobody here looks at. Connections are counted, see
+//! [`Pace`]. Other changes of its state cost a look at xenstore each, and at most one message in a
+//! while; the frontend has had to write to xenstore for each.
 
 use crate::connect;
 use crate::connect::Connection;
@@ -43,6 +52,7 @@ use crate::stats;
 use crate::stats::Stats;
 use crate::transfer::Inbox;
 use blkif::negotiate::BackLimits;
+use blkif::pace::Pace;
 use blkif::ring::RingError;
 use blkif::state::Back;
 use blkif::state::BackAction;
@@ -62,7 +72,9 @@ use kernel::sync::atomic::Full;
 use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
 use kernel::sync::Mutex;
+use kernel_ext::base::jiffies;
 use kernel_ext::base::jiffies::msecs_to_jiffies;
+use kernel_ext::base::jiffies::Jiffies;
 use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
 use kernel_ext::base::lazy_timer::LazyTimer;
@@ -93,6 +105,11 @@ const DRAIN_MS: u32 = 30_000;
 /// The same for the `xenwatch` thread, in which all other devices wait too. What takes longer goes on
 /// when the last queue has ended.
 const XENWATCH_MS: u32 = 500;
+
+/// Connections that a frontend may make at once, and how long each one more takes. A connection is
+/// much work for the `xenwatch` thread, in which all other devices wait too.
+const CONNECTIONS: u32 = 16;
+const CONNECTION_MS: u32 = 500;
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 
@@ -134,6 +151,9 @@ struct Inner {
     /// One for each ring that is served.
     serving: KVec<Serving>,
     size_watch: Option<Pin<KBox<LazyTimer<SizeWatch>>>>,
+    pace: Pace,
+    /// Looks again, when the frontend may make the next connection.
+    later: Option<KThread>,
     /// Counts the connections, so that a thread of an old one does no harm to a new one.
     connection: u64,
 }
@@ -235,6 +255,12 @@ impl Vbd {
             disk: None,
             serving: KVec::new(),
             size_watch: None,
+            pace: Pace::new(
+                CONNECTIONS,
+                msecs_to_jiffies(CONNECTION_MS) as u64,
+                jiffies::now() as u64,
+            ),
+            later: None,
             connection: 0,
         };
         let seat = Seated::new(device)?;
@@ -274,10 +300,41 @@ impl Vbd {
                 inner = self.inner.lock();
                 continue;
             }
+            if action == BackAction::Attach && self.must_wait(&mut inner) {
+                return inner.back;
+            }
             if !self.carry_out(&mut inner, action) {
                 return inner.back;
             }
         }
+    }
+
+    /// Whether the frontend connects more often than it may. It is looked at again in time.
+    fn must_wait(self: &Arc<Self>, inner: &mut Inner) -> bool {
+        let Err(ticks) = inner.pace.take(jiffies::now() as u64) else {
+            return false;
+        };
+        if inner.later.is_none() {
+            ratelimited!(dev_warn!(
+                self.device.as_ref(),
+                "the frontend connects too often: it has to wait\n"
+            ));
+            inner.later = self.look_later(ticks as Jiffies).ok();
+        }
+        // Without memory for a thread there is nobody to come back.
+        inner.later.is_some()
+    }
+
+    /// Starts a thread that looks at the frontend after a while.
+    fn look_later(self: &Arc<Self>, time: Jiffies) -> Result<KThread> {
+        let vbd = self.clone();
+        let kind = Kind { freezable: true };
+        KThread::spawn(fmt!("rblkback wait"), kind, move |thread| {
+            if !vbd.ended.wait_idle_timeout(time, || thread.should_stop()) {
+                vbd.inner.lock().later = None;
+                vbd.advance();
+            }
+        })
     }
 
     /// What is to be seen now.
@@ -472,6 +529,7 @@ impl Vbd {
     fn leave(&self) {
         let mut inner = self.inner.lock();
         inner.back = Back::Gone;
+        inner.later = None;
         self.stop(&mut inner);
         // There is nothing to be done after that.
         self.draining.store(false, Relaxed);

@@ -31,6 +31,7 @@
 //! | [`plan`] | which slots does this block request need? (frontend) |
 //! | [`node`] | what does the text of a xenstore node say? |
 //! | [`negotiate`] | which features do the two sides agree on? |
+//! | [`pace`] | how often may the other side cause something? |
 //! | [`state`] | what is to be done when the other side changes state? |
 //! | [`vdev`] | which name and minor does a virtual device number stand for? |
 //!
@@ -46,6 +47,7 @@ extern crate std;
 pub mod id;
 pub mod negotiate;
 pub mod node;
+pub mod pace;
 pub mod plan;
 pub mod request;
 pub mod ring;
