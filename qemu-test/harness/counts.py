@@ -33,6 +33,14 @@ def kernel_counts(machine):
     }
 
 
+def backend_switches(host):
+    """How often the threads of dom0's backend have gone to sleep."""
+    return host.sh(
+        "cat $(grep -l xvd /proc/[0-9]*/comm | sed s/comm/status/) | "
+        "awk '/^voluntary/ {sum += $2} END {print sum}'"
+    )
+
+
 def assert_no_lost_memory(machine):
     """By the debug kernel's kmemleak, no memory of a driver is left that nothing points to.
 

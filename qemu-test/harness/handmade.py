@@ -7,10 +7,8 @@ pair's.
 
 from dataclasses import dataclass
 
+from .toolstack import CODES
 from .toolstack import directories
-
-CODES = {"xvda": 51712, "xvdb": 51728, "xvdc": 51744, "xvdd": 51760}
-"""Virtual device numbers by name."""
 
 
 @dataclass

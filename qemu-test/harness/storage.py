@@ -39,8 +39,3 @@ class Storage(Guest):
     def back(self):
         """The name of the pair's backend module."""
         return self.host.pair.storage.name
-
-    @property
-    def devices(self):
-        """The directory of its backend devices in xenstore."""
-        return f"/local/domain/{self.domid}/backend/vbd"

@@ -6,6 +6,9 @@ There is no ring behind such a backend: a disk of it must not be read.
 code    a virtual device number, such as 51712 for xvda
 """
 
+CODES = {"xvda": 51712, "xvdb": 51728, "xvdc": 51744, "xvdd": 51760}
+"""Virtual device numbers by name."""
+
 PLAIN = {"sectors": 0, "sector-size": 512, "info": 0}
 """An empty disk: nobody looks for partitions on it."""
 

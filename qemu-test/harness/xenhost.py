@@ -25,6 +25,7 @@ from .snapshot import DISK_SIZES
 from .snapshot import blank
 from .snapshot import resume
 from .storage import Storage
+from .toolstack import CODES
 
 
 @dataclass
@@ -177,8 +178,15 @@ class XenHost:
         self.sh(f"xl block-attach {guest.name} '{disk.specification()}'")
 
     def detach(self, guest, vdev):
-        """xl block-detach; returns status and output, for it may be refused."""
-        return self.run(f"xl block-detach {guest.name} {vdev}")
+        """xl block-detach."""
+        self.sh(f"xl block-detach {guest.name} {vdev}")
+
+    def take_away(self, guest, vdev, backend=0):
+        """Detaches a disk, and waits until neither half has anything of it."""
+        self.detach(guest, vdev)
+        guest.wait_for(f"[ ! -b /dev/{vdev} ]")
+        directory = f"/local/domain/{backend}/backend/vbd/{guest.domid}/{CODES[vdev]}"
+        self.wait_for(f"! xenstore-exists {directory}")
 
     def wait_for(self, condition, timeout=120):
         """Waits until a shell condition holds in dom0."""

@@ -66,16 +66,8 @@ def refuse_barrier(host, guest, record_property):
     assert done == (guest.front == "xen-blkfront")
     if done:
         record_property("c_fails", "F-02")
-    detach(host, guest)
+    host.take_away(guest, "xvdb")
     host.sh("echo N > /sys/module/rblk_hostile_back/parameters/barrier")
-
-
-def detach(host, guest):
-    """xvdb goes."""
-    status, output = host.detach(guest, "xvdb")
-    assert status == 0, output
-    guest.wait_for("[ ! -b /dev/xvdb ]")
-    host.wait_for(f"! xenstore-exists /local/domain/0/backend/vbd/{guest.domid}/{CODE}")
 
 
 def park(host, guest, record_property):
@@ -127,7 +119,7 @@ def test_hostile_backend(xen, test_modules, record_property):
     host.sh(f"echo {SILENCE} > {TRICK}")
     guest.sh(WRITE_BEHIND)
     guest.wait_for("grep -q '[1-9]' /sys/block/xvdb/inflight")
-    detach(host, guest)
+    host.take_away(guest, "xvdb")
     guest.wait_for("grep -q failed /tmp/end")
     guest.sh("dd if=/dev/urandom of=/dev/xvda bs=64k count=4 oflag=direct")
     guest.unload_frontend()

@@ -18,10 +18,7 @@ def cycle(host, guest):
     guest.sh(
         "dd if=/dev/zero of=/dev/xvdb bs=256k count=8 oflag=direct && dd if=/dev/xvdb of=/dev/null bs=256k count=8"
     )
-    status, output = host.detach(guest, "xvdb")
-    assert status == 0, output
-    guest.wait_for("[ ! -b /dev/xvdb ]")
-    host.wait_for(f"! xenstore-exists /local/domain/0/backend/vbd/{guest.domid}/51728")
+    host.take_away(guest, "xvdb")
     guest.unload_frontend()
     host.unload_backend()
     host.load_backend()
