@@ -166,10 +166,10 @@ def grub(name):
     return subprocess.run(command, shell=True, stdout=subprocess.PIPE, check=True).stdout
 
 
-def grub_disk(kernel, initrd):
-    """A raw image with a kernel, `initrd` and a configuration that makes GRUB start them."""
+def grub_disk(linux, initrd):
+    """A raw image with a kernel, the file `linux`, and a configuration that makes GRUB start it."""
     parts = {
-        "linux": kernel.vmlinuz.read_bytes(),
+        "linux": linux.read_bytes(),
         "initrd": initrd,
         "grub/grub.cfg": b"linux /boot/linux console=hvc0 panic=1 mitigations=off loglevel=5\n"
         b"initrd /boot/initrd\nboot\n",

@@ -2,7 +2,6 @@
 """A boot loader that speaks blkif itself reads kernel and initramfs from the disk.
 
 GRUB's frontend connects, reads, closes; then Linux connects to the same device.
-GRUB for PVH is a 32-bit program and uses the ring in that layout.
 """
 
 from harness.evidence import assert_served_by_pair
@@ -12,21 +11,39 @@ from harness.xenimage import grub
 from harness.xenimage import grub_disk
 
 
-def test_grub_pvh(xen, kernel):
-    """Rows: BE-05, BE-07, BE-42"""
+def boot(xen, kernel, loader, linux, type):
+    """Boots a guest by GRUB; the layouts of the rings of GRUB and of Linux."""
 
     def image(front):
-        return grub_disk(kernel, domu_archive(kernel) + front)
+        return grub_disk(linux, domu_archive(kernel) + front)
 
-    host = xen(waiting=None, files={"grub": grub("grub-i386-xen_pvh.bin")}, image=image)
+    host = xen(waiting=None, files={"grub": grub(loader)}, image=image)
     host.load_backend()
     guest = host.start_guest(
-        type="pvh", disks=[Disk("xvda", "/dev/vdb")], memory=320, loader="/payload/grub"
+        type=type, disks=[Disk("xvda", "/dev/vdb")], memory=320, loader="/payload/grub"
     )
     assert_served_by_pair(host, guest)
     layouts = host.sh("dmesg | grep -o 'x86_[36][24]-abi'").split()
-    assert layouts == ["x86_32-abi", "x86_64-abi"]
     guest.sh(
         "mount -t ext4 /dev/xvda /mnt && dd if=/dev/zero of=/mnt/new bs=64k count=16 conv=fsync && "
         "umount /mnt && e2fsck -fn /dev/xvda"
     )
+    return layouts
+
+
+def test_grub_pvh(xen, kernel):
+    """GRUB for PVH is a 32-bit program and uses the ring in that layout.
+
+    Rows: BE-05, BE-07, BE-42
+    """
+    layouts = boot(xen, kernel, "grub-i386-xen_pvh.bin", kernel.vmlinuz, "pvh")
+    assert layouts == ["x86_32-abi", "x86_64-abi"]
+
+
+def test_grub_pv(xen, kernel):
+    """GRUB for PV guests cannot unpack Debian's kernel, so it gets what is in it.
+
+    Rows: BE-05, BE-07
+    """
+    layouts = boot(xen, kernel, "grub-x86_64-xen.bin", kernel.vmlinux, "pv")
+    assert layouts == ["x86_64-abi"] * 2
