@@ -3,7 +3,8 @@
 
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
-from harness.handmade import CODES
+from harness.handmade import HandMade
+from harness.toolstack import CODES
 from harness.xenhost import Disk
 
 XENTOP = "/usr/lib/xen-4.20/bin/xentop"
@@ -16,13 +17,24 @@ max_persistent_grants 644 1056
 max_queues 644 2
 max_ring_page_order 444 4
 persistent_grant_unused_seconds 644 60"""
+DESCRIPTION = {
+    "feature-max-indirect-segments": "256",
+    "multi-queue-max-queues": "2",
+    "max-ring-page-order": "4",
+    "sectors": "131072",
+    "info": "5",
+    "sector-size": "512",
+    "physical-sector-size": "4096",
+}
+"""What is written of a read-only RAM disk that is a CD-ROM drive to the guest."""
 STATISTICS = "ds_req f_req oo_req rd_req rd_sect wr_req wr_sect"
 
 
 def test_backend_interface(xen):
-    """Parameters, files in sysfs, names of threads, and the numbers of xentop.
+    """Parameters, files in sysfs, nodes, names of threads, and the numbers of xentop.
 
-    Rows: BE-03, BE-30, BE-31, BE-32, BE-33, BE-34, BE-35, BE-36, BE-37
+    Rows: BE-02, BE-03, BE-06, BE-20, BE-21, BE-24, BE-30, BE-31, BE-32, BE-33, BE-34, BE-35, BE-36,
+    BE-37
     """
     host = xen(waiting=TWO_VCPUS, tools=[XENTOP])
     host.load_backend("max_queues=2")
@@ -61,6 +73,15 @@ def test_backend_interface(xen):
         sum(statistics(host, device)[name] for device in devices.values())
         for name in ("oo_req", "rd_req", "wr_req", "rd_sect", "wr_sect")
     ]
+
+    disk = HandMade(host, guest, "xvdc")
+    disk.offer(mode="r")
+    host.sh(f"xenstore-write {disk.front}/device-type cdrom")
+    disk.wait_for(front=3)
+    disk.give("/dev/ram1")
+    guest.wait_for_disk("xvdc")
+    nodes = "\n".join(f"xenstore-read {disk.back}/{name}" for name in DESCRIPTION)
+    assert host.sh(nodes).split() == list(DESCRIPTION.values())
 
 
 def statistics(host, device):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""A disk whose device does not exist fails with a message; nothing else suffers."""
+"""A disk that cannot be served fails with a message; nothing else suffers."""
 
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
@@ -7,18 +7,45 @@ from harness.xenhost import Disk
 NONSENSE = {"xen-blkback": ("fff:ffff",), "rblkback": ("fff:ffff", "nonsense", "1:zz")}
 """What does not look like a device number at all, the C backend waits for to become one."""
 
+SWAP = (
+    "dd if=/dev/zero of=/tmp/swap bs=1M count=4 2>/dev/null; losetup /dev/loop0 /tmp/swap; "
+    "mkswap /dev/loop0; swapon /dev/loop0"
+)
 
-def test_bad_physical_device(host):
+
+def error_of(host, guest, code):
+    """What the backend says is wrong with a disk."""
+    node = f"/local/domain/0/error/backend/vbd/{guest.domid}/{code}/error"
+    host.wait_for(f"xenstore-exists {node}")
+    return host.xenstore_read(node)
+
+
+def test_bad_physical_device(host, record_property):
+    """A disk that is not there, or that dom0 uses itself. The C backend serves the latter.
+
+    Rows: BE-01, BE-52, B-22
+    """
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
     for number, nonsense in enumerate(NONSENSE[host.pair.back.name]):
         vdev, code = f"xvd{'bcd'[number]}", 51728 + 16 * number
         host.run(f"xl block-attach {guest.name} '{Disk(vdev, nonsense).specification()}'")
-        node = f"/local/domain/0/error/backend/vbd/{guest.domid}/{code}/error"
-        host.wait_for(f"xenstore-exists {node}")
-        assert host.xenstore_read(node)
+        assert error_of(host, guest, code)
         assert guest.run(f"[ -b /dev/{vdev} ]")[0] != 0
         host.sh(f"xl block-detach --force {guest.name} {vdev}")
     guest.sh("dd if=/dev/zero of=/dev/xvda bs=64k count=16 conv=fsync")
     host.attach(guest, Disk("xvde", "/dev/ram0", mode="r"))
     guest.wait_for_disk("xvde")
+
+    host.sh(SWAP)
+    host.attach(guest, Disk("xvdf", "/dev/loop0"))
+    if host.pair.back.name == "rblkback":
+        assert "in use here" in error_of(host, guest, 51792)
+        host.sh(f"xl block-detach --force {guest.name} xvdf; swapoff /dev/loop0")
+        host.attach(guest, Disk("xvdf", "/dev/loop0"))
+        guest.wait_for_disk("xvdf")
+        assert host.run("swapon /dev/loop0")[0] != 0
+    else:
+        guest.wait_for_disk("xvdf")
+        record_property("c_fails", "B-22")
+        host.sh("swapoff /dev/loop0")

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0
+"""What a domain's disks share, and whom their I/O counts for."""
+
+from harness.counts import xen_counts
+from harness.evidence import assert_served_by_pair
+from harness.handmade import HandMade
+from harness.xenhost import Disk
+
+PART = 32
+"""Pages that a queue adds to the budget of its domain."""
+DISKS = {"xvda": "/dev/rblk0", "xvdb": "/dev/ram0", "xvdc": "/dev/ram1"}
+PARAMETERS = "/sys/module/rblk_ramdisk/parameters"
+WRITE, KEEP = 2, 3
+
+WORK = """
+yes "$DISKS" | head -c 2097152 > /tmp/data
+for disk in $DISKS; do
+	for part in 0 1 2 3; do
+		dd if=/tmp/data of=/dev/$disk bs=512k skip=$part seek=$part count=1 oflag=direct &
+	done
+done 2> /dev/null
+wait
+for disk in $DISKS; do
+	dd if=/dev/$disk bs=512k count=4 iflag=direct 2> /dev/null | cmp - /tmp/data || exit 1
+done
+"""
+"""Writes 2 MiB of each disk by four processes at once, and compares it."""
+
+GROUPS = """
+mount -t cgroup2 none /sys/fs/cgroup
+cd /sys/fs/cgroup
+mkdir -p guests/named guests/moved
+echo +io > cgroup.subtree_control
+echo +io > guests/cgroup.subtree_control
+"""
+
+
+def mapped(host, guest):
+    """How many pages of a guest dom0 has mapped, as Xen counts them."""
+    return xen_counts(host)["grants"].get(str(guest.domid), 0)
+
+
+def test_budget(xen, test_modules, record_property):
+    """A busy disk may have the pages that other disks of its domain do not use now.
+
+    They get them back when they need them, and all together never have more. What
+    is beyond the budget waits. In the C module each queue has a limit of its own.
+
+    Rows: BE-08, BE-31, BE-44, BE-45, B-11, B-15
+    """
+    front = "max_indirect_segments=128"
+    host = xen(modules=[test_modules / "rblk_ramdisk.ko"], front_parameters=front)
+    host.load_backend(
+        f"max_persistent_grants={PART} max_buffer_pages={PART} persistent_grant_unused_seconds=0"
+    )
+    host.insmod("rblk_ramdisk", f"size_mib=2 only={WRITE} timeout_ms=600000")
+    host.ram_disks(len(DISKS) - 1, megabytes=2)
+    disks = [Disk(vdev, target) for vdev, target in DISKS.items()]
+    guest = host.start_guest(disks=disks)
+    assert_served_by_pair(host, guest)
+    ours = host.pair.back.name == "rblkback"
+    idle = mapped(host, guest)
+    guest.sh(f"DISKS=xvda\n{WORK}")
+    alone = mapped(host, guest) - idle
+    print(f"pages mapped: idle {idle}, xvda alone {alone}")
+    assert (alone > PART) == ours
+    if not ours:
+        record_property("c_fails", "B-11")
+    for _round in range(2):
+        guest.sh(f"DISKS='{' '.join(DISKS)}'\n{WORK}")
+        together = mapped(host, guest) - idle
+        print(f"pages mapped: together {together}")
+        assert PART < together <= PART * len(DISKS)
+    if not ours:
+        return
+    guest.unload_frontend()
+    guest.load_frontend(f"feature_persistent=0 {front}")
+    guest.wait_for_disk("xvda")
+    host.sh(f"echo {KEEP} > {PARAMETERS}/mode; : < /dev/rblk0")
+    guest.sh(f"(DISKS=xvda\n{WORK}\ntouch /tmp/good) > /dev/null 2>&1 &")
+    host.wait_for(f"[ $(cat /sys/bus/xen-backend/devices/vbd-*-51712/statistics/oo_req) != 0 ]")
+    host.sh(f"echo 0 > {PARAMETERS}/mode; : < /dev/rblk0")
+    guest.wait_for("[ -e /tmp/good ]")
+
+
+def written(host, group):
+    """Bytes that are charged to a cgroup as written."""
+    text = host.sh(f"cat /sys/fs/cgroup/guests/{group}/io.stat")
+    return sum(int(word[7:]) for word in text.split() if word.startswith("wbytes="))
+
+
+def test_io_owner(xen, record_property):
+    """I/O is charged to the cgroup that the script names, with the priority that it names.
+
+    One that is not there is an error. A person may also move a thread of the
+    backend to a cgroup, as with the C module, which does not read these nodes.
+
+    Rows: B-14
+    """
+    host = xen()
+    host.load_backend()
+    host.ram_disks(2)
+    host.sh(GROUPS)
+    guest = host.start_guest(disks=[])
+    named, plain, lost = (HandMade(host, guest, vdev) for vdev in ("xvdb", "xvdc", "xvdd"))
+    named.offer(cgroup="/guests/named", io_priority="best-effort/7")
+    plain.offer()
+    lost.offer(cgroup="/guests/nowhere")
+    for disk, target in ((named, "/dev/ram0"), (plain, "/dev/ram1"), (lost, "/dev/ram0")):
+        disk.wait_for(front=3)
+        disk.give(target)
+    guest.wait_for("[ -b /dev/xvdb -a -b /dev/xvdc ]")
+    assert_served_by_pair(host, guest, "xvdb")
+    threads = {
+        vdev: host.sh(f"grep -l '[.]{vdev}-0' /proc/[0-9]*/comm").split("/")[2]
+        for vdev in ("xvdb", "xvdc")
+    }
+    host.sh(f"echo {threads['xvdc']} > /sys/fs/cgroup/guests/moved/cgroup.procs")
+    for vdev in threads:
+        guest.sh(f"dd if=/dev/zero of=/dev/{vdev} bs=64k count=16 oflag=direct")
+    assert written(host, "moved") == 16 << 16
+    if host.pair.back.name != "rblkback":
+        assert written(host, "named") == 0
+        record_property("c_fails", "B-14")
+        return
+    assert written(host, "named") == 16 << 16
+    assert host.sh(f"ionice -p {threads['xvdb']}") == "best-effort: prio 7"
+    error = f"/local/domain/0/error/backend/vbd/{guest.domid}/{lost.code}/error"
+    assert 'cgroup = "/guests/nowhere"' in host.xenstore_read(error)
+    assert guest.run("[ -b /dev/xvdd ]")[0] != 0
