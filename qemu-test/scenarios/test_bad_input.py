@@ -168,6 +168,8 @@ def test_bad_frontend(host):
 
     The C backend is no control here: it warns, with a stack trace, when it is
     detached from a frontend that it never connected to.
+
+    Rows: BE-07, BE-09, BE-10, BE-11, B-18
     """
     guest = host.start_guest(disks=[])
     guest.unload_frontend()

@@ -11,7 +11,7 @@ FIO = (
 
 
 def test_four_vcpus(xen):
-    """Rows: FE-06, FE-23, FE-50"""
+    """Rows: FE-06, FE-23, FE-50, BE-09, BE-21, BE-41"""
     host = xen(waiting=None)
     host.load_backend("max_queues=4")
     host.ram_disks()

@@ -85,8 +85,7 @@ def start(xen, test_modules):
 
 def remove(host, guest, vdev, code):
     """Detaches a disk; nothing of it stays."""
-    status, output = host.detach(guest, vdev)
-    assert status == 0, output
+    host.detach(guest, vdev)
     host.wait_for(f"! xenstore-exists /local/domain/0/backend/vbd/{guest.domid}/{code}")
     guest.wait_for(f"[ ! -e /sys/bus/xen/devices/vbd-{code} ]")
 
@@ -113,7 +112,7 @@ def assert_answers(report, excused=()):
         assert after == "okay", (case, after)
 
 
-def test_hostile_frontend(xen, test_modules):
+def test_hostile_frontend(xen, test_modules, record_property):
     """Every wrong request is answered as such, and a broken ring ends its own disk only.
 
     The C backend is the control for what a request must be answered by. It takes
@@ -121,9 +120,13 @@ def test_hostile_frontend(xen, test_modules):
     flush a disk that is read-only. It does not close a disk whose ring is broken,
     warns, with a stack trace, of one that it cannot connect to, and does not know
     the Arm layout.
+
+    Rows: BE-07, BE-10, BE-42, BE-43, BE-50, B-10
     """
     host, guest, before = start(xen, test_modules)
     ours = host.pair.back.name == "rblkback"
+    if not ours:
+        record_property("c_fails", "B-10")
 
     guest.sh(f"echo {int(not ours)} > {PARAMETERS}/gentle")
     report = play(host, guest, ALL)

@@ -6,7 +6,7 @@ from harness.xenhost import Disk
 
 
 def test_read_only_disk(host):
-    """Rows: FE-54"""
+    """Rows: FE-54, BE-02"""
     host.sh("yes precious | dd of=/dev/ram0 bs=1M count=4 iflag=fullblock conv=fsync")
     before = host.sh("sha256sum /dev/ram0")
     guest = host.start_guest(disks=[Disk("xvda", "/dev/ram0", mode="r")])
