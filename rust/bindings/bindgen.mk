@@ -23,11 +23,15 @@ quiet_cmd_bindgen_ext = BINDGEN $@
 bindings := $(obj)/rust/bindings
 
 # Whole files are taken, and none of the files that they include. Types that the
-# stock bindings have too are left to them.
+# stock bindings have too are left to them: those of Xen in a kernel that can be dom0,
+# for there <xen/xen.h>, which other headers include, includes the interface.
+bindgen_xen_types := $(if $(CONFIG_XEN_DOM0),--blocklist-type domid_t, \
+	$(patsubst %,--allowlist-file .*/include/asm/%,xen/interface.h xen/interface_64.h pvclock-abi.h) \
+	--no-copy xen_pfn_t)
 $(bindings)/headers_generated.rs: private bindgen_ext_flags = \
 	$(shell sed -n 's,^.include <\(.*\)>.*,--allowlist-file .*/include/\1,p' \
 		$(src)/rust/bindings/headers.h) \
-	--no-recursive-allowlist --blocklist-type bio_vec --blocklist-type domid_t
+	--no-recursive-allowlist --blocklist-type bio_vec $(bindgen_xen_types)
 $(bindings)/headers_generated.rs: $(src)/rust/bindings/headers.h FORCE
 	$(call if_changed_dep,bindgen_ext)
 
