@@ -77,7 +77,7 @@ def life_of_a_disk(host, storage, guest):
 def test_driver_domain(xen):
     """The second life leaves no more behind than the first, as Xen counts it.
 
-    On the debug kernel one life has to do, for it takes three times as long there.
+    On the debug kernel, which is slow, one life has to do.
     """
     host = xen()
     storage = host.start_storage()
