@@ -134,6 +134,7 @@ HYPERCALLS = (
 LINUX_EVENTS = {
     "switches": ("__switch_to_asm", "-"),
     "copied": ("memcpy", "rdx"),
+    "pages_copied": ("copy_page", "-"),
     "allocations": ("kmem_cache_alloc_noprof", "-"),
     "kmalloc": ("__kmalloc_noprof", "-"),
     "kmalloc_cache": ("__kmalloc_cache_noprof", "-"),

@@ -8,6 +8,11 @@ void rust_helper_memcpy_page(struct page *dst_page, size_t dst_off,
 	memcpy_page(dst_page, dst_off, src_page, src_off, len);
 }
 
+void rust_helper_copy_highpage(struct page *to, struct page *from)
+{
+	copy_highpage(to, from);
+}
+
 void rust_helper_memcpy_from_page(char *to, struct page *page, size_t offset,
 				  size_t len)
 {

@@ -228,6 +228,14 @@ impl<'a> PageSliceMut<'a> {
     /// Where the two overlap, the result is any mix of the old bytes.
     pub fn copy_from(&self, src: PageSlice<'_>) -> usize {
         let len = self.len().min(src.len);
+        if len == PAGE_SIZE {
+            // The kernel copies whole pages in the way that is best for the processor.
+            //
+            // SAFETY: Ranges of this length are whole pages, which live by the type invariants; the
+            // destination may be written.
+            unsafe { bindings_ext::copy_highpage(self.0.page.as_ptr(), src.page.as_ptr()) };
+            return len;
+        }
         // SAFETY: By the type invariants both ranges are within pages that live, and the
         // destination may be written.
         unsafe {
