@@ -151,6 +151,9 @@ impl WaitQueue {
             }
             // SAFETY: The state of the current task was set above.
             timeout = unsafe { bindings::schedule_timeout(timeout) };
+            if condition() {
+                break true;
+            }
         };
         // SAFETY: The entry was queued above, if at all, on this queue. After this it is on none, so
         // that it may go out of scope.

@@ -30,6 +30,9 @@ const IRQ_HANDLED: bindings::irqreturn_t = bindings::irqreturn::IRQ_HANDLED;
 #[cfg(not(irqreturn_is_newtype))]
 const IRQ_HANDLED: bindings::irqreturn_t = bindings::irqreturn_IRQ_HANDLED;
 
+/// As many ports as a domain can have.
+const PORTS: bindings_ext::evtchn_port_t = bindings_ext::EVTCHN_FIFO_NR_CHANNELS;
+
 /// What a [`Handler`] has made of an event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
@@ -180,7 +183,7 @@ impl<T: Handler> Channel<T> {
                     argument,
                 )
             };
-            Ok((irq, Notify::Irq))
+            Ok((irq, port_of(irq).map_or(Notify::Irq, Notify::Port)))
         })
     }
 
@@ -211,7 +214,7 @@ impl<T: Handler> Channel<T> {
         })
     }
 
-    /// Our port, for xenstore. Only an end made by [`Self::alloc_unbound`] knows it.
+    /// Our port, for xenstore. An end made by [`Self::bind_interdomain`] may not know it.
     pub fn port(&self) -> Option<u32> {
         match self.notify {
             Notify::Port(port) => Some(port),
@@ -219,7 +222,7 @@ impl<T: Handler> Channel<T> {
         }
     }
 
-    /// What wakes the other domain without this. Only an end made by [`Self::alloc_unbound`] has it.
+    /// What wakes the other domain without this, if our port is known.
     pub fn doorbell(&self) -> Option<Doorbell> {
         self.port().map(Doorbell)
     }
@@ -276,6 +279,14 @@ impl<T: Handler> Channel<T> {
         unsafe { shared.end(irq as ffi::c_uint, spurious) };
         IRQ_HANDLED
     }
+}
+
+/// The port of an interrupt that is bound. The glue code tells only whose interrupt a port is, so they
+/// are looked through: that is done once, and an event sent by its port costs a look-up less.
+fn port_of(irq: ffi::c_int) -> Option<bindings_ext::evtchn_port_t> {
+    let irq = ffi::c_uint::try_from(irq).ok()?;
+    // SAFETY: The function takes any number.
+    (1..PORTS).find(|port| unsafe { bindings_ext::irq_from_evtchn(*port) } == irq)
 }
 
 /// What the interrupt of a channel gets.
