@@ -50,7 +50,7 @@ enum Found {
 impl Handler for Queue {
     fn handle(&self) -> Eoi {
         let mut answers = 0u32;
-        let mut done: [_; AT_ONCE] = core::array::from_fn(|_| None);
+        let mut done = [const { None }; AT_ONCE];
         loop {
             let found = self.take(&mut done, &mut answers);
             self.finish_all(&mut done);
@@ -72,9 +72,9 @@ impl Queue {
             return Found::Broken;
         }
         for place in done {
-            match self.next(&mut inner, answers) {
-                Ok(Some(waiting)) => *place = Some(waiting),
-                Ok(None) => {
+            match self.next(&mut inner, answers, place) {
+                Ok(true) => {}
+                Ok(false) => {
                     let link = inner.link.as_mut();
                     let more = link.is_some_and(|link| link.ring.final_check(1));
                     return if more { Found::More } else { Found::Drained };
@@ -89,24 +89,29 @@ impl Queue {
         Found::More
     }
 
-    /// The next request that is complete, or `None` if the ring is empty.
-    fn next(&self, inner: &mut Inner, answers: &mut u32) -> Result<Option<Waiting>, ()> {
+    /// Puts the next request that is complete to `place`. `false` if the ring is empty.
+    fn next(
+        &self,
+        inner: &mut Inner,
+        answers: &mut u32,
+        place: &mut Option<Waiting>,
+    ) -> Result<bool, ()> {
         loop {
             let Some(link) = &mut inner.link else {
-                return Ok(None);
+                return Ok(false);
             };
             let response = match link.ring.take_response() {
                 Ok(Some(response)) => response,
-                Ok(None) => return Ok(None),
+                Ok(None) => return Ok(false),
                 Err(error) => {
                     self.complain_ring(error);
                     return Err(());
                 }
             };
             *answers = answers.wrapping_add(1);
-            match inner.slots.answer(&response) {
-                Ok(Some(waiting)) => return Ok(Some(waiting)),
-                Ok(None) => {}
+            match inner.slots.answer(&response, place) {
+                Ok(true) => return Ok(true),
+                Ok(false) => {}
                 Err(_) => {
                     ratelimited!(pr_err!(
                         "{}: the backend has answered id {:#x} operation {}, which nobody asked for; closing the device\n",
@@ -132,8 +137,14 @@ impl Queue {
             }
         }
         let mut batch = EndBatch::new();
-        for waiting in done.iter_mut().map_while(Option::take) {
-            self.finish(waiting, &mut batch);
+        for place in done {
+            if let Some(rq) = Waiting::take_simple(place) {
+                self.end(rq, BlkStatus::OK, &mut batch);
+            } else if let Some(waiting) = place.take() {
+                self.finish(waiting, &mut batch);
+            } else {
+                break;
+            }
         }
     }
 
@@ -142,14 +153,23 @@ impl Queue {
         let status = waiting.blk_status();
         let refused = waiting.status == Status::NotSupported;
         match waiting.release() {
-            Ok(rq) if status.is_ok() && is_copied_later(&rq) => rq.complete(),
             Ok(rq) => {
                 if refused {
                     self.revoke(rq.op());
                 }
-                batch.end(rq, status);
+                self.end(rq, status, batch);
             }
             Err(waiting) => self.complain_pages(waiting),
+        }
+    }
+
+    /// Ends a request, or has it end where its data is copied.
+    #[inline]
+    fn end(&self, rq: Started, status: BlkStatus, batch: &mut EndBatch) {
+        if status.is_ok() && is_copied_later(&rq) {
+            rq.complete();
+        } else {
+            batch.end(rq, status);
         }
     }
 
@@ -253,8 +273,25 @@ impl Waiting {
         }
     }
 
+    /// Takes out a request that has gone well and needs nothing more. The other ones stay.
+    #[inline]
+    fn take_simple(place: &mut Option<Self>) -> Option<Started> {
+        let simple = |waiting: &Self| {
+            waiting.status == Status::Okay && matches!(waiting.held, Held::Bounced(_))
+        };
+        if !place.as_ref().is_some_and(simple) {
+            return None;
+        }
+        // Nothing else is moved than the request.
+        match place.take()?.held {
+            Held::Bounced(rq) => Some(rq),
+            Held::Direct { .. } => None,
+        }
+    }
+
     /// Ends the grants of the request's own pages, and gives the request back, unless the backend
     /// still uses one of them. Then it can be tried again.
+    #[inline]
     pub(crate) fn release(self) -> Result<Started, Self> {
         let (granted, indirect) = match self.held {
             Held::Bounced(rq) => return Ok(rq),

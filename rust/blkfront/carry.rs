@@ -135,6 +135,14 @@ impl<'a> Lists<'a> {
         self.held.request().data().pieces.iter().copied()
     }
 
+    /// The segments of a request that is small.
+    #[inline]
+    pub(crate) fn all(&self) -> impl Iterator<Item = WireSegment> + 'a {
+        let held = self.held;
+        core::iter::zip(&held.request().data().pieces, 0usize..)
+            .filter_map(move |(piece, index)| Some(piece.segment(held.reference(index)?)))
+    }
+
     /// The segments of a part.
     pub(crate) fn segments(&self, part: &Part) -> impl Iterator<Item = WireSegment> + 'a {
         let held = self.held;

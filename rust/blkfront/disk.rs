@@ -27,6 +27,7 @@ use kernel_ext::block::mq::QueueLimits;
 use kernel_ext::block::mq::Queued;
 use kernel_ext::block::mq::Rejected;
 use kernel_ext::block::mq::Request;
+use kernel_ext::block::mq::RequestList;
 
 use crate::carry::Carry;
 use crate::queue::Order;
@@ -176,6 +177,16 @@ impl Operations for Disk {
             }
         };
         queue.submit(rq, order, last)
+    }
+
+    fn queue_rqs<'q>(
+        hw_queue: HwQueue<'q, Self>,
+        requests: RequestList<Self, Queued<'q>>,
+    ) -> RequestList<Self, Queued<'q>> {
+        match hw_queue.queue_data().queue(hw_queue.index()) {
+            Some(queue) => queue.submit_all(requests),
+            None => requests,
+        }
     }
 
     fn commit_rqs(hw_queue: HwQueue<'_, Self>) {

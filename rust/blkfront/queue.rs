@@ -4,7 +4,7 @@
 //!
 //! A request is prepared without the lock: pages are found, data is copied. Then it is started, and
 //! put into the ring under the lock. The backend sees it when its batch is published, and is
-//! notified once for the batch, without the lock.
+//! notified once for the batch, without the lock. Small requests of a plug go through this together.
 
 use blkif::negotiate::Discard;
 use blkif::negotiate::Flush;
@@ -16,17 +16,21 @@ use blkif::plan::SlotLimits;
 use blkif::vdev::Name;
 use blkif::wire::op;
 use blkif::wire::WireRequest;
+use blkif::wire::DIRECT_SEGMENTS;
 use kernel::cpu::CpuId;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel_ext::base::irq_spinlock::new_irq_spinlock;
 use kernel_ext::base::irq_spinlock::IrqSpinLock;
+use kernel_ext::base::irq_spinlock::IrqSpinLockGuard;
 use kernel_ext::block::mq;
 use kernel_ext::block::mq::BlkStatus;
+use kernel_ext::block::mq::InFlight;
 use kernel_ext::block::mq::Op;
 use kernel_ext::block::mq::Queued;
 use kernel_ext::block::mq::Rejected;
 use kernel_ext::block::mq::Request;
+use kernel_ext::block::mq::RequestList;
 use kernel_ext::ratelimited;
 use kernel_ext::xen::events::Doorbell;
 use kernel_ext::xen::grant::Access;
@@ -166,17 +170,38 @@ struct Needs {
 }
 
 impl Needs {
+    #[inline]
     fn new(terms: &Terms, pieces: u32) -> Self {
-        let lists = terms.limits.grants(pieces).saturating_sub(pieces);
+        let (slots, indirect) = if is_small(pieces) {
+            (1, 0)
+        } else {
+            let lists = terms.limits.grants(pieces).saturating_sub(pieces);
+            (terms.limits.slots(pieces) as usize, lists as usize)
+        };
         let bounced = if terms.bounce { pieces } else { 0 };
         Self {
             pieces,
-            // What moves no data needs a slot too.
-            slots: terms.limits.slots(pieces).max(1) as usize,
+            slots,
             data: bounced as usize,
-            indirect: lists as usize,
+            indirect,
             grants: pieces.saturating_sub(bounced) as u16,
         }
+    }
+}
+
+/// Whether so many pieces of data, or none, take one slot and nothing else.
+#[inline]
+fn is_small(pieces: u32) -> bool {
+    pieces as usize <= DIRECT_SEGMENTS
+}
+
+/// What a request asks for, if it moves data.
+#[inline]
+fn direction<S: mq::State>(rq: &Request<Disk, S>) -> Option<Direction> {
+    match rq.op() {
+        Op::Read => Some(Direction::Read),
+        Op::Write => Some(Direction::Write),
+        Op::Flush | Op::Discard | Op::SecureErase | Op::WriteZeroes | Op::Other(_) => None,
     }
 }
 
@@ -196,6 +221,25 @@ impl Inner {
     fn publish(&mut self) -> Option<Doorbell> {
         let link = self.link.as_mut()?;
         link.ring.publish().then_some(link.doorbell)
+    }
+
+    /// Promises slots, and takes pages out of the pool as far as there are any. `false`: there are no
+    /// slots now.
+    #[inline]
+    fn promise(&mut self, terms: &Terms, carry: &mut Carry, needs: &Needs) -> bool {
+        if !self.slots.promise(needs.slots) {
+            return false;
+        }
+        if carry.generation != terms.generation {
+            // Pages of a request that was kept when its connection ended: they are granted to that
+            // connection's backend, and after a restore to nobody.
+            carry.data.clear();
+            carry.indirect.clear();
+            carry.generation = terms.generation;
+        }
+        self.pool.take(&mut carry.data, needs.data);
+        self.pool.take(&mut carry.indirect, needs.indirect);
+        true
     }
 
     /// Takes out a request that waits for answers, or for its pages.
@@ -345,6 +389,101 @@ impl Queue {
         result.map(|_put| ())
     }
 
+    /// Takes requests of a plug together, and shows them to the backend at once. Gives back those that
+    /// are to be taken one by one: all that are not small and bounced, or cannot be taken now.
+    pub(crate) fn submit_all<'q>(
+        &self,
+        mut requests: RequestList<Disk, Queued<'q>>,
+    ) -> RequestList<Disk, Queued<'q>> {
+        let mut left = RequestList::new();
+        let mut small = RequestList::new();
+        while let Some(mut rq) = requests.pop() {
+            if note_small(&mut rq) {
+                small.push(rq);
+            } else {
+                left.push(rq);
+            }
+        }
+        let Some((terms, promised)) = self.promise_all(small, &mut left) else {
+            return left;
+        };
+        let started = self.start_all(&terms, promised, &mut left);
+        self.put_all(&terms, started);
+        left
+    }
+
+    /// Promises what the requests need, with one look at the lock.
+    fn promise_all<'q>(
+        &self,
+        mut requests: RequestList<Disk, Queued<'q>>,
+        left: &mut RequestList<Disk, Queued<'q>>,
+    ) -> Option<(Terms, RequestList<Disk, Queued<'q>>)> {
+        let mut promised = RequestList::new();
+        let mut inner = self.inner.lock();
+        let terms = match inner.state {
+            State::Live(terms) if terms.bounce => terms,
+            _ => {
+                left.append(requests);
+                return None;
+            }
+        };
+        while let Some(mut rq) = requests.pop() {
+            let carry = rq.data_mut();
+            let needs = Needs::new(&terms, carry.pieces.len() as u32);
+            if inner.promise(&terms, carry, &needs) {
+                promised.push(rq);
+            } else {
+                left.push(rq);
+            }
+        }
+        Some((terms, promised))
+    }
+
+    /// Prepares and starts requests.
+    fn start_all<'q>(
+        &self,
+        terms: &Terms,
+        mut requests: RequestList<Disk, Queued<'q>>,
+        left: &mut RequestList<Disk, Queued<'q>>,
+    ) -> RequestList<Disk, InFlight> {
+        let mut started = RequestList::new();
+        while let Some(mut rq) = requests.pop() {
+            let needs = Needs::new(terms, rq.data().pieces.len() as u32);
+            if self.bring_pages(&mut rq, terms, needs).is_ok() {
+                started.push(rq.start());
+            } else {
+                self.break_promise(rq.data_mut(), needs);
+                left.push(rq);
+            }
+        }
+        started
+    }
+
+    /// Puts requests into the slots that were promised to them, and shows them to the backend.
+    fn put_all(&self, terms: &Terms, mut requests: RequestList<Disk, InFlight>) {
+        if requests.is_empty() {
+            return;
+        }
+        let mut inner = self.inner.lock();
+        while let Some(rq) = requests.pop() {
+            let needs = Needs::new(terms, rq.data().pieces.len() as u32);
+            let Some(direction) = direction(&rq) else {
+                // Others are not small.
+                continue;
+            };
+            let order = Order::Transfer(direction);
+            if let Err(waiting) = self.keep(&mut inner, Held::Bounced(rq), order, terms, needs) {
+                self.give_up(inner, waiting);
+                return;
+            }
+        }
+        let doorbell = inner.publish();
+        drop(inner);
+        if let Some(doorbell) = doorbell {
+            doorbell.ring();
+        }
+    }
+
     /// Shows the backend what was put into the ring, and notifies it if it wants that.
     pub(crate) fn commit(&self) {
         let doorbell = self.inner.lock().publish();
@@ -405,14 +544,25 @@ impl Queue {
         terms: &Terms,
         needs: Needs,
     ) -> Result<GrantReserve> {
+        let reserve = GrantReserve::new(needs.grants)?;
+        self.bring_pages(rq, terms, needs)?;
+        Ok(reserve)
+    }
+
+    /// Gets pages that the pool did not have, and copies the data of a write that is bounced.
+    #[inline]
+    fn bring_pages<S: mq::State>(
+        &self,
+        rq: &mut Request<Disk, S>,
+        terms: &Terms,
+        needs: Needs,
+    ) -> Result {
         let carry = rq.data_mut();
         if carry.data.len() < needs.data || carry.indirect.len() < needs.indirect {
             self.signal.raise(Cause::Grown);
+            pool::grow(terms.domain, &mut carry.data, needs.data)?;
+            pool::grow(terms.domain, &mut carry.indirect, needs.indirect)?;
         }
-        pool::grow(terms.domain, &mut carry.data, needs.data)?;
-        pool::grow(terms.domain, &mut carry.indirect, needs.indirect)?;
-        let reserve = GrantReserve::new(needs.grants)?;
-
         if terms.bounce && rq.op() == Op::Write {
             for (segment, page) in rq.segments().zip(&rq.data().data) {
                 if let Some(copy) = page.slice_mut(segment.offset(), segment.len()) {
@@ -420,7 +570,7 @@ impl Queue {
                 }
             }
         }
-        Ok(reserve)
+        Ok(())
     }
 
     /// Promises slots, and takes pages out of the pool as far as there are any.
@@ -436,19 +586,11 @@ impl Queue {
             return Promise::Ended(status);
         }
         let needs = Needs::new(&terms, pieces);
-        if !inner.slots.promise(needs.slots) {
-            return Promise::Later;
+        if inner.promise(&terms, carry, &needs) {
+            Promise::Given(terms, needs)
+        } else {
+            Promise::Later
         }
-        if carry.generation != terms.generation {
-            // Pages of a request that was kept when its connection ended: they are granted to that
-            // connection's backend, and after a restore to nobody.
-            carry.data.clear();
-            carry.indirect.clear();
-            carry.generation = terms.generation;
-        }
-        inner.pool.take(&mut carry.data, needs.data);
-        inner.pool.take(&mut carry.indirect, needs.indirect);
-        Promise::Given(terms, needs)
     }
 
     /// Takes back what was promised to a request that is not put into the ring.
@@ -463,31 +605,8 @@ impl Queue {
     /// the last one of a batch.
     fn put(&self, held: Held, order: Order, terms: &Terms, needs: Needs, last: bool) {
         let mut inner = self.inner.lock();
-        inner.slots.unpromise(needs.slots);
-        let lists = Lists::new(&held);
-        let (first, parts) = match order {
-            Order::Transfer(direction) => {
-                self.put_parts(&mut inner, &lists, direction, terms, needs)
-            }
-            Order::Flush => self.put_single(&mut inner, |id| {
-                let operation = terms.flush.operation().unwrap_or(op::FLUSH_DISKCACHE);
-                plan::flush(operation, self.handle, id)
-            }),
-            Order::Discard { secure } => self.put_single(&mut inner, |id| {
-                let rq = held.request();
-                let sectors = u64::from(rq.bytes() >> 9);
-                plan::discard(self.handle, id, rq.sector(), sectors, secure)
-            }),
-        };
-
-        let waiting = Waiting::new(held, parts);
-        if let Err(waiting) = inner.slots.keep(first, waiting) {
-            // The slots were promised, so this cannot be. It means that something is in the ring of
-            // which we know nothing: give the ring up.
-            inner.broken = true;
-            drop(inner);
-            self.signal.raise(Cause::Failed);
-            drop(waiting);
+        if let Err(waiting) = self.keep(&mut inner, held, order, terms, needs) {
+            self.give_up(inner, waiting);
             return;
         }
         let doorbell = if last { inner.publish() } else { None };
@@ -495,6 +614,45 @@ impl Queue {
         if let Some(doorbell) = doorbell {
             doorbell.ring();
         }
+    }
+
+    /// Puts a request into the slots that were promised to it, and keeps it there.
+    #[inline]
+    fn keep(
+        &self,
+        inner: &mut Inner,
+        held: Held,
+        order: Order,
+        terms: &Terms,
+        needs: Needs,
+    ) -> Result<(), Waiting> {
+        inner.slots.unpromise(needs.slots);
+        let lists = Lists::new(&held);
+        let (first, parts) = match order {
+            Order::Transfer(direction) if is_small(needs.pieces) => self.put_single(inner, |id| {
+                plan::direct(direction, self.handle, id, lists.sector(), lists.all())
+            }),
+            Order::Transfer(direction) => self.put_parts(inner, &lists, direction, terms, needs),
+            Order::Flush => self.put_single(inner, |id| {
+                let operation = terms.flush.operation().unwrap_or(op::FLUSH_DISKCACHE);
+                plan::flush(operation, self.handle, id)
+            }),
+            Order::Discard { secure } => self.put_single(inner, |id| {
+                let rq = held.request();
+                let sectors = u64::from(rq.bytes() >> 9);
+                plan::discard(self.handle, id, rq.sector(), sectors, secure)
+            }),
+        };
+        inner.slots.keep(first, Waiting::new(held, parts))
+    }
+
+    /// Something is in the ring of which we know nothing, though slots were promised, so that this
+    /// cannot be: gives the ring up.
+    fn give_up(&self, mut inner: IrqSpinLockGuard<'_, Inner>, waiting: Waiting) {
+        inner.broken = true;
+        drop(inner);
+        self.signal.raise(Cause::Failed);
+        drop(waiting);
     }
 
     /// Puts the parts of a transfer; gives the first slot and how many there are.
@@ -552,6 +710,15 @@ impl Queue {
         inner.slots.await_answer(&claim, &request);
         Some(claim.number)
     }
+}
+
+/// Notes the data of a request, if it has some and is small.
+#[inline]
+fn note_small(rq: &mut Request<Disk, Queued<'_>>) -> bool {
+    let (segments, carry) = rq.segments_and_data();
+    let pieces = carry.note_pieces(segments);
+    // What has no data has no pieces.
+    pieces.is_some_and(|pieces| pieces != 0 && is_small(pieces))
 }
 
 /// Lets the backend use the data of a request that was started.

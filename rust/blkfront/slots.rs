@@ -175,8 +175,12 @@ impl Slots {
         }
     }
 
-    /// Takes an answer to account: gives the request that is complete by it, if one is.
-    pub(crate) fn answer(&mut self, response: &Response) -> Result<Option<Waiting>, Stray> {
+    /// Takes an answer to account. Whether a request is complete by it, which is put to `place` then.
+    pub(crate) fn answer(
+        &mut self,
+        response: &Response,
+        place: &mut Option<Waiting>,
+    ) -> Result<bool, Stray> {
         let id = RingId::from_wire(response.id);
         let slot = self.slots.get_mut(usize::from(id.tag())).ok_or(Stray)?;
         if slot.id != Some(id) || slot.operation != response.operation {
@@ -195,11 +199,11 @@ impl Slots {
         request.status = worse(request.status, response.status);
         request.missing = request.missing.saturating_sub(1);
         if request.missing > 0 {
-            return Ok(None);
+            return Ok(false);
         }
-        let complete = waiting.take();
+        *place = waiting.take();
         self.release(first);
-        Ok(complete)
+        Ok(true)
     }
 
     /// Takes out a request that waits, whatever is missing. For when the ring is gone.

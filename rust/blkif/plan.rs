@@ -217,6 +217,34 @@ pub struct Part {
     pub form: Form,
 }
 
+/// The request for a transfer whose segments stand in the slot. Those for which there is no room are
+/// left out.
+#[inline]
+pub fn direct(
+    direction: Direction,
+    handle: u16,
+    id: u64,
+    sector: u64,
+    segments: impl IntoIterator<Item = WireSegment>,
+) -> WireRequest {
+    let mut request = WireRequest::Rw(wire::Rw {
+        operation: direction.operation(),
+        nr_segments: 0,
+        handle,
+        id,
+        sector,
+        segments: [WireSegment::default(); DIRECT_SEGMENTS],
+    });
+    // Filled where they stay, for they are many to move.
+    if let WireRequest::Rw(rw) = &mut request {
+        for (slot, segment) in rw.segments.iter_mut().zip(segments) {
+            *slot = segment;
+            rw.nr_segments = rw.nr_segments.wrapping_add(1);
+        }
+    }
+    request
+}
+
 impl Part {
     /// The request for a part of form [`Form::Direct`]. `segments` are those of its pieces.
     #[inline]
@@ -227,18 +255,8 @@ impl Part {
         id: u64,
         segments: impl IntoIterator<Item = WireSegment>,
     ) -> WireRequest {
-        let mut slots = [WireSegment::default(); DIRECT_SEGMENTS];
-        for (slot, segment) in slots.iter_mut().zip(segments) {
-            *slot = segment;
-        }
-        WireRequest::Rw(wire::Rw {
-            operation: direction.operation(),
-            nr_segments: self.count as u8,
-            handle,
-            id,
-            sector: self.sector,
-            segments: slots,
-        })
+        let segments = segments.into_iter().take(self.count.into());
+        direct(direction, handle, id, self.sector, segments)
     }
 
     /// The request for a part of form [`Form::Indirect`]. `grefs` are those of the pages that hold

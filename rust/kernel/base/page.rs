@@ -44,6 +44,7 @@ impl Page {
         page::Page::alloc_page(flags).map(Self)
     }
 
+    #[inline]
     pub(crate) fn as_ptr(&self) -> *mut bindings::page {
         self.0.as_ptr()
     }
@@ -73,6 +74,7 @@ unsafe impl Sync for PageSlice<'_> {}
 
 impl<'a> PageSlice<'a> {
     /// Names `len` bytes of `page` from `offset` on, or [`None`] if they leave the page.
+    #[inline]
     pub fn new(page: &'a Page, offset: usize, len: usize) -> Option<Self> {
         if offset.checked_add(len)? > PAGE_SIZE {
             return None;
@@ -91,6 +93,7 @@ impl<'a> PageSlice<'a> {
     /// # Safety
     ///
     /// The type invariants of [`PageSlice`] hold for the arguments.
+    #[inline]
     pub(crate) unsafe fn from_raw(
         page: NonNull<bindings::page>,
         offset: usize,
@@ -106,26 +109,31 @@ impl<'a> PageSlice<'a> {
     }
 
     /// The page, for the other modules of this crate.
+    #[inline]
     pub(crate) fn page(&self) -> NonNull<bindings::page> {
         self.page
     }
 
     /// Where the bytes start in their page.
+    #[inline]
     pub fn offset(&self) -> usize {
         self.offset
     }
 
     /// How many bytes these are.
+    #[inline]
     pub fn len(&self) -> usize {
         self.len
     }
 
     /// Whether there is no byte at all.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
     /// `len` bytes of these, from `offset` on, or [`None`] if there are not as many.
+    #[inline]
     pub fn get(&self, offset: usize, len: usize) -> Option<Self> {
         if offset.checked_add(len)? > self.len {
             return None;
@@ -166,6 +174,7 @@ pub struct PageSliceMut<'a>(PageSlice<'a>);
 
 impl<'a> PageSliceMut<'a> {
     /// Names `len` bytes of `page` from `offset` on, or [`None`] if they leave the page.
+    #[inline]
     pub fn new(page: &'a Page, offset: usize, len: usize) -> Option<Self> {
         // INVARIANT: By that of `Page`, nobody else gives its bytes a meaning.
         Some(Self(PageSlice::new(page, offset, len)?))
@@ -176,12 +185,14 @@ impl<'a> PageSliceMut<'a> {
     /// # Safety
     ///
     /// The type invariant of [`PageSliceMut`] holds for `slice`.
+    #[inline]
     pub(crate) unsafe fn from_slice(slice: PageSlice<'a>) -> Self {
         // INVARIANT: As the caller promises.
         Self(slice)
     }
 
     /// Where the bytes start in their page.
+    #[inline]
     pub fn offset(&self) -> usize {
         self.0.offset()
     }
@@ -192,16 +203,19 @@ impl<'a> PageSliceMut<'a> {
     }
 
     /// How many bytes these are.
+    #[inline]
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
     /// Whether there is no byte at all.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
     /// `len` bytes of these, from `offset` on, or [`None`] if there are not as many.
+    #[inline]
     pub fn get(&self, offset: usize, len: usize) -> Option<Self> {
         // INVARIANT: The bytes are a part of writable ones.
         Some(Self(self.0.get(offset, len)?))
@@ -226,6 +240,7 @@ impl<'a> PageSliceMut<'a> {
     /// Copies as many bytes as both sides have, and returns how many.
     ///
     /// Where the two overlap, the result is any mix of the old bytes.
+    #[inline]
     pub fn copy_from(&self, src: PageSlice<'_>) -> usize {
         let len = self.len().min(src.len);
         if len == PAGE_SIZE {

@@ -45,6 +45,7 @@ mod batch;
 mod gen_disk;
 mod hw_queue;
 mod limits;
+mod list;
 mod operations;
 mod request;
 mod status;
@@ -62,6 +63,7 @@ pub use self::limits::{
     Feature,
     QueueLimits, //
 };
+pub use self::list::RequestList;
 pub use self::operations::{
     Operations,
     QueueMap, //

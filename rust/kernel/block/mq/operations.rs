@@ -11,7 +11,8 @@ use super::{
     Queued,
     Rejected,
     Request,
-    RequestId, //
+    RequestId,
+    RequestList, //
 };
 use core::marker::PhantomData;
 use core::ptr::NonNull;
@@ -36,7 +37,7 @@ use kernel::{
 
 /// What a driver does for its disks.
 ///
-/// `queue_rq` and `commit_rqs` must not sleep. The file operations may.
+/// `queue_rq`, `queue_rqs` and `commit_rqs` must not sleep. The file operations may.
 #[vtable]
 pub trait Operations: Sized + 'static {
     /// The driver's data of a disk.
@@ -67,6 +68,15 @@ pub trait Operations: Sized + 'static {
         rq: Request<Self, Queued<'q>>,
         last: bool,
     ) -> Result<(), Rejected<'q, Self>>;
+
+    /// Takes many requests for one hardware queue at once, and tells the device of all. Those that
+    /// are given back are offered one by one.
+    fn queue_rqs<'q>(
+        _hw_queue: HwQueue<'q, Self>,
+        _requests: RequestList<Self, Queued<'q>>,
+    ) -> RequestList<Self, Queued<'q>> {
+        build_error!(VTABLE_DEFAULT_ERROR)
+    }
 
     /// No more requests follow, though the last one was offered with `last` false.
     fn commit_rqs(_hw_queue: HwQueue<'_, Self>) {
@@ -192,6 +202,24 @@ impl<T: Operations> OperationsVTable<T> {
 
     /// # Safety
     ///
+    /// For blk-mq: `requests` is a list of requests of a disk of `T`, which have tags and were not
+    /// started. The driver owns those that it takes out.
+    unsafe extern "C" fn queue_rqs(requests: *mut bindings::rq_list) {
+        // SAFETY: blk-mq passes a valid list, whose requests are ours from now on; their data was made
+        // by `init_request`.
+        let mut offered = unsafe { RequestList::<T, Queued<'_>>::take_raw(&mut *requests) };
+        let mut left = RequestList::new();
+        // SAFETY: blk-mq offers them in this call.
+        while let Some((hw_queue, run)) = unsafe { offered.take_run() } {
+            // The lifetime of the requests is this call's alone, so what comes back are some of them.
+            left.append(T::queue_rqs(hw_queue, run));
+        }
+        // SAFETY: The list is valid. Those that are left go back to blk-mq.
+        unsafe { *requests = left.into_raw() };
+    }
+
+    /// # Safety
+    ///
     /// For blk-mq: `hctx` is an initialised hardware queue of a disk of `T`.
     unsafe extern "C" fn commit_rqs(hctx: *mut bindings::blk_mq_hw_ctx) {
         // SAFETY: blk-mq passes a valid hardware queue.
@@ -298,7 +326,11 @@ impl<T: Operations> OperationsVTable<T> {
 
     const VTABLE: bindings::blk_mq_ops = bindings::blk_mq_ops {
         queue_rq: Some(Self::queue_rq),
-        queue_rqs: None,
+        queue_rqs: if T::HAS_QUEUE_RQS {
+            Some(Self::queue_rqs)
+        } else {
+            None
+        },
         commit_rqs: if T::HAS_COMMIT_RQS {
             Some(Self::commit_rqs)
         } else {
