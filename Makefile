@@ -16,7 +16,8 @@ test: ## all tests; T=<name> for scenarios with that name only
 	@scripts/run-tests $(T)
 
 bench: ## what an I/O costs, counted, with the C pair and ours; BASE=<json> compares with an earlier run
-	@scripts/bench $(if $(CELLS),--cells "$(CELLS)") $(if $(BASE),--base "$(BASE)")
+	@scripts/bench $(if $(CELLS),--cells "$(CELLS)") $(if $(BASE),--base "$(BASE)") \
+		$(if $(TYPES),--types "$(TYPES)")
 
 bench-page: ## the same, and writes the tables and the picture of Documentation/performance.rst
 	@scripts/bench --page Documentation

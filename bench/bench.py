@@ -27,6 +27,7 @@ from counted import code_of
 from counted import module_symbols
 from counted import points
 from counted import read_windows
+from counted import text_size
 from draw import draw
 from measure import measured
 from page import write_page
@@ -176,9 +177,11 @@ def run_all(options):
                     continue
                 floors = options.floors and pair is pairs[0] and setting == "fixed"
                 results += Run(options, snapshot, symbols, pair, kind, setting)(cells, floors)
+    drivers = dict.fromkeys(driver for pair in pairs for driver in (pair.front, pair.back))
     return {
         "kernel": kernel.release,
         "date": time.strftime("%B %Y"),
+        "code": {driver.name: text_size(driver.file) for driver in drivers},
         "results": results,
     }
 

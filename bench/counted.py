@@ -124,6 +124,13 @@ def module_symbols(places):
     return Symbols.of(found)
 
 
+def text_size(file):
+    """Bytes of code of a module."""
+    text = subprocess.run(["size", "-A", str(file)], stdout=subprocess.PIPE, check=True, text=True).stdout
+    fields = (line.split() for line in text.splitlines())
+    return sum(int(line[1]) for line in fields if line and "text" in line[0])
+
+
 HYPERCALLS = (
     "grant_table_op", "event_channel_op", "sched_op", "set_timer_op", "vcpu_op", "iret", "mmuext_op",
     "mmu_update", "update_va_mapping", "multicall", "physdev_op", "memory_op", "xen_version",

@@ -2,6 +2,7 @@
 """The tables as a part of the documentation."""
 
 from report import COLUMNS
+from report import code
 from report import row
 from report import shown
 from report import tables
@@ -9,13 +10,13 @@ from report import tables
 HEAD = """.. SPDX-License-Identifier: GPL-2.0
 .. Written by bench/page.py from the results of a run.
 
-Kernel {kernel}; {date}.
+Kernel {kernel}; {date}. Bytes of code: {sizes}.
 """
 
 
 def write_page(document, path):
     """Writes all tables in reStructuredText."""
-    lines = [HEAD.format(**document)]
+    lines = [HEAD.format(**document, sizes=code(document))]
     for title, results in tables(document):
         lines += [title, "-" * len(title), "", *_table(results), ""]
     path.write_text("\n".join(lines))

@@ -88,6 +88,14 @@ def print_report(document, base=None):
             print(line)
 
 
+    print("\nbytes of code: " + code(document))
+
+
+def code(document):
+    """How large the drivers are."""
+    return ", ".join(f"{name} {size}" for name, size in document["code"].items())
+
+
 def print_profile(document, limit=60):
     """Prints, for each cell, the functions with the most instructions, pair by pair."""
     for title, results in tables(document):
