@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: lifetime may not live long enough
+
+//! Requests of a plug can be given back only in the call that offers them.
+
+use kernel_ext::block::mq::*;
+
+fn others<'q, 'p, T: Operations>(
+    _offered: RequestList<T, Queued<'q>>,
+    earlier: RequestList<T, Queued<'p>>,
+) -> RequestList<T, Queued<'q>> {
+    earlier
+}
