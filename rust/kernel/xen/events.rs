@@ -23,6 +23,7 @@ use kernel::sync::aref::ARef;
 use kernel::sync::atomic::Atomic;
 use kernel::sync::atomic::Full;
 use kernel::sync::atomic::Relaxed;
+use kernel::sync::rcu;
 use kernel::sync::Arc;
 
 #[cfg(irqreturn_is_newtype)]
@@ -285,7 +286,10 @@ impl<T: Handler> Channel<T> {
 /// are looked through: that is done once, and an event sent by its port costs a look-up less.
 fn port_of(irq: ffi::c_int) -> Option<bindings_ext::evtchn_port_t> {
     let irq = ffi::c_uint::try_from(irq).ok()?;
-    // SAFETY: The function takes any number.
+    // The glue code frees what it knows of a port after a grace period.
+    let _guard = rcu::read_lock();
+    // SAFETY: The function takes any number. What it looks at of a port that somebody else closes at
+    // this moment stays until the guard is dropped.
     (1..PORTS).find(|port| unsafe { bindings_ext::irq_from_evtchn(*port) } == irq)
 }
 
