@@ -324,7 +324,11 @@ impl Queue {
 
         let pool = core::mem::replace(&mut self.inner.lock().pool, Pool::empty());
         drop(pool);
-        while let Some(waiting) = self.inner.lock().evict() {
+        loop {
+            // On its own, so that the lock is not held while the request ends.
+            let Some(waiting) = self.inner.lock().evict() else {
+                break;
+            };
             evicted(waiting);
         }
     }
