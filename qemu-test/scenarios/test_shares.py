@@ -78,7 +78,7 @@ def test_budget(xen, test_modules, record_property):
     guest.wait_for_disk("xvda")
     host.sh(f"echo {KEEP} > {PARAMETERS}/mode; : < /dev/rblk0")
     guest.sh(f"(DISKS=xvda\n{WORK}\ntouch /tmp/good) > /dev/null 2>&1 &")
-    host.wait_for(f"[ $(cat /sys/bus/xen-backend/devices/vbd-*-51712/statistics/oo_req) != 0 ]")
+    host.wait_for("[ $(cat /sys/bus/xen-backend/devices/vbd-*-51712/statistics/oo_req) != 0 ]")
     host.sh(f"echo 0 > {PARAMETERS}/mode; : < /dev/rblk0")
     guest.wait_for("[ -e /tmp/good ]")
 
