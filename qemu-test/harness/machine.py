@@ -79,11 +79,15 @@ class Machine:
             time.sleep(0.1)
 
     def wait_monitor(self, timeout):
-        """Waits until QEMU has opened its monitor."""
+        """Waits until QEMU has opened its monitor: it listens some time after the file is there."""
         deadline = time.monotonic() + timeout
-        while not self._short(self._monitor).exists():
-            if not self._child.isalive() or time.monotonic() > deadline:
-                raise MachineTrouble(f"QEMU did not start:\n{self._child.read()}")
+        while True:
+            try:
+                self.monitor("info status")
+                return
+            except (FileNotFoundError, ConnectionRefusedError):
+                if not self._child.isalive() or time.monotonic() > deadline:
+                    raise MachineTrouble(f"QEMU did not start:\n{self._child.read()}") from None
             time.sleep(0.02)
 
     def monitor(self, command, timeout=120):
