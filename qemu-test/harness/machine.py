@@ -112,6 +112,7 @@ class Machine:
             if time.monotonic() > deadline:
                 raise MachineTrouble(f"the machine did not power off within {timeout} s")
             self._drain()
+            self._stir()
         self.watch()
 
     def cpu_seconds(self):
