@@ -18,11 +18,13 @@ use blkif::node;
 use blkif::node::BadNode;
 use blkif::node::Wrong;
 use kernel::prelude::*;
+use kernel::str::CStr;
 use kernel::str::CString;
 use kernel_ext::base::io_owner::Charged;
 use kernel_ext::base::io_owner::IoGroup;
 use kernel_ext::base::io_owner::IoPriority;
 use kernel_ext::base::kthread::Current;
+use kernel_ext::ratelimited;
 use kernel_ext::xen::xenbus::Device;
 
 /// Whom the I/O of a disk counts for.
@@ -40,11 +42,13 @@ impl Charge {
         })
     }
 
-    /// Has the I/O of a thread count so, until the result is dropped.
-    pub(crate) fn begin<'a>(&self, thread: &'a Current) -> Option<Charged<'a>> {
+    /// Has the I/O of the thread of a queue count so, until the result is dropped.
+    pub(crate) fn begin<'a>(&self, thread: &'a Current, queue: &CStr) -> Option<Charged<'a>> {
         if let Some(priority) = self.priority {
             if let Err(error) = thread.set_io_priority(priority) {
-                pr_warn!("cannot set the priority of I/O: {error:?}\n");
+                ratelimited!(pr_warn!(
+                    "{queue}: cannot set the priority of I/O: {error:?}\n"
+                ));
             }
         }
         self.group.as_ref().map(|group| thread.charge(group))

@@ -174,8 +174,7 @@ impl Queue {
 
     /// Serves the ring until the thread should stop.
     pub(crate) fn serve(mut self, thread: &Current, link: &Link) {
-        let charge = self.charge.clone();
-        let _charged = charge.begin(thread);
+        let _charged = self.charge.begin(thread, &self.name);
         let mut reported = false;
         loop {
             self.inbox.forget_nudge();

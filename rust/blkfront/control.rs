@@ -387,8 +387,7 @@ impl Control {
             Err(error) if error != EBUSY => return Err(error),
             Err(_) if wanted.gains_cache(&self.basis) => {
                 pr_err!(
-                    "{}: the backend has a write cache now, and the limits of the disk are locked
-",
+                    "{}: the backend has a write cache now, and the limits of the disk are locked\n",
                     self.name()
                 );
                 return Err(EBUSY);
@@ -406,8 +405,7 @@ impl Control {
         }
         if let Err(error) = self.follow_limits() {
             pr_err!(
-                "{}: the limits of the disk stay: {:?}
-",
+                "{}: the limits of the disk stay: {:?}\n",
                 self.name(),
                 error
             );
