@@ -86,8 +86,6 @@ def print_report(document, base=None):
                 old = before.get(_key(result))
                 line += f"{shown(total(result) / old if old else None):>12}"
             print(line)
-
-
     print("\nbytes of code: " + code(document))
 
 

@@ -23,6 +23,8 @@ from .image import PIECES
 from .kernel import Kernel
 
 CONTROL = "C/C"
+PLACES = ("BUILD", "CACHE", "CONTROLS", "DOM0_KERNEL", "IN_ROOT", "KERNELS", "LOGS")
+"""RBLKIF_ variables that do not say what a scenario does, such as with how many disks."""
 HARNESS = PIECES.parent
 
 
@@ -46,13 +48,18 @@ def pytest_runtest_protocol(item):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item):
-    """Keeps a control whose steps, with the look at its machines at the end, all passed."""
+    """Keeps a control whose steps, with the look at its machines at the end, all passed.
+
+    One that did not is forgotten, if it was kept.
+    """
     report = (yield).get_result()
     item.all_passed = getattr(item, "all_passed", True) and report.passed
     place = _place(item)
-    if report.when == "teardown" and item.all_passed and place is not None:
-        properties = [*item.user_properties, ("kept", time.strftime("%Y-%m-%d"))]
-        made_once(place, lambda path: path.write_text(json.dumps(properties)))
+    if report.when == "teardown" and place is not None:
+        place.unlink(missing_ok=True)
+        if item.all_passed:
+            properties = [*item.user_properties, ("kept", time.strftime("%Y-%m-%d"))]
+            made_once(place, lambda path: path.write_text(json.dumps(properties)))
 
 
 def pytest_report_teststatus(report):
@@ -85,4 +92,10 @@ def _parts(name, ours):
         files += build.glob("rblk_*.ko")
     modules = [kernel.module(module) for module in ("xen-blkfront", "xen-blkback")]
     dom0 = os.environ.get("RBLKIF_DOM0_KERNEL", "")
-    return key_of(packages, kernel.release, kernel.vmlinux, dom0, *modules, *sorted(files))
+    places = {f"RBLKIF_{name}" for name in PLACES}
+    said = sorted(
+        f"{name}={value}"
+        for name, value in os.environ.items()
+        if name.startswith("RBLKIF_") and name not in places
+    )
+    return key_of(packages, kernel.release, kernel.vmlinux, dom0, *said, *modules, *sorted(files))

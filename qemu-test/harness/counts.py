@@ -41,6 +41,16 @@ def backend_switches(host):
     )
 
 
+def assert_idle(host, record_property):
+    """No thread of the backend wakes up without a reason; those of the C module do."""
+    before = backend_switches(host)
+    host.sh("sleep 3")
+    ours = host.pair.back.name == "rblkback"
+    assert (backend_switches(host) == before) == ours
+    if not ours:
+        record_property("c_fails", "B-13")
+
+
 def assert_no_lost_memory(machine):
     """By the debug kernel's kmemleak, no memory of a driver is left that nothing points to.
 

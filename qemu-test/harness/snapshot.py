@@ -180,7 +180,10 @@ def save(machine, directory):
 def resume(machine):
     """Lets a machine that a snapshot started go on, once it is all there."""
     machine.wait_monitor(timeout=60)
+    deadline = time.monotonic() + 120
     while "inmigrate" in machine.monitor("info status"):
+        if time.monotonic() > deadline:
+            raise MachineTrouble("QEMU has not read the snapshot after 120 s")
         time.sleep(0.05)
     machine.monitor("cont")
     machine.shell.skip_numbers()

@@ -6,7 +6,7 @@ The log has a table of the memory that they cost dom0.
 
 import os
 
-from harness.counts import backend_switches
+from harness.counts import assert_idle
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 
@@ -51,16 +51,6 @@ def filled_disks(host, count):
         "for disk in /dev/ram*; do dd if=/dev/zero of=$disk bs=64k count=16 oflag=direct; done "
         "2> /dev/null"
     )
-
-
-def assert_idle(host, record_property):
-    """No thread of the backend wakes up without a reason; those of the C module do."""
-    before = backend_switches(host)
-    host.sh("sleep 3")
-    ours = host.pair.back.name == "rblkback"
-    assert (backend_switches(host) == before) == ours
-    if not ours:
-        record_property("c_fails", "B-13")
 
 
 def show_memory(rows, disks, rings):
