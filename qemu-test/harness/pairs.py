@@ -52,6 +52,14 @@ def pair(name, kernel, build, dom0=None):
     )
 
 
+def rival_of(driver, kernel, build):
+    """The other driver for the same devices."""
+    ours = driver.name in NAMES["R"]
+    own, kind = ("R", "C") if ours else ("C", "R")
+    side = NAMES[own].index(driver.name)
+    return _driver(NAMES[kind][side], kind, kernel, build)
+
+
 def _driver(name, kind, kernel, build):
     if kind == "R":
         file = Path(build) / f"{name}.ko"

@@ -7,8 +7,11 @@ from harness.xenhost import Disk
 FILL = "mkfs.ext4 -q {0} && mount {0} /mnt && echo kept > /mnt/file && umount /mnt"
 
 
-def test_partition_table(host):
-    """Rows: FE-62"""
+def test_partition_table(host, record_property):
+    """Partitions are found, unless the toolstack says that nobody is to look for them.
+
+    Rows: FE-62, F-23
+    """
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
     guest.sh("printf '2048,32768,L\\n,,L\\n' | sfdisk -q /dev/xvda")
@@ -21,6 +24,14 @@ def test_partition_table(host):
     for partition in ("xvda1", "xvda2"):
         guest.wait_for_disk(partition)
         assert guest.sh(f"mount /dev/{partition} /mnt && cat /mnt/file && umount /mnt") == "kept"
+    host.sh(f"xenstore-write /local/domain/{guest.domid}/device/vbd/51712/no-part-scan 1")
+    guest.reload_frontend()
+    guest.wait_for_disk("xvda")
+    # A look for partitions is over when this one is.
+    looked = guest.run("blockdev --rereadpt /dev/xvda")[0] == 0
+    assert (guest.run("[ -b /dev/xvda1 ]")[0] == 0) == looked == (guest.front == "xen-blkfront")
+    if looked:
+        record_property("c_fails", "F-23")
 
 
 def test_partition_vbd(host):

@@ -1,18 +1,59 @@
 # SPDX-License-Identifier: GPL-2.0
 """A driver is replaced on a running system, and the disk is what it was."""
 
+import shutil
+
+import pytest
 from harness.evidence import assert_served_by_pair
+from harness.pairs import rival_of
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 SUM = "dd if=/dev/xvda bs=4k count=256 iflag=direct 2>/dev/null | sha256sum"
 
+LOST = {
+    "rblkfront": "major 202 is taken: is xen_blkfront loaded?",
+    "xen-blkfront": "can't get major 202",
+    "rblkback": 'rblkback: another module has the driver "vbd": unload that one first',
+    "xen-blkback": "Driver 'vbd' is already registered",
+}
+"""What is said when a driver comes second."""
 
-def test_reload_frontend(host):
+
+@pytest.fixture
+def rivals(pair, kernel, build):
+    """The drivers that could be in place of the pair's; none of them in a control."""
+    if pair.name == "C/C":
+        return []
+    return [rival_of(driver, kernel, build) for driver in (pair.front, pair.back)]
+
+
+@pytest.fixture
+def host(xen, rivals, tmp_path):
+    """A Xen host with the pair's backend loaded, a RAM disk, and the rivals as rival-NAME.ko."""
+    files = [shutil.copy(rival.file, tmp_path / f"rival-{rival.name}.ko") for rival in rivals]
+    host = xen(modules=files)
+    host.load_backend()
+    host.ram_disks()
+    return host
+
+
+def refuse(host, guest, rivals):
+    """A second driver for the same devices is refused, and says why."""
+    for machine, directory, rival in zip((guest, host), ("", "/payload"), rivals, strict=False):
+        machine.sh("dmesg -c > /dev/null")
+        assert machine.run(f"insmod {directory}/modules/rival-{rival.name}.ko")[0] != 0
+        assert LOST[rival.name] in machine.sh("dmesg"), rival.name
+
+
+def test_reload_frontend(host, rivals):
     """Unloaded and loaded; then unbound and bound through sysfs while the disk is open.
+
+    Other drivers for the same devices are refused meanwhile.
 
     Rows: FE-60, FE-64, FE-65, FE-68
     """
     guest = host.start_guest()
+    refuse(host, guest, rivals)
     guest.sh("yes pattern | dd of=/dev/xvda bs=4k count=256 iflag=fullblock conv=fsync")
     written = guest.sh(SUM)
     for _cycle in range(3):
@@ -28,9 +69,13 @@ def test_reload_frontend(host):
     assert_served_by_pair(host, guest)
 
 
-def test_reload_backend(host):
-    """The guest goes on writing meanwhile: it sees a pause, and no error."""
+def test_reload_backend(host, rivals):
+    """The guest goes on writing meanwhile: it sees a pause, and no error.
+
+    Other drivers for the same devices are refused meanwhile.
+    """
     guest = host.start_guest()
+    refuse(host, guest, rivals)
     assert_served_by_pair(host, guest)
     device = f"vbd-{guest.domid}-51712"
     guest.sh(

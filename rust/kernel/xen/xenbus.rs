@@ -432,8 +432,8 @@ pub trait Driver: Send + Sync + Sized + 'static {
 
 /// Registers a [`Driver`], by `kernel::driver::Registration<Adapter<T>>`.
 ///
-/// Registering fails with `ENODEV` outside of Xen, and with `EBUSY` if there is a driver of the same
-/// name. A frontend waits up to 5 minutes for the devices that exist to be connected.
+/// Registering fails with `ENODEV` outside of Xen, and with `EBUSY` and a message if there is a driver
+/// of the same name. A frontend waits up to 5 minutes for the devices that exist to be connected.
 pub struct Adapter<T: Driver>(T);
 
 // SAFETY:
@@ -475,8 +475,17 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
             Side::Frontend => bindings_ext::__xenbus_register_frontend,
             Side::Backend => bindings_ext::__xenbus_register_backend,
         };
-        // SAFETY: The driver is filled in, and pinned until it is unregistered.
-        to_result(unsafe { register(reg.get(), module.as_ptr(), name.as_char_ptr()) })
+        let registered =
+            // SAFETY: The driver is filled in, and pinned until it is unregistered.
+            to_result(unsafe { register(reg.get(), module.as_ptr(), name.as_char_ptr()) });
+        if registered == Err(EBUSY) {
+            pr_err!(
+                "{}: another module has the driver \"{}\": unload that one first\n",
+                name,
+                T::NAME
+            );
+        }
+        registered
     }
 
     unsafe fn unregister(reg: &Opaque<Self::DriverType>) {
