@@ -19,7 +19,8 @@
 //! | `domain` | how many pages the disks of a frontend's domain may have mapped |
 //! | `queue` | the thread of a queue: takes requests, ends transfers |
 //! | `fence` | barriers, which order the requests of all queues |
-//! | `transfer` | a request on its way, and how it gets back to its thread |
+//! | `transfer` | a request on its way |
+//! | `inbox` | where the thread of a queue and what it waits for meet |
 //! | `memory` | how data gets between the frontend's memory and the disk |
 //! | `persistent` | pages that stay mapped |
 //! | `stats` | counters and files in sysfs |
@@ -38,6 +39,7 @@ mod connect;
 mod disk;
 mod domain;
 mod fence;
+mod inbox;
 mod memory;
 mod params;
 mod persistent;

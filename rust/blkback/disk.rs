@@ -6,7 +6,7 @@
 //! whenever it has something to do. For a disk without I/O there is a [`SizeWatch`], which wakes no
 //! idle CPU; and the hotplug script may write `physical-device` again to have it looked at now.
 
-use crate::transfer::Inbox;
+use crate::inbox::Inbox;
 use blkif::request::DiskLimits;
 use blkif::wire::info;
 use blkif::wire::SECTOR_SIZE;

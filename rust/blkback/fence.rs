@@ -13,7 +13,7 @@
 //!
 //! A queue leaves when its thread ends, so that nobody waits for it.
 
-use crate::transfer::Inbox;
+use crate::inbox::Inbox;
 use kernel::new_mutex;
 use kernel::prelude::*;
 use kernel::sync::atomic::Atomic;
