@@ -177,11 +177,11 @@ def run_all(options):
                     continue
                 floors = options.floors and pair is pairs[0] and setting == "fixed"
                 results += Run(options, snapshot, symbols, pair, kind, setting)(cells, floors)
-    drivers = dict.fromkeys(driver for pair in pairs for driver in (pair.front, pair.back))
+    drivers = {driver.name: driver for pair in pairs for driver in (pair.front, pair.back)}
     return {
         "kernel": kernel.release,
         "date": time.strftime("%B %Y"),
-        "code": {driver.name: text_size(driver.file) for driver in drivers},
+        "code": {name: text_size(driver.file) for name, driver in drivers.items()},
         "results": results,
     }
 
