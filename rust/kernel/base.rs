@@ -2,6 +2,7 @@
 
 //! What any driver may need and the stock `kernel` crate lacks.
 //!
+//! - [`alarm`]: timers that call once each time that they are set.
 //! - [`cpu`]: the CPUs of the machine.
 //! - [`global_mutex`]: mutexes in statics.
 //! - [`io_owner`]: who the I/O of a thread counts for.
@@ -21,6 +22,7 @@
 //! - [`wait`]: wait queues.
 //! - [`workqueue`]: work queues that end with their owner.
 
+pub mod alarm;
 pub mod cpu;
 pub mod global_mutex;
 pub mod io_owner;

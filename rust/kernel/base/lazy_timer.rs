@@ -16,7 +16,7 @@ use kernel::prelude::*;
 use kernel::static_lock_class;
 use kernel::types::Opaque;
 
-/// What a [`LazyTimer`] calls.
+/// What a [`LazyTimer`] or an [`Alarm`](super::alarm::Alarm) calls.
 pub trait Target: Send + Sync + 'static {
     /// The time is over once more.
     ///

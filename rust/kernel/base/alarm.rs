@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Timers that call once each time that they are set.
+//!
+//! An [`Alarm`] is for something that has to be done once, some time from now. It costs nothing while
+//! it is not set. It wakes an idle CPU, other than a [`LazyTimer`](super::lazy_timer::LazyTimer).
+//!
+//! C header: [`include/linux/timer.h`](srctree/include/linux/timer.h)
+
+use super::jiffies;
+use super::jiffies::Jiffies;
+use super::lazy_timer::Target;
+use super::module_ref::ModuleRef;
+use kernel::bindings;
+use kernel::optional_name;
+use kernel::prelude::*;
+use kernel::static_lock_class;
+use kernel::types::Opaque;
+
+/// A timer that calls its target once each time that it is set. Dropping it waits for a call that is
+/// running, so not to be done with a lock that the target takes, nor in an interrupt.
+///
+/// # Invariants
+///
+/// `timer` is initialised with `callback`, and does not move.
+#[repr(C)]
+#[pin_data(PinnedDrop)]
+pub struct Alarm<T: Target> {
+    /// First, so that the callback finds the rest behind the pointer that it gets.
+    #[pin]
+    timer: Opaque<bindings::timer_list>,
+    target: T,
+    _module: ModuleRef,
+}
+
+// SAFETY: A timer may be set and shut down from any thread; the target is `Send`.
+unsafe impl<T: Target> Send for Alarm<T> {}
+// SAFETY: A timer may be set by several at once; the target is `Sync`.
+unsafe impl<T: Target> Sync for Alarm<T> {}
+
+impl<T: Target> Alarm<T> {
+    /// Makes one that is not set.
+    pub fn new(target: T) -> Result<Pin<KBox<Self>>> {
+        let module = ModuleRef::new()?;
+        KBox::pin_init(
+            pin_init!(Self {
+                // INVARIANT: Initialised here, and pinned.
+                timer <- Opaque::ffi_init(|timer| {
+                    // SAFETY: `timer` is memory for a timer; name and key live for ever.
+                    unsafe {
+                        bindings::timer_init_key(
+                            timer,
+                            Some(Self::callback),
+                            0,
+                            optional_name!().as_char_ptr(),
+                            static_lock_class!().as_ptr(),
+                        )
+                    }
+                }),
+                target,
+                _module: module,
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Has the target called after this time, and not at the time that was set before. Any context.
+    pub fn set_after(&self, time: Jiffies) {
+        let then = jiffies::now().wrapping_add(time);
+        // SAFETY: The timer is initialised, by the type invariant. Does nothing once it is shut down.
+        unsafe { bindings::mod_timer(self.timer.get(), then) };
+    }
+
+    /// # Safety
+    ///
+    /// Only for a timer in an `Alarm<T>`, which waits for this before it is freed.
+    unsafe extern "C" fn callback(timer: *mut bindings::timer_list) {
+        // SAFETY: The timer is the first field.
+        let this = unsafe { &*timer.cast::<Self>() };
+        this.target.expired();
+    }
+}
+
+#[pinned_drop]
+impl<T: Target> PinnedDrop for Alarm<T> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: By the type invariant. After this the callback does not run, and never will.
+        unsafe { bindings::timer_shutdown_sync(self.timer.get()) };
+    }
+}

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0277
+
+//! What a timer calls must be ready for other threads.
+
+use core::cell::Cell;
+use kernel_ext::base::lazy_timer::Target;
+
+struct Misuse(Cell<u32>);
+
+impl Target for Misuse {
+    fn expired(&self) {
+        self.0.set(1);
+    }
+}
