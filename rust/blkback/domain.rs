@@ -6,11 +6,13 @@
 //! that stay mapped between requests. Each queue of the domain adds its part to both, as the module
 //! parameters say, and takes from them what it needs. So a busy queue may have more than its part as
 //! long as other queues do not need theirs, and a domain with many disks has no more than a domain
-//! with as many queues on one disk. When a queue does not get its part, those who have more than
-//! theirs give the rest back.
+//! with as many queues on one disk. When a queue does not get its part, all of them are told, and
+//! those who have more than theirs give the rest back.
 //!
 //! One request of each queue can always be served, whatever the budgets say.
 
+use crate::inbox::Inbox;
+use kernel::new_mutex;
 use kernel::prelude::*;
 use kernel::str::CStr;
 use kernel::str::CString;
@@ -18,6 +20,7 @@ use kernel::sync::atomic::Acquire;
 use kernel::sync::atomic::Atomic;
 use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
+use kernel::sync::Mutex;
 use kernel_ext::base::global_mutex::GlobalMutex;
 use kernel_ext::base::jiffies;
 use kernel_ext::base::jiffies::msecs_to_jiffies;
@@ -57,7 +60,7 @@ impl Seated {
         let known = seats.iter().find(|seat| seat.domain.id == id);
         let domain = match known {
             Some(seat) => seat.domain.clone(),
-            None => Arc::new(Domain::new(id), GFP_KERNEL)?,
+            None => Arc::pin_init(Domain::new(id), GFP_KERNEL)?,
         };
         let seat = Seat {
             device: CString::try_from_fmt(fmt!("{}", device.nodename()))?,
@@ -99,21 +102,67 @@ pub(crate) fn is_left_alone(device: &CStr) -> bool {
 }
 
 /// The domain of a frontend, shared by the queues of all its disks.
+#[pin_data]
 pub(crate) struct Domain {
     pub(crate) id: DomId,
     /// Pages of requests on their way.
     pub(crate) moving: Budget,
     /// Pages that stay mapped.
     pub(crate) staying: Budget,
+    /// Where its queues are told of a shortage.
+    #[pin]
+    inboxes: Mutex<KVec<Arc<Inbox>>>,
 }
 
 impl Domain {
-    fn new(id: DomId) -> Self {
-        Self {
+    fn new(id: DomId) -> impl PinInit<Self> {
+        pin_init!(Self {
             id,
             moving: Budget::new(),
             staying: Budget::new(),
-        }
+            inboxes <- new_mutex!(KVec::new()),
+        })
+    }
+
+    /// Whether some queue did not get its part a while ago, so that each queue has to give back what
+    /// it has beyond its own.
+    #[inline]
+    pub(crate) fn is_short(&self) -> bool {
+        self.moving.is_short() || self.staying.is_short()
+    }
+
+    /// Has the queues look whether there is a shortage.
+    fn tell(&self) {
+        self.inboxes.lock().iter().for_each(|inbox| inbox.nudge());
+    }
+}
+
+/// A queue of a domain that is told of shortages, until this is dropped.
+pub(crate) struct Listener {
+    domain: Arc<Domain>,
+    inbox: Arc<Inbox>,
+}
+
+impl Listener {
+    pub(crate) fn new(domain: &Arc<Domain>, inbox: &Arc<Inbox>) -> Result<Self> {
+        domain.inboxes.lock().push(inbox.clone(), GFP_KERNEL)?;
+        Ok(Self {
+            domain: domain.clone(),
+            inbox: inbox.clone(),
+        })
+    }
+
+    /// See [`Domain::is_short`].
+    #[inline]
+    pub(crate) fn is_short(&self) -> bool {
+        self.domain.is_short()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let mut inboxes = self.domain.inboxes.lock();
+        inboxes.retain(|inbox| !Arc::ptr_eq(inbox, &self.inbox));
     }
 }
 
@@ -150,10 +199,14 @@ impl Budget {
         enough
     }
 
-    /// A queue did not get its part.
-    fn is_used_up(&self) {
+    /// A queue did not get its part. Whether the others have to be told: not again while they know, but
+    /// well before that is over.
+    fn is_used_up(&self) -> bool {
+        let half = msecs_to_jiffies(SHORTAGE_MS / 2);
+        let known = !jiffies::is_past(self.short_until.load(Relaxed).wrapping_sub(half));
         let end = jiffies::now().wrapping_add(msecs_to_jiffies(SHORTAGE_MS));
         self.short_until.store(end, Relaxed);
+        !known
     }
 }
 
@@ -209,8 +262,8 @@ impl Share {
                 true
             }
             None => {
-                if !beyond {
-                    budget.is_used_up();
+                if !beyond && budget.is_used_up() {
+                    self.domain.tell();
                 }
                 false
             }

@@ -1,34 +1,132 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where the thread of a queue finds what there is to do.
+//! Where the thread of a queue and what it waits for meet.
+//!
+//! The thread sleeps at its [`Inbox`]. Events, ends of I/O and whatever else it should look at are
+//! reported here, mostly by interrupts, and wake it.
+//!
+//! For the end of an I/O it need not wake up if nothing but an answer is missing. So before it sleeps
+//! with I/O in flight it *parks* the ring: it leaves it here, where each I/O ends. Who ends one finds
+//! the ring, answers, and notifies the frontend. What is left of the transfer, its memory, waits for
+//! the thread to wake up for something else.
+//!
+//! # Who wakes the thread
+//!
+//! | for | who | when |
+//! |---|---|---|
+//! | an event | the interrupt's handler | there are requests |
+//! | a transfer in `done` | who ends it | it is the first: the thread takes all |
+//! | a nudge | another queue | a barrier was raised or lowered, or has to run now |
+//! | a nudge | another queue of the domain | pages are short: it gives back what it has beyond its part |
+//! | a nudge | the queue's alarm | pages may have been unused for long |
+//! | a nudge | the size watch | the disk has another size |
+//! | short memory | the kernel's shrinker | it gives back what it can |
+//! | the end | who stops the thread | it finishes what it has taken |
+//!
+//! Only ends of I/O are treated otherwise while the ring is parked, and each of them is seen: the lock
+//! of the `desk` decides whether a transfer is answered where it ends, or goes to `done` and wakes the
+//! thread.
+//!
+//! # Why nothing is lost
+//!
+//! - *A wake-up.* Who has something to tell writes it, then `news` or `some_done`, and only then looks
+//!   whether the thread sleeps ([`WaitQueue::wake_up`] has the full barrier between). The thread puts
+//!   itself to the wait queue first and looks at both flags then. So one of them sees the other. It
+//!   forgets the news, with a full barrier, before it looks at what there may be news of: what is told
+//!   after that is news again. `some_done` changes with `done`, under the lock.
+//! - *The ring.* It is moved, not shared, and under the lock: either the thread has it or the desk.
+//!   It is always the thread that takes it back, before it does anything else, and nothing sleeps with
+//!   the lock held.
+//! - *A transfer.* It is in one place: with the disk, in `done`, in `answered`, or with the thread.
+//!   `in_flight` counts all but the last, so a thread that should stop stays until it has had them all.
+//! - *An answer.* It is written and shown with the lock held, once: [`Queue`] does not answer what it
+//!   finds in `answered`. There is a slot for it as for any answer. It shows nothing unfinished, as the
+//!   thread shows what it has written before it parks.
+//! - *A notification.* It is sent after the lock was released, so the thread may be awake by then. If it
+//!   only serves on, it does not matter who notifies. If it stops, it could close the channel in
+//!   between, so it notifies once more itself before that; who comes after that rings at a closed door.
+//! - *What others wait for.* Pages in `answered` count as used. A thread does not park when pages or
+//!   memory are short or something of it or of another queue waits for its transfers to end; when any of
+//!   that begins later, it is told, and takes back the ring.
+//! - *Pages that nobody uses.* The alarm is set while there is I/O in flight, though its pages are not
+//!   back in the table then.
+//!
+//! `blkif/concurrency` has the hand-over as a model under the concurrency checker, with the same steps in
+//! the same order, and leaves out in turn what the points above need.
+//!
+//! [`Queue`]: crate::queue::Queue
 
+use crate::transfer::wants_only_an_answer;
 use crate::transfer::Chain;
 use crate::transfer::Transfer;
+use blkif::ring::BackRing;
 use kernel::prelude::*;
 use kernel::sync::atomic::Atomic;
 use kernel::sync::atomic::Full;
 use kernel::sync::atomic::Relaxed;
+use kernel::sync::atomic::Release;
+use kernel::sync::Arc;
 use kernel::time::Jiffies;
 use kernel_ext::base::irq_spinlock::IrqSpinLock;
 use kernel_ext::base::kthread::Current;
+use kernel_ext::base::lazy_timer::Target;
 use kernel_ext::base::wait::WaitQueue;
 use kernel_ext::new_irq_spinlock;
 use kernel_ext::new_wait_queue;
+use kernel_ext::xen::events::Doorbell;
 use kernel_ext::xen::events::Eoi;
 use kernel_ext::xen::events::Handler;
+use kernel_ext::xen::ring::MappedRing;
 
-/// Where the thread of a queue finds what there is to do. Interrupts put it here.
+/// The ring of a queue.
+pub(crate) type Ring = BackRing<MappedRing>;
+
+/// What a thread leaves when it sleeps and would only answer what ends.
+pub(crate) struct Parked {
+    pub(crate) ring: KBox<Ring>,
+    /// Of the frontend.
+    pub(crate) doorbell: Doorbell,
+    /// The pages of transfers stay mapped when these have ended.
+    pub(crate) pages_stay: bool,
+}
+
+impl Parked {
+    /// Answers a transfer, if that is all that is to be done for it. Whether the frontend is to be
+    /// notified then.
+    fn answer(&mut self, transfer: &mut Transfer) -> Option<bool> {
+        if !wants_only_an_answer(transfer, self.pages_stay) {
+            return None;
+        }
+        let job = &mut transfer.context;
+        self.ring.put(&job.final_answer()).ok()?;
+        job.answered = true;
+        Some(self.ring.publish())
+    }
+}
+
+/// What is handed over between the thread and the ends of its I/O.
+struct Desk {
+    /// Transfers that the disk is done with, for the thread.
+    done: Chain,
+    /// Transfers that were answered where they ended.
+    answered: Chain,
+    /// Only while the thread sleeps.
+    parked: Option<Parked>,
+}
+
+/// Where the thread of a queue finds what there is to do.
 #[pin_data]
 pub(crate) struct Inbox {
+    /// The thread has to look at something: `event`, `short`, or what is outside of the queue.
+    news: Atomic<bool>,
     /// The frontend has sent an event that was not given back yet.
     event: Atomic<bool>,
     /// Memory is short, and nobody has looked yet.
     short: Atomic<bool>,
-    /// Something outside of the queue has changed, and nobody has looked yet.
-    nudged: Atomic<bool>,
-    /// Transfers that the disk is done with.
+    /// `done` has something. Changes with it.
+    some_done: Atomic<bool>,
     #[pin]
-    done: IrqSpinLock<Chain>,
+    desk: IrqSpinLock<Desk>,
     #[pin]
     wait: WaitQueue,
 }
@@ -36,22 +134,71 @@ pub(crate) struct Inbox {
 impl Inbox {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
+            news: Atomic::new(false),
             event: Atomic::new(false),
             short: Atomic::new(false),
-            nudged: Atomic::new(false),
-            done <- new_irq_spinlock!(Chain::new()),
+            some_done: Atomic::new(false),
+            desk <- new_irq_spinlock!(Desk {
+                done: Chain::new(),
+                answered: Chain::new(),
+                parked: None,
+            }),
             wait <- new_wait_queue!(),
         })
     }
 
     /// A transfer has ended. Any context.
-    pub(crate) fn done(&self, transfer: KBox<Transfer>) {
-        let mut done = self.done.lock();
-        let first = done.is_empty();
-        done.push(transfer);
-        drop(done);
+    pub(crate) fn done(&self, mut transfer: KBox<Transfer>) {
+        let mut desk = self.desk.lock();
+        if let Some(parked) = &mut desk.parked {
+            if let Some(notify) = parked.answer(&mut transfer) {
+                let doorbell = parked.doorbell;
+                desk.answered.push(transfer);
+                drop(desk);
+                if notify {
+                    doorbell.ring();
+                }
+                return;
+            }
+        }
+        let first = desk.done.is_empty();
+        desk.done.push(transfer);
+        if first {
+            self.some_done.store(true, Relaxed);
+        }
+        drop(desk);
         if first {
             self.wait.wake_up();
+        }
+    }
+
+    /// The thread is about to sleep: what ends meanwhile may be answered with this. It is given back if
+    /// something has ended already, for which the thread is needed.
+    pub(crate) fn park(&self, parked: Parked) -> Option<Parked> {
+        let mut desk = self.desk.lock();
+        if !desk.done.is_empty() {
+            return Some(parked);
+        }
+        desk.parked.replace(parked)
+    }
+
+    /// The thread is awake: what it had parked, and the transfers that were answered with it.
+    pub(crate) fn unpark(&self) -> (Option<Parked>, Chain) {
+        let mut desk = self.desk.lock();
+        (desk.parked.take(), desk.answered.take())
+    }
+
+    /// There is something that the thread should look at. Any context.
+    pub(crate) fn nudge(&self) {
+        self.news.store(true, Release);
+        self.wait.wake_up();
+    }
+
+    /// What there is news of is about to be looked at.
+    pub(crate) fn forget_news(&self) {
+        if self.news.load(Relaxed) {
+            // A full barrier, so that what is looked at is not older than the news.
+            self.news.xchg(false, Full);
         }
     }
 
@@ -63,24 +210,10 @@ impl Inbox {
         }
     }
 
-    /// Something outside of the queue has changed that it should look at. Any context.
-    pub(crate) fn nudge(&self) {
-        self.nudged.store(true, Relaxed);
-        self.wait.wake_up();
-    }
-
-    /// What was changed until now is about to be looked at.
-    pub(crate) fn forget_nudge(&self) {
-        if self.nudged.load(Relaxed) {
-            // A full barrier, so that what is looked at is not older than the nudge.
-            self.nudged.xchg(false, Full);
-        }
-    }
-
     /// Memory is short: what is not needed is to be given back. Any context.
     pub(crate) fn memory_is_short(&self) {
         self.short.store(true, Relaxed);
-        self.wait.wake_up();
+        self.nudge();
     }
 
     /// Whether memory was short since the last call.
@@ -93,21 +226,19 @@ impl Inbox {
 
     /// The transfers that have ended since the last call.
     pub(crate) fn take_done(&self) -> Chain {
-        self.done.lock().take()
+        if !self.some_done.load(Relaxed) {
+            return Chain::new();
+        }
+        let mut desk = self.desk.lock();
+        self.some_done.store(false, Relaxed);
+        desk.done.take()
     }
 
-    fn has_done(&self) -> bool {
-        !self.done.lock().is_empty()
-    }
-
-    /// Sleeps until a transfer has ended or `wake` says so; at most for `timeout`, if there is one.
-    pub(crate) fn wait(&self, thread: &Current, wake: Wake, timeout: Option<Jiffies>) {
+    /// Sleeps until there is news, a transfer has ended, or the thread should stop and `stop` says
+    /// that it sleeps no longer then; at most for `timeout`, if there is one.
+    pub(crate) fn wait(&self, thread: &Current, stop: bool, timeout: Option<Jiffies>) {
         let condition = || {
-            wake.event && self.event.load(Relaxed)
-                || wake.stop && thread.should_stop()
-                || self.short.load(Relaxed)
-                || self.nudged.load(Relaxed)
-                || self.has_done()
+            self.news.load(Relaxed) || self.some_done.load(Relaxed) || stop && thread.should_stop()
         };
         match timeout {
             None => self.wait.wait_idle(condition),
@@ -118,19 +249,19 @@ impl Inbox {
     }
 }
 
-/// What wakes the thread of a queue, besides the end of a transfer.
-#[derive(Clone, Copy)]
-pub(crate) struct Wake {
-    /// An event of the frontend.
-    pub(crate) event: bool,
-    /// That it should stop.
-    pub(crate) stop: bool,
+/// Wakes the thread of a queue when there may be something to give back.
+pub(crate) struct Rest(pub(crate) Arc<Inbox>);
+
+impl Target for Rest {
+    fn expired(&self) {
+        self.0.nudge();
+    }
 }
 
 impl Handler for Inbox {
     fn handle(&self) -> Eoi {
         self.event.store(true, Relaxed);
-        self.wait.wake_up();
+        self.nudge();
         Eoi::Later
     }
 }

@@ -147,6 +147,8 @@ pub(crate) struct Mover {
     found: KVec<Option<MappedPage>>,
     /// Pages of transfers that have ended, to be unmapped together.
     ended: KVec<MappedPage>,
+    /// Pages were unmapped, and nobody has looked yet whether there are too many addresses now.
+    has_unmapped: bool,
     /// Pages that are mapped now, for requests or to stay.
     mapped_now: usize,
     /// How many there may be on their way, besides those of one request.
@@ -180,6 +182,7 @@ impl Mover {
             mapped: KVec::with_capacity(segments, GFP_KERNEL)?,
             found: KVec::with_capacity(segments, GFP_KERNEL)?,
             ended: KVec::with_capacity(segments, GFP_KERNEL)?,
+            has_unmapped: false,
             mapped_now: 0,
             share: Share::new(
                 domain,
@@ -382,6 +385,7 @@ impl Mover {
     }
 
     /// A page that has stayed mapped. One that was mapped for less than is needed now is mapped anew.
+    #[inline]
     fn take_kept(&mut self, reference: ForeignRef, access: Access) -> Option<MappedPage> {
         let page = self.table.as_mut()?.take(reference)?;
         if access == Access::ReadWrite && page.access() == Access::ReadOnly {
@@ -473,11 +477,12 @@ impl Mover {
             self.mapper.unmap(&self.cache, &mut self.ended);
             let unmapped = before.wrapping_sub(self.ended.len());
             self.mapped_now = self.mapped_now.wrapping_sub(unmapped);
+            self.has_unmapped = true;
         }
     }
 
     /// Unmaps pages that were not used for so long.
-    fn forget_unused(&mut self, time: Jiffies) {
+    fn forget_older(&mut self, time: Jiffies) {
         while let Some(page) = self
             .table
             .as_mut()
@@ -504,37 +509,60 @@ impl Mover {
     /// Unmaps all pages that stay mapped and are not used now. Whether there were any.
     pub(crate) fn forget_all(&mut self) -> bool {
         let some = self.table.as_ref().is_some_and(|table| !table.is_empty());
-        self.forget_unused(0);
+        self.forget_older(0);
         some
     }
 
     /// Gives back what is not needed now, because there is nothing to do; or all that can be spared,
-    /// because memory is short. After so long it should be called again, if there is a time.
-    pub(crate) fn rest(&mut self, short: bool) -> Option<Jiffies> {
-        let seconds = PERSISTENT_GRANT_UNUSED_SECONDS.get();
-        let time = jiffies::msecs_to_jiffies(seconds.saturating_mul(1000));
-        if seconds != 0 {
-            self.forget_unused(time);
-        }
+    /// because memory is short.
+    pub(crate) fn rest(&mut self, short: bool) {
         self.share_with_others();
-        let keep = if short {
-            0
-        } else {
-            usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0)
-        };
-        self.cache
-            .shrink(u32::try_from(keep.max(self.at_least)).unwrap_or(u32::MAX));
         if short {
+            self.shrink(0);
             self.buffers.clear();
+        } else if core::mem::take(&mut self.has_unmapped) {
+            self.shrink(usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0));
         }
-        let waits = seconds != 0 && self.table.as_ref().is_some_and(|table| !table.is_empty());
-        waits.then_some(time)
     }
+
+    /// Frees the addresses that are free, but for so many, and for those that one request needs.
+    fn shrink(&self, keep: usize) {
+        let keep = keep.max(self.at_least);
+        self.cache.shrink(u32::try_from(keep).unwrap_or(u32::MAX));
+    }
+
+    /// Whether pages stay mapped when a transfer has ended.
+    pub(crate) fn keeps_pages(&self) -> bool {
+        self.table.is_some()
+    }
+
+    /// Unmaps the pages that stay mapped, but nobody has used them for as long as the parameter says.
+    pub(crate) fn forget_unused(&mut self) {
+        if let Some(time) = unused_time() {
+            self.forget_older(time);
+        }
+    }
+
+    /// After which time to call [`Self::forget_unused`], if there are such pages, or will be when the
+    /// transfers `in_flight` have ended.
+    pub(crate) fn unused_after(&self, in_flight: usize) -> Option<Jiffies> {
+        let table = self.table.as_ref()?;
+        if table.is_empty() && in_flight == 0 {
+            return None;
+        }
+        unused_time()
+    }
+}
+
+/// How long a page stays mapped without use, unless that is for ever.
+fn unused_time() -> Option<Jiffies> {
+    let seconds = PERSISTENT_GRANT_UNUSED_SECONDS.get();
+    (seconds != 0).then(|| jiffies::msecs_to_jiffies(seconds.saturating_mul(1000)))
 }
 
 impl Drop for Mover {
     fn drop(&mut self) {
-        self.forget_unused(0);
+        self.forget_older(0);
     }
 }
 

@@ -5,7 +5,8 @@
 //! The thread owns all of it, so there is no lock: it takes what waits in the ring in one pass,
 //! starts the I/O of all of it under one plug, ends what the disk is done with, unmaps that together,
 //! and then shows all answers at once and notifies the frontend at most once. When there is nothing
-//! to do, it sleeps until an event or the end of an I/O wakes it; there is no timer.
+//! to do, it sleeps until an event or the end of an I/O wakes it; no timer is set for that. While it
+//! sleeps, I/O that ends is answered there if nothing else is to be done: see [`inbox`](crate::inbox).
 //!
 //! A request that was taken from the ring is answered, whatever happens: the thread ends only when
 //! nothing is in flight. Requests that nobody has taken stay in the ring for the next backend.
@@ -14,9 +15,12 @@ use crate::charge::Charge;
 use crate::disk::Disk;
 use crate::disk::MAX_SEGMENTS;
 use crate::domain::Domain;
+use crate::domain::Listener;
 use crate::fence::Post;
 use crate::inbox::Inbox;
-use crate::inbox::Wake;
+use crate::inbox::Parked;
+use crate::inbox::Rest;
+use crate::inbox::Ring;
 use crate::memory::can_add_copies;
 use crate::memory::is_copied;
 use crate::memory::Mover;
@@ -35,7 +39,6 @@ use blkif::request;
 use blkif::request::Data;
 use blkif::request::DiskLimits;
 use blkif::request::Request;
-use blkif::ring::BackRing;
 use blkif::ring::RingError;
 use blkif::wire::Response;
 use blkif::wire::Status;
@@ -44,6 +47,7 @@ use kernel::prelude::*;
 use kernel::str::CStr;
 use kernel::str::CString;
 use kernel::sync::Arc;
+use kernel_ext::base::alarm::Alarm;
 use kernel_ext::base::jiffies;
 use kernel_ext::base::jiffies::msecs_to_jiffies;
 use kernel_ext::base::jiffies::Jiffies;
@@ -52,7 +56,6 @@ use kernel_ext::block::bio;
 use kernel_ext::block::bio::Operation;
 use kernel_ext::ratelimited;
 use kernel_ext::xen::events::Channel;
-use kernel_ext::xen::ring::MappedRing;
 
 /// How long to wait for somebody else who still uses the pages of an I/O that has ended.
 const BUSY_WAIT_MS: u32 = 5;
@@ -74,7 +77,7 @@ enum Barrier {
 pub(crate) struct Parts {
     /// For messages: domain, device and number of the queue.
     pub(crate) name: CString,
-    pub(crate) ring: BackRing<MappedRing>,
+    pub(crate) ring: Ring,
     pub(crate) channel: Channel<Inbox>,
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) charge: Arc<Charge>,
@@ -89,7 +92,8 @@ pub(crate) struct Parts {
 /// What the thread of a queue owns.
 pub(crate) struct Queue {
     name: CString,
-    ring: BackRing<MappedRing>,
+    /// `None` while the thread sleeps and has parked it.
+    ring: Option<KBox<Ring>>,
     channel: Channel<Inbox>,
     inbox: Arc<Inbox>,
     charge: Arc<Charge>,
@@ -117,6 +121,12 @@ pub(crate) struct Queue {
     broken: Option<RingError>,
     /// Until when memory counts as short.
     short_until: Option<Jiffies>,
+    /// Tells when the domain's pages are short.
+    listener: Listener,
+    /// When to look for pages that were not used for long, if there may be some.
+    rest_at: Option<Jiffies>,
+    /// Wakes the thread then.
+    alarm: Pin<KBox<Alarm<Rest>>>,
     /// When numbers were last printed.
     logged: Jiffies,
 }
@@ -137,9 +147,11 @@ impl Queue {
         } = parts;
         let mover = Mover::new(&domain, MAX_SEGMENTS, persistent)?;
         let reserve = new_transfer(&inbox, MAX_SEGMENTS, GFP_KERNEL)?;
+        let listener = Listener::new(&domain, &inbox)?;
+        let alarm = Alarm::new(Rest(inbox.clone()))?;
         Ok(Self {
             name,
-            ring,
+            ring: Some(KBox::new(ring, GFP_KERNEL)?),
             channel,
             inbox,
             charge,
@@ -158,6 +170,9 @@ impl Queue {
             withdrawn: None,
             broken: None,
             short_until: None,
+            listener,
+            rest_at: None,
+            alarm,
             logged: jiffies::now(),
         })
     }
@@ -177,8 +192,9 @@ impl Queue {
         let _charged = self.charge.begin(thread, &self.name);
         let mut reported = false;
         loop {
-            self.inbox.forget_nudge();
-            let event = self.inbox.take_event();
+            self.inbox.forget_news();
+            // An event that comes at the end is left for who opens the channel next.
+            let event = !thread.should_stop() && self.inbox.take_event();
             let took = self.pass(thread);
             match self.broken {
                 // The event is never given back, so that no more come.
@@ -199,6 +215,9 @@ impl Queue {
             self.log();
             let stopping = thread.should_stop();
             if stopping && self.is_drained() {
+                // Who has answered while the thread slept may not have notified yet. That is lost once
+                // the channel is closed, and who serves the ring next does not notify of old answers.
+                self.channel.notify();
                 return;
             }
             self.sleep(thread, stopping);
@@ -211,6 +230,19 @@ impl Queue {
     }
 
     fn sleep(&mut self, thread: &Current, stopping: bool) {
+        self.rest();
+        self.park(stopping);
+        let timeout = if self.busy.is_empty() {
+            None
+        } else {
+            Some(msecs_to_jiffies(BUSY_WAIT_MS))
+        };
+        self.inbox.wait(thread, !stopping, timeout);
+        self.unpark();
+    }
+
+    /// Gives back what is not needed now, and what others need.
+    fn rest(&mut self) {
         if self.inbox.take_short() {
             let time = msecs_to_jiffies(BUFFER_SQUEEZE_DURATION_MS.get());
             self.short_until = Some(jiffies::now().wrapping_add(time));
@@ -221,17 +253,57 @@ impl Queue {
         } else {
             self.short_until = None;
         }
-        let rest = self.mover.rest(short);
-        let wake = Wake {
-            event: !stopping && self.broken.is_none(),
-            stop: !stopping,
+        if self.rest_at.is_some_and(jiffies::is_past) {
+            self.rest_at = None;
+            self.mover.forget_unused();
+        }
+        self.mover.rest(short);
+        if self.rest_at.is_none() {
+            if let Some(time) = self.mover.unused_after(self.in_flight) {
+                self.rest_at = Some(jiffies::now().wrapping_add(time));
+                self.alarm.set_after(time);
+            }
+        }
+    }
+
+    /// Leaves the ring where I/O ends, if nothing else is to be done there than to answer.
+    fn park(&mut self, stopping: bool) {
+        if self.in_flight == 0 || self.is_awaited(stopping) {
+            return;
+        }
+        let Some(doorbell) = self.channel.doorbell() else {
+            return;
         };
-        let timeout = if self.busy.is_empty() {
-            rest
-        } else {
-            Some(msecs_to_jiffies(BUSY_WAIT_MS))
-        };
-        self.inbox.wait(thread, wake, timeout);
+        if let Some(ring) = self.ring.take() {
+            let parked = Parked {
+                ring,
+                doorbell,
+                pages_stay: self.mover.keeps_pages(),
+            };
+            self.ring = self.inbox.park(parked).map(|parked| parked.ring);
+        }
+    }
+
+    /// Whether somebody waits for what the thread does at the end of an I/O.
+    fn is_awaited(&self, stopping: bool) -> bool {
+        stopping
+            || self.broken.is_some()
+            || self.holds_back()
+            || !self.busy.is_empty()
+            || self.short_until.is_some()
+            || self.listener.is_short()
+    }
+
+    /// Takes the ring back, and the transfers that were answered meanwhile.
+    fn unpark(&mut self) {
+        if self.ring.is_some() {
+            return;
+        }
+        let (parked, mut answered) = self.inbox.unpark();
+        self.ring = parked.map(|parked| parked.ring);
+        while let Some(transfer) = answered.pop() {
+            self.settle(transfer);
+        }
     }
 
     /// Prints what was done so far, if that is wanted.
@@ -270,29 +342,45 @@ impl Queue {
     /// Whether requests have come since the ring was found empty. If not, the next one will send an
     /// event.
     fn more(&mut self, stopping: bool) -> bool {
-        let listening = !stopping && self.broken.is_none() && !self.holds_back();
-        listening && self.ring.final_check()
+        self.listens(stopping) && self.ring.as_mut().is_some_and(|ring| ring.final_check())
     }
 
     /// Starts all requests that can be started now. Whether there were any.
     fn take(&mut self, stopping: bool) -> bool {
         let limits = self.disk.limits();
-        let mut took = false;
-        bio::with_plug(|| {
-            loop {
-                let fresh = self.stalled.is_none();
-                let Some(wire) = self.next(stopping) else {
-                    break;
-                };
-                let begun = self.begin(&wire, &limits);
-                took |= begun || fresh;
-                if !begun {
-                    break;
-                }
-            }
+        let took = bio::with_plug(|| {
+            let took = self.take_all(stopping, &limits);
             self.copy_incoming();
+            took
         });
         self.attend_fence();
+        took
+    }
+
+    fn take_all(&mut self, stopping: bool, limits: &DiskLimits) -> bool {
+        let mut took = false;
+        if let Some(wire) = self.stalled.take() {
+            if !self.begin(&wire, limits) {
+                return false;
+            }
+            took = true;
+        }
+        while self.listens(stopping) {
+            let Some(ring) = self.ring.as_mut() else {
+                break;
+            };
+            // Looked at where it stands, for it is large.
+            match &ring.take_request() {
+                Ok(Some(wire)) => {
+                    took = true;
+                    if !self.begin(wire, limits) {
+                        break;
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => self.broken = Some(*error),
+            }
+        }
         took
     }
 
@@ -301,21 +389,10 @@ impl Queue {
         !matches!(self.barrier, Barrier::None) || self.post.is_raised()
     }
 
-    /// The next request to be started.
-    fn next(&mut self, stopping: bool) -> Option<WireRequest> {
-        if let Some(wire) = self.stalled.take() {
-            return Some(wire);
-        }
-        if stopping || self.broken.is_some() || self.is_held() {
-            return None;
-        }
-        match self.ring.take_request() {
-            Ok(wire) => wire,
-            Err(error) => {
-                self.broken = Some(error);
-                None
-            }
-        }
+    /// Whether requests are taken from the ring.
+    #[inline]
+    fn listens(&self, stopping: bool) -> bool {
+        !stopping && self.broken.is_none() && !self.holds_back()
     }
 
     /// Checks a request and starts it. `false`: it has to wait for memory.
@@ -401,6 +478,7 @@ impl Queue {
         let job = &mut transfer.context;
         job.answer = wire.response(Status::Okay);
         job.result = Ok(());
+        job.answered = false;
         job.segments.clear();
         let (work, data) = match request {
             Request::Read(data) => (Work::Read, Some(data)),
@@ -566,6 +644,10 @@ impl Queue {
             return false;
         }
         self.in_flight = self.in_flight.wrapping_sub(1);
+        if transfer.context.answered {
+            self.recycle(transfer);
+            return true;
+        }
         if transfer.context.work == Work::Barrier {
             self.barrier = Barrier::None;
             self.post.lower();
@@ -582,13 +664,13 @@ impl Queue {
     /// Writes an answer, which the frontend sees after [`Queue::publish`].
     fn answer(&mut self, answer: Response) {
         // Each request that was taken is answered once, so there is a slot.
-        let _ = self.ring.put(&answer);
+        let _ = self.ring.as_mut().map(|ring| ring.put(&answer));
     }
 
     /// Unmaps the pages of transfers that have ended, and shows the frontend their answers.
     fn publish(&mut self) {
         self.mover.flush();
-        if self.ring.publish() {
+        if self.ring.as_mut().is_some_and(|ring| ring.publish()) {
             self.channel.notify();
         }
     }

@@ -58,6 +58,8 @@ pub(crate) struct Job {
     pub(crate) segments: KVec<Segment>,
     /// How it went.
     pub(crate) result: Result,
+    /// The frontend has its answer already: only the memory is to be given up.
+    pub(crate) answered: bool,
     inbox: Arc<Inbox>,
     /// The rest of the chain that it is in.
     next: Chain,
@@ -78,6 +80,7 @@ impl Job {
             sector: 0,
             segments,
             result: Ok(()),
+            answered: false,
             inbox,
             next,
         }
@@ -123,6 +126,17 @@ impl Job {
             .map(|segment| u64::from(segment.sectors()))
             .sum()
     }
+}
+
+/// Whether nothing but an answer is missing to a transfer that the disk is done with. If `pages_stay`,
+/// its pages need not be unmapped before that.
+pub(crate) fn wants_only_an_answer(transfer: &Transfer, pages_stay: bool) -> bool {
+    let (job, (mapped, own)) = (&transfer.context, transfer.data());
+    job.result.is_ok()
+        && !job.has_more()
+        && job.work != Work::Barrier
+        && own.is_empty()
+        && (pages_stay || mapped.is_empty())
 }
 
 /// Makes an idle transfer, with space for so many segments.
