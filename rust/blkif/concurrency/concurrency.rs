@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The ring's handshake under a concurrency checker.
+//! The ring's handshake under a concurrency checker, and how the backend hands a ring over.
 //!
 //! Both ends run in threads of `loom`, which tries every order in which their loads and stores can
 //! take effect under the memory model of the language. A lost wake-up is a deadlock, which loom
 //! reports; a slot that is read before it was written holds something else than expected.
 //!
 //! To show that the checker would see a mistake, each barrier is also left out in turn: then the
-//! same tests must fail.
+//! same tests must fail. The same goes for the hand-over (`hand_over`).
 
 #![cfg(test)]
+
+mod hand_over;
 
 use blkif::ring::BackRing;
 use blkif::ring::FrontRing;
