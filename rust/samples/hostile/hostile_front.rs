@@ -169,11 +169,12 @@ impl Front {
             read_only: reader.number::<u32>(fmt!("info"))? & info::READONLY != 0,
         });
         let inner = self.inner.lock();
-        if inner.thread.is_none() {
+        // The bus may tell of a state twice, and by then the episode may be over, and closing.
+        if inner.thread.is_none() || dev.state() != State::Initialised {
             return Ok(());
         }
         let playing = self.episodes.get(inner.next.wrapping_sub(1));
-        if playing.is_some_and(|episode| episode.toggle) && dev.state() == State::Initialised {
+        if playing.is_some_and(|episode| episode.toggle) {
             self.toggle();
         }
         dev.switch_state(State::Connected);
