@@ -18,6 +18,7 @@ use blkif::wire::op;
 use blkif::wire::WireRequest;
 use blkif::wire::DIRECT_SEGMENTS;
 use kernel::cpu::CpuId;
+use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel_ext::base::irq_spinlock::new_irq_spinlock;
@@ -719,6 +720,10 @@ impl Queue {
 /// Notes the data of a request, if it has some and is small.
 #[inline]
 fn note_small(rq: &mut Request<Disk, Queued<'_>>) -> bool {
+    // A piece is a page at most, so this needs no walk over the data.
+    if rq.bytes() as usize > DIRECT_SEGMENTS * PAGE_SIZE {
+        return false;
+    }
     let (segments, carry) = rq.segments_and_data();
     let pieces = carry.note_pieces(segments);
     // What has no data has no pieces.
