@@ -64,7 +64,7 @@ def pytest_runtest_makereport(item):
 
 def pytest_report_teststatus(report):
     """What the list of results calls a control that was not run."""
-    day = dict(report.user_properties).get("kept")
+    day = dict(getattr(report, "user_properties", ())).get("kept")
     if report.when == "call" and report.passed and day:
         return "passed", "k", f"KEPT of {day}"
     return None
@@ -87,6 +87,7 @@ def _parts(name, ours):
     kernel = Kernel(kernels[name])
     packages = subprocess.run(["dpkg-query", "-W"], stdout=subprocess.PIPE, check=True).stdout
     files = [*HARNESS.glob("*.py"), *HARNESS.glob("harness/*.py"), *PIECES.iterdir()]
+    files.append(HARNESS.parent / "scripts" / "initramfs-test")
     if ours:
         build = HARNESS / os.environ.get("RBLKIF_BUILD", "../build") / kernel.release
         files += build.glob("rblk_*.ko")

@@ -78,11 +78,13 @@ class Guest:
     parts = ("/guest/initrd", "/payload/guest.cpio")
     """What its initramfs is made of, files of dom0."""
 
-    def __init__(self, host, name, settings="", loader=None):
+    def __init__(self, host, name, settings="", loader=None, initramfs=None):
         self.host = host
         self.name = name
         self._settings = settings
         self._loader = loader
+        if initramfs:
+            self.parts = (initramfs,)
         self.domid = None
         self.shell = None
         self._allowed = []
@@ -93,7 +95,7 @@ class Guest:
         memory = (kind.memory + 128 * kind.fio) * self.host.memory_factor
         extra = "console=hvc0 panic=1 mitigations=off nokaslr loglevel=5"
         if root:
-            extra += f" root=/dev/{root}"
+            extra += f" root=/dev/{root} rw"
         boot = f'kernel = "/guest/vmlinux"\nramdisk = "/run/{self.name}.initrd"\nextra = "{extra}"'
         if self._loader:
             boot = f'kernel = "{self._loader}"'

@@ -39,17 +39,20 @@ class HandMade:
         """The backend's device in dom0's sysfs."""
         return f"/sys/bus/xen-backend/devices/vbd-{self.guest.domid}-{self.code}"
 
-    def offer(self, mode="w", **nodes):
-        """What the toolstack writes before the hotplug script runs; `nodes` are of the backend."""
+    def offer(self, mode="w", kind="disk", **nodes):
+        """What the toolstack writes before the hotplug script runs; `nodes` are of the backend.
+
+        `kind` is disk or cdrom.
+        """
         domid = self.guest.domid
         back = {
             "frontend": self.front, "frontend-id": domid, "online": 1, "removable": 0,
-            "bootable": 1, "type": "phy", "dev": self.vdev, "mode": mode, "device-type": "disk",
+            "bootable": 1, "type": "phy", "dev": self.vdev, "mode": mode, "device-type": kind,
             **{name.replace("_", "-"): value for name, value in nodes.items()},
         }  # fmt: skip
         front = {
             "backend": self.back, "backend-id": 0, "virtual-device": self.code,
-            "device-type": "disk",
+            "device-type": kind,
         }  # fmt: skip
         self._write(self.back, back)
         self._write(self.front, front)

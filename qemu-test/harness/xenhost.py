@@ -149,19 +149,20 @@ class XenHost:
         self.insmod("brd", f"rd_nr={count} rd_size={megabytes * 1024}")
 
     def start_guest(
-        self, name="guest", disks=(Disk(),), root=None, settings="", loader=None, **kind
-    ):
+        self, name="guest", disks=(Disk(),), root=None, settings="", loader=None, initramfs=None, **kind
+    ):  # fmt: skip
         """Starts a DomU and waits until its agent answers; `kind` are the fields of `Kind`.
 
         If a guest waits, the first one is that: it booted before the scenario, and
         gets disks and frontend now. `settings` are more lines for the xl
-        configuration; `loader`, a file of dom0, is started in place of the kernel.
+        configuration; `loader`, a file of dom0, is started in place of the kernel, and
+        `initramfs`, another one, is what the kernel gets in place of ours.
         """
-        guest = self.guests[name] = Guest(self, name, settings, loader)
+        guest = self.guests[name] = Guest(self, name, settings, loader, initramfs)
         waiting, self._waiting = self._waiting, None
         if waiting is None:
             guest.start(Kind(**kind), disks, root)
-        elif kind or root or settings or loader or name != "guest":
+        elif kind or root or settings or loader or initramfs or name != "guest":
             raise ValueError(f"the guest that waits is {waiting}: ask for another by xen(waiting=)")
         else:
             guest.take_over(disks)

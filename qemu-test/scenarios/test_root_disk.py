@@ -5,6 +5,8 @@ import hashlib
 import subprocess
 
 from harness.evidence import assert_served_by_pair
+from harness.guest import DRIVER
+from harness.handmade import HandMade
 from harness.xenhost import Disk
 from harness.xenimage import root_disk
 
@@ -16,6 +18,8 @@ def live_on_root_disk(xen, type):
     guest = host.start_guest(type=type, disks=[Disk("xvda", "/dev/vdb")], root="xvda")
     assert "/dev/xvda / ext4 rw" in guest.sh("cat /proc/mounts")
     assert_served_by_pair(host, guest)
+    if type == "pvh":
+        leave_drive_alone(host, guest)
     guest.sh(
         "dd if=/dev/urandom of=/work bs=64k count=48 conv=fsync && tar -cf /bin.tar /bin && sync"
     )
@@ -44,5 +48,41 @@ def test_root_disk_pv(xen):
     live_on_root_disk(xen, "pv")
 
 
+def leave_drive_alone(host, guest):
+    """A CD-ROM drive is left to the emulated one, as in any guest that could have one."""
+    drive, disk = HandMade(host, guest, "xvdb"), HandMade(host, guest, "xvdc")
+    drive.offer(kind="cdrom")
+    disk.offer()
+    # The guest looks at one after the other.
+    disk.wait_for(front=3)
+    assert guest.run(f"[ -e {DRIVER}/vbd-{disk.code} ]")[0] == 0
+    assert guest.run(f"[ -e {DRIVER}/vbd-{drive.code} ]")[0] != 0
+    for device in (drive, disk):
+        host.sh(f"xenstore-rm {device.back}; xenstore-rm {device.front}")
+        host.wait_for(f"[ ! -e {device.device} ]")
+
+
 def test_root_disk_pvh(xen):
+    """Rows: FE-02"""
     live_on_root_disk(xen, "pvh")
+
+
+def test_initramfs(xen, pair, build):
+    """The disk is found by an initramfs that Debian's initramfs-tools made.
+
+    `scripts/initramfs-test` makes it as the documentation says, and one of a system that has
+    not heard of rblkfront for the control. Both contain xen-blkfront; udev loads what a Xen
+    disk asks for.
+
+    Rows: FE-60, FE-62
+    """
+    made = build / f"initramfs-{pair.front.name}"
+    host = xen(waiting=None, image=root_disk(), files={"initramfs": made.read_bytes()})
+    host.load_backend()
+    guest = host.start_guest(
+        disks=[Disk("xvda", "/dev/vdb")], root="xvda", initramfs="/payload/initramfs"
+    )
+    assert "/dev/xvda / ext4 rw" in guest.sh("cat /proc/mounts")
+    assert_served_by_pair(host, guest)
+    # What udev has written of the disk, below the /run that the initramfs hands over.
+    assert "E:ID_FS_TYPE=ext4" in guest.sh("cat /run/udev/data/b202:0")
