@@ -23,10 +23,21 @@ def xen_counts(host):
     }
 
 
+def free_kb(machine):
+    """Memory that nobody uses, with pages in the list of a CPU, which MemFree leaves out."""
+    return 4 * int(
+        machine.sh(
+            "sync; echo 3 > /proc/sys/vm/drop_caches; "
+            "awk '$1 ~ /^(nr_free_pages|count:)$/ { sum += $2 } END { print sum }' /proc/zoneinfo"
+        )
+    )
+
+
 def kernel_counts(machine):
-    """Kernel threads, slab memory and modules with their reference counts."""
+    """Kernel threads, memory, and modules with their reference counts."""
     machine.sh("sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1")
     return {
+        "free_kb": free_kb(machine),
         "threads": int(machine.sh("ps | grep '\\[.*\\]$' | grep -vc kworker")),
         "slab_kb": int(machine.sh("sed -n 's/^SUnreclaim: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")),
         "modules": machine.sh("cut -d' ' -f1,3 /proc/modules | sort"),

@@ -54,9 +54,8 @@ class HandMade:
             "backend": self.back, "backend-id": 0, "virtual-device": self.code,
             "device-type": kind,
         }  # fmt: skip
-        self._write(self.back, back)
-        self._write(self.front, front)
         self.host.sh(
+            f"{_writing(self.back, back)}; {_writing(self.front, front)}; "
             f"xenstore-chmod -r {self.back} n0 r{domid}; "
             f"xenstore-chmod -r {self.front} n{domid} r0; "
             f"xenstore-write {self.back}/state 1 {self.front}/state 1"
@@ -67,6 +66,15 @@ class HandMade:
         self.host.sh(
             f"xenstore-write {self.back}/physical-device $(stat -L -c %t:%T {target})"
             f" {self.back}/hotplug-status connected"
+        )
+
+    def take_away(self):
+        """What `xl block-detach` does, and waits until the backend has nothing of the disk."""
+        self.host.sh(
+            f"xenstore-write {self.back}/online 0 {self.back}/state 5; "
+            f"until [ $(xenstore-read {self.back}/state) = 6 ]; do usleep 100000; done; "
+            f"xenstore-rm {self.back}; xenstore-rm {self.front}; "
+            f"while [ -e {self.device} ]; do usleep 100000; done"
         )
 
     def wait_for(self, front=None, back=None):
@@ -83,6 +91,7 @@ class HandMade:
         """Waits until the backend has taken so many requests."""
         self.host.wait_for(f"[ $(cat {self.device}/statistics/{name}) -ge {value} ]")
 
-    def _write(self, directory, nodes):
-        pairs = " ".join(f"{directory}/{name} '{value}'" for name, value in nodes.items())
-        self.host.sh(f"xenstore-write {pairs}")
+
+def _writing(directory, nodes):
+    pairs = " ".join(f"{directory}/{name} '{value}'" for name, value in nodes.items())
+    return f"xenstore-write {pairs}"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """A disk changes its size while it is read and written, and its memory goes with its use."""
 
+from harness.counts import free_kb
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 
@@ -54,15 +55,6 @@ def test_resize(xen, test_modules):
     guest.wait_for("! pidof dd")
     assert guest.run("[ -e /tmp/failed ]")[0] == 1, guest.sh("tail /tmp/writer.log")
     assert f"Setting capacity to {64 << 11}" in guest.sh("dmesg | tail")
-
-
-FREE_PAGES = "awk '/nr_free_pages|^ +count:/ { sum += $2 } END { print sum }' /proc/zoneinfo"
-"""Those in the list of a CPU too, which MemFree leaves out."""
-
-
-def free_kb(guest):
-    """Memory of the guest that nobody uses."""
-    return 4 * int(guest.sh(f"sync; echo 3 > /proc/sys/vm/drop_caches; {FREE_PAGES}"))
 
 
 def test_idle_memory(xen, record_property):
