@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 """A guest is saved and restored while it reads, writes, flushes and discards.
 
-The disk answers each request after a while, so that many are in flight at the
-moment of the save. Each program checks what it reads; none may see an error.
+The disk answers each request after a while, so that many are in flight when
+the guest is told to stop. Each program checks what it reads; none may see an error.
 """
 
 from harness.evidence import assert_served_by_pair
@@ -74,27 +74,26 @@ def stop(host, guest):
     assert_served_by_pair(host, guest)
 
 
-def test_save_restore(xen):
-    """To a backend that is as good as the old one.
+def test_save_restore(xen, record_property):
+    """To a backend that is as good as the old one; then to one with one ring of one page, no
+    indirect requests, no persistent grants.
 
-    Rows: FE-42, FE-44, FE-66
+    xen-blkfront is asked for the first alone. To change the number of its queues it waits for
+    flushes and discards in flight, which wait for the new connection. With one queue before
+    and after, a request that waits in the queue, with more segments than the backend takes
+    now, is a BUG.
+
+    Rows: FE-42, FE-44, FE-66, F-06, F-10
     """
     host, guest = start(xen)
     guest.save(IMAGE)
     guest.restore(IMAGE)
     wait_for_passes(guest, 1)
-    stop(host, guest)
+    if guest.front == "xen-blkfront":
+        record_property("c_not_asked", "F-06, F-10")
+        stop(host, guest)
+        return
 
-
-def test_save_restore_to_less(xen):
-    """To a backend with one ring of one page, no indirect requests, no persistent grants.
-
-    Not for xen-blkfront: it meets a BUG, as a request with FUA has more segments than the
-    backend takes.
-
-    Rows: FE-42, FE-44, FE-66, F-06, F-10
-    """
-    host, guest = start(xen)
     guest.save(IMAGE)
     parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
     host.sh(f"echo '{LESS}' >> /etc/xen/scripts/blk-min; echo N > {parameters}/feature_persistent")
