@@ -24,6 +24,8 @@ clock against another while the host is busy may find a processor of 36 MHz."""
 class PlainVm:
     """A machine; `modules` are .ko files, found in /modules there."""
 
+    name = "the machine"
+
     def __init__(self, kernel, logs, modules=(), needs=("ext4",), cpus=2, memory=768, arguments=""):
         logs = Path(logs).resolve()
         logs.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ rust/samples/ramdisk/ramdisk.rs.
 """
 
 import pytest
+from harness.counts import assert_no_lost_memory
 from harness.guest import wait_in
 
 DISK = "/dev/rblk0"
@@ -91,4 +92,16 @@ def test_ramdisk_busy(vm):
     vm.sh(f"mkfs.ext4 -q {DISK} && mount {DISK} /mnt && echo kept > /mnt/file")
     assert vm.run("rmmod rblk_ramdisk")[0] != 0
     vm.sh("umount /mnt")
+    vm.rmmod("rblk_ramdisk")
+
+
+def test_ramdisk_lost_memory(vm):
+    """What a driver loses is found: the look for it after all scenarios of this kernel sees it."""
+    vm.machine.allow("kmemleak: 20 new suspected memory leaks")
+    vm.insmod("rblk_ramdisk")
+    assert_no_lost_memory(vm)
+    vm.rmmod("rblk_ramdisk")
+    vm.insmod("rblk_ramdisk", "lose=20")
+    with pytest.raises(AssertionError, match="memory that nothing points to"):
+        assert_no_lost_memory(vm)
     vm.rmmod("rblk_ramdisk")

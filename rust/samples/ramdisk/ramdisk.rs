@@ -4,7 +4,8 @@
 //!
 //! The disk is `/dev/rblk0`. Parameters choose what becomes of each request, see [`Mode`]. Those
 //! that can be written (`size_mib`, `gone`, the end of mode 3) take effect when the disk is opened the next time, for
-//! instance by `blockdev --getsz`.
+//! instance by `blockdev --getsz`. `lose` tests the tests: memory that nothing points to must be
+//! found.
 
 mod disk;
 mod mode;
@@ -60,6 +61,8 @@ module_params! {
         "Can erase securely: leaves ones, where a discard leaves zeroes";
     /// Whether the disk can only be read.
     static READ_ONLY("read_only", 0o444): bool = false, "The disk can only be read";
+    /// What the module forgets.
+    static LOSE("lose", 0o444): u32 = 0, "Allocations to lose, for kmemleak to find";
     /// Whether the disk was pulled out.
     static GONE("gone", 0o644): bool = false, "The disk is pulled out";
 }
@@ -76,6 +79,9 @@ impl kernel::Module for Ramdisk {
         let control = Control::new(queue.clone())?;
         let module = Self { control, queue };
         Control::add_disk(&module.control)?;
+        for number in 0..LOSE.get() {
+            KBox::leak(KBox::new([number; 16], GFP_KERNEL)?);
+        }
         Ok(module)
     }
 }
