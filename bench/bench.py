@@ -28,8 +28,11 @@ from counted import module_symbols
 from counted import points
 from counted import read_windows
 from counted import text_size
+from disks import measure_disks
+from disks import show
 from draw import draw
 from measure import measured
+from page import write_disks
 from page import write_page
 from report import print_profile
 from report import print_report
@@ -155,6 +158,7 @@ def parsed():
     parser.add_argument("--cells", default="", help="parts of names of cells; all if empty")
     parser.add_argument("--no-floors", dest="floors", action="store_false")
     parser.add_argument("--profile", action="store_true", help="print the functions too")
+    parser.add_argument("--disks", action="store_true", help="no loads, but what disks cost beside I/O")
     parser.add_argument("--logs", default="build/bench")
     parser.add_argument("--out", default="build/bench/results.json")
     parser.add_argument("--base", help="results of an earlier run, to compare with")
@@ -186,9 +190,24 @@ def run_all(options):
     }
 
 
+def run_disks(options):
+    """Boots each pair and prints what disks cost beside I/O."""
+    kernel = Kernel(options.kernel)
+    snapshot = Snapshot(kernel, counted=True)
+    pairs = [pair_called(name, kernel, options.build) for name in options.pairs.split(",")]
+    rows = [row for pair in pairs for row in measure_disks(options, snapshot, pair, options.types)]
+    rows.sort(key=lambda row: row["disks"])
+    print("\n".join(show(rows)))
+    if options.page:
+        write_disks(rows, Path(options.page) / "performance-disks.inc")
+
+
 def main():
     """Measures, writes the results, prints them."""
     options = parsed()
+    if options.disks:
+        run_disks(options)
+        return
     base = json.loads(Path(options.base).read_text()) if options.base else None
     start = time.monotonic()
     document = run_all(options)

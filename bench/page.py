@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """The tables as a part of the documentation."""
 
+import disks
 from report import COLUMNS
 from report import code
 from report import row
@@ -14,12 +15,26 @@ Kernel {kernel}; {date}. Bytes of code: {sizes}.
 """
 
 
+DISKS_HEAD = """.. SPDX-License-Identifier: GPL-2.0
+.. Written by bench/page.py from the results of a run.
+"""
+
+
 def write_page(document, path):
     """Writes all tables in reStructuredText."""
     lines = [HEAD.format(**document, sizes=code(document))]
     for title, results in tables(document):
         lines += [title, "-" * len(title), "", *_table(results), ""]
     path.write_text("\n".join(lines))
+
+
+def write_disks(rows, path):
+    """Writes the table of what disks cost beside I/O."""
+    lines = [DISKS_HEAD, ".. list-table::", "   :header-rows: 1", ""]
+    lines += _row(["disks", "pair", *disks.COLUMNS.values()])
+    for found in rows:
+        lines += _row([found["disks"], found["pair"], *(shown(found[name]) for name in disks.COLUMNS)])
+    path.write_text("\n".join([*lines, ""]))
 
 
 def _table(results):

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0
+"""What disks cost beside I/O: to connect them, to have them, and to have many.
+
+For each number of disks a guest starts without any. They are attached while the
+bus binds no driver by itself, so that their backends wait in state 2. Then the
+frontend is bound to all of them, one after the other, and they connect together.
+
+idle        connected, before the first I/O of a load
+used        right after a load
+"""
+
+import re
+import sys
+from string import ascii_lowercase
+
+from counted import LOAD_FLAGS
+from counted import compiled
+from report import shown
+
+from harness.counts import backend_switches
+from harness.counts import free_kb
+from harness.shell import MachineTrouble
+from harness.xenhost import Disk
+from harness.xenhost import XenHost
+
+NUMBERS = (1, 8, 16)
+MEGABYTES = 4
+IDLE_SECONDS = 10
+SETTLED = 5
+"""Seconds after which all disks are there, which is checked, and memory is given back."""
+COUNT = 2000
+IOS = COUNT + COUNT // 4
+"""What load.c does: a quarter more, to warm up."""
+
+BUS = "/sys/bus/xen"
+
+CLOCK = "now() { awk '/^now at/ { print $3; exit }' /proc/timer_list; }"
+"""Nanoseconds; the machine runs one instruction in each."""
+
+COLUMNS = {
+    "connect": "connect (ms)",
+    "guest idle": "guest idle (KiB)",
+    "dom0 idle": "dom0 idle (KiB)",
+    "guest used": "guest used (KiB)",
+    "dom0 used": "dom0 used (KiB)",
+    "wake-ups": "wake-ups (1/s)",
+    "4k qd8": "4k read qd8, all",
+}
+"""Titles of columns. Memory is for each disk; wake-ups are of all threads of the backend."""
+
+
+def measure_disks(options, snapshot, pair, kind):
+    """Boots once and returns, for each number of disks, a row."""
+    load = compiled("load.c", *LOAD_FLAGS)
+    logs = f"{options.logs}/disks-{pair.name.replace('/', '')}-{kind}"
+    host = XenHost(snapshot, pair, logs, programs=[load])
+    try:
+        host.boot()
+        host.load_backend()
+        host.ram_disks(max(NUMBERS), MEGABYTES)
+        host.sh("for disk in /dev/ram*; do dd if=/dev/zero of=$disk bs=1M 2>/dev/null || true; done")
+        rows = [_measure(host, f"/programs/{load.name}", kind, number) for number in NUMBERS]
+        host.finish()
+    except BaseException:
+        host.collect()
+        raise
+    finally:
+        host.close()
+    return rows
+
+
+def show(rows):
+    """The table as lines of text."""
+    yield f"{'disks':6}{'pair':5}" + "".join(f"{title:>18}" for title in COLUMNS.values())
+    for row in rows:
+        yield f"{row['disks']:<6}{row['pair']:5}" + "".join(f"{shown(row[name]):>18}" for name in COLUMNS)
+
+
+def _measure(host, load, kind, number):
+    guest = host.start_guest(type=kind, memory=320, disks=[], settings='tsc_mode = "native"')
+    disks = [f"xvd{letter}" for letter in ascii_lowercase[:number]]
+    # What the start of the guest has freed comes back with a delay.
+    guest.sh(f"sleep {SETTLED}")
+    before = free_kb(guest), free_kb(host)
+    guest.sh(f"echo 0 > {BUS}/drivers_autoprobe")
+    for place, name in enumerate(disks):
+        host.attach(guest, Disk(name, f"/dev/ram{place}"))
+    connect = _connect(guest, disks)
+    guest.sh("for disk in /sys/block/xvd*; do echo none > $disk/queue/scheduler; done")
+    idle = free_kb(guest), free_kb(host)
+    switches = int(backend_switches(host))
+    host.sh(f"sleep {IDLE_SECONDS}", timeout=600)
+    switches = int(backend_switches(host)) - switches
+    small = _io(guest, disks, f"{load} /dev/$disk randread 4096 8 {COUNT} 0")
+    _io(guest, disks, f"{load} /dev/$disk read 131072 8 64 0")
+    used = free_kb(guest), free_kb(host)
+    guest.shut_down()
+    row = {
+        "pair": host.pair.name,
+        "type": kind,
+        "disks": number,
+        "connect": connect / 1000,
+        "guest idle": (before[0] - idle[0]) / number,
+        "dom0 idle": (before[1] - idle[1]) / number,
+        "guest used": (before[0] - used[0]) / number,
+        "dom0 used": (before[1] - used[1]) / number,
+        "wake-ups": switches / IDLE_SECONDS,
+        "4k qd8": small / number / IOS,
+    }
+    print(f"  {host.pair.name} {kind}: {row}", file=sys.stderr)
+    return row
+
+
+def _connect(guest, disks):
+    """Microseconds from the first disk that is bound until the frontend has said of all what they are."""
+    guest.wait_for(f"[ $(ls -d {BUS}/devices/vbd-* | wc -l) = {len(disks)} ]")
+    guest.sh(
+        f"dmesg -c >/dev/null; echo start > /dev/kmsg; for disk in $(ls {BUS}/devices | grep vbd); do "
+        f"echo $disk > {BUS}/drivers/vbd/bind; done; sleep {SETTLED}",
+        timeout=600,
+    )
+    guest.sh(" && ".join(f"[ -b /dev/{disk} ]" for disk in disks))
+    stamps = re.findall(
+        r"^\[ *(\d+)\.(\d{6})\] (?:start|.*xvd.*indirect descriptors)", guest.sh("dmesg"), re.MULTILINE
+    )
+    times = [int(seconds) * 1000000 + int(rest) for seconds, rest in stamps]
+    if len(times) != len(disks) + 1:
+        raise MachineTrouble(f"{len(times) - 1} of {len(disks)} disks have connected")
+    return times[-1] - times[0]
+
+
+def _io(guest, disks, command):
+    """Nanoseconds that a load takes that runs on all disks at once."""
+    return int(
+        guest.sh(
+            f"{CLOCK}; start=$(now); for disk in {' '.join(disks)}; do {command} >/dev/null & done; "
+            "wait; echo $(($(now) - start))",
+            timeout=1200,
+        )
+    )
