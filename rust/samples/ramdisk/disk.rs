@@ -203,8 +203,12 @@ impl WorkItem for Control {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
-        let kept = Mode::new(crate::MODE.get()) == Mode::Keep;
-        this.end_parked(|mode, rq| (mode == Mode::Later || !kept).then(|| this.store.serve(rq)));
+        let now = Mode::new(crate::MODE.get());
+        this.end_parked(|mode, rq| match (mode, now) {
+            (Mode::Keep, Mode::Keep) => None,
+            (Mode::Keep, Mode::Fail) => Some(BlkStatus::IOERR),
+            _ => Some(this.store.serve(rq)),
+        });
 
         let disk = this.disk.lock().clone();
         if crate::GONE.get() {

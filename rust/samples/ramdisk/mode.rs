@@ -13,7 +13,8 @@ pub(crate) enum Mode {
     Complete,
     /// 2: it is done by a work item, in a batch with others.
     Later,
-    /// 3: it stays in flight until the parameter changes, it times out or the disk goes.
+    /// 3: it stays in flight until the parameter changes, it times out or the disk goes. If the
+    /// parameter becomes 4 then, it fails; else it is done.
     Keep,
     /// 4: it fails.
     Fail,
