@@ -52,8 +52,15 @@ def backend_switches(host):
     )
 
 
+KEEPS_PAGES = "persistent_grant_unused_seconds=0"
+"""Parameters of a backend that is not to wake up once, after a minute, to give back pages."""
+
+
 def assert_idle(host, record_property):
-    """No thread of the backend wakes up without a reason; those of the C module do."""
+    """No thread of the backend wakes up without a reason; those of the C module do.
+
+    The backend was loaded with `KEEPS_PAGES`.
+    """
     before = backend_switches(host)
     host.sh("sleep 3")
     ours = host.pair.back.name == "rblkback"

@@ -6,6 +6,7 @@ becomes of requests.
 """
 
 import pytest
+from harness.counts import KEEPS_PAGES
 from harness.counts import assert_idle
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
@@ -23,9 +24,9 @@ KEEP = 3
 def ramdisk_host(xen, test_modules):
     """Makes a Xen host with the backend and /dev/rblk0: `host = ramdisk_host(PARAMETERS)`."""
 
-    def start(parameters, **options):
+    def start(parameters, backend="", **options):
         host = xen(modules=[test_modules / "rblk_ramdisk.ko"], **options)
-        host.load_backend()
+        host.load_backend(backend)
         host.insmod("rblk_ramdisk", parameters)
         return host
 
@@ -51,7 +52,7 @@ def test_resize_idle(ramdisk_host, record_property):
 
     Rows: BE-25, BE-51, B-13
     """
-    host = ramdisk_host("size_mib=16")
+    host = ramdisk_host("size_mib=16", backend=KEEPS_PAGES)
     guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
     assert_served_by_pair(host, guest)
     assert guest.sh("blockdev --getsize64 /dev/xvda") == str(16 * MIB)

@@ -6,6 +6,7 @@ The log has a table of the memory that they cost dom0.
 
 import os
 
+from harness.counts import KEEPS_PAGES
 from harness.counts import assert_idle
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
@@ -72,7 +73,7 @@ def test_many_disks(xen, record_property):
     Rows: BE-09, BE-21, BE-41, BE-53, B-13, B-15
     """
     host = xen(waiting=None)
-    host.load_backend(f"max_queues={QUEUES} persistent_grant_unused_seconds=0 feature_persistent=0")
+    host.load_backend(f"max_queues={QUEUES} {KEEPS_PAGES} feature_persistent=0")
     filled_disks(host, DISKS)
     guest = host.start_guest(disks=[], vcpus=QUEUES, memory=560)
     rows = [("before", free_kb(host))]
@@ -110,7 +111,7 @@ def test_many_guests(xen, record_property):
     Rows: BE-41, B-13
     """
     host = xen(waiting=None)
-    host.load_backend()
+    host.load_backend(KEEPS_PAGES)
     filled_disks(host, GUESTS)
     rows = [("before", free_kb(host))]
     guests = [
