@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0
 """A disk changes its size while it is read and written, and its memory goes with its use."""
 
+from harness.counts import KEEPS_PAGES
 from harness.counts import free_kb
 from harness.evidence import assert_served_by_pair
+from harness.guest import TWO_VCPUS
 from harness.xenhost import Disk
 
 SIZE = "/sys/module/rblk_ramdisk/parameters/size_mib"
@@ -86,3 +88,47 @@ def test_idle_memory(xen, record_property):
             return
         guest.sh("sleep 2")
     raise AssertionError(f"{idle - free_kb(guest)} kB are not given back")
+
+
+DEEP = (
+    "fio --ioengine=libaio --direct=1 --iodepth=32 --iodepth_batch=32 --bs=32k --size=2M "
+    "--offset_increment=2M --numjobs=2 --cpus_allowed=0-1 --cpus_allowed_policy=split "
+    "--rw=randwrite --verify=crc32c --verify_fatal=1 --output-format=terse "
+    "--name=a --filename=/dev/xvda --name=b --filename=/dev/xvdb"
+)
+"""Two disks, two rings each, and as many requests at once as a ring has slots."""
+DEEP_KB = 2048
+"""What such requests make our backend take at least; it takes 4000."""
+FILL = "dd if=/dev/vdb of=/dev/null bs=1M count=320 2> /dev/null"
+"""Reads a file, so to say, that is larger than what is free in dom0."""
+
+
+def test_short_memory(xen):
+    """What the backend has taken for many requests at once, dom0 gets back when it needs it.
+
+    Requests that are under way then are done as always. The C module has taken all
+    that it wants before, and keeps it.
+
+    Rows: BE-36
+    """
+    host = xen(waiting=TWO_VCPUS)
+    host.load_backend(f"max_queues=2 feature_persistent=0 {KEEPS_PAGES}")
+    host.ram_disks(count=2, megabytes=4)
+    host.sh("for disk in 0 1; do dd if=/dev/zero of=/dev/ram$disk bs=1M count=4 oflag=direct; done")
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/ram1")])
+    guest.wait_for("[ -b /dev/xvda -a -b /dev/xvdb ]")
+    assert_served_by_pair(host, guest)
+    idle = free_kb(host)
+    guest.sh(DEEP)
+    taken = idle - free_kb(host, drop=1)
+
+    host.sh(f"(until [ -e /tmp/enough ]; do {FILL}; echo >> /tmp/fills; done; touch /tmp/over) &")
+    host.wait_for("[ -s /tmp/fills ]")
+    guest.sh(DEEP)
+    host.sh("touch /tmp/enough")
+    host.wait_for("[ -e /tmp/over ]")
+    host.sh(FILL)
+    kept = idle - free_kb(host, drop=1)
+    print(f"dom0's memory in KiB: taken {taken}, kept when it is short {kept}")
+    assert (taken > DEEP_KB) == (host.pair.back.name == "rblkback")
+    assert kept < DEEP_KB // 2

@@ -8,6 +8,7 @@ import os
 
 from harness.counts import KEEPS_PAGES
 from harness.counts import assert_idle
+from harness.counts import free_kb
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 
@@ -34,15 +35,6 @@ done 2> /dev/null
 def names(count):
     """The names of the first disks of a guest."""
     return [f"xvd{chr(ord('a') + number)}" for number in range(count)]
-
-
-def free_kb(host, drop=3):
-    """Memory of dom0 that nobody uses, after the kernel was told to give back caches.
-
-    `drop` 1 is what files are in; 3 is all, which calls the shrinkers of drivers too.
-    """
-    command = f"sync; echo {drop} > /proc/sys/vm/drop_caches; usleep 500000"
-    return int(host.sh(f"{command}; grep MemFree: /proc/meminfo").split()[1])
 
 
 def filled_disks(host, count):
