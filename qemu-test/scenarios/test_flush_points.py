@@ -1,58 +1,92 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Whenever the power goes, the file system in the guest is sound.
+"""Whenever the power goes, the file systems in the guest are sound.
 
 QEMU logs what reaches dom0's disk, outside of both kernels, while the guest
-makes a journaling file system and changes it. What the disk held at a flush is
-put together from the log, its journal replayed, and then nothing may be wrong.
+changes two journaling file systems. What the disk held at a flush is put
+together from the log, the journals are replayed, and then nothing may be wrong.
 """
 
+import shutil
 import subprocess
 
+from harness import xfs
 from harness.evidence import assert_served_by_pair
 from harness.writelog import read_log
 from harness.xenhost import Disk
 
-SIZE = 24 << 20
-POINTS = 12
+EXT4_START, EXT4_SIZE = 1 << 20, 24 << 20
+POINTS, XFS_POINTS = 12, 4
+"""How often to look. To replay the journal of xfs dom0 has to mount it."""
 CHANGES = """
-mount -t ext4 /dev/xvda /mnt
-for i in $(seq 30); do
-    mkdir -p /mnt/$((i % 5)); head -c $((i * 3000)) /dev/urandom > /mnt/$((i % 5))/$i
-    [ $((i % 3)) != 0 ] || dd if=/dev/null of=/mnt/$((i % 5))/$i conv=fsync,notrunc 2>/dev/null
-    [ $((i % 4)) != 0 ] || rm -f /mnt/$(((i - 2) % 5))/$((i - 2))
-done
-umount /mnt
+change() {
+    mkdir /tmp/$1; mount -t $1 /dev/$2 /tmp/$1; cd /tmp/$1
+    for i in $(seq 30); do
+        mkdir -p $((i % 5)); head -c $((i * 3000)) /dev/urandom > $((i % 5))/$i
+        [ $((i % 3)) != 0 ] || dd if=/dev/null of=$((i % 5))/$i conv=fsync,notrunc 2>/dev/null
+        [ $((i % 4)) != 0 ] || rm -f $(((i - 2) % 5))/$((i - 2))
+    done
+    cd /; umount /tmp/$1; touch /tmp/$1-done
+}
+change ext4 xvda & change xfs xvdb & wait
+[ -e /tmp/ext4-done -a -e /tmp/xfs-done ]
 """
 
 
-def test_flush_points(xen, tmp_path):
+def test_flush_points(xen, kernel, tmp_path):
     """Rows: BE-46"""
-    host = xen(log_writes=True)
+    image = xfs.partitioned_disk((EXT4_START, EXT4_SIZE))
+    module = kernel.module("xfs")
+    # A loop device has whole sectors.
+    module += bytes(-len(module) % 512)
+    host = xen(log_writes=True, image=image, files={"xfs.ko": module})
     host.load_backend()
-    guest = host.start_guest(disks=[Disk("xvda", "/dev/vdb")])
+    host.sh("blockdev --rereadpt /dev/vdb; insmod /payload/xfs.ko")
+    host.sh("losetup /dev/loop0 /payload/xfs.ko")
+    disks = {"xvda": "/dev/vdb1", "xvdb": "/dev/vdb2", "xvdc": "/dev/loop0"}
+    guest = host.start_guest(disks=[Disk(vdev, target) for vdev, target in disks.items()])
+    guest.wait_for(" && ".join(f"[ -b /dev/{vdev} ]" for vdev in disks))
     assert_served_by_pair(host, guest)
-    guest.sh(f"mkfs.ext4 -q -b 1024 /dev/xvda {SIZE >> 10}k")
+    guest.sh("cat /dev/xvdc > /tmp/xfs.ko; insmod /tmp/xfs.ko")
+    guest.sh("mkfs.ext4 -q -b 1024 /dev/xvda")
     guest.sh(CHANGES, timeout=240)
     guest.shut_down()
-    disk, flushes = bytearray(SIZE), 0
-    entries = read_log(host.write_log)
+
+    disk = tmp_path / "disk"
+    shutil.copy(image, disk)
+    entries, flushes = read_log(host.write_log), 0
     made = next(index for index, entry in enumerate(entries) if entry.is_flush)
     total = sum(entry.is_flush for entry in entries)
     assert total > POINTS
-    for index, entry in enumerate(entries):
-        disk[entry.sector * 512 : entry.sector * 512 + len(entry.data)] = entry.data
-        if entry.is_flush:
-            flushes += 1
-            if index > made and flushes % (total // POINTS) == 0:
-                check(tmp_path / "image", disk, f"flush {flushes} of {total}")
+    with open(disk, "r+b", buffering=0) as file:
+        for index, entry in enumerate(entries):
+            file.seek(entry.sector * 512)
+            file.write(entry.data)
+            flushes += entry.is_flush
+            where = f"flush {flushes} of {total}"
+            if entry.is_flush and index > made and flushes % (total // POINTS) == 0:
+                check_ext4(disk, where)
+            if entry.is_flush and index > made and flushes % (total // XFS_POINTS) == 0:
+                check_xfs(host, disk, where)
+    assert "Ending recovery" in host.sh("dmesg")
 
 
-def check(image, content, where):
+def check_ext4(disk, where):
     """Replays the journal, then looks for anything that is wrong."""
-    image.write_bytes(content)
+    image = disk.with_name("ext4")
+    with open(disk, "rb") as file:
+        file.seek(EXT4_START)
+        image.write_bytes(file.read(EXT4_SIZE))
     for options in (["-y", "-E", "journal_only"], ["-fn"]):
         result = subprocess.run(
             ["e2fsck", *options, image], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         replayed = "-y" in options and result.returncode == 1
         assert replayed or result.returncode == 0, f"{where}:\n{result.stdout}"
+
+
+def check_xfs(host, disk, where):
+    """The same; dom0, whose disk has that content for a while, replays the journal."""
+    subprocess.run(["cp", "--sparse=always", disk, host.disk], check=True)
+    status, output = host.run("mount -t xfs /dev/vdb2 /mnt && umount /mnt || (dmesg | tail; false)")
+    assert status == 0, f"{where}:\n{output}"
+    xfs.assert_sound(host.disk, where)
