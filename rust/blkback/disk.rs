@@ -15,7 +15,8 @@ use kernel::str::CString;
 use kernel::sync::atomic::Atomic;
 use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
-use kernel_ext::base::lazy_timer::Target;
+use kernel_ext::base::jiffies::Jiffies;
+use kernel_ext::base::timer::Target;
 use kernel_ext::block::bdev::Access;
 use kernel_ext::block::bdev::BlockDevice;
 use kernel_ext::block::bdev::DeviceNumber;
@@ -134,12 +135,15 @@ pub(crate) struct SizeWatch {
     pub(crate) disk: Arc<Disk>,
     /// The queue that has to tell the frontend.
     pub(crate) inbox: Arc<Inbox>,
+    /// The time from one look to the next.
+    pub(crate) period: Jiffies,
 }
 
 impl Target for SizeWatch {
-    fn expired(&self) {
+    fn expired(&self) -> Option<Jiffies> {
         if self.disk.has_new_size() {
             self.inbox.nudge();
         }
+        Some(self.period)
     }
 }

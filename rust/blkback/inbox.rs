@@ -69,7 +69,7 @@ use kernel::sync::Arc;
 use kernel::time::Jiffies;
 use kernel_ext::base::irq_spinlock::IrqSpinLock;
 use kernel_ext::base::kthread::Current;
-use kernel_ext::base::lazy_timer::Target;
+use kernel_ext::base::timer::Target;
 use kernel_ext::base::wait::WaitQueue;
 use kernel_ext::new_irq_spinlock;
 use kernel_ext::new_wait_queue;
@@ -253,8 +253,9 @@ impl Inbox {
 pub(crate) struct Rest(pub(crate) Arc<Inbox>);
 
 impl Target for Rest {
-    fn expired(&self) {
+    fn expired(&self) -> Option<Jiffies> {
         self.0.nudge();
+        None
     }
 }
 

@@ -47,11 +47,12 @@ use kernel::prelude::*;
 use kernel::str::CStr;
 use kernel::str::CString;
 use kernel::sync::Arc;
-use kernel_ext::base::alarm::Alarm;
 use kernel_ext::base::jiffies;
 use kernel_ext::base::jiffies::msecs_to_jiffies;
 use kernel_ext::base::jiffies::Jiffies;
 use kernel_ext::base::kthread::Current;
+use kernel_ext::base::timer::IdleCpu;
+use kernel_ext::base::timer::Timer;
 use kernel_ext::block::bio;
 use kernel_ext::block::bio::Operation;
 use kernel_ext::ratelimited;
@@ -126,7 +127,7 @@ pub(crate) struct Queue {
     /// When to look for pages that were not used for long, if there may be some.
     rest_at: Option<Jiffies>,
     /// Wakes the thread then.
-    alarm: Pin<KBox<Alarm<Rest>>>,
+    alarm: Pin<KBox<Timer<Rest>>>,
     /// When numbers were last printed.
     logged: Jiffies,
 }
@@ -148,7 +149,7 @@ impl Queue {
         let mover = Mover::new(&domain, MAX_SEGMENTS, persistent)?;
         let reserve = new_transfer(&inbox, MAX_SEGMENTS, GFP_KERNEL)?;
         let listener = Listener::new(&domain, &inbox)?;
-        let alarm = Alarm::new(Rest(inbox.clone()))?;
+        let alarm = Timer::new(IdleCpu::Wakes, Rest(inbox.clone()))?;
         Ok(Self {
             name,
             ring: Some(KBox::new(ring, GFP_KERNEL)?),

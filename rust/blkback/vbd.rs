@@ -77,10 +77,11 @@ use kernel_ext::base::jiffies::msecs_to_jiffies;
 use kernel_ext::base::jiffies::Jiffies;
 use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
-use kernel_ext::base::lazy_timer::LazyTimer;
 use kernel_ext::base::noio::Noio;
 use kernel_ext::base::sysfs;
 use kernel_ext::base::sysfs::Output;
+use kernel_ext::base::timer::IdleCpu;
+use kernel_ext::base::timer::Timer;
 use kernel_ext::base::wait::WaitQueue;
 use kernel_ext::new_wait_queue;
 use kernel_ext::ratelimited;
@@ -150,7 +151,7 @@ struct Inner {
     disk: Option<Arc<Disk>>,
     /// One for each ring that is served.
     serving: KVec<Serving>,
-    size_watch: Option<Pin<KBox<LazyTimer<SizeWatch>>>>,
+    size_watch: Option<Pin<KBox<Timer<SizeWatch>>>>,
     pace: Pace,
     /// Looks again, when the frontend may make the next connection.
     later: Option<KThread>,
@@ -447,9 +448,15 @@ impl Vbd {
         if let Some(first) = serving.first() {
             let (disk, inbox) = (disk, first.inbox.clone());
             let period = msecs_to_jiffies(SIZE_WATCH_MS);
-            let watch = LazyTimer::new(period, SizeWatch { disk, inbox })
-                .map_err(|error| Fault::Own("starting a timer", error))?;
-            inner.size_watch = Some(watch);
+            let watch = SizeWatch {
+                disk,
+                inbox,
+                period,
+            };
+            let timer = Timer::new(IdleCpu::Sleeps, watch)
+                .map_err(|error| Fault::Own("making a timer", error))?;
+            timer.set_after(period);
+            inner.size_watch = Some(timer);
         }
         inner.serving = serving;
         connection.report();

@@ -2,14 +2,12 @@
 
 //! What any driver may need and the stock `kernel` crate lacks.
 //!
-//! - [`alarm`]: timers that call once each time that they are set.
 //! - [`cpu`]: the CPUs of the machine.
 //! - [`global_mutex`]: mutexes in statics.
 //! - [`io_owner`]: who the I/O of a thread counts for.
 //! - [`irq_spinlock`]: a lock for data that an interrupt handler uses too.
 //! - [`jiffies`]: the kernel's coarse clock.
 //! - [`kthread`]: kernel threads that run a closure.
-//! - [`lazy_timer`]: timers that wake nobody.
 //! - [`module_param`]: module parameters that show in sysfs.
 //! - [`module_ref`]: references to the module.
 //! - [`noio`]: code that memory is freed by.
@@ -19,17 +17,16 @@
 //! - [`shown`]: messages with values of crates that do not know the kernel.
 //! - [`sysfs`]: read-only attributes of a device.
 //! - [`this_module`]: the module that this crate is linked into.
+//! - [`timer`]: calls at a later time.
 //! - [`wait`]: wait queues.
 //! - [`workqueue`]: work queues that end with their owner.
 
-pub mod alarm;
 pub mod cpu;
 pub mod global_mutex;
 pub mod io_owner;
 pub mod irq_spinlock;
 pub mod jiffies;
 pub mod kthread;
-pub mod lazy_timer;
 pub mod module_param;
 pub mod module_ref;
 pub mod noio;
@@ -39,5 +36,6 @@ pub mod ratelimit;
 pub mod shown;
 pub mod sysfs;
 pub mod this_module;
+pub mod timer;
 pub mod wait;
 pub mod workqueue;

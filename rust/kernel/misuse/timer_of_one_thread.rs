@@ -4,12 +4,14 @@
 //! What a timer calls must be ready for other threads.
 
 use core::cell::Cell;
-use kernel_ext::base::lazy_timer::Target;
+use kernel_ext::base::jiffies::Jiffies;
+use kernel_ext::base::timer::Target;
 
 struct Misuse(Cell<u32>);
 
 impl Target for Misuse {
-    fn expired(&self) {
+    fn expired(&self) -> Option<Jiffies> {
         self.0.set(1);
+        None
     }
 }

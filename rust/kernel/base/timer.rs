@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Timers that call once each time that they are set.
+//! Timers.
 //!
-//! An [`Alarm`] is for something that has to be done once, some time from now. It costs nothing while
-//! it is not set. It wakes an idle CPU, other than a [`LazyTimer`](super::lazy_timer::LazyTimer).
+//! A [`Timer`] calls its [`Target`] when the time that was set is over. It costs nothing while none is
+//! set. Whether it wakes a CPU that is idle then is said by [`IdleCpu`].
 //!
 //! C header: [`include/linux/timer.h`](srctree/include/linux/timer.h)
 
 use super::jiffies;
 use super::jiffies::Jiffies;
-use super::lazy_timer::Target;
 use super::module_ref::ModuleRef;
 use kernel::bindings;
 use kernel::optional_name;
@@ -17,15 +16,31 @@ use kernel::prelude::*;
 use kernel::static_lock_class;
 use kernel::types::Opaque;
 
-/// A timer that calls its target once each time that it is set. Dropping it waits for a call that is
-/// running, so not to be done with a lock that the target takes, nor in an interrupt.
+/// What a CPU does that is idle when the time is over.
+pub enum IdleCpu {
+    /// It wakes, and the call comes in time.
+    Wakes,
+    /// It sleeps on, and the call comes once something else wakes it.
+    Sleeps,
+}
+
+/// What a [`Timer`] calls.
+pub trait Target: Send + Sync + 'static {
+    /// The time is over. Says after what time to call again, if at all.
+    ///
+    /// Runs in a soft interrupt: it must not sleep.
+    fn expired(&self) -> Option<Jiffies>;
+}
+
+/// A timer, not set at first. Dropping it waits for a call that is running, so not to be done with a
+/// lock that the target takes, nor in an interrupt.
 ///
 /// # Invariants
 ///
 /// `timer` is initialised with `callback`, and does not move.
 #[repr(C)]
 #[pin_data(PinnedDrop)]
-pub struct Alarm<T: Target> {
+pub struct Timer<T: Target> {
     /// First, so that the callback finds the rest behind the pointer that it gets.
     #[pin]
     timer: Opaque<bindings::timer_list>,
@@ -34,14 +49,18 @@ pub struct Alarm<T: Target> {
 }
 
 // SAFETY: A timer may be set and shut down from any thread; the target is `Send`.
-unsafe impl<T: Target> Send for Alarm<T> {}
+unsafe impl<T: Target> Send for Timer<T> {}
 // SAFETY: A timer may be set by several at once; the target is `Sync`.
-unsafe impl<T: Target> Sync for Alarm<T> {}
+unsafe impl<T: Target> Sync for Timer<T> {}
 
-impl<T: Target> Alarm<T> {
+impl<T: Target> Timer<T> {
     /// Makes one that is not set.
-    pub fn new(target: T) -> Result<Pin<KBox<Self>>> {
+    pub fn new(idle: IdleCpu, target: T) -> Result<Pin<KBox<Self>>> {
         let module = ModuleRef::new()?;
+        let flags = match idle {
+            IdleCpu::Wakes => 0,
+            IdleCpu::Sleeps => bindings::TIMER_DEFERRABLE,
+        };
         KBox::pin_init(
             pin_init!(Self {
                 // INVARIANT: Initialised here, and pinned.
@@ -51,7 +70,7 @@ impl<T: Target> Alarm<T> {
                         bindings::timer_init_key(
                             timer,
                             Some(Self::callback),
-                            0,
+                            flags,
                             optional_name!().as_char_ptr(),
                             static_lock_class!().as_ptr(),
                         )
@@ -73,16 +92,18 @@ impl<T: Target> Alarm<T> {
 
     /// # Safety
     ///
-    /// Only for a timer in an `Alarm<T>`, which waits for this before it is freed.
+    /// Only for a timer in a `Timer<T>`, which waits for this before it is freed.
     unsafe extern "C" fn callback(timer: *mut bindings::timer_list) {
         // SAFETY: The timer is the first field.
         let this = unsafe { &*timer.cast::<Self>() };
-        this.target.expired();
+        if let Some(time) = this.target.expired() {
+            this.set_after(time);
+        }
     }
 }
 
 #[pinned_drop]
-impl<T: Target> PinnedDrop for Alarm<T> {
+impl<T: Target> PinnedDrop for Timer<T> {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: By the type invariant. After this the callback does not run, and never will.
         unsafe { bindings::timer_shutdown_sync(self.timer.get()) };
