@@ -76,17 +76,10 @@ class Run:
             front_parameters=self._parameters(),
             extra=["-plugin", f"{plugin},points={place.resolve()},out={counts.resolve()}"],
         )  # fmt: skip
-        try:
-            host.boot()
+        with host.running():
             guest = self._start(host, ram_disk, floors)
             for cell in cells:
                 self._measure(host, guest, cell, floors and cell.disk == "xvda" and cell.bytes)
-            host.finish()
-        except BaseException:
-            host.collect()
-            raise
-        finally:
-            host.close()
         windows = read_windows(counts)
         modules = {domain: module_symbols(places) for domain, places in self._code.items()}
         return [

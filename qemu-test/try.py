@@ -42,8 +42,7 @@ def xen(options, logs):
     kind = {name: value for name, value in kind.items() if value}
     snapshot = Snapshot(kernel) if kind else SnapshotWithGuest(kernel)
     host = XenHost(snapshot, pair(options.pair, kernel, build), logs, options.module)
-    try:
-        host.boot()
+    with host.running():
         host.load_backend()
         host.ram_disks()
         print(host.sh(options.dom0, options.timeout))
@@ -51,12 +50,6 @@ def xen(options, logs):
         status, output = guest.run(options.script, options.timeout)
         print(output)
         print(host.sh(options.then, options.timeout))
-        host.finish()
-    except BaseException:
-        host.collect()
-        raise
-    finally:
-        host.close()
     return status
 
 

@@ -10,6 +10,7 @@ target     what the backend serves, a block device of that domain
 import base64
 import gzip
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,19 @@ class XenHost:
         """Goes on from the snapshot and unpacks what the scenario brings."""
         resume(self.machine)
         self.sh("mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null")
+
+    @contextmanager
+    def running(self):
+        """From boot to end, for who is no scenario; collects what helps if that fails."""
+        try:
+            self.boot()
+            yield self
+            self.finish()
+        except BaseException:
+            self.collect()
+            raise
+        finally:
+            self.close()
 
     def _write_payload(self, path, modules, programs, front_parameters, tools, files):
         if self.pair is None:
