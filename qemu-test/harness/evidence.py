@@ -33,37 +33,47 @@ def assert_served_by_pair(host, guest, vdev="xvda", storage=None):
 
     The backend is dom0's, or that of the driver domain `storage`.
     """
-    front, server, back = host.pair.front, host, host.pair.back
     if storage:
-        server, back = storage, host.pair.storage
-    assert loaded_build_id(guest, front.name) == front.build_id
-    assert loaded_build_id(server, back.name) == back.build_id
-    driver = guest.sh(
-        f"readlink -f /sys/block/{vdev}/device/driver/module || readlink -f /sys/block/{vdev}/device/driver"
-    )
+        _assert_loaded(storage, host.pair.storage)
+    else:
+        _assert_loaded(host, host.pair.back)
+    front = host.pair.front
+    device = f"/sys/block/{vdev}/device/driver"
+    look = f"readlink -f {device}/module || readlink -f {device}"
+    driver = _assert_loaded(guest, front, look)
     assert driver.split("/")[-1] in (front.name.replace("-", "_"), "vbd"), driver
-    for machine, driver in ((guest, front), (server, back)):
-        others = OTHER[driver.name]
-        assert not machine.sh(
-            f"find / -xdev -name '{others[0]}.ko*' -o -xdev -name '{others[1]}.ko*'"
-        )
-        assert not machine.sh(
-            f"ls -d /sys/module/{others[0].replace('-', '_')} 2>/dev/null || true"
-        )
 
 
 OTHER = {
-    "xen-blkfront": ("rblkfront", "rblkfront"),
-    "xen-blkback": ("rblkback", "rblkback"),
-    "rblkfront": ("xen-blkfront", "xen_blkfront"),
-    "rblkback": ("xen-blkback", "xen_blkback"),
+    "xen-blkfront": "rblkfront",
+    "xen-blkback": "rblkback",
+    "rblkfront": "xen-blkfront",
+    "rblkback": "xen-blkback",
 }
 """The driver that must not be there, by the one that must."""
 
 
 def loaded_build_id(machine, module):
     """The build id of a loaded module, as the kernel that runs it shows it."""
-    note = machine.sh(
-        f"od -An -v -tx1 /sys/module/{module.replace('-', '_')}/notes/.note.gnu.build-id"
-    )
+    return _build_id(machine.sh(_NOTE.format(module.replace("-", "_"))))
+
+
+_NOTE = "od -An -v -tx1 /sys/module/{}/notes/.note.gnu.build-id"
+
+
+def _build_id(note):
     return "".join(note.split())[-40:]
+
+
+def _assert_loaded(machine, driver, look=":"):
+    """Of both drivers for a device only this file is there, and loaded. Returns what `look` says."""
+    note = _NOTE.format(driver.name.replace("-", "_"))
+    other = OTHER[driver.name].replace("-", "[-_]")
+    seen = machine.sh(
+        f"{note}; echo --; find / -xdev -name '{other}.ko*'\n"
+        f"find /sys/module -maxdepth 1 -name '{other}'; echo --; {look}"
+    )
+    loaded, others, said = (part.strip() for part in seen.split("--"))
+    assert _build_id(loaded) == driver.build_id
+    assert not others, others
+    return said

@@ -9,6 +9,7 @@ from .shell import CommandFailed
 from .shell import MachineTrouble
 from .shell import Shell
 from .shell import encode
+from .shell import until
 
 LOG = "/var/log/xen/console/guest-{name}.log"
 """Where xenconsoled in dom0 writes a guest's console."""
@@ -18,10 +19,13 @@ POWER_OFF = "cd /; sync; mount -o remount,ro / || true; poweroff -f"
 DRIVER = "/sys/bus/xen/drivers/vbd"
 """The frontend's directory in a guest's sysfs: xenbus holds its module while a disk is bound."""
 
-_SHOW_CONSOLE = """(tail -f {log} | while read -r line; do
-case $line in "#"*) ;; *[!A-Za-z0-9+/=]*) echo "({name}) $line" > /dev/console ;; esac
-done) > /dev/null 2>&1 &"""
-"""Puts a guest's console lines on dom0's console, without the agent's lines."""
+NOT_THE_AGENTS = r"!/^#/ && /[^A-Za-z0-9+\/=\r]/"
+"""Lines of a guest's console, as awk says it."""
+
+_SHOW_CONSOLE = """(tail -f {log} |
+awk '{lines} {{ print "({name}) " $0 > "/dev/console"; fflush("/dev/console") }}'
+) > /dev/null 2>&1 &"""
+"""Puts a guest's console lines on dom0's console."""
 
 
 class GuestShell(Shell):
@@ -42,7 +46,7 @@ class GuestShell(Shell):
         """Has dom0 pass one line to the guest and read the answer."""
         file, self._file = self._file, ""
         status, output = self._host.run(
-            f"guest-sh {self._line} {timeout} {number} {text} {file}", timeout + 30
+            f"guest-sh {self._line} {timeout} {number} '{text}' {file}", timeout + 30
         )
         if status != 0:
             raise CommandFailed(
@@ -52,7 +56,7 @@ class GuestShell(Shell):
 
     def send(self, command):
         """Starts a shell script and awaits no answer: the guest goes away."""
-        self._host.run(f"guest-sh {self._line} 0 {self.next_number()} {encode(command)}")
+        self._host.run(f"guest-sh {self._line} 0 {self.next_number()} '{encode(command)}'")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,9 @@ class Kind:
 
 TWO_VCPUS = Kind(vcpus=2, fio=True)
 """For more than one ring, or for fio. One kind, so that one snapshot serves both."""
+
+FOUR_VCPUS = Kind(vcpus=4, memory=432, fio=True)
+"""For many rings."""
 
 
 class Guest:
@@ -113,7 +120,7 @@ on_reboot = "destroy"
 """
         log = LOG.format(name=self.name)
         self.host.sh(f"cat > /run/{self.name}.cfg << 'EOF'\n{configuration}\nEOF\n: > {log}")
-        self.host.sh(_SHOW_CONSOLE.format(log=log, name=self.name))
+        self.host.sh(_SHOW_CONSOLE.format(log=log, lines=NOT_THE_AGENTS, name=self.name))
         parts = " ".join([*self.parts, *(["/guest/fio"] if kind.fio else [])])
         self.host.sh(f"cat {parts} > /run/{self.name}.initrd")
         self.host.sh(f"xl create /run/{self.name}.cfg", timeout=240)
@@ -214,8 +221,8 @@ on_reboot = "destroy"
         )
 
     def console(self):
-        """All that the guest's console showed."""
-        return self.host.sh(f"cat {LOG.format(name=self.name)}")
+        """All that the guest's console showed, without the agent's lines."""
+        return self.host.sh(f"awk '{NOT_THE_AGENTS}' {LOG.format(name=self.name)}")
 
     def allow(self, text):
         """Lets console lines that contain `text` pass: this scenario provokes them."""
@@ -262,10 +269,6 @@ on_reboot = "destroy"
 
 def wait_in(machine, condition, timeout):
     """Waits until a shell condition holds in dom0 or a guest."""
-    script = (
-        f"end=$(($(date +%s) + {timeout})); until {condition}; do "
-        "[ $(date +%s) -lt $end ] || exit 9; usleep 400000; done"
-    )
-    status, output = machine.run(script, timeout + 30)
+    status, output = machine.run(until(condition, timeout, "exit 9"), timeout + 30)
     if status != 0:
         raise CommandFailed(f"after {timeout} s still not: {condition}\n{output}")

@@ -84,13 +84,14 @@ def _libraries(program):
 
 
 def compiled(name):
-    """The file of a program in `image/` that needs no library of the machine it runs in."""
+    """The file of a program in `image/`, for machines that have the C library."""
     source = PIECES / f"{name}.c"
-
-    def make(path):
-        subprocess.run(["gcc", "-static", "-O2", "-Wall", "-s", "-o", path, source], check=True)
-
-    return made_once(CACHE / "images" / f"{name}-{key_of(source.read_bytes())}" / name, make)
+    command = ["gcc", "-O2", "-Wall", "-s", source, "-o"]
+    key = key_of(source.read_bytes(), *map(str, command[:4]))
+    return made_once(
+        CACHE / "images" / f"{name}-{key}" / name,
+        lambda path: subprocess.run([*command, path], check=True),
+    )
 
 
 def add_modules(archive, kernel, names):

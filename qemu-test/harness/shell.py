@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0
 """Commands run inside a machine or a DomU, through the agent there.
 
-The agent (`image/agent`) reads "NUMBER BASE64" lines and answers between
-marker lines, with exit status and checksum. `Shell` is the asker's side, for
-any way to exchange a line; `SerialShell` exchanges it over a serial line.
+The agent (`image/agent`) reads "NUMBER SCRIPT" lines and answers with exit
+status and output between marker lines. `Shell` is the asker's side, for any way
+to exchange a line; `SerialShell` exchanges it over a serial line.
 """
 
 import base64
+import gzip
 import re
 import time
 import zlib
@@ -103,7 +104,7 @@ class SerialShell(Shell):
     def exchange(self, number, text, timeout, command):
         """Sends one line over the serial line and awaits the end marker."""
         self._child.send(f"{number} {text}\n")
-        end = rf"#end {number} \d+ [0-9a-f]+\r?\n"
+        end = rf"#end {number} \d+ \w+\r?\n"
         self._await(end, timeout, f"no answer within {timeout} s to: {command}")
         return self._child.before + self._child.match.group(0)
 
@@ -121,17 +122,35 @@ class SerialShell(Shell):
         raise CommandFailed(failure)
 
 
+def until(condition, seconds, otherwise, pause_us=400000):
+    """A shell script that waits until `condition` holds, or does `otherwise` after `seconds`."""
+    now = "read now rest < /proc/uptime; now=${now%.*}"
+    return (
+        f"{now}; end=$((now + {seconds})); until {condition}; do "
+        f"{now}; [ $now -lt $end ] || {otherwise}; usleep {pause_us}; done"
+    )
+
+
 def encode(command):
-    """A shell script as the agent takes it."""
-    return base64.b64encode(command.encode()).decode()
+    """A shell script as the agent takes it: on one line, and good between single quotes."""
+    text = re.sub(r"[^ -&(-[\]-~]", _escape, command)
+    return re.sub(r"^ | $", _escape, text)
+
+
+def _escape(match):
+    return "".join(f"\\0{byte:03o}" for byte in match[0].encode())
 
 
 def _decode(number, answer):
     """Status and output of an answer, or None if it is damaged."""
-    end = re.search(rf"#end {number} (\d+) ([0-9a-f]+)", answer)
+    end = re.search(rf"#end {number} (\d+) (\w+)", answer)
     body = answer[: end.start()].rsplit(f"#begin {number}", 1)[-1]
     lines = [line.strip() for line in body.splitlines()]
-    encoded = "".join(line + "\n" for line in lines if re.fullmatch(r"[A-Za-z0-9+/=]+", line))
-    if zlib.crc32(encoded.encode()) != int(end.group(2), 16):
+    encoded = "".join(line for line in lines if re.fullmatch(r"[A-Za-z0-9+/=]+", line))
+    if end[2] == "nothing":
+        return int(end[1]), ""
+    try:
+        output = gzip.decompress(base64.b64decode(encoded))
+    except (ValueError, OSError, EOFError, zlib.error):
         return None
-    return int(end.group(1)), base64.b64decode(encoded).decode(errors="replace")
+    return (int(end[1]), output.decode(errors="replace")) if output else None

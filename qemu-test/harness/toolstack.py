@@ -6,20 +6,18 @@ There is no ring behind such a backend: a disk of it must not be read.
 code    a virtual device number, such as 51712 for xvda
 """
 
+from .shell import until
+
 CODES = {"xvda": 51712, "xvdb": 51728, "xvdc": 51744, "xvdd": 51760}
 """Virtual device numbers by name."""
 
 PLAIN = {"sectors": 0, "sector-size": 512, "info": 0}
 """An empty disk: nobody looks for partitions on it."""
 
-_WAIT = """wait_for_state() {
-	end=$(($(date +%s) + 60))
-	until [ "$(xenstore-read $1/state)" = $2 ]; do
-		[ $(date +%s) -lt $end ] || { echo "$1/state is not $2"; exit 9; }
-		usleep 200000
-	done
-}
-"""
+_STATE = until(
+    '[ "$(xenstore-read $1/state)" = $2 ]', 60, '{ echo "$1/state is not $2"; exit 9; }', 200000
+)
+_WAIT = f"wait_for_state() {{ {_STATE}; }}\n"
 
 
 def directories(domid, code):
