@@ -9,11 +9,16 @@ waits for the task that has asked for it before it stops.
 
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
+from harness.job import Job
+from harness.job import wait_for_passes
+from harness.shell import until
 from harness.xenhost import Disk
 
 DISK = "size_mib=64 depth=128 discard_granularity=4096 timeout_ms=1200000 only=7"
 MODE = "/sys/module/rblk_ramdisk/parameters/mode"
 IMAGE = "/dev/vdb"
+SAVE_S = 600
+"""How long what the disk keeps is kept at most, in seconds."""
 LESS = (
     'xenstore-write "$XENBUS_PATH/feature-max-indirect-segments" 0 '
     '"$XENBUS_PATH/multi-queue-max-queues" 1 "$XENBUS_PATH/max-ring-page-order" 0'
@@ -31,29 +36,14 @@ JOBS = {
 
 
 def start_jobs(guest, names):
-    """Each job begins again when it is done, with other blocks, and counts how often."""
-    for number, name in enumerate(JOBS):
-        if name not in names:
-            continue
-        command = FIO.format(name=name, offset=16 * number) + JOBS[name]
-        guest.sh(
-            f"(pass=0; while [ ! -e /tmp/stop ]; do pass=$((pass + 1)); "
-            f"{command} || {{ touch /tmp/failed; break; }}; echo $pass > /tmp/{name}; done) "
-            f"> /tmp/{name}.log 2>&1 &"
-        )
-    wait_for_passes(guest, names)
-
-
-def wait_for_passes(guest, names):
-    """Each job ends one more pass than it has, or fails."""
-    counts = "; ".join(f"cat /tmp/{name} 2>/dev/null || echo 0" for name in names)
-    done = map(int, guest.sh(counts).splitlines())
-    more = " && ".join(
-        f"[ $(cat /tmp/{name} 2>/dev/null || echo 0) -gt {number} ]"
-        for name, number in zip(names, done, strict=True)
-    )
-    guest.wait_for(f"[ -e /tmp/failed ] || {{ {more}; }}", timeout=600)
-    assert guest.run("[ -e /tmp/failed ]")[0] == 1, guest.sh("tail -n 20 /tmp/*.log")
+    """Each has its own part of the disk, and writes other blocks in each pass."""
+    jobs = [
+        Job(guest, FIO.format(name=name, offset=16 * number) + JOBS[name], name)
+        for number, name in enumerate(JOBS)
+        if name in names
+    ]
+    wait_for_passes(jobs)
+    return jobs
 
 
 def start(xen, test_modules):
@@ -75,21 +65,18 @@ def save_in_use(host, guest):
     """Saves the guest with requests in flight, which fail when it has stopped."""
     host.sh(f"dmesg -c >/dev/null; echo 3 > {MODE}")
     guest.wait_for("set -- $(cat /sys/block/xvda/inflight); [ $1 -gt 0 ] && [ $2 -gt 8 ]")
-    host.sh(
-        f"(until xl list {guest.name} | grep -q -- '--s'; do usleep 100000; done; "
-        f"echo 4 > {MODE}; : < /dev/rblk0) > /dev/null 2>&1 &"
-    )
+    stopped = until(f"xl list {guest.name} | grep -q -- '--s'", SAVE_S, "break", pause_us=100000)
+    host.sh(f"({stopped}; echo 4 > {MODE}; : < /dev/rblk0) > /dev/null 2>&1 &")
     guest.save(IMAGE)
     # Printed at a limited rate, so that not all kinds need be among them.
     assert "I/O error, dev rblk0" in host.sh("dmesg")
     host.sh(f"echo 0 > {MODE}")
 
 
-def stop(host, guest):
+def stop(host, guest, jobs):
     """The jobs end, with what they have read being right, and nothing is in flight."""
-    guest.sh("touch /tmp/stop")
-    guest.wait_for("! pidof fio", timeout=600)
-    assert guest.run("[ -e /tmp/failed ]")[0] == 1
+    for job in jobs:
+        job.stop()
     assert sum(map(int, host.sh("cat /sys/block/rblk0/inflight").split())) == 0
     assert_served_by_pair(host, guest)
 
@@ -119,11 +106,10 @@ def test_save_restore(xen, test_modules, record_property):
     """
     host, guest = start(xen, test_modules)
     is_ours = guest.front == "rblkfront"
-    jobs = [name for name in JOBS if is_ours or name != "synced"]
-    start_jobs(guest, jobs)
+    jobs = start_jobs(guest, [name for name in JOBS if is_ours or name != "synced"])
     save_in_use(host, guest)
     guest.restore(IMAGE)
-    wait_for_passes(guest, jobs)
+    wait_for_passes(jobs)
     if not is_ours:
         crash(host, guest, record_property)
         return
@@ -132,8 +118,8 @@ def test_save_restore(xen, test_modules, record_property):
     parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
     host.sh(f"echo '{LESS}' >> /etc/xen/scripts/blk-min; echo N > {parameters}/feature_persistent")
     guest.restore(IMAGE)
-    wait_for_passes(guest, jobs)
+    wait_for_passes(jobs)
     front = f"/local/domain/{guest.domid}/device/vbd/51712"
     assert host.xenstore_read(f"{front}/multi-queue-num-queues") is None
     assert host.xenstore_read(f"{front}/ring-page-order") is None
-    stop(host, guest)
+    stop(host, guest, jobs)
