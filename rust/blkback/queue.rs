@@ -366,20 +366,21 @@ impl Queue {
             }
             took = true;
         }
+        // Each is looked at where it stands, for it is large.
+        let mut wire = WireRequest::NONE;
         while self.listens(stopping) {
             let Some(ring) = self.ring.as_mut() else {
                 break;
             };
-            // Looked at where it stands, for it is large.
-            match &ring.take_request() {
-                Ok(Some(wire)) => {
+            match ring.take_request_to(&mut wire) {
+                Ok(true) => {
                     took = true;
-                    if !self.begin(wire, limits) {
+                    if !self.begin(&wire, limits) {
                         break;
                     }
                 }
-                Ok(None) => break,
-                Err(error) => self.broken = Some(*error),
+                Ok(false) => break,
+                Err(error) => self.broken = Some(error),
             }
         }
         took
@@ -450,7 +451,9 @@ impl Queue {
             None => new_transfer(&self.inbox, segments, GFP_NOWAIT),
         };
         if let Ok(mut transfer) = transfer {
-            if reserve(&mut transfer, segments, GFP_NOWAIT).is_ok() {
+            if has_space(&transfer, segments)
+                || reserve(&mut transfer, segments, GFP_NOWAIT).is_ok()
+            {
                 return Some(transfer);
             }
             self.idle.push(transfer);
@@ -499,21 +502,22 @@ impl Queue {
             }
         };
         job.work = work;
-        job.sector = match data {
-            None => 0,
+        let extent = match data {
+            None => None,
             Some(Data::Direct(direct)) => {
                 for segment in direct.segments() {
                     job.segments
                         .push_within_capacity(segment)
                         .map_err(|_| ENOMEM)?;
                 }
-                direct.extent().sector()
+                Some(direct.extent())
             }
-            Some(Data::Indirect(unfetched)) => self
-                .mover
-                .fetch(&unfetched, limits, &mut job.segments)?
-                .sector(),
+            Some(Data::Indirect(unfetched)) => {
+                Some(self.mover.fetch(&unfetched, limits, &mut job.segments)?)
+            }
         };
+        (job.sector, job.sectors) =
+            extent.map_or((0, 0), |extent| (extent.sector(), extent.sectors()));
         self.mover.bring(transfer)
     }
 
@@ -555,7 +559,7 @@ impl Queue {
 
     fn count(&self, transfer: &Transfer) {
         let counters = &self.counters;
-        let sectors = transfer.context.sectors();
+        let sectors = transfer.context.sectors;
         match transfer.context.work {
             Work::Read => {
                 counters.reads.add(1);

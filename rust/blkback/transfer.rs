@@ -52,8 +52,9 @@ pub(crate) struct Job {
     /// The answer, if all goes well.
     pub(crate) answer: Response,
     pub(crate) work: Work,
-    /// First sector of the data.
+    /// First sector of the data, and the number of sectors.
     pub(crate) sector: u64,
+    pub(crate) sectors: u64,
     /// The pieces of the data, checked.
     pub(crate) segments: KVec<Segment>,
     /// How it went.
@@ -78,6 +79,7 @@ impl Job {
             answer,
             work: Work::Flush,
             sector: 0,
+            sectors: 0,
             segments,
             result: Ok(()),
             answered: false,
@@ -117,14 +119,6 @@ impl Job {
             (Err(_), _) => Some("feature-flush-cache"),
             (Ok(()), _) => None,
         }
-    }
-
-    /// Number of sectors in the segments.
-    pub(crate) fn sectors(&self) -> u64 {
-        self.segments
-            .iter()
-            .map(|segment| u64::from(segment.sectors()))
-            .sum()
     }
 }
 

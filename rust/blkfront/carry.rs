@@ -24,6 +24,10 @@ use kernel_ext::xen::grant::References;
 use crate::disk::Disk;
 use crate::params;
 
+/// A grant that there never is. Each piece of the data has one, so it is not put into the ring; if it
+/// were, the backend would refuse the request.
+const NO_GRANT: u32 = u32::MAX;
+
 /// A request that was accepted.
 pub(crate) type Started = Request<Disk, InFlight>;
 
@@ -93,12 +97,13 @@ impl Held {
     }
 
     /// The grant of a piece of the data.
-    pub(crate) fn reference(&self, piece: usize) -> Option<u32> {
+    #[inline]
+    fn reference(&self, piece: usize) -> u32 {
         let reference = match self {
-            Held::Bounced(rq) => rq.data().data.get(piece)?.reference(),
-            Held::Direct { granted, .. } => *granted.references().get(piece)?,
+            Held::Bounced(rq) => rq.data().data.get(piece).map(GrantedPage::reference),
+            Held::Direct { granted, .. } => granted.references().get(piece).copied(),
         };
-        Some(reference.value())
+        reference.map_or(NO_GRANT, |reference| reference.value())
     }
 }
 
@@ -137,20 +142,22 @@ impl<'a> Lists<'a> {
 
     /// The segments of a request that is small.
     #[inline]
-    pub(crate) fn all(&self) -> impl Iterator<Item = WireSegment> + 'a {
+    pub(crate) fn all(&self) -> impl ExactSizeIterator<Item = WireSegment> + 'a {
         let held = self.held;
-        core::iter::zip(&held.request().data().pieces, 0usize..)
-            .filter_map(move |(piece, index)| Some(piece.segment(held.reference(index)?)))
+        let pieces = held.request().data().pieces.iter().enumerate();
+        pieces.map(move |(index, piece)| piece.segment(held.reference(index)))
     }
 
     /// The segments of a part.
-    pub(crate) fn segments(&self, part: &Part) -> impl Iterator<Item = WireSegment> + 'a {
+    pub(crate) fn segments(&self, part: &Part) -> impl ExactSizeIterator<Item = WireSegment> + 'a {
         let held = self.held;
         let first = part.first as usize;
         let pieces = held.request().data().pieces.get(first..).unwrap_or(&[]);
         let pieces = pieces.get(..part.count.into()).unwrap_or(pieces);
-        core::iter::zip(pieces, first..)
-            .filter_map(move |(piece, index)| Some(piece.segment(held.reference(index)?)))
+        pieces
+            .iter()
+            .enumerate()
+            .map(move |(index, piece)| piece.segment(held.reference(first.wrapping_add(index))))
     }
 
     /// The grants of the pages with the segments of an indirect part.

@@ -15,7 +15,7 @@ use blkif::plan::Plan;
 use blkif::plan::SlotLimits;
 use blkif::vdev::Name;
 use blkif::wire::op;
-use blkif::wire::WireRequest;
+use blkif::wire::Encode;
 use blkif::wire::DIRECT_SEGMENTS;
 use kernel::cpu::CpuId;
 use kernel::page::PAGE_SIZE;
@@ -226,7 +226,7 @@ impl Inner {
 
     /// Promises slots, and takes pages out of the pool as far as there are any. `false`: there are no
     /// slots now.
-    #[inline]
+    #[inline(always)]
     fn promise(&mut self, terms: &Terms, carry: &mut Carry, needs: &Needs) -> bool {
         if !self.slots.promise(needs.slots) {
             return false;
@@ -555,7 +555,7 @@ impl Queue {
     }
 
     /// Gets pages that the pool did not have, and copies the data of a write that is bounced.
-    #[inline]
+    #[inline(always)]
     fn bring_pages<S: mq::State>(
         &self,
         rq: &mut Request<Disk, S>,
@@ -676,12 +676,14 @@ impl Queue {
         let mut first = None;
         let mut parts = 0u16;
         for part in plan {
-            let number = self.put_slot(inner, first, part.index, |id| match part.form {
-                Form::Direct => part.direct(direction, self.handle, id, lists.segments(&part)),
-                Form::Indirect(_) => {
+            let number = match part.form {
+                Form::Direct => self.put_slot(inner, first, part.index, |id| {
+                    part.direct(direction, self.handle, id, lists.segments(&part))
+                }),
+                Form::Indirect(_) => self.put_slot(inner, first, part.index, |id| {
                     part.indirect(direction, self.handle, id, lists.pages(&part, terms.limits))
-                }
-            });
+                }),
+            };
             if number.is_none() {
                 return (None, 0);
             }
@@ -692,27 +694,30 @@ impl Queue {
     }
 
     /// Puts a request of one slot.
-    fn put_single(
+    #[inline]
+    fn put_single<R: Encode>(
         &self,
         inner: &mut Inner,
-        make: impl FnOnce(u64) -> WireRequest,
+        make: impl FnOnce(u64) -> R,
     ) -> (Option<u16>, u16) {
         (self.put_slot(inner, None, 0, make), 1)
     }
 
     /// Puts one slot, and gives its number.
-    fn put_slot(
+    #[inline]
+    fn put_slot<R: Encode>(
         &self,
         inner: &mut Inner,
         first: Option<u16>,
         part: u16,
-        make: impl FnOnce(u64) -> WireRequest,
+        make: impl FnOnce(u64) -> R,
     ) -> Option<u16> {
         let ring = &mut inner.link.as_mut()?.ring;
         let claim = inner.slots.claim(first, self.index, part)?;
         let request = make(claim.id.to_wire());
-        ring.put(&request).ok()?;
-        inner.slots.await_answer(&claim, &request);
+        let operation = request.response_operation();
+        ring.put(request).ok()?;
+        inner.slots.await_answer(&claim, operation);
         Some(claim.number)
     }
 }

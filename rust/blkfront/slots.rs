@@ -10,7 +10,6 @@
 use blkif::id::RingId;
 use blkif::wire::Response;
 use blkif::wire::Status;
-use blkif::wire::WireRequest;
 use kernel::prelude::*;
 use kernel_ext::block::mq::BlkStatus;
 use kernel_ext::block::mq::Op;
@@ -156,10 +155,10 @@ impl Slots {
         Some(Claim { number, id })
     }
 
-    /// A claimed slot waits for the answer to what was put into the ring.
-    pub(crate) fn await_answer(&mut self, claim: &Claim, request: &WireRequest) {
+    /// A claimed slot waits for the answer to what was put into the ring, which names `operation`.
+    pub(crate) fn await_answer(&mut self, claim: &Claim, operation: u8) {
         if let Some(slot) = self.slots.get_mut(usize::from(claim.number)) {
-            slot.operation = request.response_operation();
+            slot.operation = operation;
         }
     }
 

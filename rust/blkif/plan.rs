@@ -217,45 +217,35 @@ pub struct Part {
     pub form: Form,
 }
 
-/// The request for a transfer whose segments stand in the slot. Those for which there is no room are
-/// left out.
+/// The request for a transfer whose segments stand in the slot.
 #[inline]
-pub fn direct(
+pub fn direct<I: ExactSizeIterator<Item = WireSegment>>(
     direction: Direction,
     handle: u16,
     id: u64,
     sector: u64,
-    segments: impl IntoIterator<Item = WireSegment>,
-) -> WireRequest {
-    let mut request = WireRequest::Rw(wire::Rw {
+    segments: I,
+) -> wire::RwFrom<I> {
+    wire::RwFrom {
         operation: direction.operation(),
-        nr_segments: 0,
+        nr_segments: segments.len().min(DIRECT_SEGMENTS) as u8,
         handle,
         id,
         sector,
-        segments: [WireSegment::default(); DIRECT_SEGMENTS],
-    });
-    // Filled where they stay, for they are many to move.
-    if let WireRequest::Rw(rw) = &mut request {
-        for (slot, segment) in rw.segments.iter_mut().zip(segments) {
-            *slot = segment;
-            rw.nr_segments = rw.nr_segments.wrapping_add(1);
-        }
+        segments,
     }
-    request
 }
 
 impl Part {
     /// The request for a part of form [`Form::Direct`]. `segments` are those of its pieces.
     #[inline]
-    pub fn direct(
+    pub fn direct<I: ExactSizeIterator<Item = WireSegment>>(
         &self,
         direction: Direction,
         handle: u16,
         id: u64,
-        segments: impl IntoIterator<Item = WireSegment>,
-    ) -> WireRequest {
-        let segments = segments.into_iter().take(self.count.into());
+        segments: I,
+    ) -> wire::RwFrom<I> {
         direct(direction, handle, id, self.sector, segments)
     }
 
@@ -403,6 +393,9 @@ pub const fn discard(handle: u16, id: u64, sector: u64, sectors: u64, secure: bo
 mod tests {
     use super::*;
     use crate::negotiate::Flush;
+    use crate::wire::encode;
+    use crate::wire::Abi;
+    use crate::wire::Encode;
     use std::vec::Vec;
 
     fn pages(count: u32) -> impl Iterator<Item = Piece> {
@@ -561,12 +554,30 @@ mod tests {
         assert_eq!(counts, [3]);
     }
 
+    /// What the backend gets.
+    fn read_back(request: impl Encode) -> WireRequest {
+        let abi = Abi::native();
+        assert_eq!(request.response_operation(), op::WRITE);
+        WireRequest::decode(abi, &encode(request, abi))
+    }
+
+    #[test]
+    fn segments_without_room_are_not_written() {
+        let segments = [Piece::new(0, 512).unwrap().segment(1); 12];
+        let request = direct(Direction::Write, 0, 1, 0, segments.into_iter());
+        let WireRequest::Rw(rw) = read_back(request) else {
+            panic!()
+        };
+        assert_eq!((rw.nr_segments, rw.segments()), (11, &segments[..11]));
+    }
+
     #[test]
     fn parts_become_requests() {
         let limits = SlotLimits::new(32);
         let part = Plan::new(9, pages(2), 2, limits).unwrap().next().unwrap();
         let segments = [1, 2].map(|gref| Piece::new(0, 4096).unwrap().segment(gref));
-        let WireRequest::Rw(rw) = part.direct(Direction::Write, 51712, 5, segments) else {
+        let request = part.direct(Direction::Write, 51712, 5, segments.into_iter());
+        let WireRequest::Rw(rw) = read_back(request) else {
             panic!()
         };
         assert_eq!(

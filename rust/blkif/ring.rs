@@ -38,6 +38,7 @@ use core::fmt;
 use core::ops::Deref;
 
 use crate::wire::Abi;
+use crate::wire::Encode;
 use crate::wire::Response;
 use crate::wire::WireRequest;
 use crate::wire::RESPONSE_WORDS;
@@ -210,7 +211,7 @@ impl<M: Memory> Slots<M> {
     }
 
     #[inline]
-    fn write_request(&self, index: u32, request: &WireRequest) {
+    fn write_request(&self, index: u32, request: impl Encode) {
         let mut word = self.word(index);
         request.write(self.abi, |value| {
             self.memory.store(word, value);
@@ -219,13 +220,13 @@ impl<M: Memory> Slots<M> {
     }
 
     #[inline]
-    fn read_request(&self, index: u32) -> WireRequest {
+    fn read_request(&self, index: u32, request: &mut WireRequest) {
         let mut word = self.word(index);
-        WireRequest::read(self.abi, || {
+        request.read(self.abi, || {
             let value = self.memory.load(word);
             word = word.wrapping_add(1);
             value
-        })
+        });
     }
 
     #[inline]
@@ -329,7 +330,7 @@ impl<M: Memory> FrontRing<M> {
     /// Writes a request into the next slot. The backend does not see it before
     /// [`FrontRing::publish`].
     #[inline]
-    pub fn put(&mut self, request: &WireRequest) -> Result<(), NoSlot> {
+    pub fn put(&mut self, request: impl Encode) -> Result<(), NoSlot> {
         if self.free_slots() == 0 {
             return Err(NoSlot);
         }
@@ -445,12 +446,21 @@ impl<M: Memory> BackRing<M> {
     /// frontend's index is read once per batch.
     #[inline]
     pub fn take_request(&mut self) -> Result<Option<WireRequest>, RingError> {
+        let mut request = WireRequest::NONE;
+        let took = self.take_request_to(&mut request)?;
+        Ok(took.then_some(request))
+    }
+
+    /// As [`BackRing::take_request`], to a place that is used again and again. `false` if there is
+    /// none now.
+    #[inline]
+    pub fn take_request_to(&mut self, place: &mut WireRequest) -> Result<bool, RingError> {
         if self.req_cons == self.req_seen && !self.look()? {
-            return Ok(None);
+            return Ok(false);
         }
-        let request = self.slots.read_request(self.req_cons);
+        self.slots.read_request(self.req_cons, place);
         self.req_cons = self.req_cons.wrapping_add(1);
-        Ok(Some(request))
+        Ok(true)
     }
 
     /// To be called when [`BackRing::take_request`] has given `None`: asks for a notification of
@@ -658,8 +668,8 @@ mod tests {
         ] {
             let pages = Pages::new(1);
             let mut front = FrontRing::new(&pages, abi).unwrap();
-            front.put(&request(0)).unwrap();
-            front.put(&request(0)).unwrap();
+            front.put(request(0)).unwrap();
+            front.put(request(0)).unwrap();
             assert_eq!(pages.words[64 / 4].get(), 3);
             assert_eq!(pages.words[second / 4].get(), 3);
         }
@@ -669,7 +679,7 @@ mod tests {
     fn nothing_is_shown_before_it_is_published() {
         let pages = Pages::new(1);
         let (mut front, mut back) = pair(&pages, 0);
-        front.put(&request(5)).unwrap();
+        front.put(request(5)).unwrap();
         assert_eq!(back.take_request(), Ok(None));
         assert!(front.publish());
         takes(&mut back, 5);
@@ -687,9 +697,9 @@ mod tests {
         let (mut front, mut back) = pair(&pages, u32::MAX - 3);
         for id in 0..32 {
             assert_eq!((front.in_flight(), front.free_slots()), (id, 32 - id));
-            front.put(&request(id.into())).unwrap();
+            front.put(request(id.into())).unwrap();
         }
-        assert_eq!(front.put(&request(32)), Err(NoSlot));
+        assert_eq!(front.put(request(32)), Err(NoSlot));
         assert_eq!((front.in_flight(), front.free_slots()), (32, 0));
         assert!(front.publish());
         for id in 0..32 {
@@ -713,15 +723,15 @@ mod tests {
             let pages = Pages::new(1);
             let (mut front, mut back) = pair(&pages, at);
             assert!(!front.publish(), "nothing to publish");
-            front.put(&request(0)).unwrap();
+            front.put(request(0)).unwrap();
             assert!(front.publish(), "the backend sleeps");
-            front.put(&request(1)).unwrap();
+            front.put(request(1)).unwrap();
             assert!(!front.publish(), "it was notified");
             takes(&mut back, 0);
             takes(&mut back, 1);
             assert!(!back.final_check());
-            front.put(&request(2)).unwrap();
-            front.put(&request(3)).unwrap();
+            front.put(request(2)).unwrap();
+            front.put(request(3)).unwrap();
             assert!(front.publish(), "it sleeps again");
             assert!(back.final_check(), "something came");
         }
@@ -731,7 +741,7 @@ mod tests {
     fn a_final_check_sees_what_came_before_it() {
         let pages = Pages::new(1);
         let (mut front, mut back) = pair(&pages, 0);
-        front.put(&request(0)).unwrap();
+        front.put(request(0)).unwrap();
         let _ = front.publish();
         pages.log();
         assert!(back.final_check());
@@ -757,7 +767,7 @@ mod tests {
             let pages = Pages::new(1);
             let (mut front, mut back) = pair(&pages, at);
             for id in 0..4 {
-                front.put(&request(id)).unwrap();
+                front.put(request(id)).unwrap();
             }
             let event = || pages.words[RSP_EVENT].get().wrapping_sub(at);
             assert!(!front.final_check(3));
@@ -781,7 +791,7 @@ mod tests {
         let pages = Pages::new(1);
         let (mut front, mut back) = pair(&pages, 0);
         for id in 0..3 {
-            front.put(&request(id)).unwrap();
+            front.put(request(id)).unwrap();
         }
         let _ = front.publish();
         pages.log();
@@ -823,7 +833,7 @@ mod tests {
         let pages = Pages::new(1);
         let (mut front, mut back) = pair(&pages, 0);
         pages.log();
-        front.put(&request(0)).unwrap();
+        front.put(request(0)).unwrap();
         let _ = front.publish();
         let log = pages.log();
         assert!(log[..6]
@@ -858,7 +868,7 @@ mod tests {
     fn each_word_of_a_request_is_read_once() {
         let pages = Pages::new(1);
         let (mut front, mut back) = pair(&pages, 0);
-        front.put(&request(0)).unwrap();
+        front.put(request(0)).unwrap();
         let _ = front.publish();
         pages.log();
         takes(&mut back, 0);
@@ -884,8 +894,8 @@ mod tests {
             hostile(&mut back, index(u32::MAX));
             hostile(&mut back, index(1 << 31));
             pages.words[REQ_PROD].set(at);
-            front.put(&request(0)).unwrap();
-            front.put(&request(1)).unwrap();
+            front.put(request(0)).unwrap();
+            front.put(request(1)).unwrap();
             let _ = front.publish();
             takes(&mut back, 0);
             takes(&mut back, 1);
@@ -916,7 +926,7 @@ mod tests {
             };
             hostile(&mut front, 1);
             for id in 0..3 {
-                front.put(&request(id)).unwrap();
+                front.put(request(id)).unwrap();
             }
             hostile(&mut front, 1);
             let _ = front.publish();
@@ -937,7 +947,7 @@ mod tests {
         let pages = Pages::new(1);
         let (mut front, mut back) = pair(&pages, u32::MAX);
         for id in 0..3 {
-            front.put(&request(id)).unwrap();
+            front.put(request(id)).unwrap();
         }
         let _ = front.publish();
         takes(&mut back, 0);

@@ -184,6 +184,13 @@ pub struct WireSegment {
 }
 
 impl WireSegment {
+    /// Zero.
+    pub const NONE: Self = WireSegment {
+        gref: 0,
+        first: 0,
+        last: 0,
+    };
+
     /// The two words of a segment, in a slot or in a page of an indirect request.
     #[inline]
     pub const fn encode(self) -> [u32; 2] {
@@ -217,12 +224,70 @@ pub struct Rw {
 }
 
 impl Rw {
+    /// All zero.
+    const EMPTY: Self = Rw {
+        operation: 0,
+        nr_segments: 0,
+        handle: 0,
+        id: 0,
+        sector: 0,
+        segments: [WireSegment::NONE; DIRECT_SEGMENTS],
+    };
+
     /// The segments that the request has, at most [`DIRECT_SEGMENTS`].
     #[inline]
     pub fn segments(&self) -> &[WireSegment] {
         self.segments
             .get(..usize::from(self.nr_segments))
             .unwrap_or(&self.segments)
+    }
+
+    #[inline]
+    fn written(&self) -> RwFrom<impl Iterator<Item = WireSegment> + '_> {
+        RwFrom {
+            operation: self.operation,
+            nr_segments: self.nr_segments,
+            handle: self.handle,
+            id: self.id,
+            sector: self.sector,
+            segments: self.segments().iter().copied(),
+        }
+    }
+}
+
+/// As [`Rw`], to be written only: its segments are made as they are written.
+pub struct RwFrom<I> {
+    /// One of [`op::READ`], [`op::WRITE`], [`op::WRITE_BARRIER`], [`op::FLUSH_DISKCACHE`].
+    pub operation: u8,
+    /// Number of segments. Those beyond what the slot holds are not written.
+    pub nr_segments: u8,
+    /// Number of the virtual device. Nobody uses it.
+    pub handle: u16,
+    /// The frontend's name for the request, repeated in the response.
+    pub id: u64,
+    /// First sector on the disk.
+    pub sector: u64,
+    /// The segments, as many as `nr_segments` says, at most those that the slot holds.
+    pub segments: I,
+}
+
+impl<I: Iterator<Item = WireSegment>> Encode for RwFrom<I> {
+    #[inline]
+    fn response_operation(&self) -> u8 {
+        self.operation
+    }
+
+    #[inline]
+    fn write(self, abi: Abi, mut put: impl FnMut(u32)) {
+        let [low, high] = self.handle.to_le_bytes();
+        let first = u32::from_le_bytes([self.operation, self.nr_segments, low, high]);
+        write_head(abi, first, self.id, &mut put);
+        write_u64(self.sector, &mut put);
+        for segment in self.segments.take(DIRECT_SEGMENTS) {
+            let [gref, range] = segment.encode();
+            put(gref);
+            put(range);
+        }
     }
 }
 
@@ -330,41 +395,31 @@ impl WireRequest {
         }
     }
 
+    /// No request that anybody has made: a place to read one into.
+    pub const NONE: Self = WireRequest::Unknown {
+        operation: u8::MAX,
+        id: 0,
+    };
+
     /// The request as words, the unused ones zero.
     pub fn encode(&self, abi: Abi) -> RequestWords {
-        let mut words = [0; REQUEST_WORDS];
-        let mut slots = words.iter_mut();
-        self.write(abi, |word| {
-            if let Some(slot) = slots.next() {
-                *slot = word;
-            }
-        });
-        words
+        encode(*self, abi)
     }
 
     /// Reads a request from words of which nobody else has a copy.
     pub fn decode(abi: Abi, words: &RequestWords) -> Self {
         let mut words = words.iter();
-        Self::read(abi, || words.next().copied().unwrap_or(0))
+        let mut request = Self::NONE;
+        request.read(abi, || words.next().copied().unwrap_or(0));
+        request
     }
 
-    /// Passes the words of the request to `put`, in order, and none that the request does not use.
+    /// Becomes the request whose words `next` fetches, in order. Each is fetched once, and none that
+    /// the request does not use.
+    ///
+    /// A request is large: it is read where it stays, and what is zero anyway is not cleared again.
     #[inline]
-    pub(crate) fn write(&self, abi: Abi, mut put: impl FnMut(u32)) {
-        match self {
-            WireRequest::Rw(r) => r.write(abi, &mut put),
-            WireRequest::Discard(r) => r.write(abi, &mut put),
-            WireRequest::Indirect(r) => r.write(abi, &mut put),
-            WireRequest::Unknown { operation, id } => {
-                write_head(abi, u32::from(*operation), *id, &mut put)
-            }
-        }
-    }
-
-    /// Builds a request from words that `next` fetches, in order. Each is fetched once, and none
-    /// that the request does not use.
-    #[inline]
-    pub(crate) fn read(abi: Abi, mut next: impl FnMut() -> u32) -> Self {
+    pub(crate) fn read(&mut self, abi: Abi, mut next: impl FnMut() -> u32) {
         let [operation, byte1, byte2, byte3] = next().to_le_bytes();
         let half = u16::from_le_bytes([byte2, byte3]);
         if abi.pads_id() {
@@ -373,49 +428,87 @@ impl WireRequest {
         let id = read_u64(&mut next);
         match operation {
             op::READ | op::WRITE | op::WRITE_BARRIER | op::FLUSH_DISKCACHE => {
-                WireRequest::Rw(Rw::read(operation, byte1, half, id, &mut next))
+                if !matches!(self, WireRequest::Rw(_)) {
+                    *self = WireRequest::Rw(Rw::EMPTY);
+                }
+                if let WireRequest::Rw(rw) = self {
+                    rw.read(operation, byte1, half, id, &mut next);
+                }
             }
-            op::DISCARD => WireRequest::Discard(Discard::read(byte1, half, id, &mut next)),
-            op::INDIRECT => WireRequest::Indirect(Indirect::read(byte1, half, id, &mut next)),
-            _ => WireRequest::Unknown { operation, id },
+            op::DISCARD => {
+                *self = WireRequest::Discard(Discard::read(byte1, half, id, &mut next));
+            }
+            op::INDIRECT => {
+                *self = WireRequest::Indirect(Indirect::read(byte1, half, id, &mut next));
+            }
+            _ => *self = WireRequest::Unknown { operation, id },
         }
     }
 }
 
-impl Rw {
+/// What can be written into a slot: a [`WireRequest`], or what makes its words as they are written.
+pub trait Encode {
+    /// The operation that the response must name: that of the data for an indirect request.
+    fn response_operation(&self) -> u8;
+
+    /// Passes the words of the request to `put`, in order, and none that the request does not use.
+    fn write(self, abi: Abi, put: impl FnMut(u32));
+}
+
+impl Encode for WireRequest {
     #[inline]
-    fn write(&self, abi: Abi, put: &mut impl FnMut(u32)) {
-        let [low, high] = self.handle.to_le_bytes();
-        let first = u32::from_le_bytes([self.operation, self.nr_segments, low, high]);
-        write_head(abi, first, self.id, put);
-        write_u64(self.sector, put);
-        for segment in self.segments() {
-            let [gref, range] = segment.encode();
-            put(gref);
-            put(range);
-        }
+    fn response_operation(&self) -> u8 {
+        WireRequest::response_operation(self)
     }
 
     #[inline]
+    fn write(self, abi: Abi, mut put: impl FnMut(u32)) {
+        match self {
+            WireRequest::Rw(r) => r.written().write(abi, put),
+            WireRequest::Discard(r) => r.write(abi, &mut put),
+            WireRequest::Indirect(r) => r.write(abi, &mut put),
+            WireRequest::Unknown { operation, id } => {
+                write_head(abi, u32::from(operation), id, &mut put)
+            }
+        }
+    }
+}
+
+/// A request as words, the unused ones zero.
+pub fn encode(request: impl Encode, abi: Abi) -> RequestWords {
+    let mut words = [0; REQUEST_WORDS];
+    let mut slots = words.iter_mut();
+    request.write(abi, |word| {
+        if let Some(slot) = slots.next() {
+            *slot = word;
+        }
+    });
+    words
+}
+
+impl Rw {
+    #[inline]
     fn read(
+        &mut self,
         operation: u8,
         nr_segments: u8,
         handle: u16,
         id: u64,
         next: &mut impl FnMut() -> u32,
-    ) -> Self {
-        let sector = read_u64(next);
-        let mut segments = [WireSegment::default(); DIRECT_SEGMENTS];
-        for segment in segments.iter_mut().take(usize::from(nr_segments)) {
+    ) {
+        // Those of the request that was here before, beyond which all are zero.
+        let before = self.segments().len();
+        self.operation = operation;
+        self.nr_segments = nr_segments;
+        self.handle = handle;
+        self.id = id;
+        self.sector = read_u64(next);
+        let used = usize::from(nr_segments);
+        for segment in self.segments.iter_mut().take(used) {
             *segment = WireSegment::decode([next(), next()]);
         }
-        Rw {
-            operation,
-            nr_segments,
-            handle,
-            id,
-            sector,
-            segments,
+        for segment in self.segments.iter_mut().take(before).skip(used) {
+            *segment = WireSegment::NONE;
         }
     }
 }
@@ -766,11 +859,14 @@ mod tests {
                 request.write(abi, |word| words.push(word));
                 assert_eq!(words.len(), used);
                 let mut read = 0;
-                WireRequest::read(abi, || {
+                let mut place = WireRequest::Rw(rw(11));
+                place.read(abi, || {
                     read += 1;
                     words[read - 1]
                 });
                 assert_eq!(read, used);
+                // Nothing is left of what was there before.
+                assert_eq!(place, request);
             }
         }
     }

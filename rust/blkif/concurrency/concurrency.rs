@@ -123,7 +123,7 @@ fn pair(without: Without) -> (Front, Back) {
 /// Ids start at 1, so that a word that was not written is not taken for one.
 fn send_requests(front: &mut Front, event: &Notify, count: u64) {
     for id in 1..=count {
-        front.put(&request(id)).unwrap();
+        front.put(request(id)).unwrap();
         if front.publish() {
             event.notify();
         }

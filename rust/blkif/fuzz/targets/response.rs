@@ -21,7 +21,7 @@ fuzz_target!(|data: &[u8]| {
     let (mut sent, mut taken) = (0, 0);
     while let Some(number) = page.next() {
         for id in 0..number % 33 {
-            sent += u32::from(front.put(&plan::flush(op::READ, 0, id.into())).is_ok());
+            sent += u32::from(front.put(plan::flush(op::READ, 0, id.into())).is_ok());
         }
         let _ = front.publish();
         page.set(RSP_PROD, page.next().unwrap_or(0));

@@ -12,6 +12,9 @@ use blkif::request::check;
 use blkif::request::Data;
 use blkif::request::DiskLimits;
 use blkif::request::Request;
+use blkif::wire::encode;
+use blkif::wire::Abi;
+use blkif::wire::WireRequest;
 use proptest::prelude::*;
 
 fn piece() -> impl Strategy<Value = Piece> {
@@ -89,10 +92,15 @@ proptest! {
         let list = pieces.iter().copied();
         for part in Plan::new(sector, list, pieces.len() as u32, limits).unwrap() {
             let mine = &pieces[part.first as usize..][..usize::from(part.count)];
-            let segments = mine.iter().zip(100..).map(|(piece, gref)| piece.segment(gref));
+            let segments = mine
+                .iter()
+                .enumerate()
+                .map(|(index, piece)| piece.segment(100 + index as u32));
             let extent = match part.form {
                 Form::Direct => {
                     let request = part.direct(Direction::Write, 0, 1, segments);
+                    let words = encode(request, Abi::X86_64);
+                    let request = WireRequest::decode(Abi::X86_64, &words);
                     let Ok(Request::Write(Data::Direct(data))) = check(&request, &disk) else {
                         panic!("{request:?}")
                     };

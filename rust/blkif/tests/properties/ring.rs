@@ -139,7 +139,7 @@ impl Both {
 
     fn front_put(&mut self) {
         let room = self.put - self.answers_taken < self.capacity;
-        let put = self.front.put(&request(self.put));
+        let put = self.front.put(request(self.put));
         assert_eq!(put, if room { Ok(()) } else { Err(NoSlot) });
         if room {
             self.requests.push_back(self.put);
