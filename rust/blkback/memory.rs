@@ -387,8 +387,10 @@ impl Mover {
     /// A page that has stayed mapped. One that was mapped for less than is needed now is mapped anew.
     #[inline]
     fn take_kept(&mut self, reference: ForeignRef, access: Access) -> Option<MappedPage> {
-        let page = self.table.as_mut()?.take(reference)?;
+        let table = self.table.as_mut()?;
+        let page = table.take(reference)?;
         if access == Access::ReadWrite && page.access() == Access::ReadOnly {
+            table.forget(reference);
             self.unmap_later(page);
             return None;
         }
@@ -450,6 +452,7 @@ impl Mover {
     }
 
     /// Keeps a page mapped, or has it unmapped by the next [`Mover::flush`].
+    #[inline]
     fn put(&mut self, page: MappedPage) {
         let spare = match &mut self.table {
             Some(table) => table.put(page),
