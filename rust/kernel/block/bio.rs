@@ -6,9 +6,9 @@
 //! it, and it comes back through [`Context::complete`], once, when the device is done with the
 //! memory. In between nobody can touch or free what the device works on.
 //!
-//! One `Io` is one bio: up to [`MAX_PARTS`] pieces of memory for one run of sectors. The bio comes
-//! from a reserve of the device, so that `submit` has to wait for memory at most until other I/O of
-//! the same device ends.
+//! One `Io` is one bio: up to [`MAX_PARTS`] pieces of memory for one run of sectors. With few pieces
+//! the bio is part of the `Io`, so that nothing is allocated. Otherwise it comes from a reserve of the
+//! device, so that `submit` has to wait for memory at most until other I/O of the same device ends.
 //!
 //! C header: [`include/linux/bio.h`](srctree/include/linux/bio.h)
 
@@ -99,6 +99,20 @@ pub struct Part {
     pub len: usize,
 }
 
+/// Pieces of memory for which an [`Io`] has room itself.
+const OWN_PARTS: usize = 8;
+
+/// Room for a bio with up to [`OWN_PARTS`] pieces of memory. Used only while the I/O is on its way.
+struct OwnBio {
+    bio: MaybeUninit<bindings::bio>,
+    vectors: MaybeUninit<[bindings::bio_vec; OWN_PARTS]>,
+}
+
+// SAFETY: It is memory, with nothing in it while the I/O is not on its way.
+unsafe impl Send for OwnBio {}
+// SAFETY: As above; a reference to it gives nothing.
+unsafe impl Sync for OwnBio {}
+
 /// The memory of an I/O, and what the driver wants to have back with it.
 pub struct Io<D, C> {
     data: D,
@@ -106,6 +120,7 @@ pub struct Io<D, C> {
     pub context: C,
     /// Keeps the device open, and its reserve of bios in place, until after the end of the I/O.
     device: Option<Arc<BlockDevice>>,
+    own: OwnBio,
 }
 
 impl<D, C> Io<D, C> {
@@ -115,6 +130,10 @@ impl<D, C> Io<D, C> {
             data,
             context,
             device: None,
+            own: OwnBio {
+                bio: MaybeUninit::uninit(),
+                vectors: MaybeUninit::uninit(),
+            },
         }
     }
 
@@ -163,30 +182,42 @@ pub fn submit<D: PageOwner + Send + 'static, C: Context<D>>(
     sector: u64,
     mut io: KBox<Io<D, C>>,
 ) -> Result<(), (Error, KBox<Io<D, C>>)> {
-    match prepare(device, operation, sector, &io.data, io.context.parts()) {
-        Err(error) => Err((error, io)),
+    // An `Io` that goes around keeps the device that it has.
+    let known = io.device.as_ref();
+    if !known.is_some_and(|known| Arc::ptr_eq(known, device)) {
+        io.device = Some(device.clone());
+    }
+    let io = KBox::into_raw(io);
+    // SAFETY: The `Io` is ours alone, and no box until the bio has ended or was dropped.
+    match unsafe { prepare(device, operation, sector, io) } {
         Ok(bio) => {
-            // An `Io` that goes around keeps the device that it has.
-            let known = io.device.as_ref();
-            if !known.is_some_and(|known| Arc::ptr_eq(known, device)) {
-                io.device = Some(device.clone());
-            }
-            bio.submit(io);
+            // SAFETY: It was made of the memory of `io`.
+            unsafe { bio.submit(io) };
             Ok(())
         }
+        // SAFETY: It was a box, and the bio is gone.
+        Err(error) => Err((error, unsafe { KBox::from_raw(io) })),
     }
 }
 
-/// Makes a bio of parts of `data`, which the caller keeps until the bio has ended or was dropped.
-fn prepare(
+/// Makes a bio of the memory of `io`.
+///
+/// # Safety
+///
+/// `io` is valid. Until the bio has ended or was dropped it stays where it is, and is left alone but
+/// for reading.
+unsafe fn prepare<D: PageOwner, C: Context<D>>(
     device: &BlockDevice,
     operation: Operation,
     sector: u64,
-    data: &impl PageOwner,
-    parts: impl ExactSizeIterator<Item = Part>,
+    io: *mut Io<D, C>,
 ) -> Result<Bio> {
+    // SAFETY: By the requirements of this function.
+    let (data, context, own) = unsafe { (&(*io).data, &(*io).context, &raw mut (*io).own) };
+    let parts = context.parts();
     check(device, operation, parts.len(), data)?;
-    let bio = Bio::new(device, operation, sector, parts.len());
+    // SAFETY: As the caller promises; `check` has looked at the number of parts.
+    let bio = unsafe { Bio::new(device, operation, sector, parts.len(), own) };
     let mut slices = data.slices();
     for Part { offset, len } in parts {
         let slice = slices.next().and_then(|slice| slice.get(offset, len));
@@ -229,35 +260,65 @@ fn check(
 ///
 /// # Invariants
 ///
-/// A bio of the reserve of an open device, with room for the parts that it was made for.
+/// A bio with room for the parts that it was made for: of the reserve of an open device, or of an
+/// [`OwnBio`], which is known by having no reserve.
 struct Bio(*mut bindings::bio);
 
 impl Bio {
-    fn new(device: &BlockDevice, operation: Operation, sector: u64, parts: usize) -> Self {
-        const GFP_NOIO: bindings::gfp_t =
-            1 << bindings::___GFP_DIRECT_RECLAIM_BIT | 1 << bindings::___GFP_KSWAPD_RECLAIM_BIT;
-        // SAFETY: By the invariants of `BlockDevice`. `check` made sure that `parts` is at most
-        // `BIO_MAX_VECS`.
-        let bio = unsafe {
-            bindings::bio_alloc_bioset(
-                device.bdev(),
-                parts as ffi::c_ushort,
-                operation.opf(),
-                GFP_NOIO,
-                device.bios.get(),
-            )
+    /// # Safety
+    ///
+    /// `parts` is at most [`MAX_PARTS`]. The caller keeps `own` where it is, and for nothing else, until
+    /// the bio has ended or was dropped.
+    #[inline]
+    unsafe fn new(
+        device: &BlockDevice,
+        operation: Operation,
+        sector: u64,
+        parts: usize,
+        own: *mut OwnBio,
+    ) -> Self {
+        let bio = if parts <= OWN_PARTS {
+            // SAFETY: As the caller promises there is room for a bio and its vectors.
+            unsafe {
+                let bio = (&raw mut (*own).bio).cast::<bindings::bio>();
+                let vectors = (&raw mut (*own).vectors).cast();
+                let most = OWN_PARTS as ffi::c_ushort;
+                bindings::bio_init(bio, device.bdev(), vectors, most, operation.opf());
+                bio
+            }
+        } else {
+            Self::allocate(device, operation, parts)
         };
-        // SAFETY: An allocation that may reclaim does not fail, see `bio_alloc_bioset`. The bio is
-        // ours alone.
+        // SAFETY: The bio is ours alone.
         unsafe {
             (*bio).bi_iter.bi_sector = sector;
             (*bio).bi_iter.bi_size = operation.sectors() << SECTOR_SHIFT;
         }
-        // INVARIANT: Allocated just now.
+        // INVARIANT: Initialised just now.
         Self(bio)
     }
 
+    /// A bio for up to [`MAX_PARTS`] parts, of the reserve.
+    fn allocate(device: &BlockDevice, operation: Operation, parts: usize) -> *mut bindings::bio {
+        const GFP_NOIO: bindings::gfp_t =
+            1 << bindings::___GFP_DIRECT_RECLAIM_BIT | 1 << bindings::___GFP_KSWAPD_RECLAIM_BIT;
+        let parts = parts.min(MAX_PARTS) as ffi::c_ushort;
+        // An allocation that may reclaim does not fail, see `bio_alloc_bioset`.
+        //
+        // SAFETY: By the invariants of `BlockDevice`; there are at most `BIO_MAX_VECS` parts.
+        unsafe {
+            bindings::bio_alloc_bioset(
+                device.bdev(),
+                parts,
+                operation.opf(),
+                GFP_NOIO,
+                device.bios.get(),
+            )
+        }
+    }
+
     /// Adds a part of the memory that the caller keeps until the bio has ended or was dropped.
+    #[inline]
     fn add(&self, slice: PageSlice<'_>) -> Result {
         // What is not whole sectors is refused by blk-mq, but not by every other driver.
         if slice.is_empty() || slice.len() % SECTOR_SIZE != 0 {
@@ -278,23 +339,45 @@ impl Bio {
         Ok(())
     }
 
-    fn submit<D: PageOwner + Send + 'static, C: Context<D>>(self, io: KBox<Io<D, C>>) {
+    /// Submits the bio; `io` becomes a box again at its end.
+    ///
+    /// # Safety
+    ///
+    /// `io` was a box, of which the caller makes no use any more. All memory of the bio belongs to it.
+    unsafe fn submit<D: PageOwner + Send + 'static, C: Context<D>>(self, io: *mut Io<D, C>) {
         let bio = self.0;
         core::mem::forget(self);
         // SAFETY: The bio is valid by the type invariant, and ours until it is submitted. All pages
         // in it belong to `io`, which `end_io` gets, after which the device does not use them.
         unsafe {
-            (*bio).bi_private = KBox::into_raw(io).cast();
+            (*bio).bi_private = io.cast();
             (*bio).bi_end_io = Some(end_io::<D, C>);
             bindings::submit_bio(bio);
+        }
+    }
+
+    /// Gives a bio back to where it came from.
+    ///
+    /// # Safety
+    ///
+    /// The type invariant holds for `bio`, which nobody uses any more.
+    #[inline]
+    unsafe fn free(bio: *mut bindings::bio) {
+        // SAFETY: By the requirements of this function. Its reference is the last one.
+        unsafe {
+            if (*bio).bi_pool.is_null() {
+                bindings::bio_uninit(bio);
+            } else {
+                bindings::bio_put(bio);
+            }
         }
     }
 }
 
 impl Drop for Bio {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant; it was not submitted, so the reference is the last one.
-        unsafe { bindings::bio_put(self.0) };
+        // SAFETY: By the type invariant; it was not submitted.
+        unsafe { Self::free(self.0) };
     }
 }
 
@@ -302,15 +385,13 @@ impl Drop for Bio {
 ///
 /// `bio` was submitted by [`Bio::submit`] with the same types, and has ended.
 unsafe extern "C" fn end_io<D: PageOwner + Send + 'static, C: Context<D>>(bio: *mut bindings::bio) {
-    // SAFETY: By the requirements of this function; it is called once.
+    // SAFETY: By the requirements of this function; it is called once, and the bio is not used after
+    // its end. The `Io` that it may be part of is no box yet, and has the device with the reserve.
     let (io, status) = unsafe {
-        (
-            KBox::from_raw((*bio).bi_private.cast::<Io<D, C>>()),
-            (*bio).bi_status,
-        )
+        let (io, status) = ((*bio).bi_private.cast::<Io<D, C>>(), (*bio).bi_status);
+        Bio::free(bio);
+        (KBox::from_raw(io), status)
     };
-    // SAFETY: The bio has ended. Its reserve is in place, because `io` holds the device.
-    unsafe { bindings::bio_put(bio) };
     // SAFETY: The function takes any status.
     let result = to_result(unsafe { bindings::blk_status_to_errno(status) });
     C::complete(io, result);
