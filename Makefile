@@ -20,7 +20,7 @@ bench: ## what an I/O costs, counted, with the C pair and ours; BASE=<json> comp
 		$(if $(TYPES),--types "$(TYPES)")
 
 bench-page: ## the same, and writes the tables and the picture of Documentation/performance.rst
-	@scripts/bench --page Documentation
+	@scripts/bench --types pv,pvh --page Documentation
 
 bench-disks: ## what disks cost beside I/O: to connect, memory, wake-ups; with the table of that page
 	@scripts/bench --disks --pairs C/C,R/R --page Documentation

@@ -47,6 +47,8 @@ from harness.xenhost import XenHost
 
 MEGABYTES = 64
 FLUSHED = "/run/flushed"
+FLOORS = {"xvda": "/dev/ram0", "xvdc": "/dev/nullb0"}
+"""Disks of the guest for which there is a floor, and the device of the same kind without the pair."""
 NOT_KEPT = "feature_persistent=0"
 
 
@@ -70,16 +72,16 @@ class Run:
         place.write_text(points(*self.symbols))
         plugin = compiled("count.c", *PLUGIN_FLAGS)
         self._load = compiled("load.c", *LOAD_FLAGS)
-        ram_disk = self._module("brd")
+        devices = [self._module(name) for name in ("brd", "null_blk", "configfs")]
         host = XenHost(
-            self._snapshot, self.pair, self.logs, modules=[ram_disk.file], programs=[self._load],
-            front_parameters=self._parameters(),
+            self._snapshot, self.pair, self.logs, modules=[device.file for device in devices],
+            programs=[self._load], front_parameters=self._parameters(),
             extra=["-plugin", f"{plugin},points={place.resolve()},out={counts.resolve()}"],
         )  # fmt: skip
         with host.running():
-            guest = self._start(host, ram_disk, floors)
+            guest = self._start(host, devices, floors)
             for cell in cells:
-                self._measure(host, guest, cell, floors and cell.disk == "xvda" and cell.bytes)
+                self._measure(host, guest, cell, floors and cell.bytes and cell.disk in FLOORS)
         windows = read_windows(counts)
         modules = {domain: module_symbols(places) for domain, places in self._code.items()}
         return [
@@ -96,24 +98,28 @@ class Run:
         path.write_bytes(self.options.kernel_object.module(name))
         return Driver(name, path, build_id(path))
 
-    def _start(self, host, ram_disk, floors):
-        """Starts a guest with a RAM disk, xvda, and one that can be flushed, xvdb."""
+    def _start(self, host, devices, floors):
+        """Starts a guest: xvda is a RAM disk, xvdb can be flushed, xvdc does nothing with data."""
         fill = f"dd if=/dev/zero of=/dev/ram0 bs=1M count={MEGABYTES} 2>/dev/null; sync"
         host.load_backend(self._parameters())
         host.ram_disks(1, MEGABYTES)
         host.sh(f"{fill}; dd if=/dev/zero of={FLUSHED} bs=1M count=8 2>/dev/null")
         host.sh(f"losetup /dev/loop0 {FLUSHED}")
+        do_nothing = "insmod {0}/configfs.ko && insmod {0}/null_blk.ko gb=1"
+        host.sh(do_nothing.format("/payload/modules"))
+        disks = [Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/loop0"), Disk("xvdc", "/dev/nullb0")]
         guest = host.start_guest(
-            type=self.kind, memory=320, disks=[Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/loop0")],
+            type=self.kind, memory=320, disks=disks,
             settings="" if self.setting == "stock" else 'tsc_mode = "native"',
         )  # fmt: skip
         if self.setting != "stock":
-            guest.sh("for disk in xvda xvdb; do echo none > /sys/block/$disk/queue/scheduler; done")
+            guest.sh("for disk in /sys/block/xvd*; do echo none > $disk/queue/scheduler; done")
         if floors:
             guest.sh(f"insmod /modules/brd.ko rd_nr=1 rd_size={MEGABYTES * 1024}; {fill}")
+            guest.sh(do_nothing.format("/modules"))
         self._code = {
-            "guest": code_of(guest, [self.pair.front, *[ram_disk] * floors]),
-            "dom0": code_of(host, [self.pair.back, ram_disk]),
+            "guest": code_of(guest, [self.pair.front, *devices * floors]),
+            "dom0": code_of(host, [self.pair.back, *devices]),
         }
         return guest
 
@@ -121,8 +127,8 @@ class Run:
         program = f"/programs/{self._load.name}"
         self._cell(guest, "pair", cell, program, f"/dev/{cell.disk}")
         if floors:
-            self._cell(guest, "guest", cell, program, "/dev/ram0")
-            self._cell(host, "dom0", cell, f"/payload{program}", "/dev/ram0")
+            self._cell(guest, "guest", cell, program, FLOORS[cell.disk])
+            self._cell(host, "dom0", cell, f"/payload{program}", FLOORS[cell.disk])
 
     def _cell(self, machine, where, cell, program, device):
         number = len(self._windows)
@@ -170,7 +176,8 @@ def run_all(options):
         for setting in options.settings.split(","):
             cells = chosen(options.cells, setting)
             for pair in pairs:
-                if setting != "fixed" and len(set(pair.name.split("/"))) > 1:
+                mixed = len(set(pair.name.split("/"))) > 1
+                if mixed and (kind, setting) != ("pv", "fixed"):
                     continue
                 floors = options.floors and pair is pairs[0] and setting == "fixed"
                 results += Run(options, snapshot, symbols, pair, kind, setting)(cells, floors)

@@ -7,6 +7,7 @@ frontend is bound to all of them, one after the other, and they connect together
 
 idle        connected, before the first I/O of a load
 used        right after a load
+root        a guest boots with disks and mounts the first one: from the start of its kernel on
 """
 
 import re
@@ -22,8 +23,10 @@ from harness.counts import free_kb
 from harness.shell import MachineTrouble
 from harness.xenhost import Disk
 from harness.xenhost import XenHost
+from harness.xenimage import root_disk
 
 NUMBERS = (1, 8, 16)
+ROOT_DISKS = 8
 MEGABYTES = 4
 IDLE_SECONDS = 10
 SETTLED = 5
@@ -33,6 +36,10 @@ IOS = COUNT + COUNT // 4
 """What load.c does: a quarter more, to warm up."""
 
 BUS = "/sys/bus/xen"
+SETTINGS = 'tsc_mode = "native"'
+CONNECTED = ".*xvd.*indirect descriptors"
+MOUNTED = r".*EXT4-fs \(xvda\): mounted"
+"""How lines of the guest's log begin."""
 
 CLOCK = "now() { awk '/^now at/ { print $3; exit }' /proc/timer_list; }"
 """Nanoseconds; the machine runs one instruction in each."""
@@ -45,6 +52,8 @@ COLUMNS = {
     "dom0 used": "dom0 used (KiB)",
     "wake-ups": "wake-ups (1/s)",
     "4k qd8": "4k read qd8, all",
+    "there": "boot: disks (ms)",
+    "root": "boot: root (ms)",
 }
 """Titles of columns. Memory is for each disk; wake-ups are of all threads of the backend."""
 
@@ -53,19 +62,12 @@ def measure_disks(options, snapshot, pair, kind):
     """Boots once and returns, for each number of disks, a row."""
     load = compiled("load.c", *LOAD_FLAGS)
     logs = f"{options.logs}/disks-{pair.name.replace('/', '')}-{kind}"
-    host = XenHost(snapshot, pair, logs, programs=[load])
-    try:
-        host.boot()
+    host = XenHost(snapshot, pair, logs, programs=[load], image=root_disk())
+    with host.running():
         host.load_backend()
         host.ram_disks(max(NUMBERS), MEGABYTES)
         host.sh("for disk in /dev/ram*; do dd if=/dev/zero of=$disk bs=1M 2>/dev/null || true; done")
         rows = [_measure(host, f"/programs/{load.name}", kind, number) for number in NUMBERS]
-        host.finish()
-    except BaseException:
-        host.collect()
-        raise
-    finally:
-        host.close()
     return rows
 
 
@@ -77,7 +79,7 @@ def show(rows):
 
 
 def _measure(host, load, kind, number):
-    guest = host.start_guest(type=kind, memory=320, disks=[], settings='tsc_mode = "native"')
+    guest = host.start_guest(type=kind, memory=320, disks=[], settings=SETTINGS)
     disks = [f"xvd{letter}" for letter in ascii_lowercase[:number]]
     # What the start of the guest has freed comes back with a delay.
     guest.sh(f"sleep {SETTLED}")
@@ -95,6 +97,7 @@ def _measure(host, load, kind, number):
     _io(guest, disks, f"{load} /dev/$disk read 131072 8 64 0")
     used = free_kb(guest), free_kb(host)
     guest.shut_down()
+    there, root = _boot(host, kind, number) if number == ROOT_DISKS else (None, None)
     row = {
         "pair": host.pair.name,
         "type": kind,
@@ -106,6 +109,8 @@ def _measure(host, load, kind, number):
         "dom0 used": (before[1] - used[1]) / number,
         "wake-ups": switches / IDLE_SECONDS,
         "4k qd8": small / number / IOS,
+        "there": there,
+        "root": root,
     }
     print(f"  {host.pair.name} {kind}: {row}", file=sys.stderr)
     return row
@@ -120,13 +125,29 @@ def _connect(guest, disks):
         timeout=600,
     )
     guest.sh(" && ".join(f"[ -b /dev/{disk} ]" for disk in disks))
-    stamps = re.findall(
-        r"^\[ *(\d+)\.(\d{6})\] (?:start|.*xvd.*indirect descriptors)", guest.sh("dmesg"), re.MULTILINE
-    )
-    times = [int(seconds) * 1000000 + int(rest) for seconds, rest in stamps]
+    times = _stamps(guest, f"start|{CONNECTED}")
     if len(times) != len(disks) + 1:
         raise MachineTrouble(f"{len(times) - 1} of {len(disks)} disks have connected")
     return times[-1] - times[0]
+
+
+def _boot(host, kind, number):
+    """Milliseconds from the start of a guest's kernel until the last disk is there, and to its root."""
+    disks = [Disk("xvda", "/dev/vdb")]
+    for place, letter in enumerate(ascii_lowercase[1:number]):
+        disks.append(Disk(f"xvd{letter}", f"/dev/ram{place}"))
+    guest = host.start_guest(type=kind, memory=320, disks=disks, root="xvda", settings=SETTINGS)
+    there, root = _stamps(guest, CONNECTED), _stamps(guest, MOUNTED)
+    guest.shut_down()
+    if len(there) != number or len(root) != 1:
+        raise MachineTrouble(f"of {number} disks {len(there)} have connected; root: {root}")
+    return there[-1] / 1000, root[0] / 1000
+
+
+def _stamps(guest, pattern):
+    """When the guest has logged lines that begin like that, in microseconds since it started."""
+    found = re.findall(rf"^\[ *(\d+)\.(\d{{6}})\] (?:{pattern})", guest.sh("dmesg"), re.MULTILINE)
+    return [int(seconds) * 1000000 + int(rest) for seconds, rest in found]
 
 
 def _io(guest, disks, command):
