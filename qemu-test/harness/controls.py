@@ -29,7 +29,7 @@ HARNESS = PIECES.parent
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item):
+def pytest_runtest_protocol(item, nextitem):
     """Reports a control that is kept, in place of running it."""
     place = _place(item)
     if place is None or not place.exists() or os.environ.get("RBLKIF_CONTROLS") == "again":
@@ -43,6 +43,9 @@ def pytest_runtest_protocol(item):
         )
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What the item before has left for this one goes, but for what the next one needs. Without
+    # this pytest refuses the next one if it is of another file.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
