@@ -70,8 +70,9 @@ def test_leak_count(xen):
         assert now["threads"] <= then["threads"]
         assert now["slab_kb"] <= then["slab_kb"] + SLACK_KB
         assert now["modules"] == then["modules"]
-    # Dom0 keeps the text of the guest's console.
-    assert after[2]["free_kb"] >= before[2]["free_kb"] - SLACK_KB // 2
+    # Dom0 keeps the text of the guest's console. A page of the guest that is given up while it is
+    # mapped in dom0 is missing here too: its kernel frees ten such pages a second.
+    assert after[2]["free_kb"] >= before[2]["free_kb"] - SLACK_KB // 4
     guest.sh("touch /tmp/stop")
     host.attach(guest, Disk("xvdb", "/dev/nullb0"))
     guest.wait_for_disk("xvdb")

@@ -187,6 +187,7 @@ impl Control {
             }
             FrontAction::Reset | FrontAction::Restart => {
                 self.stop_sharing(Fate::Again);
+                self.bury();
                 Ok(())
             }
         }
@@ -480,7 +481,8 @@ impl Control {
         self.retry_limits();
     }
 
-    /// Ends rings, event channels and grants.
+    /// Ends event channels and requests. The backend may keep what it has mapped of the rings and
+    /// pools until [`Self::bury`].
     fn stop_sharing(&mut self, fate: Fate) {
         if let Some(disk) = &self.disk {
             disk.quiesce();
@@ -492,6 +494,26 @@ impl Control {
             });
         }
         self.rings = 0;
+    }
+
+    /// Frees what the backend has had mapped of rings and pools.
+    pub(crate) fn bury(&self) {
+        for queue in &self.queues {
+            queue.bury();
+        }
+    }
+
+    /// Whether the backend still has to let go of rings and pools: it says by its state when it has.
+    pub(crate) fn is_mapped(&mut self) -> bool {
+        if !self.queues.iter().any(|queue| queue.has_remains()) {
+            return false;
+        }
+        match self.backend_event() {
+            FrontEvent::Backend { state, .. } => {
+                matches!(state, XenbusState::Connected | XenbusState::Closing)
+            }
+            _ => false,
+        }
     }
 
     /// Lets the disk go: takes no more steps, and has new requests fail. Whether there is a disk.

@@ -10,6 +10,9 @@
 //!   pages are ours again.
 //! - A backend still uses pages of a request: the request *lingers*. To end it would be to give its
 //!   pages to somebody else. It ends when the backend lets go, at the latest when its domain ends.
+//! - A disk that has gone is still mapped by the backend: the ring and the pages for data stay until
+//!   the backend says that it has closed too, if the device goes for [`UNMAP_MS`] at most. To give
+//!   them up earlier is safe, but slow, see [`Queue::bury`](crate::queue::Queue::bury).
 //! - The partitions of a new disk are looked for by another thread, and its users are told of its end
 //!   by another one: that waits for I/O, and a backend that does not answer must not keep anybody
 //!   from ending it.
@@ -36,6 +39,10 @@ const OUTAGE_MS: i64 = 300_000;
 const DRAIN_MS: i64 = 5_000;
 /// How often is looked whether a drain is over.
 const DRAIN_STEP_MS: i64 = 5;
+/// How long a device that goes waits until the backend has unmapped its pages.
+const UNMAP_MS: i64 = 1_000;
+/// How often is looked whether it has.
+const UNMAP_STEP_MS: i64 = 10;
 /// How often is tried to change limits that somebody else is changing.
 const LIMITS_STEP_MS: i64 = 10;
 /// How often is looked whether the backend has let go of pages.
@@ -93,6 +100,7 @@ impl Keeper {
             fsleep(Delta::from_millis(LINGER_STEP_MS.into()));
             self.control.lock().release();
         }
+        self.await_unmap();
         self.remove_disk();
     }
 
@@ -127,6 +135,7 @@ impl Keeper {
         }
         self.control.lock().release();
         self.remove_disk();
+        self.bury();
     }
 
     /// Gives up a disk that is not served for too long. `away` is since when it is not.
@@ -190,6 +199,26 @@ impl Keeper {
             }
             fsleep(Delta::from_millis(DRAIN_STEP_MS));
         }
+    }
+
+    /// Frees what the backend has had mapped of a disk that has gone, if it has let go of it. Whether
+    /// nothing is left.
+    fn bury(&self) -> bool {
+        let mut control = self.control.lock();
+        let mapped = control.is_mapped();
+        if !mapped {
+            control.bury();
+        }
+        !mapped
+    }
+
+    /// Gives the backend the time to let go of what it has mapped.
+    fn await_unmap(&self) {
+        let start = Instant::<Monotonic>::now();
+        while !self.bury() && start.elapsed().as_millis() < UNMAP_MS {
+            fsleep(Delta::from_millis(UNMAP_STEP_MS));
+        }
+        self.control.lock().bury();
     }
 
     /// Removes a disk that is dead, if all its requests have ended.

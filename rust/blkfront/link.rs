@@ -39,6 +39,13 @@ impl Link {
         })
     }
 
+    /// Ends the event channel. Waits for its handler; sleeps.
+    pub(crate) fn disconnect(self) -> FrontRing<RingPages> {
+        let Self { ring, channel, .. } = self;
+        drop(channel);
+        ring
+    }
+
     /// The grants of the ring's pages, for xenstore.
     pub(crate) fn references(&self) -> impl Iterator<Item = GrantRef> + '_ {
         self.ring.memory().references()

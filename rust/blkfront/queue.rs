@@ -13,6 +13,7 @@ use blkif::plan::Direction;
 use blkif::plan::Form;
 use blkif::plan::Plan;
 use blkif::plan::SlotLimits;
+use blkif::ring::FrontRing;
 use blkif::vdev::Name;
 use blkif::wire::op;
 use blkif::wire::Encode;
@@ -37,6 +38,7 @@ use kernel_ext::xen::events::Doorbell;
 use kernel_ext::xen::grant::Access;
 use kernel_ext::xen::grant::GrantReserve;
 use kernel_ext::xen::grant::Granted;
+use kernel_ext::xen::ring::RingPages;
 use kernel_ext::xen::DomId;
 
 use crate::carry::Carry;
@@ -121,6 +123,17 @@ pub(crate) struct Inner {
     pub(crate) pool: Pool,
     /// The backend broke the rules: its answers are not looked at any more.
     pub(crate) broken: bool,
+    /// Of the last connection, until the backend has let go of it.
+    remains: Option<Remains>,
+}
+
+/// What a backend has mapped of a connection that has ended: the ring, and the pages of the pool.
+///
+/// A page that is given up while it is mapped over there is freed later by the kernel, which looks
+/// after ten such pages a second. So whoever can wait for the backend drops this after it.
+struct Remains {
+    _ring: FrontRing<RingPages>,
+    _pool: Pool,
 }
 
 /// A ring with its slots.
@@ -269,6 +282,7 @@ impl Queue {
                     answered: KVVec::new(),
                     pool: Pool::empty(),
                     broken: false,
+                    remains: None,
                 }),
             }),
             GFP_KERNEL,
@@ -312,19 +326,19 @@ impl Queue {
 
     /// Serves no requests from now on, for a while or for ever. No request is being queued.
     ///
-    /// Ends the ring, the event channel and all grants that are not part of a request; what waits
-    /// for answers goes to `evicted`. Sleeps.
+    /// Ends the event channel, and what waits for answers goes to `evicted`. The ring and the pages of
+    /// the pool stay granted until [`Self::bury`]. Sleeps.
     pub(crate) fn detach(&self, dead: bool, mut evicted: impl FnMut(Waiting)) {
         let link = {
             let mut inner = self.inner.lock();
             inner.state = if dead { State::Dead } else { State::Away };
             inner.link.take()
         };
-        // Waits for the event handler, which finds no ring any more.
-        drop(link);
-
-        let pool = core::mem::replace(&mut self.inner.lock().pool, Pool::empty());
-        drop(pool);
+        if let Some(link) = link {
+            // Waits for the event handler, which finds no ring any more.
+            let ring = link.disconnect();
+            self.keep_remains(ring);
+        }
         loop {
             // On its own, so that the lock is not held while the request ends.
             let Some(waiting) = self.inner.lock().evict() else {
@@ -332,6 +346,30 @@ impl Queue {
             };
             evicted(waiting);
         }
+    }
+
+    /// Keeps what the backend has mapped of a connection.
+    fn keep_remains(&self, ring: FrontRing<RingPages>) {
+        let _old = {
+            let mut inner = self.inner.lock();
+            let pool = core::mem::replace(&mut inner.pool, Pool::empty());
+            let remains = Remains {
+                _ring: ring,
+                _pool: pool,
+            };
+            inner.remains.replace(remains)
+        };
+    }
+
+    /// Frees what the backend has had mapped of the last connection. Sleeps.
+    pub(crate) fn bury(&self) {
+        let remains = self.inner.lock().remains.take();
+        drop(remains);
+    }
+
+    /// Whether the backend may have mapped something of a connection that has ended.
+    pub(crate) fn has_remains(&self) -> bool {
+        self.inner.lock().remains.is_some()
     }
 
     /// Gives back pages that nobody has needed since the last time, as far as the backend does not
