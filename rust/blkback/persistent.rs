@@ -100,14 +100,14 @@ impl Table {
     pub(crate) fn put(&mut self, page: MappedPage) -> Option<MappedPage> {
         match self.find(page.reference()) {
             Some(index) if self.share.covers(self.len.wrapping_add(1)) => self.fill(index, page),
-            _ => self.put_anew(page),
+            found => self.put_anew(found, page),
         }
     }
 
-    /// As [`Self::put`], if there is no place for the page, or no room for one more.
-    fn put_anew(&mut self, page: MappedPage) -> Option<MappedPage> {
+    /// As [`Self::put`], if no place was found for the page, or there is no room for one more.
+    fn put_anew(&mut self, found: Option<u32>, page: MappedPage) -> Option<MappedPage> {
         let reference = page.reference();
-        let Some(index) = self.find(reference).or_else(|| self.add(reference)) else {
+        let Some(index) = found.or_else(|| self.add(reference)) else {
             return Some(page);
         };
         if self.place(index).is_none_or(|place| place.page.is_some()) {
@@ -117,12 +117,13 @@ impl Table {
         if self.share.covers(self.len.wrapping_add(1)) {
             return self.fill(index, page);
         }
-        let evicted = self.take_unused_of(LOOKS, jiffies::msecs_to_jiffies(GIVES_WAY_MS));
-        if evicted.is_none() {
+        let unused = self.take_unused_of(LOOKS, jiffies::msecs_to_jiffies(GIVES_WAY_MS));
+        if unused.is_none() {
             self.forget(reference);
             return Some(page);
         }
-        evicted.or(self.fill(index, page))
+        let spare = self.fill(index, page);
+        unused.or(spare)
     }
 
     /// Puts a page to its place. It comes back if there is one already: it was mapped twice.
