@@ -91,6 +91,7 @@ def _parts(name, ours):
     packages = subprocess.run(["dpkg-query", "-W"], stdout=subprocess.PIPE, check=True).stdout
     files = [*HARNESS.glob("*.py"), *HARNESS.glob("harness/*.py"), *PIECES.iterdir()]
     files.append(HARNESS.parent / "scripts" / "initramfs-test")
+    files += (path for path in (HARNESS.parent / "packaging").rglob("*") if path.is_file())
     if ours:
         build = HARNESS / os.environ.get("RBLKIF_BUILD", "../build") / kernel.release
         files += build.glob("rblk_*.ko")
