@@ -70,12 +70,10 @@ class HandMade:
 
     def take_away(self):
         """What `xl block-detach` does, and waits until the backend has nothing of the disk."""
-        self.host.sh(
-            f"xenstore-write {self.back}/online 0 {self.back}/state 5; "
-            f"until [ $(xenstore-read {self.back}/state) = 6 ]; do usleep 100000; done; "
-            f"xenstore-rm {self.back}; xenstore-rm {self.front}; "
-            f"while [ -e {self.device} ]; do usleep 100000; done"
-        )
+        self.host.sh(f"xenstore-write {self.back}/online 0 {self.back}/state 5")
+        self.wait_for(back=6)
+        self.host.sh(f"xenstore-rm {self.back}; xenstore-rm {self.front}")
+        self.host.wait_for(f"[ ! -e {self.device} ]")
 
     def wait_for(self, front=None, back=None):
         """Waits until the two halves are in these states."""
