@@ -10,10 +10,11 @@ from harness.counts import KEEPS_PAGES
 from harness.counts import assert_idle
 from harness.counts import free_kb
 from harness.evidence import assert_served_by_pair
+from harness.guest import FOUR_VCPUS
 from harness.xenhost import Disk
 
 DISKS = int(os.environ.get("RBLKIF_DISKS", 4))
-QUEUES = 4
+QUEUES = FOUR_VCPUS.vcpus
 RING_KB = 400
 """What a ring may cost dom0 at most; it takes some 130, and 1340 of the C module."""
 GUESTS = int(os.environ.get("RBLKIF_GUESTS", 3))
@@ -64,10 +65,10 @@ def test_many_disks(xen, record_property):
 
     Rows: BE-09, BE-21, BE-41, BE-53, B-13, B-15
     """
-    host = xen(waiting=None)
+    host = xen(waiting=FOUR_VCPUS)
     host.load_backend(f"max_queues={QUEUES} {KEEPS_PAGES} feature_persistent=0")
     filled_disks(host, DISKS)
-    guest = host.start_guest(disks=[], vcpus=QUEUES, memory=560)
+    guest = host.start_guest(disks=[])
     rows = [("before", free_kb(host))]
     host.sh(
         "\n".join(

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from harness.evidence import assert_served_by_pair
+from harness.job import Job
 from harness.pairs import rival_of
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
@@ -78,23 +79,20 @@ def test_reload_backend(host, rivals):
     refuse(host, guest, rivals)
     assert_served_by_pair(host, guest)
     device = f"vbd-{guest.domid}-51712"
-    guest.sh(
-        "(i=0; while [ ! -e /tmp/stop ]; do i=$((i+1)); "
-        "printf 'round %06d' $i | dd of=/dev/xvda bs=4k seek=$((i % 64)) conv=sync,fsync,notrunc || touch /tmp/failed; "
-        "echo $i > /tmp/round; mv /tmp/round /tmp/rounds; done) >/dev/null 2>&1 &"
+    job = Job(
+        guest,
+        "printf 'round %06d' $pass | "
+        "dd of=/dev/xvda bs=4k seek=$((pass % 64)) conv=sync,fsync,notrunc 2> /dev/null",
     )
     for _cycle in range(3):
-        guest.wait_for("[ -s /tmp/rounds ]")
+        job.wait_for_pass()
         host.sh(f"echo {device} > {DRIVER}/unbind")
         host.unload_backend()
         host.load_backend()
         host.wait_for(f"[ -e {DRIVER}/{device} ] || echo {device} > {DRIVER}/bind")
-        rounds = int(guest.sh("cat /tmp/rounds"))
-        guest.wait_for(f"[ $(cat /tmp/rounds) -gt {rounds + 2} ]")
-    guest.sh("touch /tmp/stop")
-    guest.wait_for("! pidof dd")
-    assert guest.run("[ -e /tmp/failed ]")[0] == 1
-    last = int(guest.sh("cat /tmp/rounds"))
+        job.wait_for_pass(3)
+    job.stop()
+    last = int(guest.sh(f"echo {job.count()}"))
     for round in range(max(1, last - 10), last + 1):
         assert (
             guest.sh(
