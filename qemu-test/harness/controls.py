@@ -83,6 +83,14 @@ def _place(item):
     return CACHE / "controls" / key_of(item.nodeid, item.path, _parts(kernel, ours))
 
 
+def _sources_of_samples():
+    """What the modules of rust/samples are built from. A built one differs from place to place."""
+    parts = ("bindings", "helpers", "kernel", "blkif", "samples")
+    trees = [HARNESS.parent / "rust" / part for part in parts]
+    files = [path for tree in trees for path in tree.rglob("*") if path.is_file()]
+    return [*files, HARNESS.parent / "Kbuild", HARNESS.parent / "scripts" / "build-modules"]
+
+
 @lru_cache(maxsize=None)
 def _parts(name, ours):
     """The key of all that the controls on a kernel share."""
@@ -93,8 +101,7 @@ def _parts(name, ours):
     files.append(HARNESS.parent / "scripts" / "initramfs-test")
     files += (path for path in (HARNESS.parent / "packaging").rglob("*") if path.is_file())
     if ours:
-        build = HARNESS / os.environ.get("RBLKIF_BUILD", "../build") / kernel.release
-        files += build.glob("rblk_*.ko")
+        files += _sources_of_samples()
     modules = [kernel.module(module) for module in ("xen-blkfront", "xen-blkback")]
     dom0 = os.environ.get("RBLKIF_DOM0_KERNEL", "")
     places = {f"RBLKIF_{name}" for name in PLACES}
