@@ -178,6 +178,8 @@ def main():
     parser.add_argument("--pair", default="R/R", help="FRONT/BACK, each C or R")
     parser.add_argument("--shell", action="store_true", help="a shell in dom0 instead of the work")
     options = parser.parse_args()
+    if options.shell and not sys.stdin.isatty():
+        parser.error("a shell needs a terminal")
     options.logs = Path(options.logs)
     kernel, story = Kernel(options.kernel), Story()
     try:

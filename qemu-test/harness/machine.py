@@ -8,7 +8,9 @@ the process namespace that `scripts/in-root` made.
 
 import os
 import socket
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pexpect
@@ -18,6 +20,13 @@ from .shell import MachineTrouble
 from .shell import SerialShell
 
 QEMU = "qemu-system-x86_64"
+
+
+def _typed(data):
+    """What a person has typed. Nothing means that the terminal is gone: pexpect would go on."""
+    if not data:
+        raise EOFError
+    return data
 
 
 class Machine:
@@ -100,10 +109,11 @@ class Machine:
             return _until_prompt(line)
 
     def interact(self, command):
-        """Gives this terminal to `command` on the agent's line until it ends."""
+        """Gives this terminal to `command` on the agent's line until either ends."""
         line = "/dev/ttyS1"
         self.shell.send(f"stty sane <{line}; ({command}) <{line} >{line} 2>&1; poweroff -f")
-        self._child.interact()
+        with suppress(EOFError, termios.error):
+            self._child.interact(input_filter=_typed)
 
     def wait_end(self, timeout):
         """Waits until QEMU has ended by itself."""
