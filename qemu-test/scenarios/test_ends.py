@@ -12,6 +12,10 @@ WRITER = (
 )
 """Writes until the disk is gone."""
 
+WARNS = "WARNING: drivers/block/xen-blkback/xenbus.c"
+HANGS = "pidof dd && grep -q freeze $(grep -lx xenwatch /proc/[0-9]*/comm | sed s/comm/stack/)"
+"""The thread that removes devices waits for requests on a disk."""
+
 
 def offered(disk):
     """The toolstack has made the device; nobody has named the disk."""
@@ -71,20 +75,25 @@ def in_use(disk):
 STEPS = (offered, named, front_first, no_rings, closing, closed, connected, in_use)
 
 
-def test_end_at_each_step(xen):
+def test_end_at_each_step(xen, record_property):
     """Unbound, unloaded, loaded at each step, and then the directories of the device vanish.
 
     A frontend that was connected goes on in between. Nothing is left at the end,
     and the disk works as ever.
 
-    The C backend is no control: removed with requests in flight it goes on to use
-    what is freed.
+    The C backend warns, with a stack trace, of rings that it could not connect to,
+    and else does the same. The C frontend, removed in use after its backend, waits
+    for that for ever, and the guest's xenwatch thread with it.
 
-    Rows: BE-05, B-01, B-18
+    Rows: BE-05, B-01, B-18, B-23
     """
     host = xen()
     host.load_backend()
     host.ram_disks()
+    ours = host.pair.back.name == "rblkback"
+    if not ours:
+        host.machine.allow(WARNS)
+        host.machine.allow("Call Trace")
     guest = host.start_guest(disks=[])
     guest.unload_frontend()
     guest.allow("I/O error, dev xvdb")
@@ -103,6 +112,14 @@ def test_end_at_each_step(xen):
             guest.wait_for("[ -s /tmp/rounds ]")
         host.sh(f"xenstore-rm {disk.back}; xenstore-rm {disk.front}")
         host.wait_for(f"[ ! -e {disk.device} ] && ! grep -q xvdb /proc/[0-9]*/comm")
+        if step is no_rings:
+            assert (WARNS in host.sh("dmesg")) != ours
+        if step is in_use and guest.front == "xen-blkfront":
+            guest.wait_for(HANGS)
+            record_property("c_fails", "F-04, B-23")
+            record_property("c_not_asked", "B-01, B-18")
+            guest.destroy()
+            return
         if step in (connected, in_use):
             guest.wait_for("[ ! -b /dev/xvdb ] && ! pidof dd")
             guest.unload_frontend()
