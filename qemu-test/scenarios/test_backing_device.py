@@ -8,12 +8,16 @@ becomes of requests.
 import pytest
 from harness.counts import KEEPS_PAGES
 from harness.counts import assert_idle
+from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
 from harness.toolstack import CODES
+from harness.toolstack import directories
 from harness.xenhost import Disk
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
+XVDB_THREADS = "grep -q xvdb /proc/[0-9]*/comm"
+"""Whether the backend has a thread for a disk xvdb."""
 PARAMETERS = "/sys/module/rblk_ramdisk/parameters"
 MIB = 1 << 20
 WRITE, DISCARD = 2, 8
@@ -227,3 +231,86 @@ def test_stuck_unbind(ramdisk_host):
     guest.wait_for("[ -e /tmp/done ]")
     assert guest.sh("dd if=/dev/xvda bs=4k count=1 iflag=direct 2>/dev/null | head -n 1") == "new"
     assert_served_by_pair(host, guest)
+
+
+def idle(host, guest):
+    """The disk has nothing."""
+
+
+def in_flight(host, guest):
+    """The disk has a write."""
+    guest.sh(
+        "(dd if=/dev/zero of=/dev/xvdb bs=4k count=1 oflag=direct || echo > /tmp/failed) "
+        "> /dev/null 2>&1 &"
+    )
+    host.wait_for(f"[ $(cat {device(guest, 'xvdb')}/statistics/wr_req) -ge 1 ]")
+
+
+def closing(host, guest):
+    """The disk has a write, and both halves of the device have begun to close."""
+    in_flight(host, guest)
+    front, back = directories(guest.domid, CODES["xvdb"])
+    host.sh(f"xenstore-write {back}/online 0 {back}/state 5")
+    host.wait_for(f"[ $(xenstore-read {front}/state) -ge 5 ]")
+
+
+def attach_stuck(host, guest, step):
+    """Attaches xvdb, which stops to answer before `step`."""
+    set_parameter(host, mode=0)
+    host.attach(guest, Disk("xvdb", "/dev/rblk0"))
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+    set_parameter(host, mode=KEEP)
+    host.sh("dmesg -c > /dev/null")
+    step(host, guest)
+
+
+def assert_only_threads_wait(host, guest):
+    """Of the device the thread is left, which has the request and the module; dmesg says so."""
+    host.wait_for(f"[ ! -e {device(guest, 'xvdb')} ]")
+    assert "still wait for the disk" in host.sh("dmesg")
+    host.sh(XVDB_THREADS)
+    assert host.run(f"rmmod {host.pair.back.name}")[0] != 0
+
+
+def test_stuck_removal(ramdisk_host, record_property):
+    """A disk that does not answer is taken away by force, and last with its domain.
+
+    The device is gone at once, and the guest's request fails. What the disk still
+    has to write stays mapped until it answers: a domain that was destroyed does
+    not go before. Then nothing is left.
+
+    The C backend says that it has closed, and frees the device, while the disk still
+    has its request. It is not asked for more.
+
+    Rows: FE-65, B-01
+    """
+    host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
+    guest = host.start_guest(disks=[])
+    guest.allow("xvdb")
+    ours = host.pair.back.name == "rblkback"
+    before = xen_counts(host)
+    for step in (idle, in_flight, closing):
+        print(step.__name__)
+        attach_stuck(host, guest, step)
+        taken = host.run(f"xl block-detach --force {guest.name} xvdb")[0] == 0
+        assert taken == (step is idle or not ours)
+        if step is not idle:
+            if not ours:
+                record_property("c_fails", "B-01")
+                return
+            guest.wait_for("[ -e /tmp/failed ]")
+            guest.sh("rm /tmp/failed")
+            assert_only_threads_wait(host, guest)
+        guest.wait_for("[ ! -e /dev/xvdb ]")
+        set_parameter(host, mode=0)
+        host.wait_for(f"! {XVDB_THREADS}")
+        assert xen_counts(host) == before
+    attach_stuck(host, guest, in_flight)
+    host.sh(f"xl destroy {guest.name}")
+    assert_only_threads_wait(host, guest)
+    assert host.sh("xl list | grep -c '(null)'") == "1"
+    set_parameter(host, mode=0)
+    host.wait_for("[ $(xl list | wc -l) = 2 ]")
+    host.unload_backend()
+    host.sh("rmmod rblk_ramdisk")
