@@ -43,6 +43,9 @@ BOOTS = 5
 class Snapshot:
     """The Xen host for one kernel, booted up to "dom0 ready". No guest waits on it.
 
+    The machine has one processor, whatever `vcpus` of dom0. Linux looks for these in the
+    machine's table, so that has empty sockets for the others.
+
     `guest_kernel` is what guests boot, if not dom0's. `counted` makes a machine
     that measures time in instructions, see COUNTED.
     """
@@ -125,7 +128,8 @@ class Snapshot:
         arguments = [
             "-accel", "tcg,thread=single" if self._counted else "tcg", "-machine", "q35",
             "-cpu", PROCESSOR + ",-x2apic" * self._counted, *COUNTED * self._counted,
-            "-m", str(1536 * self.memory_factor), "-smp", "1", "-kernel", str(self._xen),
+            "-m", str(1536 * self.memory_factor), "-smp", f"1,maxcpus={self._vcpus}",
+            "-kernel", str(self._xen),
             "-append", XEN_ARGUMENTS.format(vcpus=self._vcpus),
             "-initrd", f"{vmlinux},{comma(self._initrd)}",
         ]  # fmt: skip
