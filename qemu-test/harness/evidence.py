@@ -33,7 +33,7 @@ def assert_served_by_pair(host, guest, vdev="xvda", storage=None):
 
     The backend is dom0's, or that of the driver domain `storage`.
     """
-    if storage:
+    if storage not in (None, host):
         _assert_loaded(storage, host.pair.storage)
     else:
         _assert_loaded(host, host.pair.back)

@@ -8,6 +8,8 @@ a disk; `xl devd` in the driver domain runs the hotplug script.
 from .guest import Guest
 
 XL = "/usr/lib/xen-4.20/bin/xl"
+BALLOON = "/sys/devices/system/xen_memory/xen_memory0"
+"""Where a domain's kernel says how much memory it has, and wants."""
 
 
 class Storage(Guest):
@@ -22,6 +24,16 @@ class Storage(Guest):
         """As a guest; it also begins to serve disks."""
         super().start(kind)
         self.sh(f"mkdir -p /var/log/xen /var/run /run/xen && {XL} devd")
+        self._memory_kb = self.sh(f"cat {BALLOON}/info/current_kb")
+
+    def take_back_memory(self):
+        """Takes back from Xen the memory that was given up for pages that were mapped.
+
+        The kernel with checks maps pages in place of its own memory, and when they are
+        unmapped it does not look for an hour whether there is something to take back.
+        """
+        self.sh(f"echo {self._memory_kb} > {BALLOON}/target_kb")
+        self.wait_for(f"[ $(cat {BALLOON}/info/current_kb) = {self._memory_kb} ]")
 
     def load_backend(self, parameters=""):
         """Loads the pair's backend again."""
@@ -30,6 +42,10 @@ class Storage(Guest):
     def unload_backend(self):
         """Unloads the pair's backend."""
         self.sh(f"rmmod {self.back}")
+
+    def insmod(self, name, parameters=""):
+        """Loads a module of the payload."""
+        self.sh(f"insmod /modules/{name}.ko {parameters}")
 
     def ram_disks(self, count=1, megabytes=64):
         """Makes /dev/ram0 and on: disks in its memory."""

@@ -60,6 +60,8 @@ class XenHost:
     part of the guest's initramfs that has the frontend.
     """
 
+    name, domid = "Domain-0", 0
+
     def __init__(
         self, snapshot, pair, logs, modules=(), image=None, front_parameters="", log_writes=False,
         programs=(), extra=(), tools=(), files=None,
@@ -187,6 +189,21 @@ class XenHost:
         storage = self.guests[name] = Storage(self, name)
         storage.start(Kind(**kind))
         return storage
+
+    def start_server(self, first=()):
+        """Who is to serve the disks, with the pair's backend loaded: this host, or a driver domain.
+
+        On a kernel that cannot be dom0 only the latter has the backend under test. `first`, a
+        module and its parameters, is loaded before the backend.
+        """
+        server = self
+        if self.has_checks:
+            server = self.start_storage()
+            server.unload_backend()
+        if first:
+            server.insmod(*first)
+        server.load_backend()
+        return server
 
     def attach(self, guest, disk):
         """xl block-attach."""

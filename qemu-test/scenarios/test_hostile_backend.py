@@ -34,45 +34,45 @@ WRITE = "/usr/bin/dd if=/dev/zero of=/dev/xvdb bs=4k count=2"
 WRITE_BEHIND = f"({WRITE} oflag=direct && echo done > /tmp/end || echo failed > /tmp/end) &"
 
 
-def write(host, guest, trick, how="oflag=direct"):
+def write(server, guest, trick, how="oflag=direct"):
     """Writes to xvdb under a trick. Whether that was done; if not, dd says why."""
-    host.sh(f"echo {trick} > {TRICK}")
+    server.sh(f"echo {trick} > {TRICK}")
     status, output = guest.run(f"{WRITE} {how} 2>&1")
-    host.sh(f"echo {HONEST} > {TRICK}")
+    server.sh(f"echo {HONEST} > {TRICK}")
     assert status == 0 or any(error in output for error in ERRORS), output
     return status == 0
 
 
-def renew(host, guest):
+def renew(host, server, guest):
     """xvdb was closed by its frontend; the toolstack makes it anew, and it works."""
-    back = f"/local/domain/0/backend/vbd/{guest.domid}/{CODE}"
+    back = f"/local/domain/{server.domid}/backend/vbd/{guest.domid}/{CODE}"
     guest.wait_for("[ ! -b /dev/xvdb ]")
     host.wait_for(f"[ $(xenstore-read {back}/state) = 6 ]")
     host.sh(f"xenstore-write /local/domain/{guest.domid}/device/vbd/{CODE}/state 1")
     guest.wait_for_disk("xvdb")
-    assert write(host, guest, HONEST)
+    assert write(server, guest, HONEST)
 
 
-def refuse_barrier(host, guest, record_property):
+def refuse_barrier(host, server, guest, record_property):
     """A backend that offers nothing but a barrier, and refuses it: the write is not done.
 
     xen-blkfront sends data with the barrier, and reports what was refused as done.
     """
-    host.sh("echo Y > /sys/module/rblk_hostile_back/parameters/barrier")
-    host.attach(guest, Disk("xvdb", "/dev/ram1"))
+    server.sh("echo Y > /sys/module/rblk_hostile_back/parameters/barrier")
+    host.attach(guest, Disk("xvdb", "/dev/ram1", backend=server.name))
     guest.wait_for_disk("xvdb")
-    assert write(host, guest, HONEST, "oflag=direct,dsync")
-    done = write(host, guest, UNSUPPORTED_FLUSH, "oflag=direct,dsync")
+    assert write(server, guest, HONEST, "oflag=direct,dsync")
+    done = write(server, guest, UNSUPPORTED_FLUSH, "oflag=direct,dsync")
     assert done == (guest.front == "xen-blkfront")
     if done:
         record_property("c_fails", "F-02")
-    host.take_away(guest, "xvdb")
-    host.sh("echo N > /sys/module/rblk_hostile_back/parameters/barrier")
+    host.take_away(guest, "xvdb", server.domid)
+    server.sh("echo N > /sys/module/rblk_hostile_back/parameters/barrier")
 
 
-def park(host, guest, record_property):
+def park(server, guest, record_property):
     """What xen-blkfront makes of a broken ring: a request that never ends."""
-    host.sh(f"echo {next(iter(BREAKS))} > {TRICK}")
+    server.sh(f"echo {next(iter(BREAKS))} > {TRICK}")
     guest.sh(f"dmesg -c > /dev/null\n{WRITE_BEHIND}")
     guest.wait_for("dmesg | grep -q 'disabled for further use'")
     assert guest.run("[ -e /tmp/end ]")[0] != 0
@@ -90,36 +90,35 @@ def test_hostile_backend(xen, test_modules, record_property):
     Rows: FE-64, F-02, F-03, F-19
     """
     host = xen(modules=[test_modules / "rblk_hostile_back.ko"])
-    host.insmod("rblk_hostile_back", f"device={CODE}")
-    host.load_backend()
-    host.ram_disks(2)
-    guest = host.start_guest(disks=[Disk("xvda", "/dev/ram0")])
-    assert_served_by_pair(host, guest, "xvda")
+    server = host.start_server(first=("rblk_hostile_back", f"device={CODE}"))
+    server.ram_disks(2, megabytes=16)
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/ram0", backend=server.name)])
+    assert_served_by_pair(host, guest, "xvda", server)
     guest.allow("error, dev xvdb")
 
-    refuse_barrier(host, guest, record_property)
-    host.attach(guest, Disk("xvdb", "/dev/ram1"))
+    refuse_barrier(host, server, guest, record_property)
+    host.attach(guest, Disk("xvdb", "/dev/ram1", backend=server.name))
     guest.wait_for_disk("xvdb")
-    assert write(host, guest, HONEST)
+    assert write(server, guest, HONEST)
     for trick in (UNKNOWN_STATUS, UNSUPPORTED_WRITE):
-        assert not write(host, guest, trick), trick
-        assert write(host, guest, HONEST), trick
+        assert not write(server, guest, trick), trick
+        assert write(server, guest, HONEST), trick
     if guest.front == "xen-blkfront":
-        park(host, guest, record_property)
+        park(server, guest, record_property)
         return
 
-    assert not write(host, guest, UNSUPPORTED_FLUSH, "conv=fsync")
-    assert write(host, guest, HONEST, "conv=fsync")
+    assert not write(server, guest, UNSUPPORTED_FLUSH, "conv=fsync")
+    assert write(server, guest, HONEST, "conv=fsync")
     for trick, message in BREAKS.items():
         guest.sh("dmesg -c > /dev/null")
-        assert not write(host, guest, trick), trick
-        renew(host, guest)
+        assert not write(server, guest, trick), trick
+        renew(host, server, guest)
         said = [line for line in guest.sh("dmesg").splitlines() if message in line]
         assert len(said) == 1 and "xvdb" in said[0], said
-    host.sh(f"echo {SILENCE} > {TRICK}")
+    server.sh(f"echo {SILENCE} > {TRICK}")
     guest.sh(WRITE_BEHIND)
     guest.wait_for("grep -q '[1-9]' /sys/block/xvdb/inflight")
-    host.take_away(guest, "xvdb")
+    host.take_away(guest, "xvdb", server.domid)
     guest.wait_for("grep -q failed /tmp/end")
     guest.sh("dd if=/dev/urandom of=/dev/xvda bs=64k count=4 oflag=direct")
     guest.unload_frontend()
