@@ -65,7 +65,8 @@ def test_many_disks(xen, record_property):
 
     Rows: BE-09, BE-21, BE-41, BE-53, B-13, B-15
     """
-    host = xen(waiting=FOUR_VCPUS)
+    # The host of four_vcpus: there is one snapshot for both.
+    host = xen(vcpus=2, waiting=FOUR_VCPUS)
     host.load_backend(f"max_queues={QUEUES} {KEEPS_PAGES} feature_persistent=0")
     filled_disks(host, DISKS)
     guest = host.start_guest(disks=[])
