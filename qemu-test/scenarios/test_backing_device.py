@@ -297,6 +297,7 @@ def test_stuck_removal(ramdisk_host, record_property):
         assert taken == (step is idle or not ours)
         if step is not idle:
             if not ours:
+                host.wait_for(f"[ ! -e {device(guest, 'xvdb')} ]")
                 record_property("c_fails", "B-01")
                 return
             guest.wait_for("[ -e /tmp/failed ]")
