@@ -5,7 +5,7 @@
 KREL ?= 7.3
 export KDIR
 
-.PHONY: all demo test bench bench-page bench-disks profile shell lint doc kernel kernel-debug install clean distclean help
+.PHONY: all demo test bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install clean distclean help
 all: ## the modules, for KREL= (a series or release, 7.3) or KDIR= (a build directory)
 	@built=$$(scripts/build-modules $(KREL)) && ls -1 "$${built#$(CURDIR)/}"/rblk*.ko
 
@@ -24,6 +24,9 @@ bench-page: ## the same, and writes the tables and the picture of Documentation/
 
 bench-disks: ## what disks cost beside I/O: to connect, memory, wake-ups; with the table of that page
 	@scripts/bench --disks --pairs C/C,R/R --page Documentation
+
+bench-queues: ## four queues on four virtual CPUs by the clock, as ratios; with the table of that page
+	@scripts/bench --queues --page Documentation
 
 profile: ## where the instructions go, function by function; CELLS="4k read qd1" names the loads
 	@scripts/bench --profile --no-floors --settings fixed --pairs C/C,R/R --out build/bench/profile.json \

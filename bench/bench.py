@@ -7,6 +7,9 @@ Each pair boots once per kind of guest and setting:
 fixed    the guest's scheduler is none and its clock is read without a trap: what
          the drivers cost
 granted  the same with feature_persistent=0 in both drivers
+queues   four virtual CPUs with a ring each, in real time: what runs is counted, but how
+         much is done at once is chance
+wide     the same with rings of 16 pages and requests of 256 segments
 stock    all as it comes: what a user gets
 floor    the same load on a RAM disk in the guest, and on the one in dom0: what is
          left if the way between the two domains costs nothing
@@ -18,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+from cells import PARALLEL
+from cells import QUEUES
 from cells import chosen
 from counted import LOAD_FLAGS
 from counted import PLUGIN_FLAGS
@@ -34,6 +39,10 @@ from draw import draw
 from measure import measured
 from page import write_disks
 from page import write_page
+from page import write_queues
+from queues import MEASURES
+from queues import RATIOS
+from queues import measure_queues
 from report import print_profile
 from report import print_report
 
@@ -49,7 +58,14 @@ MEGABYTES = 64
 FLUSHED = "/run/flushed"
 FLOORS = {"xvda": "/dev/ram0", "xvdc": "/dev/nullb0"}
 """Disks of the guest for which there is a floor, and the device of the same kind without the pair."""
-NOT_KEPT = "feature_persistent=0"
+DOM0_WINDOW = 1000
+"""A second in which dom0 sleeps: it tells which slot that is."""
+PARAMETERS = {
+    "granted": ("feature_persistent=0", "feature_persistent=0"),
+    "queues": ("", f"max_queues={QUEUES}"),
+    "wide": ("max_indirect_segments=256 max_ring_page_order=4", f"max_queues={QUEUES}"),
+}
+"""Those of the frontend and of the backend with each setting that has any."""
 
 
 class Run:
@@ -60,6 +76,7 @@ class Run:
         self.pair, self.kind, self.setting = pair, kind, setting
         self.logs = Path(options.logs) / f"{pair.name}-{kind}-{setting}".replace("/", "")
         self.symbols = symbols
+        self._parameters = PARAMETERS.get(setting, ("", ""))
         self._snapshot = snapshot
         self._windows = []
         self._code = {}
@@ -75,7 +92,7 @@ class Run:
         devices = [self._module(name) for name in ("brd", "null_blk", "configfs")]
         host = XenHost(
             self._snapshot, self.pair, self.logs, modules=[device.file for device in devices],
-            programs=[self._load], front_parameters=self._parameters(),
+            programs=[self._load], front_parameters=self._parameters[0],
             extra=["-plugin", f"{plugin},points={place.resolve()},out={counts.resolve()}"],
         )  # fmt: skip
         with host.running():
@@ -83,15 +100,13 @@ class Run:
             for cell in cells:
                 self._measure(host, guest, cell, floors and cell.bytes and cell.disk in FLOORS)
         windows = read_windows(counts)
+        dom0 = windows[DOM0_WINDOW].slot
         modules = {domain: module_symbols(places) for domain, places in self._code.items()}
         return [
-            measured(windows[number], where, cell, ios, nanoseconds, self.symbols, modules)
+            measured(windows[number], dom0, where, cell, ios, nanoseconds, self.symbols, modules)
             | {"pair": self.pair.name, "type": self.kind, "setting": self.setting}
             for number, (where, cell, ios, nanoseconds) in enumerate(self._windows)
         ]
-
-    def _parameters(self):
-        return NOT_KEPT if self.setting == "granted" else ""
 
     def _module(self, name):
         path = self.logs.with_name(f"{name}.ko")
@@ -101,7 +116,8 @@ class Run:
     def _start(self, host, devices, floors):
         """Starts a guest: xvda is a RAM disk, xvdb can be flushed, xvdc does nothing with data."""
         fill = f"dd if=/dev/zero of=/dev/ram0 bs=1M count={MEGABYTES} 2>/dev/null; sync"
-        host.load_backend(self._parameters())
+        host.load_backend(self._parameters[1])
+        host.sh(f"/payload/programs/{self._load.name} - idle 0 0 1 {DOM0_WINDOW} 1")
         host.ram_disks(1, MEGABYTES)
         host.sh(f"{fill}; dd if=/dev/zero of={FLUSHED} bs=1M count=8 2>/dev/null")
         host.sh(f"losetup /dev/loop0 {FLUSHED}")
@@ -109,7 +125,7 @@ class Run:
         host.sh(do_nothing.format("/payload/modules"))
         disks = [Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/loop0"), Disk("xvdc", "/dev/nullb0")]
         guest = host.start_guest(
-            type=self.kind, memory=320, disks=disks,
+            type=self.kind, memory=320, disks=disks, vcpus=QUEUES if self.setting in PARALLEL else 1,
             settings="" if self.setting == "stock" else 'tsc_mode = "native"',
         )  # fmt: skip
         if self.setting != "stock":
@@ -153,11 +169,12 @@ def parsed():
     parser.add_argument("--build", required=True, help="directory with our modules")
     parser.add_argument("--pairs", default="C/C,R/R,C/R,R/C", help="FRONT/BACK, ...")
     parser.add_argument("--types", default="pv", help="pv, pvh")
-    parser.add_argument("--settings", default="fixed,granted,stock")
+    parser.add_argument("--settings", default="fixed,granted,queues,wide,stock")
     parser.add_argument("--cells", default="", help="parts of names of cells; all if empty")
     parser.add_argument("--no-floors", dest="floors", action="store_false")
     parser.add_argument("--profile", action="store_true", help="print the functions too")
     parser.add_argument("--disks", action="store_true", help="no loads, but what disks cost beside I/O")
+    parser.add_argument("--queues", action="store_true", help="no counts, but the time of four queues")
     parser.add_argument("--logs", default="build/bench")
     parser.add_argument("--out", default="build/bench/results.json")
     parser.add_argument("--base", help="results of an earlier run, to compare with")
@@ -165,19 +182,27 @@ def parsed():
     return parser.parse_args()
 
 
+def is_measured(kind, setting, pair):
+    """Whether a pair is measured with a kind of guest and a setting."""
+    if setting == "wide" and pair.front.name == "xen-blkfront":
+        # It allocates half a gigabyte for each ring.
+        return False
+    mixed = len(set(pair.name.split("/"))) > 1
+    return kind == "pv" and setting == "fixed" or not mixed and (kind == "pv" or setting not in PARALLEL)
+
+
 def run_all(options):
     """Boots and measures all that the command line asks for."""
     kernel = options.kernel_object = Kernel(options.kernel)
-    snapshot = Snapshot(kernel, counted=True)
     pairs = [pair_called(name, kernel, options.build) for name in options.pairs.split(",")]
-    symbols = base_symbols(snapshot, pairs[0])
+    symbols = base_symbols(Snapshot(kernel, counted=True), pairs[0])
     results = []
     for kind in options.types.split(","):
         for setting in options.settings.split(","):
+            snapshot = Snapshot(kernel, counted=setting not in PARALLEL)
             cells = chosen(options.cells, setting)
             for pair in pairs:
-                mixed = len(set(pair.name.split("/"))) > 1
-                if mixed and (kind, setting) != ("pv", "fixed"):
+                if not is_measured(kind, setting, pair):
                     continue
                 floors = options.floors and pair is pairs[0] and setting == "fixed"
                 results += Run(options, snapshot, symbols, pair, kind, setting)(cells, floors)
@@ -202,11 +227,26 @@ def run_disks(options):
         write_disks(rows, Path(options.page) / "performance-disks.inc")
 
 
+def run_queues(options):
+    """Boots the pairs in turns and prints how their times compare."""
+    kernel = Kernel(options.kernel)
+    pairs = [pair_called(name, kernel, options.build) for name in ("C/C", "R/R")]
+    rows = measure_queues(options, kernel, pairs)
+    for row in rows:
+        ratios = " ".join(f"{name} {row[name]:.3f}" for name in RATIOS)
+        print(f"{row['load']:20} {MEASURES[row['measure']]:24} {ratios}")
+    if options.page:
+        write_queues(rows, Path(options.page) / "performance-queues.inc")
+
+
 def main():
     """Measures, writes the results, prints them."""
     options = parsed()
     if options.disks:
         run_disks(options)
+        return
+    if options.queues:
+        run_queues(options)
         return
     base = json.loads(Path(options.base).read_text()) if options.base else None
     start = time.monotonic()

@@ -16,10 +16,11 @@ class Cell:
     depth: int
     count: int
     disk: str = "xvda"
+    jobs: int = 1
 
     def arguments(self, device, window):
         """The command line of load.c."""
-        return f"{device} {self.kind} {self.bytes} {self.depth} {self.count} {window}"
+        return f"{device} {self.kind} {self.bytes} {self.depth} {self.count} {window} {self.jobs}"
 
 
 CELLS = (
@@ -41,6 +42,23 @@ CELLS = (
     Cell("idle second", "idle", 0, 0, 20),
 )
 
+QUEUES = 4
+"""Rings of a disk, and virtual CPUs of the guest, where there are several."""
+
+PARALLEL = {
+    "queues": (
+        Cell("4k read 4 x qd1", "randread", 4 * KIB, 1, 1000, jobs=QUEUES),
+        Cell("4k read 4 x qd8", "randread", 4 * KIB, 8, 4000, jobs=QUEUES),
+        Cell("4k write 4 x qd8", "randwrite", 4 * KIB, 8, 4000, jobs=QUEUES),
+        Cell("128k read 4 x qd2", "read", 128 * KIB, 2, 400, jobs=QUEUES),
+    ),
+    "wide": (
+        Cell("1m read 4 x qd1", "read", 1024 * KIB, 1, 60, jobs=QUEUES),
+        Cell("1m read 4 x qd8", "read", 1024 * KIB, 8, 60, jobs=QUEUES),
+    ),
+}
+"""By setting, what as many programs do at once, each on a virtual CPU of its own."""
+
 STOCK = ("4k read qd1", "4k write qd1", "4k read qd32", "128k read qd8")
 """The cells that are measured with stock settings too."""
 
@@ -48,5 +66,6 @@ STOCK = ("4k read qd1", "4k write qd1", "4k read qd32", "128k read qd8")
 def chosen(text, setting):
     """The cells whose names have one of the comma-separated texts in them."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    cells = [cell for cell in CELLS if setting != "stock" or cell.name in STOCK]
+    cells = PARALLEL.get(setting, CELLS)
+    cells = [cell for cell in cells if setting != "stock" or cell.name in STOCK]
     return [cell for cell in cells if not parts or any(part in cell.name for part in parts)]

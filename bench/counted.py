@@ -179,14 +179,11 @@ class Window:
     blocks: list
     events: list
 
-    def places(self):
-        """For each slot who runs there: guest (whoever runs the load), dom0 or idle.
-
-        Where the load runs in dom0, there is no guest.
-        """
+    def places(self, dom0):
+        """For each slot who runs there: guest, dom0 or idle. `dom0` is the slot of its only CPU."""
         outside = {slot for address, _, slot in self.blocks if not XEN_TEXT <= address < XEN_END}
         return {
-            slot: "load" if slot == self.slot else "other" if slot in outside else "idle"
+            slot: "idle" if slot not in outside else "dom0" if slot == dom0 else "guest"
             for _, _, slot in self.blocks
         }
 

@@ -93,8 +93,8 @@ def _measure(host, load, kind, number):
     switches = int(backend_switches(host))
     host.sh(f"sleep {IDLE_SECONDS}", timeout=600)
     switches = int(backend_switches(host)) - switches
-    small = _io(guest, disks, f"{load} /dev/$disk randread 4096 8 {COUNT} 0")
-    _io(guest, disks, f"{load} /dev/$disk read 131072 8 64 0")
+    small = _io(guest, disks, f"{load} /dev/$disk randread 4096 8 {COUNT} 0 1")
+    _io(guest, disks, f"{load} /dev/$disk read 131072 8 64 0 1")
     used = free_kb(guest), free_kb(host)
     guest.shut_down()
     there, root = _boot(host, kind, number) if number == ROOT_DISKS else (None, None)

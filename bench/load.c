@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * load DEVICE KIND BYTES DEPTH COUNT WINDOW: keeps DEPTH operations of BYTES
+ * load DEVICE KIND BYTES DEPTH COUNT WINDOW JOBS: keeps DEPTH operations of BYTES
  * bytes on their way to a block device, around the page cache, and prints the
- * nanoseconds that COUNT of them took after as many again, a quarter, to warm up.
+ * nanoseconds that COUNT of them took after a quarter as many to warm up.
  *
  * KIND is randread, randwrite, read, write, mixed (70 % reads, random) or
  * flushed (random writes, each followed by a flush). `load - idle 0 0 SECONDS
- * WINDOW` does nothing for a while.
+ * WINDOW 1` does nothing for a while. Each of several JOBS does all that on a CPU of
+ * its own; they begin together, and the measured part ends with the last one.
  *
  * The measured part lies between calls of window_begin and window_end, two
  * functions that do nothing, at addresses that the counting plugin knows.
@@ -17,12 +18,14 @@
 #include <fcntl.h>
 #include <linux/aio_abi.h>
 #include <linux/fs.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -113,11 +116,13 @@ static void submit(aio_context_t context, struct iocb **operations, long count)
 		die("io_submit");
 }
 
-static void run(struct load *load, unsigned int depth, uint64_t count, unsigned long window)
+/* Does WARM operations to warm up, and then COUNT that are measured. Without WARM nothing is marked. */
+static void run(struct load *load, unsigned int depth, uint64_t warm, uint64_t count,
+		unsigned long window)
 {
 	struct io_event events[MOST_DEPTH];
 	struct iocb *again[MOST_DEPTH];
-	uint64_t warm = count / 4, done = 0, started = 0, begun = 0;
+	uint64_t done = 0, started = 0, begun = 0;
 	aio_context_t context = 0;
 
 	if (syscall(SYS_io_setup, depth, &context))
@@ -165,20 +170,70 @@ static void run(struct load *load, unsigned int depth, uint64_t count, unsigned 
 	}
 }
 
+/* One of several jobs: warms up, says so, and begins when the other end of `go` is closed. */
+static void run_job(struct load *load, unsigned int job, unsigned int depth, uint64_t count, int ready,
+		    int go)
+{
+	cpu_set_t cpus;
+	char byte = 0;
+
+	CPU_ZERO(&cpus);
+	CPU_SET(job, &cpus);
+	if (sched_setaffinity(0, sizeof(cpus), &cpus))
+		die("sched_setaffinity");
+	run(load, depth, 0, count / 4, 0);
+	if (write(ready, &byte, 1) != 1 || read(go, &byte, 1) != 0)
+		die("pipe");
+	run(load, depth, 0, count - depth, 0);
+	exit(0);
+}
+
+static int run_jobs(struct load *load, const char *path, unsigned int jobs, unsigned int depth,
+		    uint64_t count, unsigned long window)
+{
+	int ready[2], go[2], status, failed = 0;
+	uint64_t begun;
+	char byte;
+
+	if (pipe(ready) || pipe(go))
+		die("pipe");
+	for (unsigned int job = 0; job < jobs; job++)
+		if (fork() == 0) {
+			close(go[1]);
+			set_up(load, path, depth);
+			load->random += job;
+			load->next = load->places / jobs * job;
+			run_job(load, job, depth, count, ready[1], go[0]);
+		}
+	close(ready[1]);
+	for (unsigned int job = 0; job < jobs; job++)
+		if (read(ready[0], &byte, 1) != 1)
+			die("a job");
+	begun = now();
+	window_begin(window);
+	close(go[1]);
+	while (wait(&status) > 0)
+		failed |= status;
+	window_end(window);
+	printf("%llu %llu\n", (unsigned long long)(jobs * count), (unsigned long long)(now() - begun));
+	return failed != 0;
+}
+
 int main(int argc, char **argv)
 {
 	static struct load load = { .random = 0x9e3779b97f4a7c15 };
-	unsigned int depth;
+	unsigned int depth, jobs;
 	uint64_t count;
 
-	if (argc != 7) {
-		fprintf(stderr, "usage: load DEVICE KIND BYTES DEPTH COUNT WINDOW\n");
+	if (argc != 8) {
+		fprintf(stderr, "usage: load DEVICE KIND BYTES DEPTH COUNT WINDOW JOBS\n");
 		return 2;
 	}
 	load.kind = argv[2];
 	load.bytes = strtoull(argv[3], NULL, 0);
 	depth = strtoul(argv[4], NULL, 0);
 	count = strtoull(argv[5], NULL, 0);
+	jobs = strtoul(argv[7], NULL, 0);
 	if (is(&load, "idle")) {
 		window_begin(strtoul(argv[6], NULL, 0));
 		sleep(count);
@@ -188,7 +243,9 @@ int main(int argc, char **argv)
 	}
 	if (depth < 1 || depth > MOST_DEPTH || !load.bytes)
 		die("depth or bytes");
+	if (jobs > 1)
+		return run_jobs(&load, argv[1], jobs, depth, count, strtoul(argv[6], NULL, 0));
 	set_up(&load, argv[1], depth);
-	run(&load, depth, count, strtoul(argv[6], NULL, 0));
+	run(&load, depth, count / 4, count, strtoul(argv[6], NULL, 0));
 	return 0;
 }

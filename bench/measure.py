@@ -16,13 +16,12 @@ SEND = 4
 """The operation of event_channel_op that notifies another domain."""
 
 
-def measured(window, where, cell, ios, nanoseconds, symbols, modules):
-    """What one I/O of a window costs. `where` the load ran: pair, guest (floor) or dom0 (floor)."""
-    place = window.places()
-    who = {"load": "dom0" if where == "dom0" else "guest", "other": "dom0", "idle": "idle"}
-    if where == "dom0":
-        who["other"] = "guest"
-    named = {slot: who[name] for slot, name in place.items()}
+def measured(window, dom0, where, cell, ios, nanoseconds, symbols, modules):
+    """What one I/O of a window costs.
+
+    `dom0` is the slot of that; `where` the load ran is pair, guest (floor) or dom0 (floor).
+    """
+    named = window.places(dom0)
     instructions, profile = _instructions(window, named, symbols, modules)
     result = {
         "where": where,

@@ -2,6 +2,7 @@
 """The tables as a part of the documentation."""
 
 import disks
+import queues
 from report import COLUMNS
 from report import code
 from report import row
@@ -15,7 +16,7 @@ Kernel {kernel}; {date}. Bytes of code: {sizes}.
 """
 
 
-DISKS_HEAD = """.. SPDX-License-Identifier: GPL-2.0
+PLAIN_HEAD = """.. SPDX-License-Identifier: GPL-2.0
 .. Written by bench/page.py from the results of a run.
 """
 
@@ -30,10 +31,20 @@ def write_page(document, path):
 
 def write_disks(rows, path):
     """Writes the table of what disks cost beside I/O."""
-    lines = [DISKS_HEAD, ".. list-table::", "   :header-rows: 1", ""]
+    lines = [PLAIN_HEAD, ".. list-table::", "   :header-rows: 1", ""]
     lines += _row(["disks", "pair", *disks.COLUMNS.values()])
     for found in rows:
         lines += _row([found["disks"], found["pair"], *(shown(found[name]) for name in disks.COLUMNS)])
+    path.write_text("\n".join([*lines, ""]))
+
+
+def write_queues(rows, path):
+    """Writes the table of times with several queues."""
+    lines = [PLAIN_HEAD, ".. list-table::", "   :header-rows: 1", ""]
+    lines += _row(["load", "measure", *queues.RATIOS])
+    for found in rows:
+        ratios = (shown(found[name]) for name in queues.RATIOS)
+        lines += _row([found["load"], queues.MEASURES[found["measure"]], *ratios])
     path.write_text("\n".join([*lines, ""]))
 
 

@@ -13,6 +13,8 @@ PAGE = 4096
 TITLES = {
     "fixed": "scheduler none and a clock that is read without a trap",
     "granted": "as above, and feature_persistent=0 on both sides",
+    "queues": "four virtual CPUs with a ring each, on one processor",
+    "wide": "as above, with rings of 16 pages and requests of 256 segments",
     "stock": "as it comes: the default scheduler, and each reading of the clock traps",
 }
 

@@ -197,7 +197,7 @@ def _machines(request):
             if getattr(request.node, "failed", True):
                 thing.collect()
                 _show_logs(thing.machine)
-            request.node.user_properties.append(("qemu_cpu_seconds", thing.machine.cpu_seconds()))
+            request.node.user_properties.append(("qemu_cpu_seconds", round(thing.machine.cpu_seconds())))
             thing.close()
 
 

@@ -131,7 +131,7 @@ class Machine:
             fields = Path(f"/proc/{self._child.pid}/stat").read_text().rsplit(")", 1)[1].split()
         except FileNotFoundError:
             return 0
-        return round((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def kill(self):
         """Ends QEMU now."""

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Four queues on four virtual CPUs by the clock: what our pair takes of what the C pair takes.
+
+Time depends on the machine and on what else it does, so only ratios are told. The
+pairs take turns; each round boots both from the same snapshot and gives one ratio.
+"""
+
+import statistics
+import sys
+
+from cells import PARALLEL
+from cells import QUEUES
+from counted import LOAD_FLAGS
+from counted import compiled
+
+from harness.guest import FOUR_VCPUS
+from harness.waiting import SnapshotWithGuest
+from harness.xenhost import XenHost
+
+ROUNDS = 5
+CELLS = PARALLEL["queues"]
+MEASURES = {"processor": "processor time of QEMU", "clock": "clock of the guest"}
+
+RATIOS = {"median": statistics.median, "least": min, "most": max}
+
+
+def measure_queues(options, kernel, pairs):
+    """For each load and measure, the ratios of the second pair to the first, in brief."""
+    snapshot = SnapshotWithGuest(kernel, waiting=FOUR_VCPUS, guest_kernel=kernel)
+    ratios = {(cell.name, measure): [] for cell in CELLS for measure in MEASURES}
+    for number in range(ROUNDS):
+        control, ours = (_boot(options, snapshot, pair) for pair in pairs)
+        for key, found in ratios.items():
+            found.append(ours[key] / control[key])
+        print(f"  round {number + 1}: {[round(found[-1], 3) for found in ratios.values()]}", file=sys.stderr)
+    return [
+        {"load": load, "measure": measure, **{name: brief(found) for name, brief in RATIOS.items()}}
+        for (load, measure), found in ratios.items()
+    ]
+
+
+def _boot(options, snapshot, pair):
+    """Boots once and returns what each load takes, by each measure."""
+    load = compiled("load.c", *LOAD_FLAGS)
+    logs = f"{options.logs}/queues-{pair.name.replace('/', '')}"
+    host = XenHost(snapshot, pair, logs, programs=[load])
+    took = {}
+    with host.running():
+        host.load_backend(f"max_queues={QUEUES}")
+        host.ram_disks()
+        host.sh("dd if=/dev/zero of=/dev/ram0 bs=1M 2>/dev/null || true")
+        guest = host.start_guest()
+        guest.sh(f"[ $(ls /sys/block/xvda/mq | wc -l) = {QUEUES} ]")
+        guest.sh("echo none > /sys/block/xvda/queue/scheduler")
+        for cell in CELLS:
+            start = host.machine.cpu_seconds()
+            output = guest.sh(f"/programs/{load.name} {cell.arguments('/dev/xvda', 0)}", timeout=1200)
+            took[cell.name, "processor"] = host.machine.cpu_seconds() - start
+            took[cell.name, "clock"] = int(output.split()[1])
+    return took
