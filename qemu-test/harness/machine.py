@@ -16,6 +16,8 @@ from pathlib import Path
 import pexpect
 
 from .evidence import trouble_in
+from .shell import SLICE
+from .shell import CommandFailed
 from .shell import MachineTrouble
 from .shell import SerialShell
 
@@ -107,6 +109,24 @@ class Machine:
             _until_prompt(line)
             line.sendall(command.encode() + b"\n")
             return _until_prompt(line)
+
+    def sleep(self, timeout=240):
+        """Has Linux put the machine to sleep (ACPI S3), and wakes it up.
+
+        What is sent to the agent before Linux is awake is lost. A machine that has been woken up
+        before may wake up at once, by what it remembers of that.
+        """
+        command = "echo mem > /sys/power/state"
+        number = self.shell.send(command)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return self.shell.await_end(number, SLICE, command)
+            except CommandFailed:
+                if time.monotonic() > deadline:
+                    raise
+            if "suspended" in self.monitor("info status"):
+                self.monitor("system_wakeup")
 
     def interact(self, command):
         """Gives this terminal to `command` on the agent's line until either ends."""

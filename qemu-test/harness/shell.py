@@ -98,15 +98,21 @@ class SerialShell(Shell):
             self._watch = watch
 
     def send(self, command):
-        """Starts a shell script and awaits no answer: the machine goes away."""
-        self._child.send(f"{self.next_number()} {encode(command)}\n")
+        """Starts a shell script, and returns its number: the machine goes away meanwhile."""
+        number = self.next_number()
+        self._child.send(f"{number} {encode(command)}\n")
+        return number
 
     def exchange(self, number, text, timeout, command):
         """Sends one line over the serial line and awaits the end marker."""
         self._child.send(f"{number} {text}\n")
+        self.await_end(number, timeout, command)
+        return self._child.before + self._child.match.group(0)
+
+    def await_end(self, number, timeout, command):
+        """Awaits the end marker of a request."""
         end = rf"#end {number} \d+ \w+\r?\n"
         self._await(end, timeout, f"no answer within {timeout} s to: {command}")
-        return self._child.before + self._child.match.group(0)
 
     def _await(self, pattern, timeout, failure):
         deadline = time.monotonic() + timeout
