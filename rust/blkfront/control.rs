@@ -146,6 +146,14 @@ impl Control {
         nodes::backend_event(&self.device, &self.backend)
     }
 
+    /// The backend's state as it is now; nonsense is none.
+    fn backend_state(&mut self) -> XenbusState {
+        match self.backend_event() {
+            FrontEvent::Backend { state, .. } => state,
+            _ => XenbusState::Unknown,
+        }
+    }
+
     /// Does what is to be done, until that is nothing.
     pub(crate) fn follow(&mut self, mut event: FrontEvent) {
         while !self.closing {
@@ -508,12 +516,8 @@ impl Control {
         if !self.queues.iter().any(|queue| queue.has_remains()) {
             return false;
         }
-        match self.backend_event() {
-            FrontEvent::Backend { state, .. } => {
-                matches!(state, XenbusState::Connected | XenbusState::Closing)
-            }
-            _ => false,
-        }
+        let backend = self.backend_state();
+        matches!(backend, XenbusState::Connected | XenbusState::Closing)
     }
 
     /// Lets the disk go: takes no more steps, and has new requests fail. Whether there is a disk.
@@ -581,10 +585,7 @@ impl Control {
 
     /// Whether requests are being served, or never will be again.
     pub(crate) fn is_settled(&mut self) -> bool {
-        let backend = match self.backend_event() {
-            FrontEvent::Backend { state, .. } => state,
-            _ => XenbusState::Unknown,
-        };
+        let backend = self.backend_state();
         self.own == Front::Dead || self.own.whole(backend)
     }
 

@@ -29,8 +29,8 @@ use crate::nodes;
 use crate::signal::Cause;
 use crate::signal::Signal;
 
-/// How long an unbind waits for the thread of the device, which gives the backend half of that. All
-/// other devices of the guest may have to wait as long.
+/// How long an unbind waits for the thread of the device, which gives the backend half of that for
+/// its last answers, and a second to unmap. All other devices of the guest may have to wait as long.
 const REMOVE_MS: u32 = 10_000;
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
