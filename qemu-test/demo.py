@@ -164,7 +164,7 @@ def play(host):
     """Gives the terminal to dom0's shell until the person leaves it."""
     print("\n  This is dom0. Try: xl list; xenstore-ls; xl console guest (leave with Ctrl-]).")
     print("  `exit` ends it all.\n", flush=True)
-    host.machine.interact("PS1='dom0# ' HOME=/root exec setsid -c sh -i")
+    host.machine.interact("PS1='dom0# ' HOME=/root sh -i")
 
 
 def main():

@@ -35,28 +35,28 @@ class GuestShell(Shell):
         super().__init__()
         self._host = host
         self._line = line
-        self._file = ""
+        self._file = "-"
 
     def feed(self, command, file):
         """Runs a shell script that must succeed and reads `file` of dom0 from /dev/hvc0."""
         self._file = file
         self.check(command)
 
-    def exchange(self, number, text, timeout, command):
-        """Has dom0 pass one line to the guest and read the answer."""
-        file, self._file = self._file, ""
-        status, output = self._host.run(
-            f"guest-sh {self._line} {timeout} {number} '{text}' {file}", timeout + 30
-        )
+    def exchange(self, number, request, timeout, command):
+        """Has the agent of dom0 pass the request on."""
+        file, self._file = self._file, "-"
+        line = f"{number} {request}"
+        status, answer = self._host.machine.shell.pass_on(self._line, timeout, file, line)
         if status != 0:
             raise CommandFailed(
-                f"no answer from the guest within {timeout} s to: {command}\n{output[-500:]}"
+                f"no answer from the guest within {timeout} s to: {command}\n{answer[-500:]}"
             )
-        return output
+        return answer
 
     def send(self, command):
         """Starts a shell script and awaits no answer: the guest goes away."""
-        self._host.run(f"guest-sh {self._line} 0 {self.next_number()} '{encode(command)}'")
+        line = f"{self.next_number()} run {encode(command)}"
+        self._host.machine.shell.pass_on(self._line, 0, "-", line)
 
 
 @dataclass(frozen=True)

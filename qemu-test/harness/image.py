@@ -48,7 +48,7 @@ def base_archive(init, programs=(), devices=True):
     archive.file("/bin/busybox", "/usr/bin/busybox")
     for name in ("sh", "mount", "insmod", "modprobe"):
         archive.link(f"/bin/{name}", "busybox")
-    archive.file("/bin/agent", PIECES / "agent")
+    archive.file("/bin/agent", compiled("agent"))
     archive.file("/init", PIECES / init)
     archive.data("/etc/passwd", "root:x:0:0:root:/root:/bin/sh\n")
     archive.data("/etc/group", "root:x:0:\n")
@@ -84,10 +84,10 @@ def _libraries(program):
 
 
 def compiled(name):
-    """The file of a program in `image/`, for machines that have the C library."""
+    """The file of a program in `image/`. It needs no library, as not all machines have one."""
     source = PIECES / f"{name}.c"
-    command = ["gcc", "-O2", "-Wall", "-s", source, "-o"]
-    key = key_of(source.read_bytes(), *map(str, command[:4]))
+    command = ["gcc", "-O2", "-Wall", "-Werror", "-static", "-s", source, "-o"]
+    key = key_of(source.read_bytes(), *map(str, command[:6]))
     return made_once(
         CACHE / "images" / f"{name}-{key}" / name,
         lambda path: subprocess.run([*command, path], check=True),

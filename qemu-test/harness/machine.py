@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0
-"""One QEMU process: two serial lines, a monitor, and an end.
+"""One QEMU process: a console, a line to the agent, a monitor, and an end.
 
-The first serial line is the console (kernel and hypervisor messages), written
-to a file. The second is the agent's. QEMU dies with the harness: it lives in
-the process namespace that `scripts/in-root` made.
+The console (kernel and hypervisor messages) is the first serial line, written
+to a file. QEMU dies with the harness: it lives in the process namespace that
+`scripts/in-root` made.
 """
 
 import os
@@ -23,6 +23,15 @@ from .shell import SerialShell
 
 QEMU = "qemu-system-x86_64"
 
+SERIAL_LINE = ("-serial", "chardev:agent")
+"""The agent's line in a machine of any kernel: the second serial line, /dev/ttyS1."""
+PORT = (
+    "-device", "virtio-serial-pci,disable-legacy=on,iommu_platform=on",
+    "-device", "virtserialport,chardev=agent",
+)  # fmt: skip
+"""The agent's line where the kernel has virtio_console: /dev/vportNp1. In a PV domain each byte of a
+serial line is an instruction that Xen has to do for it; a port takes all of them at once."""
+
 
 def _typed(data):
     """What a person has typed. Nothing means that the terminal is gone: pexpect would go on."""
@@ -34,7 +43,7 @@ def _typed(data):
 class Machine:
     """A running QEMU; `arguments` say what hardware it has and what it boots."""
 
-    def __init__(self, arguments, logs):
+    def __init__(self, arguments, logs, line=SERIAL_LINE):
         self.logs = Path(logs).resolve()
         self.logs.mkdir(parents=True, exist_ok=True)
         self.console_log = self.logs / "console.log"
@@ -44,7 +53,7 @@ class Machine:
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{self.console_log}",
             "-chardev", f"stdio,id=agent,signal=off,logfile={self.logs / 'agent.log'}",
-            "-serial", "chardev:agent",
+            *line,
             "-monitor", f"unix:{self._short(self._monitor)},server=on,wait=off",
         ]  # fmt: skip
         command = [*common, *(str(argument) for argument in arguments)]
@@ -130,8 +139,7 @@ class Machine:
 
     def interact(self, command):
         """Gives this terminal to `command` on the agent's line until either ends."""
-        line = "/dev/ttyS1"
-        self.shell.send(f"stty sane <{line}; ({command}) <{line} >{line} 2>&1; poweroff -f")
+        self.shell.talk(f"{command}\npoweroff -f")
         with suppress(EOFError, termios.error):
             self._child.interact(input_filter=_typed)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """Commands run inside a machine or a DomU, through the agent there.
 
-The agent (`image/agent`) reads "NUMBER SCRIPT" lines and answers with exit
+The agent (`image/agent.c`) reads requests, a line each, and answers with exit
 status and output between marker lines. `Shell` is the asker's side, for any way
 to exchange a line; `SerialShell` exchanges it over a serial line.
 """
@@ -21,6 +21,9 @@ SLICE = 1.0
 TIMEOUT = 120
 """Seconds a command may take: ten times what the slowest quiet one takes."""
 
+END = r"#end {number} (\d+) {form} (\w+)\r?\n"
+"""The last line of an answer: exit status, how the output is in there, and its CRC-32."""
+
 
 class CommandFailed(AssertionError):
     """A command ended with a status other than 0, or did not end."""
@@ -36,14 +39,14 @@ class Shell:
     def __init__(self):
         self._number = 0
 
-    def exchange(self, number, text, timeout, command):
-        """Sends "number text"; returns all up to and with the end marker."""
+    def exchange(self, number, request, timeout, command):
+        """Sends "number request"; returns all up to and with the end marker."""
         raise NotImplementedError
 
     def run(self, command, timeout=TIMEOUT):
         """Runs a shell script; returns its exit status and output."""
         number = self.next_number()
-        request = encode(command)
+        request = f"run {encode(command)}"
         for _attempt in range(4):
             answer = self.exchange(number, request, timeout, command)
             decoded = _decode(number, answer)
@@ -100,19 +103,36 @@ class SerialShell(Shell):
     def send(self, command):
         """Starts a shell script, and returns its number: the machine goes away meanwhile."""
         number = self.next_number()
-        self._child.send(f"{number} {encode(command)}\n")
+        self._child.send(f"{number} run {encode(command)}\n")
         return number
 
-    def exchange(self, number, text, timeout, command):
+    def talk(self, command):
+        """Starts a shell script on a terminal that this line is the other end of."""
+        self._child.send(f"{self.next_number()} talk {encode(command)}\n")
+
+    def exchange(self, number, request, timeout, command):
         """Sends one line over the serial line and awaits the end marker."""
-        self._child.send(f"{number} {text}\n")
+        self._child.send(f"{number} {request}\n")
         self.await_end(number, timeout, command)
         return self._child.before + self._child.match.group(0)
 
     def await_end(self, number, timeout, command):
         """Awaits the end marker of a request."""
-        end = rf"#end {number} \d+ \w+\r?\n"
-        self._await(end, timeout, f"no answer within {timeout} s to: {command}")
+        failure = f"no answer within {timeout} s to: {command}"
+        self._await(END.format(number=number, form="(?:plain|gzip)"), timeout, failure)
+
+    def pass_on(self, terminal, seconds, file, line):
+        """Has this agent give a line, and a file or "-", to the one at a terminal of its machine.
+
+        Returns 0 and what that one answered, or another status if it said nothing for so many
+        seconds. With 0 seconds no answer is awaited.
+        """
+        number = self.next_number()
+        self._child.send(f"{number} pass {terminal} {seconds} {file} {line}\n")
+        failure = f"nothing came back within {seconds + 30} s from {terminal}, for: {line}"
+        self._await(END.format(number=number, form="passed"), seconds + 30, failure)
+        answer = self._child.before.rsplit(f"#begin {number}", 1)[-1]
+        return int(self._child.match.group(1)), answer
 
     def _await(self, pattern, timeout, failure):
         deadline = time.monotonic() + timeout
@@ -149,14 +169,19 @@ def _escape(match):
 
 def _decode(number, answer):
     """Status and output of an answer, or None if it is damaged."""
-    end = re.search(rf"#end {number} (\d+) (\w+)", answer)
+    end = re.search(END.format(number=number, form="(plain|gzip)"), answer)
+    if not end:
+        return None
     body = answer[: end.start()].rsplit(f"#begin {number}", 1)[-1]
     lines = [line.strip() for line in body.splitlines()]
     encoded = "".join(line for line in lines if re.fullmatch(r"[A-Za-z0-9+/=]+", line))
-    if end[2] == "nothing":
-        return int(end[1]), ""
+    status, form, checksum = end.groups()
     try:
-        output = gzip.decompress(base64.b64decode(encoded))
-    except (ValueError, OSError, EOFError, zlib.error):
+        output = base64.b64decode(encoded)
+        if zlib.crc32(output) != int(checksum, 16):
+            return None
+    except ValueError:
         return None
-    return (int(end[1]), output.decode(errors="replace")) if output else None
+    if form == "gzip":
+        output = gzip.decompress(output)
+    return int(status), output.decode(errors="replace")

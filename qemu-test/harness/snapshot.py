@@ -16,6 +16,7 @@ from .cache import CACHE
 from .cache import key_of
 from .cache import made_once
 from .machine import QEMU
+from .machine import PORT
 from .machine import Machine
 from .shell import MachineTrouble
 from .xenimage import dom0_initrd
@@ -86,7 +87,7 @@ class Snapshot:
         """
         directory = made_once(self._directory, self._make)
         arguments = [*self._arguments(disks, write_log), *extra]
-        machine = Machine([*arguments, "-incoming", f"exec:cat {directory / 'state'}"], logs)
+        machine = Machine([*arguments, "-incoming", f"exec:cat {directory / 'state'}"], logs, PORT)
         shutil.copy(directory / "console.log", machine.logs / "console-boot.log")
         return machine
 
@@ -106,7 +107,7 @@ class Snapshot:
         """Boots, and saves the machine unless its time is wrong: how wrong is added to `wrong`."""
         with tempfile.TemporaryDirectory(dir=directory) as place:
             disks = {name: blank(Path(place) / name, size) for name, size in DISK_SIZES.items()}
-            machine = Machine(self._arguments(disks), directory)
+            machine = Machine(self._arguments(disks), directory, PORT)
             try:
                 machine.wait_for_console("init: dom0 ready", timeout=300)
                 machine.shell.wait_ready(timeout=60)

@@ -29,7 +29,7 @@ XENSTORE_TOOLS = ("read", "write", "rm", "ls", "list", "exists", "chmod", "watch
 
 DOM0_MODULES = (
     "xen-privcmd", "xenfs", "xen-evtchn", "xen-gntdev", "xen-gntalloc",
-    "virtio_blk", "ext4", "loop",
+    "virtio_blk", "virtio_console", "ext4", "loop",
 )  # fmt: skip
 DOM0_PROGRAMS = (
     *(f"{XEN_BIN}/{name}" for name in XEN_TOOLS),
@@ -96,9 +96,7 @@ def dom0_initrd(kernel):
     archive.data("/lib/modules/order", "".join(f"{name}\n" for name in order))
     archive.data("/lib/modules/optional", "".join(f"{name}\n" for name in optional))
     archive.data("/etc/xen/xl.conf", 'autoballoon="off"\n')
-    for name in ("blk-min", "guest-sh"):
-        place = "/etc/xen/scripts" if name == "blk-min" else "/usr/bin"
-        archive.file(f"{place}/{name}", PIECES / name)
+    archive.file("/etc/xen/scripts/blk-min", PIECES / "blk-min")
     archive.directory("/guest")
     content = archive.to_bytes()
     return made_once(
