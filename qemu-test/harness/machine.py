@@ -141,7 +141,7 @@ class Machine:
         """Gives this terminal to `command` on the agent's line until either ends."""
         self.shell.talk(f"{command}\npoweroff -f")
         with suppress(EOFError, termios.error):
-            self._child.interact(input_filter=_typed)
+            self._child.interact(escape_character=None, input_filter=_typed)
 
     def wait_end(self, timeout):
         """Waits until QEMU has ended by itself."""
