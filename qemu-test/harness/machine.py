@@ -14,9 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pexpect
+from pexpect.fdpexpect import fdspawn
 
 from .evidence import trouble_in
 from .shell import SLICE
+from .shell import TIMEOUT
 from .shell import CommandFailed
 from .shell import MachineTrouble
 from .shell import SerialShell
@@ -28,9 +30,11 @@ SERIAL_LINE = ("-serial", "chardev:agent")
 PORT = (
     "-device", "virtio-serial-pci,disable-legacy=on,iommu_platform=on",
     "-device", "virtserialport,chardev=agent",
+    "-serial", "unix:{serial},server=on,wait=off",
 )  # fmt: skip
 """The agent's line where the kernel has virtio_console: /dev/vportNp1. In a PV domain each byte of a
-serial line is an instruction that Xen has to do for it; a port takes all of them at once."""
+serial line is an instruction that Xen has to do for it; a port takes all of them at once. The second
+serial line is there too, for another agent."""
 
 
 def _typed(data):
@@ -47,14 +51,15 @@ class Machine:
         self.logs = Path(logs).resolve()
         self.logs.mkdir(parents=True, exist_ok=True)
         self.console_log = self.logs / "console.log"
-        self._monitor = self.logs / "monitor"
+        self._monitor = self._short(self.logs / "monitor")
+        self._serial = self._short(self.logs / "serial")
         self._allowed = []
         common = [
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{self.console_log}",
             "-chardev", f"stdio,id=agent,signal=off,logfile={self.logs / 'agent.log'}",
-            *line,
-            "-monitor", f"unix:{self._short(self._monitor)},server=on,wait=off",
+            *(argument.format(serial=self._serial) for argument in line),
+            "-monitor", f"unix:{self._monitor},server=on,wait=off",
         ]  # fmt: skip
         command = [*common, *(str(argument) for argument in arguments)]
         (self.logs / "qemu.txt").write_text(" \\\n ".join([QEMU, *command]) + "\n")
@@ -114,7 +119,7 @@ class Machine:
         """Gives QEMU's monitor a command and returns its answer."""
         with socket.socket(socket.AF_UNIX) as line:
             line.settimeout(timeout)
-            line.connect(str(self._short(self._monitor)))
+            line.connect(str(self._monitor))
             _until_prompt(line)
             line.sendall(command.encode() + b"\n")
             return _until_prompt(line)
@@ -123,8 +128,10 @@ class Machine:
         """Has Linux put the machine to sleep (ACPI S3), and wakes it up.
 
         What is sent to the agent before Linux is awake is lost. A machine that has been woken up
-        before may wake up at once, by what it remembers of that.
+        before may wake up at once, by what it remembers of that. A port is deaf afterwards, in Linux
+        7.3, so this goes on with another agent.
         """
+        self._take_serial_line()
         command = "echo mem > /sys/power/state"
         number = self.shell.send(command)
         deadline = time.monotonic() + timeout
@@ -136,6 +143,17 @@ class Machine:
                     raise
             if "suspended" in self.monitor("info status"):
                 self.monitor("system_wakeup")
+
+    def _take_serial_line(self):
+        """Talks to an agent on the second serial line from now on."""
+        self._line = socket.socket(socket.AF_UNIX)
+        self._line.connect(str(self._serial))
+        child = fdspawn(self._line, timeout=None, encoding="utf-8", codec_errors="replace")
+        child.delaybeforesend = None
+        shell = SerialShell(child, self.watch)
+        self.shell.check("agent < /dev/ttyS1 > /dev/ttyS1 &")
+        shell.wait_ready(timeout=TIMEOUT)
+        self.shell = shell
 
     def interact(self, command):
         """Gives this terminal to `command` on the agent's line until either ends."""

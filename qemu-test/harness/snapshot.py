@@ -37,6 +37,8 @@ COUNTED = (
 DISK_SIZES = {"payload": 64 << 20, "disk": 512 << 20}
 """The disks that a scenario brings: /dev/vda and /dev/vdb in dom0. /dev/vdc has the guests' kernel."""
 
+MADE_BY = [Path(__file__), Path(__file__).with_name("machine.py")]
+
 BOOTS = 5
 """How often a boot is tried until dom0 keeps time."""
 
@@ -73,7 +75,7 @@ class Snapshot:
             self._vmlinux,
             version,
             arguments,
-            Path(__file__),
+            *MADE_BY,
         )
         self.key = key
         self._directory = CACHE / "snapshots" / key
