@@ -4,7 +4,8 @@
 The environment says where things are: RBLKIF_KERNELS is a list of NAME=DIRECTORY
 of prepared kernels, RBLKIF_BUILD the directory with a directory of our modules
 for each kernel release, RBLKIF_DOM0_KERNEL a kernel for dom0 where that of the
-run cannot be it, RBLKIF_LOGS where logs go if not to test-logs there.
+run cannot be it, RBLKIF_LOGS where logs go if not to test-logs there, RBLKIF_ROWS
+which rows of the expected list are meant, see harness/expected.py.
 """
 
 import os
@@ -153,10 +154,11 @@ def xen(request, kernel, dom0_kernel, pair, logs):
 
 @pytest.fixture
 def host(xen):
-    """A Xen host with the pair's backend loaded and a RAM disk, /dev/ram0."""
+    """A Xen host whose server has the pair's backend loaded and a RAM disk, /dev/ram0."""
     host = xen()
-    host.load_backend()
-    host.ram_disks()
+    server = host.start_server()
+    server.load_backend()
+    server.ram_disks()
     return host
 
 

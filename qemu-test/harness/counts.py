@@ -49,8 +49,8 @@ def kernel_counts(machine):
 
 
 def backend_switches(host):
-    """How often the threads of dom0's backend have gone to sleep."""
-    return host.sh(
+    """How often the threads of the server's backend have gone to sleep."""
+    return host.server.sh(
         "cat $(grep -l xvd /proc/[0-9]*/comm | sed s/comm/status/) | "
         "awk '/^voluntary/ {sum += $2} END {print sum}'"
     )
@@ -66,11 +66,17 @@ def assert_idle(host, record_property):
     The backend was loaded with `KEEPS_PAGES`.
     """
     before = backend_switches(host)
-    host.sh("sleep 3")
+    host.server.sh("sleep 3")
     ours = host.pair.back.name == "rblkback"
     assert (backend_switches(host) == before) == ours
     if not ours:
         record_property("c_fails", "B-13")
+
+
+def assert_checked(machine):
+    """The checks of the debug kernel: lockdep has looked to the end, kmemleak has no report."""
+    machine.sh("grep -q '^ debug_locks: *1$' /proc/lockdep_stats")
+    assert_no_lost_memory(machine)
 
 
 def assert_no_lost_memory(machine):
@@ -80,7 +86,8 @@ def assert_no_lost_memory(machine):
     a pointer to it. One whose module is gone has addresses without a name.
     """
     found = machine.sh(
-        "cd /sys/kernel/debug; sleep 6; echo scan > kmemleak; echo scan > kmemleak; cat kmemleak",
+        "cd /sys/kernel/debug && sleep 6 && echo scan > kmemleak && echo scan > kmemleak && "
+        "cat kmemleak",
         timeout=300,
     )
     reports = re.split(r"^(?=unreferenced object)", found, flags=re.MULTILINE)

@@ -28,15 +28,13 @@ def trouble_in(text):
     ]
 
 
-def assert_served_by_pair(host, guest, vdev="xvda", storage=None):
+def assert_served_by_pair(host, guest, vdev="xvda", server=None):
     """The loaded drivers are the files of this run's pair, and no other is there.
 
-    The backend is dom0's, or that of the driver domain `storage`.
+    The backend is that of the host's server, or of another `server`.
     """
-    if storage not in (None, host):
-        _assert_loaded(storage, host.pair.storage)
-    else:
-        _assert_loaded(host, host.pair.back)
+    server = server or host.server
+    _assert_loaded(server, host.pair.back if server is host else host.pair.storage)
     front = host.pair.front
     device = f"/sys/block/{vdev}/device/driver"
     look = f"readlink -f {device}/module || readlink -f {device}"

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from .counts import assert_no_lost_memory
+from .counts import assert_checked
 from .evidence import trouble_in
 from .shell import CommandFailed
 from .shell import MachineTrouble
@@ -84,6 +84,8 @@ class Guest:
 
     parts = ("/guest/initrd", "/payload/guest.cpio")
     """What its initramfs is made of, files of dom0."""
+    serves = False
+    """Whether disks of others need it, so that it goes last."""
 
     def __init__(self, host, name, settings="", loader=None, initramfs=None):
         self.host = host
@@ -106,7 +108,7 @@ class Guest:
         boot = f'kernel = "/guest/vmlinux"\nramdisk = "/run/{self.name}.initrd"\nextra = "{extra}"'
         if self._loader:
             boot = f'kernel = "{self._loader}"'
-        listed = ", ".join(f'"{disk.specification()}"' for disk in disks)
+        listed = ", ".join(f'"{disk.specification(self.host.server)}"' for disk in disks)
         configuration = f"""
 name = "{self.name}"
 type = "{type}"
@@ -129,17 +131,24 @@ on_reboot = "destroy"
 
     def take_over(self, disks):
         """As `start`, where the guest of this name has waited since before the scenario."""
-        self._find()
-        self.shell.skip_numbers()
+        self.find_waiting()
         for disk in disks:
             self.host.attach(self, disk)
-        text = "/payload/guest.text"
+        self.unpack("/payload/guest.text")
+        self.sh("load-modules")
+
+    def find_waiting(self):
+        """The domain of this name, whose agent somebody else has asked before."""
+        self._find()
+        self.shell.skip_numbers()
+
+    def unpack(self, text):
+        """Brings an archive over the console, a file of dom0 that is packed and encoded."""
         size = self.host.sh(f"wc -c < {text}")
         self.shell.feed(
             f"set -o pipefail; head -c {size} < /dev/hvc0 | base64 -d | gunzip | (cd / && cpio -id)",
             text,
         )
-        self.sh("load-modules")
 
     def save(self, place):
         """xl save: the guest is gone until it is restored."""
@@ -233,7 +242,7 @@ on_reboot = "destroy"
         """Powers the guest off from inside; its console must be clean to the end."""
         if self.is_alive():
             if self.host.has_checks:
-                assert_no_lost_memory(self)
+                assert_checked(self)
             self.shell.send(POWER_OFF)
             self._wait_gone(timeout)
         self.check_console()

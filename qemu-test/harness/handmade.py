@@ -2,7 +2,7 @@
 """A disk whose nodes the scenario writes itself, where xl would write them.
 
 So the scenario decides when the backend hears of what. The two drivers are the
-pair's.
+pair's; the backend is that of the host's server.
 """
 
 from dataclasses import dataclass
@@ -27,16 +27,24 @@ class HandMade:
     @property
     def front(self):
         """The frontend's directory in xenstore."""
-        return directories(self.guest.domid, self.code)[0]
+        return self._directories()[0]
 
     @property
     def back(self):
         """The backend's directory in xenstore."""
-        return directories(self.guest.domid, self.code)[1]
+        return self._directories()[1]
+
+    def _directories(self):
+        return directories(self.guest.domid, self.code, self.server)
+
+    @property
+    def server(self):
+        """Who has the backend."""
+        return self.host.server
 
     @property
     def device(self):
-        """The backend's device in dom0's sysfs."""
+        """The backend's device in the server's sysfs."""
         return f"/sys/bus/xen-backend/devices/vbd-{self.guest.domid}-{self.code}"
 
     def offer(self, mode="w", kind="disk", **nodes):
@@ -44,27 +52,28 @@ class HandMade:
 
         `kind` is disk or cdrom.
         """
-        domid = self.guest.domid
+        domid, server = self.guest.domid, self.server.domid
         back = {
             "frontend": self.front, "frontend-id": domid, "online": 1, "removable": 0,
             "bootable": 1, "type": "phy", "dev": self.vdev, "mode": mode, "device-type": kind,
             **{name.replace("_", "-"): value for name, value in nodes.items()},
         }  # fmt: skip
         front = {
-            "backend": self.back, "backend-id": 0, "virtual-device": self.code,
+            "backend": self.back, "backend-id": server, "virtual-device": self.code,
             "device-type": kind,
         }  # fmt: skip
         self.host.sh(
             f"{_writing(self.back, back)}; {_writing(self.front, front)}; "
-            f"xenstore-chmod -r {self.back} n0 r{domid}; "
-            f"xenstore-chmod -r {self.front} n{domid} r0; "
+            f"xenstore-chmod -r {self.back} n{server} r{domid}; "
+            f"xenstore-chmod -r {self.front} n{domid} r{server}; "
             f"xenstore-write {self.back}/state 1 {self.front}/state 1"
         )
 
     def give(self, target):
         """What the hotplug script writes: which block device it is."""
+        number = self.server.sh(f"stat -L -c %t:%T {target}")
         self.host.sh(
-            f"xenstore-write {self.back}/physical-device $(stat -L -c %t:%T {target})"
+            f"xenstore-write {self.back}/physical-device {number}"
             f" {self.back}/hotplug-status connected"
         )
 
@@ -73,7 +82,7 @@ class HandMade:
         self.host.sh(f"xenstore-write {self.back}/online 0 {self.back}/state 5")
         self.wait_for(back=6)
         self.host.sh(f"xenstore-rm {self.back}; xenstore-rm {self.front}")
-        self.host.wait_for(f"[ ! -e {self.device} ]")
+        self.server.wait_for(f"[ ! -e {self.device} ]")
 
     def wait_for(self, front=None, back=None):
         """Waits until the two halves are in these states."""
@@ -83,11 +92,11 @@ class HandMade:
 
     def statistic(self, name):
         """A number of the backend's statistics."""
-        return int(self.host.sh(f"cat {self.device}/statistics/{name}"))
+        return int(self.server.sh(f"cat {self.device}/statistics/{name}"))
 
     def wait_statistic(self, name, value):
         """Waits until the backend has taken so many requests."""
-        self.host.wait_for(f"[ $(cat {self.device}/statistics/{name}) -ge {value} ]")
+        self.server.wait_for(f"[ $(cat {self.device}/statistics/{name}) -ge {value} ]")
 
 
 def _writing(directory, nodes):

@@ -65,6 +65,12 @@ def add_program(archive, program):
             archive.file(library, library)
 
 
+def module_at(name, parameters, place):
+    """A shell command that loads a module from `place`, or from where those of the kernel are."""
+    files = f"{place}/{name}.ko /lib/modules/{name}.ko"
+    return f"insmod $(ls {files} 2>/dev/null | head -n 1) {parameters}"
+
+
 def add_built_module(archive, path, module):
     """Adds a module file at `path`, without its debug information, which is most of it."""
     with tempfile.NamedTemporaryFile() as stripped:

@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+from .counts import assert_checked
 from .image import add_built_module
 from .image import add_modules
 from .image import base_archive
@@ -29,6 +30,7 @@ class PlainVm:
     def __init__(self, kernel, logs, modules=(), needs=("ext4",), cpus=2, memory=768, arguments=""):
         logs = Path(logs).resolve()
         logs.mkdir(parents=True, exist_ok=True)
+        self._has_checks = kernel.has_checks
         archive = base_archive("vm-init", PROGRAMS)
         order = add_modules(archive, kernel, needs)
         archive.data("/lib/modules/order", "".join(f"{name}\n" for name in order))
@@ -67,6 +69,8 @@ class PlainVm:
     def finish(self):
         """Shuts the machine down; its console must be clean to the end."""
         self.machine.shell.check("sync")
+        if self._has_checks:
+            assert_checked(self)
         # A reset ends QEMU too, and our small kernels cannot switch the power off.
         self.machine.shell.send("reboot -f")
         self.machine.wait_end(timeout=60)

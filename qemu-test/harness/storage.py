@@ -6,6 +6,7 @@ a disk; `xl devd` in the driver domain runs the hotplug script.
 """
 
 from .guest import Guest
+from .image import module_at
 
 XL = "/usr/lib/xen-4.20/bin/xl"
 BALLOON = "/sys/devices/system/xen_memory/xen_memory0"
@@ -13,9 +14,10 @@ BALLOON = "/sys/devices/system/xen_memory/xen_memory0"
 
 
 class Storage(Guest):
-    """A driver domain; after `start` the pair's backend is loaded and `xl devd` runs."""
+    """A driver domain; after `start` `xl devd` runs, and no backend is loaded yet."""
 
     parts = ("/guest/initrd", "/guest/storage", "/payload/storage.cpio")
+    serves = True
 
     def __init__(self, host, name):
         super().__init__(host, name, settings="driver_domain = 1")
@@ -24,6 +26,15 @@ class Storage(Guest):
         """As a guest; it also begins to serve disks."""
         super().start(kind)
         self.sh(f"mkdir -p /var/log/xen /var/run /run/xen && {XL} devd")
+        self._see_memory()
+
+    def take_over(self):
+        """As `start`, where the one of this name has waited since before the scenario."""
+        self.find_waiting()
+        self.unpack("/payload/storage.text")
+        self._see_memory()
+
+    def _see_memory(self):
         self._memory_kb = self.sh(f"cat {BALLOON}/info/current_kb")
 
     def take_back_memory(self):
@@ -36,7 +47,7 @@ class Storage(Guest):
         self.wait_for(f"[ $(cat {BALLOON}/info/current_kb) = {self._memory_kb} ]")
 
     def load_backend(self, parameters=""):
-        """Loads the pair's backend again."""
+        """Loads the pair's backend."""
         self.sh(f"insmod /modules/{self.back}.ko {parameters}")
 
     def unload_backend(self):
@@ -44,12 +55,12 @@ class Storage(Guest):
         self.sh(f"rmmod {self.back}")
 
     def insmod(self, name, parameters=""):
-        """Loads a module of the payload."""
-        self.sh(f"insmod /modules/{name}.ko {parameters}")
+        """Loads a module of the payload or of the kernel."""
+        self.sh(module_at(name, parameters, "/modules"))
 
     def ram_disks(self, count=1, megabytes=64):
         """Makes /dev/ram0 and on: disks in its memory."""
-        self.sh(f"insmod /lib/modules/brd.ko rd_nr={count} rd_size={megabytes * 1024}")
+        self.insmod("brd", f"rd_nr={count} rd_size={megabytes * 1024}")
 
     @property
     def back(self):

@@ -20,10 +20,19 @@ _STATE = until(
 _WAIT = f"wait_for_state() {{ {_STATE}; }}\n"
 
 
-def directories(domid, code):
-    """The frontend's and the backend's directory of a virtual device number."""
+def directories(domid, code, server=None):
+    """The frontend's and the backend's directory of a virtual device number.
+
+    The backend is in dom0, or in `server`.
+    """
     front = f"/local/domain/{domid}/device/vbd/{code}"
-    return front, f"/local/domain/0/backend/vbd/{domid}/{code}"
+    back = f"/local/domain/{server.domid if server else 0}/backend/vbd/{domid}/{code}"
+    return front, back
+
+
+def error_node(back):
+    """Where a backend with this directory says what is wrong."""
+    return back.replace("/backend/", "/error/backend/", 1) + "/error"
 
 
 def write_nodes(host, directory, nodes):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""A snapshot with a guest on it that has booted and waits.
+"""A snapshot with a guest on it that has booted and waits, and a server if dom0 is to be none.
 
 To boot a guest is most of what a scenario costs. The one that waits has no disk
 and no frontend, and neither file nor module of a scenario has ever been in it:
@@ -15,13 +15,18 @@ from .guest import Kind
 from .snapshot import Snapshot
 from .snapshot import resume
 from .snapshot import save
+from .storage import Storage
 from .xenhost import XenHost
 
-MADE_BY = [Path(__file__).with_name(name) for name in ("waiting.py", "guest.py", "xenhost.py")]
+NAMES = ("waiting.py", "guest.py", "storage.py", "xenhost.py")
+MADE_BY = [Path(__file__).with_name(name) for name in NAMES]
 
 
 class SnapshotWithGuest(Snapshot):
-    """The Xen host for one kernel, with a guest of the kind `waiting` called "guest"."""
+    """The Xen host for one kernel, with a guest of the kind `waiting` called "guest".
+
+    If the kernel under test cannot be dom0, a driver domain called "storage" waits too.
+    """
 
     def __init__(self, *arguments, waiting=Kind(), **options):
         super().__init__(*arguments, **options)
@@ -35,8 +40,12 @@ class SnapshotWithGuest(Snapshot):
         try:
             resume(host.machine)
             guest = Guest(host, "guest")
-            guest.parts = ("/guest/initrd",)
+            guest.parts = guest.parts[:1]
             guest.start(self.waiting)
+            if self.has_checks:
+                storage = Storage(host, "storage")
+                storage.parts = storage.parts[:2]
+                storage.start(Kind())
             save(host.machine, directory)
         finally:
             host.close()

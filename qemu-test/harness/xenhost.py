@@ -20,6 +20,7 @@ from .guest import Kind
 from .guest import wait_in
 from .image import add_built_module
 from .image import add_program
+from .image import module_at
 from .shell import CommandFailed
 from .shell import MachineTrouble
 from .snapshot import DISK_SIZES
@@ -27,6 +28,7 @@ from .snapshot import blank
 from .snapshot import resume
 from .storage import Storage
 from .toolstack import CODES
+from .toolstack import directories
 
 
 @dataclass
@@ -36,12 +38,14 @@ class Disk:
     vdev: str = "xvda"
     target: str = "/dev/ram0"
     mode: str = "rw"
-    backend: str = "Domain-0"
+    backend: str | None = None
+    """The host's server if not said."""
 
-    def specification(self):
+    def specification(self, server):
         """The disk in xl's syntax."""
+        backend = self.backend or server.name
         return (
-            f"format=raw,vdev={self.vdev},access={self.mode},backend={self.backend},"
+            f"format=raw,vdev={self.vdev},access={self.mode},backend={backend},"
             f"script=blk-min,target={self.target}"
         )
 
@@ -74,7 +78,10 @@ class XenHost:
         self.guest_type = snapshot.guest_type
         self.has_checks = snapshot.has_checks
         self._waiting = snapshot.waiting
+        self._server_waits = self._waiting is not None and self.has_checks
         self.guests = {}
+        self.server = self
+        """Who serves disks, see `start_server`."""
         self.disk = self.logs / "disk"
         payload = self.logs / "payload"
         front = self._write_payload(
@@ -117,7 +124,6 @@ class XenHost:
         front.data("/modules/load", f"{self.pair.front.name} {front_parameters}\n")
         storage = Archive()
         add_built_module(storage, f"/modules/{self.pair.storage.name}.ko", self.pair.storage.file)
-        storage.data("/modules/load", f"{self.pair.storage.name}\n")
         payload = Archive()
         for tool in tools:
             add_program(payload, tool)
@@ -129,10 +135,11 @@ class XenHost:
         for program in programs:
             for archive in (front, payload):
                 archive.file(f"/programs/{Path(program).name}", program)
-        payload.data("/guest.cpio", front.to_bytes())
-        packed = gzip.compress(front.to_bytes(), mtime=0)
-        payload.data("/guest.text", base64.encodebytes(packed))
-        payload.data("/storage.cpio", storage.to_bytes())
+        for name, archive in (("guest", front), ("storage", storage)):
+            payload.data(f"/{name}.cpio", archive.to_bytes())
+            if archive is front or self._server_waits:
+                packed = gzip.compress(archive.to_bytes(), mtime=0)
+                payload.data(f"/{name}.text", base64.encodebytes(packed))
         add_built_module(payload, f"/modules/{self.pair.back.name}.ko", self.pair.back.file)
         payload.write(path)
         blank(path, DISK_SIZES["payload"])
@@ -156,9 +163,7 @@ class XenHost:
 
     def insmod(self, name, parameters=""):
         """Loads a module of dom0's image or of the payload."""
-        self.sh(
-            f"insmod $(ls /payload/modules/{name}.ko /lib/modules/{name}.ko 2>/dev/null | head -n 1) {parameters}"
-        )
+        self.sh(module_at(name, parameters, "/payload/modules"))
 
     def ram_disks(self, count=1, megabytes=64):
         """Makes /dev/ram0 and on: disks in dom0's memory."""
@@ -185,40 +190,46 @@ class XenHost:
         return guest
 
     def start_storage(self, name="storage", **kind):
-        """Starts a driver domain that serves disks, see storage.py."""
+        """Starts a driver domain, see storage.py, or takes over the one that waits."""
         storage = self.guests[name] = Storage(self, name)
-        storage.start(Kind(**kind))
+        if self._server_waits:
+            storage.take_over()
+        else:
+            storage.start(Kind(**kind))
+        self._server_waits = False
         return storage
 
-    def start_server(self, first=()):
-        """Who is to serve the disks, with the pair's backend loaded: this host, or a driver domain.
+    def start_server(self):
+        """Who is to serve the disks: this host, or a driver domain. It has no backend loaded yet.
 
-        On a kernel that cannot be dom0 only the latter has the backend under test. `first`, a
-        module and its parameters, is loaded before the backend.
+        If the kernel under test cannot be dom0, only the latter has the backend under test. A
+        scenario that needs dom0 to serve, because of a disk that it has, does not ask for this.
         """
-        server = self
         if self.has_checks:
-            server = self.start_storage()
-            server.unload_backend()
-        if first:
-            server.insmod(*first)
-        server.load_backend()
-        return server
+            self.server = self.start_storage()
+        return self.server
+
+    def allow(self, text):
+        """Lets console lines that contain `text` pass: this scenario provokes them."""
+        self.machine.allow(text)
+
+    def take_back_memory(self):
+        """Nothing: the stock kernel maps pages where it has no memory. See storage.py."""
 
     def attach(self, guest, disk):
         """xl block-attach."""
-        self.sh(f"xl block-attach {guest.name} '{disk.specification()}'")
+        self.sh(f"xl block-attach {guest.name} '{disk.specification(self.server)}'")
 
     def detach(self, guest, vdev):
         """xl block-detach."""
         self.sh(f"xl block-detach {guest.name} {vdev}")
 
-    def take_away(self, guest, vdev, backend=0):
+    def take_away(self, guest, vdev, server=None):
         """Detaches a disk, and waits until neither half has anything of it."""
         self.detach(guest, vdev)
         guest.wait_for(f"[ ! -b /dev/{vdev} ]")
-        directory = f"/local/domain/{backend}/backend/vbd/{guest.domid}/{CODES[vdev]}"
-        self.wait_for(f"! xenstore-exists {directory}")
+        back = directories(guest.domid, CODES[vdev], server or self.server)[1]
+        self.wait_for(f"! xenstore-exists {back}")
 
     def wait_for(self, condition, timeout=120):
         """Waits until a shell condition holds in dom0."""
@@ -235,7 +246,7 @@ class XenHost:
 
     def finish(self):
         """The end of a scenario that went well: all consoles must be clean."""
-        for guest in reversed(list(self.guests.values())):
+        for guest in sorted(self.guests.values(), key=lambda guest: guest.serves):
             guest.shut_down()
         self.sh("echo scenario complete > /dev/console")
         self.machine.wait_for_console("scenario complete", timeout=300)

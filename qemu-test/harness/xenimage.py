@@ -82,7 +82,7 @@ def storage_archive(kernel):
     for program in STORAGE_PROGRAMS:
         add_program(archive, program)
     order = add_modules(archive, kernel, ("ext4", "xen-privcmd"))
-    add_modules(archive, kernel, ("brd",))
+    add_modules(archive, kernel, ("brd", "null_blk"))
     archive.data("/lib/modules/order", "".join(f"{name}\n" for name in order))
     archive.file("/etc/xen/scripts/blk-min", PIECES / "blk-min")
     return archive.to_bytes()

@@ -10,6 +10,7 @@ from harness.toolstack import PLAIN
 from harness.toolstack import connect_disks
 from harness.toolstack import create_device
 from harness.toolstack import directories
+from harness.toolstack import error_node
 from harness.toolstack import remove_devices
 from harness.toolstack import write_nodes
 from harness.xenhost import Disk
@@ -155,8 +156,9 @@ def test_bad_offers(xen, record_property):
     else:
         assert seen == "65536"
     remove_devices(host, guest, [CODE])
-    host.load_backend()
-    host.ram_disks()
+    server = host.start_server()
+    server.load_backend()
+    server.ram_disks()
     host.attach(guest, Disk("xvdb", "/dev/ram0"))
     guest.wait_for_disk("xvdb")
     assert_served_by_pair(host, guest, "xvdb")
@@ -173,14 +175,14 @@ def test_bad_frontend(host):
     """
     guest = host.start_guest(disks=[])
     guest.unload_frontend()
-    domid = guest.domid
-    error = f"/local/domain/0/error/backend/vbd/{domid}/{CODE}"
+    front, back = directories(guest.domid, CODE, host.server)
+    error = error_node(back)
     for nodes in BAD_FRONTS:
         host.attach(guest, Disk("xvdb", "/dev/ram0"))
-        write_nodes(host, f"/local/domain/{domid}/device/vbd/{CODE}", {**nodes, "state": 3})
-        host.wait_for(f"xenstore-exists {error}/error")
+        write_nodes(host, front, {**nodes, "state": 3})
+        host.wait_for(f"xenstore-exists {error}")
         host.sh(f"xl block-detach --force {guest.name} xvdb; xenstore-rm {error}")
-        host.wait_for(f"! xenstore-exists /local/domain/0/backend/vbd/{domid}/{CODE}")
+        host.wait_for(f"! xenstore-exists {back}")
     host.attach(guest, Disk("xvdb", "/dev/ram0"))
     guest.load_frontend()
     guest.wait_for_disk("xvdb")

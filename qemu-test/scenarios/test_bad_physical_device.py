@@ -2,6 +2,8 @@
 """A disk that cannot be served fails with a message; nothing else suffers."""
 
 from harness.evidence import assert_served_by_pair
+from harness.toolstack import directories
+from harness.toolstack import error_node
 from harness.xenhost import Disk
 
 NONSENSE = {"xen-blkback": ("fff:ffff",), "rblkback": ("fff:ffff", "nonsense", "1:zz")}
@@ -15,7 +17,7 @@ SWAP = (
 
 def error_of(host, guest, code):
     """What the backend says is wrong with a disk."""
-    node = f"/local/domain/0/error/backend/vbd/{guest.domid}/{code}/error"
+    node = error_node(directories(guest.domid, code, host.server)[1])
     host.wait_for(f"xenstore-exists {node}")
     return host.xenstore_read(node)
 
@@ -29,7 +31,8 @@ def test_bad_physical_device(host, record_property):
     assert_served_by_pair(host, guest)
     for number, nonsense in enumerate(NONSENSE[host.pair.back.name]):
         vdev, code = f"xvd{'bcd'[number]}", 51728 + 16 * number
-        host.run(f"xl block-attach {guest.name} '{Disk(vdev, nonsense).specification()}'")
+        disk = Disk(vdev, nonsense).specification(host.server)
+        host.run(f"xl block-attach {guest.name} '{disk}'")
         assert error_of(host, guest, code)
         assert guest.run(f"[ -b /dev/{vdev} ]")[0] != 0
         host.sh(f"xl block-detach --force {guest.name} {vdev}")
@@ -37,15 +40,17 @@ def test_bad_physical_device(host, record_property):
     host.attach(guest, Disk("xvde", "/dev/ram0", mode="r"))
     guest.wait_for_disk("xvde")
 
-    host.sh(SWAP)
+    server = host.server
+    server.sh(SWAP)
     host.attach(guest, Disk("xvdf", "/dev/loop0"))
     if host.pair.back.name == "rblkback":
         assert "in use here" in error_of(host, guest, 51792)
-        host.sh(f"xl block-detach --force {guest.name} xvdf; swapoff /dev/loop0")
+        host.sh(f"xl block-detach --force {guest.name} xvdf")
+        server.sh("swapoff /dev/loop0")
         host.attach(guest, Disk("xvdf", "/dev/loop0"))
         guest.wait_for_disk("xvdf")
-        assert host.run("swapon /dev/loop0")[0] != 0
+        assert server.run("swapon /dev/loop0")[0] != 0
     else:
         guest.wait_for_disk("xvdf")
         record_property("c_fails", "B-22")
-        host.sh("swapoff /dev/loop0")
+        server.sh("swapoff /dev/loop0")

@@ -70,7 +70,7 @@ def life_of_a_disk(host, storage, guest):
     guest.sh(WRITER)
     guest.wait_for("[ -s /tmp/rounds ]")
     guest.allow("I/O error, dev xvdb")
-    host.take_away(guest, "xvdb", storage.domid)
+    host.take_away(guest, "xvdb", storage)
     guest.wait_for("! pidof dd")
 
 
@@ -81,6 +81,7 @@ def test_driver_domain(xen):
     """
     host = xen()
     storage = host.start_storage()
+    storage.load_backend()
     storage.ram_disks(megabytes=32)
     guest = host.start_guest(disks=[])
     life_of_a_disk(host, storage, guest)

@@ -27,7 +27,7 @@ def named(disk):
     """The disk is open; there is no frontend."""
     offered(disk)
     disk.give("/dev/ram0")
-    disk.host.wait_for(f"grep -q 1:0 {disk.device}/physical_device")
+    disk.server.wait_for(f"grep -q 1:0 {disk.device}/physical_device")
 
 
 def front_first(disk):
@@ -88,8 +88,9 @@ def test_end_at_each_step(xen, record_property):
     Rows: BE-05, B-01, B-18, B-23
     """
     host = xen()
-    host.load_backend()
-    host.ram_disks()
+    server = host.start_server()
+    server.load_backend()
+    server.ram_disks()
     ours = host.pair.back.name == "rblkback"
     if not ours:
         host.machine.allow(WARNS)
@@ -103,15 +104,15 @@ def test_end_at_each_step(xen, record_property):
     for step in STEPS:
         print(step.__name__)
         step(disk)
-        host.sh(f"echo {name} > {DRIVER}/unbind")
-        host.unload_backend()
-        host.load_backend()
-        host.wait_for(f"[ -e {DRIVER}/{name} ]")
+        server.sh(f"echo {name} > {DRIVER}/unbind")
+        server.unload_backend()
+        server.load_backend()
+        server.wait_for(f"[ -e {DRIVER}/{name} ]")
         if step is in_use:
             guest.sh("rm /tmp/rounds")
             guest.wait_for("[ -s /tmp/rounds ]")
         host.sh(f"xenstore-rm {disk.back}; xenstore-rm {disk.front}")
-        host.wait_for(f"[ ! -e {disk.device} ] && ! grep -q xvdb /proc/[0-9]*/comm")
+        server.wait_for(f"[ ! -e {disk.device} ] && ! grep -q xvdb /proc/[0-9]*/comm")
         if step is no_rings:
             assert (WARNS in host.sh("dmesg")) != ours
         if step is in_use and guest.front == "xen-blkfront":

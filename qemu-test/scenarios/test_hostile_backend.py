@@ -59,14 +59,14 @@ def refuse_barrier(host, server, guest, record_property):
     xen-blkfront sends data with the barrier, and reports what was refused as done.
     """
     server.sh("echo Y > /sys/module/rblk_hostile_back/parameters/barrier")
-    host.attach(guest, Disk("xvdb", "/dev/ram1", backend=server.name))
+    host.attach(guest, Disk("xvdb", "/dev/ram1"))
     guest.wait_for_disk("xvdb")
     assert write(server, guest, HONEST, "oflag=direct,dsync")
     done = write(server, guest, UNSUPPORTED_FLUSH, "oflag=direct,dsync")
     assert done == (guest.front == "xen-blkfront")
     if done:
         record_property("c_fails", "F-02")
-    host.take_away(guest, "xvdb", server.domid)
+    host.take_away(guest, "xvdb")
     server.sh("echo N > /sys/module/rblk_hostile_back/parameters/barrier")
 
 
@@ -90,14 +90,16 @@ def test_hostile_backend(xen, test_modules, record_property):
     Rows: FE-64, F-02, F-03, F-19
     """
     host = xen(modules=[test_modules / "rblk_hostile_back.ko"])
-    server = host.start_server(first=("rblk_hostile_back", f"device={CODE}"))
+    server = host.start_server()
+    server.insmod("rblk_hostile_back", f"device={CODE}")
+    server.load_backend()
     server.ram_disks(2, megabytes=16)
-    guest = host.start_guest(disks=[Disk("xvda", "/dev/ram0", backend=server.name)])
-    assert_served_by_pair(host, guest, "xvda", server)
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/ram0")])
+    assert_served_by_pair(host, guest)
     guest.allow("error, dev xvdb")
 
     refuse_barrier(host, server, guest, record_property)
-    host.attach(guest, Disk("xvdb", "/dev/ram1", backend=server.name))
+    host.attach(guest, Disk("xvdb", "/dev/ram1"))
     guest.wait_for_disk("xvdb")
     assert write(server, guest, HONEST)
     for trick in (UNKNOWN_STATUS, UNSUPPORTED_WRITE):
@@ -118,7 +120,7 @@ def test_hostile_backend(xen, test_modules, record_property):
     server.sh(f"echo {SILENCE} > {TRICK}")
     guest.sh(WRITE_BEHIND)
     guest.wait_for("grep -q '[1-9]' /sys/block/xvdb/inflight")
-    host.take_away(guest, "xvdb", server.domid)
+    host.take_away(guest, "xvdb")
     guest.wait_for("grep -q failed /tmp/end")
     guest.sh("dd if=/dev/urandom of=/dev/xvda bs=64k count=4 oflag=direct")
     guest.unload_frontend()

@@ -67,15 +67,16 @@ def start(xen, test_modules):
     """A host, who serves its two RAM disks, and a guest whose xvda works without end."""
     host = xen(modules=[test_modules / "rblk_hostile_front.ko"])
     server = host.start_server()
+    server.load_backend()
     server.ram_disks(2, megabytes=16)
     guest = host.start_guest(disks=[])
     guest.unload_frontend()
     guest.sh(f"insmod /modules/rblk_hostile_front.ko device={CODE} patience_ms={PATIENCE_MS}")
     guest.load_frontend("max_ring_page_order=4")
     before = xen_counts(host)
-    host.attach(guest, Disk("xvda", "/dev/ram0", backend=server.name))
+    host.attach(guest, Disk("xvda", "/dev/ram0"))
     guest.wait_for_disk("xvda")
-    assert_served_by_pair(host, guest, "xvda", server)
+    assert_served_by_pair(host, guest)
     order = f"/local/domain/{guest.domid}/device/vbd/51712/ring-page-order"
     assert host.xenstore_read(order) == "4"
     work = f"(sh -c '{WORK_ON_XVDA}' && echo good > /tmp/end || echo bad > /tmp/end)"
@@ -95,7 +96,7 @@ def play(host, server, guest, number, mode="rw"):
     """Plays a list on a fresh xvdb; its report as {case: (outcome, after)}."""
     guest.sh(f"echo {number} > {PARAMETERS}/list; rm -f /tmp/rounds")
     lines = int(server.sh("dmesg | wc -l"))
-    host.attach(guest, Disk("xvdb", "/dev/ram1", mode, server.name))
+    host.attach(guest, Disk("xvdb", "/dev/ram1", mode))
     guest.wait_for(f"grep -q '^end ' {REPORT} && grep -q x /tmp/rounds", timeout=300)
     report = guest.sh(f"cat {REPORT}")
     print(report)
@@ -146,8 +147,7 @@ def test_hostile_frontend(xen, test_modules, record_property):
     guest.wait_for("[ -s /tmp/end ]")
     assert guest.sh("cat /tmp/end") == "good"
     remove(host, server, guest, "xvda", 51712)
-    if server is not host:
-        server.take_back_memory()
+    server.take_back_memory()
     after = xen_counts(host)
     assert [after[key] for key in ("grants", "events", "pages")] == [
         before[key] for key in ("grants", "events", "pages")

@@ -33,14 +33,15 @@ def test_resize(xen, test_modules):
     Rows: FE-63, FE-55
     """
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"])
-    host.load_backend()
-    host.insmod("rblk_ramdisk")
+    server = host.start_server()
+    server.load_backend()
+    server.insmod("rblk_ramdisk")
     guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
     assert_served_by_pair(host, guest)
     job = Job(guest, WRITE)
     for size in (32, 8, 64):
         # It takes effect when somebody opens the disk.
-        host.sh(f"echo {size} > {SIZE}; : < /dev/rblk0")
+        server.sh(f"echo {size} > {SIZE}; : < /dev/rblk0")
         guest.wait_for(f"[ $(cat /sys/block/xvda/size) = {size << 11} ]")
         guest.sh(
             f"dd if=/dev/zero of=/dev/xvda bs=1M seek={size - 1} count=1 oflag=direct conv=notrunc"

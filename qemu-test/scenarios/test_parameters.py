@@ -104,8 +104,9 @@ def test_parameters(xen, record_property):
     FE-30, FE-31, FE-32, FE-33, FE-34, FE-40, FE-41, FE-55, FE-68, F-17, BE-08, BE-10, BE-11, BE-20
     """
     host = xen(waiting=TWO_VCPUS)
-    host.load_backend("max_queues=2")
-    host.ram_disks()
+    server = host.start_server()
+    server.load_backend("max_queues=2")
+    server.ram_disks()
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
     parameters = f"/sys/module/{guest.front.replace('-', '_')}/parameters"

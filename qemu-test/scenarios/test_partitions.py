@@ -43,4 +43,4 @@ def test_partition_vbd(host):
     assert guest.run("[ -e /sys/block/xvda ]")[0] != 0
     guest.sh(FILL.format("/dev/xvda1"))
     guest.shut_down()
-    assert host.sh("mount -o ro /dev/ram0 /mnt && cat /mnt/file && umount /mnt") == "kept"
+    assert host.server.sh("mount -o ro /dev/ram0 /mnt && cat /mnt/file && umount /mnt") == "kept"

@@ -105,3 +105,4 @@ def test_ramdisk_lost_memory(vm):
     with pytest.raises(AssertionError, match="memory that nothing points to"):
         assert_no_lost_memory(vm)
     vm.rmmod("rblk_ramdisk")
+    vm.sh("echo clear > /sys/kernel/debug/kmemleak")

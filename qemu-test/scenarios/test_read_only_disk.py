@@ -7,8 +7,9 @@ from harness.xenhost import Disk
 
 def test_read_only_disk(host):
     """Rows: FE-54, BE-02"""
-    host.sh("yes precious | dd of=/dev/ram0 bs=1M count=4 iflag=fullblock conv=fsync")
-    before = host.sh("sha256sum /dev/ram0")
+    server = host.server
+    server.sh("yes precious | dd of=/dev/ram0 bs=1M count=4 iflag=fullblock conv=fsync")
+    before = server.sh("sha256sum /dev/ram0")
     guest = host.start_guest(disks=[Disk("xvda", "/dev/ram0", mode="r")])
     assert_served_by_pair(host, guest)
     assert guest.sh("blockdev --getro /dev/xvda") == "1"
@@ -22,4 +23,4 @@ def test_read_only_disk(host):
         "blockdev --setrw /dev/xvda && dd if=/dev/zero of=/dev/xvda bs=4k count=1 oflag=direct"
     )
     guest.shut_down()
-    assert host.sh("sha256sum /dev/ram0") == before
+    assert server.sh("sha256sum /dev/ram0") == before

@@ -18,11 +18,12 @@ SYNC = "dd if=/dev/zero of=/dev/xvda bs=4k count=1 conv=fsync,notrunc"
 def test_refused_flush(xen, test_modules, record_property):
     """Rows: FE-42, F-22, BE-22, BE-50, B-04"""
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"])
-    host.load_backend()
-    host.insmod("rblk_ramdisk", "only=4")
+    server = host.start_server()
+    server.load_backend()
+    server.insmod("rblk_ramdisk", "only=4")
     guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
     assert_served_by_pair(host, guest)
-    for machine in (host.machine, guest):
+    for machine in (host.machine, guest, server):
         machine.allow("error, dev")
         machine.allow("rror on dev")
     node = f"/local/domain/0/backend/vbd/{guest.domid}/51712/feature-flush-cache"

@@ -22,7 +22,9 @@ LOST = {
 
 @pytest.fixture
 def rivals(pair, kernel, build):
-    """The drivers that could be in place of the pair's; none of them in a control."""
+    """The drivers that could be in place of the pair's, built for the guests' kernel; none of
+    them in a control.
+    """
     if pair.name == "C/C":
         return []
     return [rival_of(driver, kernel, build) for driver in (pair.front, pair.back)]
@@ -30,19 +32,21 @@ def rivals(pair, kernel, build):
 
 @pytest.fixture
 def host(xen, rivals, tmp_path):
-    """A Xen host with the pair's backend loaded, a RAM disk, and the rivals as rival-NAME.ko."""
+    """As every `host`, with the rivals as rival-NAME.ko."""
     files = [shutil.copy(rival.file, tmp_path / f"rival-{rival.name}.ko") for rival in rivals]
     host = xen(modules=files)
-    host.load_backend()
-    host.ram_disks()
+    server = host.start_server()
+    server.load_backend()
+    server.ram_disks()
     return host
 
 
 def refuse(host, guest, rivals):
     """A second driver for the same devices is refused, and says why."""
-    for machine, directory, rival in zip((guest, host), ("", "/payload"), rivals, strict=False):
+    for machine, rival in zip((guest, host.server), rivals, strict=False):
+        file = f"/modules/rival-{rival.name}.ko"
         machine.sh("dmesg -c > /dev/null")
-        assert machine.run(f"insmod {directory}/modules/rival-{rival.name}.ko")[0] != 0
+        assert machine.run(f"insmod $(ls {file} /payload{file} 2> /dev/null)")[0] != 0
         assert LOST[rival.name] in machine.sh("dmesg"), rival.name
 
 
@@ -78,7 +82,7 @@ def test_reload_backend(host, rivals):
     guest = host.start_guest()
     refuse(host, guest, rivals)
     assert_served_by_pair(host, guest)
-    device = f"vbd-{guest.domid}-51712"
+    server, device = host.server, f"vbd-{guest.domid}-51712"
     job = Job(
         guest,
         "printf 'round %06d' $pass | "
@@ -86,10 +90,10 @@ def test_reload_backend(host, rivals):
     )
     for _cycle in range(3):
         job.wait_for_pass()
-        host.sh(f"echo {device} > {DRIVER}/unbind")
-        host.unload_backend()
-        host.load_backend()
-        host.wait_for(f"[ -e {DRIVER}/{device} ] || echo {device} > {DRIVER}/bind")
+        server.sh(f"echo {device} > {DRIVER}/unbind")
+        server.unload_backend()
+        server.load_backend()
+        server.wait_for(f"[ -e {DRIVER}/{device} ] || echo {device} > {DRIVER}/bind")
         job.wait_for_pass(3)
     job.stop()
     last = int(guest.sh(f"echo {job.count()}"))

@@ -19,15 +19,21 @@ FRONT = "/sys/bus/xen/drivers/recho"
 BACK = "/sys/bus/xen-backend/drivers/recho"
 
 
+def directories(host, domid):
+    """The frontend's and the backend's directory."""
+    back = f"/local/domain/{host.server.domid}/backend/recho/{domid}/0"
+    return f"/local/domain/{domid}/device/recho/0", back
+
+
 def create_device(host, domid):
     """What a toolstack writes for a device: the state last."""
-    front = f"/local/domain/{domid}/device/recho/0"
-    back = f"/local/domain/0/backend/recho/{domid}/0"
+    front, back = directories(host, domid)
+    server = host.server.domid
     host.sh(
-        f"xenstore-write {front}/backend {back} {front}/backend-id 0"
+        f"xenstore-write {front}/backend {back} {front}/backend-id {server}"
         f" {back}/frontend {front} {back}/frontend-id {domid} {back}/online 1\n"
-        f"xenstore-chmod -r {back} n0 r{domid}\n"
-        f"xenstore-chmod -r {front} n{domid} r0\n"
+        f"xenstore-chmod -r {back} n{server} r{domid}\n"
+        f"xenstore-chmod -r {front} n{domid} r{server}\n"
         f"xenstore-write {back}/state 1 {front}/state 1"
     )
 
@@ -75,36 +81,38 @@ def assert_nothing_left(host, guest, before, free):
         assert time.monotonic() < deadline, f"before {before}, now {now}"
     for machine, kilobytes in free.items():
         lost = kilobytes - free_kilobytes(machine)
-        assert lost < 4096, f"{lost} KiB less than before"
+        # KASAN keeps what is freed for a while.
+        assert lost < 4096 or host.has_checks, f"{lost} KiB less than before"
 
 
 def load(host, guest):
     """Both modules; they find the device by themselves."""
-    host.insmod("rblk_echo_back")
+    host.server.insmod("rblk_echo_back")
     guest.sh("insmod /modules/rblk_echo_front.ko")
 
 
 def unload(host, guest, domid):
     """Unbinds both halves and removes both modules."""
     guest.sh(f"echo recho-0 > {FRONT}/unbind; rmmod rblk_echo_front")
-    host.sh(f"echo recho-{domid}-0 > {BACK}/unbind; rmmod rblk_echo_back")
+    host.server.sh(f"echo recho-{domid}-0 > {BACK}/unbind; rmmod rblk_echo_back")
 
 
 def detach(host, guest, domid):
     """What a toolstack does to take a device away; both halves let go of it."""
-    front = f"/local/domain/{domid}/device/recho/0"
-    back = f"/local/domain/0/backend/recho/{domid}/0"
+    front, back = directories(host, domid)
     host.sh(f"xenstore-write {back}/online 0 {back}/state 5")
-    host.wait_for(f"[ $(xenstore-read {back}/state) = 6 ] && [ ! -e /sys/bus/xen-backend/devices/recho-{domid}-0 ]")
+    host.wait_for(f"[ $(xenstore-read {back}/state) = 6 ]")
+    host.server.wait_for(f"[ ! -e /sys/bus/xen-backend/devices/recho-{domid}-0 ]")
     host.sh(f"xenstore-rm {front}; xenstore-rm {back}")
     guest.wait_for("[ ! -e /sys/bus/xen/devices/recho-0 ]")
     guest.sh("rmmod rblk_echo_front")
-    host.sh("rmmod rblk_echo_back")
+    host.server.sh("rmmod rblk_echo_back")
 
 
 def test_ring_echo(xen, test_modules):
     chance = random.Random(20)
     host = xen(modules=[test_modules / "rblk_echo_front.ko", test_modules / "rblk_echo_back.ko"])
+    server = host.start_server()
     guest = host.start_guest(disks=[])
     domid = guest.domid
     load(host, guest)
@@ -112,14 +120,14 @@ def test_ring_echo(xen, test_modules):
     wait_until_it_echoes(guest)
     unload(host, guest, domid)
     before = count_by_xen(host, domid)
-    free = {machine: free_kilobytes(machine) for machine in (host, guest)}
+    free = {machine: free_kilobytes(machine) for machine in (server, guest)}
 
     for _ in range(ROUNDS):
         load(host, guest)
         wait_until_it_echoes(guest)
         script = comes_and_goes(chance, FRONT, "recho-0")
         guest.sh(f"(sh -ec '{script}' > /tmp/round 2>&1 && echo end || echo end $?) >> /tmp/round 2>&1 &")
-        host.sh(comes_and_goes(chance, BACK, f"recho-{domid}-0"), timeout=300)
+        server.sh(comes_and_goes(chance, BACK, f"recho-{domid}-0"), timeout=300)
         guest.wait_for("grep -q end /tmp/round", timeout=300)
         assert guest.sh("cat /tmp/round") == "end"
         wait_until_it_echoes(guest)

@@ -53,9 +53,10 @@ def start(xen, test_modules):
         front_parameters="max_ring_page_order=1 max_indirect_segments=64",
         modules=[test_modules / "rblk_ramdisk.ko"],
     )
-    host.machine.allow("error, dev rblk0")
-    host.load_backend("max_queues=2")
-    host.insmod("rblk_ramdisk", DISK)
+    server = host.start_server()
+    server.allow("error, dev rblk0")
+    server.load_backend("max_queues=2")
+    server.insmod("rblk_ramdisk", DISK)
     guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
     assert_served_by_pair(host, guest)
     return host, guest
@@ -63,21 +64,26 @@ def start(xen, test_modules):
 
 def save_in_use(host, guest):
     """Saves the guest with requests in flight, which fail when it has stopped."""
-    host.sh(f"dmesg -c >/dev/null; echo 3 > {MODE}")
+    server = host.server
+    server.sh(f"dmesg -c >/dev/null; echo 3 > {MODE}")
     guest.wait_for("set -- $(cat /sys/block/xvda/inflight); [ $1 -gt 0 ] && [ $2 -gt 8 ]")
+    node = f"/local/domain/{server.domid}/data/stopped"
     stopped = until(f"xl list {guest.name} | grep -q -- '--s'", SAVE_S, "break", pause_us=100000)
-    host.sh(f"({stopped}; echo 4 > {MODE}; : < /dev/rblk0) > /dev/null 2>&1 &")
+    said = until(f"xenstore-exists {node}", SAVE_S, "break", pause_us=100000)
+    server.sh(f"({said}; echo 4 > {MODE}; : < /dev/rblk0) > /dev/null 2>&1 &")
+    host.sh(f"({stopped}; xenstore-write {node} 1) > /dev/null 2>&1 &")
     guest.save(IMAGE)
+    host.sh(f"xenstore-rm {node}")
     # Printed at a limited rate, so that not all kinds need be among them.
-    assert "I/O error, dev rblk0" in host.sh("dmesg")
-    host.sh(f"echo 0 > {MODE}")
+    assert "I/O error, dev rblk0" in server.sh("dmesg")
+    server.sh(f"echo 0 > {MODE}")
 
 
 def stop(host, guest, jobs):
     """The jobs end, with what they have read being right, and nothing is in flight."""
     for job in jobs:
         job.stop()
-    assert sum(map(int, host.sh("cat /sys/block/rblk0/inflight").split())) == 0
+    assert sum(map(int, host.server.sh("cat /sys/block/rblk0/inflight").split())) == 0
     assert_served_by_pair(host, guest)
 
 
@@ -116,7 +122,9 @@ def test_save_restore(xen, test_modules, record_property):
 
     save_in_use(host, guest)
     parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
-    host.sh(f"echo '{LESS}' >> /etc/xen/scripts/blk-min; echo N > {parameters}/feature_persistent")
+    host.server.sh(
+        f"echo '{LESS}' >> /etc/xen/scripts/blk-min; echo N > {parameters}/feature_persistent"
+    )
     guest.restore(IMAGE)
     wait_for_passes(jobs)
     front = f"/local/domain/{guest.domid}/device/vbd/51712"

@@ -4,6 +4,7 @@
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
+from harness.toolstack import error_node
 from harness.xenhost import Disk
 
 PART = 32
@@ -36,7 +37,7 @@ echo +io > guests/cgroup.subtree_control
 
 
 def mapped(host, guest):
-    """How many pages of a guest dom0 has mapped, as Xen counts them."""
+    """How many pages of a guest the backend has mapped, as Xen counts them."""
     return xen_counts(host)["grants"].get(str(guest.domid), 0)
 
 
@@ -50,11 +51,12 @@ def test_budget(xen, test_modules, record_property):
     """
     front = "max_indirect_segments=128"
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"], front_parameters=front)
-    host.load_backend(
+    server = host.start_server()
+    server.load_backend(
         f"max_persistent_grants={PART} max_buffer_pages={PART} persistent_grant_unused_seconds=0"
     )
-    host.insmod("rblk_ramdisk", f"size_mib=2 only={WRITE} timeout_ms=600000")
-    host.ram_disks(len(DISKS) - 1, megabytes=2)
+    server.insmod("rblk_ramdisk", f"size_mib=2 only={WRITE} timeout_ms=600000")
+    server.ram_disks(len(DISKS) - 1, megabytes=2)
     disks = [Disk(vdev, target) for vdev, target in DISKS.items()]
     guest = host.start_guest(disks=disks)
     assert_served_by_pair(host, guest)
@@ -76,16 +78,16 @@ def test_budget(xen, test_modules, record_property):
     guest.unload_frontend()
     guest.load_frontend(f"feature_persistent=0 {front}")
     guest.wait_for_disk("xvda")
-    host.sh(f"echo {KEEP} > {PARAMETERS}/mode; : < /dev/rblk0")
+    server.sh(f"echo {KEEP} > {PARAMETERS}/mode; : < /dev/rblk0")
     guest.sh(f"(DISKS=xvda\n{WORK}\ntouch /tmp/good) > /dev/null 2>&1 &")
-    host.wait_for("[ $(cat /sys/bus/xen-backend/devices/vbd-*-51712/statistics/oo_req) != 0 ]")
-    host.sh(f"echo 0 > {PARAMETERS}/mode; : < /dev/rblk0")
+    server.wait_for("[ $(cat /sys/bus/xen-backend/devices/vbd-*-51712/statistics/oo_req) != 0 ]")
+    server.sh(f"echo 0 > {PARAMETERS}/mode; : < /dev/rblk0")
     guest.wait_for("[ -e /tmp/good ]")
 
 
-def written(host, group):
+def written(server, group):
     """Bytes that are charged to a cgroup as written."""
-    text = host.sh(f"cat /sys/fs/cgroup/guests/{group}/io.stat")
+    text = server.sh(f"cat /sys/fs/cgroup/guests/{group}/io.stat")
     return sum(int(word[7:]) for word in text.split() if word.startswith("wbytes="))
 
 
@@ -98,9 +100,10 @@ def test_io_owner(xen, record_property):
     Rows: B-14
     """
     host = xen()
-    host.load_backend()
-    host.ram_disks(2)
-    host.sh(GROUPS)
+    server = host.start_server()
+    server.load_backend()
+    server.ram_disks(2)
+    server.sh(GROUPS)
     guest = host.start_guest(disks=[])
     named, plain, lost = (HandMade(host, guest, vdev) for vdev in ("xvdb", "xvdc", "xvdd"))
     named.offer(cgroup="/guests/named", io_priority="best-effort/7")
@@ -112,19 +115,18 @@ def test_io_owner(xen, record_property):
     guest.wait_for("[ -b /dev/xvdb -a -b /dev/xvdc ]")
     assert_served_by_pair(host, guest, "xvdb")
     threads = {
-        vdev: host.sh(f"grep -l '[.]{vdev}-0' /proc/[0-9]*/comm").split("/")[2]
+        vdev: server.sh(f"grep -l '[.]{vdev}-0' /proc/[0-9]*/comm").split("/")[2]
         for vdev in ("xvdb", "xvdc")
     }
-    host.sh(f"echo {threads['xvdc']} > /sys/fs/cgroup/guests/moved/cgroup.procs")
+    server.sh(f"echo {threads['xvdc']} > /sys/fs/cgroup/guests/moved/cgroup.procs")
     for vdev in threads:
         guest.sh(f"dd if=/dev/zero of=/dev/{vdev} bs=64k count=16 oflag=direct")
-    assert written(host, "moved") == 16 << 16
+    assert written(server, "moved") == 16 << 16
     if host.pair.back.name != "rblkback":
-        assert written(host, "named") == 0
+        assert written(server, "named") == 0
         record_property("c_fails", "B-14")
         return
-    assert written(host, "named") == 16 << 16
-    assert host.sh(f"ionice -p {threads['xvdb']}") == "best-effort: prio 7"
-    error = f"/local/domain/0/error/backend/vbd/{guest.domid}/{lost.code}/error"
-    assert 'cgroup = "/guests/nowhere"' in host.xenstore_read(error)
+    assert written(server, "named") == 16 << 16
+    assert server.sh(f"ionice -p {threads['xvdb']}") == "best-effort: prio 7"
+    assert 'cgroup = "/guests/nowhere"' in host.xenstore_read(error_node(lost.back))
     assert guest.run("[ -b /dev/xvdd ]")[0] != 0

@@ -14,8 +14,9 @@ FILL = f"mount -t tmpfs -o size={MEBIBYTES + 8}M tmpfs /mnt && for i in $(seq {M
 
 def test_swap(xen):
     host = xen()
-    host.load_backend()
-    host.ram_disks(megabytes=160)
+    server = host.start_server()
+    server.load_backend()
+    server.ram_disks(megabytes=160)
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
     guest.sh("mkswap /dev/xvda && swapon /dev/xvda")

@@ -14,8 +14,9 @@ FIO = (
 def test_write_verify(xen):
     """Rows: FE-12, FE-40, FE-41, BE-44, BE-46, BE-48"""
     host = xen(waiting=TWO_VCPUS)
-    host.load_backend()
-    host.ram_disks()
+    server = host.start_server()
+    server.load_backend()
+    server.ram_disks()
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
     guest.sh(FIO, timeout=600)
