@@ -2,8 +2,16 @@
 
 //! The connection of a device, and its disk.
 //!
-//! It follows [`blkif::state::Front`]: whenever the backend may have changed, look at its state as it
-//! is then, and do what is to be done until there is nothing to do but wait.
+//! It follows [`blkif::state::Front`]: one step for each state of the backend that xenbus tells.
+//!
+//! Each question to xenstore takes a wake-up of its daemon and of the thread that asks, and nearly all
+//! of the time that it takes to connect. So the backend's state is not asked for again after a step.
+//! Nothing is lost by that. Xenbus watches the state, and reads it when it is told that it has changed,
+//! in its own thread, one change after the other. A state that comes and goes before it is read is
+//! missed, but the last one never is: what changes after the state was read, while we step or before,
+//! is told by a call that is still to come. After a restore xenbus watches the new backend, which makes
+//! a call too. And one step is all that a state can ask for: after it there is nothing to do but wait
+//! as long as the backend stays as it is.
 //!
 //! The own state is written by xenbus's thread as far as it has to do with Initialising: the bus
 //! takes such a change by anybody else for a device that the toolstack made anew. So that thread
@@ -69,8 +77,10 @@ pub(crate) struct Control {
     own: Front,
     /// The device's thread is about to let the disk go: no more steps are taken.
     closing: bool,
-    /// The backend's directory.
+    /// The backend's directory. Another one after a restore.
     backend: CString,
+    /// The state that the backend was in when xenbus told of it.
+    seen: XenbusState,
     /// What this side can do, as of the last offer.
     offer: Option<FrontOffer>,
     /// Those of a disk stay the same for as long as it is there.
@@ -99,15 +109,16 @@ impl Control {
         device: ARef<xenbus::Device>,
         vdev: VirtualDevice,
         signal: Arc<Signal>,
-    ) -> Result<Self> {
-        let backend = nodes::backend(&device)?;
-        Ok(Self {
+        backend: CString,
+    ) -> Self {
+        Self {
             device,
             vdev,
             signal,
             own: Front::Waiting,
             closing: false,
             backend,
+            seen: XenbusState::Unknown,
             offer: None,
             queues: KVec::new(),
             rings: 0,
@@ -119,7 +130,7 @@ impl Control {
             reporter: None,
             lingering: KVVec::new(),
             generation: 0,
-        })
+        }
     }
 
     /// The name of the disk.
@@ -127,56 +138,53 @@ impl Control {
         self.vdev.name.as_str()
     }
 
-    /// The backend may have changed. Called once at least, after the device was bound.
-    pub(crate) fn follow_backend(&mut self) {
+    /// The backend has this state. Called once at least, after the device was bound.
+    pub(crate) fn follow_backend(&mut self, state: xenbus::State) {
         if matches!(self.own, Front::Waiting | Front::Dead) {
             // What stands there may be of an earlier life: a device that was bound before is Closed,
             // and one that was restored is Initialising, also if its disk is dead.
             self.show();
         }
-        let event = self.backend_event();
+        let event = nodes::backend_event(&self.backend, state);
+        self.seen = match event {
+            FrontEvent::Backend { state, .. } => state,
+            // Nonsense is no state.
+            _ => XenbusState::Unknown,
+        };
         self.follow(event);
     }
 
-    /// The backend as it is now. Its directory can be another one after a restore.
-    fn backend_event(&mut self) -> FrontEvent {
-        if let Ok(backend) = nodes::backend(&self.device) {
-            self.backend = backend;
-        }
-        nodes::backend_event(&self.device, &self.backend)
+    /// The domain was restored, and this is the directory of its new backend.
+    pub(crate) fn resume(&mut self, backend: &CStr) -> Result {
+        self.seen = XenbusState::Unknown;
+        self.follow(FrontEvent::Resume);
+        self.backend = nodes::path(backend)?;
+        Ok(())
     }
 
-    /// The backend's state as it is now; nonsense is none.
-    fn backend_state(&mut self) -> XenbusState {
-        match self.backend_event() {
-            FrontEvent::Backend { state, .. } => state,
-            _ => XenbusState::Unknown,
+    /// Does what an event asks for.
+    pub(crate) fn follow(&mut self, event: FrontEvent) {
+        if self.closing {
+            return;
         }
-    }
-
-    /// Does what is to be done, until that is nothing.
-    pub(crate) fn follow(&mut self, mut event: FrontEvent) {
-        while !self.closing {
-            let action = self.own.step(event);
-            if action == FrontAction::Detach {
-                self.closing = true;
-                self.signal.raise(Cause::Close);
-                return;
-            }
-            event = match self.carry_out(action) {
-                Ok(()) => {
-                    let Some(next) = action.leads_to() else {
-                        return;
-                    };
+        let action = self.own.step(event);
+        if action == FrontAction::Detach {
+            self.closing = true;
+            self.signal.raise(Cause::Close);
+            return;
+        }
+        match self.carry_out(action) {
+            Ok(()) => {
+                if let Some(next) = action.leads_to() {
                     self.own = next;
                     self.show();
-                    self.backend_event()
                 }
-                Err(error) => {
-                    self.device.dev_fatal(error, fmt!("{}", purpose(action)));
-                    FrontEvent::Failed
-                }
-            };
+            }
+            Err(error) => {
+                self.device.dev_fatal(error, fmt!("{}", purpose(action)));
+                // That leads to the end of the disk.
+                self.follow(FrontEvent::Failed);
+            }
         }
     }
 
@@ -512,12 +520,13 @@ impl Control {
     }
 
     /// Whether the backend still has to let go of rings and pools: it says by its state when it has.
-    pub(crate) fn is_mapped(&mut self) -> bool {
+    /// Xenbus does not tell that of a device that is being unbound, so that is asked for.
+    pub(crate) fn is_mapped(&self) -> bool {
         if !self.queues.iter().any(|queue| queue.has_remains()) {
             return false;
         }
-        let backend = self.backend_state();
-        matches!(backend, XenbusState::Connected | XenbusState::Closing)
+        let backend = self.device.read_driver_state(&self.backend);
+        matches!(backend, xenbus::State::Connected | xenbus::State::Closing)
     }
 
     /// Lets the disk go: takes no more steps, and has new requests fail. Whether there is a disk.
@@ -584,9 +593,8 @@ impl Control {
     }
 
     /// Whether requests are being served, or never will be again.
-    pub(crate) fn is_settled(&mut self) -> bool {
-        let backend = self.backend_state();
-        self.own == Front::Dead || self.own.whole(backend)
+    pub(crate) fn is_settled(&self) -> bool {
+        self.own == Front::Dead || self.own.whole(self.seen)
     }
 
     /// Gives back pages of the pools that nobody has needed since the last time.

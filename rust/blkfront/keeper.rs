@@ -204,7 +204,7 @@ impl Keeper {
     /// Frees what the backend has had mapped of a disk that has gone, if it has let go of it. Whether
     /// nothing is left.
     fn bury(&self) -> bool {
-        let mut control = self.control.lock();
+        let control = self.control.lock();
         let mapped = control.is_mapped();
         if !mapped {
             control.bury();

@@ -91,15 +91,14 @@ pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> 
     Ok(())
 }
 
-/// The backend's directory.
-pub(crate) fn backend(device: &xenbus::Device) -> Result<CString> {
-    let value = read(device.nodename(), "backend")?.ok_or(ENOENT)?;
-    CString::try_from_fmt(fmt!("{}", &*value))
+/// A path, to be kept.
+pub(crate) fn path(path: &CStr) -> Result<CString> {
+    CString::try_from_fmt(fmt!("{}", path))
 }
 
-/// What the backend's state is now.
-pub(crate) fn backend_event(device: &xenbus::Device, backend: &CStr) -> FrontEvent {
-    let state = device.read_driver_state(backend).number();
+/// What it means that the backend has this state.
+pub(crate) fn backend_event(backend: &CStr, state: xenbus::State) -> FrontEvent {
+    let state = state.number();
     let Some(state) = XenbusState::from_number(state) else {
         ratelimited!(pr_err!("{}/state = \"{}\": no state\n", backend, state));
         return FrontEvent::BadState;

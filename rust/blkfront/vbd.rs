@@ -5,7 +5,6 @@
 //! Xenbus tells of the backend in a thread that all devices of the guest share: what may wait for
 //! the backend is left to the device's own thread.
 
-use blkif::state::FrontEvent;
 use kernel::device::Core;
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
@@ -49,7 +48,8 @@ impl Vbd {
             .inspect_err(|error| dev.dev_fatal(*error, fmt!("reading virtual-device")))?;
         nodes::refuse_emulated(&device, &vdev)?;
         let signal = Signal::new()?;
-        let control = Control::new(device, vdev, signal.clone())?;
+        let backend = nodes::path(dev.otherend()?)?;
+        let control = Control::new(device, vdev, signal.clone(), backend);
         let keeper = Keeper::new(control, signal.clone())?;
 
         // A disk may be what memory is freed by writing to.
@@ -84,9 +84,9 @@ impl Driver for Vbd {
         Self::new(dev)
     }
 
-    fn otherend_changed(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>, _state: State) -> After {
+    fn otherend_changed(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>, state: State) -> After {
         let _noio = Noio::new();
-        self.keeper.control.lock().follow_backend();
+        self.keeper.control.lock().follow_backend(state);
         self.signal.raise(Cause::Backend);
         After::Keep
     }
@@ -101,11 +101,11 @@ impl Driver for Vbd {
         }
     }
 
-    fn resume(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>) -> Result {
+    fn resume(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) -> Result {
         let _noio = Noio::new();
-        self.keeper.control.lock().follow(FrontEvent::Resume);
+        let resumed = self.keeper.control.lock().resume(dev.otherend()?);
         self.signal.raise(Cause::Backend);
-        Ok(())
+        resumed
     }
 
     fn is_ready(self: Pin<&Self>) -> bool {

@@ -9,22 +9,26 @@
 //! to wait:
 //!
 //! ```
-//! # use blkif::state::{Front, FrontAction, FrontEvent, XenbusState};
-//! # fn backend() -> FrontEvent {
-//! #     FrontEvent::Backend { state: XenbusState::Connected, online: true }
+//! # use blkif::state::{Back, BackAction, BackEvent, XenbusState};
+//! # fn frontend() -> BackEvent {
+//! #     BackEvent::Frontend { state: XenbusState::Initialised, online: true, ready: true }
 //! # }
-//! # fn carry_out(_: FrontAction) {}
-//! # let mut own = Front::Offered;
-//! # let mut event = backend();
+//! # fn carry_out(_: BackAction) {}
+//! # let mut own = Back::Waiting;
+//! # let mut event = frontend();
 //! loop {
 //!     let action = own.step(event);
 //!     carry_out(action);
 //!     let Some(next) = action.leads_to() else { break };
 //!     own = next;
-//!     event = backend();
+//!     event = frontend();
 //! }
-//! # assert_eq!(own, Front::Live);
+//! # assert_eq!(own, Back::Live);
 //! ```
+//!
+//! A driver that is told of each change of the other side need not read again. A frontend has no more
+//! to do after one step. A backend looks again, for the toolstack may want it gone, of which nobody
+//! tells: but not when it is [`Back::Live`] and nobody has changed its node since it looked.
 //!
 //! # An ordinary life
 //!
@@ -567,6 +571,20 @@ mod tests {
             back(Back::Detached, XenbusState::Closed, false),
             BackAction::Forget
         );
+    }
+
+    #[test]
+    fn one_step_of_a_frontend_is_all_that_a_state_asks_for() {
+        for own in FRONTS {
+            for state in STATES {
+                for online in [false, true] {
+                    let event = FrontEvent::Backend { state, online };
+                    if let Some(next) = own.step(event).leads_to() {
+                        assert_eq!(next.step(event).leads_to(), None);
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -170,7 +170,6 @@ impl World {
         if let Some(next) = action.leads_to() {
             self.front = FrontSide::Ours(next);
             self.write_front(next.xenbus());
-            self.front_wake = true;
         }
     }
 
@@ -374,9 +373,7 @@ impl World {
         let FrontSide::Ours(own) = self.front else {
             return None;
         };
-        self.front_read = None;
         self.front_does(own.step(event));
-        self.front_wake = true;
         Some(())
     }
 
