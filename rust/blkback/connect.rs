@@ -37,6 +37,7 @@ use kernel_ext::xen::grant::ForeignRef;
 use kernel_ext::xen::ring::MappedRing;
 use kernel_ext::xen::ring::MAX_PAGES;
 use kernel_ext::xen::xenbus::Device;
+use kernel_ext::xen::xenbus::State;
 use kernel_ext::xen::xenstore;
 use kernel_ext::xen::xenstore::NoTransaction;
 use kernel_ext::xen::xenstore::Value;
@@ -364,15 +365,16 @@ impl<'a> Connection<'a> {
         number.map_err(|bad| Fault::Queue(index, bad))
     }
 
-    /// Writes what the disk is and can do.
-    pub(crate) fn describe_disk(&self) -> Result<(), Fault> {
+    /// Writes what the disk is and can do, and Connected. Whether nobody else has written the state
+    /// meanwhile.
+    pub(crate) fn describe_disk(&self) -> Result<bool, Fault> {
         let cdrom = read(self.frontend, fmt!("device-type"))?
             .is_some_and(|kind| kind.as_bytes() == b"cdrom");
         let disk = &self.disk;
         let dir = self.device.nodename();
         let sectors = disk.device.sectors();
         disk.told(sectors);
-        xenstore::transaction(|transaction| {
+        self.device.switch_state_with(State::Connected, |transaction| {
             let write = |node: &str, value: u64| {
                 xenstore::write(transaction, dir, fmt!("{node}"), fmt!("{value}"))
             };

@@ -155,8 +155,18 @@ struct Inner {
     pace: Pace,
     /// Looks again, when the frontend may make the next connection.
     later: Option<KThread>,
+    /// When the device was connected, nobody else had written its state.
+    undisturbed: bool,
     /// Counts the connections, so that a thread of an old one does no harm to a new one.
     connection: u64,
+}
+
+impl Inner {
+    /// Whether the device has been connected and the toolstack wants no more of it. Then there is no
+    /// need to look again: what the frontend has done meanwhile is told.
+    fn is_connected(&self) -> bool {
+        self.back == Back::Live && self.undisturbed
+    }
 }
 
 /// A queue that is served.
@@ -262,6 +272,7 @@ impl Vbd {
                 jiffies::now() as u64,
             ),
             later: None,
+            undisturbed: false,
             connection: 0,
         };
         let seat = Seated::new(device)?;
@@ -304,7 +315,7 @@ impl Vbd {
             if action == BackAction::Attach && self.must_wait(&mut inner) {
                 return inner.back;
             }
-            if !self.carry_out(&mut inner, action) {
+            if !self.carry_out(&mut inner, action) || inner.is_connected() {
                 return inner.back;
             }
         }
@@ -435,7 +446,6 @@ impl Vbd {
             &inner.limits,
         )?;
         inner.connection = inner.connection.wrapping_add(1);
-        connection.describe_disk()?;
         let mut queues = KVec::new();
         for index in 0..connection.queues() {
             push(&mut queues, (index, connection.queue(index, &self.stats)?))?;
@@ -445,6 +455,8 @@ impl Vbd {
         for (index, queue) in queues {
             push(&mut serving, self.spawn(queue, index, inner.connection)?)?;
         }
+        // The same for this. They are told of errors later, for the lock is held.
+        inner.undisturbed = connection.describe_disk()?;
         if let Some(first) = serving.first() {
             let (disk, inbox) = (disk, first.inbox.clone());
             let period = msecs_to_jiffies(SIZE_WATCH_MS);

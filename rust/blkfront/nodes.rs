@@ -236,7 +236,7 @@ impl RingNodes {
     }
 }
 
-/// Writes all that the backend needs to know, at once.
+/// Writes all that the backend needs to know, and Initialised, at once.
 pub(crate) fn publish(
     device: &xenbus::Device,
     rings: &[RingNodes],
@@ -244,7 +244,7 @@ pub(crate) fn publish(
     persistent: bool,
 ) -> Result {
     let dir = device.nodename();
-    xenstore::transaction(|transaction| {
+    device.switch_state_with(xenbus::State::Initialised, |transaction| {
         let write = |node: &str, value: fmt::Arguments<'_>| {
             xenstore::write(transaction, dir, fmt!("{}", node), value)
         };
@@ -265,7 +265,8 @@ pub(crate) fn publish(
         }
         write("protocol", fmt!("{}", Abi::native().name()))?;
         write("feature-persistent", fmt!("{}", u32::from(persistent)))
-    })
+    })?;
+    Ok(())
 }
 
 /// Removes a node, if it is there.

@@ -197,11 +197,14 @@ impl World {
         if let Some((state, online, ready)) = self.back_read.take() {
             match self.back {
                 BackSide::Gone => {}
-                BackSide::Ours(own) => self.back_does(own.step(BackEvent::Frontend {
-                    state,
-                    online,
-                    ready,
-                })),
+                BackSide::Ours(own) => {
+                    let event = BackEvent::Frontend {
+                        state,
+                        online,
+                        ready,
+                    };
+                    self.back_does(own.step(event), own);
+                }
                 BackSide::C(own) => self.c_back(own, state),
             }
         } else if self.back_wake {
@@ -213,18 +216,21 @@ impl World {
         Some(self)
     }
 
-    fn back_does(&mut self, action: BackAction) {
+    /// After a step it looks again, but for one that has found its own node as it was: what the
+    /// frontend does meanwhile is told.
+    fn back_does(&mut self, action: BackAction, own: Back) {
+        let unchanged = own.xenbus() == Some(self.back_node);
         match action {
             BackAction::Attach if self.offered => self.served = true,
             // The frontend has torn its rings down in the meantime: they cannot be mapped.
-            BackAction::Attach => return self.back_does(BackAction::Fail),
+            BackAction::Attach => return self.back_does(BackAction::Fail, own),
             BackAction::Drain => self.served = false,
             BackAction::Wait | BackAction::Close | BackAction::Fail => {}
             BackAction::Restart | BackAction::Finish => {}
             BackAction::Forget => self.served = false,
         }
         if let Some(next) = action.leads_to() {
-            self.back_wake = true;
+            self.back_wake |= action != BackAction::Attach || !unchanged;
             self.back = if next == Back::Gone {
                 BackSide::Gone
             } else {
@@ -338,7 +344,7 @@ impl World {
         self.back_read = None;
         match self.back {
             BackSide::Gone => return None,
-            BackSide::Ours(own) => self.back_does(own.step(BackEvent::Failed)),
+            BackSide::Ours(own) => self.back_does(own.step(BackEvent::Failed), own),
             BackSide::C(_) => {
                 self.back = BackSide::C(XenbusState::Closing);
                 self.write_back(XenbusState::Closing);

@@ -36,6 +36,7 @@
 //! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
 
 use super::xenstore;
+use super::xenstore::Transaction;
 use super::DomId;
 use crate::base::this_module::this_module;
 use core::marker::PhantomData;
@@ -187,6 +188,36 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         //
         // SAFETY: The device is valid by the type invariant.
         let _ = unsafe { bindings_ext::xenbus_switch_state(self.as_raw(), state.to_raw()) };
+    }
+
+    /// Writes the state of this half, like [`Self::switch_state`], at once with what `body` writes. May
+    /// sleep. Whether the state in xenstore was the one that this half had before: if not, somebody
+    /// else has written it. `body` may be run several times.
+    ///
+    /// Nothing is written if the directory is gone (`ENOENT`), if a new device is to be made of it
+    /// (`ENODEV`), or if `body` fails.
+    pub fn switch_state_with(
+        &self,
+        state: State,
+        mut body: impl FnMut(&Transaction) -> Result,
+    ) -> Result<bool> {
+        let dir = self.nodename();
+        let before = self.state().number();
+        let mut unchanged = false;
+        xenstore::transaction(|transaction| {
+            let found = xenstore::read(transaction, dir, fmt!("state"))?.parse::<u32>();
+            unchanged = found == Ok(before);
+            if !unchanged && found == Ok(State::Initialising.number()) {
+                return Err(ENODEV);
+            }
+            body(transaction)?;
+            let number = state.number();
+            xenstore::write(transaction, dir, fmt!("state"), fmt!("{}", number))
+        })?;
+        // SAFETY: The device is valid by the type invariant; a number, which C reads and writes
+        // without a lock too.
+        unsafe { addr_of_mut!((*self.as_raw()).state).write_volatile(state.to_raw()) };
+        Ok(unchanged)
     }
 
     /// The state in the directory `path` (`xenbus_read_driver_state`). May sleep.
