@@ -11,7 +11,7 @@
 //! the memory of a kernel thread. For these, and to choose the CPUs, a person can move the threads
 //! (`cgroup.procs`, `taskset`): they have names and stay while the frontend is connected.
 
-use crate::connect::read;
+use crate::connect::read_listed;
 use crate::connect::Doing;
 use crate::connect::Fault;
 use blkif::node;
@@ -26,6 +26,7 @@ use kernel_ext::base::io_owner::IoPriority;
 use kernel_ext::base::kthread::Current;
 use kernel_ext::ratelimited;
 use kernel_ext::xen::xenbus::Device;
+use kernel_ext::xen::xenstore::Listing;
 
 /// Whom the I/O of a disk counts for.
 pub(crate) struct Charge {
@@ -35,10 +36,11 @@ pub(crate) struct Charge {
 
 impl Charge {
     /// As the toolstack wants it.
-    pub(crate) fn read(device: &Device) -> Result<Self, Fault> {
+    /// `own` lists the device's directory.
+    pub(crate) fn read(device: &Device, own: &Listing) -> Result<Self, Fault> {
         Ok(Self {
-            group: read_group(device)?,
-            priority: read_priority(device)?,
+            group: read_group(device, own)?,
+            priority: read_priority(device, own)?,
         })
     }
 
@@ -55,9 +57,9 @@ impl Charge {
     }
 }
 
-fn read_group(device: &Device) -> Result<Option<IoGroup>, Fault> {
+fn read_group(device: &Device, own: &Listing) -> Result<Option<IoGroup>, Fault> {
     const NODE: &str = "cgroup";
-    let Some(path) = read(device.nodename(), fmt!("{NODE}"))? else {
+    let Some(path) = read_listed(own, device.nodename(), NODE)? else {
         return Ok(None);
     };
     let text = CString::try_from_fmt(fmt!("{}", &*path)).doing("keeping the name of a cgroup")?;
@@ -71,9 +73,9 @@ fn read_group(device: &Device) -> Result<Option<IoGroup>, Fault> {
     }
 }
 
-fn read_priority(device: &Device) -> Result<Option<IoPriority>, Fault> {
+fn read_priority(device: &Device, own: &Listing) -> Result<Option<IoPriority>, Fault> {
     const NODE: &str = "io-priority";
-    let Some(value) = read(device.nodename(), fmt!("{NODE}"))? else {
+    let Some(value) = read_listed(own, device.nodename(), NODE)? else {
         return Ok(None);
     };
     let priority = node::io_priority(NODE, value.as_bytes()).map_err(Fault::Node)?;

@@ -39,6 +39,7 @@ use kernel_ext::xen::ring::MAX_PAGES;
 use kernel_ext::xen::xenbus::Device;
 use kernel_ext::xen::xenbus::State;
 use kernel_ext::xen::xenstore;
+use kernel_ext::xen::xenstore::Listing;
 use kernel_ext::xen::xenstore::NoTransaction;
 use kernel_ext::xen::xenstore::Value;
 
@@ -132,6 +133,19 @@ pub(crate) fn read(dir: &CStr, node: fmt::Arguments<'_>) -> Result<Option<Value>
     }
 }
 
+/// Reads a node of a directory that was listed. One that is empty counts as missing.
+pub(crate) fn read_listed(
+    listing: &Listing,
+    dir: &CStr,
+    node: &str,
+) -> Result<Option<Value>, Fault> {
+    if listing.may_have(node) {
+        read(dir, fmt!("{node}"))
+    } else {
+        Ok(None)
+    }
+}
+
 /// Opens the disk that the hotplug script has written to our directory; `None` if it has not, or
 /// there is one already.
 pub(crate) fn find_disk(device: &Device, disk: Option<&Disk>) -> Result<Option<Arc<Disk>>, Fault> {
@@ -222,6 +236,8 @@ pub(crate) struct Connection<'a> {
     frontend: &'a CStr,
     domain: Arc<Domain>,
     accepted: Accepted,
+    /// What is in the device's directory.
+    own: Listing,
     charge: Arc<Charge>,
     disk: Arc<Disk>,
     fence: Arc<Fence>,
@@ -245,7 +261,8 @@ impl<'a> Connection<'a> {
         let name = name.strip_prefix(b"/dev/").unwrap_or(name);
         let name =
             CString::try_from_fmt(fmt!("{}", BStr::from_bytes(name))).doing("keeping the name")?;
-        let charge = Arc::new(Charge::read(device)?, GFP_KERNEL)
+        let own = Listing::new(&NoTransaction, device.nodename());
+        let charge = Arc::new(Charge::read(device, &own)?, GFP_KERNEL)
             .map_err(Error::from)
             .doing("keeping whom I/O counts for")?;
         let fence = Arc::pin_init(Fence::new(), GFP_KERNEL).doing("making a fence")?;
@@ -254,6 +271,7 @@ impl<'a> Connection<'a> {
             frontend,
             domain: domain.clone(),
             accepted,
+            own,
             charge,
             disk,
             fence,
@@ -367,6 +385,9 @@ impl<'a> Connection<'a> {
 
     /// Writes what the disk is and can do, and Connected. Whether nobody else has written the state
     /// meanwhile.
+    ///
+    /// Each node is a question to xenstore, and another one when the bus hears of the change. So one
+    /// that only says what a frontend takes for granted without it is not made.
     pub(crate) fn describe_disk(&self) -> Result<bool, Fault> {
         let cdrom = read(self.frontend, fmt!("device-type"))?
             .is_some_and(|kind| kind.as_bytes() == b"cdrom");
@@ -374,28 +395,34 @@ impl<'a> Connection<'a> {
         let dir = self.device.nodename();
         let sectors = disk.device.sectors();
         disk.told(sectors);
-        self.device.switch_state_with(State::Connected, |transaction| {
-            let write = |node: &str, value: u64| {
-                xenstore::write(transaction, dir, fmt!("{node}"), fmt!("{value}"))
-            };
-            let write_cache = disk.device.write_cache().into();
-            write("feature-flush-cache", write_cache)?;
-            write("feature-barrier", write_cache)?;
-            if let Some(discard) = disk.discard {
-                write("discard-granularity", discard.granularity.into())?;
-                write("discard-alignment", discard.alignment.into())?;
-                write("discard-secure", discard.secure.into())?;
-                write("feature-discard", 1)?;
-            }
-            write("feature-persistent", self.accepted.persistent.into())?;
-            write("sectors", sectors)?;
-            write("info", disk.info(cdrom).into())?;
-            write("sector-size", disk.device.logical_block_size().into())?;
-            write(
-                "physical-sector-size",
-                disk.device.physical_block_size().into(),
-            )
-        })
-        .doing("writing what the disk is")
+        self.device
+            .switch_state_with(State::Connected, |transaction| {
+                let write = |node: &str, value: u64| {
+                    xenstore::write(transaction, dir, fmt!("{node}"), fmt!("{value}"))
+                };
+                let write_unless = |usual: u64, node: &str, value: u64| {
+                    if value == usual && !self.own.may_have(node) {
+                        return Ok(());
+                    }
+                    write(node, value)
+                };
+                let write_cache = disk.device.write_cache().into();
+                write_unless(0, "feature-flush-cache", write_cache)?;
+                write_unless(0, "feature-barrier", write_cache)?;
+                if let Some(discard) = disk.discard {
+                    write("discard-granularity", discard.granularity.into())?;
+                    write_unless(0, "discard-alignment", discard.alignment.into())?;
+                    write_unless(0, "discard-secure", discard.secure.into())?;
+                    write("feature-discard", 1)?;
+                }
+                write_unless(0, "feature-persistent", self.accepted.persistent.into())?;
+                write("sectors", sectors)?;
+                write("info", disk.info(cdrom).into())?;
+                let block_size = disk.device.logical_block_size().into();
+                write("sector-size", block_size)?;
+                let physical = disk.device.physical_block_size().into();
+                write_unless(block_size, "physical-sector-size", physical)
+            })
+            .doing("writing what the disk is")
     }
 }

@@ -47,6 +47,8 @@ use kernel_ext::block::mq::QueueLimits;
 use kernel_ext::block::mq::TagSet;
 use kernel_ext::block::mq::TagSetParams;
 use kernel_ext::xen::xenbus;
+use kernel_ext::xen::xenstore::Listing;
+use kernel_ext::xen::xenstore::NoTransaction;
 
 use crate::disk::Basis;
 use crate::disk::Disk;
@@ -83,6 +85,8 @@ pub(crate) struct Control {
     seen: XenbusState,
     /// What this side can do, as of the last offer.
     offer: Option<FrontOffer>,
+    /// Nobody is to look for partitions.
+    no_partition_scan: bool,
     /// Those of a disk stay the same for as long as it is there.
     queues: KVec<Arc<Queue>>,
     /// How many of the queues have a ring.
@@ -120,6 +124,7 @@ impl Control {
             backend,
             seen: XenbusState::Unknown,
             offer: None,
+            no_partition_scan: false,
             queues: KVec::new(),
             rings: 0,
             disk: None,
@@ -226,7 +231,9 @@ impl Control {
 
     /// Shares rings with the backend.
     fn offer(&mut self) -> Result {
-        let front = nodes::front_offer(&self.device)?;
+        let own = Listing::new(&NoTransaction, self.device.nodename());
+        let front = nodes::front_offer(&self.device, &own)?;
+        self.no_partition_scan = nodes::no_partition_scan(&self.device, &own)?;
         let back = nodes::back_offer(&self.backend, &BackOffer::RING_NODES)?;
         let shape = RingShape::choose(&front, &back);
         if self.disk.is_none() {
@@ -245,7 +252,8 @@ impl Control {
         // So that there is room for all requests, should the backend keep their pages.
         self.lingering.reserve(slots, GFP_KERNEL)?;
         self.offer = Some(front);
-        nodes::publish(&self.device, &rings, shape.page_order, front.persistent)
+        let (order, persistent) = (shape.page_order, front.persistent);
+        nodes::publish(&self.device, &own, &rings, order, persistent)
     }
 
     fn make_queues(&mut self, count: u32) -> Result {
@@ -324,7 +332,7 @@ impl Control {
             .capacity(nodes.sectors)
             .read_only(nodes.read_only())
             .removable(nodes.removable());
-        if nodes::no_partition_scan(&self.device)? {
+        if self.no_partition_scan {
             builder = builder.no_partition_scan();
         }
         let disk = builder.build(

@@ -23,6 +23,7 @@ use kernel_ext::ratelimited;
 use kernel_ext::xen;
 use kernel_ext::xen::xenbus;
 use kernel_ext::xen::xenstore;
+use kernel_ext::xen::xenstore::Listing;
 use kernel_ext::xen::xenstore::NoTransaction;
 use kernel_ext::xen::xenstore::Transaction;
 use kernel_ext::xen::xenstore::Value;
@@ -120,10 +121,19 @@ fn is_online(backend: &CStr) -> bool {
     })
 }
 
-/// What this side can do for the device.
-pub(crate) fn front_offer(device: &xenbus::Device) -> Result<FrontOffer> {
+/// A node of a directory that was listed, or `None` if there is none.
+fn read_listed(listing: &Listing, dir: &CStr, node: &'static str) -> Result<Option<Value>> {
+    if listing.may_have(node) {
+        read(dir, node)
+    } else {
+        Ok(None)
+    }
+}
+
+/// What this side can do for the device. `own` lists its directory, also below.
+pub(crate) fn front_offer(device: &xenbus::Device, own: &Listing) -> Result<FrontOffer> {
     let dir = device.nodename();
-    let trusted = match read(dir, "trusted")? {
+    let trusted = match read_listed(own, dir, "trusted")? {
         None => true,
         // Who cannot be understood is not trusted.
         Some(value) => node::switch("trusted", value.as_bytes()).unwrap_or_else(|error| {
@@ -136,9 +146,9 @@ pub(crate) fn front_offer(device: &xenbus::Device) -> Result<FrontOffer> {
 
 /// Whether nobody is to look for partitions on the disk. The toolstack says so, as it says whether
 /// the backend is trusted: who serves the disk has no say in it.
-pub(crate) fn no_partition_scan(device: &xenbus::Device) -> Result<bool> {
+pub(crate) fn no_partition_scan(device: &xenbus::Device, own: &Listing) -> Result<bool> {
     let dir = device.nodename();
-    let Some(value) = read(dir, "no-part-scan")? else {
+    let Some(value) = read_listed(own, dir, "no-part-scan")? else {
         return Ok(false);
     };
     Ok(
@@ -239,6 +249,7 @@ impl RingNodes {
 /// Writes all that the backend needs to know, and Initialised, at once.
 pub(crate) fn publish(
     device: &xenbus::Device,
+    own: &Listing,
     rings: &[RingNodes],
     page_order: u32,
     persistent: bool,
@@ -249,9 +260,11 @@ pub(crate) fn publish(
             xenstore::write(transaction, dir, fmt!("{}", node), value)
         };
         // An earlier connection may have had several rings, or larger ones.
-        remove(transaction, dir, "multi-queue-num-queues")?;
-        remove(transaction, dir, "ring-page-order")?;
-
+        for node in ["multi-queue-num-queues", "ring-page-order"] {
+            if own.may_have(node) {
+                remove(transaction, dir, node)?;
+            }
+        }
         if page_order > 0 {
             write("ring-page-order", fmt!("{}", page_order))?;
         }

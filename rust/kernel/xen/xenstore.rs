@@ -199,6 +199,65 @@ pub fn exists(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> b
     read(context, dir, node).is_ok()
 }
 
+/// What nodes a directory has: one question in place of one for each node that may be missing.
+///
+/// # Invariants
+///
+/// If there are names, they come from `xenbus_directory`: one buffer of the slab allocator, owned by
+/// this, that begins with so many pointers to zero-terminated strings in it.
+pub struct Listing(Option<(NonNull<*mut ffi::c_char>, usize)>);
+
+// SAFETY: A plain buffer that is owned.
+unsafe impl Send for Listing {}
+// SAFETY: It is only read through a shared reference.
+unsafe impl Sync for Listing {}
+
+impl Listing {
+    /// Lists a directory. If that does not work, any node may be there.
+    pub fn new(context: &impl Context, dir: &CStr) -> Self {
+        let mut count = 0;
+        // SAFETY: Both strings are zero-terminated and outlive the call, `count` is valid for a write.
+        let names = from_err_ptr(unsafe {
+            bindings_ext::xenbus_directory(
+                raw(context),
+                dir.as_char_ptr(),
+                c"".as_char_ptr(),
+                &mut count,
+            )
+        });
+        // INVARIANT: The buffer is owned by the caller of `xenbus_directory`.
+        Self(
+            names
+                .ok()
+                .and_then(NonNull::new)
+                .map(|names| (names, count as usize)),
+        )
+    }
+
+    /// Whether a node may be there. `false`: it was not.
+    pub fn may_have(&self, node: &str) -> bool {
+        let Some((names, count)) = self.0 else {
+            return true;
+        };
+        // SAFETY: By the type invariant.
+        let names = unsafe { core::slice::from_raw_parts(names.as_ptr(), count) };
+        names.iter().any(|name| {
+            // SAFETY: By the type invariant.
+            let name = unsafe { CStr::from_char_ptr(*name) };
+            name.to_bytes() == node.as_bytes()
+        })
+    }
+}
+
+impl Drop for Listing {
+    fn drop(&mut self) {
+        if let Some((names, _)) = self.0 {
+            // SAFETY: By the type invariant the buffer is ours and from the slab allocator.
+            unsafe { bindings::kfree(names.as_ptr().cast()) };
+        }
+    }
+}
+
 /// Writes a node, and makes it and its parents if they do not exist.
 pub fn write(
     context: &impl Context,
