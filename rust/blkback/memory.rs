@@ -126,25 +126,70 @@ impl From<kernel::alloc::AllocError> for Problem {
     }
 }
 
+/// What it takes to copy data, if the frontend does not use persistent grants.
+struct Copies {
+    copier: Copier,
+    /// Pages of our own, to copy to. Only this frontend's data was ever in them.
+    buffers: KVec<Page>,
+    /// Private copy of a page of segments.
+    descriptors: Page,
+}
+
+impl Copies {
+    fn new() -> Result<Self> {
+        Ok(Self {
+            copier: Copier::new(COPIES)?,
+            buffers: KVec::with_capacity(COPIES, GFP_KERNEL)?,
+            descriptors: Page::alloc_page(GFP_KERNEL)?,
+        })
+    }
+
+    /// Copies the beginning of a page of segments.
+    fn fetch(
+        &mut self,
+        domain: DomId,
+        reference: ForeignRef,
+        len: usize,
+    ) -> Result<PageSlice<'_>, Problem> {
+        let copy = PageSliceMut::new(&self.descriptors, 0, len).ok_or(EINVAL)?;
+        let mut batch = self.copier.batch();
+        batch.read(domain, reference, 0, copy)?;
+        batch.run_sleeping().map_err(Problem::Copy)?;
+        Ok(PageSlice::new(&self.descriptors, 0, len).ok_or(EINVAL)?)
+    }
+
+    /// Takes a page of our own; makes one if there is none.
+    fn take(&mut self) -> Result<Page> {
+        match self.buffers.pop() {
+            Some(page) => Ok(page),
+            None => Ok(Page::alloc_page(GFP_NOWAIT | __GFP_ZERO)?),
+        }
+    }
+
+    fn give_back(&mut self, own: &mut KVec<Page>) {
+        while let Some(page) = own.pop() {
+            // A page for which there is no place is freed.
+            let _ = self.buffers.push_within_capacity(page);
+        }
+    }
+}
+
 /// What a queue needs to move data. One for each thread.
 pub(crate) struct Mover {
     domain: DomId,
     /// Addresses to map to.
     cache: Pin<KBox<PageCache>>,
     mapper: Mapper,
-    copier: Copier,
-    /// Private copy of a page of segments.
-    descriptors: Page,
     /// Pages that stay mapped, if the frontend uses persistent grants.
     table: Option<Table>,
-    /// Pages of our own, to copy to. Only this frontend's data was ever in them.
-    buffers: KVec<Page>,
-    /// References of the request that is being mapped.
+    /// There is either this or a table.
+    copies: Option<Copies>,
+    /// References of the request that is being mapped, as far as the table did not have their pages.
     references: KVec<ForeignRef>,
-    /// The pages of them.
-    mapped: KVec<MappedPage>,
-    /// For each segment the page that the table had.
-    found: KVec<Option<MappedPage>>,
+    /// Where these pages belong among those of the request.
+    places: KVec<u16>,
+    /// A page of segments that was mapped.
+    page: KVec<MappedPage>,
     /// Pages of transfers that have ended, to be unmapped together.
     ended: KVec<MappedPage>,
     /// Pages were unmapped, and nobody has looked yet whether there are too many addresses now.
@@ -165,22 +210,21 @@ impl Mover {
         cache.fill(segments)?;
         let moving = usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0);
         let staying = usize::try_from(MAX_PERSISTENT_GRANTS.get()).unwrap_or(0);
+        let (table, copies) = if persistent {
+            let share = Share::new(domain, |domain| &domain.staying, staying);
+            (Some(Table::new(share, staying)?), None)
+        } else {
+            (None, Some(Copies::new()?))
+        };
         Ok(Self {
             domain: domain.id,
             cache,
             mapper: Mapper::new(segments)?,
-            copier: Copier::new(COPIES)?,
-            descriptors: Page::alloc_page(GFP_KERNEL)?,
-            table: if persistent {
-                let share = Share::new(domain, |domain| &domain.staying, staying);
-                Some(Table::new(share, staying)?)
-            } else {
-                None
-            },
-            buffers: KVec::with_capacity(COPIES, GFP_KERNEL)?,
+            table,
+            copies,
             references: KVec::with_capacity(segments, GFP_KERNEL)?,
-            mapped: KVec::with_capacity(segments, GFP_KERNEL)?,
-            found: KVec::with_capacity(segments, GFP_KERNEL)?,
+            places: KVec::with_capacity(segments, GFP_KERNEL)?,
+            page: KVec::with_capacity(1, GFP_KERNEL)?,
             ended: KVec::with_capacity(segments, GFP_KERNEL)?,
             has_unmapped: false,
             mapped_now: 0,
@@ -205,8 +249,7 @@ impl Mover {
         for gref in unfetched.grefs() {
             let here = left.min(SEGMENTS_PER_INDIRECT_PAGE);
             left = left.saturating_sub(here);
-            let descriptors = self.copy_descriptors(ForeignRef(*gref), here)?;
-            for_each_segment(descriptors, |wire| {
+            self.read_segments(ForeignRef(*gref), here, |wire| {
                 let segment = checker.push(wire).map_err(Problem::Refused)?;
                 segments.push_within_capacity(segment).map_err(|_| ENOMEM)?;
                 Ok(())
@@ -215,31 +258,28 @@ impl Mover {
         checker.finish().map_err(Problem::Refused)
     }
 
-    /// Copies so many segments out of a page of the frontend.
-    fn copy_descriptors(
+    /// Passes on so many segments of a page of the frontend, each read once.
+    fn read_segments(
         &mut self,
         reference: ForeignRef,
         segments: usize,
-    ) -> Result<PageSlice<'_>, Problem> {
+        take: impl FnMut(WireSegment) -> Result<(), Problem>,
+    ) -> Result<(), Problem> {
         let len = segments.saturating_mul(SEGMENT_BYTES).min(PAGE_SIZE);
-        match &mut self.table {
-            None => {
-                let copy = PageSliceMut::new(&self.descriptors, 0, len).ok_or(EINVAL)?;
-                let mut batch = self.copier.batch();
-                batch.read(self.domain, reference, 0, copy)?;
-                batch.run_sleeping().map_err(Problem::Copy)?;
-            }
-            Some(table) => {
-                let page = match table.take(reference) {
-                    Some(page) => page,
-                    None => self.map_one(reference)?,
-                };
-                let copy = PageSliceMut::new(&self.descriptors, 0, len).ok_or(EINVAL)?;
-                copy.copy_from(page.slice(0, len).ok_or(EINVAL)?);
-                self.put(page);
-            }
+        if let Some(copies) = &mut self.copies {
+            return for_each_segment(copies.fetch(self.domain, reference, len)?, take);
         }
-        Ok(PageSlice::new(&self.descriptors, 0, len).ok_or(EINVAL)?)
+        let kept = self.table.as_mut().and_then(|table| table.take(reference));
+        let page = match kept {
+            Some(page) => page,
+            None => self.map_one(reference)?,
+        };
+        let result = match page.slice(0, len) {
+            Some(segments) => for_each_segment(segments, take),
+            None => Err(Problem::Own(EINVAL)),
+        };
+        self.put(page);
+        result
     }
 
     /// Maps a page that is to stay.
@@ -248,8 +288,12 @@ impl Mover {
         self.references
             .push_within_capacity(reference)
             .map_err(|_| ENOMEM)?;
-        self.map_missing(Access::ReadOnly)?;
-        Ok(self.mapped.pop().ok_or(EINVAL)?)
+        let mut page = core::mem::take(&mut self.page);
+        let result = self.map_missing(Access::ReadOnly, &mut page);
+        let mapped = page.pop();
+        self.page = page;
+        result?;
+        Ok(mapped.ok_or(EINVAL)?)
     }
 
     /// Gets pages for a transfer's segments. If those are our own, the data has to be copied by
@@ -257,7 +301,7 @@ impl Mover {
     pub(crate) fn bring(&mut self, transfer: &mut Transfer) -> Result<(), Problem> {
         let (_, job) = transfer.split_mut();
         let small = job.segments.len() <= COPIED_SEGMENTS && job.work != Work::Barrier;
-        if small && self.table.is_none() && self.take_buffers(transfer).is_ok() {
+        if small && self.copies.is_some() && self.take_buffers(transfer).is_ok() {
             return Ok(());
         }
         self.map(transfer)
@@ -265,29 +309,19 @@ impl Mover {
 
     /// Takes pages of our own for a transfer.
     fn take_buffers(&mut self, transfer: &mut Transfer) -> Result {
+        let copies = self.copies.as_mut().ok_or(EINVAL)?;
         let ((_, own), job) = transfer.split_mut();
         own.reserve(job.segments.len(), GFP_NOWAIT)?;
         for _ in &job.segments {
-            let page = match self.buffers.pop() {
-                Some(page) => Ok(page),
-                None => Page::alloc_page(GFP_NOWAIT | __GFP_ZERO),
-            };
-            match page {
+            match copies.take() {
                 Ok(page) => own.push_within_capacity(page).map_err(|_| ENOMEM)?,
                 Err(error) => {
-                    self.give_back_buffers(own);
-                    return Err(error.into());
+                    copies.give_back(own);
+                    return Err(error);
                 }
             }
         }
         Ok(())
-    }
-
-    fn give_back_buffers(&mut self, own: &mut KVec<Page>) {
-        while let Some(page) = own.pop() {
-            // A page for which there is no place is freed.
-            let _ = self.buffers.push_within_capacity(page);
-        }
     }
 
     /// Copies the data of transfers between the frontend's pages and our own, with one hypercall.
@@ -308,7 +342,7 @@ impl Mover {
     }
 
     fn copy_all(&mut self, transfers: &Chain) -> Result<(), Problem> {
-        let mut batch = self.copier.batch();
+        let mut batch = self.copies.as_mut().ok_or(EINVAL)?.copier.batch();
         for transfer in transfers.iter() {
             add_copies(&mut batch, self.domain, transfer)?;
         }
@@ -316,7 +350,7 @@ impl Mover {
     }
 
     fn copy_one(&mut self, transfer: &Transfer) -> Result<(), Problem> {
-        let mut batch = self.copier.batch();
+        let mut batch = self.copies.as_mut().ok_or(EINVAL)?.copier.batch();
         add_copies(&mut batch, self.domain, transfer)?;
         batch.run_sleeping().map_err(Problem::Copy)
     }
@@ -332,20 +366,29 @@ impl Mover {
         if rest.is_empty() {
             return Ok(());
         }
-        let result = self
-            .find(rest, access)
-            .and_then(|()| self.map_missing(access));
-        self.mapped.reverse();
-        for found in self.found.drain_all() {
-            if let Some(page) = found.or_else(|| self.mapped.pop()) {
-                // There is space: the transfer was made for so many segments.
-                let _ = pages.push_within_capacity(page);
-            }
-        }
+        let result = self.find(rest, access, pages).and_then(|found| {
+            self.map_missing(access, pages)?;
+            self.sort_in(pages, found);
+            Ok(())
+        });
         if result.is_err() {
             self.give_up(pages);
         }
         result
+    }
+
+    /// Moves the pages behind the first `found` ones to their places among them.
+    fn sort_in(&self, pages: &mut [MappedPage], found: usize) {
+        for (from, place) in (found..).zip(&self.places) {
+            let Some(part) = pages.get_mut(usize::from(*place)..=from) else {
+                continue;
+            };
+            // The last one becomes the first, the others keep their order.
+            part.reverse();
+            if let Some((_, others)) = part.split_first_mut() {
+                others.reverse();
+            }
+        }
     }
 
     /// Takes the pages of the first segments, up to one that has not stayed mapped. Gives the segments
@@ -368,20 +411,30 @@ impl Mover {
         rest
     }
 
-    /// Looks for the pages of segments in the table. Those that are not there are in `references`.
-    fn find(&mut self, segments: &[Segment], access: Access) -> Result<(), Problem> {
+    /// Takes the pages of segments from the table. Those that are not there are in `references`, and
+    /// in `places` where they belong. Gives the number of pages that there are then.
+    fn find(
+        &mut self,
+        segments: &[Segment],
+        access: Access,
+        pages: &mut KVec<MappedPage>,
+    ) -> Result<usize, Problem> {
         self.references.clear();
-        for segment in segments {
+        self.places.clear();
+        for (place, segment) in (pages.len() as u16..).zip(segments) {
             let reference = ForeignRef(segment.gref());
-            let found = self.take_kept(reference, access);
-            if found.is_none() {
-                self.references
-                    .push_within_capacity(reference)
-                    .map_err(|_| ENOMEM)?;
+            let kept = match self.take_kept(reference, access) {
+                Some(page) => pages.push_within_capacity(page).is_ok(),
+                None => {
+                    self.references.push_within_capacity(reference).is_ok()
+                        && self.places.push_within_capacity(place).is_ok()
+                }
+            };
+            if !kept {
+                return Err(Problem::Own(ENOMEM));
             }
-            self.found.push_within_capacity(found).map_err(|_| ENOMEM)?;
         }
-        Ok(())
+        Ok(pages.len())
     }
 
     /// A page that has stayed mapped. One that was mapped for less than is needed now is mapped anew.
@@ -397,7 +450,8 @@ impl Mover {
         Some(page)
     }
 
-    fn map_missing(&mut self, access: Access) -> Result<(), Problem> {
+    /// Maps the pages of `references`, behind those in the list.
+    fn map_missing(&mut self, access: Access, pages: &mut KVec<MappedPage>) -> Result<(), Problem> {
         let count = self.references.len();
         if count == 0 {
             return Ok(());
@@ -406,13 +460,7 @@ impl Mover {
             return Err(Problem::Own(ENOMEM));
         }
         self.mapper
-            .map(
-                &self.cache,
-                self.domain,
-                &self.references,
-                access,
-                &mut self.mapped,
-            )
+            .map(&self.cache, self.domain, &self.references, access, pages)
             .map_err(Problem::Map)?;
         self.mapped_now = self.mapped_now.wrapping_add(count);
         Ok(())
@@ -441,7 +489,9 @@ impl Mover {
             return false;
         }
         self.give_up(pages);
-        self.give_back_buffers(own);
+        if let Some(copies) = &mut self.copies {
+            copies.give_back(own);
+        }
         true
     }
 
@@ -522,7 +572,9 @@ impl Mover {
         self.share_with_others();
         if short {
             self.shrink(0);
-            self.buffers.clear();
+            if let Some(copies) = &mut self.copies {
+                copies.buffers.clear();
+            }
         } else if core::mem::take(&mut self.has_unmapped) {
             self.shrink(usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0));
         }
@@ -600,7 +652,8 @@ fn add_copies<'a>(batch: &mut Batch<'a>, domain: DomId, transfer: &'a Transfer) 
     Ok(())
 }
 
-/// Passes on the segments in a private copy of a page of segments.
+/// Passes on the segments in a page of segments. They are copied from there, some at once, before they
+/// are looked at: the page may be the frontend's.
 fn for_each_segment(
     descriptors: PageSlice<'_>,
     mut take: impl FnMut(WireSegment) -> Result<(), Problem>,
