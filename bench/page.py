@@ -5,6 +5,7 @@ import disks
 import queues
 from report import COLUMNS
 from report import code
+from report import hypercalls
 from report import row
 from report import shown
 from report import tables
@@ -26,6 +27,7 @@ def write_page(document, path):
     lines = [HEAD.format(**document, sizes=code(document))]
     for title, results in tables(document):
         lines += [title, "-" * len(title), "", *_table(results), ""]
+        lines += ["Hypercalls that drivers ask for, by kind:", "", *_kinds(results), ""]
     path.write_text("\n".join(lines))
 
 
@@ -56,6 +58,16 @@ def _table(results):
         if result["where"] == "pair":
             values = row(results, result)
             yield from _row([result["cell"], result["pair"], *(shown(values[name]) for name in columns)])
+
+
+def _kinds(results):
+    results = [result for result in results if result["where"] == "pair"]
+    kinds = sorted({kind for result in results for kind in hypercalls(result)})
+    yield from (".. list-table::", "   :header-rows: 1", "")
+    yield from _row(["load", "pair", *kinds])
+    for result in results:
+        counts = hypercalls(result)
+        yield from _row([result["cell"], result["pair"], *(shown(counts.get(kind, 0)) for kind in kinds)])
 
 
 def _row(fields):

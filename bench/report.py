@@ -19,7 +19,7 @@ TITLES = {
 }
 
 COLUMNS = ("total", "of C/C", "guest", "xen", "dom0", "hypercalls", "maps", "copies", "empty",
-           "to back", "to front", "switches", "allocated", "copied")  # fmt: skip
+           "flushes", "to back", "to front", "switches", "allocated", "copied")  # fmt: skip
 
 
 def total(result):
@@ -41,19 +41,15 @@ def row(results, result):
     """The columns of a result; None where nothing can be said."""
     instructions, events, grants = (result[part] for part in ("instructions", "events", "grants"))
     control = next((total(r) for r in results if _is(r, result, "pair", "C/C")), None)
-    work = {
-        name: count
-        for name, count in result["hypercalls"].items()
-        if name.split(":")[1] not in SCHEDULING
-    }
     return {
         "total": total(result),
         "of C/C": total(result) / control if control else None,
         **{name: instructions.get(name, 0) for name in ("guest", "xen", "dom0")},
-        "hypercalls": sum(work.values()),
+        "hypercalls": sum(hypercalls(result).values()),
         "maps": grants.get("map pages", 0),
         "copies": grants.get("copy pages", 0),
         "empty": grants.get("empty calls", 0),
+        "flushes": _sum(events, ":flushes"),
         "to back": events.get("guest:notifications", 0),
         "to front": events.get("dom0:notifications", 0),
         "switches": _sum(events, ":switches"),
@@ -62,6 +58,16 @@ def row(results, result):
         "floor guest": _floor(results, result, "guest"),
         "floor dom0": _floor(results, result, "dom0"),
     }  # fmt: skip
+
+
+def hypercalls(result):
+    """Those that drivers ask for, by kind."""
+    kinds = {}
+    for name, count in result["hypercalls"].items():
+        kind = name.split(":")[1]
+        if kind not in SCHEDULING:
+            kinds[kind] = kinds.get(kind, 0) + count
+    return kinds
 
 
 def shown(value):
