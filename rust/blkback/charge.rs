@@ -35,8 +35,7 @@ pub(crate) struct Charge {
 }
 
 impl Charge {
-    /// As the toolstack wants it.
-    /// `own` lists the device's directory.
+    /// As the toolstack wants it. `own` lists the device's directory.
     pub(crate) fn read(device: &Device, own: &Listing) -> Result<Self, Fault> {
         Ok(Self {
             group: read_group(device, own)?,

@@ -236,8 +236,6 @@ pub(crate) struct Connection<'a> {
     frontend: &'a CStr,
     domain: Arc<Domain>,
     accepted: Accepted,
-    /// What is in the device's directory.
-    own: Listing,
     charge: Arc<Charge>,
     disk: Arc<Disk>,
     fence: Arc<Fence>,
@@ -271,7 +269,6 @@ impl<'a> Connection<'a> {
             frontend,
             domain: domain.clone(),
             accepted,
-            own,
             charge,
             disk,
             fence,
@@ -385,9 +382,6 @@ impl<'a> Connection<'a> {
 
     /// Writes what the disk is and can do, and Connected. Whether nobody else has written the state
     /// meanwhile.
-    ///
-    /// Each node is a question to xenstore, and another one when the bus hears of the change. So one
-    /// that only says what a frontend takes for granted without it is not made.
     pub(crate) fn describe_disk(&self) -> Result<bool, Fault> {
         let cdrom = read(self.frontend, fmt!("device-type"))?
             .is_some_and(|kind| kind.as_bytes() == b"cdrom");
@@ -400,28 +394,22 @@ impl<'a> Connection<'a> {
                 let write = |node: &str, value: u64| {
                     xenstore::write(transaction, dir, fmt!("{node}"), fmt!("{value}"))
                 };
-                let write_unless = |usual: u64, node: &str, value: u64| {
-                    if value == usual && !self.own.may_have(node) {
-                        return Ok(());
-                    }
-                    write(node, value)
-                };
                 let write_cache = disk.device.write_cache().into();
-                write_unless(0, "feature-flush-cache", write_cache)?;
-                write_unless(0, "feature-barrier", write_cache)?;
+                write("feature-flush-cache", write_cache)?;
+                write("feature-barrier", write_cache)?;
                 if let Some(discard) = disk.discard {
                     write("discard-granularity", discard.granularity.into())?;
-                    write_unless(0, "discard-alignment", discard.alignment.into())?;
-                    write_unless(0, "discard-secure", discard.secure.into())?;
+                    write("discard-alignment", discard.alignment.into())?;
+                    write("discard-secure", discard.secure.into())?;
                     write("feature-discard", 1)?;
                 }
-                write_unless(0, "feature-persistent", self.accepted.persistent.into())?;
+                write("feature-persistent", self.accepted.persistent.into())?;
                 write("sectors", sectors)?;
                 write("info", disk.info(cdrom).into())?;
                 let block_size = disk.device.logical_block_size().into();
                 write("sector-size", block_size)?;
                 let physical = disk.device.physical_block_size().into();
-                write_unless(block_size, "physical-sector-size", physical)
+                write("physical-sector-size", physical)
             })
             .doing("writing what the disk is")
     }
