@@ -8,6 +8,8 @@ flush is refused.
 """
 
 from harness.evidence import assert_served_by_pair
+from harness.toolstack import CODES
+from harness.toolstack import directories
 from harness.xenhost import Disk
 
 MODE = "/sys/module/rblk_ramdisk/parameters/mode"
@@ -26,14 +28,14 @@ def test_refused_flush(xen, test_modules, record_property):
     for machine in (host.machine, guest, server):
         machine.allow("error, dev")
         machine.allow("rror on dev")
-    node = f"/local/domain/0/backend/vbd/{guest.domid}/51712/feature-flush-cache"
+    node = f"{directories(guest.domid, CODES['xvda'], server)[1]}/feature-flush-cache"
     assert host.xenstore_read(node) == "1"
     guest.sh(SYNC)
-    host.sh(f"echo {REFUSE} > {MODE}")
+    server.sh(f"echo {REFUSE} > {MODE}")
     refused = [guest.run(SYNC)[0] != 0 for _time in range(3)]
     host.wait_for(f"[ $(xenstore-read {node}) = 0 ]")
     guest.sh("dd if=/dev/zero of=/dev/xvda bs=4k count=1 oflag=direct")
-    host.sh(f"echo {SERVE} > {MODE}")
+    server.sh(f"echo {SERVE} > {MODE}")
     if guest.front == "xen-blkfront":
         assert not any(refused)
         record_property("c_fails", "F-22")
