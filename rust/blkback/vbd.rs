@@ -155,15 +155,16 @@ struct Inner {
     pace: Pace,
     /// Looks again, when the frontend may make the next connection.
     later: Option<KThread>,
-    /// When the device was connected, nobody else had written its state.
+    /// When the device was connected last, its node was as we had left it. Otherwise the toolstack has
+    /// written there, which nobody tells.
     undisturbed: bool,
     /// Counts the connections, so that a thread of an old one does no harm to a new one.
     connection: u64,
 }
 
 impl Inner {
-    /// Whether the device has been connected and the toolstack wants no more of it. Then there is no
-    /// need to look again: what the frontend has done meanwhile is told.
+    /// Whether the device is connected, and the toolstack had not asked for anything until then. There
+    /// is no need to look again: what the frontend has done meanwhile is told.
     fn is_connected(&self) -> bool {
         self.back == Back::Live && self.undisturbed
     }
@@ -455,7 +456,8 @@ impl Vbd {
         for (index, queue) in queues {
             push(&mut serving, self.spawn(queue, index, inner.connection)?)?;
         }
-        // The same for this. They are told of errors later, for the lock is held.
+        // The frontend may ask as soon as this is written: the threads wait for it. Nor does one of
+        // them that finds an error get ahead of us, for the lock is held.
         inner.undisturbed = connection.describe_disk()?;
         if let Some(first) = serving.first() {
             let (disk, inbox) = (disk, first.inbox.clone());
