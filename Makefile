@@ -5,7 +5,7 @@
 KREL ?= 7.3
 export KDIR
 
-.PHONY: all demo test test-debug bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install clean distclean help
+.PHONY: all demo test test-debug sabotage bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install clean distclean help
 all: ## the modules, for KREL= (a series or release, 7.3) or KDIR= (a build directory)
 	@built=$$(scripts/build-modules $(KREL)) && ls -1 "$${built#$(CURDIR)/}"/rblk*.ko
 
@@ -17,6 +17,9 @@ test: ## all tests; T=<name> for scenarios with that name only
 
 test-debug: ## the scenarios of the debug kernel, with those that `make test` leaves out; T=<name> as above
 	@KERNEL=debug RBLKIF_ROWS=all scripts/run-tests $(T)
+
+sabotage: ## takes features away from our drivers, and sees whether the scenarios notice; NAMES="..." for some
+	@scripts/sabotage $(NAMES)
 
 bench: ## what an I/O costs, counted, with the C pair and ours; BASE=<json> compares with an earlier run
 	@scripts/bench $(if $(CELLS),--cells "$(CELLS)") $(if $(BASE),--base "$(BASE)") \

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Whether the scenarios notice what is taken away from the drivers."""
