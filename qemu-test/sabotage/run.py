@@ -33,6 +33,8 @@ SPACE = TREE / "build" / "sabotage"
 COPY = SPACE / "tree"
 SOURCES = ("Kbuild", "rust")
 """What modules are built from."""
+IDLE_TALK = re.compile(r"Omitting|Differing items|Use -v|Full diff")
+"""Lines of pytest about a failure that say nothing of it."""
 NOTICED = re.compile(r"(?:[\w.]*\.)?(?:assert|AssertionError|CommandFailed|MachineTrouble|Failed)\b")
 
 
@@ -115,9 +117,9 @@ def failure_in(case):
     if bad is None:
         return ""
     text = bad.text or ""
-    said = re.findall(r"^E +(\S.*)$", text, re.MULTILINE)
+    said = re.findall(r"^E   +(\S.*)$", text, re.MULTILINE)
     place = re.findall(r"^\S*scenarios/(test_\w+\.py:\d+): in ", text, re.MULTILINE)
-    summary = " / ".join(said[:3])[:300]
+    summary = " / ".join([line for line in said if not IDLE_TALK.match(line)][:4])[:400]
     if "failed on setup" in bad.get("message", "") or not said or not NOTICED.match(said[0]):
         raise NotRun(f"the scenario did not fail by an assertion: {summary or bad.get('message')}")
     return f"{place[-1] if place else 'at the end'}: {summary}"
