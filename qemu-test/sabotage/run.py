@@ -35,6 +35,8 @@ SOURCES = ("Kbuild", "rust")
 """What modules are built from."""
 IDLE_TALK = re.compile(r"Omitting|Differing items|Use -v|Full diff")
 """Lines of pytest about a failure that say nothing of it."""
+CHAINED = re.compile(r"^(?:During handling of the above|The above exception was the) .*:$", re.MULTILINE)
+"""What pytest puts between an exception and the one that came of it."""
 NOTICED = re.compile(r"(?:[\w.]*\.)?(?:assert|AssertionError|CommandFailed|MachineTrouble|Failed)\b")
 
 
@@ -116,7 +118,7 @@ def failure_in(case):
     bad = next((case.find(kind) for kind in ("failure", "error", "skipped") if case.find(kind) is not None), None)
     if bad is None:
         return ""
-    text = bad.text or ""
+    text = CHAINED.split(bad.text or "")[-1]
     said = re.findall(r"^E   +(\S.*)$", text, re.MULTILINE)
     place = re.findall(r"^\S*scenarios/(test_\w+\.py:\d+): in ", text, re.MULTILINE)
     summary = " / ".join([line for line in said if not IDLE_TALK.match(line)][:4])[:400]
