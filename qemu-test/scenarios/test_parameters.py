@@ -6,6 +6,7 @@ Names, permissions and defaults are those of xen-blkfront.
 
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
+from harness.xenhost import Disk
 
 PARAMETERS = {
     "feature_persistent": ("644", "Y"),
@@ -59,11 +60,11 @@ WAYS = [
         ("disabled", "disabled", "enabled"),
     ),
     (
-        "trusted=0 max_queues=99 max_ring_page_order=9 max_indirect_segments=9999",
+        "feature_persistent=0 trusted=0 max_queues=99 max_ring_page_order=9 max_indirect_segments=9999",
         1,
-        {**LARGE_RINGS, "ring-page-order": "4"},
+        {**LARGE_RINGS, "feature-persistent": "0", "ring-page-order": "4"},
         256,
-        ("enabled", "enabled", "enabled"),
+        ("disabled", "enabled", "enabled"),
     ),
 ]
 """Parameters, the node trusted; nodes that are written, segments of a request, what is said."""
@@ -99,14 +100,39 @@ def forget(host, directory):
         host.run(f"xenstore-rm {directory}/{name}")
 
 
-def test_parameters(xen, record_property):
+TAGS = "cd /sys/block/xvda/mq; for queue in *; do cat $queue/nr_tags; done"
+"""How many requests each queue of the disk can have."""
+
+PEEK = 11
+"""The trick of rblk_hostile_back that refuses a write whose pages show more than its data."""
+NEIGHBOURS = (
+    "fio --name=neighbours --filename=/dev/xvdb --ioengine=libaio --direct=1 --rw=randwrite --bs=512 "
+    "--iodepth=8 --iodepth_batch=8 --number_ios=8 --randseed=7 --output-format=terse"
+)
+"""Eight writes at once, whose data stands side by side in one page of fio's."""
+
+
+def show_the_data_alone(host, guest, parameters):
+    """A backend that is not trusted sees nothing else of the pages that data stands in."""
+    guest.allow("error, dev xvdb")
+    for trusted in "YN":
+        guest.sh(f"echo {trusted} > {parameters}/trusted")
+        host.attach(guest, Disk("xvdb", "/dev/ram1"))
+        guest.wait_for_disk("xvdb")
+        refused = guest.run(NEIGHBOURS)[0] != 0
+        assert refused == (trusted == "Y")
+        host.take_away(guest, "xvdb")
+
+
+def test_parameters(xen, test_modules, record_property):
     """Rows: FE-03, FE-05, FE-06, FE-12, FE-13, FE-20, FE-21, FE-22, FE-23, FE-24, FE-25, FE-26,
-    FE-30, FE-31, FE-32, FE-33, FE-34, FE-40, FE-41, FE-55, FE-68, F-17, BE-08, BE-10, BE-11, BE-20
+    FE-30, FE-31, FE-32, FE-33, FE-34, FE-40, FE-41, FE-50, FE-55, FE-68, F-17, BE-08, BE-10, BE-11, BE-20
     """
-    host = xen(waiting=TWO_VCPUS)
+    host = xen(waiting=TWO_VCPUS, modules=[test_modules / "rblk_hostile_back.ko"])
     server = host.start_server()
+    server.insmod("rblk_hostile_back", f"trick={PEEK}")
     server.load_backend("max_queues=2")
-    server.ram_disks()
+    server.ram_disks(2)
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
     parameters = f"/sys/module/{guest.front.replace('-', '_')}/parameters"
@@ -129,6 +155,10 @@ def test_parameters(xen, record_property):
             guest.ask_for_disks()
             guest.wait_for_disk("xvda")
         assert nodes_written(host, directory, nodes) == nodes, options
+        slots = 32 << int(nodes["ring-page-order"] or 0)
+        rings = int(nodes["multi-queue-num-queues"] or 1)
+        assert guest.sh(TAGS).split() == [str(slots)] * rings, options
         assert guest.sh("cat /sys/block/xvda/queue/max_segments") == str(segments), options
         assert SAID.format(*said) in guest.sh("dmesg | grep 'bounce buffer' | tail -n 1"), options
         guest.sh(DATA)
+    show_the_data_alone(host, guest, parameters)

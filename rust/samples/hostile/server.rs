@@ -16,6 +16,7 @@ use blkif::wire::Response;
 use blkif::wire::Status;
 use blkif::wire::WireRequest;
 use blkif::wire::DIRECT_SEGMENTS;
+use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
 use kernel::sync::atomic::Acquire;
@@ -28,6 +29,7 @@ use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
 use kernel_ext::base::page::Page;
 use kernel_ext::base::page::PageSlice;
+use kernel_ext::base::page::PageSliceMut;
 use kernel_ext::base::wait::new_wait_queue;
 use kernel_ext::base::wait::WaitQueue;
 use kernel_ext::xen::events::Channel;
@@ -58,6 +60,8 @@ const STATUS_WORD: u32 = 2;
 const NO_STATUS: u32 = 77;
 /// Pages that may be kept mapped.
 const KEPT: usize = 64;
+/// Bytes of a sector.
+const SECTOR: usize = 512;
 /// How long the thread sleeps without an event before it looks at the ring all the same.
 const IDLE_MS: u32 = 1000;
 /// How long the end of a thread may take.
@@ -114,6 +118,7 @@ impl Connection {
             last_id: 0,
             copier: Copier::new(DIRECT_SEGMENTS)?,
             zeroes: Page::alloc_page(GFP_KERNEL | __GFP_ZERO)?,
+            seen: Page::alloc_page(GFP_KERNEL | __GFP_ZERO)?,
             cache: KBox::pin_init(PageCache::new(), GFP_KERNEL)?,
             mapper: Mapper::new(DIRECT_SEGMENTS)?,
             kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
@@ -144,6 +149,8 @@ struct Server {
     last_id: u64,
     copier: Copier,
     zeroes: Page,
+    /// A copy of a page of the frontend.
+    seen: Page,
     cache: Pin<KBox<PageCache>>,
     mapper: Mapper,
     /// Pages that stay mapped after their request was answered.
@@ -239,6 +246,7 @@ impl Server {
         let result = match request::check(request, &LIMITS) {
             Ok(Request::Read(Data::Direct(data))) => self.read(&data),
             Ok(Request::Write(Data::Direct(data))) if trick == Trick::Keep => self.keep(&data),
+            Ok(Request::Write(Data::Direct(data))) if trick == Trick::Peek => self.peek(&data),
             Ok(_) => Ok(()),
             Err(refusal) => return refusal.status(),
         };
@@ -260,6 +268,26 @@ impl Server {
         Ok(batch.run_sleeping()?)
     }
 
+    /// Looks at the pages of a write, of which the sectors around its data have to be zero.
+    fn peek(&mut self, data: &Direct<'_>) -> Result {
+        for segment in data.segments() {
+            let whole = PageSliceMut::new(&self.seen, 0, PAGE_SIZE).ok_or(EINVAL)?;
+            let mut batch = self.copier.batch();
+            let reference = ForeignRef(segment.gref());
+            batch.read(self.device.otherend_id(), reference, 0, whole)?;
+            batch.run_sleeping()?;
+            let first = usize::from(segment.offset());
+            let data = first..first.wrapping_add(usize::from(segment.len()));
+            let mut around = (0..PAGE_SIZE)
+                .step_by(SECTOR)
+                .filter(|offset| !data.contains(offset));
+            if around.any(|offset| !is_zero(&self.seen, offset)) {
+                return Err(EACCES);
+            }
+        }
+        Ok(())
+    }
+
     /// Maps the pages of a write, for as long as there is room for them.
     fn keep(&mut self, data: &Direct<'_>) -> Result {
         for segment in data.segments() {
@@ -273,4 +301,11 @@ impl Server {
         }
         Ok(())
     }
+}
+
+/// Whether a sector of a page is all zeroes.
+fn is_zero(page: &Page, offset: usize) -> bool {
+    let mut bytes = [0; SECTOR];
+    let len = PageSlice::new(page, offset, SECTOR).map_or(0, |sector| sector.read(&mut bytes));
+    len == SECTOR && bytes == [0; SECTOR]
 }

@@ -30,10 +30,12 @@ pub(crate) enum Trick {
     Keep,
     /// Does not answer.
     Silence,
+    /// Looks at what else is in the pages of a write, and refuses one that shows anything.
+    Peek,
 }
 
 /// In the order of their numbers.
-const TRICKS: [Trick; 11] = [
+const TRICKS: [Trick; 12] = [
     Trick::Honest,
     Trick::UnknownStatus,
     Trick::UnsupportedWrite,
@@ -45,6 +47,7 @@ const TRICKS: [Trick; 11] = [
     Trick::Back,
     Trick::Keep,
     Trick::Silence,
+    Trick::Peek,
 ];
 
 impl Trick {
