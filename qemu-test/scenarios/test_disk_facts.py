@@ -78,8 +78,8 @@ def disks(rust):
 def test_disk_facts(xen, record_property):
     """Offers as they are seen in sysfs, while disks connect and later; names and numbers of disks.
 
-    Rows: FE-01, FE-04, FE-07, FE-08, FE-09, FE-10, FE-11, FE-13, FE-51, FE-52, FE-53, FE-54, FE-60,
-    FE-63, F-08, F-20
+    Rows: FE-01, FE-04, FE-07, FE-08, FE-09, FE-10, FE-11, FE-13, FE-26, FE-51, FE-52, FE-53, FE-54,
+    FE-60, FE-61, FE-63, F-08, F-20
     """
     host = xen(programs=[compiled("ioctl")])
     guest = host.start_guest(disks=[])
@@ -165,10 +165,15 @@ def follow_another_backend(host, guest, code):
     host.sh(f"xenstore-rm {new}")
 
 
+def number_of(code):
+    """The node that has the number of a disk, if it is not that of all others."""
+    return {"virtual-device": None, "virtual-device-ext": code} if code >> 28 else {}
+
+
 def follow_names(host, guest):
     """Each form of virtual device number has its name and minors; a clash is refused."""
     for names in NAMES:
-        connect_disks(host, guest, {code: ({}, {}) for code in names})
+        connect_disks(host, guest, {code: ({}, number_of(code)) for code in names})
         for code, (name, number) in names.items():
             guest.wait_for(f'[ "$(cat /sys/block/{name}/dev)" = {number} ]')
         if 768 in names:
