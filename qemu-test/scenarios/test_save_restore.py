@@ -21,8 +21,11 @@ SAVE_S = 600
 """How long what the disk keeps is kept at most, in seconds."""
 LESS = (
     'xenstore-write "$XENBUS_PATH/feature-max-indirect-segments" 0 '
-    '"$XENBUS_PATH/multi-queue-max-queues" 1 "$XENBUS_PATH/max-ring-page-order" 0'
+    '"$XENBUS_PATH/multi-queue-max-queues" 1 "$XENBUS_PATH/max-ring-page-order" 0 '
+    '"$XENBUS_PATH/discard-enable" 0'
 )
+LESS_SAID = "persistent grants: disabled; indirect descriptors: disabled; bounce buffer: disabled"
+"""What our frontend says when it has connected to that."""
 FIO = (
     "fio --name={name} --filename=/dev/xvda --ioengine=libaio --direct=1 --offset={offset}M --size=1M "
     "--iodepth=16 --bsrange=512-128k --blockalign=512 --verify_fatal=1 --randseed=$pass --output-format=terse "
@@ -102,13 +105,13 @@ def crash(host, guest, record_property):
 
 def test_save_restore(xen, test_modules, record_property):
     """To a backend that is as good as the old one; then to one with one ring of one page, no
-    indirect requests, no persistent grants.
+    indirect requests, no persistent grants, no discard.
 
     xen-blkfront is asked for the first alone. It ends what is in flight before it sends it
     again as something else. If that is the write of a write with a flush after it, the
     block layer finds nothing left of that when the flush is done: a BUG.
 
-    Rows: FE-42, FE-44, FE-66, F-06, F-10, F-24
+    Rows: FE-20, FE-21, FE-42, FE-44, FE-66, F-06, F-10, F-24
     """
     host, guest = start(xen, test_modules)
     is_ours = guest.front == "rblkfront"
@@ -120,6 +123,7 @@ def test_save_restore(xen, test_modules, record_property):
         crash(host, guest, record_property)
         return
 
+    jobs.pop().stop()
     save_in_use(host, guest)
     parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
     host.server.sh(
@@ -130,4 +134,6 @@ def test_save_restore(xen, test_modules, record_property):
     front = f"/local/domain/{guest.domid}/device/vbd/51712"
     assert host.xenstore_read(f"{front}/multi-queue-num-queues") is None
     assert host.xenstore_read(f"{front}/ring-page-order") is None
+    assert LESS_SAID in guest.sh("dmesg | grep 'bounce buffer' | tail -n 1")
+    assert guest.sh("cat /sys/block/xvda/queue/discard_max_hw_bytes") == "0"
     stop(host, guest, jobs)
