@@ -80,7 +80,7 @@ def test_discard(ramdisk_host, record_property):
 
     The C backend waits for a discard before it does anything else.
 
-    Rows: BE-23, BE-47, B-08
+    Rows: FE-11, FE-44, BE-23, BE-47, B-08
     """
     host = ramdisk_host(
         f"only={DISCARD} secure_erase=1 discard_granularity=65536 discard_alignment=4096"
