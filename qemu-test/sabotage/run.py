@@ -35,7 +35,7 @@ SOURCES = ("Kbuild", "rust")
 """What modules are built from."""
 IDLE_TALK = re.compile(r"Omitting|Differing items|Use -v|Full diff")
 """Lines of pytest about a failure that say nothing of it."""
-CHAINED = re.compile(r"^(?:During handling of the above|The above exception was the) .*:$", re.MULTILINE)
+CHAINED = re.compile(r"^(?:During handling of the|The) above exception.*:$", re.MULTILINE)
 """What pytest puts between an exception and the one that came of it."""
 NOTICED = re.compile(r"(?:[\w.]*\.)?(?:assert|AssertionError|CommandFailed|MachineTrouble|Failed)\b")
 
@@ -90,7 +90,8 @@ def build(kernel):
     release = (kernel / "O/include/config/kernel.release").read_text().strip()
     objects = SPACE / release
     objects.mkdir(parents=True, exist_ok=True)
-    command = ["make", "-s", "-C", kernel / "O", f"M={COPY}", f"MO={objects}", f"-j{os.cpu_count()}", "modules"]
+    command = ["make", "-s", "-C", kernel / "O", f"M={COPY}", f"MO={objects}"]
+    command += [f"-j{os.cpu_count()}", "modules"]
     made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if made.returncode != 0:
         errors = [line for line in made.stdout.splitlines() if "error" in line]
@@ -103,19 +104,21 @@ def run_scenario(scenario, kernel):
     name, pair = lists.RUN
     results = SPACE / "scenario.xml"
     results.unlink(missing_ok=True)
-    command = [sys.executable, "-B", "-m", "pytest", "-c", "qemu-test/pytest.ini", "--rootdir", "qemu-test"]
-    command += [f"--junitxml={results}", f"{files[scenario]}::test_{scenario}[{name}-{pair}]"]
+    command = [sys.executable, "-B", "-m", "pytest", "-c", "qemu-test/pytest.ini"]
+    command += ["--rootdir", "qemu-test", f"--junitxml={results}"]
+    command += [f"{files[scenario]}::test_{scenario}[{name}-{pair}]"]
     environment = os.environ | {"RBLKIF_KERNELS": f"{name}={kernel}", "RBLKIF_BUILD": str(SPACE)}
     with (SPACE / "scenario.log").open("w") as log:
-        status = subprocess.run(command, cwd=TREE, env=environment, stdout=log, stderr=log).returncode
-    if status not in (0, 1):
-        raise NotRun(f"pytest ended with status {status}, see {SPACE / 'scenario.log'}")
+        ended = subprocess.run(command, cwd=TREE, env=environment, stdout=log, stderr=log)
+    if ended.returncode not in (0, 1):
+        raise NotRun(f"pytest ended with status {ended.returncode}, see {SPACE / 'scenario.log'}")
     return failure_in(next(ElementTree.parse(results).iter("testcase")))
 
 
 def failure_in(case):
     """What a test of a JUnit file failed with, and where; "" if it passed."""
-    bad = next((case.find(kind) for kind in ("failure", "error", "skipped") if case.find(kind) is not None), None)
+    found = [case.find(kind) for kind in ("failure", "error", "skipped")]
+    bad = next((one for one in found if one is not None), None)
     if bad is None:
         return ""
     text = CHAINED.split(bad.text or "")[-1]
@@ -167,7 +170,7 @@ def chosen(names):
 def main():
     """Runs what was chosen; 0 if the scenarios have noticed all of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only look for what is wrong with the lists")
+    parser.add_argument("--check", action="store_true", help="only look at the lists")
     parser.add_argument("--kernel", type=Path, help="directory of the prepared kernel")
     parser.add_argument("names", nargs="*", metavar="NAME")
     options = parser.parse_args()
@@ -183,8 +186,9 @@ def main():
         seconds = round(time.monotonic() - start)
         keep(entry, outcome, failure, seconds)
         counts[outcome] += 1
-        print(f"{outcome:5} {entry['name']} ({', '.join(entry['rows'])}), {seconds} s\n      {failure}", flush=True)
-    print(f"sabotage: {counts['red']} noticed, {counts['GREEN']} not noticed, {counts['error']} in error")
+        print(f"{outcome:5} {entry['name']} ({', '.join(entry['rows'])}), {seconds} s")
+        print(f"      {failure}", flush=True)
+    print("sabotage:", ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return counts["red"] != sum(counts.values())
 
 
