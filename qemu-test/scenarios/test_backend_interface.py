@@ -15,40 +15,53 @@ log_stats 644 0
 max_buffer_pages 644 1024
 max_persistent_grants 644 1056
 max_queues 644 2
-max_ring_page_order 444 4
+max_ring_page_order 444 3
 persistent_grant_unused_seconds 644 60"""
+"""With those that it is loaded with."""
 DESCRIPTION = {
     "feature-max-indirect-segments": "256",
-    "multi-queue-max-queues": "2",
-    "max-ring-page-order": "4",
+    "multi-queue-max-queues": "1",
+    "max-ring-page-order": "3",
+    "feature-persistent": "0",
     "sectors": "131072",
     "info": "5",
     "sector-size": "512",
     "physical-sector-size": "4096",
 }
-"""What is written of a read-only RAM disk that is a CD-ROM drive to the guest."""
+"""What is written of a read-only RAM disk that is a CD-ROM drive to the guest, with what the parameters
+allow by then."""
 STATISTICS = "ds_req f_req oo_req rd_req rd_sect wr_req wr_sect"
+
+READER = (
+    "while [ ! -e /tmp/stop ]; do dd if=/dev/xvda of=/dev/null bs=4k count=1 iflag=direct; "
+    "usleep 500000; done"
+)
+LOGGED = "oo .*rd .*wr .*f .*ds "
+"""What is printed of a ring every ten seconds if log_stats is set."""
 
 
 def test_backend_interface(xen):
     """Parameters, files in sysfs, nodes, names of threads, and the numbers of xentop.
 
-    Rows: BE-02, BE-03, BE-06, BE-20, BE-21, BE-24, BE-30, BE-31, BE-32, BE-33, BE-34, BE-35, BE-36,
-    BE-37
+    Parameters that can be written hold for the next disk. That a disk gets another
+    device while it is used is ignored.
+
+    Rows: BE-01, BE-02, BE-03, BE-06, BE-20, BE-21, BE-24, BE-30, BE-31, BE-32, BE-33, BE-34, BE-35,
+    BE-36, BE-37, BE-41
     """
     host = xen(waiting=TWO_VCPUS, tools=[XENTOP])
     server = host.start_server()
-    server.load_backend("max_queues=2")
+    server.load_backend("max_queues=2 max_ring_page_order=3")
     server.ram_disks(2)
     guest = host.start_guest(
         disks=[Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/ram1", mode="r")]
     )
     assert_served_by_pair(host, guest)
     back = host.pair.back.name
+    parameters = f"/sys/module/{back.replace('-', '_')}/parameters"
     assert (
         server.sh(
-            f"cd /sys/module/{back.replace('-', '_')}/parameters; "
-            "for name in *; do echo $name $(stat -c %a $name) $(cat $name); done"
+            f"cd {parameters}; for name in *; do echo $name $(stat -c %a $name) $(cat $name); done"
         )
         == PARAMETERS
     )
@@ -77,6 +90,10 @@ def test_backend_interface(xen):
             for name in ("oo_req", "rd_req", "wr_req", "rd_sect", "wr_sect")
         ]
 
+    host.sh(f"xenstore-write {HandMade(host, guest, 'xvda').back}/physical-device 1:1")
+    server.sh(
+        f"cd {parameters}; echo 0 > feature_persistent; echo 1 > max_queues; echo 1 > log_stats"
+    )
     disk = HandMade(host, guest, "xvdc")
     disk.offer(mode="r")
     host.sh(f"xenstore-write {disk.front}/device-type cdrom")
@@ -85,6 +102,12 @@ def test_backend_interface(xen):
     guest.wait_for_disk("xvdc")
     nodes = "\n".join(f"xenstore-read {disk.back}/{name}" for name in DESCRIPTION)
     assert host.sh(nodes).split() == list(DESCRIPTION.values())
+    # The backend has heard of that before it heard of xvdc.
+    assert server.sh(f"cat {devices['xvda']}/physical_device") == "1:0"
+
+    guest.sh(f"({READER}) > /dev/null 2>&1 &")
+    server.wait_for(f"dmesg | grep -q '{guest.domid}[.]xvda-.*{LOGGED}'", timeout=40)
+    guest.sh("touch /tmp/stop")
 
 
 def statistics(server, device):

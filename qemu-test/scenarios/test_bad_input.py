@@ -64,13 +64,20 @@ FLICKER = """(while [ ! -e /tmp/stop ]; do
 done; rm /tmp/stop) > /dev/null 2>&1 &"""
 """Dom0 writes nodes all the time."""
 
+GOOD_FRONT = {"ring-ref": "8", "event-channel": "4", "protocol": "x86_64-abi"}
+"""Nodes that are good as far as the text goes."""
 BAD_FRONTS = [
-    {"ring-ref": "4000000000", "event-channel": "4000", "protocol": "x86_64-abi"},
-    {"ring-ref": "8", "event-channel": "4000000", "protocol": "x86_64-abi"},
-    {"ring-ref": "8", "event-channel": "4", "protocol": "pdp11-abi"},
-    {"event-channel": "4", "protocol": "x86_64-abi"},
-    {"ring-ref": "eight", "event-channel": "4", "protocol": "x86_64-abi"},
+    ("protocol", "pdp11-abi"),
+    ("multi-queue-num-queues", "0"),
+    ("multi-queue-num-queues", "99"),
+    ("ring-page-order", "9"),
+    ("ring-ref", None),
+    ("ring-ref", "eight"),
+    ("ring-ref", "4000000000"),
+    ("event-channel", None),
+    ("event-channel", "-1"),
 ]
+"""Node and value, None for a missing node, of a frontend that our backend refuses."""
 
 
 def refuse(host, guest, bad):
@@ -95,8 +102,12 @@ def refuse(host, guest, bad):
 
 def message(directory, node, value):
     """What the guest's log has about a node."""
-    text = f"{node}: missing" if value is None else f'{node} = "{value}"'
-    return f"{directory}/{text}"
+    return f"{directory}/{complaint(node, value)}"
+
+
+def complaint(node, value):
+    """What our drivers say of a node that they cannot use."""
+    return f"{node}: missing" if value is None else f'{node} = "{value}"'
 
 
 def take(host, guest, offers):
@@ -168,6 +179,9 @@ def test_bad_offers(xen, record_property):
 def test_bad_frontend(host):
     """Nonsense from the frontend: an error in xenstore, and the next one connects.
 
+    The error names the node and its value. The backend has not said what the disk is
+    then, which comes along with Connected.
+
     The C backend is no control here: it warns, with a stack trace, when it is
     detached from a frontend that it never connected to.
 
@@ -177,10 +191,12 @@ def test_bad_frontend(host):
     guest.unload_frontend()
     front, back = directories(guest.domid, CODE, host.server)
     error = error_node(back)
-    for nodes in BAD_FRONTS:
+    for node, value in BAD_FRONTS:
         host.attach(guest, Disk("xvdb", "/dev/ram0"))
-        write_nodes(host, front, {**nodes, "state": 3})
+        write_nodes(host, front, {**GOOD_FRONT, node: value, "state": 3})
         host.wait_for(f"xenstore-exists {error}")
+        assert complaint(node, value) in host.xenstore_read(error)
+        assert host.xenstore_read(f"{back}/sectors") is None
         host.sh(f"xl block-detach --force {guest.name} xvdb; xenstore-rm {error}")
         host.wait_for(f"! xenstore-exists {back}")
     host.attach(guest, Disk("xvdb", "/dev/ram0"))

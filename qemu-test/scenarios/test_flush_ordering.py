@@ -15,7 +15,7 @@ STEPS = 20
 
 
 def test_flush_ordering(xen):
-    """Rows: FE-10, FE-42, BE-22"""
+    """Rows: FE-10, FE-42, BE-22, BE-46"""
     host = xen(log_writes=True)
     host.load_backend()
     guest = host.start_guest(disks=[Disk("xvda", "/dev/vdb")])

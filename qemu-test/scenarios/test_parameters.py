@@ -127,7 +127,7 @@ def show_the_data_alone(host, guest, parameters):
 def test_parameters(xen, test_modules, record_property):
     """Rows: FE-03, FE-05, FE-06, FE-12, FE-13, FE-20, FE-21, FE-22, FE-23, FE-24, FE-25, FE-26,
     FE-30, FE-31, FE-32, FE-33, FE-34, FE-40, FE-41, FE-50, FE-55, FE-68, F-17, BE-08, BE-10, BE-11,
-    BE-20
+    BE-20, BE-48
     """
     host = xen(waiting=TWO_VCPUS, modules=[test_modules / "rblk_hostile_back.ko"])
     server = host.start_server()

@@ -33,7 +33,7 @@ def test_refused_flush(xen, test_modules, record_property):
     guest.sh(SYNC)
     server.sh(f"echo {REFUSE} > {MODE}")
     refused = [guest.run(SYNC)[0] != 0 for _time in range(3)]
-    host.wait_for(f"[ $(xenstore-read {node}) = 0 ]")
+    host.wait_for(f"[ $(xenstore-read {node}) = 0 ]", timeout=30)
     guest.sh("dd if=/dev/zero of=/dev/xvda bs=4k count=1 oflag=direct")
     server.sh(f"echo {SERVE} > {MODE}")
     if guest.front == "xen-blkfront":

@@ -26,6 +26,7 @@ for disk in $DISKS; do
 done
 """
 """Writes 2 MiB of each disk by four processes at once, and compares it."""
+WRITERS = 4
 
 GROUPS = """
 mount -t cgroup2 none /sys/fs/cgroup
@@ -45,9 +46,10 @@ def test_budget(xen, test_modules, record_property):
     """A busy disk may have the pages that other disks of its domain do not use now.
 
     They get them back when they need them, and all together never have more. What
-    is beyond the budget waits. In the C module each queue has a limit of its own.
+    is not used for as long as the parameter says is let go. What is beyond the budget
+    waits. In the C module each queue has a limit of its own.
 
-    Rows: BE-08, BE-31, BE-44, BE-45, B-11, B-15
+    Rows: BE-08, BE-30, BE-31, BE-32, BE-44, BE-45, B-11, B-15
     """
     front = "max_indirect_segments=128"
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"], front_parameters=front)
@@ -73,16 +75,33 @@ def test_budget(xen, test_modules, record_property):
         together = mapped(host, guest) - idle
         print(f"pages mapped: together {together}")
         assert PART < together <= PART * len(DISKS)
+    assert_unused_let_go(host, guest)
     if not ours:
         return
     guest.unload_frontend()
     guest.load_frontend(f"feature_persistent=0 {front}")
     guest.wait_for_disk("xvda")
+    disk = HandMade(host, guest, "xvda")
+    written = disk.statistic("wr_req")
     server.sh(f"echo {KEEP} > {PARAMETERS}/mode; : < /dev/rblk0")
     guest.sh(f"(DISKS=xvda\n{WORK}\ntouch /tmp/good) > /dev/null 2>&1 &")
-    server.wait_for("[ $(cat /sys/bus/xen-backend/devices/vbd-*-51712/statistics/oo_req) != 0 ]")
+    numbers = f"{disk.device}/statistics"
+    server.wait_for(
+        f"[ $(cat {numbers}/oo_req) != 0 ] || [ $(cat {numbers}/wr_req) -ge {written + WRITERS} ]"
+    )
+    assert disk.statistic("oo_req") != 0
     server.sh(f"echo 0 > {PARAMETERS}/mode; : < /dev/rblk0")
     guest.wait_for("[ -e /tmp/good ]")
+
+
+def assert_unused_let_go(host, guest):
+    """The backend is told for how long to keep pages: those that no disk uses are unmapped."""
+    parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
+    kept = mapped(host, guest)
+    host.server.sh(f"echo 1 > {parameters}/persistent_grant_unused_seconds")
+    guest.sh(f"DISKS='{' '.join(DISKS)}'\n{WORK}")
+    # To count them takes seconds.
+    assert any(mapped(host, guest) <= kept - PART for _look in range(5))
 
 
 def written(server, group):

@@ -12,7 +12,7 @@ FIO = (
 
 
 def test_write_verify(xen):
-    """Rows: FE-12, FE-40, FE-41, BE-44, BE-46, BE-48"""
+    """Rows: FE-12, FE-40, FE-41, BE-44, BE-46"""
     host = xen(waiting=TWO_VCPUS)
     server = host.start_server()
     server.load_backend()
