@@ -33,7 +33,8 @@ def read_log(path):
     with open(path, "rb") as file:
         magic, _version, count, sector_size = struct.unpack("<QQQI", file.read(28))
         if magic != MAGIC:
-            raise ValueError(f"{path} is no log of writes")
+            # QEMU writes the super block with the first flush.
+            raise AssertionError(f"{path} is no log of writes, or the disk was never flushed")
         file.seek(sector_size)
         for _ in range(count):
             sector, sectors, flags, _length = struct.unpack("<QQQQ", file.read(sector_size)[:32])
