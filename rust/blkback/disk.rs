@@ -15,8 +15,11 @@ use kernel::str::CString;
 use kernel::sync::atomic::Atomic;
 use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
+use kernel_ext::base::jiffies::msecs_to_jiffies;
 use kernel_ext::base::jiffies::Jiffies;
+use kernel_ext::base::timer::IdleCpu;
 use kernel_ext::base::timer::Target;
+use kernel_ext::base::timer::Timer;
 use kernel_ext::block::bdev::Access;
 use kernel_ext::block::bdev::BlockDevice;
 use kernel_ext::block::bdev::DeviceNumber;
@@ -130,13 +133,26 @@ impl Disk {
     }
 }
 
+/// How often to look for a new size of a disk without I/O.
+const SIZE_WATCH_MS: u32 = 1000;
+
 /// Looks for a new size of a disk without I/O.
 pub(crate) struct SizeWatch {
-    pub(crate) disk: Arc<Disk>,
-    /// The queue that has to tell the frontend.
-    pub(crate) inbox: Arc<Inbox>,
+    disk: Arc<Disk>,
+    inbox: Arc<Inbox>,
+}
+
+impl SizeWatch {
+    /// A timer that is to be set after [`Self::period`], and goes on by itself. `inbox` is of the
+    /// queue that has to tell the frontend.
+    pub(crate) fn timer(disk: Arc<Disk>, inbox: Arc<Inbox>) -> Result<Pin<KBox<Timer<Self>>>> {
+        Timer::new(IdleCpu::Sleeps, Self { disk, inbox })
+    }
+
     /// The time from one look to the next.
-    pub(crate) period: Jiffies,
+    pub(crate) fn period() -> Jiffies {
+        msecs_to_jiffies(SIZE_WATCH_MS)
+    }
 }
 
 impl Target for SizeWatch {
@@ -144,6 +160,6 @@ impl Target for SizeWatch {
         if self.disk.has_new_size() {
             self.inbox.nudge();
         }
-        Some(self.period)
+        Some(Self::period())
     }
 }

@@ -80,7 +80,6 @@ use kernel_ext::base::kthread::Kind;
 use kernel_ext::base::noio::Noio;
 use kernel_ext::base::sysfs;
 use kernel_ext::base::sysfs::Output;
-use kernel_ext::base::timer::IdleCpu;
 use kernel_ext::base::timer::Timer;
 use kernel_ext::base::wait::WaitQueue;
 use kernel_ext::new_wait_queue;
@@ -95,9 +94,6 @@ use kernel_ext::xen::xenbus::Side;
 use kernel_ext::xen::xenbus::State;
 use kernel_ext::xen::xenstore::Watch;
 use kernel_ext::xen::xenstore::WatchHandler;
-
-/// How often to look for a new size of a disk without I/O.
-const SIZE_WATCH_MS: u32 = 1000;
 
 /// How long a driver that is unbound waits for what is in flight, before its queues are left to
 /// themselves.
@@ -456,22 +452,19 @@ impl Vbd {
         for (index, queue) in queues {
             push(&mut serving, self.spawn(queue, index, inner.connection)?)?;
         }
+        let size_watch = serving
+            .first()
+            .map(|first| SizeWatch::timer(disk, first.inbox.clone()))
+            .transpose()
+            .map_err(|error| Fault::Own("making a timer", error))?;
         // The frontend may ask as soon as this is written: the threads wait for it. Nor does one of
         // them that finds an error get ahead of us, for the lock is held.
         inner.undisturbed = connection.describe_disk()?;
-        if let Some(first) = serving.first() {
-            let (disk, inbox) = (disk, first.inbox.clone());
-            let period = msecs_to_jiffies(SIZE_WATCH_MS);
-            let watch = SizeWatch {
-                disk,
-                inbox,
-                period,
-            };
-            let timer = Timer::new(IdleCpu::Sleeps, watch)
-                .map_err(|error| Fault::Own("making a timer", error))?;
-            timer.set_after(period);
-            inner.size_watch = Some(timer);
+        // Nothing may fail any more: the frontend has been told that it is served.
+        if let Some(timer) = &size_watch {
+            timer.set_after(SizeWatch::period());
         }
+        inner.size_watch = size_watch;
         inner.serving = serving;
         connection.report();
         Ok(())
