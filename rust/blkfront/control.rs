@@ -485,13 +485,14 @@ impl Control {
         let _ = self.follow_disk(disk, &nodes);
     }
 
-    /// Takes over what may change while a disk is in use.
+    /// Takes over what may change while a disk is in use. Who is told of the new size finds the
+    /// write protection as it is to be with that.
     fn follow_disk(&self, disk: &GenDisk<Disk>, nodes: &negotiate::Disk) -> Result {
+        disk.set_read_only(nodes.read_only());
         if disk.capacity() != nodes.sectors {
             pr_info!("{}: Setting capacity to {}\n", self.name(), nodes.sectors);
             disk.set_capacity_and_notify(nodes.sectors)?;
         }
-        disk.set_read_only(nodes.read_only());
         Ok(())
     }
 
