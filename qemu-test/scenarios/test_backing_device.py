@@ -172,7 +172,9 @@ def test_disk_sequence(xen):
         host.sh(f"xenstore-write {disk.back}/physical-device {given:x}@{number}")
     guest.wait_for_disk("xvdc")
     assert_served_by_pair(host, guest, "xvdc")
-    error = host.xenstore_read(error_node(wrong.back)) or "none"
+    node = error_node(wrong.back)
+    host.wait_for(f"xenstore-exists {node}")
+    error = host.xenstore_read(node)
     assert f"{sequence + 1:x}@{number}" in error and "another disk" in error
     assert guest.run("[ -b /dev/xvdb ]")[0] != 0
 

@@ -155,6 +155,8 @@ def test_parameters(xen, test_modules, record_property):
             guest.load_frontend(options)
             guest.ask_for_disks()
             guest.wait_for_disk("xvda")
+        # The disk may be there before that is said.
+        host.wait_for(f"[ $(xenstore-read {directory}/state) = 4 ]")
         assert nodes_written(host, directory, nodes) == nodes, options
         slots = 32 << int(nodes["ring-page-order"] or 0)
         rings = int(nodes["multi-queue-num-queues"] or 1)

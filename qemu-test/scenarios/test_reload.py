@@ -66,11 +66,12 @@ def test_reload_frontend(host, rivals):
         guest.wait_for_disk("xvda")
         assert guest.sh(SUM) == written
     for _cycle in range(2):
-        guest.sh("(sleep 1000 < /dev/xvda; true) > /dev/null 2>&1 &")
+        # The shell opens the disk before it starts who keeps it open.
+        guest.sh("exec 9< /dev/xvda; sleep 1000 > /dev/null 2>&1 & echo $! > /tmp/keeper")
         guest.rebind_disk(51712)
         guest.wait_for_disk("xvda")
         assert guest.sh(SUM) == written
-        guest.sh("kill $(pidof sleep)")
+        guest.sh("kill $(cat /tmp/keeper)")
     assert_served_by_pair(host, guest)
 
 

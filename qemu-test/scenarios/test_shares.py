@@ -147,5 +147,7 @@ def test_io_owner(xen, record_property):
         return
     assert written(server, "named") == 16 << 16
     assert server.sh(f"ionice -p {threads['xvdb']}") == "best-effort: prio 7"
-    assert 'cgroup = "/guests/nowhere"' in host.xenstore_read(error_node(lost.back))
+    error = error_node(lost.back)
+    host.wait_for(f"xenstore-exists {error}")
+    assert 'cgroup = "/guests/nowhere"' in host.xenstore_read(error)
     assert guest.run("[ -b /dev/xvdd ]")[0] != 0
