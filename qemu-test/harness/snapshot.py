@@ -34,7 +34,7 @@ COUNTED = (
     "-icount", "shift=0,sleep=off", "-seed", "1", "-rtc", "base=2026-01-01T00:00:00,clock=vm",
 )  # fmt: skip
 """A machine whose clock is the number of instructions that it ran: one each nanosecond."""
-DISK_SIZES = {"payload": 64 << 20, "disk": 512 << 20}
+DISK_SIZES = {"payload": 64 << 20, "disk": 1 << 30}
 """The disks that a scenario brings: /dev/vda and /dev/vdb in dom0. /dev/vdc has the guests' kernel."""
 
 MADE_BY = [Path(__file__), Path(__file__).with_name("machine.py")]
