@@ -153,9 +153,11 @@ class Run:
         ios, nanoseconds = map(int, output.split())
         self._windows.append((where, cell, ios, nanoseconds))
         took = time.monotonic() - start
+        # Where processors run beside each other, time is that of the clock.
+        unit = "ns" if self.setting in PARALLEL else "instructions"
         print(
             f"  {self.pair.name} {self.kind} {self.setting}: {cell.name} on {where}: "
-            f"{nanoseconds // ios} instructions each ({took:.0f} s)",
+            f"{nanoseconds // ios} {unit} each ({took:.0f} s)",
             file=sys.stderr,
         )
 
