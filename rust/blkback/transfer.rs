@@ -122,14 +122,15 @@ impl Job {
     }
 }
 
-/// Whether nothing but an answer is missing to a transfer that the disk is done with. If `pages_stay`,
-/// its pages need not be unmapped before that.
+/// Whether nothing but an answer is missing to a transfer that the disk is done with: what a read has
+/// brought to pages of our own is still to be copied. If `pages_stay`, its pages need not be unmapped
+/// before that.
 pub(crate) fn wants_only_an_answer(transfer: &Transfer, pages_stay: bool) -> bool {
     let (job, (mapped, own)) = (&transfer.context, transfer.data());
     job.result.is_ok()
         && !job.has_more()
         && job.work != Work::Barrier
-        && own.is_empty()
+        && (own.is_empty() || job.work != Work::Read)
         && (pages_stay || mapped.is_empty())
 }
 
