@@ -9,6 +9,7 @@ from .guest import Guest
 from .image import module_at
 
 XL = "/usr/lib/xen-4.20/bin/xl"
+DEVD_PID = "/run/xen/devd.pid"
 BALLOON = "/sys/devices/system/xen_memory/xen_memory0"
 """Where a domain's kernel says how much memory it has, and wants."""
 
@@ -25,7 +26,7 @@ class Storage(Guest):
     def start(self, kind):
         """As a guest; it also begins to serve disks."""
         super().start(kind)
-        self.sh(f"mkdir -p /var/log/xen /var/run /run/xen && {XL} devd")
+        self.sh(f"mkdir -p /var/log/xen /var/run /run/xen && {XL} devd -p {DEVD_PID}")
         self._see_memory()
 
     def take_over(self):
@@ -45,6 +46,15 @@ class Storage(Guest):
         """
         self.sh(f"echo {self._memory_kb} > {BALLOON}/target_kb")
         self.wait_for(f"[ $(cat {BALLOON}/info/current_kb) = {self._memory_kb} ]")
+
+    def restart_devd(self):
+        """Has `xl devd` see the devices that there are: one that did not close stays in its list,
+        and no script runs for the next one of that name.
+        """
+        self.sh(
+            f"pid=$(cat {DEVD_PID}); kill $pid; while [ -e /proc/$pid ]; do usleep 100000; done; "
+            f"rm -f {DEVD_PID}; {XL} devd -p {DEVD_PID}"
+        )
 
     def load_backend(self, parameters=""):
         """Loads the pair's backend."""

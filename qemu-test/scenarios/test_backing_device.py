@@ -281,6 +281,7 @@ def assert_only_threads_wait(host, guest):
         # With the guest, xl leaves them to the driver domain, which waits for a closed disk.
         back = directories(guest.domid, CODES["xvdb"], server)[1]
         host.sh(f"! xenstore-exists {back} || xenstore-rm {back}")
+        server.restart_devd()
     server.wait_for(f"[ ! -e {device(guest, 'xvdb')} ]")
     assert "still wait for the disk" in server.sh("dmesg")
     server.sh(XVDB_THREADS)
