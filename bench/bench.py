@@ -43,6 +43,7 @@ from page import write_queues
 from queues import MEASURES
 from queues import RATIOS
 from queues import measure_queues
+from report import merged
 from report import print_profile
 from report import print_report
 
@@ -180,6 +181,7 @@ def parsed():
     parser.add_argument("--logs", default="build/bench")
     parser.add_argument("--out", default="build/bench/results.json")
     parser.add_argument("--base", help="results of an earlier run, to compare with")
+    parser.add_argument("--into", help="results of an earlier run, to replace those of the same name in")
     parser.add_argument("--page", help="directory for the table and the picture of the documentation")
     return parser.parse_args()
 
@@ -253,6 +255,8 @@ def main():
     base = json.loads(Path(options.base).read_text()) if options.base else None
     start = time.monotonic()
     document = run_all(options)
+    if options.into:
+        document = merged(json.loads(Path(options.into).read_text()), document)
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")

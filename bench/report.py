@@ -122,6 +122,13 @@ def _print_profile(title, found, limit):
         print("".join(f"{shown(c.get(name, 0)):>9}" for c in counts.values()) + f"  {name[0]:6}{name[1]}")
 
 
+def merged(earlier, document):
+    """An earlier run with the results of this one in the places of its own."""
+    new = {_key(result): result for result in document["results"]}
+    results = [new.pop(_key(result), result) for result in earlier["results"]]
+    return document | {"results": [*results, *new.values()]}
+
+
 def _floor(results, result, where):
     same = (r for r in results if r["where"] == where and r["cell"] == result["cell"])
     return next((total(r) for r in same), None)
