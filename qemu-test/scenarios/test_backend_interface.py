@@ -106,7 +106,7 @@ def test_backend_interface(xen):
     assert server.sh(f"cat {devices['xvda']}/physical_device") == "1:0"
 
     guest.sh(f"({READER}) > /dev/null 2>&1 &")
-    server.wait_for(f"dmesg | grep -q '{guest.domid}[.]xvda-.*{LOGGED}'", timeout=40)
+    server.wait_for(f"dmesg | grep -q '{guest.domid}[.]xvda-.*{LOGGED}'", timeout=100)
     guest.sh("touch /tmp/stop")
 
 
