@@ -78,8 +78,8 @@ def disks(rust):
 def test_disk_facts(xen, record_property):
     """Offers as they are seen in sysfs, while disks connect and later; names and numbers of disks.
 
-    Rows: FE-01, FE-04, FE-07, FE-08, FE-09, FE-10, FE-11, FE-13, FE-26, FE-51, FE-52, FE-53, FE-54,
-    FE-60, FE-61, FE-63, F-08, F-20
+    Rows: FE-01, FE-04, FE-07, FE-08, FE-09, FE-10, FE-11, FE-13, FE-24, FE-26, FE-51, FE-52, FE-53,
+    FE-54, FE-60, FE-61, FE-63, F-08, F-20
     """
     host = xen(programs=[compiled("ioctl")])
     guest = host.start_guest(disks=[])
@@ -96,6 +96,9 @@ def test_disk_facts(xen, record_property):
         seen = seen[len(SHOWN) :]
     if not rust:
         record_property("c_fails", "F-20")
+    # That of a disk by xl is written by xl already.
+    protocol = f"{directories(guest.domid, XVDF)[0]}/protocol"
+    assert host.xenstore_read(protocol) == "x86_64-abi"
     for disk, number, answer in ASKED:
         assert guest.sh(f"/programs/ioctl /dev/{disk} {number}").startswith(answer), (disk, number)
     follow_changes(host, guest, rust)
