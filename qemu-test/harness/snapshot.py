@@ -179,7 +179,12 @@ def save(machine, directory):
     machine.shell.check("sync")
     machine.monitor("stop")
     machine.monitor(f"migrate \"exec:cat > {directory / 'state'}\"")
+    end = time.monotonic() + 120
     status = machine.monitor("info migrate")
+    # The command ends when the memory is saved, and the devices are left.
+    while "Migration status: device" in status and time.monotonic() < end:
+        time.sleep(0.1)
+        status = machine.monitor("info migrate")
     if "completed" not in status:
         raise RuntimeError(f"the snapshot was not saved:\n{status}")
 
