@@ -24,6 +24,7 @@ LESS = (
     '"$XENBUS_PATH/multi-queue-max-queues" 1 "$XENBUS_PATH/max-ring-page-order" 0 '
     '"$XENBUS_PATH/discard-enable" 0'
 )
+"""What the hotplug script writes first: the backend looks for it when it hears of the disk."""
 LESS_SAID = "persistent grants: disabled; indirect descriptors: disabled; bounce buffer: disabled"
 """What our frontend says when it has connected to that."""
 FIO = (
@@ -127,7 +128,8 @@ def test_save_restore(xen, test_modules, record_property):
     save_in_use(host, guest)
     parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
     host.server.sh(
-        f"echo '{LESS}' >> /etc/xen/scripts/blk-min; echo N > {parameters}/feature_persistent"
+        f"echo '{LESS}' > /tmp/less; sed -i '/= add/r /tmp/less' /etc/xen/scripts/blk-min; "
+        f"echo N > {parameters}/feature_persistent"
     )
     guest.restore(IMAGE)
     wait_for_passes(jobs)
