@@ -253,10 +253,11 @@ def main():
         run_queues(options)
         return
     base = json.loads(Path(options.base).read_text()) if options.base else None
+    into = json.loads(Path(options.into).read_text()) if options.into else None
     start = time.monotonic()
     document = run_all(options)
-    if options.into:
-        document = merged(json.loads(Path(options.into).read_text()), document)
+    if into:
+        document = merged(into, document)
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
