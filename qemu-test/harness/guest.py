@@ -199,14 +199,31 @@ on_reboot = "destroy"
     def reload_frontend(self):
         """Unloads and loads the frontend; all disks are closed and come back."""
         self.unload_frontend()
+        self.wait_for_backends()
         self.load_frontend()
         self.ask_for_disks()
 
     def rebind_disk(self, code):
         """Unbinds a disk from the frontend through sysfs, and binds it again."""
         device = f"vbd-{code}"
-        self.sh(f"cd {DRIVER}; echo {device} > unbind; [ ! -e {device} ]; echo {device} > bind")
+        self.sh(f"cd {DRIVER}; echo {device} > unbind; [ ! -e {device} ]")
+        self.wait_for_backends(code)
+        self.sh(f"cd {DRIVER}; echo {device} > bind")
         self.ask_for_disks()
+
+    def wait_for_backends(self, disks=None):
+        """Waits until those who serve these disks, by number, or all, have seen the frontend go.
+
+        The C frontend takes a backend that is still connected to its predecessor for its own, and
+        what it asks of the disk then is never answered.
+        """
+        if self.front == "xen-blkfront":
+            directory = f"/local/domain/{self.domid}/device/vbd"
+            states = (
+                f"for disk in {disks or f'$(xenstore-list {directory})'}; do "
+                f"xenstore-read $(xenstore-read {directory}/$disk/backend)/state; done"
+            )
+            self.host.wait_for(f"! {{ {states}; }} | grep -qvx 6")
 
     def ask_for_disks(self):
         """Has a frontend that was unbound from its disks connect to them again."""

@@ -149,6 +149,7 @@ def test_parameters(xen, test_modules, record_property):
     for number, (options, trusted, nodes, segments, said) in enumerate(ways):
         if number:
             guest.unload_frontend()
+            guest.wait_for_backends()
             host.sh(f"xenstore-write {directory}/trusted {trusted}")
             if guest.front == "xen-blkfront":
                 forget(host, directory)
