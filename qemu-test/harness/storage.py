@@ -10,6 +10,7 @@ from .image import module_at
 
 XL = "/usr/lib/xen-4.20/bin/xl"
 DEVD_PID = "/run/xen/devd.pid"
+"""Where `xl devd` writes its process id."""
 BALLOON = "/sys/devices/system/xen_memory/xen_memory0"
 """Where a domain's kernel says how much memory it has, and wants."""
 
@@ -51,10 +52,10 @@ class Storage(Guest):
         """Has `xl devd` see the devices that there are: one that did not close stays in its list,
         and no script runs for the next one of that name.
         """
-        self.sh(
-            f"pid=$(cat {DEVD_PID}); kill $pid; while [ -e /proc/$pid ]; do usleep 100000; done; "
-            f"rm -f {DEVD_PID}; {XL} devd -p {DEVD_PID}"
-        )
+        pid = self.sh(f"cat {DEVD_PID}")
+        self.sh(f"kill {pid}")
+        self.wait_for(f"[ ! -e /proc/{pid} ]")
+        self.sh(f"rm -f {DEVD_PID}; {XL} devd -p {DEVD_PID}")
 
     def load_backend(self, parameters=""):
         """Loads the pair's backend."""

@@ -15,7 +15,8 @@ WRITER = (
 def test_second_disk(host):
     """The disk has no cache to flush, so that no flush gets to the backend.
 
-    Rows: FE-43, FE-60, FE-62, FE-64, FE-65"""
+    Rows: FE-43, FE-60, FE-62, FE-64, FE-65
+    """
     guest = host.start_guest(disks=[])
     for cycle in range(10):
         in_use = cycle % 2 == 1

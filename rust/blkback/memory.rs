@@ -621,12 +621,6 @@ impl Drop for Mover {
     }
 }
 
-/// Whether the data of a transfer has to be copied.
-pub(crate) fn is_copied(transfer: &Transfer) -> bool {
-    let (_, own) = transfer.data();
-    !own.is_empty()
-}
-
 /// Whether a chain of so many transfers can be copied at once, and one more.
 pub(crate) fn can_add_copies(transfers: usize) -> bool {
     transfers < COPIES / COPIED_SEGMENTS

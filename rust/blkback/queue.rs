@@ -22,13 +22,14 @@ use crate::inbox::Parked;
 use crate::inbox::Rest;
 use crate::inbox::Ring;
 use crate::memory::can_add_copies;
-use crate::memory::is_copied;
 use crate::memory::Mover;
 use crate::memory::Problem;
 use crate::params::BUFFER_SQUEEZE_DURATION_MS;
 use crate::params::LOG_STATS;
 use crate::stats::Counters;
 use crate::transfer::has_space;
+use crate::transfer::is_copied;
+use crate::transfer::is_read_into_copy;
 use crate::transfer::new_transfer;
 use crate::transfer::reserve;
 use crate::transfer::Chain;
@@ -698,11 +699,6 @@ fn segments(request: &Request<'_>) -> usize {
 /// Whether it may work when there is more memory.
 fn is_shortage(filled: &Result<(), Problem>) -> bool {
     filled.as_ref().is_err_and(Problem::is_shortage)
-}
-
-/// Whether a read has brought data that is still to be copied to the frontend.
-fn is_read_into_copy(transfer: &Transfer) -> bool {
-    transfer.context.work == Work::Read && transfer.context.result.is_ok() && is_copied(transfer)
 }
 
 /// What the disk is asked for next, and where.

@@ -122,15 +122,25 @@ impl Job {
     }
 }
 
-/// Whether nothing but an answer is missing to a transfer that the disk is done with: what a read has
-/// brought to pages of our own is still to be copied. If `pages_stay`, its pages need not be unmapped
-/// before that.
+/// Whether the data of a transfer has to be copied.
+pub(crate) fn is_copied(transfer: &Transfer) -> bool {
+    let (_, own) = transfer.data();
+    !own.is_empty()
+}
+
+/// Whether a read has brought data that is still to be copied to the frontend.
+pub(crate) fn is_read_into_copy(transfer: &Transfer) -> bool {
+    transfer.context.work == Work::Read && transfer.context.result.is_ok() && is_copied(transfer)
+}
+
+/// Whether nothing but an answer is missing to a transfer that the disk is done with. If `pages_stay`,
+/// its pages need not be unmapped before that.
 pub(crate) fn wants_only_an_answer(transfer: &Transfer, pages_stay: bool) -> bool {
-    let (job, (mapped, own)) = (&transfer.context, transfer.data());
+    let (job, (mapped, _)) = (&transfer.context, transfer.data());
     job.result.is_ok()
         && !job.has_more()
         && job.work != Work::Barrier
-        && (own.is_empty() || job.work != Work::Read)
+        && !is_read_into_copy(transfer)
         && (pages_stay || mapped.is_empty())
 }
 
