@@ -8,8 +8,17 @@ driver that allocates for each request without GFP_NOIO hangs here.
 
 from harness.evidence import assert_served_by_pair
 
-MEBIBYTES = 160
-FILL = f"mount -t tmpfs -o size={MEBIBYTES + 8}M tmpfs /mnt && for i in $(seq {MEBIBYTES // 8}); do dd if=/dev/urandom of=/mnt/$i bs=1M count=8 2>/dev/null; md5sum /mnt/$i; done > /sums"
+MORE_MIB = 64
+"""What the guest stores beyond the memory that it has for it."""
+FILL = f"""
+set -e
+mib=$(awk '/MemAvailable/ {{ print int($2 / 1024) + {MORE_MIB} }}' /proc/meminfo)
+mount -t tmpfs -o size=$((mib + 8))M tmpfs /mnt
+for i in $(seq $((mib / 8))); do
+	dd if=/dev/urandom of=/mnt/$i bs=1M count=8 2> /dev/null
+	md5sum /mnt/$i
+done > /sums
+"""
 
 
 def test_swap(xen):
