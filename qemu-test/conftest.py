@@ -141,11 +141,13 @@ def logs(request):
 def xen(request, kernel, dom0_kernel, pair, logs):
     """Makes a Xen host: `host = xen()`. After the scenario its consoles must be clean.
 
-    A guest of the kind `waiting` waits there, unless that is None.
+    A guest of the kind `waiting` waits there, unless that is None. Dom0 has `vcpus`, or one
+    if it cannot have the backend: it does not boot with more where time is counted.
     """
     with _machines(request) as boot:
 
         def start(vcpus=1, waiting=Kind(), **options):
+            vcpus = 1 if kernel.has_checks else vcpus
             snapshot = snapshot_of(dom0_kernel, vcpus, kernel, waiting)
             return boot(XenHost(snapshot, pair, logs, **options))
 
