@@ -43,11 +43,9 @@ def kernel_in(directory):
 
 
 @lru_cache(maxsize=None)
-def snapshot_of(dom0_kernel, vcpus, kernel, waiting):
+def snapshot_of(dom0_kernel, vcpus, kernel, waiting, counted):
     """The snapshot of these parts; to find its name, hundreds of megabytes are read."""
-    # By the host's clock the checks, and more so a busy host, make a guest miss the
-    # deadlines of xl. By its own instructions it is always the same guest.
-    parts = {"vcpus": vcpus, "guest_kernel": kernel, "counted": kernel.has_checks}
+    parts = {"vcpus": vcpus, "guest_kernel": kernel, "counted": counted}
     if waiting:
         return SnapshotWithGuest(dom0_kernel, waiting=waiting, **parts)
     return Snapshot(dom0_kernel, **parts)
@@ -141,14 +139,18 @@ def logs(request):
 def xen(request, kernel, dom0_kernel, pair, logs):
     """Makes a Xen host: `host = xen()`. After the scenario its consoles must be clean.
 
-    A guest of the kind `waiting` waits there, unless that is None. Dom0 has `vcpus`, or one
-    if it cannot have the backend: it does not boot with more where time is counted.
+    A guest of the kind `waiting` waits there, unless that is None. A machine that is
+    `counted` has the instructions that it runs for a clock, see snapshot.py; dom0 does not
+    boot there with more than one of the `vcpus`, and has one.
     """
     with _machines(request) as boot:
 
-        def start(vcpus=1, waiting=Kind(), **options):
-            vcpus = 1 if kernel.has_checks else vcpus
-            snapshot = snapshot_of(dom0_kernel, vcpus, kernel, waiting)
+        def start(vcpus=1, waiting=Kind(), counted=False, **options):
+            # By the host's clock the checks, and more so a busy host, make a guest miss the
+            # deadlines of xl. By its own instructions it is always the same guest.
+            counted = counted or kernel.has_checks
+            vcpus = 1 if counted else vcpus
+            snapshot = snapshot_of(dom0_kernel, vcpus, kernel, waiting, counted)
             return boot(XenHost(snapshot, pair, logs, **options))
 
         yield start
