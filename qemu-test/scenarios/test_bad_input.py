@@ -6,6 +6,7 @@ frontend would write. After each piece of nonsense a good disk must work.
 """
 
 from harness.evidence import assert_served_by_pair
+from harness.guest import DRIVER
 from harness.toolstack import PLAIN
 from harness.toolstack import connect_disks
 from harness.toolstack import create_device
@@ -78,6 +79,17 @@ BAD_FRONTS = [
     ("event-channel", "-1"),
 ]
 """Node and value, None for a missing node, of a frontend that our backend refuses."""
+
+ATTEMPT = """
+xenstore-write {front}/state 3
+until [ $(xenstore-read {back}/state) = 5 ]; do usleep 10000; done
+xenstore-write {front}/state 6
+until [ $(xenstore-read {back}/state) = 6 ]; do usleep 10000; done
+"""
+"""A frontend offers rings, is refused, and closes."""
+ATTEMPTS = 32
+AT_ONCE, A_SECOND = 16, 2
+"""How often our backend lets a frontend connect: so often, and then so often in a second."""
 
 
 def refuse(host, guest, bad):
@@ -204,3 +216,57 @@ def test_bad_frontend(host):
     guest.wait_for_disk("xvdb")
     assert_served_by_pair(host, guest, "xvdb")
     guest.sh("dd if=/dev/zero of=/dev/xvdb bs=64k count=16 oflag=direct")
+
+
+def test_eager_frontend(xen, record_property):
+    """A frontend that connects again and again has to wait; other disks have not. In the end it
+    is served.
+
+    The machine counts its time: by the host's clock it would be too slow to be made to wait.
+
+    Rows: B-24
+    """
+    host = xen(counted=True)
+    server = host.start_server()
+    server.load_backend()
+    server.ram_disks(2)
+    guest = host.start_guest(disks=[Disk("xvdb", "/dev/ram0")])
+    guest.wait_for_disk("xvdb")
+    guest.sh(f"echo vbd-{CODE} > {DRIVER}/unbind")
+    front, back = directories(guest.domid, CODE, server)
+    host.wait_for(f"[ $(xenstore-read {back}/state) = 6 ]")
+    write_nodes(host, front, {"protocol": "pdp11-abi"})
+    attempt = ATTEMPT.format(front=front, back=back)
+    ours = host.pair.back.name == "rblkback"
+    assert must_wait(host, attempt) == ours
+    if ours:
+        assert "connects too often" in server.sh("dmesg")
+        use_another_disk(host, guest, attempt)
+    else:
+        record_property("c_fails", "B-24")
+    # The guest takes that for a new device.
+    host.sh(f"xenstore-write {front}/state 1")
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+    guest.sh("dd if=/dev/zero of=/dev/xvdb bs=64k count=16 oflag=direct")
+
+
+def must_wait(host, attempt):
+    """Whether a frontend cannot connect more often than our backend lets it."""
+    uptime = "cut -d' ' -f1 /proc/uptime"
+    times = host.sh(
+        f"{uptime}; for number in $(seq {ATTEMPTS}); do {attempt} done; {uptime}", timeout=300
+    )
+    start, end = map(float, times.split())
+    print(f"{ATTEMPTS} attempts in {end - start:.1f} s")
+    return ATTEMPTS <= AT_ONCE + A_SECOND * (end - start) + 1
+
+
+def use_another_disk(host, guest, attempt):
+    """A disk comes and is written to while the other one's frontend goes on like that."""
+    host.sh(f"(until [ -e /tmp/stop ]; do {attempt} done; rm /tmp/stop) > /dev/null 2>&1 &")
+    host.attach(guest, Disk("xvdc", "/dev/ram1"))
+    guest.wait_for_disk("xvdc")
+    guest.sh("dd if=/dev/zero of=/dev/xvdc bs=64k count=16 oflag=direct")
+    host.sh("touch /tmp/stop")
+    host.wait_for("[ ! -e /tmp/stop ]")
