@@ -124,7 +124,9 @@ def failure_in(case):
     text = CHAINED.split(bad.text or "")[-1]
     said = re.findall(r"^E   +(\S.*)$", text, re.MULTILINE)
     place = re.findall(r"^\S*scenarios/(test_\w+\.py:\d+): in ", text, re.MULTILINE)
-    summary = " / ".join([line for line in said if not IDLE_TALK.match(line)][:4])[:400]
+    lines = [line[:150] for line in said if not IDLE_TALK.match(line)]
+    # What a script has said comes last, after all of the script.
+    summary = " / ".join([*lines[:3], *lines[3:][-1:]])
     if "failed on setup" in bad.get("message", "") or not said or not NOTICED.match(said[0]):
         raise NotRun(f"the scenario did not fail by an assertion: {summary or bad.get('message')}")
     return f"{place[-1] if place else 'at the end'}: {summary}"
