@@ -35,18 +35,11 @@ class GuestShell(Shell):
         super().__init__()
         self._host = host
         self._line = line
-        self._file = "-"
-
-    def feed(self, command, file):
-        """Runs a shell script that must succeed and reads `file` of dom0 from /dev/hvc0."""
-        self._file = file
-        self.check(command)
 
     def exchange(self, number, request, timeout, command):
         """Has the agent of dom0 pass the request on."""
-        file, self._file = self._file, "-"
         line = f"{number} {request}"
-        status, answer = self._host.machine.shell.pass_on(self._line, timeout, file, line)
+        status, answer = self._host.machine.shell.pass_on(self._line, timeout, line)
         if status != 0:
             raise CommandFailed(
                 f"no answer from the guest within {timeout} s to: {command}\n{answer[-500:]}"
@@ -56,7 +49,7 @@ class GuestShell(Shell):
     def send(self, command):
         """Starts a shell script and awaits no answer: the guest goes away."""
         line = f"{self.next_number()} run {encode(command)}"
-        self._host.machine.shell.pass_on(self._line, 0, "-", line)
+        self._host.machine.shell.pass_on(self._line, 0, line)
 
 
 @dataclass(frozen=True)
@@ -134,7 +127,7 @@ on_reboot = "destroy"
         self.find_waiting()
         for disk in disks:
             self.host.attach(self, disk)
-        self.unpack("/payload/guest.text")
+        self.unpack("/payload/guest.packed")
         self.sh("load-modules")
 
     def find_waiting(self):
@@ -142,13 +135,12 @@ on_reboot = "destroy"
         self._find()
         self.shell.skip_numbers()
 
-    def unpack(self, text):
-        """Brings an archive over the console, a file of dom0 that is packed and encoded."""
-        size = self.host.sh(f"wc -c < {text}")
-        self.shell.feed(
-            f"set -o pipefail; head -c {size} < /dev/hvc0 | base64 -d | gunzip | (cd / && cpio -id)",
-            text,
-        )
+    def unpack(self, file):
+        """Brings an archive that gzip has packed, a file of dom0, into the guest."""
+        nodes = f"/local/domain/{self.domid}/file"
+        self.host.sh(f"store-file put {file} {nodes}")
+        self.sh(f"set -o pipefail; store-file get {nodes} | gunzip | (cd / && cpio -id)")
+        self.host.sh(f"xenstore-rm {nodes}")
 
     def save(self, place):
         """xl save: the guest is gone until it is restored."""

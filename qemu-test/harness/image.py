@@ -48,7 +48,8 @@ def base_archive(init, programs=(), devices=True):
     archive.file("/bin/busybox", "/usr/bin/busybox")
     for name in ("sh", "mount", "insmod", "modprobe"):
         archive.link(f"/bin/{name}", "busybox")
-    archive.file("/bin/agent", compiled("agent"))
+    for name in ("agent", "store-file"):
+        archive.file(f"/bin/{name}", compiled(name))
     archive.file("/init", PIECES / init)
     archive.data("/etc/passwd", "root:x:0:0:root:/root:/bin/sh\n")
     archive.data("/etc/group", "root:x:0:\n")

@@ -121,14 +121,14 @@ class SerialShell(Shell):
         failure = f"no answer within {timeout} s to: {command}"
         self._await(END.format(number=number, form="(?:plain|gzip)"), timeout, failure)
 
-    def pass_on(self, terminal, seconds, file, line):
-        """Has this agent give a line, and a file or "-", to the one at a terminal of its machine.
+    def pass_on(self, terminal, seconds, line):
+        """Has this agent give a line to the one at a terminal of its machine.
 
         Returns 0 and what that one answered, or another status if it said nothing for so many
         seconds. With 0 seconds no answer is awaited.
         """
         number = self.next_number()
-        self._child.send(f"{number} pass {terminal} {seconds} {file} {line}\n")
+        self._child.send(f"{number} pass {terminal} {seconds} {line}\n")
         failure = f"nothing came back within {seconds + 30} s from {terminal}, for: {line}"
         self._await(END.format(number=number, form="passed"), seconds + 30, failure)
         answer = self._child.before.rsplit(f"#begin {number}", 1)[-1]

@@ -33,7 +33,7 @@ class Storage(Guest):
     def take_over(self):
         """As `start`, where the one of this name has waited since before the scenario."""
         self.find_waiting()
-        self.unpack("/payload/storage.text")
+        self.unpack("/payload/storage.packed")
         self._see_memory()
 
     def _see_memory(self):

@@ -3,7 +3,7 @@
 
 To boot a guest is most of what a scenario costs. The one that waits has no disk
 and no frontend, and neither file nor module of a scenario has ever been in it:
-these come over its console when a scenario takes it over.
+these come through xenstore when a scenario takes it over.
 """
 
 from pathlib import Path

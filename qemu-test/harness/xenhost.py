@@ -7,7 +7,6 @@ backend    the domain that serves it: dom0, or a driver domain
 target     what the backend serves, a block device of that domain
 """
 
-import base64
 import gzip
 import shutil
 from contextlib import contextmanager
@@ -138,8 +137,7 @@ class XenHost:
         for name, archive in (("guest", front), ("storage", storage)):
             payload.data(f"/{name}.cpio", archive.to_bytes())
             if archive is front or self._server_waits:
-                packed = gzip.compress(archive.to_bytes(), mtime=0)
-                payload.data(f"/{name}.text", base64.encodebytes(packed))
+                payload.data(f"/{name}.packed", gzip.compress(archive.to_bytes(), mtime=0))
         add_built_module(payload, f"/modules/{self.pair.back.name}.ko", self.pair.back.file)
         payload.write(path)
         blank(path, DISK_SIZES["payload"])

@@ -8,10 +8,9 @@
  *   N run SCRIPT		runs a shell script, in which "\0ooo" is the byte of that
  *				octal number
  *   N again			gives the last answer once more
- *   N pass TERMINAL SECONDS FILE M ...
- *				gives "M ..." to the agent at that terminal, then the
- *				content of FILE unless that is "-"; the answer is what
- *				the other agent answers, if it does before SECONDS
+ *   N pass TERMINAL SECONDS M ...
+ *				gives "M ..." to the agent at that terminal; the answer
+ *				is what that one answers, if it does before SECONDS
  *				without a word are over. With 0 seconds none is awaited.
  *   N talk SCRIPT		runs a shell script on a terminal of its own; until it ends
  *				this line is the other end of that, and there is no answer
@@ -47,7 +46,7 @@
 /* Output of more bytes than that is packed. */
 #define LONG 2048
 
-/* How much of a file or of an answer is moved at a time. */
+/* How much of an answer is read at a time. */
 #define PIECE 16384
 
 /* The longest request: a script may have files in it. */
@@ -297,22 +296,6 @@ static void talk(char *text)
 	waitpid(child, NULL, 0);
 }
 
-/* Sends a whole file. */
-static int send_file(int to, const char *path)
-{
-	static char piece[PIECE];
-	int from = open(path, O_RDONLY);
-	ssize_t got;
-
-	if (from < 0)
-		return -1;
-	do
-		got = read(from, piece, sizeof(piece));
-	while (got > 0 && !write_all(to, piece, got));
-	close(from);
-	return got ? -1 : 0;
-}
-
 /* Whether a line of a text begins with `mark`, and is whole. */
 static int has_line(const char *text, size_t size, const char *mark)
 {
@@ -352,14 +335,14 @@ static int await_answer(int terminal, const char *number, int seconds)
 /* Passes a request on; its answer becomes the output. */
 static void pass(char *text)
 {
-	char path[64], file[128], number[16];
+	char path[64], number[16];
 	int seconds, skip = 0, terminal = -1;
 
 	free(output);
 	output = NULL;
 	length = 0;
 	status = 3;
-	if (sscanf(text, "%63s %d %127s %n", path, &seconds, file, &skip) != 3 ||
+	if (sscanf(text, "%63s %d %n", path, &seconds, &skip) != 2 ||
 	    sscanf(text + skip, "%15s", number) != 1)
 		return;
 	terminal = open(path, O_RDWR | O_NOCTTY);
@@ -367,8 +350,7 @@ static void pass(char *text)
 		return;
 	make_raw(terminal);
 	if (!write_all(terminal, text + skip, strlen(text + skip)) &&
-	    !write_all(terminal, "\n", 1) &&
-	    (!strcmp(file, "-") || !send_file(terminal, file)))
+	    !write_all(terminal, "\n", 1))
 		status = seconds && await_answer(terminal, number, seconds) ? 4 : 0;
 	close(terminal);
 }
