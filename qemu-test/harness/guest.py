@@ -215,7 +215,7 @@ on_reboot = "destroy"
                 f"for disk in {disks or f'$(xenstore-list {directory})'}; do "
                 f"xenstore-read $(xenstore-read {directory}/$disk/backend)/state; done"
             )
-            self.host.wait_for(f"! {{ {states}; }} | grep -qvx 6")
+            self.host.wait_for(f"! {{ {states}; }} | grep -q '[45]'")
 
     def ask_for_disks(self):
         """Has a frontend that was unbound from its disks connect to them again."""
