@@ -19,12 +19,13 @@ MODE = "/sys/module/rblk_ramdisk/parameters/mode"
 IMAGE = "/dev/vdb"
 SAVE_S = 600
 """How long what the disk keeps is kept at most, in seconds."""
-LESS = (
+LESS = "max_queues=1 max_ring_page_order=0 feature_persistent=0"
+"""Parameters of a backend that can do less."""
+LESS_OF_DISK = (
     'xenstore-write "$XENBUS_PATH/feature-max-indirect-segments" 0 '
-    '"$XENBUS_PATH/multi-queue-max-queues" 1 "$XENBUS_PATH/max-ring-page-order" 0 '
     '"$XENBUS_PATH/discard-enable" 0'
 )
-"""What the hotplug script writes first: the backend looks for it when it hears of the disk."""
+"""What the hotplug script writes first: both drivers look for it when the disk is there."""
 LESS_SAID = "persistent grants: disabled; indirect descriptors: disabled; bounce buffer: disabled"
 """What our frontend says when it has connected to that."""
 FIO = (
@@ -83,6 +84,17 @@ def save_in_use(host, guest):
     server.sh(f"echo 0 > {MODE}")
 
 
+def load_lesser_backend(host, guest):
+    """The guest is gone: another backend takes the place of the one that it had."""
+    server = host.server
+    server.wait_for(f"[ ! -e /sys/bus/xen-backend/devices/vbd-{guest.domid}-51712 ]")
+    server.unload_backend()
+    server.load_backend(LESS)
+    server.sh(
+        f"echo '{LESS_OF_DISK}' > /tmp/less; sed -i '/= add/r /tmp/less' /etc/xen/scripts/blk-min"
+    )
+
+
 def stop(host, guest, jobs):
     """The jobs end, with what they have read being right, and nothing is in flight."""
     for job in jobs:
@@ -126,11 +138,7 @@ def test_save_restore(xen, test_modules, record_property):
 
     jobs.pop().stop()
     save_in_use(host, guest)
-    parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
-    host.server.sh(
-        f"echo '{LESS}' > /tmp/less; sed -i '/= add/r /tmp/less' /etc/xen/scripts/blk-min; "
-        f"echo N > {parameters}/feature_persistent"
-    )
+    load_lesser_backend(host, guest)
     guest.restore(IMAGE)
     wait_for_passes(jobs)
     front = f"/local/domain/{guest.domid}/device/vbd/51712"
