@@ -9,6 +9,7 @@ waits for the task that has asked for it before it stops.
 
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
+from harness.handmade import HandMade
 from harness.job import Job
 from harness.job import wait_for_passes
 from harness.shell import until
@@ -28,6 +29,9 @@ LESS_OF_DISK = (
 """What the hotplug script writes first: both drivers look for it when the disk is there."""
 LESS_SAID = "persistent grants: disabled; indirect descriptors: disabled; bounce buffer: disabled"
 """What our frontend says when it has connected to that."""
+LARGE_READS = "dd if=/dev/xvda of=/dev/null bs=128k count=8 iflag=direct"
+DIRECT_REQUESTS = 8 * 3
+"""How many requests these are without indirect segments, of which each has eleven pages at most."""
 FIO = (
     "fio --name={name} --filename=/dev/xvda --ioengine=libaio --direct=1 --offset={offset}M --size=1M "
     "--iodepth=16 --bsrange=512-128k --blockalign=512 --verify_fatal=1 --randseed=$pass --output-format=terse "
@@ -147,3 +151,7 @@ def test_save_restore(xen, test_modules, record_property):
     assert LESS_SAID in guest.sh("dmesg | grep 'bounce buffer' | tail -n 1")
     assert guest.sh("cat /sys/block/xvda/queue/discard_max_hw_bytes") == "0"
     stop(host, guest, jobs)
+    disk = HandMade(host, guest, "xvda")
+    before = disk.statistic("rd_req")
+    guest.sh(LARGE_READS)
+    assert disk.statistic("rd_req") - before == DIRECT_REQUESTS
