@@ -120,7 +120,7 @@ on_reboot = "destroy"
         self.host.sh(f"cat {parts} > /run/{self.name}.initrd")
         self.host.sh(f"xl create /run/{self.name}.cfg", timeout=240)
         self._find()
-        self._wait_for_agent(timeout=240)
+        self._wait_for_agent(timeout=1200 if self._loader else 240)
 
     def take_over(self, disks):
         """As `start`, where the guest of this name has waited since before the scenario."""

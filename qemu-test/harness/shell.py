@@ -148,12 +148,17 @@ class SerialShell(Shell):
         raise CommandFailed(failure)
 
 
-def until(condition, seconds, otherwise, pause_us=400000):
-    """A shell script that waits until `condition` holds, or does `otherwise` after `seconds`."""
+def until(condition, seconds, otherwise, pause_us=800000):
+    """A shell script that waits until `condition` holds, or does `otherwise` after `seconds`.
+
+    It looks often at first, then every `pause_us`: programs that start take a good part of the one
+    processor from what is waited for.
+    """
     now = "read now rest < /proc/uptime; now=${now%.*}"
     return (
-        f"{now}; end=$((now + {seconds})); until {condition}; do "
-        f"{now}; [ $now -lt $end ] || {otherwise}; usleep {pause_us}; done"
+        f"{now}; end=$((now + {seconds})) pause=100000; until {condition}; do "
+        f"{now}; [ $now -lt $end ] || {otherwise}; usleep $pause; "
+        f"[ $pause -ge {pause_us} ] || pause=$((pause * 2)); done"
     )
 
 
