@@ -32,7 +32,7 @@ awk '/#agent ready/ {{ print > "{ready}"; close("{ready}") }}
 """Puts a guest's console lines on dom0's console, and sees its agent start."""
 
 BOOT_S = 1200
-"""Ten times what the slowest boot takes where nothing else runs: a PVH guest by GRUB."""
+"""Many times what the slowest boot takes where nothing else runs: a PVH guest by GRUB, under 50 s."""
 
 
 class GuestShell(Shell):

@@ -25,6 +25,8 @@ from .shell import MachineTrouble
 from .shell import SerialShell
 
 QEMU = "qemu-system-x86_64"
+KILLED_S = 120
+"""How long a QEMU that was killed may take to be gone."""
 
 SERIAL_LINE = ("-serial", "chardev:agent")
 """The agent's line in a machine of any kernel: the second serial line, /dev/ttyS1."""
@@ -183,7 +185,11 @@ class Machine:
     def kill(self):
         """Ends QEMU now. On a busy machine it takes a while until it has let go of its memory."""
         self._child.kill(signal.SIGKILL)
-        self._child.wait()
+        deadline = time.monotonic() + KILLED_S
+        while self._child.isalive():
+            if time.monotonic() > deadline:
+                raise MachineTrouble(f"QEMU is there {KILLED_S} s after it was killed")
+            time.sleep(0.05)
         self._child.close()
 
     def _stir(self):

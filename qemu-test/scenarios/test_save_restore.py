@@ -117,7 +117,7 @@ def crash(host, guest, record_property):
     """What xen-blkfront makes of a write with a flush after it that is in flight.
 
     Now and then all that was written has arrived, and only the flush is in flight. Then the guest
-    lives, and is saved again.
+    lives, and is saved again. The job has the part of the disk of "synced", which does not run.
     """
     guest.allow("(guest)")
     flushed = Job(guest, FIO.format(name="flushed", offset=16) + FLUSHED, "flushed")
@@ -126,7 +126,7 @@ def crash(host, guest, record_property):
     for _ in range(ATTEMPTS):
         save_in_use(host, guest)
         guest.restore(IMAGE)
-        served = f"/sys/bus/xen-backend/devices/vbd-{guest.domid}-51712/statistics/wr_req"
+        served = f"{HandMade(host, guest, 'xvda').device}/statistics/wr_req"
         host.wait_for(f"! {alive} || [ $(cat {served}) -gt {LIVES_ON} ]", PASS_S)
         if host.run(alive)[0] != 0:
             break
