@@ -23,6 +23,18 @@ def xen_counts(host):
     }
 
 
+def mapped_pages(host, guest):
+    """How many pages of a guest are mapped by others to be read only, and how many to be written.
+
+    Xen counts the uses of a grant in the column `pin`, those that may write in its lowest byte.
+    """
+    _, _, grants = host.xen_messages("g").partition(f"for remote d{guest.domid} ")
+    grants, _, _ = grants.partition("for remote")
+    pins = [int(pin, 16) for pin in re.findall(r"\[0x\w+\] +\d+ 0x\w+ 0x(\w{8})", grants)]
+    written = sum(pin & 0xFF != 0 for pin in pins)
+    return len(pins) - written, written
+
+
 def free_kb(machine, drop=3):
     """Memory that nobody uses, with pages in the list of a CPU, which MemFree leaves out.
 
@@ -48,10 +60,10 @@ def kernel_counts(machine):
     }
 
 
-def backend_switches(host):
-    """How often the threads of the server's backend have gone to sleep."""
+def backend_switches(host, vdev="xvd"):
+    """How often the threads of the server's backend, or of one disk, have gone to sleep."""
     return host.server.sh(
-        "cat $(grep -l xvd /proc/[0-9]*/comm | sed s/comm/status/) | "
+        f"cat $(grep -l {vdev} /proc/[0-9]*/comm | sed s/comm/status/) | "
         "awk '/^voluntary/ {sum += $2} END {print sum}'"
     )
 

@@ -8,6 +8,9 @@ frontend serves xvda meanwhile, on a ring of 16 pages, and what is written there
 is read back all the time.
 """
 
+from contextlib import contextmanager
+
+from harness.counts import backend_switches
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
@@ -18,8 +21,11 @@ CODE = 51728
 REPORT = f"/sys/bus/xen/devices/vbd-{CODE}/report"
 PARAMETERS = "/sys/module/rblk_hostile_front/parameters"
 
-ALL, READ_ONLY = range(2)
+ALL, READ_ONLY, TROUBLE = range(3)
 """Lists of the module."""
+
+FLOOD = 512
+"""Wrong requests in a row."""
 
 NOT_SUPPORTED = {
     "unknown-operation-4",
@@ -32,6 +38,7 @@ OKAY = {
     "write-from-read-only-grant",
     "same-grant-twice",
     "same-id-twice",
+    "answer-in-a-full-slot",
     "indirect",
     "flush",
     "flush-with-data",
@@ -92,18 +99,27 @@ def remove(host, server, guest, vdev, code):
     guest.wait_for(f"[ ! -e /sys/bus/xen/devices/vbd-{code} ]")
 
 
-def play(host, server, guest, number, mode="rw"):
-    """Plays a list on a fresh xvdb; its report as {case: (outcome, after)}."""
+@contextmanager
+def playing(host, server, guest, number, mode="rw"):
+    """Plays a list on a fresh xvdb; gives its report, {case: (outcome, after)}, at its end, when the
+    disk is still connected.
+    """
     guest.sh(f"echo {number} > {PARAMETERS}/list; rm -f /tmp/rounds")
     lines = int(server.sh("dmesg | wc -l"))
     host.attach(guest, Disk("xvdb", "/dev/ram1", mode))
     guest.wait_for(f"grep -q '^end ' {REPORT} && grep -q x /tmp/rounds", timeout=300)
     report = guest.sh(f"cat {REPORT}")
     print(report)
+    yield {case: (outcome, after) for case, outcome, after in map(str.split, report.splitlines())}
     remove(host, server, guest, "xvdb", CODE)
     printed = int(server.sh("dmesg | wc -l")) - lines
     assert printed <= MOST_LINES, server.sh("dmesg | tail -n 60")
-    return {case: (outcome, after) for case, outcome, after in map(str.split, report.splitlines())}
+
+
+def play(*arguments):
+    """As `playing`, where nothing is looked at but the report."""
+    with playing(*arguments) as report:
+        return report
 
 
 def assert_answers(report, excused=()):
@@ -114,6 +130,28 @@ def assert_answers(report, excused=()):
         assert after == "okay", (case, after)
 
 
+def trouble(host, server, guest):
+    """Wrong requests, then events alone; how often the backend slept at the former.
+
+    Linux counts the events that brought nothing, as a driver says when it gives them back, and
+    gives them back late. A disk in use has few of them.
+    """
+    with playing(host, server, guest, TROUBLE) as report:
+        assert report == {"end": ("error", "okay")}
+        slept = int(backend_switches(host, "xvdb"))
+        server.wait_for(f"[ $(cat {event_counts(guest, CODE)}/jiffies_eoi_delayed) -gt 0 ]")
+        in_use = event_counts(guest, 51712)
+        events, alone = map(int, server.sh(f"cat {in_use}/events {in_use}/spurious_events").split())
+    print(f"the backend slept {slept} times; xvda had {events} events, {alone} of them for nothing")
+    assert alone < events / 2
+    return slept
+
+
+def event_counts(guest, code):
+    """Where Linux shows what it counts of the events of a backend's device."""
+    return f"/sys/bus/xen-backend/devices/vbd-{guest.domid}-{code}/xenbus"
+
+
 def test_hostile_frontend(xen, test_modules, record_property):
     """Every wrong request is answered as such, and a broken ring ends its own disk only.
 
@@ -121,14 +159,14 @@ def test_hostile_frontend(xen, test_modules, record_property):
     a secure discard for an ordinary one where none was offered, and refuses to
     flush a disk that is read-only. It does not close a disk whose ring is broken,
     warns, with a stack trace, of one that it cannot connect to, and does not know
-    the Arm layout.
+    the Arm layout. It sleeps at each wrong request.
 
-    Rows: BE-07, BE-10, BE-42, BE-43, BE-50, B-10
+    Rows: BE-07, BE-10, BE-40, BE-42, BE-43, BE-49, BE-50, B-10, B-19
     """
     host, server, guest, before = start(xen, test_modules)
     ours = host.pair.back.name == "rblkback"
     if not ours:
-        record_property("c_fails", "B-10")
+        record_property("c_fails", "B-10, B-19")
 
     guest.sh(f"echo {int(not ours)} > {PARAMETERS}/gentle")
     report = play(host, server, guest, ALL)
@@ -142,6 +180,8 @@ def test_hostile_frontend(xen, test_modules, record_property):
         layout = "abi" in case and (ours or "arm" not in case)
         assert result == ("okay", "okay") or not layout, (case, result)
     assert rest["end"] == ("okay", "okay")
+
+    assert (trouble(host, server, guest) >= FLOOD) != ours
 
     guest.sh("touch /tmp/stop")
     guest.wait_for("[ -s /tmp/end ]")

@@ -7,7 +7,6 @@ use blkif::wire::Abi;
 use blkif::wire::Indirect;
 use blkif::wire::Response;
 use blkif::wire::Rw;
-use blkif::wire::Status;
 use blkif::wire::WireRequest;
 use blkif::wire::WireSegment;
 use blkif::wire::DIRECT_SEGMENTS;
@@ -270,11 +269,7 @@ impl<'a> Actor<'a> {
         if (response.id, response.operation) != expected {
             return Outcome::Stray;
         }
-        match response.status {
-            Status::Okay => Outcome::Okay,
-            Status::Error => Outcome::Error,
-            Status::NotSupported => Outcome::NotSupported,
-        }
+        response.status.into()
     }
 
     /// An id that was not used before.

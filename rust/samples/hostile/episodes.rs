@@ -13,6 +13,7 @@ use crate::actor::Pages;
 use crate::actor::Parts;
 use crate::actor::ELSEWHERE;
 use crate::actor::SCRATCH;
+use crate::requests::flood_with_reads;
 use crate::requests::Case;
 use crate::requests::READ_ONLY;
 use crate::requests::WRITABLE;
@@ -21,6 +22,8 @@ use crate::words::RSP_PROD;
 
 /// Events of a storm.
 const STORM: u32 = 10_000;
+/// How long to wait between two events without a request.
+const EVENT_MS: u32 = 10;
 /// How often a ring is filled without a look at the answers.
 const ROUNDS: u32 = 10;
 /// How often a request is changed while the backend looks at it.
@@ -120,6 +123,9 @@ pub(crate) static READ_ONLY_DISK: &[Episode] = &[
     END,
 ];
 
+/// For any disk: wrong requests, then events alone.
+pub(crate) static TROUBLE: &[Episode] = &[episode("end", trouble)];
+
 /// Each case, and valid requests after it.
 fn run_cases(mut actor: Actor<'_>, cases: &[Case]) {
     let before = actor.check_disk();
@@ -136,6 +142,16 @@ fn hold(mut actor: Actor<'_>, name: &'static str) {
     let outcome = actor.check_disk();
     actor.parts.stage.report(name, outcome, outcome);
     while !actor.wait(u32::MAX, || actor.is_over()) {}
+}
+
+/// Wrong requests, and then events without a request until the connection ends.
+fn trouble(mut actor: Actor<'_>, name: &'static str) {
+    let outcome = flood_with_reads(&mut actor);
+    let after = actor.check_disk();
+    actor.parts.stage.report(name, outcome, after);
+    while !actor.wait(EVENT_MS, || actor.is_over()) {
+        actor.parts.channel.notify();
+    }
 }
 
 /// Claims so many more requests than were put, after some that were.

@@ -49,6 +49,7 @@ use crate::actor::Pages;
 use crate::actor::Parts;
 use crate::episodes::Episode;
 use crate::episodes::READ_ONLY_DISK;
+use crate::episodes::TROUBLE;
 use crate::episodes::WRITABLE_DISK;
 use crate::stage::DiskFacts;
 use crate::stage::Outcome;
@@ -71,7 +72,8 @@ module_params! {
         "Virtual device number of the one device to take";
     /// What to do with it.
     static LIST("list", 0o644): u32 = 0,
-        "0: all that there is for a disk that can be written, 1: requests to a read-only disk";
+        "0: all that there is for a disk that can be written, 1: requests to a read-only disk, \
+         2: wrong requests, then events alone";
     /// Spare a backend that warns of a ring that it cannot connect to.
     static GENTLE("gentle", 0o644): bool = false,
         "Leave out rings that are broken or gone before a backend can connect to them";
@@ -80,7 +82,7 @@ module_params! {
         "How long to wait for a backend to close after its ring was broken";
 }
 
-static LISTS: [&[Episode]; 2] = [WRITABLE_DISK, READ_ONLY_DISK];
+static LISTS: [&[Episode]; 3] = [WRITABLE_DISK, READ_ONLY_DISK, TROUBLE];
 
 /// How long the end of a thread may take.
 const STOP_MS: u32 = 10_000;

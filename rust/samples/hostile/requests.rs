@@ -9,6 +9,7 @@ use blkif::wire::Rw;
 use blkif::wire::Status;
 use blkif::wire::WireRequest;
 use blkif::wire::WireSegment;
+use blkif::wire::DIRECT_SEGMENTS;
 use blkif::wire::DISCARD_SECURE;
 use kernel_ext::xen::grant::GrantReserve;
 
@@ -22,6 +23,18 @@ use crate::stage::Outcome;
 
 /// Wrong requests in a row, for the flood.
 const FLOOD: u32 = 512;
+
+/// Words of a slot in the layout of x86_64.
+const SLOT_WORDS: usize = 28;
+
+/// The bits of the words of a slot that an answer has: id, operation and status.
+const ANSWER: [u32; SLOT_WORDS] = {
+    let mut words = [0; SLOT_WORDS];
+    words[0] = u32::MAX;
+    words[1] = u32::MAX;
+    words[2] = 0xffff_00ff;
+    words
+};
 
 /// One thing to be tried.
 pub(crate) struct Case {
@@ -81,6 +94,7 @@ pub(crate) static WRITABLE: &[Case] = &[
         a.direct(op::WRITE, ELSEWHERE, &[evil, evil])
     }),
     case("same-id-twice", same_id),
+    case("answer-in-a-full-slot", look_around_answer),
     case("indirect", |a| {
         let evil = [a.evil(); 32];
         indirect(a, op::WRITE, ELSEWHERE, &evil, |request| request)
@@ -126,7 +140,12 @@ pub(crate) static WRITABLE: &[Case] = &[
     }),
     case("discard-unknown-flag", |a| discard(a, 0x80, ELSEWHERE, 8)),
     case("discard", |a| discard(a, 0, ELSEWHERE, 8)),
-    case("flood", flood),
+    case("flood", |a| {
+        flood(a, Status::NotSupported, |a| WireRequest::Unknown {
+            operation: 77,
+            id: a.next_id(),
+        })
+    }),
 ];
 
 /// For a disk that can only be read, and so offers no discard.
@@ -245,25 +264,56 @@ fn same_id(a: &mut Actor<'_>) -> Outcome {
     Outcome::Okay
 }
 
+/// A read from a slot that is full: around the answer there is what was put, or nothing.
+fn look_around_answer(a: &mut Actor<'_>) -> Outcome {
+    let (slot, page) = (a.sent, a.many(0));
+    let read = WireRequest::Rw(a.rw(op::READ, SCRATCH, &[page; DIRECT_SEGMENTS]));
+    a.put(&read);
+    let put: [u32; SLOT_WORDS] = a.parts.words.get(slot);
+    a.publish();
+    if let Err(outcome) = a.take() {
+        return outcome;
+    }
+    let now: [u32; SLOT_WORDS] = a.parts.words.get(slot);
+    let around = put.iter().zip(now).zip(ANSWER);
+    let left = around.map(|((put, now), answer)| (put & !answer, now & !answer));
+    if left.into_iter().all(|(put, now)| now == put || now == 0) {
+        Outcome::Okay
+    } else {
+        Outcome::WrongData
+    }
+}
+
+/// Reads without data, each an error.
+pub(crate) fn flood_with_reads(a: &mut Actor<'_>) -> Outcome {
+    flood(a, Status::Error, |a| {
+        WireRequest::Rw(a.rw(op::READ, SCRATCH, &[]))
+    })
+}
+
 /// Wrong requests, as many at once as the ring takes: each has its answer.
-fn flood(a: &mut Actor<'_>) -> Outcome {
+fn flood(
+    a: &mut Actor<'_>,
+    answer: Status,
+    wrong: impl Fn(&mut Actor<'_>) -> WireRequest,
+) -> Outcome {
     let mut left = FLOOD;
+    let mut outcome = Outcome::Okay;
     while left > 0 {
         let batch = left.min(a.parts.words.slots());
         for _ in 0..batch {
-            let id = a.next_id();
-            let operation = 77;
-            a.put(&WireRequest::Unknown { operation, id });
+            let request = wrong(a);
+            a.put(&request);
         }
         a.publish();
         for _ in 0..batch {
             match a.take() {
-                Ok(response) if response.status == Status::NotSupported => {}
+                Ok(response) if response.status == answer => outcome = answer.into(),
                 Ok(_) => return Outcome::Stray,
                 Err(outcome) => return outcome,
             }
         }
         left = left.wrapping_sub(batch);
     }
-    Outcome::NotSupported
+    outcome
 }

@@ -3,6 +3,7 @@
 //! What the driver and the thread of a connection share: what the backend is and does, and what the
 //! thread has seen.
 
+use blkif::wire::Status;
 use core::fmt::Write;
 use kernel::fmt;
 use kernel::prelude::*;
@@ -59,6 +60,16 @@ impl Outcome {
             Outcome::Closing => "closing",
             Outcome::Done => "done",
             Outcome::Own => "own-failure",
+        }
+    }
+}
+
+impl From<Status> for Outcome {
+    fn from(status: Status) -> Self {
+        match status {
+            Status::Okay => Outcome::Okay,
+            Status::Error => Outcome::Error,
+            Status::NotSupported => Outcome::NotSupported,
         }
     }
 }
