@@ -6,6 +6,7 @@ Names, permissions and defaults are those of xen-blkfront.
 
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
+from harness.handmade import HandMade
 from harness.xenhost import Disk
 
 PARAMETERS = {
@@ -124,10 +125,32 @@ def show_the_data_alone(host, guest, parameters):
         host.take_away(guest, "xvdb")
 
 
+def take_what_was_offered(host, guest, record_property):
+    """A frontend that has seen an offer may take it, though the parameter is lower by then.
+
+    The C backend refuses it.
+    """
+    server, disk = host.server, HandMade(host, guest, "xvdc")
+    guest.unload_frontend()
+    host.attach(guest, Disk("xvdc", "/dev/ram1"))
+    disk.wait_for(back=2)
+    backend = host.pair.back.name.replace("-", "_")
+    server.sh(f"echo 1 > /sys/module/{backend}/parameters/max_queues")
+    guest.load_frontend()
+    host.wait_for(f"[ $(xenstore-read {disk.back}/state) -ge 4 ]")
+    if host.pair.back.name == "rblkback":
+        guest.wait_for_disk("xvdc")
+        guest.sh(DATA.replace("xvda", "xvdc"))
+    else:
+        assert host.xenstore_read(f"{disk.back}/state") in ("5", "6")
+        record_property("c_fails", "B-17")
+    assert host.xenstore_read(f"{disk.front}/multi-queue-num-queues") == "2"
+
+
 def test_parameters(xen, test_modules, record_property):
     """Rows: FE-03, FE-05, FE-06, FE-12, FE-13, FE-20, FE-21, FE-22, FE-23, FE-24, FE-25, FE-26,
     FE-30, FE-31, FE-32, FE-33, FE-34, FE-40, FE-41, FE-50, FE-55, FE-68, F-17, BE-08, BE-10, BE-11,
-    BE-20, BE-48
+    BE-20, BE-48, B-17
     """
     host = xen(waiting=TWO_VCPUS, modules=[test_modules / "rblk_hostile_back.ko"])
     server = host.start_server()
@@ -166,3 +189,4 @@ def test_parameters(xen, test_modules, record_property):
         assert SAID.format(*said) in guest.sh("dmesg | grep 'bounce buffer' | tail -n 1"), options
         guest.sh(DATA)
     show_the_data_alone(host, guest, parameters)
+    take_what_was_offered(host, guest, record_property)
