@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0
-"""The backend goes away at every point of a device's life, and so does the device."""
+"""The backend goes away at every point of a device's life, and so does the device; or it cannot
+begin to serve."""
+
+import time
 
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
+from harness.guest import TWO_VCPUS
 from harness.handmade import HandMade
+from harness.toolstack import error_node
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 WRITER = (
@@ -128,3 +133,70 @@ def test_end_at_each_step(xen, record_property):
     kept = ("grants", "events")
     assert [after[key] for key in kept] == [before[key] for key in kept]
     in_use(disk)
+
+
+QUEUES = 2
+
+FEW_THREADS = """
+limit=/proc/sys/kernel/threads-max
+usual=$(cat $limit)
+mkfifo /tmp/nobody
+(
+	until read -r state < {device}/state && [ "$state" = Closed ] || [ $((n += 1)) = 120 ]; do
+		read -r -t 1 nothing <> /tmp/nobody || true
+	done
+	echo $usual > $limit
+	rm /tmp/nobody
+) > /dev/null 2>&1 &
+read -r load load load threads last < /proc/loadavg
+echo $((${{threads#*/}} - 1 + {spare})) > $limit
+"""
+"""Until the backend's device has closed, no more than so many threads start after this shell's end.
+
+It waits without a program, for none would start.
+"""
+
+
+def test_thread_limit(xen):
+    """The kernel refuses the thread of the first queue, or of the second: the frontend is told,
+    and nothing is left. When there are threads again, the disk works.
+
+    The C backend is no control: the frontend has been told by then that it is connected, and
+    reads. Neither half gets away from that, and the backend does not close.
+
+    Rows: B-16
+    """
+    host = xen(waiting=TWO_VCPUS)
+    server = host.start_server()
+    server.load_backend(f"max_queues={QUEUES}")
+    server.ram_disks()
+    guest = host.start_guest(disks=[])
+    guest.unload_frontend()
+    before = xen_counts(host)
+    disk = HandMade(host, guest)
+    front = f"/sys/bus/xen/devices/vbd-{disk.code}"
+    for spare in range(QUEUES):
+        named(disk)
+        server.sh(FEW_THREADS.format(device=disk.device, spare=spare))
+        guest.load_frontend()
+        guest.wait_for(f"grep -q Clos {front}/state")
+        wait_for_threads(server)
+        assert "starting a thread" in host.xenstore_read(error_node(disk.back))
+        assert server.run("grep -l xvdb /proc/[0-9]*/comm")[0] != 0
+        guest.unload_frontend()
+        host.sh(f"xenstore-rm {disk.back}; xenstore-rm {disk.front}; xenstore-rm {error_node(disk.back)}")
+        server.wait_for(f"[ ! -e {disk.device} ]")
+        guest.wait_for(f"[ ! -e {front} ]")
+    after = xen_counts(host)
+    kept = ("grants", "events")
+    assert [after[key] for key in kept] == [before[key] for key in kept]
+    in_use(disk)
+    assert host.xenstore_read(f"{disk.front}/multi-queue-num-queues") == str(QUEUES)
+
+
+def wait_for_threads(machine):
+    """Waits until a machine may start any number of threads again; until then it may fail to look."""
+    deadline = time.monotonic() + 300
+    while machine.run("[ ! -e /tmp/nobody ]")[0] != 0:
+        assert time.monotonic() < deadline, "the backend did not close"
+        time.sleep(0.1)
