@@ -51,9 +51,14 @@ def snapshot_of(dom0_kernel, vcpus, kernel, waiting, counted):
     return Snapshot(dom0_kernel, **parts)
 
 
+def scenario_of(function):
+    """The name of a scenario in the expected list."""
+    return function.__name__.removeprefix("test_")
+
+
 def pytest_generate_tests(metafunc):
     """Runs a scenario once for each kernel and pair of its row."""
-    scenario = metafunc.function.__name__.removeprefix("test_")
+    scenario = scenario_of(metafunc.function)
     if scenario not in ROWS:
         raise pytest.UsageError(f"{scenario} has no row in {expected.FILE}")
     runs = [run for run in ROWS[scenario] if run[0] in kernels()]
@@ -63,15 +68,17 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """Leaves out scenarios that do not run on the kernels of this run."""
+    """Leaves out scenarios that do not run on the kernels of this run; in the order of the list."""
+    order = list(ROWS)
     items[:] = [item for item in items if isinstance(item.callspec.params["run"], tuple)]
+    items.sort(key=lambda item: order.index(scenario_of(item.function)))
 
 
 def pytest_collection_finish(session):
     """A row of the expected list without its scenario is a failure, unless some were chosen."""
     if session.config.option.keyword or any(".py" in argument for argument in session.config.args):
         return
-    found = {item.function.__name__.removeprefix("test_") for item in session.items}
+    found = {scenario_of(item.function) for item in session.items}
     wanted = {
         name for name, runs in ROWS.items() if any(kernel in kernels() for kernel, _pair in runs)
     }
