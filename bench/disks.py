@@ -90,9 +90,9 @@ def _measure(host, load, kind, number):
     connect = _connect(guest, disks)
     guest.sh("for disk in /sys/block/xvd*; do echo none > $disk/queue/scheduler; done")
     idle = free_kb(guest), free_kb(host)
-    switches = int(backend_switches(host))
+    switches = backend_switches(host)
     host.sh(f"sleep {IDLE_SECONDS}", timeout=600)
-    switches = int(backend_switches(host)) - switches
+    switches = backend_switches(host) - switches
     small = _io(guest, disks, f"{load} /dev/$disk randread 4096 8 {COUNT} 0 1")
     _io(guest, disks, f"{load} /dev/$disk read 131072 8 64 0 1")
     used = free_kb(guest), free_kb(host)

@@ -62,9 +62,11 @@ def kernel_counts(machine):
 
 def backend_switches(host, vdev="xvd"):
     """How often the threads of the server's backend, or of one disk, have gone to sleep."""
-    return host.server.sh(
-        f"cat $(grep -l {vdev} /proc/[0-9]*/comm | sed s/comm/status/) | "
-        "awk '/^voluntary/ {sum += $2} END {print sum}'"
+    return int(
+        host.server.sh(
+            f"cat $(grep -l {vdev} /proc/[0-9]*/comm | sed s/comm/status/) | "
+            "awk '/^voluntary/ {sum += $2} END {print sum}'"
+        )
     )
 
 

@@ -138,7 +138,7 @@ def trouble(host, server, guest):
     """
     with playing(host, server, guest, TROUBLE) as report:
         assert report == {"end": ("error", "okay")}
-        slept = int(backend_switches(host, "xvdb"))
+        slept = backend_switches(host, "xvdb")
         server.wait_for(f"[ $(cat {event_counts(guest, CODE)}/jiffies_eoi_delayed) -gt 0 ]")
         in_use = event_counts(guest, 51712)
         events, alone = map(int, server.sh(f"cat {in_use}/events {in_use}/spurious_events").split())

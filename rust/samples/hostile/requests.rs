@@ -271,13 +271,14 @@ fn look_around_answer(a: &mut Actor<'_>) -> Outcome {
     a.put(&read);
     let put: [u32; SLOT_WORDS] = a.parts.words.get(slot);
     a.publish();
-    if let Err(outcome) = a.take() {
-        return outcome;
+    match a.take() {
+        Ok(response) if response == read.response(Status::Okay) => {}
+        Ok(_) => return Outcome::Stray,
+        Err(outcome) => return outcome,
     }
     let now: [u32; SLOT_WORDS] = a.parts.words.get(slot);
-    let around = put.iter().zip(now).zip(ANSWER);
-    let left = around.map(|((put, now), answer)| (put & !answer, now & !answer));
-    if left.into_iter().all(|(put, now)| now == put || now == 0) {
+    let mut words = put.iter().zip(now).zip(ANSWER);
+    if words.all(|((put, now), answer)| now & !answer == put & !answer || now & !answer == 0) {
         Outcome::Okay
     } else {
         Outcome::WrongData
@@ -298,7 +299,6 @@ fn flood(
     wrong: impl Fn(&mut Actor<'_>) -> WireRequest,
 ) -> Outcome {
     let mut left = FLOOD;
-    let mut outcome = Outcome::Okay;
     while left > 0 {
         let batch = left.min(a.parts.words.slots());
         for _ in 0..batch {
@@ -308,12 +308,12 @@ fn flood(
         a.publish();
         for _ in 0..batch {
             match a.take() {
-                Ok(response) if response.status == answer => outcome = answer.into(),
+                Ok(response) if response.status == answer => {}
                 Ok(_) => return Outcome::Stray,
                 Err(outcome) => return outcome,
             }
         }
         left = left.wrapping_sub(batch);
     }
-    outcome
+    answer.into()
 }
