@@ -107,7 +107,11 @@ def run_scenario(scenario, kernel):
     command = [sys.executable, "-B", "-m", "pytest", "-c", "qemu-test/pytest.ini"]
     command += ["--rootdir", "qemu-test", f"--junitxml={results}"]
     command += [f"{files[scenario]}::test_{scenario}[{name}-{pair}]"]
-    environment = os.environ | {"RBLKIF_KERNELS": f"{name}={kernel}", "RBLKIF_BUILD": str(SPACE)}
+    environment = os.environ | {
+        "RBLKIF_KERNELS": f"{name}={kernel}",
+        "RBLKIF_BUILD": str(SPACE),
+        "RBLKIF_ROWS": name,
+    }
     with (SPACE / "scenario.log").open("w") as log:
         ended = subprocess.run(command, cwd=TREE, env=environment, stdout=log, stderr=log)
     if ended.returncode not in (0, 1):
