@@ -26,6 +26,8 @@ CONTROL = "C/C"
 PLACES = ("BUILD", "CACHE", "CONTROLS", "DOM0_KERNEL", "IN_ROOT", "KERNELS", "LOGS", "ROWS")
 """RBLKIF_ variables that do not say what a scenario does, such as with how many disks."""
 HARNESS = PIECES.parent
+BOOKKEEPING = ("demo.py", "expected.py", "results.py", "try.py")
+"""Of the harness, what chooses scenarios or counts results, and what is no part of one."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -97,13 +99,15 @@ def _parts(name, ours):
     kernels = dict(item.split("=", 1) for item in os.environ["RBLKIF_KERNELS"].split())
     kernel = Kernel(kernels[name])
     packages = subprocess.run(["dpkg-query", "-W"], stdout=subprocess.PIPE, check=True).stdout
-    files = [*HARNESS.glob("*.py"), *HARNESS.glob("harness/*.py"), *PIECES.iterdir()]
+    programs = [*HARNESS.glob("*.py"), *HARNESS.glob("harness/*.py")]
+    files = [path for path in programs if path.name not in BOOKKEEPING]
+    files += PIECES.iterdir()
     files.append(HARNESS.parent / "scripts" / "initramfs-test")
     files += (path for path in (HARNESS.parent / "packaging").rglob("*") if path.is_file())
     if ours:
         files += _sources_of_samples()
     modules = [kernel.module(module) for module in ("xen-blkfront", "xen-blkback")]
-    dom0 = os.environ.get("RBLKIF_DOM0_KERNEL", "")
+    dom0 = "" if kernel.guest_type == "pv" else os.environ["RBLKIF_DOM0_KERNEL"]
     places = {f"RBLKIF_{name}" for name in PLACES}
     said = sorted(
         f"{name}={value}"
