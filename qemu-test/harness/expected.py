@@ -46,5 +46,5 @@ def _runs(cells, whole):
 
 
 if __name__ == "__main__":
-    for kernel in sorted({run[0] for name, runs in read().items() if sys.argv[1] in name for run in runs}):
-        print(kernel)
+    chosen = [runs for name, runs in read().items() if sys.argv[1] in name]
+    print(*sorted({kernel for runs in chosen for kernel, _pair in runs}))
