@@ -32,6 +32,26 @@ as_root() {
 	fi
 }
 
+# watch PID: says every ten seconds that it still runs, until it does not.
+watch() {
+	local start=$SECONDS
+	while kill -0 "$1" 2>/dev/null; do
+		sleep 1
+		[ $(((SECONDS - start) % 10)) -ne 9 ] || say "... $((SECONDS - start + 1)) s"
+	done
+}
+
+# end_with_children PID...: ends processes and all that they have started.
+end_with_children() {
+	local pid children
+	for pid; do
+		children=$(cat "/proc/$pid/task/$pid/children" 2>/dev/null) || continue
+		kill "$pid" 2>/dev/null
+		# shellcheck disable=SC2086 # a list
+		end_with_children $children
+	done
+}
+
 # logged LOG TITLE CMD...: runs CMD with its output in LOG, and says every ten
 # seconds that it still runs. On failure: the last lines and where the log is.
 logged() {
@@ -41,10 +61,7 @@ logged() {
 	say "$title (log: $log)"
 	"$@" >"$log" 2>&1 &
 	pid=$!
-	while kill -0 "$pid" 2>/dev/null; do
-		sleep 1
-		[ $(((SECONDS - start) % 10)) -ne 9 ] || say "... $((SECONDS - start + 1)) s"
-	done
+	watch "$pid"
 	wait "$pid" || status=$?
 	if [ "$status" -ne 0 ]; then
 		tail -n 15 "$log" >&2
