@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0
 """A machine without Xen: one kernel, our modules, a shell."""
 
+import shutil
 from pathlib import Path
 
+from .cache import CACHE
+from .cache import key_of
+from .cache import made_once
 from .counts import assert_checked
 from .image import add_built_module
 from .image import add_modules
 from .image import base_archive
 from .machine import Machine
+from .snapshot import qemu_version
+from .snapshot import resume
+from .snapshot import save
 
 PROGRAMS = (
     "/usr/bin/fio",
@@ -17,17 +24,26 @@ PROGRAMS = (
     "/usr/bin/dd",
 )
 
+BOOT_S = 300
+"""How long a boot may take, in seconds."""
+
 STEADY_TIME = ("-icount", "shift=2")
 """Time is counted instructions. By the host's clock, a kernel that measures one
 clock against another while the host is busy may find a processor of 36 MHz."""
 
 
+MADE_BY = [Path(__file__).with_name(name) for name in ("plain.py", "machine.py", "snapshot.py")]
+
+
 class PlainVm:
-    """A machine; `modules` are .ko files, found in /modules there."""
+    """A machine; `modules` are .ko files, found in /modules there.
+
+    A machine that is `shared` by scenarios is booted once, and goes on from there in each.
+    """
 
     name = "the machine"
 
-    def __init__(self, kernel, logs, modules=(), needs=("ext4",), cpus=2, memory=768, arguments=""):
+    def __init__(self, kernel, logs, modules=(), needs=("ext4",), cpus=2, memory=768, shared=False):
         logs = Path(logs).resolve()
         logs.mkdir(parents=True, exist_ok=True)
         self._has_checks = kernel.has_checks
@@ -38,17 +54,40 @@ class PlainVm:
             add_built_module(archive, f"/modules/{Path(module).name}", module)
         initrd = logs / "initrd"
         archive.write(initrd)
-        command_line = f"console=ttyS0 panic=1 mitigations=off nokaslr loglevel=7 {arguments}"
-        self.machine = Machine(
-            ["-accel", "tcg", *STEADY_TIME, "-machine", "q35", "-cpu", "qemu64,+rdrand", "-smp", cpus,
-             "-m", memory * kernel.memory_factor,
-             "-kernel", kernel.vmlinux, "-initrd", initrd, "-append", command_line],
-            logs,
-        )  # fmt: skip
+        self._hardware = [
+            "-accel", "tcg", *STEADY_TIME, "-machine", "q35", "-cpu", "qemu64,+rdrand", "-smp", str(cpus),
+            "-m", str(memory * kernel.memory_factor),
+            "-append", "console=ttyS0 panic=1 mitigations=off nokaslr loglevel=7",
+        ]  # fmt: skip
+        self._boots = ["-kernel", kernel.vmlinux, "-initrd", initrd]
+        self._shared = shared
+        self.machine = self._go_on(logs) if shared else self._start(logs)
+
+    def _start(self, logs, *more):
+        return Machine([*self._hardware, *self._boots, *more], logs)
+
+    def _go_on(self, logs):
+        """The machine as it was when it had booted, see `resume`."""
+        key = key_of(*self._hardware, *map(Path, self._boots[1::2]), qemu_version(), *MADE_BY)
+        directory = made_once(CACHE / "snapshots" / key, self._boot_and_save)
+        shutil.copy(directory / "console.log", logs / "console-boot.log")
+        return self._start(logs, "-incoming", f"exec:cat {directory / 'state'}")
+
+    def _boot_and_save(self, directory):
+        directory.mkdir(parents=True)
+        machine = self._start(directory)
+        try:
+            machine.shell.wait_ready(timeout=BOOT_S)
+            save(machine, directory)
+        finally:
+            machine.kill()
 
     def boot(self):
         """Waits until the machine answers."""
-        self.machine.shell.wait_ready(timeout=300)
+        if self._shared:
+            resume(self.machine)
+        else:
+            self.machine.shell.wait_ready(timeout=BOOT_S)
 
     def sh(self, command, timeout=120):
         """Runs a shell script in the machine; it must succeed."""

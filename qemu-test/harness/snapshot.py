@@ -66,14 +66,13 @@ class Snapshot:
         self._initrd = dom0_initrd(kernel)
         self._guest_disk = guest_disk(guest_kernel)
         self._vmlinux = kernel.vmlinux
-        version = subprocess.run([QEMU, "--version"], stdout=subprocess.PIPE, check=True).stdout
         arguments = " ".join(self._arguments({name: Path(name) for name in DISK_SIZES}))
         key = key_of(
             self._initrd.name,
             self._xen.name,
             self._guest_disk.name,
             self._vmlinux,
-            version,
+            qemu_version(),
             arguments,
             *MADE_BY,
         )
@@ -150,6 +149,11 @@ class Snapshot:
                 "-device", f"virtio-blk-pci,drive={name},disable-legacy=on,iommu_platform=on",
             ]  # fmt: skip
         return arguments
+
+
+def qemu_version():
+    """What QEMU says that it is."""
+    return subprocess.run([QEMU, "--version"], stdout=subprocess.PIPE, check=True).stdout
 
 
 def _time(machine):

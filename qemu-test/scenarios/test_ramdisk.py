@@ -20,7 +20,7 @@ FIO = (
 @pytest.fixture
 def vm(plain_vm, test_modules):
     """A machine that has the module, not loaded yet."""
-    return plain_vm(modules=[test_modules / "rblk_ramdisk.ko"])
+    return plain_vm(modules=[test_modules / "rblk_ramdisk.ko"], shared=True)
 
 
 def test_ramdisk_data(vm):
