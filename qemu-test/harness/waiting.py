@@ -21,6 +21,10 @@ from .xenhost import XenHost
 NAMES = ("waiting.py", "guest.py", "storage.py", "xenhost.py")
 MADE_BY = [Path(__file__).with_name(name) for name in NAMES]
 
+RATE_LIMIT = "xl sched-credit2 --schedparam --ratelimit_us={us}"
+"""How long Xen lets a virtual CPU run before it looks for another: 1000 if nobody has said. A guest
+with two that share a processor boots three times as long with that; its I/O is faster."""
+
 
 class SnapshotWithGuest(Snapshot):
     """The Xen host for one kernel, with a guest of the kind `waiting` called "guest".
@@ -39,6 +43,7 @@ class SnapshotWithGuest(Snapshot):
         host = XenHost(self._before, None, directory)
         try:
             resume(host.machine)
+            host.sh(RATE_LIMIT.format(us=0))
             guest = Guest(host, "guest")
             guest.parts = guest.parts[:1]
             guest.start(self.waiting)
@@ -46,6 +51,7 @@ class SnapshotWithGuest(Snapshot):
                 storage = Storage(host, "storage")
                 storage.parts = storage.parts[:2]
                 storage.start(Kind())
+            host.sh(RATE_LIMIT.format(us=1000))
             save(host.machine, directory)
         finally:
             host.close()
