@@ -32,6 +32,17 @@ as_root() {
 	fi
 }
 
+# keep_root: asks for the password, if one is needed, before anything else runs, and keeps
+# what sudo remembers of it while this script runs: it forgets within minutes. Who calls
+# this ends $root_keeper.
+keep_root() {
+	root_keeper=
+	[ "$(id -u)" -ne 0 ] || return 0
+	as_root true
+	while sleep 30 && kill -0 $$ && sudo -n -v; do :; done 2>/dev/null &
+	root_keeper=$!
+}
+
 # watch PID: says every ten seconds that it still runs, until it does not.
 watch() {
 	local start=$SECONDS
@@ -41,12 +52,12 @@ watch() {
 	done
 }
 
-# end_with_children PID...: ends processes and all that they have started.
+# end_with_children PID...: ends processes and all that they have started, as root or not.
 end_with_children() {
 	local pid children
 	for pid; do
 		children=$(cat "/proc/$pid/task/$pid/children" 2>/dev/null) || continue
-		kill "$pid" 2>/dev/null
+		kill "$pid" 2>/dev/null || sudo -n kill "$pid" 2>/dev/null
 		# shellcheck disable=SC2086 # a list
 		end_with_children $children
 	done
