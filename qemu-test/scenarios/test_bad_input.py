@@ -29,6 +29,8 @@ REFUSED = [
 """Node and value, None for a missing node, of a disk that neither frontend takes."""
 REFUSED_BY_OURS = [("sectors", HUGE), ("sectors", "-1"), ("sector-size", "0"), ("sector-size", "")]
 """xen-blkfront takes a part of these for a number."""
+WRONG_STATES = ("99", "-1", "many")
+"""What neither half may take for a state of the other one. The C pair stays as it is."""
 NONSENSE = [
     {
         "feature-max-indirect-segments": "",
@@ -137,6 +139,17 @@ def take(host, guest, offers):
     remove_devices(host, guest, [CODE])
 
 
+def lose_way(host, guest):
+    """A backend gets into states that are none: the device is closed, with a message."""
+    for state in WRONG_STATES:
+        front, back = create_device(host, guest.domid, CODE)
+        host.wait_for(f"[ $(xenstore-read {front}/state) = 3 ]")
+        write_nodes(host, back, {"state": state})
+        host.wait_for(f"[ $(xenstore-read {front}/state) -ge 5 ]")
+        assert message(back, "state", state) in guest.sh("dmesg")
+        remove_devices(host, guest, [CODE])
+
+
 def flicker(host, guest):
     """Nodes change while they are read: the device connects or is closed, and goes."""
     for _ in range(2):
@@ -168,6 +181,7 @@ def test_bad_offers(xen, record_property):
         for offers in NONSENSE:
             guest.sh("sleep 5")
             take(host, guest, offers)
+        lose_way(host, guest)
         flicker(host, guest)
     offers = {"sector-size": 65536, "feature-max-indirect-segments": 32}
     connect_disks(host, guest, {CODE: (offers, {})})
@@ -203,9 +217,11 @@ def test_bad_frontend(host):
     guest.unload_frontend()
     front, back = directories(guest.domid, CODE, host.server)
     error = error_node(back)
-    for node, value in BAD_FRONTS:
+    bad = [(node, value, {**GOOD_FRONT, node: value, "state": 3}) for node, value in BAD_FRONTS]
+    bad += [("state", state, {"state": state}) for state in WRONG_STATES]
+    for node, value, nodes in bad:
         host.attach(guest, Disk("xvdb", "/dev/ram0"))
-        write_nodes(host, front, {**GOOD_FRONT, node: value, "state": 3})
+        write_nodes(host, front, nodes)
         host.wait_for(f"xenstore-exists {error}")
         assert complaint(node, value) in host.xenstore_read(error)
         assert host.xenstore_read(f"{back}/sectors") is None

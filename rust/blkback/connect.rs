@@ -56,8 +56,8 @@ pub(crate) enum Fault {
     Ring(u32, RingError),
     /// A number that the frontend gave for a queue is refused by Xen: the node and the number.
     Refused(u32, &'static str, u32, Error),
-    /// The frontend is in a state that has no place in the protocol.
-    State,
+    /// The frontend's state is none, or has no place in the protocol.
+    State(BadNode),
     /// The disk cannot be opened.
     Disk(DeviceNumber, Access, Error),
     /// The disk has another sequence number than the toolstack says: it is another disk.
@@ -76,7 +76,12 @@ impl fmt::Display for Fault {
             Fault::Refused(index, node, number, _) => {
                 write!(f, "queue {index}: {node} = \"{number}\": refused by Xen")
             }
-            Fault::State => f.write_str("the frontend's state has no place in the protocol"),
+            Fault::State(bad) => write!(
+                f,
+                "{} = \"{}\": no state that a frontend may have now",
+                bad.node(),
+                bad.text()
+            ),
             Fault::Disk(number, access, error) => {
                 let (major, minor) = (number.major(), number.minor());
                 let what = match access {
@@ -103,7 +108,7 @@ impl Fault {
     /// The errno that goes with it.
     pub(crate) fn error(&self) -> Error {
         match self {
-            Fault::Node(_) | Fault::Queue(..) | Fault::Choice(_) | Fault::State => EINVAL,
+            Fault::Node(_) | Fault::Queue(..) | Fault::Choice(_) | Fault::State(_) => EINVAL,
             Fault::Ring(..) => EIO,
             Fault::Recycled(..) => ENXIO,
             Fault::Disk(_, _, error) | Fault::Refused(_, _, _, error) | Fault::Own(_, error) => {
@@ -143,6 +148,23 @@ pub(crate) fn read_listed(
         read(dir, fmt!("{node}"))
     } else {
         Ok(None)
+    }
+}
+
+/// Whether a frontend's state that xenbus cannot read is there, and no number.
+pub(crate) fn has_wrong_state(frontend: &CStr) -> bool {
+    let Ok(Some(value)) = read(frontend, fmt!("state")) else {
+        return false;
+    };
+    node::decimal_u32("state", value.as_bytes()).is_err()
+}
+
+/// What is wrong with the state of a frontend.
+pub(crate) fn wrong_state(frontend: &CStr) -> Fault {
+    match read(frontend, fmt!("state")) {
+        Ok(Some(value)) => Fault::State(BadNode::new("state", value.as_bytes(), Wrong::Unknown)),
+        Ok(None) => Fault::State(BadNode::missing("state")),
+        Err(fault) => fault,
     }
 }
 

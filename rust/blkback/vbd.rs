@@ -351,6 +351,9 @@ impl Vbd {
         let state = self.device.read_driver_state(&self.frontend).number();
         match XenbusState::from_number(state) {
             None => BackEvent::BadState,
+            Some(XenbusState::Unknown) if connect::has_wrong_state(&self.frontend) => {
+                BackEvent::BadState
+            }
             Some(state) => BackEvent::Frontend {
                 state,
                 online: self.device.is_online(),
@@ -366,7 +369,7 @@ impl Vbd {
             BackAction::Restart => self
                 .offer(inner)
                 .map_err(|error| Fault::Own("offering", error)),
-            BackAction::Fail => Err(Fault::State),
+            BackAction::Fail => Err(connect::wrong_state(&self.frontend)),
             BackAction::Wait
             | BackAction::Drain
             | BackAction::Close

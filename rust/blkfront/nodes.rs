@@ -101,13 +101,29 @@ pub(crate) fn path(path: &CStr) -> Result<CString> {
 pub(crate) fn backend_event(backend: &CStr, state: xenbus::State) -> FrontEvent {
     let state = state.number();
     let Some(state) = XenbusState::from_number(state) else {
-        ratelimited!(pr_err!("{}/state = \"{}\": no state\n", backend, state));
+        ratelimited!(pr_err!("{}/state = \"{}\": no state\n", backend, state as i32));
         return FrontEvent::BadState;
     };
+    if state == XenbusState::Unknown && has_wrong_state(backend) {
+        return FrontEvent::BadState;
+    }
     FrontEvent::Backend {
         state,
         online: is_online(backend),
     }
+}
+
+/// Whether a state that xenbus cannot read is there, and no number. That is reported.
+fn has_wrong_state(backend: &CStr) -> bool {
+    let Ok(Some(value)) = read(backend, "state") else {
+        return false;
+    };
+    if value.as_bytes().is_empty() {
+        return false;
+    }
+    node::decimal_u32("state", value.as_bytes())
+        .inspect_err(|error| complain(backend, error))
+        .is_err()
 }
 
 /// A backend without this node is online.
