@@ -26,6 +26,8 @@
 //!
 //! The order is: the mutex, quiescing the block layer's queue, the lock of a queue.
 
+#![deny(unsafe_code)]
+
 mod answer;
 mod carry;
 mod control;

@@ -5,6 +5,8 @@
 //! It takes one virtual block device, needs no disk for it, and serves it as well as any backend
 //! does, until the parameter `trick` tells it to do something wrong.
 
+#![deny(unsafe_code)]
+
 mod server;
 mod tricks;
 

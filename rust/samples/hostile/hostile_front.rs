@@ -11,6 +11,8 @@
 //! The state is only switched to and from Initialising in `otherend_changed`: see
 //! [`xenbus::Device::switch_state`].
 
+#![deny(unsafe_code)]
+
 mod actor;
 mod episodes;
 mod requests;

@@ -7,6 +7,8 @@
 //! instance by `blockdev --getsz`. `lose` tests the tests: memory that nothing points to must be
 //! found.
 
+#![deny(unsafe_code)]
+
 mod disk;
 mod mode;
 mod store;

@@ -4,6 +4,8 @@
 //!
 //! Answers the messages of the frontend, each in the way that the message asks for.
 
+#![deny(unsafe_code)]
+
 mod answerer;
 mod protocol;
 

@@ -8,6 +8,8 @@
 //! The state is only switched in `otherend_changed`, which is called after `probe` in any case: see
 //! [`xenbus::Device::switch_state`].
 
+#![deny(unsafe_code)]
+
 mod protocol;
 mod sender;
 
