@@ -78,8 +78,12 @@ class HandMade:
         )
 
     def take_away(self):
-        """What `xl block-detach` does, and waits until the backend has nothing of the disk."""
+        """What `xl block-detach` does."""
         self.host.sh(f"xenstore-write {self.back}/online 0 {self.back}/state 5")
+        self.forget()
+
+    def forget(self):
+        """Removes the nodes once the backend is closed, and waits until it has nothing of the disk."""
         self.wait_for(back=6)
         self.host.sh(f"xenstore-rm {self.back}; xenstore-rm {self.front}")
         self.server.wait_for(f"[ ! -e {self.device} ]")

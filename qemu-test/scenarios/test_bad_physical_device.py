@@ -2,6 +2,7 @@
 """A disk that cannot be served fails with a message; nothing else suffers."""
 
 from harness.evidence import assert_served_by_pair
+from harness.handmade import HandMade
 from harness.toolstack import directories
 from harness.toolstack import error_node
 from harness.xenhost import Disk
@@ -23,6 +24,16 @@ def error_of(host, guest, code):
     return host.xenstore_read(node) or ""
 
 
+def refuse_mode(host, guest):
+    """A disk that is neither to be read nor to be written. The C backend takes that for read-only."""
+    disk = HandMade(host, guest)
+    disk.offer(mode="x")
+    disk.give("/dev/ram0")
+    assert 'mode = "x"' in error_of(host, guest, disk.code)
+    assert guest.run("[ -b /dev/xvdb ]")[0] != 0
+    disk.forget()
+
+
 def test_bad_physical_device(host, record_property):
     """A disk that is not there, or that dom0 uses itself. The C backend serves the latter.
 
@@ -37,6 +48,8 @@ def test_bad_physical_device(host, record_property):
         assert error_of(host, guest, code)
         assert guest.run(f"[ -b /dev/{vdev} ]")[0] != 0
         host.sh(f"xl block-detach --force {guest.name} {vdev}")
+    if host.pair.back.name == "rblkback":
+        refuse_mode(host, guest)
     guest.sh("dd if=/dev/zero of=/dev/xvda bs=64k count=16 conv=fsync")
     host.attach(guest, Disk("xvde", "/dev/ram0", mode="r"))
     guest.wait_for_disk("xvde")
