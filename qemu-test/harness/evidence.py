@@ -10,6 +10,8 @@ TROUBLE = re.compile(
     r"|KASAN|UBSAN|KCSAN|kmemleak: [1-9]|INFO: task .* blocked|rcu.*stall|soft lockup|hard LOCKUP"
     r"|unable to handle|Call Trace|Unknown symbol|disagrees about version|bad page|Bad page"
     r"|refcount_t:|list_add corruption|stack guard page|scheduling while atomic"
+    r"|trap (?:invalid opcode|divide error|int3)|unexpected fatal signal"
+    r"|crashed on cpu|domain_crash called|Triple fault"
     r"|init: FAILED|sh: .*: not found"
 )
 
@@ -40,6 +42,11 @@ def assert_served_by_pair(host, guest, vdev="xvda", server=None):
     look = f"readlink -f {device}/module || readlink -f {device}"
     driver = _assert_loaded(guest, front, look)
     assert driver.split("/")[-1] in (front.name.replace("-", "_"), "vbd"), driver
+
+
+def assert_front_of_pair(host, guest):
+    """The loaded frontend is the file of this run's pair, where dom0's shell plays the backend."""
+    _assert_loaded(guest, host.pair.front)
 
 
 OTHER = {

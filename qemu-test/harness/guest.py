@@ -14,6 +14,9 @@ from .shell import until
 LOG = "/var/log/xen/console/guest-{name}.log"
 """Where xenconsoled in dom0 writes a guest's console."""
 
+END = "guest complete"
+"""The last line that a guest's console has before it is powered off."""
+
 POWER_OFF = "cd /; sync; mount -o remount,ro / || true; poweroff -f"
 
 DRIVER = "/sys/bus/xen/drivers/vbd"
@@ -96,6 +99,7 @@ class Guest:
             self.parts = (initramfs,)
         self.domid = None
         self.shell = None
+        self._destroyed = False
         self._allowed = []
 
     def start(self, kind, disks=(), root=None):
@@ -255,18 +259,25 @@ on_reboot = "destroy"
         self.host.machine.allow(text)
 
     def shut_down(self, timeout=120):
-        """Powers the guest off from inside; its console must be clean to the end."""
-        if self.is_alive():
+        """Powers the guest off from inside; its console must be clean to the end, and have one.
+
+        A guest that the scenario has not destroyed must be there.
+        """
+        if not self._destroyed:
+            if not self.is_alive():
+                raise MachineTrouble(f"{self.name} has ended by itself:\n{self.console()[-3000:]}")
             if self.host.has_checks:
                 assert_checked(self)
+            self.sh(f"echo {END} > /dev/console")
             self.shell.send(POWER_OFF)
             self._wait_gone(timeout)
         self.check_console()
         self.host.guests.pop(self.name, None)
 
     def destroy(self):
-        """xl destroy."""
+        """xl destroy. What a disk that does not answer uses of the domain may be left in Xen."""
         self.host.sh(f"xl destroy {self.name}")
+        self._destroyed = True
         self._wait_gone(60)
 
     def check_console(self):
@@ -280,6 +291,8 @@ on_reboot = "destroy"
         ]
         if bad:
             raise MachineTrouble(f"the console of {self.name} shows:\n" + "\n".join(bad[:20]))
+        if not self._destroyed and END not in text:
+            raise MachineTrouble(f"the console of {self.name} has no end:\n{text[-3000:]}")
 
     def _wait_for_agent(self):
         """Asks for the domain now and then only: each program takes from who boots here."""

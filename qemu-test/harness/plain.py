@@ -12,6 +12,7 @@ from .image import add_built_module
 from .image import add_modules
 from .image import base_archive
 from .machine import Machine
+from .shell import MachineTrouble
 from .snapshot import qemu_version
 from .snapshot import resume
 from .snapshot import save
@@ -23,6 +24,9 @@ PROGRAMS = (
     "/usr/sbin/blockdev",
     "/usr/bin/dd",
 )
+
+END = "reboot: Restarting system"
+"""What Linux says last."""
 
 BOOT_S = 300
 """How long a boot may take, in seconds."""
@@ -113,6 +117,8 @@ class PlainVm:
         # A reset ends QEMU too, and our small kernels cannot switch the power off.
         self.machine.shell.send("reboot -f")
         self.machine.wait_end(timeout=60)
+        if END not in self.machine.console():
+            raise MachineTrouble(f"{self.name} ended without {END!r} on its console")
 
     def collect(self):
         """Keeps where its processors are: all that a machine that does not answer can tell."""

@@ -324,7 +324,7 @@ def test_stuck_removal(ramdisk_host, record_property):
         host.server.take_back_memory()
         assert xen_counts(host) == before
     attach_stuck(host, guest, in_flight)
-    host.sh(f"xl destroy {guest.name}")
+    guest.destroy()
     assert_only_threads_wait(host, guest)
     assert host.sh("xl list | grep -c '(null)'") == "1"
     set_parameter(host, mode=0)

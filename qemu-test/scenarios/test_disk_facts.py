@@ -7,6 +7,7 @@ sectors while they connect, as nobody would answer a look for partitions.
 
 import errno
 
+from harness.evidence import assert_front_of_pair
 from harness.guest import DRIVER
 from harness.image import compiled
 from harness.toolstack import PLAIN
@@ -83,6 +84,7 @@ def test_disk_facts(xen, record_property):
     """
     host = xen(programs=[compiled("ioctl")])
     guest = host.start_guest(disks=[])
+    assert_front_of_pair(host, guest)
     rust = guest.front == "rblkfront"
     listed = list(disks(rust))
     connect_disks(host, guest, {code: (offers, nodes) for _, code, offers, nodes, _ in listed})

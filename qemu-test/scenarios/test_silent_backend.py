@@ -4,6 +4,7 @@
 Dom0's shell plays the backend, which has no ring.
 """
 
+from harness.evidence import assert_front_of_pair
 from harness.toolstack import connect_disks
 from harness.toolstack import directories
 from harness.toolstack import remove_devices
@@ -67,6 +68,7 @@ def test_silent_backend(xen, record_property):
     """
     host = xen()
     guest = host.start_guest(disks=[])
+    assert_front_of_pair(host, guest)
     guest.allow("I/O error, dev xvdb")
     guest.allow("rror on dev xvdb")
     back = start_reader(host, guest)
