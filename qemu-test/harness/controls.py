@@ -23,7 +23,7 @@ from .image import PIECES
 from .kernel import Kernel
 
 CONTROL = "C/C"
-PLACES = ("BUILD", "CACHE", "CONTROLS", "DOM0_KERNEL", "IN_ROOT", "KERNELS", "LOGS", "ROWS")
+PLACES = ("BUILD", "CACHE", "CONTROLS", "DOM0_KERNEL", "IN_ROOT", "KERNELS", "LOGS", "NAME", "ROWS")
 """RBLKIF_ variables that do not say what a scenario does, such as with how many disks."""
 HARNESS = PIECES.parent
 BOOKKEEPING = ("demo.py", "expected.py", "results.py", "try.py")
