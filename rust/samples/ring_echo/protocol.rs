@@ -74,12 +74,12 @@ pub(crate) fn sum(page: PageSlice<'_>) -> u32 {
     let mut sum: u32 = 0x811c_9dc5;
     let mut chunk = [0; 128];
     let mut offset = 4;
-    while let Some(part) = page.get(offset, chunk.len().min(PAGE_SIZE - offset)) {
+    while let Some(part) = page.get(offset, chunk.len().min(PAGE_SIZE.saturating_sub(offset))) {
         let len = part.read(&mut chunk);
         for byte in chunk.iter().take(len) {
             sum = (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
         }
-        offset += len;
+        offset = offset.saturating_add(len);
         if offset >= PAGE_SIZE {
             break;
         }
