@@ -19,14 +19,14 @@ from harness.evidence import loaded_build_id
 from harness.image import debian_packages
 from harness.kernel import Kernel
 from harness.pairs import pair
-from harness.shell import CommandFailed
-from harness.shell import MachineTrouble
 from harness.snapshot import Snapshot
 from harness.xenhost import Disk
 from harness.xenhost import XenHost
 from harness.xenimage import root_disk
 
 PACKAGES = ("bash", "tar", "gzip")
+INTERRUPTED = 130
+"""The status of what the keyboard has ended."""
 FIO = (
     "--ioengine=libaio --iodepth=8 --direct=1 --rw=randwrite --bsrange=4k-128k "
     "--verify=crc32c --verify_fatal=1 --output-format=terse"
@@ -34,16 +34,19 @@ FIO = (
 
 
 class Story:
-    """Says what happens, and remembers how long each step took."""
+    """Says what happens when it begins, and how it went when it is done."""
 
     def __init__(self):
         self.start = self.last = time.monotonic()
 
-    def tell(self, text):
-        """One step is done."""
-        now = time.monotonic()
-        print(f"  {now - self.last:5.1f} s  {text}", flush=True)
-        self.last = now
+    def begin(self, text):
+        """A step that may take seconds begins."""
+        self.last = time.monotonic()
+        print(f"  {text} ... ", end="", flush=True)
+
+    def done(self, found=""):
+        """It is done, and has found something."""
+        print(f"{found}{', ' * bool(found)}{time.monotonic() - self.last:.1f} s", flush=True)
 
     def total(self):
         """Seconds since the beginning."""
@@ -52,54 +55,59 @@ class Story:
 
 def unpack_packages(guest, story):
     """Unpacks Debian packages onto the root disk."""
+    story.begin(f"unpacking {len(PACKAGES)} Debian packages onto the root disk")
     guest.sh(
         "mkdir /unpacked && for p in /packages/*.deb; do dpkg-deb -x $p /unpacked; done && sync",
         timeout=300,
     )
     files = guest.sh("find /unpacked -type f | wc -l; du -sm /unpacked | cut -f1").split()
-    story.tell(
-        f"unpacked {len(PACKAGES)} Debian packages onto the root disk: {files[0]} files, {files[1]} MB"
-    )
+    story.done(f"{files[0]} files, {files[1]} MB")
     return files[0]
 
 
 def write_durably(guest, story):
     """A hundred small files, each with an fsync of its own."""
+    story.begin("writing 100 files, each with its own fsync")
     guest.sh(
         "mkdir /durable && for i in $(seq 100); do echo line $i | dd of=/durable/$i conv=fsync 2>/dev/null; done",
         timeout=300,
     )
-    story.tell("wrote 100 files, each with its own fsync")
+    story.done()
 
 
 def verify_disks(guest, story):
     """fio writes both disks and reads back what it wrote."""
+    story.begin("fio writes and verifies 16 MB on the root disk (crc32c, 4 to 128 KiB)")
     guest.sh(f"fio --name=root --filename=/fio --size=16M {FIO} && rm /fio", timeout=300)
-    story.tell("fio wrote and verified 16 MB on the root disk (crc32c, 4 to 128 KiB)")
+    story.done()
+    story.begin("fio writes and verifies 32 MB on the second disk, /dev/xvdb")
     guest.sh(f"fio --name=second --filename=/dev/xvdb --size=32M {FIO}", timeout=300)
-    story.tell("fio wrote and verified 32 MB on the second disk, /dev/xvdb")
+    story.done()
 
 
 def sums_in_guest(guest, story):
     """Checksums of the files, read from the disk and not from memory."""
+    story.begin("the guest computes checksums of what it has unpacked")
     guest.sh("sync; echo 3 > /proc/sys/vm/drop_caches")
     lines = guest.sh(
         "sha256sum /durable/1 /durable/100 $(find /unpacked -type f -size +20k | head -n 40)",
         timeout=300,
     )
     sums = dict(reversed(line.split(None, 1)) for line in lines.splitlines())
-    story.tell(f"the guest computed the checksums of {len(sums)} files")
+    story.done(f"{len(sums)} files")
     return sums
 
 
 def check_image(image, sums, story):
     """What the disk holds, seen without the drivers or a mount."""
+    story.begin("e2fsck -fn on the image")
     result = subprocess.run(
         ["e2fsck", "-fn", image], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if result.returncode != 0:
         raise AssertionError(f"e2fsck found errors:\n{result.stdout}")
-    story.tell("e2fsck -fn on the image: clean")
+    story.done("clean")
+    story.begin("computing the checksums from the image")
     for path, expected in sums.items():
         content = subprocess.run(
             ["debugfs", "-R", f'cat "{path}"', image],
@@ -109,11 +117,12 @@ def check_image(image, sums, story):
         )
         if hashlib.sha256(content.stdout).hexdigest() != expected:
             raise AssertionError(f"{path} differs between guest and image")
-    story.tell(f"all {len(sums)} checksums computed from the image are the guest's")
+    story.done(f"all {len(sums)} are the guest's")
 
 
 def start(options, kernel, story):
     """The Xen host and its guest."""
+    story.begin("Xen and dom0 boot in QEMU")
     packages = debian_packages(PACKAGES)
     host = XenHost(
         Snapshot(kernel),
@@ -123,7 +132,8 @@ def start(options, kernel, story):
     )
     try:
         host.boot()
-        story.tell("Xen and dom0 are up in QEMU")
+        story.done()
+        story.begin("the guest boots from /dev/xvda")
         host.load_backend()
         host.ram_disks()
         disks = [Disk("xvda", "/dev/vdb"), Disk("xvdb", "/dev/ram0")]
@@ -133,7 +143,7 @@ def start(options, kernel, story):
         host.collect()
         host.close()
         raise
-    story.tell("the guest has booted from /dev/xvda")
+    story.done()
     return host, guest
 
 
@@ -146,8 +156,9 @@ def work(host, guest, story):
     write_durably(guest, story)
     verify_disks(guest, story)
     sums = sums_in_guest(guest, story)
+    story.begin("the guest powers off")
     guest.shut_down()
-    story.tell("the guest powered off")
+    story.done()
     host.sh("blockdev --flushbufs /dev/vdb")
     host.finish()
     check_image(host.disk, sums, story)
@@ -194,10 +205,12 @@ def main():
             raise
         finally:
             host.close()
-    except (CommandFailed, MachineTrouble, AssertionError) as problem:
+    except (AssertionError, OSError, RuntimeError, subprocess.CalledProcessError) as problem:
         print(f"\nThe demonstration failed: {problem}\n\nLogs: {options.logs}", file=sys.stderr)
         return 1
-    print(f"\n  {'kernel':10} {kernel.release}, stock Debian")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    print(f"\n  {'kernel':10} {kernel.release}{', stock Debian' * kernel.is_stock}")
     for name, text in summary:
         print(f"  {name:10} {text}")
     print(f"  {'time':10} {story.total():.0f} s\n")

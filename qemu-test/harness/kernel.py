@@ -21,6 +21,8 @@ class Kernel:
         self.release = (self.directory / "release").read_text().strip()
         self.vmlinuz = self.directory / "vmlinuz"
         self.vmlinux = self.directory / "vmlinux"
+        self.is_stock = "-rblkif-" not in self.release
+        """Whether it is a distribution's, and none of ours."""
         self.has_checks = self.release.endswith("-debug")
         """Whether it is our debug kernel, with KASAN, lockdep and kmemleak."""
         self.memory_factor = 2 if self.has_checks else 1

@@ -190,7 +190,7 @@ def save(machine, directory):
         time.sleep(0.1)
         status = machine.monitor("info migrate")
     if "completed" not in status:
-        raise RuntimeError(f"the snapshot was not saved:\n{status}")
+        raise MachineTrouble(f"the snapshot was not saved:\n{status}")
 
 
 def resume(machine):

@@ -23,7 +23,7 @@ MADE_BY = [Path(__file__).with_name(name) for name in NAMES]
 
 RATE_LIMIT = "xl sched-credit2 --schedparam --ratelimit_us={us}"
 """How long Xen lets a virtual CPU run before it looks for another: 1000 if nobody has said. A guest
-with two that share a processor boots three times as long with that; its I/O is faster."""
+with two that share a processor boots twice as long with that; its I/O is faster."""
 
 
 class SnapshotWithGuest(Snapshot):
