@@ -57,23 +57,39 @@ def test_backend_interface(xen):
         disks=[Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/ram1", mode="r")]
     )
     assert_served_by_pair(host, guest)
-    back = host.pair.back.name
-    parameters = f"/sys/module/{back.replace('-', '_')}/parameters"
-    assert (
-        server.sh(
-            f"cd {parameters}; for name in *; do echo $name $(stat -c %a $name) $(cat $name); done"
-        )
-        == PARAMETERS
-    )
+    parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
+    look = f"cd {parameters}; for name in *; do echo $name $(stat -c %a $name) $(cat $name); done"
+    assert server.sh(look) == PARAMETERS
     prefix = f"/sys/bus/xen-backend/devices/vbd-{guest.domid}-"
     devices = {vdev: f"{prefix}{CODES[vdev]}" for vdev in ("xvda", "xvdb")}
+    look_at_names(server, guest, devices)
+    look_at_numbers(host, guest, devices)
+
+    host.sh(f"xenstore-write {HandMade(host, guest, 'xvda').back}/physical-device 1:1")
+    server.sh(
+        f"cd {parameters}; echo 0 > feature_persistent; echo 1 > max_queues; echo 1 > log_stats"
+    )
+    take_a_drive(host, guest)
+    # The backend has heard of that before it heard of xvdc.
+    assert server.sh(f"cat {devices['xvda']}/physical_device") == "1:0"
+
+    guest.sh(f"({READER}) > /dev/null 2>&1 &")
+    server.wait_for(f"dmesg | grep -q '{guest.domid}[.]xvda-.*{LOGGED}'", timeout=100)
+    guest.sh("touch /tmp/stop")
+
+
+def look_at_names(server, guest, devices):
+    """What is in the files of two disks, and the names of files and threads."""
     assert server.sh(f"cat {devices['xvda']}/physical_device {devices['xvda']}/mode") == "1:0\nw"
     assert server.sh(f"cat {devices['xvdb']}/physical_device {devices['xvdb']}/mode") == "1:1\nr"
     assert server.sh(f"ls {devices['xvda']}/statistics | xargs") == STATISTICS
-
     threads = server.sh("cat /proc/[0-9]*/comm | grep -o '[0-9]*[.]xvd.*' | sort").split()
     assert threads == [f"{guest.domid}.{vdev}-{queue}" for vdev in devices for queue in (0, 1)]
 
+
+def look_at_numbers(host, guest, devices):
+    """What the guest reads and writes is counted, and xentop shows it."""
+    server = host.server
     before = statistics(server, devices["xvda"])
     guest.sh(
         "dd if=/dev/xvda of=/dev/null bs=4k count=16 iflag=direct; "
@@ -90,10 +106,9 @@ def test_backend_interface(xen):
             for name in ("oo_req", "rd_req", "wr_req", "rd_sect", "wr_sect")
         ]
 
-    host.sh(f"xenstore-write {HandMade(host, guest, 'xvda').back}/physical-device 1:1")
-    server.sh(
-        f"cd {parameters}; echo 0 > feature_persistent; echo 1 > max_queues; echo 1 > log_stats"
-    )
+
+def take_a_drive(host, guest):
+    """A disk that is a CD-ROM drive to the guest gets what the parameters say by now."""
     disk = HandMade(host, guest, "xvdc")
     disk.offer(mode="r")
     disk.wait_for(front=3)
@@ -103,12 +118,6 @@ def test_backend_interface(xen):
     guest.wait_for_disk("xvdc")
     nodes = "\n".join(f"xenstore-read {disk.back}/{name}" for name in DESCRIPTION)
     assert host.sh(nodes).split() == list(DESCRIPTION.values())
-    # The backend has heard of that before it heard of xvdc.
-    assert server.sh(f"cat {devices['xvda']}/physical_device") == "1:0"
-
-    guest.sh(f"({READER}) > /dev/null 2>&1 &")
-    server.wait_for(f"dmesg | grep -q '{guest.domid}[.]xvda-.*{LOGGED}'", timeout=100)
-    guest.sh("touch /tmp/stop")
 
 
 def statistics(server, device):

@@ -87,6 +87,12 @@ def test_budget(xen, test_modules, record_property):
     assert_unused_let_go(host, guest)
     if not ours:
         return
+    wait_for_pages(host, guest, front)
+
+
+def wait_for_pages(host, guest, front):
+    """A disk that does not answer keeps all pages of the budget: a request waits, and goes on."""
+    server = host.server
     guest.unload_frontend()
     guest.load_frontend(f"feature_persistent=0 {front}")
     guest.wait_for_disk("xvda")
