@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0277
+
+//! Who the I/O counts for is a matter of the thread: the end of it too.
+
+use kernel_ext::base::io_owner::Charged;
+use kernel_ext::base::io_owner::IoGroup;
+use kernel_ext::base::kthread::Current;
+
+fn needs_send<T: Send>(_: T) {}
+
+fn give_away(thread: &Current, group: &IoGroup) {
+    let charged: Charged<'_> = thread.charge(group);
+    needs_send(charged);
+}

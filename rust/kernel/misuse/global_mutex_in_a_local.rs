@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0597
+
+//! A mutex that is initialised where it stands must stand there for ever.
+
+use kernel_ext::base::global_mutex::GlobalMutex;
+
+fn misuse() -> u32 {
+    let mutex = GlobalMutex::new(0);
+    let number = *mutex.lock();
+    number
+}
