@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0382
+
+//! The interrupt of a channel that is closed may be somebody else's: what can be kept is a doorbell.
+
+use kernel_ext::xen::events::Channel;
+use kernel_ext::xen::events::Handler;
+
+fn misuse<T: Handler>(channel: Channel<T>) {
+    drop(channel);
+    channel.notify();
+}

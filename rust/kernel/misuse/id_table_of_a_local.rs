@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0597
+
+//! The bus looks at the types of devices for as long as there is the driver.
+
+use kernel_ext::xen::xenbus::DeviceId;
+use kernel_ext::xen::xenbus::IdArray;
+use kernel_ext::xen::xenbus::IdTable;
+
+fn misuse() -> IdTable {
+    let ids = IdArray::new([DeviceId::new(c"vbd")]);
+    ids.as_table()
+}

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0277
+
+//! Pages in a cache are linked to its place: it does not move.
+
+use core::pin::Pin;
+use kernel_ext::xen::grant::map::PageCache;
+
+fn misuse(cache: Pin<&mut PageCache>, other: Pin<&mut PageCache>) {
+    core::mem::swap(cache.get_mut(), other.get_mut());
+}

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0505
+
+//! The words of a ring of our own go with it too.
+
+use kernel_ext::xen::ring::RingPages;
+use kernel_ext::xen::ring::SharedWords;
+
+fn misuse(ring: RingPages) {
+    let words: &SharedWords = &ring;
+    drop(ring);
+    words.store(0, 1);
+}

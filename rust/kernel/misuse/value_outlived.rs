@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0505
+
+//! The bytes of a node's value go with the value.
+
+use kernel_ext::xen::xenstore::Value;
+
+fn late(value: Value) -> usize {
+    let bytes = value.as_bytes();
+    drop(value);
+    bytes.len()
+}

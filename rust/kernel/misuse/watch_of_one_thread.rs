@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0277
+
+//! What a watch calls runs in a thread of xenbus, and must be ready for that.
+
+use core::cell::Cell;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel_ext::xen::xenstore::Watch;
+use kernel_ext::xen::xenstore::WatchHandler;
+
+struct Misuse(Cell<u32>);
+
+impl WatchHandler for Misuse {
+    fn changed(&self) {
+        self.0.set(1);
+    }
+}
+
+fn misuse(dir: &CStr, handler: Arc<Misuse>) -> Result<Watch<Misuse>> {
+    Watch::new(dir, fmt!("state"), handler)
+}
