@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0308
+
+//! There is one owner of a major number, so that it is released once.
+
+use kernel_ext::block::major::Major;
+
+fn misuse(major: &Major) -> Major {
+    major.clone()
+}

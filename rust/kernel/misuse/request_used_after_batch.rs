@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0382
+
+//! A request that is in a batch is as good as ended.
+
+use kernel_ext::block::mq::*;
+
+fn late<T: Operations>(batch: &mut EndBatch, rq: Request<T, InFlight>) -> u32 {
+    batch.end(rq, BlkStatus::OK);
+    rq.bytes()
+}

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0308
+
+//! The functions that are called for a disk are those of its tag set: it is of the same driver.
+
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel_ext::block::mq::*;
+
+fn misuse<T: Operations, U: Operations>(
+    builder: GenDiskBuilder,
+    tag_set: Arc<TagSet<T>>,
+    data: Arc<U::QueueData>,
+) -> Result<GenDisk<U>> {
+    builder.build(fmt!("misuse"), tag_set, data)
+}
