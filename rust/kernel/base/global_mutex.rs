@@ -48,7 +48,9 @@ impl<T: 'static> GlobalLockBackend for Backend<T> {
 ///
 /// # Invariants
 ///
-/// `lock` is initialised when `state` is [`READY`]; the one who made it [`BUSY`] initialises it.
+/// - `lock` is initialised when `state` is [`READY`], and not used before.
+/// - `state` becomes [`BUSY`] once, and never [`FRESH`] again; the one who made it so initialises
+///   `lock`.
 pub struct GlobalMutex<T: 'static> {
     state: Atomic<u32>,
     lock: GlobalLock<Backend<T>>,
@@ -57,10 +59,12 @@ pub struct GlobalMutex<T: 'static> {
 impl<T: 'static> GlobalMutex<T> {
     /// A mutex with `data` in it.
     pub const fn new(data: T) -> Self {
+        // INVARIANT: Nobody has used the lock.
         Self {
             state: Atomic::new(FRESH),
-            // SAFETY: Nothing is done with the lock until it is initialised, by the type invariant.
-            // The private type `Backend` guards nothing else.
+            // SAFETY: By the type invariants the lock is not used before it is initialised. All
+            // mutexes of a `T` share `Backend<T>`; a type for each is wanted for the sake of
+            // `GlobalLockedBy`, and there is none of this type, which is private.
             lock: unsafe { GlobalLock::new(data) },
         }
     }
@@ -74,7 +78,8 @@ impl<T: 'static> GlobalMutex<T> {
                 // INVARIANT: It is initialised now.
                 self.state.store(READY, Release);
             } else {
-                // SAFETY: Who takes a mutex may sleep.
+                // SAFETY: `cond_resched` wants a context that may sleep, as the lock below does; in
+                // another one it does no harm to memory.
                 unsafe { bindings_ext::cond_resched() };
             }
         }
