@@ -54,6 +54,10 @@ impl Drop for IoGroup {
 }
 
 /// While this lives, the I/O of the current thread is charged to a cgroup.
+///
+/// # Invariants
+///
+/// The current task is the kernel thread whose I/O is charged: this cannot leave it.
 #[must_use]
 pub struct Charged<'a> {
     _thread: &'a Current,
@@ -62,7 +66,7 @@ pub struct Charged<'a> {
 
 impl Drop for Charged<'_> {
     fn drop(&mut self) {
-        // SAFETY: This is the thread that was charged: the type cannot leave it. NULL ends that.
+        // SAFETY: By the type invariant the current task is a kernel thread. NULL ends the charge.
         unsafe { bindings_ext::kthread_associate_io_css(core::ptr::null_mut()) };
     }
 }
@@ -96,9 +100,11 @@ impl Current {
     /// Has the I/O of this thread charged to `group` until the result is dropped. Only one at a time
     /// counts: the last one.
     pub fn charge(&self, group: &IoGroup) -> Charged<'_> {
-        // SAFETY: The current task is a kernel thread, as there is a `Current`, which does not leave
-        // it. The kernel takes a reference of its own, which `Charged` gives back.
+        // SAFETY: The current task is a kernel thread, by the invariant of `Current`; the cgroup is
+        // valid, by that of `IoGroup`. The kernel takes a reference of its own, which `Charged`
+        // gives back.
         unsafe { bindings_ext::kthread_associate_io_css(group.0.as_ptr()) };
+        // INVARIANT: Charged just now.
         Charged {
             _thread: self,
             _not_send: PhantomData,

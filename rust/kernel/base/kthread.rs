@@ -55,6 +55,10 @@ struct Start<F> {
 }
 
 /// The running thread, as its closure sees it.
+///
+/// # Invariants
+///
+/// The current task is the kernel thread that this was made for: it cannot leave it.
 pub struct Current {
     shared: Arc<Shared>,
     _not_send: NotThreadSafe,
@@ -176,6 +180,7 @@ unsafe extern "C" fn run<F: FnOnce(&Current)>(start: *mut ffi::c_void) -> ffi::c
         // SAFETY: Only touches the current task.
         unsafe { bindings::set_freezable() };
     }
+    // INVARIANT: This is the thread.
     let current = Current {
         shared: shared.clone(),
         _not_send: NotThreadSafe,

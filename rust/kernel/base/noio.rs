@@ -18,7 +18,7 @@ use kernel::{
 ///
 /// # Invariants
 ///
-/// `flags` is what the thread had before.
+/// `flags` is what the current thread had before: this cannot leave it.
 #[must_use]
 pub struct Noio {
     flags: c_uint,
@@ -45,7 +45,7 @@ impl Default for Noio {
 
 impl Drop for Noio {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant, and by its type this is the thread that it was made in.
+        // SAFETY: By the type invariant this gives the thread what it had.
         unsafe { bindings_ext::memalloc_noio_restore(self.flags) };
     }
 }
