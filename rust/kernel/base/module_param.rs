@@ -43,7 +43,8 @@ unsafe impl ParamType for bool {
 #[repr(transparent)]
 pub struct Param<T: ParamType>(UnsafeCell<T>);
 
-// SAFETY: All access is by single words: reads by `get`, writes by `set` and the kernel's parameter code.
+// SAFETY: All access is by single words: reads by `get`, writes by `set`, and by the promise of
+// `ParamType` those of the kernel's parameter code.
 unsafe impl<T: ParamType> Sync for Param<T> {}
 
 impl<T: ParamType> Param<T> {
@@ -54,8 +55,9 @@ impl<T: ParamType> Param<T> {
 
     /// The value now. A parameter that is writable in sysfs can change at any time.
     pub fn get(&self) -> T {
-        // SAFETY: The pointer is valid. A write at the same time is a write of one word that is
-        // valid for `T`, and a volatile read of one word sees the old or the new one.
+        // SAFETY: The pointer is valid. By the promise of `ParamType`, a write at the same time is
+        // one of a word that is valid for `T`, and a volatile read of one word sees the old or the
+        // new one.
         unsafe { ptr::read_volatile(self.0.get()) }
     }
 

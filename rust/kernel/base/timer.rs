@@ -92,9 +92,10 @@ impl<T: Target> Timer<T> {
 
     /// # Safety
     ///
-    /// Only for a timer in a `Timer<T>`, which waits for this before it is freed.
+    /// For the kernel's timers: `timer` is that of a `Timer<T>`, which waits for this before it is
+    /// freed.
     unsafe extern "C" fn callback(timer: *mut bindings::timer_list) {
-        // SAFETY: The timer is the first field.
+        // SAFETY: By the requirements of this function; the timer is the first field.
         let this = unsafe { &*timer.cast::<Self>() };
         if let Some(time) = this.target.expired() {
             this.set_after(time);
