@@ -63,10 +63,14 @@ enum Notify {
 }
 
 /// What a channel and its interrupt share.
+///
+/// # Invariants
+///
+/// `open` is 1 while an event has come and was not ended: whoever makes it 0 ends the event. The
+/// glue code must be told once of each end: it puts the event to a list, without a look at whether
+/// somebody else does so at the same time.
 struct Shared<T> {
     handler: Arc<T>,
-    /// 1 while an event has come and was not ended. The glue code must be told once of each end: it
-    /// puts the event to a list, without a look at whether somebody else does so at the same time.
     open: Atomic<i32>,
 }
 
@@ -78,6 +82,7 @@ impl<T: Handler> Shared<T> {
     /// `irq` is bound to an event channel of the `lateeoi` kind, with this as its argument.
     #[inline]
     unsafe fn end(&self, irq: ffi::c_uint, spurious: bool) {
+        // INVARIANT: It is ended below.
         if self.open.xchg(0, Full) == 0 {
             return;
         }
@@ -86,8 +91,8 @@ impl<T: Handler> Shared<T> {
         } else {
             0
         };
-        // SAFETY: By the requirements of this function; nobody else has found the event open, and no
-        // other one comes before this.
+        // SAFETY: By the requirements of this function. By the type invariant nobody else ends the
+        // event, and no other one comes before this.
         unsafe { bindings_ext::xen_irq_lateeoi(irq, flags) };
     }
 }
@@ -115,8 +120,8 @@ impl Doorbell {
 ///
 /// # Invariants
 ///
-/// - `irq` is bound to an event channel, with [`Self::interrupt`] as handler and `shared` as its
-///   argument, which does not move.
+/// - `irq` is bound to an event channel of the `lateeoi` kind, with [`Self::interrupt`] as handler
+///   and `shared` as its argument, which does not move.
 /// - `device` is what the interrupt was bound for: the glue code may use it while `irq` is bound.
 pub struct Channel<T: Handler> {
     irq: ffi::c_uint,
@@ -147,7 +152,7 @@ impl<T: Handler> Channel<T> {
             // tell, and to close it twice could close what somebody else has got meanwhile.
             //
             // SAFETY: The name lives for ever; `argument` is what `interrupt` wants, and stays until
-            // the interrupt is unbound.
+            // the interrupt is unbound, as `request` says.
             let irq = unsafe {
                 bindings_ext::bind_evtchn_to_irqhandler_lateeoi(
                     port,
@@ -173,7 +178,7 @@ impl<T: Handler> Channel<T> {
     ) -> Result<Self> {
         Self::request(device, handler, |argument| {
             // SAFETY: The name lives for ever; `argument` is what `interrupt` wants, and stays until
-            // the interrupt is unbound, and so does the device.
+            // the interrupt is unbound, and so does the device, as `request` says.
             let irq = unsafe {
                 bindings_ext::bind_interdomain_evtchn_to_irqhandler_lateeoi(
                     device.as_raw(),
@@ -190,6 +195,9 @@ impl<T: Handler> Channel<T> {
 
     /// Makes a `Channel` of what `bind` returns: an interrupt or a negative errno. There is nothing
     /// to be undone after that.
+    ///
+    /// `bind` gets the argument for [`Self::interrupt`]. By the type invariants it stays while the
+    /// interrupt is bound, and so does the device.
     fn request(
         device: &xenbus::Device,
         handler: Arc<T>,
@@ -244,7 +252,7 @@ impl<T: Handler> Channel<T> {
     /// there is no such event.
     #[inline]
     pub fn eoi(&self, spurious: bool) {
-        // SAFETY: The interrupt is bound by the type invariant.
+        // SAFETY: The interrupt is bound, with `shared`, by the type invariant.
         unsafe { self.shared.end(self.irq, spurious) };
     }
 
@@ -255,7 +263,8 @@ impl<T: Handler> Channel<T> {
 
     /// Lets the interrupt, and so the events, come to one CPU.
     pub fn set_affinity(&self, cpu: kernel::cpu::CpuId) -> Result {
-        // SAFETY: The interrupt is bound by the type invariant; `cpu` is in range.
+        // SAFETY: The interrupt is bound by the type invariant; `cpu` is in range by that of
+        // `CpuId`.
         to_result(unsafe { bindings_ext::irq_set_affinity_to_cpu(self.irq, cpu.as_u32()) })
     }
 
@@ -270,13 +279,15 @@ impl<T: Handler> Channel<T> {
         // is unbound.
         let shared = unsafe { &*shared.cast::<Shared<T>>() };
         // First, for the handler can wake somebody who ends the event before it returns.
+        //
+        // INVARIANT: An event has come.
         shared.open.store(1, Relaxed);
         let spurious = match shared.handler.handle() {
             Eoi::Done => false,
             Eoi::Spurious => true,
             Eoi::Later => return IRQ_HANDLED,
         };
-        // SAFETY: The interrupt is the one being handled.
+        // SAFETY: By the requirements of this function; the interrupt is the one being handled.
         unsafe { shared.end(irq as ffi::c_uint, spurious) };
         IRQ_HANDLED
     }
