@@ -189,9 +189,10 @@ impl GrantReserve {
         u32::try_from(reference).ok()
     }
 
-    /// Puts a claimed reference back.
+    /// Puts a reference back that [`Self::claim`] has taken off a list, and that grants nothing.
     fn release(&mut self, reference: bindings_ext::grant_ref_t) {
-        // SAFETY: The list is private to us, and the reference is ours and grants nothing.
+        // SAFETY: By the type invariant the list is private to us. What `claim` gives is ours, and
+        // was not granted.
         unsafe { bindings_ext::gnttab_release_grant_reference(&mut self.head, reference) };
         // INVARIANT: One more, in the list and in the number.
         self.len = self.len.wrapping_add(1);
@@ -201,7 +202,7 @@ impl GrantReserve {
     ///
     /// # Safety
     ///
-    /// The page must go to nobody else until the grant has been ended with success.
+    /// The page is valid, and goes to nobody else until the grant has been ended with success.
     unsafe fn grant(
         &mut self,
         domain: DomId,
@@ -210,8 +211,8 @@ impl GrantReserve {
     ) -> Result<GrantRef> {
         let reference = self.claim().ok_or(ENOSPC)?;
         let readonly = access == Access::ReadOnly;
-        // SAFETY: The reference is ours and free, `page` is valid by the requirements of this
-        // function.
+        // SAFETY: `claim` gives a reference that is ours and free, by the type invariant; `page` is
+        // valid by the requirements of this function.
         unsafe {
             bindings_ext::gnttab_grant_foreign_access_ref(
                 reference,
@@ -251,7 +252,8 @@ unsafe fn try_end(reference: GrantRef) -> bool {
 ///
 /// # Invariants
 ///
-/// `reference` is ours and grants `page`, with `access`.
+/// - `reference` is ours and grants `page`.
+/// - `page` is owned. It is freed or given away only after the grant has been ended with success.
 pub struct GrantedPage {
     page: ManuallyDrop<Page>,
     reference: GrantRef,
@@ -268,7 +270,8 @@ impl GrantedPage {
         page: Page,
         access: Access,
     ) -> Result<Self> {
-        // SAFETY: `GrantedPage` owns the page until the grant has ended.
+        // SAFETY: The page is valid, and goes to the `GrantedPage` below, which keeps it until the
+        // grant has ended, by the type invariant. If this fails, there is no grant.
         let reference = unsafe { reserve.grant(domain, page.as_ptr(), access) }?;
         // INVARIANT: As granted just above.
         Ok(Self {
@@ -297,7 +300,7 @@ impl GrantedPage {
 
     /// Ends the grant and gives the page back, unless the other domain still uses it.
     pub fn try_end(self) -> Result<Page, Self> {
-        // SAFETY: By the type invariant.
+        // SAFETY: By the type invariant. If it is ended, it is not ended again: `self` goes below.
         if !unsafe { try_end(self.reference) } {
             return Err(self);
         }
@@ -327,7 +330,8 @@ pub type References = KVec<GrantRef>;
 ///
 /// # Invariants
 ///
-/// Each of `references` is ours and grants a page of `owner`.
+/// - Each of `references` is ours and grants a page of `owner`. No other grant made here is left.
+/// - `owner` is dropped or given away only when there is no reference left.
 pub struct Granted<S: PageOwner> {
     owner: ManuallyDrop<S>,
     references: ManuallyDrop<References>,
@@ -358,8 +362,9 @@ impl<S: PageOwner> Granted<S> {
         };
 
         for slice in owner.slices() {
-            // SAFETY: The owner keeps its pages while it is inside of the `Granted` below; there is
-            // no way out of this function before that, for there are references and space for all
+            // SAFETY: By the promise of `PageOwner` the page stays with the owner. That is inside
+            // of the `Granted` below until the grant has ended, by the type invariant; there is no
+            // way out of this function before that, for there are references and space for all
             // slices.
             let granted = unsafe { reserve.grant(domain, slice.page().as_ptr(), access) };
             let Ok(reference) = granted else { break };
@@ -401,7 +406,7 @@ impl<S: PageOwner> Granted<S> {
     fn end_all(&mut self) -> bool {
         // INVARIANT: Those that have ended are removed.
         self.references.retain(|reference| {
-            // SAFETY: By the type invariant.
+            // SAFETY: By the type invariant; if it has ended, it is removed.
             !unsafe { try_end(*reference) }
         });
         self.references.is_empty()

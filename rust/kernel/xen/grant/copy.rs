@@ -213,7 +213,7 @@ fn local(slice: PageSlice<'_>) -> bindings_ext::gnttab_copy_gnttab_copy_ptr {
         offset: slice.offset() as u16,
         ..Default::default()
     };
-    // SAFETY: The page of a slice is valid.
+    // SAFETY: The page is valid, by the invariant of `PageSlice`.
     let frame = unsafe { bindings_ext::xen_page_to_gfn(slice.page().as_ptr()) };
     // SAFETY: A field of plain data in a union that was all zero.
     *unsafe { ptr.u.gmfn.as_mut() } = frame;
