@@ -37,7 +37,8 @@ const BUSY_SLEEP_MS: u32 = 20;
 ///
 /// # Invariants
 ///
-/// `inner` is initialised and does not move.
+/// - `inner` is initialised and does not move.
+/// - Its pages come from `gnttab_page_cache_get`; nothing is mapped there, and nobody uses them.
 #[pin_data(PinnedDrop)]
 pub struct PageCache {
     #[pin]
@@ -52,7 +53,7 @@ unsafe impl Sync for PageCache {}
 impl PageCache {
     /// An empty cache. Pages are made when they are needed, and kept.
     pub fn new() -> impl PinInit<Self> {
-        // INVARIANT: Initialised here.
+        // INVARIANT: Initialised here, without pages.
         pin_init!(Self {
             inner <- Opaque::ffi_init(|inner| {
                 // SAFETY: `inner` is valid for writes, and stays where it is.
@@ -63,7 +64,7 @@ impl PageCache {
 
     /// Frees all but `keep` pages. May sleep.
     pub fn shrink(&self, keep: u32) {
-        // SAFETY: By the type invariant; all pages in the cache are unmapped ones.
+        // SAFETY: By the type invariants all pages in the cache may be freed.
         unsafe { bindings_ext::gnttab_page_cache_shrink(self.inner.get(), keep) };
     }
 
@@ -82,7 +83,8 @@ impl PageCache {
         result
     }
 
-    /// Takes a page; makes one if there is none, which may sleep.
+    /// Takes a page; makes one if there is none, which may sleep. It belongs to the caller alone,
+    /// and has an address of its own.
     fn get(&self) -> Result<NonNull<bindings::page>> {
         let mut page = core::ptr::null_mut();
         // SAFETY: By the type invariant; `page` is valid for a write.
@@ -90,12 +92,13 @@ impl PageCache {
         NonNull::new(page).ok_or(ENOMEM)
     }
 
-    /// Puts pages that [`Self::get`] has given, and that are not mapped, back.
+    /// Puts pages back that [`Self::get`] of some cache has given. Nothing is mapped there any
+    /// more, and nobody uses them.
     fn put(&self, pages: &mut [*mut bindings::page]) {
         if pages.is_empty() {
             return;
         }
-        // SAFETY: By the type invariant; the pages are ours.
+        // SAFETY: By the type invariants, which hold for these pages too, as said above.
         unsafe {
             bindings_ext::gnttab_page_cache_put(
                 self.inner.get(),
@@ -121,8 +124,9 @@ impl PinnedDrop for PageCache {
 ///
 /// # Invariants
 ///
-/// `page` came from a [`PageCache`]; `handle` is a mapping of a foreign frame there, with `access`,
-/// that nobody else knows.
+/// - `page` came from a [`PageCache`] and is owned.
+/// - `handle` is a mapping of a foreign frame there, with `access`, that nobody else knows. It
+///   stays until this is dropped or taken apart by a [`Mapper`].
 pub struct MappedPage {
     page: NonNull<bindings::page>,
     handle: bindings_ext::grant_handle_t,
@@ -166,7 +170,8 @@ impl MappedPage {
     }
 
     fn whole(&self) -> PageSlice<'_> {
-        // SAFETY: The page is ours, mapped, and stays so while `self` is borrowed.
+        // SAFETY: By the type invariants the page is ours, mapped, and stays so while `self` is
+        // borrowed.
         unsafe { PageSlice::from_raw(self.page, 0, PAGE_SIZE) }
     }
 
@@ -178,8 +183,8 @@ impl MappedPage {
     }
 }
 
-// SAFETY: The page stays mapped, and belongs to nobody else, until the `MappedPage` is dropped or
-// given to a `Mapper`. It can be written if it is mapped so.
+// SAFETY: By the type invariants the page stays mapped, and belongs to nobody else, until the
+// `MappedPage` is dropped or given to a `Mapper`. It can be written if it is mapped so.
 unsafe impl PageOwner for MappedPage {
     fn writable(&self) -> bool {
         self.access == Access::ReadWrite
@@ -218,7 +223,8 @@ impl Drop for MappedPage {
             )
         };
         if is_unmapped(&op) {
-            // SAFETY: The page came from `gnttab_alloc_pages` by way of a cache, and is unmapped.
+            // SAFETY: By the type invariants the page came from `gnttab_alloc_pages`, by way of a
+            // cache, and is ours. It is unmapped.
             unsafe { bindings_ext::gnttab_free_pages(1, &mut page) };
         }
     }
@@ -230,7 +236,8 @@ fn unmap_op(page: &MappedPage) -> bindings_ext::gnttab_unmap_grant_ref {
         status: NOT_REACHED,
         ..Default::default()
     };
-    // SAFETY: The page is valid by the type invariant, and has an address of its own.
+    // SAFETY: The page is valid by the invariants of `MappedPage`, and has an address of its own as
+    // all pages of a `PageCache` have.
     unsafe {
         bindings_ext::gnttab_set_unmap_op(
             &mut op,
@@ -359,7 +366,8 @@ impl Mapper {
         // The statuses say all.
         //
         // SAFETY: There are as many operations and pages as references, by `prepare` and the type
-        // invariant; each maps to a page that is ours and has nothing mapped.
+        // invariant; each maps to a page that came from `get`, so it is ours and has nothing
+        // mapped.
         let _ = unsafe {
             bindings_ext::gnttab_map_refs(
                 self.map.as_mut_ptr(),
@@ -397,7 +405,7 @@ impl Mapper {
                 }
             };
             *place = page.as_ptr();
-            // SAFETY: The page is ours and has an address of its own.
+            // SAFETY: `get` gives a page that is ours and has an address of its own.
             unsafe {
                 bindings_ext::gnttab_set_map_op(
                     op,
