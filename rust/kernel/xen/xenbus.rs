@@ -487,7 +487,8 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
         if !super::is_xen_domain() {
             return Err(ENODEV);
         }
-        // SAFETY: Nobody else uses the driver before it is registered.
+        // SAFETY: As the caller promises, the driver is valid; nobody else uses it before it is
+        // registered.
         unsafe {
             let driver = reg.get();
             (*driver).name = T::NAME.as_char_ptr();
@@ -507,7 +508,8 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
             Side::Backend => bindings_ext::__xenbus_register_backend,
         };
         let registered =
-            // SAFETY: The driver is filled in, and pinned until it is unregistered.
+            // SAFETY: The driver is filled in. As the caller promises, it is pinned until it is
+            // unregistered.
             to_result(unsafe { register(reg.get(), module.as_ptr(), name.as_char_ptr()) });
         if registered == Err(EBUSY) {
             pr_err!(
@@ -539,19 +541,20 @@ impl<T: Driver> Adapter<T> {
     ) -> (&'a Device<device::CoreInternal<'a>>, Pin<&'a T>) {
         // SAFETY: By the requirements of this function; the layout is transparent.
         let device = unsafe { &*device.cast::<Device<device::CoreInternal<'a>>>() };
-        // SAFETY: `probe` has stored a `T`.
+        // SAFETY: By the requirements of this function, `probe` has stored a `T`, which stays until
+        // the device is unbound.
         let data = unsafe { AsRef::<device::Device<_>>::as_ref(device).drvdata_borrow::<T>() };
         (device, data)
     }
 
     /// # Safety
     ///
-    /// Only for xenbus.
+    /// For xenbus: `device` is valid and locked, and is being bound to this driver.
     unsafe extern "C" fn probe(
         device: *mut bindings_ext::xenbus_device,
         _id: *const bindings_ext::xenbus_device_id,
     ) -> ffi::c_int {
-        // SAFETY: The bus gives a valid device; the layout is transparent.
+        // SAFETY: By the requirements of this function; the layout is transparent.
         let device = unsafe { &*device.cast::<Device<device::CoreInternal<'_>>>() };
         from_result(|| {
             let data = T::probe(device);
@@ -562,44 +565,45 @@ impl<T: Driver> Adapter<T> {
 
     /// # Safety
     ///
-    /// Only for xenbus.
+    /// For xenbus, in its thread, from a watch that it registers after `probe` has succeeded for
+    /// `device`, and unregisters before `remove`.
     unsafe extern "C" fn otherend_changed(
         device: *mut bindings_ext::xenbus_device,
         state: bindings_ext::xenbus_state,
     ) {
         let after = {
-            // SAFETY: The bus registers the watch that gets here after `probe` has succeeded, and
-            // waits for it before `remove`.
+            // SAFETY: By the requirements of this function; who unregisters the watch waits for it.
             let (device, data) = unsafe { Self::bound(device) };
             T::otherend_changed(data, device, State::from_raw(state))
         };
         if after == After::Unregister {
-            // SAFETY: The device is registered: who unregisters it waits for this function, in all
-            // threads but this. The references from above are gone.
+            // SAFETY: By the requirements of this function this is the thread of xenbus, and the
+            // device is registered: who unregisters it waits for this function, in all threads but
+            // this. The references from above are gone.
             unsafe { unregister(addr_of_mut!((*device).dev)) };
         }
     }
 
     /// # Safety
     ///
-    /// Only for xenbus.
+    /// For xenbus: `probe` has succeeded for `device`, which is unbound after this.
     unsafe extern "C" fn remove(device: *mut bindings_ext::xenbus_device) {
-        // SAFETY: The bus calls this once, after `probe` has succeeded.
+        // SAFETY: By the requirements of this function.
         let (device, data) = unsafe { Self::bound(device) };
         T::remove(data, device);
     }
 
     /// # Safety
     ///
-    /// Only for xenbus, with the device locked.
+    /// For xenbus: `device` is valid and locked, and if it is bound, then to this driver.
     unsafe extern "C" fn suspend(device: *mut bindings_ext::xenbus_device) -> ffi::c_int {
-        // SAFETY: The device is valid, and locked, so it stays bound or not bound.
+        // SAFETY: By the requirements of this function.
         unsafe { Self::with_data(device, |data, device| T::suspend(data, device)) }
     }
 
     /// # Safety
     ///
-    /// Only for xenbus, with the device locked.
+    /// As for `suspend`.
     unsafe extern "C" fn resume(device: *mut bindings_ext::xenbus_device) -> ffi::c_int {
         // SAFETY: As in `suspend`.
         unsafe { Self::with_data(device, |data, device| T::resume(data, device)) }
@@ -609,7 +613,7 @@ impl<T: Driver> Adapter<T> {
     ///
     /// # Safety
     ///
-    /// The device is valid and locked.
+    /// `device` is valid and locked, and if it is bound, then to this driver.
     unsafe fn with_data(
         device: *mut bindings_ext::xenbus_device,
         callback: impl FnOnce(Pin<&T>, &Device<device::Core<'_>>) -> Result,
@@ -618,17 +622,17 @@ impl<T: Driver> Adapter<T> {
         if unsafe { bindings::dev_get_drvdata(addr_of_mut!((*device).dev)) }.is_null() {
             return 0;
         }
-        // SAFETY: Private data is set from the end of `probe` until after `remove`, all under the
-        // lock of the device.
+        // SAFETY: By the requirements of this function. A driver's device has private data from the
+        // end of `probe` until after `remove`, all under the lock of the device.
         let (device, data) = unsafe { Self::bound(device) };
         from_result(|| callback(data, device).map(|()| 0))
     }
 
     /// # Safety
     ///
-    /// Only for xenbus.
+    /// For xenbus: `device` is valid.
     unsafe extern "C" fn reclaim_memory(device: *mut bindings_ext::xenbus_device) {
-        // SAFETY: The device is valid, the bus holds a reference.
+        // SAFETY: By the requirements of this function.
         let dev = unsafe { addr_of_mut!((*device).dev) };
         // Being probed or unbound, it has little to give; the caller may even hold the lock.
         //
@@ -651,13 +655,13 @@ impl<T: Driver> Adapter<T> {
 
     /// # Safety
     ///
-    /// Only for xenbus.
+    /// For xenbus: `device` is valid, and not locked by the caller.
     unsafe extern "C" fn is_ready(device: *mut bindings_ext::xenbus_device) -> ffi::c_int {
-        // SAFETY: The device is valid, the bus holds a reference.
+        // SAFETY: By the requirements of this function.
         let dev = unsafe { addr_of_mut!((*device).dev) };
         // The bus asks without any lock; this keeps the device bound meanwhile.
         //
-        // SAFETY: The device is valid; the bus does not hold its lock.
+        // SAFETY: By the requirements of this function.
         unsafe { bindings_ext::device_lock(dev) };
         let mut ready = false;
         // SAFETY: The device is locked, and bound to this driver if it is the driver of that name.

@@ -449,19 +449,20 @@ impl<T: WatchHandler> Watch<T> {
     ///
     /// # Safety
     ///
-    /// Only for xenbus, with a registered watch.
+    /// For xenbus: `watch` is registered.
     unsafe extern "C" fn will_handle(
         watch: *mut bindings_ext::xenbus_watch,
         _path: *const ffi::c_char,
         _token: *const ffi::c_char,
     ) -> bool {
-        // SAFETY: The watch is valid while it is registered.
+        // SAFETY: By the requirements of this function: a watch that is registered is valid.
         unsafe { (*watch).nr_pending == 0 }
     }
 
     /// # Safety
     ///
-    /// Only for xenbus, with a registered watch that is the first field of a `WatchInner<T>`.
+    /// For xenbus: `watch` is registered, and the first field of the `WatchInner<T>` of a
+    /// [`Watch`].
     unsafe extern "C" fn callback(
         watch: *mut bindings_ext::xenbus_watch,
         _path: *const ffi::c_char,
