@@ -72,7 +72,8 @@ pub struct Discard {
 /// # Invariants
 ///
 /// - `file` is an open block device, owned.
-/// - `bios` is an initialised bio set.
+/// - `bios` is an initialised bio set. Whoever takes a bio of it keeps a reference to this until
+///   the bio has gone back.
 #[pin_data(PinnedDrop)]
 pub struct BlockDevice {
     file: File,
@@ -246,8 +247,8 @@ impl BlockDevice {
 #[pinned_drop]
 impl PinnedDrop for BlockDevice {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariant. No bio of the set is left: each one holds a reference to
-        // this device until it has gone back.
+        // SAFETY: By the type invariants. This was the last reference, so no bio of the set is
+        // left.
         unsafe { bindings::bioset_exit(self.bios.get()) };
     }
 }

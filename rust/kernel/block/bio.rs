@@ -114,6 +114,10 @@ unsafe impl Send for OwnBio {}
 unsafe impl Sync for OwnBio {}
 
 /// The memory of an I/O, and what the driver wants to have back with it.
+///
+/// # Invariants
+///
+/// While the I/O is on its way, `device` is the one that its bio was made for.
 pub struct Io<D, C> {
     data: D,
     /// The driver's own.
@@ -185,17 +189,19 @@ pub fn submit<D: PageOwner + Send + 'static, C: Context<D>>(
     // An `Io` that goes around keeps the device that it has.
     let known = io.device.as_ref();
     if !known.is_some_and(|known| Arc::ptr_eq(known, device)) {
+        // INVARIANT: It is not on its way yet.
         io.device = Some(device.clone());
     }
     let io = KBox::into_raw(io);
     // SAFETY: The `Io` is ours alone, and no box until the bio has ended or was dropped.
     match unsafe { prepare(device, operation, sector, io) } {
         Ok(bio) => {
-            // SAFETY: It was made of the memory of `io`.
+            // SAFETY: `io` was a box, and is not used any more. `prepare` has made the bio of its
+            // memory.
             unsafe { bio.submit(io) };
             Ok(())
         }
-        // SAFETY: It was a box, and the bio is gone.
+        // SAFETY: It was a box, and the bio is gone, as `prepare` has failed.
         Err(error) => Err((error, unsafe { KBox::from_raw(io) })),
     }
 }
@@ -260,8 +266,8 @@ fn check(
 ///
 /// # Invariants
 ///
-/// A bio with room for the parts that it was made for: of the reserve of an open device, or of an
-/// [`OwnBio`], which is known by having no reserve.
+/// A bio with room for the parts that it was made for, which nobody else uses: of the reserve of an
+/// open device, or of an [`OwnBio`], which is known by having no reserve.
 struct Bio(*mut bindings::bio);
 
 impl Bio {
@@ -289,7 +295,7 @@ impl Bio {
         } else {
             Self::allocate(device, operation, parts)
         };
-        // SAFETY: The bio is ours alone.
+        // SAFETY: The bio was made just now, and is ours alone.
         unsafe {
             (*bio).bi_iter.bi_sector = sector;
             (*bio).bi_iter.bi_size = operation.sectors() << SECTOR_SHIFT;
@@ -348,7 +354,8 @@ impl Bio {
         let bio = self.0;
         core::mem::forget(self);
         // SAFETY: The bio is valid by the type invariant, and ours until it is submitted. All pages
-        // in it belong to `io`, which `end_io` gets, after which the device does not use them.
+        // in it belong to `io`, as the caller promises, and stay with it by the promise of
+        // `PageOwner`. `end_io` gets it when the device does not use them any more.
         unsafe {
             (*bio).bi_private = io.cast();
             (*bio).bi_end_io = Some(end_io::<D, C>);
@@ -385,8 +392,9 @@ impl Drop for Bio {
 ///
 /// `bio` was submitted by [`Bio::submit`] with the same types, and has ended.
 unsafe extern "C" fn end_io<D: PageOwner + Send + 'static, C: Context<D>>(bio: *mut bindings::bio) {
-    // SAFETY: By the requirements of this function; it is called once, and the bio is not used after
-    // its end. The `Io` that it may be part of is no box yet, and has the device with the reserve.
+    // SAFETY: By the requirements of this function; it is called once, and the bio is not used
+    // after its end. The `Io` that it may be part of is no box yet, and by its invariant has the
+    // device with the reserve.
     let (io, status) = unsafe {
         let (io, status) = ((*bio).bi_private.cast::<Io<D, C>>(), (*bio).bi_status);
         Bio::free(bio);
