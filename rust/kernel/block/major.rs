@@ -24,7 +24,8 @@ use kernel::{
 const MINORS: u32 = 1 << 20;
 
 global_lock! {
-    // SAFETY: `Major::register` initialises it before `Minors::reserve` uses it.
+    // SAFETY: `Minors` use it, and there are some only after `Major::register` has initialised it,
+    // by their invariant; `Minors::reserve` looks at `STATE` first.
     unsafe(uninit) static RESERVED: Mutex<KVec<(u32, u32)>> = KVec::new();
 }
 
@@ -55,7 +56,7 @@ impl Major {
             return Err(EINVAL);
         }
         STATE.cmpxchg(UNUSED, STARTING, Full).map_err(|_| EBUSY)?;
-        // SAFETY: Only the first call gets here.
+        // SAFETY: Only the first call gets here, as `STATE` is never `UNUSED` again.
         unsafe { RESERVED.init() };
         STATE.store(READY, Release);
 
@@ -79,6 +80,10 @@ impl Drop for Major {
 }
 
 /// Minors of this module's major that nobody else in the module has, until dropped.
+///
+/// # Invariants
+///
+/// `RESERVED` is initialised, and they stand in it.
 pub struct Minors {
     major: u32,
     first: u32,
@@ -105,6 +110,7 @@ impl Minors {
             return Err(EBUSY);
         }
         reserved.push((first, count), GFP_KERNEL)?;
+        // INVARIANT: `STATE` is `READY`, and they were added just now.
         Ok(Self {
             major,
             first,
