@@ -32,7 +32,10 @@ impl EndBatch {
     #[inline]
     pub fn end<T: Operations, S: State>(&mut self, rq: Request<T, S>, status: BlkStatus) {
         let rq = rq.into_raw().as_ptr();
-        // SAFETY: The driver owned the request until now, so it may be put into the batch.
+        // SAFETY: By the invariants of `Request` the driver owned it until now, so it may be put
+        // into the batch.
+        //
+        // INVARIANT: A request with an error is not taken.
         let added = unsafe {
             bindings_ext::blk_mq_add_to_batch(
                 rq,
@@ -42,7 +45,7 @@ impl EndBatch {
             )
         };
         if !added {
-            // SAFETY: The driver owned the request until now, and the batch did not take it.
+            // SAFETY: As above, and the batch did not take it.
             unsafe { bindings::blk_mq_end_request(rq, status.as_raw()) };
         }
     }

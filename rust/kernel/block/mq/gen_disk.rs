@@ -142,8 +142,8 @@ impl GenDiskBuilder {
         }
 
         let queue_data = queue_data.into_foreign();
-        // SAFETY: The tag set is valid, and the limits are initialised. The functions of the tag
-        // set take `queue_data` for what it is here.
+        // SAFETY: The tag set is valid, by its invariants, and the limits are initialised. The data
+        // is what the invariants of `TagSet` say.
         let disk = from_err_ptr(unsafe {
             bindings::__blk_mq_alloc_disk(
                 tag_set.as_raw(),
@@ -167,7 +167,7 @@ impl GenDiskBuilder {
             quiesced: Atomic::new(0),
         };
 
-        // SAFETY: Nobody else uses the disk before it is added.
+        // SAFETY: The disk is valid by the type invariants. Nobody else uses it before it is added.
         let raw = unsafe { &mut *disk.disk };
         raw.fops = FileOperations::<T>::build();
         raw.private_data = queue_data;
@@ -186,7 +186,7 @@ impl GenDiskBuilder {
             return Err(EINVAL);
         }
 
-        // SAFETY: The disk is valid.
+        // SAFETY: By the type invariants the disk is valid.
         unsafe { bindings::set_capacity(disk.disk, self.capacity) };
         if self.read_only {
             disk.set_read_only(true);
@@ -209,7 +209,9 @@ const ADDED: i32 = 2;
 /// # Invariants
 ///
 /// - `disk` points to a disk that was made for `tag_set`, with `queue_data` as its data and
-///   its queue's, which came from `Arc::into_foreign`. One reference to it is owned.
+///   its queue's. One reference to it is owned.
+/// - `queue_data` came from `Arc::into_foreign`, and is taken back when this is dropped, after the
+///   disk was removed.
 /// - `added` is [`ADDED`] if and only if it was added to the system.
 /// - `quiesced` is 1 if and only if this object has quiesced the queue.
 pub struct GenDisk<T: Operations> {
@@ -222,11 +224,13 @@ pub struct GenDisk<T: Operations> {
     quiesced: Atomic<i32>,
 }
 
-// SAFETY: The block layer locks what needs it, and `queue_data` is an `Arc` of what is `Send` and
-// `Sync`.
+// SAFETY: By the type invariants this owns a reference to a disk, which may be removed by any
+// thread, and an `Arc` of `T::QueueData`, which is `Send` and `Sync`.
 unsafe impl<T: Operations> Send for GenDisk<T> {}
 
-// SAFETY: As above.
+// SAFETY: The functions of the block layer that take a disk or its queue here may be called by
+// several threads at once; what must be done once is guarded by `added` and `quiesced`. Data is
+// only shared.
 unsafe impl<T: Operations> Sync for GenDisk<T> {}
 
 impl<T: Operations> GenDisk<T> {
@@ -259,7 +263,8 @@ impl<T: Operations> GenDisk<T> {
 
     /// The driver's data.
     pub fn queue_data(&self) -> ArcBorrow<'_, T::QueueData> {
-        // SAFETY: By the type invariants this is an `Arc`, which is dropped with the disk.
+        // SAFETY: By the type invariants this is an `Arc`, which is taken back when `self` is
+        // dropped.
         unsafe { Arc::<T::QueueData>::borrow(self.queue_data) }
     }
 
@@ -403,9 +408,10 @@ impl<T: Operations> Drop for GenDisk<T> {
         // no data. The RCU grace period waits for those that have found it, and for calls of
         // `queue_rq` that ended the last request and still run.
         //
-        // SAFETY: The disk is valid; the field is only read by the file operations, as one word.
+        // SAFETY: By the type invariants the disk is valid; the field is only read by the file
+        // operations, as one word.
         unsafe { (&raw mut (*self.disk).private_data).write_volatile(ptr::null_mut()) };
-        // SAFETY: May be called where sleeping is allowed.
+        // SAFETY: `synchronize_rcu` wants a context that may sleep, as `put_disk` does.
         unsafe { bindings::synchronize_rcu() };
 
         // SAFETY: By the type invariants this is our reference.
@@ -454,13 +460,13 @@ impl<T: Operations> FileOperations<T> {
     ) -> Result<R> {
         let data: Arc<T::QueueData> = {
             let _guard = rcu::read_lock();
-            // SAFETY: `disk` is valid; the field is written as one word.
+            // SAFETY: As the caller promises, `disk` is valid; the field is written as one word.
             let data = unsafe { (&raw const (*disk).private_data).read_volatile() };
             if data.is_null() {
                 return Err(ENXIO);
             }
-            // SAFETY: The pointer comes from `into_foreign`. Whoever takes it back has cleared the
-            // field, and waits for this RCU reader in between.
+            // SAFETY: By the invariants of `GenDisk` the pointer comes from `into_foreign`. Whoever
+            // takes it back has cleared the field, and waits for this RCU reader in between.
             unsafe { Arc::<T::QueueData>::borrow(data) }.into()
         };
         f(data.as_arc_borrow())
@@ -503,7 +509,7 @@ impl<T: Operations> FileOperations<T> {
         cmd: c_uint,
         arg: c_ulong,
     ) -> c_int {
-        // SAFETY: `bdev` is valid, and belongs to a disk of `T`.
+        // SAFETY: As the caller promises.
         let result = unsafe { Self::with_data((*bdev).bd_disk, |data| T::ioctl(data, cmd, arg)) };
         result.unwrap_or_else(|error| error.to_errno())
     }
@@ -516,7 +522,7 @@ impl<T: Operations> FileOperations<T> {
         geo: *mut bindings::hd_geometry,
     ) -> c_int {
         from_result(|| {
-            // SAFETY: `disk` is valid, and has a whole-disk device.
+            // SAFETY: As the caller promises, `disk` is valid; it has a whole-disk device.
             let capacity = unsafe { (*(*disk).part0).bd_nr_sectors };
             // SAFETY: As the caller promises.
             let geometry = unsafe { Self::with_data(disk, |data| T::getgeo(data, capacity))? };

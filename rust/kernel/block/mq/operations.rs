@@ -131,7 +131,8 @@ pub trait Operations: Sized + 'static {
 ///
 /// # Invariants
 ///
-/// `map` is the default map of a tag set, with an entry for each possible CPU number.
+/// `map` is the default map of a tag set, with an entry for each possible CPU number. Nobody else
+/// uses it.
 pub struct QueueMap<'a> {
     map: &'a mut bindings::blk_mq_queue_map,
 }
@@ -164,33 +165,37 @@ impl QueueMap<'_> {
 ///
 /// # Safety
 ///
-/// `queue` is the queue of a disk of `T`, which is not removed during `'a`.
+/// `queue` is the queue of a disk that was made for a `TagSet<T>`, and is not removed during `'a`.
 pub(super) unsafe fn queue_data<'a, T: Operations>(
     queue: *mut bindings::request_queue,
 ) -> ArcBorrow<'a, T::QueueData> {
-    // SAFETY: `GenDiskBuilder::build` made `queuedata` of an `Arc`, and the removal of the disk
-    // drops it.
+    // SAFETY: By the invariants of `TagSet`, `queuedata` comes from `into_foreign` and is taken
+    // back only when the disk was removed.
     unsafe { Arc::<T::QueueData>::borrow((*queue).queuedata) }
 }
 
 /// The functions that blk-mq calls, for the driver `T`.
+///
+/// Only a [`TagSet<T>`](super::TagSet) has them: "a disk of `T`" below is one that was made for
+/// such.
 pub(super) struct OperationsVTable<T: Operations>(PhantomData<T>);
 
 impl<T: Operations> OperationsVTable<T> {
     /// # Safety
     ///
-    /// For blk-mq: `hctx` is an initialised hardware queue of a disk of `T`, and `bd` points to a
-    /// request of it that the driver owns from now on.
+    /// For blk-mq, as an RCU reader: `hctx` is an initialised hardware queue of a disk of `T`, and
+    /// `bd` points to a request of it that was not started, and that the driver owns from now on.
     unsafe extern "C" fn queue_rq(
         hctx: *mut bindings::blk_mq_hw_ctx,
         bd: *const bindings::blk_mq_queue_data,
     ) -> bindings::blk_status_t {
-        // SAFETY: blk-mq passes a valid hardware queue.
+        // SAFETY: By the requirements of this function. `exit_hctx`, and the removal of the disk,
+        // wait for RCU readers before they drop data.
         let hw_queue = unsafe { HwQueue::from_raw(NonNull::new_unchecked(hctx)) };
-        // SAFETY: blk-mq passes a valid request, which was not started and is ours from now on; its
-        // data was made by `init_request`.
+        // SAFETY: By the requirements of this function; the data of the request was made by
+        // `init_request`.
         let rq = unsafe { Request::from_raw(NonNull::new_unchecked((*bd).rq)) };
-        // SAFETY: `bd` is valid.
+        // SAFETY: By the requirements of this function.
         let last = unsafe { (*bd).last };
 
         match T::queue_rq(hw_queue, rq, last) {
@@ -202,27 +207,27 @@ impl<T: Operations> OperationsVTable<T> {
 
     /// # Safety
     ///
-    /// For blk-mq: `requests` is a list of requests of a disk of `T`, which have tags and were not
-    /// started. The driver owns those that it takes out.
+    /// For blk-mq, as an RCU reader: `requests` is a list of requests of a disk of `T`, which have
+    /// tags and were not started. The driver owns those that it takes out.
     unsafe extern "C" fn queue_rqs(requests: *mut bindings::rq_list) {
-        // SAFETY: blk-mq passes a valid list, whose requests are ours from now on; their data was made
-        // by `init_request`.
+        // SAFETY: By the requirements of this function the list is valid, and its requests are ours
+        // from now on; their data was made by `init_request`.
         let mut offered = unsafe { RequestList::<T, Queued<'_>>::take_raw(&mut *requests) };
         let mut left = RequestList::new();
-        // SAFETY: blk-mq offers them in this call.
+        // SAFETY: By the requirements of this function; hardware queues stay as in `queue_rq`.
         while let Some((hw_queue, run)) = unsafe { offered.take_run() } {
             // The lifetime of the requests is this call's alone, so what comes back are some of them.
             left.append(T::queue_rqs(hw_queue, run));
         }
-        // SAFETY: The list is valid. Those that are left go back to blk-mq.
+        // SAFETY: As above. Those that are left go back to blk-mq.
         unsafe { *requests = left.into_raw() };
     }
 
     /// # Safety
     ///
-    /// For blk-mq: `hctx` is an initialised hardware queue of a disk of `T`.
+    /// For blk-mq, as an RCU reader: `hctx` is an initialised hardware queue of a disk of `T`.
     unsafe extern "C" fn commit_rqs(hctx: *mut bindings::blk_mq_hw_ctx) {
-        // SAFETY: blk-mq passes a valid hardware queue.
+        // SAFETY: By the requirements of this function; the hardware queue stays as in `queue_rq`.
         T::commit_rqs(unsafe { HwQueue::from_raw(NonNull::new_unchecked(hctx)) });
     }
 
@@ -230,17 +235,18 @@ impl<T: Operations> OperationsVTable<T> {
     ///
     /// For blk-mq: `rq` is a request that [`Request::complete`] gave away.
     unsafe extern "C" fn complete(rq: *mut bindings::request) {
-        // SAFETY: `Request::complete` gave up the ownership of a started request, and it comes back
-        // here.
+        // SAFETY: By the requirements of this function. `Request::complete` gave up the ownership
+        // of a started request, and it comes back here.
         T::complete(unsafe { Request::from_raw(NonNull::new_unchecked(rq)) });
     }
 
     /// # Safety
     ///
-    /// For blk-mq: `rq` is a request of a disk of `T`, to which blk-mq holds a reference.
+    /// For blk-mq: `rq` is a request of a disk of `T`. blk-mq holds a reference to it, and one to
+    /// the queue.
     unsafe extern "C" fn timeout(rq: *mut bindings::request) -> bindings::blk_eh_timer_return {
-        // SAFETY: blk-mq holds a reference to the request, and one to the queue, so that the disk
-        // is not removed now.
+        // SAFETY: By the requirements of this function; the removal of the disk waits for those who
+        // have a reference to the queue.
         let (queue_data, id) = unsafe { (queue_data::<T>((*rq).q), RequestId::of_shared(rq)) };
         T::timed_out(queue_data, id);
         bindings::blk_eh_timer_return_BLK_EH_RESET_TIMER
@@ -248,17 +254,18 @@ impl<T: Operations> OperationsVTable<T> {
 
     /// # Safety
     ///
-    /// For blk-mq: `hctx` is a new hardware queue of a disk of `T`.
+    /// For blk-mq: `hctx` is a new hardware queue of a disk of `T`, which has its data already.
     unsafe extern "C" fn init_hctx(
         hctx: *mut bindings::blk_mq_hw_ctx,
         _set_data: *mut c_void,
         index: c_uint,
     ) -> c_int {
         from_result(|| {
-            // SAFETY: The disk was given its data before its hardware queues are made.
+            // SAFETY: By the requirements of this function; a disk that is made is not removed yet.
             let queue_data = unsafe { queue_data::<T>((*hctx).queue) };
             let data = T::new_hw_queue_data(queue_data, index)?;
-            // SAFETY: `hctx` is valid, and nobody else uses it yet.
+            // SAFETY: By the requirements of this function `hctx` is valid, and nobody else uses it
+            // yet.
             unsafe { (*hctx).driver_data = data.into_foreign() };
             Ok(0)
         })
@@ -271,7 +278,8 @@ impl<T: Operations> OperationsVTable<T> {
         // A call of `queue_rq` may have ended the last request that the removal waited for, and
         // still run. It is an RCU reader.
         //
-        // SAFETY: Hardware queues are taken down where sleeping is allowed.
+        // SAFETY: `synchronize_rcu` wants a context that may sleep. blk-mq takes hardware queues
+        // down in such.
         unsafe { bindings::synchronize_rcu() };
         // SAFETY: `init_hctx` made the pointer, and nobody borrows it any more.
         drop(unsafe { T::HwQueueData::from_foreign((*hctx).driver_data) });
@@ -295,8 +303,8 @@ impl<T: Operations> OperationsVTable<T> {
 
         from_result(|| {
             let data = T::new_request_data(hw_queue)?;
-            // SAFETY: The tag set was allocated with room for it behind each request, which is
-            // aligned as checked above.
+            // SAFETY: By the requirements of this function there is room behind the request, which
+            // is aligned as checked above.
             unsafe { rq.add(1).cast::<T::RequestData>().write(data) };
             Ok(0)
         })
@@ -316,11 +324,12 @@ impl<T: Operations> OperationsVTable<T> {
 
     /// # Safety
     ///
-    /// For blk-mq: `set` is a tag set whose maps are allocated.
+    /// For blk-mq: `set` is a tag set whose maps are allocated, with an entry for each possible CPU
+    /// number, and used by nobody else during this.
     unsafe extern "C" fn map_queues(set: *mut bindings::blk_mq_tag_set) {
-        // SAFETY: `set` is valid, and nobody else uses its maps now.
+        // SAFETY: By the requirements of this function.
         let map = unsafe { &mut (*set).map[bindings::hctx_type_HCTX_TYPE_DEFAULT as usize] };
-        // INVARIANT: blk-mq allocates an entry for each possible CPU number.
+        // INVARIANT: By the requirements of this function.
         T::map_queues(&mut QueueMap { map });
     }
 

@@ -109,10 +109,11 @@ impl RequestId {
 ///
 /// # Invariants
 ///
-/// - The pointer is to a request of a disk of `T`, initialised by `Operations` of `T`.
+/// - The pointer is to a request of a disk of `T`. Behind it lies a `T::RequestData`, initialised
+///   by `Operations` of `T`.
 /// - The driver owns the request: between `queue_rq` and the end of the request. Nobody but the
 ///   holder of this value ends it, requeues it, or uses its driver data.
-/// - In state `InFlight` and `Completed`, it was started.
+/// - In state `InFlight` and `Completed`, it was started; in state `Queued` it was not.
 pub struct Request<T: Operations, S: State> {
     rq: NonNull<bindings::request>,
     _operations: PhantomData<T>,
@@ -257,8 +258,8 @@ impl<T: Operations, S: State> Request<T, S> {
         } else {
             core::ptr::null_mut()
         };
-        // SAFETY: A request keeps its bios, and these their pages, until it ends. That takes the
-        // request by value, which the borrow excludes.
+        // SAFETY: By the type invariants nobody ends the request but the holder. It keeps its bios,
+        // and these their pages, until it ends; that takes it by value, which the borrow excludes.
         unsafe { Segments::new(bio) }
     }
 
@@ -277,7 +278,7 @@ impl<T: Operations, S: State> Request<T, S> {
     }
 
     fn data_ptr(&self) -> *mut T::RequestData {
-        // SAFETY: blk-mq allocates the driver's data behind the request.
+        // SAFETY: By the type invariants the driver's data lies behind the request.
         unsafe { self.as_raw().add(1).cast() }
     }
 
@@ -343,7 +344,7 @@ impl<'q, T: Operations> Request<T, Queued<'q>> {
     #[inline]
     pub fn start(self) -> Request<T, InFlight> {
         let rq = self.into_raw();
-        // SAFETY: The driver owns the request, and as a queued one it was not started.
+        // SAFETY: By the type invariants the driver owns the request; a queued one was not started.
         unsafe { bindings::blk_mq_start_request(rq.as_ptr()) };
         // SAFETY: The ownership goes over; the request was started above.
         unsafe { Request::from_raw(rq) }
@@ -391,7 +392,7 @@ impl<T: Operations> Request<T, InFlight> {
     /// Any context.
     pub fn complete(self) {
         let rq = self.into_raw();
-        // SAFETY: The driver owns the request and started it.
+        // SAFETY: By the type invariants the driver owns the request and started it.
         if !unsafe { bindings::blk_mq_complete_request_remote(rq.as_ptr()) } {
             // SAFETY: blk-mq leaves the request to us; it was started.
             T::complete(unsafe { Request::from_raw(rq) });
@@ -404,7 +405,7 @@ impl<T: Operations> Request<T, InFlight> {
     /// Any context.
     pub fn requeue(self) {
         let rq = self.into_raw();
-        // SAFETY: The driver owns the request and started it.
+        // SAFETY: By the type invariants the driver owns the request and started it.
         unsafe { bindings::blk_mq_requeue_request(rq.as_ptr(), false) };
     }
 }
@@ -413,13 +414,13 @@ impl<T: Operations> Request<T, Completed> {
     /// As [`Request::<T, InFlight>::requeue`].
     pub fn requeue(self) {
         let rq = self.into_raw();
-        // SAFETY: The driver owns the request and started it.
+        // SAFETY: By the type invariants the driver owns the request and started it.
         unsafe { bindings::blk_mq_requeue_request(rq.as_ptr(), false) };
     }
 }
 
-// SAFETY: A request keeps the pages of its bios until it ends, which takes it by value. Its bios do
-// not change while the driver owns it. The pages of a read may be written.
+// SAFETY: By the type invariants only the holder ends the request, which takes it by value; until
+// then it keeps the pages of its bios, and these do not change. The pages of a read may be written.
 unsafe impl<T: Operations> PageOwner for Request<T, InFlight> {
     fn writable(&self) -> bool {
         self.op() == Op::Read
@@ -483,7 +484,8 @@ impl<'a> Iterator for Segments<'a> {
         // SAFETY: By the type invariants `bio` is valid and `iter` a position in it; bytes are left.
         let bvec = unsafe { bindings_ext::bio_data_next(self.bio, &mut self.iter) };
         let page = NonNull::new(bvec.bv_page)?;
-        // SAFETY: The piece is within one page, which the bio keeps during `'a`.
+        // SAFETY: `bio_data_next` gives a piece within one page. By the type invariants the bio
+        // keeps it during `'a`.
         Some(unsafe { PageSlice::from_raw(page, bvec.bv_offset as usize, bvec.bv_len as usize) })
     }
 }

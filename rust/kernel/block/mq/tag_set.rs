@@ -38,7 +38,11 @@ pub struct TagSetParams {
 ///
 /// # Invariants
 ///
-/// `set` is initialised and valid.
+/// - `set` is initialised and valid, with the functions of `OperationsVTable<T>`: a
+///   `T::RequestData` lies behind each of its requests.
+/// - The data of a queue that was made for it comes from `into_foreign` of an `Arc<T::QueueData>`,
+///   and is taken back only when the disk was removed.
+/// - Disks that were made for it own a reference to this.
 #[pin_data(PinnedDrop)]
 pub struct TagSet<T: Operations> {
     #[pin]
@@ -46,10 +50,12 @@ pub struct TagSet<T: Operations> {
     _operations: PhantomData<T>,
 }
 
-// SAFETY: blk-mq locks what needs it. The data of requests, which goes with the tag set, is `Send`.
+// SAFETY: The functions of blk-mq that are called here may be called by any thread. By the type
+// invariants the tag set goes with the data of its requests, which is `Send`.
 unsafe impl<T: Operations> Send for TagSet<T> {}
 
-// SAFETY: As above; shared access gives no access to the data of requests.
+// SAFETY: As above, and at the same time: they only read what does not change, or look at requests
+// under the locks of blk-mq. Shared access gives no access to the data of requests.
 unsafe impl<T: Operations> Sync for TagSet<T> {}
 
 impl<T: Operations> TagSet<T> {
@@ -57,6 +63,7 @@ impl<T: Operations> TagSet<T> {
     ///
     /// `EINVAL`: no hardware queue, or a depth of 0, or a time-out that does not fit.
     pub fn new(params: TagSetParams) -> impl PinInit<Self, Error> {
+        // INVARIANT: Initialised here; there are no disks.
         try_pin_init!(Self {
             set <- Opaque::try_ffi_init(move |set: *mut bindings::blk_mq_tag_set| {
                 let flags = if params.no_scheduler {
@@ -77,7 +84,8 @@ impl<T: Operations> TagSet<T> {
                 };
                 // SAFETY: `set` is valid for writes.
                 unsafe { set.write(init) };
-                // SAFETY: `set` was filled in as the function wants it.
+                // SAFETY: `set` was filled in as the function wants it, and stays in place, since
+                // it is pinned.
                 to_result(unsafe { bindings::blk_mq_alloc_tag_set(set) })
             }),
             _operations: PhantomData,
@@ -150,8 +158,8 @@ impl<T: Operations> TagSet<T> {
 #[pinned_drop]
 impl<T: Operations> PinnedDrop for TagSet<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariant the set is valid. Disks own a reference to their tag set,
-        // so there is none any more.
+        // SAFETY: By the type invariants the set is valid, and there is no disk any more, as this
+        // was the last reference.
         unsafe { bindings::blk_mq_free_tag_set(self.as_raw()) };
     }
 }
