@@ -221,13 +221,20 @@ unsafe fn prepare<D: PageOwner, C: Context<D>>(
     // SAFETY: By the requirements of this function.
     let (data, context, own) = unsafe { (&(*io).data, &(*io).context, &raw mut (*io).own) };
     let parts = context.parts();
-    check(device, operation, parts.len(), data)?;
+    let count = parts.len();
+    check(device, operation, count, data)?;
     // SAFETY: As the caller promises; `check` has looked at the number of parts.
-    let bio = unsafe { Bio::new(device, operation, sector, parts.len(), own) };
+    let bio = unsafe { Bio::new(device, operation, sector, count, own) };
     let mut slices = data.slices();
+    let mut added = 0usize;
     for Part { offset, len } in parts {
         let slice = slices.next().and_then(|slice| slice.get(offset, len));
         bio.add(slice.ok_or(EINVAL)?)?;
+        added = added.wrapping_add(1);
+    }
+    // The number was only what safe code says. A read of nothing must go to no device.
+    if added != count {
+        return Err(EINVAL);
     }
     Ok(bio)
 }
