@@ -291,11 +291,16 @@ impl Bio {
         own: *mut OwnBio,
     ) -> Self {
         let bio = if parts <= OWN_PARTS {
+            // The block layer looks at the first vector of a bio that has a table of them, whether
+            // it was filled in or not.
+            //
             // SAFETY: As the caller promises there is room for a bio and its vectors.
             unsafe {
                 let bio = (&raw mut (*own).bio).cast::<bindings::bio>();
-                let vectors = (&raw mut (*own).vectors).cast();
-                let most = OWN_PARTS as ffi::c_ushort;
+                let (vectors, most) = match parts {
+                    0 => (core::ptr::null_mut(), 0),
+                    _ => ((&raw mut (*own).vectors).cast(), OWN_PARTS as ffi::c_ushort),
+                };
                 bindings::bio_init(bio, device.bdev(), vectors, most, operation.opf());
                 bio
             }
