@@ -455,8 +455,9 @@ impl<T: WatchHandler> Watch<T> {
         _path: *const ffi::c_char,
         _token: *const ffi::c_char,
     ) -> bool {
-        // SAFETY: By the requirements of this function: a watch that is registered is valid.
-        unsafe { (*watch).nr_pending == 0 }
+        // SAFETY: By the requirements of this function: a watch that is registered is valid. The
+        // number may change meanwhile, hence the volatile read of one word.
+        unsafe { (&raw const (*watch).nr_pending).read_volatile() == 0 }
     }
 
     /// # Safety
