@@ -522,8 +522,8 @@ impl<T: Operations> FileOperations<T> {
         geo: *mut bindings::hd_geometry,
     ) -> c_int {
         from_result(|| {
-            // SAFETY: As the caller promises, `disk` is valid; it has a whole-disk device.
-            let capacity = unsafe { (*(*disk).part0).bd_nr_sectors };
+            // SAFETY: As the caller promises, `disk` is valid.
+            let capacity = unsafe { bindings_ext::get_capacity(disk) };
             // SAFETY: As the caller promises.
             let geometry = unsafe { Self::with_data(disk, |data| T::getgeo(data, capacity))? };
             let geo = geo.cast::<bindings_ext::hd_geometry>();
