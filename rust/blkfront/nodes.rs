@@ -99,9 +99,9 @@ pub(crate) fn path(path: &CStr) -> Result<CString> {
 
 /// What it means that the backend has this state.
 pub(crate) fn backend_event(backend: &CStr, state: xenbus::State) -> FrontEvent {
-    let state = state.number();
-    let Some(state) = XenbusState::from_number(state) else {
-        ratelimited!(pr_err!("{}/state = \"{}\": no state\n", backend, state as i32));
+    let Some(state) = XenbusState::from_number(state.number()) else {
+        let number = state.number() as i32;
+        ratelimited!(pr_err!("{}/state = \"{}\": no state\n", backend, number));
         return FrontEvent::BadState;
     };
     if state == XenbusState::Unknown && has_wrong_state(backend) {
