@@ -13,6 +13,9 @@ use kernel::prelude::*;
 /// interrupt, a watch, a timer. If such a thing is ever leaked, the module can no longer be unloaded,
 /// instead of being called after it is gone.
 ///
+/// A module whose `init` fails is freed whatever references there are: so `init` registers what can
+/// be called last, and cannot fail after that.
+///
 /// # Invariants
 ///
 /// One count of the module's reference counter is owned.
