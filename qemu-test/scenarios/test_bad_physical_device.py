@@ -27,6 +27,7 @@ def error_of(host, guest, code):
 def refuse_mode(host, guest):
     """A disk that is neither to be read nor to be written. The C backend takes that for read-only."""
     disk = HandMade(host, guest)
+    host.sh(f"xenstore-rm {error_node(disk.back)} || true")
     disk.offer(mode="x")
     disk.give("/dev/ram0")
     assert 'mode = "x"' in error_of(host, guest, disk.code)
