@@ -178,8 +178,8 @@ pub fn is_unsupported(error: Error) -> bool {
 /// Starts an I/O at a sector (of 512 bytes) of a device. May sleep.
 ///
 /// On an error it has not started, and is given back. `EINVAL`: the parts do not lie in the slices,
-/// are too many, or do not fit the operation. `EACCES`: the device is not open for writing, or memory
-/// that must not change is read into.
+/// are too many, or do not fit the operation, or nothing is to be discarded. `EACCES`: the device is
+/// not open for writing, or memory that must not change is read into.
 pub fn submit<D: PageOwner + Send + 'static, C: Context<D>>(
     device: &Arc<BlockDevice>,
     operation: Operation,
@@ -250,6 +250,7 @@ fn check(
         || some && !operation.takes_memory()
         || !some && operation.needs_memory()
         || operation.sectors() > MAX_DISCARD_SECTORS
+        || matches!(operation, Operation::Discard(0) | Operation::SecureErase(0))
     {
         return Err(EINVAL);
     }
