@@ -487,7 +487,8 @@ impl<T: WatchHandler> Drop for Watch<T> {
 
 /// Waits until every callback of the `xenwatch` thread that is running now has returned.
 ///
-/// For code that goes away after having been called there. Does nothing useful in that thread.
+/// For code that goes away after having been called there. Does nothing useful in that thread, nor
+/// where there is no memory for a watch or xenstore takes no more.
 pub(crate) fn synchronize() {
     struct Nothing;
     impl WatchHandler for Nothing {
