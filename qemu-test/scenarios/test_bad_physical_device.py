@@ -24,15 +24,42 @@ def error_of(host, guest, code):
     return host.xenstore_read(node) or ""
 
 
-def refuse_mode(host, guest):
+def offer_mode(host, guest):
     """A disk that is neither to be read nor to be written. The C backend takes that for read-only."""
     disk = HandMade(host, guest)
     host.sh(f"xenstore-rm {error_node(disk.back)} || true")
     disk.offer(mode="x")
-    disk.give("/dev/ram0")
+    return disk
+
+
+def assert_refused(host, guest, disk):
+    """Both sides close, and the error says why."""
     assert 'mode = "x"' in error_of(host, guest, disk.code)
+    disk.wait_for(front=6)
     assert guest.run("[ -b /dev/xvdb ]")[0] != 0
     disk.forget()
+
+
+def refuse_to_one_who_waits(host, guest):
+    """The frontend has offered its rings when the backend finds out."""
+    disk = offer_mode(host, guest)
+    disk.wait_for(front=3)
+    disk.give("/dev/ram0")
+    assert_refused(host, guest, disk)
+
+
+def refuse_to_one_who_comes_late(host, guest):
+    """The backend has failed before the frontend looks, which takes that for an earlier connection.
+
+    It closes, comes back and offers its rings, and hears of it then.
+    """
+    host.run(f"xl pause {guest.name}")
+    disk = offer_mode(host, guest)
+    disk.give("/dev/ram0")
+    disk.wait_for(back=5)
+    host.sh(f"xenstore-rm {error_node(disk.back)}")
+    host.run(f"xl unpause {guest.name}")
+    assert_refused(host, guest, disk)
 
 
 def test_bad_physical_device(host, record_property):
@@ -50,7 +77,8 @@ def test_bad_physical_device(host, record_property):
         assert guest.run(f"[ -b /dev/{vdev} ]")[0] != 0
         host.sh(f"xl block-detach --force {guest.name} {vdev}")
     if host.pair.back.name == "rblkback":
-        refuse_mode(host, guest)
+        refuse_to_one_who_waits(host, guest)
+        refuse_to_one_who_comes_late(host, guest)
     guest.sh("dd if=/dev/zero of=/dev/xvda bs=64k count=16 conv=fsync")
     host.attach(guest, Disk("xvde", "/dev/ram0", mode="r"))
     guest.wait_for_disk("xvde")

@@ -35,9 +35,9 @@
 //! Each thread takes from a ring what the frontend has put there and no more, lets others run in
 //! between, and gives an event back as spurious if there was nothing: a frontend that only sends
 //! events, or changes the index of its requests to and fro, is slowed down by the event channels.
-//! What it reads of our index, and may overwrite, nobody here looks at. Connections are counted, see
-//! [`Pace`]. Other changes of its state cost a look at xenstore each, and at most one message in a
-//! while; the frontend has had to write to xenstore for each.
+//! What it reads of our index, and may overwrite, nobody here looks at. Connections, and looks for a
+//! disk that is not open, are counted, see [`Pace`]. Other changes of its state cost a look at xenstore
+//! each, and at most one message in a while; the frontend has had to write to xenstore for each.
 
 use crate::connect;
 use crate::connect::Connection;
@@ -309,7 +309,8 @@ impl Vbd {
                 inner = self.inner.lock();
                 continue;
             }
-            if action == BackAction::Attach && self.must_wait(&mut inner) {
+            let opens = matches!(action, BackAction::Open | BackAction::Attach);
+            if opens && self.must_wait(&mut inner) {
                 return inner.back;
             }
             if !self.carry_out(&mut inner, action) || inner.is_connected() {
@@ -362,9 +363,13 @@ impl Vbd {
         }
     }
 
-    /// Carries out an action, and enters the state that it leads to. Whether there is one.
+    /// Carries out an action, and enters the state that it leads to. Whether there is more to do.
     fn carry_out(self: &Arc<Self>, inner: &mut Inner, action: BackAction) -> bool {
         let result = match action {
+            BackAction::Open => match self.open(inner) {
+                Ok(opened) => return opened,
+                Err(fault) => Err(fault),
+            },
             BackAction::Attach => self.attach(inner),
             BackAction::Restart => self
                 .offer(inner)
@@ -411,6 +416,16 @@ impl Vbd {
         connect::write_offers(self.device.nodename(), &inner.limits)
     }
 
+    /// Opens the disk if the hotplug script has named one. Whether it was not open before.
+    fn open(&self, inner: &mut Inner) -> Result<bool, Fault> {
+        let found = connect::find_disk(&self.device, inner.disk.as_deref())?;
+        let opened = found.is_some();
+        if opened {
+            inner.disk = found;
+        }
+        Ok(opened)
+    }
+
     /// Opens the disk as soon as the hotplug script has named it, and connects if the frontend
     /// waits for that.
     fn find_disk(self: &Arc<Self>) {
@@ -418,12 +433,12 @@ impl Vbd {
         if inner.back == Back::Gone || self.draining.load(Relaxed) {
             return;
         }
-        match connect::find_disk(&self.device, inner.disk.as_deref()) {
-            Ok(None) => {
+        match self.open(&mut inner) {
+            Ok(true) => {}
+            Ok(false) => {
                 self.tell_size(&inner);
                 return;
             }
-            Ok(Some(disk)) => inner.disk = Some(disk),
             Err(fault) => {
                 self.fail(&mut inner, &fault);
                 return;

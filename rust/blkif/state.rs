@@ -327,6 +327,9 @@ pub enum BackEvent {
 pub enum BackAction {
     /// Nothing.
     Wait,
+    /// Look for the physical device once more, since a frontend waits for it, and ask again if it is
+    /// open now. One that is not there yet is waited for; one that is wrong is a failure.
+    Open,
     /// Map the rings at the position where they are, describe the disk, start to serve; Connected.
     Attach,
     /// Show that the frontend's wish to close was seen; Closing.
@@ -348,7 +351,7 @@ impl BackAction {
     /// The state after the action, if it leads to another one.
     pub const fn leads_to(self) -> Option<Back> {
         match self {
-            BackAction::Wait => None,
+            BackAction::Wait | BackAction::Open => None,
             BackAction::Attach => Some(Back::Live),
             BackAction::Close | BackAction::Fail => Some(Back::Closing),
             BackAction::Drain => Some(Back::Detached),
@@ -395,10 +398,12 @@ impl Back {
         }
     }
 
+    /// A device that was wrong when nobody waited for it may have been forgotten since, by a frontend
+    /// that closed and came back. It must be found wrong again, or the frontend would wait for ever.
     const fn waiting(frontend: XenbusState, ready: bool) -> BackAction {
         match (frontend, ready) {
             (XenbusState::Initialised | XenbusState::Connected, true) => BackAction::Attach,
-            (XenbusState::Initialised | XenbusState::Connected, false) => BackAction::Wait,
+            (XenbusState::Initialised | XenbusState::Connected, false) => BackAction::Open,
             (XenbusState::Initialising, _) => BackAction::Wait,
             (XenbusState::Closing, _) => BackAction::Close,
             (XenbusState::Closed | XenbusState::Unknown, _) => BackAction::Drain,
@@ -635,14 +640,14 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_waits_for_its_device() {
+    fn a_backend_looks_for_its_device_when_a_frontend_waits() {
         for state in [XenbusState::Initialised, XenbusState::Connected] {
             let event = BackEvent::Frontend {
                 state,
                 online: true,
                 ready: false,
             };
-            assert_eq!(Back::Waiting.step(event), BackAction::Wait);
+            assert_eq!(Back::Waiting.step(event), BackAction::Open);
         }
     }
 
@@ -707,6 +712,8 @@ mod tests {
         ] {
             assert_eq!(action.leads_to().and_then(Back::xenbus), node);
         }
-        assert_eq!(BackAction::Wait.leads_to(), None);
+        for action in [BackAction::Wait, BackAction::Open] {
+            assert_eq!(action.leads_to(), None);
+        }
     }
 }

@@ -48,8 +48,10 @@ struct World {
     front_node: XenbusState,
     back_node: XenbusState,
     online: bool,
-    /// The physical device is there.
+    /// The physical device is open.
     ready: bool,
+    /// The hotplug script has named one that cannot be opened.
+    wrong: bool,
     /// The frontend shares rings.
     offered: bool,
     /// The backend has mapped the rings that the frontend shares now.
@@ -77,9 +79,10 @@ enum Blow {
     Deadline,
     Migration,
     DeviceReady,
+    DeviceWrong,
 }
 
-const BLOWS: [Blow; 10] = [
+const BLOWS: [Blow; 11] = [
     Blow::Detach,
     Blow::BackRebind,
     Blow::BackFailure,
@@ -90,6 +93,7 @@ const BLOWS: [Blow; 10] = [
     Blow::Deadline,
     Blow::Migration,
     Blow::DeviceReady,
+    Blow::DeviceWrong,
 ];
 
 impl World {
@@ -101,6 +105,7 @@ impl World {
             back_node: XenbusState::InitWait,
             online: true,
             ready: false,
+            wrong: false,
             offered: false,
             served: false,
             front_wake: true,
@@ -224,6 +229,8 @@ impl World {
             BackAction::Attach if self.offered => self.served = true,
             // The frontend has torn its rings down in the meantime: they cannot be mapped.
             BackAction::Attach => return self.back_does(BackAction::Fail, own),
+            BackAction::Open if self.wrong => return self.back_does(BackAction::Fail, own),
+            BackAction::Open => {}
             BackAction::Drain => self.served = false,
             BackAction::Wait | BackAction::Close | BackAction::Fail => {}
             BackAction::Restart | BackAction::Finish => {}
@@ -291,7 +298,13 @@ impl World {
             Blow::Migration => self.migration()?,
             Blow::DeviceReady => {
                 self.ready = true;
+                self.wrong = false;
                 self.back_wake = true;
+            }
+            Blow::DeviceWrong if self.ready => return None,
+            Blow::DeviceWrong => {
+                self.wrong = true;
+                self.back_failure()?;
             }
         }
         Some(self)
@@ -419,13 +432,14 @@ impl World {
     }
 
     /// The hotplug script has still to say what to serve. A frontend that was Connected before
-    /// stays so.
+    /// stays so. The C backend does not look again for a device that was wrong.
     fn awaits_the_device(&self) -> bool {
         let offered = matches!(
             self.front_node,
             XenbusState::Initialised | XenbusState::Connected
         );
-        self.online && !self.ready && offered && self.back_node == XenbusState::InitWait
+        let awaited = !self.ready && (!self.wrong || matches!(self.back, BackSide::C(_)));
+        self.online && awaited && offered && self.back_node == XenbusState::InitWait
     }
 
     /// No driver is bound to the frontend's device, and the backend would serve one.
