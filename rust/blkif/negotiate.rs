@@ -751,7 +751,12 @@ mod tests {
     #[test]
     fn a_disk_is_removable_by_info_or_by_a_node_of_its_own() {
         let required = [("sectors", "8"), ("sector-size", "512")];
-        for (info, removable, expected) in [("0", "0", false), ("2", "0", true), ("0", "1", true)] {
+        for (info, removable, expected) in [
+            ("0", "0", false),
+            ("2", "0", true),
+            ("0", "1", true),
+            ("2", "1", true),
+        ] {
             let mut nodes = nodes(&required);
             nodes.set("info", info.as_bytes()).unwrap();
             nodes.set("removable", removable.as_bytes()).unwrap();
