@@ -60,8 +60,8 @@ kernel-debug: ## a kernel of our own with KASAN, lockdep, kmemleak
 install: ## the modules for modprobe: of the running kernel, or KREL= or KDIR=, below DESTDIR=
 	@scripts/install-modules $(if $(filter file,$(origin KREL)),,$(KREL))
 
-clean: ## removes build/
-	rm -rf build
+clean: ## removes what was built in the tree
+	rm -rf build target
 
 distclean: clean ## removes the cache too, and says what that is
 	@scripts/distclean
