@@ -38,6 +38,9 @@ impl ModuleRef {
     /// # Safety
     ///
     /// The current task is a kernel thread, and nothing on its stack needs to be dropped.
+    // Inlined, for objtool takes the function that it calls for one that does not return, and no
+    // other.
+    #[inline(always)]
     pub(super) unsafe fn put_and_exit_thread(self) -> ! {
         core::mem::forget(self);
         // SAFETY: A count is owned by the type invariant and was not put; the rest is the caller's
