@@ -52,6 +52,7 @@ class HandMade:
 
         `kind` is disk or cdrom.
         """
+        self.server.stop_devd()
         domid, server = self.guest.domid, self.server.domid
         back = {
             "frontend": self.front, "frontend-id": domid, "online": 1, "removable": 0,

@@ -23,16 +23,19 @@ class Storage(Guest):
 
     def __init__(self, host, name):
         super().__init__(host, name, settings="driver_domain = 1")
+        self._devd_runs = False
 
     def start(self, kind):
         """As a guest; it also begins to serve disks."""
         super().start(kind)
-        self.sh(f"mkdir -p /var/log/xen /var/run /run/xen && {XL} devd -p {DEVD_PID}")
+        self.sh("mkdir -p /var/log/xen /var/run /run/xen")
+        self.start_devd()
         self._see_memory()
 
     def take_over(self):
         """As `start`, where the one of this name has waited since before the scenario."""
         self.find_waiting()
+        self._devd_runs = True
         self.unpack("/payload/storage.packed")
         self._see_memory()
 
@@ -48,14 +51,31 @@ class Storage(Guest):
         self.sh(f"echo {self._memory_kb} > {BALLOON}/target_kb")
         self.wait_for(f"[ $(cat {BALLOON}/info/current_kb) = {self._memory_kb} ]")
 
+    def start_devd(self):
+        """Has `xl devd` run the hotplug script for the disks that come from now on."""
+        if not self._devd_runs:
+            self.sh(f"{XL} devd -p {DEVD_PID}")
+            self._devd_runs = True
+
+    def stop_devd(self):
+        """Has nobody but the scenario write nodes of disks.
+
+        `xl devd` takes every disk for one of xl's: it removes the nodes of one that has closed, be
+        they of the next disk of that name by then.
+        """
+        if self._devd_runs:
+            pid = self.sh(f"cat {DEVD_PID}")
+            self.sh(f"kill {pid}")
+            self.wait_for(f"[ ! -e /proc/{pid} ]")
+            self.sh(f"rm -f {DEVD_PID}")
+            self._devd_runs = False
+
     def restart_devd(self):
         """Has `xl devd` see the devices that there are: one that did not close stays in its list,
         and no script runs for the next one of that name.
         """
-        pid = self.sh(f"cat {DEVD_PID}")
-        self.sh(f"kill {pid}")
-        self.wait_for(f"[ ! -e /proc/{pid} ]")
-        self.sh(f"rm -f {DEVD_PID}; {XL} devd -p {DEVD_PID}")
+        self.stop_devd()
+        self.start_devd()
 
     def load_backend(self, parameters=""):
         """Loads the pair's backend."""

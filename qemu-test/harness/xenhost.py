@@ -177,6 +177,7 @@ class XenHost:
         configuration; `loader`, a file of dom0, is started in place of the kernel, and
         `initramfs`, another one, is what the kernel gets in place of ours.
         """
+        self.server.start_devd()
         guest = self.guests[name] = Guest(self, name, settings, loader, initramfs)
         waiting, self._waiting = self._waiting, None
         if waiting is None:
@@ -214,8 +215,15 @@ class XenHost:
     def take_back_memory(self):
         """Nothing: the stock kernel maps pages where it has no memory. See storage.py."""
 
+    def start_devd(self):
+        """Nothing: in dom0 xl itself runs the hotplug script. See storage.py."""
+
+    def stop_devd(self):
+        """Nothing, as above: who does not call xl has nodes for himself."""
+
     def attach(self, guest, disk):
         """xl block-attach."""
+        self.server.start_devd()
         self.sh(f"xl block-attach {guest.name} '{disk.specification(self.server)}'")
 
     def detach(self, guest, vdev):
