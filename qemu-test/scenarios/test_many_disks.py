@@ -18,6 +18,8 @@ QUEUES = FOUR_VCPUS.vcpus
 RING_KB = 400
 """What a ring may cost the server at most; it takes some 130, and 1340 of the C module."""
 GUESTS = int(os.environ.get("RBLKIF_GUESTS", 3))
+GUEST_MB = min(128, 900 // GUESTS)
+"""Memory of a guest. There are 900 MiB for all of them; one with 100 may find none when it boots."""
 
 WORK = """
 yes "$NAME" | dd of=/tmp/data bs=32k count=8 iflag=fullblock 2> /dev/null
@@ -116,7 +118,7 @@ def test_many_guests(xen, record_property):
     filled_disks(server, GUESTS)
     rows = [("before", free_kb(server))]
     guests = [
-        host.start_guest(f"guest{number}", [Disk("xvda", f"/dev/ram{number}")], memory=104)
+        host.start_guest(f"guest{number}", [Disk("xvda", f"/dev/ram{number}")], memory=GUEST_MB)
         for number in range(GUESTS)
     ]
     for guest in guests:
