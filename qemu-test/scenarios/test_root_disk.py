@@ -65,24 +65,3 @@ def leave_drive_alone(host, guest):
 def test_root_disk_pvh(xen):
     """Rows: FE-02"""
     live_on_root_disk(xen, "pvh")
-
-
-def test_initramfs(xen, pair, build):
-    """The disk is found by an initramfs that Debian's initramfs-tools made.
-
-    `scripts/initramfs-test` makes it as the documentation says, and one of a system that has
-    not heard of rblkfront for the control. Both contain xen-blkfront; udev loads what a Xen
-    disk asks for.
-
-    Rows: FE-60, FE-62
-    """
-    made = build / f"initramfs-{pair.front.name}"
-    host = xen(waiting=None, image=root_disk(), files={"initramfs": made.read_bytes()})
-    host.load_backend()
-    guest = host.start_guest(
-        disks=[Disk("xvda", "/dev/vdb")], root="xvda", initramfs="/payload/initramfs"
-    )
-    assert "/dev/xvda / ext4 rw" in guest.sh("cat /proc/mounts")
-    assert_served_by_pair(host, guest)
-    # What udev has written of the disk, below the /run that the initramfs hands over.
-    assert "E:ID_FS_TYPE=ext4" in guest.sh("cat /run/udev/data/b202:0")

@@ -2,14 +2,17 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # Module of dracut: puts rblkfront into the initramfs, for a guest whose root
-# disk it serves.
+# disk it serves, and xen-blkfront, which such a guest needs with a kernel that
+# rblkfront is not installed for.
 
 check() {
 	return 0
 }
 
+# A module that the kernel does not have is left out. A host-only initramfs takes
+# only modules that are loaded now, which may be another one.
 installkernel() {
-	instmods rblkfront
+	hostonly='' instmods rblkfront xen-blkfront
 }
 
 install() {

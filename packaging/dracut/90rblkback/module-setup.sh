@@ -1,0 +1,20 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+#
+# Module of dracut: puts rblkback into the initramfs of a backend domain. Where
+# modules-load.d names xen-blkback, dracut puts that into the initramfs, which
+# loads it.
+
+check() {
+	return 0
+}
+
+# A module that the kernel does not have is left out. A host-only initramfs takes
+# only modules that are loaded now, which may be another one.
+installkernel() {
+	hostonly='' instmods rblkback xen-blkback
+}
+
+install() {
+	inst_simple /etc/modprobe.d/rblkback.conf
+}

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A guest boots from an initramfs that a distribution's tool made.
+
+`scripts/initramfs-test` makes them with initramfs-tools and with dracut. udev loads what a
+Xen disk asks for, and the system has both drivers where it can.
+
+All names have "initramfs" in them, because `make test T=NAME` makes the initramfs for those only.
+"""
+
+from harness.evidence import assert_served_by_pair
+from harness.xenhost import Disk
+from harness.xenimage import root_disk
+
+
+def boot(xen, initramfs):
+    """Boots a guest whose root disk the initramfs has to find; the pair's frontend must serve it. Returns the
+    guest.
+    """
+    host = xen(waiting=None, image=root_disk(), files={"initramfs": initramfs.read_bytes()})
+    host.load_backend()
+    guest = host.start_guest(
+        disks=[Disk("xvda", "/dev/vdb")], root="xvda", initramfs="/payload/initramfs"
+    )
+    assert "/dev/xvda / ext4 rw" in guest.sh("cat /proc/mounts")
+    assert_served_by_pair(host, guest)
+    return guest
+
+
+def test_initramfs(xen, pair, build):
+    """Made as the documentation says; for the control, of a system without our files.
+
+    Rows: FE-60, FE-62
+    """
+    guest = boot(xen, build / f"initramfs-{pair.front.name}")
+    # Written by udev below the /run that the initramfs hands over; dracut clears it.
+    assert "E:ID_FS_TYPE=ext4" in guest.sh("cat /run/udev/data/b202:0")
+
+
+def test_initramfs_dracut(xen, pair, build):
+    """The same, made by dracut."""
+    boot(xen, build / f"dracut-{pair.front.name}")
+
+
+def test_initramfs_kernel_upgrade(xen, build):
+    """Made by a system with our files for a kernel that rblkfront is not installed for.
+
+    The guest boots with xen-blkfront: the frontend of the pair is the C driver.
+    """
+    boot(xen, build / "initramfs-kernel-upgrade")
+
+
+def test_initramfs_dracut_kernel_upgrade(xen, build):
+    """The same, made by dracut."""
+    boot(xen, build / "dracut-kernel-upgrade")
