@@ -26,7 +26,15 @@ const MINORS: u32 = 1 << 20;
 global_lock! {
     // SAFETY: `Minors` use it, and there are some only after `Major::register` has initialised it,
     // by their invariant; `Minors::reserve` looks at `STATE` first.
-    unsafe(uninit) static RESERVED: Mutex<KVec<(u32, u32)>> = KVec::new();
+    unsafe(uninit) static RESERVED: Mutex<KVec<Range>> = KVec::new();
+}
+
+/// Minors that are reserved.
+struct Range {
+    first: u32,
+    count: u32,
+    /// The disk that has them was removed.
+    removed: bool,
 }
 
 /// Values of `STATE`.
@@ -93,8 +101,8 @@ pub struct Minors {
 impl Minors {
     /// Reserves `count` minors from `first` on, of the `major` that the module has registered.
     ///
-    /// `EBUSY`: another disk has one of them. `EINVAL`: there are no such minors. `ENODEV`: no major
-    /// was registered.
+    /// `EBUSY`: another disk has one of them. `ESTALE`: all disks that have one of them were removed,
+    /// and are still open. `EINVAL`: there are no such minors. `ENODEV`: no major was registered.
     pub fn reserve(major: u32, first: u32, count: u32) -> Result<Self> {
         let end = first.checked_add(count).ok_or(EINVAL)?;
         if count == 0 || end > MINORS {
@@ -105,17 +113,38 @@ impl Minors {
         }
 
         let mut reserved = RESERVED.lock();
-        let taken = |&(other, size): &(u32, u32)| first < other.wrapping_add(size) && other < end;
-        if reserved.iter().any(taken) {
-            return Err(EBUSY);
+        let shares =
+            |range: &&Range| first < range.first.wrapping_add(range.count) && range.first < end;
+        if let Some(range) = reserved
+            .iter()
+            .filter(shares)
+            .min_by_key(|range| range.removed)
+        {
+            return Err(if range.removed { ESTALE } else { EBUSY });
         }
-        reserved.push((first, count), GFP_KERNEL)?;
+        let range = Range {
+            first,
+            count,
+            removed: false,
+        };
+        reserved.push(range, GFP_KERNEL)?;
         // INVARIANT: `STATE` is `READY`, and they were added just now.
         Ok(Self {
             major,
             first,
             count,
         })
+    }
+
+    /// Notes that the disk that has them was removed, and nothing but its openers keeps them.
+    pub(super) fn set_removed(&self) {
+        let mut reserved = RESERVED.lock();
+        for range in reserved
+            .iter_mut()
+            .filter(|range| range.first == self.first)
+        {
+            range.removed = true;
+        }
     }
 
     /// The major.
@@ -137,7 +166,7 @@ impl Minors {
 impl Drop for Minors {
     fn drop(&mut self) {
         let mut reserved = RESERVED.lock();
-        reserved.retain(|&mut (first, _)| first != self.first);
+        reserved.retain(|range| range.first != self.first);
         if reserved.is_empty() {
             // Nobody drops a static: leave no memory behind.
             *reserved = KVec::new();

@@ -65,6 +65,7 @@ pub use self::limits::{
 };
 pub use self::list::RequestList;
 pub use self::operations::{
+    OpenMode,
     Operations,
     QueueMap, //
 };

@@ -26,6 +26,7 @@ use kernel_ext::block::mq::GenDiskBuilder;
 use kernel_ext::block::mq::HwQueue;
 use kernel_ext::block::mq::InFlight;
 use kernel_ext::block::mq::Op;
+use kernel_ext::block::mq::OpenMode;
 use kernel_ext::block::mq::Operations;
 use kernel_ext::block::mq::QueueLimits;
 use kernel_ext::block::mq::Queued;
@@ -290,7 +291,7 @@ impl Operations for Control {
         this.end_parked(|_, rq| (rq.id() == id).then_some(BlkStatus::TIMEOUT));
     }
 
-    fn open(this: ArcBorrow<'_, Self>, _write: bool) -> Result {
+    fn open(this: ArcBorrow<'_, Self>, _mode: OpenMode) -> Result {
         Self::schedule(this);
         Ok(())
     }

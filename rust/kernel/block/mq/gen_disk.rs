@@ -5,6 +5,7 @@
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
 use super::{
+    OpenMode,
     Operations,
     QueueLimits,
     TagSet, //
@@ -89,6 +90,10 @@ impl GenDiskBuilder {
     }
 
     /// The disk has the first of these minors, and its partitions those that follow.
+    ///
+    /// They are given back when the disk is dropped. Linux knows a file system by the device number of
+    /// its disk, and so do those who have the disk open: keep a removed disk until it has no
+    /// [openers](GenDisk::openers).
     pub fn device_numbers(mut self, minors: Minors) -> Self {
         self.minors = Some(minors);
         self
@@ -162,7 +167,7 @@ impl GenDiskBuilder {
             disk,
             queue_data,
             tag_set,
-            _minors: None,
+            minors: None,
             added: Atomic::new(NOT_ADDED),
             quiesced: Atomic::new(0),
         };
@@ -177,7 +182,7 @@ impl GenDiskBuilder {
             raw.major = minors.major().try_into()?;
             raw.first_minor = minors.first().try_into()?;
             raw.minors = minors.count().try_into()?;
-            disk._minors = Some(minors);
+            disk.minors = Some(minors);
         }
         NullTerminatedFormatter::new(&mut raw.disk_name)
             .ok_or(EINVAL)?
@@ -199,12 +204,14 @@ impl GenDiskBuilder {
 const NOT_ADDED: i32 = 0;
 const ADDING: i32 = 1;
 const ADDED: i32 = 2;
+const REMOVING: i32 = 3;
+const REMOVED: i32 = 4;
 
 /// A disk of the driver `T`.
 ///
-/// Dropping it removes it from the system, and waits for the requests in flight: the driver has to
-/// end them. Those who still have the disk open get errors from then on. All functions sleep, unless
-/// they say otherwise.
+/// Dropping it [removes](Self::remove) it from the system, and waits for the requests in flight: the
+/// driver has to end them. Those who still have the disk open get errors from then on. All functions
+/// sleep, unless they say otherwise.
 ///
 /// # Invariants
 ///
@@ -212,14 +219,15 @@ const ADDED: i32 = 2;
 ///   its queue's. One reference to it is owned.
 /// - `queue_data` came from `Arc::into_foreign`, and is taken back when this is dropped, after the
 ///   disk was removed.
-/// - `added` is [`ADDED`] if and only if it was added to the system.
+/// - `added` is [`ADDED`] if and only if it was added to the system and its removal has not begun. It
+///   is [`REMOVED`] only after the removal has ended.
 /// - `quiesced` is 1 if and only if this object has quiesced the queue.
 pub struct GenDisk<T: Operations> {
     disk: *mut bindings::gendisk,
     queue_data: *mut kernel::ffi::c_void,
     tag_set: Arc<TagSet<T>>,
-    /// Given back after the disk is removed.
-    _minors: Option<Minors>,
+    /// Given back after the disk is dropped.
+    minors: Option<Minors>,
     added: Atomic<i32>,
     quiesced: Atomic<i32>,
 }
@@ -254,6 +262,46 @@ impl<T: Operations> GenDisk<T> {
         // second try.
         self.added.store(ADDED, kernel::sync::atomic::Release);
         Ok(())
+    }
+
+    /// Removes the disk from the system (`del_gendisk`).
+    ///
+    /// New openers are refused first. Then file systems on the disk and its page cache are written
+    /// back, for which the driver serves requests as before, and only after that everything fails.
+    /// After [`Self::mark_dead`] nothing is written back. Waits for the requests in flight: the driver
+    /// ends them.
+    ///
+    /// Does nothing if the disk was not added, or if this was called before; that call may still be
+    /// at work, see [`Self::is_removed`].
+    pub fn remove(&self) {
+        if self.added.cmpxchg(ADDED, REMOVING, Full).is_err() {
+            return;
+        }
+        // SAFETY: By the type invariants the disk was added, and nobody else removes it: only one
+        // call gets from `ADDED` to `REMOVING`.
+        unsafe { bindings::del_gendisk(self.disk) };
+        if let Some(minors) = &self.minors {
+            minors.set_removed();
+        }
+        // INVARIANT: The removal has ended.
+        self.added.store(REMOVED, kernel::sync::atomic::Release);
+    }
+
+    /// Returns `true` if the disk was removed. It may still be open.
+    ///
+    /// Context: any.
+    pub fn is_removed(&self) -> bool {
+        self.added.load(kernel::sync::atomic::Acquire) == REMOVED
+    }
+
+    /// Returns `true` if the disk, or a partition of it, is open for exclusive use: mounted, swapped
+    /// to, or part of another device.
+    ///
+    /// Context: any.
+    pub fn is_claimed(&self) -> bool {
+        // SAFETY: By the type invariants the disk is valid, and so is its whole device. A number that
+        // changes at any time.
+        unsafe { (&raw const (*(*self.disk).part0).bd_holders).read_volatile() != 0 }
     }
 
     /// The hardware queues and requests of this disk.
@@ -328,7 +376,10 @@ impl<T: Operations> GenDisk<T> {
         unsafe { bindings::blk_mark_disk_dead(self.disk) };
     }
 
-    /// How many have the disk open, at this moment. Does not sleep.
+    /// Returns how many have the disk or a partition of it open. A disk that was removed cannot be
+    /// opened again.
+    ///
+    /// Context: any.
     pub fn openers(&self) -> u32 {
         // SAFETY: By the type invariants the disk is valid.
         unsafe { bindings_ext::disk_openers(self.disk) }
@@ -398,11 +449,12 @@ impl<T: Operations> Drop for GenDisk<T> {
         self.unquiesce();
         self.start_stopped_hw_queues();
         self.kick_requeue_list();
-
-        if self.added.load(kernel::sync::atomic::Acquire) == ADDED {
-            // SAFETY: By the type invariants the disk was added.
-            unsafe { bindings::del_gendisk(self.disk) };
-        }
+        self.remove();
+        // The removal has waited for this work, but it may have been queued again since. Nobody else
+        // can queue it any more, for that takes a shared reference.
+        //
+        // SAFETY: By the type invariants the queue is valid; the work was initialised with it.
+        unsafe { bindings::cancel_delayed_work_sync(&raw mut (*self.queue()).requeue_work) };
 
         // Those who still have the disk open can call the file operations: from now on these find
         // no data. The RCU grace period waits for those that have found it, and for calls of
@@ -476,13 +528,9 @@ impl<T: Operations> FileOperations<T> {
     ///
     /// For the block layer: `disk` is a disk of `T`.
     unsafe extern "C" fn open(disk: *mut bindings::gendisk, mode: bindings::blk_mode_t) -> c_int {
-        /// `BLK_OPEN_WRITE`.
-        const WRITE: bindings::blk_mode_t = 1 << 1;
-
+        let mode = OpenMode::from_raw(mode);
         // SAFETY: As the caller promises.
-        from_result(|| unsafe {
-            Self::with_data(disk, |data| T::open(data, mode & WRITE != 0)).map(|()| 0)
-        })
+        from_result(|| unsafe { Self::with_data(disk, |data| T::open(data, mode)).map(|()| 0) })
     }
 
     /// # Safety

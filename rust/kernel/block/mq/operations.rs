@@ -102,13 +102,13 @@ pub trait Operations: Sized + 'static {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// The disk is being opened, for writing or only for reading. Not called for disks that are
-    /// being removed.
-    fn open(_queue_data: ArcBorrow<'_, Self::QueueData>, _write: bool) -> Result {
+    /// The disk, or a partition of it, is being opened. Not called for disks that are being removed.
+    fn open(_queue_data: ArcBorrow<'_, Self::QueueData>, _mode: OpenMode) -> Result {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// The last opener is gone. Not called for disks that were removed.
+    /// The disk, or a partition of it, was closed by one of its openers. Not called for disks that
+    /// were dropped.
     fn release(_queue_data: ArcBorrow<'_, Self::QueueData>) {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
@@ -124,6 +124,29 @@ pub trait Operations: Sized + 'static {
     /// The geometry to show to those who still ask for one.
     fn getgeo(_queue_data: ArcBorrow<'_, Self::QueueData>, _capacity: u64) -> Result<Geometry> {
         build_error!(VTABLE_DEFAULT_ERROR)
+    }
+}
+
+/// How a disk is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenMode {
+    /// The opener may write.
+    pub write: bool,
+    /// The opener wants nobody else to open it like this: a mount, for instance.
+    pub exclusive: bool,
+}
+
+impl OpenMode {
+    pub(super) fn from_raw(mode: bindings::blk_mode_t) -> Self {
+        /// `BLK_OPEN_WRITE`.
+        const WRITE: bindings::blk_mode_t = 1 << 1;
+        /// `BLK_OPEN_EXCL`.
+        const EXCLUSIVE: bindings::blk_mode_t = 1 << 2;
+
+        Self {
+            write: mode & WRITE != 0,
+            exclusive: mode & EXCLUSIVE != 0,
+        }
     }
 }
 
