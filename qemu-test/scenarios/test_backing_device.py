@@ -242,6 +242,66 @@ def test_stuck_unbind(ramdisk_host):
     assert_served_by_pair(host, guest)
 
 
+def detach_dirty(host, guest, timeout):
+    """Begins to detach a mounted xvdb, which stops to answer with a file still to be written.
+
+    The guest waits for so many seconds.
+    """
+    set_parameter(host, mode=0)
+    disk = HandMade(host, guest)
+    disk.offer()
+    disk.give("/dev/rblk0")
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+    guest.sh(
+        f"echo {timeout} > /sys/module/rblkfront/parameters/detach_timeout\n"
+        "echo 0 > /proc/sys/vm/dirty_writeback_centisecs\n"
+        "mkdir -p /disk; mkfs.ext4 -q /dev/xvdb && sync && "
+        "mount -t ext4 -o commit=300 /dev/xvdb /disk && echo kept > /disk/file"
+    )
+    set_parameter(host, mode=KEEP)
+    written = disk.statistic("wr_req")
+    host.sh(f"xenstore-write {disk.back}/online 0 {disk.back}/state 5")
+    disk.wait_statistic("wr_req", written + 1)
+    return disk
+
+
+def test_detach_slow_disk(ramdisk_host):
+    """A mounted disk that does not answer is detached.
+
+    The guest waits for it, for as long as it was told, and nothing is lost if it answers in time. If
+    not, or if the disk is taken away by force, the file system ends without it.
+
+    The C frontend does not write anything back, so it is no control.
+
+    Rows: F-10
+    """
+    host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
+    guest = host.start_guest(disks=[])
+    guest.allow("xvdb")
+    disk = detach_dirty(host, guest, timeout=600)
+    assert host.xenstore_read(f"{disk.front}/state") == "4"
+    set_parameter(host, mode=0)
+    disk.wait_for(front=6)
+    disk.forget()
+    guest.sh("umount /disk")
+    assert host.server.sh("mount -t ext4 /dev/rblk0 /mnt && cat /mnt/file; umount /mnt") == "kept"
+
+    disk = detach_dirty(host, guest, timeout=1)
+    disk.wait_for(front=6)
+    assert "the backend does not answer while the disk is written back" in guest.sh("dmesg")
+    set_parameter(host, mode=0)
+    disk.forget()
+    guest.sh("umount /disk")
+
+    disk = detach_dirty(host, guest, timeout=600)
+    host.sh(f"xenstore-rm {disk.back}; xenstore-rm {disk.front}")
+    guest.wait_for("[ ! -b /dev/xvdb ]")
+    assert "the backend left while the disk was written back" in guest.sh("dmesg")
+    set_parameter(host, mode=0)
+    guest.sh("umount /disk")
+
+
 def idle(host, guest):
     """The disk has nothing."""
 

@@ -135,6 +135,33 @@ def test_end_at_each_step(xen, record_property):
     in_use(disk)
 
 
+def test_shutdown_after_outage(xen):
+    """A guest that is powered off closes its disk first, although the disk had an outage before.
+
+    The C frontend has none that it survives, and is powered off without.
+
+    Rows: F-12
+    """
+    host = xen(waiting=None)
+    server = host.start_server()
+    server.load_backend()
+    server.ram_disks()
+    guest = host.start_guest(disks=[], settings='on_poweroff = "preserve"')
+    disk = HandMade(host, guest)
+    named(disk)
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+    if guest.front == "rblkfront":
+        host.sh(f"xenstore-write {disk.back}/state 5")
+        guest.wait_for("[ $(dmesg | grep -c 'xvdb: .*persistent grants') = 2 ]")
+    disk.wait_for(front=4, back=4)
+    guest.shell.send("poweroff -f")
+    host.wait_for(f"xl list {guest.name} | grep -q -e '--s-- '")
+    assert host.xenstore_read(f"{disk.front}/state") == "6"
+    disk.wait_for(back=6)
+    guest.destroy()
+
+
 QUEUES = 2
 ATTEMPTS = 5
 

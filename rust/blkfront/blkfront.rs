@@ -15,6 +15,7 @@
 //! | `carry` | what a request carries: granted pages, or pages to bounce its data |
 //! | `pool` | pages that stay granted |
 //! | `link` | a ring and its event channel |
+//! | `registry` | the disks that there are, removed ones included |
 //! | `signal` | what wakes the thread |
 //! | `params` | module parameters |
 //!
@@ -38,6 +39,7 @@ mod nodes;
 mod params;
 mod pool;
 mod queue;
+mod registry;
 mod signal;
 mod slots;
 mod vbd;

@@ -58,6 +58,8 @@ use crate::nodes::RingNodes;
 use crate::queue::Queue;
 use crate::queue::Spare;
 use crate::queue::Terms;
+use crate::registry::Claimed;
+use crate::registry::Registered;
 use crate::signal::Cause;
 use crate::signal::Signal;
 use crate::slots::Waiting;
@@ -71,14 +73,35 @@ pub(crate) enum Fate {
     Fail,
 }
 
+/// How a disk ends.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Ending {
+    /// It does not end.
+    None,
+    /// The toolstack or the administrator takes it away. It is written back first, if there is a
+    /// backend to do it.
+    Orderly,
+    /// There is no way on for its connection.
+    Failed,
+}
+
+/// A disk to be dropped, and the threads that may still use it.
+pub(crate) type DeadDisk = (Arc<GenDisk<Disk>>, [Option<KThread>; 3], Option<Registered>);
+
+impl Claimed for GenDisk<Disk> {
+    fn is_claimed(&self) -> bool {
+        self.is_claimed()
+    }
+}
+
 /// The connection of a device, and its disk.
 pub(crate) struct Control {
     device: ARef<xenbus::Device>,
     vdev: VirtualDevice,
     signal: Arc<Signal>,
     own: Front,
-    /// The device's thread is about to let the disk go: no more steps are taken.
-    closing: bool,
+    /// If the disk ends, no more steps are taken: the rest is done by the device's thread.
+    ending: Ending,
     /// The backend's directory. Another one after a restore.
     backend: CString,
     /// The state that the backend was in when xenbus told of it.
@@ -92,6 +115,7 @@ pub(crate) struct Control {
     /// How many of the queues have a ring.
     rings: usize,
     disk: Option<Arc<GenDisk<Disk>>>,
+    registered: Option<Registered>,
     /// The logical block size of the disk. Its users rely on it.
     block_size: u32,
     /// What the limits of the disk were made from.
@@ -102,6 +126,8 @@ pub(crate) struct Control {
     adder: Option<KThread>,
     /// Tells the users of the disk that it is gone.
     reporter: Option<KThread>,
+    /// Writes the disk back and removes it.
+    remover: Option<KThread>,
     /// Requests of which the backend still uses pages.
     lingering: KVVec<(Waiting, Fate)>,
     /// Counts the connections.
@@ -120,7 +146,7 @@ impl Control {
             vdev,
             signal,
             own: Front::Waiting,
-            closing: false,
+            ending: Ending::None,
             backend,
             seen: XenbusState::Unknown,
             offer: None,
@@ -128,11 +154,13 @@ impl Control {
             queues: KVec::new(),
             rings: 0,
             disk: None,
+            registered: None,
             block_size: 0,
             basis: None,
             wanted: None,
             adder: None,
             reporter: None,
+            remover: None,
             lingering: KVVec::new(),
             generation: 0,
         }
@@ -169,12 +197,18 @@ impl Control {
 
     /// Does what an event asks for.
     pub(crate) fn follow(&mut self, event: FrontEvent) {
-        if self.closing {
+        if self.ending != Ending::None {
             return;
         }
         let action = self.own.step(event);
         if action == FrontAction::Detach {
-            self.closing = true;
+            self.ending = match event {
+                FrontEvent::Backend { .. } => Ending::Orderly,
+                FrontEvent::BadState
+                | FrontEvent::Failed
+                | FrontEvent::Deadline { .. }
+                | FrontEvent::Resume => Ending::Failed,
+            };
             self.signal.raise(Cause::Close);
             return;
         }
@@ -219,7 +253,9 @@ impl Control {
         match self.own.xenbus() {
             XenbusState::Initialised => self.device.switch_state(xenbus::State::Initialised),
             XenbusState::Connected => self.device.switch_state(xenbus::State::Connected),
-            XenbusState::Closed => self.device.frontend_closed(),
+            // A shutdown waits for the first call of this, which is to be that of the end.
+            XenbusState::Closed if self.own == Front::Dead => self.device.frontend_closed(),
+            XenbusState::Closed => self.device.switch_state(xenbus::State::Closed),
             XenbusState::Unknown
             | XenbusState::Initialising
             | XenbusState::InitWait
@@ -301,14 +337,7 @@ impl Control {
         features: &Features,
         slot: SlotLimits,
     ) -> Result {
-        let minors =
-            Minors::reserve(MAJOR, self.vdev.minor, self.vdev.minors).inspect_err(|_| {
-                pr_err!(
-                    "{}: another disk has minor {}\n",
-                    self.name(),
-                    self.vdev.minor
-                );
-            })?;
+        let minors = self.reserve_minors()?;
         let mut queues = KVec::new();
         for queue in &self.queues {
             queues.push(queue.clone(), GFP_KERNEL)?;
@@ -328,24 +357,54 @@ impl Control {
         basis.apply(&mut limits);
 
         let mut builder = GenDiskBuilder::new(limits)
-            .device_numbers(minors)
             .capacity(nodes.sectors)
             .read_only(nodes.read_only())
             .removable(nodes.removable());
         if self.no_partition_scan {
             builder = builder.no_partition_scan();
         }
+        if let Some(minors) = minors {
+            builder = builder.device_numbers(minors);
+        }
+        let data = Disk::new(queues, nodes.cdrom(), self.vdev.name, self.signal.clone());
+        let serial = data.serial();
         let disk = builder.build(
             fmt!("{}", self.name()),
             tag_set,
-            Arc::new(Disk::new(queues, nodes.cdrom()), GFP_KERNEL)?,
+            Arc::new(data, GFP_KERNEL)?,
         )?;
         let disk = Arc::new(disk, GFP_KERNEL)?;
+        let registered = Registered::new(self.vdev.name, serial, disk.clone())?;
         self.block_size = nodes.block_size;
         self.basis = Some(basis);
         self.wanted = Some(basis);
         self.disk = Some(disk.clone());
+        self.registered = Some(registered);
         self.add_disk(disk)
+    }
+
+    /// Reserves the minors of the virtual device number. `None`: a disk that was removed and is still
+    /// open has some of them, and the block layer chooses other numbers for the new disk. It would
+    /// be taken for the old one else.
+    fn reserve_minors(&self) -> Result<Option<Minors>> {
+        match Minors::reserve(MAJOR, self.vdev.minor, self.vdev.minors) {
+            Ok(minors) => Ok(Some(minors)),
+            Err(ESTALE) => {
+                pr_warn!(
+                    "{}: the disk that had this name before is still open and keeps its device number\n",
+                    self.name()
+                );
+                Ok(None)
+            }
+            Err(error) => {
+                pr_err!(
+                    "{}: another disk has minor {}\n",
+                    self.name(),
+                    self.vdev.minor
+                );
+                Err(error)
+            }
+        }
     }
 
     /// Shows the disk to the system, in a thread that may wait for the backend.
@@ -538,10 +597,63 @@ impl Control {
         matches!(backend, xenbus::State::Connected | xenbus::State::Closing)
     }
 
-    /// Lets the disk go: takes no more steps, and has new requests fail. Whether there is a disk.
+    /// Returns `true` if the backend serves the rings.
+    ///
+    /// Xenbus does not tell the state of the backend of a device that is being unbound, so that is
+    /// asked for. The toolstack writes Closing itself, and the backend goes on until it hears Closed.
+    pub(crate) fn is_served(&self) -> bool {
+        let backend = self.device.read_driver_state(&self.backend);
+        self.own == Front::Live
+            && matches!(backend, xenbus::State::Connected | xenbus::State::Closing)
+    }
+
+    /// Takes no more steps. If the disk is to be written back before it goes, starts a thread that does
+    /// so and removes it: it waits for the backend.
+    pub(crate) fn begin_remove(&mut self) -> Option<KThread> {
+        if self.ending == Ending::None {
+            self.ending = Ending::Orderly;
+        }
+        let disk = self.disk.clone()?;
+        if self.ending != Ending::Orderly || !self.is_served() {
+            return None;
+        }
+        let name = self.vdev.name;
+        let remover = KThread::spawn(
+            fmt!("rblkfront/{}-", name.as_str()),
+            Kind::default(),
+            move |_| {
+                let _noio = Noio::new();
+                disk.remove();
+            },
+        );
+        remover
+            .inspect_err(|error| {
+                pr_err!(
+                    "{}: the disk is not written back: {:?}\n",
+                    self.name(),
+                    error
+                );
+            })
+            .ok()
+    }
+
+    /// Keeps the thread that removes the disk until the disk is dropped.
+    pub(crate) fn keep_remover(&mut self, remover: KThread) {
+        self.remover = Some(remover);
+    }
+
+    /// Returns how many slots the backend has answered in all. Wraps around.
+    pub(crate) fn answered(&self) -> u32 {
+        let queues = self.queues.iter();
+        queues.fold(0, |sum, queue| sum.wrapping_add(queue.answered()))
+    }
+
+    /// Has new requests fail. Returns `true` if there is a disk.
     pub(crate) fn begin_close(&mut self) -> bool {
-        self.closing = true;
         let Some(disk) = &self.disk else { return false };
+        if disk.is_removed() {
+            return true;
+        }
         if self.reporter.is_some() {
             return true;
         }
@@ -551,7 +663,7 @@ impl Control {
         let dead = disk.clone();
         let name = self.vdev.name;
         let reporter = KThread::spawn(
-            fmt!("rblkfront/{}-", name.as_str()),
+            fmt!("rblkfront/{}!", name.as_str()),
             Kind::default(),
             move |_| {
                 let _noio = Noio::new();
@@ -592,7 +704,7 @@ impl Control {
 
     /// Whether the disk is to be let go, and that was not done yet.
     pub(crate) fn must_close(&self) -> bool {
-        self.closing && self.own != Front::Dead
+        self.ending != Ending::None && self.own != Front::Dead
     }
 
     /// Whether no request waits for an answer that may still come.
@@ -639,14 +751,15 @@ impl Control {
         }
     }
 
-    /// Takes a dead disk, and the threads that may still use it. To be dropped without the lock:
-    /// that waits.
-    pub(crate) fn take_disk(&mut self) -> (Option<Arc<GenDisk<Disk>>>, [Option<KThread>; 2]) {
-        if self.own == Front::Dead && self.lingering.is_empty() {
-            (self.disk.take(), [self.adder.take(), self.reporter.take()])
-        } else {
-            (None, [None, None])
+    /// Takes a dead disk whose requests have all ended.
+    ///
+    /// To be dropped without the lock: that waits.
+    pub(crate) fn take_disk(&mut self) -> Option<DeadDisk> {
+        if self.own != Front::Dead || !self.lingering.is_empty() {
+            return None;
         }
+        let threads = [self.adder.take(), self.reporter.take(), self.remover.take()];
+        Some((self.disk.take()?, threads, self.registered.take()))
     }
 }
 

@@ -8,9 +8,11 @@ use blkif::negotiate::Features;
 use blkif::negotiate::Flush;
 use blkif::plan::Direction;
 use blkif::plan::SlotLimits;
+use blkif::vdev::Name;
 use kernel::error::code::ENOTTY;
 use kernel::prelude::*;
 use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Full;
 use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
 use kernel::sync::ArcBorrow;
@@ -22,16 +24,22 @@ use kernel_ext::block::mq::Feature;
 use kernel_ext::block::mq::Geometry;
 use kernel_ext::block::mq::HwQueue;
 use kernel_ext::block::mq::Op;
+use kernel_ext::block::mq::OpenMode;
 use kernel_ext::block::mq::Operations;
 use kernel_ext::block::mq::QueueLimits;
 use kernel_ext::block::mq::Queued;
 use kernel_ext::block::mq::Rejected;
 use kernel_ext::block::mq::Request;
 use kernel_ext::block::mq::RequestList;
+use kernel_ext::ratelimited;
 
 use crate::carry::Carry;
 use crate::queue::Order;
 use crate::queue::Queue;
+use crate::registry;
+use crate::registry::Serial;
+use crate::signal::Cause;
+use crate::signal::Signal;
 
 /// `CDROMMULTISESSION`
 const CDROM_MULTISESSION: u32 = 0x5310;
@@ -51,16 +59,41 @@ pub(crate) struct Disk {
     /// How many of these have a ring; the others use one of theirs.
     rings: Atomic<u32>,
     cdrom: bool,
+    name: Name,
+    serial: Serial,
+    signal: Arc<Signal>,
+    /// 1 if the device's thread waits until the disk is closed.
+    awaited: Atomic<i32>,
 }
 
 impl Disk {
-    /// A disk with these queues.
-    pub(crate) fn new(queues: KVec<Arc<Queue>>, cdrom: bool) -> Self {
+    /// Creates the data of a disk with these queues.
+    pub(crate) fn new(
+        queues: KVec<Arc<Queue>>,
+        cdrom: bool,
+        name: Name,
+        signal: Arc<Signal>,
+    ) -> Self {
         Self {
             rings: Atomic::new(queues.len() as u32),
             queues,
             cdrom,
+            name,
+            serial: Serial::new(),
+            signal,
+            awaited: Atomic::new(0),
         }
+    }
+
+    /// Returns which of the disks of its name it is.
+    pub(crate) fn serial(&self) -> Serial {
+        self.serial
+    }
+
+    /// Raises [`Cause::Released`] from now on when an opener closes the disk. Who calls this looks for
+    /// openers after it.
+    pub(crate) fn await_release(&self) {
+        self.awaited.xchg(1, Full);
     }
 
     /// Sets how many queues have a ring. No request is being queued.
@@ -200,6 +233,23 @@ impl Operations for Disk {
         match disk.queue(rq.id().hw_queue) {
             Some(queue) => queue.complete_read(rq),
             None => rq.end(BlkStatus::IOERR),
+        }
+    }
+
+    fn open(disk: ArcBorrow<'_, Self>, mode: OpenMode) -> Result {
+        if mode.exclusive && registry::has_claimed_predecessor(disk.name, disk.serial) {
+            ratelimited!(pr_warn!(
+                "{}: busy: the disk that had this name before is still mounted or in use by the kernel\n",
+                disk.name.as_str()
+            ));
+            return Err(EBUSY);
+        }
+        Ok(())
+    }
+
+    fn release(disk: ArcBorrow<'_, Self>) {
+        if disk.awaited.load(Relaxed) != 0 {
+            disk.signal.raise(Cause::Released);
         }
     }
 

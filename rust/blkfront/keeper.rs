@@ -6,16 +6,22 @@
 //!
 //! - The device is not served: after [`OUTAGE_MS`] the disk is given up, and what was in flight ends
 //!   with an error.
-//! - A disk goes while requests are in flight: after [`DRAIN_MS`] they end with an error, once their
-//!   pages are ours again.
+//! - A disk is detached or unbound while its backend serves it: it is written back first, file systems
+//!   and page cache. That ends when the backend leaves, or has answered nothing for the time that
+//!   the parameter `detach_timeout` says, and then what was not written fails. It does not end for a
+//!   backend that is slow and answers.
+//! - A disk goes for another reason while requests are in flight: after [`DRAIN_MS`] they end with an
+//!   error, once their pages are ours again.
 //! - A backend still uses pages of a request: the request *lingers*. To end it would be to give its
 //!   pages to somebody else. It ends when the backend lets go, at the latest when its domain ends.
 //! - A disk that has gone is still mapped by the backend: the ring and the pages for data stay until
 //!   the backend says that it has closed too, if the device goes for [`UNMAP_MS`] at most. To give
 //!   them up earlier is safe, but slow, see [`Queue::bury`](crate::queue::Queue::bury).
-//! - The partitions of a new disk are looked for by another thread, and its users are told of its end
-//!   by another one: that waits for I/O, and a backend that does not answer must not keep anybody
-//!   from ending it.
+//! - The partitions of a new disk are looked for by another thread, it is written back by another
+//!   one, and its users are told of its end by a third: that waits for I/O, and a backend that does
+//!   not answer must not keep this thread from ending it.
+//! - A disk that was removed is still open: disk and device numbers stay until it is closed. The device
+//!   does not wait for that.
 
 use blkif::state::FrontEvent;
 use kernel::new_mutex;
@@ -28,8 +34,13 @@ use kernel::time::Delta;
 use kernel::time::Instant;
 use kernel::time::Jiffies;
 use kernel::time::Monotonic;
+use kernel_ext::base::kthread::KThread;
+use kernel_ext::block::mq::GenDisk;
 
 use crate::control::Control;
+use crate::disk::Disk;
+use crate::params;
+use crate::registry::Registered;
 use crate::signal::Cause;
 use crate::signal::Signal;
 
@@ -39,6 +50,8 @@ const OUTAGE_MS: i64 = 300_000;
 const DRAIN_MS: i64 = 5_000;
 /// How often is looked whether a drain is over.
 const DRAIN_STEP_MS: i64 = 5;
+/// How often the backend is looked at while a disk is written back.
+const SYNC_STEP_MS: u32 = 100;
 /// How long a device that goes waits until the backend has unmapped its pages.
 const UNMAP_MS: i64 = 1_000;
 /// How often is looked whether it has.
@@ -87,8 +100,9 @@ impl Keeper {
     pub(crate) fn run(&self) {
         let mut away = None;
         let mut spares = Spares::default();
+        let mut open = None;
         while !self.signal.removed() {
-            self.attend();
+            self.attend(&mut open);
             self.check_outage(&mut away);
             self.look_for_spares(&mut spares);
             self.signal
@@ -101,7 +115,12 @@ impl Keeper {
             self.control.lock().release();
         }
         self.await_unmap();
-        self.remove_disk();
+        self.remove_disk(&mut open);
+        self.signal.finish();
+        while open.is_some() {
+            self.signal.await_cause(Cause::Released);
+            drop_closed(&mut open);
+        }
     }
 
     /// How long to sleep if nothing happens. `watching`: for a backend that is away, or for memory.
@@ -116,7 +135,7 @@ impl Keeper {
     }
 
     /// Deals with what has happened.
-    fn attend(&self) {
+    fn attend(&self, open: &mut Option<RemovedDisk>) {
         if self.signal.take(Cause::Failed) {
             self.control.lock().follow(FrontEvent::Failed);
         }
@@ -134,7 +153,9 @@ impl Keeper {
             self.close();
         }
         self.control.lock().release();
-        self.remove_disk();
+        self.remove_disk(open);
+        self.signal.take(Cause::Released);
+        drop_closed(open);
         self.bury();
     }
 
@@ -177,13 +198,59 @@ impl Keeper {
         spares.last = go_on.then(Instant::now);
     }
 
-    /// Lets the disk go. What is in flight gets a while to be answered, and fails then.
+    /// Ends the connection, and the disk with it.
     fn close(&self) {
-        if self.control.lock().begin_close() {
+        let patient = self.write_back();
+        if self.control.lock().begin_close() && patient {
             self.drain();
         }
         self.control.lock().finish_close();
         self.signal.settle();
+    }
+
+    /// Has the disk written back and removed, if that is due. Returns `true` if requests that are still
+    /// in flight may be answered soon.
+    fn write_back(&self) -> bool {
+        let (served, remover) = {
+            let mut control = self.control.lock();
+            (control.is_served(), control.begin_remove())
+        };
+        let Some(remover) = remover else {
+            return served;
+        };
+        self.signal.set_syncing(true);
+        let removed = self.await_removal(&remover);
+        self.signal.set_syncing(false);
+        self.control.lock().keep_remover(remover);
+        removed
+    }
+
+    /// Waits until the disk is written back and removed. Returns `false` if the backend does not serve
+    /// the disk any more.
+    fn await_removal(&self, remover: &KThread) -> bool {
+        let mut last = (self.control.lock().answered(), Instant::<Monotonic>::now());
+        while !remover.join(msecs_to_jiffies(SYNC_STEP_MS)) {
+            let control = self.control.lock();
+            let answered = control.answered();
+            if answered != last.0 {
+                last = (answered, Instant::now());
+            }
+            if !control.is_served() {
+                pr_err!(
+                    "{}: the backend left while the disk was written back: data may be lost\n",
+                    control.name()
+                );
+                return false;
+            }
+            if last.1.elapsed().as_millis() >= params::detach_timeout_ms() {
+                pr_err!(
+                    "{}: the backend does not answer while the disk is written back: data may be lost (see detach_timeout)\n",
+                    control.name()
+                );
+                return false;
+            }
+        }
+        true
     }
 
     fn drain(&self) {
@@ -221,18 +288,34 @@ impl Keeper {
         self.control.lock().bury();
     }
 
-    /// Removes a disk that is dead, if all its requests have ended.
-    fn remove_disk(&self) {
-        let (disk, helpers) = self.control.lock().take_disk();
-        // Waits for the openers that are inside of the block layer, whose requests fail.
-        drop(disk);
-        for helper in helpers.into_iter().flatten() {
-            while !helper.join(msecs_to_jiffies(OUTAGE_STEP_MS)) {
+    /// Removes a disk that is dead, if all its requests have ended. Goes on in `open` if it is still
+    /// open.
+    fn remove_disk(&self, open: &mut Option<RemovedDisk>) {
+        let Some((disk, threads, registered)) = self.control.lock().take_disk() else {
+            return;
+        };
+        for thread in threads.into_iter().flatten() {
+            while !thread.join(msecs_to_jiffies(OUTAGE_STEP_MS)) {
                 pr_warn!(
                     "{}: the disk is still being added or told to end\n",
                     self.control.lock().name()
                 );
             }
         }
+        // Waits for the openers that are inside of the block layer, whose requests fail.
+        disk.remove();
+        disk.queue_data().await_release();
+        *open = Some((disk, registered));
+        drop_closed(open);
+    }
+}
+
+/// A disk that was removed, and the place in the list of disks that it keeps.
+type RemovedDisk = (Arc<GenDisk<Disk>>, Option<Registered>);
+
+/// Drops a removed disk that is not open any more.
+fn drop_closed(open: &mut Option<RemovedDisk>) {
+    if (open.as_ref()).is_some_and(|(disk, _)| disk.openers() == 0) {
+        *open = None;
     }
 }

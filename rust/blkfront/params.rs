@@ -25,6 +25,9 @@ module_params! {
     /// Whether to use persistent grants.
     static FEATURE_PERSISTENT("feature_persistent", 0o644): bool = true,
         "Use grants that stay with the backend, if it wants that (default is Y)";
+    /// How long a disk that is detached waits for its backend.
+    static DETACH_TIMEOUT("detach_timeout", 0o644): u32 = 8,
+        "Seconds without an answer after which a disk that is detached is written back no more (default is 8)";
 }
 
 /// Segments that are used at most, whatever the parameter says: as many as fit into the smallest
@@ -80,4 +83,10 @@ pub(crate) fn max_segments() -> u16 {
     MAX_INDIRECT_SEGMENTS
         .get()
         .clamp(DIRECT_SEGMENTS as u32, MOST_SEGMENTS) as u16
+}
+
+/// Returns how long, in milliseconds, a backend may answer nothing while a disk is written back
+/// before it goes.
+pub(crate) fn detach_timeout_ms() -> i64 {
+    i64::from(DETACH_TIMEOUT.get()).saturating_mul(1000)
 }

@@ -412,6 +412,11 @@ impl Queue {
         self.inner.lock().slots.is_idle()
     }
 
+    /// Returns how many slots the backend has answered. Wraps around.
+    pub(crate) fn answered(&self) -> u32 {
+        self.inner.lock().slots.answered()
+    }
+
     /// Whether the backend broke the rules.
     pub(crate) fn is_broken(&self) -> bool {
         self.inner.lock().broken

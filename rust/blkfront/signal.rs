@@ -3,9 +3,11 @@
 //! What wakes the thread of a device.
 
 use kernel::prelude::*;
+use kernel::sync::atomic::Acquire;
 use kernel::sync::atomic::Atomic;
 use kernel::sync::atomic::Full;
 use kernel::sync::atomic::Relaxed;
+use kernel::sync::atomic::Release;
 use kernel::sync::Arc;
 use kernel::time::Jiffies;
 use kernel_ext::base::wait::WaitQueue;
@@ -26,20 +28,31 @@ pub(crate) enum Cause {
     Limits,
     /// The backend has said that it cannot discard.
     NoDiscard,
+    /// An opener of the disk has closed it.
+    Released,
     /// The device is being unbound.
     Remove,
 }
 
-const CAUSES: usize = 7;
+const CAUSES: usize = 8;
 
 /// Wakes the thread of a device. Any context.
 #[pin_data]
 pub(crate) struct Signal {
     raised: [Atomic<i32>; CAUSES],
     settled: Atomic<i32>,
+    /// One of the constants `WORKING`, `SYNCING`, `DONE`.
+    progress: Atomic<i32>,
     #[pin]
     wait: WaitQueue,
 }
+
+/// The thread does what takes a known time at most.
+const WORKING: i32 = 0;
+/// The thread waits until the disk is written back.
+const SYNCING: i32 = 1;
+/// The thread needs the device no more.
+const DONE: i32 = 2;
 
 impl Signal {
     pub(crate) fn new() -> Result<Arc<Self>> {
@@ -47,6 +60,7 @@ impl Signal {
             pin_init!(Self {
                 raised: [const { Atomic::new(0) }; CAUSES],
                 settled: Atomic::new(0),
+                progress: Atomic::new(WORKING),
                 wait <- new_wait_queue!(),
             }),
             GFP_KERNEL,
@@ -81,6 +95,38 @@ impl Signal {
     /// Whether nobody need wait for the disk any more.
     pub(crate) fn is_settled(&self) -> bool {
         self.settled.load(Relaxed) != 0
+    }
+
+    /// Notes whether the thread waits until the disk is written back.
+    pub(crate) fn set_syncing(&self, syncing: bool) {
+        let progress = if syncing { SYNCING } else { WORKING };
+        self.progress.store(progress, Relaxed);
+    }
+
+    /// Returns `true` if the thread waits until the disk is written back.
+    pub(crate) fn is_syncing(&self) -> bool {
+        self.progress.load(Relaxed) == SYNCING
+    }
+
+    /// Notes that the thread needs the device no more.
+    pub(crate) fn finish(&self) {
+        self.progress.store(DONE, Release);
+        self.wait.wake_up();
+    }
+
+    /// Waits until the thread needs the device no more. Returns `false` after the timeout.
+    ///
+    /// Context: sleeps.
+    #[must_use = "the thread may still need the device"]
+    pub(crate) fn await_finish(&self, timeout: Jiffies) -> bool {
+        self.wait
+            .wait_timeout(timeout, || self.progress.load(Acquire) == DONE)
+    }
+
+    /// Sleeps until `cause` is raised, and takes it.
+    pub(crate) fn await_cause(&self, cause: Cause) {
+        self.wait.wait_idle(|| self.is_raised(cause));
+        self.take(cause);
     }
 
     fn is_raised(&self, cause: Cause) -> bool {

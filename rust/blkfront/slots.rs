@@ -128,6 +128,12 @@ impl Slots {
         self.promised == 0 && self.free.len() == self.slots.len()
     }
 
+    /// Returns how many slots the backend has answered, of this ring and those before. Wraps around.
+    pub(crate) fn answered(&self) -> u32 {
+        let used = self.slots.len().saturating_sub(self.free.len());
+        self.epoch.wrapping_sub(used as u32)
+    }
+
     /// Promises so many slots, if there are as many.
     pub(crate) fn promise(&mut self, count: usize) -> bool {
         let promised = self.promised.saturating_add(count);

@@ -28,8 +28,9 @@ use crate::nodes;
 use crate::signal::Cause;
 use crate::signal::Signal;
 
-/// How long an unbind waits for the thread of the device, which gives the backend half of that for
-/// its last answers, and a second to unmap. All other devices of the guest may have to wait as long.
+/// How long an unbind waits for the thread of the device after the disk was written back. The thread
+/// gives the backend half of that for its last answers, and a second to unmap. All other devices of
+/// the guest may have to wait as long.
 const REMOVE_MS: u32 = 10_000;
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
@@ -38,7 +39,7 @@ static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 pub(crate) struct Vbd {
     signal: Arc<Signal>,
     keeper: Arc<Keeper>,
-    thread: KThread,
+    _thread: KThread,
 }
 
 impl Vbd {
@@ -62,7 +63,7 @@ impl Vbd {
         Ok(Self {
             signal,
             keeper,
-            thread,
+            _thread: thread,
         })
     }
 }
@@ -93,11 +94,17 @@ impl Driver for Vbd {
 
     fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {
         self.signal.raise(Cause::Remove);
-        if !self.thread.join(msecs_to_jiffies(REMOVE_MS)) {
-            dev.dev_error(
-                ETIMEDOUT,
-                fmt!("the backend still uses pages of requests: the disk stays until it does not"),
-            );
+        let mut syncing = false;
+        while !self.signal.await_finish(msecs_to_jiffies(REMOVE_MS)) {
+            // A backend that answers is given all the time that it takes.
+            let synced = core::mem::replace(&mut syncing, self.signal.is_syncing());
+            if !synced && !syncing {
+                dev.dev_error(
+                    ETIMEDOUT,
+                    fmt!("the backend still uses pages of requests: the disk stays until it does not"),
+                );
+                return;
+            }
         }
     }
 

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A disk is taken away in an orderly manner while there is data that was not written to it yet.
+
+`xl block-detach` without --force asks the guest to let go of the disk, and the backend serves it
+until the guest says that it has. So there is time for what the guest still has to write. The same
+holds for a disk that is unbound from its driver.
+"""
+
+from harness.evidence import assert_served_by_pair
+from harness.toolstack import CODES
+from harness.xenhost import Disk
+
+NO_WRITEBACK = "echo 0 > /proc/sys/vm/dirty_writeback_centisecs"
+MOUNT = "mount -t ext4 -o commit=300"
+"""Nothing is written to a file system but what something asks for."""
+
+
+def attach(host, guest):
+    """Attaches /dev/ram0 as xvdb; the guest's kernel does not write back by itself."""
+    host.attach(guest, Disk("xvdb"))
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+    guest.sh(f"{NO_WRITEBACK}; mkdir -p /disk /other")
+
+
+def detach(host, guest, mounts):
+    """Detaches xvdb, after what is mounted of it was unmounted if the guest refuses."""
+    if host.run(f"xl block-detach {guest.name} xvdb")[0] != 0:
+        guest.sh(f"umount {mounts}")
+        host.take_away(guest, "xvdb")
+    guest.wait_for("[ ! -b /dev/xvdb ]")
+    guest.run(f"umount {mounts}", timeout=60)
+
+
+def test_detach_mounted(host):
+    """Either the guest refuses while the disk is mounted, or what its programs have written to
+    files is on the disk afterwards.
+
+    A disk of virtio that is taken away is synced first. The C frontend loses the data too.
+
+    Rows: FE-64, F-10
+    """
+    guest = host.start_guest(disks=[])
+    guest.allow("xvdb")
+    attach(host, guest)
+    guest.sh(
+        f"mkfs.ext4 -q /dev/xvdb && sync && {MOUNT} /dev/xvdb /disk && "
+        "mount -t ext4 /dev/xvdb /other && echo kept > /disk/file"
+    )
+    detach(host, guest, "/disk /other")
+    # The backend lets go of the disk after xl has returned.
+    host.server.wait_for("mount -t ext4 /dev/ram0 /mnt")
+    _status, output = host.server.run("cat /mnt/file; umount /mnt")
+    assert output.strip() == "kept", output
+
+
+def test_detach_partitions(host):
+    """A file system on one partition, and the page cache of another one that a program has open.
+
+    The C frontend loses both.
+
+    Rows: F-10
+    """
+    guest = host.start_guest(disks=[])
+    guest.allow("xvdb")
+    attach(host, guest)
+    guest.sh("printf '2048,32768,L\\n,,L\\n' | sfdisk -q /dev/xvdb")
+    guest.wait_for("[ -b /dev/xvdb2 ]")
+    guest.sh(
+        f"mkfs.ext4 -q /dev/xvdb1 && sync && {MOUNT} /dev/xvdb1 /disk && echo kept > /disk/file\n"
+        "sleep 1000 9<> /dev/xvdb2 > /dev/null 2>&1 & echo $! > /tmp/opener\n"
+        "echo kept | dd of=/dev/xvdb2 conv=sync,notrunc 2> /dev/null"
+    )
+    detach(host, guest, "/disk")
+    guest.sh("kill $(cat /tmp/opener)")
+    attach(host, guest)
+    guest.wait_for("[ -b /dev/xvdb2 ]")
+    guest.wait_for(f"{MOUNT} /dev/xvdb1 /disk")
+    assert guest.sh("cat /disk/file; head -n 1 /dev/xvdb2; umount /disk") == "kept\nkept"
+
+
+def test_unbind_in_use(host):
+    """A disk is unbound while it is open, and while it is mounted: what was written is there when it
+    is bound again.
+
+    Rows: FE-65
+    """
+    guest = host.start_guest(disks=[])
+    guest.allow("xvdb")
+    attach(host, guest)
+    guest.sh(
+        "sleep 1000 9<> /dev/xvdb > /dev/null 2>&1 & echo $! > /tmp/opener\n"
+        "yes written | dd of=/dev/xvdb bs=64k count=16 iflag=fullblock conv=notrunc 2> /dev/null"
+    )
+    guest.rebind_disk(CODES["xvdb"])
+    guest.wait_for_disk("xvdb")
+    guest.sh("kill $(cat /tmp/opener)")
+    lines = guest.sh("dd if=/dev/xvdb bs=64k count=16 iflag=direct 2> /dev/null | sort -u")
+    assert lines == "written", lines[:200]
+
+    guest.sh(
+        f"mkfs.ext4 -q /dev/xvdb && sync && {MOUNT} /dev/xvdb /disk && echo kept > /disk/file"
+    )
+    guest.rebind_disk(CODES["xvdb"])
+    guest.sh("umount /disk")
+    guest.wait_for(f"{MOUNT} /dev/xvdb /disk")
+    assert guest.sh("cat /disk/file; umount /disk") == "kept"

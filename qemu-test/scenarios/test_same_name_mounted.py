@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A disk goes away while it is mounted, and another one comes by the same name.
+
+The number of a Xen disk says its device number in Linux: the new one has that of the old one,
+whose dead file system is still there, and which Linux knows by that number.
+"""
+
+from harness.evidence import assert_served_by_pair
+from harness.xenhost import Disk
+
+DISKS = {"first": "/dev/ram0", "second": "/dev/ram1"}
+WHICH = "which"
+"""The file with the name of the disk."""
+READ = f"cat /new/{WHICH} 2>&1 || true"
+
+
+def attach(host, guest, name):
+    """Attaches one of the disks as xvdb."""
+    host.attach(guest, Disk("xvdb", DISKS[name]))
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+
+
+def number(guest):
+    """The device number of xvdb."""
+    return guest.sh("stat -c %t:%T /dev/xvdb")
+
+
+def test_same_name_mounted(xen):
+    """Who mounts the new disk gets that one, or is told that he cannot have it yet.
+
+    He must not get the old one's files under the new one's name. When the old one is unmounted,
+    which does not hang, there is nothing in the way. The number is used again then.
+
+    With the C frontend the new disk shows the files of the old one.
+
+    Rows: F-11
+    """
+    host = xen()
+    server = host.start_server()
+    server.load_backend()
+    server.ram_disks(len(DISKS), megabytes=16)
+    guest = host.start_guest(disks=[])
+    guest.allow("xvdb")
+    guest.sh("mkdir -p /old /new")
+    for name in DISKS:
+        attach(host, guest, name)
+        guest.sh(
+            "mkfs.ext4 -q /dev/xvdb && mount -t ext4 /dev/xvdb /old && "
+            f"echo {name} > /old/{WHICH} && umount /old"
+        )
+        host.take_away(guest, "xvdb")
+
+    attach(host, guest, "first")
+    usual = number(guest)
+    guest.sh("mount -t ext4 /dev/xvdb /old && sync")
+    host.take_away(guest, "xvdb")
+    attach(host, guest, "second")
+    assert number(guest) != usual
+    mounted = guest.run("mount -t ext4 /dev/xvdb /new")[0] == 0
+    seen = guest.sh(READ)
+    if mounted:
+        guest.sh("umount /new", timeout=60)
+    guest.sh("umount /old", timeout=60)
+    guest.sh("mount -t ext4 /dev/xvdb /new")
+    later = guest.sh(READ)
+    guest.sh("umount /new")
+    assert later == "second", later
+    assert not mounted or seen == "second", seen
+    host.take_away(guest, "xvdb")
+    attach(host, guest, "first")
+    assert number(guest) == usual
