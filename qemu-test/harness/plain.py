@@ -105,10 +105,6 @@ class PlainVm:
         """Loads one of our modules."""
         return self.sh(f"insmod /modules/{name}.ko {parameters}")
 
-    def rmmod(self, name):
-        """Unloads a module."""
-        return self.sh(f"rmmod {name}")
-
     def finish(self):
         """Shuts the machine down; its console must be clean to the end."""
         self.machine.shell.check("sync")

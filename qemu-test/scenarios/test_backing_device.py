@@ -11,6 +11,7 @@ from harness.counts import assert_idle
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
+from harness.ramdisk import unload
 from harness.toolstack import CODES
 from harness.toolstack import directories
 from harness.toolstack import error_node
@@ -390,4 +391,4 @@ def test_stuck_removal(ramdisk_host, record_property):
     set_parameter(host, mode=0)
     host.wait_for("! xl list | grep -q '(null)'")
     host.server.unload_backend()
-    host.server.sh("rmmod rblk_ramdisk")
+    unload(host.server)

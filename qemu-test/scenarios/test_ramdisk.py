@@ -8,8 +8,10 @@ rust/samples/ramdisk/ramdisk.rs.
 import pytest
 from harness.counts import assert_no_lost_memory
 from harness.guest import wait_in
+from harness.ramdisk import DISK
+from harness.ramdisk import pull_out
+from harness.ramdisk import unload
 
-DISK = "/dev/rblk0"
 PARAMETERS = "/sys/module/rblk_ramdisk/parameters"
 FIO = (
     f"fio --name=whole --filename={DISK} --ioengine=libaio --iodepth=16 --direct=1 --rw=randwrite "
@@ -29,7 +31,7 @@ def test_ramdisk_data(vm):
         vm.insmod("rblk_ramdisk", f"queues=2 every=3 mode={mode}")
         assert vm.sh(f"blockdev --getsize64 {DISK}") == str(16 << 20)
         vm.sh(FIO, timeout=300)
-        vm.rmmod("rblk_ramdisk")
+        unload(vm)
         assert vm.run(f"[ -e {DISK} ]")[0] == 1
 
 
@@ -42,7 +44,7 @@ def test_ramdisk_flush(vm):
             f"for i in 1 2 3 4 5; do dd if=/dev/zero of={DISK} bs=4k seek=$i count=1 conv=fsync,notrunc; done"
         )
         assert int(vm.sh(flushes)) == expected
-        vm.rmmod("rblk_ramdisk")
+        unload(vm)
 
 
 def test_ramdisk_timeout(vm):
@@ -55,7 +57,7 @@ def test_ramdisk_timeout(vm):
     vm.sh(f"echo 0 > {PARAMETERS}/mode")
     vm.sh(f"dd if=/dev/zero of={DISK} bs=4k count=1 oflag=direct")
     assert "timed out" in vm.sh("dmesg")
-    vm.rmmod("rblk_ramdisk")
+    unload(vm)
 
 
 def test_ramdisk_resize(vm):
@@ -65,7 +67,7 @@ def test_ramdisk_resize(vm):
         vm.sh(f"echo {size} > {PARAMETERS}/size_mib")
         wait_in(vm, f"[ $(blockdev --getsize64 {DISK}) = {size << 20} ]", 60)
     vm.sh(f"dd if=/dev/urandom of={DISK} bs=1M seek=60 count=4 oflag=direct")
-    vm.rmmod("rblk_ramdisk")
+    unload(vm)
 
 
 def test_ramdisk_removal(vm):
@@ -78,31 +80,30 @@ def test_ramdisk_removal(vm):
         f"(dd if=/dev/zero of={DISK} bs=4k count=1 oflag=direct && echo done > /tmp/end || echo error > /tmp/end) >/dev/null 2>&1 &"
     )
     wait_in(vm, "[ $(awk '{print $9}' /sys/block/rblk0/stat) -gt 0 ]", 60)
-    vm.sh(f"echo 1 > {PARAMETERS}/gone")
-    vm.run(f"blockdev --getsz {DISK}")
+    pull_out(vm)
     wait_in(vm, "[ -s /tmp/end ]", 60)
     assert vm.sh("cat /tmp/end") == "error"
-    # The request ends before the node is taken away: the removal goes on beside us.
-    wait_in(vm, f"[ ! -e {DISK} ]", 60)
-    vm.rmmod("rblk_ramdisk")
+    unload(vm)
 
 
 def test_ramdisk_busy(vm):
-    """The module stays while the disk is open, and goes when it is closed."""
+    """The module stays while there is a disk, and while one that was pulled out is open."""
     vm.insmod("rblk_ramdisk")
-    vm.sh(f"mkfs.ext4 -q {DISK} && mount {DISK} /mnt && echo kept > /mnt/file")
     assert vm.run("rmmod rblk_ramdisk")[0] != 0
-    vm.sh("umount /mnt")
-    vm.rmmod("rblk_ramdisk")
+    vm.sh(f"sleep 1000 < {DISK} > /dev/null 2>&1 & echo $! > /tmp/opener")
+    pull_out(vm)
+    assert vm.run("rmmod rblk_ramdisk")[0] != 0
+    vm.sh("kill $(cat /tmp/opener)")
+    unload(vm)
 
 
 def test_ramdisk_lost_memory(vm):
     """What a driver loses is found: the look for it after all scenarios of this kernel sees it."""
     vm.insmod("rblk_ramdisk")
     assert_no_lost_memory(vm)
-    vm.rmmod("rblk_ramdisk")
+    unload(vm)
     vm.insmod("rblk_ramdisk", "lose=20")
     with pytest.raises(AssertionError, match="memory that nothing points to"):
         assert_no_lost_memory(vm)
-    vm.rmmod("rblk_ramdisk")
+    unload(vm)
     vm.sh("echo clear > /sys/kernel/debug/kmemleak")

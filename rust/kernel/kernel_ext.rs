@@ -7,6 +7,11 @@
 //! no policy, and all the `unsafe` code of the project: **no safe function
 //! here can be driven to undefined behaviour by any argument.**
 //!
+//! What the kernel may call back into holds a reference to the module, see
+//! [`module_ref`](base::module_ref), so leaking it keeps the module loaded. The exception is an I/O
+//! of [`bio`](block::bio), whose end runs code of the module: who submits one waits for its end before
+//! the module can be unloaded.
+//!
 //! - [`base`]: what any driver may need.
 //! - [`block`]: disks and requests. Knows nothing of Xen.
 //! - [`xen`]: xenbus, grants, event channels. Knows nothing of disks.

@@ -9,7 +9,7 @@ use kernel::prelude::*;
 
 /// A reference to this module, which stays loaded while the reference lives.
 ///
-/// Held by what the kernel may call back into at any time: a thread, a sysfs attribute, an
+/// Held by what the kernel may call back into at any time: a disk, a thread, a sysfs attribute, an
 /// interrupt, a watch, a timer. If such a thing is ever leaked, the module can no longer be unloaded,
 /// instead of being called after it is gone.
 ///

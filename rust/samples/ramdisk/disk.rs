@@ -2,21 +2,19 @@
 
 //! The disk, and its driver.
 
-use kernel::impl_has_work;
 use kernel::new_mutex;
-use kernel::new_work;
 use kernel::prelude::*;
 use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Full;
 use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
 use kernel::sync::ArcBorrow;
 use kernel::sync::Mutex;
 use kernel::time::msecs_to_jiffies;
-use kernel::workqueue::Work;
-use kernel::workqueue::WorkItem;
 use kernel_ext::base::irq_spinlock::new_irq_spinlock;
 use kernel_ext::base::irq_spinlock::IrqSpinLock;
-use kernel_ext::base::workqueue::OwnedQueue;
+use kernel_ext::base::kthread::Current;
+use kernel_ext::base::wait::WaitQueue;
 use kernel_ext::block::mq::BlkStatus;
 use kernel_ext::block::mq::Completed;
 use kernel_ext::block::mq::EndBatch;
@@ -35,6 +33,7 @@ use kernel_ext::block::mq::Request;
 use kernel_ext::block::mq::RequestId;
 use kernel_ext::block::mq::TagSet;
 use kernel_ext::block::mq::TagSetParams;
+use kernel_ext::new_wait_queue;
 
 use crate::mode::concerns;
 use crate::mode::Mode;
@@ -50,26 +49,23 @@ struct Parked {
     slots: KVec<Option<(Mode, Request<Control, InFlight>)>>,
 }
 
-/// The disk and its driver: the data of its queue, and a work item.
+/// The disk and its driver: the data of its queue, and what its thread works on.
 #[pin_data]
 pub(crate) struct Control {
     store: Store,
     count: Atomic<u32>,
-    queue: Arc<OwnedQueue>,
     #[pin]
     parked: IrqSpinLock<Parked>,
     #[pin]
     disk: Mutex<Option<Arc<GenDisk<Control>>>>,
+    /// 1 if the thread is to look for what there is to do.
+    scheduled: Atomic<i32>,
     #[pin]
-    work: Work<Control>,
-}
-
-impl_has_work! {
-    impl HasWork<Self> for Control { self.work }
+    wait: WaitQueue,
 }
 
 impl Control {
-    pub(crate) fn new(queue: Arc<OwnedQueue>) -> Result<Arc<Self>> {
+    pub(crate) fn new() -> Result<Arc<Self>> {
         let store = Store::new(crate::MAX_MIB.get())?;
         let in_flight = (crate::QUEUES.get() as usize)
             .checked_mul(crate::DEPTH.get() as usize)
@@ -83,17 +79,17 @@ impl Control {
             pin_init!(Self {
                 store,
                 count: Atomic::new(0),
-                queue,
                 parked <- new_irq_spinlock!(Parked { gone: false, slots }),
                 disk <- new_mutex!(None),
-                work <- new_work!("Control::work"),
+                scheduled: Atomic::new(0),
+                wait <- new_wait_queue!(),
             }),
             GFP_KERNEL,
         )
     }
 
-    /// Makes the disk and shows it to the system.
-    pub(crate) fn add_disk(this: &Arc<Self>) -> Result {
+    /// Makes the disk.
+    pub(crate) fn make_disk(this: &Arc<Self>) -> Result {
         let tag_set = Arc::pin_init(
             TagSet::new(TagSetParams {
                 nr_hw_queues: crate::QUEUES.get(),
@@ -125,10 +121,15 @@ impl Control {
             .capacity(Self::capacity())
             .read_only(crate::READ_ONLY.get())
             .build(fmt!("rblk0"), tag_set, this.clone())?;
-        // Work needs the disk while it is being added: it is read then.
         let disk = Arc::new(disk, GFP_KERNEL)?;
-        *this.disk.lock() = Some(disk.clone());
-        disk.add(None).inspect_err(|_| this.remove())
+        *this.disk.lock() = Some(disk);
+        Ok(())
+    }
+
+    /// Shows the disk to the system. The thread has to run.
+    pub(crate) fn add_disk(&self) -> Result {
+        let disk = self.disk.lock().clone().ok_or(ENODEV)?;
+        disk.add(None)
     }
 
     /// Takes the disk away, with all that is in flight.
@@ -194,28 +195,31 @@ impl Control {
         }
     }
 
-    fn schedule(this: ArcBorrow<'_, Self>) {
-        // If the work waits to be run already, it will see what there is to do.
-        let _ = this.queue.enqueue::<Arc<Self>, 0>(this.into());
+    fn schedule(&self) {
+        self.scheduled.xchg(1, Full);
+        self.wait.wake_up();
     }
-}
 
-impl WorkItem for Control {
-    type Pointer = Arc<Self>;
+    /// Runs the thread of the disk, until the disk is pulled out.
+    pub(crate) fn run(&self, current: &Current) {
+        while !current.should_stop() && !crate::GONE.get() {
+            self.wait
+                .wait_idle(|| current.should_stop() || self.scheduled.xchg(0, Full) != 0);
+            self.work();
+        }
+        self.remove();
+    }
 
-    fn run(this: Arc<Self>) {
+    fn work(&self) {
         let now = Mode::new(crate::MODE.get());
-        this.end_parked(|mode, rq| match (mode, now) {
+        self.end_parked(|mode, rq| match (mode, now) {
             (Mode::Keep, Mode::Keep) => None,
             (Mode::Keep, Mode::Fail) => Some(BlkStatus::IOERR),
-            _ => Some(this.store.serve(rq)),
+            _ => Some(self.store.serve(rq)),
         });
 
-        let disk = this.disk.lock().clone();
-        if crate::GONE.get() {
-            drop(disk);
-            this.remove();
-        } else if let Some(disk) = disk {
+        let disk = self.disk.lock().clone();
+        if let Some(disk) = disk {
             disk.kick_requeue_list();
             if disk.set_capacity_and_notify(Self::capacity()).is_err() {
                 pr_err!("rblk0: capacity out of range\n");
@@ -257,7 +261,7 @@ impl Operations for Control {
             Mode::Later => {
                 this.park(Mode::Later, rq.start());
                 if last {
-                    Self::schedule(this);
+                    this.schedule();
                 }
             }
             Mode::Keep => this.park(Mode::Keep, rq.start()),
@@ -266,14 +270,14 @@ impl Operations for Control {
             Mode::Reject => return Err(rq.reject()),
             Mode::Requeue => {
                 rq.start().requeue();
-                Self::schedule(this);
+                this.schedule();
             }
         }
         Ok(())
     }
 
     fn commit_rqs(hw_queue: HwQueue<'_, Self>) {
-        Self::schedule(hw_queue.queue_data());
+        hw_queue.queue_data().schedule();
     }
 
     fn complete(mut rq: Request<Self, Completed>) {
@@ -292,7 +296,7 @@ impl Operations for Control {
     }
 
     fn open(this: ArcBorrow<'_, Self>, _mode: OpenMode) -> Result {
-        Self::schedule(this);
+        this.schedule();
         Ok(())
     }
 }

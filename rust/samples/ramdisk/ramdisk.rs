@@ -4,7 +4,7 @@
 //!
 //! The disk is `/dev/rblk0`. Parameters choose what becomes of each request, see [`Mode`]. Those
 //! that can be written (`size_mib`, `gone`, the end of mode 3) take effect when the disk is opened the next time, for
-//! instance by `blockdev --getsz`. `lose` tests the tests: memory that nothing points to must be
+//! instance by `blockdev --getsz`. The module can be unloaded when the disk was pulled out by `gone`. `lose` tests the tests: memory that nothing points to must be
 //! found.
 
 #![deny(unsafe_code)]
@@ -14,9 +14,9 @@ mod mode;
 mod store;
 
 use kernel::prelude::*;
-use kernel::sync::Arc;
+use kernel_ext::base::kthread::KThread;
+use kernel_ext::base::kthread::Kind;
 use kernel_ext::base::module_param::module_params;
-use kernel_ext::base::workqueue::OwnedQueue;
 
 use crate::disk::Control;
 
@@ -69,29 +69,30 @@ module_params! {
     static GONE("gone", 0o644): bool = false, "The disk is pulled out";
 }
 
-/// The module: one disk.
+/// The module: one disk, with a thread. Both keep the module loaded until the disk is pulled out.
 struct Ramdisk {
-    control: Arc<Control>,
-    queue: Arc<OwnedQueue>,
+    _thread: KThread,
 }
 
 impl kernel::Module for Ramdisk {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        let queue = Arc::new(OwnedQueue::new(c"rblk_ramdisk")?, GFP_KERNEL)?;
-        let control = Control::new(queue.clone())?;
-        let module = Self { control, queue };
-        Control::add_disk(&module.control)?;
-        for number in 0..LOSE.get() {
-            KBox::leak(KBox::new([number; 16], GFP_KERNEL)?);
+        let control = Control::new()?;
+        Control::make_disk(&control)?;
+        let runner = control.clone();
+        // Nothing fails after this: a module whose `init` fails is freed whatever references there are.
+        let thread = KThread::spawn(fmt!("rblk0"), Kind::default(), move |current| {
+            runner.run(current);
+        })
+        .inspect_err(|_| control.remove())?;
+        if let Err(error) = control.add_disk() {
+            pr_err!("rblk0: not added: {:?}\n", error);
+            thread.stop();
         }
-        Ok(module)
-    }
-}
-
-impl Drop for Ramdisk {
-    fn drop(&mut self) {
-        self.control.remove();
-        // After this no work has the control, or the queue in it, any more.
-        self.queue.flush();
+        for number in 0..LOSE.get() {
+            if let Ok(lost) = KBox::new([number; 16], GFP_KERNEL) {
+                KBox::leak(lost);
+            }
+        }
+        Ok(Self { _thread: thread })
     }
 }

@@ -11,7 +11,10 @@ use super::{
     TagSet, //
 };
 use crate::{
-    base::this_module::this_module,
+    base::{
+        module_ref::ModuleRef,
+        this_module::this_module, //
+    },
     block::major::Minors, //
 };
 use core::marker::PhantomData;
@@ -134,7 +137,8 @@ impl GenDiskBuilder {
 
     /// Makes the disk. Nobody sees it before [`GenDisk::add`]. Sleeps.
     ///
-    /// `EINVAL`: the name is empty or longer than 31 bytes, or a number is out of range.
+    /// `EINVAL`: the name is empty or longer than 31 bytes, or a number is out of range. `ENODEV`: the
+    /// module is being unloaded.
     pub fn build<T: Operations>(
         mut self,
         name: fmt::Arguments<'_>,
@@ -146,6 +150,7 @@ impl GenDiskBuilder {
             return Err(EINVAL);
         }
 
+        let module = ModuleRef::new()?;
         let queue_data = queue_data.into_foreign();
         // SAFETY: The tag set is valid, by its invariants, and the limits are initialised. The data
         // is what the invariants of `TagSet` say.
@@ -170,6 +175,7 @@ impl GenDiskBuilder {
             minors: None,
             added: Atomic::new(NOT_ADDED),
             quiesced: Atomic::new(0),
+            _module: module,
         };
 
         // SAFETY: The disk is valid by the type invariants. Nobody else uses it before it is added.
@@ -213,6 +219,9 @@ const REMOVED: i32 = 4;
 /// driver has to end them. Those who still have the disk open get errors from then on. All functions
 /// sleep, unless they say otherwise.
 ///
+/// It holds a reference to the module: a disk that is forgotten keeps the module loaded. So a module
+/// does not leave the end of its disks to its own unloading, which would never come.
+///
 /// # Invariants
 ///
 /// - `disk` points to a disk that was made for `tag_set`, with `queue_data` as its data and
@@ -222,6 +231,7 @@ const REMOVED: i32 = 4;
 /// - `added` is [`ADDED`] if and only if it was added to the system and its removal has not begun. It
 ///   is [`REMOVED`] only after the removal has ended.
 /// - `quiesced` is 1 if and only if this object has quiesced the queue.
+/// - `_module` keeps the module, whose functions the block layer calls for the disk.
 pub struct GenDisk<T: Operations> {
     disk: *mut bindings::gendisk,
     queue_data: *mut kernel::ffi::c_void,
@@ -230,6 +240,8 @@ pub struct GenDisk<T: Operations> {
     minors: Option<Minors>,
     added: Atomic<i32>,
     quiesced: Atomic<i32>,
+    /// Dropped last.
+    _module: ModuleRef,
 }
 
 // SAFETY: By the type invariants this owns a reference to a disk, which may be removed by any
