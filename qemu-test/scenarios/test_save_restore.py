@@ -7,20 +7,17 @@ program checks what it reads; none may see an error. A discard cannot be in flig
 waits for the task that has asked for it before it stops.
 """
 
+from harness import kept
 from harness.evidence import assert_served_by_pair
-from harness.guest import TWO_VCPUS
 from harness.handmade import HandMade
 from harness.job import PASS_S
 from harness.job import Job
 from harness.job import wait_for_passes
-from harness.shell import until
-from harness.xenhost import Disk
+from harness.verify import FIO
+from harness.verify import JOBS
+from harness.verify import start_jobs
 
-DISK = "size_mib=64 depth=128 discard_granularity=4096 timeout_ms=1200000 only=7"
-MODE = "/sys/module/rblk_ramdisk/parameters/mode"
 IMAGE = "/dev/vdb"
-SAVE_S = 600
-"""How long what the disk keeps is kept at most, in seconds."""
 LESS = "max_queues=1 max_ring_page_order=0 feature_persistent=0"
 """Parameters of a backend that can do less."""
 LESS_OF_DISK = (
@@ -33,16 +30,6 @@ LESS_SAID = "persistent grants: disabled; indirect descriptors: disabled; bounce
 LARGE_READS = "dd if=/dev/xvda of=/dev/null bs=128k count=8 iflag=direct"
 DIRECT_REQUESTS = 8 * 3
 """How many requests these are without indirect segments, of which each has eleven pages at most."""
-FIO = (
-    "fio --name={name} --filename=/dev/xvda --ioengine=libaio --direct=1 --offset={offset}M --size=1M "
-    "--iodepth=16 --bsrange=512-128k --blockalign=512 --verify_fatal=1 --randseed=$pass --output-format=terse "
-)
-JOBS = {
-    "data": "--rw=randwrite --verify=crc32c --do_verify=1 --norandommap=0",
-    "synced": "--rw=randwrite --verify=crc32c --do_verify=1 --sync=dsync",
-    "mixed": "--rw=randrw --verify=crc32c --verify_backlog=16",
-    "trimmed": "--rw=trimwrite --bsrange=4k-128k --blockalign=4k",
-}
 FLUSHED = "--rw=randwrite --sync=dsync"
 """Nothing but writes with a flush after each."""
 ATTEMPTS = 5
@@ -50,48 +37,12 @@ LIVES_ON = 300
 """After so many writes from a guest that was restored, none of the old ones is in flight."""
 
 
-def start_jobs(guest, names):
-    """Each has its own part of the disk, and writes other blocks in each pass."""
-    jobs = [
-        Job(guest, FIO.format(name=name, offset=16 * number) + JOBS[name], name)
-        for number, name in enumerate(JOBS)
-        if name in names
-    ]
-    wait_for_passes(jobs)
-    return jobs
-
-
-def start(xen, test_modules):
-    """A guest with two large rings."""
-    host = xen(
-        waiting=TWO_VCPUS,
-        front_parameters="max_ring_page_order=1 max_indirect_segments=64",
-        modules=[test_modules / "rblk_ramdisk.ko"],
-    )
-    server = host.start_server()
-    server.allow("error, dev rblk0")
-    server.load_backend("max_queues=2")
-    server.insmod("rblk_ramdisk", DISK)
-    guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
-    assert_served_by_pair(host, guest)
-    return host, guest
-
-
 def save_in_use(host, guest):
     """Saves the guest with requests in flight, which fail when it has stopped."""
-    server = host.server
-    server.sh(f"dmesg -c >/dev/null; echo 3 > {MODE}")
-    guest.wait_for("set -- $(cat /sys/block/xvda/inflight); [ $1 -gt 0 ] && [ $2 -gt 8 ]")
-    node = f"/local/domain/{server.domid}/data/stopped"
-    stopped = until(f"xl list {guest.name} | grep -q -- '--s'", SAVE_S, "break", pause_us=100000)
-    said = until(f"xenstore-exists {node}", SAVE_S, "break", pause_us=100000)
-    server.sh(f"({said}; echo 4 > {MODE}; : < /dev/rblk0) > /dev/null 2>&1 &")
-    host.sh(f"({stopped}; xenstore-write {node} 1) > /dev/null 2>&1 &")
+    kept.keep(host.server, guest)
+    kept.fail_when_stopped(host, guest)
     guest.save(IMAGE)
-    host.sh(f"xenstore-rm {node}")
-    # Printed at a limited rate, so that not all kinds need be among them.
-    assert "I/O error, dev rblk0" in server.sh("dmesg")
-    server.sh(f"echo 0 > {MODE}")
+    kept.assert_failed(host.server)
 
 
 def load_lesser_backend(host, guest):
@@ -146,7 +97,7 @@ def test_save_restore(xen, test_modules, record_property):
 
     Rows: FE-20, FE-21, FE-42, FE-44, FE-66, F-06, F-10, F-24
     """
-    host, guest = start(xen, test_modules)
+    host, guest = kept.start(xen, test_modules)
     is_ours = guest.front == "rblkfront"
     jobs = start_jobs(guest, [name for name in JOBS if is_ours or name != "synced"])
     save_in_use(host, guest)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A disk of the server that keeps what is in flight for as long as a scenario wants.
+
+It is the one of rblk_ramdisk, /dev/rblk0.
+"""
+
+from .evidence import assert_served_by_pair
+from .guest import TWO_VCPUS
+from .shell import until
+from .xenhost import Disk
+
+DISK = "size_mib=64 depth=128 discard_granularity=4096 timeout_ms=1200000 only=7"
+"""Parameters: it keeps reads, writes and flushes. Linux waits for a task that discards before it stops."""
+MODE = "/sys/module/rblk_ramdisk/parameters/mode"
+STOP_S = 600
+"""How long what the disk keeps is kept at most, in seconds."""
+LOOK_S = 10
+"""After so many seconds an event may have been missed."""
+
+
+def start(xen, test_modules, waiting=TWO_VCPUS):
+    """A host whose server has such a disk, and a guest that uses it by two large rings."""
+    host = xen(
+        waiting=waiting,
+        front_parameters="max_ring_page_order=1 max_indirect_segments=64",
+        modules=[test_modules / "rblk_ramdisk.ko"],
+    )
+    server = host.start_server()
+    server.allow("error, dev rblk0")
+    server.load_backend("max_queues=2")
+    server.insmod("rblk_ramdisk", DISK)
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
+    assert_served_by_pair(host, guest)
+    return host, guest
+
+
+def keep(server, guest):
+    """Has the disk keep what comes from now on; returns when some is in flight."""
+    server.sh(f"dmesg -c >/dev/null; echo 3 > {MODE}")
+    guest.wait_for("set -- $(cat /sys/block/xvda/inflight); [ $1 -gt 0 ] && [ $2 -gt 8 ]")
+
+
+def release(server):
+    """Has the disk do what it has kept."""
+    server.sh(f"echo 0 > {MODE}; : < /dev/rblk0")
+
+
+def fail_when_stopped(host, guest):
+    """Has what the disk keeps fail as soon as the guest has stopped to be saved.
+
+    Returns at once. Only who asks again gets what was asked for then.
+    """
+    server = host.server
+    node = _stopped(server)
+    stopped = _awaited(f"xl list {guest.domid} | grep -q -- '--s'", "@releaseDomain")
+    said = _awaited(f"xenstore-exists {node}", node)
+    failed = until("grep -q '^ *0 *0$' /sys/block/rblk0/inflight", STOP_S, "break", pause_us=100000)
+    server.sh(
+        f"({said}; echo 4 > {MODE}; : < /dev/rblk0; {failed}; echo 0 > {MODE}; xenstore-rm {node}) "
+        "> /dev/null 2>&1 &"
+    )
+    host.sh(f"({stopped}; xenstore-write {node} 1) > /dev/null 2>&1 &")
+
+
+def assert_failed(server):
+    """What was in flight has failed. That is printed at a limited rate, so not all kinds need be."""
+    server.wait_for(f"! xenstore-exists {_stopped(server)}")
+    assert "I/O error, dev rblk0" in server.sh("dmesg")
+
+
+def _stopped(server):
+    """The node that says that the guest has stopped."""
+    return f"/local/domain/{server.domid}/data/stopped"
+
+
+def _awaited(condition, node):
+    """A shell script that looks for a condition when a node changes: xl takes much of what is waited for."""
+    return (
+        f"for look in $(seq {STOP_S // LOOK_S}); do ! {{ {condition}; }} || break; "
+        f"timeout {LOOK_S} xenstore-watch -n 2 {node} || true; done; {condition} || exit 1"
+    )
