@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A domain is destroyed at each step of its disk's connection; nothing of it is left."""
+
+from harness.counts import kernel_counts
+from harness.counts import xen_counts
+from harness.evidence import assert_served_by_pair
+from harness.handmade import HandMade
+from harness.xenhost import Disk
+
+IMAGE = "/dev/vdb"
+BESIDE = "(touch /tmp/beside; xl {command}; rm /tmp/beside) > /dev/null 2>&1 &"
+"""Has xl do something with the guest while this goes on."""
+HOLD = "/tmp/hold"
+"""While it is there, the hotplug script does not say which disk it is."""
+WRITER = (
+    "(while /usr/bin/dd if=/dev/zero of=/dev/xvda bs=64k count=16 oflag=direct conv=nocreat,notrunc; "
+    "do echo x >> /tmp/rounds; done) > /dev/null 2>&1 &"
+)
+"""Writes until the disk is gone."""
+SLACK_KB = 512
+"""Memory of the server may differ by this much, caches of the rest of the system."""
+
+
+def held(disk):
+    """There is a device, and nobody has named the disk."""
+    disk.server.sh(f"touch {HOLD}")
+    disk.host.attach(disk.guest, Disk("xvda"))
+
+
+def stopped(disk):
+    """The guest does not run, and so has not seen its device."""
+    disk.host.sh(f"xl pause {disk.guest.domid}")
+    held(disk)
+    disk.wait_for(front=1, back=2)
+
+
+def offered(disk):
+    """The frontend has offered its rings; there is no disk."""
+    held(disk)
+    disk.wait_for(front=3, back=2)
+
+
+def half_connected(disk):
+    """The backend serves the rings of a guest that has been stopped meanwhile."""
+    offered(disk)
+    disk.host.sh(f"xl pause {disk.guest.domid}")
+    disk.give("/dev/ram0")
+    disk.wait_for(front=3, back=4)
+
+
+def connected(disk):
+    """The guest has the disk."""
+    disk.host.attach(disk.guest, Disk("xvda"))
+    disk.guest.wait_for_disk("xvda")
+
+
+def in_use(disk):
+    """The guest writes to the disk all the time."""
+    connected(disk)
+    disk.guest.sh(WRITER)
+    disk.guest.wait_for("[ -s /tmp/rounds ]")
+
+
+def half_closed(disk):
+    """The toolstack wants the disk back, and the guest does not run."""
+    in_use(disk)
+    disk.host.sh(f"xl pause {disk.guest.domid}")
+    disk.host.sh(BESIDE.format(command=f"block-detach {disk.guest.domid} xvda"))
+    disk.wait_for(front=4, back=5)
+
+
+def at_once(disk):
+    """The toolstack has just written the nodes."""
+    disk.server.start_devd()
+    specification = Disk("xvda").specification(disk.server)
+    disk.host.sh(BESIDE.format(command=f"block-attach {disk.guest.domid} '{specification}'"))
+    disk.host.wait_for(f"xenstore-exists {disk.back}")
+
+
+STEPS = (stopped, offered, half_connected, connected, in_use, half_closed, at_once)
+
+
+def life(host, guest, step):
+    """One life of the domain, to its end at this step."""
+    print(step.__name__)
+    guest.restore(IMAGE)
+    disk = HandMade(host, guest, "xvda")
+    back = disk.back
+    step(disk)
+    host.sh(f"xl destroy {guest.domid}")
+    host.server.sh(f"rm -f {HOLD}")
+    host.wait_for(f"[ ! -e /tmp/beside ] && ! xenstore-exists {back} && ! xl list | grep -q null")
+    host.server.wait_for(f"[ ! -e {disk.device} ] && ! grep -q xvda /proc/[0-9]*/comm")
+
+
+def test_destroyed(host):
+    """A domain that has ended at each of the steps has left nothing behind, and the next one has its disk.
+
+    Rows: BE-11
+    """
+    guest = host.start_guest(disks=[])
+    server = host.server
+    server.sh(f"sed -i '/= add/a [ ! -e {HOLD} ] || exit 0' /etc/xen/scripts/blk-min")
+    guest.save(IMAGE)
+    life(host, guest, in_use)
+
+    def counts():
+        server.take_back_memory()
+        return xen_counts(host), kernel_counts(server)
+
+    before = counts()
+    for step in STEPS:
+        life(host, guest, step)
+    after = counts()
+    print(before, after, sep="\n")
+    guest.restore(IMAGE)
+    connected(HandMade(host, guest, "xvda"))
+    assert_served_by_pair(host, guest)
+    assert after[0] == before[0]
+    assert after[1]["threads"] <= before[1]["threads"]
+    assert after[1]["modules"] == before[1]["modules"]
+    if not host.has_checks:
+        assert before[1]["free_kb"] - after[1]["free_kb"] <= SLACK_KB
