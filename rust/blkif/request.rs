@@ -53,14 +53,6 @@ impl DiskLimits {
         sectors & u64::from(self.block_sectors().wrapping_sub(1)) != 0
     }
 
-    /// Whether a segment's number of sectors cannot be part of whole blocks. A block that is
-    /// larger than a page consists of whole pages.
-    #[inline]
-    fn segment_misaligned(&self, sectors: u8) -> bool {
-        let unit = self.block_sectors().min(u32::from(SECTORS_PER_PAGE));
-        u32::from(sectors) & unit.wrapping_sub(1) != 0
-    }
-
     /// Checks a range of sectors that is not empty.
     #[inline]
     fn check_range(&self, sector: u64, sectors: u64) -> Result<(), Refusal> {
@@ -111,15 +103,6 @@ pub enum Refusal {
         first: u8,
         /// Last sector as written.
         last: u8,
-    },
-    /// A segment is not a whole number of logical blocks.
-    MisalignedSegment {
-        /// First sector as written.
-        first: u8,
-        /// Last sector as written.
-        last: u8,
-        /// Logical block size in bytes.
-        block_size: u32,
     },
     /// Fewer segments were fetched than the request has, or more. A mistake of the backend.
     SegmentCount {
@@ -175,7 +158,6 @@ impl Refusal {
             | Refusal::NoSegments
             | Refusal::TooManySegments { .. }
             | Refusal::SegmentRange { .. }
-            | Refusal::MisalignedSegment { .. }
             | Refusal::SegmentCount { .. }
             | Refusal::MisalignedSector { .. }
             | Refusal::MisalignedLength { .. }
@@ -203,16 +185,6 @@ impl fmt::Display for Refusal {
             }
             Refusal::SegmentRange { first, last } => {
                 write!(f, "segment from sector {first} to {last} of a page of 8")
-            }
-            Refusal::MisalignedSegment {
-                first,
-                last,
-                block_size,
-            } => {
-                write!(
-                    f,
-                    "segment from sector {first} to {last} is not in blocks of {block_size}"
-                )
             }
             Refusal::SegmentCount { expected, fetched } => {
                 write!(f, "{fetched} segments fetched of a request with {expected}")
@@ -260,22 +232,16 @@ impl Segment {
         Segment { gref, first, last }
     }
 
+    /// Checks a segment by itself. It need not be whole blocks of the disk: a frontend with direct
+    /// I/O from memory that is aligned to 512 bytes writes a block as parts of two pages, and the
+    /// block layer takes that, as long as the request as a whole is whole blocks.
     #[inline]
-    fn check(wire: WireSegment, limits: &DiskLimits) -> Result<Self, Refusal> {
+    fn check(wire: WireSegment) -> Result<Self, Refusal> {
         let WireSegment { first, last, .. } = wire;
         if first > last || last >= SECTORS_PER_PAGE {
             return Err(Refusal::SegmentRange { first, last });
         }
-        let segment = Segment::new(wire);
-        if limits.segment_misaligned(segment.sectors()) {
-            let block_size = limits.block_size;
-            return Err(Refusal::MisalignedSegment {
-                first,
-                last,
-                block_size,
-            });
-        }
-        Ok(segment)
+        Ok(Segment::new(wire))
     }
 
     /// Grant reference of the page.
@@ -429,7 +395,7 @@ impl<'l> SegmentChecker<'l> {
     /// Checks the next segment, from a private copy of its two words ([`WireSegment::decode`]).
     #[inline]
     pub fn push(&mut self, wire: WireSegment) -> Result<Segment, Refusal> {
-        let segment = Segment::check(wire, self.limits)?;
+        let segment = Segment::check(wire)?;
         self.fetched = self.fetched.saturating_add(1);
         self.sectors = self.sectors.wrapping_add(u64::from(segment.sectors()));
         Ok(segment)
@@ -850,38 +816,32 @@ mod tests {
 
     #[test]
     fn segments_of_large_blocks() {
-        let misaligned = |limits, first, last| {
-            let block_size = DiskLimits::block_sectors(limits) * 512;
-            let refused = Refusal::MisalignedSegment {
-                first,
-                last,
-                block_size,
-            };
-            refusal(&rw(op::READ, 0, &[wire(first, last)]), limits) == refused
+        let check_list = |limits: &DiskLimits, list: &[WireSegment]| {
+            let sectors = list.iter().map(|s| u64::from(s.last - s.first) + 1).sum();
+            let request = rw(op::READ, 0, list);
+            if sectors * 512 % u64::from(limits.block_size) == 0 {
+                assert_eq!(direct(&request, limits).extent().sectors(), sectors);
+            } else {
+                let refused = Refusal::MisalignedLength {
+                    sectors,
+                    block_size: limits.block_size,
+                };
+                assert_eq!(refusal(&request, limits), refused);
+            }
         };
-        assert!(misaligned(&BLOCKS_OF_4K, 0, 6));
-        assert!(misaligned(&BLOCKS_OF_4K, 4, 7));
         let blocks_of_1k = DiskLimits {
             block_size: 1024,
             ..LIMITS
         };
-        assert!(misaligned(&blocks_of_1k, 0, 2));
-        assert_eq!(
-            direct(&rw(op::READ, 0, &[wire(1, 2)]), &blocks_of_1k)
-                .extent()
-                .sectors(),
-            2
-        );
-        // A block of 16 KiB is four whole pages.
-        assert!(misaligned(&BLOCKS_OF_16K, 0, 3));
-        let four = rw(op::READ, 0, &[wire(0, 7); 4]);
-        assert_eq!(direct(&four, &BLOCKS_OF_16K).extent().sectors(), 32);
-        let three = rw(op::READ, 0, &[wire(0, 7); 3]);
-        let refused = Refusal::MisalignedLength {
-            sectors: 24,
-            block_size: 16384,
-        };
-        assert_eq!(refusal(&three, &BLOCKS_OF_16K), refused);
+        for limits in [&LIMITS, &blocks_of_1k, &BLOCKS_OF_4K, &BLOCKS_OF_16K] {
+            // A block of 4 KiB from memory that starts at 512 in its page.
+            check_list(limits, &[wire(1, 7), wire(0, 0)]);
+            check_list(limits, &[wire(1, 7), wire(0, 7), wire(0, 0)]);
+            check_list(limits, &[wire(0, 6)]);
+            check_list(limits, &[wire(1, 2)]);
+            check_list(limits, &[wire(0, 7); 3]);
+            check_list(limits, &[wire(0, 7); 4]);
+        }
     }
 
     #[test]
@@ -1033,12 +993,22 @@ mod tests {
             checker.push(wire(3, 2)),
             Err(Refusal::SegmentRange { first: 3, last: 2 })
         );
-        let refused = Refusal::MisalignedSegment {
-            first: 0,
-            last: 3,
+        for _ in 0..3 {
+            checker.push(wire(0, 2)).unwrap();
+        }
+        let refused = Refusal::MisalignedLength {
+            sectors: 9,
             block_size: 4096,
         };
-        assert_eq!(checker.push(wire(0, 3)), Err(refused));
+        assert_eq!(checker.finish(), Err(refused));
+    }
+
+    #[test]
+    fn fetched_segments_may_be_parts_of_blocks() {
+        let mut checker = unfetched(16, 2, &BLOCKS_OF_4K).checker(&BLOCKS_OF_4K);
+        checker.push(wire(1, 7)).unwrap();
+        checker.push(wire(0, 0)).unwrap();
+        assert_eq!(checker.finish().unwrap().sectors(), 8);
     }
 
     #[test]
@@ -1105,15 +1075,6 @@ mod tests {
                 Refusal::SegmentRange { first, last },
                 Status::Error,
                 "segment from sector 3 to 2 of a page of 8",
-            ),
-            (
-                Refusal::MisalignedSegment {
-                    first,
-                    last,
-                    block_size,
-                },
-                Status::Error,
-                "segment from sector 3 to 2 is not in blocks of 4096",
             ),
             (
                 Refusal::SegmentCount {

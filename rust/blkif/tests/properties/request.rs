@@ -91,9 +91,6 @@ fn transfer(
         if sectors.is_empty() || sectors.iter().any(|sector| *sector >= 8) {
             return None;
         }
-        if !whole_blocks_or_pages(sectors.len(), disk) {
-            return None;
-        }
         memory.extend(
             sectors
                 .iter()
@@ -108,11 +105,6 @@ fn transfer(
         sectors,
         memory,
     })
-}
-
-fn whole_blocks_or_pages(sectors: usize, disk: &DiskLimits) -> bool {
-    let bytes = sectors as u32 * 512;
-    bytes % disk.block_size == 0 || disk.block_size > 4096 && bytes == 4096
 }
 
 fn range(sector: u64, len: u64, disk: &DiskLimits) -> Option<std::ops::Range<u64>> {
