@@ -34,6 +34,9 @@
 //!   itself to the wait queue first and looks at both flags then. So one of them sees the other. It
 //!   forgets the news, with a full barrier, before it looks at what there may be news of: what is told
 //!   after that is news again. `some_done` changes with `done`, under the lock.
+//! - *An event.* The channel notes that it is open before the handler is called, which stores `event`
+//!   with a release; the thread loads it with an acquire. So who sees the event can end it. Seen without
+//!   that, it would never be ended, and no other one would come.
 //! - *The ring.* It is moved, not shared, and under the lock: either the thread has it or the desk.
 //!   It is always the thread that takes it back, before it does anything else, and nothing sleeps with
 //!   the lock held.
@@ -51,6 +54,16 @@
 //! - *Pages that nobody uses.* The alarm is set while there is I/O in flight, though its pages are not
 //!   back in the table then.
 //!
+//! # An event that is lost
+//!
+//! The thread looks at the ring whenever it wakes up, for whatever reason, and any event wakes it, also
+//! one for which there was nothing. So a frontend that notifies again, because an answer is overdue, is
+//! served. Events without requests are given back as spurious, and the event channels delay the next
+//! one by a second at most; the first one that comes with a request ends that.
+//!
+//! There is no timer that looks at the ring for a frontend that does not notify again: the thread of
+//! an idle disk sleeps. That a request has come without an event can be known only to who has sent it.
+//!
 //! `blkif/concurrency` has the hand-over as a model under the concurrency checker, with the same steps in
 //! the same order, and leaves out in turn what the points above need.
 //!
@@ -61,6 +74,7 @@ use crate::transfer::Chain;
 use crate::transfer::Transfer;
 use blkif::ring::BackRing;
 use kernel::prelude::*;
+use kernel::sync::atomic::Acquire;
 use kernel::sync::atomic::Atomic;
 use kernel::sync::atomic::Full;
 use kernel::sync::atomic::Relaxed;
@@ -202,9 +216,10 @@ impl Inbox {
         }
     }
 
-    /// Whether there was an event since the last call.
+    /// Whether there was an event since the last call. It can be ended then: who sees the event sees
+    /// that the channel has it open.
     pub(crate) fn take_event(&self) -> bool {
-        self.event.load(Relaxed) && {
+        self.event.load(Acquire) && {
             self.event.store(false, Relaxed);
             true
         }
@@ -261,7 +276,8 @@ impl Target for Rest {
 
 impl Handler for Inbox {
     fn handle(&self) -> Eoi {
-        self.event.store(true, Relaxed);
+        // Pairs with `take_event`.
+        self.event.store(true, Release);
         self.nudge();
         Eoi::Later
     }

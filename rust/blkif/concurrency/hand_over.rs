@@ -17,6 +17,7 @@ use super::Without;
 use loom::model::Builder;
 use loom::sync::atomic::fence;
 use loom::sync::atomic::AtomicBool;
+use loom::sync::atomic::AtomicU32;
 use loom::sync::atomic::Ordering;
 use loom::sync::Mutex;
 use loom::sync::Notify;
@@ -244,11 +245,71 @@ fn answers_arrive(skip: Skip, ends: &'static [bool], stopping: bool) {
     });
 }
 
+/// What the interrupt of the event channel and the thread share.
+struct Event {
+    /// An event has come and was not ended.
+    open: AtomicU32,
+    /// The handler has told the thread of it.
+    event: AtomicBool,
+    ended: Notify,
+}
+
+impl Event {
+    /// Ends the event if there is one. In the driver this is one exchange. The checker lets an exchange
+    /// see the latest store, in whatever order stores take effect; a load shows what can go wrong.
+    fn end(&self) {
+        if self.open.load(Ordering::Relaxed) != 0 {
+            self.open.store(0, Ordering::Relaxed);
+            self.ended.notify();
+        }
+    }
+}
+
+/// An event comes while the thread is awake for another reason, and has to be ended, or no other one
+/// comes.
+fn event_is_ended(tell: Ordering, look: Ordering) {
+    Builder::new().check(move || {
+        let event = Arc::new(Event {
+            open: AtomicU32::new(0),
+            event: AtomicBool::new(false),
+            ended: Notify::new(),
+        });
+        let theirs = event.clone();
+        let server = thread::spawn(move || {
+            while !theirs.event.load(look) {
+                thread::yield_now();
+            }
+            theirs.end();
+        });
+        event.open.store(1, Ordering::Relaxed);
+        event.event.store(true, tell);
+        event.ended.wait();
+        server.join().unwrap();
+    });
+}
+
 /// The last one needs the thread, so that it has a reason to wake up.
 const ONE_ANSWERED: &[bool] = &[false, true];
 
 /// All may be answered where they end; the thread is stopped meanwhile.
 const ALL_ANSWERED: &[bool] = &[false];
+
+#[test]
+fn an_event_that_is_seen_is_ended() {
+    event_is_ended(Ordering::Release, Ordering::Acquire);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn telling_of_an_event_needs_the_release() {
+    event_is_ended(Ordering::Relaxed, Ordering::Acquire);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn looking_for_an_event_needs_the_acquire() {
+    event_is_ended(Ordering::Release, Ordering::Relaxed);
+}
 
 #[test]
 fn ends_that_need_the_thread_wake_it() {

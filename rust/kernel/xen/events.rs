@@ -44,6 +44,10 @@ pub enum Eoi {
     Spurious,
     /// The event goes on; [`Channel::eoi`] will end it. Without that no event comes any more, which
     /// is how one gets rid of a domain that breaks the rules.
+    ///
+    /// The handler has to tell who calls `eoi` with a release, which pairs with an acquire there (a wake-up
+    /// alone is not enough, for a thread that is awake does not need it). Otherwise `eoi` may not see
+    /// yet that there is an event, and does nothing.
     Later,
 }
 
