@@ -21,6 +21,7 @@ use kernel::bindings;
 use kernel::error::to_result;
 use kernel::ffi;
 use kernel::prelude::*;
+use kernel::sync::rcu;
 use kernel::sync::Arc;
 
 /// Pieces of memory in one [`Io`], at most.
@@ -163,7 +164,7 @@ pub trait Context<D>: Sized + Send + 'static {
     /// # Context
     ///
     /// **Any, including a hard interrupt**, on any CPU, and also the caller of [`submit`] before
-    /// that returns. Must not sleep, and may take only locks that are taken with interrupts off
+    /// that returns; always in a read-side section of RCU. Must not sleep, and may take only locks that are taken with interrupts off
     /// elsewhere. Hand the `Io` to a thread: what it owns may need to sleep to be freed, and the
     /// reference to its device too.
     fn complete(io: KBox<Io<D, Self>>, result: Result);
@@ -401,10 +402,30 @@ impl Drop for Bio {
     }
 }
 
+/// Ends a bio, where the block layer says so.
+///
+/// What runs here may be the last of the module: the completion may end the thread that holds it. Where
+/// bios end in interrupts, the kernel does not free a module's code before it has returned, because
+/// it waits for a grace period of RCU. Others end in threads that can be preempted (`loop`,
+/// `dm-crypt`), so all of it is a read-side section. Its end is the last call, which the compiler makes
+/// a jump: nothing of the module runs after that. `scripts/check-objects` looks whether it is one.
+///
+/// # Safety
+///
+/// As [`finish`].
+unsafe extern "C" fn end_io<D: PageOwner + Send + 'static, C: Context<D>>(bio: *mut bindings::bio) {
+    let _guard = rcu::read_lock();
+    // SAFETY: By the requirements of this function.
+    unsafe { finish::<D, C>(bio) };
+}
+
+/// Frees a bio, and passes on its `Io`.
+///
 /// # Safety
 ///
 /// `bio` was submitted by [`Bio::submit`] with the same types, and has ended.
-unsafe extern "C" fn end_io<D: PageOwner + Send + 'static, C: Context<D>>(bio: *mut bindings::bio) {
+#[inline(never)]
+unsafe fn finish<D: PageOwner + Send + 'static, C: Context<D>>(bio: *mut bindings::bio) {
     // SAFETY: By the requirements of this function; it is called once, and the bio is not used
     // after its end. The `Io` that it may be part of is no box yet, and by its invariant has the
     // device with the reserve.
