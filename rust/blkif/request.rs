@@ -440,6 +440,48 @@ pub enum Request<'a> {
     },
 }
 
+impl Request<'_> {
+    /// Number of segments of its data.
+    #[inline]
+    pub fn segments(&self) -> usize {
+        match self {
+            Request::Read(Data::Indirect(data)) | Request::Write(Data::Indirect(data)) => {
+                usize::from(data.count())
+            }
+            Request::Read(Data::Direct(data))
+            | Request::Write(Data::Direct(data))
+            | Request::Barrier(Some(data)) => data.segments().len(),
+            Request::Barrier(None) | Request::Flush | Request::Discard { .. } => 0,
+        }
+    }
+}
+
+/// Returns how many pages of the frontend one request uses at a time, at most, if indirect requests may
+/// have `indirect_segments` segments.
+///
+/// A backend that has this number of pages, addresses and mappings can serve each request, if it
+/// serves one after another. The pages of segments count too: they may still be mapped when the data
+/// is.
+pub const fn pages_for_one(indirect_segments: u16) -> usize {
+    let segments = indirect_limit(indirect_segments);
+    at_least_direct((segments as usize).saturating_add(wire::indirect_pages(segments)))
+}
+
+/// Returns how many segments one request has, at most, as [`pages_for_one`].
+pub const fn segments_for_one(indirect_segments: u16) -> usize {
+    at_least_direct(indirect_limit(indirect_segments) as usize)
+}
+
+/// Returns the larger one of a number and [`DIRECT_SEGMENTS`]: `max` is not `const`.
+const fn at_least_direct(number: usize) -> usize {
+    DIRECT_SEGMENTS.saturating_add(number.saturating_sub(DIRECT_SEGMENTS))
+}
+
+/// Returns how many segments an indirect request may have: as many as are offered and fit.
+const fn indirect_limit(offered: u16) -> u16 {
+    offered.saturating_sub(offered.saturating_sub(wire::INDIRECT_SEGMENTS as u16))
+}
+
 /// Checks a request against a disk. The response takes id and operation from `wire`
 /// ([`WireRequest::response`]).
 #[inline]
@@ -494,7 +536,7 @@ fn check_indirect<'a>(
     if indirect.operation != op::READ && indirect.operation != op::WRITE {
         return Err(Refusal::IndirectOperation(indirect.operation));
     }
-    let limit = limits.indirect_segments.min(wire::INDIRECT_SEGMENTS as u16);
+    let limit = indirect_limit(limits.indirect_segments);
     let segments = indirect.nr_segments;
     if segments == 0 {
         return Err(Refusal::NoSegments);
@@ -766,6 +808,41 @@ mod tests {
             limit: 4096,
         };
         assert_eq!(refusal(&indirect(op::READ, 0, 4097), &unlimited), refused);
+    }
+
+    #[test]
+    fn segments_of_each_request() {
+        for (request, segments) in [
+            (rw(op::READ, 0, &[wire(0, 0); 3]), 3),
+            (rw(op::WRITE, 0, &[wire(0, 0); 11]), 11),
+            (rw(op::WRITE_BARRIER, 0, &[wire(0, 0); 2]), 2),
+            (rw(op::WRITE_BARRIER, 0, &[]), 0),
+            (rw(op::FLUSH_DISKCACHE, 0, &[]), 0),
+            (discard(0, 8, 0), 0),
+            (indirect(op::READ, 0, 256), 256),
+            (indirect(op::WRITE, 0, 1), 1),
+        ] {
+            assert_eq!(check(&request, &LIMITS).unwrap().segments(), segments);
+        }
+    }
+
+    #[test]
+    fn most_that_one_request_uses() {
+        for (offered, segments, pages) in [
+            (0, 11, 11),
+            (10, 11, 11),
+            (11, 11, 12),
+            (12, 12, 13),
+            (256, 256, 257),
+            (512, 512, 513),
+            (513, 513, 515),
+            (4096, 4096, 4104),
+            (4097, 4096, 4104),
+            (u16::MAX, 4096, 4104),
+        ] {
+            assert_eq!(segments_for_one(offered), segments);
+            assert_eq!(pages_for_one(offered), pages);
+        }
     }
 
     #[test]

@@ -4,6 +4,8 @@
 
 use crate::common;
 use blkif::request::check;
+use blkif::request::pages_for_one;
+use blkif::request::segments_for_one;
 use blkif::request::Data;
 use blkif::request::DiskLimits;
 use blkif::request::Extent;
@@ -191,6 +193,39 @@ fn sectors_of_segment(segment: &Segment) -> Vec<(u32, u32)> {
         .collect()
 }
 
+/// How many segments a request has, and how many pages of the frontend it uses at a time: those of
+/// the data, and those that hold the segments.
+fn uses(wire: &WireRequest) -> (usize, usize) {
+    match wire {
+        WireRequest::Rw(rw) => (rw.nr_segments.into(), rw.nr_segments.into()),
+        WireRequest::Indirect(indirect) => {
+            let segments = usize::from(indirect.nr_segments);
+            (segments, segments + indirect.grefs().len())
+        }
+        WireRequest::Discard(_) | WireRequest::Unknown { .. } => (0, 0),
+    }
+}
+
+/// A request of any shape, mostly one that is valid.
+fn any_shape() -> impl Strategy<Value = WireRequest> {
+    let large = (0..3u8, sector(), 0..=4097u16).prop_map(|(operation, sector, nr_segments)| {
+        WireRequest::Indirect(Indirect {
+            operation,
+            nr_segments,
+            handle: 0,
+            id: 1,
+            sector,
+            grefs: [1; 8],
+        })
+    });
+    prop_oneof![
+        3 => plausible_rw(),
+        3 => large,
+        1 => plausible_discard(),
+        1 => common::request(),
+    ]
+}
+
 fn disk() -> impl Strategy<Value = DiskLimits> {
     let sectors = prop_oneof![0..200u64, Just(u64::MAX), any::<u64>()];
     let offered = prop_oneof![Just(0), Just(256), any::<u16>()];
@@ -296,6 +331,16 @@ proptest! {
     #[test]
     fn indirect((request, fetched) in plausible_indirect(), disk in disk()) {
         prop_assert_eq!(effect(&request, &fetched, &disk).ok(), model(&request, &fetched, &disk));
+    }
+
+    #[test]
+    fn one_request_fits_into_what_is_kept_for_one(wire in any_shape(), disk in disk()) {
+        if let Ok(request) = check(&wire, &disk) {
+            let (segments, pages) = uses(&wire);
+            prop_assert_eq!(request.segments(), segments);
+            prop_assert!(segments <= segments_for_one(disk.indirect_segments));
+            prop_assert!(pages <= pages_for_one(disk.indirect_segments));
+        }
     }
 
     #[test]
