@@ -32,6 +32,7 @@
 //! | [`node`] | what does the text of a xenstore node say? |
 //! | [`negotiate`] | which features do the two sides agree on? |
 //! | [`pace`] | how often may the other side cause something? |
+//! | [`backoff`] | when is something tried again that does not work now? |
 //! | [`state`] | what is to be done when the other side changes state? |
 //! | [`vdev`] | which name and minor does a virtual device number stand for? |
 //!
@@ -44,6 +45,7 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod backoff;
 pub mod id;
 pub mod negotiate;
 pub mod node;
