@@ -40,6 +40,7 @@ use blkif::request;
 use blkif::request::Data;
 use blkif::request::DiskLimits;
 use blkif::request::Request;
+use crate::transfer::WITHDRAWN_NODES;
 use blkif::ring::RingError;
 use blkif::wire::Response;
 use blkif::wire::Status;
@@ -117,8 +118,10 @@ pub(crate) struct Queue {
     incoming_len: usize,
     /// Transfers that were started and not answered: incoming, submitted, busy.
     in_flight: usize,
-    /// The node that offered what the disk has refused last, and whether it was taken back.
-    withdrawn: Option<(&'static str, bool)>,
+    /// Nodes that offered what the disk has refused, and how many of them were taken back. Each is
+    /// taken back once, however often the frontend asks for it.
+    refused: KVec<&'static str>,
+    withdrawn: usize,
     /// The frontend has broken the ring: nothing more is taken from it.
     broken: Option<RingError>,
     /// Until when memory counts as short.
@@ -169,7 +172,8 @@ impl Queue {
             incoming: Chain::new(),
             incoming_len: 0,
             in_flight: 0,
-            withdrawn: None,
+            refused: KVec::with_capacity(WITHDRAWN_NODES, GFP_KERNEL)?,
+            withdrawn: 0,
             broken: None,
             short_until: None,
             listener,
@@ -207,8 +211,7 @@ impl Queue {
                 None if event => self.channel.eoi(!took),
                 _ => {}
             }
-            if let Some((node, told @ false)) = &mut self.withdrawn {
-                *told = true;
+            while let Some(node) = self.refused.get(self.withdrawn) {
                 link.withdraw(node);
             }
             if self.disk.has_new_size() {
@@ -222,6 +225,7 @@ impl Queue {
                 self.channel.notify();
                 return;
             }
+                self.withdrawn = self.withdrawn.wrapping_add(1);
             self.sleep(thread, stopping);
         }
     }
@@ -659,8 +663,7 @@ impl Queue {
             self.post.lower();
         }
         if let Some(node) = transfer.context.withdrawn() {
-            let told = self.withdrawn == Some((node, true));
-            self.withdrawn = Some((node, told));
+            self.refuse(node);
         }
         self.answer(transfer.context.final_answer());
         self.recycle(transfer);
@@ -711,6 +714,14 @@ fn next_step(disk: &Disk, transfer: &mut Transfer) -> (Operation, u64) {
         Work::Barrier if job.segments.is_empty() => (Operation::Flush, 0),
         Work::Barrier => (Operation::FlushWrite, job.sector),
         Work::Discard {
+    /// Has an offer taken back that the disk has refused, once.
+    fn refuse(&mut self, node: &'static str) {
+        if !self.refused.contains(&node) {
+            // There is space: there are no other nodes.
+            let _ = self.refused.push_within_capacity(node);
+        }
+    }
+
             sector,
             left,
             secure,

@@ -21,6 +21,9 @@ use kernel_ext::block::bio::Context;
 use kernel_ext::block::bio::Io;
 use kernel_ext::block::bio::Part;
 
+/// Number of nodes that [`Job::withdrawn`] may name.
+pub(crate) const WITHDRAWN_NODES: usize = 2;
+
 /// A request with its memory.
 pub(crate) type Transfer = Io<Memory, Job>;
 
