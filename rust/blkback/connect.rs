@@ -5,6 +5,7 @@
 use crate::charge::Charge;
 use crate::disk::Disk;
 use crate::disk::MAX_INDIRECT_SEGMENTS;
+use crate::domain;
 use crate::domain::Domain;
 use crate::fence::Fence;
 use crate::fence::Post;
@@ -185,10 +186,10 @@ pub(crate) fn find_disk(device: &Device, disk: Option<&Disk>) -> Result<Option<A
         .ok_or_else(|| Fault::Node(BadNode::new(NODE, value.as_bytes(), Wrong::Unknown)))?;
     if let Some(disk) = disk {
         if disk.number != number {
-            dev_warn!(
+            ratelimited!(dev_warn!(
                 device.as_ref(),
                 "{NODE} was changed to {major:x}:{minor:x}: ignored\n"
-            );
+            ));
         }
         return Ok(None);
     }
@@ -329,6 +330,9 @@ impl<'a> Connection<'a> {
         let port = self.number(index, "event-channel", fmt!("event-channel"))?;
 
         let ring = MappedRing::new(self.device, references).map_err(|error| {
+            if error == ENOSPC {
+                domain::share_mappings();
+            }
             let first = references.first().map_or(0, |reference| reference.0);
             Fault::Refused(index, "ring-ref", first, error)
         })?;

@@ -7,6 +7,8 @@
 //! idle CPU; and the hotplug script may write `physical-device` again to have it looked at now.
 
 use crate::inbox::Inbox;
+use blkif::request::pages_for_one;
+use blkif::request::segments_for_one;
 use blkif::request::DiskLimits;
 use blkif::wire::info;
 use blkif::wire::SECTOR_SIZE;
@@ -30,7 +32,10 @@ use kernel_ext::block::bio::MAX_DISCARD_SECTORS;
 pub(crate) const MAX_INDIRECT_SEGMENTS: u16 = 256;
 
 /// Segments that any request may have.
-pub(crate) const MAX_SEGMENTS: usize = MAX_INDIRECT_SEGMENTS as usize;
+pub(crate) const MAX_SEGMENTS: usize = segments_for_one(MAX_INDIRECT_SEGMENTS);
+
+/// Pages of the frontend that one request uses at a time, at most.
+pub(crate) const MAX_PAGES: usize = pages_for_one(MAX_INDIRECT_SEGMENTS);
 
 /// Sectors of one piece of a discard, at most.
 const DISCARD_PIECE: u64 = 1 << 22;

@@ -9,7 +9,16 @@
 //! with as many queues on one disk. When a queue does not get its part, all of them are told, and
 //! those who have more than theirs give the rest back.
 //!
-//! One request of each queue can always be served, whatever the budgets say.
+//! The budgets always leave room for one request of each queue, with the pages of its segments: see
+//! [`MAX_PAGES`](crate::disk::MAX_PAGES).
+//!
+//! # When Xen has no mapping left
+//!
+//! Xen limits how many pages this domain may have mapped, of all other domains together (its
+//! *maptrack*). When it refuses to map a page for that reason, [`share_mappings`] is called: for a
+//! while no queue of any domain is guaranteed a part of a budget. So each queue unmaps what it keeps
+//! without use, keeps nothing more, and has no more under way than its largest request needs. The
+//! request that was refused waits, and is tried again; it does not fail.
 
 use crate::inbox::Inbox;
 use kernel::new_mutex;
@@ -25,6 +34,7 @@ use kernel_ext::base::global_mutex::GlobalMutex;
 use kernel_ext::base::jiffies;
 use kernel_ext::base::jiffies::msecs_to_jiffies;
 use kernel_ext::base::jiffies::Jiffies;
+use kernel_ext::base::noio::Noio;
 use kernel_ext::xen::xenbus::Device;
 use kernel_ext::xen::DomId;
 
@@ -55,6 +65,8 @@ pub(crate) struct Seated(Arc<Seat>);
 impl Seated {
     /// Takes a seat for a device.
     pub(crate) fn new(device: &Device) -> Result<Self> {
+        // The threads of queues take the lock too, and memory may have to be written to their disks.
+        let _noio = Noio::new();
         let mut seats = SEATS.lock();
         let id = device.otherend_id();
         let known = seats.iter().find(|seat| seat.domain.id == id);
@@ -101,6 +113,13 @@ pub(crate) fn is_left_alone(device: &CStr) -> bool {
     same.any(|seat| seat.left_alone.load(Acquire))
 }
 
+/// Has all queues of all domains give up mappings that they can do without: Xen has none left.
+pub(crate) fn share_mappings() {
+    for seat in SEATS.lock().iter() {
+        seat.domain.share_mappings();
+    }
+}
+
 /// The domain of a frontend, shared by the queues of all its disks.
 #[pin_data]
 pub(crate) struct Domain {
@@ -131,6 +150,17 @@ impl Domain {
         self.moving.is_short() || self.staying.is_short()
     }
 
+    /// Guarantees no queue of the domain a mapping for a while, and tells them.
+    fn share_mappings(&self) {
+        let budgets = [&self.moving, &self.staying];
+        if budgets
+            .into_iter()
+            .fold(false, |tell, budget| budget.withhold() || tell)
+        {
+            self.tell();
+        }
+    }
+
     /// Has the queues look whether there is a shortage.
     fn tell(&self) {
         self.inboxes.lock().iter().for_each(|inbox| inbox.nudge());
@@ -145,6 +175,8 @@ pub(crate) struct Listener {
 
 impl Listener {
     pub(crate) fn new(domain: &Arc<Domain>, inbox: &Arc<Inbox>) -> Result<Self> {
+        // As for the seats.
+        let _noio = Noio::new();
         domain.inboxes.lock().push(inbox.clone(), GFP_KERNEL)?;
         Ok(Self {
             domain: domain.clone(),
@@ -174,6 +206,8 @@ pub(crate) struct Budget {
     used: Atomic<usize>,
     /// Until when it counts as used up.
     short_until: Atomic<Jiffies>,
+    /// Until when no queue is guaranteed its part.
+    withheld_until: Atomic<Jiffies>,
 }
 
 impl Budget {
@@ -182,11 +216,17 @@ impl Budget {
             limit: Atomic::new(0),
             used: Atomic::new(0),
             short_until: Atomic::new(jiffies::now()),
+            withheld_until: Atomic::new(jiffies::now()),
         }
     }
 
     fn is_short(&self) -> bool {
         !jiffies::is_past(self.short_until.load(Relaxed))
+    }
+
+    /// Returns `true` if no queue is guaranteed its part now. The budget is short then, too.
+    fn is_withheld(&self) -> bool {
+        !jiffies::is_past(self.withheld_until.load(Relaxed))
     }
 
     /// Takes pages, if there are so many left.
@@ -199,15 +239,26 @@ impl Budget {
         enough
     }
 
-    /// A queue did not get its part. Whether the others have to be told: not again while they know, but
-    /// well before that is over.
+    /// A queue did not get its part. Whether the others have to be told.
     fn is_used_up(&self) -> bool {
-        let half = msecs_to_jiffies(SHORTAGE_MS / 2);
-        let known = !jiffies::is_past(self.short_until.load(Relaxed).wrapping_sub(half));
-        let end = jiffies::now().wrapping_add(msecs_to_jiffies(SHORTAGE_MS));
-        self.short_until.store(end, Relaxed);
-        !known
+        prolong(&self.short_until)
     }
+
+    /// Guarantees no queue its part for a while. Returns `true` if the queues have to be told.
+    fn withhold(&self) -> bool {
+        self.is_used_up();
+        prolong(&self.withheld_until)
+    }
+}
+
+/// Sets the end of a shortage, from now on. Returns `true` if the queues have to be told: not again
+/// while they know, but well before it is over.
+fn prolong(until: &Atomic<Jiffies>) -> bool {
+    let half = msecs_to_jiffies(SHORTAGE_MS / 2);
+    let known = !jiffies::is_past(until.load(Relaxed).wrapping_sub(half));
+    let end = jiffies::now().wrapping_add(msecs_to_jiffies(SHORTAGE_MS));
+    until.store(end, Relaxed);
+    !known
 }
 
 /// What one queue has of a budget.
@@ -237,6 +288,15 @@ impl Share {
         (self.which)(&self.domain)
     }
 
+    /// Returns how many pages the queue is guaranteed now.
+    fn guaranteed(&self) -> usize {
+        if self.budget().is_withheld() {
+            0
+        } else {
+            self.part
+        }
+    }
+
     /// Whether the queue may have so many pages; takes what is missing.
     #[inline]
     pub(crate) fn covers(&mut self, pages: usize) -> bool {
@@ -245,7 +305,7 @@ impl Share {
 
     fn grow(&mut self, pages: usize) -> bool {
         let budget = self.budget();
-        let beyond = pages > self.part;
+        let beyond = pages > self.guaranteed();
         if beyond && budget.is_short() {
             return false;
         }
@@ -273,11 +333,15 @@ impl Share {
     /// How many of its pages the queue has to give up, because others of the domain need them. Gives
     /// back what it has taken and does not use.
     pub(crate) fn excess(&mut self, pages: usize) -> usize {
-        if self.has <= self.part || !self.budget().is_short() {
+        if !self.budget().is_short() {
             return 0;
         }
-        self.shrink(pages.max(self.part));
-        pages.saturating_sub(self.part)
+        let guaranteed = self.guaranteed();
+        if self.has <= guaranteed {
+            return 0;
+        }
+        self.shrink(pages.max(guaranteed));
+        pages.saturating_sub(guaranteed)
     }
 
     /// Gives back what is not needed for so many pages, if that is much.

@@ -13,6 +13,8 @@
 //! The segments of an indirect request are copied to private memory before they are looked at, so
 //! that the frontend cannot change them in between.
 
+use crate::disk::MAX_PAGES;
+use crate::disk::MAX_SEGMENTS;
 use crate::domain::Domain;
 use crate::domain::Share;
 use crate::params::MAX_BUFFER_PAGES;
@@ -22,6 +24,8 @@ use crate::persistent::Table;
 use crate::transfer::Chain;
 use crate::transfer::Transfer;
 use crate::transfer::Work;
+use blkif::backoff;
+use blkif::backoff::Backoff;
 use blkif::request::DiskLimits;
 use blkif::request::Extent;
 use blkif::request::Refusal;
@@ -34,6 +38,8 @@ use kernel::fmt;
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
 use kernel::sync::Arc;
+use kernel::time::delay::fsleep;
+use kernel::time::Delta;
 use kernel_ext::base::jiffies;
 use kernel_ext::base::jiffies::Jiffies;
 use kernel_ext::base::page::Page;
@@ -60,6 +66,10 @@ const COPIED_SEGMENTS: usize = 8;
 /// Copies in one hypercall.
 const COPIES: usize = 256;
 
+/// How long copies are tried again while pages are not in memory over there: as long as Linux waits
+/// when it maps such a page.
+const PAGED_OUT_MS: u32 = 32_000;
+
 /// Bytes of a segment in a page of segments.
 const SEGMENT_BYTES: usize = 8;
 
@@ -80,9 +90,18 @@ pub(crate) enum Problem {
 }
 
 impl Problem {
-    /// Whether it may work when other transfers have ended.
+    /// Whether it may work when other transfers have ended, of this queue or of others.
     pub(crate) fn is_shortage(&self) -> bool {
-        matches!(self, Problem::Own(_) | Problem::Map(MapError::NoSpace(_)))
+        match self {
+            Problem::Own(error) => *error == ENOMEM,
+            Problem::Map(error) => error.is_shortage(),
+            Problem::Refused(_) | Problem::Copy(_) => false,
+        }
+    }
+
+    /// Returns `true` if Xen lets this domain map no more pages of other domains.
+    pub(crate) fn lacks_mappings(&self) -> bool {
+        matches!(self, Problem::Map(MapError::Refused(_, status)) if status.is_no_space())
     }
 
     pub(crate) fn status(&self) -> Status {
@@ -97,10 +116,15 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Problem::Refused(refusal) => write!(f, "{refusal}"),
+            Problem::Map(MapError::Refused(_, status)) if status.is_no_space() => f.write_str(
+                "Xen allows no more mappings: raise gnttab_max_maptrack_frames (dom0) or \
+                 max_maptrack_frames, or lower max_persistent_grants",
+            ),
             Problem::Map(MapError::Refused(reference, status)) => {
                 f.write_fmt(fmt!("grant {} cannot be mapped: {status}", reference.0))
             }
-            Problem::Map(MapError::NoSpace(error)) => {
+            Problem::Map(MapError::TooMany) => f.write_str("too many pages to map"),
+            Problem::Map(MapError::NoPage(error)) => {
                 write!(f, "no page to map to: {error:?}")
             }
             Problem::Copy(CopyError::Refused(index, status)) => {
@@ -154,7 +178,7 @@ impl Copies {
         let copy = PageSliceMut::new(&self.descriptors, 0, len).ok_or(EINVAL)?;
         let mut batch = self.copier.batch();
         batch.read(domain, reference, 0, copy)?;
-        batch.run_sleeping().map_err(Problem::Copy)?;
+        run_patiently(&mut batch)?;
         Ok(PageSlice::new(&self.descriptors, 0, len).ok_or(EINVAL)?)
     }
 
@@ -196,18 +220,19 @@ pub(crate) struct Mover {
     has_unmapped: bool,
     /// Pages that are mapped now, for requests or to stay.
     mapped_now: usize,
-    /// How many there may be on their way, besides those of one request.
+    /// How many there may be on their way, besides [`MAX_PAGES`] for one request.
     share: Share,
-    /// Pages of one request: addresses that are never freed.
-    at_least: usize,
 }
 
 impl Mover {
-    /// For requests of `domain` with up to `segments` segments. One such request can always be
-    /// mapped, if no other one is.
-    pub(crate) fn new(domain: &Arc<Domain>, segments: usize, persistent: bool) -> Result<Self> {
+    /// Creates what moves the data of requests of `domain`.
+    ///
+    /// It has addresses for [`MAX_PAGES`] pages, as many as one request uses at a time. So memory and
+    /// budgets suffice for one request whatever others use, once pages that are kept mapped without
+    /// use were given up. Mappings are Xen's, which may have none left.
+    pub(crate) fn new(domain: &Arc<Domain>, persistent: bool) -> Result<Self> {
         let cache = KBox::pin_init(PageCache::new(), GFP_KERNEL)?;
-        cache.fill(segments)?;
+        cache.fill(MAX_PAGES)?;
         let moving = usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0);
         let staying = usize::try_from(MAX_PERSISTENT_GRANTS.get()).unwrap_or(0);
         let (table, copies) = if persistent {
@@ -219,13 +244,13 @@ impl Mover {
         Ok(Self {
             domain: domain.id,
             cache,
-            mapper: Mapper::new(segments)?,
+            mapper: Mapper::new(MAX_SEGMENTS)?,
             table,
             copies,
-            references: KVec::with_capacity(segments, GFP_KERNEL)?,
-            places: KVec::with_capacity(segments, GFP_KERNEL)?,
+            references: KVec::with_capacity(MAX_SEGMENTS, GFP_KERNEL)?,
+            places: KVec::with_capacity(MAX_SEGMENTS, GFP_KERNEL)?,
             page: KVec::with_capacity(1, GFP_KERNEL)?,
-            ended: KVec::with_capacity(segments, GFP_KERNEL)?,
+            ended: KVec::with_capacity(MAX_PAGES, GFP_KERNEL)?,
             has_unmapped: false,
             mapped_now: 0,
             share: Share::new(
@@ -233,7 +258,6 @@ impl Mover {
                 |domain| &domain.moving,
                 moving.saturating_add(staying),
             ),
-            at_least: segments,
         })
     }
 
@@ -330,7 +354,7 @@ impl Mover {
         if self.copy_all(transfers).is_ok() {
             return;
         }
-        // One by one, to see which ones do not work.
+        // One by one, to see which ones do not work. What is not in memory was waited for.
         let mut all = transfers.take();
         while let Some(mut transfer) = all.pop() {
             if let Err(problem) = self.copy_one(&transfer) {
@@ -346,13 +370,13 @@ impl Mover {
         for transfer in transfers.iter() {
             add_copies(&mut batch, self.domain, transfer)?;
         }
-        batch.run_sleeping().map_err(Problem::Copy)
+        run_patiently(&mut batch)
     }
 
     fn copy_one(&mut self, transfer: &Transfer) -> Result<(), Problem> {
         let mut batch = self.copies.as_mut().ok_or(EINVAL)?.copier.batch();
         add_copies(&mut batch, self.domain, transfer)?;
-        batch.run_sleeping().map_err(Problem::Copy)
+        batch.run().map_err(Problem::Copy)
     }
 
     /// Maps the pages of a transfer's segments, as far as they are not mapped.
@@ -457,7 +481,11 @@ impl Mover {
             return Ok(());
         }
         if !self.may_map(count) {
-            return Err(Problem::Own(ENOMEM));
+            // Pages that have ended count until they are unmapped.
+            self.flush();
+            if !self.may_map(count) {
+                return Err(Problem::Own(ENOMEM));
+            }
         }
         self.mapper
             .map(&self.cache, self.domain, &self.references, access, pages)
@@ -469,7 +497,7 @@ impl Mover {
     /// Whether the domain's budget allows so many more pages of requests on their way.
     fn may_map(&mut self, count: usize) -> bool {
         let pages = self.moving_now().saturating_add(count);
-        self.share.covers(pages.saturating_sub(self.at_least))
+        self.share.covers(pages.saturating_sub(MAX_PAGES))
     }
 
     /// Pages of requests on their way.
@@ -546,8 +574,8 @@ impl Mover {
         self.flush();
     }
 
-    /// Gives back what other queues of the domain may need.
-    fn share_with_others(&mut self) {
+    /// Gives back what other queues may need.
+    pub(crate) fn share_with_others(&mut self) {
         while let Some(page) = self.table.as_mut().and_then(Table::take_excess) {
             self.unmap_later(page);
         }
@@ -555,15 +583,14 @@ impl Mover {
         if let Some(table) = &mut self.table {
             table.rest();
         }
-        self.share
-            .keep(self.moving_now().saturating_sub(self.at_least));
+        self.share.keep(self.moving_now().saturating_sub(MAX_PAGES));
     }
 
-    /// Unmaps all pages that stay mapped and are not used now. Whether there were any.
+    /// Unmaps all pages that no request uses now. Returns `true` if there were any.
     pub(crate) fn forget_all(&mut self) -> bool {
-        let some = self.table.as_ref().is_some_and(|table| !table.is_empty());
+        let before = self.mapped_now;
         self.forget_older(0);
-        some
+        self.mapped_now != before
     }
 
     /// Gives back what is not needed now, because there is nothing to do; or all that can be spared,
@@ -582,7 +609,7 @@ impl Mover {
 
     /// Frees the addresses that are free, but for so many, and for those that one request needs.
     fn shrink(&self, keep: usize) {
-        let keep = keep.max(self.at_least);
+        let keep = keep.max(MAX_PAGES);
         self.cache.shrink(u32::try_from(keep).unwrap_or(u32::MAX));
     }
 
@@ -624,6 +651,16 @@ impl Drop for Mover {
 /// Whether a chain of so many transfers can be copied at once, and one more.
 pub(crate) fn can_add_copies(transfers: usize) -> bool {
     transfers < COPIES / COPIED_SEGMENTS
+}
+
+/// Makes the copies of a batch. Waits for pages of the frontend that are not in memory.
+fn run_patiently(batch: &mut Batch<'_>) -> Result<(), Problem> {
+    let sleep = |ms: u32| fsleep(Delta::from_millis(ms.into()));
+    let delays = Backoff::new(1, 256);
+    backoff::retry(delays, PAGED_OUT_MS, sleep, CopyError::is_paged_out, || {
+        batch.run()
+    })
+    .map_err(Problem::Copy)
 }
 
 /// Adds the copies that a transfer needs.

@@ -8,12 +8,17 @@
 //! to do, it sleeps until an event or the end of an I/O wakes it; no timer is set for that. While it
 //! sleeps, I/O that ends is answered there if nothing else is to be done: see [`inbox`](crate::inbox).
 //!
-//! A request that was taken from the ring is answered, whatever happens: the thread ends only when
-//! nothing is in flight. Requests that nobody has taken stay in the ring for the next backend.
+//! A request that was started is answered, whatever happens: the thread ends only when nothing is in
+//! flight. Requests that were not started stay in the ring for the next backend.
+//!
+//! A request that lacks memory or mappings waits, and so does what is behind it in the ring. It is
+//! tried again when a transfer of the queue has ended, when other queues have given something back, and
+//! by a timer. It never fails for that reason; the wait ends with the shortage or with the connection.
 
 use crate::charge::Charge;
 use crate::disk::Disk;
 use crate::disk::MAX_SEGMENTS;
+use crate::domain;
 use crate::domain::Domain;
 use crate::domain::Listener;
 use crate::fence::Post;
@@ -35,12 +40,13 @@ use crate::transfer::reserve;
 use crate::transfer::Chain;
 use crate::transfer::Transfer;
 use crate::transfer::Work;
+use crate::transfer::WITHDRAWN_NODES;
 use crate::vbd::Link;
+use blkif::backoff::Backoff;
 use blkif::request;
 use blkif::request::Data;
 use blkif::request::DiskLimits;
 use blkif::request::Request;
-use crate::transfer::WITHDRAWN_NODES;
 use blkif::ring::RingError;
 use blkif::wire::Response;
 use blkif::wire::Status;
@@ -62,6 +68,9 @@ use kernel_ext::xen::events::Channel;
 
 /// How long to wait for somebody else who still uses the pages of an I/O that has ended.
 const BUSY_WAIT_MS: u32 = 5;
+
+/// Delays between the tries of a request that lacks memory or mappings, in milliseconds.
+const RETRIES: Backoff = Backoff::new(10, 500);
 
 /// How often numbers are printed, if that is wanted.
 const LOG_STATS_SECONDS: u32 = 10;
@@ -110,8 +119,10 @@ pub(crate) struct Queue {
     reserve: Option<KBox<Transfer>>,
     /// Transfers whose I/O has ended, but somebody still uses their pages.
     busy: Chain,
-    /// A request that was taken from the ring, and waits for memory.
+    /// A request that was taken from the ring, and waits for memory or mappings. It was not started.
     stalled: Option<WireRequest>,
+    /// When it is tried again.
+    retries: Backoff,
     barrier: Barrier,
     /// Writes whose data is to be copied before they are submitted, and their number.
     incoming: Chain,
@@ -150,7 +161,7 @@ impl Queue {
             domain,
             persistent,
         } = parts;
-        let mover = Mover::new(&domain, MAX_SEGMENTS, persistent)?;
+        let mover = Mover::new(&domain, persistent)?;
         let reserve = new_transfer(&inbox, MAX_SEGMENTS, GFP_KERNEL)?;
         let listener = Listener::new(&domain, &inbox)?;
         let alarm = Timer::new(IdleCpu::Wakes, Rest(inbox.clone()))?;
@@ -168,6 +179,7 @@ impl Queue {
             reserve: Some(reserve),
             busy: Chain::new(),
             stalled: None,
+            retries: RETRIES,
             barrier: Barrier::None,
             incoming: Chain::new(),
             incoming_len: 0,
@@ -213,6 +225,7 @@ impl Queue {
             }
             while let Some(node) = self.refused.get(self.withdrawn) {
                 link.withdraw(node);
+                self.withdrawn = self.withdrawn.wrapping_add(1);
             }
             if self.disk.has_new_size() {
                 link.resized();
@@ -225,26 +238,32 @@ impl Queue {
                 self.channel.notify();
                 return;
             }
-                self.withdrawn = self.withdrawn.wrapping_add(1);
             self.sleep(thread, stopping);
         }
     }
 
-    /// Nothing that was taken from the ring is without an answer.
+    /// Returns `true` if each request that was started has its answer. One that waits for memory is the
+    /// last one that was taken, and comes behind the last answer: who attaches to the ring next takes
+    /// it again.
     fn is_drained(&self) -> bool {
-        self.in_flight == 0 && self.stalled.is_none() && matches!(self.barrier, Barrier::None)
+        self.in_flight == 0 && matches!(self.barrier, Barrier::None)
     }
 
     fn sleep(&mut self, thread: &Current, stopping: bool) {
         self.rest();
         self.park(stopping);
-        let timeout = if self.busy.is_empty() {
-            None
-        } else {
-            Some(msecs_to_jiffies(BUSY_WAIT_MS))
-        };
+        let timeout = self.timeout();
         self.inbox.wait(thread, !stopping, timeout);
         self.unpark();
+    }
+
+    /// Returns after which time something has to be tried again.
+    fn timeout(&mut self) -> Option<Jiffies> {
+        if !self.busy.is_empty() {
+            return Some(msecs_to_jiffies(BUSY_WAIT_MS));
+        }
+        self.stalled.as_ref()?;
+        Some(msecs_to_jiffies(self.retries.next_delay()))
     }
 
     /// Gives back what is not needed now, and what others need.
@@ -336,6 +355,9 @@ impl Queue {
             if !go_on && !self.more(stopping) {
                 return took_any;
             }
+            if self.listener.is_short() {
+                self.mover.share_with_others();
+            }
             thread.cond_resched();
         }
     }
@@ -369,6 +391,7 @@ impl Queue {
             if !self.begin(&wire, limits) {
                 return false;
             }
+            self.retries.reset();
             took = true;
         }
         // Each is looked at where it stands, for it is large.
@@ -419,18 +442,21 @@ impl Queue {
     }
 
     fn start(&mut self, wire: &WireRequest, request: Request<'_>, limits: &DiskLimits) -> bool {
-        let Some(mut transfer) = self.idle_transfer(segments(&request)) else {
+        let Some(mut transfer) = self.idle_transfer(request.segments()) else {
             return self.stall(wire);
         };
         let mut filled = self.fill(&mut transfer, wire, request, limits);
-        // What is missing may be in pages that are kept and not used now.
-        if self.in_flight == 0 && is_shortage(&filled) && self.mover.forget_all() {
+        if filled
+            .as_ref()
+            .is_err_and(|problem| self.make_room(problem))
+        {
             filled = self.fill(&mut transfer, wire, request, limits);
         }
         match filled {
             Ok(()) => self.dispatch(transfer),
-            Err(problem) if problem.is_shortage() && self.in_flight != 0 => {
+            Err(problem) if problem.is_shortage() => {
                 self.recycle(transfer);
+                self.report_shortage(&problem);
                 return self.stall(wire);
             }
             Err(problem) => {
@@ -442,7 +468,25 @@ impl Queue {
         true
     }
 
-    /// Keeps a request until a transfer has ended, which gives memory back.
+    /// Gives up what a request lacks, as far as it is in pages that are kept mapped and not used now.
+    /// Returns `true` if it may be tried again at once.
+    fn make_room(&mut self, problem: &Problem) -> bool {
+        if problem.lacks_mappings() {
+            domain::share_mappings();
+        } else if self.in_flight != 0 || !problem.is_shortage() {
+            return false;
+        }
+        self.mover.forget_all()
+    }
+
+    /// Says why a request waits, unless it is for a transfer of this queue.
+    fn report_shortage(&self, problem: &Problem) {
+        if self.in_flight == 0 || problem.lacks_mappings() {
+            ratelimited!(pr_warn!("{}: a request waits: {}\n", *self.name, problem));
+        }
+    }
+
+    /// Keeps a request until there may be what it lacks.
     fn stall(&mut self, wire: &WireRequest) -> bool {
         self.counters.out_of_memory.add(1);
         self.stalled = Some(*wire);
@@ -670,6 +714,14 @@ impl Queue {
         true
     }
 
+    /// Has an offer taken back that the disk has refused, once.
+    fn refuse(&mut self, node: &'static str) {
+        if !self.refused.contains(&node) {
+            // There is space: there are no other nodes.
+            let _ = self.refused.push_within_capacity(node);
+        }
+    }
+
     /// Writes an answer, which the frontend sees after [`Queue::publish`].
     fn answer(&mut self, answer: Response) {
         // Each request that was taken is answered once, so there is a slot.
@@ -685,25 +737,6 @@ impl Queue {
     }
 }
 
-/// Number of segments of a request.
-fn segments(request: &Request<'_>) -> usize {
-    match request {
-        Request::Read(Data::Indirect(data)) | Request::Write(Data::Indirect(data)) => {
-            usize::from(data.count())
-        }
-        Request::Read(Data::Direct(data)) | Request::Write(Data::Direct(data)) => {
-            data.segments().len()
-        }
-        Request::Barrier(data) => data.as_ref().map_or(0, |data| data.segments().len()),
-        Request::Flush | Request::Discard { .. } => 0,
-    }
-}
-
-/// Whether it may work when there is more memory.
-fn is_shortage(filled: &Result<(), Problem>) -> bool {
-    filled.as_ref().is_err_and(Problem::is_shortage)
-}
-
 /// What the disk is asked for next, and where.
 fn next_step(disk: &Disk, transfer: &mut Transfer) -> (Operation, u64) {
     let job = &mut transfer.context;
@@ -714,14 +747,6 @@ fn next_step(disk: &Disk, transfer: &mut Transfer) -> (Operation, u64) {
         Work::Barrier if job.segments.is_empty() => (Operation::Flush, 0),
         Work::Barrier => (Operation::FlushWrite, job.sector),
         Work::Discard {
-    /// Has an offer taken back that the disk has refused, once.
-    fn refuse(&mut self, node: &'static str) {
-        if !self.refused.contains(&node) {
-            // There is space: there are no other nodes.
-            let _ = self.refused.push_within_capacity(node);
-        }
-    }
-
             sector,
             left,
             secure,

@@ -31,6 +31,7 @@ use crate::base::page::Page;
 use crate::base::page::PageOwner;
 use crate::base::page::PageSlice;
 use crate::base::page::PageSliceMut;
+use crate::ratelimited;
 use core::mem::ManuallyDrop;
 use kernel::error::to_result;
 use kernel::fmt;
@@ -89,14 +90,25 @@ impl GrantStatus {
         self.0
     }
 
-    /// Whose fault it is, as an errno: `EAGAIN` and `ENOSPC` (no more mappings fit) are nobody's,
-    /// `EFAULT` means that the other domain gave a bad reference.
+    /// Returns the errno for this status: `EAGAIN` for a page that is not in memory and `ENOSPC` where
+    /// no more mappings fit, which are nobody's fault; `EFAULT` if the other domain gave a bad
+    /// reference.
     pub fn to_error(self) -> Error {
-        match i32::from(self.0) {
-            bindings_ext::GNTST_eagain => EAGAIN,
-            bindings_ext::GNTST_no_device_space => ENOSPC,
+        match self {
+            Self::EAGAIN => EAGAIN,
+            _ if self.is_no_space() => ENOSPC,
             _ => EFAULT,
         }
+    }
+
+    /// Returns `true` if Xen has no room for one more mapping: neither the caller nor the other domain
+    /// has made a mistake. The table of what a domain has mapped, its *maptrack*, is full, or an I/O
+    /// MMU; which status says which depends on the version of Xen.
+    pub fn is_no_space(self) -> bool {
+        matches!(
+            i32::from(self.0),
+            bindings_ext::GNTST_no_device_space | bindings_ext::GNTST_no_space
+        )
     }
 }
 
@@ -109,12 +121,14 @@ impl fmt::Display for GrantStatus {
             bindings_ext::GNTST_bad_gntref => "bad grant reference",
             bindings_ext::GNTST_bad_handle => "bad handle",
             bindings_ext::GNTST_bad_virt_addr => "bad virtual address",
+            bindings_ext::GNTST_bad_dev_addr => "bad device address",
             bindings_ext::GNTST_no_device_space => "no more mappings possible",
             bindings_ext::GNTST_permission_denied => "permission denied",
             bindings_ext::GNTST_bad_page => "bad page",
             bindings_ext::GNTST_bad_copy_arg => "copy crosses a page boundary",
             bindings_ext::GNTST_address_too_big => "address too big",
             bindings_ext::GNTST_eagain => "page is not in memory",
+            bindings_ext::GNTST_no_space => "no space for one more mapping",
             _ => return write!(f, "status {}", self.0),
         };
         f.write_str(name)
@@ -421,10 +435,10 @@ impl<S: PageOwner> Drop for Granted<S> {
             // SAFETY: Dropped once, here.
             unsafe { ManuallyDrop::drop(&mut self.references) };
         } else {
-            pr_warn!(
+            ratelimited!(pr_warn!(
                 "the other domain still uses {} pages that it was lent: keeping them\n",
                 self.references.len()
-            );
+            ));
         }
     }
 }

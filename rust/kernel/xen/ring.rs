@@ -8,10 +8,14 @@
 //!
 //! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
 
+use super::grant::map::Mapper;
+use super::grant::map::PageCache;
+use super::grant::Access;
 use super::grant::ForeignRef;
 use super::grant::GrantRef;
 use super::xenbus;
 use core::ops::Deref;
+use core::ptr::addr_of_mut;
 use core::ptr::NonNull;
 use kernel::error::to_result;
 use kernel::page::PAGE_SIZE;
@@ -272,29 +276,37 @@ pub struct MappedRing {
 impl MappedRing {
     /// Maps the pages that the other end of `device` has granted: 1 to [`MAX_PAGES`].
     ///
-    /// The references are data from the other domain, Xen checks them. If it refuses one, the error
-    /// is in xenstore, and the device has been switched to `Closing`, already. Sleeps, for at most
-    /// 32 s a page, if a page is not in memory over there.
+    /// The references are data from the other domain, Xen checks them. `ENOSPC`: Xen lets this domain
+    /// map no more pages; `ENOMEM`: there is no memory. Both may work later. `EFAULT`: Xen refuses a
+    /// reference. Sleeps, for at most 32 s a page, if a page is not in memory over there.
+    ///
+    /// Unlike `xenbus_map_ring_valloc`, a failure does not switch the device to `Closing`. Call this only
+    /// where the state of the device is written.
     pub fn new(device: &xenbus::Device, references: &[ForeignRef]) -> Result<Self> {
         let pages = references.len();
         if pages == 0 || pages > MAX_PAGES {
             return Err(EINVAL);
         }
+        Self::probe(device, references)?;
         let mut raw = [0; MAX_PAGES];
         for (raw, reference) in raw.iter_mut().zip(references) {
             *raw = reference.0;
         }
         let mut address = core::ptr::null_mut();
-        // SAFETY: The device is valid; `raw` has at least `pages` references, `address` is valid for
-        // a write.
-        to_result(unsafe {
-            bindings_ext::xenbus_map_ring_valloc(
-                device.as_raw(),
-                raw.as_mut_ptr(),
-                pages as u32,
-                &mut address,
-            )
-        })?;
+        let result = keep_state(device, || {
+            // SAFETY: The device is valid; `raw` has at least `pages` references, `address` is valid
+            // for a write.
+            to_result(unsafe {
+                bindings_ext::xenbus_map_ring_valloc(
+                    device.as_raw(),
+                    raw.as_mut_ptr(),
+                    pages as u32,
+                    &mut address,
+                )
+            })
+        });
+        // Xen's status is not told. The pages could be mapped just before, so there is no room by now.
+        result.map_err(|error| if error == ENOENT { ENOSPC } else { error })?;
         let words = NonNull::new(address.cast()).ok_or(ENOMEM)?;
         // INVARIANT: Mapped just above, until `drop`.
         let words = SharedWords {
@@ -306,6 +318,36 @@ impl MappedRing {
             device: ARef::from(device),
         })
     }
+}
+
+impl MappedRing {
+    /// Maps the pages for a moment, to learn Xen's status if that does not work.
+    fn probe(device: &xenbus::Device, references: &[ForeignRef]) -> Result {
+        let cache = KBox::pin_init(PageCache::new(), GFP_KERNEL)?;
+        let mut mapper = Mapper::new(references.len())?;
+        let mut pages = KVec::with_capacity(references.len(), GFP_KERNEL)?;
+        let domain = device.otherend_id();
+        mapper.map(&cache, domain, references, Access::ReadWrite, &mut pages)?;
+        mapper.unmap(&cache, &mut pages);
+        Ok(())
+    }
+}
+
+/// Runs `body` such that an error which xenbus finds there does not switch the device to `Closing`.
+///
+/// That is no matter of the C functions alone: whether the peer has to close is for the driver to say,
+/// and somebody else may have written the state.
+fn keep_state<R>(device: &xenbus::Device, body: impl FnOnce() -> R) -> R {
+    // SAFETY: The device is valid; a number.
+    let state = unsafe { addr_of_mut!((*device.as_raw()).state) };
+    // SAFETY: As above. C reads and writes it without a lock too.
+    let before = unsafe { state.read_volatile() };
+    // SAFETY: As above. xenbus writes nothing to xenstore if the device is in the state already.
+    unsafe { state.write_volatile(bindings_ext::xenbus_state_XenbusStateClosing) };
+    let result = body();
+    // SAFETY: As above.
+    unsafe { state.write_volatile(before) };
+    result
 }
 
 impl Deref for MappedRing {

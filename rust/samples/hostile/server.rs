@@ -265,7 +265,7 @@ impl Server {
             let reference = ForeignRef(segment.gref());
             batch.write(self.device.otherend_id(), reference, offset, from)?;
         }
-        Ok(batch.run_sleeping()?)
+        Ok(batch.run()?)
     }
 
     /// Looks at the pages of a write, of which the sectors around its data have to be zero.
@@ -275,7 +275,7 @@ impl Server {
             let mut batch = self.copier.batch();
             let reference = ForeignRef(segment.gref());
             batch.read(self.device.otherend_id(), reference, 0, whole)?;
-            batch.run_sleeping()?;
+            batch.run()?;
             let first = usize::from(segment.offset());
             let data = first..first.wrapping_add(usize::from(segment.len()));
             let mut around = (0..PAGE_SIZE)

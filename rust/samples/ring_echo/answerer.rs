@@ -242,14 +242,14 @@ impl Answerer {
         let mut batch = self.copier.batch();
         let whole = PageSliceMut::new(&self.buffer, 0, PAGE_SIZE).ok_or(EINVAL)?;
         batch.read(domain, reference, 0, whole)?;
-        batch.run_sleeping()?;
+        batch.run()?;
 
         let sum = sum(whole.as_slice());
         whole.write(&sum.to_le_bytes());
         let mut batch = self.copier.batch();
         let first = PageSlice::new(&self.buffer, 0, 4).ok_or(EINVAL)?;
         batch.write(domain, reference, 0, first)?;
-        batch.run_sleeping()?;
+        batch.run()?;
         Ok(sum)
     }
 }

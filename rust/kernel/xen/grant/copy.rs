@@ -14,14 +14,9 @@ use crate::base::page::PageSlice;
 use crate::base::page::PageSliceMut;
 use crate::xen::DomId;
 use core::marker::PhantomData;
-use kernel::bindings;
 use kernel::error::to_result;
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
-
-/// How often, and how long apart, copies are tried again for pages that are not in memory.
-const EAGAIN_TRIES: u32 = 10;
-const EAGAIN_SLEEP_MS: u32 = 10;
 
 /// What the status of an operation says before Xen has got to it.
 const NOT_REACHED: i16 = 1;
@@ -136,7 +131,8 @@ impl<'a> Batch<'a> {
     /// Makes all copies. Does not sleep.
     ///
     /// The result is that of the first copy that failed, with its place in the batch; the others
-    /// are made nevertheless. With [`GrantStatus::EAGAIN`] it can be tried again.
+    /// are made nevertheless. If it can be tried again, because a page is not in memory, the result is
+    /// [`GrantStatus::EAGAIN`], whatever else has failed.
     pub fn run(&mut self) -> Result<(), CopyError> {
         // SAFETY: By the type invariant Xen reads and writes only memory that lives and may be
         // written; what it does in the other domain is checked by its grants.
@@ -144,27 +140,15 @@ impl<'a> Batch<'a> {
             bindings_ext::gnttab_copy_op(self.ops.as_mut_ptr(), self.ops.len() as u32)
         });
         result.map_err(CopyError::Hypercall)?;
+        let mut result = Ok(());
         for (index, op) in self.ops.iter().enumerate() {
-            let status = GrantStatus::from_raw(op.status);
-            if status != GrantStatus::OKAY {
-                return Err(CopyError::Refused(index, status));
+            match GrantStatus::from_raw(op.status) {
+                GrantStatus::OKAY => {}
+                status @ GrantStatus::EAGAIN => return Err(CopyError::Refused(index, status)),
+                status => result = result.and(Err(CopyError::Refused(index, status))),
             }
         }
-        Ok(())
-    }
-
-    /// [`Self::run`], and tries again for a tenth of a second while pages are not in memory.
-    pub fn run_sleeping(&mut self) -> Result<(), CopyError> {
-        for _ in 0..EAGAIN_TRIES {
-            match self.run() {
-                Err(CopyError::Refused(_, GrantStatus::EAGAIN)) => {
-                    // SAFETY: Just sleeps.
-                    unsafe { bindings::msleep(EAGAIN_SLEEP_MS) };
-                }
-                result => return result,
-            }
-        }
-        self.run()
+        result
     }
 }
 
@@ -175,6 +159,14 @@ pub enum CopyError {
     Hypercall(Error),
     /// The copy at this place in the batch was refused.
     Refused(usize, GrantStatus),
+}
+
+impl CopyError {
+    /// Returns `true` if a page of the other domain is not in memory now, so that the batch can be run
+    /// again later.
+    pub fn is_paged_out(&self) -> bool {
+        matches!(self, CopyError::Refused(_, GrantStatus::EAGAIN))
+    }
 }
 
 impl From<CopyError> for Error {

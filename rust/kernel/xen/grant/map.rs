@@ -205,11 +205,11 @@ impl Drop for MappedPage {
             unsafe { bindings::msleep(BUSY_SLEEP_MS) };
         }
         if self.is_busy() {
-            pr_err!(
+            ratelimited!(pr_err!(
                 "grant {}: still in use {} s after its I/O: leaking the page\n",
                 self.reference.0,
                 BUSY_TRIES * BUSY_SLEEP_MS as usize / 1000
-            );
+            ));
             return;
         }
         let mut op = unmap_op(self);
@@ -297,16 +297,30 @@ fn defaults<T: Default>(count: usize) -> Result<KVec<T>> {
 /// Why pages could not be mapped.
 #[derive(Clone, Copy, Debug)]
 pub enum MapError {
-    /// There is no page to map to, or no place in the list.
-    NoSpace(Error),
+    /// There are more references than places in the mapper or in the list.
+    TooMany,
+    /// There is no page to map to.
+    NoPage(Error),
     /// Xen did not map this one.
     Refused(ForeignRef, GrantStatus),
+}
+
+impl MapError {
+    /// Returns `true` if it may work later, when others have given back memory or mappings.
+    pub fn is_shortage(&self) -> bool {
+        match self {
+            MapError::TooMany => false,
+            MapError::NoPage(_) => true,
+            MapError::Refused(_, status) => status.is_no_space(),
+        }
+    }
 }
 
 impl From<MapError> for Error {
     fn from(error: MapError) -> Self {
         match error {
-            MapError::NoSpace(error) => error,
+            MapError::TooMany => EINVAL,
+            MapError::NoPage(error) => error,
             MapError::Refused(_, status) => status.to_error(),
         }
     }
@@ -359,10 +373,10 @@ impl Mapper {
         if references.len() > self.pages.len()
             || references.len() > list.capacity().saturating_sub(before)
         {
-            return Err(MapError::NoSpace(ENOSPC));
+            return Err(MapError::TooMany);
         }
         self.prepare(cache, domain, references, access)
-            .map_err(MapError::NoSpace)?;
+            .map_err(MapError::NoPage)?;
         // The statuses say all.
         //
         // SAFETY: There are as many operations and pages as references, by `prepare` and the type
@@ -415,6 +429,7 @@ impl Mapper {
                     domain.value(),
                 )
             };
+            op.status = NOT_REACHED;
         }
         Ok(())
     }
