@@ -216,10 +216,15 @@ impl<'a> Actor<'a> {
 
     /// Claims any number of requests.
     pub(crate) fn claim(&self, requests: u32) {
+        self.show(requests);
+        self.parts.channel.notify();
+    }
+
+    /// Claims any number of requests, and does not notify the backend.
+    pub(crate) fn show(&self, requests: u32) {
         self.ring().write_fence();
         self.ring().store(REQ_PROD, requests);
         self.ring().full_fence();
-        self.parts.channel.notify();
     }
 
     /// How many responses there are, as the backend says.

@@ -24,6 +24,8 @@ use crate::words::RSP_PROD;
 const STORM: u32 = 10_000;
 /// How long to wait between two events without a request.
 const EVENT_MS: u32 = 10;
+/// How long a request waits for an event that was lost.
+const LOST_MS: u32 = 200;
 /// How often a ring is filled without a look at the answers.
 const ROUNDS: u32 = 10;
 /// How often a request is changed while the backend looks at it.
@@ -96,6 +98,7 @@ pub(crate) static WRITABLE_DISK: &[Episode] = &[
     }),
     BORN_BROKEN,
     episode("event-storm", storm),
+    episode("lost-event", lose_event),
     episode("answers-left", leave_answers),
     episode("request-changes", change_request),
     episode("pages-withdrawn", withdraw_pages),
@@ -174,6 +177,24 @@ fn storm(mut actor: Actor<'_>, name: &'static str) {
     }
     let after = actor.check_disk();
     actor.parts.stage.report(name, Outcome::Done, after);
+}
+
+/// Shows a request without an event, after many events without a request, and sends one later.
+fn lose_event(mut actor: Actor<'_>, name: &'static str) {
+    for _ in 0..STORM {
+        actor.parts.channel.notify();
+    }
+    let read = actor.rw(op::READ, SCRATCH, &[actor.many(0)]);
+    actor.put(&WireRequest::Rw(read));
+    actor.show(actor.sent);
+    actor.wait(LOST_MS, || actor.is_over());
+    actor.parts.channel.notify();
+    let outcome = match actor.take() {
+        Ok(_) => Outcome::Okay,
+        Err(outcome) => outcome,
+    };
+    let after = actor.check_disk();
+    actor.parts.stage.report(name, outcome, after);
 }
 
 /// Fills the ring with reads.
