@@ -21,8 +21,8 @@ class Storage(Guest):
     parts = ("/guest/initrd", "/guest/storage", "/payload/storage.cpio")
     serves = True
 
-    def __init__(self, host, name):
-        super().__init__(host, name, settings="driver_domain = 1")
+    def __init__(self, host, name, settings=""):
+        super().__init__(host, name, settings=f"driver_domain = 1\n{settings}")
         self._devd_runs = False
 
     def start(self, kind):

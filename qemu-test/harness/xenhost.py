@@ -188,10 +188,13 @@ class XenHost:
             guest.take_over(disks)
         return guest
 
-    def start_storage(self, name="storage", **kind):
-        """Starts a driver domain, see storage.py, or takes over the one that waits."""
-        storage = self.guests[name] = Storage(self, name)
-        if self._server_waits:
+    def start_storage(self, name="storage", settings="", **kind):
+        """Starts a driver domain, see storage.py, or takes over the one that waits.
+
+        `settings` are more lines for the xl configuration of one that is started.
+        """
+        storage = self.guests[name] = Storage(self, name, settings)
+        if self._server_waits and not settings:
             storage.take_over()
         else:
             storage.start(Kind(**kind))

@@ -7,6 +7,7 @@ import pytest
 from harness.evidence import assert_served_by_pair
 from harness.job import Job
 from harness.pairs import rival_of
+from harness.xenhost import Disk
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 SUM = "dd if=/dev/xvda bs=4k count=256 iflag=direct 2>/dev/null | sha256sum"
@@ -106,3 +107,34 @@ def test_reload_backend(host, rivals):
             == f"round {round:06}"
         )
     assert_served_by_pair(host, guest)
+
+
+UNLOADS = 10
+
+
+def test_unload_over_loop(xen):
+    """The backend is unloaded again and again in the middle of I/O that ends in a thread of its disk.
+
+    Such a thread can be preempted anywhere, in the end of an I/O too, where it runs
+    code of the module.
+
+    Rows: B-01
+    """
+    host = xen()
+    server = host.start_server()
+    server.load_backend()
+    server.sh("dd if=/dev/zero of=/tmp/image bs=1M count=8 2>/dev/null; losetup /dev/loop0 /tmp/image")
+    guest = host.start_guest(disks=[Disk(target="/dev/loop0")])
+    assert_served_by_pair(host, guest)
+    device = f"vbd-{guest.domid}-51712"
+    guest.sh("yes pattern | dd of=/tmp/data bs=64k count=16 iflag=fullblock 2> /dev/null")
+    job = Job(guest, "dd if=/tmp/data of=/dev/xvda bs=4k oflag=direct 2> /dev/null")
+    for _cycle in range(UNLOADS):
+        job.wait_for_pass()
+        server.sh(f"echo {device} > {DRIVER}/unbind")
+        server.unload_backend()
+        server.load_backend()
+        server.wait_for(f"[ -e {DRIVER}/{device} ] || echo {device} > {DRIVER}/bind")
+    job.wait_for_pass()
+    job.stop()
+    guest.sh("dd if=/dev/xvda bs=64k count=16 iflag=direct 2> /dev/null | cmp - /tmp/data")

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The backend lacks pages or mappings: requests wait for them, and do not fail."""
+
+from harness.evidence import assert_served_by_pair
+from harness.handmade import HandMade
+from harness.xenhost import Disk
+
+KEEP = 3
+PARAMETERS = "/sys/module/rblk_ramdisk/parameters"
+
+ONE_MIB = """
+dd if=/dev/urandom of=/tmp/data bs=1M count=4
+dd if=/tmp/data of=/dev/$DISK bs=1M oflag=direct
+dd if=/dev/$DISK bs=1M count=4 iflag=direct | cmp - /tmp/data
+"""
+"""Each transfer is one request of 256 segments."""
+
+BUDGET = 32
+"""Pages that a queue adds to the budget of its domain."""
+STUCK = 32
+"""Requests of 11 pages, not beside each other: more than two queues' budget and the pages of one request together."""
+GET_STUCK = f"""
+for at in $(seq {STUCK}); do
+	dd if=/dev/zero of=/dev/xvdb bs=44k seek=$((2 * at)) count=1 oflag=direct 2> /tmp/error$at &
+done
+wait
+cat /tmp/error* | grep -c '^1+0 records out' > /tmp/written
+"""
+
+
+def test_largest_request(xen, test_modules):
+    """A request of 256 segments uses 257 pages, and is served whatever other requests use.
+
+    First the parameters allow no page but those of one request. Then the disk shares
+    a budget with another one, which has used it up and does not answer.
+
+    Rows: BE-54
+    """
+    host = xen(
+        modules=[test_modules / "rblk_ramdisk.ko"], front_parameters="max_indirect_segments=256"
+    )
+    server = host.start_server()
+    server.load_backend("max_persistent_grants=0 max_buffer_pages=0")
+    server.insmod("rblk_ramdisk", "size_mib=4 only=2 timeout_ms=600000")
+    server.ram_disks(2, megabytes=8)
+    guest = host.start_guest()
+    assert_served_by_pair(host, guest)
+    assert guest.sh("cat /sys/block/xvda/queue/max_segments").strip() == "256"
+    guest.sh(f"DISK=xvda\n{ONE_MIB}")
+    # Each disk of the C frontend takes a quarter of the guest's memory.
+    host.take_away(guest, "xvda")
+
+    parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
+    server.sh(f"echo {BUDGET} > {parameters}/max_buffer_pages")
+    host.attach(guest, Disk("xvdb", "/dev/rblk0"))
+    host.attach(guest, Disk("xvdc", "/dev/ram1"))
+    guest.wait_for("[ -b /dev/xvdb -a -b /dev/xvdc ]")
+    server.sh(f"echo {KEEP} > {PARAMETERS}/mode; : < /dev/rblk0")
+    guest.sh(f"({GET_STUCK}) > /dev/null 2>&1 &")
+    numbers = f"{HandMade(host, guest, 'xvdb').device}/statistics"
+    server.wait_for(f"[ $(cat {numbers}/oo_req) != 0 ] || [ $(cat {numbers}/wr_req) = {STUCK} ]")
+    guest.sh(f"DISK=xvdc\n{ONE_MIB}")
+    server.sh(f"echo 0 > {PARAMETERS}/mode; : < /dev/rblk0")
+    guest.wait_for(f'[ "$(cat /tmp/written)" = {STUCK} ]')
