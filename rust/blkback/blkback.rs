@@ -61,11 +61,14 @@ module! {
 struct Module {
     #[pin]
     driver: Registration<Adapter<vbd::VbdDriver>>,
+    /// Dropped after the driver.
+    work: vbd::WorkQueue,
 }
 
 impl kernel::InPlaceModule for Module {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
-        pin_init!(Self {
+        try_pin_init!(Self {
+            work: vbd::WorkQueue::new()?,
             driver <- Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),
         }? Error)
     }

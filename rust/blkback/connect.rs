@@ -24,6 +24,9 @@ use blkif::node::PhysicalDevice;
 use blkif::node::Wrong;
 use blkif::ring::BackRing;
 use blkif::ring::RingError;
+use blkif::state;
+use blkif::state::Failure;
+use blkif::state::XenbusState;
 use kernel::fmt;
 use kernel::prelude::*;
 use kernel::str::BStr;
@@ -31,6 +34,7 @@ use kernel::str::CStr;
 use kernel::str::CString;
 use kernel::sync::Arc;
 use kernel_ext::block::bdev::Access;
+use kernel_ext::block::bdev::Claim;
 use kernel_ext::block::bdev::DeviceNumber;
 use kernel_ext::ratelimited;
 use kernel_ext::xen::events::Channel;
@@ -39,16 +43,21 @@ use kernel_ext::xen::ring::MappedRing;
 use kernel_ext::xen::ring::MAX_PAGES;
 use kernel_ext::xen::xenbus::Device;
 use kernel_ext::xen::xenbus::State;
+use kernel_ext::xen::xenbus::Switched;
 use kernel_ext::xen::xenstore;
+use kernel_ext::xen::xenstore::Context;
 use kernel_ext::xen::xenstore::Listing;
 use kernel_ext::xen::xenstore::NoTransaction;
+use kernel_ext::xen::xenstore::Transaction;
 use kernel_ext::xen::xenstore::Value;
 
 /// Why a connection cannot be made. Written to xenstore for a person to read.
 #[derive(Debug)]
 pub(crate) enum Fault {
-    /// A node of the frontend, or of the toolstack.
+    /// A node of the frontend.
     Node(BadNode),
+    /// A node of the toolstack, or of its hotplug script.
+    Toolstack(BadNode),
     /// A node of one queue.
     Queue(u32, BadNode),
     /// A choice that was not offered.
@@ -70,7 +79,7 @@ pub(crate) enum Fault {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fault::Node(bad) => write!(f, "{bad}"),
+            Fault::Node(bad) | Fault::Toolstack(bad) => write!(f, "{bad}"),
             Fault::Queue(index, bad) => write!(f, "queue {index}: {bad}"),
             Fault::Choice(bad) => write!(f, "{bad}"),
             Fault::Ring(index, error) => write!(f, "ring of queue {index}: {error}"),
@@ -109,7 +118,8 @@ impl Fault {
     /// The errno that goes with it.
     pub(crate) fn error(&self) -> Error {
         match self {
-            Fault::Node(_) | Fault::Queue(..) | Fault::Choice(_) | Fault::State(_) => EINVAL,
+            Fault::Node(_) | Fault::Toolstack(_) | Fault::State(_) => EINVAL,
+            Fault::Queue(..) | Fault::Choice(_) => EINVAL,
             Fault::Ring(..) => EIO,
             Fault::Recycled(..) => ENXIO,
             Fault::Disk(_, _, error) | Fault::Refused(_, _, _, error) | Fault::Own(_, error) => {
@@ -117,6 +127,44 @@ impl Fault {
             }
         }
     }
+}
+
+impl Fault {
+    /// Returns what the fault is to the connection. `connected`: whether a frontend has been connected
+    /// to the device before.
+    pub(crate) fn failure(&self, connected: impl FnOnce() -> bool) -> Failure {
+        match self {
+            Fault::Node(_) | Fault::Queue(..) | Fault::Choice(_) => Failure::Frontend,
+            Fault::Ring(..) | Fault::State(_) => Failure::Frontend,
+            fault if is_shortage(fault.error()) => Failure::Shortage,
+            _ => Failure::Unusable {
+                connected: connected(),
+            },
+        }
+    }
+}
+
+/// Returns `true` if what has failed so may succeed later without anybody's help.
+fn is_shortage(error: Error) -> bool {
+    [ENOMEM, EAGAIN, ENOSPC, EINTR].contains(&error)
+}
+
+/// Returns `true` if a frontend has been connected to the device before, be it by a driver that was
+/// unbound: that has described the disk.
+pub(crate) fn was_connected(device: &Device) -> bool {
+    xenstore::exists(&NoTransaction, device.nodename(), fmt!("sectors"))
+}
+
+/// Removes the error that was written for the toolstack: it holds no more.
+pub(crate) fn clear_error(device: &Device) -> Result {
+    let dir = CString::try_from_fmt(fmt!("error/{}", device.nodename()))?;
+    xenstore::remove(&NoTransaction, &dir, fmt!("error"))
+}
+
+/// Returns `true` if the toolstack wants the device to stay when a frontend in this state closes it.
+pub(crate) fn is_online(device: &Device, frontend: XenbusState) -> bool {
+    let value = read(device.nodename(), fmt!("online")).ok().flatten();
+    state::is_online(value.as_ref().map(|value| value.as_bytes()), frontend)
 }
 
 /// Says what was being done when an error happened.
@@ -130,9 +178,27 @@ impl<T> Doing<T> for Result<T> {
     }
 }
 
+/// Says what became of the attempt to show Connected.
+pub(crate) enum Described {
+    /// It is shown.
+    Connected,
+    /// The frontend has withdrawn the rings that are mapped.
+    Withdrawn,
+    /// Another state was found.
+    Refused(State),
+}
+
 /// Reads a node. One that is empty counts as missing.
 pub(crate) fn read(dir: &CStr, node: fmt::Arguments<'_>) -> Result<Option<Value>, Fault> {
-    match xenstore::read(&NoTransaction, dir, node) {
+    read_within(&NoTransaction, dir, node)
+}
+
+fn read_within(
+    context: &impl Context,
+    dir: &CStr,
+    node: fmt::Arguments<'_>,
+) -> Result<Option<Value>, Fault> {
+    match xenstore::read(context, dir, node) {
         Ok(value) => Ok(Some(value).filter(|value| !value.as_bytes().is_empty())),
         Err(error) if error == ENOENT => Ok(None),
         Err(error) => Err(Fault::Own("reading xenstore", error)),
@@ -181,9 +247,9 @@ pub(crate) fn find_disk(device: &Device, disk: Option<&Disk>) -> Result<Option<A
         major,
         minor,
         sequence,
-    } = node::physical_device(NODE, value.as_bytes()).map_err(Fault::Node)?;
+    } = node::physical_device(NODE, value.as_bytes()).map_err(Fault::Toolstack)?;
     let number = DeviceNumber::new(major, minor)
-        .ok_or_else(|| Fault::Node(BadNode::new(NODE, value.as_bytes(), Wrong::Unknown)))?;
+        .ok_or_else(|| Fault::Toolstack(BadNode::new(NODE, value.as_bytes(), Wrong::Unknown)))?;
     if let Some(disk) = disk {
         if disk.number != number {
             ratelimited!(dev_warn!(
@@ -193,15 +259,19 @@ pub(crate) fn find_disk(device: &Device, disk: Option<&Disk>) -> Result<Option<A
         }
         return Ok(None);
     }
-    let mode = read(dir, fmt!("mode"))?.ok_or(Fault::Node(BadNode::missing("mode")))?;
-    let access = match mode.as_bytes() {
-        [b'r'] => Access::ReadOnly,
-        mode if mode.contains(&b'w') => Access::ReadWrite,
-        other => return Err(Fault::Node(BadNode::new("mode", other, Wrong::Unknown))),
+    let mode = read(dir, fmt!("mode"))?.ok_or(Fault::Toolstack(BadNode::missing("mode")))?;
+    let (access, claim) = match mode.as_bytes() {
+        [b'r'] => (Access::ReadOnly, Claim::None),
+        mode if mode.contains(&b'w') && mode.contains(&b'!') => (Access::ReadWrite, Claim::None),
+        mode if mode.contains(&b'w') => (Access::ReadWrite, Claim::Exclusive),
+        other => {
+            let bad = BadNode::new("mode", other, Wrong::Unknown);
+            return Err(Fault::Toolstack(bad));
+        }
     };
     let mode = CString::try_from_fmt(fmt!("{}", &*mode)).doing("keeping the mode")?;
     let discard = read(dir, fmt!("discard-enable"))?.is_none_or(|value| value.as_bytes() != b"0");
-    let disk = Disk::open(number, access, mode, discard)
+    let disk = Disk::open(number, access, claim, mode, discard)
         .map_err(|error| Fault::Disk(number, access, error))?;
     let found = disk.device.disk_sequence();
     if let Some(wanted) = sequence.filter(|wanted| *wanted != found) {
@@ -224,14 +294,13 @@ pub(crate) fn write_offers(dir: &CStr, limits: &BackLimits) -> Result {
     write("max-ring-page-order", limits.max_ring_page_order)
 }
 
-/// Writes the size of the disk, and the state again, which makes the frontend look at it.
+/// Writes the size of the disk, and Connected again, which makes the frontend look at it. If the
+/// toolstack has asked the device to close, that stays as it is.
 pub(crate) fn write_size(device: &Device, disk: &Disk) -> Result {
     let dir = device.nodename();
     let sectors = disk.device.sectors();
-    xenstore::transaction(|transaction| {
-        xenstore::write(transaction, dir, fmt!("sectors"), fmt!("{sectors}"))?;
-        let state = device.state().number();
-        xenstore::write(transaction, dir, fmt!("state"), fmt!("{state}"))
+    device.switch_state_with(State::Connected, |transaction| {
+        xenstore::write(transaction, dir, fmt!("sectors"), fmt!("{sectors}"))
     })?;
     disk.told(sectors);
     Ok(())
@@ -245,8 +314,9 @@ pub(crate) fn withdraw(device: &Device, node: &str) -> Result {
 /// Reads what the frontend has chosen.
 fn read_choice(frontend: &CStr, limits: &BackLimits) -> Result<Accepted, Fault> {
     let mut choice = FrontChoice::default();
+    let listing = Listing::new(&NoTransaction, frontend);
     for node in FrontChoice::NODES {
-        if let Some(value) = read(frontend, fmt!("{node}"))? {
+        if let Some(value) = read_listed(&listing, frontend, node)? {
             choice.set(node, value.as_bytes()).map_err(Fault::Node)?;
         }
     }
@@ -264,6 +334,8 @@ pub(crate) struct Connection<'a> {
     fence: Arc<Fence>,
     /// Name of the virtual device, such as `xvda`.
     name: CString,
+    /// The first page of the first ring, once that is mapped.
+    first: Option<ForeignRef>,
 }
 
 impl<'a> Connection<'a> {
@@ -276,8 +348,8 @@ impl<'a> Connection<'a> {
         limits: &BackLimits,
     ) -> Result<Self, Fault> {
         let accepted = read_choice(frontend, limits)?;
-        let dev =
-            read(device.nodename(), fmt!("dev"))?.ok_or(Fault::Node(BadNode::missing("dev")))?;
+        let dev = read(device.nodename(), fmt!("dev"))?
+            .ok_or(Fault::Toolstack(BadNode::missing("dev")))?;
         let name = dev.as_bytes();
         let name = name.strip_prefix(b"/dev/").unwrap_or(name);
         let name =
@@ -296,6 +368,7 @@ impl<'a> Connection<'a> {
             disk,
             fence,
             name,
+            first: None,
         })
     }
 
@@ -324,9 +397,12 @@ impl<'a> Connection<'a> {
     }
 
     /// Maps the ring of a queue, and connects its event channel.
-    pub(crate) fn queue(&self, index: u32, stats: &Stats) -> Result<Queue, Fault> {
+    pub(crate) fn queue(&mut self, index: u32, stats: &Stats) -> Result<Queue, Fault> {
         let (references, pages) = self.references(index)?;
         let references = references.get(..pages).unwrap_or_default();
+        if index == 0 {
+            self.first = references.first().copied();
+        }
         let port = self.number(index, "event-channel", fmt!("event-channel"))?;
 
         let ring = MappedRing::new(self.device, references).map_err(|error| {
@@ -394,10 +470,20 @@ impl<'a> Connection<'a> {
         name: &'static str,
         node: fmt::Arguments<'_>,
     ) -> Result<u32, Fault> {
+        self.number_within(&NoTransaction, index, name, node)
+    }
+
+    fn number_within(
+        &self,
+        context: &impl Context,
+        index: u32,
+        name: &'static str,
+        node: fmt::Arguments<'_>,
+    ) -> Result<u32, Fault> {
         let value = if self.accepted.queue_dirs {
-            read(self.frontend, fmt!("queue-{index}/{node}"))?
+            read_within(context, self.frontend, fmt!("queue-{index}/{node}"))?
         } else {
-            read(self.frontend, node)?
+            read_within(context, self.frontend, node)?
         };
         let number = match &value {
             Some(value) => node::decimal_u32(name, value.as_bytes()),
@@ -406,17 +492,48 @@ impl<'a> Connection<'a> {
         number.map_err(|bad| Fault::Queue(index, bad))
     }
 
-    /// Writes what the disk is and can do, and Connected. Whether nobody else has written the state
-    /// meanwhile.
-    pub(crate) fn describe_disk(&self) -> Result<bool, Fault> {
+    /// The first page of the first ring.
+    fn first_reference(&self, context: &impl Context) -> Result<ForeignRef, Fault> {
+        let node = if self.accepted.numbered_refs {
+            "ring-ref0"
+        } else {
+            "ring-ref"
+        };
+        self.number_within(context, 0, "ring-ref", fmt!("{node}"))
+            .map(ForeignRef)
+    }
+
+    /// Returns `true` if the frontend still offers the rings that are mapped. Others have other
+    /// references, for those of a page that is mapped are not used again.
+    fn is_offered(&self, transaction: &Transaction) -> bool {
+        let state = read_within(transaction, self.frontend, fmt!("state"))
+            .ok()
+            .flatten();
+        let state = state.and_then(|state| node::decimal_u32("state", state.as_bytes()).ok());
+        let state = state.and_then(XenbusState::from_number);
+        matches!(
+            state,
+            Some(XenbusState::Initialised | XenbusState::Connected)
+        ) && self.first_reference(transaction).ok() == self.first
+    }
+
+    /// Writes what the disk is and can do, and Connected, unless the toolstack or the frontend have
+    /// changed their minds since the rings were mapped.
+    pub(crate) fn describe_disk(&self) -> Result<Described, Fault> {
         let cdrom = read(self.frontend, fmt!("device-type"))?
             .is_some_and(|kind| kind.as_bytes() == b"cdrom");
         let disk = &self.disk;
         let dir = self.device.nodename();
         let sectors = disk.device.sectors();
         disk.told(sectors);
-        self.device
+        let mut offered = true;
+        let switched = self
+            .device
             .switch_state_with(State::Connected, |transaction| {
+                offered = self.is_offered(transaction);
+                if !offered {
+                    return Err(EBUSY);
+                }
                 let write = |node: &str, value: u64| {
                     xenstore::write(transaction, dir, fmt!("{node}"), fmt!("{value}"))
                 };
@@ -436,7 +553,14 @@ impl<'a> Connection<'a> {
                 write("sector-size", block_size)?;
                 let physical = disk.device.physical_block_size().into();
                 write("physical-sector-size", physical)
-            })
-            .doing("writing what the disk is")
+            });
+        match switched {
+            Err(_) if !offered => Ok(Described::Withdrawn),
+            Ok(Switched::Written) => Ok(Described::Connected),
+            Ok(Switched::Refused(found)) => Ok(Described::Refused(found)),
+            Ok(Switched::Failed(error)) | Err(error) => {
+                Err(Fault::Own("writing what the disk is", error))
+            }
+        }
     }
 }

@@ -24,9 +24,11 @@ use kernel_ext::base::timer::Target;
 use kernel_ext::base::timer::Timer;
 use kernel_ext::block::bdev::Access;
 use kernel_ext::block::bdev::BlockDevice;
+use kernel_ext::block::bdev::Claim;
 use kernel_ext::block::bdev::DeviceNumber;
 use kernel_ext::block::bdev::Discard;
 use kernel_ext::block::bio::MAX_DISCARD_SECTORS;
+use kernel_ext::ratelimited;
 
 /// Segments that an indirect request may have (`MAX_INDIRECT_SEGMENTS` of the C backend).
 pub(crate) const MAX_INDIRECT_SEGMENTS: u16 = 256;
@@ -59,12 +61,11 @@ impl Disk {
     pub(crate) fn open(
         number: DeviceNumber,
         access: Access,
+        claim: Claim,
         mode: CString,
         discard: bool,
     ) -> Result<Self> {
-        let device = BlockDevice::open(number, access)?;
-        // Requests go beside the page cache.
-        device.sync_and_forget_cache()?;
+        let device = BlockDevice::open(number, access, claim)?;
         let discard = device
             .discard()
             .filter(|_| discard && access == Access::ReadWrite);
@@ -78,6 +79,21 @@ impl Disk {
             block_size,
             told,
         })
+    }
+
+    /// Brings the page cache onto the disk and empties it, for requests go beside it. May sleep for as
+    /// long as the disk takes.
+    pub(crate) fn empty_cache(&self) -> Result {
+        let empty = self.device.sync_and_forget_cache()?;
+        if !empty && !self.read_only() {
+            ratelimited!(pr_warn!(
+                "{:x}:{:x}: programs of this domain use pages of the disk, which is served: what they \
+                 write there replaces what its guest has written\n",
+                self.number.major(),
+                self.number.minor()
+            ));
+        }
+        Ok(())
     }
 
     /// Writes are refused.

@@ -250,19 +250,22 @@ impl Control {
 
     /// Writes the own state to xenstore.
     fn show(&self) {
-        match self.own.xenbus() {
-            XenbusState::Initialised => self.device.switch_state(xenbus::State::Initialised),
-            XenbusState::Connected => self.device.switch_state(xenbus::State::Connected),
+        let state = match self.own.xenbus() {
+            XenbusState::Initialised => xenbus::State::Initialised,
+            XenbusState::Connected => xenbus::State::Connected,
             // A shutdown waits for the first call of this, which is to be that of the end.
-            XenbusState::Closed if self.own == Front::Dead => self.device.frontend_closed(),
-            XenbusState::Closed => self.device.switch_state(xenbus::State::Closed),
+            XenbusState::Closed if self.own == Front::Dead => {
+                return self.device.frontend_closed();
+            }
+            XenbusState::Closed => xenbus::State::Closed,
             XenbusState::Unknown
             | XenbusState::Initialising
             | XenbusState::InitWait
             | XenbusState::Closing
             | XenbusState::Reconfiguring
-            | XenbusState::Reconfigured => self.device.switch_state(xenbus::State::Initialising),
-        }
+            | XenbusState::Reconfigured => xenbus::State::Initialising,
+        };
+        self.device.switch_state(state);
     }
 
     /// Shares rings with the backend.

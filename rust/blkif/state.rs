@@ -28,7 +28,16 @@
 //!
 //! A driver that is told of each change of the other side need not read again. A frontend has no more
 //! to do after one step. A backend looks again, for the toolstack may want it gone, of which nobody
-//! tells: but not when it is [`Back::Live`] and nobody has changed its node since it looked.
+//! tells: but not when it is [`Back::Live`].
+//!
+//! # Who writes a state
+//!
+//! A side writes its own node, and so does the toolstack: it writes Closing to the backend's, and
+//! waits for Closed. A state that a backend wants to write replaces the one that it wrote before and
+//! no other, in one transaction. When it finds Closing in its place, it writes nothing but Closed
+//! from then on, see [`BackEvent::ToolstackClosing`]. To a frontend that has closed, InitWait and
+//! Connected would look like a new life of the backend: `xen-blkfront` then offers its rings again
+//! while it still has the old ones, and crashes.
 //!
 //! # An ordinary life
 //!
@@ -287,8 +296,13 @@ impl Front {
 /// What a backend knows about its connection.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Back {
-    /// What it can do is written. This is where a probed device starts, also when it takes over a
-    /// frontend that is Connected.
+    /// A driver was bound and has written nothing yet. The frontend may be in any state, even
+    /// Connected: rings of the driver before this one are taken over.
+    Starting,
+    /// As `Starting`, but the driver before this one has left Closing or Closed, and a frontend that
+    /// has not closed yet is about to.
+    StartingClosed,
+    /// What it can do is written.
     Waiting,
     /// The rings are served.
     Live,
@@ -311,15 +325,42 @@ pub enum BackEvent {
     Frontend {
         /// Present state of the frontend.
         state: XenbusState,
-        /// The own node `online` is there and not 0: the toolstack wants the device to exist.
+        /// The toolstack wants the device to exist, see [`is_online`].
         online: bool,
         /// The physical device is open.
         ready: bool,
     },
     /// The frontend's node `state` holds no number of a state.
     BadState,
-    /// A step could not be carried out: bad nodes, a bad ring.
-    Failed,
+    /// Closing was found in the own node, where the toolstack has written it.
+    ToolstackClosing,
+    /// A step could not be carried out.
+    Failed(Failure),
+}
+
+/// Says why a backend could not carry out a step.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Failure {
+    /// What the frontend has written makes no sense, or what it has put in a ring.
+    Frontend,
+    /// The disk cannot be used, or what the frontend has named cannot be had: there is no such disk,
+    /// somebody else uses it, Xen refuses.
+    Unusable {
+        /// A frontend has been connected to this device before, so there is a disk in use.
+        connected: bool,
+    },
+    /// This domain is short of something, such as memory, that it may have later.
+    Shortage,
+}
+
+/// Returns `true` if the toolstack wants a backend's device to stay when a frontend in this state
+/// closes it. `node` is the node `online` of the backend; a toolstack that does not write it wants the
+/// device as long as the frontend does.
+pub fn is_online(node: Option<&[u8]>, frontend: XenbusState) -> bool {
+    match node {
+        Some(text) => crate::node::switch("online", text).unwrap_or(false),
+        None => !matches!(frontend, XenbusState::Closed | XenbusState::Unknown),
+    }
 }
 
 /// What a backend must do.
@@ -332,6 +373,9 @@ pub enum BackAction {
     Open,
     /// Map the rings at the position where they are, describe the disk, start to serve; Connected.
     Attach,
+    /// Report the failure, and look again after a while, or when something changes. The frontend keeps
+    /// waiting, and a disk in use stays in use.
+    Retry,
     /// Show that the frontend's wish to close was seen; Closing.
     Close,
     /// Write the error to xenstore; Closing.
@@ -351,7 +395,7 @@ impl BackAction {
     /// The state after the action, if it leads to another one.
     pub const fn leads_to(self) -> Option<Back> {
         match self {
-            BackAction::Wait | BackAction::Open => None,
+            BackAction::Wait | BackAction::Open | BackAction::Retry => None,
             BackAction::Attach => Some(Back::Live),
             BackAction::Close | BackAction::Fail => Some(Back::Closing),
             BackAction::Drain => Some(Back::Detached),
@@ -366,10 +410,10 @@ impl Back {
     /// What stands in the backend's node `state`, if this state of the connection decides it.
     pub const fn xenbus(self) -> Option<XenbusState> {
         match self {
+            Back::Starting | Back::StartingClosed | Back::Detached => None,
             Back::Waiting => Some(XenbusState::InitWait),
             Back::Live => Some(XenbusState::Connected),
             Back::Closing => Some(XenbusState::Closing),
-            Back::Detached => None,
             Back::Closed | Back::Gone => Some(XenbusState::Closed),
         }
     }
@@ -387,6 +431,8 @@ impl Back {
                 online: true,
                 ready,
             } => match self {
+                Back::Starting => Self::starting(state),
+                Back::StartingClosed => Self::starting_closed(state),
                 Back::Waiting => Self::waiting(state, ready),
                 Back::Live => Self::live(state),
                 Back::Closing => Self::closing(state),
@@ -394,7 +440,36 @@ impl Back {
                 Back::Closed => Self::closed(state),
                 Back::Gone => BackAction::Wait,
             },
-            BackEvent::BadState | BackEvent::Failed => self.fail(),
+            BackEvent::ToolstackClosing => self.close(),
+            BackEvent::BadState | BackEvent::Failed(Failure::Frontend) => self.fail(),
+            BackEvent::Failed(Failure::Unusable { connected: false }) => self.fail(),
+            BackEvent::Failed(Failure::Unusable { connected: true } | Failure::Shortage) => {
+                self.retry()
+            }
+        }
+    }
+
+    const fn starting(frontend: XenbusState) -> BackAction {
+        match frontend {
+            XenbusState::Initialising => BackAction::Restart,
+            XenbusState::Initialised | XenbusState::Connected => BackAction::Restart,
+            XenbusState::Closing => BackAction::Close,
+            XenbusState::Closed | XenbusState::Unknown => BackAction::Drain,
+            XenbusState::InitWait => BackAction::Fail,
+            XenbusState::Reconfiguring | XenbusState::Reconfigured => BackAction::Fail,
+        }
+    }
+
+    /// A frontend that is Initialised or Connected has not seen yet what the driver before this one
+    /// has left. To offer it anything now would be to race with it.
+    const fn starting_closed(frontend: XenbusState) -> BackAction {
+        match frontend {
+            XenbusState::Initialising => BackAction::Restart,
+            XenbusState::Initialised | XenbusState::Connected => BackAction::Wait,
+            XenbusState::Closing => BackAction::Wait,
+            XenbusState::Closed | XenbusState::Unknown => BackAction::Drain,
+            XenbusState::InitWait => BackAction::Fail,
+            XenbusState::Reconfiguring | XenbusState::Reconfigured => BackAction::Fail,
         }
     }
 
@@ -465,17 +540,36 @@ impl Back {
     const fn unwanted(self, frontend: XenbusState) -> BackAction {
         let closed = matches!(frontend, XenbusState::Closed | XenbusState::Unknown);
         match self {
-            Back::Waiting | Back::Live | Back::Closing if closed => BackAction::Drain,
-            Back::Waiting | Back::Live => BackAction::Close,
-            Back::Closing => BackAction::Wait,
             Back::Detached | Back::Closed => BackAction::Forget,
             Back::Gone => BackAction::Wait,
+            _ if closed => BackAction::Drain,
+            Back::Starting | Back::Waiting | Back::Live => BackAction::Close,
+            Back::StartingClosed | Back::Closing => BackAction::Wait,
+        }
+    }
+
+    const fn close(self) -> BackAction {
+        match self {
+            Back::Starting | Back::StartingClosed | Back::Waiting => BackAction::Close,
+            Back::Live | Back::Detached | Back::Closed => BackAction::Close,
+            Back::Closing | Back::Gone => BackAction::Wait,
+        }
+    }
+
+    /// To close would be to end a disk that may have a root file system on it, for something that may
+    /// be over in a moment.
+    const fn retry(self) -> BackAction {
+        match self {
+            Back::Starting | Back::StartingClosed | Back::Waiting => BackAction::Retry,
+            Back::Live | Back::Detached | Back::Closed => BackAction::Retry,
+            Back::Closing | Back::Gone => BackAction::Wait,
         }
     }
 
     const fn fail(self) -> BackAction {
         match self {
-            Back::Waiting | Back::Live | Back::Detached => BackAction::Fail,
+            Back::Starting | Back::StartingClosed | Back::Waiting => BackAction::Fail,
+            Back::Live | Back::Detached => BackAction::Fail,
             Back::Closing | Back::Closed | Back::Gone => BackAction::Wait,
         }
     }
@@ -503,7 +597,9 @@ mod tests {
         Front::Reset,
         Front::Dead,
     ];
-    const BACKS: [Back; 6] = [
+    const BACKS: [Back; 8] = [
+        Back::Starting,
+        Back::StartingClosed,
         Back::Waiting,
         Back::Live,
         Back::Closing,
@@ -654,13 +750,15 @@ mod tests {
     #[test]
     fn a_backend_fails_once() {
         for own in BACKS {
-            let open = matches!(own, Back::Waiting | Back::Live | Back::Detached);
+            let open = !matches!(own, Back::Closing | Back::Closed | Back::Gone);
             let expected = if open {
                 BackAction::Fail
             } else {
                 BackAction::Wait
             };
-            assert_eq!(own.step(BackEvent::Failed), expected);
+            let unusable = Failure::Unusable { connected: false };
+            assert_eq!(own.step(BackEvent::Failed(unusable)), expected);
+            assert_eq!(own.step(BackEvent::Failed(Failure::Frontend)), expected);
             assert_eq!(own.step(BackEvent::BadState), expected);
             for state in [
                 XenbusState::InitWait,
@@ -673,8 +771,83 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_in_use_outlives_failures_of_the_backend() {
+        for own in BACKS {
+            let over = matches!(own, Back::Closing | Back::Gone);
+            let expected = if over {
+                BackAction::Wait
+            } else {
+                BackAction::Retry
+            };
+            let unusable = Failure::Unusable { connected: true };
+            assert_eq!(own.step(BackEvent::Failed(unusable)), expected);
+            assert_eq!(own.step(BackEvent::Failed(Failure::Shortage)), expected);
+        }
+    }
+
+    #[test]
+    fn online_until_the_frontend_has_closed_if_the_toolstack_does_not_say() {
+        for state in STATES {
+            let closed = matches!(state, XenbusState::Closed | XenbusState::Unknown);
+            assert_eq!(is_online(None, state), !closed);
+            assert!(is_online(Some(b"1"), state));
+            assert!(!is_online(Some(b"0"), state));
+            assert!(!is_online(Some(b"x"), state));
+        }
+    }
+
+    #[test]
+    fn closing_of_the_toolstack_is_taken_over() {
+        for own in BACKS {
+            let over = matches!(own, Back::Closing | Back::Gone);
+            let expected = if over {
+                BackAction::Wait
+            } else {
+                BackAction::Close
+            };
+            assert_eq!(own.step(BackEvent::ToolstackClosing), expected);
+        }
+    }
+
+    #[test]
+    fn what_was_told_to_close_closes_before_it_is_served_again() {
+        for (state, first, later) in [
+            (
+                XenbusState::Initialising,
+                BackAction::Restart,
+                BackAction::Restart,
+            ),
+            (
+                XenbusState::Initialised,
+                BackAction::Restart,
+                BackAction::Wait,
+            ),
+            (
+                XenbusState::Connected,
+                BackAction::Restart,
+                BackAction::Wait,
+            ),
+            (XenbusState::Closing, BackAction::Close, BackAction::Wait),
+            (XenbusState::Closed, BackAction::Drain, BackAction::Drain),
+        ] {
+            assert_eq!(back(Back::Starting, state, true), first);
+            assert_eq!(back(Back::StartingClosed, state, true), later);
+        }
+        assert_eq!(
+            back(Back::Starting, XenbusState::Connected, false),
+            BackAction::Close
+        );
+        assert_eq!(
+            back(Back::StartingClosed, XenbusState::Connected, false),
+            BackAction::Wait
+        );
+    }
+
+    #[test]
     fn a_backend_without_a_frontend_goes() {
         for (own, action) in [
+            (Back::Starting, BackAction::Drain),
+            (Back::StartingClosed, BackAction::Drain),
             (Back::Waiting, BackAction::Drain),
             (Back::Live, BackAction::Drain),
             (Back::Closing, BackAction::Drain),
@@ -712,7 +885,7 @@ mod tests {
         ] {
             assert_eq!(action.leads_to().and_then(Back::xenbus), node);
         }
-        for action in [BackAction::Wait, BackAction::Open] {
+        for action in [BackAction::Wait, BackAction::Open, BackAction::Retry] {
             assert_eq!(action.leads_to(), None);
         }
     }

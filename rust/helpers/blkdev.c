@@ -2,6 +2,8 @@
 
 #include <linux/blkdev.h>
 #include <linux/cdrom.h>
+#include <linux/pagemap.h>
+#include <linux/xarray.h>
 
 sector_t rust_helper_bdev_nr_sectors(struct block_device *bdev)
 {
@@ -51,6 +53,35 @@ bool rust_helper_bdev_is_cdrom(struct block_device *bdev)
 u64 rust_helper_bdev_diskseq(struct block_device *bdev)
 {
 	return bdev->bd_disk->diskseq;
+}
+
+/*
+ * The number of the next partition after *partno that has something in its page
+ * cache, or 0. Partitions of the whole disk only.
+ */
+dev_t rust_helper_bdev_next_cached_partition(struct block_device *bdev,
+					     unsigned long *partno)
+{
+	struct block_device *part;
+	dev_t number = 0;
+
+	if (bdev_is_partition(bdev))
+		return 0;
+	rcu_read_lock();
+	do {
+		part = xa_find_after(&bdev->bd_disk->part_tbl, partno, ULONG_MAX,
+				     XA_PRESENT);
+	} while (part && !READ_ONCE(part->bd_mapping->nrpages));
+	if (part)
+		number = part->bd_dev;
+	rcu_read_unlock();
+	return number;
+}
+
+/* The whole disk that a partition is of, or NULL. */
+struct block_device *rust_helper_bdev_disk_of_partition(struct block_device *bdev)
+{
+	return bdev_is_partition(bdev) ? bdev_whole(bdev) : NULL;
 }
 
 bool rust_helper_bdev_is_removable(struct block_device *bdev)

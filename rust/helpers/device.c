@@ -16,3 +16,8 @@ int rust_helper_device_trylock(struct device *dev)
 {
 	return device_trylock(dev);
 }
+
+bool rust_helper_device_is_registered(struct device *dev)
+{
+	return device_is_registered(dev);
+}

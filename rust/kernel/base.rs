@@ -19,6 +19,7 @@
 //! - [`this_module`]: the module that this crate is linked into.
 //! - [`timer`]: calls at a later time.
 //! - [`wait`]: wait queues.
+//! - [`workqueue`]: work queues that end with their owner.
 
 pub mod cpu;
 pub mod global_mutex;
@@ -37,3 +38,4 @@ pub mod sysfs;
 pub mod this_module;
 pub mod timer;
 pub mod wait;
+pub mod workqueue;

@@ -8,9 +8,10 @@
 //! here can be driven to undefined behaviour by any argument.**
 //!
 //! What the kernel may call back into holds a reference to the module, see
-//! [`module_ref`](base::module_ref), so leaking it keeps the module loaded. The exception is an I/O
-//! of [`bio`](block::bio), whose end runs code of the module: who submits one waits for its end before
-//! the module can be unloaded.
+//! [`module_ref`](base::module_ref), so leaking it keeps the module loaded. There are two exceptions.
+//! The end of an I/O of [`bio`](block::bio) runs code of the module: who submits one waits for its end
+//! before the module can be unloaded. A [`workqueue`](base::workqueue) is dropped by the module that
+//! created it, which waits for its work.
 //!
 //! - [`base`]: what any driver may need.
 //! - [`block`]: disks and requests. Knows nothing of Xen.

@@ -8,14 +8,18 @@
 //! sequence of moves and blows leads to, and then looks at the moves alone: from no world do they
 //! go on for ever, and wherever they end is a good end.
 //!
-//! A side reads the other's state in one move and acts on it in another, so that the other may
-//! change in between. A watch that fires several times is noticed once.
+//! A side reads the other's state in one move, acts on it in another, and writes its own state in a
+//! third, so that anybody may do anything in between. So does the toolstack: it clears `online` in
+//! one move and writes Closing in another. A watch that fires several times is noticed once.
 //!
-//! The C drivers take part, modelled after what they do with each state of the other side.
+//! The C drivers take part, modelled after what they do with each state of the other side. The C
+//! frontend crashes (`BUG_ON(info->nr_rings)`) when it has closed and is shown Connected: no sequence
+//! of moves and blows may lead to that.
 
 use blkif::state::Back;
 use blkif::state::BackAction;
 use blkif::state::BackEvent;
+use blkif::state::Failure;
 use blkif::state::Front;
 use blkif::state::FrontAction;
 use blkif::state::FrontEvent;
@@ -41,17 +45,35 @@ enum BackSide {
     C(XenbusState),
 }
 
+/// What the toolstack does about the device.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+enum Toolstack {
+    /// It wants the device to be there.
+    Keeps,
+    /// It has cleared `online`, and has still to write Closing.
+    Detaches,
+    /// It has written Closing and waits for Closed.
+    Waits,
+    /// It has removed the nodes.
+    Done,
+}
+
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 struct World {
     front: FrontSide,
     back: BackSide,
     front_node: XenbusState,
     back_node: XenbusState,
+    /// What the drivers of the backend have written last.
+    back_wrote: XenbusState,
     online: bool,
+    toolstack: Toolstack,
     /// The physical device is open.
     ready: bool,
-    /// The hotplug script has named one that cannot be opened.
+    /// The one that the hotplug script has named cannot be opened.
     wrong: bool,
+    /// A backend has described the disk in its directory: a frontend has been connected.
+    described: bool,
     /// The frontend shares rings.
     offered: bool,
     /// The backend has mapped the rings that the frontend shares now.
@@ -64,14 +86,27 @@ struct World {
     front_read: Option<(XenbusState, bool)>,
     /// The frontend's state, `online` and `ready` as the backend read them.
     back_read: Option<(XenbusState, bool, bool)>,
+    /// What the frontend has done leads to this, which it has to write.
+    front_write: Option<FrontSide>,
+    /// The same for the backend.
+    back_write: Option<BackSide>,
+    /// The C frontend has made rings. It keeps them when it closes.
+    c_rings: bool,
+    /// The C frontend has met its BUG.
+    crashed: bool,
 }
 
 /// What befalls a world.
 #[derive(Clone, Copy, Debug)]
 enum Blow {
     Detach,
+    /// The toolstack writes Closing and leaves `online` as it is.
+    AskToClose,
     BackRebind,
+    /// The frontend, or the toolstack, has written nonsense.
     BackFailure,
+    /// The backend is short of something.
+    BackShortage,
     FrontUnbind,
     FrontBind,
     FrontCrash,
@@ -80,12 +115,16 @@ enum Blow {
     Migration,
     DeviceReady,
     DeviceWrong,
+    /// A backend that was replaced finds that somebody else has the device.
+    DeviceTaken,
 }
 
-const BLOWS: [Blow; 11] = [
+const BLOWS: [Blow; 14] = [
     Blow::Detach,
+    Blow::AskToClose,
     Blow::BackRebind,
     Blow::BackFailure,
+    Blow::BackShortage,
     Blow::FrontUnbind,
     Blow::FrontBind,
     Blow::FrontCrash,
@@ -94,6 +133,7 @@ const BLOWS: [Blow; 11] = [
     Blow::Migration,
     Blow::DeviceReady,
     Blow::DeviceWrong,
+    Blow::DeviceTaken,
 ];
 
 impl World {
@@ -102,17 +142,33 @@ impl World {
             front,
             back,
             front_node: XenbusState::Initialising,
-            back_node: XenbusState::InitWait,
+            back_node: XenbusState::Initialising,
+            back_wrote: XenbusState::Initialising,
             online: true,
+            toolstack: Toolstack::Keeps,
             ready: false,
             wrong: false,
+            described: false,
             offered: false,
             served: false,
             front_wake: true,
             back_wake: true,
             front_read: None,
             back_read: None,
+            front_write: None,
+            back_write: None,
+            c_rings: false,
+            crashed: false,
         }
+        .with_probed_back()
+    }
+
+    /// The C backend writes InitWait when it is bound; ours does so as a move.
+    fn with_probed_back(mut self) -> Self {
+        if let BackSide::C(state) = self.back {
+            self.back_writes(BackSide::C(state));
+        }
+        self
     }
 
     fn write_front(&mut self, state: XenbusState) {
@@ -139,16 +195,37 @@ impl World {
         self.served = false;
     }
 
-    /// The worlds that a move leads to, at most one for each side.
+    /// The worlds that a move leads to, at most one for each side and one for the toolstack.
     fn moves(&self) -> Vec<World> {
-        [self.front_move(), self.back_move()]
+        [self.front_move(), self.back_move(), self.toolstack_move()]
             .into_iter()
             .flatten()
             .collect()
     }
 
+    /// Once the backend has closed, the toolstack removes all nodes, of which both sides hear.
+    fn toolstack_move(mut self) -> Option<World> {
+        let closed = self.back_node == XenbusState::Closed;
+        match self.toolstack {
+            Toolstack::Keeps | Toolstack::Done => return None,
+            Toolstack::Detaches | Toolstack::Waits if closed => {
+                self.forget();
+                self.toolstack = Toolstack::Done;
+            }
+            Toolstack::Waits => return None,
+            Toolstack::Detaches => {
+                self.back_node = XenbusState::Closing;
+                self.toolstack = Toolstack::Waits;
+            }
+        }
+        self.front_wake = true;
+        Some(self)
+    }
+
     fn front_move(mut self) -> Option<World> {
-        if let Some((state, online)) = self.front_read.take() {
+        if let Some(next) = self.front_write.take() {
+            self.front_writes(next);
+        } else if let Some((state, online)) = self.front_read.take() {
             match self.front {
                 FrontSide::Absent => {}
                 FrontSide::Ours(own) => {
@@ -172,9 +249,15 @@ impl World {
             FrontAction::Connect => assert!(self.offered),
             FrontAction::Reset | FrontAction::Restart | FrontAction::Detach => self.unshare(),
         }
-        if let Some(next) = action.leads_to() {
-            self.front = FrontSide::Ours(next);
-            self.write_front(next.xenbus());
+        self.front_write = action.leads_to().map(FrontSide::Ours);
+    }
+
+    fn front_writes(&mut self, next: FrontSide) {
+        self.front = next;
+        match next {
+            FrontSide::Absent => {}
+            FrontSide::Ours(own) => self.write_front(own.xenbus()),
+            FrontSide::C(own) => self.write_front(own),
         }
     }
 
@@ -190,16 +273,21 @@ impl World {
         };
         match (own, next) {
             (Initialised, Initialised) | (Initialised | Connected, Connected) => {}
-            (_, Initialised | Connected) => self.share(),
+            (_, Initialised | Connected) => {
+                self.crashed |= self.c_rings;
+                self.c_rings = true;
+                self.share();
+            }
             (_, Closed) => self.unshare(),
             _ => {}
         }
-        self.front = FrontSide::C(next);
-        self.write_front(next);
+        self.front_write = Some(FrontSide::C(next));
     }
 
     fn back_move(mut self) -> Option<World> {
-        if let Some((state, online, ready)) = self.back_read.take() {
+        if let Some(next) = self.back_write.take() {
+            self.back_writes(next);
+        } else if let Some((state, online, ready)) = self.back_read.take() {
             match self.back {
                 BackSide::Gone => {}
                 BackSide::Ours(own) => {
@@ -221,31 +309,72 @@ impl World {
         Some(self)
     }
 
-    /// After a step it looks again, but for one that has found its own node as it was: what the
-    /// frontend does meanwhile is told.
     fn back_does(&mut self, action: BackAction, own: Back) {
-        let unchanged = own.xenbus() == Some(self.back_node);
         match action {
             BackAction::Attach if self.offered => self.served = true,
             // The frontend has torn its rings down in the meantime: they cannot be mapped.
-            BackAction::Attach => return self.back_does(BackAction::Fail, own),
-            BackAction::Open if self.wrong => return self.back_does(BackAction::Fail, own),
-            BackAction::Open => {}
+            BackAction::Attach => return self.back_fails(self.unusable(), own),
+            BackAction::Open if self.wrong => return self.back_fails(self.unusable(), own),
+            BackAction::Open | BackAction::Retry => {}
             BackAction::Drain => self.served = false,
             BackAction::Wait | BackAction::Close | BackAction::Fail => {}
             BackAction::Restart | BackAction::Finish => {}
             BackAction::Forget => self.served = false,
         }
-        if let Some(next) = action.leads_to() {
-            self.back_wake |= action != BackAction::Attach || !unchanged;
-            self.back = if next == Back::Gone {
-                BackSide::Gone
-            } else {
-                BackSide::Ours(next)
-            };
-            if let Some(state) = next.xenbus() {
-                self.write_back(state);
+        self.back_write = action.leads_to().map(|next| match next {
+            Back::Gone => BackSide::Gone,
+            _ => BackSide::Ours(next),
+        });
+    }
+
+    fn unusable(&self) -> Failure {
+        Failure::Unusable {
+            connected: self.described,
+        }
+    }
+
+    fn back_fails(&mut self, failure: Failure, own: Back) {
+        self.back_does(own.step(BackEvent::Failed(failure)), own);
+    }
+
+    /// The C backend writes whatever it finds. After a step ours looks again, but for the one that
+    /// leads to Connected: what the frontend does meanwhile is told.
+    fn back_writes(&mut self, next: BackSide) {
+        let (state, looks_again) = match next {
+            BackSide::Gone => (Some(XenbusState::Closed), false),
+            BackSide::C(state) => (Some(state), false),
+            BackSide::Ours(own) => (own.xenbus(), own != Back::Live),
+        };
+        let ours = matches!(next, BackSide::Ours(_));
+        if let Some(state) = state {
+            if ours && !self.may_replace(state) {
+                return self.back_is_refused();
             }
+            if ours && state == XenbusState::Connected && !self.served {
+                // The frontend has closed since, or has other rings than those that are mapped.
+                self.back_wake = true;
+                return;
+            }
+            self.back_wrote = state;
+            self.described |= state == XenbusState::Connected;
+            self.write_back(state);
+        }
+        self.back = next;
+        self.back_wake |= looks_again;
+    }
+
+    /// The rule of the bus, as far as the toolstack writes to the backend's node.
+    fn may_replace(&self, state: XenbusState) -> bool {
+        self.back_node == self.back_wrote
+            || self.back_node != XenbusState::Closing
+            || matches!(state, XenbusState::Closing | XenbusState::Closed)
+    }
+
+    /// What was mapped is given up again.
+    fn back_is_refused(&mut self) {
+        self.served = false;
+        if let BackSide::Ours(own) = self.back {
+            self.back_does(own.step(BackEvent::ToolstackClosing), own);
         }
     }
 
@@ -269,8 +398,9 @@ impl World {
             (_, Closed) => self.served = false,
             _ => {}
         }
-        self.back = BackSide::C(next);
-        self.write_back(next);
+        // In one move with what it does: when the frontend closes and offers other rings in between, it
+        // shows Connected and serves the old ones, whatever the frontend is.
+        self.back_writes(BackSide::C(next));
         if front == Closed && !self.online {
             self.forget();
         }
@@ -278,16 +408,19 @@ impl World {
 
     fn forget(&mut self) {
         self.served = false;
-        self.back = BackSide::Gone;
-        self.write_back(XenbusState::Closed);
+        self.back_read = None;
+        self.back_write = None;
+        self.back_writes(BackSide::Gone);
     }
 
     /// The world after a blow, if it can befall this one.
     fn befall(mut self, blow: Blow) -> Option<World> {
         match blow {
             Blow::Detach => self.detach()?,
+            Blow::AskToClose => self.ask_to_close()?,
             Blow::BackRebind => self.back_rebind()?,
-            Blow::BackFailure => self.back_failure()?,
+            Blow::BackFailure => self.back_failure(Failure::Frontend)?,
+            Blow::BackShortage => self.back_shortage()?,
             Blow::FrontUnbind => self.front_unbind()?,
             Blow::FrontBind if self.front == FrontSide::Absent => self.front_bind(),
             Blow::FrontBind => return None,
@@ -304,43 +437,53 @@ impl World {
             Blow::DeviceWrong if self.ready => return None,
             Blow::DeviceWrong => {
                 self.wrong = true;
-                self.back_failure()?;
+                self.back_failure(self.unusable())?;
             }
+            Blow::DeviceTaken => self.device_taken()?,
         }
         Some(self)
     }
 
-    /// The toolstack removes a device at once if the backend is Closed, else it asks it to close.
     fn detach(&mut self) -> Option<()> {
         if !self.online {
             return None;
         }
         self.online = false;
-        if self.back_node == XenbusState::Closed {
-            self.forget();
-        } else {
-            self.back_node = XenbusState::Closing;
+        self.toolstack = Toolstack::Detaches;
+        Some(())
+    }
+
+    fn ask_to_close(&mut self) -> Option<()> {
+        if !self.online || self.back == BackSide::Gone || self.back_node == XenbusState::Closed {
+            return None;
         }
+        self.back_node = XenbusState::Closing;
         self.front_wake = true;
         Some(())
     }
 
-    /// A backend that is unbound finishes what it took and says nothing, unless the toolstack wants
-    /// it to close. The next one starts like any.
+    /// A backend that is unbound finishes what it took. It says nothing to the frontend, but the bus
+    /// writes Closed if it finds Closing.
     fn back_rebind(&mut self) -> Option<()> {
-        if self.back == BackSide::Gone || !self.online || self.wakes_the_dead() {
+        let c_would_be_lost = matches!(self.back, BackSide::C(_)) && !self.online;
+        let at_rest = self.back != BackSide::Gone && self.back_write.is_none();
+        if !at_rest || c_would_be_lost || self.wakes_the_dead() {
             return None;
+        }
+        if self.back_node == XenbusState::Closing {
+            self.back_wrote = XenbusState::Closed;
+            self.write_back(XenbusState::Closed);
         }
         self.served = false;
         self.back_wake = true;
         self.back_read = None;
         self.back = self.fresh_back();
-        self.write_back(XenbusState::InitWait);
+        *self = self.with_probed_back();
         Some(())
     }
 
-    /// A C frontend that is about to close offers rings again if it finds the backend Connected
-    /// afterwards. The backend cannot tell them from the first ones. That is the same between two C
+    /// A C frontend that is about to close, as the backend has asked it to, offers rings again if it
+    /// finds the next backend Connected afterwards, which cannot tell. That is the same between two C
     /// drivers, so a backend that asked a C frontend to close is not replaced here.
     fn wakes_the_dead(&self) -> bool {
         matches!(self.front, FrontSide::C(_)) && self.back_node == XenbusState::Closing
@@ -349,19 +492,43 @@ impl World {
     fn fresh_back(&self) -> BackSide {
         match self.back {
             BackSide::C(_) => BackSide::C(XenbusState::InitWait),
-            BackSide::Ours(_) | BackSide::Gone => BackSide::Ours(Back::Waiting),
+            BackSide::Ours(_) | BackSide::Gone => BackSide::Ours(match self.back_wrote {
+                XenbusState::Closing | XenbusState::Closed => Back::StartingClosed,
+                _ => Back::Starting,
+            }),
         }
     }
 
-    fn back_failure(&mut self) -> Option<()> {
+    /// The C backend closes whatever fails.
+    fn back_shortage(&mut self) -> Option<()> {
+        if matches!(self.back, BackSide::C(_)) {
+            return None;
+        }
+        self.back_failure(Failure::Shortage)
+    }
+
+    fn device_taken(&mut self) -> Option<()> {
+        let starting = matches!(
+            self.back,
+            BackSide::Ours(Back::Starting | Back::StartingClosed)
+        );
+        if !starting || !self.ready {
+            return None;
+        }
+        self.ready = false;
+        self.wrong = true;
+        Some(())
+    }
+
+    fn back_failure(&mut self, failure: Failure) -> Option<()> {
+        if self.back_write.is_some() {
+            return None;
+        }
         self.back_read = None;
         match self.back {
             BackSide::Gone => return None,
-            BackSide::Ours(own) => self.back_does(own.step(BackEvent::Failed), own),
-            BackSide::C(_) => {
-                self.back = BackSide::C(XenbusState::Closing);
-                self.write_back(XenbusState::Closing);
-            }
+            BackSide::Ours(own) => self.back_fails(failure, own),
+            BackSide::C(_) => self.back_writes(BackSide::C(XenbusState::Closing)),
         }
         // A read that was under way is done anew.
         self.back_wake = true;
@@ -369,7 +536,7 @@ impl World {
     }
 
     fn front_unbind(&mut self) -> Option<()> {
-        if !matches!(self.front, FrontSide::Ours(_)) {
+        if !matches!(self.front, FrontSide::Ours(_)) || self.front_write.is_some() {
             return None;
         }
         self.front = FrontSide::Absent;
@@ -383,6 +550,7 @@ impl World {
     fn front_bind(&mut self) {
         self.front = FrontSide::Ours(Front::Waiting);
         self.front_read = None;
+        self.front_write = None;
         self.front_wake = true;
         self.unshare();
         self.write_front(XenbusState::Initialising);
@@ -392,6 +560,9 @@ impl World {
         let FrontSide::Ours(own) = self.front else {
             return None;
         };
+        if self.front_write.is_some() {
+            return None;
+        }
         self.front_does(own.step(event));
         Some(())
     }
@@ -401,12 +572,17 @@ impl World {
         let FrontSide::Ours(own) = self.front else {
             return None;
         };
-        if own == Front::Dead || !self.online || self.back == BackSide::Gone {
+        let moves = self.online && self.back != BackSide::Gone && self.front_write.is_none();
+        if own == Front::Dead || !moves {
             return None;
         }
+        let back = match self.back {
+            BackSide::C(_) => C_BACK,
+            BackSide::Ours(_) | BackSide::Gone => OUR_BACK,
+        };
         *self = World {
             ready: self.ready,
-            ..World::new(self.front, self.fresh_back())
+            ..World::new(self.front, back)
         };
         self.front_event(FrontEvent::Resume)
     }
@@ -431,14 +607,17 @@ impl World {
         self.online && self.served && nodes == (XenbusState::Connected, XenbusState::Connected)
     }
 
-    /// The hotplug script has still to say what to serve. A frontend that was Connected before
-    /// stays so. The C backend does not look again for a device that was wrong.
+    /// The hotplug script has still to say what to serve, or the device is to be had again. A frontend
+    /// that was Connected before stays so. The C backend does not look again for a device that was
+    /// wrong.
     fn awaits_the_device(&self) -> bool {
         let offered = matches!(
             self.front_node,
             XenbusState::Initialised | XenbusState::Connected
         );
-        let awaited = !self.ready && (!self.wrong || matches!(self.back, BackSide::C(_)));
+        let c_back = matches!(self.back, BackSide::C(_));
+        let connected = self.unusable() == Failure::Unusable { connected: true };
+        let awaited = !self.ready && (!self.wrong || c_back || connected);
         self.online && awaited && offered && self.back_node == XenbusState::InitWait
     }
 
@@ -483,7 +662,7 @@ impl Ends {
         let circle = self.path.contains(&world);
         self.path.push(world);
         let moves = world.moves();
-        if circle || moves.is_empty() && !world.is_good_end() {
+        if world.crashed || circle || moves.is_empty() && !world.is_good_end() {
             return Err(self.path.clone());
         }
         for next in moves {
@@ -525,7 +704,7 @@ fn tell(from: &BTreeMap<World, Option<(World, Option<Blow>)>>, path: &[World]) -
 
 const OUR_FRONT: FrontSide = FrontSide::Ours(Front::Waiting);
 const C_FRONT: FrontSide = FrontSide::C(XenbusState::Initialising);
-const OUR_BACK: BackSide = BackSide::Ours(Back::Waiting);
+const OUR_BACK: BackSide = BackSide::Ours(Back::Starting);
 const C_BACK: BackSide = BackSide::C(XenbusState::InitWait);
 
 #[test]

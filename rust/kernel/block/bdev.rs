@@ -16,6 +16,9 @@ use kernel::types::Opaque;
 /// In whose name devices are opened for writing: that of the module. Only its address counts.
 static HOLDER: u8 = 0;
 
+/// How often it is tried to empty a page cache to which somebody writes.
+const FORGET_TRIES: usize = 3;
+
 /// Bios that a device can always have in flight, however short memory is.
 const RESERVED_BIOS: ffi::c_uint = 2;
 
@@ -50,6 +53,15 @@ pub enum Access {
     ReadOnly,
     /// Reading and writing. To open a read-only device so fails with `EACCES`.
     ReadWrite,
+}
+
+/// Says whether others may have a block device exclusively while it is open.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Claim {
+    /// They may not, and it is not opened if somebody has it so.
+    Exclusive,
+    /// It is opened whoever has it.
+    None,
 }
 
 /// What a block device can discard.
@@ -95,15 +107,15 @@ unsafe impl Sync for BlockDevice {}
 struct File(NonNull<bindings::file>);
 
 impl File {
-    fn open(number: DeviceNumber, access: Access) -> Result<Self> {
+    fn open(number: DeviceNumber, access: Access, claim: Claim) -> Result<Self> {
         // `BLK_OPEN_READ` and `BLK_OPEN_WRITE`.
         let mode = match access {
             Access::ReadOnly => 1,
             Access::ReadWrite => 3,
         };
-        let holder = match access {
-            Access::ReadOnly => core::ptr::null(),
-            Access::ReadWrite => &raw const HOLDER,
+        let holder = match claim {
+            Claim::None => core::ptr::null(),
+            Claim::Exclusive => &raw const HOLDER,
         };
         // SAFETY: Any number may be asked for. The holder, if any, is only compared with others.
         let file = from_err_ptr(unsafe {
@@ -127,22 +139,25 @@ impl File {
 
 impl Drop for File {
     fn drop(&mut self) {
+        // Not `bdev_fput`, which leaves the rest to a work item that all kernel threads share: there a
+        // device that does not answer would keep all others waiting.
+        //
         // SAFETY: By the type invariant, and it is not used after this.
-        unsafe { bindings::bdev_fput(self.0.as_ptr()) };
+        unsafe { bindings::__fput_sync(self.0.as_ptr()) };
     }
 }
 
 impl BlockDevice {
     /// Opens a device. May sleep.
     ///
-    /// If it is opened for writing, nobody but this module can have it exclusively at the same time:
-    /// no file system can be mounted from it, and it can be part of no other device. This module may
-    /// open it again.
+    /// If it is claimed, nobody but this module can have it exclusively at the same time: no file
+    /// system can be mounted from it, and it can be part of no other device. This module may open it
+    /// again.
     ///
     /// `ENXIO`: there is none. `EACCES`: it is read-only. `ENOMEDIUM`: the drive is empty. `EBUSY`:
     /// somebody has it exclusively.
-    pub fn open(number: DeviceNumber, access: Access) -> Result<Arc<Self>> {
-        let file = File::open(number, access)?;
+    pub fn open(number: DeviceNumber, access: Access, claim: Claim) -> Result<Arc<Self>> {
+        let file = File::open(number, access, claim)?;
         let device = try_pin_init!(Self {
             // INVARIANT: The file is open, the set initialised.
             file,
@@ -234,14 +249,95 @@ impl BlockDevice {
     }
 
     /// Writes back what the page cache holds of the device, and forgets it, so that I/O beside the
-    /// cache sees and leaves the truth. May sleep for long.
-    pub fn sync_and_forget_cache(&self) -> Result {
+    /// cache sees and leaves the truth. Returns `false` if pages are left that somebody uses: those
+    /// were clean when it was tried last. May sleep for long.
+    ///
+    /// The cache of the device is meant, those of its partitions, and that of the disk whose partition
+    /// it is. What was written to a device that is made of this one is not seen here.
+    pub fn sync_and_forget_cache(&self) -> Result<bool> {
+        let bdev = self.bdev();
+        let mut empty = self.empties_partitions()?;
         // SAFETY: By the type invariant.
-        to_result(unsafe { bindings::sync_blockdev(self.bdev()) })?;
+        let disk = unsafe { bindings_ext::bdev_disk_of_partition(bdev) };
+        if !disk.is_null() {
+            // SAFETY: By the type invariant; the disk is there as long as its partition is open.
+            empty &= unsafe { sync_and_forget(disk, range_on_disk(bdev)) }?;
+        }
         // SAFETY: By the type invariant.
-        unsafe { bindings::invalidate_bdev(self.bdev()) };
-        Ok(())
+        empty &= unsafe { sync_and_forget(bdev, (0, i64::MAX)) }?;
+        Ok(empty)
     }
+
+    fn empties_partitions(&self) -> Result<bool> {
+        let mut number = 0;
+        let mut empty = true;
+        loop {
+            // SAFETY: By the type invariant; `number` is valid for a write.
+            let partition =
+                unsafe { bindings_ext::bdev_next_cached_partition(self.bdev(), &mut number) };
+            if partition == 0 {
+                return Ok(empty);
+            }
+            match File::open(DeviceNumber(partition), Access::ReadOnly, Claim::None) {
+                // SAFETY: The partition is open.
+                Ok(file) => empty &= unsafe { sync_and_forget(file.bdev(), (0, i64::MAX)) }?,
+                // It has gone meanwhile, and its cache too.
+                Err(error) if error == ENXIO => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// Where a partition is on its disk: its first byte and its last one.
+///
+/// # Safety
+///
+/// The partition is open.
+unsafe fn range_on_disk(partition: *mut bindings::block_device) -> (i64, i64) {
+    // SAFETY: By the requirements of this function; where it begins never changes.
+    let first = unsafe { (*partition).bd_start_sect } << bindings::SECTOR_SHIFT;
+    // SAFETY: By the requirements of this function.
+    let length = unsafe { bindings_ext::bdev_nr_sectors(partition) } << bindings::SECTOR_SHIFT;
+    let last = first.saturating_add(length.saturating_sub(1));
+    (first as i64, last as i64)
+}
+
+/// Writes back a range of a device's page cache, given by its first byte and its last one, and forgets
+/// it. Returns `false` if pages are left that somebody uses.
+///
+/// # Safety
+///
+/// The device is open, or a partition of it is.
+unsafe fn sync_and_forget(
+    bdev: *mut bindings::block_device,
+    (first, last): (i64, i64),
+) -> Result<bool> {
+    for _ in 0..FORGET_TRIES {
+        // SAFETY: By the requirements of this function.
+        to_result(unsafe { bindings::sync_blockdev_range(bdev, first, last) })?;
+        // Drops what CPUs hold of it, and all that is not in use.
+        //
+        // SAFETY: As above.
+        unsafe { bindings::invalidate_bdev(bdev) };
+        // Unmaps what is mapped, and says what is in use.
+        //
+        // SAFETY: As above; the mapping is there as long as the device is.
+        let left = to_result(unsafe {
+            bindings::invalidate_inode_pages2_range(
+                (*bdev).bd_mapping,
+                (first >> bindings::PAGE_SHIFT) as ffi::c_ulong,
+                (last >> bindings::PAGE_SHIFT) as ffi::c_ulong,
+            )
+        });
+        match left {
+            Ok(()) => return Ok(true),
+            // In use, or written to again.
+            Err(error) if error == EBUSY => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(false)
 }
 
 #[pinned_drop]

@@ -15,7 +15,6 @@ use super::grant::ForeignRef;
 use super::grant::GrantRef;
 use super::xenbus;
 use core::ops::Deref;
-use core::ptr::addr_of_mut;
 use core::ptr::NonNull;
 use kernel::error::to_result;
 use kernel::page::PAGE_SIZE;
@@ -206,14 +205,15 @@ impl RingPages {
         let mut address = core::ptr::null_mut();
         // SAFETY: The device is valid; `address` is valid for a write, `references` for as many as
         // there are pages.
-        to_result(unsafe {
+        let setup = || unsafe {
             bindings_ext::xenbus_setup_ring_noio(
                 device.as_raw(),
                 &mut address,
                 pages as u32,
                 references.as_mut_ptr(),
             )
-        })?;
+        };
+        to_result(device.without_fatal(setup))?;
         let words = NonNull::new(address.cast()).ok_or(ENOMEM)?;
         // INVARIANT: Set up just above; the pages stay until `drop`.
         let words = SharedWords {
@@ -293,18 +293,17 @@ impl MappedRing {
             *raw = reference.0;
         }
         let mut address = core::ptr::null_mut();
-        let result = keep_state(device, || {
-            // SAFETY: The device is valid; `raw` has at least `pages` references, `address` is valid
-            // for a write.
-            to_result(unsafe {
-                bindings_ext::xenbus_map_ring_valloc(
-                    device.as_raw(),
-                    raw.as_mut_ptr(),
-                    pages as u32,
-                    &mut address,
-                )
-            })
-        });
+        // SAFETY: The device is valid; `raw` has at least `pages` references, `address` is valid for
+        // a write.
+        let map = || unsafe {
+            bindings_ext::xenbus_map_ring_valloc(
+                device.as_raw(),
+                raw.as_mut_ptr(),
+                pages as u32,
+                &mut address,
+            )
+        };
+        let result = to_result(device.without_fatal(map));
         // Xen's status is not told. The pages could be mapped just before, so there is no room by now.
         result.map_err(|error| if error == ENOENT { ENOSPC } else { error })?;
         let words = NonNull::new(address.cast()).ok_or(ENOMEM)?;
@@ -331,23 +330,6 @@ impl MappedRing {
         mapper.unmap(&cache, &mut pages);
         Ok(())
     }
-}
-
-/// Runs `body` such that an error which xenbus finds there does not switch the device to `Closing`.
-///
-/// That is no matter of the C functions alone: whether the peer has to close is for the driver to say,
-/// and somebody else may have written the state.
-fn keep_state<R>(device: &xenbus::Device, body: impl FnOnce() -> R) -> R {
-    // SAFETY: The device is valid; a number.
-    let state = unsafe { addr_of_mut!((*device.as_raw()).state) };
-    // SAFETY: As above. C reads and writes it without a lock too.
-    let before = unsafe { state.read_volatile() };
-    // SAFETY: As above. xenbus writes nothing to xenstore if the device is in the state already.
-    unsafe { state.write_volatile(bindings_ext::xenbus_state_XenbusStateClosing) };
-    let result = body();
-    // SAFETY: As above.
-    unsafe { state.write_volatile(before) };
-    result
 }
 
 impl Deref for MappedRing {

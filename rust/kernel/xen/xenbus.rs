@@ -37,8 +37,12 @@
 
 use super::xenstore;
 use super::xenstore::Transaction;
+use super::xenstore::Watch;
+use super::xenstore::WatchHandler;
 use super::DomId;
 use crate::base::this_module::this_module;
+use crate::base::wait::WaitQueue;
+use crate::new_wait_queue;
 use core::marker::PhantomData;
 use core::mem::offset_of;
 use core::ptr::addr_of;
@@ -52,8 +56,17 @@ use kernel::error::to_result;
 use kernel::ffi;
 use kernel::fmt;
 use kernel::prelude::*;
+use kernel::sync::aref::ARef;
 use kernel::sync::aref::AlwaysRefCounted;
+use kernel::sync::atomic::Acquire;
+use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Release;
+use kernel::sync::Arc;
+use kernel::time::msecs_to_jiffies;
 use kernel::types::Opaque;
+
+/// How long [`unregister_device`] waits for the thread of xenbus.
+const UNREGISTER_MS: u32 = 60_000;
 
 /// How long [`unregister`] tries to lock a device that others may have locked for a moment.
 const LOCK_TRIES: usize = 50;
@@ -119,6 +132,42 @@ impl State {
     pub fn number(self) -> u32 {
         self.to_raw()
     }
+
+    /// Reads the state in a directory. What is no number is no state either.
+    fn read(transaction: &Transaction, dir: &CStr) -> Result<Self> {
+        match xenstore::read(transaction, dir, fmt!("state")) {
+            Ok(value) => Ok(value.parse().map_or(Self::Other(u32::MAX), Self::from_raw)),
+            Err(error) if error == ENOENT => Ok(Self::Unknown),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Returns `true` if a half that wrote `own` last and finds `found` in its node may write this
+    /// state there.
+    ///
+    /// Two states that somebody else has written stay: Closing, by which the toolstack asks for
+    /// Closed and nothing but Closed, and Initialising, of which a new device is made. A directory
+    /// that is gone is not made again.
+    fn may_replace(self, found: Self, own: Self) -> bool {
+        match found {
+            Self::Unknown => false,
+            _ if found == own => true,
+            Self::Initialising => false,
+            Self::Closing => matches!(self, Self::Closing | Self::Closed),
+            _ => true,
+        }
+    }
+}
+
+/// Says what became of a state that was to be written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Switched {
+    /// It is in xenstore.
+    Written,
+    /// Another state was found there, which it must not replace. Nothing was written.
+    Refused(State),
+    /// Xenstore has failed. Nothing was written.
+    Failed(Error),
 }
 
 /// A device of xenbus: our half of a split device.
@@ -172,52 +221,86 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         DomId::from_raw(id as u16)
     }
 
-    /// Writes the state of this half to xenstore, if it is another one than before
-    /// (`xenbus_switch_state`). May sleep.
+    /// Writes the state of this half to xenstore, if it is another one than before and may replace the
+    /// one that is there (`xenbus_switch_state`). May sleep.
     ///
-    /// Does nothing if the directory is gone. If xenstore fails, the error is logged and the state
-    /// becomes [`State::Closing`], if possible.
+    /// What may replace what is said by [`State::may_replace`]. If xenstore fails, the error is logged.
     ///
     /// A frontend switches to and from [`State::Initialising`] only in `otherend_changed`. The bus
     /// watches for that state in the same thread; when it is switched elsewhere, the bus may find it
     /// in xenstore but not in the device: then it takes the device for a new one, and replaces it, or
     /// loses it. So such a driver sets [`Driver::ALLOW_REBIND`], and closes in `remove` only from
     /// other states.
-    pub fn switch_state(&self, state: State) {
-        // Always 0.
-        //
-        // SAFETY: The device is valid by the type invariant.
-        let _ = unsafe { bindings_ext::xenbus_switch_state(self.as_raw(), state.to_raw()) };
+    pub fn switch_state(&self, state: State) -> Switched {
+        if state == self.state() {
+            return Switched::Written;
+        }
+        self.write_state(state, |_| Ok(())).unwrap_or_else(|error| {
+            self.dev_error(error, fmt!("writing state {}", state.number()));
+            Switched::Failed(error)
+        })
     }
 
     /// Writes the state of this half, like [`Self::switch_state`], at once with what `body` writes. May
-    /// sleep. Whether the state in xenstore was the one that this half had before: if not, somebody
-    /// else has written it. `body` may be run several times.
+    /// sleep. `body` may be run several times.
     ///
-    /// Nothing is written if the directory is gone (`ENOENT`), if a new device is to be made of it
-    /// (`ENODEV`), or if `body` fails.
+    /// The state is written even if it is the one from before, so that the other half reads what has
+    /// changed. Nothing is written if the state is refused, or if `body` fails.
     pub fn switch_state_with(
         &self,
         state: State,
+        body: impl FnMut(&Transaction) -> Result,
+    ) -> Result<Switched> {
+        self.write_state(state, body)
+    }
+
+    fn write_state(
+        &self,
+        state: State,
         mut body: impl FnMut(&Transaction) -> Result,
-    ) -> Result<bool> {
+    ) -> Result<Switched> {
         let dir = self.nodename();
-        let before = self.state().number();
-        let mut unchanged = false;
-        xenstore::transaction(|transaction| {
-            let found = xenstore::read(transaction, dir, fmt!("state"))?.parse::<u32>();
-            unchanged = found == Ok(before);
-            if !unchanged && found == Ok(State::Initialising.number()) {
-                return Err(ENODEV);
+        let own = self.state();
+        // SAFETY: The device is valid by the type invariant; C reads it without a lock too.
+        if unsafe { addr_of!((*self.as_raw()).vanished).read_volatile() } {
+            // The bus has found that a new device is to be made of the directory.
+            return Ok(Switched::Refused(State::Initialising));
+        }
+        let switched = xenstore::transaction(|transaction| {
+            let found = State::read(transaction, dir)?;
+            if !state.may_replace(found, own) {
+                return Ok(Switched::Refused(found));
+            }
+            if found == state && found != own {
+                // Somebody else has written it. To write it again would wake the other half.
+                return Ok(Switched::Written);
             }
             body(transaction)?;
             let number = state.number();
-            xenstore::write(transaction, dir, fmt!("state"), fmt!("{}", number))
+            xenstore::write(transaction, dir, fmt!("state"), fmt!("{}", number))?;
+            Ok(Switched::Written)
         })?;
+        if switched == Switched::Written {
+            self.set_state(state);
+        }
+        Ok(switched)
+    }
+
+    /// Calls a C function that reports errors by `xenbus_dev_fatal`, and keeps that from writing
+    /// Closing, whatever is in xenstore: what becomes of an error is for the caller to decide.
+    pub(super) fn without_fatal<R>(&self, function: impl FnOnce() -> R) -> R {
+        let own = self.state();
+        self.set_state(State::Closing);
+        let result = function();
+        self.set_state(own);
+        result
+    }
+
+    /// Takes a state for the one that this half has written last.
+    fn set_state(&self, state: State) {
         // SAFETY: The device is valid by the type invariant; a number, which C reads and writes
         // without a lock too.
         unsafe { addr_of_mut!((*self.as_raw()).state).write_volatile(state.to_raw()) };
-        Ok(unchanged)
     }
 
     /// The state in the directory `path` (`xenbus_read_driver_state`). May sleep.
@@ -238,7 +321,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     /// Switches a frontend to [`State::Closed`], and ends the wait of a shutdown for that
     /// (`xenbus_frontend_closed`). May sleep.
     pub fn frontend_closed(&self) {
-        // Always 0.
+        self.switch_state(State::Closed);
+        // Always 0. It writes the state that is there by now, if any.
         //
         // SAFETY: The device is valid by the type invariant.
         let _ = unsafe { bindings_ext::xenbus_frontend_closed(self.as_raw()) };
@@ -258,17 +342,10 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         };
     }
 
-    /// [`Self::dev_error`], and switches to [`State::Closing`] (`xenbus_dev_fatal`). May sleep.
+    /// [`Self::dev_error`], and switches to [`State::Closing`], as `xenbus_dev_fatal` does. May sleep.
     pub fn dev_fatal(&self, error: Error, message: fmt::Arguments<'_>) {
-        // SAFETY: As in `dev_error`.
-        unsafe {
-            bindings_ext::xenbus_dev_fatal(
-                self.as_raw(),
-                error.to_errno(),
-                c"%pA".as_char_ptr(),
-                core::ptr::from_ref(&message).cast::<ffi::c_void>(),
-            )
-        };
+        self.dev_error(error, message);
+        self.switch_state(State::Closing);
     }
 }
 
@@ -699,6 +776,57 @@ unsafe fn unregister(dev: *mut bindings::device) {
         }
         // SAFETY: Just sleeps.
         unsafe { bindings::msleep(LOCK_SLEEP_MS) };
+    }
+}
+
+/// Unregisters a device from the bus as [`After::Unregister`] does, from any other thread than that of
+/// xenbus, which does it. Waits for that thread. Does nothing if the device is not registered any
+/// more. `ETIMEDOUT`: the thread was busy for too long.
+///
+/// Who calls it need not hold a reference to the module, if the module's exit waits for it.
+pub fn unregister_device(device: &Device) -> Result {
+    let request = Arc::pin_init(
+        pin_init!(Unregister {
+            device: device.into(),
+            done: Atomic::new(false),
+            wait <- new_wait_queue!(),
+        }),
+        GFP_KERNEL,
+    )?;
+    // A watch that is registered is called at once, in the thread of xenbus. Any node will do.
+    let watch = Watch::register(c"domid", fmt!(""), request.clone(), None)?;
+    let timeout = msecs_to_jiffies(UNREGISTER_MS);
+    let done = request
+        .wait
+        .wait_timeout(timeout, || request.done.load(Acquire));
+    drop(watch);
+    done.then_some(()).ok_or(ETIMEDOUT)
+}
+
+/// A device that the thread of xenbus is to unregister.
+#[pin_data]
+struct Unregister {
+    device: ARef<Device>,
+    done: Atomic<bool>,
+    #[pin]
+    wait: WaitQueue,
+}
+
+impl WatchHandler for Unregister {
+    fn changed(&self) {
+        if self.done.load(Acquire) {
+            return;
+        }
+        // SAFETY: The device is valid by its type invariant.
+        let dev = unsafe { addr_of_mut!((*self.device.as_raw()).dev) };
+        // SAFETY: As above.
+        if unsafe { bindings_ext::device_is_registered(dev) } {
+            // SAFETY: This is the thread of xenbus, the only one that unregisters devices, and this
+            // one is registered.
+            unsafe { unregister(dev) };
+        }
+        self.done.store(true, Release);
+        self.wait.wake_up();
     }
 }
 

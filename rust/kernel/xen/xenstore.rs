@@ -408,7 +408,8 @@ impl<T: WatchHandler> Watch<T> {
         Self::register(dir, node, handler, Some(ModuleRef::new()?))
     }
 
-    fn register(
+    /// As [`Self::new`]. Without a reference to the module, its exit waits for what drops the watch.
+    pub(super) fn register(
         dir: &CStr,
         node: fmt::Arguments<'_>,
         handler: Arc<T>,

@@ -87,7 +87,9 @@ impl xenbus::Driver for Back {
             }
             State::Initialised | State::Connected => {
                 match dev.otherend().and_then(|otherend| self.connect(otherend)) {
-                    Ok(()) => dev.switch_state(State::Connected),
+                    Ok(()) => {
+                        dev.switch_state(State::Connected);
+                    }
                     Err(error) => dev.dev_fatal(error, fmt!("connecting")),
                 }
             }

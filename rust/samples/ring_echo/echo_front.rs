@@ -111,7 +111,9 @@ impl xenbus::Driver for Front {
                     dev.dev_fatal(error, fmt!("connecting"));
                 }
             }
-            State::Connected if self.is_connected() => dev.switch_state(State::Connected),
+            State::Connected if self.is_connected() => {
+                dev.switch_state(State::Connected);
+            }
             State::Closing | State::Closed | State::Unknown => {
                 self.disconnect();
                 dev.frontend_closed();

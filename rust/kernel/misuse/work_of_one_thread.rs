@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: GPL-2.0
+// error: E0277
+
+//! What a work queue runs must be ready for other threads.
+
+use core::cell::Cell;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel::workqueue::impl_has_work;
+use kernel::workqueue::Work;
+use kernel::workqueue::WorkItem;
+use kernel_ext::base::workqueue::OwnedQueue;
+
+#[pin_data]
+struct Misuse {
+    number: Cell<u32>,
+    #[pin]
+    work: Work<Misuse>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Misuse { self.work }
+}
+
+impl WorkItem for Misuse {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.number.set(1);
+    }
+}
+
+fn misuse(queue: &OwnedQueue, work: Arc<Misuse>) {
+    let _ = queue.enqueue(work);
+}
