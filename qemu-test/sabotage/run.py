@@ -98,10 +98,10 @@ def build(kernel):
         raise NotRun(f"does not build: {errors[0] if errors else made.stdout[-300:]}")
 
 
-def run_scenario(scenario, kernel):
+def run_scenario(scenario, pair, kernel):
     """Runs a scenario with the modules of the copy; its failure, or "" if it has none."""
     files = {name: path for name, path, _rows in rows.scenarios()}
-    name, pair = lists.RUN
+    name = lists.RUN[0]
     results = SPACE / "scenario.xml"
     results.unlink(missing_ok=True)
     command = [sys.executable, "-B", "-m", "pytest", "-c", "qemu-test/pytest.ini"]
@@ -141,7 +141,7 @@ def outcome_of(entry, kernel):
     try:
         with sabotaged(entry):
             build(kernel)
-            failure = run_scenario(entry["scenario"], kernel)
+            failure = run_scenario(entry["scenario"], entry["pair"], kernel)
     except NotRun as error:
         return "error", str(error)
     return ("red", failure) if failure else ("GREEN", f"{entry['scenario']} does not notice")

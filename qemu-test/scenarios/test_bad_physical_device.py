@@ -97,3 +97,39 @@ def test_bad_physical_device(host, record_property):
         guest.wait_for_disk("xvdf")
         record_property("c_fails", "B-22")
         server.sh("swapoff /dev/loop0")
+
+
+def test_unclaimed_disk(xen):
+    """A disk that dom0 has mounted is served with mode "w!", as by Xen's own scripts, to two guests.
+
+    With mode "w" it is refused; the C backend takes the two for the same.
+
+    Rows: BE-56
+    """
+    host = xen()
+    server = host.start_server()
+    server.load_backend()
+    server.ram_disks()
+    guest = host.start_guest(disks=[])
+    server.sh("mkswap /dev/ram0; swapon /dev/ram0")
+    disk = HandMade(host, guest, "xvdb")
+    disk.offer(mode="w")
+    disk.give("/dev/ram0")
+    refused = "in use here" in error_of(host, guest, disk.code)
+    assert refused == (host.pair.back.name == "rblkback")
+    if refused:
+        disk.forget()
+    else:
+        disk.take_away()
+    guest.wait_for("[ ! -e /sys/bus/xen/devices/vbd-51728 ]")
+    for vdev in ("xvdb", "xvdc"):
+        disk = HandMade(host, guest, vdev)
+        disk.offer(mode="w!")
+        disk.give("/dev/ram0")
+        guest.wait_for_disk(vdev)
+        assert_served_by_pair(host, guest, vdev)
+        assert server.sh(f"cat {disk.device}/mode") == "w!"
+    guest.sh("printf new | dd of=/dev/xvdb bs=4k seek=9 conv=sync,notrunc oflag=direct")
+    word = guest.sh("dd if=/dev/xvdc bs=4k skip=9 count=1 iflag=direct 2> /dev/null | head -c 3")
+    assert word == "new"
+    server.sh("swapoff /dev/ram0")

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A disk whose data take long to be synced is offered, and another guest's disk after it.
+
+What is in the page cache of a disk must be on it before the backend serves it. Where that is said
+to a slow disk, a thin volume that is being filled or a server that does not answer, it lasts.
+"""
+
+from harness.evidence import assert_served_by_pair
+from harness.handmade import HandMade
+from harness.xenhost import Disk
+
+NO_WRITEBACK = "echo 0 > /proc/sys/vm/dirty_writeback_centisecs"
+FILL_CACHE = (
+    f"{NO_WRITEBACK}; sleep 100000 < /dev/vdb > /dev/null 2>&1 & echo $! > /tmp/keeper; "
+    "dd if=/dev/zero of=/dev/vdb bs=64k count=64 conv=notrunc 2> /dev/null"
+)
+"""Somebody has the disk open, so that dd does not sync when it closes it."""
+DEADLINE_S = 30
+
+
+def throttle(host, bytes_per_second):
+    """Lets QEMU write no more than that to the disk; 0 is no limit."""
+    host.machine.monitor(f"block_set_io_throttle disk 0 0 {bytes_per_second} 0 0 0")
+
+
+def test_slow_open(xen):
+    """The second disk is there at once: who waits for a disk is not the thread that hears of all.
+
+    The C backend waits in that thread too, when it connects.
+
+    Rows: B-31
+    """
+    host = xen()
+    host.load_backend()
+    host.ram_disks()
+    guest = host.start_guest(disks=[])
+    host.sh(FILL_CACHE)
+    throttle(host, 1)
+    slow = HandMade(host, guest, "xvdb")
+    slow.offer()
+    slow.wait_for(front=3)
+    slow.give("/dev/vdb")
+    attach = f"xl block-attach {guest.name} '{Disk('xvdc').specification(host)}'"
+    status, output = host.run(attach)
+    assert status == 0, output
+    guest.wait_for_disk("xvdc", DEADLINE_S)
+    guest.sh("dd if=/dev/xvdc of=/dev/null bs=64k count=16 iflag=direct", timeout=DEADLINE_S)
+    # This has shown something only if the first disk still waited.
+    assert host.xenstore_read(f"{slow.back}/state") != "4"
+    throttle(host, 0)
+    guest.wait_for_disk("xvdb", 300)
+    assert_served_by_pair(host, guest, "xvdb")
+    host.sh("kill $(cat /tmp/keeper)")

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The toolstack detaches a disk at the moment when the backend writes its state.
+
+What the backend wants to write must not replace the toolstack's Closing: xen-blkfront, which has
+closed, takes Connected for a new life of the backend and crashes. rblkfront reads `online` too,
+and does not show it.
+"""
+
+from harness.evidence import assert_served_by_pair
+from harness.handmade import HandMade
+
+SIZE = "/sys/module/rblk_ramdisk/parameters/size_mib"
+TURNS = 6
+STEPS_MS = 4
+DISKS = 40
+
+
+def detach(disk):
+    """A shell command that does what `xl block-detach` does first."""
+    return f"xenstore-write {disk.back}/online 0 {disk.back}/state 5"
+
+
+def test_resize_detach(xen, test_modules):
+    """The disk gets another size, and is detached before the frontend was told.
+
+    The C backend writes its state again to tell of the size, whatever it finds: with the C frontend,
+    the guest's xenwatch thread dies of it in one of the turns.
+
+    Rows: B-30
+    """
+    host = xen(modules=[test_modules / "rblk_ramdisk.ko"])
+    server = host.start_server()
+    server.load_backend()
+    server.insmod("rblk_ramdisk")
+    guest = host.start_guest(disks=[])
+    disk = HandMade(host, guest)
+    for turn in range(TURNS):
+        disk.offer()
+        disk.give("/dev/rblk0")
+        guest.wait_for_disk("xvdb")
+        if turn == 0:
+            assert_served_by_pair(host, guest, "xvdb")
+        # The new size takes effect when somebody opens the disk.
+        resize = f"echo {32 if turn % 2 else 8} > {SIZE}; : < /dev/rblk0"
+        if server is host:
+            host.sh(f"{resize}; {detach(disk)}")
+        else:
+            server.sh(resize)
+            host.sh(detach(disk))
+        disk.forget()
+        guest.wait_for("[ ! -b /dev/xvdb ] && [ ! -e /sys/bus/xen/devices/vbd-51728 ]")
+
+
+def test_detach_while_connecting(host):
+    """Disks are detached a little later each time after their backend was told to connect.
+
+    With both C drivers the guest dies of it too.
+
+    Rows: B-30
+    """
+    guest = host.start_guest(disks=[])
+    disk = HandMade(host, guest)
+    for turn in range(DISKS):
+        disk.offer()
+        disk.wait_for(front=3)
+        number = host.server.sh("stat -L -c %t:%T /dev/ram0")
+        pause = turn * STEPS_MS / 1000
+        host.sh(
+            f"xenstore-write {disk.back}/physical-device {number}; sleep {pause}; {detach(disk)}"
+        )
+        disk.forget()
+        guest.wait_for("[ ! -b /dev/xvdb ] && [ ! -e /sys/bus/xen/devices/vbd-51728 ]")
+    disk.offer()
+    disk.give("/dev/ram0")
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+    guest.sh("dd if=/dev/xvdb of=/dev/null bs=64k count=16 iflag=direct")
+
+
+def test_no_online_node(host):
+    """A toolstack that writes no node `online` gets its disk, and gets rid of it.
+
+    Rows: BE-57
+    """
+    guest = host.start_guest(disks=[])
+    disk = HandMade(host, guest)
+    disk.offer()
+    host.sh(f"xenstore-rm {disk.back}/online")
+    disk.give("/dev/ram0")
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+    guest.sh("dd if=/dev/xvdb of=/dev/null bs=64k count=16 iflag=direct")
+    host.sh(f"xenstore-write {disk.back}/state 5")
+    guest.unload_frontend()
+    disk.wait_for(back=6)
+    host.server.wait_for(f"[ ! -e {disk.device} ]")
+    host.sh(f"xenstore-rm {disk.back}; xenstore-rm {disk.front}")
