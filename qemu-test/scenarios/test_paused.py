@@ -9,7 +9,7 @@ from harness.verify import start_jobs
 from harness.xenhost import Disk
 
 QUIET = "grep -q '^ *0 *0$' /sys/block/ram0/inflight"
-WAITS = "set -- $(cat /sys/block/xvda/inflight); [ $1 -gt 0 ] && [ $2 -gt 0 ]"
+WAITS = "set -- $(cat /sys/block/xvda/inflight); [ $(($1 + $2)) -gt 0 ]"
 CPUS = "/sys/devices/system/cpu"
 PATTERN = "yes pattern | dd of=/dev/xvda bs=4k count=256 iflag=fullblock conv=fsync"
 SUM = "dd if=/dev/xvda bs=4k count=256 iflag=direct 2> /dev/null | sha256sum"
