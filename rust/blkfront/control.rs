@@ -392,7 +392,7 @@ impl Control {
     fn reserve_minors(&self) -> Result<Option<Minors>> {
         match Minors::reserve(MAJOR, self.vdev.minor, self.vdev.minors) {
             Ok(minors) => Ok(Some(minors)),
-            Err(ESTALE) => {
+            Err(EOPENSTALE) => {
                 pr_warn!(
                     "{}: the disk that had this name before is still open and keeps its device number\n",
                     self.name()

@@ -101,7 +101,7 @@ pub struct Minors {
 impl Minors {
     /// Reserves `count` minors from `first` on, of the `major` that the module has registered.
     ///
-    /// `EBUSY`: another disk has one of them. `ESTALE`: all disks that have one of them were removed,
+    /// `EBUSY`: another disk has one of them. `EOPENSTALE`: all disks that have one of them were removed,
     /// and are still open. `EINVAL`: there are no such minors. `ENODEV`: no major was registered.
     pub fn reserve(major: u32, first: u32, count: u32) -> Result<Self> {
         let end = first.checked_add(count).ok_or(EINVAL)?;
@@ -120,7 +120,7 @@ impl Minors {
             .filter(shares)
             .min_by_key(|range| range.removed)
         {
-            return Err(if range.removed { ESTALE } else { EBUSY });
+            return Err(if range.removed { EOPENSTALE } else { EBUSY });
         }
         let range = Range {
             first,
