@@ -79,6 +79,28 @@ def test_detach_partitions(host):
     assert guest.sh("cat /disk/file; head -n 1 /dev/xvdb2; umount /disk") == "kept\nkept"
 
 
+def test_detach_swap(host):
+    """A disk that is swapped to is not taken from the guest: xl gives up, and says so.
+
+    It goes as soon as the guest swaps to it no more. What xl has left of it is removed by force.
+
+    The C frontend gives it away with what is swapped out.
+
+    Rows: F-10
+    """
+    guest = host.start_guest(disks=[])
+    attach(host, guest)
+    guest.sh("mkswap /dev/xvdb && swapon /dev/xvdb")
+    assert host.run(f"xl block-detach {guest.name} xvdb")[0] != 0
+    guest.sh("grep -q xvdb /proc/swaps && dd if=/dev/xvdb of=/dev/null bs=4k count=1 iflag=direct")
+    assert "swap space or part of another device" in guest.sh("dmesg")
+    guest.sh("swapoff /dev/xvdb")
+    guest.wait_for("[ ! -b /dev/xvdb ]")
+    host.run(f"xl block-detach --force {guest.name} xvdb")
+    host.server.wait_for(f"[ ! -e /sys/bus/xen-backend/devices/vbd-{guest.domid}-{CODES['xvdb']} ]")
+    attach(host, guest)
+
+
 def test_unbind_in_use(host):
     """A disk is unbound while it is open, and while it is mounted: what was written is there when it
     is bound again.

@@ -102,6 +102,8 @@ pub(crate) struct Control {
     own: Front,
     /// If the disk ends, no more steps are taken: the rest is done by the device's thread.
     ending: Ending,
+    /// The toolstack has been told that it has to wait until the disk is not in use.
+    waits: bool,
     /// The backend's directory. Another one after a restore.
     backend: CString,
     /// The state that the backend was in when xenbus told of it.
@@ -147,6 +149,7 @@ impl Control {
             signal,
             own: Front::Waiting,
             ending: Ending::None,
+            waits: false,
             backend,
             seen: XenbusState::Unknown,
             offer: None,
@@ -202,6 +205,9 @@ impl Control {
         }
         let action = self.own.step(event);
         if action == FrontAction::Detach {
+            if self.must_wait(event) {
+                return;
+            }
             self.ending = match event {
                 FrontEvent::Backend { .. } => Ending::Orderly,
                 FrontEvent::BadState
@@ -224,6 +230,34 @@ impl Control {
                 // That leads to the end of the disk.
                 self.follow(FrontEvent::Failed);
             }
+        }
+    }
+
+    /// Returns `true` if the toolstack has to wait, as the disk is in use by something that would lose
+    /// what it has there, and could not be told. The backend serves the disk meanwhile.
+    fn must_wait(&mut self, event: FrontEvent) -> bool {
+        let (Some(disk), FrontEvent::Backend { .. }) = (&self.disk, event) else {
+            return false;
+        };
+        if !disk.has_unaware_holder() || !self.is_served() {
+            return false;
+        }
+        disk.queue_data().await_release();
+        if !self.waits {
+            self.waits = true;
+            self.device.dev_error(
+                EBUSY,
+                fmt!("swap space or part of another device: it is detached when that has ended"),
+            );
+        }
+        true
+    }
+
+    /// Detaches the disk if it had to wait and need not any more.
+    pub(crate) fn retry_detach(&mut self) {
+        if self.waits() {
+            let state = self.device.read_driver_state(&self.backend);
+            self.follow(nodes::backend_event(&self.backend, state));
         }
     }
 
@@ -638,6 +672,11 @@ impl Control {
                 );
             })
             .ok()
+    }
+
+    /// Returns `true` if the disk is to be detached when it is not in use any more.
+    pub(crate) fn waits(&self) -> bool {
+        self.waits && self.ending == Ending::None
     }
 
     /// Keeps the thread that removes the disk until the disk is dropped.

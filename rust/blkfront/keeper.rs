@@ -10,6 +10,8 @@
 //!   and page cache. That ends when the backend leaves, or has answered nothing for the time that
 //!   the parameter `detach_timeout` says, and then what was not written fails. It does not end for a
 //!   backend that is slow and answers.
+//! - A disk is detached that is swapped to or part of another device, which could not be written back: the
+//!   toolstack waits until that has ended, or forces it.
 //! - A disk goes for another reason while requests are in flight: after [`DRAIN_MS`] they end with an
 //!   error, once their pages are ours again.
 //! - A backend still uses pages of a request: the request *lingers*. To end it would be to give its
@@ -125,9 +127,10 @@ impl Keeper {
 
     /// How long to sleep if nothing happens. `watching`: for a backend that is away, or for memory.
     fn patience(&self, watching: bool) -> Option<Jiffies> {
-        if self.control.lock().lingers() {
+        let control = self.control.lock();
+        if control.lingers() {
             Some(msecs_to_jiffies(LINGER_STEP_MS))
-        } else if watching {
+        } else if watching || control.waits() {
             Some(msecs_to_jiffies(OUTAGE_STEP_MS.min(SPARE_STEP_MS)))
         } else {
             None
@@ -149,12 +152,13 @@ impl Keeper {
         // Whether that is so is found out by looking.
         self.signal.take(Cause::Backend);
         self.signal.take(Cause::Close);
+        self.signal.take(Cause::Released);
+        self.control.lock().retry_detach();
         if self.control.lock().must_close() {
             self.close();
         }
         self.control.lock().release();
         self.remove_disk(open);
-        self.signal.take(Cause::Released);
         drop_closed(open);
         self.bury();
     }

@@ -40,3 +40,25 @@ unsigned int rust_helper_disk_openers(struct gendisk *disk)
 {
 	return disk_openers(disk);
 }
+
+/*
+ * Whether the disk or a partition is claimed by a holder that cannot be told
+ * of its removal. Claims of partitions count for the whole disk too.
+ */
+bool rust_helper_disk_has_unaware_holder(struct gendisk *disk)
+{
+	int whole = READ_ONCE(disk->part0->bd_holders);
+	struct block_device *part;
+	bool unaware = false;
+	unsigned long idx;
+
+	rcu_read_lock();
+	xa_for_each_start(&disk->part_tbl, idx, part, 1) {
+		int holders = READ_ONCE(part->bd_holders);
+
+		whole -= holders;
+		unaware |= holders && !READ_ONCE(part->bd_holder_ops);
+	}
+	rcu_read_unlock();
+	return unaware || (whole > 0 && !READ_ONCE(disk->part0->bd_holder_ops));
+}

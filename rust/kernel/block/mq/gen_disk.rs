@@ -316,6 +316,17 @@ impl<T: Operations> GenDisk<T> {
         unsafe { (&raw const (*(*self.disk).part0).bd_holders).read_volatile() != 0 }
     }
 
+    /// Returns `true` if the disk, or a partition of it, is open for exclusive use by something that
+    /// cannot be told that the disk goes: swap, or another device. A file system can, and is synced.
+    ///
+    /// While a claim is just being made the answer may be that of either.
+    ///
+    /// Context: any.
+    pub fn has_unaware_holder(&self) -> bool {
+        // SAFETY: By the type invariants the disk is valid.
+        unsafe { bindings_ext::disk_has_unaware_holder(self.disk) }
+    }
+
     /// The hardware queues and requests of this disk.
     pub fn tag_set(&self) -> &Arc<TagSet<T>> {
         &self.tag_set
