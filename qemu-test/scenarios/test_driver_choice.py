@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Which driver a running system loads where both are installed, and where ours cannot be loaded.
+
+The guest and dom0 have kmod, udevd and a module directory as an installed system has. What loads
+a driver is the device that the toolstack makes. The scenario makes it, because xl waits for ten
+seconds only, which is not much for udevd and kmod on a busy machine.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from harness.cpio import Archive
+from harness.handmade import HandMade
+from harness.image import add_built_module
+from harness.image import add_program
+from harness.pairs import NAMES
+
+MODPROBE_D = Path(__file__).parents[2] / "packaging/modprobe.d"
+SYSTEM = "/payload/system"
+UDEVD = "/usr/lib/systemd/systemd-udevd"
+LIBKMOD = "/usr/lib/x86_64-linux-gnu/libkmod.so.2"
+"""Opened by udevd by its name."""
+
+
+def system(kernel, build):
+    """An archive with kmod, udevd, and both pairs below /lib/modules, as bytes; our files are in
+    /packaging.
+    """
+    archive = Archive()
+    for program in ("/usr/bin/kmod", "/usr/bin/udevadm", LIBKMOD):
+        add_program(archive, program)
+    for name in ("modprobe", "depmod"):
+        archive.link(f"/sbin/{name}", "/usr/bin/kmod")
+    archive.link(UDEVD, "/usr/bin/udevadm")
+    rules = "/usr/lib/udev/rules.d/80-drivers.rules"
+    archive.file(rules, rules)
+    directory = f"/lib/modules/{kernel.release}"
+    for name in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):
+        archive.file(f"{directory}/{name}", kernel.directory / "modules" / name)
+    # kmod prefers modules that are where modules.order says.
+    order = (kernel.directory / "modules/modules.order").read_text().split()
+    for name in NAMES["C"]:
+        place = next(path for path in order if path.endswith(f"/{name}.ko"))
+        archive.data(f"{directory}/{place}", kernel.module(name))
+    for name in NAMES["R"]:
+        add_built_module(archive, f"/packaging/{name}.ko", build / f"{name}.ko")
+        archive.file(f"/packaging/{name}.conf", MODPROBE_D / f"{name}.conf")
+    return archive.to_bytes()
+
+
+class Machine:
+    """A guest or dom0 with such a system, and the names of both drivers for its devices."""
+
+    def __init__(self, machine, half, release):
+        self.machine = machine
+        self.c_driver, self.ours = (names[half] for names in (NAMES["C"], NAMES["R"]))
+        self._updates = f"/lib/modules/{release}/updates"
+        machine.sh(f"mkdir -p {self._updates} /etc/modprobe.d && /sbin/depmod && {UDEVD} --daemon")
+
+    def install(self, change=""):
+        """Installs our module and its file as the documentation says; `change` alters the module."""
+        file = f"{self._updates}/{self.ours}.ko"
+        self.machine.sh(
+            f"cp /packaging/{self.ours}.ko {file} && cp /packaging/{self.ours}.conf /etc/modprobe.d/\n"
+            f"{change.format(file=file)}"
+        )
+        self._changed()
+
+    def configure(self, lines):
+        """Writes another file of modprobe.d."""
+        self.machine.sh(f"printf '{lines}\\n' > /etc/modprobe.d/local.conf")
+        self._changed()
+
+    def remove_module(self):
+        """As a kernel that our module was never installed for; the file stays."""
+        self.machine.sh(f"rm {self._updates}/{self.ours}.ko")
+        self._changed()
+
+    def _changed(self):
+        # udevd looks for changes of these files every few seconds only.
+        self.machine.sh("/sbin/depmod && udevadm control --reload")
+
+    def loaded(self):
+        """Which of the two drivers are loaded."""
+        names = (self.c_driver, self.ours)
+        text = self.machine.sh("cut -d ' ' -f 1 /proc/modules").split()
+        return [name for name in names if name.replace("-", "_") in text]
+
+    def unload(self):
+        """Unloads the driver that is loaded."""
+        for name in self.loaded():
+            self.machine.sh(f"rmmod {name}")
+
+
+@pytest.fixture
+def machines(xen, kernel, build):
+    """The host, its guest, and both as `Machine`."""
+    host = xen(waiting=None, files={"system": system(kernel, build)})
+    host.sh(f"cd / && cpio -id < {SYSTEM} 2> /dev/null")
+    host.ram_disks()
+    guest = host.start_guest(disks=[], initramfs=f"/guest/initrd {SYSTEM}")
+    return host, guest, [Machine(guest, 0, kernel.release), Machine(host, 1, kernel.release)]
+
+
+@contextmanager
+def attached(host, guest):
+    """The guest has a disk meanwhile."""
+    disk = HandMade(host, guest)
+    disk.offer()
+    disk.give("/dev/ram0")
+    guest.wait_for_disk(disk.vdev)
+    yield
+    disk.take_away()
+    guest.wait_for(f"[ ! -b /dev/{disk.vdev} ]")
+
+
+def driven_by(host, guest, machines):
+    """Attaches a disk; returns the names of the drivers that this has loaded, and unloads them."""
+    with attached(host, guest):
+        loaded = [name for machine in machines for name in machine.loaded()]
+    for machine in machines:
+        machine.unload()
+    return loaded
+
+
+def test_driver_choice(machines, pair):
+    """Ours where it is installed and can be loaded; otherwise the C driver, so that there is one.
+
+    In a control nothing of ours is installed.
+    """
+    host, guest, machines = machines
+    if pair.name == "C/C":
+        assert driven_by(host, guest, machines) == list(NAMES["C"])
+        return
+
+    for machine in machines:
+        machine.install()
+        machine.configure(f"options {machine.c_driver} max_ring_page_order=1")
+    with attached(host, guest):
+        for machine in machines:
+            assert machine.loaded() == [machine.ours]
+            # What is configured for the C driver is meant for its replacement too.
+            order = f"/sys/module/{machine.ours}/parameters/max_ring_page_order"
+            assert machine.machine.sh(f"cat {order}") == "1"
+    for machine in machines:
+        machine.unload()
+        # By name, as Xen's scripts do it.
+        machine.machine.sh(f"/sbin/modprobe {machine.c_driver}")
+        assert machine.loaded() == [machine.ours]
+        machine.unload()
+
+    for machine in machines:
+        machine.configure(f"blacklist {machine.ours}")
+    assert driven_by(host, guest, machines) == list(NAMES["C"])
+
+    for machine in machines:
+        machine.configure("")
+        machine.install(change="sed -i s/vermagic=7/vermagic=6/ {file}")
+    assert driven_by(host, guest, machines) == list(NAMES["C"])
+    for machine in machines:
+        assert "version magic" in machine.machine.sh("dmesg")
+
+    for machine in machines:
+        machine.remove_module()
+    assert driven_by(host, guest, machines) == list(NAMES["C"])
+    for machine in machines:
+        machine.machine.sh(f"/sbin/modprobe {machine.c_driver}")
+        assert machine.loaded() == [machine.c_driver]
+        machine.unload()
