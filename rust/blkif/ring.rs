@@ -309,6 +309,11 @@ impl<M: Memory> FrontRing<M> {
         &self.slots.memory
     }
 
+    /// The memory given to [`FrontRing::new`], for a ring that is not used any more.
+    pub fn into_memory(self) -> M {
+        self.slots.memory
+    }
+
     /// Slots of the ring.
     #[inline]
     pub fn capacity(&self) -> u32 {
@@ -374,6 +379,23 @@ impl<M: Memory> FrontRing<M> {
         let event = self.rsp_cons.wrapping_add(threshold.min(awaited).max(1));
         self.slots
             .final_check(RSP_PROD, RSP_EVENT, self.rsp_cons, event)
+    }
+
+    /// Returns how many responses were taken since the ring was made, modulo 2^32.
+    pub fn responses_taken(&self) -> u32 {
+        self.rsp_cons
+    }
+
+    /// Returns `true` if the backend has published responses that were not taken.
+    pub fn has_responses(&self) -> bool {
+        self.slots.memory.load(RSP_PROD) != self.rsp_cons
+    }
+
+    /// Returns `true` if the backend has asked to be notified of a request that is published: it was
+    /// notified, and has not looked at the ring since.
+    pub fn is_unnoticed(&self) -> bool {
+        let event = self.slots.memory.load(REQ_EVENT);
+        self.req_prod.wrapping_sub(event) < self.slots.capacity
     }
 
     /// Reads the backend's index. `true`: there are new responses.
@@ -714,6 +736,32 @@ mod tests {
         for id in 0..32 {
             assert_eq!(front.take_response(), Ok(Some(response(id))));
             assert_eq!(u64::from(front.free_slots()), id + 1);
+        }
+    }
+
+    #[test]
+    fn a_lost_event_can_be_seen() {
+        for at in [0, u32::MAX - 1] {
+            let pages = Pages::new(1);
+            let (mut front, mut back) = pair(&pages, at);
+            assert!(!front.is_unnoticed(), "nothing to notice");
+            front.put(request(0)).unwrap();
+            assert!(!front.is_unnoticed(), "not published");
+            assert!(front.publish());
+            assert!(front.is_unnoticed());
+            takes(&mut back, 0);
+            assert!(!back.final_check());
+            assert!(!front.is_unnoticed());
+
+            assert!(!front.has_responses());
+            assert_eq!(front.responses_taken(), at);
+            back.put(&response(0)).unwrap();
+            assert!(back.publish());
+            assert!(front.has_responses());
+            assert_eq!(front.take_response(), Ok(Some(response(0))));
+            assert!(!front.has_responses());
+            assert_eq!(front.responses_taken(), at.wrapping_add(1));
+            assert_eq!(front.into_memory().words(), WORDS_PER_PAGE);
         }
     }
 

@@ -235,6 +235,19 @@ impl<T: Handler> Channel<T> {
         }
     }
 
+    /// Returns `true` if the interrupt is still bound to our port. After a restore it is not, from the
+    /// moment on at which this domain runs again; the other end has known nothing of the channel since
+    /// the domain was saved. Any context.
+    pub fn is_open(&self) -> bool {
+        let Notify::Port(port) = self.notify else {
+            return true;
+        };
+        // The glue code frees what it knows of a port after a grace period.
+        let _guard = rcu::read_lock();
+        // SAFETY: The function takes any number. What it looks at stays until the guard is dropped.
+        unsafe { bindings_ext::irq_from_evtchn(port) == self.irq }
+    }
+
     /// What wakes the other domain without this, if our port is known.
     pub fn doorbell(&self) -> Option<Doorbell> {
         self.port().map(Doorbell)

@@ -217,7 +217,7 @@ impl GrantReserve {
     /// # Safety
     ///
     /// The page is valid, and goes to nobody else until the grant has been ended with success.
-    unsafe fn grant(
+    pub(super) unsafe fn grant(
         &mut self,
         domain: DomId,
         page: *mut kernel::bindings::page,
@@ -253,7 +253,7 @@ impl Drop for GrantReserve {
 /// # Safety
 ///
 /// The reference is ours and granted; on `true` it is not ours any more.
-unsafe fn try_end(reference: GrantRef) -> bool {
+pub(super) unsafe fn try_end(reference: GrantRef) -> bool {
     // SAFETY: By the requirements of this function.
     unsafe { bindings_ext::gnttab_try_end_foreign_access(reference.0) != 0 }
 }

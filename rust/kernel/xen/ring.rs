@@ -8,11 +8,13 @@
 //!
 //! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
 
+use super::grant;
 use super::grant::map::Mapper;
 use super::grant::map::PageCache;
 use super::grant::Access;
 use super::grant::ForeignRef;
 use super::grant::GrantRef;
+use super::grant::GrantReserve;
 use super::xenbus;
 use core::ops::Deref;
 use core::ptr::NonNull;
@@ -178,6 +180,9 @@ mod fence {
     }
 }
 
+/// No reference, as `xenbus_teardown_ring` has it.
+const NO_REFERENCE: u32 = u32::MAX;
+
 /// A ring of our own, granted to the other end of a device for reading and writing.
 ///
 /// When dropped, the grants end and the pages are freed; those that the other end still maps stay in
@@ -185,8 +190,8 @@ mod fence {
 ///
 /// # Invariants
 ///
-/// `words` are the first `pages` pages at an address from `xenbus_setup_ring`, with the first `pages`
-/// of `references`.
+/// `words` are the `pages` pages at an address from `alloc_pages_exact`, which are owned. Each of the
+/// first `pages` of `references` is ours and grants one of them, or is [`NO_REFERENCE`].
 pub struct RingPages {
     words: SharedWords,
     references: [u32; MAX_PAGES],
@@ -196,35 +201,58 @@ pub struct RingPages {
 impl RingPages {
     /// Allocates `1 << order` pages filled with zeroes, and grants them. At most [`MAX_PAGES`]; they
     /// are contiguous, so more than one may be hard to get. May sleep; does no I/O.
+    ///
+    /// `ENOMEM`: there is no memory. `ENOSPC`: the grant table has no more entries. Unlike
+    /// `xenbus_setup_ring`, a shortage does not switch the device to `Closing`.
     pub fn new(device: &xenbus::Device, order: u32) -> Result<Self> {
         let pages = 1usize.checked_shl(order).ok_or(EINVAL)?;
         if pages > MAX_PAGES {
             return Err(EINVAL);
         }
-        let mut references = [0; MAX_PAGES];
-        let mut address = core::ptr::null_mut();
-        // SAFETY: The device is valid; `address` is valid for a write, `references` for as many as
-        // there are pages.
-        let setup = || unsafe {
-            bindings_ext::xenbus_setup_ring_noio(
-                device.as_raw(),
-                &mut address,
-                pages as u32,
-                references.as_mut_ptr(),
-            )
-        };
-        to_result(device.without_fatal(setup))?;
-        let words = NonNull::new(address.cast()).ok_or(ENOMEM)?;
-        // INVARIANT: Set up just above; the pages stay until `drop`.
-        let words = SharedWords {
-            words,
-            len: pages.wrapping_mul(WORDS_PER_PAGE),
-        };
-        Ok(Self {
-            words,
-            references,
+        let mut reserve = GrantReserve::new(pages as u16)?;
+        let size = pages.wrapping_mul(PAGE_SIZE);
+        // SAFETY: Allocates memory, whatever the size.
+        let address = unsafe { bindings_ext::alloc_ring_pages(size) };
+        let address = NonNull::new(address.cast::<u32>()).ok_or(ENOMEM)?;
+        // INVARIANT: Allocated just above; there is no grant yet.
+        let mut ring = Self {
+            words: SharedWords {
+                words: address,
+                len: pages.wrapping_mul(WORDS_PER_PAGE),
+            },
+            references: [NO_REFERENCE; MAX_PAGES],
             pages,
-        })
+        };
+        for (index, place) in ring.references.iter_mut().take(pages).enumerate() {
+            let first = index.wrapping_mul(WORDS_PER_PAGE);
+            // SAFETY: In the memory that was allocated above.
+            let page = unsafe { bindings_ext::virt_to_page(address.as_ptr().add(first).cast()) };
+            let domain = device.otherend_id();
+            // SAFETY: By the type invariant the page stays until its grant has ended.
+            let reference = unsafe { reserve.grant(domain, page, Access::ReadWrite) }?;
+            // INVARIANT: Granted just above.
+            *place = reference.value();
+        }
+        Ok(ring)
+    }
+
+    /// Ends the grants of those pages that the other end does not use any more. Returns `true` if no
+    /// grant is left.
+    pub fn try_end(&mut self) -> bool {
+        let mut all = true;
+        for reference in self.references.iter_mut().take(self.pages) {
+            if *reference == NO_REFERENCE {
+                continue;
+            }
+            // SAFETY: By the type invariant it is ours and granted.
+            if unsafe { grant::try_end(GrantRef::from_raw(*reference)) } {
+                // INVARIANT: It has ended.
+                *reference = NO_REFERENCE;
+            } else {
+                all = false;
+            }
+        }
+        all
     }
 
     /// The references of the pages, in order, for xenstore.
@@ -250,7 +278,7 @@ impl Drop for RingPages {
         let mut address = self.words.words.as_ptr().cast();
         // SAFETY: By the type invariant; nobody uses the words after this. Pages that are still
         // mapped over there get a reference of the grant table, so freeing them here does not give
-        // them to anybody.
+        // them to anybody. References that have ended are skipped.
         unsafe {
             bindings_ext::xenbus_teardown_ring(
                 &mut address,
