@@ -65,14 +65,47 @@ impl Handler for Queue {
 }
 
 impl Queue {
+    /// Takes answers without an event.
+    ///
+    /// A backend can answer after the domain was saved: these answers are in the ring when it is
+    /// restored, and must not be taken, for the requests are made again. So the channel is looked at
+    /// under the lock, where the domain cannot be saved.
+    pub(crate) fn poll(&self) {
+        let mut answers = 0u32;
+        let mut done = [const { None }; AT_ONCE];
+        loop {
+            let found = {
+                let mut inner = self.inner.lock();
+                if !inner.is_open() {
+                    return;
+                }
+                self.take_from(&mut inner, &mut done, &mut answers)
+            };
+            self.finish_all(&mut done);
+            if !matches!(found, Found::More) {
+                return;
+            }
+        }
+    }
+
     /// Takes answers until `done` is full or the ring is empty.
+    #[inline]
     fn take(&self, done: &mut [Option<Waiting>], answers: &mut u32) -> Found {
-        let mut inner = self.inner.lock();
+        self.take_from(&mut self.inner.lock(), done, answers)
+    }
+
+    #[inline]
+    fn take_from(
+        &self,
+        inner: &mut Inner,
+        done: &mut [Option<Waiting>],
+        answers: &mut u32,
+    ) -> Found {
         if inner.broken {
             return Found::Broken;
         }
         for place in done {
-            match self.next(&mut inner, answers, place) {
+            match self.next(inner, answers, place) {
                 Ok(true) => {}
                 Ok(false) => {
                     let link = inner.link.as_mut();
@@ -153,7 +186,8 @@ impl Queue {
         let status = waiting.blk_status();
         let refused = waiting.status == Status::NotSupported;
         match waiting.release() {
-            Ok(rq) => {
+            Ok(mut rq) => {
+                rq.data_mut().stalled = false;
                 if refused {
                     self.revoke(rq.op());
                 }
@@ -246,6 +280,7 @@ impl Inner {
         self.pool.give(waiting.held.indirect_mut());
         let status = waiting.blk_status();
         if let Held::Bounced(rq) = &mut waiting.held {
+            rq.data_mut().stalled = false;
             if !(status.is_ok() && is_copied_later(rq)) {
                 self.pool.give(&mut rq.data_mut().data);
             }
@@ -256,8 +291,7 @@ impl Inner {
     fn give_back(&mut self, generation: u32, pages: &mut KVec<GrantedPage>) {
         match self.state {
             State::Live(terms) if terms.generation == generation => self.pool.give(pages),
-            // They end with their connection.
-            _ => pages.clear(),
+            _ => self.give_back_late(pages),
         }
     }
 }
@@ -308,6 +342,7 @@ impl Waiting {
                 held: Held::Direct { granted, indirect },
                 missing: self.missing,
                 status: self.status,
+                timeouts: self.timeouts,
             }),
         }
     }

@@ -17,6 +17,9 @@
 //! | `link` | a ring and its event channel |
 //! | `registry` | the disks that there are, removed ones included |
 //! | `signal` | what wakes the thread |
+//! | `retry` | when to connect again after an attempt that failed for now |
+//! | `shortage` | grants that a device needs and other disks have |
+//! | `timeout` | requests that are not answered in time |
 //! | `params` | module parameters |
 //!
 //! # Who owns what
@@ -40,8 +43,11 @@ mod params;
 mod pool;
 mod queue;
 mod registry;
+mod retry;
+mod shortage;
 mod signal;
 mod slots;
+mod timeout;
 mod vbd;
 
 use blkif::vdev::MAJOR;

@@ -43,6 +43,8 @@ pub(crate) struct Carry {
     pub(crate) indirect: KVec<GrantedPage>,
     /// Room for the grants of the data, if it goes directly.
     pub(crate) references: References,
+    /// A connection was given up because this request was not answered.
+    pub(crate) stalled: bool,
 }
 
 impl Carry {
@@ -55,6 +57,7 @@ impl Carry {
             data: KVec::with_capacity(segments, GFP_KERNEL)?,
             indirect: KVec::with_capacity(params::MOST_PARTS, GFP_KERNEL)?,
             references: References::with_capacity(segments, GFP_KERNEL)?,
+            stalled: false,
         })
     }
 }

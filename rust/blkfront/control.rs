@@ -36,6 +36,7 @@ use kernel::prelude::*;
 use kernel::str::CString;
 use kernel::sync::aref::ARef;
 use kernel::sync::Arc;
+use kernel::time::msecs_to_jiffies;
 use kernel_ext::base::kthread::KThread;
 use kernel_ext::base::kthread::Kind;
 use kernel_ext::base::noio::Noio;
@@ -46,20 +47,26 @@ use kernel_ext::block::mq::GenDiskBuilder;
 use kernel_ext::block::mq::QueueLimits;
 use kernel_ext::block::mq::TagSet;
 use kernel_ext::block::mq::TagSetParams;
+use kernel_ext::ratelimited;
 use kernel_ext::xen::xenbus;
 use kernel_ext::xen::xenstore::Listing;
 use kernel_ext::xen::xenstore::NoTransaction;
 
+use crate::carry::Started;
 use crate::disk::Basis;
 use crate::disk::Disk;
 use crate::link::Link;
 use crate::nodes;
 use crate::nodes::RingNodes;
+use crate::params;
 use crate::queue::Queue;
 use crate::queue::Spare;
 use crate::queue::Terms;
 use crate::registry::Claimed;
 use crate::registry::Registered;
+use crate::retry;
+use crate::retry::Retry;
+use crate::shortage::Shortage;
 use crate::signal::Cause;
 use crate::signal::Signal;
 use crate::slots::Waiting;
@@ -107,7 +114,11 @@ pub(crate) struct Control {
     /// The backend's directory. Another one after a restore.
     backend: CString,
     /// The state that the backend was in when xenbus told of it.
-    seen: XenbusState,
+    seen: xenbus::State,
+    /// Attempts to connect.
+    retry: Retry,
+    /// What is done about grants that are missing.
+    shortage: Shortage,
     /// What this side can do, as of the last offer.
     offer: Option<FrontOffer>,
     /// Nobody is to look for partitions.
@@ -151,7 +162,9 @@ impl Control {
             ending: Ending::None,
             waits: false,
             backend,
-            seen: XenbusState::Unknown,
+            seen: xenbus::State::Unknown,
+            retry: Retry::new(),
+            shortage: Shortage::default(),
             offer: None,
             no_partition_scan: false,
             queues: KVec::new(),
@@ -181,18 +194,43 @@ impl Control {
             // and one that was restored is Initialising, also if its disk is dead.
             self.show();
         }
-        let event = nodes::backend_event(&self.backend, state);
-        self.seen = match event {
-            FrontEvent::Backend { state, .. } => state,
-            // Nonsense is no state.
-            _ => XenbusState::Unknown,
-        };
-        self.follow(event);
+        let was_whole = self.is_whole();
+        self.seen = state;
+        if self.is_whole() && !was_whole {
+            self.queues.iter().for_each(|queue| queue.forget_timeouts());
+        }
+        self.follow(nodes::backend_event(
+            &self.backend,
+            state,
+            self.disk.is_some(),
+        ));
+    }
+
+    /// Tries again to connect. Only in xenbus's thread, as all that has to do with Initialising.
+    pub(crate) fn retry(&mut self) {
+        if self.own == Front::Waiting {
+            self.follow_backend(self.seen);
+        }
+    }
+
+    /// Returns the time until the next attempt to connect, in milliseconds, if there is to be one.
+    pub(crate) fn retry_wait_ms(&self) -> Option<u64> {
+        self.retry.wait_ms()
+    }
+
+    /// Returns `true` once when the next attempt to connect is due.
+    pub(crate) fn take_retry(&mut self) -> bool {
+        self.retry.take_due()
+    }
+
+    /// The attempt to connect could not be made.
+    pub(crate) fn put_off(&mut self, error: Error) {
+        self.retry.postpone(error);
     }
 
     /// The domain was restored, and this is the directory of its new backend.
     pub(crate) fn resume(&mut self, backend: &CStr) -> Result {
-        self.seen = XenbusState::Unknown;
+        self.seen = xenbus::State::Unknown;
         self.follow(FrontEvent::Resume);
         self.backend = nodes::path(backend)?;
         Ok(())
@@ -212,6 +250,7 @@ impl Control {
                 FrontEvent::Backend { .. } => Ending::Orderly,
                 FrontEvent::BadState
                 | FrontEvent::Failed
+                | FrontEvent::Unusable
                 | FrontEvent::Deadline { .. }
                 | FrontEvent::Resume => Ending::Failed,
             };
@@ -224,6 +263,10 @@ impl Control {
                     self.own = next;
                     self.show();
                 }
+            }
+            Err(error) if retry::is_transient(error) => {
+                self.postpone(error, action);
+                self.follow(FrontEvent::Unusable);
             }
             Err(error) => {
                 self.device.dev_fatal(error, fmt!("{}", purpose(action)));
@@ -257,15 +300,39 @@ impl Control {
     pub(crate) fn retry_detach(&mut self) {
         if self.waits() {
             let state = self.device.read_driver_state(&self.backend);
-            self.follow(nodes::backend_event(&self.backend, state));
+            self.follow(nodes::backend_event(
+                &self.backend,
+                state,
+                self.disk.is_some(),
+            ));
         }
+    }
+
+    /// A step has failed for now: it is tried again until the deadline of the outage.
+    fn postpone(&mut self, error: Error, action: FrontAction) {
+        // What was shared for it was not offered.
+        self.stop_sharing(Fate::Again);
+        if error == ENOSPC {
+            self.shortage.ask();
+        }
+        if self.retry.postpone(error) {
+            ratelimited!(self
+                .device
+                .dev_error(error, fmt!("{}: trying again", purpose(action))));
+        }
+        // The device's thread keeps the time.
+        self.signal.raise(Cause::Backend);
     }
 
     fn carry_out(&mut self, action: FrontAction) -> Result {
         match action {
             FrontAction::Wait | FrontAction::Detach => Ok(()),
             FrontAction::Report => {
-                pr_warn!("{}: still waiting for {}\n", self.name(), &*self.backend);
+                ratelimited!(pr_warn!(
+                    "{}: still waiting for {}\n",
+                    self.name(),
+                    &*self.backend
+                ));
                 Ok(())
             }
             FrontAction::Offer => self.offer(),
@@ -276,7 +343,7 @@ impl Control {
             }
             FrontAction::Reset | FrontAction::Restart => {
                 self.stop_sharing(Fate::Again);
-                self.bury();
+                self.reclaim();
                 Ok(())
             }
         }
@@ -302,8 +369,12 @@ impl Control {
         self.device.switch_state(state);
     }
 
-    /// Shares rings with the backend.
+    /// Shares rings with the backend. `EBUSY`: it still uses memory of the last connection.
     fn offer(&mut self) -> Result {
+        if !self.reclaim() {
+            return Err(EBUSY);
+        }
+        self.retry.take_turn()?;
         let own = Listing::new(&NoTransaction, self.device.nodename());
         let front = nodes::front_offer(&self.device, &own)?;
         self.no_partition_scan = nodes::no_partition_scan(&self.device, &own)?;
@@ -314,19 +385,42 @@ impl Control {
         }
 
         self.rings = self.queues.len().min(shape.queues as usize);
+        let (order, rings) = self.make_rings(shape.page_order)?;
+        self.offer = Some(front);
+        nodes::publish(&self.device, &own, &rings, order, front.persistent)
+    }
+
+    /// Makes the rings, of `1 << page_order` pages or, if there is not so much memory in a row, of
+    /// fewer: the backend takes any up to its offer. Returns the order and the nodes of the rings.
+    fn make_rings(&mut self, page_order: u32) -> Result<(u32, KVec<RingNodes>)> {
+        let mut order = page_order;
+        loop {
+            match self.attach_rings(order) {
+                Err(error) if order > 0 && [ENOMEM, ENOSPC].contains(&error) => {
+                    order = order.saturating_sub(1);
+                }
+                result => return result.map(|rings| (order, rings)),
+            }
+        }
+    }
+
+    /// Gives each queue a ring of `1 << page_order` pages.
+    fn attach_rings(&mut self, page_order: u32) -> Result<KVec<RingNodes>> {
+        let mut links = KVec::new();
         let mut rings = KVec::new();
         let mut slots = 0usize;
         for queue in self.queues.iter().take(self.rings) {
-            let link = Link::new(&self.device, shape.page_order, queue)?;
+            let link = Link::new(&self.device, page_order, queue)?;
             slots = slots.saturating_add(link.ring.capacity() as usize);
             rings.push(RingNodes::new(&link)?, GFP_KERNEL)?;
-            queue.attach(link)?;
+            links.push(link, GFP_KERNEL)?;
         }
         // So that there is room for all requests, should the backend keep their pages.
         self.lingering.reserve(slots, GFP_KERNEL)?;
-        self.offer = Some(front);
-        let (order, persistent) = (shape.page_order, front.persistent);
-        nodes::publish(&self.device, &own, &rings, order, persistent)
+        for (queue, link) in self.queues.iter().zip(links) {
+            queue.attach(link)?;
+        }
+        Ok(rings)
     }
 
     fn make_queues(&mut self, count: u32) -> Result {
@@ -365,6 +459,8 @@ impl Control {
         }
         self.spread_events();
         self.report(&features);
+        self.retry.finish();
+        self.shortage.finish();
         Ok(())
     }
 
@@ -383,7 +479,7 @@ impl Control {
             TagSet::new(TagSetParams {
                 nr_hw_queues: queues.len() as u32,
                 queue_depth: queue_depth(&self.queues),
-                timeout: 0,
+                timeout: msecs_to_jiffies(params::io_timeout_ms()),
                 // The backend's domain schedules for the device; doing it twice only costs.
                 no_scheduler: true,
             }),
@@ -415,9 +511,10 @@ impl Control {
         self.block_size = nodes.block_size;
         self.basis = Some(basis);
         self.wanted = Some(basis);
-        self.disk = Some(disk.clone());
+        self.add_disk(disk.clone())?;
+        self.disk = Some(disk);
         self.registered = Some(registered);
-        self.add_disk(disk)
+        Ok(())
     }
 
     /// Reserves the minors of the virtual device number. `None`: a disk that was removed and is still
@@ -507,10 +604,10 @@ impl Control {
             Ok(()) => self.basis = Some(wanted),
             Err(error) if error != EBUSY => return Err(error),
             Err(_) if wanted.gains_cache(&self.basis) => {
-                pr_err!(
+                ratelimited!(pr_err!(
                     "{}: the backend has a write cache now, and the limits of the disk are locked\n",
                     self.name()
-                );
+                ));
                 return Err(EBUSY);
             }
             Err(_) => self.signal.raise(Cause::Limits),
@@ -525,11 +622,11 @@ impl Control {
             return;
         }
         if let Err(error) = self.follow_limits() {
-            pr_err!(
+            ratelimited!(pr_err!(
                 "{}: the limits of the disk stay: {:?}\n",
                 self.name(),
                 error
-            );
+            ));
         }
     }
 
@@ -540,14 +637,14 @@ impl Control {
             Flush::None => "barrier or flush: disabled;",
         };
         let enabled = |on: bool| if on { "enabled" } else { "disabled" };
-        pr_info!(
+        ratelimited!(pr_info!(
             "{}: {} persistent grants: {}; indirect descriptors: {}; bounce buffer: {}\n",
             self.name(),
             flush,
             enabled(features.persistent),
             enabled(features.indirect_segments > 0),
             enabled(features.bounce)
-        );
+        ));
     }
 
     /// Has the events of each ring come to a CPU that uses it, so that a request ends where it was
@@ -570,12 +667,12 @@ impl Control {
             return;
         };
         if nodes.block_size != self.block_size {
-            pr_warn!(
+            ratelimited!(pr_warn!(
                 "{}: sector-size = {} instead of {}: ignored until the disk is attached anew\n",
                 self.name(),
                 nodes.block_size,
                 self.block_size
-            );
+            ));
         }
         // What was read is in range.
         let _ = self.follow_disk(disk, &nodes);
@@ -586,7 +683,11 @@ impl Control {
     fn follow_disk(&self, disk: &GenDisk<Disk>, nodes: &negotiate::Disk) -> Result {
         disk.set_read_only(nodes.read_only());
         if disk.capacity() != nodes.sectors {
-            pr_info!("{}: Setting capacity to {}\n", self.name(), nodes.sectors);
+            ratelimited!(pr_info!(
+                "{}: Setting capacity to {}\n",
+                self.name(),
+                nodes.sectors
+            ));
             disk.set_capacity_and_notify(nodes.sectors)?;
         }
         Ok(())
@@ -597,13 +698,41 @@ impl Control {
         if self.disk.is_none() {
             return;
         }
-        pr_warn!("{}: the backend cannot discard, it is off\n", self.name());
+        ratelimited!(pr_warn!(
+            "{}: the backend cannot discard, it is off\n",
+            self.name()
+        ));
         self.wanted = self.wanted.map(Basis::without_discard);
         self.retry_limits();
     }
 
+    /// Returns the queue of a ring.
+    pub(crate) fn ring(&self, number: usize) -> Option<Arc<Queue>> {
+        let mut rings = self.queues.iter().take(self.rings);
+        rings.nth(number).cloned()
+    }
+
+    /// Gives up a connection whose backend does not answer. One that is away has its own deadline.
+    pub(crate) fn drop_stalled(&mut self) {
+        let stalled = || self.queues.iter().any(|queue| queue.has_stalled());
+        if !params::gives_up() || !self.is_whole() || !stalled() {
+            return;
+        }
+        ratelimited!(self.device.dev_error(
+            ETIMEDOUT,
+            fmt!("the backend does not answer: closing the connection, requests wait for another one"),
+        ));
+        self.follow(FrontEvent::Unusable);
+    }
+
+    /// Returns `true` if the disk is served, as far as xenbus has told.
+    fn is_whole(&self) -> bool {
+        let state = XenbusState::from_number(self.seen.number());
+        self.own.whole(state.unwrap_or(XenbusState::Unknown))
+    }
+
     /// Ends event channels and requests. The backend may keep what it has mapped of the rings and
-    /// pools until [`Self::bury`].
+    /// pools until [`Self::reclaim`] or [`Self::bury`].
     fn stop_sharing(&mut self, fate: Fate) {
         if let Some(disk) = &self.disk {
             disk.quiesce();
@@ -617,7 +746,24 @@ impl Control {
         self.rings = 0;
     }
 
-    /// Frees what the backend has had mapped of rings and pools.
+    /// Frees what the backend does not use any more of the last connection. Returns `true` if nothing
+    /// is left.
+    fn reclaim(&self) -> bool {
+        let mut all = true;
+        for queue in &self.queues {
+            all &= queue.reclaim();
+        }
+        all
+    }
+
+    /// Gives back pages of the pools that no request uses at the moment.
+    pub(crate) fn give_back_unused(&self) {
+        for queue in &self.queues {
+            queue.give_back_unused();
+        }
+    }
+
+    /// Gives up what the backend has had mapped of rings and pools.
     pub(crate) fn bury(&self) {
         for queue in &self.queues {
             queue.bury();
@@ -736,6 +882,8 @@ impl Control {
         }
         let connected = self.own != Front::Waiting;
         self.own = Front::Dead;
+        self.retry.finish();
+        self.shortage.finish();
         // To be unbound without ever having offered anything is nothing to tell: the device can be
         // bound again. And the bus, which looks at Initialising in xenbus's thread, must not find
         // that it has become something else in another.
@@ -757,7 +905,7 @@ impl Control {
 
     /// Whether requests are being served, or never will be again.
     pub(crate) fn is_settled(&self) -> bool {
-        self.own == Front::Dead || self.own.whole(self.seen)
+        self.own == Front::Dead || self.is_whole()
     }
 
     /// Gives back pages of the pools that nobody has needed since the last time.
@@ -765,6 +913,11 @@ impl Control {
         self.queues.iter().fold(Spare::default(), |sum, queue| {
             sum.and(queue.give_back_spare())
         })
+    }
+
+    /// Whether nothing will ever be served again.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.own == Front::Dead
     }
 
     /// Whether there is a disk.
@@ -827,13 +980,27 @@ fn queue_depth(queues: &[Arc<Queue>]) -> u32 {
 /// pages.
 fn settle(lingering: &mut KVVec<(Waiting, Fate)>, waiting: Waiting, fate: Fate) {
     let answer = waiting.answer();
+    let stalled = waiting.has_stalled();
     match (waiting.release(), answer, fate) {
-        (Ok(rq), Some(status), _) => rq.end(status),
-        (Ok(rq), None, Fate::Again) => rq.requeue(),
-        (Ok(rq), None, Fate::Fail) => rq.end(BlkStatus::IOERR),
+        (Ok(rq), Some(status), _) => end(rq, status),
+        (Ok(rq), None, Fate::Again) if !(stalled && rq.data().stalled) => {
+            requeue(rq, stalled);
+        }
+        (Ok(rq), None, _) => end(rq, BlkStatus::IOERR),
         (Err(waiting), _, _) => {
             // There is room. If not, the pages are never used again.
             let _ = lingering.push_within_capacity((waiting, fate));
         }
     }
+}
+
+/// Has a request offered to the queue again. `stalled`: its connection was given up because of it.
+fn requeue(mut rq: Started, stalled: bool) {
+    rq.data_mut().stalled |= stalled;
+    rq.requeue();
+}
+
+fn end(mut rq: Started, status: BlkStatus) {
+    rq.data_mut().stalled = false;
+    rq.end(status);
 }

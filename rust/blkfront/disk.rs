@@ -30,6 +30,7 @@ use kernel_ext::block::mq::QueueLimits;
 use kernel_ext::block::mq::Queued;
 use kernel_ext::block::mq::Rejected;
 use kernel_ext::block::mq::Request;
+use kernel_ext::block::mq::RequestId;
 use kernel_ext::block::mq::RequestList;
 use kernel_ext::ratelimited;
 
@@ -233,6 +234,12 @@ impl Operations for Disk {
         match disk.queue(rq.id().hw_queue) {
             Some(queue) => queue.complete_read(rq),
             None => rq.end(BlkStatus::IOERR),
+        }
+    }
+
+    fn timed_out(disk: ArcBorrow<'_, Self>, id: RequestId) {
+        if let Some(queue) = disk.queue(id.hw_queue) {
+            queue.timed_out(id);
         }
     }
 

@@ -4,8 +4,10 @@
 //!
 //! # What waits for whom
 //!
-//! - The device is not served: after [`OUTAGE_MS`] the disk is given up, and what was in flight ends
-//!   with an error.
+//! - The device is not served: after the module parameter `reconnect_timeout` the disk is given up, and
+//!   what was in flight ends with an error.
+//! - The device cannot connect for now: it tries again until then, see [`retry`](crate::retry).
+//! - A request is not answered: see [`timeout`](crate::timeout).
 //! - A disk is detached or unbound while its backend serves it: it is written back first, file systems
 //!   and page cache. That ends when the backend leaves, or has answered nothing for the time that
 //!   the parameter `detach_timeout` says, and then what was not written fails. It does not end for a
@@ -37,7 +39,10 @@ use kernel::time::Instant;
 use kernel::time::Jiffies;
 use kernel::time::Monotonic;
 use kernel_ext::base::kthread::KThread;
+use kernel_ext::base::noio::Noio;
 use kernel_ext::block::mq::GenDisk;
+use kernel_ext::xen::xenstore::Watch;
+use kernel_ext::xen::xenstore::WatchHandler;
 
 use crate::control::Control;
 use crate::disk::Disk;
@@ -46,8 +51,6 @@ use crate::registry::Registered;
 use crate::signal::Cause;
 use crate::signal::Signal;
 
-/// How long a disk waits for a backend that is away.
-const OUTAGE_MS: i64 = 300_000;
 /// How long a disk that goes waits for the answers to its last requests.
 const DRAIN_MS: i64 = 5_000;
 /// How often is looked whether a drain is over.
@@ -62,8 +65,9 @@ const UNMAP_STEP_MS: i64 = 10;
 const LIMITS_STEP_MS: i64 = 10;
 /// How often is looked whether the backend has let go of pages.
 const LINGER_STEP_MS: u32 = 100;
-/// How often is looked whether a backend is away for too long.
+/// How often is looked whether a backend is away for too long, at least and at most.
 const OUTAGE_STEP_MS: u32 = 10_000;
+const OUTAGE_LEAST_MS: u32 = 100;
 
 /// How often pages that nobody needs are looked for, while there may be some.
 const SPARE_STEP_MS: u32 = 10_000;
@@ -85,6 +89,19 @@ pub(crate) struct Keeper {
     signal: Arc<Signal>,
     #[pin]
     pub(crate) control: Mutex<Control>,
+    /// Has xenbus's thread try to connect again.
+    #[pin]
+    attempt: Mutex<Option<Watch<Keeper>>>,
+}
+
+impl WatchHandler for Keeper {
+    /// Called once, in xenbus's thread, because the watch was made.
+    fn changed(&self) {
+        let _noio = Noio::new();
+        self.control.lock().retry();
+        let watch = self.attempt.lock().take();
+        drop(watch);
+    }
 }
 
 impl Keeper {
@@ -93,47 +110,83 @@ impl Keeper {
             pin_init!(Self {
                 signal,
                 control <- new_mutex!(control),
+                attempt <- new_mutex!(None),
             }),
             GFP_KERNEL,
         )
     }
 
     /// The life of the device.
-    pub(crate) fn run(&self) {
+    pub(crate) fn run(this: &Arc<Self>) {
+        let mut open = None;
+        this.live(&mut open);
+        this.end(&mut open);
+    }
+
+    fn live(self: &Arc<Self>, open: &mut Option<RemovedDisk>) {
         let mut away = None;
         let mut spares = Spares::default();
-        let mut open = None;
         while !self.signal.removed() {
-            self.attend(&mut open);
+            self.attend(open);
+            self.try_again();
             self.check_outage(&mut away);
             self.look_for_spares(&mut spares);
             self.signal
-                .wait(self.patience(away.is_some() || spares.last.is_some()));
+                .wait(self.patience(&away, spares.last.is_some()));
         }
+    }
 
+    fn end(&self, open: &mut Option<RemovedDisk>) {
         self.close();
         while self.control.lock().lingers() {
             fsleep(Delta::from_millis(LINGER_STEP_MS.into()));
             self.control.lock().release();
         }
         self.await_unmap();
-        self.remove_disk(&mut open);
+        self.remove_disk(open);
         self.signal.finish();
         while open.is_some() {
             self.signal.await_cause(Cause::Released);
-            drop_closed(&mut open);
+            drop_closed(open);
         }
     }
 
-    /// How long to sleep if nothing happens. `watching`: for a backend that is away, or for memory.
-    fn patience(&self, watching: bool) -> Option<Jiffies> {
+    /// How long to sleep if nothing happens. `away` is since when the backend is; `spares`: pages are
+    /// looked for that nobody needs.
+    fn patience(&self, away: &Option<Instant<Monotonic>>, spares: bool) -> Option<Jiffies> {
         let control = self.control.lock();
-        if control.lingers() {
-            Some(msecs_to_jiffies(LINGER_STEP_MS))
-        } else if watching || control.waits() {
-            Some(msecs_to_jiffies(OUTAGE_STEP_MS.min(SPARE_STEP_MS)))
-        } else {
-            None
+        let left = |since: &Instant<Monotonic>| {
+            let left = params::reconnect_timeout_ms().saturating_sub(since.elapsed().as_millis());
+            left.clamp(OUTAGE_LEAST_MS.into(), OUTAGE_STEP_MS.into()) as u32
+        };
+        let times = [
+            control.lingers().then_some(LINGER_STEP_MS),
+            control
+                .retry_wait_ms()
+                .map(|wait| wait.min(OUTAGE_STEP_MS.into()) as u32),
+            away.as_ref().map(left),
+            spares.then_some(SPARE_STEP_MS),
+            control.waits().then_some(OUTAGE_STEP_MS),
+        ];
+        times.into_iter().flatten().min().map(msecs_to_jiffies)
+    }
+
+    /// Has xenbus's thread connect again, if it is time: it is the one that deals with Initialising.
+    fn try_again(self: &Arc<Self>) {
+        if !self.control.lock().take_retry() {
+            return;
+        }
+        let mut attempt = self.attempt.lock();
+        if attempt.is_some() {
+            // The last one was not made yet.
+            return;
+        }
+        match Watch::new(c"domid", fmt!(""), self.clone()) {
+            Ok(watch) => *attempt = Some(watch),
+            Err(error) => {
+                drop(attempt);
+                self.control.lock().put_off(error);
+            }
         }
     }
 
@@ -144,6 +197,12 @@ impl Keeper {
         }
         if self.signal.take(Cause::NoDiscard) {
             self.control.lock().withdraw_discard();
+        }
+        if self.signal.take(Cause::TimedOut) {
+            self.check_rings();
+        }
+        if self.signal.take(Cause::Shortage) {
+            self.control.lock().give_back_unused();
         }
         if self.signal.take(Cause::Limits) {
             fsleep(Delta::from_millis(LIMITS_STEP_MS));
@@ -163,6 +222,16 @@ impl Keeper {
         self.bury();
     }
 
+    /// Makes up for lost events, and gives up a connection without answers.
+    fn check_rings(&self) {
+        for number in 0.. {
+            let queue = self.control.lock().ring(number);
+            let Some(queue) = queue else { break };
+            queue.check_ring();
+        }
+        self.control.lock().drop_stalled();
+    }
+
     /// Gives up a disk that is not served for too long. `away` is since when it is not.
     fn check_outage(&self, away: &mut Option<Instant<Monotonic>>) {
         let mut control = self.control.lock();
@@ -171,7 +240,7 @@ impl Keeper {
             return;
         }
         let since = *away.get_or_insert_with(Instant::now);
-        if since.elapsed().as_millis() < OUTAGE_MS {
+        if since.elapsed().as_millis() < params::reconnect_timeout_ms() {
             return;
         }
         *away = Some(Instant::now());
@@ -277,7 +346,7 @@ impl Keeper {
     fn bury(&self) -> bool {
         let control = self.control.lock();
         let mapped = control.is_mapped();
-        if !mapped {
+        if !mapped && control.is_dead() {
             control.bury();
         }
         !mapped

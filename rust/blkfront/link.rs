@@ -40,10 +40,15 @@ impl Link {
     }
 
     /// Ends the event channel. Waits for its handler; sleeps.
-    pub(crate) fn disconnect(self) -> FrontRing<RingPages> {
+    pub(crate) fn disconnect(self) -> RingPages {
         let Self { ring, channel, .. } = self;
         drop(channel);
-        ring
+        ring.into_memory()
+    }
+
+    /// Returns `true` unless the domain was saved and restored since the connection was made.
+    pub(crate) fn is_open(&self) -> bool {
+        self.channel.is_open()
     }
 
     /// The grants of the ring's pages, for xenstore.

@@ -97,8 +97,8 @@ pub(crate) fn path(path: &CStr) -> Result<CString> {
     CString::try_from_fmt(fmt!("{}", path))
 }
 
-/// What it means that the backend has this state.
-pub(crate) fn backend_event(backend: &CStr, state: xenbus::State) -> FrontEvent {
+/// What it means that the backend has this state. `disk`: there is one from an earlier connection.
+pub(crate) fn backend_event(backend: &CStr, state: xenbus::State, disk: bool) -> FrontEvent {
     let Some(state) = XenbusState::from_number(state.number()) else {
         let number = state.number() as i32;
         ratelimited!(pr_err!("{}/state = \"{}\": no state\n", backend, number));
@@ -110,6 +110,7 @@ pub(crate) fn backend_event(backend: &CStr, state: xenbus::State) -> FrontEvent 
     FrontEvent::Backend {
         state,
         online: is_online(backend),
+        disk,
     }
 }
 

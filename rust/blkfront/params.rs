@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Module parameters, with the names and defaults of `xen-blkfront`.
+//! Module parameters, with the names and defaults of `xen-blkfront`, and the time-outs of our own.
 
 use blkif::negotiate::FrontOffer;
 use blkif::ring::MAX_PAGE_ORDER;
@@ -28,6 +28,31 @@ module_params! {
     /// How long a disk that is detached waits for its backend.
     static DETACH_TIMEOUT("detach_timeout", 0o644): u32 = 8,
         "Seconds without an answer after which a disk that is detached is written back no more (default is 8)";
+    /// When a request counts as timed out.
+    static IO_TIMEOUT("io_timeout", 0o644): u32 = 30,
+        "Seconds after which the ring is checked for a request without an answer; the connection is closed after ten times that; 0: never (default is 30)";
+    /// How long a disk waits for its backend.
+    static RECONNECT_TIMEOUT("reconnect_timeout", 0o644): u32 = 300,
+        "Seconds that a disk waits for a backend that is away, before its requests fail (default is 300)";
+}
+
+/// The longest time-out that the block layer takes, in seconds.
+const MAX_IO_TIMEOUT: u32 = 1 << 20;
+
+/// Returns the time after which a request of a new disk counts as timed out, in milliseconds; 0 leaves
+/// it to the block layer.
+pub(crate) fn io_timeout_ms() -> u32 {
+    IO_TIMEOUT.get().min(MAX_IO_TIMEOUT).saturating_mul(1_000)
+}
+
+/// Returns `true` if a connection is given up when requests are not answered.
+pub(crate) fn gives_up() -> bool {
+    IO_TIMEOUT.get() != 0
+}
+
+/// Returns how long a disk waits for a backend that is away, in milliseconds.
+pub(crate) fn reconnect_timeout_ms() -> i64 {
+    i64::from(RECONNECT_TIMEOUT.get()).saturating_mul(1_000)
 }
 
 /// Segments that are used at most, whatever the parameter says: as many as fit into the smallest

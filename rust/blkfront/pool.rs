@@ -16,6 +16,8 @@ use kernel_ext::xen::grant::GrantReserve;
 use kernel_ext::xen::grant::GrantedPage;
 use kernel_ext::xen::DomId;
 
+use crate::shortage;
+
 /// Granted pages that no request uses.
 pub(crate) struct Pool {
     pages: KVVec<GrantedPage>,
@@ -65,9 +67,29 @@ impl Pool {
 
     /// Takes pages back. Those for which there is no room are freed.
     pub(crate) fn give(&mut self, from: &mut KVec<GrantedPage>) {
+        if shortage::is_claimed() {
+            self.give_up(from);
+        }
         while let Some(page) = from.pop() {
             let _ = self.pages.push_within_capacity(page);
         }
+    }
+
+    /// Frees pages that another device needs more, but for those of the start and those that the
+    /// backend uses.
+    #[cold]
+    fn give_up(&mut self, from: &mut KVec<GrantedPage>) {
+        while self.pages.len() >= self.first {
+            let Some(page) = from.pop() else { break };
+            if let Err(page) = page.try_end() {
+                let _ = self.pages.push_within_capacity(page);
+            }
+        }
+    }
+
+    /// Takes out some pages.
+    pub(crate) fn take_some(&mut self) -> [Option<GrantedPage>; SPARE_AT_ONCE] {
+        core::array::from_fn(|_| self.pages.pop())
     }
 
     /// Takes out some spare pages: those that nobody has used for the longest time, which the
@@ -99,9 +121,13 @@ impl Pool {
     }
 }
 
-/// Adds new pages to `to` until that has `count`. Does not sleep.
+/// Adds new pages to `to` until that has `count`, unless a device cannot connect for want of grants.
+/// Does not sleep.
 pub(crate) fn grow(domain: DomId, to: &mut KVec<GrantedPage>, count: usize) -> Result {
     while to.len() < count {
+        if shortage::is_claimed() {
+            return Err(ENOSPC);
+        }
         let page = new_page(domain, GFP_ATOMIC | __GFP_NOWARN)?;
         to.push_within_capacity(page).map_err(|_| ENOSPC)?;
     }

@@ -13,7 +13,6 @@ use blkif::plan::Direction;
 use blkif::plan::Form;
 use blkif::plan::Plan;
 use blkif::plan::SlotLimits;
-use blkif::ring::FrontRing;
 use blkif::vdev::Name;
 use blkif::wire::op;
 use blkif::wire::Encode;
@@ -38,6 +37,7 @@ use kernel_ext::xen::events::Doorbell;
 use kernel_ext::xen::grant::Access;
 use kernel_ext::xen::grant::GrantReserve;
 use kernel_ext::xen::grant::Granted;
+use kernel_ext::xen::grant::GrantedPage;
 use kernel_ext::xen::ring::RingPages;
 use kernel_ext::xen::DomId;
 
@@ -49,6 +49,7 @@ use crate::disk::Disk;
 use crate::link::Link;
 use crate::pool;
 use crate::pool::Pool;
+use crate::shortage;
 use crate::signal::Cause;
 use crate::signal::Signal;
 use crate::slots::Slots;
@@ -127,13 +128,16 @@ pub(crate) struct Inner {
     remains: Option<Remains>,
 }
 
-/// What a backend has mapped of a connection that has ended: the ring, and the pages of the pool.
+/// What a backend may have mapped of a connection that has ended: the ring, and the pages of the pool
+/// and of the requests that were in flight.
 ///
 /// A page that is given up while it is mapped over there is freed later by the kernel, which looks
-/// after ten such pages a second. So whoever can wait for the backend drops this after it.
+/// after ten such pages a second. A backend that never unmaps could have the memory of one connection
+/// after the other. So a queue has the remains of one connection at most, and there is no other one
+/// before they are free.
 struct Remains {
-    _ring: FrontRing<RingPages>,
-    _pool: Pool,
+    ring: RingPages,
+    pool: Pool,
 }
 
 /// A ring with its slots.
@@ -256,9 +260,28 @@ impl Inner {
         true
     }
 
-    /// Takes out a request that waits for answers, or for its pages.
+    /// Returns `true` if there is a connection, and the domain was not restored since it was made.
+    pub(crate) fn is_open(&self) -> bool {
+        self.link.as_ref().is_some_and(Link::is_open)
+    }
+
+    /// Takes out a request that waits for answers, or for its pages. Pages that its connection's
+    /// backend may have mapped stay here.
     fn evict(&mut self) -> Option<Waiting> {
-        self.answered.pop().or_else(|| self.slots.evict())
+        let mut waiting = self.answered.pop().or_else(|| self.slots.evict())?;
+        self.give_back_late(waiting.held.indirect_mut());
+        if let Held::Bounced(rq) = &mut waiting.held {
+            self.give_back_late(&mut rq.data_mut().data);
+        }
+        Some(waiting)
+    }
+
+    /// Takes back pages of a connection that has ended.
+    pub(crate) fn give_back_late(&mut self, pages: &mut KVec<GrantedPage>) {
+        match &mut self.remains {
+            Some(remains) => remains.pool.give(pages),
+            None => pages.clear(),
+        }
     }
 }
 
@@ -336,8 +359,7 @@ impl Queue {
         };
         if let Some(link) = link {
             // Waits for the event handler, which finds no ring any more.
-            let ring = link.disconnect();
-            self.keep_remains(ring);
+            self.keep_remains(link.disconnect());
         }
         loop {
             // On its own, so that the lock is not held while the request ends.
@@ -349,19 +371,63 @@ impl Queue {
     }
 
     /// Keeps what the backend has mapped of a connection.
-    fn keep_remains(&self, ring: FrontRing<RingPages>) {
+    fn keep_remains(&self, ring: RingPages) {
         let _old = {
             let mut inner = self.inner.lock();
             let pool = core::mem::replace(&mut inner.pool, Pool::empty());
-            let remains = Remains {
-                _ring: ring,
-                _pool: pool,
-            };
-            inner.remains.replace(remains)
+            inner.remains.replace(Remains { ring, pool })
         };
     }
 
-    /// Frees what the backend has had mapped of the last connection. Sleeps.
+    /// Frees what the backend does not use any more of the last connection. Returns `true` if nothing
+    /// is left. Sleeps.
+    pub(crate) fn reclaim(&self) -> bool {
+        self.reclaim_pages() && self.reclaim_ring()
+    }
+
+    /// Frees the pages of the pool, up to those that the backend uses.
+    fn reclaim_pages(&self) -> bool {
+        loop {
+            let pages = match &mut self.inner.lock().remains {
+                Some(remains) => remains.pool.take_some(),
+                None => return true,
+            };
+            let (mut freed, mut used) = (false, false);
+            for page in pages.into_iter().flatten() {
+                match page.try_end() {
+                    Ok(_page) => freed = true,
+                    Err(page) => {
+                        used = true;
+                        if let Some(remains) = &mut self.inner.lock().remains {
+                            remains.pool.keep(page);
+                        }
+                    }
+                }
+            }
+            if used || !freed {
+                return !used;
+            }
+        }
+    }
+
+    fn reclaim_ring(&self) -> bool {
+        let ended = {
+            let mut inner = self.inner.lock();
+            let mut remains = inner.remains.as_mut();
+            if remains
+                .as_mut()
+                .is_some_and(|remains| !remains.ring.try_end())
+            {
+                return false;
+            }
+            inner.remains.take()
+        };
+        drop(ended);
+        true
+    }
+
+    /// Gives up what the backend has had mapped of the last connection. The kernel frees it when the
+    /// backend does not use it any more. Sleeps.
     pub(crate) fn bury(&self) {
         let remains = self.inner.lock().remains.take();
         drop(remains);
@@ -392,6 +458,13 @@ impl Queue {
         }
         let grown = self.inner.lock().pool.watch();
         Spare { freed, grown }
+    }
+
+    /// Gives back pages that no request uses at the moment, as far as the backend does not have them
+    /// mapped.
+    pub(crate) fn give_back_unused(&self) {
+        self.inner.lock().pool.watch();
+        self.give_back_spare();
     }
 
     /// Has the backend's events come to one CPU, if that is possible. Sleeps.
@@ -592,9 +665,19 @@ impl Queue {
         terms: &Terms,
         needs: Needs,
     ) -> Result<GrantReserve> {
+        if needs.grants != 0 && shortage::is_claimed() && self.has_requests() {
+            return Err(ENOSPC);
+        }
         let reserve = GrantReserve::new(needs.grants)?;
         self.bring_pages(rq, terms, needs)?;
         Ok(reserve)
+    }
+
+    /// Returns `true` if the backend has requests to answer.
+    #[cold]
+    fn has_requests(&self) -> bool {
+        let inner = self.inner.lock();
+        (inner.link.as_ref()).is_some_and(|link| link.ring.in_flight() != 0)
     }
 
     /// Gets pages that the pool did not have, and copies the data of a write that is bounced.

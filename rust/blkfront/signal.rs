@@ -32,9 +32,13 @@ pub(crate) enum Cause {
     Released,
     /// The device is being unbound.
     Remove,
+    /// A device of the guest cannot connect for want of grants.
+    Shortage,
+    /// A request was not answered in time.
+    TimedOut,
 }
 
-const CAUSES: usize = 8;
+const CAUSES: usize = 10;
 
 /// Wakes the thread of a device. Any context.
 #[pin_data]

@@ -13,8 +13,10 @@ use blkif::wire::Status;
 use kernel::prelude::*;
 use kernel_ext::block::mq::BlkStatus;
 use kernel_ext::block::mq::Op;
+use kernel_ext::block::mq::RequestId;
 
 use crate::carry::Held;
+use crate::timeout::GIVE_UP_AFTER;
 
 /// A slot.
 struct Slot {
@@ -35,6 +37,8 @@ pub(crate) struct Waiting {
     pub(crate) missing: u16,
     /// The worst answer so far.
     pub(crate) status: Status,
+    /// How often it has timed out.
+    pub(crate) timeouts: u8,
 }
 
 impl Waiting {
@@ -44,7 +48,13 @@ impl Waiting {
             held,
             missing: parts,
             status: Status::Okay,
+            timeouts: 0,
         }
+    }
+
+    /// Returns `true` if the request was not answered for so long that its connection is given up.
+    pub(crate) fn has_stalled(&self) -> bool {
+        self.timeouts >= GIVE_UP_AFTER
     }
 
     /// How the request has ended, if all answers are there.
@@ -214,6 +224,31 @@ impl Slots {
     /// Takes out a request that waits, whatever is missing. For when the ring is gone.
     pub(crate) fn evict(&mut self) -> Option<Waiting> {
         self.slots.iter_mut().find_map(|slot| slot.waiting.take())
+    }
+
+    /// Counts a time-out of a request, if it waits here.
+    pub(crate) fn timed_out(&mut self, id: RequestId) {
+        let mut waiting = self.waiting();
+        if let Some(waiting) = waiting.find(|waiting| waiting.held.request().id() == id) {
+            waiting.timeouts = waiting.timeouts.saturating_add(1);
+        }
+    }
+
+    /// Returns `true` if a request has timed out too often.
+    pub(crate) fn has_stalled(&self) -> bool {
+        let mut waiting = self.slots.iter().flat_map(|slot| &slot.waiting);
+        waiting.any(Waiting::has_stalled)
+    }
+
+    /// Begins to count time-outs of all requests again.
+    pub(crate) fn forget_timeouts(&mut self) {
+        for waiting in self.waiting() {
+            waiting.timeouts = 0;
+        }
+    }
+
+    fn waiting(&mut self) -> impl Iterator<Item = &mut Waiting> {
+        self.slots.iter_mut().flat_map(|slot| &mut slot.waiting)
     }
 
     fn release(&mut self, number: u16) {

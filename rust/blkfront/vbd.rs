@@ -25,6 +25,7 @@ use kernel_ext::xen::xenbus::State;
 use crate::control::Control;
 use crate::keeper::Keeper;
 use crate::nodes;
+use crate::shortage::Member;
 use crate::signal::Cause;
 use crate::signal::Signal;
 
@@ -40,6 +41,7 @@ pub(crate) struct Vbd {
     signal: Arc<Signal>,
     keeper: Arc<Keeper>,
     _thread: KThread,
+    _member: Member,
 }
 
 impl Vbd {
@@ -52,18 +54,20 @@ impl Vbd {
         let backend = nodes::path(dev.otherend()?)?;
         let control = Control::new(device, vdev, signal.clone(), backend);
         let keeper = Keeper::new(control, signal.clone())?;
+        let member = Member::new(signal.clone())?;
 
         // A disk may be what memory is freed by writing to.
         let kind = Kind { freezable: false };
         let runner = keeper.clone();
         let thread = KThread::spawn(fmt!("rblkfront/{}", vdev.name.as_str()), kind, move |_| {
             let _noio = Noio::new();
-            runner.run();
+            Keeper::run(&runner);
         })?;
         Ok(Self {
             signal,
             keeper,
             _thread: thread,
+            _member: member,
         })
     }
 }

@@ -141,11 +141,16 @@ pub enum FrontEvent {
         /// False if its node `online` is 0: the toolstack wants the disk back. A backend without
         /// this node is online.
         online: bool,
+        /// There is a disk, kept from an earlier connection.
+        disk: bool,
     },
     /// The backend's node `state` holds no number of a state.
     BadState,
-    /// A step could not be carried out: no memory, bad nodes.
+    /// A step could not be carried out, and never can be: bad nodes, a broken ring.
     Failed,
+    /// A step could not be carried out for now, for want of memory or grants, or the backend does
+    /// not answer requests: another connection may do better.
+    Unusable,
     /// The connection has not been whole for too long.
     Deadline {
         /// There is a disk that somebody may be waiting for.
@@ -214,9 +219,10 @@ impl Front {
             FrontEvent::Backend {
                 state,
                 online: true,
+                disk,
             } => match self {
                 Front::Waiting => Self::waiting(state),
-                Front::Offered => Self::offered(state),
+                Front::Offered => Self::offered(state, disk),
                 Front::Live => Self::live(state),
                 Front::Reset => Self::reset(state),
                 Front::Dead => FrontAction::Wait,
@@ -224,6 +230,7 @@ impl Front {
             FrontEvent::BadState | FrontEvent::Failed => self.give_up(),
             FrontEvent::Deadline { disk: true } => self.give_up(),
             FrontEvent::Deadline { disk: false } => FrontAction::Report,
+            FrontEvent::Unusable => self.disconnect(),
             FrontEvent::Resume => self.resume(),
         }
     }
@@ -241,11 +248,13 @@ impl Front {
         }
     }
 
-    /// A backend that answers an offer with Closing has refused it. To offer the same again would
-    /// go on for ever.
-    const fn offered(backend: XenbusState) -> FrontAction {
+    /// A backend that answers the first offer with Closing has refused it. One that refuses a disk
+    /// that was connected before may take it later: the disk is in use, and the deadline ends the
+    /// attempts.
+    const fn offered(backend: XenbusState, disk: bool) -> FrontAction {
         match backend {
             XenbusState::Connected => FrontAction::Connect,
+            XenbusState::Closing if disk => FrontAction::Reset,
             XenbusState::Closing => FrontAction::Detach,
             XenbusState::Closed => FrontAction::Restart,
             XenbusState::Unknown | XenbusState::Initialising => FrontAction::Wait,
@@ -282,6 +291,15 @@ impl Front {
         match self {
             Front::Waiting | Front::Offered | Front::Live | Front::Reset => FrontAction::Detach,
             Front::Dead => FrontAction::Wait,
+        }
+    }
+
+    /// The backend is asked to close. A frontend that could not make an offer has shared nothing, and
+    /// tries again by itself.
+    const fn disconnect(self) -> FrontAction {
+        match self {
+            Front::Offered | Front::Live => FrontAction::Reset,
+            Front::Waiting | Front::Reset | Front::Dead => FrontAction::Wait,
         }
     }
 
@@ -612,6 +630,7 @@ mod tests {
         own.step(FrontEvent::Backend {
             state,
             online: true,
+            disk: true,
         })
     }
 
@@ -662,6 +681,7 @@ mod tests {
         let asked = FrontEvent::Backend {
             state: XenbusState::Closing,
             online: false,
+            disk: true,
         };
         assert_eq!(Front::Live.step(asked), FrontAction::Detach);
         assert_eq!(
@@ -678,8 +698,12 @@ mod tests {
     fn one_step_of_a_frontend_is_all_that_a_state_asks_for() {
         for own in FRONTS {
             for state in STATES {
-                for online in [false, true] {
-                    let event = FrontEvent::Backend { state, online };
+                for (online, disk) in [(false, false), (false, true), (true, false), (true, true)] {
+                    let event = FrontEvent::Backend {
+                        state,
+                        online,
+                        disk,
+                    };
                     if let Some(next) = own.step(event).leads_to() {
                         assert_eq!(next.step(event).leads_to(), None);
                     }
@@ -696,8 +720,32 @@ mod tests {
         let online = FrontEvent::Backend {
             state: XenbusState::Connected,
             online: false,
+            disk: true,
         };
         assert_eq!(Front::Live.step(online), FrontAction::Detach);
+    }
+
+    #[test]
+    fn a_refusal_ends_a_first_offer_only() {
+        for (disk, action) in [(false, FrontAction::Detach), (true, FrontAction::Reset)] {
+            let refused = FrontEvent::Backend {
+                state: XenbusState::Closing,
+                online: true,
+                disk,
+            };
+            assert_eq!(Front::Offered.step(refused), action);
+        }
+    }
+
+    #[test]
+    fn an_unusable_connection_is_closed() {
+        for own in FRONTS {
+            let expected = match own {
+                Front::Offered | Front::Live => FrontAction::Reset,
+                Front::Waiting | Front::Reset | Front::Dead => FrontAction::Wait,
+            };
+            assert_eq!(own.step(FrontEvent::Unusable), expected);
+        }
     }
 
     #[test]

@@ -84,6 +84,8 @@ struct World {
     back_wake: bool,
     /// The backend's state and `online` as the frontend read them.
     front_read: Option<(XenbusState, bool)>,
+    /// The frontend has been connected, and keeps its disk.
+    disk: bool,
     /// The frontend's state, `online` and `ready` as the backend read them.
     back_read: Option<(XenbusState, bool, bool)>,
     /// What the frontend has done leads to this, which it has to write.
@@ -111,6 +113,8 @@ enum Blow {
     FrontBind,
     FrontCrash,
     FrontFailure,
+    /// The frontend could not take a step for now, or gives up a connection without answers.
+    FrontUnusable,
     Deadline,
     Migration,
     DeviceReady,
@@ -119,7 +123,7 @@ enum Blow {
     DeviceTaken,
 }
 
-const BLOWS: [Blow; 14] = [
+const BLOWS: [Blow; 15] = [
     Blow::Detach,
     Blow::AskToClose,
     Blow::BackRebind,
@@ -129,6 +133,7 @@ const BLOWS: [Blow; 14] = [
     Blow::FrontBind,
     Blow::FrontCrash,
     Blow::FrontFailure,
+    Blow::FrontUnusable,
     Blow::Deadline,
     Blow::Migration,
     Blow::DeviceReady,
@@ -154,6 +159,7 @@ impl World {
             front_wake: true,
             back_wake: true,
             front_read: None,
+            disk: false,
             back_read: None,
             front_write: None,
             back_write: None,
@@ -229,7 +235,12 @@ impl World {
             match self.front {
                 FrontSide::Absent => {}
                 FrontSide::Ours(own) => {
-                    self.front_does(own.step(FrontEvent::Backend { state, online }))
+                    let disk = self.disk;
+                    self.front_does(own.step(FrontEvent::Backend {
+                        state,
+                        online,
+                        disk,
+                    }))
                 }
                 FrontSide::C(own) => self.c_front(own, state),
             }
@@ -246,7 +257,10 @@ impl World {
         match action {
             FrontAction::Wait | FrontAction::Report | FrontAction::Refresh => {}
             FrontAction::Offer => self.share(),
-            FrontAction::Connect => assert!(self.offered),
+            FrontAction::Connect => {
+                assert!(self.offered);
+                self.disk = true;
+            }
             FrontAction::Reset | FrontAction::Restart | FrontAction::Detach => self.unshare(),
         }
         self.front_write = action.leads_to().map(FrontSide::Ours);
@@ -427,6 +441,11 @@ impl World {
             Blow::FrontCrash if matches!(self.front, FrontSide::Ours(_)) => self.front_bind(),
             Blow::FrontCrash => return None,
             Blow::FrontFailure => self.front_event(FrontEvent::Failed)?,
+            Blow::FrontUnusable => {
+                self.front_event(FrontEvent::Unusable)?;
+                // One that could not make an offer tries again.
+                self.front_wake = true;
+            }
             Blow::Deadline => self.front_event(FrontEvent::Deadline { disk: true })?,
             Blow::Migration => self.migration()?,
             Blow::DeviceReady => {
@@ -551,6 +570,7 @@ impl World {
         self.front = FrontSide::Ours(Front::Waiting);
         self.front_read = None;
         self.front_write = None;
+        self.disk = false;
         self.front_wake = true;
         self.unshare();
         self.write_front(XenbusState::Initialising);
@@ -582,6 +602,7 @@ impl World {
         };
         *self = World {
             ready: self.ready,
+            disk: self.disk,
             ..World::new(self.front, back)
         };
         self.front_event(FrontEvent::Resume)
