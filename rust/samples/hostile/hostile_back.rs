@@ -43,7 +43,11 @@ module_params! {
         "Virtual device number of the one device to take";
     /// What to do wrong.
     static TRICK("trick", 0o644): u32 = 0,
-        "0: nothing; 1, 2, 3: status of a write, a write, a flush; 4, 5, 6: id, id twice, operation; 7, 8: too many, too few answers; 9: keep pages; 10: silence; 11: peek";
+        "0: nothing; 1, 2, 3: status of a write, a write, a flush; 4, 5, 6: id, id twice, operation; 7, 8: too many, too few answers; 9: keep pages; 10: silence; 11: peek; 12: lose an event; 13: miss an event";
+    /// Connections that have ended stay mapped.
+    static HOARD("hoard", 0o644): bool = false, "Keep the pages of connections that have ended mapped";
+    /// How many of these there are.
+    static HOARDED("hoarded", 0o444): u32 = 0, "Connections that have ended and are mapped";
     /// What it offers in place of a flush.
     static BARRIER("barrier", 0o644): bool = false, "Offer a barrier, and no flush";
 }
@@ -101,6 +105,9 @@ impl xenbus::Driver for Back {
 
     fn probe(dev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
         let device: ARef<xenbus::Device> = dev.into();
+        if !HOARD.get() {
+            server::release_hoard();
+        }
         let wanted = dev.handle() == Some(DEVICE.get());
         if wanted {
             dev.switch_state(State::InitWait);

@@ -21,8 +21,10 @@ use kernel::prelude::*;
 use kernel::sync::aref::ARef;
 use kernel::sync::atomic::Acquire;
 use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::Full;
 use kernel::sync::atomic::Release;
 use kernel::sync::Arc;
+use kernel_ext::base::global_mutex::GlobalMutex;
 use kernel_ext::base::jiffies::msecs_to_jiffies;
 use kernel_ext::base::kthread::Current;
 use kernel_ext::base::kthread::KThread;
@@ -46,6 +48,9 @@ use kernel_ext::xen::xenbus;
 use kernel_ext::xen::xenstore::Reader;
 
 use crate::tricks::Trick;
+use crate::tricks::HONEST;
+use crate::HOARD;
+use crate::HOARDED;
 use crate::TRICK;
 
 /// Size of the disk in sectors.
@@ -157,18 +162,67 @@ struct Server {
     kept: KVec<MappedPage>,
 }
 
+/// Connections that have ended, and of which the pages stay mapped.
+static ENDED: GlobalMutex<KVec<Server>> = GlobalMutex::new(KVec::new());
+
+/// Unmaps the pages of connections that have ended.
+pub(crate) fn release_hoard() {
+    let ended = core::mem::replace(&mut *ENDED.lock(), KVec::new());
+    HOARDED.set(0);
+    for server in ended {
+        server.unmap();
+    }
+}
+
 impl Server {
     fn run(mut self, current: &Current) {
+        let mut missed = false;
         while !current.should_stop() {
             let woken = || self.wake.event.load(Acquire) || current.should_stop();
             let _ = self
                 .wake
                 .wait
                 .wait_timeout(msecs_to_jiffies(IDLE_MS), woken);
-            self.wake.event.store(false, Release);
+            let event = self.wake.event.xchg(false, Full);
+            if self.misses(event, &mut missed) {
+                continue;
+            }
             while self.serve() {}
             self.channel.eoi(false);
         }
+        if HOARD.get() {
+            self.hoard();
+        } else {
+            self.unmap();
+        }
+    }
+
+    /// Returns `true` if what is in the ring is left there, since an event is to be missed. It is
+    /// served when the next one comes.
+    fn misses(&self, event: bool, missed: &mut bool) -> bool {
+        if Trick::from_number(TRICK.get()) != Trick::MissEvent {
+            *missed = false;
+            return false;
+        }
+        if event && *missed {
+            TRICK.set(HONEST);
+            return false;
+        }
+        if event {
+            *missed = true;
+            self.channel.eoi(false);
+        }
+        true
+    }
+
+    fn hoard(self) {
+        let mut ended = ENDED.lock();
+        if ended.push(self, GFP_KERNEL).is_ok() {
+            HOARDED.set(ended.len() as u32);
+        }
+    }
+
+    fn unmap(mut self) {
         self.mapper.unmap(&self.cache, &mut self.kept);
     }
 
@@ -193,7 +247,7 @@ impl Server {
                 false
             }
             None => {
-                if self.ring.publish() {
+                if self.ring.publish() && trick != Trick::LoseEvent {
                     self.channel.notify();
                 }
                 self.ring.final_check()

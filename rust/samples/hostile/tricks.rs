@@ -32,10 +32,14 @@ pub(crate) enum Trick {
     Silence,
     /// Looks at what else is in the pages of a write, and refuses one that shows anything.
     Peek,
+    /// Answers without an event.
+    LoseEvent,
+    /// Behaves as if the next event had not come.
+    MissEvent,
 }
 
 /// In the order of their numbers.
-const TRICKS: [Trick; 12] = [
+const TRICKS: [Trick; 14] = [
     Trick::Honest,
     Trick::UnknownStatus,
     Trick::UnsupportedWrite,
@@ -48,7 +52,12 @@ const TRICKS: [Trick; 12] = [
     Trick::Keep,
     Trick::Silence,
     Trick::Peek,
+    Trick::LoseEvent,
+    Trick::MissEvent,
 ];
+
+/// The number of [`Trick::Honest`].
+pub(crate) const HONEST: u32 = 0;
 
 impl Trick {
     /// The one with a number.
@@ -61,7 +70,7 @@ impl Trick {
     pub(crate) fn suits(self, request: &WireRequest) -> bool {
         let operation = request.response_operation();
         match self {
-            Trick::Honest => false,
+            Trick::Honest | Trick::MissEvent => false,
             Trick::UnsupportedFlush => {
                 matches!(operation, op::FLUSH_DISKCACHE | op::WRITE_BARRIER)
             }
