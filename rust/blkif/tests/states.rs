@@ -642,6 +642,12 @@ impl World {
         self.online && awaited && offered && self.back_node == XenbusState::InitWait
     }
 
+    /// A frontend with a disk meets a backend that refuses its device.
+    fn is_refused(&self) -> bool {
+        let ours = matches!(self.front, FrontSide::Ours(_));
+        ours && self.disk && self.wrong && !self.ready
+    }
+
     /// No driver is bound to the frontend's device, and the backend would serve one.
     fn back_asks(&self) -> bool {
         self.front == FrontSide::Absent && self.back_node == XenbusState::InitWait
@@ -681,6 +687,10 @@ impl Ends {
             return Ok(());
         }
         let circle = self.path.contains(&world);
+        if circle && world.is_refused() {
+            // The frontend makes its offers at a pace, and the deadline ends them.
+            return Ok(());
+        }
         self.path.push(world);
         let moves = world.moves();
         if world.crashed || circle || moves.is_empty() && !world.is_good_end() {

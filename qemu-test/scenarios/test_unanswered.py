@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Requests that are not answered, and backends that come back again and again.
+
+The backend is the module rblk_hostile_back, which serves xvdb, or dom0's shell,
+which has no ring.
+"""
+
+from harness.evidence import assert_front_of_pair
+from harness.toolstack import connect_disks
+from harness.toolstack import directories
+from harness.toolstack import remove_devices
+from harness.toolstack import write_nodes
+from harness.xenhost import Disk
+
+XVDB = 51728
+PARAMETERS = "/sys/module/rblk_hostile_back/parameters"
+FRONT_PARAMETERS = "/sys/module/rblkfront/parameters"
+HONEST, KEEP, SILENCE, LOSE_EVENT, MISS_EVENT = 0, 9, 10, 12, 13
+DRIVER = "/sys/bus/xen-backend/drivers/vbd-hostile"
+
+WRITE = "/usr/bin/dd if=/dev/zero of=/dev/xvdb bs=4k count=1 oflag=direct"
+WRITER = f"rm -f /tmp/end; ({WRITE} && echo done > /tmp/end || echo failed > /tmp/end) 2> /dev/null &"
+"""Writes; what becomes of it is in /tmp/end."""
+
+SHORT_TIMEOUT = "echo 1000 > /sys/block/xvdb/queue/io_timeout"
+"""A request times out each second, and its connection is given up after ten."""
+
+
+def hostile_disk(xen, test_modules, front_parameters=""):
+    """A guest whose xvdb is served by the module; gives the host, the server and the guest."""
+    host = xen(modules=[test_modules / "rblk_hostile_back.ko"], front_parameters=front_parameters)
+    server = host.start_server()
+    server.insmod("rblk_hostile_back", f"device={XVDB}")
+    server.ram_disks(1, megabytes=16)
+    guest = host.start_guest(disks=[])
+    assert_front_of_pair(host, guest)
+    host.attach(guest, Disk("xvdb", "/dev/ram0"))
+    guest.wait_for_disk("xvdb")
+    return host, server, guest
+
+
+def play(server, trick):
+    """Has the module play a trick from now on."""
+    server.sh(f"echo {trick} > {PARAMETERS}/trick")
+
+
+def messages(guest, text):
+    """The kernel's messages that contain a text."""
+    return [line for line in guest.sh("dmesg").splitlines() if text in line]
+
+
+def test_lost_event(xen, test_modules):
+    """An event that is lost, in either direction, costs a delay and a message.
+
+    xen-blkfront waits for the next event, which never comes if there is one request at a time.
+
+    Rows: F-30
+    """
+    host, server, guest = hostile_disk(xen, test_modules)
+    guest.sh(SHORT_TIMEOUT)
+    for trick, said in (
+        (LOSE_EVENT, "xvdb: an event of the backend was lost"),
+        (MISS_EVENT, "xvdb: the backend answers after it was notified again"),
+    ):
+        play(server, trick)
+        guest.sh(WRITE)
+        play(server, HONEST)
+        guest.wait_for(f"dmesg | grep -q '{said}'")
+    guest.sh(WRITE)
+    guest.unload_frontend()
+
+
+def test_no_answer(xen, test_modules):
+    """A request without an answer is made again on another connection, and fails if that is in vain.
+
+    xen-blkfront waits without end.
+
+    Rows: F-31
+    """
+    host, server, guest = hostile_disk(xen, test_modules)
+    guest.allow("error, dev xvdb")
+    guest.allow("the backend does not answer")
+    guest.sh(SHORT_TIMEOUT)
+    said = "xvdb.*does not answer|vbd-51728: .*the backend does not answer"
+    play(server, SILENCE)
+    guest.sh(WRITER)
+    guest.wait_for(f"dmesg | grep -Eq '{said}'")
+    play(server, HONEST)
+    guest.wait_for('[ "$(cat /tmp/end)" = done ]')
+
+    play(server, SILENCE)
+    guest.sh(WRITER)
+    guest.wait_for('[ "$(cat /tmp/end)" = failed ]')
+    play(server, HONEST)
+    guest.sh(WRITE)
+    guest.unload_frontend()
+
+
+def test_no_answer_and_no_end(xen):
+    """A backend that neither answers nor closes: the request fails after `reconnect_timeout`.
+
+    xen-blkfront waits without end.
+
+    Rows: F-31
+    """
+    host = xen()
+    guest = host.start_guest(disks=[])
+    assert_front_of_pair(host, guest)
+    guest.allow("I/O error, dev xvdb")
+    guest.allow("rror on dev xvdb")
+    guest.allow("the backend does not answer")
+    guest.allow("the backend is away for too long")
+    guest.sh(f"echo 2 > {FRONT_PARAMETERS}/reconnect_timeout")
+    front, back = directories(guest.domid, XVDB)
+    connect_disks(host, guest, {XVDB: ({}, {})})
+    guest.wait_for_disk("xvdb")
+    write_nodes(host, back, {"sectors": 2048, "state": 4})
+    guest.wait_for("[ $(cat /sys/block/xvdb/size) = 2048 ]")
+
+    guest.sh(f"echo 0 > {FRONT_PARAMETERS}/io_timeout; {SHORT_TIMEOUT}; {WRITER}")
+    guest.wait_for("grep -q '[1-9]' /sys/block/xvdb/inflight")
+    guest.sh("sleep 12")
+    assert host.xenstore_read(f"{front}/state") == "4"
+    guest.sh(f"echo 30 > {FRONT_PARAMETERS}/io_timeout")
+    guest.wait_for('[ "$(cat /tmp/end)" = failed ]')
+    assert "does not answer" in host.xenstore_read(front.replace("/device/", "/error/device/") + "/error")
+    assert host.xenstore_read(f"{front}/state") == "6"
+    remove_devices(host, guest, [XVDB])
+
+
+def test_returning_backend(xen, test_modules):
+    """A backend that comes back and keeps what it had mapped gets nothing more from the guest.
+
+    xen-blkfront closes the device when the backend closes.
+
+    Rows: F-34
+    """
+    host, server, guest = hostile_disk(xen, test_modules, "trusted=0")
+    device = f"vbd-{guest.domid}-{XVDB}"
+    front, back = directories(guest.domid, XVDB, server)
+    play(server, KEEP)
+    guest.sh(WRITE)
+    play(server, HONEST)
+    server.sh(f"echo Y > {PARAMETERS}/hoard")
+    guest.allow("offering rings: trying again")
+    for _ in range(8):
+        server.sh(f"cd {DRIVER}; echo {device} > unbind; echo {device} > bind")
+        host.wait_for(f"[ $(xenstore-read {front}/state) = 1 ] && [ $(xenstore-read {back}/state) = 2 ]")
+    guest.wait_for("dmesg | grep -q 'offering rings: trying again'")
+    assert server.sh(f"cat {PARAMETERS}/hoarded") == "1"
+
+    guest.sh(WRITER)
+    server.sh(f"echo N > {PARAMETERS}/hoard; cd {DRIVER}; echo {device} > unbind; echo {device} > bind")
+    guest.wait_for('[ "$(cat /tmp/end)" = done ]')
+    assert server.sh(f"cat {PARAMETERS}/hoarded") == "0"
+    for _ in range(20):
+        server.sh(f"cd {DRIVER}; echo {device} > unbind; echo {device} > bind")
+    guest.sh(WRITE)
+    guest.unload_frontend()
+
+
+def test_talkative_backend(xen):
+    """What a backend changes again and again is not reported each time.
+
+    xen-blkfront reports each new capacity.
+
+    Rows: F-35
+    """
+    host = xen()
+    guest = host.start_guest(disks=[])
+    assert_front_of_pair(host, guest)
+    connect_disks(host, guest, {XVDB: ({}, {})})
+    guest.wait_for_disk("xvdb")
+    back = directories(guest.domid, XVDB)[1]
+    guest.sh("dmesg -c > /dev/null; cut -d ' ' -f 1 /proc/uptime > /tmp/start")
+    host.sh(
+        f"for i in $(seq 1 1000); do xenstore-write {back}/sectors $((i * 8))"
+        f" {back}/sector-size $((512 << i % 2)) {back}/state 4; done",
+        timeout=600,
+    )
+    guest.wait_for("[ $(cat /sys/block/xvdb/size) = 8000 ]")
+    lines = len(messages(guest, "xvdb"))
+    took = float(guest.sh("echo $(cut -d ' ' -f 1 /proc/uptime) $(cat /tmp/start) | awk '{ print $1 - $2 }'"))
+    # Ten in five seconds of each of three messages, one of them of the block layer.
+    assert lines <= 30 * (took // 5 + 2), (lines, took)
+    remove_devices(host, guest, [XVDB])
