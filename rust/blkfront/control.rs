@@ -131,6 +131,8 @@ pub(crate) struct Control {
     registered: Option<Registered>,
     /// The logical block size of the disk. Its users rely on it.
     block_size: u32,
+    /// Segments of the largest request that the disk may have in flight.
+    largest: u16,
     /// What the limits of the disk were made from.
     basis: Option<Basis>,
     /// What they are to be made from.
@@ -172,6 +174,7 @@ impl Control {
             disk: None,
             registered: None,
             block_size: 0,
+            largest: 0,
             basis: None,
             wanted: None,
             adder: None,
@@ -439,13 +442,15 @@ impl Control {
         let back = nodes::back_offer(&self.backend, &BackOffer::NODES)?;
         let front = self.offer.ok_or(EINVAL)?;
         let features = negotiate(&front, &back);
-        let limits = SlotLimits::new(features.indirect_segments);
+        let limits = self.slot_limits(&nodes, &features)?;
+        let largest = self.largest.max(limits.segments());
 
         self.generation = self.generation.wrapping_add(1);
         let terms = Terms {
             domain: self.device.otherend_id(),
             limits,
             bounce: features.bounce,
+            largest,
             flush: features.flush,
             discard: features.discard,
             generation: self.generation,
@@ -457,11 +462,28 @@ impl Control {
             None => self.make_disk(&nodes, &features, limits)?,
             Some(disk) => self.resume_disk(&disk, &nodes, &features, limits)?,
         }
+        self.largest = largest;
         self.spread_events();
         self.report(&features);
         self.retry.finish();
         self.shortage.finish();
         Ok(())
+    }
+
+    /// Returns how much a slot can carry. The logical block is that of the disk, if there is one.
+    fn slot_limits(&self, nodes: &negotiate::Disk, features: &Features) -> Result<SlotLimits> {
+        let block_size = match self.disk {
+            Some(_) => self.block_size,
+            None => nodes.block_size,
+        };
+        SlotLimits::new(features.indirect_segments, block_size).ok_or_else(|| {
+            pr_err!(
+                "{}: a block of {} bytes does not fit into a request of the backend\n",
+                self.name(),
+                block_size
+            );
+            EINVAL
+        })
     }
 
     fn make_disk(

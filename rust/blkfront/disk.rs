@@ -6,6 +6,7 @@ use blkif::negotiate;
 use blkif::negotiate::Discard;
 use blkif::negotiate::Features;
 use blkif::negotiate::Flush;
+use blkif::plan::most_pieces;
 use blkif::plan::Direction;
 use blkif::plan::SlotLimits;
 use blkif::vdev::Name;
@@ -35,6 +36,7 @@ use kernel_ext::block::mq::RequestList;
 use kernel_ext::ratelimited;
 
 use crate::carry::Carry;
+use crate::params;
 use crate::queue::Order;
 use crate::queue::Queue;
 use crate::registry;
@@ -150,8 +152,12 @@ impl Basis {
     }
 
     /// Sets what follows.
+    ///
+    /// Each segment is aligned to the logical block, or to the page if a block is larger: blkif.h
+    /// asks for whole blocks, and backends refuse others.
     pub(crate) fn apply(&self, limits: &mut QueueLimits) {
-        let segments = self.slot.segments();
+        let most = most_pieces(self.block_size, params::MOST_PARTS as u32);
+        let segments = u32::from(self.slot.segments()).min(most) as u16;
         limits
             .set_logical_block_size(self.block_size)
             .set_physical_block_size(self.physical_block_size)
@@ -159,7 +165,7 @@ impl Basis {
             .set_max_segments(segments)
             .set_max_segment_size(blkif::wire::PAGE_SIZE)
             .set_seg_boundary_mask(blkif::wire::PAGE_SIZE as usize - 1)
-            .set_dma_alignment(blkif::wire::SECTOR_SIZE - 1)
+            .set_dma_alignment(self.block_size.min(blkif::wire::PAGE_SIZE).wrapping_sub(1))
             .set_feature(Feature::WriteCache, self.write_cache);
 
         let discard = self.discard;

@@ -13,6 +13,8 @@ use blkif::plan::Direction;
 use blkif::plan::Form;
 use blkif::plan::Plan;
 use blkif::plan::SlotLimits;
+use blkif::resources::is_small;
+use blkif::resources::Resources;
 use blkif::vdev::Name;
 use blkif::wire::op;
 use blkif::wire::Encode;
@@ -64,6 +66,9 @@ pub(crate) struct Terms {
     pub(crate) limits: SlotLimits,
     /// Whether data is bounced.
     pub(crate) bounce: bool,
+    /// Pieces of the largest request that the disk may have in flight. More than `limits` if an
+    /// earlier backend took more.
+    pub(crate) largest: u16,
     /// How a flush is asked for.
     pub(crate) flush: Flush,
     /// What can be discarded.
@@ -73,6 +78,12 @@ pub(crate) struct Terms {
 }
 
 impl Terms {
+    /// Returns what a request of so many pieces takes.
+    #[inline]
+    fn resources(&self, pieces: u32) -> Resources {
+        Resources::new(self.limits, self.bounce, pieces)
+    }
+
     /// The end of a request with which the backend has nothing to do. Such a request was made for an
     /// earlier connection, to a backend that could do more.
     fn own_answer(&self, order: Order) -> Option<BlkStatus> {
@@ -172,47 +183,6 @@ impl Spare {
     }
 }
 
-/// How much of what a request needs.
-#[derive(Clone, Copy)]
-struct Needs {
-    /// Pieces of data.
-    pieces: u32,
-    /// Slots.
-    slots: usize,
-    /// Pages to bounce data.
-    data: usize,
-    /// Pages for the segments of indirect requests.
-    indirect: usize,
-    /// Grants for the request's own pages.
-    grants: u16,
-}
-
-impl Needs {
-    #[inline]
-    fn new(terms: &Terms, pieces: u32) -> Self {
-        let (slots, indirect) = if is_small(pieces) {
-            (1, 0)
-        } else {
-            let lists = terms.limits.grants(pieces).saturating_sub(pieces);
-            (terms.limits.slots(pieces) as usize, lists as usize)
-        };
-        let bounced = if terms.bounce { pieces } else { 0 };
-        Self {
-            pieces,
-            slots,
-            data: bounced as usize,
-            indirect,
-            grants: pieces.saturating_sub(bounced) as u16,
-        }
-    }
-}
-
-/// Whether so many pieces of data, or none, take one slot and nothing else.
-#[inline]
-fn is_small(pieces: u32) -> bool {
-    pieces as usize <= DIRECT_SEGMENTS
-}
-
 /// What a request asks for, if it moves data.
 #[inline]
 fn direction<S: mq::State>(rq: &Request<Disk, S>) -> Option<Direction> {
@@ -226,7 +196,7 @@ fn direction<S: mq::State>(rq: &Request<Disk, S>) -> Option<Direction> {
 /// What becomes of a request that wants to be put into the ring.
 enum Promise {
     /// There are slots for it.
-    Given(Terms, Needs),
+    Given(Terms, Resources),
     /// There are no slots now.
     Later,
     /// The request ends like this.
@@ -244,7 +214,7 @@ impl Inner {
     /// Promises slots, and takes pages out of the pool as far as there are any. `false`: there are no
     /// slots now.
     #[inline(always)]
-    fn promise(&mut self, terms: &Terms, carry: &mut Carry, needs: &Needs) -> bool {
+    fn promise(&mut self, terms: &Terms, carry: &mut Carry, needs: &Resources) -> bool {
         if !self.slots.promise(needs.slots) {
             return false;
         }
@@ -334,8 +304,8 @@ impl Queue {
 
     /// Serves requests from now on. Sleeps.
     pub(crate) fn serve(&self, terms: Terms) -> Result {
-        let largest = Needs::new(&terms, terms.limits.segments().into());
-        let first = largest.data.saturating_add(largest.indirect);
+        let largest = terms.resources(terms.largest.into());
+        let first = largest.pages();
         let capacity = self.inner.lock().slots.capacity();
         let pool = Pool::new(terms.domain, first, first.saturating_mul(capacity))?;
 
@@ -550,7 +520,7 @@ impl Queue {
         };
         while let Some(mut rq) = requests.pop() {
             let carry = rq.data_mut();
-            let needs = Needs::new(&terms, carry.pieces.len() as u32);
+            let needs = terms.resources(carry.pieces.len() as u32);
             if inner.promise(&terms, carry, &needs) {
                 promised.push(rq);
             } else {
@@ -569,7 +539,7 @@ impl Queue {
     ) -> RequestList<Disk, InFlight> {
         let mut started = RequestList::new();
         while let Some(mut rq) = requests.pop() {
-            let needs = Needs::new(terms, rq.data().pieces.len() as u32);
+            let needs = terms.resources(rq.data().pieces.len() as u32);
             if self.bring_pages(&mut rq, terms, needs).is_ok() {
                 started.push(rq.start());
             } else {
@@ -587,7 +557,7 @@ impl Queue {
         }
         let mut inner = self.inner.lock();
         while let Some(rq) = requests.pop() {
-            let needs = Needs::new(terms, rq.data().pieces.len() as u32);
+            let needs = terms.resources(rq.data().pieces.len() as u32);
             let Some(direction) = direction(&rq) else {
                 // Others are not small.
                 continue;
@@ -663,7 +633,7 @@ impl Queue {
         &self,
         rq: &mut Request<Disk, S>,
         terms: &Terms,
-        needs: Needs,
+        needs: Resources,
     ) -> Result<GrantReserve> {
         if needs.grants != 0 && shortage::is_claimed() && self.has_requests() {
             return Err(ENOSPC);
@@ -686,7 +656,7 @@ impl Queue {
         &self,
         rq: &mut Request<Disk, S>,
         terms: &Terms,
-        needs: Needs,
+        needs: Resources,
     ) -> Result {
         let carry = rq.data_mut();
         if carry.data.len() < needs.data || carry.indirect.len() < needs.indirect {
@@ -716,16 +686,24 @@ impl Queue {
         if let Some(status) = terms.own_answer(order) {
             return Promise::Ended(status);
         }
-        let needs = Needs::new(&terms, pieces);
+        let needs = terms.resources(pieces);
         if inner.promise(&terms, carry, &needs) {
-            Promise::Given(terms, needs)
-        } else {
-            Promise::Later
+            return Promise::Given(terms, needs);
         }
+        if needs.slots <= inner.slots.capacity() {
+            return Promise::Later;
+        }
+        ratelimited!(pr_err!(
+            "{}: a request of {} slots does not fit into a ring of {}\n",
+            self.name.as_str(),
+            needs.slots,
+            inner.slots.capacity()
+        ));
+        Promise::Ended(BlkStatus::IOERR)
     }
 
     /// Takes back what was promised to a request that is not put into the ring.
-    fn break_promise(&self, carry: &mut Carry, needs: Needs) {
+    fn break_promise(&self, carry: &mut Carry, needs: Resources) {
         let mut inner = self.inner.lock();
         inner.slots.unpromise(needs.slots);
         inner.pool.give(&mut carry.data);
@@ -734,7 +712,7 @@ impl Queue {
 
     /// Puts a request into the slots that were promised to it, and shows it to the backend if it is
     /// the last one of a batch.
-    fn put(&self, held: Held, order: Order, terms: &Terms, needs: Needs, last: bool) {
+    fn put(&self, held: Held, order: Order, terms: &Terms, needs: Resources, last: bool) {
         let mut inner = self.inner.lock();
         if let Err(waiting) = self.keep(&mut inner, held, order, terms, needs) {
             self.give_up(inner, waiting);
@@ -755,7 +733,7 @@ impl Queue {
         held: Held,
         order: Order,
         terms: &Terms,
-        needs: Needs,
+        needs: Resources,
     ) -> Result<(), Waiting> {
         inner.slots.unpromise(needs.slots);
         let lists = Lists::new(&held);
@@ -793,7 +771,7 @@ impl Queue {
         lists: &Lists<'_>,
         direction: Direction,
         terms: &Terms,
-        needs: Needs,
+        needs: Resources,
     ) -> (Option<u16>, u16) {
         let sector = lists.sector();
         let Some(plan) = Plan::new(sector, lists.pieces(), needs.pieces, terms.limits) else {
@@ -865,7 +843,7 @@ fn note_small(rq: &mut Request<Disk, Queued<'_>>) -> bool {
 fn hold(
     mut rq: Started,
     terms: &Terms,
-    needs: Needs,
+    needs: Resources,
     mut reserve: GrantReserve,
 ) -> Result<Held, Started> {
     if needs.grants == 0 {

@@ -8,6 +8,7 @@
 //! free before all of them are answered.
 
 use blkif::id::RingId;
+use blkif::reservation::Reservations;
 use blkif::wire::Response;
 use blkif::wire::Status;
 use kernel::prelude::*;
@@ -86,8 +87,8 @@ pub(crate) struct Slots {
     slots: KVVec<Slot>,
     /// Numbers of free slots.
     free: KVVec<u16>,
-    /// How many of these are promised to requests that are being prepared.
-    promised: usize,
+    /// Those of these that are promised to requests that are being prepared.
+    reservations: Reservations,
     /// Counts the uses of slots.
     epoch: u32,
 }
@@ -98,7 +99,7 @@ impl Slots {
         Self {
             slots: KVVec::new(),
             free: KVVec::new(),
-            promised: 0,
+            reservations: Reservations::new(),
             epoch: 0,
         }
     }
@@ -120,7 +121,7 @@ impl Slots {
         Ok(Self {
             slots,
             free,
-            promised: 0,
+            reservations: Reservations::new(),
             epoch,
         })
     }
@@ -135,7 +136,7 @@ impl Slots {
 
     /// Whether no request is waiting or being prepared.
     pub(crate) fn is_idle(&self) -> bool {
-        self.promised == 0 && self.free.len() == self.slots.len()
+        self.reservations.reserved() == 0 && self.free.len() == self.slots.len()
     }
 
     /// Returns how many slots the backend has answered, of this ring and those before. Wraps around.
@@ -144,19 +145,14 @@ impl Slots {
         self.epoch.wrapping_sub(used as u32)
     }
 
-    /// Promises so many slots, if there are as many.
+    /// Promises so many slots, if there are as many, and no larger request waits for them.
     pub(crate) fn promise(&mut self, count: usize) -> bool {
-        let promised = self.promised.saturating_add(count);
-        let enough = promised <= self.free.len();
-        if enough {
-            self.promised = promised;
-        }
-        enough
+        self.reservations.reserve(count, self.free.len())
     }
 
     /// Takes a promise back, or begins to keep it.
     pub(crate) fn unpromise(&mut self, count: usize) {
-        self.promised = self.promised.saturating_sub(count);
+        self.reservations.unreserve(count);
     }
 
     /// Takes a slot for a request, whose first slot is `first`, or this one. `queue` and `part` go

@@ -29,6 +29,8 @@
 //! | [`id`] | which use of which tag does an answer belong to? |
 //! | [`request`] | is this request valid for this disk? (backend) |
 //! | [`plan`] | which slots does this block request need? (frontend) |
+//! | [`resources`] | how many slots, pages and grants does it take? (frontend) |
+//! | [`reservation`] | may it take its slots now? (frontend) |
 //! | [`node`] | what does the text of a xenstore node say? |
 //! | [`negotiate`] | which features do the two sides agree on? |
 //! | [`pace`] | how often may the other side cause something? |
@@ -52,6 +54,8 @@ pub mod node;
 pub mod pace;
 pub mod plan;
 pub mod request;
+pub mod reservation;
+pub mod resources;
 pub mod ring;
 pub mod state;
 pub mod vdev;

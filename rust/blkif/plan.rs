@@ -9,7 +9,9 @@
 //! reconnect.
 //!
 //! Every piece is in exactly one part, parts follow each other on the disk and in the list, and
-//! none is larger than the limits allow.
+//! none is larger than the limits allow. A part is whole logical blocks if the request is, for
+//! a backend refuses any other: the frontend has the block layer align each piece to the block, or
+//! to the page if a block is larger, and [`SlotLimits`] ends a part between two blocks.
 
 use core::num::NonZeroU32;
 
@@ -143,23 +145,54 @@ impl Direction {
     }
 }
 
+/// Returns the pages of a logical block, 1 if it is smaller than a page.
+#[inline]
+const fn block_pages(block_size: u32) -> u32 {
+    let pages = block_size / PAGE_SIZE;
+    if pages == 0 {
+        1
+    } else {
+        pages
+    }
+}
+
+/// Returns `count` without the pages that make up no whole block of `pages`.
+#[inline]
+const fn whole_blocks(count: u32, pages: u32) -> u32 {
+    match count.checked_rem(pages) {
+        Some(rest) => count.wrapping_sub(rest),
+        None => count,
+    }
+}
+
+/// Returns how many pieces a request can have and still fit into `slots` slots, with any backend
+/// that can serve a disk with this logical block size.
+pub const fn most_pieces(block_size: u32, slots: u32) -> u32 {
+    let pages = block_pages(block_size);
+    let direct = whole_blocks(DIRECT_SEGMENTS as u32, pages);
+    let least = if direct == 0 { pages } else { direct };
+    least.saturating_mul(slots)
+}
+
 /// How much data a slot can carry.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct SlotLimits {
+    /// A multiple of the pages of a logical block.
     segments: NonZeroU32,
 }
 
 impl SlotLimits {
-    /// Limits of a backend that offers indirect requests of so many segments; 0 for one that
-    /// offers none.
-    pub fn new(indirect_segments: u16) -> Self {
-        let segments = usize::from(indirect_segments).clamp(DIRECT_SEGMENTS, INDIRECT_SEGMENTS);
-        SlotLimits {
-            segments: NonZeroU32::new(segments as u32).unwrap_or(NonZeroU32::MIN),
-        }
+    /// Returns the limits of a backend that offers indirect requests of so many segments, 0 for one
+    /// that offers none, for a disk with this logical block size.
+    ///
+    /// `None` if a block does not fit into a slot.
+    pub fn new(indirect_segments: u16, block_size: u32) -> Option<Self> {
+        let offered = usize::from(indirect_segments).clamp(DIRECT_SEGMENTS, INDIRECT_SEGMENTS);
+        let segments = whole_blocks(offered as u32, block_pages(block_size));
+        NonZeroU32::new(segments).map(|segments| SlotLimits { segments })
     }
 
-    /// Segments in one slot, 11 to 4096.
+    /// Returns the number of segments in one slot, 8 to 4096.
     #[inline]
     pub const fn segments(self) -> u16 {
         self.segments.get() as u16
@@ -402,8 +435,12 @@ mod tests {
         (0..count).map(|_| Piece::new(0, 4096).unwrap())
     }
 
+    fn limits(indirect: u16) -> SlotLimits {
+        SlotLimits::new(indirect, 512).unwrap()
+    }
+
     fn parts(sector: u64, count: u32, indirect: u16) -> Vec<Part> {
-        let limits = SlotLimits::new(indirect);
+        let limits = limits(indirect);
         let plan = Plan::new(sector, pages(count), count, limits).unwrap();
         let (slots, grants) = (plan.slots(), plan.grants());
         let parts: Vec<_> = plan.collect();
@@ -475,7 +512,39 @@ mod tests {
     #[test]
     fn limits_have_bounds() {
         for (offered, segments) in [(0, 11), (11, 11), (12, 12), (4096, 4096), (u16::MAX, 4096)] {
-            assert_eq!(SlotLimits::new(offered).segments(), segments);
+            for block_size in [512, 4096] {
+                let limits = SlotLimits::new(offered, block_size).unwrap();
+                assert_eq!(limits.segments(), segments);
+            }
+        }
+    }
+
+    #[test]
+    fn a_slot_carries_whole_blocks() {
+        let segments = |offered, block_size| {
+            SlotLimits::new(offered, block_size).map(|limits| limits.segments())
+        };
+        assert_eq!(segments(0, 8192), Some(10));
+        assert_eq!(segments(0, 32768), Some(8));
+        assert_eq!(segments(0, 65536), None);
+        assert_eq!(segments(15, 65536), None);
+        assert_eq!(segments(32, 65536), Some(32));
+        assert_eq!(segments(47, 65536), Some(32));
+        assert_eq!(segments(4096, 65536), Some(4096));
+    }
+
+    #[test]
+    fn a_request_fits_into_the_slots_of_the_least_backend() {
+        let expected = [
+            (512, 352),
+            (4096, 352),
+            (8192, 320),
+            (16384, 256),
+            (32768, 256),
+            (65536, 512),
+        ];
+        for (block_size, pieces) in expected {
+            assert_eq!(most_pieces(block_size, 32), pieces);
         }
     }
 
@@ -540,7 +609,7 @@ mod tests {
 
     #[test]
     fn plans_that_cannot_be() {
-        let plan = |sector, count| Plan::new(sector, pages(0), count, SlotLimits::new(0));
+        let plan = |sector, count| Plan::new(sector, pages(0), count, limits(0));
         assert!(plan(0, 4096 * 11).is_some());
         assert!(plan(0, 4096 * 11 + 1).is_none());
         assert!(plan(u64::MAX - 8, 1).is_some());
@@ -549,7 +618,7 @@ mod tests {
 
     #[test]
     fn a_list_that_ends_early_ends_the_plan() {
-        let plan = Plan::new(0, pages(3), 20, SlotLimits::new(0)).unwrap();
+        let plan = Plan::new(0, pages(3), 20, limits(0)).unwrap();
         let counts: Vec<_> = plan.map(|part| part.count).collect();
         assert_eq!(counts, [3]);
     }
@@ -573,7 +642,7 @@ mod tests {
 
     #[test]
     fn parts_become_requests() {
-        let limits = SlotLimits::new(32);
+        let limits = limits(32);
         let part = Plan::new(9, pages(2), 2, limits).unwrap().next().unwrap();
         let segments = [1, 2].map(|gref| Piece::new(0, 4096).unwrap().segment(gref));
         let request = part.direct(Direction::Write, 51712, 5, segments.into_iter());

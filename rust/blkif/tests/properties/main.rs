@@ -5,6 +5,8 @@
 mod common;
 mod plan;
 mod request;
+mod reservation;
+mod resources;
 mod ring;
 mod text;
 mod wire;

@@ -35,14 +35,59 @@ fn offered() -> impl Strategy<Value = u16> {
     prop_oneof![Just(0), 1..40u16, Just(256), 500..530u16, any::<u16>()]
 }
 
+/// Returns pieces as the block layer makes them for a disk with blocks of `block_size`: each is
+/// aligned to the block, or to the page if a block is larger, and all are whole blocks together.
+fn pieces_of_blocks(block_size: u32) -> impl Strategy<Value = Vec<Piece>> {
+    let unit = block_size.min(4096);
+    let pages = (block_size / 4096).max(1) as usize;
+    let units = 4096 / unit;
+    let piece = (0..units, 0..units).prop_map(move |(a, b)| {
+        let (first, last) = (a.min(b), a.max(b));
+        Piece::new(first * unit, (last - first + 1) * unit).unwrap()
+    });
+    proptest::collection::vec(piece, 0..400).prop_map(move |mut pieces| {
+        pieces.truncate(pieces.len() / pages * pages);
+        pieces
+    })
+}
+
+fn pieces_with_block_size() -> impl Strategy<Value = (u32, Vec<Piece>)> {
+    (9..17u32).prop_flat_map(|shift| (Just(1 << shift), pieces_of_blocks(1 << shift)))
+}
+
 proptest! {
+    /// A request of whole blocks is cut into parts of whole blocks, or the backend cannot serve the
+    /// disk: a block does not fit into its slots.
+    #[test]
+    fn parts_are_whole_blocks(
+        (block_size, pieces) in pieces_with_block_size(),
+        offered in offered(),
+    ) {
+        let Some(limits) = SlotLimits::new(offered, block_size) else {
+            prop_assert!(u32::from(offered.max(11)) * 4096 < block_size);
+            return Ok(());
+        };
+        let sectors = |pieces: &[Piece]| -> u32 {
+            pieces.iter().map(|piece| u32::from(piece.sectors())).sum()
+        };
+        let list = pieces.iter().copied();
+        let plan = Plan::new(0, list, pieces.len() as u32, limits).unwrap();
+        let (slots, mut parts, mut all) = (plan.slots(), 0, 0);
+        for part in plan {
+            prop_assert_eq!(part.sectors % (block_size / 512), 0);
+            all += part.sectors;
+            parts += 1;
+        }
+        prop_assert_eq!((all, parts), (sectors(&pieces), slots));
+    }
+
     #[test]
     fn each_piece_once_and_in_order(
         pieces in pieces(),
         offered in offered(),
         sector in 0..1u64 << 60,
     ) {
-        let limits = SlotLimits::new(offered);
+        let limits = SlotLimits::new(offered, 512).unwrap();
         let list = pieces.iter().copied();
         let plan = Plan::new(sector, list, pieces.len() as u32, limits).unwrap();
         let (slots, mut grants) = (plan.slots(), plan.grants());
@@ -80,7 +125,7 @@ proptest! {
         offered in offered(),
         sector in 0..1u64 << 40,
     ) {
-        let limits = SlotLimits::new(offered);
+        let limits = SlotLimits::new(offered, 512).unwrap();
         let disk = DiskLimits {
             sectors: 1 << 41,
             block_size: 512,

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Slots that are set aside for requests while they are prepared.
+//!
+//! A request takes all its slots at once or none. Nearly all take one. After a reconnect to a lesser
+//! backend some take more, up to all slots of the ring, which are never free at the same time as
+//! long as small requests take each slot that gets free. So while a request of several slots waits,
+//! smaller ones are refused: the ring drains until the large one fits.
+//!
+//! Which request was refused is not remembered, only how many slots it takes. The block layer offers
+//! each refused request again until it is taken, so one of that size always comes back.
+
+/// Reserved slots of a ring.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Reservations {
+    reserved: usize,
+    /// Slots of the largest request of several slots that was refused since one of that size was
+    /// given its slots; 0 if there is none.
+    refused: usize,
+}
+
+impl Reservations {
+    /// Returns a state without any reservation.
+    pub const fn new() -> Self {
+        Self {
+            reserved: 0,
+            refused: 0,
+        }
+    }
+
+    /// Returns the number of reserved slots.
+    #[inline]
+    pub const fn reserved(&self) -> usize {
+        self.reserved
+    }
+
+    /// Reserves `count` slots of `free`. Returns `false` if there are not enough, or if a larger
+    /// request waits for them.
+    #[inline]
+    pub fn reserve(&mut self, count: usize, free: usize) -> bool {
+        let reserved = self.reserved.saturating_add(count);
+        if reserved > free || self.refused != 0 {
+            return self.reserve_contended(count, free);
+        }
+        self.reserved = reserved;
+        true
+    }
+
+    /// Does the same where there are not enough slots, or a request waits.
+    #[cold]
+    fn reserve_contended(&mut self, count: usize, free: usize) -> bool {
+        let reserved = self.reserved.saturating_add(count);
+        if reserved > free || count < self.refused {
+            // For a request of one slot, any that gets free will do.
+            if count > 1 {
+                self.refused = self.refused.max(count);
+            }
+            return false;
+        }
+        self.reserved = reserved;
+        self.refused = 0;
+        true
+    }
+
+    /// Ends a reservation: the slots are taken now, or not needed.
+    #[inline]
+    pub fn unreserve(&mut self, count: usize) {
+        self.reserved = self.reserved.saturating_sub(count);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reserves_what_is_free() {
+        let mut slots = Reservations::new();
+        assert!(slots.reserve(3, 4));
+        assert!(!slots.reserve(1, 3));
+        assert!(slots.reserve(1, 4));
+        assert_eq!(slots.reserved(), 4);
+        slots.unreserve(4);
+        assert_eq!(slots, Reservations::new());
+        assert!(!slots.reserve(usize::MAX, 4));
+    }
+
+    #[test]
+    fn a_request_of_one_slot_keeps_no_other_waiting() {
+        let mut slots = Reservations::new();
+        assert!(!slots.reserve(1, 0));
+        assert_eq!(slots, Reservations::new());
+    }
+
+    #[test]
+    fn smaller_requests_wait_for_a_larger_one() {
+        let mut slots = Reservations::new();
+        assert!(!slots.reserve(4, 3));
+        assert!(!slots.reserve(1, 3));
+        assert!(!slots.reserve(3, 3));
+        // One that is refused meanwhile changes nothing.
+        assert!(!slots.reserve(2, 1));
+        assert!(slots.reserve(4, 4));
+        slots.unreserve(4);
+        assert!(slots.reserve(1, 4));
+    }
+
+    #[test]
+    fn the_largest_one_is_waited_for() {
+        let mut slots = Reservations::new();
+        assert!(!slots.reserve(2, 1));
+        assert!(!slots.reserve(5, 4));
+        assert!(!slots.reserve(2, 4));
+        assert!(slots.reserve(6, 6));
+        slots.unreserve(6);
+        // One at least as large was served: what was refused comes back and says so again.
+        assert!(slots.reserve(1, 6));
+    }
+}

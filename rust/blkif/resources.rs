@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a block request takes of a ring: slots, granted pages, grants.
+//!
+//! A ring keeps pages for one request of the largest size that its disk may have in flight, so that
+//! one can always proceed, even when there is no memory. A request that was split by larger limits
+//! than those in force now takes all its slots and pages at once.
+
+use crate::plan::SlotLimits;
+use crate::wire::DIRECT_SEGMENTS;
+
+/// What a request takes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Resources {
+    /// Pieces of data.
+    pub pieces: u32,
+    /// Slots.
+    pub slots: usize,
+    /// Pages to bounce data.
+    pub data: usize,
+    /// Pages for the segments of indirect requests.
+    pub indirect: usize,
+    /// Grants for the request's own pages.
+    pub grants: u16,
+}
+
+impl Resources {
+    /// Returns what a request of so many pieces takes. `bounce`: its data is copied.
+    #[inline]
+    pub fn new(limits: SlotLimits, bounce: bool, pieces: u32) -> Self {
+        let (slots, indirect) = if is_small(pieces) {
+            (1, 0)
+        } else {
+            let lists = limits.grants(pieces).saturating_sub(pieces);
+            (limits.slots(pieces) as usize, lists as usize)
+        };
+        let bounced = if bounce { pieces } else { 0 };
+        Self {
+            pieces,
+            slots,
+            data: bounced as usize,
+            indirect,
+            grants: pieces.saturating_sub(bounced) as u16,
+        }
+    }
+
+    /// Returns the number of pages that stay granted.
+    pub const fn pages(&self) -> usize {
+        self.data.saturating_add(self.indirect)
+    }
+}
+
+/// Returns `true` if so many pieces of data, or none, take one slot and nothing else.
+#[inline]
+pub const fn is_small(pieces: u32) -> bool {
+    pieces as usize <= DIRECT_SEGMENTS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resources(offered: u16, bounce: bool, pieces: u32) -> Resources {
+        Resources::new(SlotLimits::new(offered, 512).unwrap(), bounce, pieces)
+    }
+
+    #[test]
+    fn a_small_request_takes_one_slot() {
+        for pieces in [0, 1, 11] {
+            for offered in [0, 256] {
+                let direct = resources(offered, false, pieces);
+                assert_eq!((direct.slots, direct.pages()), (1, 0));
+                assert_eq!(u32::from(direct.grants), pieces);
+                let bounced = resources(offered, true, pieces);
+                assert_eq!((bounced.slots, bounced.grants), (1, 0));
+                assert_eq!(bounced.pages(), pieces as usize);
+            }
+        }
+    }
+
+    #[test]
+    fn a_large_request_takes_pages_for_its_segments() {
+        let direct = resources(256, false, 256);
+        assert_eq!((direct.slots, direct.data, direct.indirect), (1, 0, 1));
+        assert_eq!(direct.grants, 256);
+        let bounced = resources(256, true, 300);
+        assert_eq!((bounced.slots, bounced.data, bounced.indirect), (2, 300, 2));
+        assert_eq!(bounced.grants, 0);
+    }
+
+    #[test]
+    fn a_request_of_a_better_backend_takes_several_slots() {
+        let split = resources(0, true, 32);
+        assert_eq!((split.slots, split.data, split.indirect), (3, 32, 0));
+        assert_eq!(split.pages(), 32);
+    }
+}
