@@ -143,6 +143,14 @@ impl Queue {
             };
             *answers = answers.wrapping_add(1);
             match inner.slots.answer(&response, place) {
+                Ok(true) if place.as_ref().is_some_and(Waiting::wants_flush) => {
+                    *place = place
+                        .take()
+                        .and_then(|written| self.flush_written(inner, written));
+                    if place.is_some() {
+                        return Ok(true);
+                    }
+                }
                 Ok(true) => return Ok(true),
                 Ok(false) => {}
                 Err(_) => {
@@ -163,11 +171,15 @@ impl Queue {
         for waiting in done.iter_mut().map_while(Option::as_mut) {
             waiting.copy_small();
         }
-        {
+        let doorbell = {
             let mut inner = self.inner.lock();
             for waiting in done.iter_mut().map_while(Option::as_mut) {
                 inner.reclaim(waiting);
             }
+            inner.publish_flushes()
+        };
+        if let Some(doorbell) = doorbell {
+            doorbell.ring();
         }
         let mut batch = EndBatch::new();
         for place in done {
@@ -343,6 +355,7 @@ impl Waiting {
                 missing: self.missing,
                 status: self.status,
                 timeouts: self.timeouts,
+                flush: self.flush,
             }),
         }
     }

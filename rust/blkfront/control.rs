@@ -442,6 +442,10 @@ impl Control {
         let back = nodes::back_offer(&self.backend, &BackOffer::NODES)?;
         let front = self.offer.ok_or(EINVAL)?;
         let features = negotiate(&front, &back);
+        let features = match self.wanted {
+            Some(basis) if self.disk.is_some() => features.for_disk(basis.write_cache()),
+            _ => features,
+        };
         let limits = self.slot_limits(&nodes, &features)?;
         let largest = self.largest.max(limits.segments());
 
@@ -452,6 +456,7 @@ impl Control {
             bounce: features.bounce,
             largest,
             flush: features.flush,
+            write_through: features.write_through,
             discard: features.discard,
             generation: self.generation,
         };
@@ -612,8 +617,8 @@ impl Control {
     ///
     /// Whoever changes limits through sysfs has them locked, and waits for requests, which wait for
     /// the backend. So that lock is not waited for: the thread of the device tries again. Requests
-    /// within the old limits are served under the new ones too. But without a write cache nobody asks
-    /// for a flush: a disk that has got one does not go on before it is known.
+    /// within the old limits are served under the new ones too, and whether there is a write cache
+    /// never changes.
     fn follow_limits(&mut self) -> Result {
         let (Some(disk), Some(wanted)) = (&self.disk, self.wanted) else {
             return Ok(());
@@ -625,13 +630,6 @@ impl Control {
         match disk.try_update_limits(|limits| wanted.apply(limits)) {
             Ok(()) => self.basis = Some(wanted),
             Err(error) if error != EBUSY => return Err(error),
-            Err(_) if wanted.gains_cache(&self.basis) => {
-                ratelimited!(pr_err!(
-                    "{}: the backend has a write cache now, and the limits of the disk are locked\n",
-                    self.name()
-                ));
-                return Err(EBUSY);
-            }
             Err(_) => self.signal.raise(Cause::Limits),
         }
         Ok(())
@@ -657,6 +655,7 @@ impl Control {
             Flush::Cache => "flush diskcache: enabled;",
             Flush::Barrier => "barrier: enabled;",
             Flush::None => "barrier or flush: disabled;",
+            Flush::Unavailable => "flush: fails;",
         };
         let enabled = |on: bool| if on { "enabled" } else { "disabled" };
         ratelimited!(pr_info!(
@@ -667,6 +666,18 @@ impl Control {
             enabled(features.indirect_segments > 0),
             enabled(features.bounce)
         ));
+        if features.flush == Flush::Unavailable {
+            ratelimited!(pr_warn!(
+                "{}: the backend offers no flush, but an earlier one had a write cache: flushes fail until the disk is attached again\n",
+                self.name()
+            ));
+        }
+        if features.write_through {
+            ratelimited!(pr_warn!(
+                "{}: the backend has a write cache, and the first one had none: each write is flushed until the disk is attached again\n",
+                self.name()
+            ));
+        }
     }
 
     /// Has the events of each ring come to a CPU that uses it, so that a request ends where it was

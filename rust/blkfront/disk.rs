@@ -5,7 +5,6 @@
 use blkif::negotiate;
 use blkif::negotiate::Discard;
 use blkif::negotiate::Features;
-use blkif::negotiate::Flush;
 use blkif::plan::most_pieces;
 use blkif::plan::Direction;
 use blkif::plan::SlotLimits;
@@ -133,7 +132,7 @@ impl Basis {
             block_size,
             physical_block_size: disk.physical_block_size,
             slot,
-            write_cache: features.flush != Flush::None,
+            write_cache: features.write_cache(),
             discard: features.discard,
         }
     }
@@ -146,9 +145,9 @@ impl Basis {
         }
     }
 
-    /// Whether there is a write cache, and was none before.
-    pub(crate) fn gains_cache(&self, before: &Option<Self>) -> bool {
-        self.write_cache && !before.is_some_and(|before| before.write_cache)
+    /// Returns `true` if the block layer asks for flushes.
+    pub(crate) fn write_cache(&self) -> bool {
+        self.write_cache
     }
 
     /// Sets what follows.

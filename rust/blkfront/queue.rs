@@ -18,6 +18,7 @@ use blkif::resources::Resources;
 use blkif::vdev::Name;
 use blkif::wire::op;
 use blkif::wire::Encode;
+use blkif::wire::Status;
 use blkif::wire::DIRECT_SEGMENTS;
 use kernel::cpu::CpuId;
 use kernel::page::PAGE_SIZE;
@@ -71,6 +72,8 @@ pub(crate) struct Terms {
     pub(crate) largest: u16,
     /// How a flush is asked for.
     pub(crate) flush: Flush,
+    /// Each write is flushed before it is reported done.
+    pub(crate) write_through: bool,
     /// What can be discarded.
     pub(crate) discard: Option<Discard>,
     /// Counts the connections.
@@ -89,8 +92,12 @@ impl Terms {
     fn own_answer(&self, order: Order) -> Option<BlkStatus> {
         match order {
             Order::Transfer(_) => None,
-            // A disk without a cache has nothing to flush.
-            Order::Flush => (self.flush == Flush::None).then_some(BlkStatus::OK),
+            Order::Flush => match self.flush {
+                // A disk that never had a cache has nothing to flush.
+                Flush::None => Some(BlkStatus::OK),
+                Flush::Unavailable => Some(BlkStatus::IOERR),
+                Flush::Cache | Flush::Barrier => None,
+            },
             Order::Discard { secure } => match self.discard {
                 Some(discard) if discard.secure || !secure => None,
                 // A backend might take a secure discard for an ordinary one.
@@ -135,6 +142,8 @@ pub(crate) struct Inner {
     pub(crate) pool: Pool,
     /// The backend broke the rules: its answers are not looked at any more.
     pub(crate) broken: bool,
+    /// Flushes of what was written were put into the ring, and not published.
+    flushes: bool,
     /// Of the last connection, until the backend has let go of it.
     remains: Option<Remains>,
 }
@@ -183,6 +192,11 @@ impl Spare {
     }
 }
 
+/// Returns `true` if data is written.
+fn is_write(order: Order) -> bool {
+    matches!(order, Order::Transfer(Direction::Write))
+}
+
 /// What a request asks for, if it moves data.
 #[inline]
 fn direction<S: mq::State>(rq: &Request<Disk, S>) -> Option<Direction> {
@@ -209,6 +223,15 @@ impl Inner {
     fn publish(&mut self) -> Option<Doorbell> {
         let link = self.link.as_mut()?;
         link.ring.publish().then_some(link.doorbell)
+    }
+
+    /// Shows the backend flushes that were put while answers were taken. Returns what
+    /// [`Self::publish`] returns.
+    pub(crate) fn publish_flushes(&mut self) -> Option<Doorbell> {
+        if !core::mem::take(&mut self.flushes) {
+            return None;
+        }
+        self.publish()
     }
 
     /// Promises slots, and takes pages out of the pool as far as there are any. `false`: there are no
@@ -275,6 +298,7 @@ impl Queue {
                     answered: KVVec::new(),
                     pool: Pool::empty(),
                     broken: false,
+                    flushes: false,
                     remains: None,
                 }),
             }),
@@ -742,17 +766,39 @@ impl Queue {
                 plan::direct(direction, self.handle, id, lists.sector(), lists.all())
             }),
             Order::Transfer(direction) => self.put_parts(inner, &lists, direction, terms, needs),
-            Order::Flush => self.put_single(inner, |id| {
-                let operation = terms.flush.operation().unwrap_or(op::FLUSH_DISKCACHE);
-                plan::flush(operation, self.handle, id)
-            }),
+            Order::Flush => self.put_flush(inner, terms.flush),
             Order::Discard { secure } => self.put_single(inner, |id| {
                 let rq = held.request();
                 let sectors = u64::from(rq.bytes() >> 9);
                 plan::discard(self.handle, id, rq.sector(), sectors, secure)
             }),
         };
-        inner.slots.keep(first, Waiting::new(held, parts))
+        let mut waiting = Waiting::new(held, parts);
+        if terms.write_through {
+            waiting.flush = is_write(order).then_some(terms.flush);
+        }
+        inner.slots.keep(first, waiting)
+    }
+
+    /// Puts a flush.
+    fn put_flush(&self, inner: &mut Inner, flush: Flush) -> (Option<u16>, u16) {
+        let operation = flush.operation().unwrap_or(op::FLUSH_DISKCACHE);
+        self.put_single(inner, |id| plan::flush(operation, self.handle, id))
+    }
+
+    /// Flushes what a request has written, which ends when that is answered. It comes back if there
+    /// is nothing to flush.
+    #[cold]
+    pub(crate) fn flush_written(&self, inner: &mut Inner, mut waiting: Waiting) -> Option<Waiting> {
+        let flush = waiting.flush.take()?;
+        if waiting.status != Status::Okay {
+            return Some(waiting);
+        }
+        let (first, parts) = self.put_flush(inner, flush);
+        waiting.missing = parts;
+        inner.flushes = true;
+        // The slots of the write have just become free.
+        inner.slots.keep(first, waiting).err().map(Waiting::failed)
     }
 
     /// Something is in the ring of which we know nothing, though slots were promised, so that this

@@ -8,6 +8,7 @@
 //! free before all of them are answered.
 
 use blkif::id::RingId;
+use blkif::negotiate::Flush;
 use blkif::reservation::Reservations;
 use blkif::wire::Response;
 use blkif::wire::Status;
@@ -40,6 +41,8 @@ pub(crate) struct Waiting {
     pub(crate) status: Status,
     /// How often it has timed out.
     pub(crate) timeouts: u8,
+    /// How to flush what was written, before the request ends.
+    pub(crate) flush: Option<Flush>,
 }
 
 impl Waiting {
@@ -50,12 +53,25 @@ impl Waiting {
             missing: parts,
             status: Status::Okay,
             timeouts: 0,
+            flush: None,
         }
     }
 
     /// Returns `true` if the request was not answered for so long that its connection is given up.
     pub(crate) fn has_stalled(&self) -> bool {
         self.timeouts >= GIVE_UP_AFTER
+    }
+
+    /// Returns `true` if what was written is to be flushed now.
+    #[inline]
+    pub(crate) fn wants_flush(&self) -> bool {
+        self.flush.is_some()
+    }
+
+    /// Makes it end with an error.
+    pub(crate) fn failed(mut self) -> Self {
+        self.status = Status::Error;
+        self
     }
 
     /// How the request has ended, if all answers are there.

@@ -169,7 +169,7 @@ impl RingShape {
 }
 
 /// How a flush is asked for.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Flush {
     /// Not at all: the disk has no volatile cache, or none that the backend can flush.
     None,
@@ -178,13 +178,16 @@ pub enum Flush {
     /// With an empty barrier. It makes durable what was answered before, and promises nothing
     /// about data that it carries: a C backend's barrier flushes before its write, not after.
     Barrier,
+    /// Not at all, though an earlier connection of the disk had a cache. Writes that were
+    /// acknowledged then may still be in that cache, or lost with it: a flush fails.
+    Unavailable,
 }
 
 impl Flush {
-    /// The operation on the wire.
+    /// Returns the operation on the wire.
     pub const fn operation(self) -> Option<u8> {
         match self {
-            Flush::None => None,
+            Flush::None | Flush::Unavailable => None,
             Flush::Cache => Some(op::FLUSH_DISKCACHE),
             Flush::Barrier => Some(op::WRITE_BARRIER),
         }
@@ -213,10 +216,39 @@ pub struct Features {
     pub persistent: bool,
     /// How a flush is asked for. There is no FUA: the block layer does it with a flush.
     pub flush: Flush,
+    /// Each write is flushed before it is reported done: the disk was made without a write cache,
+    /// and the backend has one.
+    pub write_through: bool,
     /// How sectors can be discarded, if at all.
     pub discard: Option<Discard>,
     /// Data goes through pages that hold nothing else.
     pub bounce: bool,
+}
+
+impl Features {
+    /// Returns the features for a disk that an earlier connection has made.
+    ///
+    /// The block layer is told once if the disk has a write cache. It drops flushes and FUA from what
+    /// it is asked for as long as there is none, so a write that waits for a connection may be one
+    /// that had FUA. And a cache that has acknowledged writes is never forgotten: as long as no
+    /// backend can flush, it is not known that those writes are durable.
+    pub const fn for_disk(self, write_cache: bool) -> Self {
+        let (flush, write_through) = match (self.flush, write_cache) {
+            (Flush::None, true) => (Flush::Unavailable, false),
+            (Flush::Cache | Flush::Barrier, false) => (self.flush, true),
+            (flush, _) => (flush, false),
+        };
+        Features {
+            flush,
+            write_through,
+            ..self
+        }
+    }
+
+    /// Returns `true` if the block layer must ask for flushes.
+    pub const fn write_cache(&self) -> bool {
+        !matches!(self.flush, Flush::None) && !self.write_through
+    }
 }
 
 /// The features of a connection, from what both sides offer.
@@ -227,6 +259,7 @@ pub fn negotiate(front: &FrontOffer, back: &BackOffer) -> Features {
         indirect_segments: indirect_segments(front, back),
         persistent,
         flush: flush(back),
+        write_through: false,
         discard: discard(back),
         bounce: persistent || !front.trusted,
     }
@@ -550,6 +583,7 @@ mod tests {
             indirect_segments: 0,
             persistent: false,
             flush: Flush::None,
+            write_through: false,
             discard: None,
             bounce: false,
         };
@@ -578,6 +612,7 @@ mod tests {
             indirect_segments: 32,
             persistent: true,
             flush: Flush::Cache,
+            write_through: false,
             discard: Some(Discard {
                 granularity: 4096,
                 alignment: 512,
@@ -699,6 +734,35 @@ mod tests {
         assert_eq!(Flush::None.operation(), None);
         assert_eq!(Flush::Cache.operation(), Some(op::FLUSH_DISKCACHE));
         assert_eq!(Flush::Barrier.operation(), Some(op::WRITE_BARRIER));
+    }
+
+    #[test]
+    fn the_cache_of_a_disk_stays_what_it_was() {
+        use Flush::{Barrier, Cache, None, Unavailable};
+        let expected = [
+            (None, false, (None, false)),
+            (None, true, (Unavailable, false)),
+            (Cache, false, (Cache, true)),
+            (Cache, true, (Cache, false)),
+            (Barrier, false, (Barrier, true)),
+            (Barrier, true, (Barrier, false)),
+        ];
+        for (flush, write_cache, (then, write_through)) in expected {
+            let made = Features {
+                flush,
+                ..features(&[])
+            };
+            assert_eq!(made.write_cache(), flush != None);
+            let kept = made.for_disk(write_cache);
+            let expected = Features {
+                flush: then,
+                write_through,
+                ..made
+            };
+            assert_eq!(kept, expected);
+            assert_eq!(kept.write_cache(), write_cache);
+        }
+        assert_eq!(Unavailable.operation(), Option::None);
     }
 
     #[test]
