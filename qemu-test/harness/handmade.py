@@ -47,10 +47,10 @@ class HandMade:
         """The backend's device in the server's sysfs."""
         return f"/sys/bus/xen-backend/devices/vbd-{self.guest.domid}-{self.code}"
 
-    def offer(self, mode="w", kind="disk", **nodes):
+    def offer(self, mode="w", kind="disk", state=1, **nodes):
         """What the toolstack writes before the hotplug script runs; `nodes` are of the backend.
 
-        `kind` is disk or cdrom.
+        `kind` is disk or cdrom. With another `state` of the backend than 1 no driver takes it.
         """
         self.server.stop_devd()
         domid, server = self.guest.domid, self.server.domid
@@ -67,7 +67,7 @@ class HandMade:
             f"{_writing(self.back, back)}; {_writing(self.front, front)}; "
             f"xenstore-chmod -r {self.back} n{server} r{domid}; "
             f"xenstore-chmod -r {self.front} n{domid} r{server}; "
-            f"xenstore-write {self.back}/state 1 {self.front}/state 1"
+            f"xenstore-write {self.back}/state {state} {self.front}/state 1"
         )
 
     def give(self, target):
@@ -77,6 +77,28 @@ class HandMade:
             f"xenstore-write {self.back}/physical-device {number}"
             f" {self.back}/hotplug-status connected"
         )
+
+    def play(self, state, **nodes):
+        """What a backend writes, its state at last. No driver has the device, see `offer`."""
+        nodes = {name.replace("_", "-"): value for name, value in nodes.items()}
+        self.host.sh(_writing(self.back, {**nodes, "state": state}))
+
+    def play_until_connected(self, **nodes):
+        """Plays a backend of an empty disk, and waits until the frontend has connected to it."""
+        self.play(2, **nodes)
+        self.wait_for(front=3)
+        self.play(4, **{"sectors": 0, "sector_size": 512, "info": 0, **nodes})
+        self.wait_for(front=4)
+
+    def hand_over(self, **nodes):
+        """The backend that was played closes, and a driver that is loaded takes its place.
+
+        `nodes` are those of the former that the latter does not write.
+        """
+        self.play(6, **nodes)
+        self.wait_for(front=1)
+        self.play(1)
+        self.wait_for(front=4, back=4)
 
     def take_away(self):
         """What `xl block-detach` does."""

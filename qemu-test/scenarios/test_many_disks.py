@@ -35,9 +35,28 @@ done 2> /dev/null
 """Writes a piece of each disk, all at once, each with its own name, and compares it."""
 
 
+MORE_THAN_LETTERS = 28
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
 def names(count):
-    """The names of the first disks of a guest."""
-    return [f"xvd{chr(ord('a') + number)}" for number in range(count)]
+    """The names of the first disks of a guest: xvda to xvdz, then xvdaa and on."""
+    letters = [*LETTERS, *(first + second for first in LETTERS for second in LETTERS)]
+    return [f"xvd{name}" for name in letters[:count]]
+
+
+def attach_all(host, guest, vdevs):
+    """Attaches a RAM disk for each name."""
+    host.sh(
+        "\n".join(
+            f"xl block-attach {guest.name} "
+            f"'{Disk(vdev, f'/dev/ram{number}').specification(host.server)}'"
+            for number, vdev in enumerate(vdevs)
+        ),
+        timeout=600,
+    )
+    guest.wait_for(" && ".join(f"[ -b /dev/{vdev} ]" for vdev in vdevs))
 
 
 def filled_disks(server, count):
@@ -74,15 +93,7 @@ def test_many_disks(xen, record_property):
     filled_disks(server, DISKS)
     guest = host.start_guest(disks=[])
     rows = [("before", free_kb(server))]
-    host.sh(
-        "\n".join(
-            f"xl block-attach {guest.name} "
-            f"'{Disk(vdev, f'/dev/ram{number}').specification(server)}'"
-            for number, vdev in enumerate(names(DISKS))
-        ),
-        timeout=300,
-    )
-    guest.wait_for(" && ".join(f"[ -b /dev/{vdev} ]" for vdev in names(DISKS)))
+    attach_all(host, guest, names(DISKS))
     assert_served_by_pair(host, guest)
     front = f"/local/domain/{guest.domid}/device/vbd"
     queues = host.sh(
@@ -105,6 +116,31 @@ def test_many_disks(xen, record_property):
     assert small == (host.pair.back.name == "rblkback")
     if not small:
         record_property("c_fails", "B-13, B-15")
+
+
+def test_more_disks_than_letters(xen):
+    """One guest has more than 26 disks: the 17th has a number of the extended form, the 27th has two
+    letters, and each is the disk that it is named after.
+
+    Rows: FE-01
+    """
+    host = xen()
+    server = host.start_server()
+    server.load_backend()
+    server.ram_disks(MORE_THAN_LETTERS, megabytes=1)
+    guest = host.start_guest(disks=[])
+    vdevs = names(MORE_THAN_LETTERS)
+    attach_all(host, guest, vdevs)
+    assert_served_by_pair(host, guest)
+    numbers = guest.sh(f"cd /sys/block; for disk in {' '.join(vdevs)}; do cat $disk/dev; done")
+    assert numbers.split() == [
+        f"202:{number * (16 if number < 16 else 256)}" for number in range(MORE_THAN_LETTERS)
+    ]
+    guest.sh("NAME=first\n" + WORK, timeout=600)
+    look = f"for number in $(seq 0 {MORE_THAN_LETTERS - 1}); do head -n 1 /dev/ram$number; done"
+    assert server.sh(look).split() == vdevs
+    host.detach(guest, vdevs[-1])
+    guest.wait_for(f"[ ! -b /dev/{vdevs[-1]} ]")
 
 
 def test_many_guests(xen, record_property):

@@ -43,7 +43,7 @@ module_params! {
         "Virtual device number of the one device to take";
     /// What to do wrong.
     static TRICK("trick", 0o644): u32 = 0,
-        "0: nothing; 1, 2, 3: status of a write, a write, a flush; 4, 5, 6: id, id twice, operation; 7, 8: too many, too few answers; 9: keep pages; 10: silence; 11: peek; 12: lose an event; 13: miss an event";
+        "0: nothing; 1, 2, 3: status of a write, a write, a flush; 4, 5, 6: id, id twice, operation; 7, 8: too many, too few answers; 9: keep pages; 10: silence; 11: peek; 12: lose an event; 13: miss an event; 14: lag";
     /// Connections that have ended stay mapped.
     static HOARD("hoard", 0o644): bool = false, "Keep the pages of connections that have ended mapped";
     /// How many of these there are.

@@ -65,6 +65,8 @@ const STATUS_WORD: u32 = 2;
 const NO_STATUS: u32 = 77;
 /// Pages that may be kept mapped.
 const KEPT: usize = 64;
+/// Writes that are answered late: half a ring.
+const LAG: usize = 16;
 /// Bytes of a sector.
 const SECTOR: usize = 512;
 /// How long the thread sleeps without an event before it looks at the ring all the same.
@@ -127,6 +129,7 @@ impl Connection {
             cache: KBox::pin_init(PageCache::new(), GFP_KERNEL)?,
             mapper: Mapper::new(DIRECT_SEGMENTS)?,
             kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
+            late: KVec::with_capacity(LAG + 1, GFP_KERNEL)?,
         };
         let kind = Kind::default();
         KThread::spawn(fmt!("hostile"), kind, move |current| server.run(current)).map(Self)
@@ -160,6 +163,8 @@ struct Server {
     mapper: Mapper,
     /// Pages that stay mapped after their request was answered.
     kept: KVec<MappedPage>,
+    /// Writes that are answered late.
+    late: KVec<WireRequest>,
 }
 
 /// Connections that have ended, and of which the pages stay mapped.
@@ -186,6 +191,9 @@ impl Server {
             let event = self.wake.event.xchg(false, Full);
             if self.misses(event, &mut missed) {
                 continue;
+            }
+            if !event {
+                self.catch_up(0);
             }
             while self.serve() {}
             self.channel.eoi(false);
@@ -226,6 +234,16 @@ impl Server {
         self.mapper.unmap(&self.cache, &mut self.kept);
     }
 
+    /// Answers writes that are late, but for the last `left`.
+    fn catch_up(&mut self, left: usize) {
+        while self.late.len() > left {
+            let Ok(request) = self.late.remove(0) else {
+                return;
+            };
+            self.answer(&request, Trick::Honest);
+        }
+    }
+
     /// Answers all requests that are there. Whether there may be more.
     fn serve(&mut self) -> bool {
         let trick = Trick::from_number(TRICK.get());
@@ -234,6 +252,10 @@ impl Server {
             let suits = trick.suits(&request);
             match trick {
                 Trick::Silence if suits => continue,
+                Trick::Lag if suits && self.late.push_within_capacity(request).is_ok() => {
+                    self.catch_up(LAG);
+                    continue;
+                }
                 Trick::Ahead if suits => claim = Some(self.put.wrapping_add(33)),
                 Trick::Back if suits => claim = Some(self.put.wrapping_sub(1)),
                 _ => {}

@@ -36,10 +36,12 @@ pub(crate) enum Trick {
     LoseEvent,
     /// Behaves as if the next event had not come.
     MissEvent,
+    /// Does not answer the last writes before others follow, or a while has gone by.
+    Lag,
 }
 
 /// In the order of their numbers.
-const TRICKS: [Trick; 14] = [
+const TRICKS: [Trick; 15] = [
     Trick::Honest,
     Trick::UnknownStatus,
     Trick::UnsupportedWrite,
@@ -54,6 +56,7 @@ const TRICKS: [Trick; 14] = [
     Trick::Peek,
     Trick::LoseEvent,
     Trick::MissEvent,
+    Trick::Lag,
 ];
 
 /// The number of [`Trick::Honest`].

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The backend that comes back can do less, or other things, than the one before it.
+
+The first one is played by the shell and has no ring: requests stay in flight. The second one is
+rblk_hostile_back, which has one ring of 32 slots, no indirect requests, and a write cache. xen-blkfront
+is not asked: it ends the disk when the backend closes.
+"""
+
+import pytest
+from harness.evidence import assert_front_of_pair
+from harness.guest import TWO_VCPUS
+from harness.handmade import HandMade
+
+TRICK = "/sys/module/rblk_hostile_back/parameters/trick"
+HONEST, UNSUPPORTED_FLUSH, LAG = 0, 3, 14
+
+SECTORS = 2048
+WRITE = "/usr/bin/dd if=/dev/zero of=/dev/xvdb bs={} count=1 oflag=direct"
+IN_BACKGROUND = "({0} && echo written > /tmp/end{1} || echo failed > /tmp/end{1}) > /dev/null 2>&1 &"
+IN_FLIGHT = "[ \"$(awk '{{print $9}}' /sys/block/xvdb/stat)\" -ge {} ]"
+
+SMALL = """
+fio --name=small --filename=/dev/xvdb --rw=randwrite --bs=4k --size=1M --ioengine=libaio --direct=1 \\
+	--numjobs=2 --iodepth=32 --time_based --runtime=1200 > /tmp/fio.log 2>&1 &
+echo $! > /tmp/fio
+"""
+"""Keeps more small writes in flight than the ring has slots."""
+LARGE = 2
+
+
+@pytest.fixture
+def disk(xen, test_modules):
+    """xvdb, whose backend is played; rblk_hostile_back is loaded and has nothing to do yet."""
+    host = xen(
+        modules=[test_modules / "rblk_hostile_back.ko"],
+        waiting=TWO_VCPUS,
+        front_parameters="max_indirect_segments=256",
+    )
+    server = host.start_server()
+    guest = host.start_guest(disks=[])
+    assert_front_of_pair(host, guest)
+    disk = HandMade(host, guest)
+    disk.offer(state=6)
+    server.insmod("rblk_hostile_back", f"device={disk.code}")
+    return disk
+
+
+def play_trick(disk, trick):
+    """What the backend does wrong from now on."""
+    disk.server.sh(f"echo {trick} > {TRICK}")
+
+
+def connect(disk, **offers):
+    """The disk is there, without partitions, and nothing of it is answered."""
+    disk.play_until_connected(**offers)
+    disk.guest.wait_for_disk("xvdb")
+    disk.play(4, sectors=SECTORS)
+    disk.guest.wait_for(f"[ $(cat /sys/block/xvdb/size) = {SECTORS} ]")
+
+
+def test_large_among_small(disk):
+    """A write of 1 MiB that was one request takes 24 slots of 32. It ends although small writes want
+    each slot that gets free, and these go on.
+
+    Rows: F-06
+    """
+    guest = disk.guest
+    connect(disk, feature_max_indirect_segments=256, multi_queue_max_queues=2)
+    play_trick(disk, LAG)
+    for number in range(LARGE):
+        guest.sh(IN_BACKGROUND.format(WRITE.format("1M"), number))
+    guest.wait_for(IN_FLIGHT.format(LARGE))
+    guest.sh(SMALL)
+    guest.wait_for(IN_FLIGHT.format(LARGE + 16))
+    disk.hand_over(feature_max_indirect_segments=0, multi_queue_max_queues=1)
+    for number in range(LARGE):
+        guest.wait_for(f'[ "$(cat /tmp/end{number})" = written ]')
+    done = int(guest.sh("awk '{print $5}' /sys/block/xvdb/stat"))
+    guest.wait_for(f"[ \"$(awk '{{print $5}}' /sys/block/xvdb/stat)\" -ge {done + 100} ]")
+    guest.sh("kill $(cat /tmp/fio)")
+    guest.wait_for("[ ! -e /proc/$(cat /tmp/fio) ]")
+    play_trick(disk, HONEST)
+    disk.take_away()
+
+
+def test_gained_cache(disk):
+    """The first backend had no write cache, and the second one has: each write is flushed before it
+    is reported done. The block layer has dropped FUA from what was in flight.
+
+    Rows: F-26
+    """
+    guest = disk.guest
+    guest.allow("error, dev xvdb")
+    connect(disk)
+    guest.sh(IN_BACKGROUND.format(WRITE.format("4k") + ",dsync", ""))
+    guest.wait_for(IN_FLIGHT.format(1))
+    play_trick(disk, UNSUPPORTED_FLUSH)
+    disk.hand_over()
+    guest.wait_for("[ -s /tmp/end ]")
+    assert guest.sh("cat /tmp/end") == "failed"
+    assert "each write is flushed" in guest.sh("dmesg | tail -n 30")
+    assert guest.run(WRITE.format("4k"))[0] != 0
+    guest.sh("dd if=/dev/xvdb of=/dev/null bs=4k count=1 iflag=direct")
+    play_trick(disk, HONEST)
+    guest.sh(WRITE.format("64k"))
+    guest.sh(WRITE.format("1M") + ",dsync")
+    assert guest.sh("cat /sys/block/xvdb/queue/write_cache") == "write through"
+    disk.take_away()
+    disk.offer()
+    guest.wait_for_disk("xvdb")
+    assert guest.sh("cat /sys/block/xvdb/queue/write_cache") == "write back"
+    disk.take_away()
