@@ -20,7 +20,7 @@ FLUSHER = f"""
 rm -f /tmp/ended
 ({FLUSH} && echo durable > /tmp/ended || echo failed > /tmp/ended) > /dev/null 2>&1 &
 """
-IN_FLIGHT = "grep -Eq 'submit_bio|flush|blk_wait' /proc/$(pidof dd)/wchan"
+IN_FLIGHT = "grep -q '^State:.D' /proc/$(pidof dd)/status"
 
 
 def start_flush(guest, vdev):
