@@ -36,10 +36,13 @@ def trouble_in(text):
 def assert_served_by_pair(host, guest, vdev="xvda", server=None):
     """The loaded drivers are the files of this run's pair, and no other is there.
 
-    The backend is that of the host's server, or of another `server`.
+    The backend is that of the host's server, or of another `server`, or QEMU in dom0.
     """
     server = server or host.server
-    _assert_loaded(server, host.pair.back if server is host else host.pair.storage)
+    if host.pair.back is None:
+        _assert_served_by_qemu(host, guest, vdev)
+    else:
+        _assert_loaded(server, host.pair.back if server is host else host.pair.storage)
     front = host.pair.front
     device = f"/sys/block/{vdev}/device/driver"
     look = f"readlink -f {device}/module || readlink -f {device}"
@@ -50,6 +53,19 @@ def assert_served_by_pair(host, guest, vdev="xvda", server=None):
 def assert_front_of_pair(host, guest):
     """The loaded frontend is the file of this run's pair, where dom0's shell plays the backend."""
     _assert_loaded(guest, host.pair.front)
+
+
+def _assert_served_by_qemu(host, guest, vdev):
+    """Asserts that the guest's QEMU process serves the disk, and that there is no backend module."""
+    domain = f"/local/domain/{guest.domid}"
+    node = guest.sh(f"cat /sys/block/{vdev}/device/nodename")
+    back, *seen = host.sh(
+        f"back=$(xenstore-read {domain}/{node}/backend); echo $back; xenstore-read $back/state\n"
+        f"readlink /proc/$(xenstore-read {domain}/image/device-model-pid)/exe\n"
+        "find / -xdev -name '*blkback.ko*'; find /sys/module -maxdepth 1 -name '*blkback'"
+    ).split()
+    assert back.startswith(f"/local/domain/0/backend/qdisk/{guest.domid}/"), back
+    assert seen == ["4", "/qemu/qemu"]
 
 
 OTHER = {

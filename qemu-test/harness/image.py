@@ -6,6 +6,7 @@ brings the libraries that `ldd` names. libgcc_s.so.1 is added beside them:
 glibc loads it by name when a thread is cancelled, and xl aborts without it.
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -61,7 +62,7 @@ def base_archive(init, programs=(), devices=True):
 def add_program(archive, program):
     """Adds a program and the libraries it is linked with."""
     archive.file(program, program)
-    for library in _libraries(program):
+    for library in libraries_of(program):
         if library not in archive:
             archive.file(library, library)
 
@@ -80,10 +81,12 @@ def add_built_module(archive, path, module):
 
 
 @lru_cache(maxsize=None)
-def _libraries(program):
+def libraries_of(program, place=""):
+    """Returns the libraries that a program is linked with, searched in `place` first."""
     result = subprocess.run(
-        ["ldd", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+        ["ldd", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "LD_LIBRARY_PATH": str(place)},
+    )  # fmt: skip
     found = re.findall(r"(/\S+) \(0x", result.stdout)
     if found:
         found.append("/lib/x86_64-linux-gnu/libgcc_s.so.1")

@@ -2,7 +2,8 @@
 """Frontend and backend of a scenario: the C drivers or ours.
 
 A pair is written FRONT/BACK with C for the kernel's own driver and R for the
-Rust driver. C/C is the control: a scenario that fails there tests itself.
+Rust driver. C/C is the control: a scenario that fails there tests itself. As BACK, Q is QEMU
+in dom0, which is no module: see qdisk.py.
 """
 
 from dataclasses import dataclass
@@ -29,12 +30,13 @@ class Pair:
 
     name: str
     front: Driver
-    back: Driver
-    """The backend in dom0."""
-    storage: Driver
+    back: Driver | None
+    """The backend in dom0; None if that is QEMU."""
+    storage: Driver | None
     """The backend in a driver domain: the same, built for the guests' kernel."""
 
 
+QDISK = "Q"
 NAMES = {"C": ("xen-blkfront", "xen-blkback"), "R": ("rblkfront", "rblkback")}
 
 
@@ -44,9 +46,12 @@ def pair(name, kernel, build, dom0=None):
     `dom0` is (kernel, build) of dom0 if it runs another kernel than its guests.
     """
     front, back = name.split("/")
+    front_driver = _driver(NAMES[front][0], front, kernel, build)
+    if back == QDISK:
+        return Pair(name, front_driver, None, None)
     return Pair(
         name,
-        _driver(NAMES[front][0], front, kernel, build),
+        front_driver,
         _driver(NAMES[back][1], back, *(dom0 or (kernel, build))),
         _driver(NAMES[back][1], back, kernel, build),
     )

@@ -122,8 +122,10 @@ class XenHost:
         add_built_module(front, f"/modules/{self.pair.front.name}.ko", self.pair.front.file)
         front.data("/modules/load", f"{self.pair.front.name} {front_parameters}\n")
         storage = Archive()
-        add_built_module(storage, f"/modules/{self.pair.storage.name}.ko", self.pair.storage.file)
         payload = Archive()
+        if self.pair.back:
+            for archive, driver in ((storage, self.pair.storage), (payload, self.pair.back)):
+                add_built_module(archive, f"/modules/{driver.name}.ko", driver.file)
         for tool in tools:
             add_program(payload, tool)
         for name, content in files.items():
@@ -138,7 +140,6 @@ class XenHost:
             payload.data(f"/{name}.cpio", archive.to_bytes())
             if archive is front or self._server_waits:
                 payload.data(f"/{name}.packed", gzip.compress(archive.to_bytes(), mtime=0))
-        add_built_module(payload, f"/modules/{self.pair.back.name}.ko", self.pair.back.file)
         payload.write(path)
         blank(path, DISK_SIZES["payload"])
         return front.to_bytes()
@@ -268,13 +269,15 @@ class XenHost:
             "dmesg-dom0.txt": "dmesg",
             "xl-list.txt": "xl list -v; xl vcpu-list",
             "xl-dmesg.txt": "xl dmesg",
+            "xl-logs.txt": "tail -n 100 /var/log/xen/*.log",
             "dom0-processes.txt": "ps; cat /proc/meminfo; lsmod",
         }
         for name, command in looks.items():
             self._collect(name, lambda command=command: self.machine.shell.run(command, 30)[1])
         for guest in self.guests.values():
             self._collect(f"console-{guest.name}.txt", guest.console)
-            self._collect(f"dmesg-{guest.name}.txt", lambda guest=guest: guest.run("dmesg", 60)[1])
+            if guest.shell:
+                self._collect(f"dmesg-{guest.name}.txt", lambda guest=guest: guest.run("dmesg", 60)[1])
 
     def close(self):
         """Ends the machine and removes what only it needed."""

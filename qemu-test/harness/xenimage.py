@@ -115,7 +115,7 @@ def guest_disk(kernel):
 
     def make(path):
         size = f"{sum(map(len, parts.values())) * 5 // 4 >> 20}M"
-        _ext4_image(
+        ext4_image(
             path,
             size,
             lambda tree: [(tree / name).write_bytes(part) for name, part in parts.items()],
@@ -139,11 +139,11 @@ def root_disk(size="384M", packages=()):
 
     return made_once(
         CACHE / "images" / f"root-{key_of(content, size)}.img",
-        lambda path: _ext4_image(path, size, unpack),
+        lambda path: ext4_image(path, size, unpack),
     )
 
 
-def _ext4_image(path, size, fill):
+def ext4_image(path, size, fill):
     """Makes an ext4 image of what `fill(directory)` puts into a directory."""
     tree = path.with_name(path.name + ".tree")
     shutil.rmtree(tree, ignore_errors=True)
@@ -151,6 +151,12 @@ def _ext4_image(path, size, fill):
     fill(tree)
     subprocess.run(["mkfs.ext4", "-q", "-E", "root_owner=0:0", "-d", tree, path, size], check=True)
     shutil.rmtree(tree)
+
+
+def file_in_image(image, path):
+    """Returns the content of a file in an ext4 image, which is not mounted."""
+    command = ["debugfs", "-R", f"cat {path}", image]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
 
 
 def grub(name):
@@ -181,5 +187,5 @@ def grub_disk(linux, initrd):
     size = f"{(sum(map(len, parts.values())) >> 20) * 5 // 4 + 8}M"
     return made_once(
         CACHE / "images" / f"boot-{key_of(*parts.values())}.img",
-        lambda path: _ext4_image(path, size, fill),
+        lambda path: ext4_image(path, size, fill),
     )
