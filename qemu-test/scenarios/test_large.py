@@ -62,7 +62,7 @@ def test_large_blocks(xen, test_modules, record_property):
     guest.allow("error, dev xvda")
     status, said = guest.run("/programs/dio /dev/xvda 2>&1")
     if guest.front == "rblkfront":
-        assert (status, said) == (0, "4096 4096"), said
+        assert (status, said.strip()) == (0, "4096 4096"), said
     elif status != 0:
         record_property("c_fails", "F-27")
 
