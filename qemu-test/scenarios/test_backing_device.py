@@ -275,7 +275,7 @@ def test_detach_slow_disk(ramdisk_host):
 
     The C frontend does not write anything back, so it is no control.
 
-    Rows: F-10
+    Rows: F-40
     """
     host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
     guest = host.start_guest(disks=[])

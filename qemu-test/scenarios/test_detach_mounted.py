@@ -38,7 +38,7 @@ def test_detach_mounted(host):
 
     A disk of virtio that is taken away is synced first. The C frontend loses the data too.
 
-    Rows: FE-64, F-10
+    Rows: FE-64, F-40
     """
     guest = host.start_guest(disks=[])
     guest.allow("xvdb")
@@ -59,7 +59,7 @@ def test_detach_partitions(host):
 
     The C frontend loses both.
 
-    Rows: F-10
+    Rows: F-40
     """
     guest = host.start_guest(disks=[])
     guest.allow("xvdb")
@@ -86,7 +86,7 @@ def test_detach_swap(host):
 
     The C frontend gives it away with what is swapped out.
 
-    Rows: F-10
+    Rows: F-40
     """
     guest = host.start_guest(disks=[])
     attach(host, guest)

@@ -140,7 +140,7 @@ def test_shutdown_after_outage(xen):
 
     The C frontend has none that it survives, and is powered off without.
 
-    Rows: F-12
+    Rows: F-42
     """
     host = xen(waiting=None)
     server = host.start_server()

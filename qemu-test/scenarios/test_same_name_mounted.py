@@ -34,7 +34,7 @@ def test_same_name_mounted(xen):
 
     With the C frontend the new disk shows the files of the old one.
 
-    Rows: F-11
+    Rows: F-41
     """
     host = xen()
     server = host.start_server()
