@@ -480,12 +480,23 @@ impl Mover {
         if count == 0 {
             return Ok(());
         }
+        let mut result = self.try_map(count, access, pages);
+        // Pages that have ended count until they are unmapped: for the budget, and for Xen.
+        if result.as_ref().is_err_and(Problem::is_shortage) && self.flush() {
+            result = self.try_map(count, access, pages);
+        }
+        result
+    }
+
+    /// Maps the pages of `references`, `count` of them, if the budget allows it.
+    fn try_map(
+        &mut self,
+        count: usize,
+        access: Access,
+        pages: &mut KVec<MappedPage>,
+    ) -> Result<(), Problem> {
         if !self.may_map(count) {
-            // Pages that have ended count until they are unmapped.
-            self.flush();
-            if !self.may_map(count) {
-                return Err(Problem::Own(ENOMEM));
-            }
+            return Err(Problem::Own(ENOMEM));
         }
         self.mapper
             .map(&self.cache, self.domain, &self.references, access, pages)
@@ -552,14 +563,17 @@ impl Mover {
     }
 
     /// Unmaps the pages of the transfers that have ended. Must come before their answers are shown.
-    pub(crate) fn flush(&mut self) {
+    /// Returns `true` if there were any that could be unmapped.
+    pub(crate) fn flush(&mut self) -> bool {
         let before = self.ended.len();
-        if before != 0 {
-            self.mapper.unmap(&self.cache, &mut self.ended);
-            let unmapped = before.wrapping_sub(self.ended.len());
-            self.mapped_now = self.mapped_now.wrapping_sub(unmapped);
-            self.has_unmapped = true;
+        if before == 0 {
+            return false;
         }
+        self.mapper.unmap(&self.cache, &mut self.ended);
+        let unmapped = before.wrapping_sub(self.ended.len());
+        self.mapped_now = self.mapped_now.wrapping_sub(unmapped);
+        self.has_unmapped = true;
+        unmapped != 0
     }
 
     /// Unmaps pages that were not used for so long.
