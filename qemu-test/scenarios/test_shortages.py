@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """The backend lacks pages or mappings: requests wait for them, and do not fail."""
 
+from harness.counts import KEEPS_PAGES
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
 from harness.xenhost import Disk
@@ -62,3 +63,54 @@ def test_largest_request(xen, test_modules):
     guest.sh(f"DISK=xvdc\n{ONE_MIB}")
     server.sh(f"echo 0 > {PARAMETERS}/mode; : < /dev/rblk0")
     guest.wait_for(f'[ "$(cat /tmp/written)" = {STUCK} ]')
+
+
+FRAMES = 2
+"""Pages of Xen for what the backend's domain maps, each for 256 mappings."""
+WAITS = "a request waits: Xen allows no more mappings"
+WRITES = """
+dd if=/dev/urandom of=/tmp/data-$DISK bs=$SIZE count=4
+for pass in $(seq $PASSES); do
+	dd if=/tmp/data-$DISK of=/dev/$DISK bs=$SIZE oflag=direct
+	dd if=/dev/$DISK bs=$SIZE count=4 iflag=direct | cmp - /tmp/data-$DISK || exit 1
+done
+"""
+"""Writes requests of one SIZE, and compares, so many times."""
+
+
+def test_mapping_limit(xen):
+    """Xen lets the backend map no more pages: the I/O of all guests waits, and has no error.
+
+    The pages of one guest's two disks stay mapped, and are three quarters of what Xen
+    allows. When another guest needs half of it, they are unmapped. The C module answers such
+    requests as failed.
+
+    Rows: B-25
+    """
+    host = xen(front_parameters="max_indirect_segments=256")
+    storage = host.start_storage("tight", settings=f"max_maptrack_frames = {FRAMES}")
+    storage.load_backend(KEEPS_PAGES)
+    storage.ram_disks(3, megabytes=4)
+    greedy = host.start_guest(
+        disks=[
+            Disk("xvda", "/dev/ram0", backend=storage.name),
+            Disk("xvdb", "/dev/ram1", backend=storage.name),
+        ]
+    )
+    other = host.start_guest("other", disks=[Disk("xvda", "/dev/ram2", backend=storage.name)])
+    for guest in (greedy, other):
+        assert_served_by_pair(host, guest, server=storage)
+    greedy.sh(f"DISK=xvda SIZE=1M PASSES=1\n{WRITES}")
+    greedy.sh(f"DISK=xvdb SIZE=512k PASSES=1\n{WRITES}")
+    assert WAITS not in storage.sh("dmesg")
+    other.sh(f"DISK=xvda SIZE=1M PASSES=1\n{WRITES}")
+    assert WAITS in storage.sh("dmesg")
+    for guest in (greedy, other):
+        guest.sh(
+            f"(DISK=xvda SIZE=1M PASSES=8\n{WRITES}\ntouch /tmp/good) > /tmp/said 2>&1 || "
+            "touch /tmp/bad &"
+        )
+    for guest in (greedy, other):
+        guest.wait_for("[ -e /tmp/good -o -e /tmp/bad ]")
+        guest.sh("[ ! -e /tmp/bad ]")
+    assert "failed a request" not in storage.sh("dmesg")
