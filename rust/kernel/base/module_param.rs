@@ -12,6 +12,7 @@ use core::cell::UnsafeCell;
 use core::ffi::CStr;
 use core::ptr;
 use kernel::bindings;
+use kernel::ffi;
 
 /// A type that a module parameter can have.
 ///
@@ -88,21 +89,96 @@ impl KernelParam {
         param: &'static Param<T>,
         perm: u16,
     ) -> Self {
+        let value = bindings::kernel_param__bindgen_ty_1 {
+            arg: param.as_ptr(),
+        };
+        Self::entry(name, T::OPS, perm, value)
+    }
+
+    /// Creates an entry for a list, which shows in no file: only the kernel's loader writes it.
+    #[doc(hidden)]
+    #[inline]
+    pub const fn new_list(name: &'static [u8], list: &'static KernelParamList) -> Self {
+        let value = bindings::kernel_param__bindgen_ty_1 {
+            arr: &raw const list.0,
+        };
+        Self::entry(name, &raw const bindings::param_array_ops, 0, value)
+    }
+
+    // Only called while compiling; `inline` keeps it, and its assertion, out of the module.
+    #[inline]
+    const fn entry(
+        name: &'static [u8],
+        ops: *const bindings::kernel_param_ops,
+        perm: u16,
+        value: bindings::kernel_param__bindgen_ty_1,
+    ) -> Self {
         assert!(
             CStr::from_bytes_with_nul(name).is_ok(),
             "the name of a parameter contains a NUL"
         );
-
         Self(bindings::kernel_param {
             name: name.as_ptr().cast(),
             mod_: super::this_module::this_module().as_ptr(),
-            ops: T::OPS,
+            ops,
             perm,
             level: -1,
             flags: 0,
-            __bindgen_anon_1: bindings::kernel_param__bindgen_ty_1 {
-                arg: param.as_ptr(),
-            },
+            __bindgen_anon_1: value,
+        })
+    }
+}
+
+/// A module parameter that is a list of at most `N` values. Made by [`module_param_lists`].
+///
+/// # Invariants
+///
+/// Only the kernel's loader writes it, before any code of the module runs. The first `len` values
+/// are set then, and `len` is at most `N`.
+#[repr(C)]
+pub struct ParamList<T: ParamType, const N: usize> {
+    len: UnsafeCell<ffi::c_uint>,
+    values: UnsafeCell<[T; N]>,
+}
+
+// SAFETY: By the type invariant, nothing writes to it while code of the module can use it.
+unsafe impl<T: ParamType, const N: usize> Sync for ParamList<T, N> {}
+
+impl<T: ParamType, const N: usize> ParamList<T, N> {
+    /// Creates a parameter that was not set. `filler` is no part of the list.
+    pub const fn new(filler: T) -> Self {
+        // INVARIANT: No value is set.
+        Self {
+            len: UnsafeCell::new(0),
+            values: UnsafeCell::new([filler; N]),
+        }
+    }
+
+    /// Returns the values that were given when the module was loaded.
+    pub fn get(&self) -> &[T] {
+        // SAFETY: By the type invariant, nothing writes to it any more; for both.
+        let (len, values) = unsafe { (*self.len.get(), &*self.values.get()) };
+        values.get(..len as usize).unwrap_or(values)
+    }
+}
+
+/// What the kernel's loader knows of a [`ParamList`].
+#[doc(hidden)]
+#[repr(transparent)]
+pub struct KernelParamList(bindings::kparam_array);
+
+// SAFETY: It is only read.
+unsafe impl Sync for KernelParamList {}
+
+impl KernelParamList {
+    #[doc(hidden)]
+    pub const fn new<T: ParamType, const N: usize>(list: &'static ParamList<T, N>) -> Self {
+        Self(bindings::kparam_array {
+            max: N as ffi::c_uint,
+            elemsize: core::mem::size_of::<T>() as ffi::c_uint,
+            num: list.len.get(),
+            ops: T::OPS,
+            elem: list.values.get().cast(),
         })
     }
 }
@@ -137,28 +213,73 @@ macro_rules! module_params {
 
         const _: () = {
             const NAME: &[u8] = concat!($name, "\0").as_bytes();
-            const PARM: &[u8] = concat!("parm=", $name, ":", $desc, "\0").as_bytes();
-            const PARM_TYPE: &[u8] = concat!(
-                "parmtype=", $name, ":", $crate::module_params!(@type $ty), "\0"
-            ).as_bytes();
 
             #[link_section = "__param"]
             #[used]
             static ENTRY: $crate::base::module_param::KernelParam =
                 $crate::base::module_param::KernelParam::new(NAME, &$ident, $perm);
 
-            #[link_section = ".modinfo"]
-            #[used]
-            static PARM_INFO: [u8; PARM.len()] = $crate::base::module_param::array(PARM);
+            $crate::module_params!(@info $name, $crate::module_params!(@type $ty), $desc);
+        };
+    )*};
+    (@info $name:literal, $type:expr, $desc:literal) => {
+        const PARM: &[u8] = concat!("parm=", $name, ":", $desc, "\0").as_bytes();
+        const PARM_TYPE: &[u8] = concat!("parmtype=", $name, ":", $type, "\0").as_bytes();
 
-            #[link_section = ".modinfo"]
+        #[link_section = ".modinfo"]
+        #[used]
+        static PARM_INFO: [u8; PARM.len()] = $crate::base::module_param::array(PARM);
+
+        #[link_section = ".modinfo"]
+        #[used]
+        static PARM_TYPE_INFO: [u8; PARM_TYPE.len()] =
+            $crate::base::module_param::array(PARM_TYPE);
+    };
+}
+pub use module_params;
+
+/// Declares module parameters that are lists, as `module_param_array()` does. They show in no file.
+///
+/// Each becomes a static [`ParamList`]; in brackets stand the type of its values and how many of
+/// them it takes at most.
+///
+/// ```ignore
+/// module_param_lists! {
+///     /// The numbers of the devices.
+///     static DEVICES("devices"): [u32; 16] = 0, "Numbers of devices";
+/// }
+///
+/// for number in DEVICES.get() {}
+/// ```
+#[macro_export]
+macro_rules! module_param_lists {
+    ($(
+        $(#[$attr:meta])*
+        $vis:vis static $ident:ident($name:literal): [$ty:ident; $max:expr] = $filler:expr,
+            $desc:literal;
+    )*) => {$(
+        $(#[$attr])*
+        $vis static $ident: $crate::base::module_param::ParamList<$ty, { $max }> =
+            $crate::base::module_param::ParamList::new($filler);
+
+        const _: () = {
+            const NAME: &[u8] = concat!($name, "\0").as_bytes();
+
+            static LIST: $crate::base::module_param::KernelParamList =
+                $crate::base::module_param::KernelParamList::new(&$ident);
+
+            #[link_section = "__param"]
             #[used]
-            static PARM_TYPE_INFO: [u8; PARM_TYPE.len()] =
-                $crate::base::module_param::array(PARM_TYPE);
+            static ENTRY: $crate::base::module_param::KernelParam =
+                $crate::base::module_param::KernelParam::new_list(NAME, &LIST);
+
+            $crate::module_params!(
+                @info $name, concat!("array of ", $crate::module_params!(@type $ty)), $desc
+            );
         };
     )*};
 }
-pub use module_params;
+pub use module_param_lists;
 
 /// The bytes as an array, for a section that is made of bare bytes.
 #[doc(hidden)]
