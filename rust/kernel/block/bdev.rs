@@ -13,8 +13,10 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
-/// In whose name devices are opened for writing: that of the module. Only its address counts.
-static HOLDER: u8 = 0;
+// In whose name devices are claimed: that of all modules that link this crate, so that one can claim
+// what another one has. Only its address counts, which is of a variable of the kernel, as one of a module
+// goes with it; nothing else in the kernel claims devices for this address.
+use bindings_ext::xen_domain_type as HOLDER;
 
 /// How often it is tried to empty a page cache to which somebody writes.
 const FORGET_TRIES: usize = 3;
