@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The block device behind a disk is removed while the disk is in use.
+
+As when a drive is pulled out or an iSCSI session is lost. null_blk removes its device with requests
+in flight.
+"""
+
+from harness.evidence import assert_served_by_pair
+from harness.job import Job
+from harness.xenhost import Disk
+
+DEVICE = "/sys/kernel/config/nullb/lost"
+NODE = "/dev/lost"
+MAKE = f"""
+mount -t configfs configfs /sys/kernel/config 2> /dev/null || true
+mkdir {DEVICE}
+cd {DEVICE}
+echo 1 > memory_backed
+echo 64 > size
+# Answers by a timer, after 20 ms: some requests are in flight at any moment.
+echo 2 > irqmode
+echo 20000000 > completion_nsec
+echo 1 > power
+"""
+REMOVE = f"echo 0 > {DEVICE}/power"
+WRITE = "dd if=/dev/zero of=/dev/{} bs=64k count=64 oflag=direct conv=notrunc,fsync"
+
+
+def test_lost_device(host):
+    """The guest gets an error for what cannot be done, and goes on with its other disk.
+
+    The disk can be detached then, and the device can come back and be attached.
+
+    Rows: B-01
+    """
+    server = host.server
+    server.insmod("configfs")
+    server.insmod("null_blk", "nr_devices=0")
+    server.sh(MAKE)
+    guest = host.start_guest(disks=[Disk(), Disk("xvdb", NODE)])
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+    for machine in (guest, server):
+        machine.allow("error, dev")
+        machine.allow("I/O error")
+    other = Job(guest, WRITE.format("xvda"), name="other")
+    lost = Job(guest, WRITE.format("xvdb"), name="lost")
+    lost.wait_for_pass(2)
+
+    server.sh(REMOVE)
+    guest.wait_for(f"[ -e {lost.files}.ended ]")
+    assert guest.run(f"[ -e {lost.files}.failed ]")[0] == 0
+    # A device that was removed has no size: to read there is to find the end.
+    assert guest.run("dd if=/dev/zero of=/dev/xvdb bs=4k count=1 oflag=direct")[0] != 0
+    assert guest.sh("dd if=/dev/xvdb bs=4k count=1 iflag=direct 2> /dev/null | wc -c") == "0"
+    other.wait_for_pass(2)
+    host.take_away(guest, "xvdb")
+    # Nothing holds the device any more.
+    server.sh(f"rmdir {DEVICE} && rmmod null_blk")
+
+    server.insmod("null_blk", "nr_devices=0")
+    server.sh(MAKE)
+    host.attach(guest, Disk("xvdb", NODE))
+    guest.wait_for_disk("xvdb")
+    guest.sh("yes again | dd of=/dev/xvdb bs=64k count=16 iflag=fullblock oflag=direct 2> /dev/null")
+    assert guest.sh("dd if=/dev/xvdb bs=64k count=16 iflag=direct 2> /dev/null | head -c 5") == "again"
+    other.wait_for_pass(2)
+    other.stop()
+    assert_served_by_pair(host, guest, "xvdb")
