@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """Module parameters, and the node `trusted`, decide how data goes; it arrives in all ways.
 
-Names, permissions and defaults are those of xen-blkfront.
+Names, permissions and defaults are those of xen-blkfront; the time-outs are our own.
 """
 
 from harness.evidence import assert_served_by_pair
@@ -17,6 +17,13 @@ PARAMETERS = {
     "trusted": ("644", "Y"),
 }
 """Permissions, and value by default with two CPUs."""
+
+OWN_PARAMETERS = {
+    "detach_timeout": ("644", "8"),
+    "io_timeout": ("644", "30"),
+    "reconnect_timeout": ("644", "300"),
+}
+"""Those that xen-blkfront does not have."""
 
 COMMON = {"protocol": "x86_64-abi", "feature-persistent": "1", "state": "4"}
 TWO_RINGS = {
@@ -162,7 +169,8 @@ def test_parameters(xen, test_modules, record_property):
     parameters = f"/sys/module/{guest.front.replace('-', '_')}/parameters"
     shown = guest.sh(f"cd {parameters}; for p in *; do echo $p $(stat -c %a $p) $(cat $p); done")
     shown = {name: (mode, value) for name, mode, value in map(str.split, shown.splitlines())}
-    assert shown == PARAMETERS
+    own = OWN_PARAMETERS if guest.front == "rblkfront" else {}
+    assert shown == PARAMETERS | own
     if sorted(guest.sh(IRQ_CPUS).split()) != ["0", "1"]:
         assert guest.front == "xen-blkfront"
         record_property("c_fails", "F-17")
