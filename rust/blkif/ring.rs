@@ -740,6 +740,20 @@ mod tests {
     }
 
     #[test]
+    fn an_index_of_an_earlier_lap_asks_for_nothing() {
+        let pages = Pages::new(1);
+        let (mut front, _back) = pair(&pages, 0);
+        for id in 0..32 {
+            front.put(request(id)).unwrap();
+        }
+        assert!(front.publish());
+        front.slots.memory.store(REQ_EVENT, 0);
+        assert!(!front.is_unnoticed());
+        front.slots.memory.store(REQ_EVENT, 1);
+        assert!(front.is_unnoticed());
+    }
+
+    #[test]
     fn a_lost_event_can_be_seen() {
         for at in [0, u32::MAX - 1] {
             let pages = Pages::new(1);
