@@ -280,7 +280,11 @@ def test_detach_slow_disk(ramdisk_host):
     host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
     guest = host.start_guest(disks=[])
     guest.allow("xvdb")
+    host.server.ram_disks()
     disk = detach_dirty(host, guest, timeout=600)
+    # It waits for longer than another disk takes to come.
+    host.attach(guest, Disk("xvdc", "/dev/ram0"))
+    guest.wait_for_disk("xvdc")
     assert host.xenstore_read(f"{disk.front}/state") == "4"
     set_parameter(host, mode=0)
     disk.wait_for(front=6)
