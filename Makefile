@@ -28,14 +28,14 @@ bench: ## what an I/O costs, counted, with the C pair and ours; BASE=<json> comp
 	@scripts/bench $(if $(CELLS),--cells "$(CELLS)") $(if $(BASE),--base "$(BASE)") \
 		$(if $(TYPES),--types "$(TYPES)")
 
-bench-page: ## the same, and writes the tables and the picture of Documentation/performance.rst
-	@scripts/bench --types pv,pvh --page Documentation
+bench-page: ## the same, and writes the tables and the picture of Documentation/generated
+	@scripts/bench --types pv,pvh --page Documentation/generated
 
 bench-disks: ## what disks cost beside I/O: to connect, memory, wake-ups; with the table of that page
-	@scripts/bench --disks --pairs C/C,R/R --page Documentation
+	@scripts/bench --disks --pairs C/C,R/R --page Documentation/generated
 
 bench-queues: ## four queues on four virtual CPUs by the clock, as ratios; with the table of that page
-	@scripts/bench --queues --page Documentation
+	@scripts/bench --queues --page Documentation/generated
 
 profile: ## where the instructions go, function by function; CELLS="4k read qd1" names the loads
 	@scripts/bench --profile --no-floors --settings fixed --pairs C/C,R/R --out build/bench/profile.json \

@@ -266,7 +266,7 @@ def main():
         print_profile(document)
     if options.page:
         write_page(document, Path(options.page) / "performance-tables.inc")
-        draw(document, Path(options.page) / "pictures" / "performance.svg")
+        draw(document, Path(options.page) / "performance.svg")
     print(f"{out}: took {time.monotonic() - start:.0f} s", file=sys.stderr)
 
 
