@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! How an image is opened.
+
+use std::time::Duration;
+
+/// How an image is opened.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The image is opened for reading only.
+    pub read_only: bool,
+    /// The host's page cache is bypassed: `Some(true)` refuses storage that cannot do it,
+    /// [`None`] uses the page cache on such storage.
+    pub direct: Option<bool>,
+    /// An image that another process has open for writing is refused.
+    pub exclusive: bool,
+    /// How long opening waits for another process to release the image, and for I/O of a process
+    /// that was killed.
+    pub lock_timeout: Duration,
+}
+
+impl Default for Options {
+    /// Returns the options for a disk of a guest: writable, direct if possible, exclusive, with
+    /// no wait for another user of the image.
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            direct: None,
+            exclusive: true,
+            lock_timeout: Duration::ZERO,
+        }
+    }
+}
