@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Counts what an I/O costs, with the C pair and with ours, and prints tables.
 
 Each pair boots once per kind of guest and setting:

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A Xen host that counts: what is measured, on what, and with which tools.
 
 cell     one measurement: a load on a disk, by its name

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """What disks cost beside I/O: to connect them, to have them, and to have many.
 
 For each number of disks a guest starts without any. They are attached while the

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Stacked bars: where the instructions of an I/O are spent, pair beside pair."""
 
 from report import row

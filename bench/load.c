@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * load DEVICE KIND BYTES DEPTH COUNT WINDOW JOBS: keeps DEPTH operations of BYTES
  * bytes on their way to a block device, around the page cache, and prints the

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The tables as a part of the documentation."""
 
 import disks
@@ -10,14 +10,14 @@ from report import row
 from report import shown
 from report import tables
 
-HEAD = """.. SPDX-License-Identifier: GPL-2.0
+HEAD = """.. SPDX-License-Identifier: GPL-2.0-only
 .. Written by bench/page.py from the results of a run.
 
 Kernel {kernel}; {date}. Bytes of code: {sizes}.
 """
 
 
-PLAIN_HEAD = """.. SPDX-License-Identifier: GPL-2.0
+PLAIN_HEAD = """.. SPDX-License-Identifier: GPL-2.0-only
 .. Written by bench/page.py from the results of a run.
 """
 

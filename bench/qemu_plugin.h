@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * The part of QEMU's plugin interface (version 4, QEMU 10.0) that count.c uses.
  * The whole is described in QEMU's documentation, "QEMU TCG Plugins".

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Four queues on four virtual CPUs by the clock: what our pair takes of what the C pair takes.
 
 Time depends on the machine and on what else it does, so only ratios are told. The

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A run as tables: what one I/O costs, what has changed, and where it is spent."""
 
 SCHEDULING = {

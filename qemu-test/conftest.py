@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """What every scenario gets: its kernel, its pair, its machines, its logs.
 
 The environment says where things are: RBLKIF_KERNELS is a list of NAME=DIRECTORY

@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A guest whose root disk our pair carries from boot to shutdown.
 
 Boots a Xen host in QEMU, starts a guest on /dev/xvda, has it do real work on

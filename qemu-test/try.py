@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Boots a machine, runs a shell script in it, prints what came out.
 
 For development, before there is a scenario:

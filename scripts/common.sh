@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 # What the shell scripts share. Sourced, never run.
 #
 # cache       where downloads, build roots and kernels are kept, outside the tree

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Files and directories that are made once and named by what they are made of.
 
 A thing is made under a temporary name and renamed when complete, under a lock:

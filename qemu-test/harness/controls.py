@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Results of controls, kept until something that went into them changes.
 
 A control is a run of a scenario with the C pair. It tests the scenario, not our

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Counts of what a driver could leave behind, kept by Xen and by the kernels.
 
 Xen's debug key `g` prints every active grant, `e` every event channel and `q`

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Writes cpio archives in the "newc" form that the kernel unpacks at boot.
 
 An archive is made without root rights and without a directory on disk: device

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """What makes a console's text a failure, whatever the scenario itself says.
 
 Not what kmemleak counts: it reports memory of the kernel too. See `assert_no_lost_memory`.

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Which scenarios must pass, with which pairs, on which kernels.
 
 `expected.txt` has one row a scenario: its name, then KERNEL:PAIR,PAIR...

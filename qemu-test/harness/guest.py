@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A DomU of a Xen host, as a scenario sees it."""
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A disk whose nodes the scenario writes itself, where xl would write them.
 
 So the scenario decides when the backend hears of what. The two drivers are the

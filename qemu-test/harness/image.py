@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """What goes into the initramfs of a machine: programs, libraries, modules.
 
 Everything comes from the build root, where the harness itself runs. A program

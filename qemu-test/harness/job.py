@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Work that a guest does over and over while a scenario does something to its disk.
 
 A *pass* is one run of the work. It counts when it has ended without an error.

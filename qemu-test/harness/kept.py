@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A disk of the server that keeps what is in flight for as long as a scenario wants.
 
 It is the one of rblk_ramdisk, /dev/rblk0.

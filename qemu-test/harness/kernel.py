@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A kernel that scenarios boot: its image and its loadable modules.
 
 A prepared kernel is a directory that `scripts/kernel-set` or

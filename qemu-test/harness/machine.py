@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """One QEMU process: a console, a line to the agent, a monitor, and an end.
 
 The console (kernel and hypervisor messages) is the first serial line, written

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Frontend and backend of a scenario: the C drivers or ours.
 
 A pair is written FRONT/BACK with C for the kernel's own driver and R for the

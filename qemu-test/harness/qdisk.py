@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """QEMU in dom0 as the backend of a guest's disks: xl's backend type qdisk.
 
 QEMU, its libraries and the disk images are in a file system on dom0's /dev/vdb, mounted at

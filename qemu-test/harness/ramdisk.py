@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The RAM disk of rust/samples/ramdisk, in any machine."""
 
 from .guest import wait_in

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Prints how many tests in a JUnit file passed, how many did not, how many were kept.
 
 Kept ones passed, in an earlier run, see controls.py. A file that is not there is

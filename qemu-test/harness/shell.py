@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Commands run inside a machine or a DomU, through the agent there.
 
 The agent (`image/agent.c`) reads requests, a line each, and answers with exit

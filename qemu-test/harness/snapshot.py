@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Xen and dom0 booted once, and started again from there by every scenario.
 
 A snapshot is QEMU's migration stream of a machine whose dom0 is ready. It is

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A driver domain: a DomU whose backend serves the disks of other DomUs.
 
 xl in dom0 creates the devices, with the driver domain's name as `backend` of

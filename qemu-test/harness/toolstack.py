@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Dom0's shell plays the toolstack and a backend, as far as xenstore shows them.
 
 There is no ring behind such a backend: a disk of it must not be read.

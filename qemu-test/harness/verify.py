@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Reads and writes of a guest, by fio, that check what they read."""
 
 from .job import Job

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A snapshot with a guest on it that has booted and waits, and a server if dom0 is to be none.
 
 To boot a guest is most of what a scenario costs. The one that waits has no disk

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Reads the log of writes that QEMU's blklogwrites driver keeps.
 
 The format is that of the kernel's dm-log-writes: a super block, then for each

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A Xen host as a scenario sees it: dom0's shell, guests, disks.
 
 pair       which frontend and which backend serve the disks, see pairs.py

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """What a Xen host is made of: hypervisor, dom0's and the DomU's initramfs, a root disk.
 
 No disk driver for Xen is in any of these. A scenario brings the frontend and

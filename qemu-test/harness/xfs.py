@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """An xfs on the disk of a scenario, and a look for what is wrong with it.
 
 The programs are those of Debian's packages, which are not in the build root.

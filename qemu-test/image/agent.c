@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * Runs commands that arrive on stdin and answers on stdout, for whoever has the
  * other end of that line.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * dio FILE: writes and reads a file by direct I/O, with memory and lengths that
  * are aligned no better than statx says they must be. Prints that alignment, of

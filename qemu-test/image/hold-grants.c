@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * hold-grants LEFT: takes the entries of the domain's grant table until none is
  * free, gives LEFT of them back, prints how many it has, and holds them until it

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * ioctl FILE NUMBER: asks a file for an ioctl, with room for an answer. Prints
  * what it returns, its error number, and the first eight bytes of the answer.

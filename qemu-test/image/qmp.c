@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * qmp SOCKET COMMAND: executes a QMP command (JSON) and prints QEMU's response. The
  * exit status is 0 if the command succeeded.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * store-file put FILE DIRECTORY	puts a file into xenstore
  * store-file get DIRECTORY		prints that file

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The lists of sabotages, and what came of them when they were last run.
 
 A list is a file *.toml beside this one. An entry takes away what some rows of the

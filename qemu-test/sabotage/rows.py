@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The rows of the feature table, and the scenarios that show them.
 
 The rows are those of Documentation/feature-rows.txt. A scenario says in its

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Takes features away from our drivers, and sees whether the scenarios notice.
 
 A scenario that is green with a driver that cannot do what the scenario shows has

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """What scripts and people find of a backend in its domain is where the C module has it."""
 
 from harness.evidence import assert_served_by_pair

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The device under the backend changes, refuses, or does not answer.
 
 It is the RAM disk of rust/samples/ramdisk beside it, whose parameters say what

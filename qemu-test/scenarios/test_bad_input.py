@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The other side writes nonsense into xenstore: a message, an end, no harm.
 
 Dom0's shell plays the other side: it writes the nodes that a backend or a

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A disk that cannot be served fails with a message; nothing else suffers."""
 
 from harness.evidence import assert_served_by_pair

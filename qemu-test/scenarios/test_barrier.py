@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A barrier orders the requests of all rings of a disk, and its data is durable when it ends.
 
 QEMU logs what reaches dom0's disk, outside of both kernels, and can hold writes

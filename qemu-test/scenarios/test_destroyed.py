@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A domain is destroyed at each step of its disk's connection; nothing of it is left."""
 
 from harness.counts import kernel_counts

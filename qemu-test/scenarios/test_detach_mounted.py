@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A disk is taken away in an orderly manner while there is data that was not written to it yet.
 
 `xl block-detach` without --force asks the guest to let go of the disk, and the backend serves it

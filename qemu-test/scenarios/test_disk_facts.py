@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """What a backend says about its disk is what the guest gets to see, also when it changes.
 
 Dom0's shell plays backends that say all sorts of things. Their disks have no

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Dom0 goes to sleep and wakes up, with its disks, while a guest writes."""
 
 from harness.evidence import assert_served_by_pair

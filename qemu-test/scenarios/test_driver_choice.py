@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Which driver a running system loads where both are installed, and where ours cannot be loaded.
 
 The guest and dom0 have kmod, udevd and a module directory as an installed system has. What loads

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A driver domain serves the disks, and neither of the drivers notices.
 
 On the debug kernel, which cannot be dom0, this is where both drivers live under

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The backend goes away at every point of a device's life, and so does the device; or it cannot
 begin to serve."""
 

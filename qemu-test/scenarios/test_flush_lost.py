@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A disk that had a write cache meets a backend that cannot flush: no flush is reported done.
 
 Dom0's shell plays the backends. They have no ring, so a flush that is sent to one stays in flight.

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """An fsync in the guest is a flush of the device under the backend, in order.
 
 QEMU logs every write and flush of dom0's disk, outside of both kernels. For

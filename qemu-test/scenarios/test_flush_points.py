@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Whenever the power goes, the file systems in the guest are sound.
 
 QEMU logs what reaches dom0's disk, outside of both kernels, while the guest

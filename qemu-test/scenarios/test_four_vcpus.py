@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Four virtual CPUs write at once, each its own part of the disk; all but one leave and come back.
 
 So does the CPU of dom0 on which the backend has its threads and interrupts. Dom0's two share a

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The grant table of a guest is full when a disk is to connect.
 
 The program hold-grants takes what is free of a table that is small from the

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A boot loader that speaks blkif itself reads kernel and initramfs from the disk.
 
 GRUB's frontend connects, reads, closes; then Linux connects to the same device.

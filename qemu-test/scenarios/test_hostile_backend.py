@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A backend that breaks the rules of the ring, and a guest that must live with it.
 
 The backend is a module of its own, rblk_hostile_back, which serves xvdb well

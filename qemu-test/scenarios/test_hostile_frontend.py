@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A frontend that breaks the rules of the ring, and a disk beside it that must not notice.
 
 The frontend is a module of its own, rblk_hostile_front, which takes xvdb and

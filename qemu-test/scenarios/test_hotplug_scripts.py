@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Xen's own hotplug script, and ours around it, which tells xl why a disk is refused."""
 
 from pathlib import Path

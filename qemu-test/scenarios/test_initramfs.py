@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A guest boots from an initramfs that a distribution's tool made.
 
 `scripts/initramfs-test` makes them with initramfs-tools and with dracut. udev loads what a

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Disks of large blocks and of large size, with what is put on them.
 
 The disk of 3 TiB is a RAM disk, which takes memory for what is written alone.

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Insert, use, remove: nothing is left, by Xen's and the kernels' own count."""
 
 import os

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The backend that comes back can do less, or other things, than the one before it.
 
 The first one is played by the shell and has no ring: requests stay in flight. The second one is

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A disk changes its size while it is read and written, and its memory goes with its use."""
 
 from harness.counts import KEEPS_PAGES

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The block device behind a disk is removed while the disk is in use.
 
 As when a drive is pulled out or an iSCSI session is lost. null_blk removes its device with requests

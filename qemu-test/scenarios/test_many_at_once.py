@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Several disks are attached at the same moment, and detached, while another one is in use."""
 
 from harness.counts import xen_counts

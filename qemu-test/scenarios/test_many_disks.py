@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Many disks at once: of one guest with four queues each, and of several guests.
 
 The log has a table of the memory that they cost the server.

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Module parameters, and the node `trusted`, decide how data goes; it arrives in all ways.
 
 Names, permissions and defaults are those of xen-blkfront; the time-outs are our own.

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A partition table on the disk, and a disk that is a partition."""
 
 from harness.evidence import assert_served_by_pair

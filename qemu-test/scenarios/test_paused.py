@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """What xl does to a guest and to a driver domain, while the guest reads and writes."""
 
 from harness.evidence import assert_served_by_pair

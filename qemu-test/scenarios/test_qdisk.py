@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """QEMU in dom0 is the backend, as xl has it for disk images in files: qdisk.
 
 It offers neither indirect requests nor persistent grants nor several rings, and it takes its own

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Our block layer without Xen: the RAM disk rblk_ramdisk.ko in a plain machine.
 
 Its module parameters choose what becomes of requests; see

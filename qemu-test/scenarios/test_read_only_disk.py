@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A disk given read-only can be read, and nothing the guest does changes it."""
 
 from harness.evidence import assert_served_by_pair

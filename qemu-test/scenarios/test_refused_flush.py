@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The device below the backend refuses to flush, though it had said that it can.
 
 Nobody knows then what became of the data: each fsync in the guest is an error,

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A driver is replaced on a running system, and the disk is what it was."""
 
 import shutil

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """While the backend is replaced, somebody takes the disk for himself, and gives it back.
 
 Volume managers, multipath, swap and mounts of the backend's domain look for disks whenever one is

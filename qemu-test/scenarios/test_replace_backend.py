@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The backend module is replaced with the command that the documentation names."""
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Xen lifetimes without a disk: both halves of a pair come and go at random.
 
 The echo pair sends pages back and forth. Each half is unbound and bound again a

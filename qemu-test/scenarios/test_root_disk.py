@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A guest lives on its disk: the root file system is on /dev/xvda."""
 
 import hashlib

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A disk goes away while it is mounted, and another one comes by the same name.
 
 The number of a Xen disk says its device number in Linux: the new one has that of the old one,

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A guest is saved and restored while it reads, writes, flushes and discards.
 
 The disk keeps reads, writes and flushes from before the guest is told to stop until it

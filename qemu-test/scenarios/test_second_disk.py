@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A second disk comes and goes while the guest runs, idle and in use."""
 
 from harness.evidence import assert_served_by_pair

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The backend lacks pages or mappings: requests wait for them, and do not fail."""
 
 from harness.counts import KEEPS_PAGES

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A backend answers nothing: what waits for it ends when the disk goes, and not never.
 
 Dom0's shell plays the backend, which has no ring.

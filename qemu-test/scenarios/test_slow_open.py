@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A disk whose data take long to be synced is offered, and another guest's disk after it.
 
 What is in the page cache of a disk must be on it before the backend serves it. Where that is said

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The disk is swap space of a guest that has run out of memory.
 
 Memory is freed by writing to the disk, so neither driver may need memory to

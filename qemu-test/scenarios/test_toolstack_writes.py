@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The toolstack detaches a disk at the moment when the backend writes its state.
 
 What the backend wants to write must not replace the toolstack's Closing: xen-blkfront, which has

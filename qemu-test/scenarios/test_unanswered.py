@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """Requests that are not answered, and backends that come back again and again.
 
 The backend is the module rblk_hostile_back, which serves xvdb, or dom0's shell,

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """What was written is what is read, over the whole disk, in requests of all sizes."""
 
 from harness.evidence import assert_served_by_pair

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """The backend's domain has written to a disk before the guest connects to it, and not synced.
 
 A toolstack that fills a volume, an emulated disk before the PV one, or somebody with dd: what

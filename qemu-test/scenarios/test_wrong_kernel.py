@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 """A module is refused, with both versions named, by a kernel that it was not built for.
 
 There is no control: the C modules come with their kernel, so that the question

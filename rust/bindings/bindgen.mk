@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 #
 # bindgen, as rust/Makefile of the kernel runs it, for headers of our choice.
 

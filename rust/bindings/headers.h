@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Headers that the stock `bindings` crate leaves out. One `#include <...>` a
  * line: bindgen.mk takes each of these files whole, and nothing that they

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The backend of the Xen virtual block device: serves disks of this domain to other domains.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Whom the I/O of a disk counts for: what the toolstack has written to the backend's directory.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! What all disks of a frontend's domain have in common: how many of its pages may be mapped.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The thread of a device: lets the disk go, keeps deadlines, gives back memory.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Module parameters, with the names and defaults of `xen-blkfront`, and the time-outs of our own.
 

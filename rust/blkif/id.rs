@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The frontend's name for a slot of the ring: which use of which tag it belongs to.
 //!

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 /*
  * C functions around what Rust cannot call: inline functions and macros of
  * kernel headers. One file for each header, as in rust/helpers/ of the kernel.

@@ -1,5 +1,5 @@
 #!/bin/bash
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 #
 # Module of dracut: puts rblkback into the initramfs of a backend domain. Where
 # modules-load.d names xen-blkback, dracut puts that into the initramfs, which

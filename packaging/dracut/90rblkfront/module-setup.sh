@@ -1,5 +1,5 @@
 #!/bin/bash
-# SPDX-License-Identifier: GPL-2.0
+# SPDX-License-Identifier: GPL-2.0-only
 #
 # Module of dracut: puts rblkfront into the initramfs, for a guest whose root
 # disk it serves, and xen-blkfront, which such a guest needs with a kernel that

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! The ring's handshake under a concurrency checker, and how the backend hands a ring over.
 //!

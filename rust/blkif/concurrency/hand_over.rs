@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! A model of the backend's inbox: who ends an I/O while the queue's thread sleeps answers it with the
 //! ring that the thread has parked.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Code that memory is freed by: it must not wait for memory that is freed by it. A thread that disks
 //! depend on makes a [`Noio`] first and keeps it to its end.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! Messages that another domain or a broken device can cause are printed at most ten times in five
 //! seconds, for each place in the code.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
 //! Any thread may read an attribute, at the same time as others: its data has to allow that.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: E0499
 
 //! A new batch forgets the copies of the last one: there is one at a time.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: E0423
 
 //! A doorbell is that of a channel of ours, no number that one likes.

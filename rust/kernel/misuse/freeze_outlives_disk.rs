@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: E0505
 
 //! A disk that is frozen cannot be removed: that would wait for ever.

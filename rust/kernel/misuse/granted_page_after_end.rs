@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: E0382
 
 //! A page whose grant has ended is not a granted page any more.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: E0308
 
 //! There is one owner of a reference to a cgroup, so that it is put once.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
 //! An I/O owns its memory: a page that belongs to somebody else does not do.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: E0502
 
 //! Bytes of a mapped page cannot be used once it may be unmapped.

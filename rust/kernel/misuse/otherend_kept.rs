@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: lifetime may not live long enough
 
 //! The path of the other half can change after a callback: it has to be copied.

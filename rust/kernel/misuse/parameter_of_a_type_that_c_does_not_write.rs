@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
 //! A parameter's type is one that the kernel's code writes whole.

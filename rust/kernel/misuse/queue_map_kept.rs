@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: lifetime may not live long enough
 
 //! A queue map is there to be filled in the call that asks for it.

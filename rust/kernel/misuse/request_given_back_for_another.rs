@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: lifetime may not live long enough
 
 //! A request can be refused only in the call that offers it.

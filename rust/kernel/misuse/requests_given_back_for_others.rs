@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: lifetime may not live long enough
 
 //! Requests of a plug can be given back only in the call that offers them.

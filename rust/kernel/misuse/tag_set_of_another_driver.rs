@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: E0308
 
 //! The functions that are called for a disk are those of its tag set: it is of the same driver.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: lifetime may not live long enough
 
 //! A transaction is not used after it has ended.

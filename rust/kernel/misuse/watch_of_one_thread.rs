@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
 //! What a watch calls runs in a thread of xenbus, and must be ready for that.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! What the driver and the thread of a connection share: what the backend is and does, and what the
 //! thread has seen.

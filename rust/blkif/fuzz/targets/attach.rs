@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! A frontend that writes anything: a backend attaches to possible indices only, and has no more
 //! requests in flight than there are slots.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! A slot that a frontend wrote: what is accepted stays on the disk and in its pages.
 

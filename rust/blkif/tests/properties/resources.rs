@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-only
 
 //! One request of any shape fits into what a ring keeps for it, with whatever backend it meets.
 
