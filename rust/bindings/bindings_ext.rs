@@ -29,8 +29,12 @@
 #![allow(unnecessary_transmutes)]
 
 mod headers {
-    use kernel::{bindings::*, ffi};
     use pin_init::MaybeZeroable;
+
+    use kernel::{
+        bindings::*,
+        ffi, //
+    };
 
     include!(concat!(env!("RBLKIF_BINDINGS"), "/headers_generated.rs"));
 }
@@ -38,10 +42,14 @@ mod headers {
 mod helpers {
     #[allow(unused_imports)]
     use super::headers::*;
-    use kernel::{bindings::*, ffi};
+    use kernel::{
+        bindings::*,
+        ffi, //
+    };
 
     include!(concat!(env!("RBLKIF_BINDINGS"), "/helpers_generated.rs"));
 }
 
 pub use headers::*;
+
 pub use helpers::*;

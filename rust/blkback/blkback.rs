@@ -30,8 +30,11 @@
 
 #![deny(unsafe_code)]
 
-use kernel::driver::Registration;
-use kernel::prelude::*;
+use kernel::{
+    driver::Registration,
+    prelude::*, //
+};
+
 use kernel_ext::xen::xenbus::Adapter;
 
 mod charge;

@@ -11,22 +11,41 @@
 //! the memory of a kernel thread. For these, and to choose the CPUs, a person can move the threads
 //! (`cgroup.procs`, `taskset`): they have names and stay while the frontend is connected.
 
-use crate::connect::read_listed;
-use crate::connect::Doing;
-use crate::connect::Fault;
-use blkif::node;
-use blkif::node::BadNode;
-use blkif::node::Wrong;
-use kernel::prelude::*;
-use kernel::str::CStr;
-use kernel::str::CString;
-use kernel_ext::base::io_owner::Charged;
-use kernel_ext::base::io_owner::IoGroup;
-use kernel_ext::base::io_owner::IoPriority;
-use kernel_ext::base::kthread::Current;
-use kernel_ext::ratelimited;
-use kernel_ext::xen::xenbus::Device;
-use kernel_ext::xen::xenstore::Listing;
+use kernel::{
+    prelude::*,
+    str::{
+        CStr,
+        CString, //
+    },
+};
+
+use kernel_ext::{
+    base::{
+        io_owner::{
+            Charged,
+            IoGroup,
+            IoPriority, //
+        },
+        kthread::Current, //
+    },
+    ratelimited,
+    xen::{
+        xenbus::Device,
+        xenstore::Listing, //
+    },
+};
+
+use blkif::node::{
+    self,
+    BadNode,
+    Wrong, //
+};
+
+use crate::connect::{
+    read_listed,
+    Doing,
+    Fault, //
+};
 
 /// Whom the I/O of a disk counts for.
 pub(crate) struct Charge {

@@ -2,54 +2,95 @@
 
 //! Connecting to a frontend: what is read from its directory and written to ours.
 
-use crate::charge::Charge;
-use crate::disk::Disk;
-use crate::disk::MAX_INDIRECT_SEGMENTS;
-use crate::domain;
-use crate::domain::Domain;
-use crate::fence::Fence;
-use crate::fence::Post;
-use crate::inbox::Inbox;
-use crate::queue::Parts;
-use crate::queue::Queue;
-use crate::stats::Counters;
-use crate::stats::Stats;
-use blkif::negotiate::Accepted;
-use blkif::negotiate::BackLimits;
-use blkif::negotiate::BadChoice;
-use blkif::negotiate::FrontChoice;
-use blkif::node;
-use blkif::node::BadNode;
-use blkif::node::PhysicalDevice;
-use blkif::node::Wrong;
-use blkif::ring::BackRing;
-use blkif::ring::RingError;
-use blkif::state;
-use blkif::state::Failure;
-use blkif::state::XenbusState;
-use kernel::fmt;
-use kernel::prelude::*;
-use kernel::str::BStr;
-use kernel::str::CStr;
-use kernel::str::CString;
-use kernel::sync::Arc;
-use kernel_ext::block::bdev::Access;
-use kernel_ext::block::bdev::Claim;
-use kernel_ext::block::bdev::DeviceNumber;
-use kernel_ext::ratelimited;
-use kernel_ext::xen::events::Channel;
-use kernel_ext::xen::grant::ForeignRef;
-use kernel_ext::xen::ring::MappedRing;
-use kernel_ext::xen::ring::MAX_PAGES;
-use kernel_ext::xen::xenbus::Device;
-use kernel_ext::xen::xenbus::State;
-use kernel_ext::xen::xenbus::Switched;
-use kernel_ext::xen::xenstore;
-use kernel_ext::xen::xenstore::Context;
-use kernel_ext::xen::xenstore::Listing;
-use kernel_ext::xen::xenstore::NoTransaction;
-use kernel_ext::xen::xenstore::Transaction;
-use kernel_ext::xen::xenstore::Value;
+use kernel::{
+    fmt,
+    prelude::*,
+    str::{
+        BStr,
+        CStr,
+        CString, //
+    },
+    sync::Arc, //
+};
+
+use kernel_ext::{
+    block::bdev::{
+        Access,
+        Claim,
+        DeviceNumber, //
+    },
+    ratelimited,
+    xen::{
+        events::Channel,
+        grant::ForeignRef,
+        ring::{
+            MappedRing,
+            MAX_PAGES, //
+        },
+        xenbus::{
+            Device,
+            State,
+            Switched, //
+        },
+        xenstore::{
+            self,
+            Context,
+            Listing,
+            NoTransaction,
+            Transaction,
+            Value, //
+        }, //
+    },
+};
+
+use blkif::{
+    negotiate::{
+        Accepted,
+        BackLimits,
+        BadChoice,
+        FrontChoice, //
+    },
+    node::{
+        self,
+        BadNode,
+        PhysicalDevice,
+        Wrong, //
+    },
+    ring::{
+        BackRing,
+        RingError, //
+    },
+    state::{
+        self,
+        Failure,
+        XenbusState, //
+    },
+};
+
+use crate::{
+    charge::Charge,
+    disk::{
+        Disk,
+        MAX_INDIRECT_SEGMENTS, //
+    },
+    domain::{
+        self,
+        Domain, //
+    },
+    fence::{
+        Fence,
+        Post, //
+    },
+    inbox::Inbox,
+    queue::{
+        Parts,
+        Queue, //
+    },
+    stats::{
+        Counters,
+        Stats, //
+    },
+};
 
 /// Why a connection cannot be made. Written to xenstore for a person to read.
 #[derive(Debug)]

@@ -6,29 +6,56 @@
 //! whenever it has something to do. For a disk without I/O there is a [`SizeWatch`], which wakes no
 //! idle CPU; and the hotplug script may write `physical-device` again to have it looked at now.
 
+use kernel::{
+    prelude::*,
+    str::CString,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    }, //
+};
+
+use kernel_ext::{
+    base::{
+        jiffies::{
+            msecs_to_jiffies,
+            Jiffies, //
+        },
+        timer::{
+            IdleCpu,
+            Target,
+            Timer, //
+        },
+    },
+    block::{
+        bdev::{
+            Access,
+            BlockDevice,
+            Claim,
+            DeviceNumber,
+            Discard, //
+        },
+        bio::MAX_DISCARD_SECTORS, //
+    },
+    ratelimited, //
+};
+
+use blkif::{
+    request::{
+        pages_for_one,
+        segments_for_one,
+        DiskLimits, //
+    },
+    wire::{
+        info,
+        SECTOR_SIZE, //
+    },
+};
+
 use crate::inbox::Inbox;
-use blkif::request::pages_for_one;
-use blkif::request::segments_for_one;
-use blkif::request::DiskLimits;
-use blkif::wire::info;
-use blkif::wire::SECTOR_SIZE;
-use kernel::prelude::*;
-use kernel::str::CString;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::Arc;
-use kernel_ext::base::jiffies::msecs_to_jiffies;
-use kernel_ext::base::jiffies::Jiffies;
-use kernel_ext::base::timer::IdleCpu;
-use kernel_ext::base::timer::Target;
-use kernel_ext::base::timer::Timer;
-use kernel_ext::block::bdev::Access;
-use kernel_ext::block::bdev::BlockDevice;
-use kernel_ext::block::bdev::Claim;
-use kernel_ext::block::bdev::DeviceNumber;
-use kernel_ext::block::bdev::Discard;
-use kernel_ext::block::bio::MAX_DISCARD_SECTORS;
-use kernel_ext::ratelimited;
 
 /// Segments that an indirect request may have (`MAX_INDIRECT_SEGMENTS` of the C backend).
 pub(crate) const MAX_INDIRECT_SEGMENTS: u16 = 256;

@@ -20,23 +20,41 @@
 //! without use, keeps nothing more, and has no more under way than its largest request needs. The
 //! request that was refused waits, and is tried again; it does not fail.
 
+use kernel::{
+    new_mutex,
+    prelude::*,
+    str::{
+        CStr,
+        CString, //
+    },
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        Mutex, //
+    }, //
+};
+
+use kernel_ext::{
+    base::{
+        global_mutex::GlobalMutex,
+        jiffies::{
+            self,
+            msecs_to_jiffies,
+            Jiffies, //
+        },
+        noio::Noio, //
+    },
+    xen::{
+        xenbus::Device,
+        DomId, //
+    },
+};
+
 use crate::inbox::Inbox;
-use kernel::new_mutex;
-use kernel::prelude::*;
-use kernel::str::CStr;
-use kernel::str::CString;
-use kernel::sync::atomic::Acquire;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::Arc;
-use kernel::sync::Mutex;
-use kernel_ext::base::global_mutex::GlobalMutex;
-use kernel_ext::base::jiffies;
-use kernel_ext::base::jiffies::msecs_to_jiffies;
-use kernel_ext::base::jiffies::Jiffies;
-use kernel_ext::base::noio::Noio;
-use kernel_ext::xen::xenbus::Device;
-use kernel_ext::xen::DomId;
 
 /// For so long after a queue did not get its part nobody gets more than its own.
 const SHORTAGE_MS: u32 = 10_000;

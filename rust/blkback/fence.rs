@@ -13,13 +13,20 @@
 //!
 //! A queue leaves when its thread ends, so that nobody waits for it.
 
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        Mutex, //
+    }, //
+};
+
 use crate::inbox::Inbox;
-use kernel::new_mutex;
-use kernel::prelude::*;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::Arc;
-use kernel::sync::Mutex;
 
 /// The fence of a disk's connection.
 #[pin_data]

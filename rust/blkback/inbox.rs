@@ -69,28 +69,47 @@
 //!
 //! [`Queue`]: crate::queue::Queue
 
-use crate::transfer::wants_only_an_answer;
-use crate::transfer::Chain;
-use crate::transfer::Transfer;
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Relaxed,
+            Release, //
+        },
+        Arc, //
+    },
+    time::Jiffies, //
+};
+
+use kernel_ext::{
+    base::{
+        irq_spinlock::IrqSpinLock,
+        kthread::Current,
+        timer::Target,
+        wait::WaitQueue, //
+    },
+    new_irq_spinlock,
+    new_wait_queue,
+    xen::{
+        events::{
+            Doorbell,
+            Eoi,
+            Handler, //
+        },
+        ring::MappedRing, //
+    }, //
+};
+
 use blkif::ring::BackRing;
-use kernel::prelude::*;
-use kernel::sync::atomic::Acquire;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Full;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::atomic::Release;
-use kernel::sync::Arc;
-use kernel::time::Jiffies;
-use kernel_ext::base::irq_spinlock::IrqSpinLock;
-use kernel_ext::base::kthread::Current;
-use kernel_ext::base::timer::Target;
-use kernel_ext::base::wait::WaitQueue;
-use kernel_ext::new_irq_spinlock;
-use kernel_ext::new_wait_queue;
-use kernel_ext::xen::events::Doorbell;
-use kernel_ext::xen::events::Eoi;
-use kernel_ext::xen::events::Handler;
-use kernel_ext::xen::ring::MappedRing;
+
+use crate::transfer::{
+    wants_only_an_answer,
+    Chain,
+    Transfer, //
+};
 
 /// The ring of a queue.
 pub(crate) type Ring = BackRing<MappedRing>;

@@ -13,49 +13,90 @@
 //! The segments of an indirect request are copied to private memory before they are looked at, so
 //! that the frontend cannot change them in between.
 
-use crate::disk::MAX_PAGES;
-use crate::disk::MAX_SEGMENTS;
-use crate::domain::Domain;
-use crate::domain::Share;
-use crate::params::MAX_BUFFER_PAGES;
-use crate::params::MAX_PERSISTENT_GRANTS;
-use crate::params::PERSISTENT_GRANT_UNUSED_SECONDS;
-use crate::persistent::Table;
-use crate::transfer::Chain;
-use crate::transfer::Transfer;
-use crate::transfer::Work;
-use blkif::backoff;
-use blkif::backoff::Backoff;
-use blkif::request::DiskLimits;
-use blkif::request::Extent;
-use blkif::request::Refusal;
-use blkif::request::Segment;
-use blkif::request::Unfetched;
-use blkif::wire::Status;
-use blkif::wire::WireSegment;
-use blkif::wire::SEGMENTS_PER_INDIRECT_PAGE;
-use kernel::fmt;
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel::time::delay::fsleep;
-use kernel::time::Delta;
-use kernel_ext::base::jiffies;
-use kernel_ext::base::jiffies::Jiffies;
-use kernel_ext::base::page::Page;
-use kernel_ext::base::page::PageSlice;
-use kernel_ext::base::page::PageSliceMut;
-use kernel_ext::ratelimited;
-use kernel_ext::xen::grant::copy::Batch;
-use kernel_ext::xen::grant::copy::Copier;
-use kernel_ext::xen::grant::copy::CopyError;
-use kernel_ext::xen::grant::map::MapError;
-use kernel_ext::xen::grant::map::MappedPage;
-use kernel_ext::xen::grant::map::Mapper;
-use kernel_ext::xen::grant::map::PageCache;
-use kernel_ext::xen::grant::Access;
-use kernel_ext::xen::grant::ForeignRef;
-use kernel_ext::xen::DomId;
+use kernel::{
+    fmt,
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::Arc,
+    time::{
+        delay::fsleep,
+        Delta, //
+    }, //
+};
+
+use kernel_ext::{
+    base::{
+        jiffies::{
+            self,
+            Jiffies, //
+        },
+        page::{
+            Page,
+            PageSlice,
+            PageSliceMut, //
+        },
+    },
+    ratelimited,
+    xen::{
+        grant::{
+            copy::{
+                Batch,
+                Copier,
+                CopyError, //
+            },
+            map::{
+                MapError,
+                MappedPage,
+                Mapper,
+                PageCache, //
+            },
+            Access,
+            ForeignRef, //
+        },
+        DomId, //
+    },
+};
+
+use blkif::{
+    backoff::{
+        self,
+        Backoff, //
+    },
+    request::{
+        DiskLimits,
+        Extent,
+        Refusal,
+        Segment,
+        Unfetched, //
+    },
+    wire::{
+        Status,
+        WireSegment,
+        SEGMENTS_PER_INDIRECT_PAGE, //
+    },
+};
+
+use crate::{
+    disk::{
+        MAX_PAGES,
+        MAX_SEGMENTS, //
+    },
+    domain::{
+        Domain,
+        Share, //
+    },
+    params::{
+        MAX_BUFFER_PAGES,
+        MAX_PERSISTENT_GRANTS,
+        PERSISTENT_GRANT_UNUSED_SECONDS, //
+    },
+    persistent::Table,
+    transfer::{
+        Chain,
+        Transfer,
+        Work, //
+    },
+};
 
 /// The pages of a transfer, one for each segment: those of the frontend, mapped, or our own.
 pub(crate) type Memory = (KVec<MappedPage>, KVec<Page>);

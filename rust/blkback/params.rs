@@ -2,9 +2,12 @@
 
 //! Module parameters: names and defaults of `xen-blkback`.
 
-use blkif::negotiate::BackLimits;
-use blkif::ring::MAX_PAGE_ORDER;
 use kernel_ext::base::module_param::module_params;
+
+use blkif::{
+    negotiate::BackLimits,
+    ring::MAX_PAGE_ORDER, //
+};
 
 module_params! {
     /// Pages for mapping that a ring keeps when it does not need them.

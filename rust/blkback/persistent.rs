@@ -11,12 +11,20 @@
 //! the place of one that was unused for a while; if there is none, it does not stay. Otherwise, with a
 //! set of pages slightly too large, each of them would be unmapped just before it is needed again.
 
-use crate::domain::Share;
 use kernel::prelude::*;
-use kernel_ext::base::jiffies;
-use kernel_ext::base::jiffies::Jiffies;
-use kernel_ext::xen::grant::map::MappedPage;
-use kernel_ext::xen::grant::ForeignRef;
+
+use kernel_ext::{
+    base::jiffies::{
+        self,
+        Jiffies, //
+    },
+    xen::grant::{
+        map::MappedPage,
+        ForeignRef, //
+    },
+};
+
+use crate::domain::Share;
 
 /// After so long without use a page gives way to another one.
 const GIVES_WAY_MS: u32 = 1000;

@@ -15,56 +15,93 @@
 //! tried again when a transfer of the queue has ended, when other queues have given something back, and
 //! by a timer. It never fails for that reason; the wait ends with the shortage or with the connection.
 
-use crate::charge::Charge;
-use crate::disk::Disk;
-use crate::disk::MAX_SEGMENTS;
-use crate::domain;
-use crate::domain::Domain;
-use crate::domain::Listener;
-use crate::fence::Post;
-use crate::inbox::Inbox;
-use crate::inbox::Parked;
-use crate::inbox::Rest;
-use crate::inbox::Ring;
-use crate::memory::can_add_copies;
-use crate::memory::Mover;
-use crate::memory::Problem;
-use crate::params::BUFFER_SQUEEZE_DURATION_MS;
-use crate::params::LOG_STATS;
-use crate::stats::Counters;
-use crate::transfer::has_space;
-use crate::transfer::is_copied;
-use crate::transfer::is_read_into_copy;
-use crate::transfer::new_transfer;
-use crate::transfer::reserve;
-use crate::transfer::Chain;
-use crate::transfer::Transfer;
-use crate::transfer::Work;
-use crate::transfer::WITHDRAWN_NODES;
-use crate::vbd::Link;
-use blkif::backoff::Backoff;
-use blkif::request;
-use blkif::request::Data;
-use blkif::request::DiskLimits;
-use blkif::request::Request;
-use blkif::ring::RingError;
-use blkif::wire::Response;
-use blkif::wire::Status;
-use blkif::wire::WireRequest;
-use kernel::prelude::*;
-use kernel::str::CStr;
-use kernel::str::CString;
-use kernel::sync::Arc;
-use kernel_ext::base::jiffies;
-use kernel_ext::base::jiffies::msecs_to_jiffies;
-use kernel_ext::base::jiffies::Jiffies;
-use kernel_ext::base::kthread::Current;
-use kernel_ext::base::timer::IdleCpu;
-use kernel_ext::base::timer::Timer;
-use kernel_ext::block::bio;
-use kernel_ext::block::bio::Operation;
-use kernel_ext::ratelimited;
-use kernel_ext::xen::events::Channel;
+use kernel::{
+    prelude::*,
+    str::{
+        CStr,
+        CString, //
+    },
+    sync::Arc, //
+};
+
+use kernel_ext::{
+    base::{
+        jiffies::{
+            self,
+            msecs_to_jiffies,
+            Jiffies, //
+        },
+        kthread::Current,
+        timer::{
+            IdleCpu,
+            Timer, //
+        },
+    },
+    block::bio::{
+        self,
+        Operation, //
+    },
+    ratelimited,
+    xen::events::Channel, //
+};
+
+use blkif::{
+    backoff::Backoff,
+    request::{
+        self,
+        Data,
+        DiskLimits,
+        Request, //
+    },
+    ring::RingError,
+    wire::{
+        Response,
+        Status,
+        WireRequest, //
+    },
+};
+
+use crate::{
+    charge::Charge,
+    disk::{
+        Disk,
+        MAX_SEGMENTS, //
+    },
+    domain::{
+        self,
+        Domain,
+        Listener, //
+    },
+    fence::Post,
+    inbox::{
+        Inbox,
+        Parked,
+        Rest,
+        Ring, //
+    },
+    memory::{
+        can_add_copies,
+        Mover,
+        Problem, //
+    },
+    params::{
+        BUFFER_SQUEEZE_DURATION_MS,
+        LOG_STATS, //
+    },
+    stats::Counters,
+    transfer::{
+        has_space,
+        is_copied,
+        is_read_into_copy,
+        new_transfer,
+        reserve,
+        Chain,
+        Transfer,
+        Work,
+        WITHDRAWN_NODES, //
+    },
+    vbd::Link, //
+};
 
 /// How long to wait for somebody else who still uses the pages of an I/O that has ended.
 const BUSY_WAIT_MS: u32 = 5;

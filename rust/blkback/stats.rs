@@ -5,18 +5,29 @@
 //! Each queue counts for itself; a reader of sysfs gets the sums. The counters stay when a frontend
 //! disconnects, so that they only ever grow while the device exists.
 
-use crate::vbd::Vbd;
 use core::fmt::Write;
-use kernel::fmt;
-use kernel::new_mutex;
-use kernel::prelude::*;
-use kernel::str::CStr;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::Arc;
-use kernel::sync::Mutex;
-use kernel_ext::base::sysfs::Attribute;
-use kernel_ext::base::sysfs::Output;
+
+use kernel::{
+    fmt,
+    new_mutex,
+    prelude::*,
+    str::CStr,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        Mutex, //
+    }, //
+};
+
+use kernel_ext::base::sysfs::{
+    Attribute,
+    Output, //
+};
+
+use crate::vbd::Vbd;
 
 /// What one queue has done.
 #[derive(Default)]

@@ -7,19 +7,32 @@
 //! ends it. So each is in one place at any time, and nothing is allocated for a request that finds
 //! an idle one.
 
-use crate::inbox::Inbox;
-use crate::memory::Memory;
-use blkif::request::Segment;
-use blkif::wire::op;
-use blkif::wire::Response;
-use blkif::wire::Status;
-use kernel::alloc::Flags;
-use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel_ext::block::bio::is_unsupported;
-use kernel_ext::block::bio::Context;
-use kernel_ext::block::bio::Io;
-use kernel_ext::block::bio::Part;
+use kernel::{
+    alloc::Flags,
+    prelude::*,
+    sync::Arc, //
+};
+
+use kernel_ext::block::bio::{
+    is_unsupported,
+    Context,
+    Io,
+    Part, //
+};
+
+use blkif::{
+    request::Segment,
+    wire::{
+        op,
+        Response,
+        Status, //
+    },
+};
+
+use crate::{
+    inbox::Inbox,
+    memory::Memory, //
+};
 
 /// Number of nodes that [`Job::withdrawn`] may name.
 pub(crate) const WITHDRAWN_NODES: usize = 2;

@@ -52,75 +52,121 @@
 //! disk that is not open, are counted, see [`Pace`]. Other changes of its state cost a look at xenstore
 //! each, and at most one message in a while; the frontend has had to write to xenstore for each.
 
-use crate::connect;
-use crate::connect::Connection;
-use crate::connect::Described;
-use crate::connect::Fault;
-use crate::disk::Disk;
-use crate::disk::SizeWatch;
-use crate::domain;
-use crate::domain::Seated;
-use crate::inbox::Inbox;
-use crate::params;
-use crate::queue::Queue;
-use crate::stats;
-use crate::stats::Stats;
-use blkif::negotiate::BackLimits;
-use blkif::pace::Pace;
-use blkif::ring::RingError;
-use blkif::state::Back;
-use blkif::state::BackAction;
-use blkif::state::BackEvent;
-use blkif::state::XenbusState;
 use core::fmt::Write;
-use kernel::device::Core;
-use kernel::fmt;
-use kernel::impl_has_work;
-use kernel::new_mutex;
-use kernel::new_work;
-use kernel::prelude::*;
-use kernel::str::CStr;
-use kernel::str::CString;
-use kernel::sync::aref::ARef;
-use kernel::sync::atomic::Acquire;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Full;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::atomic::Release;
-use kernel::sync::Arc;
-use kernel::sync::Mutex;
-use kernel::workqueue::Work;
-use kernel::workqueue::WorkItem;
-use kernel_ext::base::global_mutex::GlobalMutex;
-use kernel_ext::base::jiffies;
-use kernel_ext::base::jiffies::msecs_to_jiffies;
-use kernel_ext::base::jiffies::Jiffies;
-use kernel_ext::base::kthread::Current;
-use kernel_ext::base::kthread::KThread;
-use kernel_ext::base::kthread::Kind;
-use kernel_ext::base::module_ref::ModuleRef;
-use kernel_ext::base::noio::Noio;
-use kernel_ext::base::sysfs;
-use kernel_ext::base::sysfs::Output;
-use kernel_ext::base::timer::IdleCpu;
-use kernel_ext::base::timer::Target;
-use kernel_ext::base::timer::Timer;
-use kernel_ext::base::wait::WaitQueue;
-use kernel_ext::base::workqueue::OwnedQueue;
-use kernel_ext::new_wait_queue;
-use kernel_ext::ratelimited;
-use kernel_ext::xen::xenbus;
-use kernel_ext::xen::xenbus::After;
-use kernel_ext::xen::xenbus::Device;
-use kernel_ext::xen::xenbus::DeviceId;
-use kernel_ext::xen::xenbus::Driver;
-use kernel_ext::xen::xenbus::IdArray;
-use kernel_ext::xen::xenbus::IdTable;
-use kernel_ext::xen::xenbus::Side;
-use kernel_ext::xen::xenbus::State;
-use kernel_ext::xen::xenbus::Switched;
-use kernel_ext::xen::xenstore::Watch;
-use kernel_ext::xen::xenstore::WatchHandler;
+
+use kernel::{
+    device::Core,
+    fmt,
+    impl_has_work,
+    new_mutex,
+    new_work,
+    prelude::*,
+    str::{
+        CStr,
+        CString, //
+    },
+    sync::{
+        aref::ARef,
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Relaxed,
+            Release, //
+        },
+        Arc,
+        Mutex, //
+    },
+    workqueue::{
+        Work,
+        WorkItem, //
+    }, //
+};
+
+use kernel_ext::{
+    base::{
+        global_mutex::GlobalMutex,
+        jiffies::{
+            self,
+            msecs_to_jiffies,
+            Jiffies, //
+        },
+        kthread::{
+            Current,
+            KThread,
+            Kind, //
+        },
+        module_ref::ModuleRef,
+        noio::Noio,
+        sysfs::{
+            self,
+            Output, //
+        },
+        timer::{
+            IdleCpu,
+            Target,
+            Timer, //
+        },
+        wait::WaitQueue,
+        workqueue::OwnedQueue, //
+    },
+    new_wait_queue,
+    ratelimited,
+    xen::{
+        xenbus::{
+            self,
+            After,
+            Device,
+            DeviceId,
+            Driver,
+            IdArray,
+            IdTable,
+            Side,
+            State,
+            Switched, //
+        },
+        xenstore::{
+            Watch,
+            WatchHandler, //
+        },
+    }, //
+};
+
+use blkif::{
+    negotiate::BackLimits,
+    pace::Pace,
+    ring::RingError,
+    state::{
+        Back,
+        BackAction,
+        BackEvent,
+        XenbusState, //
+    }, //
+};
+
+use crate::{
+    connect::{
+        self,
+        Connection,
+        Described,
+        Fault, //
+    },
+    disk::{
+        Disk,
+        SizeWatch, //
+    },
+    domain::{
+        self,
+        Seated, //
+    },
+    inbox::Inbox,
+    params,
+    queue::Queue,
+    stats::{
+        self,
+        Stats, //
+    }, //
+};
 
 /// How long a driver that is unbound waits for what is in flight, before its queues are left to
 /// themselves.

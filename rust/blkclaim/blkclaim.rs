@@ -9,13 +9,20 @@
 
 #![deny(unsafe_code)]
 
-use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel_ext::base::module_param::module_param_lists;
-use kernel_ext::block::bdev::Access;
-use kernel_ext::block::bdev::BlockDevice;
-use kernel_ext::block::bdev::Claim;
-use kernel_ext::block::bdev::DeviceNumber;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+use kernel_ext::{
+    base::module_param::module_param_lists,
+    block::bdev::{
+        Access,
+        BlockDevice,
+        Claim,
+        DeviceNumber, //
+    },
+};
 
 module! {
     type: Module,

@@ -7,29 +7,47 @@
 //! read that was bounced is copied at once if it is small, for the way to where it was submitted
 //! would cost more; that of a larger one is copied there, with interrupts on.
 
-use blkif::ring::RingError;
-use blkif::wire::Status;
 use kernel::prelude::*;
-use kernel_ext::base::shown::Shown;
-use kernel_ext::block::mq;
-use kernel_ext::block::mq::BlkStatus;
-use kernel_ext::block::mq::Completed;
-use kernel_ext::block::mq::EndBatch;
-use kernel_ext::block::mq::Op;
-use kernel_ext::block::mq::Request;
-use kernel_ext::ratelimited;
-use kernel_ext::xen::events::Eoi;
-use kernel_ext::xen::events::Handler;
-use kernel_ext::xen::grant::GrantedPage;
 
-use crate::carry::Held;
-use crate::carry::Started;
-use crate::disk::Disk;
-use crate::queue::Inner;
-use crate::queue::Queue;
-use crate::queue::State;
-use crate::signal::Cause;
-use crate::slots::Waiting;
+use kernel_ext::{
+    base::shown::Shown,
+    block::mq::{
+        self,
+        BlkStatus,
+        Completed,
+        EndBatch,
+        Op,
+        Request, //
+    },
+    ratelimited,
+    xen::{
+        events::{
+            Eoi,
+            Handler, //
+        },
+        grant::GrantedPage, //
+    },
+};
+
+use blkif::{
+    ring::RingError,
+    wire::Status, //
+};
+
+use crate::{
+    carry::{
+        Held,
+        Started, //
+    },
+    disk::Disk,
+    queue::{
+        Inner,
+        Queue,
+        State, //
+    },
+    signal::Cause,
+    slots::Waiting, //
+};
 
 /// Requests that are taken out at once, under the lock.
 const AT_ONCE: usize = 16;

@@ -50,12 +50,20 @@ mod slots;
 mod timeout;
 mod vbd;
 
+use kernel::{
+    driver::Registration,
+    prelude::*, //
+};
+
+use kernel_ext::{
+    block::major::Major,
+    xen::{
+        self,
+        xenbus::Adapter, //
+    },
+};
+
 use blkif::vdev::MAJOR;
-use kernel::driver::Registration;
-use kernel::prelude::*;
-use kernel_ext::block::major::Major;
-use kernel_ext::xen;
-use kernel_ext::xen::xenbus::Adapter;
 
 use crate::vbd::Vbd;
 

@@ -5,24 +5,42 @@
 //! The data of a request goes in one of two ways. *Direct*: its own pages are granted for as long as
 //! it takes. *Bounced*: it is copied to or from pages that hold nothing else, and stay granted.
 
-use blkif::plan::Form;
-use blkif::plan::Part;
-use blkif::plan::Piece;
-use blkif::plan::Plan;
-use blkif::plan::SlotLimits;
-use blkif::wire::indirect_pages;
-use blkif::wire::WireSegment;
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
-use kernel_ext::block::mq::InFlight;
-use kernel_ext::block::mq::Request;
-use kernel_ext::block::mq::Segments;
-use kernel_ext::xen::grant::Granted;
-use kernel_ext::xen::grant::GrantedPage;
-use kernel_ext::xen::grant::References;
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*, //
+};
 
-use crate::disk::Disk;
-use crate::params;
+use kernel_ext::{
+    block::mq::{
+        InFlight,
+        Request,
+        Segments, //
+    },
+    xen::grant::{
+        Granted,
+        GrantedPage,
+        References, //
+    },
+};
+
+use blkif::{
+    plan::{
+        Form,
+        Part,
+        Piece,
+        Plan,
+        SlotLimits, //
+    },
+    wire::{
+        indirect_pages,
+        WireSegment, //
+    },
+};
+
+use crate::{
+    disk::Disk,
+    params, //
+};
 
 /// A grant that there never is. Each piece of the data has one, so it is not put into the ring; if it
 /// were, the backend would refuse the request.

@@ -18,58 +18,100 @@
 //! does all the steps but one. To let a disk go takes time, and is left to the device's own thread,
 //! see [`keeper`](crate::keeper).
 
-use blkif::negotiate;
-use blkif::negotiate::negotiate;
-use blkif::negotiate::BackOffer;
-use blkif::negotiate::Features;
-use blkif::negotiate::Flush;
-use blkif::negotiate::FrontOffer;
-use blkif::negotiate::RingShape;
-use blkif::plan::SlotLimits;
-use blkif::state::Front;
-use blkif::state::FrontAction;
-use blkif::state::FrontEvent;
-use blkif::state::XenbusState;
-use blkif::vdev::VirtualDevice;
-use blkif::vdev::MAJOR;
-use kernel::prelude::*;
-use kernel::str::CString;
-use kernel::sync::aref::ARef;
-use kernel::sync::Arc;
-use kernel::time::msecs_to_jiffies;
-use kernel_ext::base::kthread::KThread;
-use kernel_ext::base::kthread::Kind;
-use kernel_ext::base::noio::Noio;
-use kernel_ext::block::major::Minors;
-use kernel_ext::block::mq::BlkStatus;
-use kernel_ext::block::mq::GenDisk;
-use kernel_ext::block::mq::GenDiskBuilder;
-use kernel_ext::block::mq::QueueLimits;
-use kernel_ext::block::mq::TagSet;
-use kernel_ext::block::mq::TagSetParams;
-use kernel_ext::ratelimited;
-use kernel_ext::xen::xenbus;
-use kernel_ext::xen::xenstore::Listing;
-use kernel_ext::xen::xenstore::NoTransaction;
+use kernel::{
+    prelude::*,
+    str::CString,
+    sync::{
+        aref::ARef,
+        Arc, //
+    },
+    time::msecs_to_jiffies, //
+};
 
-use crate::carry::Started;
-use crate::disk::Basis;
-use crate::disk::Disk;
-use crate::link::Link;
-use crate::nodes;
-use crate::nodes::RingNodes;
-use crate::params;
-use crate::queue::Queue;
-use crate::queue::Spare;
-use crate::queue::Terms;
-use crate::registry::Claimed;
-use crate::registry::Registered;
-use crate::retry;
-use crate::retry::Retry;
-use crate::shortage::Shortage;
-use crate::signal::Cause;
-use crate::signal::Signal;
-use crate::slots::Waiting;
+use kernel_ext::{
+    base::{
+        kthread::{
+            KThread,
+            Kind, //
+        },
+        noio::Noio, //
+    },
+    block::{
+        major::Minors,
+        mq::{
+            BlkStatus,
+            GenDisk,
+            GenDiskBuilder,
+            QueueLimits,
+            TagSet,
+            TagSetParams, //
+        },
+    },
+    ratelimited,
+    xen::{
+        xenbus,
+        xenstore::{
+            Listing,
+            NoTransaction, //
+        },
+    },
+};
+
+use blkif::{
+    negotiate::{
+        self,
+        negotiate,
+        BackOffer,
+        Features,
+        Flush,
+        FrontOffer,
+        RingShape, //
+    },
+    plan::SlotLimits,
+    state::{
+        Front,
+        FrontAction,
+        FrontEvent,
+        XenbusState, //
+    },
+    vdev::{
+        VirtualDevice,
+        MAJOR, //
+    },
+};
+
+use crate::{
+    carry::Started,
+    disk::{
+        Basis,
+        Disk, //
+    },
+    link::Link,
+    nodes::{
+        self,
+        RingNodes, //
+    },
+    params,
+    queue::{
+        Queue,
+        Spare,
+        Terms, //
+    },
+    registry::{
+        Claimed,
+        Registered, //
+    },
+    retry::{
+        self,
+        Retry, //
+    },
+    shortage::Shortage,
+    signal::{
+        Cause,
+        Signal, //
+    },
+    slots::Waiting, //
+};
 
 /// What becomes of requests whose connection has ended.
 #[derive(Clone, Copy)]

@@ -2,46 +2,74 @@
 
 //! The block device: its limits, and what the block layer asks of it.
 
-use blkif::negotiate;
-use blkif::negotiate::Discard;
-use blkif::negotiate::Features;
-use blkif::plan::most_pieces;
-use blkif::plan::Direction;
-use blkif::plan::SlotLimits;
-use blkif::vdev::Name;
-use kernel::error::code::ENOTTY;
-use kernel::prelude::*;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Full;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::Arc;
-use kernel::sync::ArcBorrow;
-use kernel::uaccess::UserPtr;
-use kernel::uaccess::UserSlice;
-use kernel_ext::block::mq::BlkStatus;
-use kernel_ext::block::mq::Completed;
-use kernel_ext::block::mq::Feature;
-use kernel_ext::block::mq::Geometry;
-use kernel_ext::block::mq::HwQueue;
-use kernel_ext::block::mq::Op;
-use kernel_ext::block::mq::OpenMode;
-use kernel_ext::block::mq::Operations;
-use kernel_ext::block::mq::QueueLimits;
-use kernel_ext::block::mq::Queued;
-use kernel_ext::block::mq::Rejected;
-use kernel_ext::block::mq::Request;
-use kernel_ext::block::mq::RequestId;
-use kernel_ext::block::mq::RequestList;
-use kernel_ext::ratelimited;
+use kernel::{
+    error::code::ENOTTY,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Full,
+            Relaxed, //
+        },
+        Arc,
+        ArcBorrow, //
+    },
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    }, //
+};
 
-use crate::carry::Carry;
-use crate::params;
-use crate::queue::Order;
-use crate::queue::Queue;
-use crate::registry;
-use crate::registry::Serial;
-use crate::signal::Cause;
-use crate::signal::Signal;
+use kernel_ext::{
+    block::mq::{
+        BlkStatus,
+        Completed,
+        Feature,
+        Geometry,
+        HwQueue,
+        Op,
+        OpenMode,
+        Operations,
+        QueueLimits,
+        Queued,
+        Rejected,
+        Request,
+        RequestId,
+        RequestList, //
+    },
+    ratelimited, //
+};
+
+use blkif::{
+    negotiate::{
+        self,
+        Discard,
+        Features, //
+    },
+    plan::{
+        most_pieces,
+        Direction,
+        SlotLimits, //
+    },
+    vdev::Name, //
+};
+
+use crate::{
+    carry::Carry,
+    params,
+    queue::{
+        Order,
+        Queue, //
+    },
+    registry::{
+        self,
+        Serial, //
+    },
+    signal::{
+        Cause,
+        Signal, //
+    }, //
+};
 
 /// `CDROMMULTISESSION`
 const CDROM_MULTISESSION: u32 = 0x5310;

@@ -27,29 +27,47 @@
 //! - A disk that was removed is still open: disk and device numbers stay until it is closed. The device
 //!   does not wait for that.
 
-use blkif::state::FrontEvent;
-use kernel::new_mutex;
-use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel::sync::Mutex;
-use kernel::time::delay::fsleep;
-use kernel::time::msecs_to_jiffies;
-use kernel::time::Delta;
-use kernel::time::Instant;
-use kernel::time::Jiffies;
-use kernel::time::Monotonic;
-use kernel_ext::base::kthread::KThread;
-use kernel_ext::base::noio::Noio;
-use kernel_ext::block::mq::GenDisk;
-use kernel_ext::xen::xenstore::Watch;
-use kernel_ext::xen::xenstore::WatchHandler;
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{
+        Arc,
+        Mutex, //
+    },
+    time::{
+        delay::fsleep,
+        msecs_to_jiffies,
+        Delta,
+        Instant,
+        Jiffies,
+        Monotonic, //
+    }, //
+};
 
-use crate::control::Control;
-use crate::disk::Disk;
-use crate::params;
-use crate::registry::Registered;
-use crate::signal::Cause;
-use crate::signal::Signal;
+use kernel_ext::{
+    base::{
+        kthread::KThread,
+        noio::Noio, //
+    },
+    block::mq::GenDisk,
+    xen::xenstore::{
+        Watch,
+        WatchHandler, //
+    },
+};
+
+use blkif::state::FrontEvent;
+
+use crate::{
+    control::Control,
+    disk::Disk,
+    params,
+    registry::Registered,
+    signal::{
+        Cause,
+        Signal, //
+    }, //
+};
 
 /// How long a disk that goes waits for the answers to its last requests.
 const DRAIN_MS: i64 = 5_000;

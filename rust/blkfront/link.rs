@@ -2,15 +2,25 @@
 
 //! A ring and its event channel, shared with the backend.
 
-use blkif::ring::FrontRing;
-use blkif::wire::Abi;
-use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel_ext::xen::events::Channel;
-use kernel_ext::xen::events::Doorbell;
-use kernel_ext::xen::grant::GrantRef;
-use kernel_ext::xen::ring::RingPages;
-use kernel_ext::xen::xenbus;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+use kernel_ext::xen::{
+    events::{
+        Channel,
+        Doorbell, //
+    },
+    grant::GrantRef,
+    ring::RingPages,
+    xenbus, //
+};
+
+use blkif::{
+    ring::FrontRing,
+    wire::Abi, //
+};
 
 use crate::queue::Queue;
 

@@ -4,32 +4,54 @@
 //!
 //! A node that is missing or makes no sense is reported with its name and its text.
 
-use blkif::negotiate::BackOffer;
-use blkif::negotiate::Disk;
-use blkif::negotiate::DiskNodes;
-use blkif::negotiate::FrontOffer;
-use blkif::node;
-use blkif::node::BadNode;
-use blkif::state::FrontEvent;
-use blkif::state::XenbusState;
-use blkif::vdev::Form;
-use blkif::vdev::VirtualDevice;
-use blkif::wire::Abi;
-use kernel::fmt;
-use kernel::prelude::*;
-use kernel::str::CString;
-use kernel_ext::base::shown::Shown;
-use kernel_ext::ratelimited;
-use kernel_ext::xen;
-use kernel_ext::xen::xenbus;
-use kernel_ext::xen::xenstore;
-use kernel_ext::xen::xenstore::Listing;
-use kernel_ext::xen::xenstore::NoTransaction;
-use kernel_ext::xen::xenstore::Transaction;
-use kernel_ext::xen::xenstore::Value;
+use kernel::{
+    fmt,
+    prelude::*,
+    str::CString, //
+};
 
-use crate::link::Link;
-use crate::params;
+use kernel_ext::{
+    base::shown::Shown,
+    ratelimited,
+    xen::{
+        self,
+        xenbus,
+        xenstore::{
+            self,
+            Listing,
+            NoTransaction,
+            Transaction,
+            Value, //
+        }, //
+    }, //
+};
+
+use blkif::{
+    negotiate::{
+        BackOffer,
+        Disk,
+        DiskNodes,
+        FrontOffer, //
+    },
+    node::{
+        self,
+        BadNode, //
+    },
+    state::{
+        FrontEvent,
+        XenbusState, //
+    },
+    vdev::{
+        Form,
+        VirtualDevice, //
+    },
+    wire::Abi, //
+};
+
+use crate::{
+    link::Link,
+    params, //
+};
 
 /// A node, or `None` if there is none.
 fn read(dir: &CStr, node: &'static str) -> Result<Option<Value>> {

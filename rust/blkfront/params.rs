@@ -2,12 +2,18 @@
 
 //! Module parameters, with the names and defaults of `xen-blkfront`, and the time-outs of our own.
 
-use blkif::negotiate::FrontOffer;
-use blkif::ring::MAX_PAGE_ORDER;
-use blkif::wire::DIRECT_SEGMENTS;
 use kernel::prelude::*;
-use kernel_ext::base::cpu;
-use kernel_ext::base::module_param::module_params;
+
+use kernel_ext::base::{
+    cpu,
+    module_param::module_params, //
+};
+
+use blkif::{
+    negotiate::FrontOffer,
+    ring::MAX_PAGE_ORDER,
+    wire::DIRECT_SEGMENTS, //
+};
 
 module_params! {
     /// Segments of an indirect request.

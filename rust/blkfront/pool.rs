@@ -7,14 +7,25 @@
 //! they are needed. Those that nobody has needed for a while are *spare*, and are given back, but
 //! for those of the start.
 
-use kernel::alloc::flags::__GFP_NOWARN;
-use kernel::alloc::Flags;
-use kernel::prelude::*;
-use kernel_ext::base::page::Page;
-use kernel_ext::xen::grant::Access;
-use kernel_ext::xen::grant::GrantReserve;
-use kernel_ext::xen::grant::GrantedPage;
-use kernel_ext::xen::DomId;
+use kernel::{
+    alloc::{
+        flags::__GFP_NOWARN,
+        Flags, //
+    },
+    prelude::*, //
+};
+
+use kernel_ext::{
+    base::page::Page,
+    xen::{
+        grant::{
+            Access,
+            GrantReserve,
+            GrantedPage, //
+        },
+        DomId, //
+    },
+};
 
 use crate::shortage;
 

@@ -6,57 +6,91 @@
 //! put into the ring under the lock. The backend sees it when its batch is published, and is
 //! notified once for the batch, without the lock. Small requests of a plug go through this together.
 
-use blkif::negotiate::Discard;
-use blkif::negotiate::Flush;
-use blkif::plan;
-use blkif::plan::Direction;
-use blkif::plan::Form;
-use blkif::plan::Plan;
-use blkif::plan::SlotLimits;
-use blkif::resources::is_small;
-use blkif::resources::Resources;
-use blkif::vdev::Name;
-use blkif::wire::op;
-use blkif::wire::Encode;
-use blkif::wire::Status;
-use blkif::wire::DIRECT_SEGMENTS;
-use kernel::cpu::CpuId;
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel_ext::base::irq_spinlock::new_irq_spinlock;
-use kernel_ext::base::irq_spinlock::IrqSpinLock;
-use kernel_ext::base::irq_spinlock::IrqSpinLockGuard;
-use kernel_ext::block::mq;
-use kernel_ext::block::mq::BlkStatus;
-use kernel_ext::block::mq::InFlight;
-use kernel_ext::block::mq::Op;
-use kernel_ext::block::mq::Queued;
-use kernel_ext::block::mq::Rejected;
-use kernel_ext::block::mq::Request;
-use kernel_ext::block::mq::RequestList;
-use kernel_ext::ratelimited;
-use kernel_ext::xen::events::Doorbell;
-use kernel_ext::xen::grant::Access;
-use kernel_ext::xen::grant::GrantReserve;
-use kernel_ext::xen::grant::Granted;
-use kernel_ext::xen::grant::GrantedPage;
-use kernel_ext::xen::ring::RingPages;
-use kernel_ext::xen::DomId;
+use kernel::{
+    cpu::CpuId,
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::Arc, //
+};
 
-use crate::carry::Carry;
-use crate::carry::Held;
-use crate::carry::Lists;
-use crate::carry::Started;
-use crate::disk::Disk;
-use crate::link::Link;
-use crate::pool;
-use crate::pool::Pool;
-use crate::shortage;
-use crate::signal::Cause;
-use crate::signal::Signal;
-use crate::slots::Slots;
-use crate::slots::Waiting;
+use kernel_ext::{
+    base::irq_spinlock::{
+        new_irq_spinlock,
+        IrqSpinLock,
+        IrqSpinLockGuard, //
+    },
+    block::mq::{
+        self,
+        BlkStatus,
+        InFlight,
+        Op,
+        Queued,
+        Rejected,
+        Request,
+        RequestList, //
+    },
+    ratelimited,
+    xen::{
+        events::Doorbell,
+        grant::{
+            Access,
+            GrantReserve,
+            Granted,
+            GrantedPage, //
+        },
+        ring::RingPages,
+        DomId, //
+    },
+};
+
+use blkif::{
+    negotiate::{
+        Discard,
+        Flush, //
+    },
+    plan::{
+        self,
+        Direction,
+        Form,
+        Plan,
+        SlotLimits, //
+    },
+    resources::{
+        is_small,
+        Resources, //
+    },
+    vdev::Name,
+    wire::{
+        op,
+        Encode,
+        Status,
+        DIRECT_SEGMENTS, //
+    },
+};
+
+use crate::{
+    carry::{
+        Carry,
+        Held,
+        Lists,
+        Started, //
+    },
+    disk::Disk,
+    link::Link,
+    pool::{
+        self,
+        Pool, //
+    },
+    shortage,
+    signal::{
+        Cause,
+        Signal, //
+    },
+    slots::{
+        Slots,
+        Waiting, //
+    }, //
+};
 
 /// What a connection allows. Changes only while no request is being queued.
 #[derive(Clone, Copy)]

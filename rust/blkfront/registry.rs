@@ -10,12 +10,20 @@
 //!
 //! The lock is taken under the `open_mutex` of a disk, so no disk is dropped under it.
 
-use blkif::vdev::Name;
-use kernel::prelude::*;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::Arc;
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    },
+};
+
 use kernel_ext::base::global_mutex::GlobalMutex;
+
+use blkif::vdev::Name;
 
 /// What can be open for exclusive use.
 pub(crate) trait Claimed: Send + Sync {

@@ -6,11 +6,18 @@
 //! a device connect again and again; so there is a limit to how often it does. In both cases the
 //! deadline of the outage ends the attempts, see [`keeper`](crate::keeper).
 
-use blkif::backoff::Backoff;
-use blkif::pace::Pace;
-use kernel::prelude::*;
-use kernel::time::Instant;
-use kernel::time::Monotonic;
+use kernel::{
+    prelude::*,
+    time::{
+        Instant,
+        Monotonic, //
+    },
+};
+
+use blkif::{
+    backoff::Backoff,
+    pace::Pace, //
+};
 
 /// How many offers a device makes at once.
 const OFFERS: u32 = 8;

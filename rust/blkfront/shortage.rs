@@ -8,16 +8,27 @@
 //! for one request, so each disk goes on. The wait has a limit: the shortage may be caused by
 //! somebody else, such as a network interface.
 
-use kernel::prelude::*;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::Arc;
-use kernel::time::Instant;
-use kernel::time::Monotonic;
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    },
+    time::{
+        Instant,
+        Monotonic, //
+    },
+};
+
 use kernel_ext::base::global_mutex::GlobalMutex;
 
-use crate::signal::Cause;
-use crate::signal::Signal;
+use crate::signal::{
+    Cause,
+    Signal, //
+};
 
 /// For how long other disks are held back.
 const CLAIM_MS: i64 = 5_000;

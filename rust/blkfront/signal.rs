@@ -2,16 +2,25 @@
 
 //! What wakes the thread of a device.
 
-use kernel::prelude::*;
-use kernel::sync::atomic::Acquire;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Full;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::atomic::Release;
-use kernel::sync::Arc;
-use kernel::time::Jiffies;
-use kernel_ext::base::wait::WaitQueue;
-use kernel_ext::new_wait_queue;
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Relaxed,
+            Release, //
+        },
+        Arc, //
+    },
+    time::Jiffies, //
+};
+
+use kernel_ext::{
+    base::wait::WaitQueue,
+    new_wait_queue, //
+};
 
 /// Something that the thread has to look at.
 #[derive(Clone, Copy)]

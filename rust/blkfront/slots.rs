@@ -7,18 +7,28 @@
 //! and compared, see [`blkif::id`]. The request itself waits in the first of its slots, which is not
 //! free before all of them are answered.
 
-use blkif::id::RingId;
-use blkif::negotiate::Flush;
-use blkif::reservation::Reservations;
-use blkif::wire::Response;
-use blkif::wire::Status;
 use kernel::prelude::*;
-use kernel_ext::block::mq::BlkStatus;
-use kernel_ext::block::mq::Op;
-use kernel_ext::block::mq::RequestId;
 
-use crate::carry::Held;
-use crate::timeout::GIVE_UP_AFTER;
+use kernel_ext::block::mq::{
+    BlkStatus,
+    Op,
+    RequestId, //
+};
+
+use blkif::{
+    id::RingId,
+    negotiate::Flush,
+    reservation::Reservations,
+    wire::{
+        Response,
+        Status, //
+    }, //
+};
+
+use crate::{
+    carry::Held,
+    timeout::GIVE_UP_AFTER, //
+};
 
 /// A slot.
 struct Slot {

@@ -11,16 +11,25 @@
 //! asked to close, and the requests wait for another connection. One that is not answered there
 //! either fails. The module parameter `io_timeout` = 0 has a disk wait for its backend instead.
 
-use kernel::prelude::*;
-use kernel::time::delay::fsleep;
-use kernel::time::Delta;
-use kernel::time::Instant;
-use kernel::time::Monotonic;
-use kernel_ext::block::mq::RequestId;
-use kernel_ext::ratelimited;
+use kernel::{
+    prelude::*,
+    time::{
+        delay::fsleep,
+        Delta,
+        Instant,
+        Monotonic, //
+    },
+};
 
-use crate::queue::Queue;
-use crate::signal::Cause;
+use kernel_ext::{
+    block::mq::RequestId,
+    ratelimited, //
+};
+
+use crate::{
+    queue::Queue,
+    signal::Cause, //
+};
 
 /// After so many time-outs of a request its connection is given up.
 pub(crate) const GIVE_UP_AFTER: u8 = 10;

@@ -5,29 +5,46 @@
 //! Xenbus tells of the backend in a thread that all devices of the guest share: what may wait for
 //! the backend is left to the device's own thread.
 
-use kernel::device::Core;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
-use kernel::sync::Arc;
-use kernel::time::msecs_to_jiffies;
-use kernel_ext::base::kthread::KThread;
-use kernel_ext::base::kthread::Kind;
-use kernel_ext::base::noio::Noio;
-use kernel_ext::xen::xenbus;
-use kernel_ext::xen::xenbus::After;
-use kernel_ext::xen::xenbus::DeviceId;
-use kernel_ext::xen::xenbus::Driver;
-use kernel_ext::xen::xenbus::IdArray;
-use kernel_ext::xen::xenbus::IdTable;
-use kernel_ext::xen::xenbus::Side;
-use kernel_ext::xen::xenbus::State;
+use kernel::{
+    device::Core,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        Arc, //
+    },
+    time::msecs_to_jiffies, //
+};
 
-use crate::control::Control;
-use crate::keeper::Keeper;
-use crate::nodes;
-use crate::shortage::Member;
-use crate::signal::Cause;
-use crate::signal::Signal;
+use kernel_ext::{
+    base::{
+        kthread::{
+            KThread,
+            Kind, //
+        },
+        noio::Noio, //
+    },
+    xen::xenbus::{
+        self,
+        After,
+        DeviceId,
+        Driver,
+        IdArray,
+        IdTable,
+        Side,
+        State, //
+    },
+};
+
+use crate::{
+    control::Control,
+    keeper::Keeper,
+    nodes,
+    shortage::Member,
+    signal::{
+        Cause,
+        Signal, //
+    }, //
+};
 
 /// How long an unbind waits for the thread of the device after the disk was written back. The thread
 /// gives the backend half of that for its last answers, and a second to unmap. All other devices of

@@ -61,8 +61,9 @@ pub fn retry<T, E>(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::vec::Vec;
+
+    use super::*;
 
     /// A status as Xen gives it.
     #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -28,16 +28,22 @@
 
 use core::fmt;
 
-use crate::node;
-use crate::node::BadNode;
-use crate::node::Wrong;
-use crate::ring::MAX_PAGE_ORDER;
-use crate::wire::info;
-use crate::wire::op;
-use crate::wire::Abi;
-use crate::wire::DIRECT_SEGMENTS;
-use crate::wire::INDIRECT_SEGMENTS;
-use crate::wire::SECTOR_SIZE;
+use crate::{
+    node::{
+        self,
+        BadNode,
+        Wrong, //
+    },
+    ring::MAX_PAGE_ORDER,
+    wire::{
+        info,
+        op,
+        Abi,
+        DIRECT_SEGMENTS,
+        INDIRECT_SEGMENTS,
+        SECTOR_SIZE, //
+    },
+};
 
 /// Largest logical block size that is believed.
 const MAX_BLOCK_SIZE: u32 = 1 << 16;
@@ -530,8 +536,9 @@ impl fmt::Display for BadChoice {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::string::ToString;
+
+    use super::*;
 
     const FRONT: FrontOffer = FrontOffer {
         max_ring_page_order: 4,
@@ -738,7 +745,12 @@ mod tests {
 
     #[test]
     fn the_cache_of_a_disk_stays_what_it_was() {
-        use Flush::{Barrier, Cache, None, Unavailable};
+        use Flush::{
+            Barrier,
+            Cache,
+            None,
+            Unavailable, //
+        };
         let expected = [
             (None, false, (None, false)),
             (None, true, (Unavailable, false)),

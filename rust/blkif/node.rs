@@ -6,8 +6,10 @@
 //! number is digits and nothing else. What is wrong is a [`BadNode`], which knows the node, the
 //! text and the reason, so that a message can name all three.
 
-use core::fmt;
-use core::str;
+use core::{
+    fmt,
+    str, //
+};
 
 /// Bytes of a node's text that a [`BadNode`] keeps.
 const KEPT: usize = 32;
@@ -240,8 +242,9 @@ fn digits(text: &[u8], base: u32, limit: u64) -> Result<u64, Wrong> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::string::ToString;
+
+    use super::*;
 
     #[test]
     fn decimal_numbers() {

@@ -15,18 +15,22 @@
 
 use core::num::NonZeroU32;
 
-use crate::id::FIELD_LIMIT;
-use crate::wire;
-use crate::wire::indirect_pages;
-use crate::wire::op;
-use crate::wire::WireRequest;
-use crate::wire::WireSegment;
-use crate::wire::DIRECT_SEGMENTS;
-use crate::wire::INDIRECT_PAGES;
-use crate::wire::INDIRECT_SEGMENTS;
-use crate::wire::PAGE_SIZE;
-use crate::wire::SECTORS_PER_PAGE;
-use crate::wire::SECTOR_SIZE;
+use crate::{
+    id::FIELD_LIMIT,
+    wire::{
+        self,
+        indirect_pages,
+        op,
+        WireRequest,
+        WireSegment,
+        DIRECT_SEGMENTS,
+        INDIRECT_PAGES,
+        INDIRECT_SEGMENTS,
+        PAGE_SIZE,
+        SECTORS_PER_PAGE,
+        SECTOR_SIZE, //
+    },
+};
 
 /// A run of sectors in a page of 4 KiB: `first <= last < 8`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -424,12 +428,18 @@ pub const fn discard(handle: u16, id: u64, sector: u64, sectors: u64, secure: bo
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::negotiate::Flush;
-    use crate::wire::encode;
-    use crate::wire::Abi;
-    use crate::wire::Encode;
     use std::vec::Vec;
+
+    use crate::{
+        negotiate::Flush,
+        wire::{
+            encode,
+            Abi,
+            Encode, //
+        },
+    };
+
+    use super::*;
 
     fn pages(count: u32) -> impl Iterator<Item = Piece> {
         (0..count).map(|_| Piece::new(0, 4096).unwrap())

@@ -14,14 +14,16 @@
 
 use core::fmt;
 
-use crate::wire;
-use crate::wire::op;
-use crate::wire::Status;
-use crate::wire::WireRequest;
-use crate::wire::WireSegment;
-use crate::wire::DIRECT_SEGMENTS;
-use crate::wire::SECTORS_PER_PAGE;
-use crate::wire::SECTOR_SIZE;
+use crate::wire::{
+    self,
+    op,
+    Status,
+    WireRequest,
+    WireSegment,
+    DIRECT_SEGMENTS,
+    SECTORS_PER_PAGE,
+    SECTOR_SIZE, //
+};
 
 /// What a disk allows.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -586,13 +588,19 @@ fn check_discard(
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        boxed::Box,
+        string::ToString,
+        vec::Vec, //
+    };
+
+    use crate::wire::{
+        Discard,
+        Indirect,
+        Rw, //
+    };
+
     use super::*;
-    use crate::wire::Discard;
-    use crate::wire::Indirect;
-    use crate::wire::Rw;
-    use std::boxed::Box;
-    use std::string::ToString;
-    use std::vec::Vec;
 
     const LIMITS: DiskLimits = DiskLimits {
         sectors: 1000,

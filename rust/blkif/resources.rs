@@ -6,8 +6,10 @@
 //! one can always proceed, even when there is no memory. A request that was split by larger limits
 //! than those in force now takes all its slots and pages at once.
 
-use crate::plan::SlotLimits;
-use crate::wire::DIRECT_SEGMENTS;
+use crate::{
+    plan::SlotLimits,
+    wire::DIRECT_SEGMENTS, //
+};
 
 /// What a request takes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -34,15 +34,19 @@
 //!
 //! Neither [`FrontRing`] nor [`BackRing`] locks: the caller holds its ring lock, or owns it.
 
-use core::fmt;
-use core::ops::Deref;
+use core::{
+    fmt,
+    ops::Deref, //
+};
 
-use crate::wire::Abi;
-use crate::wire::Encode;
-use crate::wire::Response;
-use crate::wire::WireRequest;
-use crate::wire::RESPONSE_WORDS;
-use crate::wire::WORDS_PER_PAGE;
+use crate::wire::{
+    Abi,
+    Encode,
+    Response,
+    WireRequest,
+    RESPONSE_WORDS,
+    WORDS_PER_PAGE, //
+};
 
 /// Pages of the largest ring (`XENBUS_MAX_RING_GRANTS`).
 pub const MAX_PAGES: usize = 16;
@@ -535,14 +539,24 @@ impl<M: Memory> BackRing<M> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        cell::{
+            Cell,
+            RefCell, //
+        },
+        string::ToString,
+        vec::Vec, //
+    };
+
+    use crate::{
+        plan,
+        wire::{
+            op,
+            Status, //
+        },
+    };
+
     use super::*;
-    use crate::plan;
-    use crate::wire::op;
-    use crate::wire::Status;
-    use std::cell::Cell;
-    use std::cell::RefCell;
-    use std::string::ToString;
-    use std::vec::Vec;
 
     /// What a ring did to its memory.
     #[derive(Clone, Copy, Debug, Eq, PartialEq)]

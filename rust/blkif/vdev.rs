@@ -17,8 +17,10 @@
 //! that names a partition becomes a disk of one minor with the partition in its name (`xvda1`). Of
 //! an hd number the partition has never had an effect.
 
-use core::fmt;
-use core::str;
+use core::{
+    fmt,
+    str, //
+};
 
 /// Major number of all Xen virtual disks.
 pub const MAJOR: u32 = 202;
@@ -215,8 +217,9 @@ impl VirtualDevice {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::string::ToString;
+
+    use super::*;
 
     fn classic(major: u32, minor: u32) -> u32 {
         major * 256 + minor

@@ -661,8 +661,9 @@ fn read_u64(next: &mut impl FnMut() -> u32) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::vec::Vec;
+
+    use super::*;
 
     const ABIS: [Abi; 3] = [Abi::X86_64, Abi::X86_32, Abi::Arm];
 

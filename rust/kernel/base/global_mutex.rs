@@ -5,22 +5,33 @@
 //! The kernel's `global_lock!` has to be initialised once, before its first use, which only unsafe
 //! code can promise. A [`GlobalMutex`] sees to that itself.
 
-use core::marker::PhantomData;
-use core::ops::Deref;
-use core::ops::DerefMut;
-use core::pin::Pin;
-use kernel::c_str;
-use kernel::static_lock_class;
-use kernel::str::CStr;
-use kernel::sync::atomic::Acquire;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Full;
-use kernel::sync::atomic::Release;
-use kernel::sync::lock::mutex::MutexBackend;
-use kernel::sync::GlobalGuard;
-use kernel::sync::GlobalLock;
-use kernel::sync::GlobalLockBackend;
-use kernel::sync::LockClassKey;
+use core::{
+    marker::PhantomData,
+    ops::{
+        Deref,
+        DerefMut, //
+    },
+    pin::Pin, //
+};
+
+use kernel::{
+    c_str,
+    static_lock_class,
+    str::CStr,
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Release, //
+        },
+        lock::mutex::MutexBackend,
+        GlobalGuard,
+        GlobalLock,
+        GlobalLockBackend,
+        LockClassKey, //
+    }, //
+};
 
 /// Nobody has used the mutex.
 const FRESH: u32 = 0;

@@ -10,16 +10,24 @@
 //! [`include/linux/kthread.h`](srctree/include/linux/kthread.h),
 //! [`include/linux/ioprio.h`](srctree/include/linux/ioprio.h)
 
+use core::{
+    marker::PhantomData,
+    ptr::NonNull, //
+};
+
+use kernel::{
+    bindings,
+    error::{
+        from_err_ptr,
+        to_result, //
+    },
+    ffi::c_void,
+    prelude::*,
+    str::CStr,
+    types::NotThreadSafe, //
+};
+
 use super::kthread::Current;
-use core::marker::PhantomData;
-use core::ptr::NonNull;
-use kernel::bindings;
-use kernel::error::from_err_ptr;
-use kernel::error::to_result;
-use kernel::ffi::c_void;
-use kernel::prelude::*;
-use kernel::str::CStr;
-use kernel::types::NotThreadSafe;
 
 /// A cgroup that I/O can be charged to: one of the hierarchy of version 2, or the nearest one above
 /// it that controls I/O.

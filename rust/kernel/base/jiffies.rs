@@ -5,8 +5,11 @@
 //! C header: [`include/linux/jiffies.h`](srctree/include/linux/jiffies.h)
 
 use kernel::bindings;
-pub use kernel::time::msecs_to_jiffies;
-pub use kernel::time::Jiffies;
+
+pub use kernel::time::{
+    msecs_to_jiffies,
+    Jiffies, //
+};
 
 /// The number of ticks since some time ago. Wraps.
 #[inline]

@@ -10,23 +10,32 @@
 //!
 //! C header: [`include/linux/kthread.h`](srctree/include/linux/kthread.h)
 
-use super::module_ref::ModuleRef;
-use super::wait::WaitQueue;
-use kernel::bindings;
-use kernel::error::from_err_ptr;
-use kernel::ffi;
-use kernel::fmt;
-use kernel::prelude::*;
-use kernel::str::CString;
-use kernel::sync::aref::ARef;
-use kernel::sync::atomic::Acquire;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::atomic::Release;
-use kernel::sync::Arc;
-use kernel::task::Task;
-use kernel::time::Jiffies;
-use kernel::types::NotThreadSafe;
+use kernel::{
+    bindings,
+    error::from_err_ptr,
+    ffi,
+    fmt,
+    prelude::*,
+    str::CString,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Acquire,
+            Atomic,
+            Relaxed,
+            Release, //
+        },
+        Arc, //
+    },
+    task::Task,
+    time::Jiffies,
+    types::NotThreadSafe, //
+};
+
+use super::{
+    module_ref::ModuleRef,
+    wait::WaitQueue, //
+};
 
 /// What a thread and its [`KThread`] share.
 #[pin_data]

@@ -8,11 +8,16 @@
 //!
 //! C header: [`include/linux/moduleparam.h`](srctree/include/linux/moduleparam.h)
 
-use core::cell::UnsafeCell;
-use core::ffi::CStr;
-use core::ptr;
-use kernel::bindings;
-use kernel::ffi;
+use core::{
+    cell::UnsafeCell,
+    ffi::CStr,
+    ptr, //
+};
+
+use kernel::{
+    bindings,
+    ffi, //
+};
 
 /// A type that a module parameter can have.
 ///

@@ -2,10 +2,14 @@
 
 //! References to the module that this crate is linked into.
 
-use super::this_module::this_module;
 use core::marker::PhantomData;
-use kernel::bindings;
-use kernel::prelude::*;
+
+use kernel::{
+    bindings,
+    prelude::*, //
+};
+
+use super::this_module::this_module;
 
 /// A reference to this module, which stays loaded while the reference lives.
 ///

@@ -6,6 +6,7 @@
 //! C header: [`include/linux/sched/mm.h`](srctree/include/linux/sched/mm.h)
 
 use core::marker::PhantomData;
+
 use kernel::{
     ffi::c_uint,
     types::NotThreadSafe, //

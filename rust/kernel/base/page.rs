@@ -13,8 +13,11 @@
 //!   [`PageSlice`]s: its pages may be the kernel's zero page.
 //! - [`PageOwner`]: who keeps such pages from being freed or reused.
 
-use core::marker::PhantomData;
-use core::ptr::NonNull;
+use core::{
+    marker::PhantomData,
+    ptr::NonNull, //
+};
+
 use kernel::{
     alloc::{
         AllocError,
@@ -24,7 +27,7 @@ use kernel::{
     page::{
         self,
         PAGE_SIZE, //
-    }, //
+    },
 };
 
 /// A page of our own, for bytes.

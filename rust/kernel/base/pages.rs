@@ -2,10 +2,15 @@
 
 //! Owners of pages, made of other owners.
 
-use super::page::PageOwner;
-use super::page::PageSlice;
-use kernel::prelude::*;
-use kernel::sync::Arc;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+use super::page::{
+    PageOwner,
+    PageSlice, //
+};
 
 /// No page: for operations without data.
 // SAFETY: There is nothing to keep.

@@ -3,9 +3,13 @@
 //! Messages that another domain or a broken device can cause are printed at most ten times in five
 //! seconds, for each place in the code.
 
-use kernel::bindings;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Relaxed;
+use kernel::{
+    bindings,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    },
+};
 
 /// Messages in one interval.
 const BURST: u32 = 10;

@@ -8,20 +8,30 @@
 //!
 //! C header: [`include/linux/sysfs.h`](srctree/include/linux/sysfs.h)
 
+use core::{
+    fmt::Write,
+    ptr::NonNull, //
+};
+
+use kernel::{
+    bindings,
+    device::{
+        Bound,
+        Device, //
+    },
+    devres,
+    error::to_result,
+    ffi,
+    fmt,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        Arc, //
+    },
+    types::Opaque, //
+};
+
 use super::module_ref::ModuleRef;
-use core::fmt::Write;
-use core::ptr::NonNull;
-use kernel::bindings;
-use kernel::device::Bound;
-use kernel::device::Device;
-use kernel::devres;
-use kernel::error::to_result;
-use kernel::ffi;
-use kernel::fmt;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
-use kernel::sync::Arc;
-use kernel::types::Opaque;
 
 /// One file.
 pub struct Attribute<T: 'static> {

@@ -7,14 +7,21 @@
 //!
 //! C header: [`include/linux/timer.h`](srctree/include/linux/timer.h)
 
-use super::jiffies;
-use super::jiffies::Jiffies;
-use super::module_ref::ModuleRef;
-use kernel::bindings;
-use kernel::optional_name;
-use kernel::prelude::*;
-use kernel::static_lock_class;
-use kernel::types::Opaque;
+use kernel::{
+    bindings,
+    optional_name,
+    prelude::*,
+    static_lock_class,
+    types::Opaque, //
+};
+
+use super::{
+    jiffies::{
+        self,
+        Jiffies, //
+    },
+    module_ref::ModuleRef, //
+};
 
 /// What a CPU does that is idle when the time is over.
 pub enum IdleCpu {

@@ -10,15 +10,20 @@
 //!
 //! C header: [`include/linux/wait.h`](srctree/include/linux/wait.h)
 
-use core::cell::UnsafeCell;
-use core::mem::MaybeUninit;
-use kernel::bindings;
-use kernel::ffi;
-use kernel::prelude::*;
-use kernel::sync::LockClassKey;
-use kernel::task::MAX_SCHEDULE_TIMEOUT;
-use kernel::time::Jiffies;
-use kernel::types::Opaque;
+use core::{
+    cell::UnsafeCell,
+    mem::MaybeUninit, //
+};
+
+use kernel::{
+    bindings,
+    ffi,
+    prelude::*,
+    sync::LockClassKey,
+    task::MAX_SCHEDULE_TIMEOUT,
+    time::Jiffies,
+    types::Opaque, //
+};
 
 /// Makes a [`WaitQueue`] with a lock class of its own.
 #[macro_export]

@@ -10,6 +10,7 @@
 //! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 
 use core::ptr::NonNull;
+
 use kernel::{
     bindings,
     prelude::*,

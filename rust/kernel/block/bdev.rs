@@ -5,13 +5,18 @@
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
 use core::ptr::NonNull;
-use kernel::bindings;
-use kernel::error::from_err_ptr;
-use kernel::error::to_result;
-use kernel::ffi;
-use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel::types::Opaque;
+
+use kernel::{
+    bindings,
+    error::{
+        from_err_ptr,
+        to_result, //
+    },
+    ffi,
+    prelude::*,
+    sync::Arc,
+    types::Opaque, //
+};
 
 // In whose name devices are claimed: that of all modules that link this crate, so that one can claim
 // what another one has. Only its address counts, which is of a variable of the kernel, as one of a module

@@ -12,17 +12,28 @@
 //!
 //! C header: [`include/linux/bio.h`](srctree/include/linux/bio.h)
 
-use super::bdev::Access;
-use super::bdev::BlockDevice;
-use crate::base::page::PageOwner;
-use crate::base::page::PageSlice;
 use core::mem::MaybeUninit;
-use kernel::bindings;
-use kernel::error::to_result;
-use kernel::ffi;
-use kernel::prelude::*;
-use kernel::sync::rcu;
-use kernel::sync::Arc;
+
+use kernel::{
+    bindings,
+    error::to_result,
+    ffi,
+    prelude::*,
+    sync::{
+        rcu,
+        Arc, //
+    }, //
+};
+
+use crate::base::page::{
+    PageOwner,
+    PageSlice, //
+};
+
+use super::bdev::{
+    Access,
+    BlockDevice, //
+};
 
 /// Pieces of memory in one [`Io`], at most.
 pub const MAX_PARTS: usize = bindings::BIO_MAX_VECS as usize;

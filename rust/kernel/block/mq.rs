@@ -51,39 +51,41 @@ mod request;
 mod status;
 mod tag_set;
 
-pub use self::batch::EndBatch;
-pub use self::gen_disk::{
-    Freeze,
-    GenDisk,
-    GenDiskBuilder,
-    Geometry, //
-};
-pub use self::hw_queue::HwQueue;
-pub use self::limits::{
-    Feature,
-    QueueLimits, //
-};
-pub use self::list::RequestList;
-pub use self::operations::{
-    OpenMode,
-    Operations,
-    QueueMap, //
-};
-pub use self::request::{
-    Completed,
-    InFlight,
-    Op,
-    Queued,
-    Rejected,
-    Request,
-    RequestId,
-    Segments,
-    State, //
-};
-pub use self::status::BlkStatus;
-pub use self::tag_set::{
-    TagSet,
-    TagSetParams, //
+pub use self::{
+    batch::EndBatch,
+    gen_disk::{
+        Freeze,
+        GenDisk,
+        GenDiskBuilder,
+        Geometry, //
+    },
+    hw_queue::HwQueue,
+    limits::{
+        Feature,
+        QueueLimits, //
+    },
+    list::RequestList,
+    operations::{
+        OpenMode,
+        Operations,
+        QueueMap, //
+    },
+    request::{
+        Completed,
+        InFlight,
+        Op,
+        Queued,
+        Rejected,
+        Request,
+        RequestId,
+        Segments,
+        State, //
+    },
+    status::BlkStatus,
+    tag_set::{
+        TagSet,
+        TagSetParams, //
+    },
 };
 
 /// The unit of capacities and positions, whatever the disk's block size: 512 bytes.

@@ -3,9 +3,12 @@
 
 //! Only a bound device can get attributes: unbinding is what removes them.
 
-use kernel::device::Device;
-use kernel::prelude::*;
-use kernel::sync::Arc;
+use kernel::{
+    device::Device,
+    prelude::*,
+    sync::Arc, //
+};
+
 use kernel_ext::base::sysfs;
 
 static FILES: [sysfs::Attribute<u32>; 0] = [];

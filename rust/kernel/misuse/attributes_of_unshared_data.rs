@@ -4,10 +4,16 @@
 //! Any thread may read an attribute, at the same time as others: its data has to allow that.
 
 use core::cell::Cell;
-use kernel::device::Bound;
-use kernel::device::Device;
-use kernel::prelude::*;
-use kernel::sync::Arc;
+
+use kernel::{
+    device::{
+        Bound,
+        Device, //
+    },
+    prelude::*,
+    sync::Arc, //
+};
+
 use kernel_ext::base::sysfs;
 
 fn misuse(

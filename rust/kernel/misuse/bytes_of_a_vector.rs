@@ -3,8 +3,11 @@
 
 //! The pages of a vector hold values, which not all bytes are.
 
-use kernel::page::AsPageIter;
-use kernel::prelude::*;
+use kernel::{
+    page::AsPageIter,
+    prelude::*, //
+};
+
 use kernel_ext::base::page::PageSliceMut;
 
 fn misuse(names: &mut VVec<&'static str>) {

@@ -3,8 +3,10 @@
 
 //! The interrupt of a channel that is closed may be somebody else's: what can be kept is a doorbell.
 
-use kernel_ext::xen::events::Channel;
-use kernel_ext::xen::events::Handler;
+use kernel_ext::xen::events::{
+    Channel,
+    Handler, //
+};
 
 fn misuse<T: Handler>(channel: Channel<T>) {
     drop(channel);

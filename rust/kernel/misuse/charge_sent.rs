@@ -3,9 +3,13 @@
 
 //! Who the I/O counts for is a matter of the thread: the end of it too.
 
-use kernel_ext::base::io_owner::Charged;
-use kernel_ext::base::io_owner::IoGroup;
-use kernel_ext::base::kthread::Current;
+use kernel_ext::base::{
+    io_owner::{
+        Charged,
+        IoGroup, //
+    },
+    kthread::Current, //
+};
 
 fn needs_send<T: Send>(_: T) {}
 

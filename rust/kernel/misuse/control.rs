@@ -3,8 +3,10 @@
 
 //! The control: what is right compiles.
 
-use kernel_ext::base::page::Page;
-use kernel_ext::xen::grant::GrantedPage;
+use kernel_ext::{
+    base::page::Page,
+    xen::grant::GrantedPage, //
+};
 
 fn right_use(granted: GrantedPage) -> Option<Page> {
     if granted.slice(0, 16).is_none() {

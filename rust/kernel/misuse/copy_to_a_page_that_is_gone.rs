@@ -4,11 +4,20 @@
 //! Xen copies to a page only while it lives.
 
 use kernel::prelude::*;
-use kernel_ext::base::page::Page;
-use kernel_ext::base::page::PageSliceMut;
-use kernel_ext::xen::grant::copy::Copier;
-use kernel_ext::xen::grant::ForeignRef;
-use kernel_ext::xen::DomId;
+
+use kernel_ext::{
+    base::page::{
+        Page,
+        PageSliceMut, //
+    },
+    xen::{
+        grant::{
+            copy::Copier,
+            ForeignRef, //
+        },
+        DomId, //
+    },
+};
 
 fn misuse(copier: &mut Copier, page: Page, domain: DomId, reference: ForeignRef) -> Result {
     let mut batch = copier.batch();

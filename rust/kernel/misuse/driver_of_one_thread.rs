@@ -4,8 +4,12 @@
 //! The data of a device is used by whoever binds it, and by the thread of xenbus.
 
 use core::cell::Cell;
-use kernel::device::Core;
-use kernel::prelude::*;
+
+use kernel::{
+    device::Core,
+    prelude::*, //
+};
+
 use kernel_ext::xen::xenbus::*;
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);

@@ -3,8 +3,10 @@
 
 //! Who owns granted pages does not come out before the grants have ended.
 
-use kernel_ext::base::page::Page;
-use kernel_ext::xen::grant::Granted;
+use kernel_ext::{
+    base::page::Page,
+    xen::grant::Granted, //
+};
 
 fn misuse(granted: Granted<Page>) -> Page {
     *granted.owner()

@@ -3,8 +3,10 @@
 
 //! A page whose grant has ended is not a granted page any more.
 
-use kernel_ext::base::page::Page;
-use kernel_ext::xen::grant::GrantedPage;
+use kernel_ext::{
+    base::page::Page,
+    xen::grant::GrantedPage, //
+};
 
 fn misuse(granted: GrantedPage) -> (Option<Page>, bool) {
     let page = granted.try_end().ok();

@@ -4,8 +4,11 @@
 //! What an interrupt calls must be ready for other threads.
 
 use core::cell::Cell;
-use kernel_ext::xen::events::Eoi;
-use kernel_ext::xen::events::Handler;
+
+use kernel_ext::xen::events::{
+    Eoi,
+    Handler, //
+};
 
 struct Misuse(Cell<u32>);
 

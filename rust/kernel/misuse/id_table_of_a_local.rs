@@ -3,9 +3,11 @@
 
 //! The bus looks at the types of devices for as long as there is the driver.
 
-use kernel_ext::xen::xenbus::DeviceId;
-use kernel_ext::xen::xenbus::IdArray;
-use kernel_ext::xen::xenbus::IdTable;
+use kernel_ext::xen::xenbus::{
+    DeviceId,
+    IdArray,
+    IdTable, //
+};
 
 fn misuse() -> IdTable {
     let ids = IdArray::new([DeviceId::new(c"vbd")]);

@@ -3,11 +3,18 @@
 
 //! An I/O cannot be touched while the device works on its memory.
 
-use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel_ext::base::page::Page;
-use kernel_ext::block::bdev::BlockDevice;
-use kernel_ext::block::bio;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+use kernel_ext::{
+    base::page::Page,
+    block::{
+        bdev::BlockDevice,
+        bio, //
+    },
+};
 
 fn misuse<C: bio::Context<Page>>(device: &Arc<BlockDevice>, io: KBox<bio::Io<Page, C>>) {
     let _ = bio::submit(device, bio::Operation::Read, 0, io);

@@ -3,11 +3,18 @@
 
 //! An I/O owns its memory: a page that belongs to somebody else does not do.
 
-use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel_ext::base::page::Page;
-use kernel_ext::block::bdev::BlockDevice;
-use kernel_ext::block::bio;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+use kernel_ext::{
+    base::page::Page,
+    block::{
+        bdev::BlockDevice,
+        bio, //
+    },
+};
 
 fn misuse<C>(device: &Arc<BlockDevice>, page: &'static Page, context: C) -> Result
 where

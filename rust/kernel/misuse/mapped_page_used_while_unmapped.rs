@@ -4,9 +4,12 @@
 //! Bytes of a mapped page cannot be used once it may be unmapped.
 
 use kernel::prelude::*;
-use kernel_ext::xen::grant::map::MappedPage;
-use kernel_ext::xen::grant::map::Mapper;
-use kernel_ext::xen::grant::map::PageCache;
+
+use kernel_ext::xen::grant::map::{
+    MappedPage,
+    Mapper,
+    PageCache, //
+};
 
 fn misuse(mapper: &mut Mapper, cache: &PageCache, pages: &mut KVec<MappedPage>) -> usize {
     let Some(slice) = pages.first().and_then(|page| page.slice(0, 16)) else {

@@ -3,8 +3,10 @@
 
 //! Two disks cannot have the same minors.
 
-use kernel_ext::block::major::Minors;
-use kernel_ext::block::mq::*;
+use kernel_ext::block::{
+    major::Minors,
+    mq::*, //
+};
 
 fn both(first: GenDiskBuilder, second: GenDiskBuilder, minors: Minors) {
     first.device_numbers(minors);

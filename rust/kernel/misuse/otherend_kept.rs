@@ -3,8 +3,11 @@
 
 //! The path of the other half can change after a callback: it has to be copied.
 
-use kernel::device::Core;
-use kernel::prelude::*;
+use kernel::{
+    device::Core,
+    prelude::*, //
+};
+
 use kernel_ext::xen::xenbus::Device;
 
 fn misuse(device: &Device<Core<'_>>) -> Result<&'static CStr> {

@@ -4,6 +4,7 @@
 //! The path of the other half is for callbacks alone.
 
 use kernel::sync::aref::ARef;
+
 use kernel_ext::xen::xenbus::Device;
 
 fn misuse(device: &ARef<Device>) -> bool {

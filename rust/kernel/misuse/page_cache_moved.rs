@@ -4,6 +4,7 @@
 //! Pages in a cache are linked to its place: it does not move.
 
 use core::pin::Pin;
+
 use kernel_ext::xen::grant::map::PageCache;
 
 fn misuse(cache: Pin<&mut PageCache>, other: Pin<&mut PageCache>) {

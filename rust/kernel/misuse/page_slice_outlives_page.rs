@@ -3,8 +3,10 @@
 
 //! Bytes of a page go with the page.
 
-use kernel_ext::base::page::Page;
-use kernel_ext::base::page::PageSlice;
+use kernel_ext::base::page::{
+    Page,
+    PageSlice, //
+};
 
 fn late(page: Page) -> Option<usize> {
     let slice = PageSlice::new(&page, 0, 8)?;

@@ -4,8 +4,12 @@
 //! What several CPUs use at once must be made for it.
 
 use core::cell::Cell;
-use kernel::prelude::*;
-use kernel::sync::ArcBorrow;
+
+use kernel::{
+    prelude::*,
+    sync::ArcBorrow, //
+};
+
 use kernel_ext::block::mq::*;
 
 type LocalModule = Driver;

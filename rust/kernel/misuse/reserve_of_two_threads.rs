@@ -3,13 +3,22 @@
 
 //! Two that take references from a list at once would get the same one.
 
-use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel_ext::base::page::Page;
-use kernel_ext::xen::grant::Access;
-use kernel_ext::xen::grant::GrantReserve;
-use kernel_ext::xen::grant::GrantedPage;
-use kernel_ext::xen::DomId;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+use kernel_ext::{
+    base::page::Page,
+    xen::{
+        grant::{
+            Access,
+            GrantReserve,
+            GrantedPage, //
+        },
+        DomId, //
+    },
+};
 
 fn misuse(mut reserve: Arc<GrantReserve>, domain: DomId, page: Page) -> Result<GrantedPage> {
     GrantedPage::new(&mut reserve, domain, page, Access::ReadOnly)

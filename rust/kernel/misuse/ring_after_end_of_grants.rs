@@ -3,8 +3,10 @@
 
 //! The words of a ring of our own go with it too.
 
-use kernel_ext::xen::ring::RingPages;
-use kernel_ext::xen::ring::SharedWords;
+use kernel_ext::xen::ring::{
+    RingPages,
+    SharedWords, //
+};
 
 fn misuse(ring: RingPages) {
     let words: &SharedWords = &ring;

@@ -3,8 +3,10 @@
 
 //! The words of a ring go with it.
 
-use kernel_ext::xen::ring::MappedRing;
-use kernel_ext::xen::ring::SharedWords;
+use kernel_ext::xen::ring::{
+    MappedRing,
+    SharedWords, //
+};
 
 fn misuse(ring: MappedRing) -> u32 {
     let words: &SharedWords = &ring;

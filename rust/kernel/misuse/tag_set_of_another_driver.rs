@@ -3,8 +3,11 @@
 
 //! The functions that are called for a disk are those of its tag set: it is of the same driver.
 
-use kernel::prelude::*;
-use kernel::sync::Arc;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
 use kernel_ext::block::mq::*;
 
 fn misuse<T: Operations, U: Operations>(

@@ -3,12 +3,19 @@
 
 //! A thread may run for longer than the function that starts it, so it borrows nothing from there.
 
-use kernel::fmt;
-use kernel::prelude::*;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Relaxed;
-use kernel_ext::base::kthread::KThread;
-use kernel_ext::base::kthread::Kind;
+use kernel::{
+    fmt,
+    prelude::*,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    }, //
+};
+
+use kernel_ext::base::kthread::{
+    KThread,
+    Kind, //
+};
 
 fn misuse() -> Result<KThread> {
     let number = Atomic::new(0i32);

@@ -4,8 +4,11 @@
 //! What a timer calls must be ready for other threads.
 
 use core::cell::Cell;
-use kernel_ext::base::jiffies::Jiffies;
-use kernel_ext::base::timer::Target;
+
+use kernel_ext::base::{
+    jiffies::Jiffies,
+    timer::Target, //
+};
 
 struct Misuse(Cell<u32>);
 

@@ -4,6 +4,7 @@
 //! A transaction is not used after it has ended.
 
 use kernel::prelude::*;
+
 use kernel_ext::xen::xenstore;
 
 fn misuse() -> Result {

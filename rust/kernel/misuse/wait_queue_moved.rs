@@ -4,6 +4,7 @@
 //! Tasks that wait are linked to the place of the queue: it does not move.
 
 use core::pin::Pin;
+
 use kernel_ext::base::wait::WaitQueue;
 
 fn misuse(queue: Pin<&mut WaitQueue>, other: Pin<&mut WaitQueue>) {

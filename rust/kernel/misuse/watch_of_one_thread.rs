@@ -4,10 +4,16 @@
 //! What a watch calls runs in a thread of xenbus, and must be ready for that.
 
 use core::cell::Cell;
-use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel_ext::xen::xenstore::Watch;
-use kernel_ext::xen::xenstore::WatchHandler;
+
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+use kernel_ext::xen::xenstore::{
+    Watch,
+    WatchHandler, //
+};
 
 struct Misuse(Cell<u32>);
 

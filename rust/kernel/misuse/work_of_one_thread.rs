@@ -4,11 +4,17 @@
 //! What a work queue runs must be ready for other threads.
 
 use core::cell::Cell;
-use kernel::prelude::*;
-use kernel::sync::Arc;
-use kernel::workqueue::impl_has_work;
-use kernel::workqueue::Work;
-use kernel::workqueue::WorkItem;
+
+use kernel::{
+    prelude::*,
+    sync::Arc,
+    workqueue::{
+        impl_has_work,
+        Work,
+        WorkItem, //
+    }, //
+};
+
 use kernel_ext::base::workqueue::OwnedQueue;
 
 #[pin_data]

@@ -13,18 +13,26 @@
 //!
 //! C header: [`include/xen/events.h`](srctree/include/xen/events.h)
 
-use super::xenbus;
+use kernel::{
+    bindings,
+    error::to_result,
+    ffi,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Atomic,
+            Full,
+            Relaxed, //
+        },
+        rcu,
+        Arc, //
+    }, //
+};
+
 use crate::base::module_ref::ModuleRef;
-use kernel::bindings;
-use kernel::error::to_result;
-use kernel::ffi;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Full;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::rcu;
-use kernel::sync::Arc;
+
+use super::xenbus;
 
 #[cfg(irqreturn_is_newtype)]
 const IRQ_HANDLED: bindings::irqreturn_t = bindings::irqreturn::IRQ_HANDLED;

@@ -26,17 +26,26 @@
 pub mod copy;
 pub mod map;
 
-use super::DomId;
-use crate::base::page::Page;
-use crate::base::page::PageOwner;
-use crate::base::page::PageSlice;
-use crate::base::page::PageSliceMut;
-use crate::ratelimited;
 use core::mem::ManuallyDrop;
-use kernel::error::to_result;
-use kernel::fmt;
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
+
+use kernel::{
+    error::to_result,
+    fmt,
+    page::PAGE_SIZE,
+    prelude::*, //
+};
+
+use crate::{
+    base::page::{
+        Page,
+        PageOwner,
+        PageSlice,
+        PageSliceMut, //
+    },
+    ratelimited, //
+};
+
+use super::DomId;
 
 /// The end of a private list of references, as grant-table.c has it.
 const LIST_END: bindings_ext::grant_ref_t = u32::MAX;

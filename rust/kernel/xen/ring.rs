@@ -8,20 +8,32 @@
 //!
 //! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
 
-use super::grant;
-use super::grant::map::Mapper;
-use super::grant::map::PageCache;
-use super::grant::Access;
-use super::grant::ForeignRef;
-use super::grant::GrantRef;
-use super::grant::GrantReserve;
-use super::xenbus;
-use core::ops::Deref;
-use core::ptr::NonNull;
-use kernel::error::to_result;
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
+use core::{
+    ops::Deref,
+    ptr::NonNull, //
+};
+
+use kernel::{
+    error::to_result,
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::aref::ARef, //
+};
+
+use super::{
+    grant::{
+        self,
+        map::{
+            Mapper,
+            PageCache, //
+        },
+        Access,
+        ForeignRef,
+        GrantRef,
+        GrantReserve, //
+    },
+    xenbus, //
+};
 
 /// Most pages of a ring (`XENBUS_MAX_RING_GRANTS`).
 pub const MAX_PAGES: usize = bindings_ext::XENBUS_MAX_RING_GRANTS as usize;

@@ -35,35 +35,60 @@
 //!
 //! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
 
-use super::xenstore;
-use super::xenstore::Transaction;
-use super::xenstore::Watch;
-use super::xenstore::WatchHandler;
-use super::DomId;
-use crate::base::this_module::this_module;
-use crate::base::wait::WaitQueue;
-use crate::new_wait_queue;
-use core::marker::PhantomData;
-use core::mem::offset_of;
-use core::ptr::addr_of;
-use core::ptr::addr_of_mut;
-use core::ptr::NonNull;
-use kernel::bindings;
-use kernel::device;
-use kernel::driver;
-use kernel::error::from_result;
-use kernel::error::to_result;
-use kernel::ffi;
-use kernel::fmt;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
-use kernel::sync::aref::AlwaysRefCounted;
-use kernel::sync::atomic::Acquire;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Release;
-use kernel::sync::Arc;
-use kernel::time::msecs_to_jiffies;
-use kernel::types::Opaque;
+use core::{
+    marker::PhantomData,
+    mem::offset_of,
+    ptr::{
+        addr_of,
+        addr_of_mut,
+        NonNull, //
+    }, //
+};
+
+use kernel::{
+    bindings,
+    device,
+    driver,
+    error::{
+        from_result,
+        to_result, //
+    },
+    ffi,
+    fmt,
+    prelude::*,
+    sync::{
+        aref::{
+            ARef,
+            AlwaysRefCounted, //
+        },
+        atomic::{
+            Acquire,
+            Atomic,
+            Release, //
+        },
+        Arc, //
+    },
+    time::msecs_to_jiffies,
+    types::Opaque, //
+};
+
+use crate::{
+    base::{
+        this_module::this_module,
+        wait::WaitQueue, //
+    },
+    new_wait_queue, //
+};
+
+use super::{
+    xenstore::{
+        self,
+        Transaction,
+        Watch,
+        WatchHandler, //
+    },
+    DomId, //
+};
 
 /// How long [`unregister_device`] waits for the thread of xenbus.
 const UNREGISTER_MS: u32 = 60_000;

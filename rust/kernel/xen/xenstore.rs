@@ -9,22 +9,34 @@
 //!
 //! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
 
-use crate::base::module_ref::ModuleRef;
-use crate::ratelimited;
-use core::ffi::CStr;
-use core::ops::Deref;
-use core::ptr::NonNull;
-use kernel::bindings;
-use kernel::error::from_err_ptr;
-use kernel::error::to_result;
-use kernel::ffi;
-use kernel::fmt;
-use kernel::prelude::*;
-use kernel::str::BStr;
-use kernel::str::CString;
-use kernel::str::NullTerminatedFormatter;
-use kernel::sync::Arc;
-use kernel::types::Opaque;
+use core::{
+    ffi::CStr,
+    ops::Deref,
+    ptr::NonNull, //
+};
+
+use kernel::{
+    bindings,
+    error::{
+        from_err_ptr,
+        to_result, //
+    },
+    ffi,
+    fmt,
+    prelude::*,
+    str::{
+        BStr,
+        CString,
+        NullTerminatedFormatter, //
+    },
+    sync::Arc,
+    types::Opaque, //
+};
+
+use crate::{
+    base::module_ref::ModuleRef,
+    ratelimited, //
+};
 
 /// Longest value that is written, and longest node name below a directory, in bytes with the zero.
 /// Longer ones are refused with `E2BIG`; nothing that a driver writes comes near.

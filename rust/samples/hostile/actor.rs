@@ -2,41 +2,69 @@
 
 //! Who writes to the ring: any request, right or wrong, and looks at what comes back.
 
-use blkif::wire::op;
-use blkif::wire::Abi;
-use blkif::wire::Indirect;
-use blkif::wire::Response;
-use blkif::wire::Rw;
-use blkif::wire::WireRequest;
-use blkif::wire::WireSegment;
-use blkif::wire::DIRECT_SEGMENTS;
-use blkif::wire::INDIRECT_PAGES;
-use blkif::wire::SECTORS_PER_PAGE;
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
-use kernel::sync::Arc;
-use kernel_ext::base::jiffies;
-use kernel_ext::base::jiffies::msecs_to_jiffies;
-use kernel_ext::base::kthread::Current;
-use kernel_ext::base::page::Page;
-use kernel_ext::base::page::PageSliceMut;
-use kernel_ext::xen::events::Channel;
-use kernel_ext::xen::grant::Access;
-use kernel_ext::xen::grant::GrantReserve;
-use kernel_ext::xen::grant::GrantedPage;
-use kernel_ext::xen::ring::RingPages;
-use kernel_ext::xen::xenbus;
-use kernel_ext::xen::xenbus::State;
-use kernel_ext::xen::DomId;
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        Arc, //
+    }, //
+};
 
-use crate::stage::Outcome;
-use crate::stage::Stage;
-use crate::words::Words;
-use crate::words::REQ_EVENT;
-use crate::words::REQ_PROD;
-use crate::words::RSP_EVENT;
-use crate::words::RSP_PROD;
+use kernel_ext::{
+    base::{
+        jiffies::{
+            self,
+            msecs_to_jiffies, //
+        },
+        kthread::Current,
+        page::{
+            Page,
+            PageSliceMut, //
+        },
+    },
+    xen::{
+        events::Channel,
+        grant::{
+            Access,
+            GrantReserve,
+            GrantedPage, //
+        },
+        ring::RingPages,
+        xenbus::{
+            self,
+            State, //
+        },
+        DomId, //
+    },
+};
+
+use blkif::wire::{
+    op,
+    Abi,
+    Indirect,
+    Response,
+    Rw,
+    WireRequest,
+    WireSegment,
+    DIRECT_SEGMENTS,
+    INDIRECT_PAGES,
+    SECTORS_PER_PAGE, //
+};
+
+use crate::{
+    stage::{
+        Outcome,
+        Stage, //
+    },
+    words::{
+        Words,
+        REQ_EVENT,
+        REQ_PROD,
+        RSP_EVENT,
+        RSP_PROD, //
+    },
+};
 
 /// How long an answer may take.
 const ANSWER_MS: u32 = 60_000;

@@ -2,23 +2,32 @@
 
 //! What is done on a connection, from its start to its end.
 
-use blkif::wire::op;
-use blkif::wire::Abi;
-use blkif::wire::Status;
-use blkif::wire::WireRequest;
 use kernel_ext::xen::xenbus::State;
 
-use crate::actor::Actor;
-use crate::actor::Pages;
-use crate::actor::Parts;
-use crate::actor::ELSEWHERE;
-use crate::actor::SCRATCH;
-use crate::requests::flood_with_reads;
-use crate::requests::Case;
-use crate::requests::READ_ONLY;
-use crate::requests::WRITABLE;
-use crate::stage::Outcome;
-use crate::words::RSP_PROD;
+use blkif::wire::{
+    op,
+    Abi,
+    Status,
+    WireRequest, //
+};
+
+use crate::{
+    actor::{
+        Actor,
+        Pages,
+        Parts,
+        ELSEWHERE,
+        SCRATCH, //
+    },
+    requests::{
+        flood_with_reads,
+        Case,
+        READ_ONLY,
+        WRITABLE, //
+    },
+    stage::Outcome,
+    words::RSP_PROD, //
+};
 
 /// Events of a storm.
 const STORM: u32 = 10_000;

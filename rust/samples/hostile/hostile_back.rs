@@ -11,23 +11,37 @@ mod server;
 mod tricks;
 
 use core::ffi::CStr;
-use kernel::device::Core;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
-use kernel::sync::new_mutex;
-use kernel::sync::Mutex;
-use kernel_ext::base::module_param::module_params;
-use kernel_ext::xen::xenbus;
-use kernel_ext::xen::xenbus::After;
-use kernel_ext::xen::xenbus::DeviceId;
-use kernel_ext::xen::xenbus::IdArray;
-use kernel_ext::xen::xenbus::IdTable;
-use kernel_ext::xen::xenbus::Side;
-use kernel_ext::xen::xenbus::State;
-use kernel_ext::xen::xenstore;
 
-use crate::server::Connection;
-use crate::server::SECTORS;
+use kernel::{
+    device::Core,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        new_mutex,
+        Mutex, //
+    }, //
+};
+
+use kernel_ext::{
+    base::module_param::module_params,
+    xen::{
+        xenbus::{
+            self,
+            After,
+            DeviceId,
+            IdArray,
+            IdTable,
+            Side,
+            State, //
+        },
+        xenstore, //
+    },
+};
+
+use crate::server::{
+    Connection,
+    SECTORS, //
+};
 
 kernel_ext::module_xenbus_driver! {
     type: Back,

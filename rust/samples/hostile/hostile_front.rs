@@ -19,46 +19,77 @@ mod requests;
 mod stage;
 mod words;
 
-use blkif::wire::info;
 use core::ffi::CStr;
-use kernel::device::Core;
-use kernel::fmt;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
-use kernel::sync::new_mutex;
-use kernel::sync::Arc;
-use kernel::sync::Mutex;
-use kernel_ext::base::jiffies::msecs_to_jiffies;
-use kernel_ext::base::kthread::KThread;
-use kernel_ext::base::kthread::Kind;
-use kernel_ext::base::module_param::module_params;
-use kernel_ext::base::sysfs;
-use kernel_ext::base::sysfs::Attribute;
-use kernel_ext::xen::events::Channel;
-use kernel_ext::xen::ring::RingPages;
-use kernel_ext::xen::xenbus;
-use kernel_ext::xen::xenbus::After;
-use kernel_ext::xen::xenbus::DeviceId;
-use kernel_ext::xen::xenbus::IdArray;
-use kernel_ext::xen::xenbus::IdTable;
-use kernel_ext::xen::xenbus::Side;
-use kernel_ext::xen::xenbus::State;
-use kernel_ext::xen::xenstore;
-use kernel_ext::xen::xenstore::Reader;
 
-use crate::actor::Actor;
-use crate::actor::Pages;
-use crate::actor::Parts;
-use crate::episodes::Episode;
-use crate::episodes::READ_ONLY_DISK;
-use crate::episodes::TROUBLE;
-use crate::episodes::WRITABLE_DISK;
-use crate::stage::DiskFacts;
-use crate::stage::Outcome;
-use crate::stage::Stage;
-use crate::words::Words;
-use crate::words::REQ_PROD;
-use crate::words::RSP_PROD;
+use kernel::{
+    device::Core,
+    fmt,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        new_mutex,
+        Arc,
+        Mutex, //
+    }, //
+};
+
+use kernel_ext::{
+    base::{
+        jiffies::msecs_to_jiffies,
+        kthread::{
+            KThread,
+            Kind, //
+        },
+        module_param::module_params,
+        sysfs::{
+            self,
+            Attribute, //
+        },
+    },
+    xen::{
+        events::Channel,
+        ring::RingPages,
+        xenbus::{
+            self,
+            After,
+            DeviceId,
+            IdArray,
+            IdTable,
+            Side,
+            State, //
+        },
+        xenstore::{
+            self,
+            Reader, //
+        }, //
+    },
+};
+
+use blkif::wire::info;
+
+use crate::{
+    actor::{
+        Actor,
+        Pages,
+        Parts, //
+    },
+    episodes::{
+        Episode,
+        READ_ONLY_DISK,
+        TROUBLE,
+        WRITABLE_DISK, //
+    },
+    stage::{
+        DiskFacts,
+        Outcome,
+        Stage, //
+    },
+    words::{
+        Words,
+        REQ_PROD,
+        RSP_PROD, //
+    },
+};
 
 kernel_ext::module_xenbus_driver! {
     type: Front,

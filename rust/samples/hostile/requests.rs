@@ -2,24 +2,31 @@
 
 //! Requests, each wrong in one way, and some that are only unusual.
 
-use blkif::wire::op;
-use blkif::wire::Discard;
-use blkif::wire::Indirect;
-use blkif::wire::Rw;
-use blkif::wire::Status;
-use blkif::wire::WireRequest;
-use blkif::wire::WireSegment;
-use blkif::wire::DIRECT_SEGMENTS;
-use blkif::wire::DISCARD_SECURE;
 use kernel_ext::xen::grant::GrantReserve;
 
-use crate::actor::whole;
-use crate::actor::Actor;
-use crate::actor::ELSEWHERE;
-use crate::actor::NO_GRANT;
-use crate::actor::SCRATCH;
-use crate::actor::VICTIM;
-use crate::stage::Outcome;
+use blkif::wire::{
+    op,
+    Discard,
+    Indirect,
+    Rw,
+    Status,
+    WireRequest,
+    WireSegment,
+    DIRECT_SEGMENTS,
+    DISCARD_SECURE, //
+};
+
+use crate::{
+    actor::{
+        whole,
+        Actor,
+        ELSEWHERE,
+        NO_GRANT,
+        SCRATCH,
+        VICTIM, //
+    },
+    stage::Outcome, //
+};
 
 /// Wrong requests in a row, for the flood.
 const FLOOD: u32 = 512;

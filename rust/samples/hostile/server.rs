@@ -4,54 +4,90 @@
 //!
 //! The disk is all zeroes, and forgets what is written to it.
 
-use blkif::request;
-use blkif::request::Data;
-use blkif::request::Direct;
-use blkif::request::DiskLimits;
-use blkif::request::Request;
-use blkif::ring::BackRing;
-use blkif::wire::op;
-use blkif::wire::Abi;
-use blkif::wire::Response;
-use blkif::wire::Status;
-use blkif::wire::WireRequest;
-use blkif::wire::DIRECT_SEGMENTS;
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
-use kernel::sync::atomic::Acquire;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Full;
-use kernel::sync::atomic::Release;
-use kernel::sync::Arc;
-use kernel_ext::base::global_mutex::GlobalMutex;
-use kernel_ext::base::jiffies::msecs_to_jiffies;
-use kernel_ext::base::kthread::Current;
-use kernel_ext::base::kthread::KThread;
-use kernel_ext::base::kthread::Kind;
-use kernel_ext::base::page::Page;
-use kernel_ext::base::page::PageSlice;
-use kernel_ext::base::page::PageSliceMut;
-use kernel_ext::base::wait::new_wait_queue;
-use kernel_ext::base::wait::WaitQueue;
-use kernel_ext::xen::events::Channel;
-use kernel_ext::xen::events::Eoi;
-use kernel_ext::xen::events::Handler;
-use kernel_ext::xen::grant::copy::Copier;
-use kernel_ext::xen::grant::map::MappedPage;
-use kernel_ext::xen::grant::map::Mapper;
-use kernel_ext::xen::grant::map::PageCache;
-use kernel_ext::xen::grant::Access;
-use kernel_ext::xen::grant::ForeignRef;
-use kernel_ext::xen::ring::MappedRing;
-use kernel_ext::xen::xenbus;
-use kernel_ext::xen::xenstore::Reader;
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Release, //
+        },
+        Arc, //
+    }, //
+};
 
-use crate::tricks::Trick;
-use crate::tricks::HONEST;
-use crate::HOARD;
-use crate::HOARDED;
-use crate::TRICK;
+use kernel_ext::{
+    base::{
+        global_mutex::GlobalMutex,
+        jiffies::msecs_to_jiffies,
+        kthread::{
+            Current,
+            KThread,
+            Kind, //
+        },
+        page::{
+            Page,
+            PageSlice,
+            PageSliceMut, //
+        },
+        wait::{
+            new_wait_queue,
+            WaitQueue, //
+        }, //
+    },
+    xen::{
+        events::{
+            Channel,
+            Eoi,
+            Handler, //
+        },
+        grant::{
+            copy::Copier,
+            map::{
+                MappedPage,
+                Mapper,
+                PageCache, //
+            },
+            Access,
+            ForeignRef, //
+        },
+        ring::MappedRing,
+        xenbus,
+        xenstore::Reader, //
+    },
+};
+
+use blkif::{
+    request::{
+        self,
+        Data,
+        Direct,
+        DiskLimits,
+        Request, //
+    },
+    ring::BackRing,
+    wire::{
+        op,
+        Abi,
+        Response,
+        Status,
+        WireRequest,
+        DIRECT_SEGMENTS, //
+    },
+};
+
+use crate::{
+    tricks::{
+        Trick,
+        HONEST, //
+    },
+    HOARD,
+    HOARDED,
+    TRICK, //
+};
 
 /// Size of the disk in sectors.
 pub(crate) const SECTORS: u64 = 2048;

@@ -3,24 +3,43 @@
 //! What the driver and the thread of a connection share: what the backend is and does, and what the
 //! thread has seen.
 
-use blkif::wire::Status;
 use core::fmt::Write;
-use kernel::fmt;
-use kernel::prelude::*;
-use kernel::sync::atomic::Acquire;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Release;
-use kernel::sync::new_mutex;
-use kernel::sync::Arc;
-use kernel::sync::Mutex;
-use kernel::time::msecs_to_jiffies;
-use kernel_ext::base::kthread::Current;
-use kernel_ext::base::sysfs::Output;
-use kernel_ext::base::wait::new_wait_queue;
-use kernel_ext::base::wait::WaitQueue;
-use kernel_ext::xen::events::Eoi;
-use kernel_ext::xen::events::Handler;
-use kernel_ext::xen::xenbus::State;
+
+use kernel::{
+    fmt,
+    prelude::*,
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Release, //
+        },
+        new_mutex,
+        Arc,
+        Mutex, //
+    },
+    time::msecs_to_jiffies, //
+};
+
+use kernel_ext::{
+    base::{
+        kthread::Current,
+        sysfs::Output,
+        wait::{
+            new_wait_queue,
+            WaitQueue, //
+        }, //
+    },
+    xen::{
+        events::{
+            Eoi,
+            Handler, //
+        },
+        xenbus::State, //
+    },
+};
+
+use blkif::wire::Status;
 
 /// How long a thread sleeps before it looks again by itself.
 const LOOK_MS: u32 = 10;

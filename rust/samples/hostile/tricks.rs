@@ -2,8 +2,10 @@
 
 //! The ways in which a backend may be wrong.
 
-use blkif::wire::op;
-use blkif::wire::WireRequest;
+use blkif::wire::{
+    op,
+    WireRequest, //
+};
 
 /// What the backend does wrong, as long as it is told to.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -2,10 +2,14 @@
 
 //! A ring as bare words: nothing here keeps its user from writing nonsense.
 
-use blkif::ring::capacity;
-use blkif::wire::Abi;
 use core::ops::Deref;
+
 use kernel_ext::xen::ring::SharedWords;
+
+use blkif::{
+    ring::capacity,
+    wire::Abi, //
+};
 
 /// The word with the number of requests published.
 pub(crate) const REQ_PROD: usize = 0;

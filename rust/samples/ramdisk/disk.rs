@@ -2,42 +2,61 @@
 
 //! The disk, and its driver.
 
-use kernel::new_mutex;
-use kernel::prelude::*;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Full;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::Arc;
-use kernel::sync::ArcBorrow;
-use kernel::sync::Mutex;
-use kernel::time::msecs_to_jiffies;
-use kernel_ext::base::irq_spinlock::new_irq_spinlock;
-use kernel_ext::base::irq_spinlock::IrqSpinLock;
-use kernel_ext::base::kthread::Current;
-use kernel_ext::base::wait::WaitQueue;
-use kernel_ext::block::mq::BlkStatus;
-use kernel_ext::block::mq::Completed;
-use kernel_ext::block::mq::EndBatch;
-use kernel_ext::block::mq::Feature;
-use kernel_ext::block::mq::GenDisk;
-use kernel_ext::block::mq::GenDiskBuilder;
-use kernel_ext::block::mq::HwQueue;
-use kernel_ext::block::mq::InFlight;
-use kernel_ext::block::mq::Op;
-use kernel_ext::block::mq::OpenMode;
-use kernel_ext::block::mq::Operations;
-use kernel_ext::block::mq::QueueLimits;
-use kernel_ext::block::mq::Queued;
-use kernel_ext::block::mq::Rejected;
-use kernel_ext::block::mq::Request;
-use kernel_ext::block::mq::RequestId;
-use kernel_ext::block::mq::TagSet;
-use kernel_ext::block::mq::TagSetParams;
-use kernel_ext::new_wait_queue;
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Full,
+            Relaxed, //
+        },
+        Arc,
+        ArcBorrow,
+        Mutex, //
+    },
+    time::msecs_to_jiffies, //
+};
 
-use crate::mode::concerns;
-use crate::mode::Mode;
-use crate::store::Store;
+use kernel_ext::{
+    base::{
+        irq_spinlock::{
+            new_irq_spinlock,
+            IrqSpinLock, //
+        },
+        kthread::Current,
+        wait::WaitQueue, //
+    },
+    block::mq::{
+        BlkStatus,
+        Completed,
+        EndBatch,
+        Feature,
+        GenDisk,
+        GenDiskBuilder,
+        HwQueue,
+        InFlight,
+        Op,
+        OpenMode,
+        Operations,
+        QueueLimits,
+        Queued,
+        Rejected,
+        Request,
+        RequestId,
+        TagSet,
+        TagSetParams, //
+    },
+    new_wait_queue, //
+};
+
+use crate::{
+    mode::{
+        concerns,
+        Mode, //
+    },
+    store::Store, //
+};
 
 const SECTORS_PER_MIB: u64 = 1 << 11;
 

@@ -14,9 +14,14 @@ mod mode;
 mod store;
 
 use kernel::prelude::*;
-use kernel_ext::base::kthread::KThread;
-use kernel_ext::base::kthread::Kind;
-use kernel_ext::base::module_param::module_params;
+
+use kernel_ext::base::{
+    kthread::{
+        KThread,
+        Kind, //
+    },
+    module_param::module_params, //
+};
 
 use crate::disk::Control;
 

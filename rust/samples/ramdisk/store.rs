@@ -2,15 +2,24 @@
 
 //! The memory that the disk keeps its data in.
 
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
-use kernel_ext::base::page::Page;
-use kernel_ext::base::page::PageSliceMut;
-use kernel_ext::block::mq::BlkStatus;
-use kernel_ext::block::mq::Op;
-use kernel_ext::block::mq::Request;
-use kernel_ext::block::mq::State;
-use kernel_ext::block::mq::SECTOR_SIZE;
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*, //
+};
+
+use kernel_ext::{
+    base::page::{
+        Page,
+        PageSliceMut, //
+    },
+    block::mq::{
+        BlkStatus,
+        Op,
+        Request,
+        State,
+        SECTOR_SIZE, //
+    },
+};
 
 use crate::disk::Control;
 

@@ -3,38 +3,62 @@
 //! A connection of the backend: ring, event channel, and the thread that answers.
 
 use core::num::Wrapping;
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
-use kernel::sync::Arc;
-use kernel::time::msecs_to_jiffies;
-use kernel_ext::base::kthread::Current;
-use kernel_ext::base::kthread::KThread;
-use kernel_ext::base::kthread::Kind;
-use kernel_ext::base::page::Page;
-use kernel_ext::base::page::PageSlice;
-use kernel_ext::base::page::PageSliceMut;
-use kernel_ext::ratelimited;
-use kernel_ext::xen::events::Channel;
-use kernel_ext::xen::grant::copy::Copier;
-use kernel_ext::xen::grant::map::MappedPage;
-use kernel_ext::xen::grant::map::Mapper;
-use kernel_ext::xen::grant::map::PageCache;
-use kernel_ext::xen::grant::Access;
-use kernel_ext::xen::grant::ForeignRef;
-use kernel_ext::xen::ring::MappedRing;
-use kernel_ext::xen::ring::MAX_PAGES;
-use kernel_ext::xen::xenbus;
-use kernel_ext::xen::xenstore::Reader;
 
-use crate::protocol::answer_word;
-use crate::protocol::message_word;
-use crate::protocol::sum;
-use crate::protocol::Wake;
-use crate::protocol::Way;
-use crate::protocol::ANSWERS;
-use crate::protocol::MESSAGES;
-use crate::protocol::SLOTS;
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        Arc, //
+    },
+    time::msecs_to_jiffies, //
+};
+
+use kernel_ext::{
+    base::{
+        kthread::{
+            Current,
+            KThread,
+            Kind, //
+        },
+        page::{
+            Page,
+            PageSlice,
+            PageSliceMut, //
+        },
+    },
+    ratelimited,
+    xen::{
+        events::Channel,
+        grant::{
+            copy::Copier,
+            map::{
+                MappedPage,
+                Mapper,
+                PageCache, //
+            },
+            Access,
+            ForeignRef, //
+        },
+        ring::{
+            MappedRing,
+            MAX_PAGES, //
+        },
+        xenbus,
+        xenstore::Reader, //
+    },
+};
+
+use crate::protocol::{
+    answer_word,
+    message_word,
+    sum,
+    Wake,
+    Way,
+    ANSWERS,
+    MESSAGES,
+    SLOTS, //
+};
 
 /// Pages that stay mapped after the answer.
 const KEPT: usize = 4;

@@ -9,19 +9,28 @@
 mod answerer;
 mod protocol;
 
-use kernel::device::Core;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
-use kernel::sync::new_mutex;
-use kernel::sync::Mutex;
-use kernel_ext::xen::xenbus;
-use kernel_ext::xen::xenbus::After;
-use kernel_ext::xen::xenbus::DeviceId;
-use kernel_ext::xen::xenbus::IdArray;
-use kernel_ext::xen::xenbus::IdTable;
-use kernel_ext::xen::xenbus::Side;
-use kernel_ext::xen::xenbus::State;
-use kernel_ext::xen::xenstore::Reader;
+use kernel::{
+    device::Core,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        new_mutex,
+        Mutex, //
+    }, //
+};
+
+use kernel_ext::xen::{
+    xenbus::{
+        self,
+        After,
+        DeviceId,
+        IdArray,
+        IdTable,
+        Side,
+        State, //
+    },
+    xenstore::Reader, //
+};
 
 use crate::answerer::Connection;
 

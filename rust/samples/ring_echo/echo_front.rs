@@ -13,24 +13,37 @@
 mod protocol;
 mod sender;
 
-use kernel::device::Core;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
-use kernel::sync::new_mutex;
-use kernel::sync::Arc;
-use kernel::sync::Mutex;
-use kernel_ext::base::sysfs;
-use kernel_ext::base::sysfs::Attribute;
-use kernel_ext::xen::xenbus;
-use kernel_ext::xen::xenbus::After;
-use kernel_ext::xen::xenbus::DeviceId;
-use kernel_ext::xen::xenbus::IdArray;
-use kernel_ext::xen::xenbus::IdTable;
-use kernel_ext::xen::xenbus::Side;
-use kernel_ext::xen::xenbus::State;
+use kernel::{
+    device::Core,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        new_mutex,
+        Arc,
+        Mutex, //
+    }, //
+};
 
-use crate::sender::Connection;
-use crate::sender::Counters;
+use kernel_ext::{
+    base::sysfs::{
+        self,
+        Attribute, //
+    },
+    xen::xenbus::{
+        self,
+        After,
+        DeviceId,
+        IdArray,
+        IdTable,
+        Side,
+        State, //
+    },
+};
+
+use crate::sender::{
+    Connection,
+    Counters, //
+};
 
 kernel_ext::module_xenbus_driver! {
     type: Front,

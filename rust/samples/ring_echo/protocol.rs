@@ -19,20 +19,36 @@
 //! which is another one for each connection.
 
 use core::num::Wrapping;
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
-use kernel::sync::atomic::Acquire;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::atomic::Release;
-use kernel::sync::Arc;
-use kernel::time::Jiffies;
-use kernel_ext::base::kthread::Current;
-use kernel_ext::base::page::PageSlice;
-use kernel_ext::base::wait::new_wait_queue;
-use kernel_ext::base::wait::WaitQueue;
-use kernel_ext::xen::events::Eoi;
-use kernel_ext::xen::events::Handler;
+
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Relaxed,
+            Release, //
+        },
+        Arc, //
+    },
+    time::Jiffies, //
+};
+
+use kernel_ext::{
+    base::{
+        kthread::Current,
+        page::PageSlice,
+        wait::{
+            new_wait_queue,
+            WaitQueue, //
+        }, //
+    },
+    xen::events::{
+        Eoi,
+        Handler, //
+    },
+};
 
 /// Places on the ring.
 pub(crate) const SLOTS: u32 = 64;

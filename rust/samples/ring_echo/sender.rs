@@ -3,37 +3,59 @@
 //! A connection of the frontend: ring, event channel, and the thread that sends.
 
 use core::num::Wrapping;
-use kernel::fmt;
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
-use kernel::sync::aref::ARef;
-use kernel::sync::atomic::Atomic;
-use kernel::sync::atomic::Relaxed;
-use kernel::sync::Arc;
-use kernel::time::msecs_to_jiffies;
-use kernel_ext::base::kthread::Current;
-use kernel_ext::base::kthread::KThread;
-use kernel_ext::base::kthread::Kind;
-use kernel_ext::base::page::Page;
-use kernel_ext::base::page::PageSlice;
-use kernel_ext::base::page::PageSliceMut;
-use kernel_ext::base::sysfs::Output;
-use kernel_ext::ratelimited;
-use kernel_ext::xen::events::Channel;
-use kernel_ext::xen::grant::Access;
-use kernel_ext::xen::grant::GrantReserve;
-use kernel_ext::xen::grant::GrantedPage;
-use kernel_ext::xen::ring::RingPages;
-use kernel_ext::xen::xenbus;
-use kernel_ext::xen::xenstore;
 
-use crate::protocol::answer_word;
-use crate::protocol::message_word;
-use crate::protocol::sum;
-use crate::protocol::Wake;
-use crate::protocol::Way;
-use crate::protocol::ANSWERS;
-use crate::protocol::MESSAGES;
+use kernel::{
+    fmt,
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    },
+    time::msecs_to_jiffies, //
+};
+
+use kernel_ext::{
+    base::{
+        kthread::{
+            Current,
+            KThread,
+            Kind, //
+        },
+        page::{
+            Page,
+            PageSlice,
+            PageSliceMut, //
+        },
+        sysfs::Output, //
+    },
+    ratelimited,
+    xen::{
+        events::Channel,
+        grant::{
+            Access,
+            GrantReserve,
+            GrantedPage, //
+        },
+        ring::RingPages,
+        xenbus,
+        xenstore, //
+    },
+};
+
+use crate::protocol::{
+    answer_word,
+    message_word,
+    sum,
+    Wake,
+    Way,
+    ANSWERS,
+    MESSAGES, //
+};
 
 /// Messages that wait for an answer, at most.
 const WINDOW: usize = 8;

@@ -4,13 +4,14 @@
 //!
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
+use kernel::bindings;
+
 use super::{
     BlkStatus,
     Operations,
     Request,
     State, //
 };
-use kernel::bindings;
 
 /// Requests that are ended together, which is cheaper: tags are freed and time is taken once.
 ///

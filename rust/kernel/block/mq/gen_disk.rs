@@ -4,21 +4,11 @@
 //!
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
-use super::{
-    OpenMode,
-    Operations,
-    QueueLimits,
-    TagSet, //
+use core::{
+    marker::PhantomData,
+    ptr, //
 };
-use crate::{
-    base::{
-        module_ref::ModuleRef,
-        this_module::this_module, //
-    },
-    block::major::Minors, //
-};
-use core::marker::PhantomData;
-use core::ptr;
+
 use kernel::{
     bindings,
     device::Device,
@@ -51,7 +41,22 @@ use kernel::{
     types::{
         ForeignOwnable,
         NotThreadSafe, //
+    }, //
+};
+
+use crate::{
+    base::{
+        module_ref::ModuleRef,
+        this_module::this_module, //
     },
+    block::major::Minors, //
+};
+
+use super::{
+    OpenMode,
+    Operations,
+    QueueLimits,
+    TagSet, //
 };
 
 /// The largest capacity that can be given in bytes, in sectors.

@@ -4,14 +4,18 @@
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
-use super::Operations;
-use core::marker::PhantomData;
-use core::ptr::NonNull;
+use core::{
+    marker::PhantomData,
+    ptr::NonNull, //
+};
+
 use kernel::{
     bindings,
     sync::ArcBorrow,
     types::ForeignOwnable, //
 };
+
+use super::Operations;
 
 /// The hardware queue for which blk-mq calls the driver, during that call.
 ///

@@ -4,12 +4,13 @@
 //!
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
-use super::SECTOR_SIZE;
 use kernel::{
     bindings,
     page::PAGE_SIZE,
     prelude::*, //
 };
+
+use super::SECTOR_SIZE;
 
 /// Something that a disk has or is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -4,6 +4,17 @@
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
+use core::{
+    marker::PhantomData,
+    mem,
+    ptr::{
+        self,
+        NonNull, //
+    }, //
+};
+
+use kernel::bindings;
+
 use super::{
     HwQueue,
     Operations,
@@ -11,13 +22,6 @@ use super::{
     Request,
     State, //
 };
-use core::marker::PhantomData;
-use core::mem;
-use core::ptr::{
-    self,
-    NonNull, //
-};
-use kernel::bindings;
 
 /// Requests in a row, each owned. Takes no memory: each one has a link for that.
 ///

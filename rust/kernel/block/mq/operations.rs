@@ -4,18 +4,11 @@
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
-use super::{
-    Completed,
-    Geometry,
-    HwQueue,
-    Queued,
-    Rejected,
-    Request,
-    RequestId,
-    RequestList, //
+use core::{
+    marker::PhantomData,
+    ptr::NonNull, //
 };
-use core::marker::PhantomData;
-use core::ptr::NonNull;
+
 use kernel::{
     bindings,
     error::{
@@ -33,6 +26,17 @@ use kernel::{
         ArcBorrow, //
     },
     types::ForeignOwnable, //
+};
+
+use super::{
+    Completed,
+    Geometry,
+    HwQueue,
+    Queued,
+    Rejected,
+    Request,
+    RequestId,
+    RequestList, //
 };
 
 /// What a driver does for its disks.

@@ -4,22 +4,27 @@
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
-use super::{
-    operations,
-    BlkStatus,
-    Operations, //
+use core::{
+    marker::PhantomData,
+    mem,
+    ptr::NonNull, //
 };
+
+use kernel::{
+    bindings,
+    sync::Arc, //
+};
+
 use crate::base::page::{
     PageOwner,
     PageSlice,
     PageSliceMut, //
 };
-use core::marker::PhantomData;
-use core::mem;
-use core::ptr::NonNull;
-use kernel::{
-    bindings,
-    sync::Arc, //
+
+use super::{
+    operations,
+    BlkStatus,
+    Operations, //
 };
 
 /// `BLK_STS_RESOURCE`: blk-mq tries again on its own, soon.

@@ -4,13 +4,8 @@
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
-use super::{
-    operations::OperationsVTable,
-    Operations,
-    RequestId, //
-};
-use crate::base::cpu;
 use core::marker::PhantomData;
+
 use kernel::{
     bindings,
     cpu::CpuId,
@@ -19,6 +14,14 @@ use kernel::{
     prelude::*,
     time::Jiffies,
     types::Opaque, //
+};
+
+use crate::base::cpu;
+
+use super::{
+    operations::OperationsVTable,
+    Operations,
+    RequestId, //
 };
 
 /// What a [`TagSet`] is to be like.

@@ -8,15 +8,26 @@
 //! The hypercall is made by this module itself: `gnttab_batch_copy` stops the kernel when it fails,
 //! and sleeps for long when a page of the other domain is not in memory.
 
-use super::ForeignRef;
-use super::GrantStatus;
-use crate::base::page::PageSlice;
-use crate::base::page::PageSliceMut;
-use crate::xen::DomId;
 use core::marker::PhantomData;
-use kernel::error::to_result;
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
+
+use kernel::{
+    error::to_result,
+    page::PAGE_SIZE,
+    prelude::*, //
+};
+
+use crate::{
+    base::page::{
+        PageSlice,
+        PageSliceMut, //
+    },
+    xen::DomId, //
+};
+
+use super::{
+    ForeignRef,
+    GrantStatus, //
+};
 
 /// What the status of an operation says before Xen has got to it.
 const NOT_REACHED: i16 = 1;

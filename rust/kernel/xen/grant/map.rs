@@ -10,21 +10,34 @@
 //! Others may hold on to a page for longer than the I/O: a network card that sends it does. Such a
 //! page is *busy*. [`Mapper::unmap`] leaves busy pages in the list, for the caller to try later.
 
-use super::Access;
-use super::ForeignRef;
-use super::GrantStatus;
-use crate::base::page::PageOwner;
-use crate::base::page::PageSlice;
-use crate::base::page::PageSliceMut;
-use crate::ratelimited;
-use crate::xen::DomId;
-use core::mem::ManuallyDrop;
-use core::ptr::NonNull;
-use kernel::bindings;
-use kernel::error::to_result;
-use kernel::page::PAGE_SIZE;
-use kernel::prelude::*;
-use kernel::types::Opaque;
+use core::{
+    mem::ManuallyDrop,
+    ptr::NonNull, //
+};
+
+use kernel::{
+    bindings,
+    error::to_result,
+    page::PAGE_SIZE,
+    prelude::*,
+    types::Opaque, //
+};
+
+use crate::{
+    base::page::{
+        PageOwner,
+        PageSlice,
+        PageSliceMut, //
+    },
+    ratelimited,
+    xen::DomId, //
+};
+
+use super::{
+    Access,
+    ForeignRef,
+    GrantStatus, //
+};
 
 /// What the status of an operation says before Xen has got to it.
 const NOT_REACHED: i16 = 1;
