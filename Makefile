@@ -16,10 +16,10 @@ test: ## the tests of each day; T=<name> for all scenarios with that name
 	@scripts/run-tests $(T)
 
 test-all: ## all tests on Debian's kernels, those of each day on the debug kernel: before a release
-	@RBLKIF_ROWS="7.2 7.3" scripts/run-tests
+	@RBLKIF_TIERS="daily full" scripts/run-tests
 
 test-debug: ## all scenarios that run on the debug kernel; T=<name> for those with that name
-	@KERNEL=debug RBLKIF_ROWS=debug scripts/run-tests $(T)
+	@KERNEL=debug RBLKIF_TIERS="daily debug" scripts/run-tests $(T)
 
 sabotage: ## takes features away from our drivers, and sees whether the scenarios notice; NAMES="..." for some
 	@scripts/sabotage $(NAMES)

@@ -4,9 +4,9 @@
 The environment says where things are: RBLKIF_KERNELS is a list of NAME=DIRECTORY
 of prepared kernels, RBLKIF_BUILD the directory with a directory of our modules
 for each kernel release, RBLKIF_DOM0_KERNEL a kernel for dom0 where that of the
-run cannot be it, RBLKIF_LOGS where logs go if not to test-logs there, RBLKIF_ROWS
-which rows of the expected list are meant, see harness/expected.py, RBLKIF_NAME
-what is in the names of the scenarios that are meant, if not all of them are.
+run cannot be it, RBLKIF_LOGS where logs go if not to test-logs there, RBLKIF_TIERS
+the tiers of the matrix that are run, see harness/matrix.py, RBLKIF_NAME a part of the
+names of the scenarios that are run, all if it is empty.
 """
 
 import os
@@ -16,7 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from harness import expected
+from harness import features
+from harness import matrix
 from harness.kernel import Kernel
 from harness.guest import Kind
 from harness.pairs import pair as pair_called
@@ -28,7 +29,7 @@ from harness.xenhost import XenHost
 pytest_plugins = ["harness.controls"]
 
 NAME = os.environ.get("RBLKIF_NAME", "")
-ROWS = {name: runs for name, runs in expected.read().items() if NAME in name}
+MATRIX = {name: runs for name, runs in matrix.read().items() if NAME in name}
 BUILD = Path(os.environ.get("RBLKIF_BUILD", "build")).resolve()
 LOGS = Path(os.environ.get("RBLKIF_LOGS", BUILD / "test-logs")).resolve()
 
@@ -54,18 +55,18 @@ def snapshot_of(dom0_kernel, vcpus, kernel, waiting, counted):
 
 
 def scenario_of(function):
-    """The name of a scenario in the expected list."""
+    """The name of a scenario in the matrix."""
     return function.__name__.removeprefix("test_")
 
 
 def pytest_generate_tests(metafunc):
-    """Runs a scenario once for each kernel and pair of its row."""
+    """Runs a scenario once for each kernel and pair of its entry in the matrix."""
     scenario = scenario_of(metafunc.function)
-    if scenario not in ROWS and NAME in scenario:
-        raise pytest.UsageError(f"{scenario} has no row in {expected.FILE}")
+    if scenario not in MATRIX and NAME in scenario:
+        raise pytest.UsageError(f"{scenario} is not in {matrix.FILE}")
     if "other_kernel" in metafunc.fixturenames and len(kernels()) < 2:
-        ROWS.pop(scenario, None)
-    runs = [run for run in ROWS.get(scenario, ()) if run[0] in kernels()]
+        MATRIX.pop(scenario, None)
+    runs = [run for run in MATRIX.get(scenario, ()) if run[0] in kernels()]
     metafunc.parametrize(
         "run", runs, ids=[f"{kernel}-{pair}" for kernel, pair in runs], indirect=True
     )
@@ -79,25 +80,28 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(items):
-    """Leaves out scenarios that are not meant, or not for the kernels of this run; in the order of the
-    list.
-    """
-    order = list(ROWS)
+    """Drops scenarios that are not run on the kernels of this run, and sorts by the matrix."""
+    order = list(MATRIX)
     items[:] = [item for item in items if isinstance(item.callspec.params["run"], tuple)]
     items.sort(key=lambda item: order.index(scenario_of(item.function)))
+    known = {number for number, *_ in features.features()}
+    for item in items:
+        named = {number for marker in item.iter_markers("feature") for number in marker.args}
+        if named - known:
+            raise pytest.UsageError(f"{item.nodeid}: no such feature: {sorted(named - known)}")
 
 
 def pytest_collection_finish(session):
-    """A row of the expected list without its scenario is a failure, unless some were chosen."""
+    """Fails if a scenario of the matrix does not exist, unless some were selected."""
     if session.config.option.keyword or any(".py" in argument for argument in session.config.args):
         return
     found = {scenario_of(item.function) for item in session.items}
     wanted = {
-        name for name, runs in ROWS.items() if any(kernel in kernels() for kernel, _pair in runs)
+        name for name, runs in MATRIX.items() if any(kernel in kernels() for kernel, _pair in runs)
     }
     if wanted - found:
         raise pytest.UsageError(
-            f"{expected.FILE} has rows without a scenario: {sorted(wanted - found)}"
+            f"{matrix.FILE} has entries without a scenario: {sorted(wanted - found)}"
         )
 
 
@@ -108,7 +112,7 @@ def pytest_runtest_makereport(item, call):
     report = outcome.get_result()
     if report.skipped:
         report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} was skipped: every expected scenario must run"
+        report.longrepr = f"{item.nodeid} was skipped: every scenario of the matrix must run"
     if call.when == "call":
         item.failed = report.failed
 

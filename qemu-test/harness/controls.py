@@ -23,10 +23,10 @@ from .image import PIECES
 from .kernel import Kernel
 
 CONTROL = "C/C"
-PLACES = ("BUILD", "CACHE", "CONTROLS", "DOM0_KERNEL", "IN_ROOT", "KERNELS", "LOGS", "NAME", "ROWS")
+PLACES = ("BUILD", "CACHE", "CONTROLS", "DOM0_KERNEL", "IN_ROOT", "KERNELS", "LOGS", "NAME", "TIERS")
 """RBLKIF_ variables that do not say what a scenario does, such as with how many disks."""
 HARNESS = PIECES.parent
-BOOKKEEPING = ("demo.py", "expected.py", "results.py", "try.py")
+BOOKKEEPING = ("demo.py", "features.py", "matrix.py", "results.py", "try.py")
 """Of the harness, what chooses scenarios or counts results, and what is no part of one."""
 
 

@@ -20,12 +20,12 @@ import tomllib
 from collections import Counter
 from pathlib import Path
 
-from harness import expected
+from harness import features
+from harness import matrix
 from harness.cache import key_of
-from sabotage import rows
 
 HERE = Path(__file__).resolve().parent
-RESULTS = rows.TREE / "build" / "sabotage.json"
+RESULTS = features.TREE / "build" / "sabotage.json"
 KEYS = ["file", "name", "new", "old", "rows", "scenario"]
 RUN = ("7.3", "R/R")
 """The kernel with which each scenario runs, and the pair if an entry names none."""
@@ -56,9 +56,9 @@ def results():
 
 def findings():
     """What is wrong with the lists, a line each."""
-    known = {number for number, *_ in rows.rows()}
-    shown = {name: claims for name, _path, claims in rows.scenarios()}
-    runs = expected.read(whole=RUN[:1])
+    known = {number for number, *_ in features.features()}
+    shown = {name: claims for name, _path, claims in features.scenarios()}
+    runs = matrix.read(tiers=("daily", "full"))
     found = entries()
     names = Counter(entry.get("name") for entry in found)
     for entry in found:
@@ -72,12 +72,12 @@ def _findings(entry, known, shown, runs):
     if sorted(entry) != sorted([*KEYS, "list", "pair"]):
         yield f"must have {', '.join(KEYS)} and nothing else"
         return
-    scenario, file = entry["scenario"], rows.TREE / entry["file"]
+    scenario, file = entry["scenario"], features.TREE / entry["file"]
     if (RUN[0], entry["pair"]) not in runs.get(scenario, []):
         yield f"no scenario {scenario} runs with {RUN[0]} {entry['pair']}"
     for row in entry["rows"]:
         if row not in known:
-            yield f"{row} is not in {rows.ROWS.name}"
+            yield f"{row} is not in {features.ROWS.name}"
         elif row not in shown.get(scenario, []):
             yield f"{scenario} does not say that it shows {row}"
     if not entry["rows"]:

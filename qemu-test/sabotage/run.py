@@ -26,8 +26,8 @@ from xml.etree import ElementTree
 TREE = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(TREE / "qemu-test"))
 
+from harness import features
 from sabotage import lists
-from sabotage import rows
 
 SPACE = TREE / "build" / "sabotage"
 COPY = SPACE / "tree"
@@ -100,7 +100,7 @@ def build(kernel):
 
 def run_scenario(scenario, pair, kernel):
     """Runs a scenario with the modules of the copy; its failure, or "" if it has none."""
-    files = {name: path for name, path, _rows in rows.scenarios()}
+    files = {name: path for name, path, _features in features.scenarios()}
     name = lists.RUN[0]
     results = SPACE / "scenario.xml"
     results.unlink(missing_ok=True)
@@ -110,7 +110,7 @@ def run_scenario(scenario, pair, kernel):
     environment = os.environ | {
         "RBLKIF_KERNELS": f"{name}={kernel}",
         "RBLKIF_BUILD": str(SPACE),
-        "RBLKIF_ROWS": name,
+        "RBLKIF_TIERS": "daily full",
     }
     with (SPACE / "scenario.log").open("w") as log:
         ended = subprocess.run(command, cwd=TREE, env=environment, stdout=log, stderr=log)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What scripts and people find of a backend in its domain is where the C module has it."""
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
 from harness.handmade import HandMade
@@ -40,14 +41,12 @@ LOGGED = "oo .*rd .*wr .*f .*ds "
 """What is printed of a ring every ten seconds if log_stats is set."""
 
 
+@pytest.mark.feature("BE-01", "BE-02", "BE-03", "BE-06", "BE-20", "BE-21", "BE-24", "BE-30", "BE-31", "BE-32", "BE-33", "BE-34", "BE-35", "BE-36", "BE-37", "BE-41")
 def test_backend_interface(xen):
     """Parameters, files in sysfs, nodes, names of threads, and the numbers of xentop.
 
     Parameters that can be written hold for the next disk. That a disk gets another
     device while it is used is ignored.
-
-    Rows: BE-01, BE-02, BE-03, BE-06, BE-20, BE-21, BE-24, BE-30, BE-31, BE-32, BE-33, BE-34, BE-35,
-    BE-36, BE-37, BE-41
     """
     host = xen(waiting=TWO_VCPUS, tools=[XENTOP])
     server = host.start_server()

@@ -53,12 +53,11 @@ def device(guest, vdev="xvda"):
     return f"/sys/bus/xen-backend/devices/vbd-{guest.domid}-{CODES[vdev]}"
 
 
+@pytest.mark.feature("BE-25", "BE-51", "B-13")
 def test_resize_idle(ramdisk_host, record_property):
     """A new size is seen, with and without I/O, and an idle disk wakes nobody to look for it.
 
     The C backend wakes each thread ten times a second.
-
-    Rows: BE-25, BE-51, B-13
     """
     host = ramdisk_host("size_mib=16", backend=KEEPS_PAGES)
     guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
@@ -76,12 +75,11 @@ def test_resize_idle(ramdisk_host, record_property):
     guest.sh("touch /tmp/stop; dd if=/dev/zero of=/dev/xvda bs=1M count=1 seek=47 conv=fsync")
 
 
+@pytest.mark.feature("FE-11", "FE-44", "BE-23", "BE-47", "B-08")
 def test_discard(ramdisk_host, record_property):
     """Discards are seen on the device, and other I/O goes on while one takes long.
 
     The C backend waits for a discard before it does anything else.
-
-    Rows: FE-11, FE-44, BE-23, BE-47, B-08
     """
     host = ramdisk_host(
         f"only={DISCARD} secure_erase=1 discard_granularity=65536 discard_alignment=4096"
@@ -120,13 +118,12 @@ def test_discard(ramdisk_host, record_property):
         assert host.server.sh(f"{part} | tr -d '{byte}' | wc -c") == "0", (part, byte)
 
 
+@pytest.mark.feature("BE-04", "BE-43", "B-09")
 def test_discard_forbidden(ramdisk_host, record_property):
     """A discard that the toolstack has forbidden is refused, whatever the frontend believes.
 
     The guest is paused while dom0 adds the offer that the backend did not make.
     The C backend discards.
-
-    Rows: BE-04, BE-43, B-09
     """
     host = ramdisk_host("")
     host.server.sh("echo precious | dd of=/dev/rblk0 conv=sync,fsync 2>/dev/null")
@@ -152,12 +149,11 @@ def test_discard_forbidden(ramdisk_host, record_property):
         record_property("c_fails", "B-09")
 
 
+@pytest.mark.feature("BE-01", "BE-52", "B-20")
 def test_disk_sequence(xen):
     """A device number that was given to another disk meanwhile is not served.
 
     The C backend is no control: it does not know sequence numbers.
-
-    Rows: BE-01, BE-52, B-20
     """
     host = xen()
     server = host.start_server()
@@ -180,13 +176,12 @@ def test_disk_sequence(xen):
     assert guest.run("[ -b /dev/xvdb ]")[0] != 0
 
 
+@pytest.mark.feature("B-01")
 def test_stuck_disk(ramdisk_host):
     """A disk that does not answer holds up its own guest, and no other.
 
     The C backend is no control: it frees the device while the disk still has its
     requests.
-
-    Rows: B-01
     """
     host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
     host.server.ram_disks()
@@ -212,6 +207,7 @@ def test_stuck_disk(ramdisk_host):
     host.server.wait_for(f"[ ! -e {device(guest)} ]")
 
 
+@pytest.mark.feature("B-01")
 def test_stuck_unbind(ramdisk_host):
     """A disk that does not answer, under a backend that is unbound: its requests are done once.
 
@@ -220,8 +216,6 @@ def test_stuck_unbind(ramdisk_host):
 
     The C backend is no control: it frees the device while the disk still has its
     requests.
-
-    Rows: B-01
     """
     host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
     guest = host.start_guest(disks=[Disk("xvda", "/dev/rblk0")])
@@ -267,6 +261,7 @@ def detach_dirty(host, guest, timeout):
     return disk
 
 
+@pytest.mark.feature("F-40")
 def test_detach_slow_disk(ramdisk_host):
     """A mounted disk that does not answer is detached.
 
@@ -274,8 +269,6 @@ def test_detach_slow_disk(ramdisk_host):
     not, or if the disk is taken away by force, the file system ends without it.
 
     The C frontend does not write anything back, so it is no control.
-
-    Rows: F-40
     """
     host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
     guest = host.start_guest(disks=[])
@@ -353,6 +346,7 @@ def assert_only_threads_wait(host, guest):
     assert server.run(f"rmmod {host.pair.back.name}")[0] != 0
 
 
+@pytest.mark.feature("FE-65", "B-01")
 def test_stuck_removal(ramdisk_host, record_property):
     """A disk that does not answer is taken away by force, and last with its domain.
 
@@ -362,8 +356,6 @@ def test_stuck_removal(ramdisk_host, record_property):
 
     The C backend says that it has closed, and frees the device, while the disk still
     has its request. It is not asked for more.
-
-    Rows: FE-65, B-01
     """
     host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
     guest = host.start_guest(disks=[])

@@ -5,6 +5,7 @@ Dom0's shell plays the other side: it writes the nodes that a backend or a
 frontend would write. After each piece of nonsense a good disk must work.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.guest import DRIVER
 from harness.toolstack import PLAIN
@@ -162,12 +163,11 @@ def flicker(host, guest):
         remove_devices(host, guest, [CODE])
 
 
+@pytest.mark.feature("FE-07", "FE-26", "F-09", "F-11")
 def test_bad_offers(xen, record_property):
     """Nonsense from the backend: the frontend names it, and closes or does without.
 
     xen-blkfront reads a block size of 65536 as 0, and its default is 512.
-
-    Rows: FE-07, FE-26, F-09, F-11
     """
     host = xen()
     guest = host.start_guest(disks=[])
@@ -202,6 +202,7 @@ def test_bad_offers(xen, record_property):
     guest.sh("dd if=/dev/zero of=/dev/xvdb bs=64k count=16 oflag=direct")
 
 
+@pytest.mark.feature("BE-07", "BE-09", "BE-10", "BE-11", "B-18")
 def test_bad_frontend(host):
     """Nonsense from the frontend: an error in xenstore, and the next one connects.
 
@@ -210,8 +211,6 @@ def test_bad_frontend(host):
 
     The C backend is no control here: it warns, with a stack trace, when it is
     detached from a frontend that it never connected to.
-
-    Rows: BE-07, BE-09, BE-10, BE-11, B-18
     """
     guest = host.start_guest(disks=[])
     guest.unload_frontend()
@@ -234,13 +233,12 @@ def test_bad_frontend(host):
     guest.sh("dd if=/dev/zero of=/dev/xvdb bs=64k count=16 oflag=direct")
 
 
+@pytest.mark.feature("B-24")
 def test_eager_frontend(xen, record_property):
     """A frontend that connects again and again has to wait; other disks have not. In the end it
     is served.
 
     The machine counts its time: by the host's clock it would be too slow to be made to wait.
-
-    Rows: B-24
     """
     host = xen(counted=True)
     server = host.start_server()

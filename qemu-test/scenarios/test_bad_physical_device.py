@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A disk that cannot be served fails with a message; nothing else suffers."""
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
 from harness.toolstack import directories
@@ -62,11 +63,9 @@ def refuse_to_one_who_comes_late(host, guest):
     assert_refused(host, guest, disk)
 
 
+@pytest.mark.feature("BE-01", "BE-52", "B-22")
 def test_bad_physical_device(host, record_property):
-    """A disk that is not there, or that dom0 uses itself. The C backend serves the latter.
-
-    Rows: BE-01, BE-52, B-22
-    """
+    """A disk that is not there, or that dom0 uses itself. The C backend serves the latter."""
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
     for number, nonsense in enumerate(NONSENSE[host.pair.back.name]):
@@ -99,12 +98,11 @@ def test_bad_physical_device(host, record_property):
         server.sh("swapoff /dev/loop0")
 
 
+@pytest.mark.feature("BE-56")
 def test_unclaimed_disk(xen):
     """A disk that dom0 has mounted is served with mode "w!", as by Xen's own scripts, to two guests.
 
     With mode "w" it is refused; the C backend takes the two for the same.
-
-    Rows: BE-56
     """
     host = xen()
     server = host.start_server()

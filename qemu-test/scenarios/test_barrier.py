@@ -8,6 +8,7 @@ The disk offers barriers and no flush. The backend says all that it offers in
 one go, so the guest is paused meanwhile, and the node rewritten.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
 from harness.handmade import HandMade
@@ -51,11 +52,9 @@ def connect_with_barrier_only(host, guest):
     return disk
 
 
+@pytest.mark.feature("BE-22", "BE-46", "B-02", "B-03")
 def test_barrier(xen, record_property):
-    """The C backend waits for its own ring alone, and flushes only before the data.
-
-    Rows: BE-22, BE-46, B-02, B-03
-    """
+    """The C backend waits for its own ring alone, and flushes only before the data."""
     host = xen(waiting=TWO_VCPUS, log_writes=True)
     host.load_backend("max_queues=2")
     guest = host.start_guest(disks=[])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A domain is destroyed at each step of its disk's connection; nothing of it is left."""
 
+import pytest
 from harness.counts import kernel_counts
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
@@ -93,11 +94,9 @@ def life(host, guest, step):
     host.server.wait_for(f"[ ! -e {disk.device} ] && ! grep -q xvda /proc/[0-9]*/comm")
 
 
+@pytest.mark.feature("BE-11")
 def test_destroyed(host):
-    """A domain that has ended at each of the steps has left nothing behind, and the next one has its disk.
-
-    Rows: BE-11
-    """
+    """A domain that has ended at each of the steps has left nothing behind, and the next one has its disk."""
     guest = host.start_guest(disks=[])
     server = host.server
     server.sh(f"sed -i '/= add/a [ ! -e {HOLD} ] || exit 0' /etc/xen/scripts/blk-min")

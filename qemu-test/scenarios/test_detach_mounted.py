@@ -6,6 +6,7 @@ until the guest says that it has. So there is time for what the guest still has 
 holds for a disk that is unbound from its driver.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.toolstack import CODES
 from harness.xenhost import Disk
@@ -32,13 +33,12 @@ def detach(host, guest, mounts):
     guest.run(f"umount {mounts}", timeout=60)
 
 
+@pytest.mark.feature("FE-64", "F-40")
 def test_detach_mounted(host):
     """Either the guest refuses while the disk is mounted, or what its programs have written to
     files is on the disk afterwards.
 
     A disk of virtio that is taken away is synced first. The C frontend loses the data too.
-
-    Rows: FE-64, F-40
     """
     guest = host.start_guest(disks=[])
     guest.allow("xvdb")
@@ -54,12 +54,11 @@ def test_detach_mounted(host):
     assert output.strip() == "kept", output
 
 
+@pytest.mark.feature("F-40")
 def test_detach_partitions(host):
     """A file system on one partition, and the page cache of another one that a program has open.
 
     The C frontend loses both.
-
-    Rows: F-40
     """
     guest = host.start_guest(disks=[])
     guest.allow("xvdb")
@@ -79,14 +78,13 @@ def test_detach_partitions(host):
     assert guest.sh("cat /disk/file; head -n 1 /dev/xvdb2; umount /disk") == "kept\nkept"
 
 
+@pytest.mark.feature("F-40")
 def test_detach_swap(host):
     """A disk that is swapped to is not taken from the guest: xl gives up, and says so.
 
     It goes as soon as the guest swaps to it no more. What xl has left of it is removed by force.
 
     The C frontend gives it away with what is swapped out.
-
-    Rows: F-40
     """
     guest = host.start_guest(disks=[])
     attach(host, guest)
@@ -101,11 +99,10 @@ def test_detach_swap(host):
     attach(host, guest)
 
 
+@pytest.mark.feature("FE-65")
 def test_unbind_in_use(host):
     """A disk is unbound while it is open, and while it is mounted: what was written is there when it
     is bound again.
-
-    Rows: FE-65
     """
     guest = host.start_guest(disks=[])
     guest.allow("xvdb")

@@ -7,6 +7,7 @@ sectors while they connect, as nobody would answer a look for partitions.
 
 import errno
 
+import pytest
 from harness.evidence import assert_front_of_pair
 from harness.guest import DRIVER
 from harness.image import compiled
@@ -76,12 +77,9 @@ def disks(rust):
     yield "xvdf", XVDF, {"removable": 1}, {"no-part-scan": 1}, ours
 
 
+@pytest.mark.feature("FE-01", "FE-04", "FE-07", "FE-08", "FE-09", "FE-10", "FE-11", "FE-13", "FE-24", "FE-26", "FE-51", "FE-52", "FE-53", "FE-54", "FE-60", "FE-61", "FE-63", "F-08", "F-20")
 def test_disk_facts(xen, record_property):
-    """Offers as they are seen in sysfs, while disks connect and later; names and numbers of disks.
-
-    Rows: FE-01, FE-04, FE-07, FE-08, FE-09, FE-10, FE-11, FE-13, FE-24, FE-26, FE-51, FE-52, FE-53,
-    FE-54, FE-60, FE-61, FE-63, F-08, F-20
-    """
+    """Offers as they are seen in sysfs, while disks connect and later; names and numbers of disks."""
     host = xen(programs=[compiled("ioctl")])
     guest = host.start_guest(disks=[])
     assert_front_of_pair(host, guest)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Dom0 goes to sleep and wakes up, with its disks, while a guest writes."""
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.job import Job
 from harness.xenhost import Disk
@@ -12,11 +13,9 @@ WORK = (
 )
 
 
+@pytest.mark.feature("BE-41")
 def test_dom0_sleep(xen):
-    """The device below is one that sleeps too: QEMU's disk, not memory.
-
-    Rows: BE-41
-    """
+    """The device below is one that sleeps too: QEMU's disk, not memory."""
     host = xen()
     host.load_backend()
     guest = host.start_guest(disks=[Disk("xvda", "/dev/vdb")])

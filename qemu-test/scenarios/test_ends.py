@@ -4,6 +4,7 @@ begin to serve."""
 
 import time
 
+import pytest
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
@@ -80,6 +81,7 @@ def in_use(disk):
 STEPS = (offered, named, front_first, no_rings, closing, closed, connected, in_use)
 
 
+@pytest.mark.feature("BE-05", "B-01", "B-18", "B-23")
 def test_end_at_each_step(xen, record_property):
     """Unbound, unloaded, loaded at each step, and then the directories of the device vanish.
 
@@ -89,8 +91,6 @@ def test_end_at_each_step(xen, record_property):
     The C backend warns, with a stack trace, of rings that it could not connect to,
     and else does the same. The C frontend, removed in use after its backend, waits
     for that for ever, and the guest's xenwatch thread with it.
-
-    Rows: BE-05, B-01, B-18, B-23
     """
     host = xen()
     server = host.start_server()
@@ -135,12 +135,11 @@ def test_end_at_each_step(xen, record_property):
     in_use(disk)
 
 
+@pytest.mark.feature("F-42")
 def test_shutdown_after_outage(xen):
     """A guest that is powered off closes its disk first, although the disk had an outage before.
 
     The C frontend has none that it survives, and is powered off without.
-
-    Rows: F-42
     """
     host = xen(waiting=None)
     server = host.start_server()
@@ -186,14 +185,13 @@ It waits without a program, for none would start; so it sees nothing but the sta
 """
 
 
+@pytest.mark.feature("B-16")
 def test_thread_limit(xen):
     """The kernel refuses the thread of the first queue, or of the second: the toolstack is told, the
     frontend waits, and nothing is left of the attempt. When there are threads again, it is connected.
 
     The C backend is no control: the frontend has been told by then that it is connected, and
     reads. Neither half gets away from that, and the backend does not close.
-
-    Rows: B-16
     """
     host = xen(waiting=TWO_VCPUS)
     server = host.start_server()

@@ -4,6 +4,7 @@
 Dom0's shell plays the backends. They have no ring, so a flush that is sent to one stays in flight.
 """
 
+import pytest
 from harness.evidence import assert_front_of_pair
 from harness.toolstack import connect_disks
 from harness.toolstack import directories
@@ -44,14 +45,13 @@ def has_cache(guest, vdev):
     return guest.sh(f"cat /sys/block/{vdev}/queue/write_cache") == "write back"
 
 
+@pytest.mark.feature("F-26")
 def test_flush_lost(xen):
     """A flush that was in flight, and one after the reconnect, fail; with a backend that can flush
     again they are sent to it. A disk that never had a cache has nothing to flush.
 
     xen-blkfront is not asked: it ends the disk when the backend closes. After a restore it reports
     such a flush done.
-
-    Rows: F-26
     """
     host = xen()
     guest = host.start_guest(disks=[])

@@ -7,6 +7,7 @@ the log a flush must stand between the two: the first was asked to be durable
 before the second was even written.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.writelog import read_log
 from harness.xenhost import Disk
@@ -14,8 +15,8 @@ from harness.xenhost import Disk
 STEPS = 20
 
 
+@pytest.mark.feature("FE-10", "FE-42", "BE-22", "BE-46")
 def test_flush_ordering(xen):
-    """Rows: FE-10, FE-42, BE-22, BE-46"""
     host = xen(log_writes=True)
     host.load_backend()
     guest = host.start_guest(disks=[Disk("xvda", "/dev/vdb")])

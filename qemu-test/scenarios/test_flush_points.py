@@ -9,6 +9,7 @@ together from the log, the journals are replayed, and then nothing may be wrong.
 import shutil
 import subprocess
 
+import pytest
 from harness import xfs
 from harness.evidence import assert_served_by_pair
 from harness.writelog import read_log
@@ -32,8 +33,8 @@ change ext4 xvda & change xfs xvdb & wait
 """
 
 
+@pytest.mark.feature("BE-46")
 def test_flush_points(xen, kernel, tmp_path):
-    """Rows: BE-46"""
     image = xfs.partitioned_disk((EXT4_START, EXT4_SIZE))
     module = kernel.module("xfs")
     # A loop device has whole sectors.

@@ -5,6 +5,7 @@ So does the CPU of dom0 on which the backend has its threads and interrupts. Dom
 processor: for what is asked here one of QEMU's is enough. A driver domain has one CPU.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.guest import FOUR_VCPUS
 from harness.job import Job
@@ -35,8 +36,8 @@ THREAD_CPUS = r"sed -n 's/^Cpus_allowed_list:\t//p' $(grep -l xvda /proc/[0-9]*/
 CPU1 = "/sys/devices/system/cpu/cpu1/online"
 
 
+@pytest.mark.feature("FE-06", "FE-23", "FE-50", "BE-09", "BE-21", "BE-41")
 def test_four_vcpus(xen):
-    """Rows: FE-06, FE-23, FE-50, BE-09, BE-21, BE-41"""
     host = xen(vcpus=2, waiting=FOUR_VCPUS)
     server = host.start_server()
     server.load_backend("max_queues=4")

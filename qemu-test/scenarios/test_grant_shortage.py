@@ -50,12 +50,11 @@ def release_grants(guest, name):
     guest.sh(f"kill $(cat /tmp/{name}.pid)")
 
 
+@pytest.mark.feature("F-32", "F-33")
 def test_grant_shortage(xen, gntalloc):
     """A disk connects while another one uses up the grants, and again after grants came back.
 
     With xen-blkfront the disk never appears.
-
-    Rows: F-32, F-33
     """
     host = xen(
         modules=gntalloc, programs=[compiled("hold-grants")], front_parameters=FRONT, waiting=None

@@ -6,6 +6,7 @@ GRUB's frontend connects, reads, closes; then Linux connects to the same device.
 
 import gzip
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 from harness.xenimage import domu_archive
@@ -34,19 +35,15 @@ def boot(xen, kernel, loader, linux, type):
     return layouts
 
 
+@pytest.mark.feature("BE-05", "BE-07", "BE-42")
 def test_grub_pvh(xen, kernel):
-    """GRUB for PVH is a 32-bit program and uses the ring in that layout.
-
-    Rows: BE-05, BE-07, BE-42
-    """
+    """GRUB for PVH is a 32-bit program and uses the ring in that layout."""
     layouts = boot(xen, kernel, "grub-i386-xen_pvh.bin", kernel.vmlinuz, "pvh")
     assert layouts == ["x86_32-abi", "x86_64-abi"]
 
 
+@pytest.mark.feature("BE-05", "BE-07")
 def test_grub_pv(xen, kernel):
-    """GRUB for PV guests cannot unpack Debian's kernel, so it gets what is in it.
-
-    Rows: BE-05, BE-07
-    """
+    """GRUB for PV guests cannot unpack Debian's kernel, so it gets what is in it."""
     layouts = boot(xen, kernel, "grub-x86_64-xen.bin", kernel.vmlinux, "pv")
     assert layouts == ["x86_64-abi"] * 2

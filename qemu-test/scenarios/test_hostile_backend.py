@@ -6,6 +6,7 @@ until its parameter tells it to play a trick. The pair's own backend serves xvda
 meanwhile.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 
@@ -81,13 +82,12 @@ def park(server, guest, record_property):
     guest.destroy()
 
 
+@pytest.mark.feature("FE-64", "F-02", "F-03", "F-19")
 def test_hostile_backend(xen, test_modules, record_property):
     """What was not answered well is not done, and a broken ring ends its own disk only.
 
     xen-blkfront takes a flush for done that was refused. Of what breaks the ring
     it makes a disk that can neither work nor be closed: of these it gets one.
-
-    Rows: FE-64, F-02, F-03, F-19
     """
     host = xen(modules=[test_modules / "rblk_hostile_back.ko"])
     server = host.start_server()

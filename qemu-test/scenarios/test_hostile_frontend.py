@@ -10,6 +10,7 @@ is read back all the time.
 
 from contextlib import contextmanager
 
+import pytest
 from harness.counts import backend_switches
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
@@ -152,6 +153,7 @@ def event_counts(guest, code):
     return f"/sys/bus/xen-backend/devices/vbd-{guest.domid}-{code}/xenbus"
 
 
+@pytest.mark.feature("BE-07", "BE-10", "BE-40", "BE-42", "BE-43", "BE-49", "BE-50", "B-10", "B-19")
 def test_hostile_frontend(xen, test_modules, record_property):
     """Every wrong request is answered as such, and a broken ring ends its own disk only.
 
@@ -160,8 +162,6 @@ def test_hostile_frontend(xen, test_modules, record_property):
     flush a disk that is read-only. It does not close a disk whose ring is broken,
     warns, with a stack trace, of one that it cannot connect to, and does not know
     the Arm layout. It sleeps at each wrong request.
-
-    Rows: BE-07, BE-10, BE-40, BE-42, BE-43, BE-49, BE-50, B-10, B-19
     """
     host, server, guest, before = start(xen, test_modules)
     ours = host.pair.back.name == "rblkback"

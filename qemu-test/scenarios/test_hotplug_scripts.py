@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+import pytest
 from harness.evidence import assert_served_by_pair
 
 SCRIPTS = Path("/etc/xen/scripts")
@@ -35,12 +36,11 @@ def attach(host, guest, vdev, target, script="block"):
     return host.run(f"xl block-attach {guest.name} '{disk}'")
 
 
+@pytest.mark.feature("BE-01", "BE-52", "B-22")
 def test_hotplug_scripts(xen, record_property):
     """A block device and a file are served; a device that dom0 uses itself is not, and xl says so.
 
     Xen's script looks only whether it is mounted, and the C module does not look.
-
-    Rows: BE-01, BE-52, B-22
     """
     files = {f"etc/xen/scripts/{name}": (SCRIPTS / name).read_bytes() for name in NAMES}
     files["etc/xen/scripts/block-checked"] = CHECKED.read_bytes()

@@ -4,6 +4,7 @@
 The disk of 3 TiB is a RAM disk, which takes memory for what is written alone.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.image import compiled
 from harness.xenhost import Disk
@@ -43,13 +44,12 @@ def sums(machine, disk, places):
     return machine.sh("\n".join(SUM.format(disk=disk, mib=mib) for mib in places)).split("\n")
 
 
+@pytest.mark.feature("FE-07", "F-27")
 def test_large_blocks(xen, test_modules, record_property):
     """Partitions, a file system, and direct I/O from memory that is aligned as statx says.
 
     blkif.h asks for whole blocks in each segment. xen-blkfront has the block layer align memory to
     512 bytes all the same, and what that allows fails in xen-blkback.
-
-    Rows: FE-07, F-27
     """
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"], programs=[compiled("dio")])
     server = host.start_server()
@@ -75,11 +75,9 @@ def test_large_blocks(xen, test_modules, record_property):
     assert guest.sh(WHOLE.format("/dev/xvda")) == server.sh(WHOLE.format("/dev/rblk0"))
 
 
+@pytest.mark.feature("FE-07", "FE-11", "BE-23")
 def test_large_disk(xen):
-    """Written at both sides of 2 TiB and at the end, discarded, partitioned, with a file system.
-
-    Rows: FE-07, FE-11, BE-23
-    """
+    """Written at both sides of 2 TiB and at the end, discarded, partitioned, with a file system."""
     host = xen()
     server = host.start_server()
     server.load_backend()

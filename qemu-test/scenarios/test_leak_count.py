@@ -3,6 +3,7 @@
 
 import os
 
+import pytest
 from harness.counts import kernel_counts
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
@@ -55,8 +56,8 @@ def counts(host, machines):
     }
 
 
+@pytest.mark.feature("FE-65", "FE-68")
 def test_leak_count(xen):
-    """Rows: FE-65, FE-68"""
     host = xen()
     server = host.start_server()
     server.load_backend()

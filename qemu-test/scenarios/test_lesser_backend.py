@@ -58,11 +58,10 @@ def connect(disk, **offers):
     disk.guest.wait_for(f"[ $(cat /sys/block/xvdb/size) = {SECTORS} ]")
 
 
+@pytest.mark.feature("F-06")
 def test_large_among_small(disk):
     """A write of 1 MiB that was one request takes 24 slots of 32. It ends although small writes want
     each slot that gets free, and these go on.
-
-    Rows: F-06
     """
     guest = disk.guest
     connect(disk, feature_max_indirect_segments=256, multi_queue_max_queues=2)
@@ -83,11 +82,10 @@ def test_large_among_small(disk):
     disk.take_away()
 
 
+@pytest.mark.feature("F-26")
 def test_gained_cache(disk):
     """The first backend had no write cache, and the second one has: each write is flushed before it
     is reported done. The block layer has dropped FUA from what was in flight.
-
-    Rows: F-26
     """
     guest = disk.guest
     guest.allow("error, dev xvdb")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A disk changes its size while it is read and written, and its memory goes with its use."""
 
+import pytest
 from harness.counts import KEEPS_PAGES
 from harness.counts import free_kb
 from harness.evidence import assert_served_by_pair
@@ -27,11 +28,9 @@ WORK = (
 )
 
 
+@pytest.mark.feature("FE-63", "FE-55")
 def test_resize(xen, test_modules):
-    """Up and down under I/O; what lies within both sizes is untouched.
-
-    Rows: FE-63, FE-55
-    """
+    """Up and down under I/O; what lies within both sizes is untouched."""
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"])
     server = host.start_server()
     server.load_backend()
@@ -52,12 +51,11 @@ def test_resize(xen, test_modules):
     assert f"Setting capacity to {64 << 11}" in guest.sh("dmesg | tail")
 
 
+@pytest.mark.feature("F-14")
 def test_idle_memory(xen, record_property):
     """An idle disk costs little, before and after it had much to do.
 
     xen-blkfront allocates at once for the largest load.
-
-    Rows: F-14
     """
     host = xen()
     host.load_backend("persistent_grant_unused_seconds=1")
@@ -96,13 +94,12 @@ FILL = "dd if=/dev/vdb of=/dev/null bs=1M count=320 2> /dev/null"
 """Reads a file, so to say, that is larger than what is free in dom0."""
 
 
+@pytest.mark.feature("BE-36")
 def test_short_memory(xen):
     """What the backend has taken for many requests at once, dom0 gets back when it needs it.
 
     Requests that are under way then are done as always. The C module has taken all
     that it wants before, and keeps it.
-
-    Rows: BE-36
     """
     host = xen(waiting=TWO_VCPUS)
     host.load_backend(f"max_queues=2 feature_persistent=0 {KEEPS_PAGES}")

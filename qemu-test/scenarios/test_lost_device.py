@@ -5,6 +5,7 @@ As when a drive is pulled out or an iSCSI session is lost. null_blk removes its 
 in flight.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.job import Job
 from harness.xenhost import Disk
@@ -26,12 +27,11 @@ REMOVE = f"echo 0 > {DEVICE}/power"
 WRITE = "dd if=/dev/zero of=/dev/{} bs=64k count=64 oflag=direct conv=notrunc,fsync"
 
 
+@pytest.mark.feature("B-01")
 def test_lost_device(host):
     """The guest gets an error for what cannot be done, and goes on with its other disk.
 
     The disk can be detached then, and the device can come back and be attached.
-
-    Rows: B-01
     """
     server = host.server
     server.insmod("configfs")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Several disks are attached at the same moment, and detached, while another one is in use."""
 
+import pytest
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
@@ -46,12 +47,11 @@ def come_and_go(host, guest):
     host.wait_for(f'[ "$(xenstore-list {backs})" = 51712 ]')
 
 
+@pytest.mark.feature("FE-60", "FE-65")
 def test_many_at_once(xen):
     """The second time leaves no more behind than the first, and the disk in use sees no error.
 
     By the clock of a busy host several xl at once would miss their deadlines.
-
-    Rows: FE-60, FE-65
     """
     host = xen(waiting=TWO_VCPUS, counted=True)
     server = host.start_server()

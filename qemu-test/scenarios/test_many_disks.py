@@ -6,6 +6,7 @@ The log has a table of the memory that they cost the server.
 
 import os
 
+import pytest
 from harness.counts import KEEPS_PAGES
 from harness.counts import assert_idle
 from harness.counts import free_kb
@@ -78,13 +79,12 @@ def show_memory(rows, disks, rings):
         print(f"{name:20}{free:10}{used:10}{used // disks:10}{used // rings:10}")
 
 
+@pytest.mark.feature("BE-09", "BE-21", "BE-41", "BE-53", "B-13", "B-15")
 def test_many_disks(xen, record_property):
     """One guest, disks of four queues: all is what was written, nobody wakes for nothing.
 
     RBLKIF_DISKS says how many. The C module takes its memory when it connects, for
     the largest requests in each slot.
-
-    Rows: BE-09, BE-21, BE-41, BE-53, B-13, B-15
     """
     # The host of four_vcpus: there is one snapshot for both.
     host = xen(vcpus=2, waiting=FOUR_VCPUS)
@@ -118,11 +118,10 @@ def test_many_disks(xen, record_property):
         record_property("c_fails", "B-13, B-15")
 
 
+@pytest.mark.feature("FE-01")
 def test_more_disks_than_letters(xen):
     """One guest has more than 26 disks: the 17th has a number of the extended form, the 27th has two
     letters, and each is the disk that it is named after.
-
-    Rows: FE-01
     """
     host = xen()
     server = host.start_server()
@@ -143,11 +142,9 @@ def test_more_disks_than_letters(xen):
     guest.wait_for(f"[ ! -b /dev/{vdevs[-1]} ]")
 
 
+@pytest.mark.feature("BE-41", "B-13")
 def test_many_guests(xen, record_property):
-    """Several guests with a disk each; RBLKIF_GUESTS says how many.
-
-    Rows: BE-41, B-13
-    """
+    """Several guests with a disk each; RBLKIF_GUESTS says how many."""
     host = xen(waiting=None)
     server = host.start_server()
     server.load_backend(KEEPS_PAGES)

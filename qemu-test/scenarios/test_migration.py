@@ -6,6 +6,7 @@ Each program checks what it reads; none may see an error.
 
 from dataclasses import replace
 
+import pytest
 from harness import kept
 from harness.evidence import assert_served_by_pair
 from harness.guest import LOG
@@ -45,13 +46,12 @@ def go_on(host, guest, jobs):
     assert_served_by_pair(host, guest)
 
 
+@pytest.mark.feature("FE-20", "FE-66")
 def test_migrate(xen, test_modules):
     """First with I/O all the time; then with requests in flight, which fail when the guest has stopped.
 
     Xen-blkfront has no writes with a flush after them here: it makes a BUG of one in flight, as
     save_restore shows.
-
-    Rows: FE-20, FE-66
     """
     host, guest = kept.start(xen, test_modules, PVH)
     is_ours = guest.front == "rblkfront"
@@ -68,11 +68,10 @@ def test_migrate(xen, test_modules):
         job.stop()
 
 
+@pytest.mark.feature("FE-66")
 def test_checkpoint(xen, test_modules):
     """The same backend serves the same rings: with I/O all the time, with requests in flight until
     the guest goes on, and with a backend that is replaced meanwhile.
-
-    Rows: FE-66
     """
     host, guest = kept.start(xen, test_modules)
     server, device = host.server, f"vbd-{guest.domid}-51712"

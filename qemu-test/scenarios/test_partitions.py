@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A partition table on the disk, and a disk that is a partition."""
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 
 FILL = "mkfs.ext4 -q {0} && mount {0} /mnt && echo kept > /mnt/file && umount /mnt"
 
 
+@pytest.mark.feature("FE-62", "F-23")
 def test_partition_table(host, record_property):
-    """Partitions are found, unless the toolstack says that nobody is to look for them.
-
-    Rows: FE-62, F-23
-    """
+    """Partitions are found, unless the toolstack says that nobody is to look for them."""
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
     guest.sh("printf '2048,32768,L\\n,,L\\n' | sfdisk -q /dev/xvda")
@@ -34,8 +33,8 @@ def test_partition_table(host, record_property):
         record_property("c_fails", "F-23")
 
 
+@pytest.mark.feature("FE-01")
 def test_partition_vbd(host):
-    """Rows: FE-01"""
     guest = host.start_guest(disks=[Disk("xvda1", "/dev/ram0")])
     guest.wait_for_disk("xvda1")
     assert_served_by_pair(host, guest, "xvda1")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What xl does to a guest and to a driver domain, while the guest reads and writes."""
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.guest import READY
 from harness.guest import TWO_VCPUS
@@ -15,11 +16,9 @@ PATTERN = "yes pattern | dd of=/dev/xvda bs=4k count=256 iflag=fullblock conv=fs
 SUM = "dd if=/dev/xvda bs=4k count=256 iflag=direct 2> /dev/null | sha256sum"
 
 
+@pytest.mark.feature("FE-50")
 def test_paused(xen):
-    """The guest is paused, then the driver domain; the guest loses a virtual CPU and gets it back.
-
-    Rows: FE-50
-    """
+    """The guest is paused, then the driver domain; the guest loses a virtual CPU and gets it back."""
     host = xen(waiting=TWO_VCPUS)
     storage = host.start_storage()
     storage.load_backend("max_queues=2")
@@ -49,11 +48,9 @@ def test_paused(xen):
     assert_served_by_pair(host, guest, server=storage)
 
 
+@pytest.mark.feature("FE-26")
 def test_restarted(xen):
-    """The guest reboots with I/O in flight, and xl starts it again: what was written is there.
-
-    Rows: FE-26
-    """
+    """The guest reboots with I/O in flight, and xl starts it again: what was written is there."""
     host = xen(waiting=None)
     server = host.start_server()
     server.load_backend()

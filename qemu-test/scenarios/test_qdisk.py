@@ -9,6 +9,7 @@ import hashlib
 import secrets
 import subprocess
 
+import pytest
 from harness import qdisk
 from harness.evidence import assert_served_by_pair
 from harness.job import Job
@@ -70,11 +71,9 @@ def verify_and_discard(host, guest, vdev, image):
     assert qdisk.allocated_kb(host, image) < METADATA_KB
 
 
+@pytest.mark.feature("FE-07", "FE-10", "FE-11", "FE-24", "FE-40", "FE-42", "FE-44", "FE-60", "FE-61", "FE-62")
 def test_qdisk(xen):
-    """The root disk is a qcow2 image, a second disk a raw one.
-
-    Rows: FE-07, FE-10, FE-11, FE-24, FE-40, FE-42, FE-44, FE-60, FE-61, FE-62
-    """
+    """The root disk is a qcow2 image, a second disk a raw one."""
     images = [("root.qcow2", root_disk()), ("data.raw", "64M")]
     disks = [QemuDisk("xvda", "root.qcow2"), QemuDisk("xvdb", "data.raw")]
     host, guest = start(xen, images, disks, root="xvda")
@@ -90,11 +89,9 @@ def test_qdisk(xen):
     image.unlink()
 
 
+@pytest.mark.feature("FE-05", "FE-20", "FE-21", "FE-63", "FE-64", "FE-65", "FE-68")
 def test_qdisk_changes(xen):
-    """Resize a disk under I/O, attach and detach another one, reload the frontend with large rings.
-
-    Rows: FE-05, FE-20, FE-21, FE-63, FE-64, FE-65, FE-68
-    """
+    """Resize a disk under I/O, attach and detach another one, reload the frontend with large rings."""
     images = [("data.qcow2", "64M"), ("data.raw", "64M")]
     host, guest = start(xen, images, [QemuDisk("xvda", "data.qcow2")], fio=True)
     verify_and_discard(host, guest, "xvda", "data.qcow2")
@@ -126,11 +123,9 @@ def test_qdisk_changes(xen):
     assert_served_by_pair(host, guest)
 
 
+@pytest.mark.feature("FE-66")
 def test_qdisk_save(xen):
-    """Save and restore a guest that writes: another QEMU serves it afterwards.
-
-    Rows: FE-66
-    """
+    """Save and restore a guest that writes: another QEMU serves it afterwards."""
     images = [("data.qcow2", "64M")]
     host, guest = start(xen, images, [QemuDisk("xvda", "data.qcow2")])
     job = Job(guest, WRITE)

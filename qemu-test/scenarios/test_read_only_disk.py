@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A disk given read-only can be read, and nothing the guest does changes it."""
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 
@@ -8,8 +9,8 @@ SUM = "head -c 4M /dev/ram0 | sha256sum"
 """Of what there is to read; the guest tries to write to the first pages."""
 
 
+@pytest.mark.feature("FE-54", "BE-02")
 def test_read_only_disk(host):
-    """Rows: FE-54, BE-02"""
     server = host.server
     server.sh("yes precious | dd of=/dev/ram0 bs=1M count=4 iflag=fullblock conv=fsync")
     before = server.sh(SUM)

@@ -7,6 +7,7 @@ done. Our backend alone serves this: xen-blkback sleeps where it must not when a
 flush is refused.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.toolstack import CODES
 from harness.toolstack import directories
@@ -17,8 +18,8 @@ REFUSE, SERVE = 7, 0
 SYNC = "dd if=/dev/zero of=/dev/xvda bs=4k count=1 conv=fsync,notrunc"
 
 
+@pytest.mark.feature("FE-42", "F-22", "BE-22", "BE-50", "B-04")
 def test_refused_flush(xen, test_modules, record_property):
-    """Rows: FE-42, F-22, BE-22, BE-50, B-04"""
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"])
     server = host.start_server()
     server.load_backend()

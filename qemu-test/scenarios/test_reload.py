@@ -51,12 +51,11 @@ def refuse(host, guest, rivals):
         assert LOST[rival.name] in machine.sh("dmesg"), rival.name
 
 
+@pytest.mark.feature("FE-60", "FE-64", "FE-65", "FE-68")
 def test_reload_frontend(host, rivals):
     """Unloaded and loaded; then unbound and bound through sysfs while the disk is open.
 
     Other drivers for the same devices are refused meanwhile.
-
-    Rows: FE-60, FE-64, FE-65, FE-68
     """
     guest = host.start_guest()
     refuse(host, guest, rivals)
@@ -112,13 +111,12 @@ def test_reload_backend(host, rivals):
 UNLOADS = 10
 
 
+@pytest.mark.feature("B-01")
 def test_unload_over_loop(xen):
     """The backend is unloaded again and again in the middle of I/O that ends in a thread of its disk.
 
     Such a thread can be preempted anywhere, in the end of an I/O too, where it runs
     code of the module.
-
-    Rows: B-01
     """
     host = xen()
     server = host.start_server()

@@ -5,6 +5,7 @@ Volume managers, multipath, swap and mounts of the backend's domain look for dis
 free: the moment in which no backend has it is theirs.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.job import Job
 from harness.toolstack import CODES
@@ -19,13 +20,12 @@ WRITE = (
 """Leaves alone the first block, which says that the disk is swap space."""
 
 
+@pytest.mark.feature("BE-55")
 def test_reload_in_use(host):
     """The guest sees a longer pause, and no error: the disk that it has is still there.
 
     The C backend serves the disk meanwhile. A backend that does not must not end the guest's disk
     for that, which has a root file system on it.
-
-    Rows: BE-55
     """
     server = host.server
     server.sh("mkswap /dev/ram0")

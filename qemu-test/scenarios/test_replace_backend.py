@@ -62,13 +62,12 @@ def replace(server, module, status, parameters=""):
     return output
 
 
+@pytest.mark.feature("BE-52", "B-22")
 def test_replace_backend(host):
     """A guest sees a pause, and no error. What else wants the device does not get it meanwhile.
 
     A module that the kernel does not take leaves everything as it is, and one that turns out to be
     bad only then is exchanged for the one before.
-
-    Rows: BE-52, B-22
     """
     server = host.server
     server.sh("mkswap /dev/ram0")

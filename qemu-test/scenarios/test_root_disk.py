@@ -4,6 +4,7 @@
 import hashlib
 import subprocess
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.guest import DRIVER
 from harness.handmade import HandMade
@@ -36,8 +37,8 @@ def live_on_root_disk(xen, type):
     host.machine.monitor("cont")
 
 
+@pytest.mark.feature("FE-24", "FE-60", "FE-61", "FE-62")
 def test_root_disk_pv(xen):
-    """Rows: FE-24, FE-60, FE-61, FE-62"""
     live_on_root_disk(xen, "pv")
 
 
@@ -55,6 +56,6 @@ def leave_drive_alone(host, guest):
         host.wait_for(f"[ ! -e {device.device} ]")
 
 
+@pytest.mark.feature("FE-02")
 def test_root_disk_pvh(xen):
-    """Rows: FE-02"""
     live_on_root_disk(xen, "pvh")

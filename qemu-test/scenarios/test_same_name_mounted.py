@@ -5,6 +5,7 @@ The number of a Xen disk says its device number in Linux: the new one has that o
 whose dead file system is still there, and which Linux knows by that number.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 
@@ -26,6 +27,7 @@ def number(guest):
     return guest.sh("stat -c %t:%T /dev/xvdb")
 
 
+@pytest.mark.feature("F-41")
 def test_same_name_mounted(xen):
     """Who mounts the new disk gets that one, or is told that he cannot have it yet.
 
@@ -33,8 +35,6 @@ def test_same_name_mounted(xen):
     which does not hang, there is nothing in the way. The number is used again then.
 
     With the C frontend the new disk shows the files of the old one.
-
-    Rows: F-41
     """
     host = xen()
     server = host.start_server()

@@ -7,6 +7,7 @@ program checks what it reads; none may see an error. A discard cannot be in flig
 waits for the task that has asked for it before it stops.
 """
 
+import pytest
 from harness import kept
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
@@ -87,6 +88,7 @@ def crash(host, guest, record_property):
     host.guests.pop(guest.name)
 
 
+@pytest.mark.feature("FE-20", "FE-21", "FE-42", "FE-44", "FE-66", "F-06", "F-10", "F-24")
 def test_save_restore(xen, test_modules, record_property):
     """To a backend that is as good as the old one; then to one with one ring of one page, no
     indirect requests, no persistent grants, no discard.
@@ -94,8 +96,6 @@ def test_save_restore(xen, test_modules, record_property):
     xen-blkfront is asked for the first alone. It ends what is in flight before it sends it
     again as something else. If that is the write of a write with a flush after it, the
     block layer finds nothing left of that when the flush is done: a BUG.
-
-    Rows: FE-20, FE-21, FE-42, FE-44, FE-66, F-06, F-10, F-24
     """
     host, guest = kept.start(xen, test_modules)
     is_ours = guest.front == "rblkfront"

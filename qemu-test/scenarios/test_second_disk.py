@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A second disk comes and goes while the guest runs, idle and in use."""
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.toolstack import CODES
 from harness.xenhost import Disk
@@ -12,11 +13,9 @@ WRITER = (
 """Writes until the disk is gone, and makes no file of its name then."""
 
 
+@pytest.mark.feature("FE-43", "FE-60", "FE-62", "FE-64", "FE-65")
 def test_second_disk(host):
-    """The disk has no cache to flush, so that no flush gets to the backend.
-
-    Rows: FE-43, FE-60, FE-62, FE-64, FE-65
-    """
+    """The disk has no cache to flush, so that no flush gets to the backend."""
     guest = host.start_guest(disks=[])
     for cycle in range(10):
         in_use = cycle % 2 == 1

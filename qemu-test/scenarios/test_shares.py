@@ -3,6 +3,7 @@
 
 import time
 
+import pytest
 from harness.counts import mapped_pages
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
@@ -46,6 +47,7 @@ def mapped(host, guest):
     return sum(mapped_pages(host, guest))
 
 
+@pytest.mark.feature("BE-08", "BE-30", "BE-31", "BE-32", "BE-44", "BE-45", "B-11", "B-12", "B-15")
 def test_budget(xen, test_modules, record_property):
     """A busy disk may have the pages that other disks of its domain do not use now.
 
@@ -53,8 +55,6 @@ def test_budget(xen, test_modules, record_property):
     is not used for as long as the parameter says is let go. What is beyond the budget
     waits. In the C module each queue has a limit of its own, and it maps pages to be
     written whose data it only reads.
-
-    Rows: BE-08, BE-30, BE-31, BE-32, BE-44, BE-45, B-11, B-12, B-15
     """
     front = "max_indirect_segments=128"
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"], front_parameters=front)
@@ -126,13 +126,12 @@ def written(server, group):
     return sum(int(word[7:]) for word in text.split() if word.startswith("wbytes="))
 
 
+@pytest.mark.feature("B-14")
 def test_io_owner(xen, record_property):
     """I/O is charged to the cgroup that the script names, with the priority that it names.
 
     One that is not there is an error. A person may also move a thread of the
     backend to a cgroup, as with the C module, which does not read these nodes.
-
-    Rows: B-14
     """
     host = xen()
     server = host.start_server()

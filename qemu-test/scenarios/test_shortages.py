@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The backend lacks pages or mappings: requests wait for them, and do not fail."""
 
+import pytest
 from harness.counts import KEEPS_PAGES
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
@@ -29,13 +30,12 @@ cat /tmp/error* | grep -c '^1+0 records out' > /tmp/written
 """
 
 
+@pytest.mark.feature("BE-54")
 def test_largest_request(xen, test_modules):
     """A request of 256 segments uses 257 pages, and is served whatever other requests use.
 
     First the parameters allow no page but those of one request. Then the disk shares
     a budget with another one, which has used it up and does not answer.
-
-    Rows: BE-54
     """
     host = xen(
         modules=[test_modules / "rblk_ramdisk.ko"], front_parameters="max_indirect_segments=256"
@@ -78,14 +78,13 @@ done
 """Writes requests of one SIZE, and compares, so many times."""
 
 
+@pytest.mark.feature("B-25")
 def test_mapping_limit(xen):
     """Xen lets the backend map no more pages: the I/O of all guests waits, and has no error.
 
     The pages of one guest's two disks stay mapped, and are three quarters of what Xen
     allows. When another guest needs half of it, they are unmapped. The C module answers such
     requests as failed.
-
-    Rows: B-25
     """
     host = xen(front_parameters="max_indirect_segments=256")
     storage = host.start_storage("tight", settings=f"max_maptrack_frames = {FRAMES}")

@@ -4,6 +4,7 @@
 Dom0's shell plays the backend, which has no ring.
 """
 
+import pytest
 from harness.evidence import assert_front_of_pair
 from harness.toolstack import connect_disks
 from harness.toolstack import directories
@@ -59,12 +60,11 @@ def come_back_while_limits_change(host, guest, back):
     assert guest.run("[ -e /tmp/changed ]")[0] != 0
 
 
+@pytest.mark.feature("F-04", "F-05")
 def test_silent_backend(xen, record_property):
     """Detached with a request in flight; and back with blocks that the disk's users cannot follow.
 
     xen-blkfront waits for ever in the first case, and does not go on in the second.
-
-    Rows: F-04, F-05
     """
     host = xen()
     guest = host.start_guest(disks=[])

@@ -5,6 +5,7 @@ What is in the page cache of a disk must be on it before the backend serves it. 
 to a slow disk, a thin volume that is being filled or a server that does not answer, it lasts.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
 from harness.xenhost import Disk
@@ -23,12 +24,11 @@ def throttle(host, bytes_per_second):
     host.machine.monitor(f"block_set_io_throttle disk 0 0 {bytes_per_second} 0 0 0")
 
 
+@pytest.mark.feature("B-31")
 def test_slow_open(xen):
     """The second disk is there at once: who waits for a disk is not the thread that hears of all.
 
     The C backend waits in that thread too, when it connects.
-
-    Rows: B-31
     """
     host = xen()
     host.load_backend()

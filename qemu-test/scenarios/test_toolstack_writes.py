@@ -6,6 +6,7 @@ closed, takes Connected for a new life of the backend and crashes. rblkfront rea
 and does not show it.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
 
@@ -20,13 +21,12 @@ def detach(disk):
     return f"xenstore-write {disk.back}/online 0 {disk.back}/state 5"
 
 
+@pytest.mark.feature("B-30")
 def test_resize_detach(xen, test_modules):
     """The disk gets another size, and is detached before the frontend was told.
 
     The C backend writes its state again to tell of the size, whatever it finds: with the C frontend,
     the guest's xenwatch thread dies of it in one of the turns.
-
-    Rows: B-30
     """
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"])
     server = host.start_server()
@@ -51,12 +51,11 @@ def test_resize_detach(xen, test_modules):
         guest.wait_for("[ ! -b /dev/xvdb ] && [ ! -e /sys/bus/xen/devices/vbd-51728 ]")
 
 
+@pytest.mark.feature("B-30")
 def test_detach_while_connecting(host):
     """Disks are detached a little later each time after their backend was told to connect.
 
     With both C drivers the guest dies of it too.
-
-    Rows: B-30
     """
     guest = host.start_guest(disks=[])
     disk = HandMade(host, guest)
@@ -77,11 +76,9 @@ def test_detach_while_connecting(host):
     guest.sh("dd if=/dev/xvdb of=/dev/null bs=64k count=16 iflag=direct")
 
 
+@pytest.mark.feature("BE-57")
 def test_no_online_node(host):
-    """A toolstack that writes no node `online` gets its disk, and gets rid of it.
-
-    Rows: BE-57
-    """
+    """A toolstack that writes no node `online` gets its disk, and gets rid of it."""
     guest = host.start_guest(disks=[])
     disk = HandMade(host, guest)
     disk.offer()

@@ -5,6 +5,7 @@ The backend is the module rblk_hostile_back, which serves xvdb, or dom0's shell,
 which has no ring.
 """
 
+import pytest
 from harness.evidence import assert_front_of_pair
 from harness.toolstack import connect_disks
 from harness.toolstack import directories
@@ -49,12 +50,11 @@ def messages(guest, text):
     return [line for line in guest.sh("dmesg").splitlines() if text in line]
 
 
+@pytest.mark.feature("F-30")
 def test_lost_event(xen, test_modules):
     """An event that is lost, in either direction, costs a delay and a message.
 
     xen-blkfront waits for the next event, which never comes if there is one request at a time.
-
-    Rows: F-30
     """
     host, server, guest = hostile_disk(xen, test_modules)
     guest.sh(SHORT_TIMEOUT)
@@ -70,12 +70,11 @@ def test_lost_event(xen, test_modules):
     guest.unload_frontend()
 
 
+@pytest.mark.feature("F-31")
 def test_no_answer(xen, test_modules):
     """A request without an answer is made again on another connection, and fails if that is in vain.
 
     xen-blkfront waits without end.
-
-    Rows: F-31
     """
     host, server, guest = hostile_disk(xen, test_modules)
     guest.allow("error, dev xvdb")
@@ -96,12 +95,11 @@ def test_no_answer(xen, test_modules):
     guest.unload_frontend()
 
 
+@pytest.mark.feature("F-31")
 def test_no_answer_and_no_end(xen):
     """A backend that neither answers nor closes: the request fails after `reconnect_timeout`.
 
     xen-blkfront waits without end.
-
-    Rows: F-31
     """
     host = xen()
     guest = host.start_guest(disks=[])
@@ -128,12 +126,11 @@ def test_no_answer_and_no_end(xen):
     remove_devices(host, guest, [XVDB])
 
 
+@pytest.mark.feature("F-34")
 def test_returning_backend(xen, test_modules):
     """A backend that comes back and keeps what it had mapped gets nothing more from the guest.
 
     xen-blkfront closes the device when the backend closes.
-
-    Rows: F-34
     """
     host, server, guest = hostile_disk(xen, test_modules, "trusted=0")
     device = f"vbd-{guest.domid}-{XVDB}"
@@ -159,12 +156,11 @@ def test_returning_backend(xen, test_modules):
     guest.unload_frontend()
 
 
+@pytest.mark.feature("F-35")
 def test_talkative_backend(xen):
     """What a backend changes again and again is not reported each time.
 
     xen-blkfront reports each new capacity.
-
-    Rows: F-35
     """
     host = xen()
     guest = host.start_guest(disks=[])

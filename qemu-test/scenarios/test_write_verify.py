@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What was written is what is read, over the whole disk, in requests of all sizes."""
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
 
@@ -11,8 +12,8 @@ FIO = (
 )
 
 
+@pytest.mark.feature("FE-12", "FE-40", "FE-41", "BE-44", "BE-46")
 def test_write_verify(xen):
-    """Rows: FE-12, FE-40, FE-41, BE-44, BE-46"""
     host = xen(waiting=TWO_VCPUS)
     server = host.start_server()
     server.load_backend()

@@ -5,6 +5,7 @@ A toolstack that fills a volume, an emulated disk before the PV one, or somebody
 they have written is in the page cache of the backend's domain. The backend goes past that cache.
 """
 
+import pytest
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
 
@@ -34,14 +35,13 @@ def word_of(guest, skip=0):
     ).strip()
 
 
+@pytest.mark.feature("BE-58")
 def test_written_before(host):
     """The guest reads what was written last, and nobody overwrites what it has written itself.
 
     The C backend syncs and forgets the cache when the frontend connects; a backend that has done
     so only when it opened the disk gives the guest old data, and lets the kernel write the new
     ones over the guest's later.
-
-    Rows: BE-58
     """
     server = host.server
     server.sh(NO_WRITEBACK)
@@ -64,12 +64,11 @@ def test_written_before(host):
     assert (seen, kept) == ("new", "own")
 
 
+@pytest.mark.feature("BE-58")
 def test_written_between(host):
     """The same for each later connection: the frontend comes back, or the backend is replaced.
 
     A disk that is only read is no exception.
-
-    Rows: BE-58
     """
     server = host.server
     server.sh(NO_WRITEBACK)
@@ -104,12 +103,11 @@ def test_written_between(host):
         guest.wait_for("[ ! -b /dev/xvdb ]")
 
 
+@pytest.mark.feature("BE-58")
 def test_written_by_other_names(host):
     """The backend's domain has written to a partition of the disk, or to the disk of the partition.
 
     Each has a page cache of its own, of which the C backend knows that of the disk that it serves.
-
-    Rows: BE-58
     """
     server = host.server
     server.sh(f"{NO_WRITEBACK}; {PARTITION}; blockdev --rereadpt {DISK}")
