@@ -27,8 +27,8 @@ from cells import chosen
 from counted import LOAD_FLAGS
 from counted import PLUGIN_FLAGS
 from counted import base_symbols
-from counted import compiled
 from counted import code_of
+from counted import compiled
 from counted import module_symbols
 from counted import points
 from counted import read_windows
@@ -176,13 +176,21 @@ def parsed():
     parser.add_argument("--cells", default="", help="parts of names of cells; all if empty")
     parser.add_argument("--no-floors", dest="floors", action="store_false")
     parser.add_argument("--profile", action="store_true", help="print the functions too")
-    parser.add_argument("--disks", action="store_true", help="no loads, but what disks cost beside I/O")
-    parser.add_argument("--queues", action="store_true", help="no counts, but the time of four queues")
+    parser.add_argument(
+        "--disks", action="store_true", help="no loads, but what disks cost beside I/O"
+    )
+    parser.add_argument(
+        "--queues", action="store_true", help="no counts, but the time of four queues"
+    )
     parser.add_argument("--logs", default="build/bench")
     parser.add_argument("--out", default="build/bench/results.json")
     parser.add_argument("--base", help="results of an earlier run, to compare with")
-    parser.add_argument("--into", help="results of an earlier run, to replace those of the same name in")
-    parser.add_argument("--page", help="directory for the table and the picture of the documentation")
+    parser.add_argument(
+        "--into", help="results of an earlier run, to replace those of the same name in"
+    )
+    parser.add_argument(
+        "--page", help="directory for the table and the picture of the documentation"
+    )
     return parser.parse_args()
 
 
@@ -192,7 +200,9 @@ def is_measured(kind, setting, pair):
         # It allocates half a gigabyte for each ring.
         return False
     mixed = len(set(pair.name.split("/"))) > 1
-    return kind == "pv" and setting == "fixed" or not mixed and (kind == "pv" or setting not in PARALLEL)
+    return (kind == "pv" and setting == "fixed") or (
+        not mixed and (kind == "pv" or setting not in PARALLEL)
+    )
 
 
 def run_all(options):

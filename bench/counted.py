@@ -17,10 +17,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "qemu-test"))
 
-from harness.cache import CACHE  # noqa: E402
-from harness.cache import key_of  # noqa: E402
-from harness.cache import made_once  # noqa: E402
-from harness.xenhost import XenHost  # noqa: E402
+from harness.cache import CACHE
+from harness.cache import key_of
+from harness.cache import made_once
+from harness.xenhost import XenHost
 
 LOAD_FLAGS = ("-static", "-Wl,--section-start=.window=0x5b1c0000")
 PLUGIN_FLAGS = ("-shared", "-fPIC", "-fvisibility=hidden")
@@ -84,7 +84,9 @@ def base_symbols(snapshot, pair):
         host = XenHost(snapshot, pair, path.with_name(path.name + ".logs"))
         try:
             host.boot()
-            host.sh("(cat /proc/xen/xensyms; echo; grep -v '\\[' /proc/kallsyms) | gzip > /tmp/all.gz")
+            host.sh(
+                "(cat /proc/xen/xensyms; echo; grep -v '\\[' /proc/kallsyms) | gzip > /tmp/all.gz"
+            )
             size = int(host.sh("stat -c %s /tmp/all.gz"))
             host.sh("dd if=/tmp/all.gz of=/dev/vdb bs=64k conv=fsync 2>/dev/null")
             with host.disk.open("rb") as disk:
@@ -126,7 +128,9 @@ def module_symbols(places):
 
 def text_size(file):
     """Bytes of code of a module."""
-    text = subprocess.run(["size", "-A", str(file)], stdout=subprocess.PIPE, check=True, text=True).stdout
+    text = subprocess.run(
+        ["size", "-A", str(file)], stdout=subprocess.PIPE, check=True, text=True
+    ).stdout
     fields = (line.split() for line in text.splitlines())
     return sum(int(line[1]) for line in fields if line and "text" in line[0])
 
@@ -198,7 +202,9 @@ def read_windows(path):
             window = Window(int(fields[0]), int(fields[1]), [], [])
             windows[window.number] = window
         elif kind == "block":
-            window.blocks.append((int(fields[0], 16), int(fields[1]) * int(fields[3]), int(fields[2])))
+            window.blocks.append(
+                (int(fields[0], 16), int(fields[1]) * int(fields[3]), int(fields[2]))
+            )
         else:
             window.events.append((fields[0], *map(int, fields[1:])))
     return windows

@@ -66,7 +66,9 @@ def measure_disks(options, snapshot, pair, kind):
     with host.running():
         host.load_backend()
         host.ram_disks(max(NUMBERS), MEGABYTES)
-        host.sh("for disk in /dev/ram*; do dd if=/dev/zero of=$disk bs=1M 2>/dev/null || true; done")
+        host.sh(
+            "for disk in /dev/ram*; do dd if=/dev/zero of=$disk bs=1M 2>/dev/null || true; done"
+        )
         rows = [_measure(host, f"/programs/{load.name}", kind, number) for number in NUMBERS]
     return rows
 
@@ -75,7 +77,9 @@ def show(rows):
     """The table as lines of text."""
     yield f"{'disks':6}{'pair':5}" + "".join(f"{title:>18}" for title in COLUMNS.values())
     for row in rows:
-        yield f"{row['disks']:<6}{row['pair']:5}" + "".join(f"{shown(row[name]):>18}" for name in COLUMNS)
+        yield f"{row['disks']:<6}{row['pair']:5}" + "".join(
+            f"{shown(row[name]):>18}" for name in COLUMNS
+        )
 
 
 def _measure(host, load, kind, number):

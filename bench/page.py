@@ -36,7 +36,9 @@ def write_disks(rows, path):
     lines = [PLAIN_HEAD, ".. list-table::", "   :header-rows: 1", ""]
     lines += _row(["disks", "pair", *disks.COLUMNS.values()])
     for found in rows:
-        lines += _row([found["disks"], found["pair"], *(shown(found[name]) for name in disks.COLUMNS)])
+        lines += _row(
+            [found["disks"], found["pair"], *(shown(found[name]) for name in disks.COLUMNS)]
+        )
     path.write_text("\n".join([*lines, ""]))
 
 
@@ -52,12 +54,17 @@ def write_queues(rows, path):
 
 def _table(results):
     yield from (".. list-table::", "   :header-rows: 1", "")
-    columns = [*COLUMNS, *["floor guest", "floor dom0"] * any(r["where"] != "pair" for r in results)]
+    columns = [
+        *COLUMNS,
+        *["floor guest", "floor dom0"] * any(r["where"] != "pair" for r in results),
+    ]
     yield from _row(["load", "pair", *columns])
     for result in results:
         if result["where"] == "pair":
             values = row(results, result)
-            yield from _row([result["cell"], result["pair"], *(shown(values[name]) for name in columns)])
+            yield from _row(
+                [result["cell"], result["pair"], *(shown(values[name]) for name in columns)]
+            )
 
 
 def _kinds(results):
@@ -67,7 +74,9 @@ def _kinds(results):
     yield from _row(["load", "pair", *kinds])
     for result in results:
         counts = hypercalls(result)
-        yield from _row([result["cell"], result["pair"], *(shown(counts.get(kind, 0)) for kind in kinds)])
+        yield from _row(
+            [result["cell"], result["pair"], *(shown(counts.get(kind, 0)) for kind in kinds)]
+        )
 
 
 def _row(fields):

@@ -32,7 +32,10 @@ def measure_queues(options, kernel, pairs):
         control, ours = (_boot(options, snapshot, pair) for pair in pairs)
         for key, found in ratios.items():
             found.append(ours[key] / control[key])
-        print(f"  round {number + 1}: {[round(found[-1], 3) for found in ratios.values()]}", file=sys.stderr)
+        print(
+            f"  round {number + 1}: {[round(found[-1], 3) for found in ratios.values()]}",
+            file=sys.stderr,
+        )
     return [
         {"load": load, "measure": measure, **{name: brief(found) for name, brief in RATIOS.items()}}
         for (load, measure), found in ratios.items()
@@ -54,7 +57,9 @@ def _boot(options, snapshot, pair):
         guest.sh("echo none > /sys/block/xvda/queue/scheduler")
         for cell in CELLS:
             start = host.machine.cpu_seconds()
-            output = guest.sh(f"/programs/{load.name} {cell.arguments('/dev/xvda', 0)}", timeout=1200)
+            output = guest.sh(
+                f"/programs/{load.name} {cell.arguments('/dev/xvda', 0)}", timeout=1200
+            )
             took[cell.name, "processor"] = host.machine.cpu_seconds() - start
             took[cell.name, "clock"] = int(output.split()[1])
     return took

@@ -83,7 +83,11 @@ def print_report(document, base=None):
     columns = [*COLUMNS, "floor guest", "floor dom0"]
     for title, results in tables(document):
         print(f"\n{title}; kernel {document['kernel']}, for each I/O")
-        print(f"{'':20}{'':5}" + "".join(f"{name:>12}" for name in columns) + "     of base" * bool(base))
+        print(
+            f"{'':20}{'':5}"
+            + "".join(f"{name:>12}" for name in columns)
+            + "     of base" * bool(base)
+        )
         for result in results:
             if result["where"] != "pair":
                 continue
@@ -115,11 +119,16 @@ def _print_profile(title, found, limit):
         pair: {(where, name): count for where, name, count in result["profile"]}
         for pair, result in found.items()
     }
-    names = {name: max(c.get(name, 0) for c in counts.values()) for c in counts.values() for name in c}
+    names = {
+        name: max(c.get(name, 0) for c in counts.values()) for c in counts.values() for name in c
+    }
     print(f"\n{title}: instructions for each I/O")
     print("".join(f"{pair:>9}" for pair in found))
     for name in sorted(names, key=names.get, reverse=True)[:limit]:
-        print("".join(f"{shown(c.get(name, 0)):>9}" for c in counts.values()) + f"  {name[0]:6}{name[1]}")
+        print(
+            "".join(f"{shown(c.get(name, 0)):>9}" for c in counts.values())
+            + f"  {name[0]:6}{name[1]}"
+        )
 
 
 def merged(earlier, document):

@@ -12,14 +12,15 @@ names of the scenarios that are run, all if it is empty.
 import os
 import re
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
+
 from harness import features
 from harness import matrix
-from harness.kernel import Kernel
 from harness.guest import Kind
+from harness.kernel import Kernel
 from harness.pairs import pair as pair_called
 from harness.plain import PlainVm
 from harness.snapshot import Snapshot
@@ -39,13 +40,13 @@ def kernels():
     return dict(item.split("=", 1) for item in os.environ["RBLKIF_KERNELS"].split())
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel_in(directory):
     """The kernel in a directory: the same object each time."""
     return Kernel(directory)
 
 
-@lru_cache(maxsize=None)
+@cache
 def snapshot_of(dom0_kernel, vcpus, kernel, waiting, counted):
     """The snapshot of these parts; to find its name, hundreds of megabytes are read."""
     parts = {"vcpus": vcpus, "guest_kernel": kernel, "counted": counted}
@@ -233,7 +234,9 @@ def _machines(request):
             if getattr(request.node, "failed", True):
                 thing.collect()
                 _show_logs(thing.machine)
-            request.node.user_properties.append(("qemu_cpu_seconds", round(thing.machine.cpu_seconds())))
+            request.node.user_properties.append(
+                ("qemu_cpu_seconds", round(thing.machine.cpu_seconds()))
+            )
             thing.close()
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import time
-from functools import lru_cache
+from functools import cache
 
 import pytest
 
@@ -23,7 +23,17 @@ from .image import PIECES
 from .kernel import Kernel
 
 CONTROL = "C/C"
-PLACES = ("BUILD", "CACHE", "CONTROLS", "DOM0_KERNEL", "IN_ROOT", "KERNELS", "LOGS", "NAME", "TIERS")
+PLACES = (
+    "BUILD",
+    "CACHE",
+    "CONTROLS",
+    "DOM0_KERNEL",
+    "IN_ROOT",
+    "KERNELS",
+    "LOGS",
+    "NAME",
+    "TIERS",
+)
 """RBLKIF_ variables that do not say what a scenario does, such as with how many disks."""
 HARNESS = PIECES.parent
 BOOKKEEPING = ("demo.py", "features.py", "matrix.py", "results.py", "try.py")
@@ -93,7 +103,7 @@ def _sources_of_samples():
     return [*files, HARNESS.parent / "Kbuild", HARNESS.parent / "scripts" / "build-modules"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parts(name, ours):
     """The key of all that the controls on a kernel share."""
     kernels = dict(item.split("=", 1) for item in os.environ["RBLKIF_KERNELS"].split())

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from .cache import CACHE
@@ -80,7 +80,7 @@ def add_built_module(archive, path, module):
         archive.data(path, Path(stripped.name).read_bytes())
 
 
-@lru_cache(maxsize=None)
+@cache
 def libraries_of(program, place=""):
     """Returns the libraries that a program is linked with, searched in `place` first."""
     result = subprocess.run(

@@ -15,8 +15,8 @@ from pathlib import Path
 from .cache import CACHE
 from .cache import key_of
 from .cache import made_once
-from .machine import QEMU
 from .machine import PORT
+from .machine import QEMU
 from .machine import Machine
 from .shell import MachineTrouble
 from .xenimage import dom0_initrd
@@ -115,7 +115,9 @@ class Snapshot:
                 if not self._counted:
                     rate, nap = _time(machine)
                     if not 0.7 < rate < 1.4 or nap > 1.0:
-                        wrong.append(f"a second took {1 / rate:.2f} s, half a second's nap {nap:.2f} s")
+                        wrong.append(
+                            f"a second took {1 / rate:.2f} s, half a second's nap {nap:.2f} s"
+                        )
                         return False
                 save(machine, directory)
             finally:
@@ -182,7 +184,7 @@ def save(machine, directory):
     """Stops a machine for good and writes its state where `Snapshot.start` finds it."""
     machine.shell.check("sync")
     machine.monitor("stop")
-    machine.monitor(f"migrate \"exec:cat > {directory / 'state'}\"")
+    machine.monitor(f'migrate "exec:cat > {directory / "state"}"')
     end = time.monotonic() + 120
     status = machine.monitor("info migrate")
     # The command ends when the memory is saved, and the devices are left.

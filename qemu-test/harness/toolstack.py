@@ -73,7 +73,9 @@ def remove_devices(host, guest, codes):
 
 
 def _writing(directory, nodes):
-    written = [f"{directory}/{name} '{value}'" for name, value in nodes.items() if value is not None]
+    written = [
+        f"{directory}/{name} '{value}'" for name, value in nodes.items() if value is not None
+    ]
     removed = [f"{directory}/{name}" for name, value in nodes.items() if value is None]
     script = f"xenstore-write -- {' '.join(written)}\n" if written else ""
     return script + "".join(f"xenstore-rm {path} || true\n" for path in removed)
@@ -82,7 +84,13 @@ def _writing(directory, nodes):
 def _creating(domid, code, backend_state, nodes):
     front, back = directories(domid, code)
     served = {"frontend": front, "frontend-id": domid, "online": 1, "state": backend_state}
-    used = {"backend": back, "backend-id": 0, "virtual-device": code, "device-type": "disk", **nodes}
+    used = {
+        "backend": back,
+        "backend-id": 0,
+        "virtual-device": code,
+        "device-type": "disk",
+        **nodes,
+    }
     return (
         _writing(back, served)
         + _writing(front, used)

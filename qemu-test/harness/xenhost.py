@@ -277,7 +277,9 @@ class XenHost:
         for guest in self.guests.values():
             self._collect(f"console-{guest.name}.txt", guest.console)
             if guest.shell:
-                self._collect(f"dmesg-{guest.name}.txt", lambda guest=guest: guest.run("dmesg", 60)[1])
+                self._collect(
+                    f"dmesg-{guest.name}.txt", lambda guest=guest: guest.run("dmesg", 60)[1]
+                )
 
     def close(self):
         """Ends the machine and removes what only it needed."""

@@ -37,7 +37,9 @@ IDLE_TALK = re.compile(r"Omitting|Differing items|Use -v|Full diff")
 """Lines of pytest about a failure that say nothing of it."""
 CHAINED = re.compile(r"^(?:During handling of the|The) above exception.*:$", re.MULTILINE)
 """What pytest puts between an exception and the one that came of it."""
-NOTICED = re.compile(r"(?:[\w.]*\.)?(?:assert|AssertionError|CommandFailed|MachineTrouble|Failed)\b")
+NOTICED = re.compile(
+    r"(?:[\w.]*\.)?(?:assert|AssertionError|CommandFailed|MachineTrouble|Failed)\b"
+)
 
 
 class NotRun(Exception):
@@ -170,7 +172,9 @@ def chosen(names):
     unknown = set(names) - set().union(*keys)
     if unknown:
         sys.exit(f"sabotage: nothing is called {', '.join(sorted(unknown))}")
-    return [entry for entry, has in zip(entries, keys) if not names or has & set(names)]
+    return [
+        entry for entry, has in zip(entries, keys, strict=True) if not names or has & set(names)
+    ]
 
 
 def main():

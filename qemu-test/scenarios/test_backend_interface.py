@@ -2,6 +2,7 @@
 """What scripts and people find of a backend in its domain is where the C module has it."""
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
 from harness.handmade import HandMade
@@ -41,7 +42,24 @@ LOGGED = "oo .*rd .*wr .*f .*ds "
 """What is printed of a ring every ten seconds if log_stats is set."""
 
 
-@pytest.mark.feature("BE-01", "BE-02", "BE-03", "BE-06", "BE-20", "BE-21", "BE-24", "BE-30", "BE-31", "BE-32", "BE-33", "BE-34", "BE-35", "BE-36", "BE-37", "BE-41")
+@pytest.mark.feature(
+    "BE-01",
+    "BE-02",
+    "BE-03",
+    "BE-06",
+    "BE-20",
+    "BE-21",
+    "BE-24",
+    "BE-30",
+    "BE-31",
+    "BE-32",
+    "BE-33",
+    "BE-34",
+    "BE-35",
+    "BE-36",
+    "BE-37",
+    "BE-41",
+)
 def test_backend_interface(xen):
     """Parameters, files in sysfs, nodes, names of threads, and the numbers of xentop.
 
@@ -52,9 +70,7 @@ def test_backend_interface(xen):
     server = host.start_server()
     server.load_backend("max_queues=2 max_ring_page_order=3")
     server.ram_disks(2)
-    guest = host.start_guest(
-        disks=[Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/ram1", mode="r")]
-    )
+    guest = host.start_guest(disks=[Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/ram1", mode="r")])
     assert_served_by_pair(host, guest)
     parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
     look = f"cd {parameters}; for name in *; do echo $name $(stat -c %a $name) $(cat $name); done"
@@ -123,7 +139,7 @@ def statistics(server, device):
     """The numbers of a disk, by name."""
     names = STATISTICS.split()
     values = server.sh(f"cd {device}/statistics; cat {STATISTICS}").split()
-    return dict(zip(names, map(int, values)))
+    return dict(zip(names, map(int, values), strict=True))
 
 
 def xentop(host, guest):

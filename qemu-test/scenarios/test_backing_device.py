@@ -6,6 +6,7 @@ becomes of requests.
 """
 
 import pytest
+
 from harness.counts import KEEPS_PAGES
 from harness.counts import assert_idle
 from harness.counts import xen_counts
@@ -114,7 +115,7 @@ def test_discard(ramdisk_host, record_property):
     guest.sh(f"blkdiscard -s -o {4 * MIB} -l {MIB} /dev/xvda")
     guest.shut_down()
     whole = [f"dd if=/dev/rblk0 bs=1M skip={mib} count=1 2>/dev/null" for mib in range(6)]
-    for part, byte in zip(whole, ("x", "\\0", "\\0", "x", "\\377", "x")):
+    for part, byte in zip(whole, ("x", "\\0", "\\0", "x", "\\377", "x"), strict=True):
         assert host.server.sh(f"{part} | tr -d '{byte}' | wc -c") == "0", (part, byte)
 
 

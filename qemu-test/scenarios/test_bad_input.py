@@ -6,6 +6,7 @@ frontend would write. After each piece of nonsense a good disk must work.
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.guest import DRIVER
 from harness.toolstack import PLAIN

@@ -2,6 +2,7 @@
 """A disk that cannot be served fails with a message; nothing else suffers."""
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
 from harness.toolstack import directories

@@ -9,6 +9,7 @@ one go, so the guest is paused meanwhile, and the node rewritten.
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
 from harness.handmade import HandMade
@@ -28,7 +29,7 @@ def write(letter, seek, flags="direct"):
 
 def on_cpu(cpu, command):
     """The command on one CPU, which has a ring of its own."""
-    return f"taskset -c {cpu} sh -c \"{command}\""
+    return f'taskset -c {cpu} sh -c "{command}"'
 
 
 def throttle(host, bytes_per_second):
@@ -79,7 +80,7 @@ def test_barrier(xen, record_property):
     ordered = order.rindex("b") < order.index("F") < order.index("a")
     # The guest flushes after such a write too; the other flush is the barrier's.
     flushes = order[order.index("x") : order.index("e")].count("F")
-    durable = flushes == 2 or guest.front == "rblkfront" and flushes == 1
+    durable = flushes == 2 or (guest.front == "rblkfront" and flushes == 1)
     ours = host.pair.back.name == "rblkback"
     assert ordered == durable == ours, order
     if not ours:

@@ -2,6 +2,7 @@
 """A domain is destroyed at each step of its disk's connection; nothing of it is left."""
 
 import pytest
+
 from harness.counts import kernel_counts
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair

@@ -7,6 +7,7 @@ holds for a disk that is unbound from its driver.
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.toolstack import CODES
 from harness.xenhost import Disk
@@ -117,9 +118,7 @@ def test_unbind_in_use(host):
     lines = guest.sh("dd if=/dev/xvdb bs=64k count=16 iflag=direct 2> /dev/null | sort -u")
     assert lines == "written", lines[:200]
 
-    guest.sh(
-        f"mkfs.ext4 -q /dev/xvdb && sync && {MOUNT} /dev/xvdb /disk && echo kept > /disk/file"
-    )
+    guest.sh(f"mkfs.ext4 -q /dev/xvdb && sync && {MOUNT} /dev/xvdb /disk && echo kept > /disk/file")
     guest.rebind_disk(CODES["xvdb"])
     guest.sh("umount /disk")
     guest.wait_for(f"{MOUNT} /dev/xvdb /disk")

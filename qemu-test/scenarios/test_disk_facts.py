@@ -8,6 +8,7 @@ sectors while they connect, as nobody would answer a look for partitions.
 import errno
 
 import pytest
+
 from harness.evidence import assert_front_of_pair
 from harness.guest import DRIVER
 from harness.image import compiled
@@ -67,17 +68,43 @@ def disks(rust):
     ours = {"removable": "1"} if rust else {}
     yield "xvda", 51712, {}, {}, {}
     yield "xvdb", 51728, FEATURES, {}, {**INDIRECT, **DISCARD, "queue/physical_block_size": "4096"}
-    yield "xvdc", 51744, {"sector-size": 4096, "info": 7}, {}, {
-        **LARGE_BLOCKS,
-        "ro": "1",
-        "removable": "1",
-    }
+    yield (
+        "xvdc",
+        51744,
+        {"sector-size": 4096, "info": 7},
+        {},
+        {
+            **LARGE_BLOCKS,
+            "ro": "1",
+            "removable": "1",
+        },
+    )
     yield "xvdd", 51760, {"feature-barrier": 1, "feature-flush-cache": 1}, {}, CACHE
     yield "xvde", 51776, {"feature-barrier": 1}, {}, {**CACHE, **fua}
     yield "xvdf", XVDF, {"removable": 1}, {"no-part-scan": 1}, ours
 
 
-@pytest.mark.feature("FE-01", "FE-04", "FE-07", "FE-08", "FE-09", "FE-10", "FE-11", "FE-13", "FE-24", "FE-26", "FE-51", "FE-52", "FE-53", "FE-54", "FE-60", "FE-61", "FE-63", "F-08", "F-20")
+@pytest.mark.feature(
+    "FE-01",
+    "FE-04",
+    "FE-07",
+    "FE-08",
+    "FE-09",
+    "FE-10",
+    "FE-11",
+    "FE-13",
+    "FE-24",
+    "FE-26",
+    "FE-51",
+    "FE-52",
+    "FE-53",
+    "FE-54",
+    "FE-60",
+    "FE-61",
+    "FE-63",
+    "F-08",
+    "F-20",
+)
 def test_disk_facts(xen, record_property):
     """Offers as they are seen in sysfs, while disks connect and later; names and numbers of disks."""
     host = xen(programs=[compiled("ioctl")])
@@ -177,7 +204,7 @@ def follow_names(host, guest):
     """Each form of virtual device number has its name and minors; a clash is refused."""
     for names in NAMES:
         connect_disks(host, guest, {code: ({}, number_of(code)) for code in names})
-        for code, (name, number) in names.items():
+        for name, number in names.values():
             guest.wait_for(f'[ "$(cat /sys/block/{name}/dev)" = {number} ]')
         if 768 in names:
             refuse_clash(host, guest)
@@ -188,9 +215,7 @@ def refuse_what_is_no_disk(host, guest):
     """A number of no disk makes none."""
     for code in NOWHERE:
         create_device(host, guest.domid, code)
-    guest.wait_for(
-        " && ".join(f"[ -e /sys/bus/xen/devices/vbd-{code} ]" for code in NOWHERE)
-    )
+    guest.wait_for(" && ".join(f"[ -e /sys/bus/xen/devices/vbd-{code} ]" for code in NOWHERE))
     assert guest.sh("ls -d /sys/block/xvd* 2>/dev/null || true") == ""
     remove_devices(host, guest, NOWHERE)
 

@@ -2,6 +2,7 @@
 """Dom0 goes to sleep and wakes up, with its disks, while a guest writes."""
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.job import Job
 from harness.xenhost import Disk

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from harness.cpio import Archive
 from harness.handmade import HandMade
 from harness.image import add_built_module

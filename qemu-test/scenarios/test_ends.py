@@ -5,6 +5,7 @@ begin to serve."""
 import time
 
 import pytest
+
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS

@@ -8,6 +8,7 @@ before the second was even written.
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.writelog import read_log
 from harness.xenhost import Disk
@@ -36,7 +37,7 @@ def test_flush_ordering(xen):
     for step in range(STEPS - 1):
         here, there = position[b"step %04d" % step], position[b"step %04d" % (step + 1)]
         assert here < there
-        assert any(
-            entry.is_flush for entry in entries[here + 1 : there + 1]
-        ), f"no flush after step {step}"
+        assert any(entry.is_flush for entry in entries[here + 1 : there + 1]), (
+            f"no flush after step {step}"
+        )
     assert any(entry.is_flush for entry in entries[position[b"step %04d" % (STEPS - 1)] :])

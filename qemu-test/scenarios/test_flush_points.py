@@ -10,6 +10,7 @@ import shutil
 import subprocess
 
 import pytest
+
 from harness import xfs
 from harness.evidence import assert_served_by_pair
 from harness.writelog import read_log

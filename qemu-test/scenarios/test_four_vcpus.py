@@ -6,6 +6,7 @@ processor: for what is asked here one of QEMU's is enough. A driver domain has o
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.guest import FOUR_VCPUS
 from harness.job import Job
@@ -31,7 +32,9 @@ for thread in $(grep -l xvda /proc/[0-9]*/comm); do
 	thread=${thread#/proc/}
 	taskset -p 2 ${thread%/comm} > /dev/null
 done"""
-THREAD_CPUS = r"sed -n 's/^Cpus_allowed_list:\t//p' $(grep -l xvda /proc/[0-9]*/comm | sed s/comm/status/)"
+THREAD_CPUS = (
+    r"sed -n 's/^Cpus_allowed_list:\t//p' $(grep -l xvda /proc/[0-9]*/comm | sed s/comm/status/)"
+)
 """The CPUs that each thread of the backend may use."""
 CPU1 = "/sys/devices/system/cpu/cpu1/online"
 

@@ -6,6 +6,7 @@ start.
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.image import compiled
 from harness.job import Job

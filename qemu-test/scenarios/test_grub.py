@@ -7,6 +7,7 @@ GRUB's frontend connects, reads, closes; then Linux connects to the same device.
 import gzip
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 from harness.xenimage import domu_archive

@@ -7,6 +7,7 @@ meanwhile.
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 

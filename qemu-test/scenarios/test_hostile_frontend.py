@@ -11,6 +11,7 @@ is read back all the time.
 from contextlib import contextmanager
 
 import pytest
+
 from harness.counts import backend_switches
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair

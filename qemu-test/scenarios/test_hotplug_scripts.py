@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 
 SCRIPTS = Path("/etc/xen/scripts")

@@ -8,6 +8,7 @@ All names have "initramfs" in them, because `make test T=NAME` makes the initram
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 from harness.xenimage import root_disk

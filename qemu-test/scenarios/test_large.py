@@ -5,6 +5,7 @@ The disk of 3 TiB is a RAM disk, which takes memory for what is written alone.
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.image import compiled
 from harness.xenhost import Disk
@@ -95,7 +96,9 @@ def test_large_disk(xen):
 
     if guest.sh("cat /sys/block/xvda/queue/discard_max_bytes") != "0":
         guest.sh(f"blkdiscard -o {PLACES['last'] * MIB} -l {MIB} /dev/xvda")
-        cut = "dd if=/dev/ram0 bs=1M skip={} count=1 iflag=direct 2> /dev/null | tr -d '\\0' | wc -c"
+        cut = (
+            "dd if=/dev/ram0 bs=1M skip={} count=1 iflag=direct 2> /dev/null | tr -d '\\0' | wc -c"
+        )
         assert server.sh(cut.format(PLACES["last"])) == "0"
         assert sums(server, "/dev/ram0", list(PLACES.values())[:-1]) == seen[:-1]
 

@@ -4,6 +4,7 @@
 import os
 
 import pytest
+
 from harness.counts import kernel_counts
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair

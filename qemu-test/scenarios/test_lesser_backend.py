@@ -7,6 +7,7 @@ is not asked: it ends the disk when the backend closes.
 """
 
 import pytest
+
 from harness.evidence import assert_front_of_pair
 from harness.guest import TWO_VCPUS
 from harness.handmade import HandMade
@@ -16,7 +17,9 @@ HONEST, UNSUPPORTED_FLUSH, LAG = 0, 3, 14
 
 SECTORS = 2048
 WRITE = "/usr/bin/dd if=/dev/zero of=/dev/xvdb bs={} count=1 oflag=direct"
-IN_BACKGROUND = "({0} && echo written > /tmp/end{1} || echo failed > /tmp/end{1}) > /dev/null 2>&1 &"
+IN_BACKGROUND = (
+    "({0} && echo written > /tmp/end{1} || echo failed > /tmp/end{1}) > /dev/null 2>&1 &"
+)
 IN_FLIGHT = "[ \"$(awk '{{print $9}}' /sys/block/xvdb/stat)\" -ge {} ]"
 
 SMALL = """

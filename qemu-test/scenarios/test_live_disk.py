@@ -2,6 +2,7 @@
 """A disk changes its size while it is read and written, and its memory goes with its use."""
 
 import pytest
+
 from harness.counts import KEEPS_PAGES
 from harness.counts import free_kb
 from harness.evidence import assert_served_by_pair

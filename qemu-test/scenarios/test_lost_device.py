@@ -6,6 +6,7 @@ in flight.
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.job import Job
 from harness.xenhost import Disk
@@ -62,8 +63,12 @@ def test_lost_device(host):
     server.sh(MAKE)
     host.attach(guest, Disk("xvdb", NODE))
     guest.wait_for_disk("xvdb")
-    guest.sh("yes again | dd of=/dev/xvdb bs=64k count=16 iflag=fullblock oflag=direct 2> /dev/null")
-    assert guest.sh("dd if=/dev/xvdb bs=64k count=16 iflag=direct 2> /dev/null | head -c 5") == "again"
+    guest.sh(
+        "yes again | dd of=/dev/xvdb bs=64k count=16 iflag=fullblock oflag=direct 2> /dev/null"
+    )
+    assert (
+        guest.sh("dd if=/dev/xvdb bs=64k count=16 iflag=direct 2> /dev/null | head -c 5") == "again"
+    )
     other.wait_for_pass(2)
     other.stop()
     assert_served_by_pair(host, guest, "xvdb")

@@ -2,6 +2,7 @@
 """Several disks are attached at the same moment, and detached, while another one is in use."""
 
 import pytest
+
 from harness.counts import xen_counts
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS

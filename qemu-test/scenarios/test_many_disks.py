@@ -7,6 +7,7 @@ The log has a table of the memory that they cost the server.
 import os
 
 import pytest
+
 from harness.counts import KEEPS_PAGES
 from harness.counts import assert_idle
 from harness.counts import free_kb

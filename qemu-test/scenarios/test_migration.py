@@ -7,6 +7,7 @@ Each program checks what it reads; none may see an error.
 from dataclasses import replace
 
 import pytest
+
 from harness import kept
 from harness.evidence import assert_served_by_pair
 from harness.guest import LOG

@@ -5,6 +5,7 @@ Names, permissions and defaults are those of xen-blkfront; the time-outs are our
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
 from harness.handmade import HandMade
@@ -155,7 +156,37 @@ def take_what_was_offered(host, guest, record_property):
     assert host.xenstore_read(f"{disk.front}/multi-queue-num-queues") == "2"
 
 
-@pytest.mark.feature("FE-03", "FE-05", "FE-06", "FE-12", "FE-13", "FE-20", "FE-21", "FE-22", "FE-23", "FE-24", "FE-25", "FE-26", "FE-30", "FE-31", "FE-32", "FE-33", "FE-34", "FE-40", "FE-41", "FE-50", "FE-55", "FE-68", "F-17", "BE-08", "BE-10", "BE-11", "BE-20", "BE-48", "B-17")
+@pytest.mark.feature(
+    "FE-03",
+    "FE-05",
+    "FE-06",
+    "FE-12",
+    "FE-13",
+    "FE-20",
+    "FE-21",
+    "FE-22",
+    "FE-23",
+    "FE-24",
+    "FE-25",
+    "FE-26",
+    "FE-30",
+    "FE-31",
+    "FE-32",
+    "FE-33",
+    "FE-34",
+    "FE-40",
+    "FE-41",
+    "FE-50",
+    "FE-55",
+    "FE-68",
+    "F-17",
+    "BE-08",
+    "BE-10",
+    "BE-11",
+    "BE-20",
+    "BE-48",
+    "B-17",
+)
 def test_parameters(xen, test_modules, record_property):
     host = xen(waiting=TWO_VCPUS, modules=[test_modules / "rblk_hostile_back.ko"])
     server = host.start_server()

@@ -2,6 +2,7 @@
 """A partition table on the disk, and a disk that is a partition."""
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 

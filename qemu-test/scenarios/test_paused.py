@@ -2,6 +2,7 @@
 """What xl does to a guest and to a driver domain, while the guest reads and writes."""
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.guest import READY
 from harness.guest import TWO_VCPUS

@@ -10,6 +10,7 @@ import secrets
 import subprocess
 
 import pytest
+
 from harness import qdisk
 from harness.evidence import assert_served_by_pair
 from harness.job import Job
@@ -71,7 +72,9 @@ def verify_and_discard(host, guest, vdev, image):
     assert qdisk.allocated_kb(host, image) < METADATA_KB
 
 
-@pytest.mark.feature("FE-07", "FE-10", "FE-11", "FE-24", "FE-40", "FE-42", "FE-44", "FE-60", "FE-61", "FE-62")
+@pytest.mark.feature(
+    "FE-07", "FE-10", "FE-11", "FE-24", "FE-40", "FE-42", "FE-44", "FE-60", "FE-61", "FE-62"
+)
 def test_qdisk(xen):
     """The root disk is a qcow2 image, a second disk a raw one."""
     images = [("root.qcow2", root_disk()), ("data.raw", "64M")]

@@ -6,6 +6,7 @@ rust/samples/ramdisk/ramdisk.rs.
 """
 
 import pytest
+
 from harness.counts import assert_no_lost_memory
 from harness.guest import wait_in
 from harness.ramdisk import DISK

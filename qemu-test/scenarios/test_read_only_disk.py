@@ -2,6 +2,7 @@
 """A disk given read-only can be read, and nothing the guest does changes it."""
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 

@@ -4,6 +4,7 @@
 import shutil
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.job import Job
 from harness.pairs import rival_of
@@ -121,7 +122,9 @@ def test_unload_over_loop(xen):
     host = xen()
     server = host.start_server()
     server.load_backend()
-    server.sh("dd if=/dev/zero of=/tmp/image bs=1M count=8 2>/dev/null; losetup /dev/loop0 /tmp/image")
+    server.sh(
+        "dd if=/dev/zero of=/tmp/image bs=1M count=8 2>/dev/null; losetup /dev/loop0 /tmp/image"
+    )
     guest = host.start_guest(disks=[Disk(target="/dev/loop0")])
     assert_served_by_pair(host, guest)
     device = f"vbd-{guest.domid}-51712"

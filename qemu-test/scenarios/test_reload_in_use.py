@@ -6,6 +6,7 @@ free: the moment in which no backend has it is theirs.
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.job import Job
 from harness.toolstack import CODES
@@ -41,9 +42,7 @@ def test_reload_in_use(host):
     server.sh("swapon /dev/ram0")
     server.load_backend()
     server.wait_for(f"[ -e {DRIVER}/{device} ] || echo {device} > {DRIVER}/bind")
-    host.wait_for(
-        f"xenstore-exists {error_node(back)} || [ $(xenstore-read {back}/state) = 4 ]"
-    )
+    host.wait_for(f"xenstore-exists {error_node(back)} || [ $(xenstore-read {back}/state) = 4 ]")
     server.sh("swapoff /dev/ram0")
 
     server.sh(f"[ ! -e {DRIVER}/{device} ] || echo {device} > {DRIVER}/unbind")

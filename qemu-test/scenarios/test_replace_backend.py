@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.job import Job
 from harness.xenhost import Disk
@@ -51,7 +52,9 @@ def host(xen, build, tmp_path):
 
 def replace(server, module, status, parameters=""):
     """Runs the command with a file of the payload; it must end with that status. Returns its output."""
-    arguments = f"--timeout {TIMEOUT_S} --old $modules/rblkback.ko $modules/{module}.ko {parameters}"
+    arguments = (
+        f"--timeout {TIMEOUT_S} --old $modules/rblkback.ko $modules/{module}.ko {parameters}"
+    )
     found, output = server.run(
         f"modules=/payload/modules; [ -d $modules ] || modules=/modules; {PLACE} {arguments}",
         timeout=2 * TIMEOUT_S,

@@ -126,7 +126,9 @@ def test_ring_echo(xen, test_modules):
         load(host, guest)
         wait_until_it_echoes(guest)
         script = comes_and_goes(chance, FRONT, "recho-0")
-        guest.sh(f"(sh -ec '{script}' > /tmp/round 2>&1 && echo end || echo end $?) >> /tmp/round 2>&1 &")
+        guest.sh(
+            f"(sh -ec '{script}' > /tmp/round 2>&1 && echo end || echo end $?) >> /tmp/round 2>&1 &"
+        )
         server.sh(comes_and_goes(chance, BACK, f"recho-{domid}-0"), timeout=300)
         guest.wait_for("grep -q end /tmp/round", timeout=300)
         assert guest.sh("cat /tmp/round") == "end"

@@ -5,6 +5,7 @@ import hashlib
 import subprocess
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.guest import DRIVER
 from harness.handmade import HandMade

@@ -6,6 +6,7 @@ whose dead file system is still there, and which Linux knows by that number.
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.xenhost import Disk
 

@@ -8,6 +8,7 @@ waits for the task that has asked for it before it stops.
 """
 
 import pytest
+
 from harness import kept
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
@@ -22,8 +23,7 @@ IMAGE = "/dev/vdb"
 LESS = "max_queues=1 max_ring_page_order=0 feature_persistent=0"
 """Parameters of a backend that can do less."""
 LESS_OF_DISK = (
-    'xenstore-write "$XENBUS_PATH/feature-max-indirect-segments" 0 '
-    '"$XENBUS_PATH/discard-enable" 0'
+    'xenstore-write "$XENBUS_PATH/feature-max-indirect-segments" 0 "$XENBUS_PATH/discard-enable" 0'
 )
 """What the hotplug script writes first: both drivers look for it when the disk is there."""
 LESS_SAID = "persistent grants: disabled; indirect descriptors: disabled; bounce buffer: disabled"

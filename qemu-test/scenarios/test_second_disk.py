@@ -2,6 +2,7 @@
 """A second disk comes and goes while the guest runs, idle and in use."""
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.toolstack import CODES
 from harness.xenhost import Disk

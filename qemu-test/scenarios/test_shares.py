@@ -4,6 +4,7 @@
 import time
 
 import pytest
+
 from harness.counts import mapped_pages
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade

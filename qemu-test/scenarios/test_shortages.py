@@ -2,6 +2,7 @@
 """The backend lacks pages or mappings: requests wait for them, and do not fail."""
 
 import pytest
+
 from harness.counts import KEEPS_PAGES
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade

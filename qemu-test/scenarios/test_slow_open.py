@@ -6,6 +6,7 @@ to a slow disk, a thin volume that is being filled or a server that does not ans
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
 from harness.xenhost import Disk

@@ -7,6 +7,7 @@ and does not show it.
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
 

@@ -6,6 +6,7 @@ which has no ring.
 """
 
 import pytest
+
 from harness.evidence import assert_front_of_pair
 from harness.toolstack import connect_disks
 from harness.toolstack import directories
@@ -20,7 +21,9 @@ HONEST, KEEP, SILENCE, LOSE_EVENT, MISS_EVENT = 0, 9, 10, 12, 13
 DRIVER = "/sys/bus/xen-backend/drivers/vbd-hostile"
 
 WRITE = "/usr/bin/dd if=/dev/zero of=/dev/xvdb bs=4k count=1 oflag=direct"
-WRITER = f"rm -f /tmp/end; ({WRITE} && echo done > /tmp/end || echo failed > /tmp/end) 2> /dev/null &"
+WRITER = (
+    f"rm -f /tmp/end; ({WRITE} && echo done > /tmp/end || echo failed > /tmp/end) 2> /dev/null &"
+)
 """Writes; what becomes of it is in /tmp/end."""
 
 SHORT_TIMEOUT = "echo 1000 > /sys/block/xvdb/queue/io_timeout"
@@ -56,7 +59,7 @@ def test_lost_event(xen, test_modules):
 
     xen-blkfront waits for the next event, which never comes if there is one request at a time.
     """
-    host, server, guest = hostile_disk(xen, test_modules)
+    _host, server, guest = hostile_disk(xen, test_modules)
     guest.sh(SHORT_TIMEOUT)
     for trick, said in (
         (LOSE_EVENT, "xvdb: an event of the backend was lost"),
@@ -76,7 +79,7 @@ def test_no_answer(xen, test_modules):
 
     xen-blkfront waits without end.
     """
-    host, server, guest = hostile_disk(xen, test_modules)
+    _host, server, guest = hostile_disk(xen, test_modules)
     guest.allow("error, dev xvdb")
     guest.allow("the backend does not answer")
     guest.sh(SHORT_TIMEOUT)
@@ -121,7 +124,9 @@ def test_no_answer_and_no_end(xen):
     assert host.xenstore_read(f"{front}/state") == "4"
     guest.sh(f"echo 30 > {FRONT_PARAMETERS}/io_timeout")
     guest.wait_for('[ "$(cat /tmp/end)" = failed ]')
-    assert "does not answer" in host.xenstore_read(front.replace("/device/", "/error/device/") + "/error")
+    assert "does not answer" in host.xenstore_read(
+        front.replace("/device/", "/error/device/") + "/error"
+    )
     assert host.xenstore_read(f"{front}/state") == "6"
     remove_devices(host, guest, [XVDB])
 
@@ -142,12 +147,16 @@ def test_returning_backend(xen, test_modules):
     guest.allow("offering rings: trying again")
     for _ in range(8):
         server.sh(f"cd {DRIVER}; echo {device} > unbind; echo {device} > bind")
-        host.wait_for(f"[ $(xenstore-read {front}/state) = 1 ] && [ $(xenstore-read {back}/state) = 2 ]")
+        host.wait_for(
+            f"[ $(xenstore-read {front}/state) = 1 ] && [ $(xenstore-read {back}/state) = 2 ]"
+        )
     guest.wait_for("dmesg | grep -q 'offering rings: trying again'")
     assert server.sh(f"cat {PARAMETERS}/hoarded") == "1"
 
     guest.sh(WRITER)
-    server.sh(f"echo N > {PARAMETERS}/hoard; cd {DRIVER}; echo {device} > unbind; echo {device} > bind")
+    server.sh(
+        f"echo N > {PARAMETERS}/hoard; cd {DRIVER}; echo {device} > unbind; echo {device} > bind"
+    )
     guest.wait_for('[ "$(cat /tmp/end)" = done ]')
     assert server.sh(f"cat {PARAMETERS}/hoarded") == "0"
     for _ in range(20):
@@ -176,7 +185,9 @@ def test_talkative_backend(xen):
     )
     guest.wait_for("[ $(cat /sys/block/xvdb/size) = 8000 ]")
     lines = len(messages(guest, "xvdb"))
-    took = float(guest.sh("echo $(cut -d ' ' -f 1 /proc/uptime) $(cat /tmp/start) | awk '{ print $1 - $2 }'"))
+    took = float(
+        guest.sh("echo $(cut -d ' ' -f 1 /proc/uptime) $(cat /tmp/start) | awk '{ print $1 - $2 }'")
+    )
     # Ten in five seconds of each of three messages, one of them of the block layer.
     assert lines <= 30 * (took // 5 + 2), (lines, took)
     remove_devices(host, guest, [XVDB])

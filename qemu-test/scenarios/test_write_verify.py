@@ -2,6 +2,7 @@
 """What was written is what is read, over the whole disk, in requests of all sizes."""
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.guest import TWO_VCPUS
 

@@ -6,6 +6,7 @@ they have written is in the page cache of the backend's domain. The backend goes
 """
 
 import pytest
+
 from harness.evidence import assert_served_by_pair
 from harness.handmade import HandMade
 
