@@ -12,16 +12,16 @@
 //!
 //! | file | |
 //! |---|---|
-//! | `vbd` | the life of a device, from probe to removal |
-//! | `charge` | whom the I/O counts for |
+//! | `device` | the life of a device, from probe to removal |
+//! | `io_accounting` | whom the I/O counts for |
 //! | `connect` | what is read from xenstore and written to it |
 //! | `disk` | the block device that is served |
 //! | `domain` | how many pages the disks of a frontend's domain may have mapped |
-//! | `queue` | the thread of a queue: takes requests, ends transfers |
-//! | `fence` | barriers, which order the requests of all queues |
-//! | `transfer` | a request on its way |
-//! | `inbox` | where the thread of a queue and what it waits for meet |
-//! | `memory` | how data gets between the frontend's memory and the disk |
+//! | `queue` | the thread of a queue: takes requests, ends requests |
+//! | `barrier` | barriers, which order the requests of all queues |
+//! | `request` | a request on its way |
+//! | `events` | where the thread of a queue and what it waits for meet |
+//! | `data_path` | how data gets between the frontend's memory and the disk |
 //! | `persistent` | pages that stay mapped |
 //! | `stats` | counters and files in sysfs |
 //! | `params` | module parameters |
@@ -37,19 +37,19 @@ use kernel::{
 
 use kernel_ext::xen::xenbus::Adapter;
 
-mod charge;
+mod barrier;
 mod connect;
+mod data_path;
+mod device;
 mod disk;
 mod domain;
-mod fence;
-mod inbox;
-mod memory;
+mod events;
+mod io_accounting;
 mod params;
+mod pending_req;
 mod persistent;
 mod queue;
 mod stats;
-mod transfer;
-mod vbd;
 
 module! {
     type: Module,
@@ -63,15 +63,15 @@ module! {
 #[pin_data]
 struct Module {
     #[pin]
-    driver: Registration<Adapter<vbd::VbdDriver>>,
+    driver: Registration<Adapter<device::VbdDriver>>,
     /// Dropped after the driver.
-    work: vbd::WorkQueue,
+    work: device::WorkQueue,
 }
 
 impl kernel::InPlaceModule for Module {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            work: vbd::WorkQueue::new()?,
+            work: device::WorkQueue::new()?,
             driver <- Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),
         }? Error)
     }

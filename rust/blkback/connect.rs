@@ -28,7 +28,7 @@ use kernel_ext::{
             MAX_PAGES, //
         },
         xenbus::{
-            Device,
+            self,
             State,
             Switched, //
         },
@@ -68,7 +68,10 @@ use blkif::{
 };
 
 use crate::{
-    charge::Charge,
+    barrier::{
+        BarrierGate,
+        GateMember, //
+    },
     disk::{
         Disk,
         MAX_INDIRECT_SEGMENTS, //
@@ -77,24 +80,21 @@ use crate::{
         self,
         Domain, //
     },
-    fence::{
-        Fence,
-        Post, //
-    },
-    inbox::Inbox,
+    events::QueueEvents,
+    io_accounting::IoAccounting,
     queue::{
-        Parts,
-        Queue, //
+        Queue,
+        QueueConfig, //
     },
     stats::{
         Counters,
         Stats, //
-    },
+    }, //
 };
 
 /// Why a connection cannot be made. Written to xenstore for a person to read.
 #[derive(Debug)]
-pub(crate) enum Fault {
+pub(crate) enum ConnectError {
     /// A node of the frontend.
     Node(BadNode),
     /// A node of the toolstack, or of its hotplug script.
@@ -112,28 +112,28 @@ pub(crate) enum Fault {
     /// The disk cannot be opened.
     Disk(DeviceNumber, Access, Error),
     /// The disk has another sequence number than the toolstack says: it is another disk.
-    Recycled(DeviceNumber, u64, u64),
+    WrongSequence(DeviceNumber, u64, u64),
     /// Something of our own failed.
-    Own(&'static str, Error),
+    Local(&'static str, Error),
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for ConnectError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fault::Node(bad) | Fault::Toolstack(bad) => write!(f, "{bad}"),
-            Fault::Queue(index, bad) => write!(f, "queue {index}: {bad}"),
-            Fault::Choice(bad) => write!(f, "{bad}"),
-            Fault::Ring(index, error) => write!(f, "ring of queue {index}: {error}"),
-            Fault::Refused(index, node, number, _) => {
+            ConnectError::Node(bad) | ConnectError::Toolstack(bad) => write!(f, "{bad}"),
+            ConnectError::Queue(index, bad) => write!(f, "queue {index}: {bad}"),
+            ConnectError::Choice(bad) => write!(f, "{bad}"),
+            ConnectError::Ring(index, error) => write!(f, "ring of queue {index}: {error}"),
+            ConnectError::Refused(index, node, number, _) => {
                 write!(f, "queue {index}: {node} = \"{number}\": refused by Xen")
             }
-            Fault::State(bad) => write!(
+            ConnectError::State(bad) => write!(
                 f,
                 "{} = \"{}\": no state that a frontend may have now",
                 bad.node(),
                 bad.text()
             ),
-            Fault::Disk(number, access, error) => {
+            ConnectError::Disk(number, access, error) => {
                 let (major, minor) = (number.major(), number.minor());
                 let what = match access {
                     _ if *error == EBUSY => "in use here: mounted, or part of another device",
@@ -142,7 +142,7 @@ impl fmt::Display for Fault {
                 };
                 write!(f, "physical-device = \"{major:x}:{minor:x}\": {what}")
             }
-            Fault::Recycled(number, wanted, found) => {
+            ConnectError::WrongSequence(number, wanted, found) => {
                 let (major, minor) = (number.major(), number.minor());
                 write!(
                     f,
@@ -150,34 +150,36 @@ impl fmt::Display for Fault {
                      {found:x}, has that number now"
                 )
             }
-            Fault::Own(what, _) => f.write_str(what),
+            ConnectError::Local(what, _) => f.write_str(what),
         }
     }
 }
 
-impl Fault {
+impl ConnectError {
     /// The errno that goes with it.
     pub(crate) fn error(&self) -> Error {
         match self {
-            Fault::Node(_) | Fault::Toolstack(_) | Fault::State(_) => EINVAL,
-            Fault::Queue(..) | Fault::Choice(_) => EINVAL,
-            Fault::Ring(..) => EIO,
-            Fault::Recycled(..) => ENXIO,
-            Fault::Disk(_, _, error) | Fault::Refused(_, _, _, error) | Fault::Own(_, error) => {
-                *error
-            }
+            ConnectError::Node(_) | ConnectError::Toolstack(_) | ConnectError::State(_) => EINVAL,
+            ConnectError::Queue(..) | ConnectError::Choice(_) => EINVAL,
+            ConnectError::Ring(..) => EIO,
+            ConnectError::WrongSequence(..) => ENXIO,
+            ConnectError::Disk(_, _, error)
+            | ConnectError::Refused(_, _, _, error)
+            | ConnectError::Local(_, error) => *error,
         }
     }
 }
 
-impl Fault {
+impl ConnectError {
     /// Returns what the fault is to the connection. `connected`: whether a frontend has been connected
     /// to the device before.
     pub(crate) fn failure(&self, connected: impl FnOnce() -> bool) -> Failure {
         match self {
-            Fault::Node(_) | Fault::Queue(..) | Fault::Choice(_) => Failure::Frontend,
-            Fault::Ring(..) | Fault::State(_) => Failure::Frontend,
-            fault if is_shortage(fault.error()) => Failure::Shortage,
+            ConnectError::Node(_) | ConnectError::Queue(..) | ConnectError::Choice(_) => {
+                Failure::Frontend
+            }
+            ConnectError::Ring(..) | ConnectError::State(_) => Failure::Frontend,
+            error if is_transient(error.error()) => Failure::Shortage,
             _ => Failure::Unusable {
                 connected: connected(),
             },
@@ -186,41 +188,41 @@ impl Fault {
 }
 
 /// Returns `true` if what has failed so may succeed later without anybody's help.
-fn is_shortage(error: Error) -> bool {
+fn is_transient(error: Error) -> bool {
     [ENOMEM, EAGAIN, ENOSPC, EINTR].contains(&error)
 }
 
 /// Returns `true` if a frontend has been connected to the device before, be it by a driver that was
 /// unbound: that has described the disk.
-pub(crate) fn was_connected(device: &Device) -> bool {
-    xenstore::exists(&NoTransaction, device.nodename(), fmt!("sectors"))
+pub(crate) fn was_connected(xbdev: &xenbus::Device) -> bool {
+    xenstore::exists(&NoTransaction, xbdev.nodename(), fmt!("sectors"))
 }
 
 /// Removes the error that was written for the toolstack: it holds no more.
-pub(crate) fn clear_error(device: &Device) -> Result {
-    let dir = CString::try_from_fmt(fmt!("error/{}", device.nodename()))?;
+pub(crate) fn clear_error(xbdev: &xenbus::Device) -> Result {
+    let dir = CString::try_from_fmt(fmt!("error/{}", xbdev.nodename()))?;
     xenstore::remove(&NoTransaction, &dir, fmt!("error"))
 }
 
 /// Returns `true` if the toolstack wants the device to stay when a frontend in this state closes it.
-pub(crate) fn is_online(device: &Device, frontend: XenbusState) -> bool {
-    let value = read(device.nodename(), fmt!("online")).ok().flatten();
+pub(crate) fn is_online(xbdev: &xenbus::Device, frontend: XenbusState) -> bool {
+    let value = read(xbdev.nodename(), fmt!("online")).ok().flatten();
     state::is_online(value.as_ref().map(|value| value.as_bytes()), frontend)
 }
 
 /// Says what was being done when an error happened.
-pub(crate) trait Doing<T> {
-    fn doing(self, what: &'static str) -> Result<T, Fault>;
+pub(crate) trait ResultExt<T> {
+    fn during(self, what: &'static str) -> Result<T, ConnectError>;
 }
 
-impl<T> Doing<T> for Result<T> {
-    fn doing(self, what: &'static str) -> Result<T, Fault> {
-        self.map_err(|error| Fault::Own(what, error))
+impl<T> ResultExt<T> for Result<T> {
+    fn during(self, what: &'static str) -> Result<T, ConnectError> {
+        self.map_err(|error| ConnectError::Local(what, error))
     }
 }
 
 /// Says what became of the attempt to show Connected.
-pub(crate) enum Described {
+pub(crate) enum ConnectOutcome {
     /// It is shown.
     Connected,
     /// The frontend has withdrawn the rings that are mapped.
@@ -230,7 +232,7 @@ pub(crate) enum Described {
 }
 
 /// Reads a node. One that is empty counts as missing.
-pub(crate) fn read(dir: &CStr, node: fmt::Arguments<'_>) -> Result<Option<Value>, Fault> {
+pub(crate) fn read(dir: &CStr, node: fmt::Arguments<'_>) -> Result<Option<Value>, ConnectError> {
     read_within(&NoTransaction, dir, node)
 }
 
@@ -238,11 +240,11 @@ fn read_within(
     context: &impl Context,
     dir: &CStr,
     node: fmt::Arguments<'_>,
-) -> Result<Option<Value>, Fault> {
+) -> Result<Option<Value>, ConnectError> {
     match xenstore::read(context, dir, node) {
         Ok(value) => Ok(Some(value).filter(|value| !value.as_bytes().is_empty())),
         Err(error) if error == ENOENT => Ok(None),
-        Err(error) => Err(Fault::Own("reading xenstore", error)),
+        Err(error) => Err(ConnectError::Local("reading xenstore", error)),
     }
 }
 
@@ -251,7 +253,7 @@ pub(crate) fn read_listed(
     listing: &Listing,
     dir: &CStr,
     node: &str,
-) -> Result<Option<Value>, Fault> {
+) -> Result<Option<Value>, ConnectError> {
     if listing.may_have(node) {
         read(dir, fmt!("{node}"))
     } else {
@@ -260,7 +262,7 @@ pub(crate) fn read_listed(
 }
 
 /// Whether a frontend's state that xenbus cannot read is there, and no number.
-pub(crate) fn has_wrong_state(frontend: &CStr) -> bool {
+pub(crate) fn has_invalid_state(frontend: &CStr) -> bool {
     let Ok(Some(value)) = read(frontend, fmt!("state")) else {
         return false;
     };
@@ -268,19 +270,24 @@ pub(crate) fn has_wrong_state(frontend: &CStr) -> bool {
 }
 
 /// What is wrong with the state of a frontend.
-pub(crate) fn wrong_state(frontend: &CStr) -> Fault {
+pub(crate) fn bad_state_error(frontend: &CStr) -> ConnectError {
     match read(frontend, fmt!("state")) {
-        Ok(Some(value)) => Fault::State(BadNode::new("state", value.as_bytes(), Wrong::Unknown)),
-        Ok(None) => Fault::State(BadNode::missing("state")),
-        Err(fault) => fault,
+        Ok(Some(value)) => {
+            ConnectError::State(BadNode::new("state", value.as_bytes(), Wrong::Unknown))
+        }
+        Ok(None) => ConnectError::State(BadNode::missing("state")),
+        Err(error) => error,
     }
 }
 
 /// Opens the disk that the hotplug script has written to our directory; `None` if it has not, or
 /// there is one already.
-pub(crate) fn find_disk(device: &Device, disk: Option<&Disk>) -> Result<Option<Arc<Disk>>, Fault> {
+pub(crate) fn open_disk(
+    xbdev: &xenbus::Device,
+    disk: Option<&Disk>,
+) -> Result<Option<Arc<Disk>>, ConnectError> {
     const NODE: &str = "physical-device";
-    let dir = device.nodename();
+    let dir = xbdev.nodename();
     let Some(value) = read(dir, fmt!("{NODE}"))? else {
         return Ok(None);
     };
@@ -288,42 +295,44 @@ pub(crate) fn find_disk(device: &Device, disk: Option<&Disk>) -> Result<Option<A
         major,
         minor,
         sequence,
-    } = node::physical_device(NODE, value.as_bytes()).map_err(Fault::Toolstack)?;
-    let number = DeviceNumber::new(major, minor)
-        .ok_or_else(|| Fault::Toolstack(BadNode::new(NODE, value.as_bytes(), Wrong::Unknown)))?;
+    } = node::physical_device(NODE, value.as_bytes()).map_err(ConnectError::Toolstack)?;
+    let number = DeviceNumber::new(major, minor).ok_or_else(|| {
+        ConnectError::Toolstack(BadNode::new(NODE, value.as_bytes(), Wrong::Unknown))
+    })?;
     if let Some(disk) = disk {
         if disk.number != number {
             ratelimited!(dev_warn!(
-                device.as_ref(),
+                xbdev.as_ref(),
                 "{NODE} was changed to {major:x}:{minor:x}: ignored\n"
             ));
         }
         return Ok(None);
     }
-    let mode = read(dir, fmt!("mode"))?.ok_or(Fault::Toolstack(BadNode::missing("mode")))?;
+    let mode = read(dir, fmt!("mode"))?.ok_or(ConnectError::Toolstack(BadNode::missing("mode")))?;
     let (access, claim) = match mode.as_bytes() {
         [b'r'] => (Access::ReadOnly, Claim::None),
         mode if mode.contains(&b'w') && mode.contains(&b'!') => (Access::ReadWrite, Claim::None),
         mode if mode.contains(&b'w') => (Access::ReadWrite, Claim::Exclusive),
         other => {
             let bad = BadNode::new("mode", other, Wrong::Unknown);
-            return Err(Fault::Toolstack(bad));
+            return Err(ConnectError::Toolstack(bad));
         }
     };
-    let mode = CString::try_from_fmt(fmt!("{}", &*mode)).doing("keeping the mode")?;
+    let mode = CString::try_from_fmt(fmt!("{}", &*mode)).during("keeping the mode")?;
     let discard = read(dir, fmt!("discard-enable"))?.is_none_or(|value| value.as_bytes() != b"0");
     let disk = Disk::open(number, access, claim, mode, discard)
-        .map_err(|error| Fault::Disk(number, access, error))?;
-    let found = disk.device.disk_sequence();
+        .map_err(|error| ConnectError::Disk(number, access, error))?;
+    let found = disk.bdev.disk_sequence();
     if let Some(wanted) = sequence.filter(|wanted| *wanted != found) {
-        return Err(Fault::Recycled(number, wanted, found));
+        return Err(ConnectError::WrongSequence(number, wanted, found));
     }
-    let disk = Arc::new(disk, GFP_KERNEL).map_err(|_| Fault::Own("keeping the disk", ENOMEM))?;
+    let disk =
+        Arc::new(disk, GFP_KERNEL).map_err(|_| ConnectError::Local("keeping the disk", ENOMEM))?;
     Ok(Some(disk))
 }
 
 /// Writes what any frontend may choose from.
-pub(crate) fn write_offers(dir: &CStr, limits: &BackLimits) -> Result {
+pub(crate) fn write_features(dir: &CStr, limits: &BackLimits) -> Result {
     let write = |node: &str, value: u32| {
         xenstore::write(&NoTransaction, dir, fmt!("{node}"), fmt!("{value}"))
     };
@@ -337,79 +346,81 @@ pub(crate) fn write_offers(dir: &CStr, limits: &BackLimits) -> Result {
 
 /// Writes the size of the disk, and Connected again, which makes the frontend look at it. If the
 /// toolstack has asked the device to close, that stays as it is.
-pub(crate) fn write_size(device: &Device, disk: &Disk) -> Result {
-    let dir = device.nodename();
-    let sectors = disk.device.sectors();
-    device.switch_state_with(State::Connected, |transaction| {
+pub(crate) fn write_size(xbdev: &xenbus::Device, disk: &Disk) -> Result {
+    let dir = xbdev.nodename();
+    let sectors = disk.bdev.sectors();
+    xbdev.switch_state_with(State::Connected, |transaction| {
         xenstore::write(transaction, dir, fmt!("sectors"), fmt!("{sectors}"))
     })?;
-    disk.told(sectors);
+    disk.set_reported(sectors);
     Ok(())
 }
 
 /// Takes back an offer: the disk has refused it.
-pub(crate) fn withdraw(device: &Device, node: &str) -> Result {
-    xenstore::write(&NoTransaction, device.nodename(), fmt!("{node}"), fmt!("0"))
+pub(crate) fn withdraw_feature(xbdev: &xenbus::Device, node: &str) -> Result {
+    xenstore::write(&NoTransaction, xbdev.nodename(), fmt!("{node}"), fmt!("0"))
 }
 
 /// Reads what the frontend has chosen.
-fn read_choice(frontend: &CStr, limits: &BackLimits) -> Result<Accepted, Fault> {
+fn read_choice(frontend: &CStr, limits: &BackLimits) -> Result<Accepted, ConnectError> {
     let mut choice = FrontChoice::default();
     let listing = Listing::new(&NoTransaction, frontend);
     for node in FrontChoice::NODES {
         if let Some(value) = read_listed(&listing, frontend, node)? {
-            choice.set(node, value.as_bytes()).map_err(Fault::Node)?;
+            choice
+                .set(node, value.as_bytes())
+                .map_err(ConnectError::Node)?;
         }
     }
-    choice.check(limits).map_err(Fault::Choice)
+    choice.check(limits).map_err(ConnectError::Choice)
 }
 
 /// What the queues of a connection have in common.
 pub(crate) struct Connection<'a> {
-    device: &'a Device,
+    xbdev: &'a xenbus::Device,
     frontend: &'a CStr,
     domain: Arc<Domain>,
     accepted: Accepted,
-    charge: Arc<Charge>,
+    io_accounting: Arc<IoAccounting>,
     disk: Arc<Disk>,
-    fence: Arc<Fence>,
+    gate: Arc<BarrierGate>,
     /// Name of the virtual device, such as `xvda`.
     name: CString,
     /// The first page of the first ring, once that is mapped.
-    first: Option<ForeignRef>,
+    first_ring_ref: Option<ForeignRef>,
 }
 
 impl<'a> Connection<'a> {
     /// To a frontend that has written what it wants.
     pub(crate) fn new(
-        device: &'a Device,
+        xbdev: &'a xenbus::Device,
         frontend: &'a CStr,
         domain: &Arc<Domain>,
         disk: Arc<Disk>,
         limits: &BackLimits,
-    ) -> Result<Self, Fault> {
+    ) -> Result<Self, ConnectError> {
         let accepted = read_choice(frontend, limits)?;
-        let dev = read(device.nodename(), fmt!("dev"))?
-            .ok_or(Fault::Toolstack(BadNode::missing("dev")))?;
+        let dev = read(xbdev.nodename(), fmt!("dev"))?
+            .ok_or(ConnectError::Toolstack(BadNode::missing("dev")))?;
         let name = dev.as_bytes();
         let name = name.strip_prefix(b"/dev/").unwrap_or(name);
         let name =
-            CString::try_from_fmt(fmt!("{}", BStr::from_bytes(name))).doing("keeping the name")?;
-        let own = Listing::new(&NoTransaction, device.nodename());
-        let charge = Arc::new(Charge::read(device, &own)?, GFP_KERNEL)
+            CString::try_from_fmt(fmt!("{}", BStr::from_bytes(name))).during("keeping the name")?;
+        let listing = Listing::new(&NoTransaction, xbdev.nodename());
+        let io_accounting = Arc::new(IoAccounting::read(xbdev, &listing)?, GFP_KERNEL)
             .map_err(Error::from)
-            .doing("keeping whom I/O counts for")?;
-        let fence = Arc::pin_init(Fence::new(), GFP_KERNEL).doing("making a fence")?;
+            .during("keeping whom I/O counts for")?;
+        let gate = Arc::pin_init(BarrierGate::new(), GFP_KERNEL).during("making a fence")?;
         Ok(Self {
-            device,
+            xbdev,
             frontend,
             domain: domain.clone(),
             accepted,
-            charge,
+            io_accounting,
             disk,
-            fence,
+            gate,
             name,
-            first: None,
+            first_ring_ref: None,
         })
     }
 
@@ -422,7 +433,7 @@ impl<'a> Connection<'a> {
             ..
         } = &self.accepted;
         ratelimited!(dev_info!(
-            self.device.as_ref(),
+            self.xbdev.as_ref(),
             "{}: {} queues of {} pages, {}, persistent grants {}\n",
             &*self.name,
             rings.queues,
@@ -438,50 +449,54 @@ impl<'a> Connection<'a> {
     }
 
     /// Maps the ring of a queue, and connects its event channel.
-    pub(crate) fn queue(&mut self, index: u32, stats: &Stats) -> Result<Queue, Fault> {
+    pub(crate) fn connect_ring(
+        &mut self,
+        index: u32,
+        stats: &Stats,
+    ) -> Result<Queue, ConnectError> {
         let (references, pages) = self.references(index)?;
         let references = references.get(..pages).unwrap_or_default();
         if index == 0 {
-            self.first = references.first().copied();
+            self.first_ring_ref = references.first().copied();
         }
         let port = self.number(index, "event-channel", fmt!("event-channel"))?;
 
-        let ring = MappedRing::new(self.device, references).map_err(|error| {
+        let ring = MappedRing::new(self.xbdev, references).map_err(|error| {
             if error == ENOSPC {
-                domain::share_mappings();
+                domain::reclaim_mappings();
             }
-            let first = references.first().map_or(0, |reference| reference.0);
-            Fault::Refused(index, "ring-ref", first, error)
+            let first_ring_ref = references.first().map_or(0, |reference| reference.0);
+            ConnectError::Refused(index, "ring-ref", first_ring_ref, error)
         })?;
-        let ring =
-            BackRing::attach(ring, self.accepted.abi).map_err(|error| Fault::Ring(index, error))?;
-        let inbox = Arc::pin_init(Inbox::new(), GFP_KERNEL).doing("making a queue")?;
-        let channel = Channel::bind_interdomain(self.device, port, c"blkif-backend", inbox.clone())
-            .map_err(|error| Fault::Refused(index, "event-channel", port, error))?;
+        let ring = BackRing::attach(ring, self.accepted.abi)
+            .map_err(|error| ConnectError::Ring(index, error))?;
+        let events = Arc::pin_init(QueueEvents::new(), GFP_KERNEL).during("making a queue")?;
+        let channel = Channel::bind_interdomain(self.xbdev, port, c"blkif-backend", events.clone())
+            .map_err(|error| ConnectError::Refused(index, "event-channel", port, error))?;
         let counters = usize::try_from(index)
             .map_err(Error::from)
             .and_then(|index| stats.queue(index))
-            .doing("making a queue")?;
-        self.finish(index, ring, inbox, channel, counters)
-            .doing("making a queue")
+            .during("making a queue")?;
+        self.new_queue(index, ring, events, channel, counters)
+            .during("making a queue")
     }
 
-    fn finish(
+    fn new_queue(
         &self,
         index: u32,
         ring: BackRing<MappedRing>,
-        inbox: Arc<Inbox>,
-        channel: Channel<Inbox>,
+        events: Arc<QueueEvents>,
+        channel: Channel<QueueEvents>,
         counters: Arc<Counters>,
     ) -> Result<Queue> {
         let domain = self.domain.clone();
-        Queue::new(Parts {
+        Queue::new(QueueConfig {
             name: CString::try_from_fmt(fmt!("{}.{}-{}", domain.id, *self.name, index))?,
-            post: Post::new(&self.fence, index, &inbox)?,
+            gate: GateMember::new(&self.gate, index, &events)?,
             ring,
             channel,
-            inbox,
-            charge: self.charge.clone(),
+            events,
+            io_accounting: self.io_accounting.clone(),
             disk: self.disk.clone(),
             counters,
             domain,
@@ -490,7 +505,7 @@ impl<'a> Connection<'a> {
     }
 
     /// The grant references of the pages of a ring, and their number.
-    fn references(&self, index: u32) -> Result<([ForeignRef; MAX_PAGES], usize), Fault> {
+    fn references(&self, index: u32) -> Result<([ForeignRef; MAX_PAGES], usize), ConnectError> {
         let mut references = [ForeignRef(0); MAX_PAGES];
         let pages = usize::try_from(self.accepted.rings.pages()).unwrap_or(MAX_PAGES);
         for (page, reference) in references.iter_mut().take(pages).enumerate() {
@@ -510,7 +525,7 @@ impl<'a> Connection<'a> {
         index: u32,
         name: &'static str,
         node: fmt::Arguments<'_>,
-    ) -> Result<u32, Fault> {
+    ) -> Result<u32, ConnectError> {
         self.number_within(&NoTransaction, index, name, node)
     }
 
@@ -520,7 +535,7 @@ impl<'a> Connection<'a> {
         index: u32,
         name: &'static str,
         node: fmt::Arguments<'_>,
-    ) -> Result<u32, Fault> {
+    ) -> Result<u32, ConnectError> {
         let value = if self.accepted.queue_dirs {
             read_within(context, self.frontend, fmt!("queue-{index}/{node}"))?
         } else {
@@ -530,11 +545,11 @@ impl<'a> Connection<'a> {
             Some(value) => node::decimal_u32(name, value.as_bytes()),
             None => Err(BadNode::missing(name)),
         };
-        number.map_err(|bad| Fault::Queue(index, bad))
+        number.map_err(|bad| ConnectError::Queue(index, bad))
     }
 
     /// The first page of the first ring.
-    fn first_reference(&self, context: &impl Context) -> Result<ForeignRef, Fault> {
+    fn read_first_ring_ref(&self, context: &impl Context) -> Result<ForeignRef, ConnectError> {
         let node = if self.accepted.numbered_refs {
             "ring-ref0"
         } else {
@@ -555,21 +570,21 @@ impl<'a> Connection<'a> {
         matches!(
             state,
             Some(XenbusState::Initialised | XenbusState::Connected)
-        ) && self.first_reference(transaction).ok() == self.first
+        ) && self.read_first_ring_ref(transaction).ok() == self.first_ring_ref
     }
 
     /// Writes what the disk is and can do, and Connected, unless the toolstack or the frontend have
     /// changed their minds since the rings were mapped.
-    pub(crate) fn describe_disk(&self) -> Result<Described, Fault> {
+    pub(crate) fn describe_disk(&self) -> Result<ConnectOutcome, ConnectError> {
         let cdrom = read(self.frontend, fmt!("device-type"))?
             .is_some_and(|kind| kind.as_bytes() == b"cdrom");
         let disk = &self.disk;
-        let dir = self.device.nodename();
-        let sectors = disk.device.sectors();
-        disk.told(sectors);
+        let dir = self.xbdev.nodename();
+        let sectors = disk.bdev.sectors();
+        disk.set_reported(sectors);
         let mut offered = true;
         let switched = self
-            .device
+            .xbdev
             .switch_state_with(State::Connected, |transaction| {
                 offered = self.is_offered(transaction);
                 if !offered {
@@ -578,7 +593,7 @@ impl<'a> Connection<'a> {
                 let write = |node: &str, value: u64| {
                     xenstore::write(transaction, dir, fmt!("{node}"), fmt!("{value}"))
                 };
-                let write_cache = disk.device.write_cache().into();
+                let write_cache = disk.bdev.write_cache().into();
                 write("feature-flush-cache", write_cache)?;
                 write("feature-barrier", write_cache)?;
                 if let Some(discard) = disk.discard {
@@ -590,17 +605,17 @@ impl<'a> Connection<'a> {
                 write("feature-persistent", self.accepted.persistent.into())?;
                 write("sectors", sectors)?;
                 write("info", disk.info(cdrom).into())?;
-                let block_size = disk.device.logical_block_size().into();
+                let block_size = disk.bdev.logical_block_size().into();
                 write("sector-size", block_size)?;
-                let physical = disk.device.physical_block_size().into();
+                let physical = disk.bdev.physical_block_size().into();
                 write("physical-sector-size", physical)
             });
         match switched {
-            Err(_) if !offered => Ok(Described::Withdrawn),
-            Ok(Switched::Written) => Ok(Described::Connected),
-            Ok(Switched::Refused(found)) => Ok(Described::Refused(found)),
+            Err(_) if !offered => Ok(ConnectOutcome::Withdrawn),
+            Ok(Switched::Written) => Ok(ConnectOutcome::Connected),
+            Ok(Switched::Refused(found)) => Ok(ConnectOutcome::Refused(found)),
             Ok(Switched::Failed(error)) | Err(error) => {
-                Err(Fault::Own("writing what the disk is", error))
+                Err(ConnectError::Local("writing what the disk is", error))
             }
         }
     }

@@ -3,7 +3,7 @@
 //! The disk behind a device: what a hotplug script has put at `physical-device`.
 //!
 //! Nobody tells a user of a block device that its size has changed, so one has to look. A queue looks
-//! whenever it has something to do. For a disk without I/O there is a [`SizeWatch`], which wakes no
+//! whenever it has something to do. For a disk without I/O there is a [`SizePoll`], which wakes no
 //! idle CPU; and the hotplug script may write `physical-device` again to have it looked at now.
 
 use kernel::{
@@ -55,7 +55,7 @@ use blkif::{
     },
 };
 
-use crate::inbox::Inbox;
+use crate::events::QueueEvents;
 
 /// Segments that an indirect request may have (`MAX_INDIRECT_SEGMENTS` of the C backend).
 pub(crate) const MAX_INDIRECT_SEGMENTS: u16 = 256;
@@ -75,12 +75,12 @@ pub(crate) struct Disk {
     pub(crate) number: DeviceNumber,
     /// The node `mode`.
     pub(crate) mode: CString,
-    pub(crate) device: Arc<BlockDevice>,
+    pub(crate) bdev: Arc<BlockDevice>,
     /// Discard as it is offered; none if the toolstack forbids it.
     pub(crate) discard: Option<Discard>,
     block_size: u32,
     /// Size in sectors that the frontend was told.
-    told: Atomic<u64>,
+    reported_sectors: Atomic<u64>,
 }
 
 impl Disk {
@@ -92,26 +92,26 @@ impl Disk {
         mode: CString,
         discard: bool,
     ) -> Result<Self> {
-        let device = BlockDevice::open(number, access, claim)?;
-        let discard = device
+        let bdev = BlockDevice::open(number, access, claim)?;
+        let discard = bdev
             .discard()
             .filter(|_| discard && access == Access::ReadWrite);
-        let block_size = device.logical_block_size();
-        let told = Atomic::new(device.sectors());
+        let block_size = bdev.logical_block_size();
+        let reported_sectors = Atomic::new(bdev.sectors());
         Ok(Self {
             number,
             mode,
-            device,
+            bdev,
             discard,
             block_size,
-            told,
+            reported_sectors,
         })
     }
 
     /// Brings the page cache onto the disk and empties it, for requests go beside it. May sleep for as
     /// long as the disk takes.
-    pub(crate) fn empty_cache(&self) -> Result {
-        let empty = self.device.sync_and_forget_cache()?;
+    pub(crate) fn drop_page_cache(&self) -> Result {
+        let empty = self.bdev.sync_and_forget_cache()?;
         if !empty && !self.read_only() {
             ratelimited!(pr_warn!(
                 "{:x}:{:x}: programs of this domain use pages of the disk, which is served: what they \
@@ -125,7 +125,7 @@ impl Disk {
 
     /// Writes are refused.
     pub(crate) fn read_only(&self) -> bool {
-        self.device.access() == Access::ReadOnly || self.device.read_only()
+        self.bdev.access() == Access::ReadOnly || self.bdev.read_only()
     }
 
     /// How much of a discard of `left` sectors is asked for at once: what the device does at once, to
@@ -152,9 +152,9 @@ impl Disk {
     #[inline]
     pub(crate) fn limits(&self) -> DiskLimits {
         DiskLimits {
-            sectors: self.device.sectors(),
+            sectors: self.bdev.sectors(),
             block_size: self.block_size,
-            read_only: self.device.access() == Access::ReadOnly,
+            read_only: self.bdev.access() == Access::ReadOnly,
             discard: self.discard.is_some(),
             secure_discard: self.discard.is_some_and(|discard| discard.secure),
             indirect_segments: MAX_INDIRECT_SEGMENTS,
@@ -163,50 +163,53 @@ impl Disk {
 
     /// Whether the size is another one than the frontend was told. Any context.
     #[inline]
-    pub(crate) fn has_new_size(&self) -> bool {
-        self.device.sectors() != self.told.load(Relaxed)
+    pub(crate) fn size_changed(&self) -> bool {
+        self.bdev.sectors() != self.reported_sectors.load(Relaxed)
     }
 
     /// The frontend was told this size.
-    pub(crate) fn told(&self, sectors: u64) {
-        self.told.store(sectors, Relaxed);
+    pub(crate) fn set_reported(&self, sectors: u64) {
+        self.reported_sectors.store(sectors, Relaxed);
     }
 
     /// The node `info`.
     pub(crate) fn info(&self, cdrom: bool) -> u32 {
         let flag = |flag, set| if set { flag } else { 0 };
-        flag(info::CDROM, cdrom || self.device.is_cdrom())
-            | flag(info::REMOVABLE, self.device.is_removable())
+        flag(info::CDROM, cdrom || self.bdev.is_cdrom())
+            | flag(info::REMOVABLE, self.bdev.is_removable())
             | flag(info::READONLY, self.read_only())
     }
 }
 
 /// How often to look for a new size of a disk without I/O.
-const SIZE_WATCH_MS: u32 = 1000;
+const SIZE_POLL_MS: u32 = 1000;
 
 /// Looks for a new size of a disk without I/O.
-pub(crate) struct SizeWatch {
+pub(crate) struct SizePoll {
     disk: Arc<Disk>,
-    inbox: Arc<Inbox>,
+    events: Arc<QueueEvents>,
 }
 
-impl SizeWatch {
-    /// A timer that is to be set after [`Self::period`], and goes on by itself. `inbox` is of the
+impl SizePoll {
+    /// A timer that is to be set after [`Self::period`], and goes on by itself. `events` is of the
     /// queue that has to tell the frontend.
-    pub(crate) fn timer(disk: Arc<Disk>, inbox: Arc<Inbox>) -> Result<Pin<KBox<Timer<Self>>>> {
-        Timer::new(IdleCpu::Sleeps, Self { disk, inbox })
+    pub(crate) fn timer(
+        disk: Arc<Disk>,
+        events: Arc<QueueEvents>,
+    ) -> Result<Pin<KBox<Timer<Self>>>> {
+        Timer::new(IdleCpu::Sleeps, Self { disk, events })
     }
 
     /// The time from one look to the next.
     pub(crate) fn period() -> Jiffies {
-        msecs_to_jiffies(SIZE_WATCH_MS)
+        msecs_to_jiffies(SIZE_POLL_MS)
     }
 }
 
-impl Target for SizeWatch {
+impl Target for SizePoll {
     fn expired(&self) -> Option<Jiffies> {
-        if self.disk.has_new_size() {
-            self.inbox.nudge();
+        if self.disk.size_changed() {
+            self.events.kick();
         }
         Some(Self::period())
     }

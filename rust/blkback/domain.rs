@@ -15,7 +15,7 @@
 //! # When Xen has no mapping left
 //!
 //! Xen limits how many pages this domain may have mapped, of all other domains together (its
-//! *maptrack*). When it refuses to map a page for that reason, [`share_mappings`] is called: for a
+//! *maptrack*). When it refuses to map a page for that reason, [`reclaim_mappings`] is called: for a
 //! while no queue of any domain is guaranteed a part of a budget. So each queue unmaps what it keeps
 //! without use, keeps nothing more, and has no more under way than its largest request needs. The
 //! request that was refused waits, and is tried again; it does not fail.
@@ -49,57 +49,57 @@ use kernel_ext::{
         noio::Noio, //
     },
     xen::{
-        xenbus::Device,
+        xenbus,
         DomId, //
     },
 };
 
-use crate::inbox::Inbox;
+use crate::events::QueueEvents;
 
 /// For so long after a queue did not get its part nobody gets more than its own.
 const SHORTAGE_MS: u32 = 10_000;
 
 /// What a queue adds to a budget, at most.
-const MAX_PART: usize = 1 << 20;
+const MAX_GUARANTEE: usize = 1 << 20;
 
 /// Pages that are taken and given back at once.
-const STEP: usize = 64;
+const RESERVE_BATCH: usize = 64;
 
 /// Each device that the driver is bound to, or was, if its threads still run.
-static SEATS: GlobalMutex<KVec<Arc<Seat>>> = GlobalMutex::new(KVec::new());
+static DEVICES: GlobalMutex<KVec<Arc<DeviceEntry>>> = GlobalMutex::new(KVec::new());
 
 /// The place of a device among the others.
-struct Seat {
-    device: CString,
+struct DeviceEntry {
+    nodename: CString,
     domain: Arc<Domain>,
     /// The driver was unbound, and threads still wait for the disk. They will answer in rings that
     /// another driver of the device would take for its own.
-    left_alone: Atomic<bool>,
+    orphaned: Atomic<bool>,
 }
 
 /// The seat of a device, until this is dropped.
-pub(crate) struct Seated(Arc<Seat>);
+pub(crate) struct DeviceRegistration(Arc<DeviceEntry>);
 
-impl Seated {
+impl DeviceRegistration {
     /// Takes a seat for a device.
-    pub(crate) fn new(device: &Device) -> Result<Self> {
+    pub(crate) fn new(xbdev: &xenbus::Device) -> Result<Self> {
         // The threads of queues take the lock too, and memory may have to be written to their disks.
         let _noio = Noio::new();
-        let mut seats = SEATS.lock();
-        let id = device.otherend_id();
-        let known = seats.iter().find(|seat| seat.domain.id == id);
+        let mut devices = DEVICES.lock();
+        let id = xbdev.otherend_id();
+        let known = devices.iter().find(|entry| entry.domain.id == id);
         let domain = match known {
-            Some(seat) => seat.domain.clone(),
+            Some(entry) => entry.domain.clone(),
             None => Arc::pin_init(Domain::new(id), GFP_KERNEL)?,
         };
-        let seat = Seat {
-            device: CString::try_from_fmt(fmt!("{}", device.nodename()))?,
+        let entry = DeviceEntry {
+            nodename: CString::try_from_fmt(fmt!("{}", xbdev.nodename()))?,
             domain,
-            left_alone: Atomic::new(false),
+            orphaned: Atomic::new(false),
         };
-        let seat = Arc::new(seat, GFP_KERNEL)?;
-        seats.push(seat.clone(), GFP_KERNEL)?;
-        Ok(Self(seat))
+        let entry = Arc::new(entry, GFP_KERNEL)?;
+        devices.push(entry.clone(), GFP_KERNEL)?;
+        Ok(Self(entry))
     }
 
     /// The domain of the frontend.
@@ -108,33 +108,33 @@ impl Seated {
     }
 
     /// Whether threads still run without a driver.
-    pub(crate) fn left_alone(&self) -> &Atomic<bool> {
-        &self.0.left_alone
+    pub(crate) fn orphaned(&self) -> &Atomic<bool> {
+        &self.0.orphaned
     }
 }
 
-impl Drop for Seated {
+impl Drop for DeviceRegistration {
     fn drop(&mut self) {
-        let mut seats = SEATS.lock();
-        seats.retain(|seat| !Arc::ptr_eq(seat, &self.0));
-        if seats.is_empty() {
+        let mut devices = DEVICES.lock();
+        devices.retain(|entry| !Arc::ptr_eq(entry, &self.0));
+        if devices.is_empty() {
             // Nobody drops a static.
-            *seats = KVec::new();
+            *devices = KVec::new();
         }
     }
 }
 
 /// Whether threads of a driver that was unbound from this device still run.
-pub(crate) fn is_left_alone(device: &CStr) -> bool {
-    let seats = SEATS.lock();
-    let mut same = seats.iter().filter(|seat| &*seat.device == device);
-    same.any(|seat| seat.left_alone.load(Acquire))
+pub(crate) fn is_orphaned(nodename: &CStr) -> bool {
+    let devices = DEVICES.lock();
+    let mut same = devices.iter().filter(|entry| &*entry.nodename == nodename);
+    same.any(|entry| entry.orphaned.load(Acquire))
 }
 
 /// Has all queues of all domains give up mappings that they can do without: Xen has none left.
-pub(crate) fn share_mappings() {
-    for seat in SEATS.lock().iter() {
-        seat.domain.share_mappings();
+pub(crate) fn reclaim_mappings() {
+    for entry in DEVICES.lock().iter() {
+        entry.domain.reclaim_mappings();
     }
 }
 
@@ -143,21 +143,21 @@ pub(crate) fn share_mappings() {
 pub(crate) struct Domain {
     pub(crate) id: DomId,
     /// Pages of requests on their way.
-    pub(crate) moving: Budget,
+    pub(crate) in_flight: PageQuota,
     /// Pages that stay mapped.
-    pub(crate) staying: Budget,
+    pub(crate) persistent: PageQuota,
     /// Where its queues are told of a shortage.
     #[pin]
-    inboxes: Mutex<KVec<Arc<Inbox>>>,
+    queues: Mutex<KVec<Arc<QueueEvents>>>,
 }
 
 impl Domain {
     fn new(id: DomId) -> impl PinInit<Self> {
         pin_init!(Self {
             id,
-            moving: Budget::new(),
-            staying: Budget::new(),
-            inboxes <- new_mutex!(KVec::new()),
+            in_flight: PageQuota::new(),
+            persistent: PageQuota::new(),
+            queues <- new_mutex!(KVec::new()),
         })
     }
 
@@ -165,40 +165,40 @@ impl Domain {
     /// it has beyond its own.
     #[inline]
     pub(crate) fn is_short(&self) -> bool {
-        self.moving.is_short() || self.staying.is_short()
+        self.in_flight.is_short() || self.persistent.is_short()
     }
 
     /// Guarantees no queue of the domain a mapping for a while, and tells them.
-    fn share_mappings(&self) {
-        let budgets = [&self.moving, &self.staying];
-        if budgets
+    fn reclaim_mappings(&self) {
+        let quotas = [&self.in_flight, &self.persistent];
+        if quotas
             .into_iter()
-            .fold(false, |tell, budget| budget.withhold() || tell)
+            .fold(false, |notify, quota| quota.suspend_guarantees() || notify)
         {
-            self.tell();
+            self.notify_queues();
         }
     }
 
     /// Has the queues look whether there is a shortage.
-    fn tell(&self) {
-        self.inboxes.lock().iter().for_each(|inbox| inbox.nudge());
+    fn notify_queues(&self) {
+        self.queues.lock().iter().for_each(|events| events.kick());
     }
 }
 
 /// A queue of a domain that is told of shortages, until this is dropped.
-pub(crate) struct Listener {
+pub(crate) struct ShortageSubscriber {
     domain: Arc<Domain>,
-    inbox: Arc<Inbox>,
+    events: Arc<QueueEvents>,
 }
 
-impl Listener {
-    pub(crate) fn new(domain: &Arc<Domain>, inbox: &Arc<Inbox>) -> Result<Self> {
+impl ShortageSubscriber {
+    pub(crate) fn new(domain: &Arc<Domain>, events: &Arc<QueueEvents>) -> Result<Self> {
         // As for the seats.
         let _noio = Noio::new();
-        domain.inboxes.lock().push(inbox.clone(), GFP_KERNEL)?;
+        domain.queues.lock().push(events.clone(), GFP_KERNEL)?;
         Ok(Self {
             domain: domain.clone(),
-            inbox: inbox.clone(),
+            events: events.clone(),
         })
     }
 
@@ -209,15 +209,15 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
+impl Drop for ShortageSubscriber {
     fn drop(&mut self) {
-        let mut inboxes = self.domain.inboxes.lock();
-        inboxes.retain(|inbox| !Arc::ptr_eq(inbox, &self.inbox));
+        let mut queues = self.domain.queues.lock();
+        queues.retain(|events| !Arc::ptr_eq(events, &self.events));
     }
 }
 
 /// A number of pages that the queues of a domain share.
-pub(crate) struct Budget {
+pub(crate) struct PageQuota {
     /// The sum of their parts.
     limit: Atomic<usize>,
     /// The sum of what they have taken.
@@ -225,16 +225,16 @@ pub(crate) struct Budget {
     /// Until when it counts as used up.
     short_until: Atomic<Jiffies>,
     /// Until when no queue is guaranteed its part.
-    withheld_until: Atomic<Jiffies>,
+    suspended_until: Atomic<Jiffies>,
 }
 
-impl Budget {
+impl PageQuota {
     fn new() -> Self {
         Self {
             limit: Atomic::new(0),
             used: Atomic::new(0),
             short_until: Atomic::new(jiffies::now()),
-            withheld_until: Atomic::new(jiffies::now()),
+            suspended_until: Atomic::new(jiffies::now()),
         }
     }
 
@@ -243,8 +243,8 @@ impl Budget {
     }
 
     /// Returns `true` if no queue is guaranteed its part now. The budget is short then, too.
-    fn is_withheld(&self) -> bool {
-        !jiffies::is_past(self.withheld_until.load(Relaxed))
+    fn guarantees_suspended(&self) -> bool {
+        !jiffies::is_past(self.suspended_until.load(Relaxed))
     }
 
     /// Takes pages, if there are so many left.
@@ -258,20 +258,20 @@ impl Budget {
     }
 
     /// A queue did not get its part. Whether the others have to be told.
-    fn is_used_up(&self) -> bool {
-        prolong(&self.short_until)
+    fn mark_exhausted(&self) -> bool {
+        extend_shortage(&self.short_until)
     }
 
     /// Guarantees no queue its part for a while. Returns `true` if the queues have to be told.
-    fn withhold(&self) -> bool {
-        self.is_used_up();
-        prolong(&self.withheld_until)
+    fn suspend_guarantees(&self) -> bool {
+        self.mark_exhausted();
+        extend_shortage(&self.suspended_until)
     }
 }
 
 /// Sets the end of a shortage, from now on. Returns `true` if the queues have to be told: not again
 /// while they know, but well before it is over.
-fn prolong(until: &Atomic<Jiffies>) -> bool {
+fn extend_shortage(until: &Atomic<Jiffies>) -> bool {
     let half = msecs_to_jiffies(SHORTAGE_MS / 2);
     let known = !jiffies::is_past(until.load(Relaxed).wrapping_sub(half));
     let end = jiffies::now().wrapping_add(msecs_to_jiffies(SHORTAGE_MS));
@@ -280,68 +280,72 @@ fn prolong(until: &Atomic<Jiffies>) -> bool {
 }
 
 /// What one queue has of a budget.
-pub(crate) struct Share {
+pub(crate) struct QuotaShare {
     domain: Arc<Domain>,
-    which: fn(&Domain) -> &Budget,
+    which: fn(&Domain) -> &PageQuota,
     /// What it has added.
-    part: usize,
+    guarantee: usize,
     /// What it has taken.
-    has: usize,
+    taken: usize,
 }
 
-impl Share {
-    /// The share of a queue that adds `part` pages.
-    pub(crate) fn new(domain: &Arc<Domain>, which: fn(&Domain) -> &Budget, part: usize) -> Self {
-        let part = part.min(MAX_PART);
-        which(domain).limit.fetch_add(part, Relaxed);
+impl QuotaShare {
+    /// The share of a queue that adds `guarantee` pages.
+    pub(crate) fn new(
+        domain: &Arc<Domain>,
+        which: fn(&Domain) -> &PageQuota,
+        guarantee: usize,
+    ) -> Self {
+        let guarantee = guarantee.min(MAX_GUARANTEE);
+        which(domain).limit.fetch_add(guarantee, Relaxed);
         Self {
             domain: domain.clone(),
             which,
-            part,
-            has: 0,
+            guarantee,
+            taken: 0,
         }
     }
 
-    fn budget(&self) -> &Budget {
+    fn quota(&self) -> &PageQuota {
         (self.which)(&self.domain)
     }
 
     /// Returns how many pages the queue is guaranteed now.
     fn guaranteed(&self) -> usize {
-        if self.budget().is_withheld() {
+        if self.quota().guarantees_suspended() {
             0
         } else {
-            self.part
+            self.guarantee
         }
     }
 
     /// Whether the queue may have so many pages; takes what is missing.
     #[inline]
-    pub(crate) fn covers(&mut self, pages: usize) -> bool {
-        pages <= self.has || self.grow(pages)
+    pub(crate) fn try_reserve(&mut self, pages: usize) -> bool {
+        pages <= self.taken || self.grow(pages)
     }
 
     fn grow(&mut self, pages: usize) -> bool {
-        let budget = self.budget();
+        let quota = self.quota();
         let beyond = pages > self.guaranteed();
-        if beyond && budget.is_short() {
+        if beyond && quota.is_short() {
             return false;
         }
-        let missing = pages.saturating_sub(self.has);
-        let step = if budget.is_short() {
+        let missing = pages.saturating_sub(self.taken);
+        let step = if quota.is_short() {
             missing
         } else {
-            missing.next_multiple_of(STEP)
+            missing.next_multiple_of(RESERVE_BATCH)
         };
         let mut sizes = [step, missing].into_iter();
-        match sizes.find(|pages| budget.take(*pages)) {
+        match sizes.find(|pages| quota.take(*pages)) {
             Some(taken) => {
-                self.has = self.has.wrapping_add(taken);
+                self.taken = self.taken.wrapping_add(taken);
                 true
             }
             None => {
-                if !beyond && budget.is_used_up() {
-                    self.domain.tell();
+                if !beyond && quota.mark_exhausted() {
+                    self.domain.notify_queues();
                 }
                 false
             }
@@ -350,12 +354,12 @@ impl Share {
 
     /// How many of its pages the queue has to give up, because others of the domain need them. Gives
     /// back what it has taken and does not use.
-    pub(crate) fn excess(&mut self, pages: usize) -> usize {
-        if !self.budget().is_short() {
+    pub(crate) fn over_quota(&mut self, pages: usize) -> usize {
+        if !self.quota().is_short() {
             return 0;
         }
         let guaranteed = self.guaranteed();
-        if self.has <= guaranteed {
+        if self.taken <= guaranteed {
             return 0;
         }
         self.shrink(pages.max(guaranteed));
@@ -364,23 +368,23 @@ impl Share {
 
     /// Gives back what is not needed for so many pages, if that is much.
     #[inline]
-    pub(crate) fn keep(&mut self, pages: usize) {
-        if self.has.saturating_sub(pages) >= STEP {
+    pub(crate) fn trim(&mut self, pages: usize) {
+        if self.taken.saturating_sub(pages) >= RESERVE_BATCH {
             self.shrink(pages);
         }
     }
 
     fn shrink(&mut self, pages: usize) {
-        let spare = self.has.saturating_sub(pages);
-        self.budget().used.fetch_sub(spare, Relaxed);
-        self.has = self.has.wrapping_sub(spare);
+        let spare = self.taken.saturating_sub(pages);
+        self.quota().used.fetch_sub(spare, Relaxed);
+        self.taken = self.taken.wrapping_sub(spare);
     }
 }
 
-impl Drop for Share {
+impl Drop for QuotaShare {
     fn drop(&mut self) {
-        let budget = self.budget();
-        budget.used.fetch_sub(self.has, Relaxed);
-        budget.limit.fetch_sub(self.part, Relaxed);
+        let quota = self.quota();
+        quota.used.fetch_sub(self.taken, Relaxed);
+        quota.limit.fetch_sub(self.guarantee, Relaxed);
     }
 }

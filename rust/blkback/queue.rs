@@ -6,13 +6,13 @@
 //! starts the I/O of all of it under one plug, ends what the disk is done with, unmaps that together,
 //! and then shows all answers at once and notifies the frontend at most once. When there is nothing
 //! to do, it sleeps until an event or the end of an I/O wakes it; no timer is set for that. While it
-//! sleeps, I/O that ends is answered there if nothing else is to be done: see [`inbox`](crate::inbox).
+//! sleeps, I/O that ends is answered there if nothing else is to be done: see [`events`](crate::inbox).
 //!
 //! A request that was started is answered, whatever happens: the thread ends only when nothing is in
 //! flight. Requests that were not started stay in the ring for the next backend.
 //!
 //! A request that lacks memory or mappings waits, and so does what is behind it in the ring. It is
-//! tried again when a transfer of the queue has ended, when other queues have given something back, and
+//! tried again when a request of the queue has ended, when other queues have given something back, and
 //! by a timer. It never fails for that reason; the wait ends with the shortage or with the connection.
 
 use kernel::{
@@ -62,7 +62,13 @@ use blkif::{
 };
 
 use crate::{
-    charge::Charge,
+    barrier::GateMember,
+    data_path::{
+        fits_in_copy_batch,
+        DataError,
+        DataPath, //
+    },
+    device::DeviceHandle,
     disk::{
         Disk,
         MAX_SEGMENTS, //
@@ -70,37 +76,31 @@ use crate::{
     domain::{
         self,
         Domain,
-        Listener, //
+        ShortageSubscriber, //
     },
-    fence::Post,
-    inbox::{
-        Inbox,
-        Parked,
-        Rest,
+    events::{
+        LentRing,
+        PurgeTimer,
+        QueueEvents,
         Ring, //
     },
-    memory::{
-        can_add_copies,
-        Mover,
-        Problem, //
-    },
+    io_accounting::IoAccounting,
     params::{
         BUFFER_SQUEEZE_DURATION_MS,
         LOG_STATS, //
     },
-    stats::Counters,
-    transfer::{
-        has_space,
-        is_copied,
-        is_read_into_copy,
-        new_transfer,
-        reserve,
-        Chain,
-        Transfer,
-        Work,
-        WITHDRAWN_NODES, //
+    pending_req::{
+        has_capacity,
+        is_grant_copied,
+        needs_copy_out,
+        new_pending_req,
+        reserve_segments,
+        PendingReq,
+        ReqList,
+        ReqOp,
+        REJECTABLE_FEATURES, //
     },
-    vbd::Link, //
+    stats::Counters, //
 };
 
 /// How long to wait for somebody else who still uses the pages of an I/O that has ended.
@@ -117,22 +117,22 @@ enum Barrier {
     /// There is none.
     None,
     /// It waits for what came before, in all queues. Nothing is taken meanwhile.
-    Waiting(KBox<Transfer>),
+    Waiting(KBox<PendingReq>),
     /// It is on its way, alone.
     Running,
 }
 
 /// What a queue is made of.
-pub(crate) struct Parts {
+pub(crate) struct QueueConfig {
     /// For messages: domain, device and number of the queue.
     pub(crate) name: CString,
     pub(crate) ring: Ring,
-    pub(crate) channel: Channel<Inbox>,
-    pub(crate) inbox: Arc<Inbox>,
-    pub(crate) charge: Arc<Charge>,
+    pub(crate) channel: Channel<QueueEvents>,
+    pub(crate) events: Arc<QueueEvents>,
+    pub(crate) io_accounting: Arc<IoAccounting>,
     pub(crate) disk: Arc<Disk>,
     pub(crate) counters: Arc<Counters>,
-    pub(crate) post: Post,
+    pub(crate) gate: GateMember,
     pub(crate) domain: Arc<Domain>,
     /// The frontend uses persistent grants.
     pub(crate) persistent: bool,
@@ -143,91 +143,91 @@ pub(crate) struct Queue {
     name: CString,
     /// `None` while the thread sleeps and has parked it.
     ring: Option<KBox<Ring>>,
-    channel: Channel<Inbox>,
-    inbox: Arc<Inbox>,
-    charge: Arc<Charge>,
+    channel: Channel<QueueEvents>,
+    events: Arc<QueueEvents>,
+    io_accounting: Arc<IoAccounting>,
     disk: Arc<Disk>,
     counters: Arc<Counters>,
-    post: Post,
-    mover: Mover,
+    gate: GateMember,
+    data_path: DataPath,
     /// Transfers that are not used now.
-    idle: Chain,
-    /// A transfer with space for any request, for when memory is short.
-    reserve: Option<KBox<Transfer>>,
+    idle: ReqList,
+    /// A request with space for any request, for when memory is short.
+    reserve: Option<KBox<PendingReq>>,
     /// Transfers whose I/O has ended, but somebody still uses their pages.
-    busy: Chain,
+    busy: ReqList,
     /// A request that was taken from the ring, and waits for memory or mappings. It was not started.
     stalled: Option<WireRequest>,
     /// When it is tried again.
     retries: Backoff,
     barrier: Barrier,
     /// Writes whose data is to be copied before they are submitted, and their number.
-    incoming: Chain,
-    incoming_len: usize,
+    writes: ReqList,
+    writes_len: usize,
     /// Transfers that were started and not answered: incoming, submitted, busy.
     in_flight: usize,
     /// Nodes that offered what the disk has refused, and how many of them were taken back. Each is
     /// taken back once, however often the frontend asks for it.
-    refused: KVec<&'static str>,
-    withdrawn: usize,
+    rejected_features: KVec<&'static str>,
+    withdrawn_count: usize,
     /// The frontend has broken the ring: nothing more is taken from it.
     broken: Option<RingError>,
     /// Until when memory counts as short.
     short_until: Option<Jiffies>,
     /// Tells when the domain's pages are short.
-    listener: Listener,
+    shortage: ShortageSubscriber,
     /// When to look for pages that were not used for long, if there may be some.
-    rest_at: Option<Jiffies>,
+    purge_at: Option<Jiffies>,
     /// Wakes the thread then.
-    alarm: Pin<KBox<Timer<Rest>>>,
+    purge_timer: Pin<KBox<Timer<PurgeTimer>>>,
     /// When numbers were last printed.
     logged: Jiffies,
 }
 
 impl Queue {
-    pub(crate) fn new(parts: Parts) -> Result<Self> {
-        let Parts {
+    pub(crate) fn new(config: QueueConfig) -> Result<Self> {
+        let QueueConfig {
             name,
             ring,
             channel,
-            inbox,
-            charge,
+            events,
+            io_accounting,
             disk,
             counters,
-            post,
+            gate,
             domain,
             persistent,
-        } = parts;
-        let mover = Mover::new(&domain, persistent)?;
-        let reserve = new_transfer(&inbox, MAX_SEGMENTS, GFP_KERNEL)?;
-        let listener = Listener::new(&domain, &inbox)?;
-        let alarm = Timer::new(IdleCpu::Wakes, Rest(inbox.clone()))?;
+        } = config;
+        let data_path = DataPath::new(&domain, persistent)?;
+        let reserve = new_pending_req(&events, MAX_SEGMENTS, GFP_KERNEL)?;
+        let shortage = ShortageSubscriber::new(&domain, &events)?;
+        let purge_timer = Timer::new(IdleCpu::Wakes, PurgeTimer(events.clone()))?;
         Ok(Self {
             name,
             ring: Some(KBox::new(ring, GFP_KERNEL)?),
             channel,
-            inbox,
-            charge,
+            events,
+            io_accounting,
             disk,
             counters,
-            post,
-            mover,
-            idle: Chain::new(),
+            gate,
+            data_path,
+            idle: ReqList::new(),
             reserve: Some(reserve),
-            busy: Chain::new(),
+            busy: ReqList::new(),
             stalled: None,
             retries: RETRIES,
             barrier: Barrier::None,
-            incoming: Chain::new(),
-            incoming_len: 0,
+            writes: ReqList::new(),
+            writes_len: 0,
             in_flight: 0,
-            refused: KVec::with_capacity(WITHDRAWN_NODES, GFP_KERNEL)?,
-            withdrawn: 0,
+            rejected_features: KVec::with_capacity(REJECTABLE_FEATURES, GFP_KERNEL)?,
+            withdrawn_count: 0,
             broken: None,
             short_until: None,
-            listener,
-            rest_at: None,
-            alarm,
+            shortage,
+            purge_at: None,
+            purge_timer,
             logged: jiffies::now(),
         })
     }
@@ -238,34 +238,34 @@ impl Queue {
     }
 
     /// Where others give it work.
-    pub(crate) fn inbox(&self) -> Arc<Inbox> {
-        self.inbox.clone()
+    pub(crate) fn events(&self) -> Arc<QueueEvents> {
+        self.events.clone()
     }
 
     /// Serves the ring until the thread should stop.
-    pub(crate) fn serve(mut self, thread: &Current, link: &Link) {
-        let _charged = self.charge.begin(thread, &self.name);
+    pub(crate) fn serve(mut self, thread: &Current, handle: &DeviceHandle) {
+        let _charged = self.io_accounting.apply(thread, &self.name);
         let mut reported = false;
         loop {
-            self.inbox.forget_news();
+            self.events.clear_pending();
             // An event that comes at the end is left for who opens the channel next.
-            let event = !thread.should_stop() && self.inbox.take_event();
-            let took = self.pass(thread);
+            let event = !thread.should_stop() && self.events.take_event();
+            let took = self.run_once(thread);
             match self.broken {
                 // The event is never given back, so that no more come.
                 Some(error) if !reported => {
-                    link.ring_broken(error);
+                    handle.ring_broken(error);
                     reported = true;
                 }
                 None if event => self.channel.eoi(!took),
                 _ => {}
             }
-            while let Some(node) = self.refused.get(self.withdrawn) {
-                link.withdraw(node);
-                self.withdrawn = self.withdrawn.wrapping_add(1);
+            while let Some(node) = self.rejected_features.get(self.withdrawn_count) {
+                handle.withdraw_feature(node);
+                self.withdrawn_count = self.withdrawn_count.wrapping_add(1);
             }
-            if self.disk.has_new_size() {
-                link.resized();
+            if self.disk.size_changed() {
+                handle.resized();
             }
             self.log();
             let stopping = thread.should_stop();
@@ -287,11 +287,11 @@ impl Queue {
     }
 
     fn sleep(&mut self, thread: &Current, stopping: bool) {
-        self.rest();
-        self.park(stopping);
+        self.trim();
+        self.lend_ring(stopping);
         let timeout = self.timeout();
-        self.inbox.wait(thread, !stopping, timeout);
-        self.unpark();
+        self.events.wait(thread, !stopping, timeout);
+        self.reclaim_ring();
     }
 
     /// Returns after which time something has to be tried again.
@@ -304,8 +304,8 @@ impl Queue {
     }
 
     /// Gives back what is not needed now, and what others need.
-    fn rest(&mut self) {
-        if self.inbox.take_short() {
+    fn trim(&mut self) {
+        if self.events.take_memory_pressure() {
             let time = msecs_to_jiffies(BUFFER_SQUEEZE_DURATION_MS.get());
             self.short_until = Some(jiffies::now().wrapping_add(time));
         }
@@ -315,56 +315,56 @@ impl Queue {
         } else {
             self.short_until = None;
         }
-        if self.rest_at.is_some_and(jiffies::is_past) {
-            self.rest_at = None;
-            self.mover.forget_unused();
+        if self.purge_at.is_some_and(jiffies::is_past) {
+            self.purge_at = None;
+            self.data_path.purge_unused();
         }
-        self.mover.rest(short);
-        if self.rest_at.is_none() {
-            if let Some(time) = self.mover.unused_after(self.in_flight) {
-                self.rest_at = Some(jiffies::now().wrapping_add(time));
-                self.alarm.set_after(time);
+        self.data_path.trim(short);
+        if self.purge_at.is_none() {
+            if let Some(time) = self.data_path.purge_delay(self.in_flight) {
+                self.purge_at = Some(jiffies::now().wrapping_add(time));
+                self.purge_timer.set_after(time);
             }
         }
     }
 
     /// Leaves the ring where I/O ends, if nothing else is to be done there than to answer.
-    fn park(&mut self, stopping: bool) {
-        if self.in_flight == 0 || self.is_awaited(stopping) {
+    fn lend_ring(&mut self, stopping: bool) {
+        if self.in_flight == 0 || self.needs_thread(stopping) {
             return;
         }
-        let Some(doorbell) = self.channel.doorbell() else {
+        let Some(notifier) = self.channel.doorbell() else {
             return;
         };
         if let Some(ring) = self.ring.take() {
-            let parked = Parked {
+            let lent = LentRing {
                 ring,
-                doorbell,
-                pages_stay: self.mover.keeps_pages(),
+                notifier,
+                persistent: self.data_path.uses_persistent_grants(),
             };
-            self.ring = self.inbox.park(parked).map(|parked| parked.ring);
+            self.ring = self.events.lend_ring(lent).map(|lent| lent.ring);
         }
     }
 
     /// Whether somebody waits for what the thread does at the end of an I/O.
-    fn is_awaited(&self, stopping: bool) -> bool {
+    fn needs_thread(&self, stopping: bool) -> bool {
         stopping
             || self.broken.is_some()
-            || self.holds_back()
+            || self.is_blocked()
             || !self.busy.is_empty()
             || self.short_until.is_some()
-            || self.listener.is_short()
+            || self.shortage.is_short()
     }
 
-    /// Takes the ring back, and the transfers that were answered meanwhile.
-    fn unpark(&mut self) {
+    /// Takes the ring back, and the requests that were answered meanwhile.
+    fn reclaim_ring(&mut self) {
         if self.ring.is_some() {
             return;
         }
-        let (parked, mut answered) = self.inbox.unpark();
-        self.ring = parked.map(|parked| parked.ring);
-        while let Some(transfer) = answered.pop() {
-            self.settle(transfer);
+        let (lent, mut responded) = self.events.reclaim_ring();
+        self.ring = lent.map(|lent| lent.ring);
+        while let Some(req) = responded.pop() {
+            self.complete(req);
         }
     }
 
@@ -379,53 +379,53 @@ impl Queue {
 
     /// Does all that there is to do now. Whether a request was taken from the ring, or could not be
     /// taken yet.
-    fn pass(&mut self, thread: &Current) -> bool {
-        let mut took_any = self.is_held();
+    fn run_once(&mut self, thread: &Current) -> bool {
+        let mut took_any = self.is_gated();
         loop {
             let stopping = thread.should_stop();
-            let took = self.take(stopping);
-            let ended = self.end_all();
-            self.publish();
+            let took = self.start_requests(stopping);
+            let ended = self.complete_all();
+            self.push_responses();
             took_any |= took;
             // What is held back may go on, now that something has ended or memory was freed for it.
-            let go_on = (took || ended) && self.holds_back();
-            if !go_on && !self.more(stopping) {
+            let unblocked = (took || ended) && self.is_blocked();
+            if !unblocked && !self.has_more_requests(stopping) {
                 return took_any;
             }
-            if self.listener.is_short() {
-                self.mover.share_with_others();
+            if self.shortage.is_short() {
+                self.data_path.return_excess();
             }
             thread.cond_resched();
         }
     }
 
     /// Whether something has to happen here or in another queue before more is taken from the ring.
-    fn holds_back(&self) -> bool {
-        self.stalled.is_some() || self.is_held()
+    fn is_blocked(&self) -> bool {
+        self.stalled.is_some() || self.is_gated()
     }
 
     /// Whether requests have come since the ring was found empty. If not, the next one will send an
     /// event.
-    fn more(&mut self, stopping: bool) -> bool {
-        self.listens(stopping) && self.ring.as_mut().is_some_and(|ring| ring.final_check())
+    fn has_more_requests(&mut self, stopping: bool) -> bool {
+        self.accepts_requests(stopping) && self.ring.as_mut().is_some_and(|ring| ring.final_check())
     }
 
     /// Starts all requests that can be started now. Whether there were any.
-    fn take(&mut self, stopping: bool) -> bool {
+    fn start_requests(&mut self, stopping: bool) -> bool {
         let limits = self.disk.limits();
         let took = bio::with_plug(|| {
-            let took = self.take_all(stopping, &limits);
-            self.copy_incoming();
+            let took = self.take_requests(stopping, &limits);
+            self.copy_writes();
             took
         });
-        self.attend_fence();
+        self.advance_barrier();
         took
     }
 
-    fn take_all(&mut self, stopping: bool, limits: &DiskLimits) -> bool {
+    fn take_requests(&mut self, stopping: bool, limits: &DiskLimits) -> bool {
         let mut took = false;
         if let Some(wire) = self.stalled.take() {
-            if !self.begin(&wire, limits) {
+            if !self.handle_request(&wire, limits) {
                 return false;
             }
             self.retries.reset();
@@ -433,14 +433,14 @@ impl Queue {
         }
         // Each is looked at where it stands, for it is large.
         let mut wire = WireRequest::NONE;
-        while self.listens(stopping) {
+        while self.accepts_requests(stopping) {
             let Some(ring) = self.ring.as_mut() else {
                 break;
             };
             match ring.take_request_to(&mut wire) {
                 Ok(true) => {
                     took = true;
-                    if !self.begin(&wire, limits) {
+                    if !self.handle_request(&wire, limits) {
                         break;
                     }
                 }
@@ -452,54 +452,54 @@ impl Queue {
     }
 
     /// Nothing is taken from the ring, because of a barrier of this or another queue.
-    fn is_held(&self) -> bool {
-        !matches!(self.barrier, Barrier::None) || self.post.is_raised()
+    fn is_gated(&self) -> bool {
+        !matches!(self.barrier, Barrier::None) || self.gate.is_closed()
     }
 
     /// Whether requests are taken from the ring.
     #[inline]
-    fn listens(&self, stopping: bool) -> bool {
-        !stopping && self.broken.is_none() && !self.holds_back()
+    fn accepts_requests(&self, stopping: bool) -> bool {
+        !stopping && self.broken.is_none() && !self.is_blocked()
     }
 
     /// Checks a request and starts it. `false`: it has to wait for memory.
-    fn begin(&mut self, wire: &WireRequest, limits: &DiskLimits) -> bool {
+    fn handle_request(&mut self, wire: &WireRequest, limits: &DiskLimits) -> bool {
         match request::check(wire, limits) {
-            Ok(request) => self.start(wire, request, limits),
+            Ok(request) => self.dispatch(wire, request, limits),
             Err(refusal) => {
                 ratelimited!(pr_warn!(
                     "{}: refused a request: {}\n",
                     *self.name,
                     format_args!("{refusal}")
                 ));
-                self.answer(wire.response(refusal.status()));
+                self.make_response(wire.response(refusal.status()));
                 true
             }
         }
     }
 
-    fn start(&mut self, wire: &WireRequest, request: Request<'_>, limits: &DiskLimits) -> bool {
-        let Some(mut transfer) = self.idle_transfer(request.segments()) else {
+    fn dispatch(&mut self, wire: &WireRequest, request: Request<'_>, limits: &DiskLimits) -> bool {
+        let Some(mut req) = self.alloc_req(request.segments()) else {
             return self.stall(wire);
         };
-        let mut filled = self.fill(&mut transfer, wire, request, limits);
-        if filled
+        let mut prepared = self.prepare(&mut req, wire, request, limits);
+        if prepared
             .as_ref()
-            .is_err_and(|problem| self.make_room(problem))
+            .is_err_and(|error| self.reclaim_pages(error))
         {
-            filled = self.fill(&mut transfer, wire, request, limits);
+            prepared = self.prepare(&mut req, wire, request, limits);
         }
-        match filled {
-            Ok(()) => self.dispatch(transfer),
-            Err(problem) if problem.is_shortage() => {
-                self.recycle(transfer);
-                self.report_shortage(&problem);
+        match prepared {
+            Ok(()) => self.issue(req),
+            Err(error) if error.is_shortage() => {
+                self.free_req(req);
+                self.report_shortage(&error);
                 return self.stall(wire);
             }
-            Err(problem) => {
-                ratelimited!(pr_warn!("{}: failed a request: {}\n", *self.name, problem));
-                self.recycle(transfer);
-                self.answer(wire.response(problem.status()));
+            Err(error) => {
+                ratelimited!(pr_warn!("{}: failed a request: {}\n", *self.name, error));
+                self.free_req(req);
+                self.make_response(wire.response(error.status()));
             }
         }
         true
@@ -507,19 +507,19 @@ impl Queue {
 
     /// Gives up what a request lacks, as far as it is in pages that are kept mapped and not used now.
     /// Returns `true` if it may be tried again at once.
-    fn make_room(&mut self, problem: &Problem) -> bool {
-        if problem.lacks_mappings() {
-            domain::share_mappings();
-        } else if self.in_flight != 0 || !problem.is_shortage() {
+    fn reclaim_pages(&mut self, error: &DataError) -> bool {
+        if error.lacks_mappings() {
+            domain::reclaim_mappings();
+        } else if self.in_flight != 0 || !error.is_shortage() {
             return false;
         }
-        self.mover.forget_all()
+        self.data_path.unmap_all_cached()
     }
 
-    /// Says why a request waits, unless it is for a transfer of this queue.
-    fn report_shortage(&self, problem: &Problem) {
-        if self.in_flight == 0 || problem.lacks_mappings() {
-            ratelimited!(pr_warn!("{}: a request waits: {}\n", *self.name, problem));
+    /// Says why a request waits, unless it is for a request of this queue.
+    fn report_shortage(&self, error: &DataError) {
+        if self.in_flight == 0 || error.lacks_mappings() {
+            ratelimited!(pr_warn!("{}: a request waits: {}\n", *self.name, error));
         }
     }
 
@@ -530,55 +530,55 @@ impl Queue {
         false
     }
 
-    /// A transfer with space for so many segments. If there is none, then others are in flight.
-    fn idle_transfer(&mut self, segments: usize) -> Option<KBox<Transfer>> {
-        let transfer = match self.idle.pop() {
-            Some(transfer) => Ok(transfer),
-            None => new_transfer(&self.inbox, segments, GFP_NOWAIT),
+    /// A request with space for so many segments. If there is none, then others are in flight.
+    fn alloc_req(&mut self, segments: usize) -> Option<KBox<PendingReq>> {
+        let req = match self.idle.pop() {
+            Some(req) => Ok(req),
+            None => new_pending_req(&self.events, segments, GFP_NOWAIT),
         };
-        if let Ok(mut transfer) = transfer {
-            if has_space(&transfer, segments)
-                || reserve(&mut transfer, segments, GFP_NOWAIT).is_ok()
+        if let Ok(mut req) = req {
+            if has_capacity(&req, segments)
+                || reserve_segments(&mut req, segments, GFP_NOWAIT).is_ok()
             {
-                return Some(transfer);
+                return Some(req);
             }
-            self.idle.push(transfer);
+            self.idle.push(req);
         }
         self.reserve.take()
     }
 
-    /// Puts a transfer aside that is not used now.
-    fn recycle(&mut self, mut transfer: KBox<Transfer>) {
-        transfer.context.segments.clear();
-        if self.reserve.is_none() && has_space(&transfer, MAX_SEGMENTS) {
-            self.reserve = Some(transfer);
+    /// Puts a request aside that is not used now.
+    fn free_req(&mut self, mut req: KBox<PendingReq>) {
+        req.context.segments.clear();
+        if self.reserve.is_none() && has_capacity(&req, MAX_SEGMENTS) {
+            self.reserve = Some(req);
         } else {
-            self.idle.push(transfer);
+            self.idle.push(req);
         }
     }
 
-    /// Makes a transfer of a request, with its memory.
-    fn fill(
+    /// Makes a request of a request, with its memory.
+    fn prepare(
         &mut self,
-        transfer: &mut Transfer,
+        req: &mut PendingReq,
         wire: &WireRequest,
         request: Request<'_>,
         limits: &DiskLimits,
-    ) -> Result<(), Problem> {
-        let job = &mut transfer.context;
-        job.answer = wire.response(Status::Okay);
-        job.result = Ok(());
-        job.answered = false;
-        job.segments.clear();
-        let (work, data) = match request {
-            Request::Read(data) => (Work::Read, Some(data)),
-            Request::Write(data) => (Work::Write, Some(data)),
-            Request::Flush => (Work::Flush, None),
-            Request::Barrier(data) => (Work::Barrier, data.map(Data::Direct)),
+    ) -> Result<(), DataError> {
+        let ctx = &mut req.context;
+        ctx.response = wire.response(Status::Okay);
+        ctx.result = Ok(());
+        ctx.responded = false;
+        ctx.segments.clear();
+        let (op, data) = match request {
+            Request::Read(data) => (ReqOp::Read, Some(data)),
+            Request::Write(data) => (ReqOp::Write, Some(data)),
+            Request::Flush => (ReqOp::Flush, None),
+            Request::Barrier(data) => (ReqOp::Barrier, data.map(Data::Direct)),
             Request::Discard { extent, secure } => {
                 let (sector, left) = (extent.sector(), extent.sectors());
                 (
-                    Work::Discard {
+                    ReqOp::Discard {
                         sector,
                         left,
                         secure,
@@ -587,187 +587,187 @@ impl Queue {
                 )
             }
         };
-        job.work = work;
+        ctx.op = op;
         let extent = match data {
             None => None,
             Some(Data::Direct(direct)) => {
                 for segment in direct.segments() {
-                    job.segments
+                    ctx.segments
                         .push_within_capacity(segment)
                         .map_err(|_| ENOMEM)?;
                 }
                 Some(direct.extent())
             }
-            Some(Data::Indirect(unfetched)) => {
-                Some(self.mover.fetch(&unfetched, limits, &mut job.segments)?)
-            }
+            Some(Data::Indirect(unfetched)) => Some(self.data_path.fetch(
+                &unfetched,
+                limits,
+                &mut ctx.segments,
+            )?),
         };
-        (job.sector, job.sectors) =
+        (ctx.sector, ctx.sectors) =
             extent.map_or((0, 0), |extent| (extent.sector(), extent.sectors()));
-        self.mover.bring(transfer)
+        self.data_path.attach_pages(req)
     }
 
-    fn dispatch(&mut self, transfer: KBox<Transfer>) {
-        self.count(&transfer);
-        if transfer.context.work == Work::Barrier {
-            self.barrier = Barrier::Waiting(transfer);
-            self.post.may_run(false);
+    fn issue(&mut self, req: KBox<PendingReq>) {
+        self.count(&req);
+        if req.context.op == ReqOp::Barrier {
+            self.barrier = Barrier::Waiting(req);
+            self.gate.may_run(false);
             return;
         }
         self.in_flight = self.in_flight.wrapping_add(1);
-        if transfer.context.work == Work::Write && is_copied(&transfer) {
-            self.incoming.push(transfer);
-            self.incoming_len = self.incoming_len.wrapping_add(1);
-            if !can_add_copies(self.incoming_len) {
-                self.copy_incoming();
+        if req.context.op == ReqOp::Write && is_grant_copied(&req) {
+            self.writes.push(req);
+            self.writes_len = self.writes_len.wrapping_add(1);
+            if !fits_in_copy_batch(self.writes_len) {
+                self.copy_writes();
             }
         } else {
-            self.submit(transfer);
+            self.submit(req);
         }
     }
 
     /// Copies the data of writes, and submits them.
-    fn copy_incoming(&mut self) {
-        if self.incoming.is_empty() {
+    fn copy_writes(&mut self) {
+        if self.writes.is_empty() {
             return;
         }
-        self.incoming_len = 0;
-        let mut incoming = self.incoming.take();
-        self.mover.copy(&mut incoming);
-        while let Some(transfer) = incoming.pop() {
-            if transfer.context.result.is_ok() {
-                self.submit(transfer);
+        self.writes_len = 0;
+        let mut writes = self.writes.take();
+        self.data_path.copy(&mut writes);
+        while let Some(req) = writes.pop() {
+            if req.context.result.is_ok() {
+                self.submit(req);
             } else {
-                self.inbox.done(transfer);
+                self.events.complete(req);
             }
         }
     }
 
-    fn count(&self, transfer: &Transfer) {
+    fn count(&self, req: &PendingReq) {
         let counters = &self.counters;
-        let sectors = transfer.context.sectors;
-        match transfer.context.work {
-            Work::Read => {
+        let sectors = req.context.sectors;
+        match req.context.op {
+            ReqOp::Read => {
                 counters.reads.add(1);
                 counters.sectors_read.add(sectors);
             }
-            Work::Write => {
+            ReqOp::Write => {
                 counters.writes.add(1);
                 counters.sectors_written.add(sectors);
             }
-            Work::Flush | Work::Barrier => {
+            ReqOp::Flush | ReqOp::Barrier => {
                 counters.flushes.add(1);
                 counters.sectors_written.add(sectors);
             }
-            Work::Discard { .. } => counters.discards.add(1),
+            ReqOp::Discard { .. } => counters.discards.add(1),
         }
     }
 
     /// Starts a barrier if everything that came before has ended, or lets that of another queue
     /// start.
-    fn attend_fence(&mut self) {
+    fn advance_barrier(&mut self) {
         let idle = self.in_flight == 0 && self.stalled.is_none();
         match core::mem::replace(&mut self.barrier, Barrier::None) {
-            Barrier::None if idle && self.post.is_raised() => self.post.arrive(),
-            Barrier::Waiting(transfer) if self.post.may_run(idle) => {
+            Barrier::None if idle && self.gate.is_closed() => self.gate.set_quiesced(),
+            Barrier::Waiting(req) if self.gate.may_run(idle) => {
                 self.barrier = Barrier::Running;
                 self.in_flight = self.in_flight.wrapping_add(1);
-                self.submit(transfer);
+                self.submit(req);
             }
             other => self.barrier = other,
         }
     }
 
-    /// Gives a transfer, or its next piece, to the disk.
-    fn submit(&mut self, mut transfer: KBox<Transfer>) {
-        let (operation, sector) = next_step(&self.disk, &mut transfer);
-        if let Err((error, mut transfer)) =
-            bio::submit(&self.disk.device, operation, sector, transfer)
-        {
-            transfer.context.result = Err(error);
-            self.inbox.done(transfer);
+    /// Gives a request, or its next piece, to the disk.
+    fn submit(&mut self, mut req: KBox<PendingReq>) {
+        let (operation, sector) = next_bio(&self.disk, &mut req);
+        if let Err((error, mut req)) = bio::submit(&self.disk.bdev, operation, sector, req) {
+            req.context.result = Err(error);
+            self.events.complete(req);
         }
     }
 
-    /// Ends all transfers that the disk is done with. Whether there were any.
-    fn end_all(&mut self) -> bool {
+    /// Ends all requests that the disk is done with. Whether there were any.
+    fn complete_all(&mut self) -> bool {
         let mut ended = false;
         let mut busy = self.busy.take();
-        while let Some(transfer) = busy.pop() {
-            ended |= self.settle(transfer);
+        while let Some(req) = busy.pop() {
+            ended |= self.complete(req);
         }
-        let mut done = self.inbox.take_done();
-        let mut outgoing = Chain::new();
+        let mut completed = self.events.take_completed();
+        let mut reads = ReqList::new();
         let mut len = 0usize;
-        while let Some(transfer) = done.pop() {
-            if transfer.context.has_more() {
-                self.submit(transfer);
-            } else if is_read_into_copy(&transfer) {
-                outgoing.push(transfer);
+        while let Some(req) = completed.pop() {
+            if req.context.has_more() {
+                self.submit(req);
+            } else if needs_copy_out(&req) {
+                reads.push(req);
                 len = len.wrapping_add(1);
-                if !can_add_copies(len) {
+                if !fits_in_copy_batch(len) {
                     len = 0;
-                    ended |= self.copy_outgoing(outgoing.take());
+                    ended |= self.copy_reads(reads.take());
                 }
             } else {
-                ended |= self.settle(transfer);
+                ended |= self.complete(req);
             }
         }
-        self.copy_outgoing(outgoing) || ended
+        self.copy_reads(reads) || ended
     }
 
     /// Copies what reads have brought to the frontend, and answers them. Whether there were any.
-    fn copy_outgoing(&mut self, mut outgoing: Chain) -> bool {
-        if outgoing.is_empty() {
+    fn copy_reads(&mut self, mut reads: ReqList) -> bool {
+        if reads.is_empty() {
             return false;
         }
-        self.mover.copy(&mut outgoing);
-        while let Some(transfer) = outgoing.pop() {
-            self.settle(transfer);
+        self.data_path.copy(&mut reads);
+        while let Some(req) = reads.pop() {
+            self.complete(req);
         }
         true
     }
 
-    /// Gives up the memory of a transfer, and answers it. `false`: its pages are busy.
-    fn settle(&mut self, mut transfer: KBox<Transfer>) -> bool {
-        if !self.mover.release(&mut transfer) {
-            self.busy.push(transfer);
+    /// Gives up the memory of a request, and answers it. `false`: its pages are busy.
+    fn complete(&mut self, mut req: KBox<PendingReq>) -> bool {
+        if !self.data_path.release(&mut req) {
+            self.busy.push(req);
             return false;
         }
         self.in_flight = self.in_flight.wrapping_sub(1);
-        if transfer.context.answered {
-            self.recycle(transfer);
+        if req.context.responded {
+            self.free_req(req);
             return true;
         }
-        if transfer.context.work == Work::Barrier {
+        if req.context.op == ReqOp::Barrier {
             self.barrier = Barrier::None;
-            self.post.lower();
+            self.gate.open();
         }
-        if let Some(node) = transfer.context.withdrawn() {
-            self.refuse(node);
+        if let Some(node) = req.context.rejected_feature() {
+            self.note_rejected(node);
         }
-        self.answer(transfer.context.final_answer());
-        self.recycle(transfer);
+        self.make_response(req.context.final_response());
+        self.free_req(req);
         true
     }
 
     /// Has an offer taken back that the disk has refused, once.
-    fn refuse(&mut self, node: &'static str) {
-        if !self.refused.contains(&node) {
+    fn note_rejected(&mut self, node: &'static str) {
+        if !self.rejected_features.contains(&node) {
             // There is space: there are no other nodes.
-            let _ = self.refused.push_within_capacity(node);
+            let _ = self.rejected_features.push_within_capacity(node);
         }
     }
 
-    /// Writes an answer, which the frontend sees after [`Queue::publish`].
-    fn answer(&mut self, answer: Response) {
+    /// Writes an answer, which the frontend sees after [`Queue::push_responses`].
+    fn make_response(&mut self, response: Response) {
         // Each request that was taken is answered once, so there is a slot.
-        let _ = self.ring.as_mut().map(|ring| ring.put(&answer));
+        let _ = self.ring.as_mut().map(|ring| ring.put(&response));
     }
 
-    /// Unmaps the pages of transfers that have ended, and shows the frontend their answers.
-    fn publish(&mut self) {
-        self.mover.flush();
+    /// Unmaps the pages of requests that have ended, and shows the frontend their answers.
+    fn push_responses(&mut self) {
+        self.data_path.unmap_released();
         if self.ring.as_mut().is_some_and(|ring| ring.publish()) {
             self.channel.notify();
         }
@@ -775,21 +775,21 @@ impl Queue {
 }
 
 /// What the disk is asked for next, and where.
-fn next_step(disk: &Disk, transfer: &mut Transfer) -> (Operation, u64) {
-    let job = &mut transfer.context;
-    match job.work {
-        Work::Read => (Operation::Read, job.sector),
-        Work::Write => (Operation::Write, job.sector),
-        Work::Flush => (Operation::Flush, 0),
-        Work::Barrier if job.segments.is_empty() => (Operation::Flush, 0),
-        Work::Barrier => (Operation::FlushWrite, job.sector),
-        Work::Discard {
+fn next_bio(disk: &Disk, req: &mut PendingReq) -> (Operation, u64) {
+    let ctx = &mut req.context;
+    match ctx.op {
+        ReqOp::Read => (Operation::Read, ctx.sector),
+        ReqOp::Write => (Operation::Write, ctx.sector),
+        ReqOp::Flush => (Operation::Flush, 0),
+        ReqOp::Barrier if ctx.segments.is_empty() => (Operation::Flush, 0),
+        ReqOp::Barrier => (Operation::FlushWrite, ctx.sector),
+        ReqOp::Discard {
             sector,
             left,
             secure,
         } => {
             let piece = disk.discard_piece(sector, left);
-            job.work = Work::Discard {
+            ctx.op = ReqOp::Discard {
                 sector: sector.wrapping_add(piece),
                 left: left.wrapping_sub(piece),
                 secure,

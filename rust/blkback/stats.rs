@@ -27,7 +27,7 @@ use kernel_ext::base::sysfs::{
     Output, //
 };
 
-use crate::vbd::Vbd;
+use crate::device::Device;
 
 /// What one queue has done.
 #[derive(Default)]
@@ -146,13 +146,13 @@ pub(crate) static STATISTICS: [Attribute<Stats>; 7] = [
 ];
 
 /// The files in the directory of the device itself.
-pub(crate) static DEVICE: [Attribute<Vbd>; 2] = [
+pub(crate) static DEVICE: [Attribute<Device>; 2] = [
     Attribute {
         name: c"physical_device",
-        show: |vbd, out| vbd.show_physical_device(out),
+        show: |device, out| device.show_physical_device(out),
     },
     Attribute {
         name: c"mode",
-        show: |vbd, out| vbd.show_mode(out),
+        show: |device, out| device.show_mode(out),
     },
 ];

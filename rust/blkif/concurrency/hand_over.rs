@@ -3,7 +3,7 @@
 //! A model of the backend's inbox: who ends an I/O while the queue's thread sleeps answers it with the
 //! ring that the thread has parked.
 //!
-//! The steps are those of `blkback/inbox.rs` and of the thread around its sleep, in the same order. The
+//! The steps are those of `blkback/events.rs` and of the thread around its sleep, in the same order. The
 //! ring is the real one. Lost is: an answer that the frontend never hears of, or the thread, if it
 //! sleeps on with work to do. Both are deadlocks here.
 

@@ -2,8 +2,8 @@
 
 //! A request on its way through the disk.
 //!
-//! A [`Transfer`] is made once and goes around: idle in its queue, filled with a request and its
-//! memory, owned by the block layer, and back over the [`Inbox`] to the thread of the queue, which
+//! A [`PendingReq`] is made once and goes around: idle in its queue, filled with a request and its
+//! memory, owned by the block layer, and back over the [`QueueEvents`] to the thread of the queue, which
 //! ends it. So each is in one place at any time, and nothing is allocated for a request that finds
 //! an idle one.
 
@@ -30,19 +30,19 @@ use blkif::{
 };
 
 use crate::{
-    inbox::Inbox,
-    memory::Memory, //
+    data_path::RequestPages,
+    events::QueueEvents, //
 };
 
-/// Number of nodes that [`Job::withdrawn`] may name.
-pub(crate) const WITHDRAWN_NODES: usize = 2;
+/// Number of nodes that [`ReqContext::rejected_feature`] may name.
+pub(crate) const REJECTABLE_FEATURES: usize = 2;
 
 /// A request with its memory.
-pub(crate) type Transfer = Io<Memory, Job>;
+pub(crate) type PendingReq = Io<RequestPages, ReqContext>;
 
-/// What a transfer does.
+/// What a request does.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Work {
+pub(crate) enum ReqOp {
     /// From the disk to the frontend's memory.
     Read,
     /// From the frontend's memory to the disk.
@@ -63,11 +63,11 @@ pub(crate) enum Work {
     },
 }
 
-/// What the driver knows of a transfer.
-pub(crate) struct Job {
+/// What the driver knows of a request.
+pub(crate) struct ReqContext {
     /// The answer, if all goes well.
-    pub(crate) answer: Response,
-    pub(crate) work: Work,
+    pub(crate) response: Response,
+    pub(crate) op: ReqOp,
     /// First sector of the data, and the number of sectors.
     pub(crate) sector: u64,
     pub(crate) sectors: u64,
@@ -76,44 +76,44 @@ pub(crate) struct Job {
     /// How it went.
     pub(crate) result: Result,
     /// The frontend has its answer already: only the memory is to be given up.
-    pub(crate) answered: bool,
-    inbox: Arc<Inbox>,
+    pub(crate) responded: bool,
+    events: Arc<QueueEvents>,
     /// The rest of the chain that it is in.
-    next: Chain,
+    next: ReqList,
 }
 
-impl Job {
-    fn new(inbox: Arc<Inbox>) -> Self {
-        let answer = Response {
+impl ReqContext {
+    fn new(events: Arc<QueueEvents>) -> Self {
+        let response = Response {
             id: 0,
             operation: 0,
             status: Status::Okay,
         };
         let segments = KVec::new();
-        let next = Chain::new();
+        let next = ReqList::new();
         Self {
-            answer,
-            work: Work::Flush,
+            response,
+            op: ReqOp::Flush,
             sector: 0,
             sectors: 0,
             segments,
             result: Ok(()),
-            answered: false,
-            inbox,
+            responded: false,
+            events,
             next,
         }
     }
 
     /// Whether there is another piece, and all went well so far.
     pub(crate) fn has_more(&self) -> bool {
-        self.result.is_ok() && matches!(self.work, Work::Discard { left, .. } if left != 0)
+        self.result.is_ok() && matches!(self.op, ReqOp::Discard { left, .. } if left != 0)
     }
 
     /// The answer, as it went.
-    pub(crate) fn final_answer(&self) -> Response {
+    pub(crate) fn final_response(&self) -> Response {
         let may_be_unsupported = matches!(
-            self.work,
-            Work::Flush | Work::Barrier | Work::Discard { .. }
+            self.op,
+            ReqOp::Flush | ReqOp::Barrier | ReqOp::Discard { .. }
         );
         let status = match self.result {
             Ok(()) => Status::Okay,
@@ -122,14 +122,14 @@ impl Job {
         };
         Response {
             status,
-            ..self.answer
+            ..self.response
         }
     }
 
     /// The node that offered what the disk has refused, if it has.
-    pub(crate) fn withdrawn(&self) -> Option<&'static str> {
-        let flushes = matches!(self.work, Work::Flush | Work::Barrier);
-        match (self.result, self.answer.operation) {
+    pub(crate) fn rejected_feature(&self) -> Option<&'static str> {
+        let flushes = matches!(self.op, ReqOp::Flush | ReqOp::Barrier);
+        match (self.result, self.response.operation) {
             (Err(error), _) if !flushes || !is_unsupported(error) => None,
             (Err(_), op::WRITE_BARRIER) => Some("feature-barrier"),
             (Err(_), _) => Some("feature-flush-cache"),
@@ -138,55 +138,55 @@ impl Job {
     }
 }
 
-/// Whether the data of a transfer has to be copied.
-pub(crate) fn is_copied(transfer: &Transfer) -> bool {
-    let (_, own) = transfer.data();
+/// Whether the data of a request has to be copied.
+pub(crate) fn is_grant_copied(req: &PendingReq) -> bool {
+    let (_, own) = req.data();
     !own.is_empty()
 }
 
 /// Whether a read has brought data that is still to be copied to the frontend.
-pub(crate) fn is_read_into_copy(transfer: &Transfer) -> bool {
-    transfer.context.work == Work::Read && transfer.context.result.is_ok() && is_copied(transfer)
+pub(crate) fn needs_copy_out(req: &PendingReq) -> bool {
+    req.context.op == ReqOp::Read && req.context.result.is_ok() && is_grant_copied(req)
 }
 
-/// Whether nothing but an answer is missing to a transfer that the disk is done with. If `pages_stay`,
+/// Whether nothing but an answer is missing to a request that the disk is done with. If `pages_stay`,
 /// its pages need not be unmapped before that.
-pub(crate) fn wants_only_an_answer(transfer: &Transfer, pages_stay: bool) -> bool {
-    let (job, (mapped, _)) = (&transfer.context, transfer.data());
-    job.result.is_ok()
-        && !job.has_more()
-        && job.work != Work::Barrier
-        && !is_read_into_copy(transfer)
+pub(crate) fn needs_only_response(req: &PendingReq, pages_stay: bool) -> bool {
+    let (ctx, (mapped, _)) = (&req.context, req.data());
+    ctx.result.is_ok()
+        && !ctx.has_more()
+        && ctx.op != ReqOp::Barrier
+        && !needs_copy_out(req)
         && (pages_stay || mapped.is_empty())
 }
 
-/// Makes an idle transfer, with space for so many segments.
-pub(crate) fn new_transfer(
-    inbox: &Arc<Inbox>,
+/// Makes an idle request, with space for so many segments.
+pub(crate) fn new_pending_req(
+    events: &Arc<QueueEvents>,
     segments: usize,
     flags: Flags,
-) -> Result<KBox<Transfer>> {
-    let job = Job::new(inbox.clone());
-    let mut transfer = KBox::new(Io::new((KVec::new(), KVec::new()), job), flags)?;
-    reserve(&mut transfer, segments, flags)?;
-    Ok(transfer)
+) -> Result<KBox<PendingReq>> {
+    let ctx = ReqContext::new(events.clone());
+    let mut req = KBox::new(Io::new((KVec::new(), KVec::new()), ctx), flags)?;
+    reserve_segments(&mut req, segments, flags)?;
+    Ok(req)
 }
 
-/// Makes space for so many segments in an idle transfer.
-pub(crate) fn reserve(transfer: &mut Transfer, segments: usize, flags: Flags) -> Result {
-    let ((mapped, _), job) = transfer.split_mut();
-    job.segments.reserve(segments, flags)?;
+/// Makes space for so many segments in an idle request.
+pub(crate) fn reserve_segments(req: &mut PendingReq, segments: usize, flags: Flags) -> Result {
+    let ((mapped, _), ctx) = req.split_mut();
+    ctx.segments.reserve(segments, flags)?;
     mapped.reserve(segments, flags)?;
     Ok(())
 }
 
-/// Whether an idle transfer has space for so many segments.
-pub(crate) fn has_space(transfer: &Transfer, segments: usize) -> bool {
-    let (mapped, _) = transfer.data();
-    transfer.context.segments.capacity() >= segments && mapped.capacity() >= segments
+/// Whether an idle request has space for so many segments.
+pub(crate) fn has_capacity(req: &PendingReq, segments: usize) -> bool {
+    let (mapped, _) = req.data();
+    req.context.segments.capacity() >= segments && mapped.capacity() >= segments
 }
 
-impl Context<Memory> for Job {
+impl Context<RequestPages> for ReqContext {
     fn parts(&self) -> impl ExactSizeIterator<Item = Part> + '_ {
         self.segments.iter().map(|segment| Part {
             offset: segment.offset().into(),
@@ -194,17 +194,17 @@ impl Context<Memory> for Job {
         })
     }
 
-    fn complete(mut transfer: KBox<Transfer>, result: Result) {
-        transfer.context.result = result;
-        let inbox = transfer.context.inbox.clone();
-        inbox.done(transfer);
+    fn complete(mut req: KBox<PendingReq>, result: Result) {
+        req.context.result = result;
+        let events = req.context.events.clone();
+        events.complete(req);
     }
 }
 
 /// Transfers, each one holding the next.
-pub(crate) struct Chain(Option<KBox<Transfer>>);
+pub(crate) struct ReqList(Option<KBox<PendingReq>>);
 
-impl Chain {
+impl ReqList {
     pub(crate) const fn new() -> Self {
         Self(None)
     }
@@ -213,22 +213,20 @@ impl Chain {
         self.0.is_none()
     }
 
-    pub(crate) fn push(&mut self, mut transfer: KBox<Transfer>) {
-        transfer.context.next = Chain(self.0.take());
-        self.0 = Some(transfer);
+    pub(crate) fn push(&mut self, mut req: KBox<PendingReq>) {
+        req.context.next = ReqList(self.0.take());
+        self.0 = Some(req);
     }
 
-    pub(crate) fn pop(&mut self) -> Option<KBox<Transfer>> {
-        let mut transfer = self.0.take()?;
-        self.0 = transfer.context.next.0.take();
-        Some(transfer)
+    pub(crate) fn pop(&mut self) -> Option<KBox<PendingReq>> {
+        let mut req = self.0.take()?;
+        self.0 = req.context.next.0.take();
+        Some(req)
     }
 
     /// From the one that was pushed last to the first.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Transfer> {
-        core::iter::successors(self.0.as_deref(), |transfer| {
-            transfer.context.next.0.as_deref()
-        })
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &PendingReq> {
+        core::iter::successors(self.0.as_deref(), |req| req.context.next.0.as_deref())
     }
 
     /// All of them, leaving none.
@@ -237,7 +235,7 @@ impl Chain {
     }
 }
 
-impl Drop for Chain {
+impl Drop for ReqList {
     /// One after another: the chain may be longer than the stack is deep.
     fn drop(&mut self) {
         while self.pop().is_some() {}

@@ -26,14 +26,14 @@ use kernel::{
     }, //
 };
 
-use crate::inbox::Inbox;
+use crate::events::QueueEvents;
 
 /// The fence of a disk's connection.
 #[pin_data]
-pub(crate) struct Fence {
+pub(crate) struct BarrierGate {
     /// Some queue has a barrier. A copy of what `queues` says, to be looked at for each request; who
     /// sees it late is waited for.
-    raised: Atomic<bool>,
+    closed: Atomic<bool>,
     #[pin]
     queues: Mutex<Queues>,
 }
@@ -42,128 +42,135 @@ pub(crate) struct Fence {
 struct Queues {
     /// The queue whose turn it is.
     owner: Option<u32>,
-    all: KVec<Place>,
+    members: KVec<Member>,
 }
 
 /// What the fence knows of a queue.
-struct Place {
+struct Member {
     index: u32,
-    inbox: Arc<Inbox>,
-    arrived: bool,
+    events: Arc<QueueEvents>,
+    quiesced: bool,
 }
 
 impl Queues {
     /// Whether all queues but the owner have arrived.
-    fn clear(&self) -> bool {
-        self.all
+    fn all_quiesced(&self) -> bool {
+        self.members
             .iter()
-            .all(|place| place.arrived || self.owner == Some(place.index))
+            .all(|member| member.quiesced || self.owner == Some(member.index))
     }
 
     /// Lets a queue arrive, and tells the owner if it was the last one.
-    fn arrive(&mut self, index: u32) {
-        let mut here = self.all.iter_mut().filter(|place| place.index == index);
-        if here.all(|place| core::mem::replace(&mut place.arrived, true)) {
+    fn set_quiesced(&mut self, index: u32) {
+        let mut here = self
+            .members
+            .iter_mut()
+            .filter(|member| member.index == index);
+        if here.all(|member| core::mem::replace(&mut member.quiesced, true)) {
             return;
         }
-        if self.clear() {
-            self.nudge(|place| self.owner == Some(place.index));
+        if self.all_quiesced() {
+            self.kick(|member| self.owner == Some(member.index));
         }
     }
 
-    fn nudge(&self, who: impl Fn(&Place) -> bool) {
-        let them = self.all.iter().filter(|place| who(place));
-        them.for_each(|place| place.inbox.nudge());
+    fn kick(&self, who: impl Fn(&Member) -> bool) {
+        let them = self.members.iter().filter(|member| who(member));
+        them.for_each(|member| member.events.kick());
     }
 }
 
-impl Fence {
+impl BarrierGate {
     pub(crate) fn new() -> impl PinInit<Self> {
         let queues = Queues {
             owner: None,
-            all: KVec::new(),
+            members: KVec::new(),
         };
         pin_init!(Self {
-            raised: Atomic::new(false),
+            closed: Atomic::new(false),
             queues <- new_mutex!(queues),
         })
     }
 
     /// Gives the turn to a queue, or to none.
-    fn turn(&self, queues: &mut Queues, owner: Option<u32>) {
+    fn set_owner(&self, queues: &mut Queues, owner: Option<u32>) {
         queues.owner = owner;
-        self.raised.store(owner.is_some(), Relaxed);
+        self.closed.store(owner.is_some(), Relaxed);
         queues
-            .all
+            .members
             .iter_mut()
-            .for_each(|place| place.arrived = false);
-        queues.nudge(|place| owner != Some(place.index));
+            .for_each(|member| member.quiesced = false);
+        queues.kick(|member| owner != Some(member.index));
     }
 }
 
 /// The place of a queue at the fence. Dropping it leaves.
-pub(crate) struct Post {
-    fence: Arc<Fence>,
+pub(crate) struct GateMember {
+    gate: Arc<BarrierGate>,
     index: u32,
 }
 
-impl Post {
+impl GateMember {
     /// For the queue with that number, which is told over its inbox when there is something to do.
-    pub(crate) fn new(fence: &Arc<Fence>, index: u32, inbox: &Arc<Inbox>) -> Result<Self> {
-        let place = Place {
+    pub(crate) fn new(
+        gate: &Arc<BarrierGate>,
+        index: u32,
+        events: &Arc<QueueEvents>,
+    ) -> Result<Self> {
+        let member = Member {
             index,
-            inbox: inbox.clone(),
-            arrived: false,
+            events: events.clone(),
+            quiesced: false,
         };
-        fence.queues.lock().all.push(place, GFP_KERNEL)?;
+        gate.queues.lock().members.push(member, GFP_KERNEL)?;
         Ok(Self {
-            fence: fence.clone(),
+            gate: gate.clone(),
             index,
         })
     }
 
     /// Whether some queue has a barrier, so that nothing may be taken.
     #[inline]
-    pub(crate) fn is_raised(&self) -> bool {
-        self.fence.raised.load(Relaxed)
+    pub(crate) fn is_closed(&self) -> bool {
+        self.gate.closed.load(Relaxed)
     }
 
     /// This queue has nothing in flight, and takes nothing while the fence is raised.
-    pub(crate) fn arrive(&self) {
-        let mut queues = self.fence.queues.lock();
+    pub(crate) fn set_quiesced(&self) {
+        let mut queues = self.gate.queues.lock();
         if queues.owner.is_some() {
-            queues.arrive(self.index);
+            queues.set_quiesced(self.index);
         }
     }
 
     /// This queue has a barrier, and `idle` if nothing else of it is in flight. Whether the barrier
     /// may run now; if not, the queue is told when to ask again.
     pub(crate) fn may_run(&self, idle: bool) -> bool {
-        let mut queues = self.fence.queues.lock();
+        let mut queues = self.gate.queues.lock();
         if queues.owner.is_none() {
-            self.fence.turn(&mut queues, Some(self.index));
+            self.gate.set_owner(&mut queues, Some(self.index));
         }
         let own = queues.owner == Some(self.index);
         if idle && !own {
-            queues.arrive(self.index);
+            queues.set_quiesced(self.index);
         }
-        idle && own && queues.clear()
+        idle && own && queues.all_quiesced()
     }
 
     /// The barrier of this queue has ended.
-    pub(crate) fn lower(&self) {
-        self.fence.turn(&mut self.fence.queues.lock(), None);
+    pub(crate) fn open(&self) {
+        self.gate.set_owner(&mut self.gate.queues.lock(), None);
     }
 }
 
-impl Drop for Post {
+impl Drop for GateMember {
     fn drop(&mut self) {
-        let mut queues = self.fence.queues.lock();
-        queues.all.retain(|place| place.index != self.index);
+        let mut queues = self.gate.queues.lock();
+        queues.members.retain(|member| member.index != self.index);
         if queues.owner == Some(self.index) {
-            self.fence.turn(&mut queues, None);
-        } else if queues.clear() {
-            queues.nudge(|place| queues.owner == Some(place.index));
+            self.gate.set_owner(&mut queues, None);
+        } else if queues.all_quiesced() {
+            queues.kick(|member| queues.owner == Some(member.index));
         }
     }
 }

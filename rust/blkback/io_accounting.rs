@@ -30,7 +30,7 @@ use kernel_ext::{
     },
     ratelimited,
     xen::{
-        xenbus::Device,
+        xenbus,
         xenstore::Listing, //
     },
 };
@@ -43,27 +43,27 @@ use blkif::node::{
 
 use crate::connect::{
     read_listed,
-    Doing,
-    Fault, //
+    ConnectError,
+    ResultExt, //
 };
 
 /// Whom the I/O of a disk counts for.
-pub(crate) struct Charge {
+pub(crate) struct IoAccounting {
     group: Option<IoGroup>,
     priority: Option<IoPriority>,
 }
 
-impl Charge {
-    /// As the toolstack wants it. `own` lists the device's directory.
-    pub(crate) fn read(device: &Device, own: &Listing) -> Result<Self, Fault> {
+impl IoAccounting {
+    /// As the toolstack wants it. `listing` lists the device's directory.
+    pub(crate) fn read(xbdev: &xenbus::Device, listing: &Listing) -> Result<Self, ConnectError> {
         Ok(Self {
-            group: read_group(device, own)?,
-            priority: read_priority(device, own)?,
+            group: read_group(xbdev, listing)?,
+            priority: read_priority(xbdev, listing)?,
         })
     }
 
     /// Has the I/O of the thread of a queue count so, until the result is dropped.
-    pub(crate) fn begin<'a>(&self, thread: &'a Current, queue: &CStr) -> Option<Charged<'a>> {
+    pub(crate) fn apply<'a>(&self, thread: &'a Current, queue: &CStr) -> Option<Charged<'a>> {
         if let Some(priority) = self.priority {
             if let Err(error) = thread.set_io_priority(priority) {
                 ratelimited!(pr_warn!(
@@ -75,28 +75,31 @@ impl Charge {
     }
 }
 
-fn read_group(device: &Device, own: &Listing) -> Result<Option<IoGroup>, Fault> {
+fn read_group(xbdev: &xenbus::Device, listing: &Listing) -> Result<Option<IoGroup>, ConnectError> {
     const NODE: &str = "cgroup";
-    let Some(path) = read_listed(own, device.nodename(), NODE)? else {
+    let Some(path) = read_listed(listing, xbdev.nodename(), NODE)? else {
         return Ok(None);
     };
-    let text = CString::try_from_fmt(fmt!("{}", &*path)).doing("keeping the name of a cgroup")?;
+    let text = CString::try_from_fmt(fmt!("{}", &*path)).during("keeping the name of a cgroup")?;
     match IoGroup::find(&text) {
         Ok(group) => Ok(Some(group)),
         Err(error) if error == ENOENT => {
             let bad = BadNode::new(NODE, path.as_bytes(), Wrong::Unknown);
-            Err(Fault::Node(bad))
+            Err(ConnectError::Node(bad))
         }
-        Err(error) => Err(Fault::Own("looking for a cgroup", error)),
+        Err(error) => Err(ConnectError::Local("looking for a cgroup", error)),
     }
 }
 
-fn read_priority(device: &Device, own: &Listing) -> Result<Option<IoPriority>, Fault> {
+fn read_priority(
+    xbdev: &xenbus::Device,
+    listing: &Listing,
+) -> Result<Option<IoPriority>, ConnectError> {
     const NODE: &str = "io-priority";
-    let Some(value) = read_listed(own, device.nodename(), NODE)? else {
+    let Some(value) = read_listed(listing, xbdev.nodename(), NODE)? else {
         return Ok(None);
     };
-    let priority = node::io_priority(NODE, value.as_bytes()).map_err(Fault::Node)?;
+    let priority = node::io_priority(NODE, value.as_bytes()).map_err(ConnectError::Node)?;
     Ok(Some(match priority {
         node::IoPriority::RealTime(level) => IoPriority::RealTime(level),
         node::IoPriority::BestEffort(level) => IoPriority::BestEffort(level),

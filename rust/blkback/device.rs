@@ -9,12 +9,12 @@
 //! # Who does the work
 //!
 //! All devices of this domain hear of changes in that one thread. There the device only notes that it
-//! has something to do, and a work item of its own does it ([`Vbd::kick`], [`Vbd::run`]): to open a
+//! has something to do, and a work item of its own does it ([`Device::schedule_work`], [`Device::run`]): to open a
 //! disk, to bring the page cache onto it, to close it and to wait for its last answers takes as long
-//! as the disk takes, which may be forever. None of that is done with [`Vbd::inner`] locked, so an
+//! as the disk takes, which may be forever. None of that is done with [`Device::inner`] locked, so an
 //! unbind and the files in sysfs do not wait for it either.
 //!
-//! - [`Vbd::next_step`] decides, with the lock, and does what is quick. What is not, it returns.
+//! - [`Device::next_step`] decides, with the lock, and does what is quick. What is not, it returns.
 //! - An event that comes meanwhile has the item run once more.
 //! - What fails for a reason of this domain is tried again: by a timer, and at each event.
 //! - The last thread of a queue lets the item go on if it has given up waiting for it.
@@ -29,12 +29,12 @@
 //!   order of the fields of [`Queue`]. Nobody else unmaps or unbinds.
 //! - What is in flight is owned by the block layer, and holds the disk open; see
 //!   [`kernel_ext::block::bio`].
-//! - A [`Link`] lives as long as its thread, or as the attempt to start it. It keeps the [`Vbd`] and
+//! - A [`DeviceHandle`] lives as long as its thread, or as the attempt to start it. It keeps the [`Device`] and
 //!   with that the device, and counts: the count is 0 only when all queues are gone.
 //! - The watch, the timers and the files in sysfs are dropped by whoever unbinds the driver, and each
 //!   waits for a call of its own that is running. None of them is dropped with a lock that its call
 //!   takes.
-//! - The work item keeps the [`Vbd`] while it waits or runs. Whoever unbinds the driver hands the disk
+//! - The work item keeps the [`Device`] while it waits or runs. Whoever unbinds the driver hands the disk
 //!   to it, and waits until it has closed the disk, but not for long: what hangs there keeps no one
 //!   else waiting.
 //! - A thread, and the work item while it runs, hold the module. So neither an unbind nor the loss of the device's directory has to
@@ -116,7 +116,6 @@ use kernel_ext::{
         xenbus::{
             self,
             After,
-            Device,
             DeviceId,
             Driver,
             IdArray,
@@ -147,19 +146,19 @@ use blkif::{
 use crate::{
     connect::{
         self,
-        Connection,
-        Described,
-        Fault, //
+        ConnectError,
+        ConnectOutcome,
+        Connection, //
     },
     disk::{
         Disk,
-        SizeWatch, //
+        SizePoll, //
     },
     domain::{
         self,
-        Seated, //
+        DeviceRegistration, //
     },
-    inbox::Inbox,
+    events::QueueEvents,
     params,
     queue::Queue,
     stats::{
@@ -211,46 +210,46 @@ impl Drop for WorkQueue {
 
 /// A bound device.
 pub(crate) struct VbdDriver {
-    vbd: Arc<Vbd>,
+    device: Arc<Device>,
     /// Until the device is being unbound.
-    watch: Pin<KBox<Mutex<Option<Watch<PhysicalDevice>>>>>,
+    watch: Pin<KBox<Mutex<Option<Watch<DiskWatch>>>>>,
 }
 
 /// Hears of the node `physical-device`.
-struct PhysicalDevice(Arc<Vbd>);
+struct DiskWatch(Arc<Device>);
 
 /// Has a device look again after a while.
-struct Later(Arc<Vbd>);
+struct RetryTimer(Arc<Device>);
 
 /// A device, as its callbacks, files and threads share it.
 #[pin_data]
-pub(crate) struct Vbd {
-    device: ARef<Device>,
+pub(crate) struct Device {
+    xbdev: ARef<xenbus::Device>,
     /// The frontend's directory.
     frontend: CString,
     stats: Arc<Stats>,
     /// Threads that have not ended, also of older connections.
-    threads: Atomic<u32>,
+    live_threads: Atomic<u32>,
     /// The queues were told to end; what is to be done after that waits for the last one.
     draining: Atomic<bool>,
     /// The connection whose threads may take requests.
-    served: Atomic<u64>,
+    served_connection: Atomic<u64>,
     /// `physical-device` was written and has still to be read.
-    named: Atomic<bool>,
+    disk_named: Atomic<bool>,
     /// The work item waits to be run.
-    queued: Atomic<bool>,
+    work_queued: Atomic<bool>,
     /// The work item runs.
-    working: Atomic<bool>,
+    work_running: Atomic<bool>,
     /// The work item waits for the device to be unregistered, and has closed the disk before.
     unregistering: Atomic<bool>,
     /// The work item is opening the disk or bringing the page cache onto it.
     waits_for_disk: Atomic<bool>,
-    queue: Arc<OwnedQueue>,
+    workqueue: Arc<OwnedQueue>,
     #[pin]
     work: Work<Self>,
-    seat: Seated,
+    registration: DeviceRegistration,
     #[pin]
-    ended: WaitQueue,
+    wait: WaitQueue,
     #[pin]
     inner: Mutex<Inner>,
 }
@@ -263,15 +262,15 @@ struct Inner {
     /// Once the hotplug script has named it.
     disk: Option<Arc<Disk>>,
     /// A disk that is to be closed.
-    discarded: Option<Arc<Disk>>,
+    to_close: Option<Arc<Disk>>,
     /// One for each ring that is served.
-    serving: KVec<Serving>,
-    size_watch: Option<Pin<KBox<Timer<SizeWatch>>>>,
-    pace: Pace,
+    queue_threads: KVec<QueueThread>,
+    size_poll: Option<Pin<KBox<Timer<SizePoll>>>>,
+    connect_limit: Pace,
     /// The frontend has to wait for its next turn.
-    paced: bool,
+    throttled: bool,
     /// Has the device look again; until it is being unbound.
-    later: Option<Pin<KBox<Timer<Later>>>>,
+    retry_timer: Option<Pin<KBox<Timer<RetryTimer>>>>,
     /// Failures in a row that were followed by another try.
     failures: u32,
     /// What the last of them was, as it was reported.
@@ -299,10 +298,10 @@ enum Step {
 }
 
 /// A queue that is served.
-struct Serving {
+struct QueueThread {
     /// Dropping it stops the thread.
     _thread: KThread,
-    inbox: Arc<Inbox>,
+    events: Arc<QueueEvents>,
 }
 
 impl Driver for VbdDriver {
@@ -311,33 +310,37 @@ impl Driver for VbdDriver {
     const ID_TABLE: IdTable = IDS.as_table();
     const ALLOW_REBIND: bool = true;
 
-    fn probe(device: &Device<Core<'_>>) -> impl PinInit<Self, Error> {
-        Self::check_take_over(device).and_then(|()| {
+    fn probe(xbdev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
+        Self::check_take_over(xbdev).and_then(|()| {
             // A frontend that is connected stays so: the device can be bound again.
-            Self::new(device)
-                .inspect_err(|error| device.dev_error(*error, fmt!("making a disk to offer")))
+            Self::new(xbdev)
+                .inspect_err(|error| xbdev.dev_error(*error, fmt!("making a disk to offer")))
         })
     }
 
-    fn otherend_changed(self: Pin<&Self>, _device: &Device<Core<'_>>, _state: State) -> After {
-        self.vbd.kick();
+    fn otherend_changed(
+        self: Pin<&Self>,
+        _device: &xenbus::Device<Core<'_>>,
+        _state: State,
+    ) -> After {
+        self.device.schedule_work();
         After::Keep
     }
 
-    fn remove(self: Pin<&Self>, _device: &Device<Core<'_>>) {
+    fn remove(self: Pin<&Self>, _device: &xenbus::Device<Core<'_>>) {
         // This waits for the `xenwatch` thread, with the device locked. So not after a long wait for
         // something else: by then that thread may want the lock, to remove the device.
         let watch = self.watch.lock().take();
         drop(watch);
-        self.vbd.leave();
+        self.device.detach();
     }
 
     fn reclaim_memory(self: Pin<&Self>) {
-        if let Some(inner) = self.vbd.inner.try_lock() {
+        if let Some(inner) = self.device.inner.try_lock() {
             inner
-                .serving
+                .queue_threads
                 .iter()
-                .for_each(|one| one.inbox.memory_is_short());
+                .for_each(|one| one.events.set_memory_pressure());
         }
     }
 }
@@ -345,13 +348,13 @@ impl Driver for VbdDriver {
 impl VbdDriver {
     /// Whether rings that are in use can be taken over. If not, the frontend is told nothing, so that
     /// the device can be bound later.
-    fn check_take_over(device: &Device<Core<'_>>) -> Result {
-        let otherend = device.otherend()?;
-        if domain::is_left_alone(device.nodename())
-            && device.read_driver_state(otherend) == State::Connected
+    fn check_take_over(xbdev: &xenbus::Device<Core<'_>>) -> Result {
+        let otherend = xbdev.otherend()?;
+        if domain::is_orphaned(xbdev.nodename())
+            && xbdev.read_driver_state(otherend) == State::Connected
         {
             dev_err!(
-                device.as_ref(),
+                xbdev.as_ref(),
                 "queues of a driver that was unbound still wait for a disk: bind again later\n"
             );
             return Err(EBUSY);
@@ -359,23 +362,24 @@ impl VbdDriver {
         Ok(())
     }
 
-    fn new(device: &Device<Core<'_>>) -> Result<Self> {
-        let vbd = Vbd::new(device)?;
+    fn new(xbdev: &xenbus::Device<Core<'_>>) -> Result<Self> {
+        let device = Device::new(xbdev)?;
         let watch = KBox::pin_init(new_mutex!(None), GFP_KERNEL)?;
         // From here on this ends what was begun, also if one of the following fails.
-        let driver = Self { vbd, watch };
-        let vbd = &driver.vbd;
-        vbd.inner.lock().later = Some(Timer::new(IdleCpu::Wakes, Later(vbd.clone()))?);
-        sysfs::register(device.as_ref(), None, &stats::DEVICE, vbd.clone())?;
-        let stats = vbd.stats.clone();
+        let driver = Self { device, watch };
+        let device = &driver.device;
+        device.inner.lock().retry_timer =
+            Some(Timer::new(IdleCpu::Wakes, RetryTimer(device.clone()))?);
+        sysfs::register(xbdev.as_ref(), None, &stats::DEVICE, device.clone())?;
+        let stats = device.stats.clone();
         sysfs::register(
-            device.as_ref(),
+            xbdev.as_ref(),
             Some(c"statistics"),
             &stats::STATISTICS,
             stats,
         )?;
-        let handler = Arc::new(PhysicalDevice(vbd.clone()), GFP_KERNEL)?;
-        let watch = Watch::new(device.nodename(), fmt!("physical-device"), handler)?;
+        let handler = Arc::new(DiskWatch(device.clone()), GFP_KERNEL)?;
+        let watch = Watch::new(xbdev.nodename(), fmt!("physical-device"), handler)?;
         *driver.watch.lock() = Some(watch);
         Ok(driver)
     }
@@ -385,102 +389,102 @@ impl Drop for VbdDriver {
     fn drop(&mut self) {
         let watch = self.watch.lock().take();
         drop(watch);
-        self.vbd.leave();
+        self.device.detach();
     }
 }
 
-impl WatchHandler for PhysicalDevice {
+impl WatchHandler for DiskWatch {
     fn changed(&self) {
-        self.0.named.store(true, Relaxed);
-        self.0.kick();
+        self.0.disk_named.store(true, Relaxed);
+        self.0.schedule_work();
     }
 }
 
-impl Target for Later {
+impl Target for RetryTimer {
     fn expired(&self) -> Option<Jiffies> {
-        self.0.kick();
+        self.0.schedule_work();
         None
     }
 }
 
 impl_has_work! {
-    impl HasWork<Self> for Vbd { self.work }
+    impl HasWork<Self> for Device { self.work }
 }
 
-impl WorkItem for Vbd {
+impl WorkItem for Device {
     type Pointer = Arc<Self>;
 
-    fn run(vbd: Arc<Self>) {
+    fn run(device: Arc<Self>) {
         // Whoever looks sees the one or the other.
-        vbd.working.store(true, Release);
-        vbd.queued.store(false, Release);
+        device.work_running.store(true, Release);
+        device.work_queued.store(false, Release);
         // So that the module is in use while a disk hangs, and its end does not have to wait.
         let module = ModuleRef::new();
-        let closed = vbd.handle_events();
+        let closed = device.handle_events();
         drop(module);
-        vbd.unregistering.store(closed, Release);
-        vbd.working.store(false, Release);
-        vbd.ended.wake_up();
+        device.unregistering.store(closed, Release);
+        device.work_running.store(false, Release);
+        device.wait.wake_up();
         if closed {
-            vbd.unregister();
+            device.unregister();
         }
     }
 }
 
-impl Vbd {
-    fn new(device: &Device<Core<'_>>) -> Result<Arc<Self>> {
-        let frontend = CString::try_from_fmt(fmt!("{}", device.otherend()?))?;
+impl Device {
+    fn new(xbdev: &xenbus::Device<Core<'_>>) -> Result<Arc<Self>> {
+        let frontend = CString::try_from_fmt(fmt!("{}", xbdev.otherend()?))?;
         let stats = Arc::pin_init(Stats::new(), GFP_KERNEL)?;
-        let queue = WORK.lock().clone().ok_or(ENODEV)?;
+        let workqueue = WORK.lock().clone().ok_or(ENODEV)?;
         let inner = Inner {
-            back: match device.state() {
+            back: match xbdev.state() {
                 State::Closing | State::Closed => Back::StartingClosed,
                 _ => Back::Starting,
             },
             limits: params::limits(),
             disk: None,
-            discarded: None,
-            serving: KVec::new(),
-            size_watch: None,
-            pace: Pace::new(
+            to_close: None,
+            queue_threads: KVec::new(),
+            size_poll: None,
+            connect_limit: Pace::new(
                 CONNECTIONS,
                 msecs_to_jiffies(CONNECTION_MS) as u64,
                 jiffies::now() as u64,
             ),
-            paced: false,
-            later: None,
+            throttled: false,
+            retry_timer: None,
             failures: 0,
             reported: None,
             connection: 0,
         };
-        let seat = Seated::new(device)?;
-        let device: ARef<Device> = ARef::from(&***device);
-        let vbd = pin_init!(Self {
-            device,
+        let registration = DeviceRegistration::new(xbdev)?;
+        let xbdev: ARef<xenbus::Device> = ARef::from(&***xbdev);
+        let device = pin_init!(Self {
+            xbdev,
             frontend,
             stats,
-            threads: Atomic::new(0),
+            live_threads: Atomic::new(0),
             draining: Atomic::new(false),
-            served: Atomic::new(0),
-            named: Atomic::new(false),
-            queued: Atomic::new(false),
-            working: Atomic::new(false),
+            served_connection: Atomic::new(0),
+            disk_named: Atomic::new(false),
+            work_queued: Atomic::new(false),
+            work_running: Atomic::new(false),
             unregistering: Atomic::new(false),
             waits_for_disk: Atomic::new(false),
-            queue,
-            work <- new_work!("Vbd::work"),
-            seat,
-            ended <- new_wait_queue!(),
+            workqueue,
+            work <- new_work!("Device::work"),
+            registration,
+            wait <- new_wait_queue!(),
             inner <- new_mutex!(inner),
         });
-        Arc::pin_init(vbd, GFP_KERNEL)
+        Arc::pin_init(device, GFP_KERNEL)
     }
 
     /// Has the work item run soon. Any context.
-    fn kick(self: &Arc<Self>) {
-        self.queued.store(true, Release);
+    fn schedule_work(self: &Arc<Self>) {
+        self.work_queued.store(true, Release);
         // It comes back if it waits to be run already.
-        let _ = self.queue.enqueue(self.clone());
+        let _ = self.workqueue.enqueue(self.clone());
     }
 
     /// Does what there is to do. Returns `true` if the device is closed and to be unregistered.
@@ -493,14 +497,14 @@ impl Vbd {
                 Step::Drain if self.drain(SHORT_DRAIN_MS) => Step::Again,
                 // The last thread goes on.
                 Step::Drain => Step::None,
-                Step::Open => self.open(),
-                Step::Attach(disk) => self.attach(&disk),
+                Step::Open => self.open_disk(),
+                Step::Attach(disk) => self.connect(&disk),
                 Step::Close(disk) => {
                     drop(disk);
                     Step::Again
                 }
                 Step::Unregister => {
-                    let disk = self.inner.lock().discarded.take();
+                    let disk = self.inner.lock().to_close.take();
                     drop(disk);
                     return true;
                 }
@@ -511,17 +515,17 @@ impl Vbd {
     /// Decides what is to be done, and does it if it is quick.
     fn next_step(self: &Arc<Self>) -> Step {
         let mut inner = self.inner.lock();
-        if let Some(disk) = inner.discarded.take() {
+        if let Some(disk) = inner.to_close.take() {
             return Step::Close(disk);
         }
         if inner.back == Back::Gone {
             return Step::None;
         }
         let started = !matches!(inner.back, Back::Starting | Back::StartingClosed);
-        if started && self.named.load(Relaxed) {
+        if started && self.disk_named.load(Relaxed) {
             return Step::Open;
         }
-        let event = self.look(&inner);
+        let event = self.read_event(&inner);
         let action = if !self.draining.load(Relaxed) {
             inner.back.step(event)
         } else if self.has_threads() {
@@ -530,147 +534,147 @@ impl Vbd {
             BackAction::Drain
         };
         match action {
-            BackAction::Drain if self.stop(&mut inner) => Step::Drain,
-            BackAction::Open if self.must_wait(&mut inner) => Step::None,
+            BackAction::Drain if self.stop_queues(&mut inner) => Step::Drain,
+            BackAction::Open if self.throttle(&mut inner) => Step::None,
             BackAction::Open => Step::Open,
-            BackAction::Attach if self.must_wait(&mut inner) => Step::None,
+            BackAction::Attach if self.throttle(&mut inner) => Step::None,
             BackAction::Attach => inner.disk.clone().map_or(Step::None, Step::Attach),
-            _ => self.carry_out(&mut inner, action),
+            _ => self.run_action(&mut inner, action),
         }
     }
 
     /// Returns `true` if the frontend connects more often than it may. The device looks again in time.
-    fn must_wait(&self, inner: &mut Inner) -> bool {
-        let Err(ticks) = inner.pace.take(jiffies::now() as u64) else {
-            inner.paced = false;
+    fn throttle(&self, inner: &mut Inner) -> bool {
+        let Err(ticks) = inner.connect_limit.take(jiffies::now() as u64) else {
+            inner.throttled = false;
             return false;
         };
-        if !inner.paced && inner.failures == 0 {
+        if !inner.throttled && inner.failures == 0 {
             ratelimited!(dev_warn!(
-                self.device.as_ref(),
+                self.xbdev.as_ref(),
                 "the frontend connects too often: it has to wait\n"
             ));
         }
-        inner.paced = true;
-        if let Some(later) = &inner.later {
-            later.set_after(ticks as Jiffies);
+        inner.throttled = true;
+        if let Some(retry_timer) = &inner.retry_timer {
+            retry_timer.set_after(ticks as Jiffies);
         }
         true
     }
 
     /// What is to be seen now.
-    fn look(&self, inner: &Inner) -> BackEvent {
-        let state = self.device.read_driver_state(&self.frontend).number();
+    fn read_event(&self, inner: &Inner) -> BackEvent {
+        let state = self.xbdev.read_driver_state(&self.frontend).number();
         match XenbusState::from_number(state) {
             None => BackEvent::BadState,
-            Some(XenbusState::Unknown) if connect::has_wrong_state(&self.frontend) => {
+            Some(XenbusState::Unknown) if connect::has_invalid_state(&self.frontend) => {
                 BackEvent::BadState
             }
             Some(state) => BackEvent::Frontend {
                 state,
-                online: connect::is_online(&self.device, state),
+                online: connect::is_online(&self.xbdev, state),
                 ready: inner.disk.is_some(),
             },
         }
     }
 
     /// Carries out an action that is quick, and enters the state that it leads to.
-    fn carry_out(&self, inner: &mut Inner, action: BackAction) -> Step {
+    fn run_action(&self, inner: &mut Inner, action: BackAction) -> Step {
         let result = match action {
             BackAction::Restart => self
-                .offer(inner)
-                .map_err(|error| Fault::Own("offering", error)),
-            BackAction::Fail => Err(connect::wrong_state(&self.frontend)),
+                .write_features(inner)
+                .map_err(|error| ConnectError::Local("offering", error)),
+            BackAction::Fail => Err(connect::bad_state_error(&self.frontend)),
             _ => Ok(()),
         };
         match (result, action.leads_to()) {
-            (Err(fault), _) => self.fail(inner, &fault),
-            (Ok(()), Some(next)) => self.enter(inner, next),
+            (Err(error), _) => self.fail(inner, &error),
+            (Ok(()), Some(next)) => self.set_state(inner, next),
             (Ok(()), None) => Step::None,
         }
     }
 
     /// Takes over a state, and shows it, unless the toolstack wants another one.
-    fn enter(&self, inner: &mut Inner, next: Back) -> Step {
+    fn set_state(&self, inner: &mut Inner, next: Back) -> Step {
         let switched = match next.xenbus() {
-            Some(state) => self.device.switch_state(shown(state)),
+            Some(state) => self.xbdev.switch_state(shown(state)),
             None => Switched::Written,
         };
         match switched {
-            Switched::Written => self.entered(inner, next),
-            Switched::Refused(found) => self.refused(inner, next, found),
+            Switched::Written => self.state_set(inner, next),
+            Switched::Refused(found) => self.state_refused(inner, next, found),
             Switched::Failed(error) => {
-                self.try_later(inner, &Fault::Own("writing the state", error));
+                self.schedule_retry(inner, &ConnectError::Local("writing the state", error));
                 Step::None
             }
         }
     }
 
-    fn entered(&self, inner: &mut Inner, next: Back) -> Step {
+    fn state_set(&self, inner: &mut Inner, next: Back) -> Step {
         inner.back = next;
         if next == Back::Gone {
-            inner.discarded = inner.disk.take();
+            inner.to_close = inner.disk.take();
             return Step::Unregister;
         }
         Step::Again
     }
 
     /// Another state was found where a state was to be written.
-    fn refused(&self, inner: &mut Inner, next: Back, found: State) -> Step {
+    fn state_refused(&self, inner: &mut Inner, next: Back, found: State) -> Step {
         if found == State::Closing {
             let action = inner.back.step(BackEvent::ToolstackClosing);
             return match action.leads_to() {
-                Some(closing) => self.enter(inner, closing),
+                Some(closing) => self.set_state(inner, closing),
                 None => Step::None,
             };
         }
         match next {
             // The directory is gone, or is that of a new device: the bus will remove this one.
-            Back::Closing | Back::Closed | Back::Gone => self.entered(inner, next),
+            Back::Closing | Back::Closed | Back::Gone => self.state_set(inner, next),
             _ => Step::None,
         }
     }
 
     /// Deals with a failure: the frontend is to close, or it is tried again after a while.
-    fn fail(&self, inner: &mut Inner, fault: &Fault) -> Step {
-        let failure = fault.failure(|| connect::was_connected(&self.device));
+    fn fail(&self, inner: &mut Inner, error: &ConnectError) -> Step {
+        let failure = error.failure(|| connect::was_connected(&self.xbdev));
         let action = inner.back.step(BackEvent::Failed(failure));
         let Some(next) = action.leads_to() else {
             if action == BackAction::Retry {
-                self.try_later(inner, fault);
+                self.schedule_retry(inner, error);
             }
             return Step::None;
         };
-        ratelimited!(self.device.dev_error(fault.error(), fmt!("{fault}")));
-        self.enter(inner, next)
+        ratelimited!(self.xbdev.dev_error(error.error(), fmt!("{error}")));
+        self.set_state(inner, next)
     }
 
     /// Reports what has failed, if that is new, and looks again after a while.
-    fn try_later(&self, inner: &mut Inner, fault: &Fault) {
-        if inner.reported != Some(fault.error()) {
-            inner.reported = Some(fault.error());
+    fn schedule_retry(&self, inner: &mut Inner, error: &ConnectError) {
+        if inner.reported != Some(error.error()) {
+            inner.reported = Some(error.error());
             ratelimited!(self
-                .device
-                .dev_error(fault.error(), fmt!("{fault}: it is tried again")));
+                .xbdev
+                .dev_error(error.error(), fmt!("{error}: it is tried again")));
         }
         let time = RETRY_MS
             .checked_shl(inner.failures)
             .map_or(MAX_RETRY_MS, |time| time.min(MAX_RETRY_MS));
         // No more than the longest time needs.
         inner.failures = inner.failures.saturating_add(1).min(u32::BITS / 4);
-        if let Some(later) = &inner.later {
-            later.set_after(msecs_to_jiffies(time));
+        if let Some(retry_timer) = &inner.retry_timer {
+            retry_timer.set_after(msecs_to_jiffies(time));
         }
     }
 
     /// What has failed before works now.
-    fn forget_failures(&self, inner: &mut Inner) {
+    fn clear_failures(&self, inner: &mut Inner) {
         inner.failures = 0;
         if inner.reported.take().is_some() {
-            dev_info!(self.device.as_ref(), "the disk is served\n");
-            if let Err(error) = connect::clear_error(&self.device) {
+            dev_info!(self.xbdev.as_ref(), "the disk is served\n");
+            if let Err(error) = connect::clear_error(&self.xbdev) {
                 dev_warn!(
-                    self.device.as_ref(),
+                    self.xbdev.as_ref(),
                     "cannot remove the error from xenstore: {error:?}\n"
                 );
             }
@@ -678,67 +682,71 @@ impl Vbd {
     }
 
     /// Writes what a frontend may choose from.
-    fn offer(&self, inner: &mut Inner) -> Result {
+    fn write_features(&self, inner: &mut Inner) -> Result {
         inner.limits = params::limits();
-        connect::write_offers(self.device.nodename(), &inner.limits)
+        connect::write_features(self.xbdev.nodename(), &inner.limits)
     }
 
     /// Opens the disk if the hotplug script has named one, and none is open.
-    fn open(&self) -> Step {
-        let named = self.named.xchg(false, Relaxed);
+    fn open_disk(&self) -> Step {
+        let disk_named = self.disk_named.xchg(false, Relaxed);
         let disk = self.inner.lock().disk.clone();
         self.waits_for_disk.store(true, Relaxed);
-        let found = connect::find_disk(&self.device, disk.as_deref());
+        let found = connect::open_disk(&self.xbdev, disk.as_deref());
         self.waits_for_disk.store(false, Relaxed);
         let mut inner = self.inner.lock();
-        let step = self.opened(&mut inner, found);
+        let step = self.disk_opened(&mut inner, found);
         // If this was about the name alone, the frontend has not been looked at yet.
         match step {
-            Step::None if named => Step::Again,
+            Step::None if disk_named => Step::Again,
             step => step,
         }
     }
 
     /// Takes the disk that was opened, if there is one.
-    fn opened(&self, inner: &mut Inner, found: Result<Option<Arc<Disk>>, Fault>) -> Step {
+    fn disk_opened(
+        &self,
+        inner: &mut Inner,
+        found: Result<Option<Arc<Disk>>, ConnectError>,
+    ) -> Step {
         match found {
-            Ok(Some(disk)) if inner.back == Back::Gone => inner.discarded = Some(disk),
+            Ok(Some(disk)) if inner.back == Back::Gone => inner.to_close = Some(disk),
             Ok(Some(disk)) => inner.disk = Some(disk),
             Ok(None) => {
-                self.tell_size(inner);
+                self.report_size(inner);
                 return Step::None;
             }
-            Err(fault) => return self.fail(inner, &fault),
+            Err(error) => return self.fail(inner, &error),
         }
         Step::Again
     }
 
     /// Connects to the frontend: its rings are served when this returns.
-    fn attach(self: &Arc<Self>, disk: &Arc<Disk>) -> Step {
-        if let Err(error) = self.empty_cache(disk) {
-            let fault = Fault::Own("writing back the page cache of the disk", error);
-            return self.fail(&mut self.inner.lock(), &fault);
+    fn connect(self: &Arc<Self>, disk: &Arc<Disk>) -> Step {
+        if let Err(error) = self.drop_page_cache(disk) {
+            let error = ConnectError::Local("writing back the page cache of the disk", error);
+            return self.fail(&mut self.inner.lock(), &error);
         }
         let mut inner = self.inner.lock();
         if inner.back != Back::Waiting {
             return Step::Again;
         }
-        let step = match self.connect(&mut inner, disk) {
-            Ok(Described::Connected) => {
+        let step = match self.connect_rings(&mut inner, disk) {
+            Ok(ConnectOutcome::Connected) => {
                 inner.back = Back::Live;
-                self.forget_failures(&mut inner);
+                self.clear_failures(&mut inner);
                 // What the frontend does from now on is told, and the toolstack has to wait for it.
                 Step::None
             }
-            Ok(Described::Withdrawn) => Step::Again,
-            Ok(Described::Refused(found)) => self.refused(&mut inner, Back::Live, found),
-            Err(fault) => self.fail(&mut inner, &fault),
+            Ok(ConnectOutcome::Withdrawn) => Step::Again,
+            Ok(ConnectOutcome::Refused(found)) => self.state_refused(&mut inner, Back::Live, found),
+            Err(error) => self.fail(&mut inner, &error),
         };
         let live = inner.back == Back::Live;
         let connection = inner.connection;
         drop(inner);
         if live {
-            self.serve(disk, connection);
+            self.start_serving(disk, connection);
         } else {
             // Threads that were started have taken nothing, and have to be gone before the next ones.
             self.drain(SHORT_DRAIN_MS);
@@ -747,106 +755,116 @@ impl Vbd {
     }
 
     /// Lets the threads of a connection take requests.
-    fn serve(&self, disk: &Disk, connection: u64) {
+    fn start_serving(&self, disk: &Disk, connection: u64) {
         // Again, for what was written to the disk before anybody could see that it is connected.
-        if let Err(error) = self.empty_cache(disk) {
+        if let Err(error) = self.drop_page_cache(disk) {
             dev_err!(
-                self.device.as_ref(),
+                self.xbdev.as_ref(),
                 "cannot write back the page cache of the disk: {error:?}\n"
             );
         }
-        self.served.store(connection, Release);
-        self.ended.wake_up();
+        self.served_connection.store(connection, Release);
+        self.wait.wake_up();
     }
 
-    fn empty_cache(&self, disk: &Disk) -> Result {
+    fn drop_page_cache(&self, disk: &Disk) -> Result {
         self.waits_for_disk.store(true, Relaxed);
-        let result = disk.empty_cache();
+        let result = disk.drop_page_cache();
         self.waits_for_disk.store(false, Relaxed);
         result
     }
 
     /// Maps the rings, starts their threads, and shows Connected.
-    fn connect(self: &Arc<Self>, inner: &mut Inner, disk: &Arc<Disk>) -> Result<Described, Fault> {
+    fn connect_rings(
+        self: &Arc<Self>,
+        inner: &mut Inner,
+        disk: &Arc<Disk>,
+    ) -> Result<ConnectOutcome, ConnectError> {
         let mut connection = Connection::new(
-            &self.device,
+            &self.xbdev,
             &self.frontend,
-            self.seat.domain(),
+            self.registration.domain(),
             disk.clone(),
             &inner.limits,
         )?;
         inner.connection = inner.connection.wrapping_add(1);
         let mut queues = KVec::new();
         for index in 0..connection.queues() {
-            push(&mut queues, (index, connection.queue(index, &self.stats)?))?;
+            push(
+                &mut queues,
+                (index, connection.connect_ring(index, &self.stats)?),
+            )?;
         }
         // If one of these does not start, those that did are dropped, and end.
-        let mut serving = KVec::new();
+        let mut queue_threads = KVec::new();
         for (index, queue) in queues {
-            push(&mut serving, self.spawn(queue, index, inner.connection)?)?;
+            push(
+                &mut queue_threads,
+                self.spawn_queue_thread(queue, index, inner.connection)?,
+            )?;
         }
-        let size_watch = serving
+        let size_poll = queue_threads
             .first()
-            .map(|first| SizeWatch::timer(disk.clone(), first.inbox.clone()))
+            .map(|first| SizePoll::timer(disk.clone(), first.events.clone()))
             .transpose()
-            .map_err(|error| Fault::Own("making a timer", error))?;
-        // The frontend may ask as soon as this is written: the threads take nothing before `served`
+            .map_err(|error| ConnectError::Local("making a timer", error))?;
+        // The frontend may ask as soon as this is written: the threads take nothing before `served_connection`
         // says so.
         let described = connection.describe_disk()?;
-        if matches!(described, Described::Connected) {
+        if matches!(described, ConnectOutcome::Connected) {
             // Nothing may fail any more: the frontend has been told that it is served.
-            if let Some(timer) = &size_watch {
-                timer.set_after(SizeWatch::period());
+            if let Some(timer) = &size_poll {
+                timer.set_after(SizePoll::period());
             }
-            inner.size_watch = size_watch;
-            inner.serving = serving;
+            inner.size_poll = size_poll;
+            inner.queue_threads = queue_threads;
             connection.report();
         }
         Ok(described)
     }
 
-    fn spawn(
+    fn spawn_queue_thread(
         self: &Arc<Self>,
         queue: Queue,
         index: u32,
         connection: u64,
-    ) -> Result<Serving, Fault> {
-        let link = Link::new(self, index, connection);
+    ) -> Result<QueueThread, ConnectError> {
+        let handle = DeviceHandle::new(self, index, connection);
         let name = CString::try_from_fmt(fmt!("rblkback {}", queue.name()))
-            .map_err(|error| Fault::Own("naming a thread", error))?;
+            .map_err(|error| ConnectError::Local("naming a thread", error))?;
         let kind = Kind { freezable: true };
-        let inbox = queue.inbox();
+        let events = queue.events();
         KThread::spawn(fmt!("{}", *name), kind, move |thread| {
             // What it serves may be where memory is freed to.
             let _noio = Noio::new();
-            link.wait_until_served(thread);
-            queue.serve(thread, &link);
-            drop(link);
+            handle.wait_until_serving(thread);
+            queue.serve(thread, &handle);
+            drop(handle);
         })
-        .map(|_thread| Serving { _thread, inbox })
-        .map_err(|error| Fault::Own("starting a thread", error))
+        .map(|_thread| QueueThread { _thread, events })
+        .map_err(|error| ConnectError::Local("starting a thread", error))
     }
 
     /// Tells the frontend of a new size of the disk, if there is one.
-    fn tell_size(&self, inner: &Inner) {
-        let Some(disk) = inner.disk.as_ref().filter(|disk| disk.has_new_size()) else {
+    fn report_size(&self, inner: &Inner) {
+        let Some(disk) = inner.disk.as_ref().filter(|disk| disk.size_changed()) else {
             return;
         };
         if inner.back != Back::Live || self.draining.load(Relaxed) {
             return;
         }
-        if let Err(error) = connect::write_size(&self.device, disk) {
+        if let Err(error) = connect::write_size(&self.xbdev, disk) {
             ratelimited!(dev_warn!(
-                self.device.as_ref(),
+                self.xbdev.as_ref(),
                 "cannot tell the frontend of the new size: {error:?}\n"
             ));
         }
     }
 
     /// Has the threads end what they have taken from their rings. Whether there are any left.
-    fn stop(&self, inner: &mut Inner) -> bool {
-        inner.size_watch = None;
-        inner.serving.clear();
+    fn stop_queues(&self, inner: &mut Inner) -> bool {
+        inner.size_poll = None;
+        inner.queue_threads.clear();
         // A full barrier: either the last thread sees this, or its end is seen below.
         self.draining.xchg(true, Full);
         let left = self.has_threads();
@@ -857,42 +875,42 @@ impl Vbd {
     }
 
     fn has_threads(&self) -> bool {
-        self.threads.load(Acquire) != 0
+        self.live_threads.load(Acquire) != 0
     }
 
     /// Waits until all threads have ended. A thread that does not get there in time goes on alone: it
     /// owns its ring and memory.
     fn drain(&self, time_ms: u32) -> bool {
         let time = msecs_to_jiffies(time_ms);
-        let drained = self.ended.wait_timeout(time, || !self.has_threads());
+        let drained = self.wait.wait_timeout(time, || !self.has_threads());
         if !drained {
             ratelimited!(dev_warn!(
-                self.device.as_ref(),
+                self.xbdev.as_ref(),
                 "{} queues still wait for the disk after {time_ms} ms: they end when it answers\n",
-                self.threads.load(Relaxed)
+                self.live_threads.load(Relaxed)
             ));
         }
         drained
     }
 
     /// The driver is unbound.
-    fn leave(self: &Arc<Self>) {
+    fn detach(self: &Arc<Self>) {
         let mut inner = self.inner.lock();
-        let Some(later) = inner.later.take() else {
+        let Some(retry_timer) = inner.retry_timer.take() else {
             // That is done.
             return;
         };
         inner.back = Back::Gone;
-        self.stop(&mut inner);
+        self.stop_queues(&mut inner);
         // There is nothing to be done after that.
         self.draining.store(false, Relaxed);
         drop(inner);
-        drop(later);
+        drop(retry_timer);
         // Without its directory the device goes for good: nobody else will serve its rings.
-        let gone = self.device.read_driver_state(self.device.nodename()) == State::Unknown;
+        let gone = self.xbdev.read_driver_state(self.xbdev.nodename()) == State::Unknown;
         let time_ms = if gone { SHORT_DRAIN_MS } else { DRAIN_MS };
         if !self.drain(time_ms) && !gone {
-            self.leave_alone();
+            self.mark_orphaned();
         }
         self.close(time_ms);
     }
@@ -901,8 +919,8 @@ impl Vbd {
     fn close(self: &Arc<Self>, time_ms: u32) {
         let mut inner = self.inner.lock();
         if let Some(disk) = inner.disk.take() {
-            inner.discarded = Some(disk);
-            self.kick();
+            inner.to_close = Some(disk);
+            self.schedule_work();
         }
         drop(inner);
         let time_ms = if self.waits_for_disk.load(Relaxed) {
@@ -912,11 +930,11 @@ impl Vbd {
         };
         let idle = || {
             self.unregistering.load(Acquire)
-                || !self.queued.load(Acquire) && !self.working.load(Acquire)
+                || !self.work_queued.load(Acquire) && !self.work_running.load(Acquire)
         };
-        if !self.ended.wait_timeout(msecs_to_jiffies(time_ms), idle) {
+        if !self.wait.wait_timeout(msecs_to_jiffies(time_ms), idle) {
             ratelimited!(dev_warn!(
-                self.device.as_ref(),
+                self.xbdev.as_ref(),
                 "the disk is still being opened or closed after {time_ms} ms: that ends when it answers\n"
             ));
         }
@@ -924,26 +942,26 @@ impl Vbd {
 
     /// Has the device unregistered, which is closed.
     fn unregister(&self) {
-        if let Err(error) = xenbus::unregister_device(&self.device) {
+        if let Err(error) = xenbus::unregister_device(&self.xbdev) {
             dev_warn!(
-                self.device.as_ref(),
+                self.xbdev.as_ref(),
                 "cannot be unregistered ({error:?}): that is done when its directory is removed\n"
             );
         }
     }
 
     /// The threads go on, and nobody may take over their rings meanwhile.
-    fn leave_alone(&self) {
+    fn mark_orphaned(&self) {
         // A full barrier: either the last thread sees this, or its end is seen below.
-        self.seat.left_alone().xchg(true, Full);
+        self.registration.orphaned().xchg(true, Full);
         if !self.has_threads() {
-            self.not_alone();
+            self.clear_orphaned();
         }
     }
 
     /// The last thread has ended.
-    fn not_alone(&self) {
-        self.seat.left_alone().xchg(false, Full);
+    fn clear_orphaned(&self) {
+        self.registration.orphaned().xchg(false, Full);
     }
 
     /// The file `physical_device`.
@@ -964,78 +982,80 @@ impl Vbd {
 }
 
 /// What the thread of a queue tells its device.
-pub(crate) struct Link {
-    vbd: Arc<Vbd>,
+pub(crate) struct DeviceHandle {
+    device: Arc<Device>,
     index: u32,
     connection: u64,
 }
 
-impl Link {
-    fn new(vbd: &Arc<Vbd>, index: u32, connection: u64) -> Self {
-        vbd.threads.fetch_add(1, Relaxed);
+impl DeviceHandle {
+    fn new(device: &Arc<Device>, index: u32, connection: u64) -> Self {
+        device.live_threads.fetch_add(1, Relaxed);
         Self {
-            vbd: vbd.clone(),
+            device: device.clone(),
             index,
             connection,
         }
     }
 
     /// Waits until the thread may take requests, or is to end.
-    fn wait_until_served(&self, thread: &Current) {
-        let vbd = &self.vbd;
-        vbd.ended
-            .wait_idle(|| thread.should_stop() || vbd.served.load(Acquire) == self.connection);
+    fn wait_until_serving(&self, thread: &Current) {
+        let device = &self.device;
+        device.wait.wait_idle(|| {
+            thread.should_stop() || device.served_connection.load(Acquire) == self.connection
+        });
     }
 
     /// The disk has refused what a node has offered.
-    pub(crate) fn withdraw(&self, node: &str) {
-        let inner = self.vbd.inner.lock();
+    pub(crate) fn withdraw_feature(&self, node: &str) {
+        let inner = self.device.inner.lock();
         if inner.connection != self.connection {
             return;
         }
-        let device = &self.vbd.device;
-        dev_info!(device.as_ref(), "the disk has refused this: {node} = 0\n");
-        if let Err(error) = connect::withdraw(device, node) {
-            dev_warn!(device.as_ref(), "cannot write {node}: {error:?}\n");
+        let xbdev = &self.device.xbdev;
+        dev_info!(xbdev.as_ref(), "the disk has refused this: {node} = 0\n");
+        if let Err(error) = connect::withdraw_feature(xbdev, node) {
+            dev_warn!(xbdev.as_ref(), "cannot write {node}: {error:?}\n");
         }
     }
 
     /// The frontend has broken the ring.
     pub(crate) fn ring_broken(&self, error: RingError) {
-        let mut inner = self.vbd.inner.lock();
+        let mut inner = self.device.inner.lock();
         if inner.connection == self.connection {
-            self.vbd.fail(&mut inner, &Fault::Ring(self.index, error));
+            self.device
+                .fail(&mut inner, &ConnectError::Ring(self.index, error));
         }
         drop(inner);
-        self.vbd.kick();
+        self.device.schedule_work();
     }
 
     /// The size of the disk has changed.
     pub(crate) fn resized(&self) {
-        let inner = self.vbd.inner.lock();
+        let inner = self.device.inner.lock();
         if inner.connection == self.connection {
-            self.vbd.tell_size(&inner);
+            self.device.report_size(&inner);
         }
     }
 }
 
-impl Drop for Link {
+impl Drop for DeviceHandle {
     /// The thread has ended, and all that it had is gone.
     fn drop(&mut self) {
-        let vbd = &self.vbd;
-        if vbd.threads.fetch_sub(1, Full) == 1 {
-            vbd.ended.wake_up();
-            vbd.not_alone();
-            if vbd.draining.load(Relaxed) {
-                vbd.kick();
+        let device = &self.device;
+        if device.live_threads.fetch_sub(1, Full) == 1 {
+            device.wait.wake_up();
+            device.clear_orphaned();
+            if device.draining.load(Relaxed) {
+                device.schedule_work();
             }
         }
     }
 }
 
-fn push<T>(list: &mut KVec<T>, item: T) -> Result<(), Fault> {
+fn push<T>(list: &mut KVec<T>, item: T) -> Result<(), ConnectError> {
     list.push(item, GFP_KERNEL)
-        .map_err(|_| Fault::Own("making a queue", ENOMEM))
+        .map_err(|_| ConnectError::Local("making a queue", ENOMEM))
 }
 
 /// A state as the bus has it.

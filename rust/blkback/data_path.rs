@@ -2,9 +2,9 @@
 
 //! Moving data between the frontend's memory and the disk.
 //!
-//! There are several ways to get at the frontend's pages, and a [`Mover`] takes the cheapest:
+//! There are several ways to get at the frontend's pages, and a [`DataPath`] takes the cheapest:
 //!
-//! - *Stay mapped*: if the frontend uses persistent grants, its pages are kept in a [`Table`].
+//! - *Stay mapped*: if the frontend uses persistent grants, its pages are kept in a [`PersistentGrants`].
 //! - *Copy*: the data of a small request is copied between the frontend's pages and our own. One
 //!   hypercall does it for several requests, and there is nothing to unmap.
 //! - *Map*: the pages of a large request are mapped with one hypercall, and unmapped together with
@@ -83,23 +83,23 @@ use crate::{
     },
     domain::{
         Domain,
-        Share, //
+        QuotaShare, //
     },
     params::{
         MAX_BUFFER_PAGES,
         MAX_PERSISTENT_GRANTS,
         PERSISTENT_GRANT_UNUSED_SECONDS, //
     },
-    persistent::Table,
-    transfer::{
-        Chain,
-        Transfer,
-        Work, //
+    pending_req::{
+        PendingReq,
+        ReqList,
+        ReqOp, //
     },
+    persistent::PersistentGrants, //
 };
 
-/// The pages of a transfer, one for each segment: those of the frontend, mapped, or our own.
-pub(crate) type Memory = (KVec<MappedPage>, KVec<Page>);
+/// The pages of a request, one for each segment: those of the frontend, mapped, or our own.
+pub(crate) type RequestPages = (KVec<MappedPage>, KVec<Page>);
 
 /// A request with at most so many segments is copied.
 const COPIED_SEGMENTS: usize = 8;
@@ -119,7 +119,7 @@ const SEGMENTS_AT_ONCE: usize = 32;
 
 /// Why the data of a request cannot be had.
 #[derive(Debug)]
-pub(crate) enum Problem {
+pub(crate) enum DataError {
     /// The segments, once fetched, are not valid.
     Refused(Refusal),
     /// The frontend's pages could not be mapped.
@@ -127,72 +127,72 @@ pub(crate) enum Problem {
     /// The pages of segments could not be copied.
     Copy(CopyError),
     /// There is no memory, or a limit of our own was hit.
-    Own(Error),
+    Local(Error),
 }
 
-impl Problem {
-    /// Whether it may work when other transfers have ended, of this queue or of others.
+impl DataError {
+    /// Whether it may work when other requests have ended, of this queue or of others.
     pub(crate) fn is_shortage(&self) -> bool {
         match self {
-            Problem::Own(error) => *error == ENOMEM,
-            Problem::Map(error) => error.is_shortage(),
-            Problem::Refused(_) | Problem::Copy(_) => false,
+            DataError::Local(error) => *error == ENOMEM,
+            DataError::Map(error) => error.is_shortage(),
+            DataError::Refused(_) | DataError::Copy(_) => false,
         }
     }
 
     /// Returns `true` if Xen lets this domain map no more pages of other domains.
     pub(crate) fn lacks_mappings(&self) -> bool {
-        matches!(self, Problem::Map(MapError::Refused(_, status)) if status.is_no_space())
+        matches!(self, DataError::Map(MapError::Refused(_, status)) if status.is_no_space())
     }
 
     pub(crate) fn status(&self) -> Status {
         match self {
-            Problem::Refused(refusal) => refusal.status(),
-            Problem::Map(_) | Problem::Copy(_) | Problem::Own(_) => Status::Error,
+            DataError::Refused(refusal) => refusal.status(),
+            DataError::Map(_) | DataError::Copy(_) | DataError::Local(_) => Status::Error,
         }
     }
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for DataError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Problem::Refused(refusal) => write!(f, "{refusal}"),
-            Problem::Map(MapError::Refused(_, status)) if status.is_no_space() => f.write_str(
+            DataError::Refused(refusal) => write!(f, "{refusal}"),
+            DataError::Map(MapError::Refused(_, status)) if status.is_no_space() => f.write_str(
                 "Xen allows no more mappings: raise gnttab_max_maptrack_frames (dom0) or \
                  max_maptrack_frames, or lower max_persistent_grants",
             ),
-            Problem::Map(MapError::Refused(reference, status)) => {
+            DataError::Map(MapError::Refused(reference, status)) => {
                 f.write_fmt(fmt!("grant {} cannot be mapped: {status}", reference.0))
             }
-            Problem::Map(MapError::TooMany) => f.write_str("too many pages to map"),
-            Problem::Map(MapError::NoPage(error)) => {
+            DataError::Map(MapError::TooMany) => f.write_str("too many pages to map"),
+            DataError::Map(MapError::NoPage(error)) => {
                 write!(f, "no page to map to: {error:?}")
             }
-            Problem::Copy(CopyError::Refused(index, status)) => {
+            DataError::Copy(CopyError::Refused(index, status)) => {
                 f.write_fmt(fmt!("copy {index} is refused: {status}"))
             }
-            Problem::Copy(CopyError::Hypercall(error)) => {
+            DataError::Copy(CopyError::Hypercall(error)) => {
                 write!(f, "cannot copy: {error:?}")
             }
-            Problem::Own(error) => write!(f, "no memory: {error:?}"),
+            DataError::Local(error) => write!(f, "no memory: {error:?}"),
         }
     }
 }
 
-impl From<Error> for Problem {
+impl From<Error> for DataError {
     fn from(error: Error) -> Self {
-        Problem::Own(error)
+        DataError::Local(error)
     }
 }
 
-impl From<kernel::alloc::AllocError> for Problem {
+impl From<kernel::alloc::AllocError> for DataError {
     fn from(_: kernel::alloc::AllocError) -> Self {
-        Problem::Own(ENOMEM)
+        DataError::Local(ENOMEM)
     }
 }
 
 /// What it takes to copy data, if the frontend does not use persistent grants.
-struct Copies {
+struct GrantCopy {
     copier: Copier,
     /// Pages of our own, to copy to. Only this frontend's data was ever in them.
     buffers: KVec<Page>,
@@ -200,7 +200,7 @@ struct Copies {
     descriptors: Page,
 }
 
-impl Copies {
+impl GrantCopy {
     fn new() -> Result<Self> {
         Ok(Self {
             copier: Copier::new(COPIES)?,
@@ -215,11 +215,11 @@ impl Copies {
         domain: DomId,
         reference: ForeignRef,
         len: usize,
-    ) -> Result<PageSlice<'_>, Problem> {
+    ) -> Result<PageSlice<'_>, DataError> {
         let copy = PageSliceMut::new(&self.descriptors, 0, len).ok_or(EINVAL)?;
         let mut batch = self.copier.batch();
         batch.read(domain, reference, 0, copy)?;
-        run_patiently(&mut batch)?;
+        run_with_retries(&mut batch)?;
         Ok(PageSlice::new(&self.descriptors, 0, len).ok_or(EINVAL)?)
     }
 
@@ -240,32 +240,32 @@ impl Copies {
 }
 
 /// What a queue needs to move data. One for each thread.
-pub(crate) struct Mover {
+pub(crate) struct DataPath {
     domain: DomId,
     /// Addresses to map to.
     cache: Pin<KBox<PageCache>>,
     mapper: Mapper,
     /// Pages that stay mapped, if the frontend uses persistent grants.
-    table: Option<Table>,
+    persistent_grants: Option<PersistentGrants>,
     /// There is either this or a table.
-    copies: Option<Copies>,
+    grant_copy: Option<GrantCopy>,
     /// References of the request that is being mapped, as far as the table did not have their pages.
     references: KVec<ForeignRef>,
     /// Where these pages belong among those of the request.
-    places: KVec<u16>,
+    positions: KVec<u16>,
     /// A page of segments that was mapped.
-    page: KVec<MappedPage>,
-    /// Pages of transfers that have ended, to be unmapped together.
-    ended: KVec<MappedPage>,
+    descriptor_page: KVec<MappedPage>,
+    /// Pages of requests that have ended, to be unmapped together.
+    to_unmap: KVec<MappedPage>,
     /// Pages were unmapped, and nobody has looked yet whether there are too many addresses now.
     has_unmapped: bool,
     /// Pages that are mapped now, for requests or to stay.
     mapped_now: usize,
     /// How many there may be on their way, besides [`MAX_PAGES`] for one request.
-    share: Share,
+    quota: QuotaShare,
 }
 
-impl Mover {
+impl DataPath {
     /// Creates what moves the data of requests of `domain`.
     ///
     /// It has addresses for [`MAX_PAGES`] pages, as many as one request uses at a time. So memory and
@@ -274,30 +274,30 @@ impl Mover {
     pub(crate) fn new(domain: &Arc<Domain>, persistent: bool) -> Result<Self> {
         let cache = KBox::pin_init(PageCache::new(), GFP_KERNEL)?;
         cache.fill(MAX_PAGES)?;
-        let moving = usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0);
-        let staying = usize::try_from(MAX_PERSISTENT_GRANTS.get()).unwrap_or(0);
-        let (table, copies) = if persistent {
-            let share = Share::new(domain, |domain| &domain.staying, staying);
-            (Some(Table::new(share, staying)?), None)
+        let in_flight = usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0);
+        let persistent_pages = usize::try_from(MAX_PERSISTENT_GRANTS.get()).unwrap_or(0);
+        let (persistent_grants, grant_copy) = if persistent {
+            let quota = QuotaShare::new(domain, |domain| &domain.persistent, persistent_pages);
+            (Some(PersistentGrants::new(quota, persistent_pages)?), None)
         } else {
-            (None, Some(Copies::new()?))
+            (None, Some(GrantCopy::new()?))
         };
         Ok(Self {
             domain: domain.id,
             cache,
             mapper: Mapper::new(MAX_SEGMENTS)?,
-            table,
-            copies,
+            persistent_grants,
+            grant_copy,
             references: KVec::with_capacity(MAX_SEGMENTS, GFP_KERNEL)?,
-            places: KVec::with_capacity(MAX_SEGMENTS, GFP_KERNEL)?,
-            page: KVec::with_capacity(1, GFP_KERNEL)?,
-            ended: KVec::with_capacity(MAX_PAGES, GFP_KERNEL)?,
+            positions: KVec::with_capacity(MAX_SEGMENTS, GFP_KERNEL)?,
+            descriptor_page: KVec::with_capacity(1, GFP_KERNEL)?,
+            to_unmap: KVec::with_capacity(MAX_PAGES, GFP_KERNEL)?,
             has_unmapped: false,
             mapped_now: 0,
-            share: Share::new(
+            quota: QuotaShare::new(
                 domain,
-                |domain| &domain.moving,
-                moving.saturating_add(staying),
+                |domain| &domain.in_flight,
+                in_flight.saturating_add(persistent_pages),
             ),
         })
     }
@@ -308,19 +308,19 @@ impl Mover {
         unfetched: &Unfetched<'_>,
         limits: &DiskLimits,
         segments: &mut KVec<Segment>,
-    ) -> Result<Extent, Problem> {
+    ) -> Result<Extent, DataError> {
         let mut checker = unfetched.checker(limits);
         let mut left = usize::from(unfetched.count());
         for gref in unfetched.grefs() {
             let here = left.min(SEGMENTS_PER_INDIRECT_PAGE);
             left = left.saturating_sub(here);
             self.read_segments(ForeignRef(*gref), here, |wire| {
-                let segment = checker.push(wire).map_err(Problem::Refused)?;
+                let segment = checker.push(wire).map_err(DataError::Refused)?;
                 segments.push_within_capacity(segment).map_err(|_| ENOMEM)?;
                 Ok(())
             })?;
         }
-        checker.finish().map_err(Problem::Refused)
+        checker.finish().map_err(DataError::Refused)
     }
 
     /// Passes on so many segments of a page of the frontend, each read once.
@@ -328,60 +328,63 @@ impl Mover {
         &mut self,
         reference: ForeignRef,
         segments: usize,
-        take: impl FnMut(WireSegment) -> Result<(), Problem>,
-    ) -> Result<(), Problem> {
+        take: impl FnMut(WireSegment) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
         let len = segments.saturating_mul(SEGMENT_BYTES).min(PAGE_SIZE);
-        if let Some(copies) = &mut self.copies {
-            return for_each_segment(copies.fetch(self.domain, reference, len)?, take);
+        if let Some(grant_copy) = &mut self.grant_copy {
+            return for_each_segment(grant_copy.fetch(self.domain, reference, len)?, take);
         }
-        let kept = self.table.as_mut().and_then(|table| table.take(reference));
+        let kept = self
+            .persistent_grants
+            .as_mut()
+            .and_then(|grants| grants.take(reference));
         let page = match kept {
             Some(page) => page,
             None => self.map_one(reference)?,
         };
         let result = match page.slice(0, len) {
             Some(segments) => for_each_segment(segments, take),
-            None => Err(Problem::Own(EINVAL)),
+            None => Err(DataError::Local(EINVAL)),
         };
-        self.put(page);
+        self.release_page(page);
         result
     }
 
     /// Maps a page that is to stay.
-    fn map_one(&mut self, reference: ForeignRef) -> Result<MappedPage, Problem> {
+    fn map_one(&mut self, reference: ForeignRef) -> Result<MappedPage, DataError> {
         self.references.clear();
         self.references
             .push_within_capacity(reference)
             .map_err(|_| ENOMEM)?;
-        let mut page = core::mem::take(&mut self.page);
+        let mut page = core::mem::take(&mut self.descriptor_page);
         let result = self.map_missing(Access::ReadOnly, &mut page);
         let mapped = page.pop();
-        self.page = page;
+        self.descriptor_page = page;
         result?;
         Ok(mapped.ok_or(EINVAL)?)
     }
 
-    /// Gets pages for a transfer's segments. If those are our own, the data has to be copied by
-    /// [`Mover::copy`]: before the I/O for a write, after it for a read.
-    pub(crate) fn bring(&mut self, transfer: &mut Transfer) -> Result<(), Problem> {
-        let (_, job) = transfer.split_mut();
-        let small = job.segments.len() <= COPIED_SEGMENTS && job.work != Work::Barrier;
-        if small && self.copies.is_some() && self.take_buffers(transfer).is_ok() {
+    /// Gets pages for a request's segments. If those are our own, the data has to be copied by
+    /// [`DataPath::copy`]: before the I/O for a write, after it for a read.
+    pub(crate) fn attach_pages(&mut self, req: &mut PendingReq) -> Result<(), DataError> {
+        let (_, ctx) = req.split_mut();
+        let small = ctx.segments.len() <= COPIED_SEGMENTS && ctx.op != ReqOp::Barrier;
+        if small && self.grant_copy.is_some() && self.take_buffers(req).is_ok() {
             return Ok(());
         }
-        self.map(transfer)
+        self.map(req)
     }
 
-    /// Takes pages of our own for a transfer.
-    fn take_buffers(&mut self, transfer: &mut Transfer) -> Result {
-        let copies = self.copies.as_mut().ok_or(EINVAL)?;
-        let ((_, own), job) = transfer.split_mut();
-        own.reserve(job.segments.len(), GFP_NOWAIT)?;
-        for _ in &job.segments {
-            match copies.take() {
+    /// Takes pages of our own for a request.
+    fn take_buffers(&mut self, req: &mut PendingReq) -> Result {
+        let grant_copy = self.grant_copy.as_mut().ok_or(EINVAL)?;
+        let ((_, own), ctx) = req.split_mut();
+        own.reserve(ctx.segments.len(), GFP_NOWAIT)?;
+        for _ in &ctx.segments {
+            match grant_copy.take() {
                 Ok(page) => own.push_within_capacity(page).map_err(|_| ENOMEM)?,
                 Err(error) => {
-                    copies.give_back(own);
+                    grant_copy.give_back(own);
                     return Err(error);
                 }
             }
@@ -389,62 +392,64 @@ impl Mover {
         Ok(())
     }
 
-    /// Copies the data of transfers between the frontend's pages and our own, with one hypercall.
+    /// Copies the data of requests between the frontend's pages and our own, with one hypercall.
     /// Those for which it does not work get an error as their result.
-    pub(crate) fn copy(&mut self, transfers: &mut Chain) {
-        if self.copy_all(transfers).is_ok() {
+    pub(crate) fn copy(&mut self, reqs: &mut ReqList) {
+        if self.copy_all(reqs).is_ok() {
             return;
         }
         // One by one, to see which ones do not work. What is not in memory was waited for.
-        let mut all = transfers.take();
-        while let Some(mut transfer) = all.pop() {
-            if let Err(problem) = self.copy_one(&transfer) {
-                ratelimited!(pr_warn!("domain {}: {}\n", self.domain, problem));
-                transfer.context.result = Err(EIO);
+        let mut all = reqs.take();
+        while let Some(mut req) = all.pop() {
+            if let Err(error) = self.copy_one(&req) {
+                ratelimited!(pr_warn!("domain {}: {}\n", self.domain, error));
+                req.context.result = Err(EIO);
             }
-            transfers.push(transfer);
+            reqs.push(req);
         }
     }
 
-    fn copy_all(&mut self, transfers: &Chain) -> Result<(), Problem> {
-        let mut batch = self.copies.as_mut().ok_or(EINVAL)?.copier.batch();
-        for transfer in transfers.iter() {
-            add_copies(&mut batch, self.domain, transfer)?;
+    fn copy_all(&mut self, reqs: &ReqList) -> Result<(), DataError> {
+        let mut batch = self.grant_copy.as_mut().ok_or(EINVAL)?.copier.batch();
+        for req in reqs.iter() {
+            add_copies(&mut batch, self.domain, req)?;
         }
-        run_patiently(&mut batch)
+        run_with_retries(&mut batch)
     }
 
-    fn copy_one(&mut self, transfer: &Transfer) -> Result<(), Problem> {
-        let mut batch = self.copies.as_mut().ok_or(EINVAL)?.copier.batch();
-        add_copies(&mut batch, self.domain, transfer)?;
-        batch.run().map_err(Problem::Copy)
+    fn copy_one(&mut self, req: &PendingReq) -> Result<(), DataError> {
+        let mut batch = self.grant_copy.as_mut().ok_or(EINVAL)?.copier.batch();
+        add_copies(&mut batch, self.domain, req)?;
+        batch.run().map_err(DataError::Copy)
     }
 
-    /// Maps the pages of a transfer's segments, as far as they are not mapped.
-    fn map(&mut self, transfer: &mut Transfer) -> Result<(), Problem> {
-        let ((pages, _), job) = transfer.split_mut();
-        let access = match job.work {
-            Work::Read => Access::ReadWrite,
-            Work::Write | Work::Flush | Work::Barrier | Work::Discard { .. } => Access::ReadOnly,
+    /// Maps the pages of a request's segments, as far as they are not mapped.
+    fn map(&mut self, req: &mut PendingReq) -> Result<(), DataError> {
+        let ((pages, _), ctx) = req.split_mut();
+        let access = match ctx.op {
+            ReqOp::Read => Access::ReadWrite,
+            ReqOp::Write | ReqOp::Flush | ReqOp::Barrier | ReqOp::Discard { .. } => {
+                Access::ReadOnly
+            }
         };
-        let rest = self.take_first(&job.segments, access, pages);
+        let rest = self.take_cached_prefix(&ctx.segments, access, pages);
         if rest.is_empty() {
             return Ok(());
         }
-        let result = self.find(rest, access, pages).and_then(|found| {
+        let result = self.lookup_missing(rest, access, pages).and_then(|found| {
             self.map_missing(access, pages)?;
-            self.sort_in(pages, found);
+            self.merge_mapped(pages, found);
             Ok(())
         });
         if result.is_err() {
-            self.give_up(pages);
+            self.release_pages(pages);
         }
         result
     }
 
     /// Moves the pages behind the first `found` ones to their places among them.
-    fn sort_in(&self, pages: &mut [MappedPage], found: usize) {
-        for (from, place) in (found..).zip(&self.places) {
+    fn merge_mapped(&self, pages: &mut [MappedPage], found: usize) {
+        for (from, place) in (found..).zip(&self.positions) {
             let Some(part) = pages.get_mut(usize::from(*place)..=from) else {
                 continue;
             };
@@ -458,7 +463,7 @@ impl Mover {
 
     /// Takes the pages of the first segments, up to one that has not stayed mapped. Gives the segments
     /// that are left.
-    fn take_first<'s>(
+    fn take_cached_prefix<'s>(
         &mut self,
         segments: &'s [Segment],
         access: Access,
@@ -466,10 +471,10 @@ impl Mover {
     ) -> &'s [Segment] {
         let mut rest = segments;
         while let Some((segment, others)) = rest.split_first() {
-            let Some(page) = self.take_kept(ForeignRef(segment.gref()), access) else {
+            let Some(page) = self.take_cached(ForeignRef(segment.gref()), access) else {
                 break;
             };
-            // There is space: the transfer was made for so many segments.
+            // There is space: the request was made for so many segments.
             let _ = pages.push_within_capacity(page);
             rest = others;
         }
@@ -477,26 +482,26 @@ impl Mover {
     }
 
     /// Takes the pages of segments from the table. Those that are not there are in `references`, and
-    /// in `places` where they belong. Gives the number of pages that there are then.
-    fn find(
+    /// in `positions` where they belong. Gives the number of pages that there are then.
+    fn lookup_missing(
         &mut self,
         segments: &[Segment],
         access: Access,
         pages: &mut KVec<MappedPage>,
-    ) -> Result<usize, Problem> {
+    ) -> Result<usize, DataError> {
         self.references.clear();
-        self.places.clear();
+        self.positions.clear();
         for (place, segment) in (pages.len() as u16..).zip(segments) {
             let reference = ForeignRef(segment.gref());
-            let kept = match self.take_kept(reference, access) {
+            let kept = match self.take_cached(reference, access) {
                 Some(page) => pages.push_within_capacity(page).is_ok(),
                 None => {
                     self.references.push_within_capacity(reference).is_ok()
-                        && self.places.push_within_capacity(place).is_ok()
+                        && self.positions.push_within_capacity(place).is_ok()
                 }
             };
             if !kept {
-                return Err(Problem::Own(ENOMEM));
+                return Err(DataError::Local(ENOMEM));
             }
         }
         Ok(pages.len())
@@ -504,11 +509,11 @@ impl Mover {
 
     /// A page that has stayed mapped. One that was mapped for less than is needed now is mapped anew.
     #[inline]
-    fn take_kept(&mut self, reference: ForeignRef, access: Access) -> Option<MappedPage> {
-        let table = self.table.as_mut()?;
-        let page = table.take(reference)?;
+    fn take_cached(&mut self, reference: ForeignRef, access: Access) -> Option<MappedPage> {
+        let persistent_grants = self.persistent_grants.as_mut()?;
+        let page = persistent_grants.take(reference)?;
         if access == Access::ReadWrite && page.access() == Access::ReadOnly {
-            table.forget(reference);
+            persistent_grants.remove_entry(reference);
             self.unmap_later(page);
             return None;
         }
@@ -516,14 +521,18 @@ impl Mover {
     }
 
     /// Maps the pages of `references`, behind those in the list.
-    fn map_missing(&mut self, access: Access, pages: &mut KVec<MappedPage>) -> Result<(), Problem> {
+    fn map_missing(
+        &mut self,
+        access: Access,
+        pages: &mut KVec<MappedPage>,
+    ) -> Result<(), DataError> {
         let count = self.references.len();
         if count == 0 {
             return Ok(());
         }
         let mut result = self.try_map(count, access, pages);
         // Pages that have ended count until they are unmapped: for the budget, and for Xen.
-        if result.as_ref().is_err_and(Problem::is_shortage) && self.flush() {
+        if result.as_ref().is_err_and(DataError::is_shortage) && self.unmap_released() {
             result = self.try_map(count, access, pages);
         }
         result
@@ -535,57 +544,60 @@ impl Mover {
         count: usize,
         access: Access,
         pages: &mut KVec<MappedPage>,
-    ) -> Result<(), Problem> {
-        if !self.may_map(count) {
-            return Err(Problem::Own(ENOMEM));
+    ) -> Result<(), DataError> {
+        if !self.reserve_quota(count) {
+            return Err(DataError::Local(ENOMEM));
         }
         self.mapper
             .map(&self.cache, self.domain, &self.references, access, pages)
-            .map_err(Problem::Map)?;
+            .map_err(DataError::Map)?;
         self.mapped_now = self.mapped_now.wrapping_add(count);
         Ok(())
     }
 
     /// Whether the domain's budget allows so many more pages of requests on their way.
-    fn may_map(&mut self, count: usize) -> bool {
-        let pages = self.moving_now().saturating_add(count);
-        self.share.covers(pages.saturating_sub(MAX_PAGES))
+    fn reserve_quota(&mut self, count: usize) -> bool {
+        let pages = self.in_flight_pages().saturating_add(count);
+        self.quota.try_reserve(pages.saturating_sub(MAX_PAGES))
     }
 
     /// Pages of requests on their way.
-    fn moving_now(&self) -> usize {
-        let staying = self.table.as_ref().map_or(0, Table::len);
-        self.mapped_now.saturating_sub(staying)
+    fn in_flight_pages(&self) -> usize {
+        let persistent_pages = self
+            .persistent_grants
+            .as_ref()
+            .map_or(0, PersistentGrants::len);
+        self.mapped_now.saturating_sub(persistent_pages)
     }
 
-    /// Gives up the pages of a transfer that has ended. `false`: somebody still uses them, the
-    /// transfer must wait.
+    /// Gives up the pages of a request that has ended. `false`: somebody still uses them, the
+    /// request must wait.
     ///
-    /// They are gone only after [`Mover::flush`].
-    pub(crate) fn release(&mut self, transfer: &mut Transfer) -> bool {
-        let ((pages, own), _) = transfer.split_mut();
+    /// They are gone only after [`DataPath::unmap_released`].
+    pub(crate) fn release(&mut self, req: &mut PendingReq) -> bool {
+        let ((pages, own), _) = req.split_mut();
         // A page that stays mapped anyway may be busy: its frontend does not take it back.
-        if self.table.is_none() && pages.iter().any(MappedPage::is_busy) {
+        if self.persistent_grants.is_none() && pages.iter().any(MappedPage::is_busy) {
             return false;
         }
-        self.give_up(pages);
-        if let Some(copies) = &mut self.copies {
-            copies.give_back(own);
+        self.release_pages(pages);
+        if let Some(grant_copy) = &mut self.grant_copy {
+            grant_copy.give_back(own);
         }
         true
     }
 
-    fn give_up(&mut self, pages: &mut KVec<MappedPage>) {
+    fn release_pages(&mut self, pages: &mut KVec<MappedPage>) {
         while let Some(page) = pages.pop() {
-            self.put(page);
+            self.release_page(page);
         }
     }
 
-    /// Keeps a page mapped, or has it unmapped by the next [`Mover::flush`].
+    /// Keeps a page mapped, or has it unmapped by the next [`DataPath::unmap_released`].
     #[inline]
-    fn put(&mut self, page: MappedPage) {
-        let spare = match &mut self.table {
-            Some(table) => table.put(page),
+    fn release_page(&mut self, page: MappedPage) {
+        let spare = match &mut self.persistent_grants {
+            Some(persistent_grants) => persistent_grants.insert(page),
             None => Some(page),
         };
         if let Some(page) = spare {
@@ -594,68 +606,73 @@ impl Mover {
     }
 
     fn unmap_later(&mut self, page: MappedPage) {
-        if self.ended.len() == self.ended.capacity() {
-            self.flush();
+        if self.to_unmap.len() == self.to_unmap.capacity() {
+            self.unmap_released();
         }
-        if self.ended.push_within_capacity(page).is_err() {
+        if self.to_unmap.push_within_capacity(page).is_err() {
             // All are busy, and there is no space: the page is unmapped by itself, once it is not.
             self.mapped_now = self.mapped_now.wrapping_sub(1);
         }
     }
 
-    /// Unmaps the pages of the transfers that have ended. Must come before their answers are shown.
+    /// Unmaps the pages of the requests that have ended. Must come before their answers are shown.
     /// Returns `true` if there were any that could be unmapped.
-    pub(crate) fn flush(&mut self) -> bool {
-        let before = self.ended.len();
+    pub(crate) fn unmap_released(&mut self) -> bool {
+        let before = self.to_unmap.len();
         if before == 0 {
             return false;
         }
-        self.mapper.unmap(&self.cache, &mut self.ended);
-        let unmapped = before.wrapping_sub(self.ended.len());
+        self.mapper.unmap(&self.cache, &mut self.to_unmap);
+        let unmapped = before.wrapping_sub(self.to_unmap.len());
         self.mapped_now = self.mapped_now.wrapping_sub(unmapped);
         self.has_unmapped = true;
         unmapped != 0
     }
 
     /// Unmaps pages that were not used for so long.
-    fn forget_older(&mut self, time: Jiffies) {
+    fn unmap_older(&mut self, time: Jiffies) {
         while let Some(page) = self
-            .table
+            .persistent_grants
             .as_mut()
-            .and_then(|table| table.take_unused(time))
+            .and_then(|grants| grants.take_unused(time))
         {
             self.unmap_later(page);
         }
-        self.flush();
+        self.unmap_released();
     }
 
     /// Gives back what other queues may need.
-    pub(crate) fn share_with_others(&mut self) {
-        while let Some(page) = self.table.as_mut().and_then(Table::take_excess) {
+    pub(crate) fn return_excess(&mut self) {
+        while let Some(page) = self
+            .persistent_grants
+            .as_mut()
+            .and_then(PersistentGrants::take_excess)
+        {
             self.unmap_later(page);
         }
-        self.flush();
-        if let Some(table) = &mut self.table {
-            table.rest();
+        self.unmap_released();
+        if let Some(persistent_grants) = &mut self.persistent_grants {
+            persistent_grants.trim();
         }
-        self.share.keep(self.moving_now().saturating_sub(MAX_PAGES));
+        self.quota
+            .trim(self.in_flight_pages().saturating_sub(MAX_PAGES));
     }
 
     /// Unmaps all pages that no request uses now. Returns `true` if there were any.
-    pub(crate) fn forget_all(&mut self) -> bool {
+    pub(crate) fn unmap_all_cached(&mut self) -> bool {
         let before = self.mapped_now;
-        self.forget_older(0);
+        self.unmap_older(0);
         self.mapped_now != before
     }
 
     /// Gives back what is not needed now, because there is nothing to do; or all that can be spared,
     /// because memory is short.
-    pub(crate) fn rest(&mut self, short: bool) {
-        self.share_with_others();
+    pub(crate) fn trim(&mut self, short: bool) {
+        self.return_excess();
         if short {
             self.shrink(0);
-            if let Some(copies) = &mut self.copies {
-                copies.buffers.clear();
+            if let Some(grant_copy) = &mut self.grant_copy {
+                grant_copy.buffers.clear();
             }
         } else if core::mem::take(&mut self.has_unmapped) {
             self.shrink(usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0));
@@ -668,68 +685,68 @@ impl Mover {
         self.cache.shrink(u32::try_from(keep).unwrap_or(u32::MAX));
     }
 
-    /// Whether pages stay mapped when a transfer has ended.
-    pub(crate) fn keeps_pages(&self) -> bool {
-        self.table.is_some()
+    /// Whether pages stay mapped when a request has ended.
+    pub(crate) fn uses_persistent_grants(&self) -> bool {
+        self.persistent_grants.is_some()
     }
 
     /// Unmaps the pages that stay mapped, but nobody has used them for as long as the parameter says.
-    pub(crate) fn forget_unused(&mut self) {
-        if let Some(time) = unused_time() {
-            self.forget_older(time);
+    pub(crate) fn purge_unused(&mut self) {
+        if let Some(time) = unused_timeout() {
+            self.unmap_older(time);
         }
     }
 
-    /// After which time to call [`Self::forget_unused`], if there are such pages, or will be when the
-    /// transfers `in_flight` have ended.
-    pub(crate) fn unused_after(&self, in_flight: usize) -> Option<Jiffies> {
-        let table = self.table.as_ref()?;
-        if table.is_empty() && in_flight == 0 {
+    /// After which time to call [`Self::purge_unused`], if there are such pages, or will be when the
+    /// requests `in_flight` have ended.
+    pub(crate) fn purge_delay(&self, in_flight: usize) -> Option<Jiffies> {
+        let persistent_grants = self.persistent_grants.as_ref()?;
+        if persistent_grants.is_empty() && in_flight == 0 {
             return None;
         }
-        unused_time()
+        unused_timeout()
     }
 }
 
 /// How long a page stays mapped without use, unless that is for ever.
-fn unused_time() -> Option<Jiffies> {
+fn unused_timeout() -> Option<Jiffies> {
     let seconds = PERSISTENT_GRANT_UNUSED_SECONDS.get();
     (seconds != 0).then(|| jiffies::msecs_to_jiffies(seconds.saturating_mul(1000)))
 }
 
-impl Drop for Mover {
+impl Drop for DataPath {
     fn drop(&mut self) {
-        self.forget_older(0);
+        self.unmap_older(0);
     }
 }
 
-/// Whether a chain of so many transfers can be copied at once, and one more.
-pub(crate) fn can_add_copies(transfers: usize) -> bool {
-    transfers < COPIES / COPIED_SEGMENTS
+/// Whether a chain of so many requests can be copied at once, and one more.
+pub(crate) fn fits_in_copy_batch(reqs: usize) -> bool {
+    reqs < COPIES / COPIED_SEGMENTS
 }
 
 /// Makes the copies of a batch. Waits for pages of the frontend that are not in memory.
-fn run_patiently(batch: &mut Batch<'_>) -> Result<(), Problem> {
+fn run_with_retries(batch: &mut Batch<'_>) -> Result<(), DataError> {
     let sleep = |ms: u32| fsleep(Delta::from_millis(ms.into()));
     let delays = Backoff::new(1, 256);
     backoff::retry(delays, PAGED_OUT_MS, sleep, CopyError::is_paged_out, || {
         batch.run()
     })
-    .map_err(Problem::Copy)
+    .map_err(DataError::Copy)
 }
 
-/// Adds the copies that a transfer needs.
-fn add_copies<'a>(batch: &mut Batch<'a>, domain: DomId, transfer: &'a Transfer) -> Result {
-    let (_, own) = transfer.data();
-    for (segment, page) in transfer.context.segments.iter().zip(own) {
+/// Adds the copies that a request needs.
+fn add_copies<'a>(batch: &mut Batch<'a>, domain: DomId, req: &'a PendingReq) -> Result {
+    let (_, own) = req.data();
+    for (segment, page) in req.context.segments.iter().zip(own) {
         let reference = ForeignRef(segment.gref());
         let (offset, len) = (usize::from(segment.offset()), usize::from(segment.len()));
-        match transfer.context.work {
-            Work::Read => {
+        match req.context.op {
+            ReqOp::Read => {
                 let from = PageSlice::new(page, offset, len).ok_or(EINVAL)?;
                 batch.write(domain, reference, offset, from)?;
             }
-            Work::Write | Work::Barrier | Work::Flush | Work::Discard { .. } => {
+            ReqOp::Write | ReqOp::Barrier | ReqOp::Flush | ReqOp::Discard { .. } => {
                 let to = PageSliceMut::new(page, offset, len).ok_or(EINVAL)?;
                 batch.read(domain, reference, offset, to)?;
             }
@@ -742,8 +759,8 @@ fn add_copies<'a>(batch: &mut Batch<'a>, domain: DomId, transfer: &'a Transfer) 
 /// are looked at: the page may be the frontend's.
 fn for_each_segment(
     descriptors: PageSlice<'_>,
-    mut take: impl FnMut(WireSegment) -> Result<(), Problem>,
-) -> Result<(), Problem> {
+    mut take: impl FnMut(WireSegment) -> Result<(), DataError>,
+) -> Result<(), DataError> {
     let mut bytes = [0; SEGMENTS_AT_ONCE * SEGMENT_BYTES];
     let mut offset = 0usize;
     while offset < descriptors.len() {

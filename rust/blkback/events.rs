@@ -2,12 +2,12 @@
 
 //! Where the thread of a queue and what it waits for meet.
 //!
-//! The thread sleeps at its [`Inbox`]. Events, ends of I/O and whatever else it should look at are
+//! The thread sleeps at its [`QueueEvents`]. Events, ends of I/O and whatever else it should look at are
 //! reported here, mostly by interrupts, and wake it.
 //!
 //! For the end of an I/O it need not wake up if nothing but an answer is missing. So before it sleeps
 //! with I/O in flight it *parks* the ring: it leaves it here, where each I/O ends. Who ends one finds
-//! the ring, answers, and notifies the frontend. What is left of the transfer, its memory, waits for
+//! the ring, answers, and notifies the frontend. What is left of the request, its memory, waits for
 //! the thread to wake up for something else.
 //!
 //! # Who wakes the thread
@@ -15,7 +15,7 @@
 //! | for | who | when |
 //! |---|---|---|
 //! | an event | the interrupt's handler | there are requests |
-//! | a transfer in `done` | who ends it | it is the first: the thread takes all |
+//! | a request in `done` | who ends it | it is the first: the thread takes all |
 //! | a nudge | another queue | a barrier was raised or lowered, or has to run now |
 //! | a nudge | another queue of the domain | pages are short: it gives back what it has beyond its part |
 //! | a nudge | the queue's alarm | pages may have been unused for long |
@@ -24,32 +24,32 @@
 //! | the end | who stops the thread | it finishes what it has taken |
 //!
 //! Only ends of I/O are treated otherwise while the ring is parked, and each of them is seen: the lock
-//! of the `desk` decides whether a transfer is answered where it ends, or goes to `done` and wakes the
+//! of the `handoff` decides whether a request is answered where it ends, or goes to `done` and wakes the
 //! thread.
 //!
 //! # Why nothing is lost
 //!
-//! - *A wake-up.* Who has something to tell writes it, then `news` or `some_done`, and only then looks
+//! - *A wake-up.* Who has something to tell writes it, then `pending` or `has_completed`, and only then looks
 //!   whether the thread sleeps ([`WaitQueue::wake_up`] has the full barrier between). The thread puts
 //!   itself to the wait queue first and looks at both flags then. So one of them sees the other. It
 //!   forgets the news, with a full barrier, before it looks at what there may be news of: what is told
-//!   after that is news again. `some_done` changes with `done`, under the lock.
+//!   after that is news again. `has_completed` changes with `done`, under the lock.
 //! - *An event.* The channel notes that it is open before the handler is called, which stores `event`
 //!   with a release; the thread loads it with an acquire. So who sees the event can end it. Seen without
 //!   that, it would never be ended, and no other one would come.
 //! - *The ring.* It is moved, not shared, and under the lock: either the thread has it or the desk.
 //!   It is always the thread that takes it back, before it does anything else, and nothing sleeps with
 //!   the lock held.
-//! - *A transfer.* It is in one place: with the disk, in `done`, in `answered`, or with the thread.
+//! - *A request.* It is in one place: with the disk, in `done`, in `responded`, or with the thread.
 //!   `in_flight` counts all but the last, so a thread that should stop stays until it has had them all.
 //! - *An answer.* It is written and shown with the lock held, once: [`Queue`] does not answer what it
-//!   finds in `answered`. There is a slot for it as for any answer. It shows nothing unfinished, as the
+//!   finds in `responded`. There is a slot for it as for any answer. It shows nothing unfinished, as the
 //!   thread shows what it has written before it parks.
 //! - *A notification.* It is sent after the lock was released, so the thread may be awake by then. If it
 //!   only serves on, it does not matter who notifies. If it stops, it could close the channel in
 //!   between, so it notifies once more itself before that; who comes after that rings at a closed door.
-//! - *What others wait for.* Pages in `answered` count as used. A thread does not park when pages or
-//!   memory are short or something of it or of another queue waits for its transfers to end; when any of
+//! - *What others wait for.* Pages in `responded` count as used. A thread does not park when pages or
+//!   memory are short or something of it or of another queue waits for its requests to end; when any of
 //!   that begins later, it is told, and takes back the ring.
 //! - *Pages that nobody uses.* The alarm is set while there is I/O in flight, though its pages are not
 //!   back in the table then.
@@ -105,101 +105,101 @@ use kernel_ext::{
 
 use blkif::ring::BackRing;
 
-use crate::transfer::{
-    wants_only_an_answer,
-    Chain,
-    Transfer, //
+use crate::pending_req::{
+    needs_only_response,
+    PendingReq,
+    ReqList, //
 };
 
 /// The ring of a queue.
 pub(crate) type Ring = BackRing<MappedRing>;
 
 /// What a thread leaves when it sleeps and would only answer what ends.
-pub(crate) struct Parked {
+pub(crate) struct LentRing {
     pub(crate) ring: KBox<Ring>,
     /// Of the frontend.
-    pub(crate) doorbell: Doorbell,
-    /// The pages of transfers stay mapped when these have ended.
-    pub(crate) pages_stay: bool,
+    pub(crate) notifier: Doorbell,
+    /// The pages of requests stay mapped when these have ended.
+    pub(crate) persistent: bool,
 }
 
-impl Parked {
-    /// Answers a transfer, if that is all that is to be done for it. Whether the frontend is to be
+impl LentRing {
+    /// Answers a request, if that is all that is to be done for it. Whether the frontend is to be
     /// notified then.
-    fn answer(&mut self, transfer: &mut Transfer) -> Option<bool> {
-        if !wants_only_an_answer(transfer, self.pages_stay) {
+    fn respond(&mut self, req: &mut PendingReq) -> Option<bool> {
+        if !needs_only_response(req, self.persistent) {
             return None;
         }
-        let job = &mut transfer.context;
-        self.ring.put(&job.final_answer()).ok()?;
-        job.answered = true;
+        let ctx = &mut req.context;
+        self.ring.put(&ctx.final_response()).ok()?;
+        ctx.responded = true;
         Some(self.ring.publish())
     }
 }
 
 /// What is handed over between the thread and the ends of its I/O.
-struct Desk {
+struct Handoff {
     /// Transfers that the disk is done with, for the thread.
-    done: Chain,
+    completed: ReqList,
     /// Transfers that were answered where they ended.
-    answered: Chain,
+    responded: ReqList,
     /// Only while the thread sleeps.
-    parked: Option<Parked>,
+    lent: Option<LentRing>,
 }
 
 /// Where the thread of a queue finds what there is to do.
 #[pin_data]
-pub(crate) struct Inbox {
-    /// The thread has to look at something: `event`, `short`, or what is outside of the queue.
-    news: Atomic<bool>,
+pub(crate) struct QueueEvents {
+    /// The thread has to look at something: `event`, `memory_pressure`, or what is outside of the queue.
+    pending: Atomic<bool>,
     /// The frontend has sent an event that was not given back yet.
     event: Atomic<bool>,
     /// Memory is short, and nobody has looked yet.
-    short: Atomic<bool>,
+    memory_pressure: Atomic<bool>,
     /// `done` has something. Changes with it.
-    some_done: Atomic<bool>,
+    has_completed: Atomic<bool>,
     #[pin]
-    desk: IrqSpinLock<Desk>,
+    handoff: IrqSpinLock<Handoff>,
     #[pin]
     wait: WaitQueue,
 }
 
-impl Inbox {
+impl QueueEvents {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            news: Atomic::new(false),
+            pending: Atomic::new(false),
             event: Atomic::new(false),
-            short: Atomic::new(false),
-            some_done: Atomic::new(false),
-            desk <- new_irq_spinlock!(Desk {
-                done: Chain::new(),
-                answered: Chain::new(),
-                parked: None,
+            memory_pressure: Atomic::new(false),
+            has_completed: Atomic::new(false),
+            handoff <- new_irq_spinlock!(Handoff {
+                completed: ReqList::new(),
+                responded: ReqList::new(),
+                lent: None,
             }),
             wait <- new_wait_queue!(),
         })
     }
 
-    /// A transfer has ended. Any context.
-    pub(crate) fn done(&self, mut transfer: KBox<Transfer>) {
-        let mut desk = self.desk.lock();
-        if let Some(parked) = &mut desk.parked {
-            if let Some(notify) = parked.answer(&mut transfer) {
-                let doorbell = parked.doorbell;
-                desk.answered.push(transfer);
-                drop(desk);
+    /// A request has ended. Any context.
+    pub(crate) fn complete(&self, mut req: KBox<PendingReq>) {
+        let mut handoff = self.handoff.lock();
+        if let Some(lent) = &mut handoff.lent {
+            if let Some(notify) = lent.respond(&mut req) {
+                let notifier = lent.notifier;
+                handoff.responded.push(req);
+                drop(handoff);
                 if notify {
-                    doorbell.ring();
+                    notifier.ring();
                 }
                 return;
             }
         }
-        let first = desk.done.is_empty();
-        desk.done.push(transfer);
+        let first = handoff.completed.is_empty();
+        handoff.completed.push(req);
         if first {
-            self.some_done.store(true, Relaxed);
+            self.has_completed.store(true, Relaxed);
         }
-        drop(desk);
+        drop(handoff);
         if first {
             self.wait.wake_up();
         }
@@ -207,31 +207,31 @@ impl Inbox {
 
     /// The thread is about to sleep: what ends meanwhile may be answered with this. It is given back if
     /// something has ended already, for which the thread is needed.
-    pub(crate) fn park(&self, parked: Parked) -> Option<Parked> {
-        let mut desk = self.desk.lock();
-        if !desk.done.is_empty() {
-            return Some(parked);
+    pub(crate) fn lend_ring(&self, lent: LentRing) -> Option<LentRing> {
+        let mut handoff = self.handoff.lock();
+        if !handoff.completed.is_empty() {
+            return Some(lent);
         }
-        desk.parked.replace(parked)
+        handoff.lent.replace(lent)
     }
 
-    /// The thread is awake: what it had parked, and the transfers that were answered with it.
-    pub(crate) fn unpark(&self) -> (Option<Parked>, Chain) {
-        let mut desk = self.desk.lock();
-        (desk.parked.take(), desk.answered.take())
+    /// The thread is awake: what it had parked, and the requests that were answered with it.
+    pub(crate) fn reclaim_ring(&self) -> (Option<LentRing>, ReqList) {
+        let mut handoff = self.handoff.lock();
+        (handoff.lent.take(), handoff.responded.take())
     }
 
     /// There is something that the thread should look at. Any context.
-    pub(crate) fn nudge(&self) {
-        self.news.store(true, Release);
+    pub(crate) fn kick(&self) {
+        self.pending.store(true, Release);
         self.wait.wake_up();
     }
 
     /// What there is news of is about to be looked at.
-    pub(crate) fn forget_news(&self) {
-        if self.news.load(Relaxed) {
+    pub(crate) fn clear_pending(&self) {
+        if self.pending.load(Relaxed) {
             // A full barrier, so that what is looked at is not older than the news.
-            self.news.xchg(false, Full);
+            self.pending.xchg(false, Full);
         }
     }
 
@@ -245,34 +245,36 @@ impl Inbox {
     }
 
     /// Memory is short: what is not needed is to be given back. Any context.
-    pub(crate) fn memory_is_short(&self) {
-        self.short.store(true, Relaxed);
-        self.nudge();
+    pub(crate) fn set_memory_pressure(&self) {
+        self.memory_pressure.store(true, Relaxed);
+        self.kick();
     }
 
     /// Whether memory was short since the last call.
-    pub(crate) fn take_short(&self) -> bool {
-        self.short.load(Relaxed) && {
-            self.short.store(false, Relaxed);
+    pub(crate) fn take_memory_pressure(&self) -> bool {
+        self.memory_pressure.load(Relaxed) && {
+            self.memory_pressure.store(false, Relaxed);
             true
         }
     }
 
-    /// The transfers that have ended since the last call.
-    pub(crate) fn take_done(&self) -> Chain {
-        if !self.some_done.load(Relaxed) {
-            return Chain::new();
+    /// The requests that have ended since the last call.
+    pub(crate) fn take_completed(&self) -> ReqList {
+        if !self.has_completed.load(Relaxed) {
+            return ReqList::new();
         }
-        let mut desk = self.desk.lock();
-        self.some_done.store(false, Relaxed);
-        desk.done.take()
+        let mut handoff = self.handoff.lock();
+        self.has_completed.store(false, Relaxed);
+        handoff.completed.take()
     }
 
-    /// Sleeps until there is news, a transfer has ended, or the thread should stop and `stop` says
+    /// Sleeps until there is news, a request has ended, or the thread should stop and `stop` says
     /// that it sleeps no longer then; at most for `timeout`, if there is one.
     pub(crate) fn wait(&self, thread: &Current, stop: bool, timeout: Option<Jiffies>) {
         let condition = || {
-            self.news.load(Relaxed) || self.some_done.load(Relaxed) || stop && thread.should_stop()
+            self.pending.load(Relaxed)
+                || self.has_completed.load(Relaxed)
+                || stop && thread.should_stop()
         };
         match timeout {
             None => self.wait.wait_idle(condition),
@@ -284,20 +286,20 @@ impl Inbox {
 }
 
 /// Wakes the thread of a queue when there may be something to give back.
-pub(crate) struct Rest(pub(crate) Arc<Inbox>);
+pub(crate) struct PurgeTimer(pub(crate) Arc<QueueEvents>);
 
-impl Target for Rest {
+impl Target for PurgeTimer {
     fn expired(&self) -> Option<Jiffies> {
-        self.0.nudge();
+        self.0.kick();
         None
     }
 }
 
-impl Handler for Inbox {
+impl Handler for QueueEvents {
     fn handle(&self) -> Eoi {
         // Pairs with `take_event`.
         self.event.store(true, Release);
-        self.nudge();
+        self.kick();
         Eoi::Later
     }
 }
