@@ -44,14 +44,18 @@
 //! Memory is safe whatever a caller does: the engine owns the buffers of a request until nothing
 //! in the kernel or in another process can access them.
 
+mod bounce;
 mod check;
 mod error;
 mod event;
 mod info;
+mod linux;
 pub mod memory;
 mod options;
+pub mod raw;
 mod request;
 mod uri;
+mod uring;
 
 pub use error::{Error, Result};
 pub use info::{Discard, Guarantees, Info};
@@ -152,10 +156,14 @@ pub const DROP_TIMEOUT: Duration = Duration::from_secs(30);
 pub fn open(uri: &Uri, options: &Options) -> Result<Box<dyn Engine>> {
     match uri {
         Uri::Memory { size } => Ok(Box::new(memory::MemoryEngine::open(*size, options)?)),
+        Uri::Image {
+            format: Format::Raw,
+            path,
+        } => Ok(Box::new(raw::RawEngine::open(path, options)?)),
         Uri::Image { .. } | Uri::Nbd(_) => Err(Error::new(
             Errno::OPNOTSUPP,
             format!("there is no engine for {uri}"),
-            "use a memory: URI",
+            "use a raw: URI",
         )),
     }
 }

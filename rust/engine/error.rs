@@ -35,6 +35,16 @@ impl Error {
         }
     }
 
+    /// Creates an error from an error of the standard library; `doing` says what failed.
+    pub(crate) fn from_io(
+        error: &std::io::Error,
+        doing: impl fmt::Display,
+        remedy: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        let errno = Errno::from_io_error(error).unwrap_or(Errno::IO);
+        Self::new(errno, format!("{doing}: {error}"), remedy)
+    }
+
     /// Returns the error number.
     pub fn errno(&self) -> Errno {
         self.errno

@@ -189,6 +189,30 @@ impl Buffer {
         Ok(())
     }
 
+    /// Copies `len` bytes of `source`, starting at `source_offset`, to the buffer, starting at
+    /// `offset`.
+    pub fn copy_from(
+        &mut self,
+        offset: usize,
+        source: &Self,
+        source_offset: usize,
+        len: usize,
+    ) -> Result<(), AccessError> {
+        self.check_range(offset, len)?;
+        self.check_writable()?;
+        source.check_range(source_offset, len)?;
+        // SAFETY: Both ranges are mapped, and the target is writable, by the type invariants and
+        // the checks above. By the type invariants two buffers do not overlap.
+        unsafe {
+            ptr::copy_nonoverlapping(
+                source.ptr.as_ptr().add(source_offset),
+                self.ptr.as_ptr().add(offset),
+                len,
+            );
+        }
+        Ok(())
+    }
+
     /// Sets `len` bytes, starting at `offset`, to `value`.
     pub fn fill(&mut self, offset: usize, len: usize, value: u8) -> Result<(), AccessError> {
         self.check_range(offset, len)?;

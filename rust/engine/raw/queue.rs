@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Requests as operations of io_uring.
+//!
+//! A request is one operation, unless the kernel does only a part of it, or cannot do it as one.
+
+use super::file::{self, Kind, SECTOR};
+use super::Image;
+use crate::bounce;
+use crate::check::check;
+use crate::error::{Error, Result};
+use crate::memory::allocate;
+use crate::request::{Completion, Operation, Request};
+use crate::uring::{FallocateMode, Finished, Op, Ring, Sync, Transfer};
+use crate::Queue;
+use io_buffer::Buffer;
+use rustix::fs::{seek, SeekFrom};
+use rustix::io::Errno;
+use std::collections::VecDeque;
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+/// The length of one write of zeros, where the storage has no operation for it.
+const ZEROS: u64 = 1 << 20;
+
+/// How many times in a row the storage may transfer nothing.
+const MAX_STALLS: u8 = 8;
+
+/// A queue of an image.
+pub(super) struct RawQueue {
+    image: Arc<Image>,
+    ring: Ring<Task>,
+    /// Requests for which the ring has no room.
+    waiting: VecDeque<Request>,
+}
+
+/// A request in the ring.
+struct Task {
+    tag: u64,
+    operation: Operation,
+    /// The offset in the image of what is not done.
+    position: u64,
+    end: u64,
+    /// The buffers of the request, if the operation uses others.
+    bounced: Vec<Buffer>,
+    /// The result of an operation that does nothing.
+    result: Result<()>,
+    stalls: u8,
+}
+
+/// What a task does next.
+enum Next {
+    /// It starts an operation.
+    Start(Op),
+    /// It is complete, and no longer needs its buffers.
+    Complete(Result<()>, Vec<Buffer>),
+}
+
+impl RawQueue {
+    pub(super) fn new(image: Arc<Image>, depth: u32) -> Result<Self> {
+        let ring = Ring::new(depth, image.fd.clone())?;
+        Ok(Self {
+            image,
+            ring,
+            waiting: VecDeque::new(),
+        })
+    }
+
+    /// Starts a request. There must be room in the ring.
+    fn start(&mut self, mut request: Request) {
+        let info = self.image.info();
+        let mut task = Task {
+            tag: request.tag,
+            operation: request.operation,
+            position: request.offset,
+            end: request.offset.saturating_add(request.length),
+            bounced: Vec::new(),
+            result: Ok(()),
+            stalls: 0,
+        };
+        let op = check(&request, &info).and_then(|()| self.first_op(&mut request, &mut task));
+        let op = op.unwrap_or_else(|error| {
+            task.result = Err(error);
+            task.bounced = request.buffers;
+            Op::Nop
+        });
+        self.push(op, task);
+    }
+
+    /// Returns the first operation of a request that has passed the checks.
+    ///
+    /// Takes the buffers of the request, unless it fails.
+    fn first_op(&self, request: &mut Request, task: &mut Task) -> Result<Op> {
+        Ok(match request.operation {
+            Operation::Read => Op::Read(request.offset, self.transfer(request, task)?),
+            Operation::Write { fua } => {
+                let sync = if fua { Sync::Data } else { Sync::No };
+                Op::Write(request.offset, self.transfer(request, task)?, sync)
+            }
+            Operation::Flush => Op::Datasync,
+            Operation::Discard => match self.image.kind {
+                Kind::Device => Op::BlockDiscard(request.offset, request.length),
+                Kind::File => {
+                    Op::Fallocate(FallocateMode::PunchHole, request.offset, request.length)
+                }
+            },
+            Operation::WriteZeroes { may_unmap } => {
+                let mode = if may_unmap {
+                    FallocateMode::PunchHole
+                } else {
+                    FallocateMode::ZeroRange
+                };
+                Op::Fallocate(mode, request.offset, request.length)
+            }
+        })
+    }
+
+    /// Returns the memory of a read or write: its buffers, or a copy that direct I/O can use.
+    fn transfer(&self, request: &mut Request, task: &mut Task) -> Result<Transfer> {
+        let alignment = self.image.info.buffer_alignment;
+        if bounce::is_aligned(&request.buffers, alignment) {
+            return Ok(Transfer::new(mem::take(&mut request.buffers)));
+        }
+        let length = bounce::length(&request.buffers);
+        let mut copy = file::allocate_aligned(length, &self.image.info)?;
+        if request.operation != Operation::Read {
+            bounce::gather(&request.buffers, &mut copy)?;
+        }
+        task.bounced = mem::take(&mut request.buffers);
+        Ok(Transfer::new(vec![copy]))
+    }
+
+    /// Adds an operation to the ring, where there must be room.
+    fn push(&mut self, op: Op, task: Task) {
+        // A ring that takes nothing is broken: `kick` and `completions` report that.
+        if let Err((op, task)) = self.ring.push(op, task) {
+            self.waiting.push_front(restart(op, task));
+        }
+    }
+
+    /// Moves requests to the ring while there is room.
+    fn refill(&mut self) {
+        while self.ring.has_room() {
+            let Some(request) = self.waiting.pop_front() else {
+                return;
+            };
+            let waiting = self.waiting.len();
+            self.start(request);
+            if self.waiting.len() > waiting {
+                return;
+            }
+        }
+    }
+
+    /// Decides how a task continues after an operation.
+    fn next(&self, op: Op, task: &mut Task, result: std::result::Result<u32, Errno>) -> Next {
+        match op {
+            Op::Nop => Next::Complete(mem::replace(&mut task.result, Ok(())), Vec::new()),
+            Op::Datasync => Next::Complete(result.map(drop).map_err(flush_error), Vec::new()),
+            Op::Read(_, transfer) => self.next_read(transfer, task, result),
+            Op::Write(_, transfer, sync) => next_write(transfer, sync, task, result),
+            Op::Fallocate(..) | Op::BlockDiscard(..) => next_range(&op, task, result),
+        }
+    }
+
+    fn next_read(
+        &self,
+        mut transfer: Transfer,
+        task: &mut Task,
+        result: std::result::Result<u32, Errno>,
+    ) -> Next {
+        let count = match result {
+            Ok(count) => count as usize,
+            Err(errno) => {
+                return Next::Complete(Err(io_error(errno, task)), transfer.into_buffers())
+            }
+        };
+        let reached = task.position.saturating_add(count as u64);
+        if count < transfer.left() && self.is_end(reached) {
+            transfer.advance(count);
+            let result = transfer.zero_rest();
+            return Next::Complete(result, transfer.into_buffers());
+        }
+        match advance(&mut transfer, task, count) {
+            Ok(true) => Next::Complete(Ok(()), transfer.into_buffers()),
+            Ok(false) => Next::Start(Op::Read(task.position, transfer)),
+            Err(error) => Next::Complete(Err(error), transfer.into_buffers()),
+        }
+    }
+
+    /// Returns `true` if there is no data at `offset` and beyond: it is in the last sector of a
+    /// file whose size is no multiple of a sector, or the file has shrunk.
+    fn is_end(&self, offset: u64) -> bool {
+        self.image.kind == Kind::File
+            && seek(self.ring.file(), SeekFrom::End(0)).is_ok_and(|size| offset >= size)
+    }
+}
+
+/// Returns the request that a task came from, as far as it is not done.
+fn restart(op: Op, task: Task) -> Request {
+    let buffers = match op {
+        Op::Read(_, transfer) | Op::Write(_, transfer, _) if task.bounced.is_empty() => {
+            transfer.into_buffers()
+        }
+        _ => task.bounced,
+    };
+    Request {
+        operation: task.operation,
+        offset: task.position,
+        length: task.end.saturating_sub(task.position),
+        buffers,
+        tag: task.tag,
+    }
+}
+
+/// Takes the result of a transfer into account.
+///
+/// Returns `true` if all bytes are done. A part of a sector is done again with the next operation.
+fn advance(transfer: &mut Transfer, task: &mut Task, count: usize) -> Result<bool> {
+    let left = transfer.left();
+    if count >= left {
+        return Ok(true);
+    }
+    let whole = count.saturating_sub(count % SECTOR as usize);
+    if whole == 0 {
+        task.stalls = task.stalls.saturating_add(1);
+        if task.stalls > MAX_STALLS {
+            return Err(io_error(Errno::IO, task));
+        }
+    } else {
+        task.stalls = 0;
+    }
+    transfer.advance(whole);
+    task.position = task.position.saturating_add(whole as u64);
+    Ok(false)
+}
+
+fn next_write(
+    mut transfer: Transfer,
+    sync: Sync,
+    task: &mut Task,
+    result: std::result::Result<u32, Errno>,
+) -> Next {
+    let length = transfer.left() as u64;
+    let done = match result {
+        Ok(count) => advance(&mut transfer, task, count as usize),
+        Err(errno) => Err(io_error(errno, task)),
+    };
+    match done {
+        Ok(false) => Next::Start(Op::Write(task.position, transfer, sync)),
+        Ok(true) if matches!(task.operation, Operation::WriteZeroes { .. }) => {
+            task.position = task.position.saturating_add(length);
+            write_zeros(task)
+        }
+        Ok(true) => Next::Complete(Ok(()), transfer.into_buffers()),
+        Err(error) => Next::Complete(Err(error), transfer.into_buffers()),
+    }
+}
+
+/// Continues after an operation on a range, with another one if the storage does not support it.
+fn next_range(op: &Op, task: &mut Task, result: std::result::Result<u32, Errno>) -> Next {
+    let length = task.end.saturating_sub(task.position);
+    let errno = match result {
+        Ok(_) => return Next::Complete(Ok(()), Vec::new()),
+        Err(errno) => errno,
+    };
+    if !matches!(
+        errno,
+        Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NOTTY | Errno::PERM
+    ) {
+        return Next::Complete(Err(io_error(errno, task)), Vec::new());
+    }
+    match (task.operation, op) {
+        (Operation::Discard, Op::BlockDiscard(..)) => Next::Start(Op::Fallocate(
+            FallocateMode::PunchHole,
+            task.position,
+            length,
+        )),
+        (Operation::WriteZeroes { .. }, Op::Fallocate(FallocateMode::PunchHole, ..)) => {
+            Next::Start(Op::Fallocate(
+                FallocateMode::ZeroRange,
+                task.position,
+                length,
+            ))
+        }
+        (Operation::WriteZeroes { .. }, _) => write_zeros(task),
+        _ => Next::Complete(Err(io_error(Errno::OPNOTSUPP, task)), Vec::new()),
+    }
+}
+
+/// Continues with a write of zeros, until the end of the range.
+fn write_zeros(task: &Task) -> Next {
+    let left = task.end.saturating_sub(task.position);
+    if left == 0 {
+        return Next::Complete(Ok(()), Vec::new());
+    }
+    match allocate(left.min(ZEROS) as usize, 4096) {
+        Ok(zeros) => Next::Start(Op::Write(
+            task.position,
+            Transfer::new(vec![zeros]),
+            Sync::No,
+        )),
+        Err(error) => Next::Complete(Err(error), Vec::new()),
+    }
+}
+
+fn flush_error(errno: Errno) -> Error {
+    Error::new(
+        errno,
+        format!("flush: {errno}"),
+        "check the storage below the image: writes since the last flush may be lost",
+    )
+}
+
+fn io_error(errno: Errno, task: &Task) -> Error {
+    let operation = match task.operation {
+        Operation::Read => "read",
+        Operation::Write { .. } => "write",
+        Operation::Flush => "flush",
+        Operation::Discard => "discard",
+        Operation::WriteZeroes { .. } => "write zeroes",
+    };
+    let remedy = match errno {
+        Errno::NOSPC | Errno::DQUOT => "free some space on the file system of the image",
+        _ => "check the storage below the image",
+    };
+    Error::new(
+        errno,
+        format!(
+            "{operation} of bytes {} to {}: {errno}",
+            task.position, task.end
+        ),
+        remedy,
+    )
+}
+
+impl AsFd for RawQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+}
+
+impl Queue for RawQueue {
+    fn submit(&mut self, request: Request) {
+        if self.waiting.is_empty() && self.ring.has_room() {
+            self.start(request);
+        } else {
+            self.waiting.push_back(request);
+        }
+    }
+
+    fn kick(&mut self) -> Result<()> {
+        self.refill();
+        self.ring.submit()
+    }
+
+    fn completions(&mut self, completions: &mut Vec<Completion>) -> Result<()> {
+        while let Some(Finished {
+            op,
+            context: mut task,
+            result,
+        }) = self.ring.pop()
+        {
+            let (mut result, mut buffers) = match self.next(op, &mut task, result) {
+                Next::Start(op) => {
+                    self.push(op, task);
+                    continue;
+                }
+                Next::Complete(result, buffers) => (result, buffers),
+            };
+            if !task.bounced.is_empty() {
+                if let (Operation::Read, Ok(()), Some(copy)) =
+                    (task.operation, &result, buffers.first())
+                {
+                    result = bounce::scatter(copy, &mut task.bounced);
+                }
+                buffers = task.bounced;
+            }
+            completions.push(Completion {
+                tag: task.tag,
+                result,
+                buffers,
+            });
+        }
+        self.kick()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.ring.in_flight().saturating_add(self.waiting.len())
+    }
+}

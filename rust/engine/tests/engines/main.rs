@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Every engine passes the same suite; what is special about one has tests of its own.
+
+#[macro_use]
+mod suite;
+mod disk;
+mod memory;
+mod raw;
