@@ -18,6 +18,8 @@ import pexpect
 from pexpect.fdpexpect import fdspawn
 
 from .evidence import trouble_in
+from .monitor import Monitor
+from .monitor import MonitorError
 from .shell import SLICE
 from .shell import TIMEOUT
 from .shell import CommandFailed
@@ -54,7 +56,8 @@ class Machine:
         self.logs = Path(logs).resolve()
         self.logs.mkdir(parents=True, exist_ok=True)
         self.console_log = self.logs / "console.log"
-        self._monitor = self._short(self.logs / "monitor")
+        monitor = self._short(self.logs / "monitor")
+        self.monitor = Monitor(monitor)
         self._serial = self._short(self.logs / "serial")
         self._allowed = []
         common = [
@@ -62,7 +65,7 @@ class Machine:
             "-serial", f"file:{self.console_log}",
             "-chardev", f"stdio,id=agent,signal=off,logfile={self.logs / 'agent.log'}",
             *(argument.format(serial=self._serial) for argument in line),
-            "-monitor", f"unix:{self._monitor},server=on,wait=off",
+            "-qmp", f"unix:{monitor},server=on,wait=off",
         ]  # fmt: skip
         command = [*common, *(str(argument) for argument in arguments)]
         (self.logs / "qemu.txt").write_text(" \\\n ".join([QEMU, *command]) + "\n")
@@ -111,21 +114,22 @@ class Machine:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                self.monitor("info status")
+                self.monitor.execute("query-status")
                 return
-            except (FileNotFoundError, ConnectionRefusedError):
+            except MonitorError:
                 if not self._child.isalive() or time.monotonic() > deadline:
                     raise MachineTrouble(f"QEMU did not start:\n{self._child.read()}") from None
             time.sleep(0.02)
 
-    def monitor(self, command, timeout=120):
-        """Gives QEMU's monitor a command and returns its answer."""
-        with socket.socket(socket.AF_UNIX) as line:
-            line.settimeout(timeout)
-            line.connect(str(self._monitor))
-            _until_prompt(line)
-            line.sendall(command.encode() + b"\n")
-            return _until_prompt(line)
+    def status(self):
+        """Returns QEMU's run state, such as "running"."""
+        return self.monitor.execute("query-status")["status"]
+
+    def throttle_writes(self, bytes_per_second):
+        """Limits how fast QEMU writes to the disk "disk"; 0 is no limit."""
+        limits = dict.fromkeys(("bps", "bps_rd", "iops", "iops_rd", "iops_wr"), 0)
+        limits["bps_wr"] = bytes_per_second
+        self.monitor.execute("block_set_io_throttle", {"device": "disk", **limits})
 
     def sleep(self, timeout=240):
         """Has Linux put the machine to sleep (ACPI S3), and wakes it up.
@@ -144,8 +148,8 @@ class Machine:
             except CommandFailed:
                 if time.monotonic() > deadline:
                     raise
-            if "suspended" in self.monitor("info status"):
-                self.monitor("system_wakeup")
+            if self.status() == "suspended":
+                self.monitor.execute("system_wakeup")
 
     def _take_serial_line(self):
         """Talks to an agent on the second serial line from now on."""
@@ -191,6 +195,7 @@ class Machine:
                 raise MachineTrouble(f"QEMU is there {KILLED_S} s after it was killed")
             time.sleep(0.05)
         self._child.close()
+        self.monitor.close()
 
     def _stir(self):
         """Has QEMU's main loop go round.
@@ -198,10 +203,8 @@ class Machine:
         With counted time, the loop sets the timer that wakes processors which all sleep. If it
         missed that they fell asleep, they would until something else happens.
         """
-        try:
-            self.monitor("info status")
-        except OSError:
-            pass
+        with suppress(MonitorError):
+            self.status()
 
     def _drain(self):
         try:
@@ -212,13 +215,3 @@ class Machine:
     def _short(self, path):
         """A path short enough for a socket address."""
         return Path("/tmp") / f"rblkif-{abs(hash(str(path))):x}"
-
-
-def _until_prompt(line):
-    received = b""
-    while not received.endswith(b"(qemu) "):
-        data = line.recv(65536)
-        if not data:
-            break
-        received += data
-    return received.decode(errors="replace")

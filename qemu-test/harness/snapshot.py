@@ -39,6 +39,9 @@ DISK_SIZES = {"payload": 64 << 20, "disk": 1 << 30}
 
 MADE_BY = [Path(__file__), Path(__file__).with_name("machine.py")]
 
+SAVE_S = 300
+"""How long saving a machine may take, in seconds."""
+
 BOOTS = 5
 """How often a boot is tried until dom0 keeps time."""
 
@@ -183,27 +186,28 @@ def _time(machine):
 def save(machine, directory):
     """Stops a machine for good and writes its state where `Snapshot.start` finds it."""
     machine.shell.check("sync")
-    machine.monitor("stop")
-    machine.monitor(f'migrate "exec:cat > {directory / "state"}"')
-    end = time.monotonic() + 120
-    status = machine.monitor("info migrate")
-    # The command ends when the memory is saved, and the devices are left.
-    while "Migration status: device" in status and time.monotonic() < end:
+    machine.monitor.execute("stop")
+    machine.monitor.execute("migrate", {"uri": f"exec:cat > {directory / 'state'}"})
+    deadline = time.monotonic() + SAVE_S
+    migration = {}
+    while migration.get("status") not in ("completed", "failed", "cancelled"):
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.1)
-        status = machine.monitor("info migrate")
-    if "completed" not in status:
-        raise MachineTrouble(f"the snapshot was not saved:\n{status}")
+        migration = machine.monitor.execute("query-migrate")
+    if migration.get("status") != "completed":
+        raise MachineTrouble(f"the snapshot was not saved within {SAVE_S} s: {migration}")
 
 
 def resume(machine):
     """Lets a machine that a snapshot started go on, once it is all there."""
     machine.wait_monitor(timeout=60)
     deadline = time.monotonic() + 120
-    while "inmigrate" in machine.monitor("info status"):
+    while machine.status() == "inmigrate":
         if time.monotonic() > deadline:
             raise MachineTrouble("QEMU has not read the snapshot after 120 s")
         time.sleep(0.05)
-    machine.monitor("cont")
+    machine.monitor.execute("cont")
     machine.shell.skip_numbers()
     machine.shell.wake()
 

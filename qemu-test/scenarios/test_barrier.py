@@ -32,11 +32,6 @@ def on_cpu(cpu, command):
     return f'taskset -c {cpu} sh -c "{command}"'
 
 
-def throttle(host, bytes_per_second):
-    """Lets QEMU write no more than that to the disk; 0 is no limit."""
-    host.machine.monitor(f"block_set_io_throttle disk 0 0 {bytes_per_second} 0 0 0")
-
-
 def connect_with_barrier_only(host, guest):
     """A disk that offers barriers and no flush."""
     disk = HandMade(host, guest)
@@ -61,7 +56,7 @@ def test_barrier(xen, record_property):
     guest = host.start_guest(disks=[])
     disk = connect_with_barrier_only(host, guest)
 
-    throttle(host, 1)
+    host.machine.throttle_writes(1)
     for seek in APART:
         guest.sh(f"({on_cpu(0, write('b', seek))}) > /dev/null 2>&1 &")
     disk.wait_statistic("wr_req", 3)
@@ -69,7 +64,7 @@ def test_barrier(xen, record_property):
     disk.wait_statistic("f_req", 1)
     guest.sh(f"({on_cpu(0, write('a', 10))}) > /dev/null 2>&1 &")
     guest.wait_for("awk '{exit $2 < 3}' /sys/block/xvdb/inflight")
-    throttle(host, 0)
+    host.machine.throttle_writes(0)
     guest.wait_for("! pidof dd")
     guest.sh(write("x", 20, "direct,dsync"))
     guest.sh(f"{write('e', 30)}; {FLUSH}")

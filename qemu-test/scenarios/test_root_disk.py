@@ -31,11 +31,11 @@ def live_on_root_disk(xen, type):
     assert guest.sh("sha256sum /work /bin.tar") == guest_sum
     guest.shut_down()
     host.sh("blockdev --flushbufs /dev/vdb")
-    host.machine.monitor("stop")
+    host.machine.monitor.execute("stop")
     subprocess.run(["e2fsck", "-fn", host.disk], check=True)
     for path in ("/work", "/bin.tar"):
         assert hashlib.sha256(file_in_image(host.disk, path)).hexdigest() in guest_sum
-    host.machine.monitor("cont")
+    host.machine.monitor.execute("cont")
 
 
 @pytest.mark.feature("FE-24", "FE-60", "FE-61", "FE-62")

@@ -20,11 +20,6 @@ FILL_CACHE = (
 DEADLINE_S = 30
 
 
-def throttle(host, bytes_per_second):
-    """Lets QEMU write no more than that to the disk; 0 is no limit."""
-    host.machine.monitor(f"block_set_io_throttle disk 0 0 {bytes_per_second} 0 0 0")
-
-
 @pytest.mark.feature("B-31")
 def test_slow_open(xen):
     """The second disk is there at once: who waits for a disk is not the thread that hears of all.
@@ -36,7 +31,7 @@ def test_slow_open(xen):
     host.ram_disks()
     guest = host.start_guest(disks=[])
     host.sh(FILL_CACHE)
-    throttle(host, 1)
+    host.machine.throttle_writes(1)
     slow = HandMade(host, guest, "xvdb")
     slow.offer()
     slow.wait_for(front=3)
@@ -48,7 +43,7 @@ def test_slow_open(xen):
     guest.sh("dd if=/dev/xvdc of=/dev/null bs=64k count=16 iflag=direct", timeout=DEADLINE_S)
     # This has shown something only if the first disk still waited.
     assert host.xenstore_read(f"{slow.back}/state") != "4"
-    throttle(host, 0)
+    host.machine.throttle_writes(0)
     guest.wait_for_disk("xvdb", 300)
     assert_served_by_pair(host, guest, "xvdb")
     host.sh("kill $(cat /tmp/keeper)")
