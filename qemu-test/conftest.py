@@ -27,7 +27,7 @@ from harness.snapshot import Snapshot
 from harness.waiting import SnapshotWithGuest
 from harness.xenhost import XenHost
 
-pytest_plugins = ["harness.controls"]
+pytest_plugins = ["harness.reference_runs"]
 
 NAME = os.environ.get("RBLKIF_NAME", "")
 MATRIX = {name: runs for name, runs in matrix.read().items() if NAME in name}

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Prints how many tests in a JUnit file passed, how many did not, how many were kept.
+"""Prints how many tests of a JUnit file have passed, failed, and passed in an earlier run.
 
-Kept ones passed, in an earlier run, see controls.py. A file that is not there is
-one failure: the run did not get as far.
+The latter are reference runs, see reference_runs.py. A missing file counts as one failure.
 """
 
 import sys
@@ -11,7 +10,7 @@ from xml.etree import ElementTree
 
 
 def counts(path):
-    """(passed, failed, kept) of the JUnit file `path`."""
+    """Returns the numbers of passed, failed and cached tests of the JUnit file `path`."""
     if not Path(path).exists():
         return 0, 1, 0
     cases = list(ElementTree.parse(path).iter("testcase"))
@@ -20,8 +19,8 @@ def counts(path):
         for case in cases
         if len(case.findall("failure")) + len(case.findall("error")) + len(case.findall("skipped"))
     )
-    kept = sum(1 for case in cases if case.find("properties/property[@name='kept']") is not None)
-    return len(cases) - bad, bad if cases else 1, kept
+    cached = sum(case.find("properties/property[@name='cached']") is not None for case in cases)
+    return len(cases) - bad, bad if cases else 1, cached
 
 
 if __name__ == "__main__":
