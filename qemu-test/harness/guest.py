@@ -8,6 +8,7 @@ from .evidence import trouble_in
 from .shell import CommandFailed
 from .shell import MachineTrouble
 from .shell import Shell
+from .shell import announcement
 from .shell import encode
 from .shell import until
 
@@ -132,6 +133,8 @@ on_reboot = "destroy"
         self.host.sh(f"xl create /run/{self.name}.cfg", timeout=240)
         self._find()
         self._wait_for_agent()
+        if self.host.pair:
+            self.sh(announcement(self.host.logs))
 
     def take_over(self, disks):
         """As `start`, where the guest of this name has waited since before the scenario."""
@@ -145,6 +148,7 @@ on_reboot = "destroy"
         """The domain of this name, whose agent somebody else has asked before."""
         self._find()
         self.shell.skip_numbers()
+        self.sh(announcement(self.host.logs))
 
     def unpack(self, file):
         """Brings an archive that gzip has packed, a file of dom0, into the guest."""

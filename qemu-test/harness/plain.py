@@ -13,6 +13,7 @@ from .image import add_modules
 from .image import base_archive
 from .machine import Machine
 from .shell import MachineTrouble
+from .shell import announcement
 from .snapshot import qemu_version
 from .snapshot import resume
 from .snapshot import save
@@ -92,6 +93,7 @@ class PlainVm:
             resume(self.machine)
         else:
             self.machine.shell.wait_ready(timeout=BOOT_S)
+        self.sh(announcement(self.machine.logs))
 
     def sh(self, command, timeout=120):
         """Runs a shell script in the machine; it must succeed."""
@@ -119,7 +121,10 @@ class PlainVm:
     def collect(self):
         """Keeps where its processors are: all that a machine that does not answer can tell."""
         try:
-            text = self.machine.monitor("info registers -a")
+            # QMP has no command of its own for registers.
+            text = self.machine.monitor.execute(
+                "human-monitor-command", {"command-line": "info registers -a"}
+            )
         except OSError as problem:
             text = f"not available: {problem}\n"
         (self.machine.logs / "registers.txt").write_text(text)

@@ -162,6 +162,11 @@ def until(condition, seconds, otherwise, pause_us=800000):
     )
 
 
+def announcement(logs):
+    """Returns a shell command that writes the name of a test, that of its logs, to the kernel log."""
+    return f"echo 'rblkif-test: {logs.name}' > /dev/kmsg"
+
+
 def encode(command):
     """A shell script as the agent takes it: on one line, and good between single quotes."""
     text = re.sub(r"[^ -&(-[\]-~]", _escape, command)

@@ -22,6 +22,7 @@ from .image import add_program
 from .image import module_at
 from .shell import CommandFailed
 from .shell import MachineTrouble
+from .shell import announcement
 from .snapshot import DISK_SIZES
 from .snapshot import blank
 from .snapshot import resume
@@ -99,7 +100,10 @@ class XenHost:
     def boot(self):
         """Goes on from the snapshot and unpacks what the scenario brings."""
         resume(self.machine)
-        self.sh("mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null")
+        self.sh(
+            f"{announcement(self.logs)}; "
+            "mkdir -p /payload && cd /payload && cpio -id < /dev/vda 2>/dev/null"
+        )
 
     @contextmanager
     def running(self):
