@@ -47,14 +47,14 @@ use blkif::{
     negotiate::{
         Accepted,
         BackLimits,
-        BadChoice,
-        FrontChoice, //
+        FrontChoice,
+        InvalidChoice, //
     },
     node::{
         self,
-        BadNode,
+        InvalidNode,
         PhysicalDevice,
-        Wrong, //
+        Reason, //
     },
     ring::{
         BackRing,
@@ -96,19 +96,19 @@ use crate::{
 #[derive(Debug)]
 pub(crate) enum ConnectError {
     /// A node of the frontend.
-    Node(BadNode),
+    Node(InvalidNode),
     /// A node of the toolstack, or of its hotplug script.
-    Toolstack(BadNode),
+    Toolstack(InvalidNode),
     /// A node of one queue.
-    Queue(u32, BadNode),
+    Queue(u32, InvalidNode),
     /// A choice that was not offered.
-    Choice(BadChoice),
+    Choice(InvalidChoice),
     /// The indices in a ring make no sense.
     Ring(u32, RingError),
     /// A number that the frontend gave for a queue is refused by Xen: the node and the number.
     Refused(u32, &'static str, u32, Error),
     /// The frontend's state is none, or has no place in the protocol.
-    State(BadNode),
+    State(InvalidNode),
     /// The disk cannot be opened.
     Disk(DeviceNumber, Access, Error),
     /// The disk has another sequence number than the toolstack says: it is another disk.
@@ -273,9 +273,9 @@ pub(crate) fn has_invalid_state(frontend: &CStr) -> bool {
 pub(crate) fn bad_state_error(frontend: &CStr) -> ConnectError {
     match read(frontend, fmt!("state")) {
         Ok(Some(value)) => {
-            ConnectError::State(BadNode::new("state", value.as_bytes(), Wrong::Unknown))
+            ConnectError::State(InvalidNode::new("state", value.as_bytes(), Reason::Unknown))
         }
-        Ok(None) => ConnectError::State(BadNode::missing("state")),
+        Ok(None) => ConnectError::State(InvalidNode::missing("state")),
         Err(error) => error,
     }
 }
@@ -297,7 +297,7 @@ pub(crate) fn open_disk(
         sequence,
     } = node::physical_device(NODE, value.as_bytes()).map_err(ConnectError::Toolstack)?;
     let number = DeviceNumber::new(major, minor).ok_or_else(|| {
-        ConnectError::Toolstack(BadNode::new(NODE, value.as_bytes(), Wrong::Unknown))
+        ConnectError::Toolstack(InvalidNode::new(NODE, value.as_bytes(), Reason::Unknown))
     })?;
     if let Some(disk) = disk {
         if disk.number != number {
@@ -308,13 +308,14 @@ pub(crate) fn open_disk(
         }
         return Ok(None);
     }
-    let mode = read(dir, fmt!("mode"))?.ok_or(ConnectError::Toolstack(BadNode::missing("mode")))?;
+    let mode =
+        read(dir, fmt!("mode"))?.ok_or(ConnectError::Toolstack(InvalidNode::missing("mode")))?;
     let (access, claim) = match mode.as_bytes() {
         [b'r'] => (Access::ReadOnly, Claim::None),
         mode if mode.contains(&b'w') && mode.contains(&b'!') => (Access::ReadWrite, Claim::None),
         mode if mode.contains(&b'w') => (Access::ReadWrite, Claim::Exclusive),
         other => {
-            let bad = BadNode::new("mode", other, Wrong::Unknown);
+            let bad = InvalidNode::new("mode", other, Reason::Unknown);
             return Err(ConnectError::Toolstack(bad));
         }
     };
@@ -401,7 +402,7 @@ impl<'a> Connection<'a> {
     ) -> Result<Self, ConnectError> {
         let accepted = read_choice(frontend, limits)?;
         let dev = read(xbdev.nodename(), fmt!("dev"))?
-            .ok_or(ConnectError::Toolstack(BadNode::missing("dev")))?;
+            .ok_or(ConnectError::Toolstack(InvalidNode::missing("dev")))?;
         let name = dev.as_bytes();
         let name = name.strip_prefix(b"/dev/").unwrap_or(name);
         let name =
@@ -543,7 +544,7 @@ impl<'a> Connection<'a> {
         };
         let number = match &value {
             Some(value) => node::decimal_u32(name, value.as_bytes()),
-            None => Err(BadNode::missing(name)),
+            None => Err(InvalidNode::missing(name)),
         };
         number.map_err(|bad| ConnectError::Queue(index, bad))
     }

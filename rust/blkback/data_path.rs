@@ -65,7 +65,7 @@ use blkif::{
     request::{
         DiskLimits,
         Extent,
-        Refusal,
+        InvalidRequest,
         Segment,
         Unfetched, //
     },
@@ -121,7 +121,7 @@ const SEGMENTS_AT_ONCE: usize = 32;
 #[derive(Debug)]
 pub(crate) enum DataError {
     /// The segments, once fetched, are not valid.
-    Refused(Refusal),
+    Refused(InvalidRequest),
     /// The frontend's pages could not be mapped.
     Map(MapError),
     /// The pages of segments could not be copied.

@@ -49,7 +49,7 @@
 //! between, and gives an event back as spurious if there was nothing: a frontend that only sends
 //! events, or changes the index of its requests to and fro, is slowed down by the event channels.
 //! What it reads of our index, and may overwrite, nobody here looks at. Connections, and looks for a
-//! disk that is not open, are counted, see [`Pace`]. Other changes of its state cost a look at xenstore
+//! disk that is not open, are counted, see [`TokenBucket`]. Other changes of its state cost a look at xenstore
 //! each, and at most one message in a while; the frontend has had to write to xenstore for each.
 
 use core::fmt::Write;
@@ -133,14 +133,14 @@ use kernel_ext::{
 
 use blkif::{
     negotiate::BackLimits,
-    pace::Pace,
     ring::RingError,
     state::{
-        Back,
         BackAction,
         BackEvent,
+        BackState,
         XenbusState, //
-    }, //
+    },
+    token_bucket::TokenBucket, //
 };
 
 use crate::{
@@ -256,7 +256,7 @@ pub(crate) struct Device {
 
 /// What changes in a device's life.
 struct Inner {
-    back: Back,
+    back: BackState,
     /// What was offered to the frontend.
     limits: BackLimits,
     /// Once the hotplug script has named it.
@@ -266,7 +266,7 @@ struct Inner {
     /// One for each ring that is served.
     queue_threads: KVec<QueueThread>,
     size_poll: Option<Pin<KBox<Timer<SizePoll>>>>,
-    connect_limit: Pace,
+    connect_limit: TokenBucket,
     /// The frontend has to wait for its next turn.
     throttled: bool,
     /// Has the device look again; until it is being unbound.
@@ -438,15 +438,15 @@ impl Device {
         let workqueue = WORK.lock().clone().ok_or(ENODEV)?;
         let inner = Inner {
             back: match xbdev.state() {
-                State::Closing | State::Closed => Back::StartingClosed,
-                _ => Back::Starting,
+                State::Closing | State::Closed => BackState::StartingClosed,
+                _ => BackState::Starting,
             },
             limits: params::limits(),
             disk: None,
             to_close: None,
             queue_threads: KVec::new(),
             size_poll: None,
-            connect_limit: Pace::new(
+            connect_limit: TokenBucket::new(
                 CONNECTIONS,
                 msecs_to_jiffies(CONNECTION_MS) as u64,
                 jiffies::now() as u64,
@@ -518,10 +518,10 @@ impl Device {
         if let Some(disk) = inner.to_close.take() {
             return Step::Close(disk);
         }
-        if inner.back == Back::Gone {
+        if inner.back == BackState::Gone {
             return Step::None;
         }
-        let started = !matches!(inner.back, Back::Starting | Back::StartingClosed);
+        let started = !matches!(inner.back, BackState::Starting | BackState::StartingClosed);
         if started && self.disk_named.load(Relaxed) {
             return Step::Open;
         }
@@ -587,7 +587,7 @@ impl Device {
             BackAction::Fail => Err(connect::bad_state_error(&self.frontend)),
             _ => Ok(()),
         };
-        match (result, action.leads_to()) {
+        match (result, action.next_state()) {
             (Err(error), _) => self.fail(inner, &error),
             (Ok(()), Some(next)) => self.set_state(inner, next),
             (Ok(()), None) => Step::None,
@@ -595,7 +595,7 @@ impl Device {
     }
 
     /// Takes over a state, and shows it, unless the toolstack wants another one.
-    fn set_state(&self, inner: &mut Inner, next: Back) -> Step {
+    fn set_state(&self, inner: &mut Inner, next: BackState) -> Step {
         let switched = match next.xenbus() {
             Some(state) => self.xbdev.switch_state(shown(state)),
             None => Switched::Written,
@@ -610,9 +610,9 @@ impl Device {
         }
     }
 
-    fn state_set(&self, inner: &mut Inner, next: Back) -> Step {
+    fn state_set(&self, inner: &mut Inner, next: BackState) -> Step {
         inner.back = next;
-        if next == Back::Gone {
+        if next == BackState::Gone {
             inner.to_close = inner.disk.take();
             return Step::Unregister;
         }
@@ -620,17 +620,17 @@ impl Device {
     }
 
     /// Another state was found where a state was to be written.
-    fn state_refused(&self, inner: &mut Inner, next: Back, found: State) -> Step {
+    fn state_refused(&self, inner: &mut Inner, next: BackState, found: State) -> Step {
         if found == State::Closing {
             let action = inner.back.step(BackEvent::ToolstackClosing);
-            return match action.leads_to() {
+            return match action.next_state() {
                 Some(closing) => self.set_state(inner, closing),
                 None => Step::None,
             };
         }
         match next {
             // The directory is gone, or is that of a new device: the bus will remove this one.
-            Back::Closing | Back::Closed | Back::Gone => self.state_set(inner, next),
+            BackState::Closing | BackState::Closed | BackState::Gone => self.state_set(inner, next),
             _ => Step::None,
         }
     }
@@ -639,7 +639,7 @@ impl Device {
     fn fail(&self, inner: &mut Inner, error: &ConnectError) -> Step {
         let failure = error.failure(|| connect::was_connected(&self.xbdev));
         let action = inner.back.step(BackEvent::Failed(failure));
-        let Some(next) = action.leads_to() else {
+        let Some(next) = action.next_state() else {
             if action == BackAction::Retry {
                 self.schedule_retry(inner, error);
             }
@@ -710,7 +710,7 @@ impl Device {
         found: Result<Option<Arc<Disk>>, ConnectError>,
     ) -> Step {
         match found {
-            Ok(Some(disk)) if inner.back == Back::Gone => inner.to_close = Some(disk),
+            Ok(Some(disk)) if inner.back == BackState::Gone => inner.to_close = Some(disk),
             Ok(Some(disk)) => inner.disk = Some(disk),
             Ok(None) => {
                 self.report_size(inner);
@@ -728,21 +728,23 @@ impl Device {
             return self.fail(&mut self.inner.lock(), &error);
         }
         let mut inner = self.inner.lock();
-        if inner.back != Back::Waiting {
+        if inner.back != BackState::Waiting {
             return Step::Again;
         }
         let step = match self.connect_rings(&mut inner, disk) {
             Ok(ConnectOutcome::Connected) => {
-                inner.back = Back::Live;
+                inner.back = BackState::Live;
                 self.clear_failures(&mut inner);
                 // What the frontend does from now on is told, and the toolstack has to wait for it.
                 Step::None
             }
             Ok(ConnectOutcome::Withdrawn) => Step::Again,
-            Ok(ConnectOutcome::Refused(found)) => self.state_refused(&mut inner, Back::Live, found),
+            Ok(ConnectOutcome::Refused(found)) => {
+                self.state_refused(&mut inner, BackState::Live, found)
+            }
             Err(error) => self.fail(&mut inner, &error),
         };
-        let live = inner.back == Back::Live;
+        let live = inner.back == BackState::Live;
         let connection = inner.connection;
         drop(inner);
         if live {
@@ -850,7 +852,7 @@ impl Device {
         let Some(disk) = inner.disk.as_ref().filter(|disk| disk.size_changed()) else {
             return;
         };
-        if inner.back != Back::Live || self.draining.load(Relaxed) {
+        if inner.back != BackState::Live || self.draining.load(Relaxed) {
             return;
         }
         if let Err(error) = connect::write_size(&self.xbdev, disk) {
@@ -900,7 +902,7 @@ impl Device {
             // That is done.
             return;
         };
-        inner.back = Back::Gone;
+        inner.back = BackState::Gone;
         self.stop_queues(&mut inner);
         // There is nothing to be done after that.
         self.draining.store(false, Relaxed);

@@ -45,8 +45,8 @@ use kernel_ext::{
 
 use blkif::{
     request::{
-        pages_for_one,
-        segments_for_one,
+        max_pages_per_request,
+        max_segments_per_request,
         DiskLimits, //
     },
     wire::{
@@ -61,10 +61,10 @@ use crate::events::QueueEvents;
 pub(crate) const MAX_INDIRECT_SEGMENTS: u16 = 256;
 
 /// Segments that any request may have.
-pub(crate) const MAX_SEGMENTS: usize = segments_for_one(MAX_INDIRECT_SEGMENTS);
+pub(crate) const MAX_SEGMENTS: usize = max_segments_per_request(MAX_INDIRECT_SEGMENTS);
 
 /// Pages of the frontend that one request uses at a time, at most.
-pub(crate) const MAX_PAGES: usize = pages_for_one(MAX_INDIRECT_SEGMENTS);
+pub(crate) const MAX_PAGES: usize = max_pages_per_request(MAX_INDIRECT_SEGMENTS);
 
 /// Sectors of one piece of a discard, at most.
 const DISCARD_PIECE: u64 = 1 << 22;

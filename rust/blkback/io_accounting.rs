@@ -37,8 +37,8 @@ use kernel_ext::{
 
 use blkif::node::{
     self,
-    BadNode,
-    Wrong, //
+    InvalidNode,
+    Reason, //
 };
 
 use crate::connect::{
@@ -84,7 +84,7 @@ fn read_group(xbdev: &xenbus::Device, listing: &Listing) -> Result<Option<IoGrou
     match IoGroup::find(&text) {
         Ok(group) => Ok(Some(group)),
         Err(error) if error == ENOENT => {
-            let bad = BadNode::new(NODE, path.as_bytes(), Wrong::Unknown);
+            let bad = InvalidNode::new(NODE, path.as_bytes(), Reason::Unknown);
             Err(ConnectError::Node(bad))
         }
         Err(error) => Err(ConnectError::Local("looking for a cgroup", error)),

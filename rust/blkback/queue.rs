@@ -432,7 +432,7 @@ impl Queue {
             took = true;
         }
         // Each is looked at where it stands, for it is large.
-        let mut wire = WireRequest::NONE;
+        let mut wire = WireRequest::EMPTY;
         while self.accepts_requests(stopping) {
             let Some(ring) = self.ring.as_mut() else {
                 break;

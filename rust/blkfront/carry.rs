@@ -25,10 +25,10 @@ use kernel_ext::{
 
 use blkif::{
     plan::{
-        Form,
+        PageFragment,
         Part,
-        Piece,
         Plan,
+        SegmentPlacement,
         SlotLimits, //
     },
     wire::{
@@ -42,7 +42,7 @@ use crate::{
     params, //
 };
 
-/// A grant that there never is. Each piece of the data has one, so it is not put into the ring; if it
+/// A grant that there never is. Each fragment of the data has one, so it is not put into the ring; if it
 /// were, the backend would refuse the request.
 const NO_GRANT: u32 = u32::MAX;
 
@@ -53,8 +53,8 @@ pub(crate) type Started = Request<Disk, InFlight>;
 pub(crate) struct Carry {
     /// Which connection the pages below belong to.
     pub(crate) generation: u32,
-    /// The data in pieces of sectors.
-    pub(crate) pieces: KVec<Piece>,
+    /// The data in fragments of sectors.
+    pub(crate) fragments: KVec<PageFragment>,
     /// Pages for the data, if it is bounced.
     pub(crate) data: KVec<GrantedPage>,
     /// Pages for the segments of indirect requests.
@@ -71,7 +71,7 @@ impl Carry {
         let segments = usize::from(params::max_segments());
         Ok(Self {
             generation: 0,
-            pieces: KVec::with_capacity(segments, GFP_KERNEL)?,
+            fragments: KVec::with_capacity(segments, GFP_KERNEL)?,
             data: KVec::with_capacity(segments, GFP_KERNEL)?,
             indirect: KVec::with_capacity(params::MOST_PARTS, GFP_KERNEL)?,
             references: References::with_capacity(segments, GFP_KERNEL)?,
@@ -117,27 +117,27 @@ impl Held {
         }
     }
 
-    /// The grant of a piece of the data.
+    /// The grant of a fragment of the data.
     #[inline]
-    fn reference(&self, piece: usize) -> u32 {
+    fn reference(&self, fragment: usize) -> u32 {
         let reference = match self {
-            Held::Bounced(rq) => rq.data().data.get(piece).map(GrantedPage::reference),
-            Held::Direct { granted, .. } => granted.references().get(piece).copied(),
+            Held::Bounced(rq) => rq.data().data.get(fragment).map(GrantedPage::reference),
+            Held::Direct { granted, .. } => granted.references().get(fragment).copied(),
         };
         reference.map_or(NO_GRANT, |reference| reference.value())
     }
 }
 
 impl Carry {
-    /// Notes the pieces of a request's data, and says how many there are. `None` if there are more
+    /// Notes the fragments of a request's data, and says how many there are. `None` if there are more
     /// than a request can carry, or one is not made of whole sectors.
     pub(crate) fn note_pieces(&mut self, segments: Segments<'_>) -> Option<u32> {
-        self.pieces.clear();
+        self.fragments.clear();
         for segment in segments {
-            let piece = Piece::new(segment.offset() as u32, segment.len() as u32)?;
-            self.pieces.push_within_capacity(piece).ok()?;
+            let fragment = PageFragment::new(segment.offset() as u32, segment.len() as u32)?;
+            self.fragments.push_within_capacity(fragment).ok()?;
         }
-        Some(self.pieces.len() as u32)
+        Some(self.fragments.len() as u32)
     }
 }
 
@@ -156,29 +156,28 @@ impl<'a> Lists<'a> {
         self.held.request().sector()
     }
 
-    /// The data, in pieces of sectors.
-    pub(crate) fn pieces(&self) -> impl Iterator<Item = Piece> + 'a {
-        self.held.request().data().pieces.iter().copied()
+    /// The data, in fragments of sectors.
+    pub(crate) fn fragments(&self) -> impl Iterator<Item = PageFragment> + 'a {
+        self.held.request().data().fragments.iter().copied()
     }
 
     /// The segments of a request that is small.
     #[inline]
     pub(crate) fn all(&self) -> impl ExactSizeIterator<Item = WireSegment> + 'a {
         let held = self.held;
-        let pieces = held.request().data().pieces.iter().enumerate();
-        pieces.map(move |(index, piece)| piece.segment(held.reference(index)))
+        let fragments = held.request().data().fragments.iter().enumerate();
+        fragments.map(move |(index, fragment)| fragment.segment(held.reference(index)))
     }
 
     /// The segments of a part.
     pub(crate) fn segments(&self, part: &Part) -> impl ExactSizeIterator<Item = WireSegment> + 'a {
         let held = self.held;
         let first = part.first as usize;
-        let pieces = held.request().data().pieces.get(first..).unwrap_or(&[]);
-        let pieces = pieces.get(..part.count.into()).unwrap_or(pieces);
-        pieces
-            .iter()
-            .enumerate()
-            .map(move |(index, piece)| piece.segment(held.reference(first.wrapping_add(index))))
+        let fragments = held.request().data().fragments.get(first..).unwrap_or(&[]);
+        let fragments = fragments.get(..part.count.into()).unwrap_or(fragments);
+        fragments.iter().enumerate().map(move |(index, fragment)| {
+            fragment.segment(held.reference(first.wrapping_add(index)))
+        })
     }
 
     /// The grants of the pages with the segments of an indirect part.
@@ -189,14 +188,14 @@ impl<'a> Lists<'a> {
     }
 
     /// Writes the segments of all indirect parts into their pages.
-    pub(crate) fn fill(&self, pieces: u32, limits: SlotLimits) {
+    pub(crate) fn fill(&self, fragments: u32, limits: SlotLimits) {
         if self.held.indirect().is_empty() {
             return;
         }
-        let Some(plan) = Plan::new(self.sector(), self.pieces(), pieces, limits) else {
+        let Some(plan) = Plan::new(self.sector(), self.fragments(), fragments, limits) else {
             return;
         };
-        for part in plan.filter(|part| part.form != Form::Direct) {
+        for part in plan.filter(|part| part.placement != SegmentPlacement::Direct) {
             let mut segments = self.segments(&part);
             for page in self.part_pages(&part, limits) {
                 fill_page(page, &mut segments);

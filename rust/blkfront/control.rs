@@ -2,7 +2,7 @@
 
 //! The connection of a device, and its disk.
 //!
-//! It follows [`blkif::state::Front`]: one step for each state of the backend that xenbus tells.
+//! It follows [`blkif::state::FrontState`]: one step for each state of the backend that xenbus tells.
 //!
 //! Each question to xenstore takes a wake-up of its daemon and of the thread that asks, and nearly all
 //! of the time that it takes to connect. So the backend's state is not asked for again after a step.
@@ -69,9 +69,9 @@ use blkif::{
     },
     plan::SlotLimits,
     state::{
-        Front,
         FrontAction,
         FrontEvent,
+        FrontState,
         XenbusState, //
     },
     vdev::{
@@ -148,7 +148,7 @@ pub(crate) struct Control {
     device: ARef<xenbus::Device>,
     vdev: VirtualDevice,
     signal: Arc<Signal>,
-    own: Front,
+    own: FrontState,
     /// If the disk ends, no more steps are taken: the rest is done by the device's thread.
     ending: Ending,
     /// The toolstack has been told that it has to wait until the disk is not in use.
@@ -202,7 +202,7 @@ impl Control {
             device,
             vdev,
             signal,
-            own: Front::Waiting,
+            own: FrontState::Waiting,
             ending: Ending::None,
             waits: false,
             backend,
@@ -234,7 +234,7 @@ impl Control {
 
     /// The backend has this state. Called once at least, after the device was bound.
     pub(crate) fn follow_backend(&mut self, state: xenbus::State) {
-        if matches!(self.own, Front::Waiting | Front::Dead) {
+        if matches!(self.own, FrontState::Waiting | FrontState::Dead) {
             // What stands there may be of an earlier life: a device that was bound before is Closed,
             // and one that was restored is Initialising, also if its disk is dead.
             self.show();
@@ -253,7 +253,7 @@ impl Control {
 
     /// Tries again to connect. Only in xenbus's thread, as all that has to do with Initialising.
     pub(crate) fn retry(&mut self) {
-        if self.own == Front::Waiting {
+        if self.own == FrontState::Waiting {
             self.follow_backend(self.seen);
         }
     }
@@ -304,7 +304,7 @@ impl Control {
         }
         match self.carry_out(action) {
             Ok(()) => {
-                if let Some(next) = action.leads_to() {
+                if let Some(next) = action.next_state() {
                     self.own = next;
                     self.show();
                 }
@@ -400,7 +400,7 @@ impl Control {
             XenbusState::Initialised => xenbus::State::Initialised,
             XenbusState::Connected => xenbus::State::Connected,
             // A shutdown waits for the first call of this, which is to be that of the end.
-            XenbusState::Closed if self.own == Front::Dead => {
+            XenbusState::Closed if self.own == FrontState::Dead => {
                 return self.device.frontend_closed();
             }
             XenbusState::Closed => xenbus::State::Closed,
@@ -518,7 +518,11 @@ impl Control {
     }
 
     /// Returns how much a slot can carry. The logical block is that of the disk, if there is one.
-    fn slot_limits(&self, nodes: &negotiate::Disk, features: &Features) -> Result<SlotLimits> {
+    fn slot_limits(
+        &self,
+        nodes: &negotiate::DiskProperties,
+        features: &Features,
+    ) -> Result<SlotLimits> {
         let block_size = match self.disk {
             Some(_) => self.block_size,
             None => nodes.block_size,
@@ -535,7 +539,7 @@ impl Control {
 
     fn make_disk(
         &mut self,
-        nodes: &negotiate::Disk,
+        nodes: &negotiate::DiskProperties,
         features: &Features,
         slot: SlotLimits,
     ) -> Result {
@@ -632,7 +636,7 @@ impl Control {
     fn resume_disk(
         &mut self,
         disk: &GenDisk<Disk>,
-        nodes: &negotiate::Disk,
+        nodes: &negotiate::DiskProperties,
         features: &Features,
         slot: SlotLimits,
     ) -> Result {
@@ -679,7 +683,7 @@ impl Control {
 
     /// Tries again to make the limits of the disk from what they are to be made from.
     pub(crate) fn retry_limits(&mut self) {
-        if self.own != Front::Live {
+        if self.own != FrontState::Live {
             // The next connection wants its own.
             return;
         }
@@ -755,7 +759,7 @@ impl Control {
 
     /// Takes over what may change while a disk is in use. Who is told of the new size finds the
     /// write protection as it is to be with that.
-    fn follow_disk(&self, disk: &GenDisk<Disk>, nodes: &negotiate::Disk) -> Result {
+    fn follow_disk(&self, disk: &GenDisk<Disk>, nodes: &negotiate::DiskProperties) -> Result {
         disk.set_read_only(nodes.read_only());
         if disk.capacity() != nodes.sectors {
             ratelimited!(pr_info!(
@@ -803,7 +807,7 @@ impl Control {
     /// Returns `true` if the disk is served, as far as xenbus has told.
     fn is_whole(&self) -> bool {
         let state = XenbusState::from_number(self.seen.number());
-        self.own.whole(state.unwrap_or(XenbusState::Unknown))
+        self.own.is_connected(state.unwrap_or(XenbusState::Unknown))
     }
 
     /// Ends event channels and requests. The backend may keep what it has mapped of the rings and
@@ -861,7 +865,7 @@ impl Control {
     /// asked for. The toolstack writes Closing itself, and the backend goes on until it hears Closed.
     pub(crate) fn is_served(&self) -> bool {
         let backend = self.device.read_driver_state(&self.backend);
-        self.own == Front::Live
+        self.own == FrontState::Live
             && matches!(backend, xenbus::State::Connected | xenbus::State::Closing)
     }
 
@@ -955,8 +959,8 @@ impl Control {
             disk.kick_requeue_list();
             disk.unquiesce();
         }
-        let connected = self.own != Front::Waiting;
-        self.own = Front::Dead;
+        let connected = self.own != FrontState::Waiting;
+        self.own = FrontState::Dead;
         self.retry.finish();
         self.shortage.finish();
         // To be unbound without ever having offered anything is nothing to tell: the device can be
@@ -969,18 +973,18 @@ impl Control {
 
     /// Whether the disk is to be let go, and that was not done yet.
     pub(crate) fn must_close(&self) -> bool {
-        self.ending != Ending::None && self.own != Front::Dead
+        self.ending != Ending::None && self.own != FrontState::Dead
     }
 
     /// Whether no request waits for an answer that may still come.
     pub(crate) fn is_drained(&self) -> bool {
         let waits = |queue: &Arc<Queue>| !queue.is_idle() && !queue.is_broken();
-        self.own != Front::Live || !self.queues.iter().any(waits)
+        self.own != FrontState::Live || !self.queues.iter().any(waits)
     }
 
     /// Whether requests are being served, or never will be again.
     pub(crate) fn is_settled(&self) -> bool {
-        self.own == Front::Dead || self.is_whole()
+        self.own == FrontState::Dead || self.is_whole()
     }
 
     /// Gives back pages of the pools that nobody has needed since the last time.
@@ -992,7 +996,7 @@ impl Control {
 
     /// Whether nothing will ever be served again.
     pub(crate) fn is_dead(&self) -> bool {
-        self.own == Front::Dead
+        self.own == FrontState::Dead
     }
 
     /// Whether there is a disk.
@@ -1025,7 +1029,7 @@ impl Control {
     ///
     /// To be dropped without the lock: that waits.
     pub(crate) fn take_disk(&mut self) -> Option<DeadDisk> {
-        if self.own != Front::Dead || !self.lingering.is_empty() {
+        if self.own != FrontState::Dead || !self.lingering.is_empty() {
             return None;
         }
         let threads = [self.adder.take(), self.reporter.take(), self.remover.take()];

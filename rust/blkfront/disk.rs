@@ -43,15 +43,15 @@ use kernel_ext::{
 use blkif::{
     negotiate::{
         self,
-        Discard,
+        DiscardLimits,
         Features, //
     },
     plan::{
-        most_pieces,
+        max_fragments,
         Direction,
         SlotLimits, //
     },
-    vdev::Name, //
+    vdev::DiskName, //
 };
 
 use crate::{
@@ -89,7 +89,7 @@ pub(crate) struct Disk {
     /// How many of these have a ring; the others use one of theirs.
     rings: Atomic<u32>,
     cdrom: bool,
-    name: Name,
+    name: DiskName,
     serial: Serial,
     signal: Arc<Signal>,
     /// 1 if the device's thread waits until the disk is closed.
@@ -101,7 +101,7 @@ impl Disk {
     pub(crate) fn new(
         queues: KVec<Arc<Queue>>,
         cdrom: bool,
-        name: Name,
+        name: DiskName,
         signal: Arc<Signal>,
     ) -> Self {
         Self {
@@ -145,14 +145,14 @@ pub(crate) struct Basis {
     physical_block_size: u32,
     slot: SlotLimits,
     write_cache: bool,
-    discard: Option<Discard>,
+    discard: Option<DiscardLimits>,
 }
 
 impl Basis {
     /// Of a disk with this logical block size, by what both sides can do.
     pub(crate) fn new(
         block_size: u32,
-        disk: &negotiate::Disk,
+        disk: &negotiate::DiskProperties,
         features: &Features,
         slot: SlotLimits,
     ) -> Self {
@@ -183,7 +183,7 @@ impl Basis {
     /// Each segment is aligned to the logical block, or to the page if a block is larger: blkif.h
     /// asks for whole blocks, and backends refuse others.
     pub(crate) fn apply(&self, limits: &mut QueueLimits) {
-        let most = most_pieces(self.block_size, params::MOST_PARTS as u32);
+        let most = max_fragments(self.block_size, params::MOST_PARTS as u32);
         let segments = u32::from(self.slot.segments()).min(most) as u16;
         limits
             .set_logical_block_size(self.block_size)

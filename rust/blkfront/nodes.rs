@@ -29,20 +29,20 @@ use kernel_ext::{
 use blkif::{
     negotiate::{
         BackOffer,
-        Disk,
         DiskNodes,
+        DiskProperties,
         FrontOffer, //
     },
     node::{
         self,
-        BadNode, //
+        InvalidNode, //
     },
     state::{
         FrontEvent,
         XenbusState, //
     },
     vdev::{
-        Form,
+        NumberFormat,
         VirtualDevice, //
     },
     wire::Abi, //
@@ -63,11 +63,11 @@ fn read(dir: &CStr, node: &'static str) -> Result<Option<Value>> {
 }
 
 /// Reports a node that makes no sense.
-fn complain(dir: &CStr, bad: &BadNode) {
+fn complain(dir: &CStr, bad: &InvalidNode) {
     ratelimited!(pr_warn!("{}/{}\n", dir, Shown(bad)));
 }
 
-fn bad(dir: &CStr, bad: BadNode) -> Error {
+fn bad(dir: &CStr, bad: InvalidNode) -> Error {
     complain(dir, &bad);
     EINVAL
 }
@@ -79,7 +79,7 @@ pub(crate) fn virtual_device(device: &xenbus::Device) -> Result<VirtualDevice> {
         Some(value) => ("virtual-device", Some(value)),
         None => ("virtual-device-ext", read(dir, "virtual-device-ext")?),
     };
-    let value = value.ok_or_else(|| bad(dir, BadNode::missing("virtual-device")))?;
+    let value = value.ok_or_else(|| bad(dir, InvalidNode::missing("virtual-device")))?;
     let number = node::device_number(node, value.as_bytes()).map_err(|error| bad(dir, error))?;
     VirtualDevice::new(number).map_err(|error| {
         pr_err!("{}: {}\n", dir, Shown(error));
@@ -94,7 +94,7 @@ pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> 
         return Ok(());
     }
     let dir = device.nodename();
-    let own_major = matches!(vdev.form, Form::Xvd | Form::Extended);
+    let own_major = matches!(vdev.format, NumberFormat::Xvd | NumberFormat::Extended);
     if xen::has_pv_and_emulated_disks() && !own_major {
         pr_info!(
             "{}: {} is an emulated disk too, and left to that\n",
@@ -104,7 +104,7 @@ pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> 
         return Err(ENODEV);
     }
     let Some(kind) = read(dir, "device-type")? else {
-        complain(dir, &BadNode::missing("device-type"));
+        complain(dir, &InvalidNode::missing("device-type"));
         return Err(ENODEV);
     };
     if kind.as_bytes().starts_with(b"cdrom") {
@@ -212,7 +212,7 @@ pub(crate) fn back_offer(backend: &CStr, nodes: &[&'static str]) -> Result<BackO
 }
 
 /// What the disk is.
-pub(crate) fn disk(backend: &CStr) -> Result<Disk> {
+pub(crate) fn disk(backend: &CStr) -> Result<DiskProperties> {
     let mut nodes = DiskNodes::default();
     for node in DiskNodes::NODES {
         if let Some(value) = read(backend, node)? {

@@ -45,21 +45,21 @@ use kernel_ext::{
 
 use blkif::{
     negotiate::{
-        Discard,
+        DiscardLimits,
         Flush, //
     },
     plan::{
         self,
         Direction,
-        Form,
         Plan,
+        SegmentPlacement,
         SlotLimits, //
     },
     resources::{
         is_small,
         Resources, //
     },
-    vdev::Name,
+    vdev::DiskName,
     wire::{
         op,
         Encode,
@@ -101,7 +101,7 @@ pub(crate) struct Terms {
     pub(crate) limits: SlotLimits,
     /// Whether data is bounced.
     pub(crate) bounce: bool,
-    /// Pieces of the largest request that the disk may have in flight. More than `limits` if an
+    /// Fragments of the largest request that the disk may have in flight. More than `limits` if an
     /// earlier backend took more.
     pub(crate) largest: u16,
     /// How a flush is asked for.
@@ -109,16 +109,16 @@ pub(crate) struct Terms {
     /// Each write is flushed before it is reported done.
     pub(crate) write_through: bool,
     /// What can be discarded.
-    pub(crate) discard: Option<Discard>,
+    pub(crate) discard: Option<DiscardLimits>,
     /// Counts the connections.
     pub(crate) generation: u32,
 }
 
 impl Terms {
-    /// Returns what a request of so many pieces takes.
+    /// Returns what a request of so many fragments takes.
     #[inline]
-    fn resources(&self, pieces: u32) -> Resources {
-        Resources::new(self.limits, self.bounce, pieces)
+    fn resources(&self, fragments: u32) -> Resources {
+        Resources::new(self.limits, self.bounce, fragments)
     }
 
     /// The end of a request with which the backend has nothing to do. Such a request was made for an
@@ -198,7 +198,7 @@ struct Remains {
 #[pin_data]
 pub(crate) struct Queue {
     /// Of the disk.
-    pub(crate) name: Name,
+    pub(crate) name: DiskName,
     index: u16,
     /// The number of the device, which every request repeats.
     handle: u16,
@@ -314,7 +314,7 @@ impl Inner {
 
 impl Queue {
     pub(crate) fn new(
-        name: Name,
+        name: DiskName,
         index: u16,
         handle: u16,
         signal: Arc<Signal>,
@@ -578,7 +578,7 @@ impl Queue {
         };
         while let Some(mut rq) = requests.pop() {
             let carry = rq.data_mut();
-            let needs = terms.resources(carry.pieces.len() as u32);
+            let needs = terms.resources(carry.fragments.len() as u32);
             if inner.promise(&terms, carry, &needs) {
                 promised.push(rq);
             } else {
@@ -597,7 +597,7 @@ impl Queue {
     ) -> RequestList<Disk, InFlight> {
         let mut started = RequestList::new();
         while let Some(mut rq) = requests.pop() {
-            let needs = terms.resources(rq.data().pieces.len() as u32);
+            let needs = terms.resources(rq.data().fragments.len() as u32);
             if self.bring_pages(&mut rq, terms, needs).is_ok() {
                 started.push(rq.start());
             } else {
@@ -615,7 +615,7 @@ impl Queue {
         }
         let mut inner = self.inner.lock();
         while let Some(rq) = requests.pop() {
-            let needs = terms.resources(rq.data().pieces.len() as u32);
+            let needs = terms.resources(rq.data().fragments.len() as u32);
             let Some(direction) = direction(&rq) else {
                 // Others are not small.
                 continue;
@@ -650,7 +650,7 @@ impl Queue {
         last: bool,
     ) -> Result<bool, Rejected<'q, Disk>> {
         let (segments, carry) = rq.segments_and_data();
-        let Some(pieces) = carry.note_pieces(segments) else {
+        let Some(fragments) = carry.note_pieces(segments) else {
             ratelimited!(pr_err!(
                 "a request is not made of whole sectors, or too large\n"
             ));
@@ -658,7 +658,7 @@ impl Queue {
             return Ok(false);
         };
 
-        let (terms, needs) = match self.promise(rq.data_mut(), order, pieces) {
+        let (terms, needs) = match self.promise(rq.data_mut(), order, fragments) {
             Promise::Given(terms, needs) => (terms, needs),
             Promise::Later => return Err(rq.reject()),
             Promise::Ended(status) => {
@@ -673,7 +673,7 @@ impl Queue {
 
         match hold(rq.start(), &terms, needs, reserve) {
             Ok(held) => {
-                Lists::new(&held).fill(pieces, terms.limits);
+                Lists::new(&held).fill(fragments, terms.limits);
                 self.put(held, order, &terms, needs, last);
                 Ok(true)
             }
@@ -733,7 +733,7 @@ impl Queue {
     }
 
     /// Promises slots, and takes pages out of the pool as far as there are any.
-    fn promise(&self, carry: &mut Carry, order: Order, pieces: u32) -> Promise {
+    fn promise(&self, carry: &mut Carry, order: Order, fragments: u32) -> Promise {
         let mut inner = self.inner.lock();
         let terms = match inner.state {
             State::Live(terms) => terms,
@@ -744,7 +744,7 @@ impl Queue {
         if let Some(status) = terms.own_answer(order) {
             return Promise::Ended(status);
         }
-        let needs = terms.resources(pieces);
+        let needs = terms.resources(fragments);
         if inner.promise(&terms, carry, &needs) {
             return Promise::Given(terms, needs);
         }
@@ -796,9 +796,10 @@ impl Queue {
         inner.slots.unpromise(needs.slots);
         let lists = Lists::new(&held);
         let (first, parts) = match order {
-            Order::Transfer(direction) if is_small(needs.pieces) => self.put_single(inner, |id| {
-                plan::direct(direction, self.handle, id, lists.sector(), lists.all())
-            }),
+            Order::Transfer(direction) if is_small(needs.fragments) => self
+                .put_single(inner, |id| {
+                    plan::direct(direction, self.handle, id, lists.sector(), lists.all())
+                }),
             Order::Transfer(direction) => self.put_parts(inner, &lists, direction, terms, needs),
             Order::Flush => self.put_flush(inner, terms.flush),
             Order::Discard { secure } => self.put_single(inner, |id| {
@@ -854,17 +855,17 @@ impl Queue {
         needs: Resources,
     ) -> (Option<u16>, u16) {
         let sector = lists.sector();
-        let Some(plan) = Plan::new(sector, lists.pieces(), needs.pieces, terms.limits) else {
+        let Some(plan) = Plan::new(sector, lists.fragments(), needs.fragments, terms.limits) else {
             return (None, 0);
         };
         let mut first = None;
         let mut parts = 0u16;
         for part in plan {
-            let number = match part.form {
-                Form::Direct => self.put_slot(inner, first, part.index, |id| {
+            let number = match part.placement {
+                SegmentPlacement::Direct => self.put_slot(inner, first, part.index, |id| {
                     part.direct(direction, self.handle, id, lists.segments(&part))
                 }),
-                Form::Indirect(_) => self.put_slot(inner, first, part.index, |id| {
+                SegmentPlacement::Indirect(_) => self.put_slot(inner, first, part.index, |id| {
                     part.indirect(direction, self.handle, id, lists.pages(&part, terms.limits))
                 }),
             };
@@ -909,14 +910,14 @@ impl Queue {
 /// Notes the data of a request, if it has some and is small.
 #[inline]
 fn note_small(rq: &mut Request<Disk, Queued<'_>>) -> bool {
-    // A piece is a page at most, so this needs no walk over the data.
+    // A fragment is a page at most, so this needs no walk over the data.
     if rq.bytes() as usize > DIRECT_SEGMENTS * PAGE_SIZE {
         return false;
     }
     let (segments, carry) = rq.segments_and_data();
-    let pieces = carry.note_pieces(segments);
-    // What has no data has no pieces.
-    pieces.is_some_and(|pieces| pieces != 0 && is_small(pieces))
+    let fragments = carry.note_pieces(segments);
+    // What has no data has no fragments.
+    fragments.is_some_and(|fragments| fragments != 0 && is_small(fragments))
 }
 
 /// Lets the backend use the data of a request that was started.

@@ -23,7 +23,7 @@ use kernel::{
 
 use kernel_ext::base::global_mutex::GlobalMutex;
 
-use blkif::vdev::Name;
+use blkif::vdev::DiskName;
 
 /// What can be open for exclusive use.
 pub(crate) trait Claimed: Send + Sync {
@@ -44,7 +44,7 @@ impl Serial {
 }
 
 struct Entry {
-    name: Name,
+    name: DiskName,
     serial: Serial,
     disk: Arc<dyn Claimed>,
 }
@@ -60,7 +60,7 @@ pub(crate) struct Registered {
 
 impl Registered {
     /// Registers a disk.
-    pub(crate) fn new(name: Name, serial: Serial, disk: Arc<dyn Claimed>) -> Result<Self> {
+    pub(crate) fn new(name: DiskName, serial: Serial, disk: Arc<dyn Claimed>) -> Result<Self> {
         let entry = Entry {
             name,
             serial,
@@ -86,7 +86,7 @@ impl Drop for Registered {
 }
 
 /// Returns `true` if a disk that had this name earlier is still open for exclusive use.
-pub(crate) fn has_claimed_predecessor(name: Name, serial: Serial) -> bool {
+pub(crate) fn has_claimed_predecessor(name: DiskName, serial: Serial) -> bool {
     DISKS
         .lock()
         .iter()

@@ -16,7 +16,7 @@ use kernel::{
 
 use blkif::{
     backoff::Backoff,
-    pace::Pace, //
+    token_bucket::TokenBucket, //
 };
 
 /// How many offers a device makes at once.
@@ -34,7 +34,7 @@ const REPORT_MS: u32 = 300;
 /// The attempts of a device to connect.
 pub(crate) struct Retry {
     created: Instant<Monotonic>,
-    pace: Pace,
+    pace: TokenBucket,
     /// The times between attempts.
     backoff: Backoff,
     /// When the next attempt is due, in milliseconds since `created`.
@@ -48,7 +48,7 @@ impl Retry {
     pub(crate) fn new() -> Self {
         Self {
             created: Instant::now(),
-            pace: Pace::new(OFFERS, OFFER_PERIOD_MS, 0),
+            pace: TokenBucket::new(OFFERS, OFFER_PERIOD_MS, 0),
             backoff: Backoff::new(FIRST_MS, LAST_MS),
             due: None,
             reported: None,

@@ -33,7 +33,7 @@
 //! | [`reservation`] | may it take its slots now? (frontend) |
 //! | [`node`] | what does the text of a xenstore node say? |
 //! | [`negotiate`] | which features do the two sides agree on? |
-//! | [`pace`] | how often may the other side cause something? |
+//! | [`token_bucket`] | how often may the other side cause something? |
 //! | [`backoff`] | when is something tried again that does not work now? |
 //! | [`state`] | what is to be done when the other side changes state? |
 //! | [`vdev`] | which name and minor does a virtual device number stand for? |
@@ -51,12 +51,12 @@ pub mod backoff;
 pub mod id;
 pub mod negotiate;
 pub mod node;
-pub mod pace;
 pub mod plan;
 pub mod request;
 pub mod reservation;
 pub mod resources;
 pub mod ring;
 pub mod state;
+pub mod token_bucket;
 pub mod vdev;
 pub mod wire;

@@ -11,7 +11,7 @@
 //!
 //! ```
 //! # use blkif::negotiate::BackOffer;
-//! # use blkif::node::BadNode;
+//! # use blkif::node::InvalidNode;
 //! # fn read(node: &str) -> Option<&'static [u8]> { (node == "feature-discard").then_some(b"1") }
 //! let mut offer = BackOffer::default();
 //! for node in BackOffer::NODES {
@@ -20,7 +20,7 @@
 //!     }
 //! }
 //! assert!(offer.discard);
-//! # Ok::<(), BadNode>(())
+//! # Ok::<(), InvalidNode>(())
 //! ```
 //!
 //! An optional node that cannot be understood leaves the offer as it was, as if it were missing: it
@@ -31,8 +31,8 @@ use core::fmt;
 use crate::{
     node::{
         self,
-        BadNode,
-        Wrong, //
+        InvalidNode,
+        Reason, //
     },
     ring::MAX_PAGE_ORDER,
     wire::{
@@ -127,7 +127,7 @@ impl BackOffer {
 
     /// Takes over a node. On an error the offer stays as it was. A name that is not one of
     /// [`BackOffer::NODES`] has no effect.
-    pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), BadNode> {
+    pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), InvalidNode> {
         match node {
             "max-ring-page-order" => self.max_ring_page_order = node::decimal_u32(node, text)?,
             "multi-queue-max-queues" => self.max_queues = node::decimal_u32(node, text)?,
@@ -202,7 +202,7 @@ impl Flush {
 
 /// How sectors can be discarded.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Discard {
+pub struct DiscardLimits {
     /// Smallest unit in bytes, 0 if unknown.
     pub granularity: u32,
     /// Offset of the first unit in bytes.
@@ -226,7 +226,7 @@ pub struct Features {
     /// and the backend has one.
     pub write_through: bool,
     /// How sectors can be discarded, if at all.
-    pub discard: Option<Discard>,
+    pub discard: Option<DiscardLimits>,
     /// Data goes through pages that hold nothing else.
     pub bounce: bool,
 }
@@ -290,8 +290,8 @@ fn flush(back: &BackOffer) -> Flush {
     }
 }
 
-fn discard(back: &BackOffer) -> Option<Discard> {
-    back.discard.then_some(Discard {
+fn discard(back: &BackOffer) -> Option<DiscardLimits> {
+    back.discard.then_some(DiscardLimits {
         granularity: back.discard_granularity,
         alignment: back.discard_alignment,
         secure: back.discard_secure,
@@ -325,7 +325,7 @@ impl DiskNodes {
     }
 
     /// Takes over a node. A name that is not one of [`DiskNodes::NODES`] has no effect.
-    pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), BadNode> {
+    pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), InvalidNode> {
         match node {
             "sectors" => self.sectors = Some(sectors(text)?),
             "info" => self.info = Some(node::decimal_u32(node, text)?),
@@ -338,15 +338,17 @@ impl DiskNodes {
     }
 
     /// The disk, or the first required node that is missing.
-    pub fn disk(&self) -> Result<Disk, BadNode> {
-        let sectors = self.sectors.ok_or(BadNode::missing("sectors"))?;
-        let mut info = self.info.ok_or(BadNode::missing("info"))?;
+    pub fn disk(&self) -> Result<DiskProperties, InvalidNode> {
+        let sectors = self.sectors.ok_or(InvalidNode::missing("sectors"))?;
+        let mut info = self.info.ok_or(InvalidNode::missing("info"))?;
         if self.removable {
             info |= info::REMOVABLE;
         }
-        let block_size = self.sector_size.ok_or(BadNode::missing("sector-size"))?;
+        let block_size = self
+            .sector_size
+            .ok_or(InvalidNode::missing("sector-size"))?;
         let physical = self.physical_sector_size.unwrap_or(block_size);
-        Ok(Disk {
+        Ok(DiskProperties {
             sectors,
             info,
             block_size,
@@ -357,25 +359,25 @@ impl DiskNodes {
 
 /// Reads the node `sectors`. The size in bytes must be a positive `i64`, the kernel's type for
 /// offsets.
-fn sectors(text: &[u8]) -> Result<u64, BadNode> {
+fn sectors(text: &[u8]) -> Result<u64, InvalidNode> {
     node::decimal("sectors", text, i64::MAX as u64 / u64::from(SECTOR_SIZE))
 }
 
-fn block_size(node: &'static str, text: &[u8]) -> Result<u32, BadNode> {
+fn block_size(node: &'static str, text: &[u8]) -> Result<u32, InvalidNode> {
     let size = node::decimal_u32(node, text)?;
     if !size.is_power_of_two() || !(SECTOR_SIZE..=MAX_BLOCK_SIZE).contains(&size) {
-        let wrong = Wrong::NotABlockSize {
+        let wrong = Reason::NotABlockSize {
             min: SECTOR_SIZE,
             max: MAX_BLOCK_SIZE,
         };
-        return Err(BadNode::new(node, text, wrong));
+        return Err(InvalidNode::new(node, text, wrong));
     }
     Ok(size)
 }
 
 /// A disk as its backend describes it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Disk {
+pub struct DiskProperties {
     /// Size in sectors of 512 bytes.
     pub sectors: u64,
     /// Flags of the module [`info`].
@@ -386,7 +388,7 @@ pub struct Disk {
     pub physical_block_size: u32,
 }
 
-impl Disk {
+impl DiskProperties {
     /// The disk refuses writes.
     pub const fn read_only(&self) -> bool {
         self.info & info::READONLY != 0
@@ -460,10 +462,10 @@ impl FrontChoice {
     ];
 
     /// Takes over a node. A name that is not one of [`FrontChoice::NODES`] has no effect.
-    pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), BadNode> {
+    pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), InvalidNode> {
         match node {
             "protocol" => {
-                let unknown = || BadNode::new(node, text, Wrong::Unknown);
+                let unknown = || InvalidNode::new(node, text, Reason::Unknown);
                 self.protocol = Some(Abi::from_name(text).ok_or_else(unknown)?);
             }
             "multi-queue-num-queues" => self.queues = Some(node::decimal_u32(node, text)?),
@@ -475,16 +477,16 @@ impl FrontChoice {
     }
 
     /// Checks the choice against what the backend offered.
-    pub fn check(&self, limits: &BackLimits) -> Result<Accepted, BadChoice> {
+    pub fn check(&self, limits: &BackLimits) -> Result<Accepted, InvalidChoice> {
         let queues = self.queues.unwrap_or(1);
         let limit = limits.queues();
         if queues == 0 || queues > limit {
-            return Err(BadChoice::Queues { queues, limit });
+            return Err(InvalidChoice::Queues { queues, limit });
         }
         let order = self.ring_page_order.unwrap_or(0);
         let limit = limits.page_order();
         if order > limit {
-            return Err(BadChoice::RingPageOrder { order, limit });
+            return Err(InvalidChoice::RingPageOrder { order, limit });
         }
         Ok(Accepted {
             abi: self.protocol.unwrap_or(Abi::when_absent()),
@@ -501,7 +503,7 @@ impl FrontChoice {
 
 /// A frontend's choice that was not offered.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum BadChoice {
+pub enum InvalidChoice {
     /// `multi-queue-num-queues` is 0 or larger than offered.
     Queues {
         /// As written.
@@ -518,16 +520,16 @@ pub enum BadChoice {
     },
 }
 
-impl fmt::Display for BadChoice {
+impl fmt::Display for InvalidChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            BadChoice::Queues { queues, limit } => {
+            InvalidChoice::Queues { queues, limit } => {
                 write!(
                     f,
                     "multi-queue-num-queues = \"{queues}\": not from 1 to {limit}"
                 )
             }
-            BadChoice::RingPageOrder { order, limit } => {
+            InvalidChoice::RingPageOrder { order, limit } => {
                 write!(f, "ring-page-order = \"{order}\": larger than {limit}")
             }
         }
@@ -620,7 +622,7 @@ mod tests {
             persistent: true,
             flush: Flush::Cache,
             write_through: false,
-            discard: Some(Discard {
+            discard: Some(DiscardLimits {
                 granularity: 4096,
                 alignment: 512,
                 secure: true,
@@ -815,7 +817,7 @@ mod tests {
             ("sector-size", "512"),
             ("physical-sector-size", "4096"),
         ]);
-        let expected = Disk {
+        let expected = DiskProperties {
             sectors: 2048,
             info: 4,
             block_size: 512,
@@ -856,13 +858,13 @@ mod tests {
         let all = [("sectors", "8"), ("info", "0"), ("sector-size", "512")];
         for without in all {
             let rest: std::vec::Vec<_> = all.into_iter().filter(|node| *node != without).collect();
-            assert_eq!(nodes(&rest).disk(), Err(BadNode::missing(without.0)));
+            assert_eq!(nodes(&rest).disk(), Err(InvalidNode::missing(without.0)));
         }
     }
 
     #[test]
     fn nodes_of_a_disk_that_cannot_be() {
-        let limits = Wrong::NotABlockSize {
+        let limits = Reason::NotABlockSize {
             min: 512,
             max: 65536,
         };
@@ -870,7 +872,7 @@ mod tests {
             for text in ["0", "256", "513", "3072", "131072", "4294967295"] {
                 let mut nodes = DiskNodes::default();
                 let bad = nodes.set(node, text.as_bytes()).unwrap_err();
-                assert_eq!(bad, BadNode::new(node, text.as_bytes(), limits));
+                assert_eq!(bad, InvalidNode::new(node, text.as_bytes(), limits));
                 assert_eq!(nodes, DiskNodes::default());
             }
             for text in ["512", "65536"] {
@@ -885,10 +887,10 @@ mod tests {
     #[test]
     fn the_largest_disk() {
         assert_eq!(sectors(b"18014398509481983"), Ok(i64::MAX as u64 / 512));
-        let wrong = Wrong::TooLarge {
+        let wrong = Reason::TooLarge {
             limit: 18_014_398_509_481_983,
         };
-        assert_eq!(sectors(b"18014398509481984").unwrap_err().wrong(), wrong);
+        assert_eq!(sectors(b"18014398509481984").unwrap_err().reason(), wrong);
     }
 
     #[test]
@@ -901,7 +903,7 @@ mod tests {
             (7, (true, true, true)),
             (!7, (false, false, false)),
         ] {
-            let disk = Disk {
+            let disk = DiskProperties {
                 sectors: 0,
                 info,
                 block_size: 512,
@@ -979,17 +981,23 @@ mod tests {
         for queues in [0, 3, u32::MAX] {
             let text = queues.to_string();
             let bad = choice(&[("multi-queue-num-queues", &text)]).check(&BACK);
-            assert_eq!(bad, Err(BadChoice::Queues { queues, limit: 2 }));
+            assert_eq!(bad, Err(InvalidChoice::Queues { queues, limit: 2 }));
         }
         let bad = choice(&[("ring-page-order", "4")]).check(&BACK);
-        assert_eq!(bad, Err(BadChoice::RingPageOrder { order: 4, limit: 3 }));
+        assert_eq!(
+            bad,
+            Err(InvalidChoice::RingPageOrder { order: 4, limit: 3 })
+        );
         let large = BackLimits {
             max_ring_page_order: 99,
             ..BACK
         };
         assert!(choice(&[("ring-page-order", "4")]).check(&large).is_ok());
         let bad = choice(&[("ring-page-order", "5")]).check(&large);
-        assert_eq!(bad, Err(BadChoice::RingPageOrder { order: 5, limit: 4 }));
+        assert_eq!(
+            bad,
+            Err(InvalidChoice::RingPageOrder { order: 5, limit: 4 })
+        );
     }
 
     #[test]
@@ -1003,7 +1011,7 @@ mod tests {
         let bad = choice(&[("multi-queue-num-queues", "2")]).check(&none);
         assert_eq!(
             bad,
-            Err(BadChoice::Queues {
+            Err(InvalidChoice::Queues {
                 queues: 2,
                 limit: 1
             })
@@ -1014,14 +1022,17 @@ mod tests {
     fn bad_nodes_of_a_choice() {
         let mut choice = FrontChoice::default();
         let bad = choice.set("protocol", b"s390-abi").unwrap_err();
-        assert_eq!(bad, BadNode::new("protocol", b"s390-abi", Wrong::Unknown));
+        assert_eq!(
+            bad,
+            InvalidNode::new("protocol", b"s390-abi", Reason::Unknown)
+        );
         for node in [
             "multi-queue-num-queues",
             "ring-page-order",
             "feature-persistent",
         ] {
             let bad = choice.set(node, b"all").unwrap_err();
-            assert_eq!(bad, BadNode::new(node, b"all", Wrong::NotANumber));
+            assert_eq!(bad, InvalidNode::new(node, b"all", Reason::NotANumber));
         }
         assert_eq!(choice.set("ring-ref", b"all"), Ok(()));
         assert_eq!(choice, FrontChoice::default());
@@ -1029,7 +1040,7 @@ mod tests {
 
     #[test]
     fn messages() {
-        let bad = BadChoice::Queues {
+        let bad = InvalidChoice::Queues {
             queues: 3,
             limit: 2,
         };
@@ -1037,7 +1048,7 @@ mod tests {
             bad.to_string(),
             "multi-queue-num-queues = \"3\": not from 1 to 2"
         );
-        let bad = BadChoice::RingPageOrder { order: 5, limit: 4 };
+        let bad = InvalidChoice::RingPageOrder { order: 5, limit: 4 };
         assert_eq!(bad.to_string(), "ring-page-order = \"5\": larger than 4");
     }
 }

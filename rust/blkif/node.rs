@@ -3,7 +3,7 @@
 //! Text of xenstore nodes to numbers.
 //!
 //! What stands in a node was written by the other side or by a tool, so it is read strictly: a
-//! number is digits and nothing else. What is wrong is a [`BadNode`], which knows the node, the
+//! number is digits and nothing else. What is wrong is an [`InvalidNode`], which knows the node, the
 //! text and the reason, so that a message can name all three.
 
 use core::{
@@ -11,12 +11,12 @@ use core::{
     str, //
 };
 
-/// Bytes of a node's text that a [`BadNode`] keeps.
-const KEPT: usize = 32;
+/// Bytes of a node's text that an [`InvalidNode`] keeps.
+const TEXT_LEN: usize = 32;
 
 /// What is wrong with a node.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Wrong {
+pub enum Reason {
     /// A required node is not there.
     Missing,
     /// The text is not a number of the form expected.
@@ -37,35 +37,35 @@ pub enum Wrong {
     Unknown,
 }
 
-impl fmt::Display for Wrong {
+impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Wrong::Missing => f.write_str("missing"),
-            Wrong::NotANumber => f.write_str("not a number of the form expected"),
-            Wrong::TooLarge { limit } => write!(f, "larger than {limit}"),
-            Wrong::NotABlockSize { min, max } => {
+            Reason::Missing => f.write_str("missing"),
+            Reason::NotANumber => f.write_str("not a number of the form expected"),
+            Reason::TooLarge { limit } => write!(f, "larger than {limit}"),
+            Reason::NotABlockSize { min, max } => {
                 write!(f, "not a power of two from {min} to {max}")
             }
-            Wrong::Unknown => f.write_str("not known"),
+            Reason::Unknown => f.write_str("not known"),
         }
     }
 }
 
 /// A node that cannot be used: its name, its text and what is wrong with it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct BadNode {
+pub struct InvalidNode {
     node: &'static str,
-    text: [u8; KEPT],
+    text: [u8; TEXT_LEN],
     len: u8,
     cut: bool,
-    wrong: Wrong,
+    reason: Reason,
 }
 
-impl BadNode {
+impl InvalidNode {
     /// A complaint about `node`. Of `text` the first 32 bytes are kept, without those that are not
     /// printable ASCII.
-    pub fn new(node: &'static str, text: &[u8], wrong: Wrong) -> Self {
-        let mut kept = [0; KEPT];
+    pub fn new(node: &'static str, text: &[u8], reason: Reason) -> Self {
+        let mut kept = [0; TEXT_LEN];
         for (to, from) in kept.iter_mut().zip(text) {
             *to = if from.is_ascii_graphic() || *from == b' ' {
                 *from
@@ -73,19 +73,19 @@ impl BadNode {
                 b'?'
             };
         }
-        let len = text.len().min(KEPT) as u8;
-        BadNode {
+        let len = text.len().min(TEXT_LEN) as u8;
+        InvalidNode {
             node,
             text: kept,
             len,
-            cut: text.len() > KEPT,
-            wrong,
+            cut: text.len() > TEXT_LEN,
+            reason,
         }
     }
 
     /// A complaint about a required node that is not there.
     pub fn missing(node: &'static str) -> Self {
-        Self::new(node, &[], Wrong::Missing)
+        Self::new(node, &[], Reason::Missing)
     }
 
     /// Name of the node, without the directory.
@@ -94,8 +94,8 @@ impl BadNode {
     }
 
     /// What is wrong.
-    pub fn wrong(&self) -> Wrong {
-        self.wrong
+    pub fn reason(&self) -> Reason {
+        self.reason
     }
 
     /// The text, as far as it was kept.
@@ -105,9 +105,9 @@ impl BadNode {
     }
 }
 
-impl fmt::Display for BadNode {
+impl fmt::Display for InvalidNode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.wrong == Wrong::Missing {
+        if self.reason == Reason::Missing {
             return write!(f, "{}: missing", self.node);
         }
         let more = if self.cut { "..." } else { "" };
@@ -117,28 +117,28 @@ impl fmt::Display for BadNode {
             self.node,
             self.text(),
             more,
-            self.wrong
+            self.reason
         )
     }
 }
 
 /// Reads a number in decimal: one or more digits, nothing else, at most `limit`.
-pub fn decimal(node: &'static str, text: &[u8], limit: u64) -> Result<u64, BadNode> {
-    digits(text, 10, limit).map_err(|wrong| BadNode::new(node, text, wrong))
+pub fn decimal(node: &'static str, text: &[u8], limit: u64) -> Result<u64, InvalidNode> {
+    digits(text, 10, limit).map_err(|wrong| InvalidNode::new(node, text, wrong))
 }
 
 /// Reads a `u32` in decimal: a grant reference, an event channel, a count.
-pub fn decimal_u32(node: &'static str, text: &[u8]) -> Result<u32, BadNode> {
+pub fn decimal_u32(node: &'static str, text: &[u8]) -> Result<u32, InvalidNode> {
     decimal(node, text, u64::from(u32::MAX)).map(|number| number as u32)
 }
 
 /// Reads a switch: 0 is off, every other number is on.
-pub fn switch(node: &'static str, text: &[u8]) -> Result<bool, BadNode> {
+pub fn switch(node: &'static str, text: &[u8]) -> Result<bool, InvalidNode> {
     decimal_u32(node, text).map(|number| number != 0)
 }
 
 /// Reads a virtual device number: decimal, or hexadecimal after `0x`.
-pub fn device_number(node: &'static str, text: &[u8]) -> Result<u32, BadNode> {
+pub fn device_number(node: &'static str, text: &[u8]) -> Result<u32, InvalidNode> {
     let limit = u64::from(u32::MAX);
     let number = match text.strip_prefix(b"0x") {
         Some(hex) => digits(hex, 16, limit),
@@ -146,7 +146,7 @@ pub fn device_number(node: &'static str, text: &[u8]) -> Result<u32, BadNode> {
     };
     number
         .map(|number| number as u32)
-        .map_err(|wrong| BadNode::new(node, text, wrong))
+        .map_err(|wrong| InvalidNode::new(node, text, wrong))
 }
 
 /// A block device as a hotplug script names it.
@@ -163,8 +163,8 @@ pub struct PhysicalDevice {
 
 /// Reads a physical device: major and minor in hexadecimal with a colon between. Before them there
 /// may be the disk's sequence number in hexadecimal and an `@`.
-pub fn physical_device(node: &'static str, text: &[u8]) -> Result<PhysicalDevice, BadNode> {
-    sequence_and_numbers(text).map_err(|wrong| BadNode::new(node, text, wrong))
+pub fn physical_device(node: &'static str, text: &[u8]) -> Result<PhysicalDevice, InvalidNode> {
+    sequence_and_numbers(text).map_err(|wrong| InvalidNode::new(node, text, wrong))
 }
 
 /// How urgent the I/O of a disk is: a class, and for two of them a level from 0, the most urgent one,
@@ -180,7 +180,7 @@ pub enum IoPriority {
 }
 
 /// Reads a priority of I/O.
-pub fn io_priority(node: &'static str, text: &[u8]) -> Result<IoPriority, BadNode> {
+pub fn io_priority(node: &'static str, text: &[u8]) -> Result<IoPriority, InvalidNode> {
     let level = |digits: &[u8]| decimal(node, digits, 7).map(|level| level as u8);
     let priority = if text == b"idle" {
         Ok(IoPriority::Idle)
@@ -189,12 +189,12 @@ pub fn io_priority(node: &'static str, text: &[u8]) -> Result<IoPriority, BadNod
     } else if let Some(digits) = text.strip_prefix(b"best-effort/") {
         level(digits).map(IoPriority::BestEffort)
     } else {
-        return Err(BadNode::new(node, text, Wrong::Unknown));
+        return Err(InvalidNode::new(node, text, Reason::Unknown));
     };
-    priority.map_err(|bad| BadNode::new(node, text, bad.wrong()))
+    priority.map_err(|bad| InvalidNode::new(node, text, bad.reason()))
 }
 
-fn sequence_and_numbers(text: &[u8]) -> Result<PhysicalDevice, Wrong> {
+fn sequence_and_numbers(text: &[u8]) -> Result<PhysicalDevice, Reason> {
     let mut parts = text.splitn(2, |byte| *byte == b'@');
     let (first, second) = (parts.next().unwrap_or_default(), parts.next());
     let sequence = match second {
@@ -210,13 +210,13 @@ fn sequence_and_numbers(text: &[u8]) -> Result<PhysicalDevice, Wrong> {
 }
 
 /// Major has 12 bits and minor 20 in the kernel.
-fn major_minor(text: &[u8]) -> Result<(u32, u32), Wrong> {
+fn major_minor(text: &[u8]) -> Result<(u32, u32), Reason> {
     let colon = text
         .iter()
         .position(|byte| *byte == b':')
-        .ok_or(Wrong::NotANumber)?;
-    let (major, rest) = text.split_at_checked(colon).ok_or(Wrong::NotANumber)?;
-    let minor = rest.strip_prefix(b":").ok_or(Wrong::NotANumber)?;
+        .ok_or(Reason::NotANumber)?;
+    let (major, rest) = text.split_at_checked(colon).ok_or(Reason::NotANumber)?;
+    let minor = rest.strip_prefix(b":").ok_or(Reason::NotANumber)?;
     Ok((
         digits(major, 16, 0xfff)? as u32,
         digits(minor, 16, 0xf_ffff)? as u32,
@@ -224,20 +224,20 @@ fn major_minor(text: &[u8]) -> Result<(u32, u32), Wrong> {
 }
 
 /// Reads digits to a base of at most 16.
-fn digits(text: &[u8], base: u32, limit: u64) -> Result<u64, Wrong> {
+fn digits(text: &[u8], base: u32, limit: u64) -> Result<u64, Reason> {
     if text.is_empty() {
-        return Err(Wrong::NotANumber);
+        return Err(Reason::NotANumber);
     }
     let mut number = Some(0u64);
     for byte in text {
-        let digit = char::from(*byte).to_digit(base).ok_or(Wrong::NotANumber)?;
+        let digit = char::from(*byte).to_digit(base).ok_or(Reason::NotANumber)?;
         number = number
             .and_then(|number| number.checked_mul(u64::from(base)))
             .and_then(|number| number.checked_add(u64::from(digit)));
     }
     number
         .filter(|number| *number <= limit)
-        .ok_or(Wrong::TooLarge { limit })
+        .ok_or(Reason::TooLarge { limit })
 }
 
 #[cfg(test)]
@@ -272,19 +272,19 @@ mod tests {
             b"1\0",
         ] {
             assert_eq!(
-                decimal("n", text, 9).unwrap_err().wrong(),
-                Wrong::NotANumber
+                decimal("n", text, 9).unwrap_err().reason(),
+                Reason::NotANumber
             );
         }
         // Also when the number is too large before the text ends.
         assert_eq!(
-            decimal("n", b"999x", 9).unwrap_err().wrong(),
-            Wrong::NotANumber
+            decimal("n", b"999x", 9).unwrap_err().reason(),
+            Reason::NotANumber
         );
         let text = b"99999999999999999999999x";
         assert_eq!(
-            decimal("n", text, 9).unwrap_err().wrong(),
-            Wrong::NotANumber
+            decimal("n", text, 9).unwrap_err().reason(),
+            Reason::NotANumber
         );
     }
 
@@ -295,11 +295,14 @@ mod tests {
             b"18446744073709551616",
             b"99999999999999999999999999",
         ] {
-            let wrong = Wrong::TooLarge { limit: 9 };
-            assert_eq!(decimal("n", text, 9), Err(BadNode::new("n", text, wrong)));
+            let wrong = Reason::TooLarge { limit: 9 };
+            assert_eq!(
+                decimal("n", text, 9),
+                Err(InvalidNode::new("n", text, wrong))
+            );
         }
-        let wrong = Wrong::TooLarge { limit: 0xffff_ffff };
-        assert_eq!(decimal_u32("n", b"4294967296").unwrap_err().wrong(), wrong);
+        let wrong = Reason::TooLarge { limit: 0xffff_ffff };
+        assert_eq!(decimal_u32("n", b"4294967296").unwrap_err().reason(), wrong);
     }
 
     #[test]
@@ -315,16 +318,16 @@ mod tests {
         assert_eq!(device_number("n", b"51712"), Ok(51712));
         assert_eq!(device_number("n", b"0xca00"), Ok(51712));
         assert_eq!(
-            device_number("n", b"0XCA00").unwrap_err().wrong(),
-            Wrong::NotANumber
+            device_number("n", b"0XCA00").unwrap_err().reason(),
+            Reason::NotANumber
         );
         assert_eq!(
-            device_number("n", b"0x").unwrap_err().wrong(),
-            Wrong::NotANumber
+            device_number("n", b"0x").unwrap_err().reason(),
+            Reason::NotANumber
         );
-        let wrong = Wrong::TooLarge { limit: 0xffff_ffff };
+        let wrong = Reason::TooLarge { limit: 0xffff_ffff };
         assert_eq!(
-            device_number("n", b"0x100000000").unwrap_err().wrong(),
+            device_number("n", b"0x100000000").unwrap_err().reason(),
             wrong
         );
     }
@@ -359,13 +362,13 @@ mod tests {
             b"7:0@1",
         ] {
             assert_eq!(
-                physical_device("n", text).unwrap_err().wrong(),
-                Wrong::NotANumber
+                physical_device("n", text).unwrap_err().reason(),
+                Reason::NotANumber
             );
         }
         for text in [&b"1000:0"[..], b"0:100000", b"10000000000000000@7:0"] {
-            let wrong = physical_device("n", text).unwrap_err().wrong();
-            assert!(matches!(wrong, Wrong::TooLarge { .. }));
+            let wrong = physical_device("n", text).unwrap_err().reason();
+            assert!(matches!(wrong, Reason::TooLarge { .. }));
         }
     }
 
@@ -379,18 +382,21 @@ mod tests {
         for (text, priority) in good {
             assert_eq!(io_priority("n", text), Ok(priority));
         }
-        let too_large = Wrong::TooLarge { limit: 7 };
+        let too_large = Reason::TooLarge { limit: 7 };
         let bad = [
-            (&b""[..], Wrong::Unknown),
-            (b"idle/1", Wrong::Unknown),
-            (b"Idle", Wrong::Unknown),
-            (b"realtime", Wrong::Unknown),
-            (b"realtime/", Wrong::NotANumber),
-            (b"best-effort/-1", Wrong::NotANumber),
+            (&b""[..], Reason::Unknown),
+            (b"idle/1", Reason::Unknown),
+            (b"Idle", Reason::Unknown),
+            (b"realtime", Reason::Unknown),
+            (b"realtime/", Reason::NotANumber),
+            (b"best-effort/-1", Reason::NotANumber),
             (b"best-effort/8", too_large),
         ];
         for (text, wrong) in bad {
-            assert_eq!(io_priority("n", text), Err(BadNode::new("n", text, wrong)));
+            assert_eq!(
+                io_priority("n", text),
+                Err(InvalidNode::new("n", text, wrong))
+            );
         }
     }
 
@@ -403,18 +409,21 @@ mod tests {
             bad.to_string(),
             "sectors = \"12q\": not a number of the form expected"
         );
-        assert_eq!(BadNode::missing("sectors").to_string(), "sectors: missing");
+        assert_eq!(
+            InvalidNode::missing("sectors").to_string(),
+            "sectors: missing"
+        );
         for (wrong, reason) in [
-            (Wrong::Missing, "missing"),
-            (Wrong::TooLarge { limit: 7 }, "larger than 7"),
+            (Reason::Missing, "missing"),
+            (Reason::TooLarge { limit: 7 }, "larger than 7"),
             (
-                Wrong::NotABlockSize {
+                Reason::NotABlockSize {
                     min: 512,
                     max: 4096,
                 },
                 "not a power of two from 512 to 4096",
             ),
-            (Wrong::Unknown, "not known"),
+            (Reason::Unknown, "not known"),
         ] {
             assert_eq!(wrong.to_string(), reason);
         }
@@ -422,13 +431,13 @@ mod tests {
 
     #[test]
     fn long_and_unprintable_text_is_tamed() {
-        let exact = BadNode::new("n", &[b'a'; 32], Wrong::Unknown);
+        let exact = InvalidNode::new("n", &[b'a'; 32], Reason::Unknown);
         assert_eq!(exact.text(), "a".repeat(32));
         assert!(!exact.to_string().contains("..."));
-        let long = BadNode::new("n", &[b'a'; 300], Wrong::Unknown);
+        let long = InvalidNode::new("n", &[b'a'; 300], Reason::Unknown);
         assert_eq!(long.text(), "a".repeat(32));
         assert!(long.to_string().contains("aaa...\""));
-        let odd = BadNode::new("n", b"a \x1b[2J\n\xff", Wrong::Unknown);
+        let odd = InvalidNode::new("n", b"a \x1b[2J\n\xff", Reason::Unknown);
         assert_eq!(odd.text(), "a ?[2J??");
     }
 }

@@ -2,15 +2,15 @@
 
 //! From a block request to slots of the ring.
 //!
-//! The data of a block request is a list of [`Piece`]s, each within one page of 4 KiB. A slot has
+//! The data of a block request is a list of [`PageFragment`]s, each within one page of 4 KiB. A slot has
 //! room for 11 of them, an indirect request for as many as the backend offered. [`Plan`] cuts the
 //! list into [`Part`]s, one for each slot, for the limits in force now. Usually there is one. There
 //! are several if the block layer was told larger limits than the backend has, as can be after a
 //! reconnect.
 //!
-//! Every piece is in exactly one part, parts follow each other on the disk and in the list, and
+//! Every fragment is in exactly one part, parts follow each other on the disk and in the list, and
 //! none is larger than the limits allow. A part is whole logical blocks if the request is, for
-//! a backend refuses any other: the frontend has the block layer align each piece to the block, or
+//! a backend refuses any other: the frontend has the block layer align each fragment to the block, or
 //! to the page if a block is larger, and [`SlotLimits`] ends a part between two blocks.
 
 use core::num::NonZeroU32;
@@ -34,12 +34,12 @@ use crate::{
 
 /// A run of sectors in a page of 4 KiB: `first <= last < 8`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Piece {
+pub struct PageFragment {
     first: u8,
     last: u8,
 }
 
-impl Piece {
+impl PageFragment {
     /// `len` bytes from byte `offset` of a page. `None` if that is not whole sectors, is nothing,
     /// or does not end in the page.
     #[inline]
@@ -53,7 +53,7 @@ impl Piece {
         }
         let first = offset / SECTOR_SIZE;
         let last = (end / SECTOR_SIZE).wrapping_sub(1);
-        Some(Piece {
+        Some(PageFragment {
             first: first as u8,
             last: last as u8,
         })
@@ -77,12 +77,12 @@ impl Piece {
         (self.sectors() as u16) << 9
     }
 
-    /// Always `false`: a piece has at least one sector.
+    /// Always `false`: a fragment has at least one sector.
     pub const fn is_empty(self) -> bool {
         false
     }
 
-    /// The segment that names this piece of the granted page `gref`.
+    /// The segment that names this fragment of the granted page `gref`.
     #[inline]
     pub const fn segment(self, gref: u32) -> WireSegment {
         WireSegment {
@@ -93,15 +93,15 @@ impl Piece {
     }
 }
 
-/// Cuts a run of bytes that may span pages into pieces: a `bio_vec` in pages larger than 4 KiB, or
+/// Cuts a run of bytes that may span pages into fragments: a `bio_vec` in pages larger than 4 KiB, or
 /// in several.
 #[derive(Clone, Copy, Debug)]
-pub struct Pieces {
+pub struct PageFragments {
     offset: u32,
     len: u32,
 }
 
-impl Pieces {
+impl PageFragments {
     /// `len` bytes from byte `offset` of the first page. `None` if that is not whole sectors or
     /// ends beyond 4 GiB.
     #[inline]
@@ -109,23 +109,23 @@ impl Pieces {
         if (offset | len) % SECTOR_SIZE != 0 || offset.checked_add(len).is_none() {
             return None;
         }
-        Some(Pieces { offset, len })
+        Some(PageFragments { offset, len })
     }
 }
 
-impl Iterator for Pieces {
-    /// Number of the page, counted from the first, and the piece in it.
-    type Item = (u32, Piece);
+impl Iterator for PageFragments {
+    /// Number of the page, counted from the first, and the fragment in it.
+    type Item = (u32, PageFragment);
 
     #[inline]
-    fn next(&mut self) -> Option<(u32, Piece)> {
+    fn next(&mut self) -> Option<(u32, PageFragment)> {
         let start = self.offset % PAGE_SIZE;
         let len = self.len.min(PAGE_SIZE.wrapping_sub(start));
-        let piece = Piece::new(start, len)?;
+        let fragment = PageFragment::new(start, len)?;
         let page = self.offset / PAGE_SIZE;
         self.offset = self.offset.wrapping_add(len);
         self.len = self.len.wrapping_sub(len);
-        Some((page, piece))
+        Some((page, fragment))
     }
 }
 
@@ -169,9 +169,9 @@ const fn whole_blocks(count: u32, pages: u32) -> u32 {
     }
 }
 
-/// Returns how many pieces a request can have and still fit into `slots` slots, with any backend
+/// Returns how many fragments a request can have and still fit into `slots` slots, with any backend
 /// that can serve a disk with this logical block size.
-pub const fn most_pieces(block_size: u32, slots: u32) -> u32 {
+pub const fn max_fragments(block_size: u32, slots: u32) -> u32 {
     let pages = block_pages(block_size);
     let direct = whole_blocks(DIRECT_SEGMENTS as u32, pages);
     let least = if direct == 0 { pages } else { direct };
@@ -202,35 +202,35 @@ impl SlotLimits {
         self.segments.get() as u16
     }
 
-    /// Slots for so many pieces.
+    /// Slots for so many fragments.
     #[inline]
-    pub fn slots(self, pieces: u32) -> u32 {
-        let part = pieces % self.segments != 0;
-        (pieces / self.segments).wrapping_add(u32::from(part))
+    pub fn slots(self, fragments: u32) -> u32 {
+        let part = fragments % self.segments != 0;
+        (fragments / self.segments).wrapping_add(u32::from(part))
     }
 
-    /// Grants for so many pieces: one for each, and one for each page of segments.
+    /// Grants for so many fragments: one for each, and one for each page of segments.
     #[inline]
-    pub fn grants(self, pieces: u32) -> u32 {
-        let full = segment_pages(self.segments()).wrapping_mul(pieces / self.segments);
-        let last = segment_pages((pieces % self.segments) as u16);
-        pieces.wrapping_add(full).wrapping_add(last)
+    pub fn grants(self, fragments: u32) -> u32 {
+        let full = segment_pages(self.segments()).wrapping_mul(fragments / self.segments);
+        let last = segment_pages((fragments % self.segments) as u16);
+        fragments.wrapping_add(full).wrapping_add(last)
     }
 }
 
-/// Pages of segments that a slot with so many pieces needs.
+/// Pages of segments that a slot with so many fragments needs.
 #[inline]
-const fn segment_pages(pieces: u16) -> u32 {
-    if pieces as usize <= DIRECT_SEGMENTS {
+const fn segment_pages(fragments: u16) -> u32 {
+    if fragments as usize <= DIRECT_SEGMENTS {
         0
     } else {
-        indirect_pages(pieces) as u32
+        indirect_pages(fragments) as u32
     }
 }
 
 /// How the segments of a part are passed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Form {
+pub enum SegmentPlacement {
     /// In the slot.
     Direct,
     /// In so many pages of their own, 1 to 8.
@@ -246,12 +246,12 @@ pub struct Part {
     pub sector: u64,
     /// Number of sectors.
     pub sectors: u32,
-    /// First piece, counted from 0 in the list of the whole request.
+    /// First fragment, counted from 0 in the list of the whole request.
     pub first: u32,
-    /// Number of pieces, at least 1.
+    /// Number of fragments, at least 1.
     pub count: u16,
     /// How the segments are passed.
-    pub form: Form,
+    pub placement: SegmentPlacement,
 }
 
 /// The request for a transfer whose segments stand in the slot.
@@ -262,8 +262,8 @@ pub fn direct<I: ExactSizeIterator<Item = WireSegment>>(
     id: u64,
     sector: u64,
     segments: I,
-) -> wire::RwFrom<I> {
-    wire::RwFrom {
+) -> wire::RwEncoder<I> {
+    wire::RwEncoder {
         operation: direction.operation(),
         nr_segments: segments.len().min(DIRECT_SEGMENTS) as u8,
         handle,
@@ -274,7 +274,7 @@ pub fn direct<I: ExactSizeIterator<Item = WireSegment>>(
 }
 
 impl Part {
-    /// The request for a part of form [`Form::Direct`]. `segments` are those of its pieces.
+    /// The request for a part of the form [`SegmentPlacement::Direct`]. `segments` are those of its fragments.
     #[inline]
     pub fn direct<I: ExactSizeIterator<Item = WireSegment>>(
         &self,
@@ -282,12 +282,12 @@ impl Part {
         handle: u16,
         id: u64,
         segments: I,
-    ) -> wire::RwFrom<I> {
+    ) -> wire::RwEncoder<I> {
         direct(direction, handle, id, self.sector, segments)
     }
 
-    /// The request for a part of form [`Form::Indirect`]. `grefs` are those of the pages that hold
-    /// the segments of its pieces, 512 in each but the last.
+    /// The request for a part of the form [`SegmentPlacement::Indirect`]. `grefs` are those of the pages that hold
+    /// the segments of its fragments, 512 in each but the last.
     #[inline]
     pub fn indirect(
         &self,
@@ -300,7 +300,7 @@ impl Part {
         for (slot, gref) in slots.iter_mut().zip(grefs) {
             *slot = gref;
         }
-        WireRequest::Indirect(wire::Indirect {
+        WireRequest::Indirect(wire::IndirectRequest {
             operation: direction.operation(),
             nr_segments: self.count,
             handle,
@@ -314,7 +314,7 @@ impl Part {
 /// The parts of a block request that moves data, in order.
 #[derive(Clone, Debug)]
 pub struct Plan<I> {
-    pieces: I,
+    fragments: I,
     limits: SlotLimits,
     sector: u64,
     first: u32,
@@ -322,19 +322,19 @@ pub struct Plan<I> {
     index: u16,
 }
 
-impl<I: Iterator<Item = Piece>> Plan<I> {
-    /// Plans a transfer that starts at `sector` of the disk. `count` is the number of `pieces`.
+impl<I: Iterator<Item = PageFragment>> Plan<I> {
+    /// Plans a transfer that starts at `sector` of the disk. `count` is the number of `fragments`.
     ///
     /// `None` if there are more parts than an id can number, or the range ends beyond 2^64 sectors:
     /// no block layer asks for that.
     #[inline]
-    pub fn new(sector: u64, pieces: I, count: u32, limits: SlotLimits) -> Option<Self> {
+    pub fn new(sector: u64, fragments: I, count: u32, limits: SlotLimits) -> Option<Self> {
         if limits.slots(count) > u32::from(FIELD_LIMIT) {
             return None;
         }
         sector.checked_add(u64::from(count).checked_mul(u64::from(SECTORS_PER_PAGE))?)?;
         Some(Plan {
-            pieces,
+            fragments,
             limits,
             sector,
             first: 0,
@@ -356,7 +356,7 @@ impl<I: Iterator<Item = Piece>> Plan<I> {
     }
 }
 
-impl<I: Iterator<Item = Piece>> Iterator for Plan<I> {
+impl<I: Iterator<Item = PageFragment>> Iterator for Plan<I> {
     type Item = Part;
 
     #[inline]
@@ -365,18 +365,18 @@ impl<I: Iterator<Item = Piece>> Iterator for Plan<I> {
         let mut sectors = 0u32;
         let mut taken = 0u16;
         while taken < count {
-            let Some(piece) = self.pieces.next() else {
+            let Some(fragment) = self.fragments.next() else {
                 break;
             };
-            sectors = sectors.wrapping_add(u32::from(piece.sectors()));
+            sectors = sectors.wrapping_add(u32::from(fragment.sectors()));
             taken = taken.wrapping_add(1);
         }
         if taken == 0 {
             return None;
         }
-        let form = match segment_pages(taken) {
-            0 => Form::Direct,
-            pages => Form::Indirect(pages as u8),
+        let placement = match segment_pages(taken) {
+            0 => SegmentPlacement::Direct,
+            pages => SegmentPlacement::Indirect(pages as u8),
         };
         let part = Part {
             index: self.index,
@@ -384,7 +384,7 @@ impl<I: Iterator<Item = Piece>> Iterator for Plan<I> {
             sectors,
             first: self.first,
             count: taken,
-            form,
+            placement,
         };
         self.index = self.index.wrapping_add(1);
         self.sector = self.sector.wrapping_add(u64::from(sectors));
@@ -403,7 +403,7 @@ pub const fn flush(operation: u8, handle: u16, id: u64) -> WireRequest {
         first: 0,
         last: 0,
     };
-    WireRequest::Rw(wire::Rw {
+    WireRequest::Rw(wire::RwRequest {
         operation,
         nr_segments: 0,
         handle,
@@ -417,7 +417,7 @@ pub const fn flush(operation: u8, handle: u16, id: u64) -> WireRequest {
 #[inline]
 pub const fn discard(handle: u16, id: u64, sector: u64, sectors: u64, secure: bool) -> WireRequest {
     let flag = if secure { wire::DISCARD_SECURE } else { 0 };
-    WireRequest::Discard(wire::Discard {
+    WireRequest::Discard(wire::DiscardRequest {
         flag,
         handle,
         id,
@@ -441,8 +441,8 @@ mod tests {
 
     use super::*;
 
-    fn pages(count: u32) -> impl Iterator<Item = Piece> {
-        (0..count).map(|_| Piece::new(0, 4096).unwrap())
+    fn pages(count: u32) -> impl Iterator<Item = PageFragment> {
+        (0..count).map(|_| PageFragment::new(0, 4096).unwrap())
     }
 
     fn limits(indirect: u16) -> SlotLimits {
@@ -464,30 +464,30 @@ mod tests {
     }
 
     fn indirect_grants(part: &Part) -> u32 {
-        match part.form {
-            Form::Direct => 0,
-            Form::Indirect(pages) => pages.into(),
+        match part.placement {
+            SegmentPlacement::Direct => 0,
+            SegmentPlacement::Indirect(pages) => pages.into(),
         }
     }
 
     #[test]
     fn pieces_are_whole_sectors_of_a_page() {
-        let piece = Piece::new(512, 1024).unwrap();
+        let fragment = PageFragment::new(512, 1024).unwrap();
         assert_eq!(
-            (piece.offset(), piece.len(), piece.sectors()),
+            (fragment.offset(), fragment.len(), fragment.sectors()),
             (512, 1024, 2)
         );
         assert_eq!(
-            piece.segment(5),
+            fragment.segment(5),
             WireSegment {
                 gref: 5,
                 first: 1,
                 last: 2
             }
         );
-        assert!(!piece.is_empty());
-        assert!(Piece::new(0, 4096).is_some());
-        assert!(Piece::new(3584, 512).is_some());
+        assert!(!fragment.is_empty());
+        assert!(PageFragment::new(0, 4096).is_some());
+        assert!(PageFragment::new(3584, 512).is_some());
         let bad = [
             (0, 0),
             (0, 100),
@@ -498,25 +498,25 @@ mod tests {
             (512, u32::MAX),
         ];
         for (offset, len) in bad {
-            assert_eq!(Piece::new(offset, len), None, "{offset} {len}");
+            assert_eq!(PageFragment::new(offset, len), None, "{offset} {len}");
         }
     }
 
     #[test]
     fn runs_are_cut_at_pages() {
         let cut = |offset, len| -> Vec<_> {
-            let pieces = Pieces::new(offset, len).unwrap();
-            pieces
-                .map(|(page, piece)| (page, piece.offset(), piece.len()))
+            let fragments = PageFragments::new(offset, len).unwrap();
+            fragments
+                .map(|(page, fragment)| (page, fragment.offset(), fragment.len()))
                 .collect()
         };
         assert_eq!(cut(512, 512), [(0, 512, 512)]);
         assert_eq!(cut(3584, 5120), [(0, 3584, 512), (1, 0, 4096), (2, 0, 512)]);
         assert_eq!(cut(8192, 4096), [(2, 0, 4096)]);
         assert_eq!(cut(0, 0), []);
-        assert!(Pieces::new(1, 512).is_none());
-        assert!(Pieces::new(512, 1).is_none());
-        assert!(Pieces::new(u32::MAX - 511, 512).is_none());
+        assert!(PageFragments::new(1, 512).is_none());
+        assert!(PageFragments::new(512, 1).is_none());
+        assert!(PageFragments::new(u32::MAX - 511, 512).is_none());
     }
 
     #[test]
@@ -553,8 +553,8 @@ mod tests {
             (32768, 256),
             (65536, 512),
         ];
-        for (block_size, pieces) in expected {
-            assert_eq!(most_pieces(block_size, 32), pieces);
+        for (block_size, fragments) in expected {
+            assert_eq!(max_fragments(block_size, 32), fragments);
         }
     }
 
@@ -566,7 +566,7 @@ mod tests {
             sectors: 88,
             first: 0,
             count: 11,
-            form: Form::Direct,
+            placement: SegmentPlacement::Direct,
         };
         assert_eq!(parts(7, 11, 0), [first]);
         assert_eq!(parts(7, 11, 256), [first]);
@@ -575,19 +575,28 @@ mod tests {
 
     #[test]
     fn more_is_indirect() {
-        let form = Form::Indirect(1);
+        let placement = SegmentPlacement::Indirect(1);
         let part = Part {
             index: 0,
             sector: 0,
             sectors: 96,
             first: 0,
             count: 12,
-            form,
+            placement,
         };
         assert_eq!(parts(0, 12, 32), [part]);
-        assert_eq!(parts(0, 512, 4096)[0].form, Form::Indirect(1));
-        assert_eq!(parts(0, 513, 4096)[0].form, Form::Indirect(2));
-        assert_eq!(parts(0, 4096, 4096)[0].form, Form::Indirect(8));
+        assert_eq!(
+            parts(0, 512, 4096)[0].placement,
+            SegmentPlacement::Indirect(1)
+        );
+        assert_eq!(
+            parts(0, 513, 4096)[0].placement,
+            SegmentPlacement::Indirect(2)
+        );
+        assert_eq!(
+            parts(0, 4096, 4096)[0].placement,
+            SegmentPlacement::Indirect(8)
+        );
     }
 
     #[test]
@@ -600,7 +609,7 @@ mod tests {
                 sectors,
                 first,
                 count,
-                form: Form::Direct,
+                placement: SegmentPlacement::Direct,
             }
         };
         let expected = [
@@ -609,12 +618,19 @@ mod tests {
             part(2, 276, 22, 10),
         ];
         assert_eq!(parts(100, 32, 0), expected);
-        let forms: Vec<_> = parts(0, 70, 32)
+        let placements: Vec<_> = parts(0, 70, 32)
             .iter()
-            .map(|part| (part.count, part.form))
+            .map(|part| (part.count, part.placement))
             .collect();
-        let indirect = Form::Indirect(1);
-        assert_eq!(forms, [(32, indirect), (32, indirect), (6, Form::Direct)]);
+        let indirect = SegmentPlacement::Indirect(1);
+        assert_eq!(
+            placements,
+            [
+                (32, indirect),
+                (32, indirect),
+                (6, SegmentPlacement::Direct)
+            ]
+        );
     }
 
     #[test]
@@ -642,7 +658,7 @@ mod tests {
 
     #[test]
     fn segments_without_room_are_not_written() {
-        let segments = [Piece::new(0, 512).unwrap().segment(1); 12];
+        let segments = [PageFragment::new(0, 512).unwrap().segment(1); 12];
         let request = direct(Direction::Write, 0, 1, 0, segments.into_iter());
         let WireRequest::Rw(rw) = read_back(request) else {
             panic!()
@@ -654,7 +670,7 @@ mod tests {
     fn parts_become_requests() {
         let limits = limits(32);
         let part = Plan::new(9, pages(2), 2, limits).unwrap().next().unwrap();
-        let segments = [1, 2].map(|gref| Piece::new(0, 4096).unwrap().segment(gref));
+        let segments = [1, 2].map(|gref| PageFragment::new(0, 4096).unwrap().segment(gref));
         let request = part.direct(Direction::Write, 51712, 5, segments.into_iter());
         let WireRequest::Rw(rw) = read_back(request) else {
             panic!()
@@ -689,7 +705,7 @@ mod tests {
             (3, 0, 3, 4)
         );
         for (secure, flag) in [(false, 0), (true, 1)] {
-            let expected = wire::Discard {
+            let expected = wire::DiscardRequest {
                 flag,
                 handle: 3,
                 id: 4,

@@ -57,22 +57,22 @@ impl DiskLimits {
 
     /// Checks a range of sectors that is not empty.
     #[inline]
-    fn check_range(&self, sector: u64, sectors: u64) -> Result<(), Refusal> {
+    fn check_range(&self, sector: u64, sectors: u64) -> Result<(), InvalidRequest> {
         if self.misaligned(sector) {
-            return Err(Refusal::MisalignedSector {
+            return Err(InvalidRequest::MisalignedSector {
                 sector,
                 block_size: self.block_size,
             });
         }
         if self.misaligned(sectors) {
-            return Err(Refusal::MisalignedLength {
+            return Err(InvalidRequest::MisalignedLength {
                 sectors,
                 block_size: self.block_size,
             });
         }
         match sector.checked_add(sectors) {
             Some(end) if end <= self.sectors => Ok(()),
-            _ => Err(Refusal::OutOfRange {
+            _ => Err(InvalidRequest::OutOfRange {
                 sector,
                 sectors,
                 size: self.sectors,
@@ -83,7 +83,7 @@ impl DiskLimits {
 
 /// Why a request is refused.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Refusal {
+pub enum InvalidRequest {
     /// The operation is none of the protocol's, or was not offered.
     UnknownOperation(u8),
     /// An indirect request came although none were offered.
@@ -147,73 +147,79 @@ pub enum Refusal {
     EmptyDiscard,
 }
 
-impl Refusal {
+impl InvalidRequest {
     /// The status of the response: [`Status::NotSupported`] for what was not offered, so that a
     /// frontend stops to use it, and [`Status::Error`] for what is wrong.
     pub const fn status(&self) -> Status {
         match self {
-            Refusal::UnknownOperation(_)
-            | Refusal::IndirectNotOffered
-            | Refusal::DiscardNotOffered
-            | Refusal::SecureNotOffered => Status::NotSupported,
-            Refusal::IndirectOperation(_)
-            | Refusal::NoSegments
-            | Refusal::TooManySegments { .. }
-            | Refusal::SegmentRange { .. }
-            | Refusal::SegmentCount { .. }
-            | Refusal::MisalignedSector { .. }
-            | Refusal::MisalignedLength { .. }
-            | Refusal::OutOfRange { .. }
-            | Refusal::ReadOnly
-            | Refusal::EmptyDiscard => Status::Error,
+            InvalidRequest::UnknownOperation(_)
+            | InvalidRequest::IndirectNotOffered
+            | InvalidRequest::DiscardNotOffered
+            | InvalidRequest::SecureNotOffered => Status::NotSupported,
+            InvalidRequest::IndirectOperation(_)
+            | InvalidRequest::NoSegments
+            | InvalidRequest::TooManySegments { .. }
+            | InvalidRequest::SegmentRange { .. }
+            | InvalidRequest::SegmentCount { .. }
+            | InvalidRequest::MisalignedSector { .. }
+            | InvalidRequest::MisalignedLength { .. }
+            | InvalidRequest::OutOfRange { .. }
+            | InvalidRequest::ReadOnly
+            | InvalidRequest::EmptyDiscard => Status::Error,
         }
     }
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for InvalidRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Refusal::UnknownOperation(operation) => write!(f, "unknown operation {operation}"),
-            Refusal::IndirectNotOffered => f.write_str("indirect request, but none were offered"),
-            Refusal::IndirectOperation(operation) => {
+            InvalidRequest::UnknownOperation(operation) => {
+                write!(f, "unknown operation {operation}")
+            }
+            InvalidRequest::IndirectNotOffered => {
+                f.write_str("indirect request, but none were offered")
+            }
+            InvalidRequest::IndirectOperation(operation) => {
                 write!(
                     f,
                     "indirect request with operation {operation}, not a read or write"
                 )
             }
-            Refusal::NoSegments => f.write_str("read or write without segments"),
-            Refusal::TooManySegments { segments, limit } => {
+            InvalidRequest::NoSegments => f.write_str("read or write without segments"),
+            InvalidRequest::TooManySegments { segments, limit } => {
                 write!(f, "{segments} segments, at most {limit} are allowed")
             }
-            Refusal::SegmentRange { first, last } => {
+            InvalidRequest::SegmentRange { first, last } => {
                 write!(f, "segment from sector {first} to {last} of a page of 8")
             }
-            Refusal::SegmentCount { expected, fetched } => {
+            InvalidRequest::SegmentCount { expected, fetched } => {
                 write!(f, "{fetched} segments fetched of a request with {expected}")
             }
-            Refusal::MisalignedSector { sector, block_size } => {
+            InvalidRequest::MisalignedSector { sector, block_size } => {
                 write!(
                     f,
                     "sector {sector} is not at the start of a block of {block_size}"
                 )
             }
-            Refusal::MisalignedLength {
+            InvalidRequest::MisalignedLength {
                 sectors,
                 block_size,
             } => {
                 write!(f, "{sectors} sectors are not in blocks of {block_size}")
             }
-            Refusal::OutOfRange {
+            InvalidRequest::OutOfRange {
                 sector,
                 sectors,
                 size,
             } => {
                 write!(f, "{sectors} sectors at {sector} on a disk of {size}")
             }
-            Refusal::ReadOnly => f.write_str("write or discard on a read-only disk"),
-            Refusal::DiscardNotOffered => f.write_str("discard, but it was not offered"),
-            Refusal::SecureNotOffered => f.write_str("secure discard, but it was not offered"),
-            Refusal::EmptyDiscard => f.write_str("discard of no sectors"),
+            InvalidRequest::ReadOnly => f.write_str("write or discard on a read-only disk"),
+            InvalidRequest::DiscardNotOffered => f.write_str("discard, but it was not offered"),
+            InvalidRequest::SecureNotOffered => {
+                f.write_str("secure discard, but it was not offered")
+            }
+            InvalidRequest::EmptyDiscard => f.write_str("discard of no sectors"),
         }
     }
 }
@@ -238,10 +244,10 @@ impl Segment {
     /// I/O from memory that is aligned to 512 bytes writes a block as parts of two pages, and the
     /// block layer takes that, as long as the request as a whole is whole blocks.
     #[inline]
-    fn check(wire: WireSegment) -> Result<Self, Refusal> {
+    fn check(wire: WireSegment) -> Result<Self, InvalidRequest> {
         let WireSegment { first, last, .. } = wire;
         if first > last || last >= SECTORS_PER_PAGE {
-            return Err(Refusal::SegmentRange { first, last });
+            return Err(InvalidRequest::SegmentRange { first, last });
         }
         Ok(Segment::new(wire))
     }
@@ -322,7 +328,7 @@ impl<'a> Direct<'a> {
         sector: u64,
         segments: &'a [WireSegment],
         limits: &DiskLimits,
-    ) -> Result<Self, Refusal> {
+    ) -> Result<Self, InvalidRequest> {
         let mut sum = SegmentChecker::new(sector, segments.len() as u16, limits);
         for wire in segments {
             sum.push(*wire)?;
@@ -396,7 +402,7 @@ impl<'l> SegmentChecker<'l> {
 
     /// Checks the next segment, from a private copy of its two words ([`WireSegment::decode`]).
     #[inline]
-    pub fn push(&mut self, wire: WireSegment) -> Result<Segment, Refusal> {
+    pub fn push(&mut self, wire: WireSegment) -> Result<Segment, InvalidRequest> {
         let segment = Segment::check(wire)?;
         self.fetched = self.fetched.saturating_add(1);
         self.sectors = self.sectors.wrapping_add(u64::from(segment.sectors()));
@@ -405,12 +411,12 @@ impl<'l> SegmentChecker<'l> {
 
     /// Checks that all segments were there, and the range of the disk that they are for.
     #[inline]
-    pub fn finish(self) -> Result<Extent, Refusal> {
+    pub fn finish(self) -> Result<Extent, InvalidRequest> {
         if self.fetched != self.expected {
             let SegmentChecker {
                 expected, fetched, ..
             } = self;
-            return Err(Refusal::SegmentCount { expected, fetched });
+            return Err(InvalidRequest::SegmentCount { expected, fetched });
         }
         self.limits.check_range(self.sector, self.sectors)?;
         Ok(Extent {
@@ -464,13 +470,13 @@ impl Request<'_> {
 /// A backend that has this number of pages, addresses and mappings can serve each request, if it
 /// serves one after another. The pages of segments count too: they may still be mapped when the data
 /// is.
-pub const fn pages_for_one(indirect_segments: u16) -> usize {
+pub const fn max_pages_per_request(indirect_segments: u16) -> usize {
     let segments = indirect_limit(indirect_segments);
     at_least_direct((segments as usize).saturating_add(wire::indirect_pages(segments)))
 }
 
-/// Returns how many segments one request has, at most, as [`pages_for_one`].
-pub const fn segments_for_one(indirect_segments: u16) -> usize {
+/// Returns how many segments one request has, at most, as [`max_pages_per_request`].
+pub const fn max_segments_per_request(indirect_segments: u16) -> usize {
     at_least_direct(indirect_limit(indirect_segments) as usize)
 }
 
@@ -487,35 +493,41 @@ const fn indirect_limit(offered: u16) -> u16 {
 /// Checks a request against a disk. The response takes id and operation from `wire`
 /// ([`WireRequest::response`]).
 #[inline]
-pub fn check<'a>(wire: &'a WireRequest, limits: &DiskLimits) -> Result<Request<'a>, Refusal> {
+pub fn check<'a>(
+    wire: &'a WireRequest,
+    limits: &DiskLimits,
+) -> Result<Request<'a>, InvalidRequest> {
     match wire {
         WireRequest::Rw(rw) => check_rw(rw, limits),
         WireRequest::Indirect(indirect) => check_indirect(indirect, limits),
         WireRequest::Discard(discard) => check_discard(discard, limits),
-        WireRequest::Unknown { operation, .. } => Err(Refusal::UnknownOperation(*operation)),
+        WireRequest::Unknown { operation, .. } => Err(InvalidRequest::UnknownOperation(*operation)),
     }
 }
 
 #[inline]
-fn check_rw<'a>(rw: &'a wire::Rw, limits: &DiskLimits) -> Result<Request<'a>, Refusal> {
+fn check_rw<'a>(
+    rw: &'a wire::RwRequest,
+    limits: &DiskLimits,
+) -> Result<Request<'a>, InvalidRequest> {
     if usize::from(rw.nr_segments) > DIRECT_SEGMENTS {
         let segments = u16::from(rw.nr_segments);
-        return Err(Refusal::TooManySegments {
+        return Err(InvalidRequest::TooManySegments {
             segments,
             limit: DIRECT_SEGMENTS as u16,
         });
     }
     let segments = rw.segments();
     match rw.operation {
-        op::READ if segments.is_empty() => Err(Refusal::NoSegments),
+        op::READ if segments.is_empty() => Err(InvalidRequest::NoSegments),
         op::READ => Ok(Request::Read(Data::Direct(Direct::check(
             rw.sector, segments, limits,
         )?))),
-        op::WRITE if segments.is_empty() => Err(Refusal::NoSegments),
+        op::WRITE if segments.is_empty() => Err(InvalidRequest::NoSegments),
         op::FLUSH_DISKCACHE if segments.is_empty() => Ok(Request::Flush),
         op::WRITE_BARRIER if segments.is_empty() => Ok(Request::Barrier(None)),
         op::WRITE | op::FLUSH_DISKCACHE | op::WRITE_BARRIER if limits.read_only => {
-            Err(Refusal::ReadOnly)
+            Err(InvalidRequest::ReadOnly)
         }
         op::WRITE => Ok(Request::Write(Data::Direct(Direct::check(
             rw.sector, segments, limits,
@@ -523,28 +535,28 @@ fn check_rw<'a>(rw: &'a wire::Rw, limits: &DiskLimits) -> Result<Request<'a>, Re
         op::FLUSH_DISKCACHE | op::WRITE_BARRIER => Ok(Request::Barrier(Some(Direct::check(
             rw.sector, segments, limits,
         )?))),
-        operation => Err(Refusal::UnknownOperation(operation)),
+        operation => Err(InvalidRequest::UnknownOperation(operation)),
     }
 }
 
 #[inline]
 fn check_indirect<'a>(
-    indirect: &'a wire::Indirect,
+    indirect: &'a wire::IndirectRequest,
     limits: &DiskLimits,
-) -> Result<Request<'a>, Refusal> {
+) -> Result<Request<'a>, InvalidRequest> {
     if limits.indirect_segments == 0 {
-        return Err(Refusal::IndirectNotOffered);
+        return Err(InvalidRequest::IndirectNotOffered);
     }
     if indirect.operation != op::READ && indirect.operation != op::WRITE {
-        return Err(Refusal::IndirectOperation(indirect.operation));
+        return Err(InvalidRequest::IndirectOperation(indirect.operation));
     }
     let limit = indirect_limit(limits.indirect_segments);
     let segments = indirect.nr_segments;
     if segments == 0 {
-        return Err(Refusal::NoSegments);
+        return Err(InvalidRequest::NoSegments);
     }
     if segments > limit {
-        return Err(Refusal::TooManySegments { segments, limit });
+        return Err(InvalidRequest::TooManySegments { segments, limit });
     }
     let data = Unfetched {
         sector: indirect.sector,
@@ -554,7 +566,7 @@ fn check_indirect<'a>(
     if indirect.operation == op::READ {
         Ok(Request::Read(Data::Indirect(data)))
     } else if limits.read_only {
-        Err(Refusal::ReadOnly)
+        Err(InvalidRequest::ReadOnly)
     } else {
         Ok(Request::Write(Data::Indirect(data)))
     }
@@ -562,21 +574,21 @@ fn check_indirect<'a>(
 
 #[inline]
 fn check_discard(
-    discard: &wire::Discard,
+    discard: &wire::DiscardRequest,
     limits: &DiskLimits,
-) -> Result<Request<'static>, Refusal> {
+) -> Result<Request<'static>, InvalidRequest> {
     let secure = discard.flag & wire::DISCARD_SECURE != 0;
     if limits.read_only {
-        return Err(Refusal::ReadOnly);
+        return Err(InvalidRequest::ReadOnly);
     }
     if !limits.discard {
-        return Err(Refusal::DiscardNotOffered);
+        return Err(InvalidRequest::DiscardNotOffered);
     }
     if secure && !limits.secure_discard {
-        return Err(Refusal::SecureNotOffered);
+        return Err(InvalidRequest::SecureNotOffered);
     }
     if discard.nr_sectors == 0 {
-        return Err(Refusal::EmptyDiscard);
+        return Err(InvalidRequest::EmptyDiscard);
     }
     limits.check_range(discard.sector, discard.nr_sectors)?;
     let extent = Extent {
@@ -595,9 +607,9 @@ mod tests {
     };
 
     use crate::wire::{
-        Discard,
-        Indirect,
-        Rw, //
+        DiscardRequest,
+        IndirectRequest,
+        RwRequest, //
     };
 
     use super::*;
@@ -635,7 +647,7 @@ mod tests {
         let mut segments = [WireSegment::default(); DIRECT_SEGMENTS];
         segments[..list.len()].copy_from_slice(list);
         let nr_segments = list.len() as u8;
-        WireRequest::Rw(Rw {
+        WireRequest::Rw(RwRequest {
             operation,
             nr_segments,
             handle: 0,
@@ -647,7 +659,7 @@ mod tests {
 
     fn indirect(operation: u8, sector: u64, nr_segments: u16) -> WireRequest {
         let grefs = [10, 11, 12, 13, 14, 15, 16, 17];
-        WireRequest::Indirect(Indirect {
+        WireRequest::Indirect(IndirectRequest {
             operation,
             nr_segments,
             handle: 0,
@@ -658,7 +670,7 @@ mod tests {
     }
 
     fn discard(sector: u64, nr_sectors: u64, flag: u8) -> WireRequest {
-        WireRequest::Discard(Discard {
+        WireRequest::Discard(DiscardRequest {
             flag,
             handle: 0,
             id: 1,
@@ -667,7 +679,7 @@ mod tests {
         })
     }
 
-    fn refusal(request: &WireRequest, limits: &DiskLimits) -> Refusal {
+    fn refusal(request: &WireRequest, limits: &DiskLimits) -> InvalidRequest {
         check(request, limits).unwrap_err()
     }
 
@@ -741,12 +753,12 @@ mod tests {
             let request = WireRequest::Unknown { operation, id: 1 };
             assert_eq!(
                 refusal(&request, &LIMITS),
-                Refusal::UnknownOperation(operation)
+                InvalidRequest::UnknownOperation(operation)
             );
             let request = rw(operation, 0, &[wire(0, 0)]);
             assert_eq!(
                 refusal(&request, &LIMITS),
-                Refusal::UnknownOperation(operation)
+                InvalidRequest::UnknownOperation(operation)
             );
         }
         for operation in [
@@ -759,17 +771,20 @@ mod tests {
             let request = indirect(operation, 0, 1);
             assert_eq!(
                 refusal(&request, &LIMITS),
-                Refusal::IndirectOperation(operation)
+                InvalidRequest::IndirectOperation(operation)
             );
         }
     }
 
     #[test]
     fn number_of_direct_segments() {
-        assert_eq!(refusal(&rw(op::READ, 0, &[]), &LIMITS), Refusal::NoSegments);
+        assert_eq!(
+            refusal(&rw(op::READ, 0, &[]), &LIMITS),
+            InvalidRequest::NoSegments
+        );
         assert_eq!(
             refusal(&rw(op::WRITE, 0, &[]), &LIMITS),
-            Refusal::NoSegments
+            InvalidRequest::NoSegments
         );
         assert_eq!(
             direct(&rw(op::READ, 0, &[wire(0, 0); 11]), &LIMITS)
@@ -781,12 +796,12 @@ mod tests {
             panic!()
         };
         for nr_segments in [12, 255] {
-            let request = WireRequest::Rw(Rw {
+            let request = WireRequest::Rw(RwRequest {
                 nr_segments,
                 ..full
             });
             let segments = nr_segments.into();
-            let refused = Refusal::TooManySegments {
+            let refused = InvalidRequest::TooManySegments {
                 segments,
                 limit: 11,
             };
@@ -798,10 +813,10 @@ mod tests {
     fn number_of_indirect_segments() {
         assert_eq!(
             refusal(&indirect(op::READ, 0, 0), &LIMITS),
-            Refusal::NoSegments
+            InvalidRequest::NoSegments
         );
         assert_eq!(unfetched(0, 256, &LIMITS).count(), 256);
-        let refused = Refusal::TooManySegments {
+        let refused = InvalidRequest::TooManySegments {
             segments: 257,
             limit: 256,
         };
@@ -811,7 +826,7 @@ mod tests {
             ..LIMITS
         };
         assert_eq!(unfetched(0, 4096, &unlimited).count(), 4096);
-        let refused = Refusal::TooManySegments {
+        let refused = InvalidRequest::TooManySegments {
             segments: 4097,
             limit: 4096,
         };
@@ -848,8 +863,8 @@ mod tests {
             (4097, 4096, 4104),
             (u16::MAX, 4096, 4104),
         ] {
-            assert_eq!(segments_for_one(offered), segments);
-            assert_eq!(pages_for_one(offered), pages);
+            assert_eq!(max_segments_per_request(offered), segments);
+            assert_eq!(max_pages_per_request(offered), pages);
         }
     }
 
@@ -861,11 +876,11 @@ mod tests {
         };
         assert_eq!(
             refusal(&indirect(op::READ, 0, 1), &none),
-            Refusal::IndirectNotOffered
+            InvalidRequest::IndirectNotOffered
         );
         assert_eq!(
             refusal(&indirect(9, 0, 0), &none),
-            Refusal::IndirectNotOffered
+            InvalidRequest::IndirectNotOffered
         );
     }
 
@@ -889,7 +904,7 @@ mod tests {
             let request = rw(op::READ, 0, &[wire(0, 0), wire(first, last)]);
             assert_eq!(
                 refusal(&request, &LIMITS),
-                Refusal::SegmentRange { first, last }
+                InvalidRequest::SegmentRange { first, last }
             );
         }
         for (first, last) in [(0, 0), (0, 7), (7, 7), (3, 4)] {
@@ -907,7 +922,7 @@ mod tests {
             if sectors * 512 % u64::from(limits.block_size) == 0 {
                 assert_eq!(direct(&request, limits).extent().sectors(), sectors);
             } else {
-                let refused = Refusal::MisalignedLength {
+                let refused = InvalidRequest::MisalignedLength {
                     sectors,
                     block_size: limits.block_size,
                 };
@@ -947,7 +962,7 @@ mod tests {
     fn data_starts_at_a_block() {
         let page = [wire(0, 7)];
         for sector in [1, 4, 7, 9] {
-            let refused = Refusal::MisalignedSector {
+            let refused = InvalidRequest::MisalignedSector {
                 sector,
                 block_size: 4096,
             };
@@ -972,7 +987,7 @@ mod tests {
             992
         );
         for sector in [993, 1000, u64::MAX - 8, u64::MAX - 7, u64::MAX] {
-            let refused = Refusal::OutOfRange {
+            let refused = InvalidRequest::OutOfRange {
                 sector,
                 sectors: 8,
                 size: 1000,
@@ -1006,17 +1021,20 @@ mod tests {
         for operation in [op::WRITE, op::WRITE_BARRIER, op::FLUSH_DISKCACHE] {
             assert_eq!(
                 refusal(&rw(operation, 0, &page), &READ_ONLY),
-                Refusal::ReadOnly
+                InvalidRequest::ReadOnly
             );
         }
         assert_eq!(
             refusal(&indirect(op::WRITE, 0, 1), &READ_ONLY),
-            Refusal::ReadOnly
+            InvalidRequest::ReadOnly
         );
-        assert_eq!(refusal(&discard(0, 8, 0), &READ_ONLY), Refusal::ReadOnly);
+        assert_eq!(
+            refusal(&discard(0, 8, 0), &READ_ONLY),
+            InvalidRequest::ReadOnly
+        );
         assert_eq!(
             refusal(&rw(4, 0, &page), &READ_ONLY),
-            Refusal::UnknownOperation(4)
+            InvalidRequest::UnknownOperation(4)
         );
     }
 
@@ -1029,18 +1047,21 @@ mod tests {
             };
             assert_eq!((extent.sector(), extent.sectors(), is), (8, 9, secure));
         }
-        let refused = Refusal::OutOfRange {
+        let refused = InvalidRequest::OutOfRange {
             sector: 1,
             sectors: u64::MAX,
             size: 1000,
         };
         assert_eq!(refusal(&discard(1, u64::MAX, 0), &LIMITS), refused);
-        let refused = Refusal::MisalignedLength {
+        let refused = InvalidRequest::MisalignedLength {
             sectors: 12,
             block_size: 4096,
         };
         assert_eq!(refusal(&discard(8, 12, 0), &BLOCKS_OF_4K), refused);
-        assert_eq!(refusal(&discard(1, 0, 0), &LIMITS), Refusal::EmptyDiscard);
+        assert_eq!(
+            refusal(&discard(1, 0, 0), &LIMITS),
+            InvalidRequest::EmptyDiscard
+        );
     }
 
     #[test]
@@ -1049,14 +1070,17 @@ mod tests {
             discard: false,
             ..LIMITS
         };
-        assert_eq!(refusal(&discard(0, 8, 0), &off), Refusal::DiscardNotOffered);
+        assert_eq!(
+            refusal(&discard(0, 8, 0), &off),
+            InvalidRequest::DiscardNotOffered
+        );
         let plain = DiskLimits {
             secure_discard: false,
             ..LIMITS
         };
         assert_eq!(
             refusal(&discard(0, 8, 1), &plain),
-            Refusal::SecureNotOffered
+            InvalidRequest::SecureNotOffered
         );
         assert!(check(&discard(0, 8, 0), &plain).is_ok());
     }
@@ -1076,12 +1100,12 @@ mod tests {
         let mut checker = unfetched(16, 3, &BLOCKS_OF_4K).checker(&BLOCKS_OF_4K);
         assert_eq!(
             checker.push(wire(3, 2)),
-            Err(Refusal::SegmentRange { first: 3, last: 2 })
+            Err(InvalidRequest::SegmentRange { first: 3, last: 2 })
         );
         for _ in 0..3 {
             checker.push(wire(0, 2)).unwrap();
         }
-        let refused = Refusal::MisalignedLength {
+        let refused = InvalidRequest::MisalignedLength {
             sectors: 9,
             block_size: 4096,
         };
@@ -1103,7 +1127,7 @@ mod tests {
             for _ in 0..fetched {
                 checker.push(wire(0, 0)).unwrap();
             }
-            let refused = Refusal::SegmentCount {
+            let refused = InvalidRequest::SegmentCount {
                 expected: 2,
                 fetched,
             };
@@ -1116,7 +1140,7 @@ mod tests {
         let mut checker = unfetched(990, 2, &LIMITS).checker(&LIMITS);
         checker.push(wire(0, 7)).unwrap();
         checker.push(wire(0, 7)).unwrap();
-        let refused = Refusal::OutOfRange {
+        let refused = InvalidRequest::OutOfRange {
             sector: 990,
             sectors: 16,
             size: 1000,
@@ -1129,27 +1153,27 @@ mod tests {
         let (first, last, block_size, sectors) = (3, 2, 4096, 9);
         for (refused, status, message) in [
             (
-                Refusal::UnknownOperation(9),
+                InvalidRequest::UnknownOperation(9),
                 Status::NotSupported,
                 "unknown operation 9",
             ),
             (
-                Refusal::IndirectNotOffered,
+                InvalidRequest::IndirectNotOffered,
                 Status::NotSupported,
                 "indirect request, but none were offered",
             ),
             (
-                Refusal::IndirectOperation(5),
+                InvalidRequest::IndirectOperation(5),
                 Status::Error,
                 "indirect request with operation 5, not a read or write",
             ),
             (
-                Refusal::NoSegments,
+                InvalidRequest::NoSegments,
                 Status::Error,
                 "read or write without segments",
             ),
             (
-                Refusal::TooManySegments {
+                InvalidRequest::TooManySegments {
                     segments: 12,
                     limit: 11,
                 },
@@ -1157,12 +1181,12 @@ mod tests {
                 "12 segments, at most 11 are allowed",
             ),
             (
-                Refusal::SegmentRange { first, last },
+                InvalidRequest::SegmentRange { first, last },
                 Status::Error,
                 "segment from sector 3 to 2 of a page of 8",
             ),
             (
-                Refusal::SegmentCount {
+                InvalidRequest::SegmentCount {
                     expected: 2,
                     fetched: 1,
                 },
@@ -1170,7 +1194,7 @@ mod tests {
                 "1 segments fetched of a request with 2",
             ),
             (
-                Refusal::MisalignedSector {
+                InvalidRequest::MisalignedSector {
                     sector: 1,
                     block_size,
                 },
@@ -1178,7 +1202,7 @@ mod tests {
                 "sector 1 is not at the start of a block of 4096",
             ),
             (
-                Refusal::MisalignedLength {
+                InvalidRequest::MisalignedLength {
                     sectors,
                     block_size,
                 },
@@ -1186,7 +1210,7 @@ mod tests {
                 "9 sectors are not in blocks of 4096",
             ),
             (
-                Refusal::OutOfRange {
+                InvalidRequest::OutOfRange {
                     sector: 1,
                     sectors,
                     size: 5,
@@ -1195,22 +1219,22 @@ mod tests {
                 "9 sectors at 1 on a disk of 5",
             ),
             (
-                Refusal::ReadOnly,
+                InvalidRequest::ReadOnly,
                 Status::Error,
                 "write or discard on a read-only disk",
             ),
             (
-                Refusal::DiscardNotOffered,
+                InvalidRequest::DiscardNotOffered,
                 Status::NotSupported,
                 "discard, but it was not offered",
             ),
             (
-                Refusal::SecureNotOffered,
+                InvalidRequest::SecureNotOffered,
                 Status::NotSupported,
                 "secure discard, but it was not offered",
             ),
             (
-                Refusal::EmptyDiscard,
+                InvalidRequest::EmptyDiscard,
                 Status::Error,
                 "discard of no sectors",
             ),

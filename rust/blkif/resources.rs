@@ -14,8 +14,8 @@ use crate::{
 /// What a request takes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Resources {
-    /// Pieces of data.
-    pub pieces: u32,
+    /// Fragments of data.
+    pub fragments: u32,
     /// Slots.
     pub slots: usize,
     /// Pages to bounce data.
@@ -27,22 +27,22 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Returns what a request of so many pieces takes. `bounce`: its data is copied.
+    /// Returns what a request of so many fragments takes. `bounce`: its data is copied.
     #[inline]
-    pub fn new(limits: SlotLimits, bounce: bool, pieces: u32) -> Self {
-        let (slots, indirect) = if is_small(pieces) {
+    pub fn new(limits: SlotLimits, bounce: bool, fragments: u32) -> Self {
+        let (slots, indirect) = if is_small(fragments) {
             (1, 0)
         } else {
-            let lists = limits.grants(pieces).saturating_sub(pieces);
-            (limits.slots(pieces) as usize, lists as usize)
+            let lists = limits.grants(fragments).saturating_sub(fragments);
+            (limits.slots(fragments) as usize, lists as usize)
         };
-        let bounced = if bounce { pieces } else { 0 };
+        let bounced = if bounce { fragments } else { 0 };
         Self {
-            pieces,
+            fragments,
             slots,
             data: bounced as usize,
             indirect,
-            grants: pieces.saturating_sub(bounced) as u16,
+            grants: fragments.saturating_sub(bounced) as u16,
         }
     }
 
@@ -52,30 +52,30 @@ impl Resources {
     }
 }
 
-/// Returns `true` if so many pieces of data, or none, take one slot and nothing else.
+/// Returns `true` if so many fragments of data, or none, take one slot and nothing else.
 #[inline]
-pub const fn is_small(pieces: u32) -> bool {
-    pieces as usize <= DIRECT_SEGMENTS
+pub const fn is_small(fragments: u32) -> bool {
+    fragments as usize <= DIRECT_SEGMENTS
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn resources(offered: u16, bounce: bool, pieces: u32) -> Resources {
-        Resources::new(SlotLimits::new(offered, 512).unwrap(), bounce, pieces)
+    fn resources(offered: u16, bounce: bool, fragments: u32) -> Resources {
+        Resources::new(SlotLimits::new(offered, 512).unwrap(), bounce, fragments)
     }
 
     #[test]
     fn a_small_request_takes_one_slot() {
-        for pieces in [0, 1, 11] {
+        for fragments in [0, 1, 11] {
             for offered in [0, 256] {
-                let direct = resources(offered, false, pieces);
+                let direct = resources(offered, false, fragments);
                 assert_eq!((direct.slots, direct.pages()), (1, 0));
-                assert_eq!(u32::from(direct.grants), pieces);
-                let bounced = resources(offered, true, pieces);
+                assert_eq!(u32::from(direct.grants), fragments);
+                let bounced = resources(offered, true, fragments);
                 assert_eq!((bounced.slots, bounced.grants), (1, 0));
-                assert_eq!(bounced.pages(), pieces as usize);
+                assert_eq!(bounced.pages(), fragments as usize);
             }
         }
     }

@@ -167,7 +167,7 @@ impl fmt::Display for RingError {
 
 /// A put found no slot to write to. Ask for the space before: this is a mistake of the caller.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct NoSlot;
+pub struct RingFull;
 
 /// Slots of a ring of so many words, see `__CONST_RING_SIZE`: as many as fit behind the header,
 /// rounded down to a power of two. 32 for one page, in each ABI.
@@ -182,7 +182,7 @@ pub const fn capacity(words: usize, abi: Abi) -> u32 {
 /// Whether a producer that moved its index from `old` to `new` must notify a consumer that asked
 /// for `event`: it was passed by this move.
 #[inline]
-const fn passed(event: u32, old: u32, new: u32) -> bool {
+const fn crosses_event(event: u32, old: u32, new: u32) -> bool {
     new.wrapping_sub(event) < new.wrapping_sub(old)
 }
 
@@ -262,7 +262,7 @@ impl<M: Memory> Slots<M> {
         self.memory.wmb();
         self.memory.store(prod_word, new);
         self.memory.mb();
-        passed(self.memory.load(event_word), old, new)
+        crosses_event(self.memory.load(event_word), old, new)
     }
 
     /// Asks to be notified when a producer passes `event`, and says whether it has already moved
@@ -339,9 +339,9 @@ impl<M: Memory> FrontRing<M> {
     /// Writes a request into the next slot. The backend does not see it before
     /// [`FrontRing::publish`].
     #[inline]
-    pub fn put(&mut self, request: impl Encode) -> Result<(), NoSlot> {
+    pub fn put(&mut self, request: impl Encode) -> Result<(), RingFull> {
         if self.free_slots() == 0 {
-            return Err(NoSlot);
+            return Err(RingFull);
         }
         self.slots.write_request(self.req_prod_pvt, request);
         self.req_prod_pvt = self.req_prod_pvt.wrapping_add(1);
@@ -361,7 +361,7 @@ impl<M: Memory> FrontRing<M> {
     /// per batch.
     #[inline]
     pub fn take_response(&mut self) -> Result<Option<Response>, RingError> {
-        if self.rsp_cons == self.rsp_seen && !self.look()? {
+        if self.rsp_cons == self.rsp_seen && !self.check_producer()? {
             return Ok(None);
         }
         let response = self.slots.read_response(self.rsp_cons);
@@ -404,7 +404,7 @@ impl<M: Memory> FrontRing<M> {
 
     /// Reads the backend's index. `true`: there are new responses.
     #[inline]
-    fn look(&mut self) -> Result<bool, RingError> {
+    fn check_producer(&mut self) -> Result<bool, RingError> {
         let rsp_prod = self.slots.memory.load(RSP_PROD);
         let new = rsp_prod.wrapping_sub(self.rsp_cons);
         if new > self.req_prod.wrapping_sub(self.rsp_cons) {
@@ -447,7 +447,7 @@ impl<M: Memory> BackRing<M> {
             rsp_prod_pvt: at,
             rsp_prod: at,
         };
-        ring.look()?;
+        ring.check_producer()?;
         Ok(ring)
     }
 
@@ -472,7 +472,7 @@ impl<M: Memory> BackRing<M> {
     /// frontend's index is read once per batch.
     #[inline]
     pub fn take_request(&mut self) -> Result<Option<WireRequest>, RingError> {
-        let mut request = WireRequest::NONE;
+        let mut request = WireRequest::EMPTY;
         let took = self.take_request_to(&mut request)?;
         Ok(took.then_some(request))
     }
@@ -481,7 +481,7 @@ impl<M: Memory> BackRing<M> {
     /// none now.
     #[inline]
     pub fn take_request_to(&mut self, place: &mut WireRequest) -> Result<bool, RingError> {
-        if self.req_cons == self.req_seen && !self.look()? {
+        if self.req_cons == self.req_seen && !self.check_producer()? {
             return Ok(false);
         }
         self.slots.read_request(self.req_cons, place);
@@ -502,9 +502,9 @@ impl<M: Memory> BackRing<M> {
     /// Writes a response over the slot of a request that was taken. The frontend does not see it
     /// before [`BackRing::publish`].
     #[inline]
-    pub fn put(&mut self, response: &Response) -> Result<(), NoSlot> {
+    pub fn put(&mut self, response: &Response) -> Result<(), RingFull> {
         if self.in_flight() == 0 {
-            return Err(NoSlot);
+            return Err(RingFull);
         }
         self.slots.write_response(self.rsp_prod_pvt, response);
         self.rsp_prod_pvt = self.rsp_prod_pvt.wrapping_add(1);
@@ -522,7 +522,7 @@ impl<M: Memory> BackRing<M> {
 
     /// Reads the frontend's index. `true`: there are new requests.
     #[inline]
-    fn look(&mut self) -> Result<bool, RingError> {
+    fn check_producer(&mut self) -> Result<bool, RingError> {
         let req_prod = self.slots.memory.load(REQ_PROD);
         let new = req_prod.wrapping_sub(self.req_cons);
         if new > self.slots.capacity.wrapping_sub(self.in_flight()) {
@@ -735,7 +735,7 @@ mod tests {
             assert_eq!((front.in_flight(), front.free_slots()), (id, 32 - id));
             front.put(request(id.into())).unwrap();
         }
-        assert_eq!(front.put(request(32)), Err(NoSlot));
+        assert_eq!(front.put(request(32)), Err(RingFull));
         assert_eq!((front.in_flight(), front.free_slots()), (32, 0));
         assert!(front.publish());
         for id in 0..32 {
@@ -745,7 +745,7 @@ mod tests {
         for id in 0..32 {
             back.put(&response(id)).unwrap();
         }
-        assert_eq!(back.put(&response(32)), Err(NoSlot));
+        assert_eq!(back.put(&response(32)), Err(RingFull));
         assert!(back.publish());
         for id in 0..32 {
             assert_eq!(front.take_response(), Ok(Some(response(id))));

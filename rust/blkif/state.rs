@@ -2,33 +2,33 @@
 
 //! The connection as a state machine, for each side.
 //!
-//! Both sides of a device show their state in a xenstore node and watch the other's. [`Front`] and
-//! [`Back`] are what a side knows about itself; `step` says what it must do when something happens.
+//! Both sides of a device show their state in a xenstore node and watch the other's. [`FrontState`] and
+//! [`BackState`] are what a side knows about itself; `step` says what it must do when something happens.
 //! A driver does what the action says, takes over the state that the action leads to, writes that
 //! state to its node, and asks again with the other side's state as it is then, until the answer is
 //! to wait:
 //!
 //! ```
-//! # use blkif::state::{Back, BackAction, BackEvent, XenbusState};
+//! # use blkif::state::{BackState, BackAction, BackEvent, XenbusState};
 //! # fn frontend() -> BackEvent {
 //! #     BackEvent::Frontend { state: XenbusState::Initialised, online: true, ready: true }
 //! # }
 //! # fn carry_out(_: BackAction) {}
-//! # let mut own = Back::Waiting;
+//! # let mut own = BackState::Waiting;
 //! # let mut event = frontend();
 //! loop {
 //!     let action = own.step(event);
 //!     carry_out(action);
-//!     let Some(next) = action.leads_to() else { break };
+//!     let Some(next) = action.next_state() else { break };
 //!     own = next;
 //!     event = frontend();
 //! }
-//! # assert_eq!(own, Back::Live);
+//! # assert_eq!(own, BackState::Live);
 //! ```
 //!
 //! A driver that is told of each change of the other side need not read again. A frontend has no more
 //! to do after one step. A backend looks again, for the toolstack may want it gone, of which nobody
-//! tells: but not when it is [`Back::Live`].
+//! tells: but not when it is [`BackState::Live`].
 //!
 //! # Who writes a state
 //!
@@ -58,7 +58,7 @@
 //! that closes or disappears is expected to come back: the frontend keeps the disk and what is in
 //! flight, and connects anew. A backend that comes back while the frontend is still Connected just
 //! goes on with the same rings. The frontend waits for no longer than a deadline, which runs from
-//! when [`Front::whole`] ends to be true until it is true again.
+//! when [`FrontState::is_connected`] ends to be true until it is true again.
 //!
 //! A side looks only at the present state of the other: several changes may be seen as one. The
 //! steps are made such that no order of changes leaves both sides waiting for each other, also if
@@ -113,7 +113,7 @@ impl XenbusState {
 
 /// What a frontend knows about its connection.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum Front {
+pub enum FrontState {
     /// Nothing is shared; ready to connect as soon as the backend is in InitWait. This is where a
     /// probed device starts, after it has written Initialising. There may be a disk, kept from an
     /// earlier connection.
@@ -184,32 +184,32 @@ pub enum FrontAction {
 
 impl FrontAction {
     /// The state after the action, if it leads to another one.
-    pub const fn leads_to(self) -> Option<Front> {
+    pub const fn next_state(self) -> Option<FrontState> {
         match self {
             FrontAction::Wait | FrontAction::Report | FrontAction::Refresh => None,
-            FrontAction::Offer => Some(Front::Offered),
-            FrontAction::Connect => Some(Front::Live),
-            FrontAction::Reset => Some(Front::Reset),
-            FrontAction::Restart => Some(Front::Waiting),
-            FrontAction::Detach => Some(Front::Dead),
+            FrontAction::Offer => Some(FrontState::Offered),
+            FrontAction::Connect => Some(FrontState::Live),
+            FrontAction::Reset => Some(FrontState::Reset),
+            FrontAction::Restart => Some(FrontState::Waiting),
+            FrontAction::Detach => Some(FrontState::Dead),
         }
     }
 }
 
-impl Front {
+impl FrontState {
     /// What stands in the frontend's node `state`.
     pub const fn xenbus(self) -> XenbusState {
         match self {
-            Front::Waiting => XenbusState::Initialising,
-            Front::Offered => XenbusState::Initialised,
-            Front::Live => XenbusState::Connected,
-            Front::Reset | Front::Dead => XenbusState::Closed,
+            FrontState::Waiting => XenbusState::Initialising,
+            FrontState::Offered => XenbusState::Initialised,
+            FrontState::Live => XenbusState::Connected,
+            FrontState::Reset | FrontState::Dead => XenbusState::Closed,
         }
     }
 
     /// Whether requests are being served. The deadline runs while this is false.
-    pub const fn whole(self, backend: XenbusState) -> bool {
-        matches!((self, backend), (Front::Live, XenbusState::Connected))
+    pub const fn is_connected(self, backend: XenbusState) -> bool {
+        matches!((self, backend), (FrontState::Live, XenbusState::Connected))
     }
 
     /// What to do about an event.
@@ -221,11 +221,11 @@ impl Front {
                 online: true,
                 disk,
             } => match self {
-                Front::Waiting => Self::waiting(state),
-                Front::Offered => Self::offered(state, disk),
-                Front::Live => Self::live(state),
-                Front::Reset => Self::reset(state),
-                Front::Dead => FrontAction::Wait,
+                FrontState::Waiting => Self::waiting(state),
+                FrontState::Offered => Self::offered(state, disk),
+                FrontState::Live => Self::live(state),
+                FrontState::Reset => Self::reset(state),
+                FrontState::Dead => FrontAction::Wait,
             },
             FrontEvent::BadState | FrontEvent::Failed => self.give_up(),
             FrontEvent::Deadline { disk: true } => self.give_up(),
@@ -289,8 +289,10 @@ impl Front {
 
     const fn give_up(self) -> FrontAction {
         match self {
-            Front::Waiting | Front::Offered | Front::Live | Front::Reset => FrontAction::Detach,
-            Front::Dead => FrontAction::Wait,
+            FrontState::Waiting | FrontState::Offered | FrontState::Live | FrontState::Reset => {
+                FrontAction::Detach
+            }
+            FrontState::Dead => FrontAction::Wait,
         }
     }
 
@@ -298,22 +300,24 @@ impl Front {
     /// tries again by itself.
     const fn disconnect(self) -> FrontAction {
         match self {
-            Front::Offered | Front::Live => FrontAction::Reset,
-            Front::Waiting | Front::Reset | Front::Dead => FrontAction::Wait,
+            FrontState::Offered | FrontState::Live => FrontAction::Reset,
+            FrontState::Waiting | FrontState::Reset | FrontState::Dead => FrontAction::Wait,
         }
     }
 
     const fn resume(self) -> FrontAction {
         match self {
-            Front::Waiting | Front::Offered | Front::Live | Front::Reset => FrontAction::Restart,
-            Front::Dead => FrontAction::Wait,
+            FrontState::Waiting | FrontState::Offered | FrontState::Live | FrontState::Reset => {
+                FrontAction::Restart
+            }
+            FrontState::Dead => FrontAction::Wait,
         }
     }
 }
 
 /// What a backend knows about its connection.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum Back {
+pub enum BackState {
     /// A driver was bound and has written nothing yet. The frontend may be in any state, even
     /// Connected: rings of the driver before this one are taken over.
     Starting,
@@ -411,28 +415,28 @@ pub enum BackAction {
 
 impl BackAction {
     /// The state after the action, if it leads to another one.
-    pub const fn leads_to(self) -> Option<Back> {
+    pub const fn next_state(self) -> Option<BackState> {
         match self {
             BackAction::Wait | BackAction::Open | BackAction::Retry => None,
-            BackAction::Attach => Some(Back::Live),
-            BackAction::Close | BackAction::Fail => Some(Back::Closing),
-            BackAction::Drain => Some(Back::Detached),
-            BackAction::Restart => Some(Back::Waiting),
-            BackAction::Finish => Some(Back::Closed),
-            BackAction::Forget => Some(Back::Gone),
+            BackAction::Attach => Some(BackState::Live),
+            BackAction::Close | BackAction::Fail => Some(BackState::Closing),
+            BackAction::Drain => Some(BackState::Detached),
+            BackAction::Restart => Some(BackState::Waiting),
+            BackAction::Finish => Some(BackState::Closed),
+            BackAction::Forget => Some(BackState::Gone),
         }
     }
 }
 
-impl Back {
+impl BackState {
     /// What stands in the backend's node `state`, if this state of the connection decides it.
     pub const fn xenbus(self) -> Option<XenbusState> {
         match self {
-            Back::Starting | Back::StartingClosed | Back::Detached => None,
-            Back::Waiting => Some(XenbusState::InitWait),
-            Back::Live => Some(XenbusState::Connected),
-            Back::Closing => Some(XenbusState::Closing),
-            Back::Closed | Back::Gone => Some(XenbusState::Closed),
+            BackState::Starting | BackState::StartingClosed | BackState::Detached => None,
+            BackState::Waiting => Some(XenbusState::InitWait),
+            BackState::Live => Some(XenbusState::Connected),
+            BackState::Closing => Some(XenbusState::Closing),
+            BackState::Closed | BackState::Gone => Some(XenbusState::Closed),
         }
     }
 
@@ -449,14 +453,14 @@ impl Back {
                 online: true,
                 ready,
             } => match self {
-                Back::Starting => Self::starting(state),
-                Back::StartingClosed => Self::starting_closed(state),
-                Back::Waiting => Self::waiting(state, ready),
-                Back::Live => Self::live(state),
-                Back::Closing => Self::closing(state),
-                Back::Detached => Self::detached(state),
-                Back::Closed => Self::closed(state),
-                Back::Gone => BackAction::Wait,
+                BackState::Starting => Self::starting(state),
+                BackState::StartingClosed => Self::starting_closed(state),
+                BackState::Waiting => Self::waiting(state, ready),
+                BackState::Live => Self::live(state),
+                BackState::Closing => Self::closing(state),
+                BackState::Detached => Self::detached(state),
+                BackState::Closed => Self::closed(state),
+                BackState::Gone => BackAction::Wait,
             },
             BackEvent::ToolstackClosing => self.close(),
             BackEvent::BadState | BackEvent::Failed(Failure::Frontend) => self.fail(),
@@ -558,19 +562,21 @@ impl Back {
     const fn unwanted(self, frontend: XenbusState) -> BackAction {
         let closed = matches!(frontend, XenbusState::Closed | XenbusState::Unknown);
         match self {
-            Back::Detached | Back::Closed => BackAction::Forget,
-            Back::Gone => BackAction::Wait,
+            BackState::Detached | BackState::Closed => BackAction::Forget,
+            BackState::Gone => BackAction::Wait,
             _ if closed => BackAction::Drain,
-            Back::Starting | Back::Waiting | Back::Live => BackAction::Close,
-            Back::StartingClosed | Back::Closing => BackAction::Wait,
+            BackState::Starting | BackState::Waiting | BackState::Live => BackAction::Close,
+            BackState::StartingClosed | BackState::Closing => BackAction::Wait,
         }
     }
 
     const fn close(self) -> BackAction {
         match self {
-            Back::Starting | Back::StartingClosed | Back::Waiting => BackAction::Close,
-            Back::Live | Back::Detached | Back::Closed => BackAction::Close,
-            Back::Closing | Back::Gone => BackAction::Wait,
+            BackState::Starting | BackState::StartingClosed | BackState::Waiting => {
+                BackAction::Close
+            }
+            BackState::Live | BackState::Detached | BackState::Closed => BackAction::Close,
+            BackState::Closing | BackState::Gone => BackAction::Wait,
         }
     }
 
@@ -578,17 +584,21 @@ impl Back {
     /// be over in a moment.
     const fn retry(self) -> BackAction {
         match self {
-            Back::Starting | Back::StartingClosed | Back::Waiting => BackAction::Retry,
-            Back::Live | Back::Detached | Back::Closed => BackAction::Retry,
-            Back::Closing | Back::Gone => BackAction::Wait,
+            BackState::Starting | BackState::StartingClosed | BackState::Waiting => {
+                BackAction::Retry
+            }
+            BackState::Live | BackState::Detached | BackState::Closed => BackAction::Retry,
+            BackState::Closing | BackState::Gone => BackAction::Wait,
         }
     }
 
     const fn fail(self) -> BackAction {
         match self {
-            Back::Starting | Back::StartingClosed | Back::Waiting => BackAction::Fail,
-            Back::Live | Back::Detached => BackAction::Fail,
-            Back::Closing | Back::Closed | Back::Gone => BackAction::Wait,
+            BackState::Starting | BackState::StartingClosed | BackState::Waiting => {
+                BackAction::Fail
+            }
+            BackState::Live | BackState::Detached => BackAction::Fail,
+            BackState::Closing | BackState::Closed | BackState::Gone => BackAction::Wait,
         }
     }
 }
@@ -608,25 +618,25 @@ mod tests {
         XenbusState::Reconfiguring,
         XenbusState::Reconfigured,
     ];
-    const FRONTS: [Front; 5] = [
-        Front::Waiting,
-        Front::Offered,
-        Front::Live,
-        Front::Reset,
-        Front::Dead,
+    const FRONTS: [FrontState; 5] = [
+        FrontState::Waiting,
+        FrontState::Offered,
+        FrontState::Live,
+        FrontState::Reset,
+        FrontState::Dead,
     ];
-    const BACKS: [Back; 8] = [
-        Back::Starting,
-        Back::StartingClosed,
-        Back::Waiting,
-        Back::Live,
-        Back::Closing,
-        Back::Detached,
-        Back::Closed,
-        Back::Gone,
+    const BACKS: [BackState; 8] = [
+        BackState::Starting,
+        BackState::StartingClosed,
+        BackState::Waiting,
+        BackState::Live,
+        BackState::Closing,
+        BackState::Detached,
+        BackState::Closed,
+        BackState::Gone,
     ];
 
-    fn front(own: Front, state: XenbusState) -> FrontAction {
+    fn front(own: FrontState, state: XenbusState) -> FrontAction {
         own.step(FrontEvent::Backend {
             state,
             online: true,
@@ -634,7 +644,7 @@ mod tests {
         })
     }
 
-    fn back(own: Back, state: XenbusState, online: bool) -> BackAction {
+    fn back(own: BackState, state: XenbusState, online: bool) -> BackAction {
         own.step(BackEvent::Frontend {
             state,
             online,
@@ -655,27 +665,27 @@ mod tests {
     #[test]
     fn an_ordinary_life() {
         assert_eq!(
-            front(Front::Waiting, XenbusState::Initialising),
+            front(FrontState::Waiting, XenbusState::Initialising),
             FrontAction::Wait
         );
         assert_eq!(
-            front(Front::Waiting, XenbusState::InitWait),
+            front(FrontState::Waiting, XenbusState::InitWait),
             FrontAction::Offer
         );
         assert_eq!(
-            back(Back::Waiting, XenbusState::Initialised, true),
+            back(BackState::Waiting, XenbusState::Initialised, true),
             BackAction::Attach
         );
         assert_eq!(
-            front(Front::Offered, XenbusState::Connected),
+            front(FrontState::Offered, XenbusState::Connected),
             FrontAction::Connect
         );
         assert_eq!(
-            back(Back::Live, XenbusState::Connected, true),
+            back(BackState::Live, XenbusState::Connected, true),
             BackAction::Wait
         );
         assert_eq!(
-            front(Front::Live, XenbusState::Connected),
+            front(FrontState::Live, XenbusState::Connected),
             FrontAction::Refresh
         );
         let asked = FrontEvent::Backend {
@@ -683,13 +693,13 @@ mod tests {
             online: false,
             disk: true,
         };
-        assert_eq!(Front::Live.step(asked), FrontAction::Detach);
+        assert_eq!(FrontState::Live.step(asked), FrontAction::Detach);
         assert_eq!(
-            back(Back::Live, XenbusState::Closed, false),
+            back(BackState::Live, XenbusState::Closed, false),
             BackAction::Drain
         );
         assert_eq!(
-            back(Back::Detached, XenbusState::Closed, false),
+            back(BackState::Detached, XenbusState::Closed, false),
             BackAction::Forget
         );
     }
@@ -704,8 +714,8 @@ mod tests {
                         online,
                         disk,
                     };
-                    if let Some(next) = own.step(event).leads_to() {
-                        assert_eq!(next.step(event).leads_to(), None);
+                    if let Some(next) = own.step(event).next_state() {
+                        assert_eq!(next.step(event).next_state(), None);
                     }
                 }
             }
@@ -715,14 +725,14 @@ mod tests {
     #[test]
     fn a_disk_in_use_outlives_an_outage() {
         for state in STATES {
-            assert_ne!(front(Front::Live, state), FrontAction::Detach);
+            assert_ne!(front(FrontState::Live, state), FrontAction::Detach);
         }
         let online = FrontEvent::Backend {
             state: XenbusState::Connected,
             online: false,
             disk: true,
         };
-        assert_eq!(Front::Live.step(online), FrontAction::Detach);
+        assert_eq!(FrontState::Live.step(online), FrontAction::Detach);
     }
 
     #[test]
@@ -733,7 +743,7 @@ mod tests {
                 online: true,
                 disk,
             };
-            assert_eq!(Front::Offered.step(refused), action);
+            assert_eq!(FrontState::Offered.step(refused), action);
         }
     }
 
@@ -741,8 +751,8 @@ mod tests {
     fn an_unusable_connection_is_closed() {
         for own in FRONTS {
             let expected = match own {
-                Front::Offered | Front::Live => FrontAction::Reset,
-                Front::Waiting | Front::Reset | Front::Dead => FrontAction::Wait,
+                FrontState::Offered | FrontState::Live => FrontAction::Reset,
+                FrontState::Waiting | FrontState::Reset | FrontState::Dead => FrontAction::Wait,
             };
             assert_eq!(own.step(FrontEvent::Unusable), expected);
         }
@@ -752,8 +762,8 @@ mod tests {
     fn only_a_served_disk_is_whole() {
         for own in FRONTS {
             for state in STATES {
-                let both = own == Front::Live && state == XenbusState::Connected;
-                assert_eq!(own.whole(state), both);
+                let both = own == FrontState::Live && state == XenbusState::Connected;
+                assert_eq!(own.is_connected(state), both);
             }
         }
     }
@@ -761,7 +771,7 @@ mod tests {
     #[test]
     fn deadlines_end_the_wait_for_those_who_wait() {
         for own in FRONTS {
-            let dead = own == Front::Dead;
+            let dead = own == FrontState::Dead;
             let expected = if dead {
                 FrontAction::Wait
             } else {
@@ -791,14 +801,17 @@ mod tests {
                 online: true,
                 ready: false,
             };
-            assert_eq!(Back::Waiting.step(event), BackAction::Open);
+            assert_eq!(BackState::Waiting.step(event), BackAction::Open);
         }
     }
 
     #[test]
     fn a_backend_fails_once() {
         for own in BACKS {
-            let open = !matches!(own, Back::Closing | Back::Closed | Back::Gone);
+            let open = !matches!(
+                own,
+                BackState::Closing | BackState::Closed | BackState::Gone
+            );
             let expected = if open {
                 BackAction::Fail
             } else {
@@ -821,7 +834,7 @@ mod tests {
     #[test]
     fn a_disk_in_use_outlives_failures_of_the_backend() {
         for own in BACKS {
-            let over = matches!(own, Back::Closing | Back::Gone);
+            let over = matches!(own, BackState::Closing | BackState::Gone);
             let expected = if over {
                 BackAction::Wait
             } else {
@@ -847,7 +860,7 @@ mod tests {
     #[test]
     fn closing_of_the_toolstack_is_taken_over() {
         for own in BACKS {
-            let over = matches!(own, Back::Closing | Back::Gone);
+            let over = matches!(own, BackState::Closing | BackState::Gone);
             let expected = if over {
                 BackAction::Wait
             } else {
@@ -878,15 +891,15 @@ mod tests {
             (XenbusState::Closing, BackAction::Close, BackAction::Wait),
             (XenbusState::Closed, BackAction::Drain, BackAction::Drain),
         ] {
-            assert_eq!(back(Back::Starting, state, true), first);
-            assert_eq!(back(Back::StartingClosed, state, true), later);
+            assert_eq!(back(BackState::Starting, state, true), first);
+            assert_eq!(back(BackState::StartingClosed, state, true), later);
         }
         assert_eq!(
-            back(Back::Starting, XenbusState::Connected, false),
+            back(BackState::Starting, XenbusState::Connected, false),
             BackAction::Close
         );
         assert_eq!(
-            back(Back::StartingClosed, XenbusState::Connected, false),
+            back(BackState::StartingClosed, XenbusState::Connected, false),
             BackAction::Wait
         );
     }
@@ -894,14 +907,14 @@ mod tests {
     #[test]
     fn a_backend_without_a_frontend_goes() {
         for (own, action) in [
-            (Back::Starting, BackAction::Drain),
-            (Back::StartingClosed, BackAction::Drain),
-            (Back::Waiting, BackAction::Drain),
-            (Back::Live, BackAction::Drain),
-            (Back::Closing, BackAction::Drain),
-            (Back::Detached, BackAction::Forget),
-            (Back::Closed, BackAction::Forget),
-            (Back::Gone, BackAction::Wait),
+            (BackState::Starting, BackAction::Drain),
+            (BackState::StartingClosed, BackAction::Drain),
+            (BackState::Waiting, BackAction::Drain),
+            (BackState::Live, BackAction::Drain),
+            (BackState::Closing, BackAction::Drain),
+            (BackState::Detached, BackAction::Forget),
+            (BackState::Closed, BackAction::Forget),
+            (BackState::Gone, BackAction::Wait),
         ] {
             assert_eq!(back(own, XenbusState::Unknown, true), action);
             assert_eq!(back(own, XenbusState::Unknown, false), action);
@@ -917,10 +930,10 @@ mod tests {
             (FrontAction::Restart, XenbusState::Initialising),
             (FrontAction::Detach, XenbusState::Closed),
         ] {
-            assert_eq!(action.leads_to().map(Front::xenbus), Some(node));
+            assert_eq!(action.next_state().map(FrontState::xenbus), Some(node));
         }
         for action in [FrontAction::Wait, FrontAction::Report, FrontAction::Refresh] {
-            assert_eq!(action.leads_to(), None);
+            assert_eq!(action.next_state(), None);
         }
         for (action, node) in [
             (BackAction::Attach, Some(XenbusState::Connected)),
@@ -931,10 +944,10 @@ mod tests {
             (BackAction::Finish, Some(XenbusState::Closed)),
             (BackAction::Forget, Some(XenbusState::Closed)),
         ] {
-            assert_eq!(action.leads_to().and_then(Back::xenbus), node);
+            assert_eq!(action.next_state().and_then(BackState::xenbus), node);
         }
         for action in [BackAction::Wait, BackAction::Open, BackAction::Retry] {
-            assert_eq!(action.leads_to(), None);
+            assert_eq!(action.next_state(), None);
         }
     }
 }

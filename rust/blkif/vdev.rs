@@ -38,7 +38,7 @@ const NAME_LEN: usize = 12;
 
 /// The form of a virtual device number.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Form {
+pub enum NumberFormat {
     /// Major 202.
     Xvd,
     /// Extended: bit 28 is set.
@@ -51,7 +51,7 @@ pub enum Form {
 
 /// Why a virtual device number names no disk.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum BadNumber {
+pub enum InvalidNumber {
     /// Bits above the extended form are set.
     Beyond(u32),
     /// The major is not one of a disk.
@@ -60,19 +60,19 @@ pub enum BadNumber {
     Minor(u32),
 }
 
-impl fmt::Display for BadNumber {
+impl fmt::Display for InvalidNumber {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            BadNumber::Beyond(number) => {
+            InvalidNumber::Beyond(number) => {
                 write!(f, "virtual device {number:#x} is above the extended range")
             }
-            BadNumber::Major(major) => {
+            InvalidNumber::Major(major) => {
                 write!(
                     f,
                     "virtual device of major {major}, please use an xvd device instead"
                 )
             }
-            BadNumber::Minor(minor) => {
+            InvalidNumber::Minor(minor) => {
                 write!(
                     f,
                     "virtual device with minor {minor}, at most {} are possible",
@@ -85,14 +85,14 @@ impl fmt::Display for BadNumber {
 
 /// Name of a disk, without `/dev/`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Name {
+pub struct DiskName {
     text: [u8; NAME_LEN],
     len: u8,
 }
 
-impl Name {
+impl DiskName {
     fn new(disk: u32, partition: Option<u32>) -> Self {
-        let mut name = Name {
+        let mut name = DiskName {
             text: [0; NAME_LEN],
             len: 0,
         };
@@ -139,7 +139,7 @@ impl Name {
     }
 }
 
-impl fmt::Display for Name {
+impl fmt::Display for DiskName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
@@ -150,7 +150,7 @@ impl fmt::Display for Name {
 pub struct VirtualDevice {
     /// The form of the number. In a guest that may also see emulated disks, only some forms are
     /// safe to use.
-    pub form: Form,
+    pub format: NumberFormat,
     /// Number of the disk: 0 for `xvda`.
     pub disk: u32,
     /// First minor.
@@ -158,46 +158,51 @@ pub struct VirtualDevice {
     /// Number of minors: 16 or 256 for a disk, 1 for a partition.
     pub minors: u32,
     /// Name of the block device.
-    pub name: Name,
+    pub name: DiskName,
 }
 
 impl VirtualDevice {
     /// The meaning of a virtual device number.
-    pub fn new(number: u32) -> Result<Self, BadNumber> {
+    pub fn new(number: u32) -> Result<Self, InvalidNumber> {
         match number >> EXTENDED_SHIFT {
             0 => Self::classic(number >> 8, number & 0xff),
             1 => Self::extended(number & ((1 << EXTENDED_SHIFT) - 1)),
-            _ => Err(BadNumber::Beyond(number)),
+            _ => Err(InvalidNumber::Beyond(number)),
         }
     }
 
-    fn classic(major: u32, minor: u32) -> Result<Self, BadNumber> {
-        let hd = |first: u32| (Form::Hd, (first + minor / MINORS_PER_HD) * MINORS_PER_DISK);
-        let sd = |group: u32| (Form::Sd, group * 256 + minor);
-        let (form, minor) = match major {
-            MAJOR => (Form::Xvd, minor),
+    fn classic(major: u32, minor: u32) -> Result<Self, InvalidNumber> {
+        let hd = |first: u32| {
+            (
+                NumberFormat::Hd,
+                (first + minor / MINORS_PER_HD) * MINORS_PER_DISK,
+            )
+        };
+        let sd = |group: u32| (NumberFormat::Sd, group * 256 + minor);
+        let (format, minor) = match major {
+            MAJOR => (NumberFormat::Xvd, minor),
             3 => hd(0),
             22 => hd(2),
             8 => sd(0),
             65..=71 => sd(major - 64),
             128..=135 => sd(major - 120),
-            _ => return Err(BadNumber::Major(major)),
+            _ => return Err(InvalidNumber::Major(major)),
         };
-        Ok(Self::of_minor(form, minor, MINORS_PER_DISK))
+        Ok(Self::of_minor(format, minor, MINORS_PER_DISK))
     }
 
-    fn extended(minor: u32) -> Result<Self, BadNumber> {
+    fn extended(minor: u32) -> Result<Self, InvalidNumber> {
         if minor >= MINORS {
-            return Err(BadNumber::Minor(minor));
+            return Err(InvalidNumber::Minor(minor));
         }
         Ok(Self::of_minor(
-            Form::Extended,
+            NumberFormat::Extended,
             minor,
             MINORS_PER_EXTENDED_DISK,
         ))
     }
 
-    fn of_minor(form: Form, minor: u32, per_disk: u32) -> Self {
+    fn of_minor(format: NumberFormat, minor: u32, per_disk: u32) -> Self {
         let disk = minor / per_disk;
         let partition = minor % per_disk;
         let (minors, partition) = if partition == 0 {
@@ -206,11 +211,11 @@ impl VirtualDevice {
             (1, Some(partition))
         };
         VirtualDevice {
-            form,
+            format,
             disk,
             minor,
             minors,
-            name: Name::new(disk, partition),
+            name: DiskName::new(disk, partition),
         }
     }
 }
@@ -229,10 +234,17 @@ mod tests {
         (1 << 28) + disk * 256 + partition
     }
 
-    fn assert_is(number: u32, form: Form, disk: u32, minor: u32, minors: u32, name: &str) {
+    fn assert_is(
+        number: u32,
+        format: NumberFormat,
+        disk: u32,
+        minor: u32,
+        minors: u32,
+        name: &str,
+    ) {
         let device = VirtualDevice::new(number).unwrap();
         assert_eq!(device.name.as_str(), name, "{number:#x}");
-        assert_eq!((device.form, device.disk), (form, disk), "{number:#x}");
+        assert_eq!((device.format, device.disk), (format, disk), "{number:#x}");
         assert_eq!(
             (device.minor, device.minors),
             (minor, minors),
@@ -242,18 +254,18 @@ mod tests {
 
     #[test]
     fn xvd_numbers() {
-        assert_is(classic(202, 0), Form::Xvd, 0, 0, 16, "xvda");
-        assert_is(classic(202, 0x10), Form::Xvd, 1, 16, 16, "xvdb");
-        assert_is(classic(202, 0xf0), Form::Xvd, 15, 240, 16, "xvdp");
+        assert_is(classic(202, 0), NumberFormat::Xvd, 0, 0, 16, "xvda");
+        assert_is(classic(202, 0x10), NumberFormat::Xvd, 1, 16, 16, "xvdb");
+        assert_is(classic(202, 0xf0), NumberFormat::Xvd, 15, 240, 16, "xvdp");
     }
 
     #[test]
     fn partitions() {
-        assert_is(classic(202, 1), Form::Xvd, 0, 1, 1, "xvda1");
-        assert_is(classic(202, 0xff), Form::Xvd, 15, 255, 1, "xvdp15");
+        assert_is(classic(202, 1), NumberFormat::Xvd, 0, 1, 1, "xvda1");
+        assert_is(classic(202, 0xff), NumberFormat::Xvd, 15, 255, 1, "xvdp15");
         assert_is(
             extended(26, 255),
-            Form::Extended,
+            NumberFormat::Extended,
             26,
             26 * 256 + 255,
             1,
@@ -263,14 +275,42 @@ mod tests {
 
     #[test]
     fn extended_numbers() {
-        assert_is(extended(0, 0), Form::Extended, 0, 0, 256, "xvda");
-        assert_is(extended(16, 0), Form::Extended, 16, 4096, 256, "xvdq");
-        assert_is(extended(25, 0), Form::Extended, 25, 6400, 256, "xvdz");
-        assert_is(extended(26, 0), Form::Extended, 26, 6656, 256, "xvdaa");
-        assert_is(extended(701, 0), Form::Extended, 701, 179_456, 256, "xvdzz");
+        assert_is(extended(0, 0), NumberFormat::Extended, 0, 0, 256, "xvda");
+        assert_is(
+            extended(16, 0),
+            NumberFormat::Extended,
+            16,
+            4096,
+            256,
+            "xvdq",
+        );
+        assert_is(
+            extended(25, 0),
+            NumberFormat::Extended,
+            25,
+            6400,
+            256,
+            "xvdz",
+        );
+        assert_is(
+            extended(26, 0),
+            NumberFormat::Extended,
+            26,
+            6656,
+            256,
+            "xvdaa",
+        );
+        assert_is(
+            extended(701, 0),
+            NumberFormat::Extended,
+            701,
+            179_456,
+            256,
+            "xvdzz",
+        );
         assert_is(
             extended(702, 0),
-            Form::Extended,
+            NumberFormat::Extended,
             702,
             179_712,
             256,
@@ -278,7 +318,7 @@ mod tests {
         );
         assert_is(
             extended(4095, 0),
-            Form::Extended,
+            NumberFormat::Extended,
             4095,
             1_048_320,
             256,
@@ -286,7 +326,7 @@ mod tests {
         );
         assert_is(
             (1 << 28) + (1 << 20) - 1,
-            Form::Extended,
+            NumberFormat::Extended,
             4095,
             1_048_575,
             1,
@@ -296,52 +336,55 @@ mod tests {
 
     #[test]
     fn hd_and_its_partitions() {
-        assert_is(classic(3, 0), Form::Hd, 0, 0, 16, "xvda");
-        assert_is(classic(3, 1), Form::Hd, 0, 0, 16, "xvda");
-        assert_is(classic(3, 64), Form::Hd, 1, 16, 16, "xvdb");
-        assert_is(classic(22, 0), Form::Hd, 2, 32, 16, "xvdc");
-        assert_is(classic(22, 65), Form::Hd, 3, 48, 16, "xvdd");
+        assert_is(classic(3, 0), NumberFormat::Hd, 0, 0, 16, "xvda");
+        assert_is(classic(3, 1), NumberFormat::Hd, 0, 0, 16, "xvda");
+        assert_is(classic(3, 64), NumberFormat::Hd, 1, 16, 16, "xvdb");
+        assert_is(classic(22, 0), NumberFormat::Hd, 2, 32, 16, "xvdc");
+        assert_is(classic(22, 65), NumberFormat::Hd, 3, 48, 16, "xvdd");
     }
 
     #[test]
     fn sd_numbers() {
-        assert_is(classic(8, 0), Form::Sd, 0, 0, 16, "xvda");
-        assert_is(classic(8, 0x12), Form::Sd, 1, 18, 1, "xvdb2");
-        assert_is(classic(65, 0), Form::Sd, 16, 256, 16, "xvdq");
-        assert_is(classic(71, 0xf0), Form::Sd, 127, 2032, 16, "xvddx");
-        assert_is(classic(128, 0), Form::Sd, 128, 2048, 16, "xvddy");
-        assert_is(classic(135, 0xf0), Form::Sd, 255, 4080, 16, "xvdiv");
+        assert_is(classic(8, 0), NumberFormat::Sd, 0, 0, 16, "xvda");
+        assert_is(classic(8, 0x12), NumberFormat::Sd, 1, 18, 1, "xvdb2");
+        assert_is(classic(65, 0), NumberFormat::Sd, 16, 256, 16, "xvdq");
+        assert_is(classic(71, 0xf0), NumberFormat::Sd, 127, 2032, 16, "xvddx");
+        assert_is(classic(128, 0), NumberFormat::Sd, 128, 2048, 16, "xvddy");
+        assert_is(classic(135, 0xf0), NumberFormat::Sd, 255, 4080, 16, "xvdiv");
     }
 
     #[test]
     fn numbers_of_no_disk() {
         for major in [0, 2, 4, 7, 9, 21, 23, 64, 72, 127, 136, 201, 203, 1 << 19] {
             let bad = VirtualDevice::new(major << 8);
-            assert_eq!(bad, Err(BadNumber::Major(major)));
+            assert_eq!(bad, Err(InvalidNumber::Major(major)));
         }
         assert_eq!(
             VirtualDevice::new(extended(4096, 0)),
-            Err(BadNumber::Minor(1 << 20))
+            Err(InvalidNumber::Minor(1 << 20))
         );
-        assert_eq!(VirtualDevice::new(2 << 28), Err(BadNumber::Beyond(2 << 28)));
+        assert_eq!(
+            VirtualDevice::new(2 << 28),
+            Err(InvalidNumber::Beyond(2 << 28))
+        );
         assert_eq!(
             VirtualDevice::new(u32::MAX),
-            Err(BadNumber::Beyond(u32::MAX))
+            Err(InvalidNumber::Beyond(u32::MAX))
         );
     }
 
     #[test]
     fn messages() {
         assert_eq!(
-            BadNumber::Beyond(2 << 28).to_string(),
+            InvalidNumber::Beyond(2 << 28).to_string(),
             "virtual device 0x20000000 is above the extended range"
         );
         assert_eq!(
-            BadNumber::Major(9).to_string(),
+            InvalidNumber::Major(9).to_string(),
             "virtual device of major 9, please use an xvd device instead"
         );
         assert_eq!(
-            BadNumber::Minor(1 << 20).to_string(),
+            InvalidNumber::Minor(1 << 20).to_string(),
             "virtual device with minor 1048576, at most 1048575 are possible"
         );
         assert_eq!(
@@ -357,7 +400,7 @@ mod tests {
             let Ok(device) = VirtualDevice::new(number) else {
                 continue;
             };
-            if device.form == Form::Xvd {
+            if device.format == NumberFormat::Xvd {
                 continue;
             }
             let other = seen.insert(device.name.to_string(), number);

@@ -185,7 +185,7 @@ pub struct WireSegment {
 
 impl WireSegment {
     /// Zero.
-    pub const NONE: Self = WireSegment {
+    pub const EMPTY: Self = WireSegment {
         gref: 0,
         first: 0,
         last: 0,
@@ -208,7 +208,7 @@ impl WireSegment {
 
 /// Read, write, barrier or flush whose segments stand in the slot.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Rw {
+pub struct RwRequest {
     /// One of [`op::READ`], [`op::WRITE`], [`op::WRITE_BARRIER`], [`op::FLUSH_DISKCACHE`].
     pub operation: u8,
     /// Number of segments as written, which may be more than the slot holds.
@@ -223,15 +223,15 @@ pub struct Rw {
     pub segments: [WireSegment; DIRECT_SEGMENTS],
 }
 
-impl Rw {
+impl RwRequest {
     /// All zero.
-    const EMPTY: Self = Rw {
+    const EMPTY: Self = RwRequest {
         operation: 0,
         nr_segments: 0,
         handle: 0,
         id: 0,
         sector: 0,
-        segments: [WireSegment::NONE; DIRECT_SEGMENTS],
+        segments: [WireSegment::EMPTY; DIRECT_SEGMENTS],
     };
 
     /// The segments that the request has, at most [`DIRECT_SEGMENTS`].
@@ -243,8 +243,8 @@ impl Rw {
     }
 
     #[inline]
-    fn written(&self) -> RwFrom<impl Iterator<Item = WireSegment> + '_> {
-        RwFrom {
+    fn written(&self) -> RwEncoder<impl Iterator<Item = WireSegment> + '_> {
+        RwEncoder {
             operation: self.operation,
             nr_segments: self.nr_segments,
             handle: self.handle,
@@ -255,8 +255,8 @@ impl Rw {
     }
 }
 
-/// As [`Rw`], to be written only: its segments are made as they are written.
-pub struct RwFrom<I> {
+/// As [`RwRequest`], to be written only: its segments are made as they are written.
+pub struct RwEncoder<I> {
     /// One of [`op::READ`], [`op::WRITE`], [`op::WRITE_BARRIER`], [`op::FLUSH_DISKCACHE`].
     pub operation: u8,
     /// Number of segments. Those beyond what the slot holds are not written.
@@ -271,7 +271,7 @@ pub struct RwFrom<I> {
     pub segments: I,
 }
 
-impl<I: Iterator<Item = WireSegment>> Encode for RwFrom<I> {
+impl<I: Iterator<Item = WireSegment>> Encode for RwEncoder<I> {
     #[inline]
     fn response_operation(&self) -> u8 {
         self.operation
@@ -293,7 +293,7 @@ impl<I: Iterator<Item = WireSegment>> Encode for RwFrom<I> {
 
 /// Request to forget the content of sectors.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Discard {
+pub struct DiscardRequest {
     /// [`DISCARD_SECURE`] or 0.
     pub flag: u8,
     /// Number of the virtual device. Nobody uses it.
@@ -308,7 +308,7 @@ pub struct Discard {
 
 /// Read or write whose segments stand in granted pages of their own.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Indirect {
+pub struct IndirectRequest {
     /// [`op::READ`] or [`op::WRITE`]. The response repeats it in place of [`op::INDIRECT`].
     pub operation: u8,
     /// Number of segments as written, which may be more than the pages hold.
@@ -323,7 +323,7 @@ pub struct Indirect {
     pub grefs: [u32; INDIRECT_PAGES],
 }
 
-impl Indirect {
+impl IndirectRequest {
     /// Grant references of the pages that `nr_segments` needs, at most [`INDIRECT_PAGES`].
     #[inline]
     pub fn grefs(&self) -> &[u32] {
@@ -343,11 +343,11 @@ pub const fn indirect_pages(segments: u16) -> usize {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum WireRequest {
     /// Read, write, barrier or flush with its segments in the slot.
-    Rw(Rw),
+    Rw(RwRequest),
     /// Discard.
-    Discard(Discard),
+    Discard(DiscardRequest),
     /// Read or write with its segments elsewhere.
-    Indirect(Indirect),
+    Indirect(IndirectRequest),
     /// An operation that this protocol does not have. The id stands in the same place in all
     /// layouts of requests, so it can be answered.
     Unknown {
@@ -396,7 +396,7 @@ impl WireRequest {
     }
 
     /// No request that anybody has made: a place to read one into.
-    pub const NONE: Self = WireRequest::Unknown {
+    pub const EMPTY: Self = WireRequest::Unknown {
         operation: u8::MAX,
         id: 0,
     };
@@ -409,7 +409,7 @@ impl WireRequest {
     /// Reads a request from words of which nobody else has a copy.
     pub fn decode(abi: Abi, words: &RequestWords) -> Self {
         let mut words = words.iter();
-        let mut request = Self::NONE;
+        let mut request = Self::EMPTY;
         request.read(abi, || words.next().copied().unwrap_or(0));
         request
     }
@@ -429,17 +429,17 @@ impl WireRequest {
         match operation {
             op::READ | op::WRITE | op::WRITE_BARRIER | op::FLUSH_DISKCACHE => {
                 if !matches!(self, WireRequest::Rw(_)) {
-                    *self = WireRequest::Rw(Rw::EMPTY);
+                    *self = WireRequest::Rw(RwRequest::EMPTY);
                 }
                 if let WireRequest::Rw(rw) = self {
                     rw.read(operation, byte1, half, id, &mut next);
                 }
             }
             op::DISCARD => {
-                *self = WireRequest::Discard(Discard::read(byte1, half, id, &mut next));
+                *self = WireRequest::Discard(DiscardRequest::read(byte1, half, id, &mut next));
             }
             op::INDIRECT => {
-                *self = WireRequest::Indirect(Indirect::read(byte1, half, id, &mut next));
+                *self = WireRequest::Indirect(IndirectRequest::read(byte1, half, id, &mut next));
             }
             _ => *self = WireRequest::Unknown { operation, id },
         }
@@ -486,7 +486,7 @@ pub fn encode(request: impl Encode, abi: Abi) -> RequestWords {
     words
 }
 
-impl Rw {
+impl RwRequest {
     #[inline]
     fn read(
         &mut self,
@@ -508,12 +508,12 @@ impl Rw {
             *segment = WireSegment::decode([next(), next()]);
         }
         for segment in self.segments.iter_mut().take(before).skip(used) {
-            *segment = WireSegment::NONE;
+            *segment = WireSegment::EMPTY;
         }
     }
 }
 
-impl Discard {
+impl DiscardRequest {
     #[inline]
     fn write(&self, abi: Abi, put: &mut impl FnMut(u32)) {
         let [low, high] = self.handle.to_le_bytes();
@@ -525,7 +525,7 @@ impl Discard {
 
     #[inline]
     fn read(flag: u8, handle: u16, id: u64, next: &mut impl FnMut() -> u32) -> Self {
-        Discard {
+        DiscardRequest {
             flag,
             handle,
             id,
@@ -535,7 +535,7 @@ impl Discard {
     }
 }
 
-impl Indirect {
+impl IndirectRequest {
     #[inline]
     fn write(&self, abi: Abi, put: &mut impl FnMut(u32)) {
         let [low, high] = self.nr_segments.to_le_bytes();
@@ -557,7 +557,7 @@ impl Indirect {
         for gref in grefs.iter_mut().take(indirect_pages(nr_segments)) {
             *gref = next();
         }
-        Indirect {
+        IndirectRequest {
             operation,
             nr_segments,
             handle,
@@ -684,7 +684,7 @@ mod tests {
         slot
     }
 
-    fn rw(nr_segments: u8) -> Rw {
+    fn rw(nr_segments: u8) -> RwRequest {
         let mut segments = [WireSegment::default(); DIRECT_SEGMENTS];
         for (n, segment) in segments.iter_mut().take(nr_segments.into()).enumerate() {
             *segment = WireSegment {
@@ -695,7 +695,7 @@ mod tests {
         }
         let id = 0x0807_0605_0403_0201;
         let sector = 0x1817_1615_1413_1211;
-        Rw {
+        RwRequest {
             operation: op::WRITE,
             nr_segments,
             handle: 0x2221,
@@ -782,7 +782,7 @@ mod tests {
 
     #[test]
     fn layout_of_a_discard() {
-        let discard = Discard {
+        let discard = DiscardRequest {
             flag: DISCARD_SECURE,
             handle: 0x2221,
             id: 0x0807_0605_0403_0201,
@@ -799,7 +799,7 @@ mod tests {
         let mut grefs = [0; INDIRECT_PAGES];
         grefs[0] = 0xa0b0_c0d0;
         grefs[1] = 0xa1b1_c1d1;
-        let indirect = Indirect {
+        let indirect = IndirectRequest {
             operation: op::WRITE,
             nr_segments: 0x0201,
             handle: 0x2221,
@@ -875,7 +875,7 @@ mod tests {
     #[test]
     fn responses_name_the_operation_of_the_data() {
         let grefs = [0; INDIRECT_PAGES];
-        let indirect = Indirect {
+        let indirect = IndirectRequest {
             operation: op::WRITE,
             nr_segments: 1,
             handle: 0,
@@ -883,7 +883,7 @@ mod tests {
             sector: 0,
             grefs,
         };
-        let discard = Discard {
+        let discard = DiscardRequest {
             flag: 0,
             handle: 0,
             id: 8,
@@ -891,7 +891,7 @@ mod tests {
             nr_sectors: 1,
         };
         for (request, id, operation) in [
-            (WireRequest::Rw(Rw { id: 6, ..rw(1) }), 6, op::WRITE),
+            (WireRequest::Rw(RwRequest { id: 6, ..rw(1) }), 6, op::WRITE),
             (WireRequest::Indirect(indirect), 7, op::WRITE),
             (WireRequest::Discard(discard), 8, op::DISCARD),
         ] {
@@ -959,7 +959,7 @@ mod tests {
             assert_eq!(indirect_pages(segments), pages);
         }
         let grefs = [1, 2, 3, 4, 5, 6, 7, 8];
-        let indirect = Indirect {
+        let indirect = IndirectRequest {
             operation: 0,
             nr_segments: 513,
             handle: 0,
@@ -969,7 +969,7 @@ mod tests {
         };
         assert_eq!(indirect.grefs(), [1, 2]);
         assert_eq!(
-            Indirect {
+            IndirectRequest {
                 nr_segments: 9999,
                 ..indirect
             }

@@ -7,11 +7,11 @@
 //! reports; a slot that is read before it was written holds something else than expected.
 //!
 //! To show that the checker would see a mistake, each barrier is also left out in turn: then the
-//! same tests must fail. The same goes for the hand-over (`hand_over`).
+//! same tests must fail. The same goes for the handoff (`handoff`).
 
 #![cfg(test)]
 
-mod hand_over;
+mod handoff;
 
 use blkif::ring::BackRing;
 use blkif::ring::FrontRing;

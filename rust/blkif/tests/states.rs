@@ -16,13 +16,13 @@
 //! frontend crashes (`BUG_ON(info->nr_rings)`) when it has closed and is shown Connected: no sequence
 //! of moves and blows may lead to that.
 
-use blkif::state::Back;
 use blkif::state::BackAction;
 use blkif::state::BackEvent;
+use blkif::state::BackState;
 use blkif::state::Failure;
-use blkif::state::Front;
 use blkif::state::FrontAction;
 use blkif::state::FrontEvent;
+use blkif::state::FrontState;
 use blkif::state::XenbusState;
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -31,7 +31,7 @@ use std::collections::BTreeSet;
 enum FrontSide {
     /// No driver is bound.
     Absent,
-    Ours(Front),
+    Ours(FrontState),
     /// The C driver, which knows the state that it wrote last.
     C(XenbusState),
 }
@@ -40,7 +40,7 @@ enum FrontSide {
 enum BackSide {
     /// The device was removed.
     Gone,
-    Ours(Back),
+    Ours(BackState),
     /// The C driver, which knows the state that it wrote last.
     C(XenbusState),
 }
@@ -263,7 +263,7 @@ impl World {
             }
             FrontAction::Reset | FrontAction::Restart | FrontAction::Detach => self.unshare(),
         }
-        self.front_write = action.leads_to().map(FrontSide::Ours);
+        self.front_write = action.next_state().map(FrontSide::Ours);
     }
 
     fn front_writes(&mut self, next: FrontSide) {
@@ -323,7 +323,7 @@ impl World {
         Some(self)
     }
 
-    fn back_does(&mut self, action: BackAction, own: Back) {
+    fn back_does(&mut self, action: BackAction, own: BackState) {
         match action {
             BackAction::Attach if self.offered => self.served = true,
             // The frontend has torn its rings down in the meantime: they cannot be mapped.
@@ -335,8 +335,8 @@ impl World {
             BackAction::Restart | BackAction::Finish => {}
             BackAction::Forget => self.served = false,
         }
-        self.back_write = action.leads_to().map(|next| match next {
-            Back::Gone => BackSide::Gone,
+        self.back_write = action.next_state().map(|next| match next {
+            BackState::Gone => BackSide::Gone,
             _ => BackSide::Ours(next),
         });
     }
@@ -347,7 +347,7 @@ impl World {
         }
     }
 
-    fn back_fails(&mut self, failure: Failure, own: Back) {
+    fn back_fails(&mut self, failure: Failure, own: BackState) {
         self.back_does(own.step(BackEvent::Failed(failure)), own);
     }
 
@@ -357,7 +357,7 @@ impl World {
         let (state, looks_again) = match next {
             BackSide::Gone => (Some(XenbusState::Closed), false),
             BackSide::C(state) => (Some(state), false),
-            BackSide::Ours(own) => (own.xenbus(), own != Back::Live),
+            BackSide::Ours(own) => (own.xenbus(), own != BackState::Live),
         };
         let ours = matches!(next, BackSide::Ours(_));
         if let Some(state) = state {
@@ -512,8 +512,8 @@ impl World {
         match self.back {
             BackSide::C(_) => BackSide::C(XenbusState::InitWait),
             BackSide::Ours(_) | BackSide::Gone => BackSide::Ours(match self.back_wrote {
-                XenbusState::Closing | XenbusState::Closed => Back::StartingClosed,
-                _ => Back::Starting,
+                XenbusState::Closing | XenbusState::Closed => BackState::StartingClosed,
+                _ => BackState::Starting,
             }),
         }
     }
@@ -529,7 +529,7 @@ impl World {
     fn device_taken(&mut self) -> Option<()> {
         let starting = matches!(
             self.back,
-            BackSide::Ours(Back::Starting | Back::StartingClosed)
+            BackSide::Ours(BackState::Starting | BackState::StartingClosed)
         );
         if !starting || !self.ready {
             return None;
@@ -567,7 +567,7 @@ impl World {
 
     /// Also what a frontend does after a crash: the same, but nobody has closed anything.
     fn front_bind(&mut self) {
-        self.front = FrontSide::Ours(Front::Waiting);
+        self.front = FrontSide::Ours(FrontState::Waiting);
         self.front_read = None;
         self.front_write = None;
         self.disk = false;
@@ -593,7 +593,7 @@ impl World {
             return None;
         };
         let moves = self.online && self.back != BackSide::Gone && self.front_write.is_none();
-        if own == Front::Dead || !moves {
+        if own == FrontState::Dead || !moves {
             return None;
         }
         let back = match self.back {
@@ -612,12 +612,12 @@ impl World {
     fn is_good_end(&self) -> bool {
         let front_over = match self.front {
             FrontSide::Absent => true,
-            FrontSide::Ours(own) => own == Front::Dead,
+            FrontSide::Ours(own) => own == FrontState::Dead,
             FrontSide::C(own) => own == XenbusState::Closed,
         };
         let back_over = match self.back {
             BackSide::Gone => true,
-            BackSide::Ours(own) => own == Back::Closed,
+            BackSide::Ours(own) => own == BackState::Closed,
             BackSide::C(own) => own == XenbusState::Closed,
         };
         self.in_use() || self.awaits_the_device() || front_over && (back_over || self.back_asks())
@@ -733,9 +733,9 @@ fn tell(from: &BTreeMap<World, Option<(World, Option<Blow>)>>, path: &[World]) -
     lines.join("\n")
 }
 
-const OUR_FRONT: FrontSide = FrontSide::Ours(Front::Waiting);
+const OUR_FRONT: FrontSide = FrontSide::Ours(FrontState::Waiting);
 const C_FRONT: FrontSide = FrontSide::C(XenbusState::Initialising);
-const OUR_BACK: BackSide = BackSide::Ours(Back::Starting);
+const OUR_BACK: BackSide = BackSide::Ours(BackState::Starting);
 const C_BACK: BackSide = BackSide::C(XenbusState::InitWait);
 
 #[test]

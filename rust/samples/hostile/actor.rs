@@ -42,9 +42,9 @@ use kernel_ext::{
 use blkif::wire::{
     op,
     Abi,
-    Indirect,
+    IndirectRequest,
     Response,
-    Rw,
+    RwRequest,
     WireRequest,
     WireSegment,
     DIRECT_SEGMENTS,
@@ -312,12 +312,12 @@ impl<'a> Actor<'a> {
     }
 
     /// A request with its segments in the slot.
-    pub(crate) fn rw(&mut self, operation: u8, sector: u64, segments: &[WireSegment]) -> Rw {
+    pub(crate) fn rw(&mut self, operation: u8, sector: u64, segments: &[WireSegment]) -> RwRequest {
         let mut all = [WireSegment::default(); DIRECT_SEGMENTS];
         for (place, segment) in all.iter_mut().zip(segments) {
             *place = *segment;
         }
-        Rw {
+        RwRequest {
             operation,
             nr_segments: segments.len() as u8,
             handle: self.handle(),
@@ -333,7 +333,7 @@ impl<'a> Actor<'a> {
         operation: u8,
         sector: u64,
         segments: &[WireSegment],
-    ) -> Indirect {
+    ) -> IndirectRequest {
         for (index, segment) in segments.iter().enumerate() {
             let [gref, range] = segment.encode();
             let place = self.parts.pages.list.slice_mut(index.wrapping_mul(8), 8);
@@ -342,7 +342,7 @@ impl<'a> Actor<'a> {
                 place.write(&both.to_le_bytes());
             }
         }
-        Indirect {
+        IndirectRequest {
             operation,
             nr_segments: segments.len() as u16,
             handle: self.handle(),

@@ -6,9 +6,9 @@ use kernel_ext::xen::grant::GrantReserve;
 
 use blkif::wire::{
     op,
-    Discard,
-    Indirect,
-    Rw,
+    DiscardRequest,
+    IndirectRequest,
+    RwRequest,
     Status,
     WireRequest,
     WireSegment,
@@ -112,7 +112,7 @@ pub(crate) static WRITABLE: &[Case] = &[
     case("indirect-0", |a| claim_indirect(a, 0)),
     case("indirect-bad-list", |a| {
         let evil = [a.evil(); 16];
-        indirect(a, op::WRITE, VICTIM, &evil, |request| Indirect {
+        indirect(a, op::WRITE, VICTIM, &evil, |request| IndirectRequest {
             grefs: [NO_GRANT; 8],
             ..request
         })
@@ -197,7 +197,7 @@ fn part(a: &mut Actor<'_>, first: u8, last: u8) -> Outcome {
 fn claim_segments(a: &mut Actor<'_>, nr_segments: u8) -> Outcome {
     let evil = [a.evil(); 11];
     let request = a.rw(op::WRITE, VICTIM, &evil);
-    a.ask(WireRequest::Rw(Rw {
+    a.ask(WireRequest::Rw(RwRequest {
         nr_segments,
         ..request
     }))
@@ -208,7 +208,7 @@ fn indirect(
     operation: u8,
     sector: u64,
     segments: &[WireSegment],
-    change: impl FnOnce(Indirect) -> Indirect,
+    change: impl FnOnce(IndirectRequest) -> IndirectRequest,
 ) -> Outcome {
     let request = change(a.indirect(operation, sector, segments));
     a.ask(WireRequest::Indirect(request))
@@ -217,7 +217,7 @@ fn indirect(
 /// An indirect write that claims a number of segments.
 fn claim_indirect(a: &mut Actor<'_>, nr_segments: u16) -> Outcome {
     let evil = [a.evil(); 16];
-    indirect(a, op::WRITE, VICTIM, &evil, |request| Indirect {
+    indirect(a, op::WRITE, VICTIM, &evil, |request| IndirectRequest {
         nr_segments,
         ..request
     })
@@ -231,7 +231,7 @@ fn nested(a: &mut Actor<'_>, operation: u8) -> Outcome {
 
 fn discard(a: &mut Actor<'_>, flag: u8, sector: u64, nr_sectors: u64) -> Outcome {
     let (handle, id) = (a.handle(), a.next_id());
-    a.ask(WireRequest::Discard(Discard {
+    a.ask(WireRequest::Discard(DiscardRequest {
         flag,
         handle,
         id,

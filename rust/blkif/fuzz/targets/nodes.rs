@@ -11,7 +11,7 @@ use blkif::negotiate::DiskNodes;
 use blkif::negotiate::FrontChoice;
 use blkif::negotiate::FrontOffer;
 use blkif::node;
-use blkif::node::BadNode;
+use blkif::node::InvalidNode;
 use blkif::vdev::VirtualDevice;
 use libfuzzer_sys::fuzz_target;
 
@@ -60,7 +60,7 @@ fn find(nodes: &'static [&'static str], name: &[u8]) -> Option<&'static str> {
 }
 
 /// A complaint must be fit for the log.
-fn print<T>(result: Result<T, BadNode>) {
+fn print<T>(result: Result<T, InvalidNode>) {
     if let Err(bad) = result {
         let message = bad.to_string();
         assert!(message.len() < 200);

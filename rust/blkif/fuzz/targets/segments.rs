@@ -8,7 +8,7 @@ use blkif::request::check;
 use blkif::request::Data;
 use blkif::request::Request;
 use blkif::wire::op;
-use blkif::wire::Indirect;
+use blkif::wire::IndirectRequest;
 use blkif::wire::WireRequest;
 use blkif_fuzz::Input;
 use libfuzzer_sys::fuzz_target;

@@ -5,9 +5,9 @@
 use blkif::ring::Memory;
 use blkif::wire::indirect_pages;
 use blkif::wire::op;
-use blkif::wire::Discard;
-use blkif::wire::Indirect;
-use blkif::wire::Rw;
+use blkif::wire::DiscardRequest;
+use blkif::wire::IndirectRequest;
+use blkif::wire::RwRequest;
 use blkif::wire::WireRequest;
 use blkif::wire::WireSegment;
 use proptest::prelude::*;
@@ -60,7 +60,7 @@ fn rw() -> impl Strategy<Value = WireRequest> {
             for unused in segments.iter_mut().skip(nr_segments.into()) {
                 *unused = WireSegment::default();
             }
-            WireRequest::Rw(Rw {
+            WireRequest::Rw(RwRequest {
                 operation,
                 nr_segments,
                 handle,
@@ -74,7 +74,7 @@ fn rw() -> impl Strategy<Value = WireRequest> {
 
 fn discard() -> impl Strategy<Value = WireRequest> {
     any::<(u8, u16, u64, u64, u64)>().prop_map(|(flag, handle, id, sector, nr_sectors)| {
-        WireRequest::Discard(Discard {
+        WireRequest::Discard(DiscardRequest {
             flag,
             handle,
             id,
@@ -92,7 +92,7 @@ fn indirect() -> impl Strategy<Value = WireRequest> {
             for unused in grefs.iter_mut().skip(indirect_pages(nr_segments)) {
                 *unused = 0;
             }
-            WireRequest::Indirect(Indirect {
+            WireRequest::Indirect(IndirectRequest {
                 operation,
                 nr_segments,
                 handle,

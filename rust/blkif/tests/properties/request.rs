@@ -4,18 +4,18 @@
 
 use crate::common;
 use blkif::request::check;
-use blkif::request::pages_for_one;
-use blkif::request::segments_for_one;
+use blkif::request::max_pages_per_request;
+use blkif::request::max_segments_per_request;
 use blkif::request::Data;
 use blkif::request::DiskLimits;
 use blkif::request::Extent;
-use blkif::request::Refusal;
+use blkif::request::InvalidRequest;
 use blkif::request::Request;
 use blkif::request::Segment;
 use blkif::wire::op;
-use blkif::wire::Discard;
-use blkif::wire::Indirect;
-use blkif::wire::Rw;
+use blkif::wire::DiscardRequest;
+use blkif::wire::IndirectRequest;
+use blkif::wire::RwRequest;
 use blkif::wire::WireRequest;
 use blkif::wire::WireSegment;
 use proptest::prelude::*;
@@ -56,7 +56,7 @@ fn model(wire: &WireRequest, fetched: &[WireSegment], disk: &DiskLimits) -> Opti
     }
 }
 
-fn model_rw(rw: &Rw, disk: &DiskLimits) -> Option<Effect> {
+fn model_rw(rw: &RwRequest, disk: &DiskLimits) -> Option<Effect> {
     if rw.nr_segments > 11 {
         return None;
     }
@@ -116,7 +116,7 @@ fn range(sector: u64, len: u64, disk: &DiskLimits) -> Option<std::ops::Range<u64
     valid.then_some(sector..end as u64)
 }
 
-fn model_discard(discard: &Discard, disk: &DiskLimits) -> Option<Effect> {
+fn model_discard(discard: &DiscardRequest, disk: &DiskLimits) -> Option<Effect> {
     let secure = discard.flag % 2 == 1;
     let (start, len) = (discard.sector, discard.nr_sectors);
     let allowed = disk.discard && !disk.read_only && (disk.secure_discard || !secure) && len > 0;
@@ -129,7 +129,7 @@ fn effect(
     wire: &WireRequest,
     fetched: &[WireSegment],
     disk: &DiskLimits,
-) -> Result<Effect, Refusal> {
+) -> Result<Effect, InvalidRequest> {
     Ok(match check(wire, disk)? {
         Request::Flush => Effect::Flush,
         Request::Read(data) => moved(false, false, &data, fetched, disk)?,
@@ -158,12 +158,12 @@ fn moved(
     data: &Data<'_>,
     fetched: &[WireSegment],
     disk: &DiskLimits,
-) -> Result<Effect, Refusal> {
+) -> Result<Effect, InvalidRequest> {
     let (extent, segments) = match data {
         Data::Direct(direct) => (direct.extent(), direct.segments().collect()),
         Data::Indirect(unfetched) => {
             let mut checker = unfetched.checker(disk);
-            let segments: Result<Vec<Segment>, Refusal> = fetched
+            let segments: Result<Vec<Segment>, InvalidRequest> = fetched
                 .iter()
                 .map(|segment| checker.push(*segment))
                 .collect();
@@ -209,7 +209,7 @@ fn uses(wire: &WireRequest) -> (usize, usize) {
 /// A request of any shape, mostly one that is valid.
 fn any_shape() -> impl Strategy<Value = WireRequest> {
     let large = (0..3u8, sector(), 0..=4097u16).prop_map(|(operation, sector, nr_segments)| {
-        WireRequest::Indirect(Indirect {
+        WireRequest::Indirect(IndirectRequest {
             operation,
             nr_segments,
             handle: 0,
@@ -274,7 +274,7 @@ fn plausible_rw() -> impl Strategy<Value = WireRequest> {
         let mut segments = [WireSegment::default(); 11];
         segments[..list.len()].copy_from_slice(&list);
         let nr_segments = list.len() as u8;
-        WireRequest::Rw(Rw {
+        WireRequest::Rw(RwRequest {
             operation,
             nr_segments,
             handle: 0,
@@ -287,7 +287,7 @@ fn plausible_rw() -> impl Strategy<Value = WireRequest> {
 
 fn plausible_discard() -> impl Strategy<Value = WireRequest> {
     (any::<u8>(), sector(), sector()).prop_map(|(flag, sector, nr_sectors)| {
-        WireRequest::Discard(Discard {
+        WireRequest::Discard(DiscardRequest {
             flag,
             handle: 0,
             id: 1,
@@ -303,7 +303,7 @@ fn plausible_indirect() -> impl Strategy<Value = (WireRequest, Vec<WireSegment>)
     (0..3u8, sector(), segments).prop_map(|(operation, sector, segments)| {
         let nr_segments = segments.len() as u16;
         let grefs = [1; 8];
-        let request = Indirect {
+        let request = IndirectRequest {
             operation,
             nr_segments,
             handle: 0,
@@ -338,8 +338,8 @@ proptest! {
         if let Ok(request) = check(&wire, &disk) {
             let (segments, pages) = uses(&wire);
             prop_assert_eq!(request.segments(), segments);
-            prop_assert!(segments <= segments_for_one(disk.indirect_segments));
-            prop_assert!(pages <= pages_for_one(disk.indirect_segments));
+            prop_assert!(segments <= max_segments_per_request(disk.indirect_segments));
+            prop_assert!(pages <= max_pages_per_request(disk.indirect_segments));
         }
     }
 

@@ -2,10 +2,10 @@
 
 //! One request of any shape fits into what a ring keeps for it, with whatever backend it meets.
 
-use blkif::plan::most_pieces;
-use blkif::plan::Form;
-use blkif::plan::Piece;
+use blkif::plan::max_fragments;
+use blkif::plan::PageFragment;
 use blkif::plan::Plan;
+use blkif::plan::SegmentPlacement;
 use blkif::plan::SlotLimits;
 use blkif::resources::Resources;
 use proptest::prelude::*;
@@ -17,7 +17,7 @@ fn offered() -> impl Strategy<Value = u16> {
     prop_oneof![Just(0), 1..40u16, Just(256), 500..530u16, any::<u16>()]
 }
 
-/// A disk with larger blocks than pages has pieces of whole pages, and whole blocks of them.
+/// A disk with larger blocks than pages has fragments of whole pages, and whole blocks of them.
 fn pages_of_blocks(block_size: u32, count: u32) -> u32 {
     let pages = (block_size / 4096).max(1);
     count / pages * pages
@@ -39,7 +39,7 @@ proptest! {
             // The backend cannot serve the disk.
             return Ok(());
         };
-        let largest = u32::from(before.segments()).min(most_pieces(block_size, SLOTS));
+        let largest = u32::from(before.segments()).min(max_fragments(block_size, SLOTS));
         let kept = Resources::new(now, bounce, largest);
         prop_assert!(kept.slots <= SLOTS as usize);
 
@@ -48,11 +48,11 @@ proptest! {
         prop_assert!(takes.slots <= kept.slots);
         prop_assert!(takes.pages() <= kept.pages());
 
-        let pieces = (0..count).map(|_| Piece::new(0, 4096).unwrap());
+        let fragments = (0..count).map(|_| PageFragment::new(0, 4096).unwrap());
         let (mut slots, mut lists) = (0, 0);
-        for part in Plan::new(0, pieces, count, now).unwrap() {
+        for part in Plan::new(0, fragments, count, now).unwrap() {
             slots += 1;
-            if let Form::Indirect(pages) = part.form {
+            if let SegmentPlacement::Indirect(pages) = part.placement {
                 lists += usize::from(pages);
             }
         }

@@ -6,7 +6,7 @@ use crate::common::Words;
 use blkif::ring::BackRing;
 use blkif::ring::FrontRing;
 use blkif::ring::Memory;
-use blkif::ring::NoSlot;
+use blkif::ring::RingFull;
 use blkif::wire::op;
 use blkif::wire::Abi;
 use blkif::wire::Response;
@@ -58,7 +58,7 @@ fn position() -> impl Strategy<Value = u32> {
 }
 
 fn request(id: u64) -> WireRequest {
-    WireRequest::Discard(blkif::wire::Discard {
+    WireRequest::Discard(blkif::wire::DiscardRequest {
         flag: 0,
         handle: 1,
         id,
@@ -140,7 +140,7 @@ impl Both {
     fn front_put(&mut self) {
         let room = self.put - self.answers_taken < self.capacity;
         let put = self.front.put(request(self.put));
-        assert_eq!(put, if room { Ok(()) } else { Err(NoSlot) });
+        assert_eq!(put, if room { Ok(()) } else { Err(RingFull) });
         if room {
             self.requests.push_back(self.put);
             self.put += 1;

@@ -8,7 +8,7 @@ use blkif::negotiate::DiskNodes;
 use blkif::negotiate::FrontChoice;
 use blkif::negotiate::FrontOffer;
 use blkif::node;
-use blkif::vdev::Form;
+use blkif::vdev::NumberFormat;
 use blkif::vdev::VirtualDevice;
 use proptest::prelude::*;
 
@@ -98,7 +98,7 @@ proptest! {
     #[test]
     fn an_extended_number_names_its_disk(disk in 0..4096u32, partition in 0..256u32) {
         let device = VirtualDevice::new((1 << 28) + disk * 256 + partition).unwrap();
-        prop_assert_eq!((device.form, device.disk), (Form::Extended, disk));
+        prop_assert_eq!((device.format, device.disk), (NumberFormat::Extended, disk));
         let name = device.name.as_str().strip_prefix("xvd").unwrap();
         let letters = name.trim_end_matches(|c: char| c.is_ascii_digit());
         let number = letters.bytes().fold(0, |sum, letter| sum * 26 + u32::from(letter - b'a') + 1);

@@ -6,7 +6,7 @@
 
 /// Turns to do something: a few at once, and then one in each period.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Pace {
+pub struct TokenBucket {
     most: u32,
     period: u64,
     left: u32,
@@ -14,7 +14,7 @@ pub struct Pace {
     since: u64,
 }
 
-impl Pace {
+impl TokenBucket {
     /// `most` turns at once, from now on, and one more in each `period`, which is at least 1.
     pub fn new(most: u32, period: u64, now: u64) -> Self {
         Self {
@@ -52,7 +52,7 @@ mod tests {
 
     #[test]
     fn a_few_at_once_and_then_one_in_each_period() {
-        let mut pace = Pace::new(3, 10, u64::MAX);
+        let mut pace = TokenBucket::new(3, 10, u64::MAX);
         for _ in 0..3 {
             assert_eq!(pace.take(u64::MAX), Ok(()));
         }
@@ -66,7 +66,7 @@ mod tests {
 
     #[test]
     fn time_alone_gives_no_more_than_the_most() {
-        let mut pace = Pace::new(2, 10, 0);
+        let mut pace = TokenBucket::new(2, 10, 0);
         assert_eq!(pace.take(1_000_000), Ok(()));
         assert_eq!(pace.take(1_000_000), Ok(()));
         assert_eq!(pace.take(1_000_000), Err(10));
@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn no_more_turns_than_time_allows() {
         for period in 1..20 {
-            let mut pace = Pace::new(4, period, 0);
+            let mut pace = TokenBucket::new(4, period, 0);
             let taken = (0..1000).filter(|now| pace.take(*now).is_ok()).count() as u64;
             assert!(taken <= 4 + 1000 / period);
             assert!(taken >= 1000 / period);
@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn a_period_of_nothing_is_one_tick() {
-        let mut pace = Pace::new(1, 0, 5);
+        let mut pace = TokenBucket::new(1, 0, 5);
         assert_eq!(pace.take(5), Ok(()));
         assert_eq!(pace.take(5), Err(1));
         assert_eq!(pace.take(6), Ok(()));
