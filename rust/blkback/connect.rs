@@ -21,7 +21,7 @@ use kernel_ext::{
     },
     ratelimited,
     xen::{
-        events::Channel,
+        events::EventChannel,
         grant::ForeignRef,
         ring::{
             MappedRing,
@@ -35,7 +35,7 @@ use kernel_ext::{
         xenstore::{
             self,
             Context,
-            Listing,
+            DirectoryListing,
             NoTransaction,
             Transaction,
             Value, //
@@ -250,7 +250,7 @@ fn read_within(
 
 /// Reads a node of a directory that was listed. One that is empty counts as missing.
 pub(crate) fn read_listed(
-    listing: &Listing,
+    listing: &DirectoryListing,
     dir: &CStr,
     node: &str,
 ) -> Result<Option<Value>, ConnectError> {
@@ -365,7 +365,7 @@ pub(crate) fn withdraw_feature(xbdev: &xenbus::Device, node: &str) -> Result {
 /// Reads what the frontend has chosen.
 fn read_choice(frontend: &CStr, limits: &BackLimits) -> Result<Accepted, ConnectError> {
     let mut choice = FrontChoice::default();
-    let listing = Listing::new(&NoTransaction, frontend);
+    let listing = DirectoryListing::new(&NoTransaction, frontend);
     for node in FrontChoice::NODES {
         if let Some(value) = read_listed(&listing, frontend, node)? {
             choice
@@ -407,7 +407,7 @@ impl<'a> Connection<'a> {
         let name = name.strip_prefix(b"/dev/").unwrap_or(name);
         let name =
             CString::try_from_fmt(fmt!("{}", BStr::from_bytes(name))).during("keeping the name")?;
-        let listing = Listing::new(&NoTransaction, xbdev.nodename());
+        let listing = DirectoryListing::new(&NoTransaction, xbdev.nodename());
         let io_accounting = Arc::new(IoAccounting::read(xbdev, &listing)?, GFP_KERNEL)
             .map_err(Error::from)
             .during("keeping whom I/O counts for")?;
@@ -472,8 +472,9 @@ impl<'a> Connection<'a> {
         let ring = BackRing::attach(ring, self.accepted.abi)
             .map_err(|error| ConnectError::Ring(index, error))?;
         let events = Arc::pin_init(QueueEvents::new(), GFP_KERNEL).during("making a queue")?;
-        let channel = Channel::bind_interdomain(self.xbdev, port, c"blkif-backend", events.clone())
-            .map_err(|error| ConnectError::Refused(index, "event-channel", port, error))?;
+        let channel =
+            EventChannel::bind_interdomain(self.xbdev, port, c"blkif-backend", events.clone())
+                .map_err(|error| ConnectError::Refused(index, "event-channel", port, error))?;
         let counters = usize::try_from(index)
             .map_err(Error::from)
             .and_then(|index| stats.queue(index))
@@ -487,7 +488,7 @@ impl<'a> Connection<'a> {
         index: u32,
         ring: BackRing<MappedRing>,
         events: Arc<QueueEvents>,
-        channel: Channel<QueueEvents>,
+        channel: EventChannel<QueueEvents>,
         counters: Arc<Counters>,
     ) -> Result<Queue> {
         let domain = self.domain.clone();

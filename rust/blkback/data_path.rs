@@ -50,8 +50,8 @@ use kernel_ext::{
                 Mapper,
                 PageCache, //
             },
-            Access,
-            ForeignRef, //
+            ForeignRef,
+            GrantAccess, //
         },
         DomId, //
     },
@@ -357,7 +357,7 @@ impl DataPath {
             .push_within_capacity(reference)
             .map_err(|_| ENOMEM)?;
         let mut page = core::mem::take(&mut self.descriptor_page);
-        let result = self.map_missing(Access::ReadOnly, &mut page);
+        let result = self.map_missing(GrantAccess::ReadOnly, &mut page);
         let mapped = page.pop();
         self.descriptor_page = page;
         result?;
@@ -427,9 +427,9 @@ impl DataPath {
     fn map(&mut self, req: &mut PendingReq) -> Result<(), DataError> {
         let ((pages, _), ctx) = req.split_mut();
         let access = match ctx.op {
-            ReqOp::Read => Access::ReadWrite,
+            ReqOp::Read => GrantAccess::ReadWrite,
             ReqOp::Write | ReqOp::Flush | ReqOp::Barrier | ReqOp::Discard { .. } => {
-                Access::ReadOnly
+                GrantAccess::ReadOnly
             }
         };
         let rest = self.take_cached_prefix(&ctx.segments, access, pages);
@@ -466,7 +466,7 @@ impl DataPath {
     fn take_cached_prefix<'s>(
         &mut self,
         segments: &'s [Segment],
-        access: Access,
+        access: GrantAccess,
         pages: &mut KVec<MappedPage>,
     ) -> &'s [Segment] {
         let mut rest = segments;
@@ -486,7 +486,7 @@ impl DataPath {
     fn lookup_missing(
         &mut self,
         segments: &[Segment],
-        access: Access,
+        access: GrantAccess,
         pages: &mut KVec<MappedPage>,
     ) -> Result<usize, DataError> {
         self.references.clear();
@@ -509,10 +509,10 @@ impl DataPath {
 
     /// A page that has stayed mapped. One that was mapped for less than is needed now is mapped anew.
     #[inline]
-    fn take_cached(&mut self, reference: ForeignRef, access: Access) -> Option<MappedPage> {
+    fn take_cached(&mut self, reference: ForeignRef, access: GrantAccess) -> Option<MappedPage> {
         let persistent_grants = self.persistent_grants.as_mut()?;
         let page = persistent_grants.take(reference)?;
-        if access == Access::ReadWrite && page.access() == Access::ReadOnly {
+        if access == GrantAccess::ReadWrite && page.access() == GrantAccess::ReadOnly {
             persistent_grants.remove_entry(reference);
             self.unmap_later(page);
             return None;
@@ -523,7 +523,7 @@ impl DataPath {
     /// Maps the pages of `references`, behind those in the list.
     fn map_missing(
         &mut self,
-        access: Access,
+        access: GrantAccess,
         pages: &mut KVec<MappedPage>,
     ) -> Result<(), DataError> {
         let count = self.references.len();
@@ -542,7 +542,7 @@ impl DataPath {
     fn try_map(
         &mut self,
         count: usize,
-        access: Access,
+        access: GrantAccess,
         pages: &mut KVec<MappedPage>,
     ) -> Result<(), DataError> {
         if !self.reserve_quota(count) {

@@ -94,18 +94,18 @@ use kernel_ext::{
         kthread::{
             Current,
             KThread,
-            Kind, //
+            KThreadOptions, //
         },
+        memalloc::NoioScope,
         module_ref::ModuleRef,
-        noio::Noio,
         sysfs::{
             self,
             Output, //
         },
         timer::{
-            IdleCpu,
-            Target,
-            Timer, //
+            Timer,
+            TimerCallback,
+            TimerFlags, //
         },
         wait::WaitQueue,
         workqueue::OwnedQueue, //
@@ -115,12 +115,12 @@ use kernel_ext::{
     xen::{
         xenbus::{
             self,
-            After,
+            DeviceAction,
             DeviceId,
             Driver,
             IdArray,
             IdTable,
-            Side,
+            Role,
             State,
             Switched, //
         },
@@ -305,7 +305,7 @@ struct QueueThread {
 }
 
 impl Driver for VbdDriver {
-    const SIDE: Side = Side::Backend;
+    const ROLE: Role = Role::Backend;
     const NAME: &'static CStr = c"vbd";
     const ID_TABLE: IdTable = IDS.as_table();
     const ALLOW_REBIND: bool = true;
@@ -322,9 +322,9 @@ impl Driver for VbdDriver {
         self: Pin<&Self>,
         _device: &xenbus::Device<Core<'_>>,
         _state: State,
-    ) -> After {
+    ) -> DeviceAction {
         self.device.schedule_work();
-        After::Keep
+        DeviceAction::Keep
     }
 
     fn remove(self: Pin<&Self>, _device: &xenbus::Device<Core<'_>>) {
@@ -369,7 +369,7 @@ impl VbdDriver {
         let driver = Self { device, watch };
         let device = &driver.device;
         device.inner.lock().retry_timer =
-            Some(Timer::new(IdleCpu::Wakes, RetryTimer(device.clone()))?);
+            Some(Timer::new(TimerFlags::Default, RetryTimer(device.clone()))?);
         sysfs::register(xbdev.as_ref(), None, &stats::DEVICE, device.clone())?;
         let stats = device.stats.clone();
         sysfs::register(
@@ -400,7 +400,7 @@ impl WatchHandler for DiskWatch {
     }
 }
 
-impl Target for RetryTimer {
+impl TimerCallback for RetryTimer {
     fn expired(&self) -> Option<Jiffies> {
         self.0.schedule_work();
         None
@@ -557,7 +557,7 @@ impl Device {
         }
         inner.throttled = true;
         if let Some(retry_timer) = &inner.retry_timer {
-            retry_timer.set_after(ticks as Jiffies);
+            retry_timer.mod_timer_after(ticks as Jiffies);
         }
         true
     }
@@ -663,7 +663,7 @@ impl Device {
         // No more than the longest time needs.
         inner.failures = inner.failures.saturating_add(1).min(u32::BITS / 4);
         if let Some(retry_timer) = &inner.retry_timer {
-            retry_timer.set_after(msecs_to_jiffies(time));
+            retry_timer.mod_timer_after(msecs_to_jiffies(time));
         }
     }
 
@@ -816,7 +816,7 @@ impl Device {
         if matches!(described, ConnectOutcome::Connected) {
             // Nothing may fail any more: the frontend has been told that it is served.
             if let Some(timer) = &size_poll {
-                timer.set_after(SizePoll::period());
+                timer.mod_timer_after(SizePoll::period());
             }
             inner.size_poll = size_poll;
             inner.queue_threads = queue_threads;
@@ -834,11 +834,11 @@ impl Device {
         let handle = DeviceHandle::new(self, index, connection);
         let name = CString::try_from_fmt(fmt!("rblkback {}", queue.name()))
             .map_err(|error| ConnectError::Local("naming a thread", error))?;
-        let kind = Kind { freezable: true };
+        let kind = KThreadOptions { freezable: true };
         let events = queue.events();
         KThread::spawn(fmt!("{}", *name), kind, move |thread| {
             // What it serves may be where memory is freed to.
-            let _noio = Noio::new();
+            let _noio = NoioScope::new();
             handle.wait_until_serving(thread);
             queue.serve(thread, &handle);
             drop(handle);

@@ -25,9 +25,9 @@ use kernel_ext::{
             Jiffies, //
         },
         timer::{
-            IdleCpu,
-            Target,
-            Timer, //
+            Timer,
+            TimerCallback,
+            TimerFlags, //
         },
     },
     block::{
@@ -36,7 +36,7 @@ use kernel_ext::{
             BlockDevice,
             Claim,
             DeviceNumber,
-            Discard, //
+            DiscardSupport, //
         },
         bio::MAX_DISCARD_SECTORS, //
     },
@@ -77,7 +77,7 @@ pub(crate) struct Disk {
     pub(crate) mode: CString,
     pub(crate) bdev: Arc<BlockDevice>,
     /// Discard as it is offered; none if the toolstack forbids it.
-    pub(crate) discard: Option<Discard>,
+    pub(crate) discard: Option<DiscardSupport>,
     block_size: u32,
     /// Size in sectors that the frontend was told.
     reported_sectors: Atomic<u64>,
@@ -197,7 +197,7 @@ impl SizePoll {
         disk: Arc<Disk>,
         events: Arc<QueueEvents>,
     ) -> Result<Pin<KBox<Timer<Self>>>> {
-        Timer::new(IdleCpu::Sleeps, Self { disk, events })
+        Timer::new(TimerFlags::Deferrable, Self { disk, events })
     }
 
     /// The time from one look to the next.
@@ -206,7 +206,7 @@ impl SizePoll {
     }
 }
 
-impl Target for SizePoll {
+impl TimerCallback for SizePoll {
     fn expired(&self) -> Option<Jiffies> {
         if self.disk.size_changed() {
             self.events.kick();

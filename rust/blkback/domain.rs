@@ -46,7 +46,7 @@ use kernel_ext::{
             msecs_to_jiffies,
             Jiffies, //
         },
-        noio::Noio, //
+        memalloc::NoioScope, //
     },
     xen::{
         xenbus,
@@ -84,7 +84,7 @@ impl DeviceRegistration {
     /// Takes a seat for a device.
     pub(crate) fn new(xbdev: &xenbus::Device) -> Result<Self> {
         // The threads of queues take the lock too, and memory may have to be written to their disks.
-        let _noio = Noio::new();
+        let _noio = NoioScope::new();
         let mut devices = DEVICES.lock();
         let id = xbdev.otherend_id();
         let known = devices.iter().find(|entry| entry.domain.id == id);
@@ -194,7 +194,7 @@ pub(crate) struct ShortageSubscriber {
 impl ShortageSubscriber {
     pub(crate) fn new(domain: &Arc<Domain>, events: &Arc<QueueEvents>) -> Result<Self> {
         // As for the seats.
-        let _noio = Noio::new();
+        let _noio = NoioScope::new();
         domain.queues.lock().push(events.clone(), GFP_KERNEL)?;
         Ok(Self {
             domain: domain.clone(),

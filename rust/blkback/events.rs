@@ -86,18 +86,18 @@ use kernel::{
 
 use kernel_ext::{
     base::{
-        irq_spinlock::IrqSpinLock,
         kthread::Current,
-        timer::Target,
+        spinlock_irqsave::SpinLockIrqSave,
+        timer::TimerCallback,
         wait::WaitQueue, //
     },
-    new_irq_spinlock,
+    new_spinlock_irqsave,
     new_wait_queue,
     xen::{
         events::{
-            Doorbell,
             Eoi,
-            Handler, //
+            Handler,
+            Notifier, //
         },
         ring::MappedRing, //
     }, //
@@ -118,7 +118,7 @@ pub(crate) type Ring = BackRing<MappedRing>;
 pub(crate) struct LentRing {
     pub(crate) ring: KBox<Ring>,
     /// Of the frontend.
-    pub(crate) notifier: Doorbell,
+    pub(crate) notifier: Notifier,
     /// The pages of requests stay mapped when these have ended.
     pub(crate) persistent: bool,
 }
@@ -159,7 +159,7 @@ pub(crate) struct QueueEvents {
     /// `done` has something. Changes with it.
     has_completed: Atomic<bool>,
     #[pin]
-    handoff: IrqSpinLock<Handoff>,
+    handoff: SpinLockIrqSave<Handoff>,
     #[pin]
     wait: WaitQueue,
 }
@@ -171,7 +171,7 @@ impl QueueEvents {
             event: Atomic::new(false),
             memory_pressure: Atomic::new(false),
             has_completed: Atomic::new(false),
-            handoff <- new_irq_spinlock!(Handoff {
+            handoff <- new_spinlock_irqsave!(Handoff {
                 completed: ReqList::new(),
                 responded: ReqList::new(),
                 lent: None,
@@ -189,7 +189,7 @@ impl QueueEvents {
                 handoff.responded.push(req);
                 drop(handoff);
                 if notify {
-                    notifier.ring();
+                    notifier.notify();
                 }
                 return;
             }
@@ -288,7 +288,7 @@ impl QueueEvents {
 /// Wakes the thread of a queue when there may be something to give back.
 pub(crate) struct PurgeTimer(pub(crate) Arc<QueueEvents>);
 
-impl Target for PurgeTimer {
+impl TimerCallback for PurgeTimer {
     fn expired(&self) -> Option<Jiffies> {
         self.0.kick();
         None

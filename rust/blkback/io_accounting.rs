@@ -21,9 +21,9 @@ use kernel::{
 
 use kernel_ext::{
     base::{
-        io_owner::{
-            Charged,
-            IoGroup,
+        blkcg::{
+            BlkcgCss,
+            BlkcgGuard,
             IoPriority, //
         },
         kthread::Current, //
@@ -31,7 +31,7 @@ use kernel_ext::{
     ratelimited,
     xen::{
         xenbus,
-        xenstore::Listing, //
+        xenstore::DirectoryListing, //
     },
 };
 
@@ -49,13 +49,16 @@ use crate::connect::{
 
 /// Whom the I/O of a disk counts for.
 pub(crate) struct IoAccounting {
-    group: Option<IoGroup>,
+    group: Option<BlkcgCss>,
     priority: Option<IoPriority>,
 }
 
 impl IoAccounting {
     /// As the toolstack wants it. `listing` lists the device's directory.
-    pub(crate) fn read(xbdev: &xenbus::Device, listing: &Listing) -> Result<Self, ConnectError> {
+    pub(crate) fn read(
+        xbdev: &xenbus::Device,
+        listing: &DirectoryListing,
+    ) -> Result<Self, ConnectError> {
         Ok(Self {
             group: read_group(xbdev, listing)?,
             priority: read_priority(xbdev, listing)?,
@@ -63,7 +66,7 @@ impl IoAccounting {
     }
 
     /// Has the I/O of the thread of a queue count so, until the result is dropped.
-    pub(crate) fn apply<'a>(&self, thread: &'a Current, queue: &CStr) -> Option<Charged<'a>> {
+    pub(crate) fn apply<'a>(&self, thread: &'a Current, queue: &CStr) -> Option<BlkcgGuard<'a>> {
         if let Some(priority) = self.priority {
             if let Err(error) = thread.set_io_priority(priority) {
                 ratelimited!(pr_warn!(
@@ -75,13 +78,16 @@ impl IoAccounting {
     }
 }
 
-fn read_group(xbdev: &xenbus::Device, listing: &Listing) -> Result<Option<IoGroup>, ConnectError> {
+fn read_group(
+    xbdev: &xenbus::Device,
+    listing: &DirectoryListing,
+) -> Result<Option<BlkcgCss>, ConnectError> {
     const NODE: &str = "cgroup";
     let Some(path) = read_listed(listing, xbdev.nodename(), NODE)? else {
         return Ok(None);
     };
     let text = CString::try_from_fmt(fmt!("{}", &*path)).during("keeping the name of a cgroup")?;
-    match IoGroup::find(&text) {
+    match BlkcgCss::find(&text) {
         Ok(group) => Ok(Some(group)),
         Err(error) if error == ENOENT => {
             let bad = InvalidNode::new(NODE, path.as_bytes(), Reason::Unknown);
@@ -93,7 +99,7 @@ fn read_group(xbdev: &xenbus::Device, listing: &Listing) -> Result<Option<IoGrou
 
 fn read_priority(
     xbdev: &xenbus::Device,
-    listing: &Listing,
+    listing: &DirectoryListing,
 ) -> Result<Option<IoPriority>, ConnectError> {
     const NODE: &str = "io-priority";
     let Some(value) = read_listed(listing, xbdev.nodename(), NODE)? else {

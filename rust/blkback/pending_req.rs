@@ -15,9 +15,9 @@ use kernel::{
 
 use kernel_ext::block::bio::{
     is_unsupported,
-    Context,
-    Io,
-    Part, //
+    BioContext,
+    BioRequest,
+    PageRange, //
 };
 
 use blkif::{
@@ -38,7 +38,7 @@ use crate::{
 pub(crate) const REJECTABLE_FEATURES: usize = 2;
 
 /// A request with its memory.
-pub(crate) type PendingReq = Io<RequestPages, ReqContext>;
+pub(crate) type PendingReq = BioRequest<RequestPages, ReqContext>;
 
 /// What a request does.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -167,7 +167,7 @@ pub(crate) fn new_pending_req(
     flags: Flags,
 ) -> Result<KBox<PendingReq>> {
     let ctx = ReqContext::new(events.clone());
-    let mut req = KBox::new(Io::new((KVec::new(), KVec::new()), ctx), flags)?;
+    let mut req = KBox::new(BioRequest::new((KVec::new(), KVec::new()), ctx), flags)?;
     reserve_segments(&mut req, segments, flags)?;
     Ok(req)
 }
@@ -186,9 +186,9 @@ pub(crate) fn has_capacity(req: &PendingReq, segments: usize) -> bool {
     req.context.segments.capacity() >= segments && mapped.capacity() >= segments
 }
 
-impl Context<RequestPages> for ReqContext {
-    fn parts(&self) -> impl ExactSizeIterator<Item = Part> + '_ {
-        self.segments.iter().map(|segment| Part {
+impl BioContext<RequestPages> for ReqContext {
+    fn ranges(&self) -> impl ExactSizeIterator<Item = PageRange> + '_ {
+        self.segments.iter().map(|segment| PageRange {
             offset: segment.offset().into(),
             len: segment.len().into(),
         })

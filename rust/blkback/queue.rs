@@ -33,8 +33,8 @@ use kernel_ext::{
         },
         kthread::Current,
         timer::{
-            IdleCpu,
-            Timer, //
+            Timer,
+            TimerFlags, //
         },
     },
     block::bio::{
@@ -42,7 +42,7 @@ use kernel_ext::{
         Operation, //
     },
     ratelimited,
-    xen::events::Channel, //
+    xen::events::EventChannel, //
 };
 
 use blkif::{
@@ -127,7 +127,7 @@ pub(crate) struct QueueConfig {
     /// For messages: domain, device and number of the queue.
     pub(crate) name: CString,
     pub(crate) ring: Ring,
-    pub(crate) channel: Channel<QueueEvents>,
+    pub(crate) channel: EventChannel<QueueEvents>,
     pub(crate) events: Arc<QueueEvents>,
     pub(crate) io_accounting: Arc<IoAccounting>,
     pub(crate) disk: Arc<Disk>,
@@ -143,7 +143,7 @@ pub(crate) struct Queue {
     name: CString,
     /// `None` while the thread sleeps and has parked it.
     ring: Option<KBox<Ring>>,
-    channel: Channel<QueueEvents>,
+    channel: EventChannel<QueueEvents>,
     events: Arc<QueueEvents>,
     io_accounting: Arc<IoAccounting>,
     disk: Arc<Disk>,
@@ -201,7 +201,7 @@ impl Queue {
         let data_path = DataPath::new(&domain, persistent)?;
         let reserve = new_pending_req(&events, MAX_SEGMENTS, GFP_KERNEL)?;
         let shortage = ShortageSubscriber::new(&domain, &events)?;
-        let purge_timer = Timer::new(IdleCpu::Wakes, PurgeTimer(events.clone()))?;
+        let purge_timer = Timer::new(TimerFlags::Default, PurgeTimer(events.clone()))?;
         Ok(Self {
             name,
             ring: Some(KBox::new(ring, GFP_KERNEL)?),
@@ -323,7 +323,7 @@ impl Queue {
         if self.purge_at.is_none() {
             if let Some(time) = self.data_path.purge_delay(self.in_flight) {
                 self.purge_at = Some(jiffies::now().wrapping_add(time));
-                self.purge_timer.set_after(time);
+                self.purge_timer.mod_timer_after(time);
             }
         }
     }
@@ -333,7 +333,7 @@ impl Queue {
         if self.in_flight == 0 || self.needs_thread(stopping) {
             return;
         }
-        let Some(notifier) = self.channel.doorbell() else {
+        let Some(notifier) = self.channel.notifier() else {
             return;
         };
         if let Some(ring) = self.ring.take() {

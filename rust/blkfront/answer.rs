@@ -10,7 +10,7 @@
 use kernel::prelude::*;
 
 use kernel_ext::{
-    base::shown::Shown,
+    base::fmt::AsKernelDisplay,
     block::mq::{
         self,
         BlkStatus,
@@ -189,15 +189,15 @@ impl Queue {
         for waiting in done.iter_mut().map_while(Option::as_mut) {
             waiting.copy_small();
         }
-        let doorbell = {
+        let notifier = {
             let mut inner = self.inner.lock();
             for waiting in done.iter_mut().map_while(Option::as_mut) {
                 inner.reclaim(waiting);
             }
             inner.publish_flushes()
         };
-        if let Some(doorbell) = doorbell {
-            doorbell.ring();
+        if let Some(notifier) = notifier {
+            notifier.notify();
         }
         let mut batch = EndBatch::new();
         for place in done {
@@ -258,7 +258,7 @@ impl Queue {
         ratelimited!(pr_err!(
             "{}: the backend broke a ring: {}; closing the device\n",
             self.name.as_str(),
-            Shown(error)
+            AsKernelDisplay(error)
         ));
     }
 

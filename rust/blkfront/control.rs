@@ -32,9 +32,9 @@ use kernel_ext::{
     base::{
         kthread::{
             KThread,
-            Kind, //
+            KThreadOptions, //
         },
-        noio::Noio, //
+        memalloc::NoioScope, //
     },
     block::{
         major::Minors,
@@ -51,7 +51,7 @@ use kernel_ext::{
     xen::{
         xenbus,
         xenstore::{
-            Listing,
+            DirectoryListing,
             NoTransaction, //
         },
     },
@@ -420,7 +420,7 @@ impl Control {
             return Err(EBUSY);
         }
         self.retry.take_turn()?;
-        let own = Listing::new(&NoTransaction, self.device.nodename());
+        let own = DirectoryListing::new(&NoTransaction, self.device.nodename());
         let front = nodes::front_offer(&self.device, &own)?;
         self.no_partition_scan = nodes::no_partition_scan(&self.device, &own)?;
         let back = nodes::back_offer(&self.backend, &BackOffer::RING_NODES)?;
@@ -619,7 +619,7 @@ impl Control {
         let device = self.device.clone();
         let signal = self.signal.clone();
         let name = self.vdev.name;
-        let kind = Kind::default();
+        let kind = KThreadOptions::default();
         let adder = KThread::spawn(fmt!("rblkfront/{}+", name.as_str()), kind, move |_| {
             let parent: &xenbus::Device = &device;
             if let Err(error) = disk.add(Some(parent.as_ref())) {
@@ -882,9 +882,9 @@ impl Control {
         let name = self.vdev.name;
         let remover = KThread::spawn(
             fmt!("rblkfront/{}-", name.as_str()),
-            Kind::default(),
+            KThreadOptions::default(),
             move |_| {
-                let _noio = Noio::new();
+                let _noio = NoioScope::new();
                 disk.remove();
             },
         );
@@ -931,9 +931,9 @@ impl Control {
         let name = self.vdev.name;
         let reporter = KThread::spawn(
             fmt!("rblkfront/{}!", name.as_str()),
-            Kind::default(),
+            KThreadOptions::default(),
             move |_| {
-                let _noio = Noio::new();
+                let _noio = NoioScope::new();
                 dead.mark_dead();
             },
         );

@@ -47,7 +47,7 @@ use kernel::{
 use kernel_ext::{
     base::{
         kthread::KThread,
-        noio::Noio, //
+        memalloc::NoioScope, //
     },
     block::mq::GenDisk,
     xen::xenstore::{
@@ -115,7 +115,7 @@ pub(crate) struct Keeper {
 impl WatchHandler for Keeper {
     /// Called once, in xenbus's thread, because the watch was made.
     fn changed(&self) {
-        let _noio = Noio::new();
+        let _noio = NoioScope::new();
         self.control.lock().retry();
         let watch = self.attempt.lock().take();
         drop(watch);

@@ -9,8 +9,8 @@ use kernel::{
 
 use kernel_ext::xen::{
     events::{
-        Channel,
-        Doorbell, //
+        EventChannel,
+        Notifier, //
     },
     grant::GrantRef,
     ring::RingPages,
@@ -27,8 +27,8 @@ use crate::queue::Queue;
 /// A ring and its event channel. Dropping it ends both; it sleeps.
 pub(crate) struct Link {
     pub(crate) ring: FrontRing<RingPages>,
-    pub(crate) channel: Arc<Channel<Queue>>,
-    pub(crate) doorbell: Doorbell,
+    pub(crate) channel: Arc<EventChannel<Queue>>,
+    pub(crate) notifier: Notifier,
 }
 
 impl Link {
@@ -41,10 +41,10 @@ impl Link {
     ) -> Result<Self> {
         let pages = RingPages::new(device, page_order)?;
         let ring = FrontRing::new(pages, Abi::native()).map_err(|_| EINVAL)?;
-        let channel = Channel::alloc_unbound(device, c"blkif", queue.clone())?;
+        let channel = EventChannel::alloc_unbound(device, c"blkif", queue.clone())?;
         Ok(Self {
             ring,
-            doorbell: channel.doorbell().ok_or(EINVAL)?,
+            notifier: channel.notifier().ok_or(EINVAL)?,
             channel: Arc::new(channel, GFP_KERNEL)?,
         })
     }

@@ -11,14 +11,14 @@ use kernel::{
 };
 
 use kernel_ext::{
-    base::shown::Shown,
+    base::fmt::AsKernelDisplay,
     ratelimited,
     xen::{
         self,
         xenbus,
         xenstore::{
             self,
-            Listing,
+            DirectoryListing,
             NoTransaction,
             Transaction,
             Value, //
@@ -64,7 +64,7 @@ fn read(dir: &CStr, node: &'static str) -> Result<Option<Value>> {
 
 /// Reports a node that makes no sense.
 fn complain(dir: &CStr, bad: &InvalidNode) {
-    ratelimited!(pr_warn!("{}/{}\n", dir, Shown(bad)));
+    ratelimited!(pr_warn!("{}/{}\n", dir, AsKernelDisplay(bad)));
 }
 
 fn bad(dir: &CStr, bad: InvalidNode) -> Error {
@@ -82,7 +82,7 @@ pub(crate) fn virtual_device(device: &xenbus::Device) -> Result<VirtualDevice> {
     let value = value.ok_or_else(|| bad(dir, InvalidNode::missing("virtual-device")))?;
     let number = node::device_number(node, value.as_bytes()).map_err(|error| bad(dir, error))?;
     VirtualDevice::new(number).map_err(|error| {
-        pr_err!("{}: {}\n", dir, Shown(error));
+        pr_err!("{}: {}\n", dir, AsKernelDisplay(error));
         ENODEV
     })
 }
@@ -161,7 +161,11 @@ fn is_online(backend: &CStr) -> bool {
 }
 
 /// A node of a directory that was listed, or `None` if there is none.
-fn read_listed(listing: &Listing, dir: &CStr, node: &'static str) -> Result<Option<Value>> {
+fn read_listed(
+    listing: &DirectoryListing,
+    dir: &CStr,
+    node: &'static str,
+) -> Result<Option<Value>> {
     if listing.may_have(node) {
         read(dir, node)
     } else {
@@ -170,7 +174,7 @@ fn read_listed(listing: &Listing, dir: &CStr, node: &'static str) -> Result<Opti
 }
 
 /// What this side can do for the device. `own` lists its directory, also below.
-pub(crate) fn front_offer(device: &xenbus::Device, own: &Listing) -> Result<FrontOffer> {
+pub(crate) fn front_offer(device: &xenbus::Device, own: &DirectoryListing) -> Result<FrontOffer> {
     let dir = device.nodename();
     let trusted = match read_listed(own, dir, "trusted")? {
         None => true,
@@ -185,7 +189,7 @@ pub(crate) fn front_offer(device: &xenbus::Device, own: &Listing) -> Result<Fron
 
 /// Whether nobody is to look for partitions on the disk. The toolstack says so, as it says whether
 /// the backend is trusted: who serves the disk has no say in it.
-pub(crate) fn no_partition_scan(device: &xenbus::Device, own: &Listing) -> Result<bool> {
+pub(crate) fn no_partition_scan(device: &xenbus::Device, own: &DirectoryListing) -> Result<bool> {
     let dir = device.nodename();
     let Some(value) = read_listed(own, dir, "no-part-scan")? else {
         return Ok(false);
@@ -288,7 +292,7 @@ impl RingNodes {
 /// Writes all that the backend needs to know, and Initialised, at once.
 pub(crate) fn publish(
     device: &xenbus::Device,
-    own: &Listing,
+    own: &DirectoryListing,
     rings: &[RingNodes],
     page_order: u32,
     persistent: bool,

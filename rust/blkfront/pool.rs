@@ -19,7 +19,7 @@ use kernel_ext::{
     base::page::Page,
     xen::{
         grant::{
-            Access,
+            GrantAccess,
             GrantReserve,
             GrantedPage, //
         },
@@ -149,5 +149,5 @@ pub(crate) fn grow(domain: DomId, to: &mut KVec<GrantedPage>, count: usize) -> R
 fn new_page(domain: DomId, flags: Flags) -> Result<GrantedPage> {
     let mut reserve = GrantReserve::new(1)?;
     let page = Page::alloc_page(flags | __GFP_ZERO)?;
-    GrantedPage::new(&mut reserve, domain, page, Access::ReadWrite)
+    GrantedPage::new(&mut reserve, domain, page, GrantAccess::ReadWrite)
 }

@@ -14,10 +14,10 @@ use kernel::{
 };
 
 use kernel_ext::{
-    base::irq_spinlock::{
-        new_irq_spinlock,
-        IrqSpinLock,
-        IrqSpinLockGuard, //
+    base::spinlock_irqsave::{
+        new_spinlock_irqsave,
+        SpinLockIrqSave,
+        SpinLockIrqSaveGuard, //
     },
     block::mq::{
         self,
@@ -31,9 +31,9 @@ use kernel_ext::{
     },
     ratelimited,
     xen::{
-        events::Doorbell,
+        events::Notifier,
         grant::{
-            Access,
+            GrantAccess,
             GrantReserve,
             Granted,
             GrantedPage, //
@@ -204,7 +204,7 @@ pub(crate) struct Queue {
     handle: u16,
     pub(crate) signal: Arc<Signal>,
     #[pin]
-    pub(crate) inner: IrqSpinLock<Inner>,
+    pub(crate) inner: SpinLockIrqSave<Inner>,
 }
 
 /// What a look for spare pages has found.
@@ -254,14 +254,14 @@ enum Promise {
 impl Inner {
     /// Shows the backend what was put into the ring. What is to be rung, without the lock, if it
     /// wants to know.
-    fn publish(&mut self) -> Option<Doorbell> {
+    fn publish(&mut self) -> Option<Notifier> {
         let link = self.link.as_mut()?;
-        link.ring.publish().then_some(link.doorbell)
+        link.ring.publish().then_some(link.notifier)
     }
 
     /// Shows the backend flushes that were put while answers were taken. Returns what
     /// [`Self::publish`] returns.
-    pub(crate) fn publish_flushes(&mut self) -> Option<Doorbell> {
+    pub(crate) fn publish_flushes(&mut self) -> Option<Notifier> {
         if !core::mem::take(&mut self.flushes) {
             return None;
         }
@@ -325,7 +325,7 @@ impl Queue {
                 index,
                 handle,
                 signal,
-                inner <- new_irq_spinlock!(Inner {
+                inner <- new_spinlock_irqsave!(Inner {
                     state: State::Away,
                     link: None,
                     slots: Slots::empty(),
@@ -626,18 +626,18 @@ impl Queue {
                 return;
             }
         }
-        let doorbell = inner.publish();
+        let notifier = inner.publish();
         drop(inner);
-        if let Some(doorbell) = doorbell {
-            doorbell.ring();
+        if let Some(notifier) = notifier {
+            notifier.notify();
         }
     }
 
     /// Shows the backend what was put into the ring, and notifies it if it wants that.
     pub(crate) fn commit(&self) {
-        let doorbell = self.inner.lock().publish();
-        if let Some(doorbell) = doorbell {
-            doorbell.ring();
+        let notifier = self.inner.lock().publish();
+        if let Some(notifier) = notifier {
+            notifier.notify();
         }
     }
 
@@ -776,10 +776,10 @@ impl Queue {
             self.give_up(inner, waiting);
             return;
         }
-        let doorbell = if last { inner.publish() } else { None };
+        let notifier = if last { inner.publish() } else { None };
         drop(inner);
-        if let Some(doorbell) = doorbell {
-            doorbell.ring();
+        if let Some(notifier) = notifier {
+            notifier.notify();
         }
     }
 
@@ -838,7 +838,7 @@ impl Queue {
 
     /// Something is in the ring of which we know nothing, though slots were promised, so that this
     /// cannot be: gives the ring up.
-    fn give_up(&self, mut inner: IrqSpinLockGuard<'_, Inner>, waiting: Waiting) {
+    fn give_up(&self, mut inner: SpinLockIrqSaveGuard<'_, Inner>, waiting: Waiting) {
         inner.broken = true;
         drop(inner);
         self.signal.raise(Cause::Failed);
@@ -936,7 +936,7 @@ fn hold(
     // What the backend may only read is read-only all the same.
     match Granted::new(
         rq,
-        Access::ReadWrite,
+        GrantAccess::ReadWrite,
         terms.domain,
         &mut reserve,
         references,

@@ -115,14 +115,14 @@ impl Queue {
     /// Notifies a backend that has not noticed all requests. Returns how many responses were taken
     /// until then.
     fn ring_again(&self) -> Option<u32> {
-        let (doorbell, taken) = {
+        let (notifier, taken) = {
             let inner = self.inner.lock();
             let link = inner.link.as_ref().filter(|link| link.is_open())?;
             let taken = link.ring.responses_taken();
             let unnoticed = link.ring.in_flight() != 0 && link.ring.is_unnoticed();
-            (unnoticed.then_some(link.doorbell)?, taken)
+            (unnoticed.then_some(link.notifier)?, taken)
         };
-        doorbell.ring();
+        notifier.notify();
         Some(taken)
     }
 }

@@ -19,18 +19,18 @@ use kernel_ext::{
     base::{
         kthread::{
             KThread,
-            Kind, //
+            KThreadOptions, //
         },
-        noio::Noio, //
+        memalloc::NoioScope, //
     },
     xen::xenbus::{
         self,
-        After,
+        DeviceAction,
         DeviceId,
         Driver,
         IdArray,
         IdTable,
-        Side,
+        Role,
         State, //
     },
 };
@@ -74,10 +74,10 @@ impl Vbd {
         let member = Member::new(signal.clone())?;
 
         // A disk may be what memory is freed by writing to.
-        let kind = Kind { freezable: false };
+        let kind = KThreadOptions { freezable: false };
         let runner = keeper.clone();
         let thread = KThread::spawn(fmt!("rblkfront/{}", vdev.name.as_str()), kind, move |_| {
-            let _noio = Noio::new();
+            let _noio = NoioScope::new();
             Keeper::run(&runner);
         })?;
         Ok(Self {
@@ -97,7 +97,7 @@ impl Drop for Vbd {
 }
 
 impl Driver for Vbd {
-    const SIDE: Side = Side::Frontend;
+    const ROLE: Role = Role::Frontend;
     const NAME: &'static CStr = c"vbd";
     const ID_TABLE: IdTable = IDS.as_table();
     const ALLOW_REBIND: bool = true;
@@ -106,11 +106,15 @@ impl Driver for Vbd {
         Self::new(dev)
     }
 
-    fn otherend_changed(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>, state: State) -> After {
-        let _noio = Noio::new();
+    fn otherend_changed(
+        self: Pin<&Self>,
+        _dev: &xenbus::Device<Core<'_>>,
+        state: State,
+    ) -> DeviceAction {
+        let _noio = NoioScope::new();
         self.keeper.control.lock().follow_backend(state);
         self.signal.raise(Cause::Backend);
-        After::Keep
+        DeviceAction::Keep
     }
 
     fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {
@@ -130,7 +134,7 @@ impl Driver for Vbd {
     }
 
     fn resume(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) -> Result {
-        let _noio = Noio::new();
+        let _noio = NoioScope::new();
         let resumed = self.keeper.control.lock().resume(dev.otherend()?);
         self.signal.raise(Cause::Backend);
         resumed

@@ -4,8 +4,8 @@
 //!
 //! - [`cpu`]: the CPUs of the machine.
 //! - [`global_mutex`]: mutexes in statics.
-//! - [`io_owner`]: who the I/O of a thread counts for.
-//! - [`irq_spinlock`]: a lock for data that an interrupt handler uses too.
+//! - [`blkcg`]: who the I/O of a thread counts for.
+//! - [`spinlock_irqsave`]: a lock for data that an interrupt handler uses too.
 //! - [`jiffies`]: the kernel's coarse clock.
 //! - [`kthread`]: kernel threads that run a closure.
 //! - [`module_param`]: module parameters that show in sysfs.
@@ -21,19 +21,19 @@
 //! - [`wait`]: wait queues.
 //! - [`workqueue`]: work queues that end with their owner.
 
+pub mod blkcg;
 pub mod cpu;
+pub mod fmt;
 pub mod global_mutex;
-pub mod io_owner;
-pub mod irq_spinlock;
 pub mod jiffies;
 pub mod kthread;
+pub mod memalloc;
 pub mod module_param;
 pub mod module_ref;
-pub mod noio;
 pub mod page;
-pub mod pages;
+pub mod page_owner;
 pub mod ratelimit;
-pub mod shown;
+pub mod spinlock_irqsave;
 pub mod sysfs;
 pub mod this_module;
 pub mod timer;

@@ -50,7 +50,7 @@ struct Shared {
 
 /// What kind of thread it is.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Kind {
+pub struct KThreadOptions {
     /// It is frozen on suspend, in [`WaitQueue::wait_idle`]. Others go on running.
     pub freezable: bool,
 }
@@ -58,7 +58,7 @@ pub struct Kind {
 /// What a new thread starts with.
 struct Start<F> {
     main: F,
-    kind: Kind,
+    kind: KThreadOptions,
     shared: Arc<Shared>,
     module: ModuleRef,
 }
@@ -102,7 +102,7 @@ impl KThread {
     /// Starts a thread that runs `main`.
     ///
     /// `name` is shown by `ps`; the kernel cuts it for other uses.
-    pub fn spawn<F>(name: fmt::Arguments<'_>, kind: Kind, main: F) -> Result<Self>
+    pub fn spawn<F>(name: fmt::Arguments<'_>, kind: KThreadOptions, main: F) -> Result<Self>
     where
         F: FnOnce(&Current) + Send + 'static,
     {

@@ -2,8 +2,8 @@
 
 //! Timers.
 //!
-//! A [`Timer`] calls its [`Target`] when the time that was set is over. It costs nothing while none is
-//! set. Whether it wakes a CPU that is idle then is said by [`IdleCpu`].
+//! A [`Timer`] calls its [`TimerCallback`] when the time that was set is over. It costs nothing while none is
+//! set. Whether it wakes a CPU that is idle then is said by [`TimerFlags`].
 //!
 //! C header: [`include/linux/timer.h`](srctree/include/linux/timer.h)
 
@@ -24,15 +24,15 @@ use super::{
 };
 
 /// What a CPU does that is idle when the time is over.
-pub enum IdleCpu {
+pub enum TimerFlags {
     /// It wakes, and the call comes in time.
-    Wakes,
+    Default,
     /// It sleeps on, and the call comes once something else wakes it.
-    Sleeps,
+    Deferrable,
 }
 
 /// What a [`Timer`] calls.
-pub trait Target: Send + Sync + 'static {
+pub trait TimerCallback: Send + Sync + 'static {
     /// The time is over. Says after what time to call again, if at all.
     ///
     /// Runs in a soft interrupt: it must not sleep.
@@ -47,7 +47,7 @@ pub trait Target: Send + Sync + 'static {
 /// `timer` is initialised with `callback`, and does not move.
 #[repr(C)]
 #[pin_data(PinnedDrop)]
-pub struct Timer<T: Target> {
+pub struct Timer<T: TimerCallback> {
     /// First, so that the callback finds the rest behind the pointer that it gets.
     #[pin]
     timer: Opaque<bindings::timer_list>,
@@ -56,17 +56,17 @@ pub struct Timer<T: Target> {
 }
 
 // SAFETY: A timer may be set and shut down from any thread; the target is `Send`.
-unsafe impl<T: Target> Send for Timer<T> {}
+unsafe impl<T: TimerCallback> Send for Timer<T> {}
 // SAFETY: A timer may be set by several at once; the target is `Sync`.
-unsafe impl<T: Target> Sync for Timer<T> {}
+unsafe impl<T: TimerCallback> Sync for Timer<T> {}
 
-impl<T: Target> Timer<T> {
+impl<T: TimerCallback> Timer<T> {
     /// Makes one that is not set.
-    pub fn new(idle: IdleCpu, target: T) -> Result<Pin<KBox<Self>>> {
+    pub fn new(flags: TimerFlags, target: T) -> Result<Pin<KBox<Self>>> {
         let module = ModuleRef::new()?;
-        let flags = match idle {
-            IdleCpu::Wakes => 0,
-            IdleCpu::Sleeps => bindings::TIMER_DEFERRABLE,
+        let flags = match flags {
+            TimerFlags::Default => 0,
+            TimerFlags::Deferrable => bindings::TIMER_DEFERRABLE,
         };
         KBox::pin_init(
             pin_init!(Self {
@@ -91,7 +91,7 @@ impl<T: Target> Timer<T> {
     }
 
     /// Has the target called after this time, and not at the time that was set before. Any context.
-    pub fn set_after(&self, time: Jiffies) {
+    pub fn mod_timer_after(&self, time: Jiffies) {
         let then = jiffies::now().wrapping_add(time);
         // SAFETY: The timer is initialised, by the type invariant. Does nothing once it is shut down.
         unsafe { bindings::mod_timer(self.timer.get(), then) };
@@ -105,13 +105,13 @@ impl<T: Target> Timer<T> {
         // SAFETY: By the requirements of this function; the timer is the first field.
         let this = unsafe { &*timer.cast::<Self>() };
         if let Some(time) = this.target.expired() {
-            this.set_after(time);
+            this.mod_timer_after(time);
         }
     }
 }
 
 #[pinned_drop]
-impl<T: Target> PinnedDrop for Timer<T> {
+impl<T: TimerCallback> PinnedDrop for Timer<T> {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: By the type invariant. After this the callback does not run, and never will.
         unsafe { bindings::timer_shutdown_sync(self.timer.get()) };

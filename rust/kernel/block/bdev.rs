@@ -73,7 +73,7 @@ pub enum Claim {
 
 /// What a block device can discard.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Discard {
+pub struct DiscardSupport {
     /// Preferred size and alignment in bytes.
     pub granularity: u32,
     /// Offset in bytes of the first aligned position.
@@ -241,12 +241,12 @@ impl BlockDevice {
     }
 
     /// What the device can discard, if it can.
-    pub fn discard(&self) -> Option<Discard> {
+    pub fn discard(&self) -> Option<DiscardSupport> {
         let bdev = self.bdev();
         // SAFETY: By the type invariant; for all four.
         unsafe {
             let max_sectors = bindings_ext::bdev_max_discard_sectors(bdev);
-            (max_sectors != 0).then(|| Discard {
+            (max_sectors != 0).then(|| DiscardSupport {
                 max_sectors,
                 granularity: bindings_ext::bdev_discard_granularity(bdev),
                 alignment: bindings::bdev_discard_alignment(bdev),

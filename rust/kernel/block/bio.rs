@@ -2,12 +2,12 @@
 
 //! I/O on a block device.
 //!
-//! An [`Io`] owns the memory that is read or written and a context of the driver. [`submit`] takes
+//! A [`BioRequest`] owns the memory that is read or written and a context of the driver. [`submit`] takes
 //! it, and it comes back through [`Context::complete`], once, when the device is done with the
 //! memory. In between nobody can touch or free what the device works on.
 //!
-//! One `Io` is one bio: up to [`MAX_PARTS`] pieces of memory for one run of sectors. With few pieces
-//! the bio is part of the `Io`, so that nothing is allocated. Otherwise it comes from a reserve of the
+//! One `BioRequest` is one bio: up to [`MAX_RANGES`] pieces of memory for one run of sectors. With few pieces
+//! the bio is part of the `BioRequest`, so that nothing is allocated. Otherwise it comes from a reserve of the
 //! device, so that `submit` has to wait for memory at most until other I/O of the same device ends.
 //!
 //! C header: [`include/linux/bio.h`](srctree/include/linux/bio.h)
@@ -35,8 +35,8 @@ use super::bdev::{
     BlockDevice, //
 };
 
-/// Pieces of memory in one [`Io`], at most.
-pub const MAX_PARTS: usize = bindings::BIO_MAX_VECS as usize;
+/// Pieces of memory in one [`BioRequest`], at most.
+pub const MAX_RANGES: usize = bindings::BIO_MAX_VECS as usize;
 
 /// Sectors of one [`Operation::Discard`] or [`Operation::SecureErase`], at most.
 pub const MAX_DISCARD_SECTORS: u32 = u32::MAX >> SECTOR_SHIFT;
@@ -104,56 +104,56 @@ impl Operation {
 
 /// A part of a piece of memory: `len` bytes from `offset` on.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Part {
+pub struct PageRange {
     /// Offset in the piece in bytes.
     pub offset: usize,
     /// Number of bytes: whole sectors of 512, not 0.
     pub len: usize,
 }
 
-/// Pieces of memory for which an [`Io`] has room itself.
-const OWN_PARTS: usize = 8;
+/// Pieces of memory for which a [`BioRequest`] has room itself.
+const INLINE_RANGES: usize = 8;
 
-/// Room for a bio with up to [`OWN_PARTS`] pieces of memory. Used only while the I/O is on its way.
-struct OwnBio {
+/// Room for a bio with up to [`INLINE_RANGES`] pieces of memory. Used only while the I/O is on its way.
+struct InlineBio {
     bio: MaybeUninit<bindings::bio>,
-    vectors: MaybeUninit<[bindings::bio_vec; OWN_PARTS]>,
+    vectors: MaybeUninit<[bindings::bio_vec; INLINE_RANGES]>,
 }
 
 // SAFETY: It is memory, with nothing in it while the I/O is not on its way.
-unsafe impl Send for OwnBio {}
+unsafe impl Send for InlineBio {}
 // SAFETY: As above; a reference to it gives nothing.
-unsafe impl Sync for OwnBio {}
+unsafe impl Sync for InlineBio {}
 
 /// The memory of an I/O, and what the driver wants to have back with it.
 ///
 /// # Invariants
 ///
 /// While the I/O is on its way, `device` is the one that its bio was made for.
-pub struct Io<D, C> {
+pub struct BioRequest<D, C> {
     data: D,
     /// The driver's own.
     pub context: C,
     /// Keeps the device open, and its reserve of bios in place, until after the end of the I/O.
     device: Option<Arc<BlockDevice>>,
-    own: OwnBio,
+    own: InlineBio,
 }
 
-impl<D, C> Io<D, C> {
+impl<D, C> BioRequest<D, C> {
     /// An I/O that has not started.
     pub fn new(data: D, context: C) -> Self {
         Self {
             data,
             context,
             device: None,
-            own: OwnBio {
+            own: InlineBio {
                 bio: MaybeUninit::uninit(),
                 vectors: MaybeUninit::uninit(),
             },
         }
     }
 
-    /// The memory. The device does not use it now, or else the `Io` would not be here.
+    /// The memory. The device does not use it now, or else the `BioRequest` would not be here.
     pub fn data(&self) -> &D {
         &self.data
     }
@@ -164,11 +164,11 @@ impl<D, C> Io<D, C> {
     }
 }
 
-/// The context of an [`Io`]: it knows what part the memory has in it, and what to do at its end.
-pub trait Context<D>: Sized + Send + 'static {
-    /// The parts of the memory that the I/O is about: the first lies in the first slice of the
-    /// memory, and so on. There may be more slices than parts.
-    fn parts(&self) -> impl ExactSizeIterator<Item = Part> + '_;
+/// The context of a [`BioRequest`]: it knows what part the memory has in it, and what to do at its end.
+pub trait BioContext<D>: Sized + Send + 'static {
+    /// The ranges of the memory that the I/O is about: the first lies in the first slice of the
+    /// memory, and so on. There may be more slices than ranges.
+    fn ranges(&self) -> impl ExactSizeIterator<Item = PageRange> + '_;
 
     /// The I/O has ended. See [`is_unsupported`] for the one error with a meaning of its own.
     ///
@@ -176,9 +176,9 @@ pub trait Context<D>: Sized + Send + 'static {
     ///
     /// **Any, including a hard interrupt**, on any CPU, and also the caller of [`submit`] before
     /// that returns; always in a read-side section of RCU. Must not sleep, and may take only locks that are taken with interrupts off
-    /// elsewhere. Hand the `Io` to a thread: what it owns may need to sleep to be freed, and the
+    /// elsewhere. Hand the `BioRequest` to a thread: what it owns may need to sleep to be freed, and the
     /// reference to its device too.
-    fn complete(io: KBox<Io<D, Self>>, result: Result);
+    fn complete(io: KBox<BioRequest<D, Self>>, result: Result);
 }
 
 /// Whether an I/O has ended with this error because the device cannot do the operation
@@ -189,23 +189,23 @@ pub fn is_unsupported(error: Error) -> bool {
 
 /// Starts an I/O at a sector (of 512 bytes) of a device. May sleep.
 ///
-/// On an error it has not started, and is given back. `EINVAL`: the parts do not lie in the slices,
+/// On an error it has not started, and is given back. `EINVAL`: the ranges do not lie in the slices,
 /// are too many, or do not fit the operation, or nothing is to be discarded. `EACCES`: the device is
 /// not open for writing, or memory that must not change is read into.
-pub fn submit<D: PageOwner + Send + 'static, C: Context<D>>(
+pub fn submit<D: PageOwner + Send + 'static, C: BioContext<D>>(
     device: &Arc<BlockDevice>,
     operation: Operation,
     sector: u64,
-    mut io: KBox<Io<D, C>>,
-) -> Result<(), (Error, KBox<Io<D, C>>)> {
-    // An `Io` that goes around keeps the device that it has.
+    mut io: KBox<BioRequest<D, C>>,
+) -> Result<(), (Error, KBox<BioRequest<D, C>>)> {
+    // A `BioRequest` that goes around keeps the device that it has.
     let known = io.device.as_ref();
     if !known.is_some_and(|known| Arc::ptr_eq(known, device)) {
         // INVARIANT: It is not on its way yet.
         io.device = Some(device.clone());
     }
     let io = KBox::into_raw(io);
-    // SAFETY: The `Io` is ours alone, and no box until the bio has ended or was dropped.
+    // SAFETY: The `BioRequest` is ours alone, and no box until the bio has ended or was dropped.
     match unsafe { prepare(device, operation, sector, io) } {
         Ok(bio) => {
             // SAFETY: `io` was a box, and is not used any more. `prepare` has made the bio of its
@@ -224,22 +224,22 @@ pub fn submit<D: PageOwner + Send + 'static, C: Context<D>>(
 ///
 /// `io` is valid. Until the bio has ended or was dropped it stays where it is, and is left alone but
 /// for reading.
-unsafe fn prepare<D: PageOwner, C: Context<D>>(
+unsafe fn prepare<D: PageOwner, C: BioContext<D>>(
     device: &BlockDevice,
     operation: Operation,
     sector: u64,
-    io: *mut Io<D, C>,
+    io: *mut BioRequest<D, C>,
 ) -> Result<Bio> {
     // SAFETY: By the requirements of this function.
     let (data, context, own) = unsafe { (&(*io).data, &(*io).context, &raw mut (*io).own) };
-    let parts = context.parts();
-    let count = parts.len();
+    let ranges = context.ranges();
+    let count = ranges.len();
     check(device, operation, count, data)?;
-    // SAFETY: As the caller promises; `check` has looked at the number of parts.
+    // SAFETY: As the caller promises; `check` has looked at the number of ranges.
     let bio = unsafe { Bio::new(device, operation, sector, count, own) };
     let mut slices = data.slices();
     let mut added = 0usize;
-    for Part { offset, len } in parts {
+    for PageRange { offset, len } in ranges {
         let slice = slices.next().and_then(|slice| slice.get(offset, len));
         bio.add(slice.ok_or(EINVAL)?)?;
         added = added.wrapping_add(1);
@@ -254,11 +254,11 @@ unsafe fn prepare<D: PageOwner, C: Context<D>>(
 fn check(
     device: &BlockDevice,
     operation: Operation,
-    parts: usize,
+    ranges: usize,
     data: &impl PageOwner,
 ) -> Result {
-    let some = parts != 0;
-    if parts > MAX_PARTS
+    let some = ranges != 0;
+    if ranges > MAX_RANGES
         || some && !operation.takes_memory()
         || !some && operation.needs_memory()
         || operation.sectors() > MAX_DISCARD_SECTORS
@@ -286,39 +286,42 @@ fn check(
 ///
 /// # Invariants
 ///
-/// A bio with room for the parts that it was made for, which nobody else uses: of the reserve of an
-/// open device, or of an [`OwnBio`], which is known by having no reserve.
+/// A bio with room for the ranges that it was made for, which nobody else uses: of the reserve of an
+/// open device, or of an [`InlineBio`], which is known by having no reserve.
 struct Bio(*mut bindings::bio);
 
 impl Bio {
     /// # Safety
     ///
-    /// `parts` is at most [`MAX_PARTS`]. The caller keeps `own` where it is, and for nothing else, until
+    /// `ranges` is at most [`MAX_RANGES`]. The caller keeps `own` where it is, and for nothing else, until
     /// the bio has ended or was dropped.
     #[inline]
     unsafe fn new(
         device: &BlockDevice,
         operation: Operation,
         sector: u64,
-        parts: usize,
-        own: *mut OwnBio,
+        ranges: usize,
+        own: *mut InlineBio,
     ) -> Self {
-        let bio = if parts <= OWN_PARTS {
+        let bio = if ranges <= INLINE_RANGES {
             // The block layer looks at the first vector of a bio that has a table of them, whether
             // it was filled in or not.
             //
             // SAFETY: As the caller promises there is room for a bio and its vectors.
             unsafe {
                 let bio = (&raw mut (*own).bio).cast::<bindings::bio>();
-                let (vectors, most) = match parts {
+                let (vectors, most) = match ranges {
                     0 => (core::ptr::null_mut(), 0),
-                    _ => ((&raw mut (*own).vectors).cast(), OWN_PARTS as ffi::c_ushort),
+                    _ => (
+                        (&raw mut (*own).vectors).cast(),
+                        INLINE_RANGES as ffi::c_ushort,
+                    ),
                 };
                 bindings::bio_init(bio, device.bdev(), vectors, most, operation.opf());
                 bio
             }
         } else {
-            Self::allocate(device, operation, parts)
+            Self::allocate(device, operation, ranges)
         };
         // SAFETY: The bio was made just now, and is ours alone.
         unsafe {
@@ -329,18 +332,18 @@ impl Bio {
         Self(bio)
     }
 
-    /// A bio for up to [`MAX_PARTS`] parts, of the reserve.
-    fn allocate(device: &BlockDevice, operation: Operation, parts: usize) -> *mut bindings::bio {
+    /// A bio for up to [`MAX_RANGES`] ranges, of the reserve.
+    fn allocate(device: &BlockDevice, operation: Operation, ranges: usize) -> *mut bindings::bio {
         const GFP_NOIO: bindings::gfp_t =
             1 << bindings::___GFP_DIRECT_RECLAIM_BIT | 1 << bindings::___GFP_KSWAPD_RECLAIM_BIT;
-        let parts = parts.min(MAX_PARTS) as ffi::c_ushort;
+        let ranges = ranges.min(MAX_RANGES) as ffi::c_ushort;
         // An allocation that may reclaim does not fail, see `bio_alloc_bioset`.
         //
-        // SAFETY: By the invariants of `BlockDevice`; there are at most `BIO_MAX_VECS` parts.
+        // SAFETY: By the invariants of `BlockDevice`; there are at most `BIO_MAX_VECS` ranges.
         unsafe {
             bindings::bio_alloc_bioset(
                 device.bdev(),
-                parts,
+                ranges,
                 operation.opf(),
                 GFP_NOIO,
                 device.bios.get(),
@@ -375,7 +378,10 @@ impl Bio {
     /// # Safety
     ///
     /// `io` was a box, of which the caller makes no use any more. All memory of the bio belongs to it.
-    unsafe fn submit<D: PageOwner + Send + 'static, C: Context<D>>(self, io: *mut Io<D, C>) {
+    unsafe fn submit<D: PageOwner + Send + 'static, C: BioContext<D>>(
+        self,
+        io: *mut BioRequest<D, C>,
+    ) {
         let bio = self.0;
         core::mem::forget(self);
         // SAFETY: The bio is valid by the type invariant, and ours until it is submitted. All pages
@@ -424,24 +430,29 @@ impl Drop for Bio {
 /// # Safety
 ///
 /// As [`finish`].
-unsafe extern "C" fn end_io<D: PageOwner + Send + 'static, C: Context<D>>(bio: *mut bindings::bio) {
+unsafe extern "C" fn end_io<D: PageOwner + Send + 'static, C: BioContext<D>>(
+    bio: *mut bindings::bio,
+) {
     let _guard = rcu::read_lock();
     // SAFETY: By the requirements of this function.
     unsafe { finish::<D, C>(bio) };
 }
 
-/// Frees a bio, and passes on its `Io`.
+/// Frees a bio, and passes on its `BioRequest`.
 ///
 /// # Safety
 ///
 /// `bio` was submitted by [`Bio::submit`] with the same types, and has ended.
 #[inline(never)]
-unsafe fn finish<D: PageOwner + Send + 'static, C: Context<D>>(bio: *mut bindings::bio) {
+unsafe fn finish<D: PageOwner + Send + 'static, C: BioContext<D>>(bio: *mut bindings::bio) {
     // SAFETY: By the requirements of this function; it is called once, and the bio is not used
-    // after its end. The `Io` that it may be part of is no box yet, and by its invariant has the
+    // after its end. The `BioRequest` that it may be part of is no box yet, and by its invariant has the
     // device with the reserve.
     let (io, status) = unsafe {
-        let (io, status) = ((*bio).bi_private.cast::<Io<D, C>>(), (*bio).bi_status);
+        let (io, status) = (
+            (*bio).bi_private.cast::<BioRequest<D, C>>(),
+            (*bio).bi_status,
+        );
         Bio::free(bio);
         (KBox::from_raw(io), status)
     };

@@ -3,8 +3,8 @@
 //! Event channels: waking the other domain, and being woken.
 //!
 //! A channel has two ends. The frontend makes an end that a certain domain may connect to
-//! ([`Channel::alloc_unbound`]) and tells its number, the *port*, through xenstore; the backend
-//! connects ([`Channel::bind_interdomain`]). Each end is an interrupt of its domain.
+//! ([`EventChannel::alloc_unbound`]) and tells its number, the *port*, through xenstore; the backend
+//! connects ([`EventChannel::bind_interdomain`]). Each end is an interrupt of its domain.
 //!
 //! An event that has arrived is *pending* until it is ended (EOI), and no other one comes before
 //! that. So ending events late slows a domain down that sends too many (XSA-332, XSA-391): all
@@ -50,7 +50,7 @@ pub enum Eoi {
     Done,
     /// There was nothing to do: the next event may come, after a while if that goes on.
     Spurious,
-    /// The event goes on; [`Channel::eoi`] will end it. Without that no event comes any more, which
+    /// The event goes on; [`EventChannel::eoi`] will end it. Without that no event comes any more, which
     /// is how one gets rid of a domain that breaks the rules.
     ///
     /// The handler has to tell who calls `eoi` with a release, which pairs with an acquire there (a wake-up
@@ -114,12 +114,12 @@ impl<T: Handler> Shared<T> {
 /// It is a number, which costs nothing to keep or copy. Once the channel is gone, ringing is refused
 /// by Xen, or gives somebody an event for nothing.
 #[derive(Clone, Copy)]
-pub struct Doorbell(bindings_ext::evtchn_port_t);
+pub struct Notifier(bindings_ext::evtchn_port_t);
 
-impl Doorbell {
+impl Notifier {
     /// Wakes the other domain. Any context.
     #[inline]
-    pub fn ring(self) {
+    pub fn notify(self) {
         // SAFETY: A number, which Xen checks.
         unsafe { bindings_ext::notify_remote_via_evtchn(self.0) };
     }
@@ -135,7 +135,7 @@ impl Doorbell {
 /// - `irq` is bound to an event channel of the `lateeoi` kind, with [`Self::interrupt`] as handler
 ///   and `shared` as its argument, which does not move.
 /// - `device` is what the interrupt was bound for: the glue code may use it while `irq` is bound.
-pub struct Channel<T: Handler> {
+pub struct EventChannel<T: Handler> {
     irq: ffi::c_uint,
     notify: Notify,
     shared: Pin<KBox<Shared<T>>>,
@@ -143,7 +143,7 @@ pub struct Channel<T: Handler> {
     _module: ModuleRef,
 }
 
-impl<T: Handler> Channel<T> {
+impl<T: Handler> EventChannel<T> {
     /// Makes an end that the other end's domain of `device` may connect to.
     ///
     /// `name` is shown in `/proc/interrupts`. The port, for xenstore, is [`Self::port`]. The handler
@@ -205,7 +205,7 @@ impl<T: Handler> Channel<T> {
         })
     }
 
-    /// Makes a `Channel` of what `bind` returns: an interrupt or a negative errno. There is nothing
+    /// Makes an `EventChannel` of what `bind` returns: an interrupt or a negative errno. There is nothing
     /// to be undone after that.
     ///
     /// `bind` gets the argument for [`Self::interrupt`]. By the type invariants it stays while the
@@ -257,8 +257,8 @@ impl<T: Handler> Channel<T> {
     }
 
     /// What wakes the other domain without this, if our port is known.
-    pub fn doorbell(&self) -> Option<Doorbell> {
-        self.port().map(Doorbell)
+    pub fn notifier(&self) -> Option<Notifier> {
+        self.port().map(Notifier)
     }
 
     /// Wakes the other domain. Any context.
@@ -300,7 +300,7 @@ impl<T: Handler> Channel<T> {
         irq: ffi::c_int,
         shared: *mut ffi::c_void,
     ) -> bindings::irqreturn_t {
-        // SAFETY: By the requirements of this function; the `Channel` keeps it until the interrupt
+        // SAFETY: By the requirements of this function; the `EventChannel` keeps it until the interrupt
         // is unbound.
         let shared = unsafe { &*shared.cast::<Shared<T>>() };
         // First, for the handler can wake somebody who ends the event before it returns.
@@ -334,7 +334,7 @@ fn argument<T>(shared: &Shared<T>) -> *mut ffi::c_void {
     core::ptr::from_ref(shared).cast_mut().cast()
 }
 
-impl<T: Handler> Drop for Channel<T> {
+impl<T: Handler> Drop for EventChannel<T> {
     fn drop(&mut self) {
         // SAFETY: By the type invariant; waits until the handler has returned everywhere, so that
         // `shared` can go.

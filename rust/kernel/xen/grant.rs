@@ -52,7 +52,7 @@ const LIST_END: bindings_ext::grant_ref_t = u32::MAX;
 
 /// What the other domain may do with a page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Access {
+pub enum GrantAccess {
     /// Read it: the data of a disk write.
     ReadOnly,
     /// Read and write it: the data of a disk read, a ring.
@@ -230,10 +230,10 @@ impl GrantReserve {
         &mut self,
         domain: DomId,
         page: *mut kernel::bindings::page,
-        access: Access,
+        access: GrantAccess,
     ) -> Result<GrantRef> {
         let reference = self.claim().ok_or(ENOSPC)?;
-        let readonly = access == Access::ReadOnly;
+        let readonly = access == GrantAccess::ReadOnly;
         // SAFETY: `claim` gives a reference that is ours and free, by the type invariant; `page` is
         // valid by the requirements of this function.
         unsafe {
@@ -269,7 +269,7 @@ pub(super) unsafe fn try_end(reference: GrantRef) -> bool {
 
 /// A page of our own that is granted to another domain.
 ///
-/// What is in it can change at any time if the access is [`Access::ReadWrite`]; it can only be
+/// What is in it can change at any time if the access is [`GrantAccess::ReadWrite`]; it can only be
 /// copied out. When dropped, the grant ends and the page is freed; if the other domain still uses
 /// it, both stay in quarantine until it does not.
 ///
@@ -291,7 +291,7 @@ impl GrantedPage {
         reserve: &mut GrantReserve,
         domain: DomId,
         page: Page,
-        access: Access,
+        access: GrantAccess,
     ) -> Result<Self> {
         // SAFETY: The page is valid, and goes to the `GrantedPage` below, which keeps it until the
         // grant has ended, by the type invariant. If this fails, there is no grant.
@@ -368,7 +368,7 @@ impl<S: PageOwner> Granted<S> {
     /// `ENOSPC` if it is not, or if `reserve` has too few references, and gives all back.
     pub fn new(
         owner: S,
-        access: Access,
+        access: GrantAccess,
         domain: DomId,
         reserve: &mut GrantReserve,
         mut references: References,
@@ -381,7 +381,7 @@ impl<S: PageOwner> Granted<S> {
         let access = if owner.writable() {
             access
         } else {
-            Access::ReadOnly
+            GrantAccess::ReadOnly
         };
 
         for slice in owner.slices() {

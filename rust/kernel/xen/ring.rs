@@ -27,8 +27,8 @@ use super::{
             Mapper,
             PageCache, //
         },
-        Access,
         ForeignRef,
+        GrantAccess,
         GrantRef,
         GrantReserve, //
     },
@@ -241,7 +241,7 @@ impl RingPages {
             let page = unsafe { bindings_ext::virt_to_page(address.as_ptr().add(first).cast()) };
             let domain = device.otherend_id();
             // SAFETY: By the type invariant the page stays until its grant has ended.
-            let reference = unsafe { reserve.grant(domain, page, Access::ReadWrite) }?;
+            let reference = unsafe { reserve.grant(domain, page, GrantAccess::ReadWrite) }?;
             // INVARIANT: Granted just above.
             *place = reference.value();
         }
@@ -366,7 +366,13 @@ impl MappedRing {
         let mut mapper = Mapper::new(references.len())?;
         let mut pages = KVec::with_capacity(references.len(), GFP_KERNEL)?;
         let domain = device.otherend_id();
-        mapper.map(&cache, domain, references, Access::ReadWrite, &mut pages)?;
+        mapper.map(
+            &cache,
+            domain,
+            references,
+            GrantAccess::ReadWrite,
+            &mut pages,
+        )?;
         mapper.unmap(&cache, &mut pages);
         Ok(())
     }

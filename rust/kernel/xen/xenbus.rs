@@ -486,7 +486,7 @@ pub struct IdTable(*const bindings_ext::xenbus_device_id);
 
 /// Which half of a device a driver drives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Side {
+pub enum Role {
     /// Devices that others serve: bus `xen`.
     Frontend,
     /// Devices that we serve: bus `xen-backend`.
@@ -496,7 +496,7 @@ pub enum Side {
 /// What becomes of a device after [`Driver::otherend_changed`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
-pub enum After {
+pub enum DeviceAction {
     /// It stays.
     Keep,
     /// It is unbound from the driver and unregistered from the bus. For a backend whose device is
@@ -510,7 +510,7 @@ pub enum After {
 /// the other callbacks, and dropped when the device is unbound, after [`Driver::remove`].
 pub trait Driver: Send + Sync + Sized + 'static {
     /// Frontend or backend.
-    const SIDE: Side;
+    const ROLE: Role;
 
     /// The name in sysfs, such as `vbd`.
     const NAME: &'static CStr;
@@ -530,7 +530,11 @@ pub trait Driver: Send + Sync + Sized + 'static {
 
     /// The other half may have changed its state. May be called again with the same state, and states
     /// may be missed.
-    fn otherend_changed(self: Pin<&Self>, dev: &Device<device::Core<'_>>, state: State) -> After;
+    fn otherend_changed(
+        self: Pin<&Self>,
+        dev: &Device<device::Core<'_>>,
+        state: State,
+    ) -> DeviceAction;
 
     /// The device is unbound: the driver goes, or the device. Must not wait for the other domain
     /// without a deadline. What needs no device is better done in `Drop`.
@@ -605,9 +609,9 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
             (*driver).is_ready = Some(Self::is_ready);
             (*driver).reclaim_memory = Some(Self::reclaim_memory);
         }
-        let register = match T::SIDE {
-            Side::Frontend => bindings_ext::__xenbus_register_frontend,
-            Side::Backend => bindings_ext::__xenbus_register_backend,
+        let register = match T::ROLE {
+            Role::Frontend => bindings_ext::__xenbus_register_frontend,
+            Role::Backend => bindings_ext::__xenbus_register_backend,
         };
         let registered =
             // SAFETY: The driver is filled in. As the caller promises, it is pinned until it is
@@ -678,7 +682,7 @@ impl<T: Driver> Adapter<T> {
             let (device, data) = unsafe { Self::bound(device) };
             T::otherend_changed(data, device, State::from_raw(state))
         };
-        if after == After::Unregister {
+        if after == DeviceAction::Unregister {
             // SAFETY: By the requirements of this function this is the thread of xenbus, and the
             // device is registered: who unregisters it waits for this function, in all threads but
             // this. The references from above are gone.
@@ -804,7 +808,7 @@ unsafe fn unregister(dev: *mut bindings::device) {
     }
 }
 
-/// Unregisters a device from the bus as [`After::Unregister`] does, from any other thread than that of
+/// Unregisters a device from the bus as [`DeviceAction::Unregister`] does, from any other thread than that of
 /// xenbus, which does it. Waits for that thread. Does nothing if the device is not registered any
 /// more. `ETIMEDOUT`: the thread was busy for too long.
 ///

@@ -50,9 +50,9 @@ const TRANSACTION_TRIES: usize = 32;
 
 /// A short zero-terminated text on the stack: writing to xenstore must not depend on free memory
 /// when the disk that memory is swapped to is the one that reconnects.
-struct Text([u8; TEXT_MAX]);
+struct NodeName([u8; TEXT_MAX]);
 
-impl Text {
+impl NodeName {
     fn new(args: fmt::Arguments<'_>) -> Result<Self> {
         let mut text = [0; TEXT_MAX];
         let mut formatter = NullTerminatedFormatter::new(&mut text).ok_or(EINVAL)?;
@@ -183,7 +183,7 @@ impl Drop for Value {
 
 /// Reads a node. `ENOENT`: there is none, or the daemon does not show it to us.
 pub fn read(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> Result<Value> {
-    let node = Text::new(node)?;
+    let node = NodeName::new(node)?;
     let mut len = 0;
     // SAFETY: Both strings are zero-terminated and outlive the call, `len` is valid for a write.
     let bytes = from_err_ptr(unsafe {
@@ -217,14 +217,14 @@ pub fn exists(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> b
 ///
 /// If there are names, they come from `xenbus_directory`: one buffer of the slab allocator, owned by
 /// this, that begins with so many pointers to zero-terminated strings in it.
-pub struct Listing(Option<(NonNull<*mut ffi::c_char>, usize)>);
+pub struct DirectoryListing(Option<(NonNull<*mut ffi::c_char>, usize)>);
 
 // SAFETY: A plain buffer that is owned.
-unsafe impl Send for Listing {}
+unsafe impl Send for DirectoryListing {}
 // SAFETY: It is only read through a shared reference.
-unsafe impl Sync for Listing {}
+unsafe impl Sync for DirectoryListing {}
 
-impl Listing {
+impl DirectoryListing {
     /// Lists a directory. If that does not work, any node may be there.
     pub fn new(context: &impl Context, dir: &CStr) -> Self {
         let mut count = 0;
@@ -261,7 +261,7 @@ impl Listing {
     }
 }
 
-impl Drop for Listing {
+impl Drop for DirectoryListing {
     fn drop(&mut self) {
         if let Some((names, _)) = self.0 {
             // SAFETY: By the type invariant the buffer is ours and from the slab allocator.
@@ -277,8 +277,8 @@ pub fn write(
     node: fmt::Arguments<'_>,
     value: fmt::Arguments<'_>,
 ) -> Result {
-    let node = Text::new(node)?;
-    let value = Text::new(value)?;
+    let node = NodeName::new(node)?;
+    let value = NodeName::new(value)?;
     // SAFETY: All strings are zero-terminated and outlive the call.
     to_result(unsafe {
         bindings_ext::xenbus_write(
@@ -292,7 +292,7 @@ pub fn write(
 
 /// Removes a node and all below it. `ENOENT`: there is none.
 pub fn remove(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> Result {
-    let node = Text::new(node)?;
+    let node = NodeName::new(node)?;
     // SAFETY: Both strings are zero-terminated and outlive the call.
     to_result(unsafe {
         bindings_ext::xenbus_rm(
@@ -427,7 +427,7 @@ impl<T: WatchHandler> Watch<T> {
         handler: Arc<T>,
         module: Option<ModuleRef>,
     ) -> Result<Self> {
-        let node = Text::new(node)?;
+        let node = NodeName::new(node)?;
         let node = node.as_cstr()?;
         let node = if node.is_empty() {
             CString::try_from_fmt(fmt!("{}", dir))?

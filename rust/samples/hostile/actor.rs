@@ -24,9 +24,9 @@ use kernel_ext::{
         },
     },
     xen::{
-        events::Channel,
+        events::EventChannel,
         grant::{
-            Access,
+            GrantAccess,
             GrantReserve,
             GrantedPage, //
         },
@@ -108,22 +108,22 @@ impl Pages {
         let backend = device.otherend_id();
         let mut many = KVec::new();
         for _ in 0..MANY {
-            many.push(grant(backend, Access::ReadWrite, EVIL)?, GFP_KERNEL)?;
+            many.push(grant(backend, GrantAccess::ReadWrite, EVIL)?, GFP_KERNEL)?;
         }
         Ok(Self {
             many,
-            evil: grant(backend, Access::ReadWrite, EVIL)?,
-            locked: grant(backend, Access::ReadOnly, EVIL)?,
-            foreign: grant(DomId::NONE, Access::ReadWrite, EVIL)?,
-            list: grant(backend, Access::ReadWrite, 0)?,
-            out: grant(backend, Access::ReadWrite, 0)?,
-            back: grant(backend, Access::ReadWrite, 0)?,
+            evil: grant(backend, GrantAccess::ReadWrite, EVIL)?,
+            locked: grant(backend, GrantAccess::ReadOnly, EVIL)?,
+            foreign: grant(DomId::NONE, GrantAccess::ReadWrite, EVIL)?,
+            list: grant(backend, GrantAccess::ReadWrite, 0)?,
+            out: grant(backend, GrantAccess::ReadWrite, 0)?,
+            back: grant(backend, GrantAccess::ReadWrite, 0)?,
         })
     }
 }
 
 /// A page full of a byte, granted to a domain.
-fn grant(domain: DomId, access: Access, byte: u8) -> Result<GrantedPage> {
+fn grant(domain: DomId, access: GrantAccess, byte: u8) -> Result<GrantedPage> {
     let page = Page::alloc_page(GFP_KERNEL)?;
     fill(&page, |_| byte);
     GrantedPage::new(&mut GrantReserve::new(1)?, domain, page, access)
@@ -146,7 +146,7 @@ pub(crate) struct Parts {
     pub(crate) device: ARef<xenbus::Device>,
     pub(crate) stage: Arc<Stage>,
     pub(crate) words: Words<RingPages>,
-    pub(crate) channel: Channel<Stage>,
+    pub(crate) channel: EventChannel<Stage>,
     pub(crate) pages: Pages,
     /// How long to wait for a backend that may take no notice.
     pub(crate) patience_ms: u32,
@@ -386,7 +386,7 @@ impl<'a> Actor<'a> {
     /// Another page of evil, for the backend.
     pub(crate) fn grant_page(&self) -> Result<GrantedPage> {
         let backend = self.parts.device.otherend_id();
-        grant(backend, Access::ReadWrite, EVIL)
+        grant(backend, GrantAccess::ReadWrite, EVIL)
     }
 
     /// Sends a read or write whose segments stand in the slot.

@@ -27,11 +27,11 @@ use kernel_ext::{
     xen::{
         xenbus::{
             self,
-            After,
+            DeviceAction,
             DeviceId,
             IdArray,
             IdTable,
-            Side,
+            Role,
             State, //
         },
         xenstore, //
@@ -113,7 +113,7 @@ fn describe_disk(device: &xenbus::Device) -> Result {
 }
 
 impl xenbus::Driver for Back {
-    const SIDE: Side = Side::Backend;
+    const ROLE: Role = Role::Backend;
     const NAME: &'static CStr = c"vbd-hostile";
     const ID_TABLE: IdTable = IDS.as_table();
 
@@ -132,7 +132,11 @@ impl xenbus::Driver for Back {
         })
     }
 
-    fn otherend_changed(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>, state: State) -> After {
+    fn otherend_changed(
+        self: Pin<&Self>,
+        dev: &xenbus::Device<Core<'_>>,
+        state: State,
+    ) -> DeviceAction {
         match state {
             State::Initialised | State::Connected => {
                 let result = dev.otherend().and_then(|frontend| self.connect(frontend));
@@ -147,7 +151,7 @@ impl xenbus::Driver for Back {
                 } else {
                     dev.switch_state(State::Closed);
                     if !dev.is_online() || state == State::Unknown {
-                        return After::Unregister;
+                        return DeviceAction::Unregister;
                     }
                 }
             }
@@ -160,7 +164,7 @@ impl xenbus::Driver for Back {
             | State::Reconfigured
             | State::Other(_) => {}
         }
-        After::Keep
+        DeviceAction::Keep
     }
 
     fn remove(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>) {

@@ -38,7 +38,7 @@ use kernel_ext::{
         jiffies::msecs_to_jiffies,
         kthread::{
             KThread,
-            Kind, //
+            KThreadOptions, //
         },
         module_param::module_params,
         sysfs::{
@@ -47,15 +47,15 @@ use kernel_ext::{
         },
     },
     xen::{
-        events::Channel,
+        events::EventChannel,
         ring::RingPages,
         xenbus::{
             self,
-            After,
+            DeviceAction,
             DeviceId,
             IdArray,
             IdTable,
-            Side,
+            Role,
             State, //
         },
         xenstore::{
@@ -160,7 +160,7 @@ impl Front {
         let parts = self.make(episode)?;
         // From now on the backend is what it says, and not what the last episode heard.
         self.stage.heard(State::InitWait);
-        let kind = Kind::default();
+        let kind = KThreadOptions::default();
         let thread = KThread::spawn(fmt!("hostile"), kind, move |current| {
             play(Actor::new(parts, current), episode);
         })?;
@@ -184,7 +184,7 @@ impl Front {
         let (req_prod, rsp_prod) = episode.start;
         ring.store(REQ_PROD, req_prod);
         ring.store(RSP_PROD, rsp_prod);
-        let channel = Channel::alloc_unbound(device, c"hostile", self.stage.clone())?;
+        let channel = EventChannel::alloc_unbound(device, c"hostile", self.stage.clone())?;
         publish(device, &ring, &channel, episode)?;
         Ok(Parts {
             device: device.clone(),
@@ -264,7 +264,7 @@ fn play(actor: Actor<'_>, episode: &Episode) {
 fn publish(
     device: &xenbus::Device,
     ring: &RingPages,
-    channel: &Channel<Stage>,
+    channel: &EventChannel<Stage>,
     episode: &Episode,
 ) -> Result {
     let port = channel.port().ok_or(EINVAL)?;
@@ -301,7 +301,7 @@ fn remove(transaction: &xenstore::Transaction, dir: &CStr, node: &CStr) -> Resul
 }
 
 impl xenbus::Driver for Front {
-    const SIDE: Side = Side::Frontend;
+    const ROLE: Role = Role::Frontend;
     const NAME: &'static CStr = c"vbd-hostile";
     const ID_TABLE: IdTable = IDS.as_table();
     const ALLOW_REBIND: bool = true;
@@ -325,7 +325,11 @@ impl xenbus::Driver for Front {
         })
     }
 
-    fn otherend_changed(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>, state: State) -> After {
+    fn otherend_changed(
+        self: Pin<&Self>,
+        dev: &xenbus::Device<Core<'_>>,
+        state: State,
+    ) -> DeviceAction {
         let result = match state {
             State::InitWait => self.begin(),
             State::Connected => self.connected(dev),
@@ -342,7 +346,7 @@ impl xenbus::Driver for Front {
         if state == State::Closed {
             dev.switch_state(State::Initialising);
         }
-        After::Keep
+        DeviceAction::Keep
     }
 
     fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {

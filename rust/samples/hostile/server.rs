@@ -26,7 +26,7 @@ use kernel_ext::{
         kthread::{
             Current,
             KThread,
-            Kind, //
+            KThreadOptions, //
         },
         page::{
             Page,
@@ -40,8 +40,8 @@ use kernel_ext::{
     },
     xen::{
         events::{
-            Channel,
             Eoi,
+            EventChannel,
             Handler, //
         },
         grant::{
@@ -51,8 +51,8 @@ use kernel_ext::{
                 Mapper,
                 PageCache, //
             },
-            Access,
-            ForeignRef, //
+            ForeignRef,
+            GrantAccess, //
         },
         ring::MappedRing,
         xenbus,
@@ -151,7 +151,7 @@ impl Connection {
             pin_init!(Wake { event: Atomic::new(true), wait <- new_wait_queue!() }),
             GFP_KERNEL,
         )?;
-        let channel = Channel::bind_interdomain(device, port, c"hostile", wake.clone())?;
+        let channel = EventChannel::bind_interdomain(device, port, c"hostile", wake.clone())?;
         let server = Server {
             device: device.clone(),
             wake,
@@ -167,7 +167,7 @@ impl Connection {
             kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
             late: KVec::with_capacity(LAG + 1, GFP_KERNEL)?,
         };
-        let kind = Kind::default();
+        let kind = KThreadOptions::default();
         KThread::spawn(fmt!("hostile"), kind, move |current| server.run(current)).map(Self)
     }
 }
@@ -186,7 +186,7 @@ struct Server {
     device: ARef<xenbus::Device>,
     wake: Arc<Wake>,
     ring: BackRing<MappedRing>,
-    channel: Channel<Wake>,
+    channel: EventChannel<Wake>,
     /// Responses put.
     put: u32,
     /// Of the last request that was answered.
@@ -407,7 +407,7 @@ impl Server {
                 &self.cache,
                 self.device.otherend_id(),
                 &[ForeignRef(segment.gref())],
-                Access::ReadOnly,
+                GrantAccess::ReadOnly,
                 &mut self.kept,
             )?;
         }

@@ -20,11 +20,11 @@ use kernel::{
 
 use kernel_ext::{
     base::{
-        irq_spinlock::{
-            new_irq_spinlock,
-            IrqSpinLock, //
-        },
         kthread::Current,
+        spinlock_irqsave::{
+            new_spinlock_irqsave,
+            SpinLockIrqSave, //
+        },
         wait::WaitQueue, //
     },
     block::mq::{
@@ -74,7 +74,7 @@ pub(crate) struct Control {
     store: Store,
     count: Atomic<u32>,
     #[pin]
-    parked: IrqSpinLock<Parked>,
+    parked: SpinLockIrqSave<Parked>,
     #[pin]
     disk: Mutex<Option<Arc<GenDisk<Control>>>>,
     /// 1 if the thread is to look for what there is to do.
@@ -98,7 +98,7 @@ impl Control {
             pin_init!(Self {
                 store,
                 count: Atomic::new(0),
-                parked <- new_irq_spinlock!(Parked { gone: false, slots }),
+                parked <- new_spinlock_irqsave!(Parked { gone: false, slots }),
                 disk <- new_mutex!(None),
                 scheduled: Atomic::new(0),
                 wait <- new_wait_queue!(),

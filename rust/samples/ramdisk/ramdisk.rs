@@ -18,7 +18,7 @@ use kernel::prelude::*;
 use kernel_ext::base::{
     kthread::{
         KThread,
-        Kind, //
+        KThreadOptions, //
     },
     module_param::module_params, //
 };
@@ -85,7 +85,7 @@ impl kernel::Module for Ramdisk {
         Control::make_disk(&control)?;
         let runner = control.clone();
         // Nothing fails after this: a module whose `init` fails is freed whatever references there are.
-        let thread = KThread::spawn(fmt!("rblk0"), Kind::default(), move |current| {
+        let thread = KThread::spawn(fmt!("rblk0"), KThreadOptions::default(), move |current| {
             runner.run(current);
         })
         .inspect_err(|_| control.remove())?;

@@ -19,7 +19,7 @@ use kernel_ext::{
         kthread::{
             Current,
             KThread,
-            Kind, //
+            KThreadOptions, //
         },
         page::{
             Page,
@@ -29,7 +29,7 @@ use kernel_ext::{
     },
     ratelimited,
     xen::{
-        events::Channel,
+        events::EventChannel,
         grant::{
             copy::Copier,
             map::{
@@ -37,8 +37,8 @@ use kernel_ext::{
                 Mapper,
                 PageCache, //
             },
-            Access,
-            ForeignRef, //
+            ForeignRef,
+            GrantAccess, //
         },
         ring::{
             MappedRing,
@@ -93,7 +93,7 @@ impl Connection {
 
         let ring = MappedRing::new(device, &references)?;
         let wake = Wake::new()?;
-        let channel = Channel::bind_interdomain(device, port, c"recho-backend", wake.clone())?;
+        let channel = EventChannel::bind_interdomain(device, port, c"recho-backend", wake.clone())?;
         // Where the backend before us was: all that it took is answered.
         let answered = Wrapping(ring.load(ANSWERS));
         let answerer = Answerer {
@@ -109,7 +109,7 @@ impl Connection {
             kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
             buffer: Page::alloc_page(GFP_KERNEL)?,
         };
-        let kind = Kind { freezable: false };
+        let kind = KThreadOptions { freezable: false };
         let thread = KThread::spawn(fmt!("recho-backend"), kind, move |current| {
             answerer.run(current)
         })?;
@@ -143,7 +143,7 @@ struct Answerer {
     device: ARef<xenbus::Device>,
     wake: Arc<Wake>,
     ring: MappedRing,
-    channel: Channel<Wake>,
+    channel: EventChannel<Wake>,
     /// Count of answers, and of messages taken.
     answered: Wrapping<u32>,
     cache: Pin<KBox<PageCache>>,
@@ -250,7 +250,7 @@ impl Answerer {
             &self.cache,
             domain,
             &[reference],
-            Access::ReadWrite,
+            GrantAccess::ReadWrite,
             &mut self.mapped,
         )?;
         let page = self.mapped.last().ok_or(EINVAL)?;

@@ -22,11 +22,11 @@ use kernel::{
 use kernel_ext::xen::{
     xenbus::{
         self,
-        After,
+        DeviceAction,
         DeviceId,
         IdArray,
         IdTable,
-        Side,
+        Role,
         State, //
     },
     xenstore::Reader, //
@@ -75,7 +75,7 @@ impl Back {
 }
 
 impl xenbus::Driver for Back {
-    const SIDE: Side = Side::Backend;
+    const ROLE: Role = Role::Backend;
     const NAME: &'static CStr = c"recho";
     const ID_TABLE: IdTable = IDS.as_table();
 
@@ -88,7 +88,11 @@ impl xenbus::Driver for Back {
         })
     }
 
-    fn otherend_changed(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>, state: State) -> After {
+    fn otherend_changed(
+        self: Pin<&Self>,
+        dev: &xenbus::Device<Core<'_>>,
+        state: State,
+    ) -> DeviceAction {
         match state {
             State::Initialising => {
                 self.disconnect();
@@ -110,16 +114,16 @@ impl xenbus::Driver for Back {
                 self.disconnect();
                 dev.switch_state(State::Closed);
                 if !dev.is_online() {
-                    return After::Unregister;
+                    return DeviceAction::Unregister;
                 }
             }
             State::Unknown => {
                 self.disconnect();
-                return After::Unregister;
+                return DeviceAction::Unregister;
             }
             State::InitWait | State::Reconfiguring | State::Reconfigured | State::Other(_) => {}
         }
-        After::Keep
+        DeviceAction::Keep
     }
 
     fn remove(self: Pin<&Self>, _dev: &xenbus::Device<Core<'_>>) {

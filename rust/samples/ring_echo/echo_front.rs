@@ -31,11 +31,11 @@ use kernel_ext::{
     },
     xen::xenbus::{
         self,
-        After,
+        DeviceAction,
         DeviceId,
         IdArray,
         IdTable,
-        Side,
+        Role,
         State, //
     },
 };
@@ -97,7 +97,7 @@ impl Front {
 }
 
 impl xenbus::Driver for Front {
-    const SIDE: Side = Side::Frontend;
+    const ROLE: Role = Role::Frontend;
     const NAME: &'static CStr = c"recho";
     const ID_TABLE: IdTable = IDS.as_table();
     const ALLOW_REBIND: bool = true;
@@ -117,7 +117,11 @@ impl xenbus::Driver for Front {
         })
     }
 
-    fn otherend_changed(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>, state: State) -> After {
+    fn otherend_changed(
+        self: Pin<&Self>,
+        dev: &xenbus::Device<Core<'_>>,
+        state: State,
+    ) -> DeviceAction {
         match state {
             State::InitWait => {
                 if let Err(error) = self.connect() {
@@ -142,7 +146,7 @@ impl xenbus::Driver for Front {
             | State::Reconfigured
             | State::Other(_) => {}
         }
-        After::Keep
+        DeviceAction::Keep
     }
 
     fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {

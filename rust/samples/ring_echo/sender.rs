@@ -24,7 +24,7 @@ use kernel_ext::{
         kthread::{
             Current,
             KThread,
-            Kind, //
+            KThreadOptions, //
         },
         page::{
             Page,
@@ -35,9 +35,9 @@ use kernel_ext::{
     },
     ratelimited,
     xen::{
-        events::Channel,
+        events::EventChannel,
         grant::{
-            Access,
+            GrantAccess,
             GrantReserve,
             GrantedPage, //
         },
@@ -107,7 +107,7 @@ impl Connection {
         let order = epoch % 3;
         let wake = Wake::new()?;
         let ring = RingPages::new(device, order)?;
-        let channel = Channel::alloc_unbound(device, c"recho", wake.clone())?;
+        let channel = EventChannel::alloc_unbound(device, c"recho", wake.clone())?;
         publish(device, &ring, &channel, order, epoch)?;
 
         let sender = Sender {
@@ -122,7 +122,7 @@ impl Connection {
             waiting: KVec::with_capacity(WINDOW, GFP_KERNEL)?,
             kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
         };
-        let kind = Kind { freezable: false };
+        let kind = KThreadOptions { freezable: false };
         let thread = KThread::spawn(fmt!("recho"), kind, move |current| sender.run(current))?;
         Ok(Self { thread })
     }
@@ -141,7 +141,7 @@ impl Drop for Connection {
 fn publish(
     device: &xenbus::Device,
     ring: &RingPages,
-    channel: &Channel<Wake>,
+    channel: &EventChannel<Wake>,
     order: u32,
     epoch: u32,
 ) -> Result {
@@ -176,7 +176,7 @@ struct Sender {
     counters: Arc<Counters>,
     wake: Arc<Wake>,
     ring: RingPages,
-    channel: Channel<Wake>,
+    channel: EventChannel<Wake>,
     reserve: GrantReserve,
     /// Count of messages.
     sent: Wrapping<u32>,
@@ -309,7 +309,7 @@ impl Sender {
             let page = Page::alloc_page(GFP_KERNEL)?;
             let sum = fill(&page, number);
             let domain = self.device.otherend_id();
-            let page = GrantedPage::new(&mut self.reserve, domain, page, Access::ReadWrite)?;
+            let page = GrantedPage::new(&mut self.reserve, domain, page, GrantAccess::ReadWrite)?;
 
             let word = message_word(self.sent);
             self.ring.store(word, number);

@@ -34,8 +34,8 @@ use crate::{
 };
 
 use super::{
-    Access,
     ForeignRef,
+    GrantAccess,
     GrantStatus, //
 };
 
@@ -144,7 +144,7 @@ pub struct MappedPage {
     page: NonNull<bindings::page>,
     handle: bindings_ext::grant_handle_t,
     reference: ForeignRef,
-    access: Access,
+    access: GrantAccess,
 }
 
 // SAFETY: A mapping belongs to no thread.
@@ -161,7 +161,7 @@ impl MappedPage {
 
     /// What may be done with it.
     #[inline]
-    pub fn access(&self) -> Access {
+    pub fn access(&self) -> GrantAccess {
         self.access
     }
 
@@ -175,7 +175,7 @@ impl MappedPage {
     /// mapped read-only.
     #[inline]
     pub fn slice_mut(&self, offset: usize, len: usize) -> Option<PageSliceMut<'_>> {
-        if self.access == Access::ReadOnly {
+        if self.access == GrantAccess::ReadOnly {
             return None;
         }
         // SAFETY: By the type invariant the page is mapped for writing.
@@ -200,7 +200,7 @@ impl MappedPage {
 // `MappedPage` is dropped or given to a `Mapper`. It can be written if it is mapped so.
 unsafe impl PageOwner for MappedPage {
     fn writable(&self) -> bool {
-        self.access == Access::ReadWrite
+        self.access == GrantAccess::ReadWrite
     }
 
     fn slices(&self) -> impl Iterator<Item = PageSlice<'_>> + '_ {
@@ -379,7 +379,7 @@ impl Mapper {
         cache: &PageCache,
         domain: DomId,
         references: &[ForeignRef],
-        access: Access,
+        access: GrantAccess,
         list: &mut KVec<MappedPage>,
     ) -> Result<(), MapError> {
         let before = list.len();
@@ -416,11 +416,11 @@ impl Mapper {
         cache: &PageCache,
         domain: DomId,
         references: &[ForeignRef],
-        access: Access,
+        access: GrantAccess,
     ) -> Result {
         let flags = match access {
-            Access::ReadOnly => bindings_ext::GNTMAP_host_map | bindings_ext::GNTMAP_readonly,
-            Access::ReadWrite => bindings_ext::GNTMAP_host_map,
+            GrantAccess::ReadOnly => bindings_ext::GNTMAP_host_map | bindings_ext::GNTMAP_readonly,
+            GrantAccess::ReadWrite => bindings_ext::GNTMAP_host_map,
         };
         let places = self.map.iter_mut().zip(self.pages.iter_mut());
         for (index, (reference, (op, place))) in references.iter().zip(places).enumerate() {
@@ -453,7 +453,7 @@ impl Mapper {
         &mut self,
         cache: &PageCache,
         references: &[ForeignRef],
-        access: Access,
+        access: GrantAccess,
         list: &mut KVec<MappedPage>,
     ) -> Result<(), MapError> {
         let mut result = Ok(());

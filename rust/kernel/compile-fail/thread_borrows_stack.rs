@@ -14,13 +14,13 @@ use kernel::{
 
 use kernel_ext::base::kthread::{
     KThread,
-    Kind, //
+    KThreadOptions, //
 };
 
 fn misuse() -> Result<KThread> {
     let number = Atomic::new(0i32);
     let borrowed = &number;
-    KThread::spawn(fmt!("misuse"), Kind::default(), move |_thread| {
+    KThread::spawn(fmt!("misuse"), KThreadOptions::default(), move |_thread| {
         borrowed.store(1, Relaxed)
     })
 }

@@ -17,7 +17,7 @@ static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 struct Misuse(Cell<u32>);
 
 impl Driver for Misuse {
-    const SIDE: Side = Side::Frontend;
+    const ROLE: Role = Role::Frontend;
     const NAME: &'static CStr = c"misuse";
     const ID_TABLE: IdTable = IDS.as_table();
 
@@ -25,8 +25,8 @@ impl Driver for Misuse {
         Ok(Misuse(Cell::new(0)))
     }
 
-    fn otherend_changed(self: Pin<&Self>, _: &Device<Core<'_>>, _: State) -> After {
+    fn otherend_changed(self: Pin<&Self>, _: &Device<Core<'_>>, _: State) -> DeviceAction {
         self.0.set(1);
-        After::Keep
+        DeviceAction::Keep
     }
 }

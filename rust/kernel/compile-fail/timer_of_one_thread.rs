@@ -7,12 +7,12 @@ use core::cell::Cell;
 
 use kernel_ext::base::{
     jiffies::Jiffies,
-    timer::Target, //
+    timer::TimerCallback, //
 };
 
 struct Misuse(Cell<u32>);
 
-impl Target for Misuse {
+impl TimerCallback for Misuse {
     fn expired(&self) -> Option<Jiffies> {
         self.0.set(1);
         None

@@ -3,8 +3,8 @@
 
 //! There is one owner of a reference to a cgroup, so that it is put once.
 
-use kernel_ext::base::io_owner::IoGroup;
+use kernel_ext::base::blkcg::BlkcgCss;
 
-fn misuse(group: &IoGroup) -> IoGroup {
+fn misuse(group: &BlkcgCss) -> BlkcgCss {
     group.clone()
 }

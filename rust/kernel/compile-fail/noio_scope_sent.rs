@@ -3,10 +3,10 @@
 
 //! The flag is one of the thread.
 
-use kernel_ext::base::noio::Noio;
+use kernel_ext::base::memalloc::NoioScope;
 
 fn needs_send<T: Send>(_: T) {}
 
 fn give_away() {
-    needs_send(Noio::new());
+    needs_send(NoioScope::new());
 }

@@ -4,16 +4,16 @@
 //! Who the I/O counts for is a matter of the thread: the end of it too.
 
 use kernel_ext::base::{
-    io_owner::{
-        Charged,
-        IoGroup, //
+    blkcg::{
+        BlkcgCss,
+        BlkcgGuard, //
     },
     kthread::Current, //
 };
 
 fn needs_send<T: Send>(_: T) {}
 
-fn give_away(thread: &Current, group: &IoGroup) {
-    let charged: Charged<'_> = thread.charge(group);
+fn give_away(thread: &Current, group: &BlkcgCss) {
+    let charged: BlkcgGuard<'_> = thread.charge(group);
     needs_send(charged);
 }

@@ -18,8 +18,8 @@ use kernel_ext::{
 
 fn misuse<C>(device: &Arc<BlockDevice>, page: &'static Page, context: C) -> Result
 where
-    C: bio::Context<&'static Page>,
+    C: bio::BioContext<&'static Page>,
 {
-    let io = KBox::new(bio::Io::new(page, context), GFP_KERNEL)?;
+    let io = KBox::new(bio::BioRequest::new(page, context), GFP_KERNEL)?;
     bio::submit(device, bio::Operation::Read, 0, io).map_err(|(error, _)| error)
 }

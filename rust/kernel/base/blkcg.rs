@@ -2,7 +2,7 @@
 
 //! Who the I/O of a kernel thread counts for.
 //!
-//! A kernel thread that does the I/O of somebody else can have it charged to a cgroup ([`IoGroup`],
+//! A kernel thread that does the I/O of somebody else can have it charged to a cgroup ([`BlkcgCss`],
 //! [`Current::charge`]) and give it a priority ([`Current::set_io_priority`]). The block layer looks
 //! at both when a bio is made or submitted, in the thread that does so.
 //!
@@ -35,14 +35,14 @@ use super::kthread::Current;
 /// # Invariants
 ///
 /// Points to the I/O controller's part of a cgroup, with a reference of ours.
-pub struct IoGroup(NonNull<c_void>);
+pub struct BlkcgCss(NonNull<c_void>);
 
 // SAFETY: A cgroup belongs to no thread.
-unsafe impl Send for IoGroup {}
+unsafe impl Send for BlkcgCss {}
 // SAFETY: Nothing can be changed through it.
-unsafe impl Sync for IoGroup {}
+unsafe impl Sync for BlkcgCss {}
 
-impl IoGroup {
+impl BlkcgCss {
     /// Finds a cgroup by its path below the root of the hierarchy, such as `/guests/web`. May sleep.
     ///
     /// `ENOENT`: there is none. `EOPNOTSUPP`: the kernel does not control I/O by cgroup.
@@ -54,7 +54,7 @@ impl IoGroup {
     }
 }
 
-impl Drop for IoGroup {
+impl Drop for BlkcgCss {
     fn drop(&mut self) {
         // SAFETY: The reference is ours by the type invariant.
         unsafe { bindings_ext::io_css_put(self.0.as_ptr()) };
@@ -67,12 +67,12 @@ impl Drop for IoGroup {
 ///
 /// The current task is the kernel thread whose I/O is charged: this cannot leave it.
 #[must_use]
-pub struct Charged<'a> {
+pub struct BlkcgGuard<'a> {
     _thread: &'a Current,
     _not_send: PhantomData<NotThreadSafe>,
 }
 
-impl Drop for Charged<'_> {
+impl Drop for BlkcgGuard<'_> {
     fn drop(&mut self) {
         // SAFETY: By the type invariant the current task is a kernel thread. NULL ends the charge.
         unsafe { bindings_ext::kthread_associate_io_css(core::ptr::null_mut()) };
@@ -107,13 +107,13 @@ impl IoPriority {
 impl Current {
     /// Has the I/O of this thread charged to `group` until the result is dropped. Only one at a time
     /// counts: the last one.
-    pub fn charge(&self, group: &IoGroup) -> Charged<'_> {
+    pub fn charge(&self, group: &BlkcgCss) -> BlkcgGuard<'_> {
         // SAFETY: The current task is a kernel thread, by the invariant of `Current`; the cgroup is
-        // valid, by that of `IoGroup`. The kernel takes a reference of its own, which `Charged`
+        // valid, by that of `BlkcgCss`. The kernel takes a reference of its own, which `BlkcgGuard`
         // gives back.
         unsafe { bindings_ext::kthread_associate_io_css(group.0.as_ptr()) };
-        // INVARIANT: Charged just now.
-        Charged {
+        // INVARIANT: BlkcgGuard just now.
+        BlkcgGuard {
             _thread: self,
             _not_send: PhantomData,
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Code that memory is freed by: it must not wait for memory that is freed by it. A thread that disks
-//! depend on makes a [`Noio`] first and keeps it to its end.
+//! depend on makes a [`NoioScope`] first and keeps it to its end.
 //!
 //! C header: [`include/linux/sched/mm.h`](srctree/include/linux/sched/mm.h)
 
@@ -21,12 +21,12 @@ use kernel::{
 ///
 /// `flags` is what the current thread had before: this cannot leave it.
 #[must_use]
-pub struct Noio {
+pub struct NoioScope {
     flags: c_uint,
     _not_send: PhantomData<NotThreadSafe>,
 }
 
-impl Noio {
+impl NoioScope {
     /// From now on.
     pub fn new() -> Self {
         // INVARIANT: The call returns what the thread had before.
@@ -38,13 +38,13 @@ impl Noio {
     }
 }
 
-impl Default for Noio {
+impl Default for NoioScope {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl Drop for Noio {
+impl Drop for NoioScope {
     fn drop(&mut self) {
         // SAFETY: By the type invariant this gives the thread what it had.
         unsafe { bindings_ext::memalloc_noio_restore(self.flags) };

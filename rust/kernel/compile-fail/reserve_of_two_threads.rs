@@ -12,7 +12,7 @@ use kernel_ext::{
     base::page::Page,
     xen::{
         grant::{
-            Access,
+            GrantAccess,
             GrantReserve,
             GrantedPage, //
         },
@@ -21,5 +21,5 @@ use kernel_ext::{
 };
 
 fn misuse(mut reserve: Arc<GrantReserve>, domain: DomId, page: Page) -> Result<GrantedPage> {
-    GrantedPage::new(&mut reserve, domain, page, Access::ReadOnly)
+    GrantedPage::new(&mut reserve, domain, page, GrantAccess::ReadOnly)
 }

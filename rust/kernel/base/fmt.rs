@@ -8,9 +8,9 @@
 use kernel::fmt;
 
 /// A value that is shown as [`core::fmt::Display`] shows it.
-pub struct Shown<T>(pub T);
+pub struct AsKernelDisplay<T>(pub T);
 
-impl<T: core::fmt::Display> fmt::Display for Shown<T> {
+impl<T: core::fmt::Display> fmt::Display for AsKernelDisplay<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         core::fmt::Display::fmt(&self.0, f)
     }

@@ -15,32 +15,32 @@ use kernel::{
     }, //
 };
 
-/// Creates an [`IrqSpinLock`] initialiser with a lock class of its own.
+/// Creates a [`SpinLockIrqSave`] initialiser with a lock class of its own.
 ///
 /// The name is the one given, or else the place in the source.
 #[macro_export]
-macro_rules! new_irq_spinlock {
+macro_rules! new_spinlock_irqsave {
     ($inner:expr $(, $name:literal)? $(,)?) => {
-        $crate::base::irq_spinlock::IrqSpinLock::new(
+        $crate::base::spinlock_irqsave::SpinLockIrqSave::new(
             $inner, ::kernel::optional_name!($($name)?), ::kernel::static_lock_class!())
     };
 }
-pub use new_irq_spinlock;
+pub use new_spinlock_irqsave;
 
 /// A spinlock that keeps interrupts off on the local CPU while it is held.
 ///
 /// May be taken in any context. The interrupt state that was found is restored by the guard, so
 /// guards of several such locks are to be dropped in the reverse order.
-pub type IrqSpinLock<T> = Lock<T, IrqSpinLockBackend>;
+pub type SpinLockIrqSave<T> = Lock<T, SpinLockIrqSaveBackend>;
 
-/// The guard of an [`IrqSpinLock`].
-pub type IrqSpinLockGuard<'a, T> = Guard<'a, T, IrqSpinLockBackend>;
+/// The guard of a [`SpinLockIrqSave`].
+pub type SpinLockIrqSaveGuard<'a, T> = Guard<'a, T, SpinLockIrqSaveBackend>;
 
 /// A kernel `spinlock_t` with `spin_lock_irqsave()`.
-pub struct IrqSpinLockBackend;
+pub struct SpinLockIrqSaveBackend;
 
 // SAFETY: `spinlock_t` gives mutual exclusion. `relock` is the default, which locks as `lock` does.
-unsafe impl Backend for IrqSpinLockBackend {
+unsafe impl Backend for SpinLockIrqSaveBackend {
     type State = bindings::spinlock_t;
     type GuardState = c_ulong;
 

@@ -16,7 +16,7 @@ use kernel_ext::{
     },
 };
 
-fn misuse<C: bio::Context<Page>>(device: &Arc<BlockDevice>, io: KBox<bio::Io<Page, C>>) {
+fn misuse<C: bio::BioContext<Page>>(device: &Arc<BlockDevice>, io: KBox<bio::BioRequest<Page, C>>) {
     let _ = bio::submit(device, bio::Operation::Read, 0, io);
     let _ = io.data();
 }

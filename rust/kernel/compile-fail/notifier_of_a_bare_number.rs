@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// error: E0423
+
+//! A notifier is that of a channel of ours, no number that one likes.
+
+use kernel_ext::xen::events::Notifier;
+
+fn misuse() {
+    Notifier(7).notify();
+}
