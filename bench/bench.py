@@ -209,11 +209,11 @@ def run_all(options):
     """Boots and measures all that the command line asks for."""
     kernel = options.kernel_object = Kernel(options.kernel)
     pairs = [pair_called(name, kernel, options.build) for name in options.pairs.split(",")]
-    symbols = base_symbols(Snapshot(kernel, counted=True), pairs[0])
+    symbols = base_symbols(Snapshot(kernel, icount=True), pairs[0])
     results = []
     for kind in options.types.split(","):
         for setting in options.settings.split(","):
-            snapshot = Snapshot(kernel, counted=setting not in PARALLEL)
+            snapshot = Snapshot(kernel, icount=setting not in PARALLEL)
             cells = chosen(options.cells, setting)
             for pair in pairs:
                 if not is_measured(kind, setting, pair):
@@ -232,7 +232,7 @@ def run_all(options):
 def run_disks(options):
     """Boots each pair and prints what disks cost beside I/O."""
     kernel = Kernel(options.kernel)
-    snapshot = Snapshot(kernel, counted=True)
+    snapshot = Snapshot(kernel, icount=True)
     pairs = [pair_called(name, kernel, options.build) for name in options.pairs.split(",")]
     rows = [row for pair in pairs for row in measure_disks(options, snapshot, pair, options.types)]
     rows.sort(key=lambda row: row["disks"])

@@ -18,8 +18,8 @@ from counted import LOAD_FLAGS
 from counted import compiled
 from report import shown
 
-from harness.counts import backend_switches
-from harness.counts import free_kb
+from harness.leak_counts import backend_switches
+from harness.leak_counts import free_kb
 from harness.shell import MachineTrouble
 from harness.xenhost import Disk
 from harness.xenhost import XenHost

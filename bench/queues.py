@@ -14,7 +14,7 @@ from counted import LOAD_FLAGS
 from counted import compiled
 
 from harness.guest import FOUR_VCPUS
-from harness.waiting import SnapshotWithGuest
+from harness.guest_snapshot import SnapshotWithGuest
 from harness.xenhost import XenHost
 
 ROUNDS = 5

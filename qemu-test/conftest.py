@@ -20,11 +20,11 @@ import pytest
 from harness import features
 from harness import matrix
 from harness.guest import Kind
+from harness.guest_snapshot import SnapshotWithGuest
 from harness.kernel import Kernel
+from harness.native import NativeVm
 from harness.pairs import pair as pair_called
-from harness.plain import PlainVm
 from harness.snapshot import Snapshot
-from harness.waiting import SnapshotWithGuest
 from harness.xenhost import XenHost
 
 pytest_plugins = ["harness.reference_runs"]
@@ -47,9 +47,9 @@ def kernel_in(directory):
 
 
 @cache
-def snapshot_of(dom0_kernel, vcpus, kernel, waiting, counted):
+def snapshot_of(dom0_kernel, vcpus, kernel, waiting, icount):
     """The snapshot of these parts; to find its name, hundreds of megabytes are read."""
-    parts = {"vcpus": vcpus, "guest_kernel": kernel, "counted": counted}
+    parts = {"vcpus": vcpus, "guest_kernel": kernel, "icount": icount}
     if waiting:
         return SnapshotWithGuest(dom0_kernel, waiting=waiting, **parts)
     return Snapshot(dom0_kernel, **parts)
@@ -171,17 +171,17 @@ def xen(request, kernel, dom0_kernel, pair, logs):
     """Makes a Xen host: `host = xen()`. After the scenario its consoles must be clean.
 
     A guest of the kind `waiting` waits there, unless that is None. A machine that is
-    `counted` has the instructions that it runs for a clock, see snapshot.py; dom0 does not
+    `icount` has the instructions that it runs for a clock, see snapshot.py; dom0 does not
     boot there with more than one of the `vcpus`, and has one.
     """
     with _machines(request) as boot:
 
-        def start(vcpus=1, waiting=Kind(), counted=False, **options):
+        def start(vcpus=1, waiting=Kind(), icount=False, **options):
             # By the host's clock the checks, and more so a busy host, make a guest miss the
             # deadlines of xl. By its own instructions it is always the same guest.
-            counted = counted or kernel.has_checks
-            vcpus = 1 if counted else vcpus
-            snapshot = snapshot_of(dom0_kernel, vcpus, kernel, waiting, counted)
+            icount = icount or kernel.has_checks
+            vcpus = 1 if icount else vcpus
+            snapshot = snapshot_of(dom0_kernel, vcpus, kernel, waiting, icount)
             return boot(XenHost(snapshot, pair, logs, **options))
 
         yield start
@@ -198,12 +198,12 @@ def host(xen):
 
 
 @pytest.fixture
-def plain_vm(request, kernel, logs):
-    """Makes a machine without Xen: `vm = plain_vm(modules=[...])`."""
+def native_vm(request, kernel, logs):
+    """Makes a machine without Xen: `vm = native_vm(modules=[...])`."""
     with _machines(request) as boot:
 
         def start(**options):
-            return boot(PlainVm(kernel, logs, **options))
+            return boot(NativeVm(kernel, logs, **options))
 
         yield start
 

@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from harness.evidence import assert_served_by_pair
-from harness.evidence import loaded_build_id
+from harness.driver_check import assert_served_by_pair
+from harness.driver_check import loaded_build_id
 from harness.image import debian_packages
 from harness.kernel import Kernel
 from harness.pairs import pair

@@ -12,18 +12,18 @@ import sys
 import time
 from pathlib import Path
 
+from harness.guest_snapshot import SnapshotWithGuest
 from harness.kernel import Kernel
+from harness.native import NativeVm
 from harness.pairs import pair
-from harness.plain import PlainVm
 from harness.snapshot import Snapshot
-from harness.waiting import SnapshotWithGuest
 from harness.xenhost import Disk
 from harness.xenhost import XenHost
 
 
 def plain(options, logs):
     """One kernel, no Xen."""
-    vm = PlainVm(Kernel(options.kernel), logs, options.module, cpus=options.cpus or 2)
+    vm = NativeVm(Kernel(options.kernel), logs, options.module, cpus=options.cpus or 2)
     try:
         vm.boot()
         status, output = vm.run(options.script, options.timeout)
@@ -68,7 +68,7 @@ def main():
     )
     parser.add_argument("--logs", default=None, help="where logs go (default: a name of this run)")
     parser.add_argument(
-        "--cpus", type=int, default=None, help="of the plain machine (2) or the guest (1)"
+        "--cpus", type=int, default=None, help="of the machine without Xen (2) or the guest (1)"
     )
     parser.add_argument("--timeout", type=int, default=300)
     parser.add_argument("--pair", default="C/C", help="xen: FRONT/BACK, each C or R")
@@ -81,7 +81,7 @@ def main():
         "--dom0", default="true", help="xen: script for dom0 before the guest starts"
     )
     parser.add_argument("--then", default="true", help="xen: script for dom0 after the guest's")
-    parser.add_argument("script", help="runs in the plain machine or in the guest")
+    parser.add_argument("script", help="runs in the machine without Xen or in the guest")
     options = parser.parse_args()
     logs = Path(options.logs or f"build/test-logs/try-{time.time_ns() // 10**6}").resolve()
     print(f"logs: {logs}", file=sys.stderr)

@@ -3,8 +3,8 @@
 
 from dataclasses import dataclass
 
-from .counts import assert_checked
-from .evidence import trouble_in
+from .console_check import trouble_in
+from .leak_counts import assert_checked
 from .shell import CommandFailed
 from .shell import MachineTrouble
 from .shell import Shell

@@ -17,7 +17,7 @@ from pathlib import Path
 import pexpect
 from pexpect.fdpexpect import fdspawn
 
-from .evidence import trouble_in
+from .console_check import trouble_in
 from .monitor import Monitor
 from .monitor import MonitorError
 from .shell import SLICE

@@ -2,7 +2,7 @@
 """Frontend and backend of a scenario: the C drivers or ours.
 
 A pair is written FRONT/BACK with C for the kernel's own driver and R for the
-Rust driver. C/C is the control: a scenario that fails there tests itself. As BACK, Q is QEMU
+Rust driver. C/C is the reference run: it tests the scenario itself. As BACK, Q is QEMU
 in dom0, which is no module: see qdisk.py.
 """
 
@@ -57,7 +57,7 @@ def pair(name, kernel, build, dom0=None):
     )
 
 
-def rival_of(driver, kernel, build):
+def other_driver(driver, kernel, build):
     """The other driver for the same devices."""
     ours = driver.name in NAMES["R"]
     own, kind = ("R", "C") if ours else ("C", "R")

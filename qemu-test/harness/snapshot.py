@@ -30,7 +30,7 @@ XEN_ARGUMENTS = (
 )
 DOM0_ARGUMENTS = "console=hvc0 panic=1 loglevel=5 mitigations=off"
 PROCESSOR = "qemu64,+svm,+npt,+rdrand"
-COUNTED = (
+ICOUNT = (
     "-icount", "shift=0,sleep=off", "-seed", "1", "-rtc", "base=2026-01-01T00:00:00,clock=vm",
 )  # fmt: skip
 """A machine whose clock is the number of instructions that it ran: one each nanosecond."""
@@ -52,16 +52,16 @@ class Snapshot:
     The machine has one processor, whatever `vcpus` of dom0. Linux looks for these in the
     machine's table, so that has empty sockets for the others.
 
-    `guest_kernel` is what guests boot, if not dom0's. `counted` makes a machine
-    that measures time in instructions, see COUNTED.
+    `guest_kernel` is what guests boot, if not dom0's. `icount` makes a machine
+    that measures time in instructions, see ICOUNT.
     """
 
     waiting = None
 
-    def __init__(self, kernel, vcpus=1, guest_kernel=None, counted=False):
+    def __init__(self, kernel, vcpus=1, guest_kernel=None, icount=False):
         guest_kernel = guest_kernel or kernel
         self._vcpus = vcpus
-        self._counted = counted
+        self._icount = icount
         self.guest_type = guest_kernel.guest_type
         self.has_checks = guest_kernel.has_checks
         self.memory_factor = guest_kernel.memory_factor
@@ -115,7 +115,7 @@ class Snapshot:
             try:
                 machine.wait_for_console("init: dom0 ready", timeout=300)
                 machine.shell.wait_ready(timeout=60)
-                if not self._counted:
+                if not self._icount:
                     rate, nap = _time(machine)
                     if not 0.7 < rate < 1.4 or nap > 1.0:
                         wrong.append(
@@ -133,8 +133,8 @@ class Snapshot:
 
         vmlinux = comma(f"{self._vmlinux} {DOM0_ARGUMENTS}")
         arguments = [
-            "-accel", "tcg,thread=single" if self._counted else "tcg", "-machine", "q35",
-            "-cpu", PROCESSOR + ",-x2apic" * self._counted, *COUNTED * self._counted,
+            "-accel", "tcg,thread=single" if self._icount else "tcg", "-machine", "q35",
+            "-cpu", PROCESSOR + ",-x2apic" * self._icount, *ICOUNT * self._icount,
             "-m", str(1536 * self.memory_factor), "-smp", f"1,maxcpus={self._vcpus}",
             "-kernel", str(self._xen),
             "-append", XEN_ARGUMENTS.format(vcpus=self._vcpus),

@@ -238,7 +238,7 @@ class XenHost:
         """xl block-detach."""
         self.sh(f"xl block-detach {guest.name} {vdev}")
 
-    def take_away(self, guest, vdev, server=None):
+    def detach_and_wait(self, guest, vdev, server=None):
         """Detaches a disk, and waits until neither half has anything of it."""
         self.detach(guest, vdev)
         guest.wait_for(f"[ ! -b /dev/{vdev} ]")

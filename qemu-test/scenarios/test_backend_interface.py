@@ -3,9 +3,9 @@
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.guest import TWO_VCPUS
-from harness.handmade import HandMade
+from harness.manual_toolstack import ManualDisk
 from harness.toolstack import CODES
 from harness.xenhost import Disk
 
@@ -80,7 +80,7 @@ def test_backend_interface(xen):
     look_at_names(server, guest, devices)
     look_at_numbers(host, guest, devices)
 
-    host.sh(f"xenstore-write {HandMade(host, guest, 'xvda').back}/physical-device 1:1")
+    host.sh(f"xenstore-write {ManualDisk(host, guest, 'xvda').back}/physical-device 1:1")
     server.sh(
         f"cd {parameters}; echo 0 > feature_persistent; echo 1 > max_queues; echo 1 > log_stats"
     )
@@ -124,7 +124,7 @@ def look_at_numbers(host, guest, devices):
 
 def take_a_drive(host, guest):
     """A disk that is a CD-ROM drive to the guest gets what the parameters say by now."""
-    disk = HandMade(host, guest, "xvdc")
+    disk = ManualDisk(host, guest, "xvdc")
     disk.offer(mode="r")
     disk.wait_for(front=3)
     # After the frontend has looked: that of a PVH guest leaves a drive alone.

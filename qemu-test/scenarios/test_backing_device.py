@@ -7,11 +7,11 @@ becomes of requests.
 
 import pytest
 
-from harness.counts import KEEPS_PAGES
-from harness.counts import assert_idle
-from harness.counts import xen_counts
-from harness.evidence import assert_served_by_pair
-from harness.handmade import HandMade
+from harness.driver_check import assert_served_by_pair
+from harness.leak_counts import KEEPS_PAGES
+from harness.leak_counts import assert_idle
+from harness.leak_counts import xen_counts
+from harness.manual_toolstack import ManualDisk
 from harness.ramdisk import unload
 from harness.toolstack import CODES
 from harness.toolstack import directories
@@ -129,7 +129,7 @@ def test_discard_forbidden(ramdisk_host, record_property):
     host = ramdisk_host("")
     host.server.sh("echo precious | dd of=/dev/rblk0 conv=sync,fsync 2>/dev/null")
     guest = host.start_guest(disks=[])
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     disk.offer(discard_enable=0)
     disk.wait_for(front=3, back=2)
     host.sh(f"xl pause {guest.name}")
@@ -154,7 +154,7 @@ def test_discard_forbidden(ramdisk_host, record_property):
 def test_disk_sequence(xen):
     """A device number that was given to another disk meanwhile is not served.
 
-    The C backend is no control: it does not know sequence numbers.
+    The C backend is no reference: it does not know sequence numbers.
     """
     host = xen()
     server = host.start_server()
@@ -163,7 +163,7 @@ def test_disk_sequence(xen):
     guest = host.start_guest(disks=[])
     number = server.sh("stat -L -c %t:%T /dev/ram0")
     sequence = int(server.sh("cat /sys/block/ram0/diskseq"))
-    wrong, right = HandMade(host, guest, "xvdb"), HandMade(host, guest, "xvdc")
+    wrong, right = ManualDisk(host, guest, "xvdb"), ManualDisk(host, guest, "xvdc")
     for disk, given in ((wrong, sequence + 1), (right, sequence)):
         disk.offer()
         disk.wait_for(front=3)
@@ -181,7 +181,7 @@ def test_disk_sequence(xen):
 def test_stuck_disk(ramdisk_host):
     """A disk that does not answer holds up its own guest, and no other.
 
-    The C backend is no control: it frees the device while the disk still has its
+    The C backend is no reference: it frees the device while the disk still has its
     requests.
     """
     host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
@@ -215,7 +215,7 @@ def test_stuck_unbind(ramdisk_host):
     The backend stops to wait after half a minute. Until the disk has answered
     nobody takes over the rings; then the guest goes on.
 
-    The C backend is no control: it frees the device while the disk still has its
+    The C backend is no reference: it frees the device while the disk still has its
     requests.
     """
     host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
@@ -244,7 +244,7 @@ def detach_dirty(host, guest, timeout):
     The guest waits for so many seconds.
     """
     set_parameter(host, mode=0)
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     disk.offer()
     disk.give("/dev/rblk0")
     guest.wait_for_disk("xvdb")
@@ -269,7 +269,7 @@ def test_detach_slow_disk(ramdisk_host):
     The guest waits for it, for as long as it was told, and nothing is lost if it answers in time. If
     not, or if the disk is taken away by force, the file system ends without it.
 
-    The C frontend does not write anything back, so it is no control.
+    The C frontend does not write anything back, so it is no reference.
     """
     host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
     guest = host.start_guest(disks=[])

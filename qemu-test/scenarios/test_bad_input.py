@@ -7,7 +7,7 @@ frontend would write. After each piece of nonsense a good disk must work.
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.guest import DRIVER
 from harness.toolstack import PLAIN
 from harness.toolstack import connect_disks
@@ -210,7 +210,7 @@ def test_bad_frontend(host):
     The error names the node and its value. The backend has not said what the disk is
     then, which comes along with Connected.
 
-    The C backend is no control here: it warns, with a stack trace, when it is
+    The C backend is no reference here: it warns, with a stack trace, when it is
     detached from a frontend that it never connected to.
     """
     guest = host.start_guest(disks=[])
@@ -241,7 +241,7 @@ def test_eager_frontend(xen, record_property):
 
     The machine counts its time: by the host's clock it would be too slow to be made to wait.
     """
-    host = xen(counted=True)
+    host = xen(icount=True)
     server = host.start_server()
     server.load_backend()
     server.ram_disks(2)

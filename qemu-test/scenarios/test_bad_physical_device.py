@@ -3,8 +3,8 @@
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
-from harness.handmade import HandMade
+from harness.driver_check import assert_served_by_pair
+from harness.manual_toolstack import ManualDisk
 from harness.toolstack import directories
 from harness.toolstack import error_node
 from harness.xenhost import Disk
@@ -28,7 +28,7 @@ def error_of(host, guest, code):
 
 def offer_mode(host, guest):
     """A disk that is neither to be read nor to be written. The C backend takes that for read-only."""
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     host.sh(f"xenstore-rm {error_node(disk.back)} || true")
     disk.offer(mode="x")
     return disk
@@ -111,7 +111,7 @@ def test_unclaimed_disk(xen):
     server.ram_disks()
     guest = host.start_guest(disks=[])
     server.sh("mkswap /dev/ram0; swapon /dev/ram0")
-    disk = HandMade(host, guest, "xvdb")
+    disk = ManualDisk(host, guest, "xvdb")
     disk.offer(mode="w")
     disk.give("/dev/ram0")
     refused = "in use here" in error_of(host, guest, disk.code)
@@ -119,10 +119,10 @@ def test_unclaimed_disk(xen):
     if refused:
         disk.forget()
     else:
-        disk.take_away()
+        disk.detach_and_wait()
     guest.wait_for("[ ! -e /sys/bus/xen/devices/vbd-51728 ]")
     for vdev in ("xvdb", "xvdc"):
-        disk = HandMade(host, guest, vdev)
+        disk = ManualDisk(host, guest, vdev)
         disk.offer(mode="w!")
         disk.give("/dev/ram0")
         guest.wait_for_disk(vdev)

@@ -10,9 +10,9 @@ one go, so the guest is paused meanwhile, and the node rewritten.
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.guest import TWO_VCPUS
-from harness.handmade import HandMade
+from harness.manual_toolstack import ManualDisk
 from harness.writelog import read_log
 
 BLOCK = "/usr/bin/dd of=/dev/xvdb bs=4k conv=notrunc 2>/dev/null"
@@ -34,7 +34,7 @@ def on_cpu(cpu, command):
 
 def connect_with_barrier_only(host, guest):
     """A disk that offers barriers and no flush."""
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     disk.offer()
     disk.wait_for(front=3, back=2)
     host.sh(f"xl pause {guest.name}")

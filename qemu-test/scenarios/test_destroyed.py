@@ -3,10 +3,10 @@
 
 import pytest
 
-from harness.counts import kernel_counts
-from harness.counts import xen_counts
-from harness.evidence import assert_served_by_pair
-from harness.handmade import HandMade
+from harness.driver_check import assert_served_by_pair
+from harness.leak_counts import kernel_counts
+from harness.leak_counts import xen_counts
+from harness.manual_toolstack import ManualDisk
 from harness.xenhost import Disk
 
 IMAGE = "/dev/vdb"
@@ -86,7 +86,7 @@ def life(host, guest, step):
     """One life of the domain, to its end at this step."""
     print(step.__name__)
     guest.restore(IMAGE)
-    disk = HandMade(host, guest, "xvda")
+    disk = ManualDisk(host, guest, "xvda")
     back = disk.back
     step(disk)
     host.sh(f"xl destroy {guest.domid}")
@@ -114,7 +114,7 @@ def test_destroyed(host):
     after = counts()
     print(before, after, sep="\n")
     guest.restore(IMAGE)
-    connected(HandMade(host, guest, "xvda"))
+    connected(ManualDisk(host, guest, "xvda"))
     assert_served_by_pair(host, guest)
     assert after[0] == before[0]
     assert after[1]["threads"] <= before[1]["threads"]

@@ -8,7 +8,7 @@ holds for a disk that is unbound from its driver.
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.toolstack import CODES
 from harness.xenhost import Disk
 
@@ -29,7 +29,7 @@ def detach(host, guest, mounts):
     """Detaches xvdb, after what is mounted of it was unmounted if the guest refuses."""
     if host.run(f"xl block-detach {guest.name} xvdb")[0] != 0:
         guest.sh(f"umount {mounts}")
-        host.take_away(guest, "xvdb")
+        host.detach_and_wait(guest, "xvdb")
     guest.wait_for("[ ! -b /dev/xvdb ]")
     guest.run(f"umount {mounts}", timeout=60)
 

@@ -9,7 +9,7 @@ import errno
 
 import pytest
 
-from harness.evidence import assert_front_of_pair
+from harness.driver_check import assert_front_of_pair
 from harness.guest import DRIVER
 from harness.image import compiled
 from harness.toolstack import PLAIN

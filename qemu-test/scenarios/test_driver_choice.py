@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from harness.cpio import Archive
-from harness.handmade import HandMade
 from harness.image import add_built_module
 from harness.image import add_program
+from harness.manual_toolstack import ManualDisk
 from harness.pairs import NAMES
 
 MODPROBE_D = Path(__file__).parents[2] / "packaging/modprobe.d"
@@ -107,12 +107,12 @@ def machines(xen, kernel, build):
 @contextmanager
 def attached(host, guest):
     """The guest has a disk meanwhile."""
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     disk.offer()
     disk.give("/dev/ram0")
     guest.wait_for_disk(disk.vdev)
     yield
-    disk.take_away()
+    disk.detach_and_wait()
     guest.wait_for(f"[ ! -b /dev/{disk.vdev} ]")
 
 
@@ -128,7 +128,7 @@ def driven_by(host, guest, machines):
 def test_driver_choice(machines, pair):
     """Ours where it is installed and can be loaded; otherwise the C driver, so that there is one.
 
-    In a control nothing of ours is installed.
+    In a reference run nothing of ours is installed.
     """
     host, guest, machines = machines
     if pair.name == "C/C":

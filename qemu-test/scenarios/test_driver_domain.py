@@ -6,8 +6,8 @@ KASAN, lockdep and kmemleak: so one scenario has most of what a disk can live
 through.
 """
 
-from harness.counts import xen_counts
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
+from harness.leak_counts import xen_counts
 from harness.xenhost import Disk
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
@@ -70,7 +70,7 @@ def life_of_a_disk(host, storage, guest):
     guest.sh(WRITER)
     guest.wait_for("[ -s /tmp/rounds ]")
     guest.allow("I/O error, dev xvdb")
-    host.take_away(guest, "xvdb", storage)
+    host.detach_and_wait(guest, "xvdb", storage)
     guest.wait_for("! pidof dd")
 
 

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from harness.counts import xen_counts
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.guest import TWO_VCPUS
-from harness.handmade import HandMade
+from harness.leak_counts import xen_counts
+from harness.manual_toolstack import ManualDisk
 from harness.toolstack import error_node
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
@@ -105,7 +105,7 @@ def test_end_at_each_step(xen, record_property):
     guest.unload_frontend()
     guest.allow("I/O error, dev xvdb")
     before = xen_counts(host)
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     name = disk.device.split("/")[-1]
     for step in STEPS:
         print(step.__name__)
@@ -147,7 +147,7 @@ def test_shutdown_after_outage(xen):
     server.load_backend()
     server.ram_disks()
     guest = host.start_guest(disks=[], settings='on_poweroff = "preserve"')
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     named(disk)
     guest.wait_for_disk("xvdb")
     assert_served_by_pair(host, guest, "xvdb")
@@ -191,7 +191,7 @@ def test_thread_limit(xen):
     """The kernel refuses the thread of the first queue, or of the second: the toolstack is told, the
     frontend waits, and nothing is left of the attempt. When there are threads again, it is connected.
 
-    The C backend is no control: the frontend has been told by then that it is connected, and
+    The C backend is no reference: the frontend has been told by then that it is connected, and
     reads. Neither half gets away from that, and the backend does not close.
     """
     host = xen(waiting=TWO_VCPUS)
@@ -201,7 +201,7 @@ def test_thread_limit(xen):
     guest = host.start_guest(disks=[])
     guest.unload_frontend()
     before = xen_counts(host)
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     for spare in range(QUEUES):
         # Now and then a thread of the kernel's own ends in between.
         assert any(is_refused(disk, spare) for _ in range(ATTEMPTS))

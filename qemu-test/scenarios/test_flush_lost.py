@@ -6,7 +6,7 @@ Dom0's shell plays the backends. They have no ring, so a flush that is sent to o
 
 import pytest
 
-from harness.evidence import assert_front_of_pair
+from harness.driver_check import assert_front_of_pair
 from harness.toolstack import connect_disks
 from harness.toolstack import directories
 from harness.toolstack import remove_devices

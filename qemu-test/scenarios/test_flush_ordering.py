@@ -9,7 +9,7 @@ before the second was even written.
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.writelog import read_log
 from harness.xenhost import Disk
 

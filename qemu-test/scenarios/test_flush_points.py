@@ -12,7 +12,7 @@ import subprocess
 import pytest
 
 from harness import xfs
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.writelog import read_log
 from harness.xenhost import Disk
 

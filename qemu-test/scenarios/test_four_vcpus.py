@@ -7,7 +7,7 @@ processor: for what is asked here one of QEMU's is enough. A driver domain has o
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.guest import FOUR_VCPUS
 from harness.job import Job
 from harness.toolstack import CODES

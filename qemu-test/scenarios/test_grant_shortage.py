@@ -7,7 +7,7 @@ start.
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.image import compiled
 from harness.job import Job
 from harness.job import wait_for_passes

@@ -8,7 +8,7 @@ import gzip
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.xenhost import Disk
 from harness.xenimage import domu_archive
 from harness.xenimage import grub

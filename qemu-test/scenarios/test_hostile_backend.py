@@ -8,7 +8,7 @@ meanwhile.
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.xenhost import Disk
 
 CODE = 51728
@@ -68,7 +68,7 @@ def refuse_barrier(host, server, guest, record_property):
     assert done == (guest.front == "xen-blkfront")
     if done:
         record_property("c_fails", "F-02")
-    host.take_away(guest, "xvdb")
+    host.detach_and_wait(guest, "xvdb")
     server.sh("echo N > /sys/module/rblk_hostile_back/parameters/barrier")
 
 
@@ -121,7 +121,7 @@ def test_hostile_backend(xen, test_modules, record_property):
     server.sh(f"echo {SILENCE} > {TRICK}")
     guest.sh(WRITE_BEHIND)
     guest.wait_for("grep -q '[1-9]' /sys/block/xvdb/inflight")
-    host.take_away(guest, "xvdb")
+    host.detach_and_wait(guest, "xvdb")
     guest.wait_for("grep -q failed /tmp/end")
     guest.sh("dd if=/dev/urandom of=/dev/xvda bs=64k count=4 oflag=direct")
     guest.unload_frontend()

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from harness.counts import backend_switches
-from harness.counts import xen_counts
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
+from harness.leak_counts import backend_switches
+from harness.leak_counts import xen_counts
 from harness.xenhost import Disk
 
 CODE = 51728
@@ -158,7 +158,7 @@ def event_counts(guest, code):
 def test_hostile_frontend(xen, test_modules, record_property):
     """Every wrong request is answered as such, and a broken ring ends its own disk only.
 
-    The C backend is the control for what a request must be answered by. It takes
+    The C backend is the reference for what a request must be answered by. It takes
     a secure discard for an ordinary one where none was offered, and refuses to
     flush a disk that is read-only. It does not close a disk whose ring is broken,
     warns, with a stack trace, of one that it cannot connect to, and does not know

@@ -9,7 +9,7 @@ All names have "initramfs" in them, because `make test T=NAME` makes the initram
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.xenhost import Disk
 from harness.xenimage import root_disk
 
@@ -30,7 +30,7 @@ def boot(xen, initramfs):
 
 @pytest.mark.feature("FE-60", "FE-62")
 def test_initramfs(xen, pair, build):
-    """Made as the documentation says; for the control, of a system without our files."""
+    """Made as the documentation says; for the reference run, of a system without our files."""
     guest = boot(xen, build / f"initramfs-{pair.front.name}")
     # Written by udev below the /run that the initramfs hands over; dracut clears it.
     assert "E:ID_FS_TYPE=ext4" in guest.sh("cat /run/udev/data/b202:0")

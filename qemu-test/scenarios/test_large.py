@@ -6,7 +6,7 @@ The disk of 3 TiB is a RAM disk, which takes memory for what is written alone.
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.image import compiled
 from harness.xenhost import Disk
 

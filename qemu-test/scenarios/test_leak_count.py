@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from harness.counts import kernel_counts
-from harness.counts import xen_counts
-from harness.evidence import assert_served_by_pair
-from harness.handmade import HandMade
+from harness.driver_check import assert_served_by_pair
+from harness.leak_counts import kernel_counts
+from harness.leak_counts import xen_counts
+from harness.manual_toolstack import ManualDisk
 from harness.xenhost import Disk
 
 CYCLES = int(os.environ.get("RBLKIF_CYCLES", "20"))
@@ -37,7 +37,7 @@ def cycle(disk):
     disk.offer()
     disk.give("/dev/nullb0")
     disk.server.wait_for("grep -q '[1-9]' /sys/block/nullb0/inflight")
-    disk.take_away()
+    disk.detach_and_wait()
     disk.guest.wait_for("[ ! -b /dev/xvdb ] && ! pidof dd")
 
 
@@ -67,7 +67,7 @@ def test_leak_count(xen):
     guest = host.start_guest(disks=[])
     guest.allow("rror, dev xvdb")
     guest.sh(USER)
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     for _ in range(2):
         cycle(disk)
         reload(host, guest)

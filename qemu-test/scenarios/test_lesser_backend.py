@@ -8,9 +8,9 @@ is not asked: it ends the disk when the backend closes.
 
 import pytest
 
-from harness.evidence import assert_front_of_pair
+from harness.driver_check import assert_front_of_pair
 from harness.guest import TWO_VCPUS
-from harness.handmade import HandMade
+from harness.manual_toolstack import ManualDisk
 
 TRICK = "/sys/module/rblk_hostile_back/parameters/trick"
 HONEST, UNSUPPORTED_FLUSH, LAG = 0, 3, 14
@@ -42,7 +42,7 @@ def disk(xen, test_modules):
     server = host.start_server()
     guest = host.start_guest(disks=[])
     assert_front_of_pair(host, guest)
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     disk.offer(state=6)
     server.insmod("rblk_hostile_back", f"device={disk.code}")
     return disk
@@ -82,7 +82,7 @@ def test_large_among_small(disk):
     guest.sh("kill $(cat /tmp/fio)")
     guest.wait_for("[ ! -e /proc/$(cat /tmp/fio) ]")
     play_trick(disk, HONEST)
-    disk.take_away()
+    disk.detach_and_wait()
 
 
 @pytest.mark.feature("F-26")
@@ -106,8 +106,8 @@ def test_gained_cache(disk):
     guest.sh(WRITE.format("64k"))
     guest.sh(WRITE.format("1M") + ",dsync")
     assert guest.sh("cat /sys/block/xvdb/queue/write_cache") == "write through"
-    disk.take_away()
+    disk.detach_and_wait()
     disk.offer()
     guest.wait_for_disk("xvdb")
     assert guest.sh("cat /sys/block/xvdb/queue/write_cache") == "write back"
-    disk.take_away()
+    disk.detach_and_wait()

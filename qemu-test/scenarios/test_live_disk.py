@@ -3,11 +3,11 @@
 
 import pytest
 
-from harness.counts import KEEPS_PAGES
-from harness.counts import free_kb
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.guest import TWO_VCPUS
 from harness.job import Job
+from harness.leak_counts import KEEPS_PAGES
+from harness.leak_counts import free_kb
 from harness.xenhost import Disk
 
 SIZE = "/sys/module/rblk_ramdisk/parameters/size_mib"

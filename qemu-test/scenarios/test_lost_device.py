@@ -7,7 +7,7 @@ in flight.
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.job import Job
 from harness.xenhost import Disk
 
@@ -55,7 +55,7 @@ def test_lost_device(host):
     assert guest.run("dd if=/dev/zero of=/dev/xvdb bs=4k count=1 oflag=direct")[0] != 0
     assert guest.sh("dd if=/dev/xvdb bs=4k count=1 iflag=direct 2> /dev/null | wc -c") == "0"
     other.wait_for_pass(2)
-    host.take_away(guest, "xvdb")
+    host.detach_and_wait(guest, "xvdb")
     # Nothing holds the device any more.
     server.sh(f"rmdir {DEVICE} && rmmod null_blk")
 

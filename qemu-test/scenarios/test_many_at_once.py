@@ -3,10 +3,10 @@
 
 import pytest
 
-from harness.counts import xen_counts
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.guest import TWO_VCPUS
 from harness.job import wait_for_passes
+from harness.leak_counts import xen_counts
 from harness.verify import start_jobs
 from harness.xenhost import Disk
 
@@ -54,7 +54,7 @@ def test_many_at_once(xen):
 
     By the clock of a busy host several xl at once would miss their deadlines.
     """
-    host = xen(waiting=TWO_VCPUS, counted=True)
+    host = xen(waiting=TWO_VCPUS, icount=True)
     server = host.start_server()
     server.load_backend()
     server.ram_disks(count=1 + len(NAMES), megabytes=64)

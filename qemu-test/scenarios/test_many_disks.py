@@ -8,11 +8,11 @@ import os
 
 import pytest
 
-from harness.counts import KEEPS_PAGES
-from harness.counts import assert_idle
-from harness.counts import free_kb
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.guest import FOUR_VCPUS
+from harness.leak_counts import KEEPS_PAGES
+from harness.leak_counts import assert_idle
+from harness.leak_counts import free_kb
 from harness.xenhost import Disk
 
 DISKS = int(os.environ.get("RBLKIF_DISKS", 4))

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from harness import kept
-from harness.evidence import assert_served_by_pair
+from harness import held_disk
+from harness.driver_check import assert_served_by_pair
 from harness.guest import LOG
 from harness.guest import TWO_VCPUS
 from harness.job import wait_for_passes
@@ -54,16 +54,16 @@ def test_migrate(xen, test_modules):
     Xen-blkfront has no writes with a flush after them here: it makes a BUG of one in flight, as
     save_restore shows.
     """
-    host, guest = kept.start(xen, test_modules, PVH)
+    host, guest = held_disk.start(xen, test_modules, PVH)
     is_ours = guest.front == "rblkfront"
     jobs = start_jobs(guest, [name for name in JOBS if is_ours or name != "synced"])
     migrate(guest)
     go_on(host, guest, jobs)
 
-    kept.keep(host.server, guest)
-    kept.fail_when_stopped(host, guest)
+    held_disk.hold(host.server, guest)
+    held_disk.fail_when_stopped(host, guest)
     migrate(guest)
-    kept.assert_failed(host.server)
+    held_disk.assert_failed(host.server)
     go_on(host, guest, jobs)
     for job in jobs:
         job.stop()
@@ -74,15 +74,15 @@ def test_checkpoint(xen, test_modules):
     """The same backend serves the same rings: with I/O all the time, with requests in flight until
     the guest goes on, and with a backend that is replaced meanwhile.
     """
-    host, guest = kept.start(xen, test_modules)
+    host, guest = held_disk.start(xen, test_modules)
     server, device = host.server, f"vbd-{guest.domid}-51712"
     jobs = start_jobs(guest)
     checkpoint(guest)
     go_on(host, guest, jobs)
 
-    kept.keep(server, guest)
+    held_disk.hold(server, guest)
     checkpoint(guest)
-    kept.release(server)
+    held_disk.release(server)
     go_on(host, guest, jobs)
 
     server.sh(f"echo {device} > {DRIVER}/unbind")

@@ -6,9 +6,9 @@ Names, permissions and defaults are those of xen-blkfront; the time-outs are our
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.guest import TWO_VCPUS
-from harness.handmade import HandMade
+from harness.manual_toolstack import ManualDisk
 from harness.xenhost import Disk
 
 PARAMETERS = {
@@ -131,7 +131,7 @@ def show_the_data_alone(host, guest, parameters):
         guest.wait_for_disk("xvdb")
         refused = guest.run(NEIGHBOURS)[0] != 0
         assert refused == (trusted == "Y")
-        host.take_away(guest, "xvdb")
+        host.detach_and_wait(guest, "xvdb")
 
 
 def take_what_was_offered(host, guest, record_property):
@@ -139,7 +139,7 @@ def take_what_was_offered(host, guest, record_property):
 
     The C backend refuses it.
     """
-    server, disk = host.server, HandMade(host, guest, "xvdc")
+    server, disk = host.server, ManualDisk(host, guest, "xvdc")
     guest.unload_frontend()
     host.attach(guest, Disk("xvdc", "/dev/ram1"))
     disk.wait_for(back=2)

@@ -3,7 +3,7 @@
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.guest import READY
 from harness.guest import TWO_VCPUS
 from harness.job import wait_for_passes

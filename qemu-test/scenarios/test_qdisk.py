@@ -12,7 +12,7 @@ import subprocess
 import pytest
 
 from harness import qdisk
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.job import Job
 from harness.qdisk import QemuDisk
 from harness.xenimage import file_in_image

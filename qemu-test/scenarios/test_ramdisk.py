@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Our block layer without Xen: the RAM disk rblk_ramdisk.ko in a plain machine.
+"""Our block layer without Xen: the RAM disk rblk_ramdisk.ko in a machine without Xen.
 
 Its module parameters choose what becomes of requests; see
 rust/samples/ramdisk/ramdisk.rs.
@@ -7,8 +7,8 @@ rust/samples/ramdisk/ramdisk.rs.
 
 import pytest
 
-from harness.counts import assert_no_lost_memory
 from harness.guest import wait_in
+from harness.leak_counts import assert_no_lost_memory
 from harness.ramdisk import DISK
 from harness.ramdisk import pull_out
 from harness.ramdisk import unload
@@ -21,9 +21,9 @@ FIO = (
 
 
 @pytest.fixture
-def vm(plain_vm, test_modules):
+def vm(native_vm, test_modules):
     """A machine that has the module, not loaded yet."""
-    return plain_vm(modules=[test_modules / "rblk_ramdisk.ko"], shared=True)
+    return native_vm(modules=[test_modules / "rblk_ramdisk.ko"], shared=True)
 
 
 def test_ramdisk_data(vm):

@@ -3,7 +3,7 @@
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.xenhost import Disk
 
 SUM = "head -c 4M /dev/ram0 | sha256sum"

@@ -9,7 +9,7 @@ flush is refused.
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.toolstack import CODES
 from harness.toolstack import directories
 from harness.xenhost import Disk

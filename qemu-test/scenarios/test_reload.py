@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.job import Job
-from harness.pairs import rival_of
+from harness.pairs import other_driver
 from harness.xenhost import Disk
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
@@ -23,19 +23,19 @@ LOST = {
 
 
 @pytest.fixture
-def rivals(pair, kernel, build):
+def others(pair, kernel, build):
     """The drivers that could be in place of the pair's, built for the guests' kernel; none of
-    them in a control.
+    them in a reference run.
     """
     if pair.name == "C/C":
         return []
-    return [rival_of(driver, kernel, build) for driver in (pair.front, pair.back)]
+    return [other_driver(driver, kernel, build) for driver in (pair.front, pair.back)]
 
 
 @pytest.fixture
-def host(xen, rivals, tmp_path):
-    """As every `host`, with the rivals as rival-NAME.ko."""
-    files = [shutil.copy(rival.file, tmp_path / f"rival-{rival.name}.ko") for rival in rivals]
+def host(xen, others, tmp_path):
+    """As every `host`, with the others as other-NAME.ko."""
+    files = [shutil.copy(other.file, tmp_path / f"other-{other.name}.ko") for other in others]
     host = xen(modules=files)
     server = host.start_server()
     server.load_backend()
@@ -43,23 +43,23 @@ def host(xen, rivals, tmp_path):
     return host
 
 
-def refuse(host, guest, rivals):
+def refuse(host, guest, others):
     """A second driver for the same devices is refused, and says why."""
-    for machine, rival in zip((guest, host.server), rivals, strict=False):
-        file = f"/modules/rival-{rival.name}.ko"
+    for machine, other in zip((guest, host.server), others, strict=False):
+        file = f"/modules/other-{other.name}.ko"
         machine.sh("dmesg -c > /dev/null")
         assert machine.run(f"insmod $(ls {file} /payload{file} 2> /dev/null)")[0] != 0
-        assert LOST[rival.name] in machine.sh("dmesg"), rival.name
+        assert LOST[other.name] in machine.sh("dmesg"), other.name
 
 
 @pytest.mark.feature("FE-60", "FE-64", "FE-65", "FE-68")
-def test_reload_frontend(host, rivals):
+def test_reload_frontend(host, others):
     """Unloaded and loaded; then unbound and bound through sysfs while the disk is open.
 
     Other drivers for the same devices are refused meanwhile.
     """
     guest = host.start_guest()
-    refuse(host, guest, rivals)
+    refuse(host, guest, others)
     guest.sh("yes pattern | dd of=/dev/xvda bs=4k count=256 iflag=fullblock conv=fsync")
     written = guest.sh(SUM)
     for _cycle in range(3):
@@ -76,13 +76,13 @@ def test_reload_frontend(host, rivals):
     assert_served_by_pair(host, guest)
 
 
-def test_reload_backend(host, rivals):
+def test_reload_backend(host, others):
     """The guest goes on writing meanwhile: it sees a pause, and no error.
 
     Other drivers for the same devices are refused meanwhile.
     """
     guest = host.start_guest()
-    refuse(host, guest, rivals)
+    refuse(host, guest, others)
     assert_served_by_pair(host, guest)
     server, device = host.server, f"vbd-{guest.domid}-51712"
     job = Job(

@@ -7,7 +7,7 @@ free: the moment in which no backend has it is theirs.
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.job import Job
 from harness.toolstack import CODES
 from harness.toolstack import directories

@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.guest import DRIVER
-from harness.handmade import HandMade
+from harness.manual_toolstack import ManualDisk
 from harness.xenhost import Disk
 from harness.xenimage import file_in_image
 from harness.xenimage import root_disk
@@ -45,7 +45,7 @@ def test_root_disk_pv(xen):
 
 def leave_drive_alone(host, guest):
     """A CD-ROM drive is left to the emulated one, as in any guest that could have one."""
-    drive, disk = HandMade(host, guest, "xvdb"), HandMade(host, guest, "xvdc")
+    drive, disk = ManualDisk(host, guest, "xvdb"), ManualDisk(host, guest, "xvdc")
     drive.offer(kind="cdrom")
     disk.offer()
     # The guest looks at one after the other.

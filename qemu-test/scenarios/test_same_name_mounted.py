@@ -7,7 +7,7 @@ whose dead file system is still there, and which Linux knows by that number.
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.xenhost import Disk
 
 DISKS = {"first": "/dev/ram0", "second": "/dev/ram1"}
@@ -50,12 +50,12 @@ def test_same_name_mounted(xen):
             "mkfs.ext4 -q /dev/xvdb && mount -t ext4 /dev/xvdb /old && "
             f"echo {name} > /old/{WHICH} && umount /old"
         )
-        host.take_away(guest, "xvdb")
+        host.detach_and_wait(guest, "xvdb")
 
     attach(host, guest, "first")
     usual = number(guest)
     guest.sh("mount -t ext4 /dev/xvdb /old && sync")
-    host.take_away(guest, "xvdb")
+    host.detach_and_wait(guest, "xvdb")
     attach(host, guest, "second")
     assert number(guest) != usual
     mounted = guest.run("mount -t ext4 /dev/xvdb /new")[0] == 0
@@ -68,6 +68,6 @@ def test_same_name_mounted(xen):
     guest.sh("umount /new")
     assert later == "second", later
     assert not mounted or seen == "second", seen
-    host.take_away(guest, "xvdb")
+    host.detach_and_wait(guest, "xvdb")
     attach(host, guest, "first")
     assert number(guest) == usual

@@ -9,12 +9,12 @@ waits for the task that has asked for it before it stops.
 
 import pytest
 
-from harness import kept
-from harness.evidence import assert_served_by_pair
-from harness.handmade import HandMade
+from harness import held_disk
+from harness.driver_check import assert_served_by_pair
 from harness.job import PASS_S
 from harness.job import Job
 from harness.job import wait_for_passes
+from harness.manual_toolstack import ManualDisk
 from harness.verify import FIO
 from harness.verify import JOBS
 from harness.verify import start_jobs
@@ -40,10 +40,10 @@ LIVES_ON = 300
 
 def save_in_use(host, guest):
     """Saves the guest with requests in flight, which fail when it has stopped."""
-    kept.keep(host.server, guest)
-    kept.fail_when_stopped(host, guest)
+    held_disk.hold(host.server, guest)
+    held_disk.fail_when_stopped(host, guest)
     guest.save(IMAGE)
-    kept.assert_failed(host.server)
+    held_disk.assert_failed(host.server)
 
 
 def load_lesser_backend(host, guest):
@@ -78,7 +78,7 @@ def crash(host, guest, record_property):
     for _ in range(ATTEMPTS):
         save_in_use(host, guest)
         guest.restore(IMAGE)
-        served = f"{HandMade(host, guest, 'xvda').device}/statistics/wr_req"
+        served = f"{ManualDisk(host, guest, 'xvda').device}/statistics/wr_req"
         host.wait_for(f"! {alive} || [ $(cat {served}) -gt {LIVES_ON} ]", PASS_S)
         if host.run(alive)[0] != 0:
             break
@@ -97,7 +97,7 @@ def test_save_restore(xen, test_modules, record_property):
     again as something else. If that is the write of a write with a flush after it, the
     block layer finds nothing left of that when the flush is done: a BUG.
     """
-    host, guest = kept.start(xen, test_modules)
+    host, guest = held_disk.start(xen, test_modules)
     is_ours = guest.front == "rblkfront"
     jobs = start_jobs(guest, [name for name in JOBS if is_ours or name != "synced"])
     save_in_use(host, guest)
@@ -118,7 +118,7 @@ def test_save_restore(xen, test_modules, record_property):
     assert LESS_SAID in guest.sh("dmesg | grep 'bounce buffer' | tail -n 1")
     assert guest.sh("cat /sys/block/xvda/queue/discard_max_hw_bytes") == "0"
     stop(host, guest, jobs)
-    disk = HandMade(host, guest, "xvda")
+    disk = ManualDisk(host, guest, "xvda")
     before = disk.statistic("rd_req")
     guest.sh(LARGE_READS)
     assert disk.statistic("rd_req") - before == DIRECT_REQUESTS

@@ -3,7 +3,7 @@
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 from harness.toolstack import CODES
 from harness.xenhost import Disk
 
@@ -35,5 +35,5 @@ def test_second_disk(host):
             guest.sh(f"({WRITER}) > /dev/null 2>&1 &")
             guest.allow("I/O error, dev xvdb")
             guest.allow("lost async page write")
-        host.take_away(guest, "xvdb")
+        host.detach_and_wait(guest, "xvdb")
         guest.wait_for("! pidof dd")

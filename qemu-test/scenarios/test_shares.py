@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from harness.counts import mapped_pages
-from harness.evidence import assert_served_by_pair
-from harness.handmade import HandMade
+from harness.driver_check import assert_served_by_pair
+from harness.leak_counts import mapped_pages
+from harness.manual_toolstack import ManualDisk
 from harness.toolstack import error_node
 from harness.xenhost import Disk
 
@@ -97,7 +97,7 @@ def wait_for_pages(host, guest, front):
     guest.unload_frontend()
     guest.load_frontend(f"feature_persistent=0 {front}")
     guest.wait_for_disk("xvda")
-    disk = HandMade(host, guest, "xvda")
+    disk = ManualDisk(host, guest, "xvda")
     written = disk.statistic("wr_req")
     server.sh(f"echo {KEEP} > {PARAMETERS}/mode; : < /dev/rblk0")
     guest.sh(f"(DISKS=xvda\n{WORK}\ntouch /tmp/good) > /dev/null 2>&1 &")
@@ -140,7 +140,7 @@ def test_io_owner(xen, record_property):
     server.ram_disks(2)
     server.sh(GROUPS)
     guest = host.start_guest(disks=[])
-    named, plain, lost = (HandMade(host, guest, vdev) for vdev in ("xvdb", "xvdc", "xvdd"))
+    named, plain, lost = (ManualDisk(host, guest, vdev) for vdev in ("xvdb", "xvdc", "xvdd"))
     named.offer(cgroup="/guests/named", io_priority="best-effort/7")
     plain.offer()
     lost.offer(cgroup="/guests/nowhere")

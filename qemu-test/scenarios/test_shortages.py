@@ -3,9 +3,9 @@
 
 import pytest
 
-from harness.counts import KEEPS_PAGES
-from harness.evidence import assert_served_by_pair
-from harness.handmade import HandMade
+from harness.driver_check import assert_served_by_pair
+from harness.leak_counts import KEEPS_PAGES
+from harness.manual_toolstack import ManualDisk
 from harness.xenhost import Disk
 
 KEEP = 3
@@ -50,7 +50,7 @@ def test_largest_request(xen, test_modules):
     assert guest.sh("cat /sys/block/xvda/queue/max_segments").strip() == "256"
     guest.sh(f"DISK=xvda\n{ONE_MIB}")
     # Each disk of the C frontend takes a quarter of the guest's memory.
-    host.take_away(guest, "xvda")
+    host.detach_and_wait(guest, "xvda")
 
     parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
     server.sh(f"echo {BUDGET} > {parameters}/max_buffer_pages")
@@ -59,7 +59,7 @@ def test_largest_request(xen, test_modules):
     guest.wait_for("[ -b /dev/xvdb -a -b /dev/xvdc ]")
     server.sh(f"echo {KEEP} > {PARAMETERS}/mode; : < /dev/rblk0")
     guest.sh(f"({GET_STUCK}) > /dev/null 2>&1 &")
-    numbers = f"{HandMade(host, guest, 'xvdb').device}/statistics"
+    numbers = f"{ManualDisk(host, guest, 'xvdb').device}/statistics"
     server.wait_for(f"[ $(cat {numbers}/oo_req) != 0 ] || [ $(cat {numbers}/wr_req) = {STUCK} ]")
     guest.sh(f"DISK=xvdc\n{ONE_MIB}")
     server.sh(f"echo 0 > {PARAMETERS}/mode; : < /dev/rblk0")

@@ -7,8 +7,8 @@ to a slow disk, a thin volume that is being filled or a server that does not ans
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
-from harness.handmade import HandMade
+from harness.driver_check import assert_served_by_pair
+from harness.manual_toolstack import ManualDisk
 from harness.xenhost import Disk
 
 NO_WRITEBACK = "echo 0 > /proc/sys/vm/dirty_writeback_centisecs"
@@ -32,7 +32,7 @@ def test_slow_open(xen):
     guest = host.start_guest(disks=[])
     host.sh(FILL_CACHE)
     host.machine.throttle_writes(1)
-    slow = HandMade(host, guest, "xvdb")
+    slow = ManualDisk(host, guest, "xvdb")
     slow.offer()
     slow.wait_for(front=3)
     slow.give("/dev/vdb")

@@ -6,7 +6,7 @@ write: one that waits for some waits for itself. The C pair passes as well; a
 driver that allocates for each request without GFP_NOIO hangs here.
 """
 
-from harness.evidence import assert_served_by_pair
+from harness.driver_check import assert_served_by_pair
 
 MORE_MIB = 64
 """What the guest stores beyond the memory that it has for it."""

@@ -8,8 +8,8 @@ and does not show it.
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
-from harness.handmade import HandMade
+from harness.driver_check import assert_served_by_pair
+from harness.manual_toolstack import ManualDisk
 
 SIZE = "/sys/module/rblk_ramdisk/parameters/size_mib"
 TURNS = 6
@@ -34,7 +34,7 @@ def test_resize_detach(xen, test_modules):
     server.load_backend()
     server.insmod("rblk_ramdisk")
     guest = host.start_guest(disks=[])
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     for turn in range(TURNS):
         disk.offer()
         disk.give("/dev/rblk0")
@@ -59,7 +59,7 @@ def test_detach_while_connecting(host):
     With both C drivers the guest dies of it too.
     """
     guest = host.start_guest(disks=[])
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     for turn in range(DISKS):
         disk.offer()
         disk.wait_for(front=3)
@@ -81,7 +81,7 @@ def test_detach_while_connecting(host):
 def test_no_online_node(host):
     """A toolstack that writes no node `online` gets its disk, and gets rid of it."""
     guest = host.start_guest(disks=[])
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     disk.offer()
     host.sh(f"xenstore-rm {disk.back}/online")
     disk.give("/dev/ram0")

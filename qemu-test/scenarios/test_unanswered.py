@@ -7,7 +7,7 @@ which has no ring.
 
 import pytest
 
-from harness.evidence import assert_front_of_pair
+from harness.driver_check import assert_front_of_pair
 from harness.toolstack import connect_disks
 from harness.toolstack import directories
 from harness.toolstack import remove_devices

@@ -7,8 +7,8 @@ they have written is in the page cache of the backend's domain. The backend goes
 
 import pytest
 
-from harness.evidence import assert_served_by_pair
-from harness.handmade import HandMade
+from harness.driver_check import assert_served_by_pair
+from harness.manual_toolstack import ManualDisk
 
 DISK = "/dev/ram0"
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
@@ -49,7 +49,7 @@ def test_written_before(host):
     put(server, DISK, "old", ",fsync")
     guest = host.start_guest(disks=[])
     guest.unload_frontend()
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     disk.offer()
     disk.give(DISK)
     # The backend has the disk open: no dd is the last one to close it, which would sync.
@@ -75,7 +75,7 @@ def test_written_between(host):
     server.sh(NO_WRITEBACK)
     put(server, DISK, "old", ",fsync")
     guest = host.start_guest(disks=[])
-    disk = HandMade(host, guest)
+    disk = ManualDisk(host, guest)
     for mode in ("w", "r"):
         disk.offer(mode=mode)
         disk.give(DISK)
@@ -100,7 +100,7 @@ def test_written_between(host):
         disk.wait_for(back=4)
         assert word_of(guest) == f"3{mode}3"
         server.sh("kill $(cat /tmp/keeper)")
-        disk.take_away()
+        disk.detach_and_wait()
         guest.wait_for("[ ! -b /dev/xvdb ]")
 
 
@@ -117,7 +117,7 @@ def test_written_by_other_names(host):
     for served, written, skip, seek in ((DISK, f"{DISK}p1", 256, 0), (f"{DISK}p1", DISK, 0, 256)):
         word = f"p{skip // 256}{seek // 256}"
         server.sh(f"sleep 100000 < {written} > /dev/null 2>&1 & echo $! > /tmp/keeper")
-        disk = HandMade(host, guest)
+        disk = ManualDisk(host, guest)
         disk.offer()
         disk.wait_for(front=3)
         server.sh(
@@ -132,6 +132,6 @@ def test_written_by_other_names(host):
         )
         server.sh("sync")
         assert word_of(guest, skip) == "own"
-        disk.take_away()
+        disk.detach_and_wait()
         guest.wait_for("[ ! -b /dev/xvdb ]")
         server.sh("kill $(cat /tmp/keeper)")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A module is refused, with both versions named, by a kernel that it was not built for.
 
-There is no control: the C modules come with their kernel, so that the question
+There is no reference: the C modules come with their kernel, so that the question
 does not arise for them.
 """
 
@@ -10,9 +10,9 @@ from conftest import BUILD
 MODULES = ("rblkfront", "rblkback")
 
 
-def test_wrong_kernel(plain_vm, kernel, other_kernel):
+def test_wrong_kernel(native_vm, kernel, other_kernel):
     other = other_kernel.release
-    vm = plain_vm(modules=[BUILD / other / f"{name}.ko" for name in MODULES])
+    vm = native_vm(modules=[BUILD / other / f"{name}.ko" for name in MODULES])
     for name in MODULES:
         status, _output = vm.run(f"insmod /modules/{name}.ko")
         assert status != 0

@@ -12,7 +12,7 @@ from .toolstack import directories
 
 
 @dataclass
-class HandMade:
+class ManualDisk:
     """A disk of a guest, made node by node."""
 
     host: object
@@ -100,7 +100,7 @@ class HandMade:
         self.play(1)
         self.wait_for(front=4, back=4)
 
-    def take_away(self):
+    def detach_and_wait(self):
         """What `xl block-detach` does."""
         self.host.sh(f"xenstore-write {self.back}/online 0 {self.back}/state 5")
         self.forget()

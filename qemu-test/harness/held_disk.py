@@ -4,7 +4,7 @@
 It is the one of rblk_ramdisk, /dev/rblk0.
 """
 
-from .evidence import assert_served_by_pair
+from .driver_check import assert_served_by_pair
 from .guest import TWO_VCPUS
 from .shell import until
 from .xenhost import Disk
@@ -34,7 +34,7 @@ def start(xen, test_modules, waiting=TWO_VCPUS):
     return host, guest
 
 
-def keep(server, guest):
+def hold(server, guest):
     """Has the disk keep what comes from now on; returns when some is in flight."""
     server.sh(f"dmesg -c >/dev/null; echo 3 > {MODE}")
     guest.wait_for("set -- $(cat /sys/block/xvda/inflight); [ $1 -gt 0 ] && [ $2 -gt 8 ]")

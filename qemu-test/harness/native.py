@@ -7,10 +7,10 @@ from pathlib import Path
 from .cache import CACHE
 from .cache import key_of
 from .cache import made_once
-from .counts import assert_checked
 from .image import add_built_module
 from .image import add_modules
 from .image import base_archive
+from .leak_counts import assert_checked
 from .machine import Machine
 from .shell import MachineTrouble
 from .shell import announcement
@@ -37,10 +37,10 @@ STEADY_TIME = ("-icount", "shift=2")
 clock against another while the host is busy may find a processor of 36 MHz."""
 
 
-MADE_BY = [Path(__file__).with_name(name) for name in ("plain.py", "machine.py", "snapshot.py")]
+MADE_BY = [Path(__file__).with_name(name) for name in ("native.py", "machine.py", "snapshot.py")]
 
 
-class PlainVm:
+class NativeVm:
     """A machine; `modules` are .ko files, found in /modules there.
 
     A machine that is `shared` by scenarios is booted once, and goes on from there in each.

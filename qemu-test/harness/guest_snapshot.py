@@ -18,7 +18,7 @@ from .snapshot import save
 from .storage import Storage
 from .xenhost import XenHost
 
-NAMES = ("waiting.py", "guest.py", "storage.py", "xenhost.py")
+NAMES = ("guest_snapshot.py", "guest.py", "storage.py", "xenhost.py")
 MADE_BY = [Path(__file__).with_name(name) for name in NAMES]
 
 RATE_LIMIT = "xl sched-credit2 --schedparam --ratelimit_us={us}"
