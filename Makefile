@@ -25,7 +25,7 @@ sabotage: ## takes features away from our drivers, and sees whether the scenario
 	@scripts/sabotage $(NAMES)
 
 bench: ## what an I/O costs, counted, with the C pair and ours; BASE=<json> compares with an earlier run
-	@scripts/bench $(if $(CELLS),--cells "$(CELLS)") $(if $(BASE),--base "$(BASE)") \
+	@scripts/bench $(if $(WORKLOADS),--workloads "$(WORKLOADS)") $(if $(BASE),--base "$(BASE)") \
 		$(if $(TYPES),--types "$(TYPES)")
 
 bench-page: ## the same, and writes the tables and the picture of Documentation/generated
@@ -37,9 +37,9 @@ bench-disks: ## what disks cost beside I/O: to connect, memory, wake-ups; with t
 bench-queues: ## four queues on four virtual CPUs by the clock, as ratios; with the table of that page
 	@scripts/bench --queues --page Documentation/generated
 
-profile: ## where the instructions go, function by function; CELLS="4k read qd1" names the loads
-	@scripts/bench --profile --no-floors --settings fixed --pairs C/C,R/R --out build/bench/profile.json \
-		--cells "$(or $(CELLS),4k read qd32)"
+profile: ## where the instructions go, function by function; WORKLOADS="4k read qd1" names the loads
+	@scripts/bench --profile --no-baselines --settings nosched --pairs C/C,R/R --out build/bench/profile.json \
+		--workloads "$(or $(WORKLOADS),4k read qd32)"
 
 shell: ## a dom0 with a guest, to play in
 	@scripts/demo --shell

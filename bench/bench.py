@@ -1,18 +1,19 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-only
-"""Counts what an I/O costs, with the C pair and with ours, and prints tables.
+"""Counts instructions, hypercalls and copies per I/O with the C pair and ours, and prints tables.
 
 Each pair boots once per kind of guest and setting:
 
-fixed    the guest's scheduler is none and its clock is read without a trap: what
-         the drivers cost
-granted  the same with feature_persistent=0 in both drivers
-queues   four virtual CPUs with a ring each, in real time: what runs is counted, but how
-         much is done at once is chance
-wide     the same with rings of 16 pages and requests of 256 segments
-stock    all as it comes: what a user gets
-floor    the same load on a RAM disk in the guest, and on the one in dom0: what is
-         left if the way between the two domains costs nothing
+nosched        no I/O scheduler in the guest, whose clock is read without a trap: the cost of the
+               drivers
+nonpersistent  the same with feature_persistent=0 in both drivers
+queues         four virtual CPUs with a ring each, in real time: what runs is counted, but the
+               number of requests in a batch is chance
+large-ring     the same with rings of 16 pages and requests of 256 segments
+default        everything as it is by default: what a user gets
+
+With nosched and the first pair the workloads also run on a RAM disk in the guest and on the one in
+dom0. This baseline is what is left if the path between the domains costs nothing.
 """
 
 import argparse
@@ -21,18 +22,6 @@ import sys
 import time
 from pathlib import Path
 
-from cells import PARALLEL
-from cells import QUEUES
-from cells import chosen
-from counted import LOAD_FLAGS
-from counted import PLUGIN_FLAGS
-from counted import base_symbols
-from counted import code_of
-from counted import compiled
-from counted import module_symbols
-from counted import points
-from counted import read_windows
-from counted import text_size
 from disks import measure_disks
 from disks import show
 from draw import draw
@@ -40,12 +29,24 @@ from measure import measured
 from page import write_disks
 from page import write_page
 from page import write_queues
+from plugin import LOAD_FLAGS
+from plugin import PLUGIN_FLAGS
+from plugin import base_symbols
+from plugin import code_of
+from plugin import compiled
+from plugin import module_symbols
+from plugin import points
+from plugin import read_windows
+from plugin import text_size
 from queues import MEASURES
 from queues import RATIOS
 from queues import measure_queues
 from report import merged
 from report import print_profile
 from report import print_report
+from workloads import PARALLEL
+from workloads import QUEUES
+from workloads import chosen
 
 from harness.kernel import Kernel
 from harness.kernel import build_id
@@ -57,20 +58,20 @@ from harness.xenhost import XenHost
 
 MEGABYTES = 64
 FLUSHED = "/run/flushed"
-FLOORS = {"xvda": "/dev/ram0", "xvdc": "/dev/nullb0"}
-"""Disks of the guest for which there is a floor, and the device of the same kind without the pair."""
+BASELINES = {"xvda": "/dev/ram0", "xvdc": "/dev/nullb0"}
+"""Disks of the guest for which there is a baseline, and the device of the same kind without the pair."""
 DOM0_WINDOW = 1000
 """A second in which dom0 sleeps: it tells which slot that is."""
 PARAMETERS = {
-    "granted": ("feature_persistent=0", "feature_persistent=0"),
+    "nonpersistent": ("feature_persistent=0", "feature_persistent=0"),
     "queues": ("", f"max_queues={QUEUES}"),
-    "wide": ("max_indirect_segments=256 max_ring_page_order=4", f"max_queues={QUEUES}"),
+    "large-ring": ("max_indirect_segments=256 max_ring_page_order=4", f"max_queues={QUEUES}"),
 }
 """Those of the frontend and of the backend with each setting that has any."""
 
 
 class Run:
-    """One boot: a pair, a kind of guest and a setting, with all cells."""
+    """One boot: a pair, a kind of guest and a setting, with all workloads."""
 
     def __init__(self, options, snapshot, symbols, pair, kind, setting):
         self.options = options
@@ -82,8 +83,8 @@ class Run:
         self._windows = []
         self._code = {}
 
-    def __call__(self, cells, floors):
-        """Boots, runs the cells and returns what they cost."""
+    def __call__(self, workloads, baselines):
+        """Boots, runs the workloads and returns what they cost."""
         self.logs.parent.mkdir(parents=True, exist_ok=True)
         place = self.logs.with_suffix(".points")
         counts = self.logs.with_suffix(".counts")
@@ -97,16 +98,23 @@ class Run:
             extra=["-plugin", f"{plugin},points={place.resolve()},out={counts.resolve()}"],
         )  # fmt: skip
         with host.running():
-            guest = self._start(host, devices, floors)
-            for cell in cells:
-                self._measure(host, guest, cell, floors and cell.bytes and cell.disk in FLOORS)
+            guest = self._start(host, devices, baselines)
+            for workload in workloads:
+                self._measure(
+                    host,
+                    guest,
+                    workload,
+                    baselines and workload.bytes and workload.disk in BASELINES,
+                )
         windows = read_windows(counts)
         dom0 = windows[DOM0_WINDOW].slot
         modules = {domain: module_symbols(places) for domain, places in self._code.items()}
         return [
-            measured(windows[number], dom0, where, cell, ios, nanoseconds, self.symbols, modules)
+            measured(
+                windows[number], dom0, where, workload, ios, nanoseconds, self.symbols, modules
+            )
             | {"pair": self.pair.name, "type": self.kind, "setting": self.setting}
-            for number, (where, cell, ios, nanoseconds) in enumerate(self._windows)
+            for number, (where, workload, ios, nanoseconds) in enumerate(self._windows)
         ]
 
     def _module(self, name):
@@ -114,7 +122,7 @@ class Run:
         path.write_bytes(self.options.kernel_object.module(name))
         return Driver(name, path, build_id(path))
 
-    def _start(self, host, devices, floors):
+    def _start(self, host, devices, baselines):
         """Starts a guest: xvda is a RAM disk, xvdb can be flushed, xvdc does nothing with data."""
         fill = f"dd if=/dev/zero of=/dev/ram0 bs=1M count={MEGABYTES} 2>/dev/null; sync"
         host.load_backend(self._parameters[1])
@@ -127,37 +135,39 @@ class Run:
         disks = [Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/loop0"), Disk("xvdc", "/dev/nullb0")]
         guest = host.start_guest(
             type=self.kind, memory=320, disks=disks, vcpus=QUEUES if self.setting in PARALLEL else 1,
-            settings="" if self.setting == "stock" else 'tsc_mode = "native"',
+            settings="" if self.setting == "default" else 'tsc_mode = "native"',
         )  # fmt: skip
-        if self.setting != "stock":
+        if self.setting != "default":
             guest.sh("for disk in /sys/block/xvd*; do echo none > $disk/queue/scheduler; done")
-        if floors:
+        if baselines:
             guest.sh(f"insmod /modules/brd.ko rd_nr=1 rd_size={MEGABYTES * 1024}; {fill}")
             guest.sh(do_nothing.format("/modules"))
         self._code = {
-            "guest": code_of(guest, [self.pair.front, *devices * floors]),
+            "guest": code_of(guest, [self.pair.front, *devices * baselines]),
             "dom0": code_of(host, [self.pair.back, *devices]),
         }
         return guest
 
-    def _measure(self, host, guest, cell, floors):
+    def _measure(self, host, guest, workload, baselines):
         program = f"/programs/{self._load.name}"
-        self._cell(guest, "pair", cell, program, f"/dev/{cell.disk}")
-        if floors:
-            self._cell(guest, "guest", cell, program, FLOORS[cell.disk])
-            self._cell(host, "dom0", cell, f"/payload{program}", FLOORS[cell.disk])
+        self._run_workload(guest, "pair", workload, program, f"/dev/{workload.disk}")
+        if baselines:
+            self._run_workload(guest, "guest", workload, program, BASELINES[workload.disk])
+            self._run_workload(
+                host, "dom0", workload, f"/payload{program}", BASELINES[workload.disk]
+            )
 
-    def _cell(self, machine, where, cell, program, device):
+    def _run_workload(self, machine, where, workload, program, device):
         number = len(self._windows)
         start = time.monotonic()
-        output = machine.sh(f"{program} {cell.arguments(device, number)}", timeout=1200)
+        output = machine.sh(f"{program} {workload.arguments(device, number)}", timeout=1200)
         ios, nanoseconds = map(int, output.split())
-        self._windows.append((where, cell, ios, nanoseconds))
+        self._windows.append((where, workload, ios, nanoseconds))
         took = time.monotonic() - start
         # Where processors run beside each other, time is that of the clock.
         unit = "ns" if self.setting in PARALLEL else "instructions"
         print(
-            f"  {self.pair.name} {self.kind} {self.setting}: {cell.name} on {where}: "
+            f"  {self.pair.name} {self.kind} {self.setting}: {workload.name} on {where}: "
             f"{nanoseconds // ios} {unit} each ({took:.0f} s)",
             file=sys.stderr,
         )
@@ -172,9 +182,9 @@ def parsed():
     parser.add_argument("--build", required=True, help="directory with our modules")
     parser.add_argument("--pairs", default="C/C,R/R,C/R,R/C", help="FRONT/BACK, ...")
     parser.add_argument("--types", default="pv", help="pv, pvh")
-    parser.add_argument("--settings", default="fixed,granted,queues,wide,stock")
-    parser.add_argument("--cells", default="", help="parts of names of cells; all if empty")
-    parser.add_argument("--no-floors", dest="floors", action="store_false")
+    parser.add_argument("--settings", default="nosched,nonpersistent,queues,large-ring,default")
+    parser.add_argument("--workloads", default="", help="parts of names of workloads; all if empty")
+    parser.add_argument("--no-baselines", dest="baselines", action="store_false")
     parser.add_argument("--profile", action="store_true", help="print the functions too")
     parser.add_argument(
         "--disks", action="store_true", help="no loads, but what disks cost beside I/O"
@@ -196,11 +206,11 @@ def parsed():
 
 def is_measured(kind, setting, pair):
     """Whether a pair is measured with a kind of guest and a setting."""
-    if setting == "wide" and pair.front.name == "xen-blkfront":
+    if setting == "large-ring" and pair.front.name == "xen-blkfront":
         # It allocates half a gigabyte for each ring.
         return False
     mixed = len(set(pair.name.split("/"))) > 1
-    return (kind == "pv" and setting == "fixed") or (
+    return (kind == "pv" and setting == "nosched") or (
         not mixed and (kind == "pv" or setting not in PARALLEL)
     )
 
@@ -214,12 +224,14 @@ def run_all(options):
     for kind in options.types.split(","):
         for setting in options.settings.split(","):
             snapshot = Snapshot(kernel, icount=setting not in PARALLEL)
-            cells = chosen(options.cells, setting)
+            workloads = chosen(options.workloads, setting)
             for pair in pairs:
                 if not is_measured(kind, setting, pair):
                     continue
-                floors = options.floors and pair is pairs[0] and setting == "fixed"
-                results += Run(options, snapshot, symbols, pair, kind, setting)(cells, floors)
+                baselines = options.baselines and pair is pairs[0] and setting == "nosched"
+                results += Run(options, snapshot, symbols, pair, kind, setting)(
+                    workloads, baselines
+                )
     drivers = {driver.name: driver for pair in pairs for driver in (pair.front, pair.back)}
     return {
         "kernel": kernel.release,

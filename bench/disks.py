@@ -14,8 +14,8 @@ import re
 import sys
 from string import ascii_lowercase
 
-from counted import LOAD_FLAGS
-from counted import compiled
+from plugin import LOAD_FLAGS
+from plugin import compiled
 from report import shown
 
 from harness.leak_counts import backend_switches

@@ -18,9 +18,9 @@ def draw(document, path):
     for result, values in pairs:
         if not values["of C/C"]:
             continue
-        y += 6 if result["cell"] != last else 0
-        lines += _bar(result, values, y, result["cell"] != last)
-        last, y = result["cell"], y + ROW
+        y += 6 if result["workload"] != last else 0
+        lines += _bar(result, values, y, result["workload"] != last)
+        last, y = result["workload"], y + ROW
     width, height = LEFT + WIDTH + 150, y + 10
     head = [
         '<?xml version="1.0" encoding="UTF-8"?>',
@@ -41,7 +41,7 @@ def _legend():
         yield _text(x + 14, 35, name)
         x += 70
     yield _line(x, 26, 36, "#c0392b")
-    yield _text(x + 6, 35, "floor: a RAM disk in the guest")
+    yield _text(x + 6, 35, "baseline: a RAM disk in the guest")
     yield _text(LEFT + WIDTH - 20, 42, "C/C = 1")
 
 
@@ -49,14 +49,14 @@ def _bar(result, values, y, named):
     scale = WIDTH * values["of C/C"] / values["total"]
     x = LEFT
     if named:
-        yield _text(8, y + 10, result["cell"])
+        yield _text(8, y + 10, result["workload"])
     yield _text(LEFT - 34, y + 10, result["pair"])
     for name, colour in PARTS:
         width = values[name] * scale
         yield f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 3}" fill="{colour}"/>'
         x += width
-    if values["floor guest"]:
-        yield _line(LEFT + values["floor guest"] * scale, y, y + ROW - 3, "#c0392b")
+    if values["baseline guest"]:
+        yield _line(LEFT + values["baseline guest"] * scale, y, y + ROW - 3, "#c0392b")
     yield _text(x + 6, y + 10, f"{shown(values['total'])} ({values['of C/C']:.2f})")
 
 

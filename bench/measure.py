@@ -3,10 +3,10 @@
 
 from collections import Counter
 
-from counted import KERNEL
-from counted import MODULES
-from counted import XEN_END
-from counted import XEN_TEXT
+from plugin import KERNEL
+from plugin import MODULES
+from plugin import XEN_END
+from plugin import XEN_TEXT
 
 PROFILE_LENGTH = 60
 """Functions that are kept of each window, those with the most instructions."""
@@ -16,17 +16,17 @@ SEND = 4
 """The operation of event_channel_op that notifies another domain."""
 
 
-def measured(window, dom0, where, cell, ios, nanoseconds, symbols, modules):
+def measured(window, dom0, where, workload, ios, nanoseconds, symbols, modules):
     """What one I/O of a window costs.
 
-    `dom0` is the slot of that; `where` the load ran is pair, guest (floor) or dom0 (floor).
+    `dom0` is the slot of that; `where` the load ran is pair, guest (baseline) or dom0 (baseline).
     """
     named = window.places(dom0)
     instructions, profile = _instructions(window, named, symbols, modules)
     result = {
         "where": where,
-        "cell": cell.name,
-        "bytes": cell.bytes,
+        "workload": workload.name,
+        "bytes": workload.bytes,
         "ios": ios,
         "clock": round(nanoseconds / ios, 1),
         "instructions": {name: round(count / ios, 1) for name, count in instructions.items()},

@@ -56,14 +56,14 @@ def _table(results):
     yield from (".. list-table::", "   :header-rows: 1", "")
     columns = [
         *COLUMNS,
-        *["floor guest", "floor dom0"] * any(r["where"] != "pair" for r in results),
+        *["baseline guest", "baseline dom0"] * any(r["where"] != "pair" for r in results),
     ]
     yield from _row(["load", "pair", *columns])
     for result in results:
         if result["where"] == "pair":
             values = row(results, result)
             yield from _row(
-                [result["cell"], result["pair"], *(shown(values[name]) for name in columns)]
+                [result["workload"], result["pair"], *(shown(values[name]) for name in columns)]
             )
 
 
@@ -75,7 +75,7 @@ def _kinds(results):
     for result in results:
         counts = hypercalls(result)
         yield from _row(
-            [result["cell"], result["pair"], *(shown(counts.get(kind, 0)) for kind in kinds)]
+            [result["workload"], result["pair"], *(shown(counts.get(kind, 0)) for kind in kinds)]
         )
 
 

@@ -8,17 +8,17 @@ pairs take turns; each round boots both from the same snapshot and gives one rat
 import statistics
 import sys
 
-from cells import PARALLEL
-from cells import QUEUES
-from counted import LOAD_FLAGS
-from counted import compiled
+from plugin import LOAD_FLAGS
+from plugin import compiled
+from workloads import PARALLEL
+from workloads import QUEUES
 
 from harness.guest import FOUR_VCPUS
 from harness.guest_snapshot import SnapshotWithGuest
 from harness.xenhost import XenHost
 
 ROUNDS = 5
-CELLS = PARALLEL["queues"]
+WORKLOADS = PARALLEL["queues"]
 MEASURES = {"processor": "processor time of QEMU", "clock": "clock of the guest"}
 
 RATIOS = {"median": statistics.median, "least": min, "most": max}
@@ -27,7 +27,7 @@ RATIOS = {"median": statistics.median, "least": min, "most": max}
 def measure_queues(options, kernel, pairs):
     """For each load and measure, the ratios of the second pair to the first, in brief."""
     snapshot = SnapshotWithGuest(kernel, waiting=FOUR_VCPUS, guest_kernel=kernel)
-    ratios = {(cell.name, measure): [] for cell in CELLS for measure in MEASURES}
+    ratios = {(workload.name, measure): [] for workload in WORKLOADS for measure in MEASURES}
     for number in range(ROUNDS):
         control, ours = (_boot(options, snapshot, pair) for pair in pairs)
         for key, found in ratios.items():
@@ -55,11 +55,11 @@ def _boot(options, snapshot, pair):
         guest = host.start_guest()
         guest.sh(f"[ $(ls /sys/block/xvda/mq | wc -l) = {QUEUES} ]")
         guest.sh("echo none > /sys/block/xvda/queue/scheduler")
-        for cell in CELLS:
+        for workload in WORKLOADS:
             start = host.machine.cpu_seconds()
             output = guest.sh(
-                f"/programs/{load.name} {cell.arguments('/dev/xvda', 0)}", timeout=1200
+                f"/programs/{load.name} {workload.arguments('/dev/xvda', 0)}", timeout=1200
             )
-            took[cell.name, "processor"] = host.machine.cpu_seconds() - start
-            took[cell.name, "clock"] = int(output.split()[1])
+            took[workload.name, "processor"] = host.machine.cpu_seconds() - start
+            took[workload.name, "clock"] = int(output.split()[1])
     return took

@@ -11,11 +11,11 @@ PAGE = 4096
 """Bytes of a page, which kernels have a function of its own to copy."""
 
 TITLES = {
-    "fixed": "scheduler none and a clock that is read without a trap",
-    "granted": "as above, and feature_persistent=0 on both sides",
+    "nosched": "scheduler none and a clock that is read without a trap",
+    "nonpersistent": "as above, and feature_persistent=0 on both sides",
     "queues": "four virtual CPUs with a ring each, on one processor",
-    "wide": "as above, with rings of 16 pages and requests of 256 segments",
-    "stock": "as it comes: the default scheduler, and each reading of the clock traps",
+    "large-ring": "as above, with rings of 16 pages and requests of 256 segments",
+    "default": "as it comes: the default scheduler, and each reading of the clock traps",
 }
 
 COLUMNS = ("total", "of C/C", "guest", "xen", "dom0", "hypercalls", "maps", "copies", "empty",
@@ -32,8 +32,8 @@ def tables(document):
     results = document["results"]
     for kind, setting in dict.fromkeys((r["type"], r["setting"]) for r in results):
         chosen = [r for r in results if (r["type"], r["setting"]) == (kind, setting)]
-        cells = list(dict.fromkeys(r["cell"] for r in chosen))
-        chosen.sort(key=lambda r: (cells.index(r["cell"]), r["pair"]))
+        workloads = list(dict.fromkeys(r["workload"] for r in chosen))
+        chosen.sort(key=lambda r: (workloads.index(r["workload"]), r["pair"]))
         yield f"{kind.upper()} guest, {TITLES[setting]}", chosen
 
 
@@ -55,8 +55,8 @@ def row(results, result):
         "switches": _sum(events, ":switches"),
         "allocated": sum(_sum(events, f":{name}") for name in ("allocations", "kmalloc", "kmalloc_cache")),
         "copied": _sum(events, "copied bytes") + PAGE * _sum(events, ":pages_copied"),
-        "floor guest": _floor(results, result, "guest"),
-        "floor dom0": _floor(results, result, "dom0"),
+        "baseline guest": _baseline(results, result, "guest"),
+        "baseline dom0": _baseline(results, result, "dom0"),
     }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def shown(value):
 def print_report(document, base=None):
     """Prints the tables; with an earlier document, how much of it each total is."""
     before = {_key(r): total(r) for r in base["results"]} if base else {}
-    columns = [*COLUMNS, "floor guest", "floor dom0"]
+    columns = [*COLUMNS, "baseline guest", "baseline dom0"]
     for title, results in tables(document):
         print(f"\n{title}; kernel {document['kernel']}, for each I/O")
         print(
@@ -92,7 +92,7 @@ def print_report(document, base=None):
             if result["where"] != "pair":
                 continue
             values = row(results, result)
-            line = f"{result['cell']:20}{result['pair']:5}"
+            line = f"{result['workload']:20}{result['pair']:5}"
             line += "".join(f"{shown(values[name]):>12}" for name in columns)
             if base:
                 old = before.get(_key(result))
@@ -107,11 +107,13 @@ def code(document):
 
 
 def print_profile(document, limit=60):
-    """Prints, for each cell, the functions with the most instructions, pair by pair."""
+    """Prints, for each workload, the functions with the most instructions, pair by pair."""
     for title, results in tables(document):
-        for cell in dict.fromkeys(r["cell"] for r in results):
-            found = {r["pair"]: r for r in results if r["cell"] == cell and r["where"] == "pair"}
-            _print_profile(f"{title}: {cell}", found, limit)
+        for workload in dict.fromkeys(r["workload"] for r in results):
+            found = {
+                r["pair"]: r for r in results if r["workload"] == workload and r["where"] == "pair"
+            }
+            _print_profile(f"{title}: {workload}", found, limit)
 
 
 def _print_profile(title, found, limit):
@@ -138,17 +140,17 @@ def merged(earlier, document):
     return document | {"results": [*results, *new.values()]}
 
 
-def _floor(results, result, where):
-    same = (r for r in results if r["where"] == where and r["cell"] == result["cell"])
+def _baseline(results, result, where):
+    same = (r for r in results if r["where"] == where and r["workload"] == result["workload"])
     return next((total(r) for r in same), None)
 
 
 def _is(one, result, name, value):
-    return one[name] == value and one["cell"] == result["cell"] and one["where"] == "pair"
+    return one[name] == value and one["workload"] == result["workload"] and one["where"] == "pair"
 
 
 def _key(result):
-    return tuple(result[name] for name in ("type", "setting", "where", "cell", "pair"))
+    return tuple(result[name] for name in ("type", "setting", "where", "workload", "pair"))
 
 
 def _sum(counts, end):

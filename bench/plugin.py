@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A Xen host that counts: what is measured, on what, and with which tools.
 
-cell     one measurement: a load on a disk, by its name
+workload     one measurement: a load on a disk, by its name
 window   the part of a load that is counted, see load.c
 symbols  addresses and names of the functions of Xen and of the kernels
 """
