@@ -2,7 +2,7 @@
 """A backend that breaks the rules of the ring, and a guest that must live with it.
 
 The backend is a module of its own, rblk_hostile_back, which serves xvdb well
-until its parameter tells it to play a trick. The pair's own backend serves xvda
+until its parameter tells it to play a misbehaviour. The pair's own backend serves xvda
 meanwhile.
 """
 
@@ -14,7 +14,7 @@ from harness.xenhost import Disk
 CODE = 51728
 """Virtual device number of xvdb."""
 
-TRICK = "/sys/module/rblk_hostile_back/parameters/trick"
+MISBEHAVIOUR = "/sys/module/rblk_hostile_back/parameters/misbehaviour"
 
 HONEST, UNKNOWN_STATUS, UNSUPPORTED_WRITE, UNSUPPORTED_FLUSH = range(4)
 KEEP, SILENCE = 9, 10
@@ -26,7 +26,7 @@ BREAKS = {
     8: "broke a ring",
     KEEP: "still uses its pages",
 }
-"""Tricks that end the disk: unknown id, id twice, operation, too many and too few answers, pages
+"""Misbehaviour that end the disk: unknown id, id twice, operation, too many and too few answers, pages
 kept; and what the frontend says."""
 
 ERRORS = ("Input/output error", "No space left on device")
@@ -36,11 +36,11 @@ WRITE = "/usr/bin/dd if=/dev/zero of=/dev/xvdb bs=4k count=2"
 WRITE_BEHIND = f"({WRITE} oflag=direct && echo done > /tmp/end || echo failed > /tmp/end) &"
 
 
-def write(server, guest, trick, how="oflag=direct"):
-    """Writes to xvdb under a trick. Whether that was done; if not, dd says why."""
-    server.sh(f"echo {trick} > {TRICK}")
+def write(server, guest, misbehaviour, how="oflag=direct"):
+    """Writes to xvdb under a misbehaviour. Whether that was done; if not, dd says why."""
+    server.sh(f"echo {misbehaviour} > {MISBEHAVIOUR}")
     status, output = guest.run(f"{WRITE} {how} 2>&1")
-    server.sh(f"echo {HONEST} > {TRICK}")
+    server.sh(f"echo {HONEST} > {MISBEHAVIOUR}")
     assert status == 0 or any(error in output for error in ERRORS), output
     return status == 0
 
@@ -74,7 +74,7 @@ def refuse_barrier(host, server, guest, record_property):
 
 def park(server, guest, record_property):
     """What xen-blkfront makes of a broken ring: a request that never ends."""
-    server.sh(f"echo {next(iter(BREAKS))} > {TRICK}")
+    server.sh(f"echo {next(iter(BREAKS))} > {MISBEHAVIOUR}")
     guest.sh(f"dmesg -c > /dev/null\n{WRITE_BEHIND}")
     guest.wait_for("dmesg | grep -q 'disabled for further use'")
     assert guest.run("[ -e /tmp/end ]")[0] != 0
@@ -103,22 +103,22 @@ def test_hostile_backend(xen, test_modules, record_property):
     host.attach(guest, Disk("xvdb", "/dev/ram1"))
     guest.wait_for_disk("xvdb")
     assert write(server, guest, HONEST)
-    for trick in (UNKNOWN_STATUS, UNSUPPORTED_WRITE):
-        assert not write(server, guest, trick), trick
-        assert write(server, guest, HONEST), trick
+    for misbehaviour in (UNKNOWN_STATUS, UNSUPPORTED_WRITE):
+        assert not write(server, guest, misbehaviour), misbehaviour
+        assert write(server, guest, HONEST), misbehaviour
     if guest.front == "xen-blkfront":
         park(server, guest, record_property)
         return
 
     assert not write(server, guest, UNSUPPORTED_FLUSH, "conv=fsync")
     assert write(server, guest, HONEST, "conv=fsync")
-    for trick, message in BREAKS.items():
+    for misbehaviour, message in BREAKS.items():
         guest.sh("dmesg -c > /dev/null")
-        assert not write(server, guest, trick), trick
+        assert not write(server, guest, misbehaviour), misbehaviour
         renew(host, server, guest)
         said = [line for line in guest.sh("dmesg").splitlines() if message in line]
         assert len(said) == 1 and "xvdb" in said[0], said
-    server.sh(f"echo {SILENCE} > {TRICK}")
+    server.sh(f"echo {SILENCE} > {MISBEHAVIOUR}")
     guest.sh(WRITE_BEHIND)
     guest.wait_for("grep -q '[1-9]' /sys/block/xvdb/inflight")
     host.detach_and_wait(guest, "xvdb")

@@ -12,7 +12,7 @@ from harness.driver_check import assert_front_of_pair
 from harness.guest import TWO_VCPUS
 from harness.manual_toolstack import ManualDisk
 
-TRICK = "/sys/module/rblk_hostile_back/parameters/trick"
+MISBEHAVIOUR = "/sys/module/rblk_hostile_back/parameters/misbehaviour"
 HONEST, UNSUPPORTED_FLUSH, LAG = 0, 3, 14
 
 SECTORS = 2048
@@ -48,9 +48,9 @@ def disk(xen, test_modules):
     return disk
 
 
-def play_trick(disk, trick):
+def set_misbehaviour(disk, misbehaviour):
     """What the backend does wrong from now on."""
-    disk.server.sh(f"echo {trick} > {TRICK}")
+    disk.server.sh(f"echo {misbehaviour} > {MISBEHAVIOUR}")
 
 
 def connect(disk, **offers):
@@ -68,7 +68,7 @@ def test_large_among_small(disk):
     """
     guest = disk.guest
     connect(disk, feature_max_indirect_segments=256, multi_queue_max_queues=2)
-    play_trick(disk, LAG)
+    set_misbehaviour(disk, LAG)
     for number in range(LARGE):
         guest.sh(IN_BACKGROUND.format(WRITE.format("1M"), number))
     guest.wait_for(IN_FLIGHT.format(LARGE))
@@ -81,7 +81,7 @@ def test_large_among_small(disk):
     guest.wait_for(f"[ \"$(awk '{{print $5}}' /sys/block/xvdb/stat)\" -ge {done + 100} ]")
     guest.sh("kill $(cat /tmp/fio)")
     guest.wait_for("[ ! -e /proc/$(cat /tmp/fio) ]")
-    play_trick(disk, HONEST)
+    set_misbehaviour(disk, HONEST)
     disk.detach_and_wait()
 
 
@@ -95,14 +95,14 @@ def test_gained_cache(disk):
     connect(disk)
     guest.sh(IN_BACKGROUND.format(WRITE.format("4k") + ",dsync", ""))
     guest.wait_for(IN_FLIGHT.format(1))
-    play_trick(disk, UNSUPPORTED_FLUSH)
+    set_misbehaviour(disk, UNSUPPORTED_FLUSH)
     disk.hand_over()
     guest.wait_for("[ -s /tmp/end ]")
     assert guest.sh("cat /tmp/end") == "failed"
     assert "each write is flushed" in guest.sh("dmesg | tail -n 30")
     assert guest.run(WRITE.format("4k"))[0] != 0
     guest.sh("dd if=/dev/xvdb of=/dev/null bs=4k count=1 iflag=direct")
-    play_trick(disk, HONEST)
+    set_misbehaviour(disk, HONEST)
     guest.sh(WRITE.format("64k"))
     guest.sh(WRITE.format("1M") + ",dsync")
     assert guest.sh("cat /sys/block/xvdb/queue/write_cache") == "write through"

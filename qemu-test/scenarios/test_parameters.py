@@ -114,7 +114,7 @@ TAGS = "cd /sys/block/xvda/mq; for queue in *; do cat $queue/nr_tags; done"
 """How many requests each queue of the disk can have."""
 
 PEEK = 11
-"""The trick of rblk_hostile_back that refuses a write whose pages show more than its data."""
+"""The misbehaviour of rblk_hostile_back that refuses a write whose pages show more than its data."""
 NEIGHBOURS = (
     "fio --name=neighbours --filename=/dev/xvdb --ioengine=libaio --direct=1 --rw=randwrite --bs=512 "
     "--iodepth=8 --iodepth_batch=8 --number_ios=8 --randseed=7 --output-format=terse"
@@ -190,7 +190,7 @@ def take_what_was_offered(host, guest, record_property):
 def test_parameters(xen, test_modules, record_property):
     host = xen(waiting=TWO_VCPUS, modules=[test_modules / "rblk_hostile_back.ko"])
     server = host.start_server()
-    server.insmod("rblk_hostile_back", f"trick={PEEK}")
+    server.insmod("rblk_hostile_back", f"misbehaviour={PEEK}")
     server.load_backend("max_queues=2")
     server.ram_disks(2)
     guest = host.start_guest()

@@ -43,9 +43,9 @@ def hostile_disk(xen, test_modules, front_parameters=""):
     return host, server, guest
 
 
-def play(server, trick):
-    """Has the module play a trick from now on."""
-    server.sh(f"echo {trick} > {PARAMETERS}/trick")
+def play(server, misbehaviour):
+    """Has the module play a misbehaviour from now on."""
+    server.sh(f"echo {misbehaviour} > {PARAMETERS}/misbehaviour")
 
 
 def messages(guest, text):
@@ -61,11 +61,11 @@ def test_lost_event(xen, test_modules):
     """
     _host, server, guest = hostile_disk(xen, test_modules)
     guest.sh(SHORT_TIMEOUT)
-    for trick, said in (
+    for misbehaviour, said in (
         (LOSE_EVENT, "xvdb: an event of the backend was lost"),
         (MISS_EVENT, "xvdb: the backend answers after it was notified again"),
     ):
-        play(server, trick)
+        play(server, misbehaviour)
         guest.sh(WRITE)
         play(server, HONEST)
         guest.wait_for(f"dmesg | grep -q '{said}'")

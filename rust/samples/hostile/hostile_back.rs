@@ -3,12 +3,12 @@
 //! A backend that breaks the rules: what a frontend must bear.
 //!
 //! It takes one virtual block device, needs no disk for it, and serves it as well as any backend
-//! does, until the parameter `trick` tells it to do something wrong.
+//! does, until the parameter `misbehaviour` tells it to do something wrong.
 
 #![deny(unsafe_code)]
 
+mod misbehaviour;
 mod server;
-mod tricks;
 
 use core::ffi::CStr;
 
@@ -56,7 +56,7 @@ module_params! {
     static DEVICE("device", 0o644): u32 = 51728,
         "Virtual device number of the one device to take";
     /// What to do wrong.
-    static TRICK("trick", 0o644): u32 = 0,
+    static TRICK("misbehaviour", 0o644): u32 = 0,
         "0: nothing; 1, 2, 3: status of a write, a write, a flush; 4, 5, 6: id, id twice, operation; 7, 8: too many, too few answers; 9: keep pages; 10: silence; 11: peek; 12: lose an event; 13: miss an event; 14: lag";
     /// Connections that have ended stay mapped.
     static HOARD("hoard", 0o644): bool = false, "Keep the pages of connections that have ended mapped";

@@ -3,7 +3,7 @@
 //! A frontend that breaks the rules: what a backend must bear.
 //!
 //! It takes one virtual block device of the guest, makes no disk of it, and goes through a list of
-//! *episodes* instead. Each episode is a connection of its own: ring, event channel, and a thread
+//! *scripts* instead. Each script is a connection of its own: ring, event channel, and a thread
 //! that sends requests, right and wrong ones. What came of each case is a line of the file `report`
 //! in the device's directory in sysfs; the last line is that of the case `end`, after which the
 //! device stays connected and quiet.
@@ -13,11 +13,11 @@
 
 #![deny(unsafe_code)]
 
-mod actor;
-mod episodes;
+mod raw_ring;
 mod requests;
-mod stage;
-mod words;
+mod scripts;
+mod session;
+mod session_state;
 
 use core::ffi::CStr;
 
@@ -68,26 +68,26 @@ use kernel_ext::{
 use blkif::wire::info;
 
 use crate::{
-    actor::{
-        Actor,
-        Pages,
-        Parts, //
+    raw_ring::{
+        RawRing,
+        REQ_PROD,
+        RSP_PROD, //
     },
-    episodes::{
-        Episode,
+    scripts::{
+        Script,
         READ_ONLY_DISK,
         TROUBLE,
         WRITABLE_DISK, //
     },
-    stage::{
+    session::{
+        Pages,
+        Parts,
+        Session, //
+    },
+    session_state::{
         DiskFacts,
         Outcome,
-        Stage, //
-    },
-    words::{
-        Words,
-        REQ_PROD,
-        RSP_PROD, //
+        SessionState, //
     },
 };
 
@@ -111,35 +111,35 @@ module_params! {
     static GENTLE("gentle", 0o644): bool = false,
         "Leave out rings that are broken or gone before a backend can connect to them";
     /// How long to wait for a backend that may take no notice of a broken ring.
-    static PATIENCE_MS("patience_ms", 0o644): u32 = 60_000,
+    static PATIENCE_MS("timeout_ms", 0o644): u32 = 60_000,
         "How long to wait for a backend to close after its ring was broken";
 }
 
-static LISTS: [&[Episode]; 3] = [WRITABLE_DISK, READ_ONLY_DISK, TROUBLE];
+static LISTS: [&[Script]; 3] = [WRITABLE_DISK, READ_ONLY_DISK, TROUBLE];
 
 /// How long the end of a thread may take.
 const STOP_MS: u32 = 10_000;
-/// How often the state is toggled in the episode for that.
+/// How often the state is toggled in the script for that.
 const TOGGLES: u32 = 20;
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 
-static ATTRIBUTES: [Attribute<Stage>; 1] = [Attribute {
+static ATTRIBUTES: [Attribute<SessionState>; 1] = [Attribute {
     name: c"report",
-    show: |stage, output| stage.show(output),
+    show: |session_state, output| session_state.show(output),
 }];
 
 /// A device.
 #[pin_data]
 struct Front {
     device: ARef<xenbus::Device>,
-    stage: Arc<Stage>,
-    episodes: &'static [Episode],
+    session_state: Arc<SessionState>,
+    scripts: &'static [Script],
     #[pin]
     inner: Mutex<Inner>,
 }
 
-/// What changes from episode to episode.
+/// What changes from script to script.
 struct Inner {
     /// The next one.
     next: usize,
@@ -147,30 +147,30 @@ struct Inner {
 }
 
 impl Front {
-    /// Starts the next episode, unless one is being played: the bus may tell of a state twice.
+    /// Starts the next script, unless one is being played: the bus may tell of a state twice.
     fn begin(&self) -> Result {
         let mut inner = self.inner.lock();
         if inner.thread.is_some() {
             return Ok(());
         }
-        let Some(episode) = self.next_episode(&mut inner) else {
+        let Some(script) = self.next_episode(&mut inner) else {
             return Ok(());
         };
         self.device.switch_state(State::Initialising);
-        let parts = self.make(episode)?;
-        // From now on the backend is what it says, and not what the last episode heard.
-        self.stage.heard(State::InitWait);
+        let parts = self.make(script)?;
+        // From now on the backend is what it says, and not what the last script set_backend_state.
+        self.session_state.set_backend_state(State::InitWait);
         let kind = KThreadOptions::default();
         let thread = KThread::spawn(fmt!("hostile"), kind, move |current| {
-            play(Actor::new(parts, current), episode);
+            play(Session::new(parts, current), script);
         })?;
         inner.thread = Some(thread);
         self.device.switch_state(State::Initialised);
         Ok(())
     }
 
-    fn next_episode(&self, inner: &mut Inner) -> Option<&'static Episode> {
-        let left = self.episodes.get(inner.next..)?;
+    fn next_episode(&self, inner: &mut Inner) -> Option<&'static Script> {
+        let left = self.scripts.get(inner.next..)?;
         let skipped = left.iter().take_while(|one| one.is_harsh() && GENTLE.get());
         let skipped = skipped.count();
         inner.next = inner.next.wrapping_add(skipped).wrapping_add(1);
@@ -178,38 +178,38 @@ impl Front {
     }
 
     /// Makes ring and event channel, and tells the backend.
-    fn make(&self, episode: &Episode) -> Result<Parts> {
+    fn make(&self, script: &Script) -> Result<Parts> {
         let device = &self.device;
-        let ring = RingPages::new(device, episode.order)?;
-        let (req_prod, rsp_prod) = episode.start;
+        let ring = RingPages::new(device, script.order)?;
+        let (req_prod, rsp_prod) = script.start;
         ring.store(REQ_PROD, req_prod);
         ring.store(RSP_PROD, rsp_prod);
-        let channel = EventChannel::alloc_unbound(device, c"hostile", self.stage.clone())?;
-        publish(device, &ring, &channel, episode)?;
+        let channel = EventChannel::alloc_unbound(device, c"hostile", self.session_state.clone())?;
+        publish(device, &ring, &channel, script)?;
         Ok(Parts {
             device: device.clone(),
-            stage: self.stage.clone(),
-            words: Words::new(ring, episode.abi),
+            session_state: self.session_state.clone(),
+            raw_ring: RawRing::new(ring, script.abi),
             channel,
             pages: Pages::new(device)?,
-            patience_ms: PATIENCE_MS.get(),
+            timeout_ms: PATIENCE_MS.get(),
         })
     }
 
     /// The backend serves the ring, or is about to be told otherwise.
     fn connected(&self, dev: &xenbus::Device<Core<'_>>) -> Result {
         let reader = Reader::new(dev.otherend()?);
-        self.stage.learn(DiskFacts {
+        self.session_state.set_facts(DiskFacts {
             sectors: reader.number(fmt!("sectors"))?,
             read_only: reader.number::<u32>(fmt!("info"))? & info::READONLY != 0,
         });
         let inner = self.inner.lock();
-        // The bus may tell of a state twice, and by then the episode may be over, and closing.
+        // The bus may tell of a state twice, and by then the script may be over, and closing.
         if inner.thread.is_none() || dev.state() != State::Initialised {
             return Ok(());
         }
-        let playing = self.episodes.get(inner.next.wrapping_sub(1));
-        if playing.is_some_and(|episode| episode.toggle) {
+        let playing = self.scripts.get(inner.next.wrapping_sub(1));
+        if playing.is_some_and(|script| script.toggle) {
             self.toggle();
         }
         dev.switch_state(State::Connected);
@@ -232,7 +232,7 @@ impl Front {
     }
 }
 
-/// Ends the episode that is being played.
+/// Ends the script that is being played.
 fn end(inner: &mut Inner) {
     let Some(thread) = inner.thread.take() else {
         return;
@@ -240,20 +240,20 @@ fn end(inner: &mut Inner) {
     thread.stop();
     if !thread.join(msecs_to_jiffies(STOP_MS)) {
         pr_err!(
-            "the thread of an episode does not end within {} ms\n",
+            "the thread of an script does not end within {} ms\n",
             STOP_MS
         );
     }
 }
 
 /// The life of a thread.
-fn play(actor: Actor<'_>, episode: &Episode) {
-    let device = actor.parts.device.clone();
-    if actor.await_connection() {
-        (episode.script)(actor, episode.name);
+fn play(session: Session<'_>, script: &Script) {
+    let device = session.parts.device.clone();
+    if session.await_connection() {
+        (script.run)(session, script.name);
     } else {
-        let stage = actor.parts.stage.clone();
-        stage.report(episode.name, Outcome::Closing, Outcome::Closing);
+        let session_state = session.parts.session_state.clone();
+        session_state.report(script.name, Outcome::Closing, Outcome::Closing);
     }
     if device.state() == State::Connected {
         device.switch_state(State::Closing);
@@ -264,8 +264,8 @@ fn play(actor: Actor<'_>, episode: &Episode) {
 fn publish(
     device: &xenbus::Device,
     ring: &RingPages,
-    channel: &EventChannel<Stage>,
-    episode: &Episode,
+    channel: &EventChannel<SessionState>,
+    script: &Script,
 ) -> Result {
     let port = channel.port().ok_or(EINVAL)?;
     let dir = device.nodename();
@@ -274,25 +274,25 @@ fn publish(
             xenstore::write(transaction, dir, node, fmt!("{value}"))
         };
         for (index, reference) in ring.references().enumerate() {
-            if episode.order == 0 {
+            if script.order == 0 {
                 write(fmt!("ring-ref"), reference.value())?;
             } else {
                 write(fmt!("ring-ref{index}"), reference.value())?;
             }
         }
-        if episode.order == 0 {
+        if script.order == 0 {
             remove(transaction, dir, c"ring-page-order")?;
         } else {
-            write(fmt!("ring-page-order"), episode.order)?;
+            write(fmt!("ring-page-order"), script.order)?;
         }
         write(fmt!("event-channel"), port)?;
-        write(fmt!("feature-persistent"), episode.persistent.into())?;
-        let protocol = episode.abi.name();
+        write(fmt!("feature-persistent"), script.persistent.into())?;
+        let protocol = script.abi.name();
         xenstore::write(transaction, dir, fmt!("protocol"), fmt!("{protocol}"))
     })
 }
 
-/// Removes a node that an earlier episode may have written.
+/// Removes a node that an earlier script may have written.
 fn remove(transaction: &xenstore::Transaction, dir: &CStr, node: &CStr) -> Result {
     if xenstore::exists(transaction, dir, fmt!("{node}")) {
         xenstore::remove(transaction, dir, fmt!("{node}"))?;
@@ -309,18 +309,18 @@ impl xenbus::Driver for Front {
 
     fn probe(dev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
         let device: ARef<xenbus::Device> = dev.into();
-        let stage = Stage::new().and_then(|stage| {
+        let session_state = SessionState::new().and_then(|session_state| {
             if dev.handle() != Some(DEVICE.get()) {
                 return Err(ENODEV);
             }
-            sysfs::register(dev.as_ref(), None, &ATTRIBUTES, stage.clone())?;
-            Ok(stage)
+            sysfs::register(dev.as_ref(), None, &ATTRIBUTES, session_state.clone())?;
+            Ok(session_state)
         });
         let list = LISTS.get(LIST.get() as usize);
         try_pin_init!(Self {
             device,
-            stage: stage?,
-            episodes: list.copied().ok_or(EINVAL)?,
+            session_state: session_state?,
+            scripts: list.copied().ok_or(EINVAL)?,
             inner <- new_mutex!(Inner { next: 0, thread: None }),
         })
     }
@@ -336,9 +336,9 @@ impl xenbus::Driver for Front {
             _ => Ok(()),
         };
         if let Err(error) = result {
-            dev.dev_fatal(error, fmt!("beginning an episode"));
+            dev.dev_fatal(error, fmt!("beginning an script"));
         }
-        self.stage.heard(state);
+        self.session_state.set_backend_state(state);
         if matches!(state, State::Closing | State::Closed | State::Unknown) {
             end(&mut self.inner.lock());
             dev.frontend_closed();

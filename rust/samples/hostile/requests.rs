@@ -17,21 +17,21 @@ use blkif::wire::{
 };
 
 use crate::{
-    actor::{
+    session::{
         whole,
-        Actor,
+        Session,
         ELSEWHERE,
         NO_GRANT,
         SCRATCH,
         VICTIM, //
     },
-    stage::Outcome, //
+    session_state::Outcome, //
 };
 
 /// Wrong requests in a row, for the flood.
 const FLOOD: u32 = 512;
 
-/// Words of a slot in the layout of x86_64.
+/// RawRing of a slot in the layout of x86_64.
 const SLOT_WORDS: usize = 28;
 
 /// The bits of the words of a slot that an answer has: id, operation and status.
@@ -46,10 +46,10 @@ const ANSWER: [u32; SLOT_WORDS] = {
 /// One thing to be tried.
 pub(crate) struct Case {
     pub(crate) name: &'static str,
-    pub(crate) run: fn(&mut Actor<'_>) -> Outcome,
+    pub(crate) run: fn(&mut Session<'_>) -> Outcome,
 }
 
-const fn case(name: &'static str, run: fn(&mut Actor<'_>) -> Outcome) -> Case {
+const fn case(name: &'static str, run: fn(&mut Session<'_>) -> Outcome) -> Case {
     Case { name, run }
 }
 
@@ -67,11 +67,11 @@ pub(crate) static WRITABLE: &[Case] = &[
     case("last-8", |a| part(a, 0, 8)),
     case("last-255", |a| part(a, 0, 255)),
     case("beyond-the-end", |a| {
-        let end = a.parts.stage.facts().sectors;
+        let end = a.parts.session_state.facts().sectors;
         write_evil(a, end.wrapping_sub(4))
     }),
     case("at-the-end", |a| {
-        let end = a.parts.stage.facts().sectors;
+        let end = a.parts.session_state.facts().sectors;
         write_evil(a, end)
     }),
     case("sector-2-to-63", |a| write_evil(a, 1 << 63)),
@@ -80,8 +80,8 @@ pub(crate) static WRITABLE: &[Case] = &[
         a.direct(op::WRITE, VICTIM, &[whole(NO_GRANT)])
     }),
     case("bad-second-grant", |a| {
-        let evil = a.evil();
-        a.direct(op::WRITE, VICTIM, &[evil, whole(NO_GRANT)])
+        let poison = a.poison();
+        a.direct(op::WRITE, VICTIM, &[poison, whole(NO_GRANT)])
     }),
     case("foreign-grant", |a| {
         let foreign = a.foreign();
@@ -97,48 +97,48 @@ pub(crate) static WRITABLE: &[Case] = &[
         a.direct(op::WRITE, ELSEWHERE, &[locked])
     }),
     case("same-grant-twice", |a| {
-        let evil = a.evil();
-        a.direct(op::WRITE, ELSEWHERE, &[evil, evil])
+        let poison = a.poison();
+        a.direct(op::WRITE, ELSEWHERE, &[poison, poison])
     }),
     case("same-id-twice", same_id),
     case("answer-in-a-full-slot", look_around_answer),
     case("indirect", |a| {
-        let evil = [a.evil(); 32];
-        indirect(a, op::WRITE, ELSEWHERE, &evil, |request| request)
+        let poison = [a.poison(); 32];
+        indirect(a, op::WRITE, ELSEWHERE, &poison, |request| request)
     }),
     case("indirect-257", |a| claim_indirect(a, 257)),
     case("indirect-4097", |a| claim_indirect(a, 4097)),
     case("indirect-65535", |a| claim_indirect(a, u16::MAX)),
     case("indirect-0", |a| claim_indirect(a, 0)),
     case("indirect-bad-list", |a| {
-        let evil = [a.evil(); 16];
-        indirect(a, op::WRITE, VICTIM, &evil, |request| IndirectRequest {
+        let poison = [a.poison(); 16];
+        indirect(a, op::WRITE, VICTIM, &poison, |request| IndirectRequest {
             grefs: [NO_GRANT; 8],
             ..request
         })
     }),
     case("indirect-bad-grant", |a| {
-        let evil = a.evil();
-        let segments = [evil, evil, whole(NO_GRANT), evil];
+        let poison = a.poison();
+        let segments = [poison, poison, whole(NO_GRANT), poison];
         indirect(a, op::WRITE, VICTIM, &segments, |request| request)
     }),
     case("indirect-bad-segment", |a| {
-        let segments = [a.evil(), a.part_of_evil(3, 8)];
+        let segments = [a.poison(), a.part_of_poison(3, 8)];
         indirect(a, op::WRITE, VICTIM, &segments, |request| request)
     }),
     case("indirect-flush", |a| nested(a, op::FLUSH_DISKCACHE)),
     case("indirect-indirect", |a| nested(a, op::INDIRECT)),
     case("flush", |a| a.direct(op::FLUSH_DISKCACHE, 0, &[])),
     case("flush-with-data", |a| {
-        let evil = a.evil();
-        a.direct(op::FLUSH_DISKCACHE, ELSEWHERE, &[evil])
+        let poison = a.poison();
+        a.direct(op::FLUSH_DISKCACHE, ELSEWHERE, &[poison])
     }),
     case("flush-beyond-the-end", |a| {
-        let (evil, end) = (a.evil(), a.parts.stage.facts().sectors);
-        a.direct(op::FLUSH_DISKCACHE, end, &[evil])
+        let (poison, end) = (a.poison(), a.parts.session_state.facts().sectors);
+        a.direct(op::FLUSH_DISKCACHE, end, &[poison])
     }),
     case("discard-beyond-the-end", |a| {
-        let end = a.parts.stage.facts().sectors;
+        let end = a.parts.session_state.facts().sectors;
         discard(a, 0, end.wrapping_sub(8), 16)
     }),
     case("discard-overflow", |a| discard(a, 0, 16, u64::MAX - 7)),
@@ -159,44 +159,44 @@ pub(crate) static WRITABLE: &[Case] = &[
 pub(crate) static READ_ONLY: &[Case] = &[
     case("read-only-write", |a| write_evil(a, VICTIM)),
     case("read-only-indirect-write", |a| {
-        let evil = [a.evil(); 16];
-        indirect(a, op::WRITE, VICTIM, &evil, |request| request)
+        let poison = [a.poison(); 16];
+        indirect(a, op::WRITE, VICTIM, &poison, |request| request)
     }),
     case("read-only-flush-with-data", |a| {
-        let evil = a.evil();
-        a.direct(op::FLUSH_DISKCACHE, VICTIM, &[evil])
+        let poison = a.poison();
+        a.direct(op::FLUSH_DISKCACHE, VICTIM, &[poison])
     }),
     case("read-only-barrier-with-data", |a| {
-        let evil = a.evil();
-        a.direct(op::WRITE_BARRIER, VICTIM, &[evil])
+        let poison = a.poison();
+        a.direct(op::WRITE_BARRIER, VICTIM, &[poison])
     }),
     case("read-only-discard", |a| discard(a, 0, VICTIM, 8)),
     case("read-only-flush", |a| a.direct(op::FLUSH_DISKCACHE, 0, &[])),
     case("read-only-read", |a| {
-        let evil = a.evil();
-        a.direct(op::READ, SCRATCH, &[evil])
+        let poison = a.poison();
+        a.direct(op::READ, SCRATCH, &[poison])
     }),
 ];
 
-fn unknown(a: &mut Actor<'_>, operation: u8) -> Outcome {
+fn unknown(a: &mut Session<'_>, operation: u8) -> Outcome {
     let id = a.next_id();
     a.ask(WireRequest::Unknown { operation, id })
 }
 
-fn write_evil(a: &mut Actor<'_>, sector: u64) -> Outcome {
-    let evil = a.evil();
-    a.direct(op::WRITE, sector, &[evil])
+fn write_evil(a: &mut Session<'_>, sector: u64) -> Outcome {
+    let poison = a.poison();
+    a.direct(op::WRITE, sector, &[poison])
 }
 
-fn part(a: &mut Actor<'_>, first: u8, last: u8) -> Outcome {
-    let segment = a.part_of_evil(first, last);
+fn part(a: &mut Session<'_>, first: u8, last: u8) -> Outcome {
+    let segment = a.part_of_poison(first, last);
     a.direct(op::WRITE, VICTIM, &[segment])
 }
 
 /// A write that claims more segments than a slot has.
-fn claim_segments(a: &mut Actor<'_>, nr_segments: u8) -> Outcome {
-    let evil = [a.evil(); 11];
-    let request = a.rw(op::WRITE, VICTIM, &evil);
+fn claim_segments(a: &mut Session<'_>, nr_segments: u8) -> Outcome {
+    let poison = [a.poison(); 11];
+    let request = a.rw(op::WRITE, VICTIM, &poison);
     a.ask(WireRequest::Rw(RwRequest {
         nr_segments,
         ..request
@@ -204,7 +204,7 @@ fn claim_segments(a: &mut Actor<'_>, nr_segments: u8) -> Outcome {
 }
 
 fn indirect(
-    a: &mut Actor<'_>,
+    a: &mut Session<'_>,
     operation: u8,
     sector: u64,
     segments: &[WireSegment],
@@ -215,21 +215,21 @@ fn indirect(
 }
 
 /// An indirect write that claims a number of segments.
-fn claim_indirect(a: &mut Actor<'_>, nr_segments: u16) -> Outcome {
-    let evil = [a.evil(); 16];
-    indirect(a, op::WRITE, VICTIM, &evil, |request| IndirectRequest {
+fn claim_indirect(a: &mut Session<'_>, nr_segments: u16) -> Outcome {
+    let poison = [a.poison(); 16];
+    indirect(a, op::WRITE, VICTIM, &poison, |request| IndirectRequest {
         nr_segments,
         ..request
     })
 }
 
 /// An indirect request whose operation is neither a read nor a write.
-fn nested(a: &mut Actor<'_>, operation: u8) -> Outcome {
-    let evil = [a.evil(); 16];
-    indirect(a, operation, VICTIM, &evil, |request| request)
+fn nested(a: &mut Session<'_>, operation: u8) -> Outcome {
+    let poison = [a.poison(); 16];
+    indirect(a, operation, VICTIM, &poison, |request| request)
 }
 
-fn discard(a: &mut Actor<'_>, flag: u8, sector: u64, nr_sectors: u64) -> Outcome {
+fn discard(a: &mut Session<'_>, flag: u8, sector: u64, nr_sectors: u64) -> Outcome {
     let (handle, id) = (a.handle(), a.next_id());
     a.ask(WireRequest::Discard(DiscardRequest {
         flag,
@@ -241,7 +241,7 @@ fn discard(a: &mut Actor<'_>, flag: u8, sector: u64, nr_sectors: u64) -> Outcome
 }
 
 /// A write from a page whose grant has ended.
-fn ended_grant(a: &mut Actor<'_>) -> Outcome {
+fn ended_grant(a: &mut Session<'_>) -> Outcome {
     let Ok(page) = a.grant_page() else {
         return Outcome::Own;
     };
@@ -255,9 +255,9 @@ fn ended_grant(a: &mut Actor<'_>) -> Outcome {
 }
 
 /// Two reads with the same id: each has its answer.
-fn same_id(a: &mut Actor<'_>) -> Outcome {
-    let evil = a.evil();
-    let read = WireRequest::Rw(a.rw(op::READ, SCRATCH, &[evil]));
+fn same_id(a: &mut Session<'_>) -> Outcome {
+    let poison = a.poison();
+    let read = WireRequest::Rw(a.rw(op::READ, SCRATCH, &[poison]));
     a.put(&read);
     a.put(&read);
     a.publish();
@@ -272,18 +272,18 @@ fn same_id(a: &mut Actor<'_>) -> Outcome {
 }
 
 /// A read from a slot that is full: around the answer there is what was put, or nothing.
-fn look_around_answer(a: &mut Actor<'_>) -> Outcome {
+fn look_around_answer(a: &mut Session<'_>) -> Outcome {
     let (slot, page) = (a.sent, a.many(0));
     let read = WireRequest::Rw(a.rw(op::READ, SCRATCH, &[page; DIRECT_SEGMENTS]));
     a.put(&read);
-    let put: [u32; SLOT_WORDS] = a.parts.words.get(slot);
+    let put: [u32; SLOT_WORDS] = a.parts.raw_ring.get(slot);
     a.publish();
     match a.take() {
         Ok(response) if response == read.response(Status::Okay) => {}
         Ok(_) => return Outcome::Stray,
         Err(outcome) => return outcome,
     }
-    let now: [u32; SLOT_WORDS] = a.parts.words.get(slot);
+    let now: [u32; SLOT_WORDS] = a.parts.raw_ring.get(slot);
     let mut words = put.iter().zip(now).zip(ANSWER);
     if words.all(|((put, now), answer)| now & !answer == put & !answer || now & !answer == 0) {
         Outcome::Okay
@@ -293,7 +293,7 @@ fn look_around_answer(a: &mut Actor<'_>) -> Outcome {
 }
 
 /// Reads without data, each an error.
-pub(crate) fn flood_with_reads(a: &mut Actor<'_>) -> Outcome {
+pub(crate) fn flood_with_reads(a: &mut Session<'_>) -> Outcome {
     flood(a, Status::Error, |a| {
         WireRequest::Rw(a.rw(op::READ, SCRATCH, &[]))
     })
@@ -301,13 +301,13 @@ pub(crate) fn flood_with_reads(a: &mut Actor<'_>) -> Outcome {
 
 /// Wrong requests, as many at once as the ring takes: each has its answer.
 fn flood(
-    a: &mut Actor<'_>,
+    a: &mut Session<'_>,
     answer: Status,
-    wrong: impl Fn(&mut Actor<'_>) -> WireRequest,
+    wrong: impl Fn(&mut Session<'_>) -> WireRequest,
 ) -> Outcome {
     let mut left = FLOOD;
     while left > 0 {
-        let batch = left.min(a.parts.words.slots());
+        let batch = left.min(a.parts.raw_ring.slots());
         for _ in 0..batch {
             let request = wrong(a);
             a.put(&request);

@@ -80,8 +80,8 @@ use blkif::{
 };
 
 use crate::{
-    tricks::{
-        Trick,
+    misbehaviour::{
+        Misbehaviour,
         HONEST, //
     },
     HOARD,
@@ -93,7 +93,7 @@ use crate::{
 pub(crate) const SECTORS: u64 = 2048;
 /// The word of a ring with the number of responses published.
 const RSP_PROD: usize = 2;
-/// Words of a ring before the first slot.
+/// RawRing of a ring before the first slot.
 const HEADER_WORDS: u32 = 16;
 /// The word of a response with operation and status.
 const STATUS_WORD: u32 = 2;
@@ -244,7 +244,7 @@ impl Server {
     /// Returns `true` if what is in the ring is left there, since an event is to be missed. It is
     /// served when the next one comes.
     fn misses(&self, event: bool, missed: &mut bool) -> bool {
-        if Trick::from_number(TRICK.get()) != Trick::MissEvent {
+        if Misbehaviour::from_number(TRICK.get()) != Misbehaviour::MissEvent {
             *missed = false;
             return false;
         }
@@ -276,27 +276,34 @@ impl Server {
             let Ok(request) = self.late.remove(0) else {
                 return;
             };
-            self.answer(&request, Trick::Honest);
+            self.answer(&request, Misbehaviour::Honest);
         }
     }
 
     /// Answers all requests that are there. Whether there may be more.
     fn serve(&mut self) -> bool {
-        let trick = Trick::from_number(TRICK.get());
+        let misbehaviour = Misbehaviour::from_number(TRICK.get());
         let mut claim = None;
         while let Ok(Some(request)) = self.ring.take_request() {
-            let suits = trick.suits(&request);
-            match trick {
-                Trick::Silence if suits => continue,
-                Trick::Lag if suits && self.late.push_within_capacity(request).is_ok() => {
+            let suits = misbehaviour.suits(&request);
+            match misbehaviour {
+                Misbehaviour::Silence if suits => continue,
+                Misbehaviour::Lag if suits && self.late.push_within_capacity(request).is_ok() => {
                     self.catch_up(LAG);
                     continue;
                 }
-                Trick::Ahead if suits => claim = Some(self.put.wrapping_add(33)),
-                Trick::Back if suits => claim = Some(self.put.wrapping_sub(1)),
+                Misbehaviour::Ahead if suits => claim = Some(self.put.wrapping_add(33)),
+                Misbehaviour::Back if suits => claim = Some(self.put.wrapping_sub(1)),
                 _ => {}
             }
-            self.answer(&request, if suits { trick } else { Trick::Honest });
+            self.answer(
+                &request,
+                if suits {
+                    misbehaviour
+                } else {
+                    Misbehaviour::Honest
+                },
+            );
         }
         match claim {
             Some(claim) => {
@@ -305,7 +312,7 @@ impl Server {
                 false
             }
             None => {
-                if self.ring.publish() && trick != Trick::LoseEvent {
+                if self.ring.publish() && misbehaviour != Misbehaviour::LoseEvent {
                     self.channel.notify();
                 }
                 self.ring.final_check()
@@ -313,23 +320,23 @@ impl Server {
         }
     }
 
-    fn answer(&mut self, request: &WireRequest, trick: Trick) {
-        let honest = request.response(self.work(request, trick));
+    fn answer(&mut self, request: &WireRequest, misbehaviour: Misbehaviour) {
+        let honest = request.response(self.work(request, misbehaviour));
         let last_id = core::mem::replace(&mut self.last_id, request.id());
-        let response = match trick {
-            Trick::UnsupportedWrite | Trick::UnsupportedFlush => Response {
+        let response = match misbehaviour {
+            Misbehaviour::UnsupportedWrite | Misbehaviour::UnsupportedFlush => Response {
                 status: Status::NotSupported,
                 ..honest
             },
-            Trick::UnknownId => Response {
+            Misbehaviour::UnknownId => Response {
                 id: !honest.id,
                 ..honest
             },
-            Trick::IdTwice => Response {
+            Misbehaviour::IdTwice => Response {
                 id: last_id,
                 ..honest
             },
-            Trick::WrongOperation => Response {
+            Misbehaviour::WrongOperation => Response {
                 operation: op::READ,
                 ..honest
             },
@@ -338,7 +345,7 @@ impl Server {
         if self.ring.put(&response).is_err() {
             return;
         }
-        if trick == Trick::UnknownStatus {
+        if misbehaviour == Misbehaviour::UnknownStatus {
             let operation = u32::from(response.operation);
             let word = self.status_word();
             self.ring.memory().store(word, operation | NO_STATUS << 16);
@@ -354,11 +361,15 @@ impl Server {
     }
 
     /// Does what a request asks for.
-    fn work(&mut self, request: &WireRequest, trick: Trick) -> Status {
+    fn work(&mut self, request: &WireRequest, misbehaviour: Misbehaviour) -> Status {
         let result = match request::check(request, &LIMITS) {
             Ok(Request::Read(Data::Direct(data))) => self.read(&data),
-            Ok(Request::Write(Data::Direct(data))) if trick == Trick::Keep => self.keep(&data),
-            Ok(Request::Write(Data::Direct(data))) if trick == Trick::Peek => self.peek(&data),
+            Ok(Request::Write(Data::Direct(data))) if misbehaviour == Misbehaviour::Keep => {
+                self.keep(&data)
+            }
+            Ok(Request::Write(Data::Direct(data))) if misbehaviour == Misbehaviour::Peek => {
+                self.peek(&data)
+            }
             Ok(_) => Ok(()),
             Err(refusal) => return refusal.status(),
         };

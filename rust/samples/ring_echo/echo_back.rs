@@ -6,8 +6,8 @@
 
 #![deny(unsafe_code)]
 
-mod answerer;
 mod protocol;
+mod responder;
 
 use kernel::{
     device::Core,
@@ -32,7 +32,7 @@ use kernel_ext::xen::{
     xenstore::Reader, //
 };
 
-use crate::answerer::Connection;
+use crate::responder::Connection;
 
 kernel_ext::module_xenbus_driver! {
     type: Back,

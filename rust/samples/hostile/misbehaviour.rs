@@ -9,7 +9,7 @@ use blkif::wire::{
 
 /// What the backend does wrong, as long as it is told to.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Trick {
+pub(crate) enum Misbehaviour {
     /// Nothing.
     Honest,
     /// Answers a write by a status that the protocol does not have.
@@ -43,40 +43,40 @@ pub(crate) enum Trick {
 }
 
 /// In the order of their numbers.
-const TRICKS: [Trick; 15] = [
-    Trick::Honest,
-    Trick::UnknownStatus,
-    Trick::UnsupportedWrite,
-    Trick::UnsupportedFlush,
-    Trick::UnknownId,
-    Trick::IdTwice,
-    Trick::WrongOperation,
-    Trick::Ahead,
-    Trick::Back,
-    Trick::Keep,
-    Trick::Silence,
-    Trick::Peek,
-    Trick::LoseEvent,
-    Trick::MissEvent,
-    Trick::Lag,
+const MISBEHAVIOURS: [Misbehaviour; 15] = [
+    Misbehaviour::Honest,
+    Misbehaviour::UnknownStatus,
+    Misbehaviour::UnsupportedWrite,
+    Misbehaviour::UnsupportedFlush,
+    Misbehaviour::UnknownId,
+    Misbehaviour::IdTwice,
+    Misbehaviour::WrongOperation,
+    Misbehaviour::Ahead,
+    Misbehaviour::Back,
+    Misbehaviour::Keep,
+    Misbehaviour::Silence,
+    Misbehaviour::Peek,
+    Misbehaviour::LoseEvent,
+    Misbehaviour::MissEvent,
+    Misbehaviour::Lag,
 ];
 
-/// The number of [`Trick::Honest`].
+/// The number of [`Misbehaviour::Honest`].
 pub(crate) const HONEST: u32 = 0;
 
-impl Trick {
+impl Misbehaviour {
     /// The one with a number.
     pub(crate) fn from_number(number: u32) -> Self {
-        let trick = TRICKS.get(number as usize);
-        trick.copied().unwrap_or(Trick::Honest)
+        let misbehaviour = MISBEHAVIOURS.get(number as usize);
+        misbehaviour.copied().unwrap_or(Misbehaviour::Honest)
     }
 
     /// Whether a request is one to play it on.
     pub(crate) fn suits(self, request: &WireRequest) -> bool {
         let operation = request.response_operation();
         match self {
-            Trick::Honest | Trick::MissEvent => false,
-            Trick::UnsupportedFlush => {
+            Misbehaviour::Honest | Misbehaviour::MissEvent => false,
+            Misbehaviour::UnsupportedFlush => {
                 matches!(operation, op::FLUSH_DISKCACHE | op::WRITE_BARRIER)
             }
             _ => operation == op::WRITE,

@@ -53,16 +53,16 @@ use blkif::wire::{
 };
 
 use crate::{
-    stage::{
-        Outcome,
-        Stage, //
-    },
-    words::{
-        Words,
+    raw_ring::{
+        RawRing,
         REQ_EVENT,
         REQ_PROD,
         RSP_EVENT,
         RSP_PROD, //
+    },
+    session_state::{
+        Outcome,
+        SessionState, //
     },
 };
 
@@ -73,14 +73,14 @@ const ANSWER_MS: u32 = 60_000;
 pub(crate) const VICTIM: u64 = 8;
 /// Sectors that valid requests write.
 pub(crate) const SCRATCH: u64 = 64;
-/// Sectors that valid requests write evil data to.
+/// Sectors that valid requests write poison data to.
 pub(crate) const ELSEWHERE: u64 = 128;
 /// Segments of the largest indirect request that backends offer.
 const MOST_INDIRECT: usize = 256;
 /// Pages for many requests at once.
 const MANY: usize = 8;
 /// What refused writes bring.
-const EVIL: u8 = 0xee;
+const POISON: u8 = 0xee;
 /// A grant reference that we never had.
 pub(crate) const NO_GRANT: u32 = 0xffff_fff0;
 /// The last sector of a page.
@@ -88,8 +88,8 @@ pub(crate) const LAST: u8 = 7;
 
 /// Pages that requests name.
 pub(crate) struct Pages {
-    /// Full of [`EVIL`], as all that refused writes bring.
-    evil: GrantedPage,
+    /// Full of [`POISON`], as all that refused writes bring.
+    poison: GrantedPage,
     /// The backend may only read it.
     locked: GrantedPage,
     /// No domain may use it.
@@ -108,13 +108,13 @@ impl Pages {
         let backend = device.otherend_id();
         let mut many = KVec::new();
         for _ in 0..MANY {
-            many.push(grant(backend, GrantAccess::ReadWrite, EVIL)?, GFP_KERNEL)?;
+            many.push(grant(backend, GrantAccess::ReadWrite, POISON)?, GFP_KERNEL)?;
         }
         Ok(Self {
             many,
-            evil: grant(backend, GrantAccess::ReadWrite, EVIL)?,
-            locked: grant(backend, GrantAccess::ReadOnly, EVIL)?,
-            foreign: grant(DomId::NONE, GrantAccess::ReadWrite, EVIL)?,
+            poison: grant(backend, GrantAccess::ReadWrite, POISON)?,
+            locked: grant(backend, GrantAccess::ReadOnly, POISON)?,
+            foreign: grant(DomId::NONE, GrantAccess::ReadWrite, POISON)?,
             list: grant(backend, GrantAccess::ReadWrite, 0)?,
             out: grant(backend, GrantAccess::ReadWrite, 0)?,
             back: grant(backend, GrantAccess::ReadWrite, 0)?,
@@ -144,16 +144,16 @@ fn fill(page: &Page, byte: impl Fn(usize) -> u8) {
 /// What a connection is made of.
 pub(crate) struct Parts {
     pub(crate) device: ARef<xenbus::Device>,
-    pub(crate) stage: Arc<Stage>,
-    pub(crate) words: Words<RingPages>,
-    pub(crate) channel: EventChannel<Stage>,
+    pub(crate) session_state: Arc<SessionState>,
+    pub(crate) raw_ring: RawRing<RingPages>,
+    pub(crate) channel: EventChannel<SessionState>,
     pub(crate) pages: Pages,
     /// How long to wait for a backend that may take no notice.
-    pub(crate) patience_ms: u32,
+    pub(crate) timeout_ms: u32,
 }
 
 /// A connection, in the hands of its thread.
-pub(crate) struct Actor<'a> {
+pub(crate) struct Session<'a> {
     pub(crate) parts: Parts,
     pub(crate) current: &'a Current,
     /// Requests published.
@@ -164,9 +164,9 @@ pub(crate) struct Actor<'a> {
     seed: u8,
 }
 
-impl<'a> Actor<'a> {
+impl<'a> Session<'a> {
     pub(crate) fn new(parts: Parts, current: &'a Current) -> Self {
-        let ring = &parts.words.ring;
+        let ring = &parts.raw_ring.ring;
         ring.store(REQ_EVENT, 1);
         ring.store(RSP_EVENT, 1);
         Self {
@@ -180,29 +180,29 @@ impl<'a> Actor<'a> {
     }
 
     pub(crate) fn ring(&self) -> &RingPages {
-        &self.parts.words.ring
+        &self.parts.raw_ring.ring
     }
 
     pub(crate) fn abi(&self) -> Abi {
-        self.parts.words.abi()
+        self.parts.raw_ring.abi()
     }
 
     /// Waits until the backend serves the ring. `false`: it does not.
     pub(crate) fn await_connection(&self) -> bool {
         let end = jiffies::now().wrapping_add(msecs_to_jiffies(ANSWER_MS));
-        let stage = &self.parts.stage;
-        while stage.backend_is(State::InitWait) {
+        let session_state = &self.parts.session_state;
+        while session_state.backend_is(State::InitWait) {
             if self.current.should_stop() || jiffies::is_past(end) {
                 return false;
             }
-            stage.wait(self.current);
+            session_state.wait(self.current);
         }
-        stage.backend_is(State::Connected)
+        session_state.backend_is(State::Connected)
     }
 
     /// Whether the connection ends, by the backend or by us.
-    pub(crate) fn is_over(&self) -> bool {
-        self.current.should_stop() || !self.parts.stage.backend_is(State::Connected)
+    pub(crate) fn is_closing(&self) -> bool {
+        self.current.should_stop() || !self.parts.session_state.backend_is(State::Connected)
     }
 
     /// Waits until something is true; `false` if it takes too long or the connection ends.
@@ -212,16 +212,16 @@ impl<'a> Actor<'a> {
             if condition() {
                 return true;
             }
-            if self.is_over() || jiffies::is_past(end) {
+            if self.is_closing() || jiffies::is_past(end) {
                 return condition();
             }
-            self.parts.stage.wait(self.current);
+            self.parts.session_state.wait(self.current);
         }
     }
 
     /// Waits until the backend closes, if it does.
     pub(crate) fn watch_backend(&self) -> Outcome {
-        if self.wait(self.parts.patience_ms, || self.is_over()) {
+        if self.wait(self.parts.timeout_ms, || self.is_closing()) {
             Outcome::Closing
         } else {
             Outcome::Silent
@@ -233,7 +233,7 @@ impl<'a> Actor<'a> {
         let words = request.encode(self.abi());
         let len = self.abi().slot_words() as usize;
         let words = words.get(..len).unwrap_or(&words);
-        self.parts.words.put(self.sent, words);
+        self.parts.raw_ring.put(self.sent, words);
         self.sent = self.sent.wrapping_add(1);
     }
 
@@ -271,7 +271,7 @@ impl<'a> Actor<'a> {
         if self.wait(ANSWER_MS, enough) {
             self.ring().read_fence();
             Outcome::Okay
-        } else if self.is_over() {
+        } else if self.is_closing() {
             Outcome::Closing
         } else {
             Outcome::Silent
@@ -282,7 +282,7 @@ impl<'a> Actor<'a> {
     pub(crate) fn take(&mut self) -> Result<Response, Outcome> {
         match self.await_responses(self.answered.wrapping_add(1)) {
             Outcome::Okay => {
-                let response = Response::decode(self.parts.words.get(self.answered));
+                let response = Response::decode(self.parts.raw_ring.get(self.answered));
                 self.answered = self.answered.wrapping_add(1);
                 Ok(response)
             }
@@ -356,14 +356,14 @@ impl<'a> Actor<'a> {
         self.parts.device.handle().unwrap_or(0) as u16
     }
 
-    /// A whole page of evil.
-    pub(crate) fn evil(&self) -> WireSegment {
-        self.part_of_evil(0, LAST)
+    /// A whole page of poison.
+    pub(crate) fn poison(&self) -> WireSegment {
+        self.part_of_poison(0, LAST)
     }
 
     /// A part of that page, or what is none.
-    pub(crate) fn part_of_evil(&self, first: u8, last: u8) -> WireSegment {
-        let gref = self.parts.pages.evil.reference().value();
+    pub(crate) fn part_of_poison(&self, first: u8, last: u8) -> WireSegment {
+        let gref = self.parts.pages.poison.reference().value();
         WireSegment { gref, first, last }
     }
 
@@ -383,10 +383,10 @@ impl<'a> Actor<'a> {
         whole(self.parts.pages.foreign.reference().value())
     }
 
-    /// Another page of evil, for the backend.
+    /// Another page of poison, for the backend.
     pub(crate) fn grant_page(&self) -> Result<GrantedPage> {
         let backend = self.parts.device.otherend_id();
-        grant(backend, GrantAccess::ReadWrite, EVIL)
+        grant(backend, GrantAccess::ReadWrite, POISON)
     }
 
     /// Sends a read or write whose segments stand in the slot.
@@ -403,7 +403,7 @@ impl<'a> Actor<'a> {
     /// Valid requests: what was written last is what is read, and what no valid request has written
     /// is as it was.
     pub(crate) fn check_disk(&mut self) -> Outcome {
-        let read_only = self.parts.stage.facts().read_only;
+        let read_only = self.parts.session_state.facts().read_only;
         self.seed = self.seed.wrapping_add(1);
         let seed = self.seed;
         if !read_only {
@@ -419,7 +419,7 @@ impl<'a> Actor<'a> {
                 return outcome;
             }
         }
-        self.read_and_compare(VICTIM, |_, byte| byte != EVIL)
+        self.read_and_compare(VICTIM, |_, byte| byte != POISON)
     }
 
     /// The largest indirect write: what stands in its last segment is read by another one.
@@ -436,7 +436,7 @@ impl<'a> Actor<'a> {
             return outcome;
         }
 
-        write(&self.parts.pages.back, |_| EVIL);
+        write(&self.parts.pages.back, |_| POISON);
         let back = whole(self.parts.pages.back.reference().value());
         let last = ELSEWHERE + (MOST_INDIRECT as u64 - 1) * u64::from(SECTORS_PER_PAGE);
         let request = self.indirect(op::READ, last, &[back]);
@@ -453,7 +453,7 @@ impl<'a> Actor<'a> {
     }
 
     fn read_and_compare(&mut self, sector: u64, right: impl Fn(usize, u8) -> bool) -> Outcome {
-        write(&self.parts.pages.back, |_| EVIL);
+        write(&self.parts.pages.back, |_| POISON);
         let back = whole(self.parts.pages.back.reference().value());
         match self.direct(op::READ, sector, &[back]) {
             Outcome::Okay if self.back_holds(right) => Outcome::Okay,
@@ -474,7 +474,7 @@ pub(crate) fn whole(gref: u32) -> WireSegment {
 
 /// The byte of valid data at an index.
 fn pattern(seed: u8, index: usize) -> u8 {
-    // Never `EVIL`: that one is odd in its upper half.
+    // Never `POISON`: that one is odd in its upper half.
     (seed.wrapping_add((index / 128) as u8) ^ index as u8) & 0x7f
 }
 

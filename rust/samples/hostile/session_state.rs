@@ -110,9 +110,9 @@ struct Line {
 
 /// Shared by the driver and the threads of its connections, one after another.
 #[pin_data]
-pub(crate) struct Stage {
+pub(crate) struct SessionState {
     event: Atomic<bool>,
-    /// The backend's state, when we heard of it last.
+    /// The backend's state, when we set_backend_state of it last.
     backend: Atomic<u32>,
     #[pin]
     wait: WaitQueue,
@@ -122,7 +122,7 @@ pub(crate) struct Stage {
     lines: Mutex<KVec<Line>>,
 }
 
-impl Stage {
+impl SessionState {
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
@@ -137,17 +137,17 @@ impl Stage {
     }
 
     /// The backend is in this state now.
-    pub(crate) fn heard(&self, state: State) {
+    pub(crate) fn set_backend_state(&self, state: State) {
         self.backend.store(state.number(), Release);
         self.wait.wake_up();
     }
 
-    /// Whether the backend is in this state, as far as we heard.
+    /// Whether the backend is in this state, as far as we set_backend_state.
     pub(crate) fn backend_is(&self, state: State) -> bool {
         self.backend.load(Acquire) == state.number()
     }
 
-    pub(crate) fn learn(&self, facts: DiskFacts) {
+    pub(crate) fn set_facts(&self, facts: DiskFacts) {
         *self.facts.lock() = facts;
     }
 
@@ -184,7 +184,7 @@ impl Stage {
     }
 }
 
-impl Handler for Stage {
+impl Handler for SessionState {
     fn handle(&self) -> Eoi {
         self.event.store(true, Release);
         self.wait.wake_up();

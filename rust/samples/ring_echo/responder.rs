@@ -96,7 +96,7 @@ impl Connection {
         let channel = EventChannel::bind_interdomain(device, port, c"recho-backend", wake.clone())?;
         // Where the backend before us was: all that it took is answered.
         let answered = Wrapping(ring.load(ANSWERS));
-        let answerer = Answerer {
+        let responder = Responder {
             device: device.clone(),
             wake,
             ring,
@@ -111,7 +111,7 @@ impl Connection {
         };
         let kind = KThreadOptions { freezable: false };
         let thread = KThread::spawn(fmt!("recho-backend"), kind, move |current| {
-            answerer.run(current)
+            responder.run(current)
         })?;
         Ok(Self { epoch, thread })
     }
@@ -139,7 +139,7 @@ struct Message {
 }
 
 /// The thread, and all that it owns.
-struct Answerer {
+struct Responder {
     device: ARef<xenbus::Device>,
     wake: Arc<Wake>,
     ring: MappedRing,
@@ -156,7 +156,7 @@ struct Answerer {
     buffer: Page,
 }
 
-impl Answerer {
+impl Responder {
     fn run(mut self, current: &Current) {
         while !current.should_stop() {
             let event = self.wake.wait(current, msecs_to_jiffies(IDLE_MS));

@@ -20,17 +20,17 @@ pub(crate) const RSP_PROD: usize = 2;
 /// The word with the number of responses after which the frontend wants an event.
 pub(crate) const RSP_EVENT: usize = 3;
 
-/// Words before the first slot.
+/// RawRing before the first slot.
 const HEADER_WORDS: usize = 16;
 
 /// A ring of our own or of the other domain.
-pub(crate) struct Words<R> {
+pub(crate) struct RawRing<R> {
     pub(crate) ring: R,
     abi: Abi,
     slots: u32,
 }
 
-impl<R: Deref<Target = SharedWords>> Words<R> {
+impl<R: Deref<Target = SharedWords>> RawRing<R> {
     pub(crate) fn new(ring: R, abi: Abi) -> Self {
         let slots = capacity(ring.len(), abi);
         Self { ring, abi, slots }

@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What is done on a connection, from its start to its end.
+
+use kernel_ext::xen::xenbus::State;
+
+use blkif::wire::{
+    op,
+    Abi,
+    Status,
+    WireRequest, //
+};
+
+use crate::{
+    raw_ring::RSP_PROD,
+    requests::{
+        flood_with_reads,
+        Case,
+        READ_ONLY,
+        WRITABLE, //
+    },
+    session::{
+        Pages,
+        Parts,
+        Session,
+        ELSEWHERE,
+        SCRATCH, //
+    },
+    session_state::Outcome, //
+};
+
+/// Events of a storm.
+const STORM: u32 = 10_000;
+/// How long to wait between two events without a request.
+const EVENT_MS: u32 = 10;
+/// How long a request waits for an event that was lost.
+const LOST_MS: u32 = 200;
+/// How often a ring is filled without a look at the answers.
+const ROUNDS: u32 = 10;
+/// How often a request is changed while the backend looks at it.
+const CHANGES: u32 = 2_000;
+
+/// A connection, and what is done on it.
+pub(crate) struct Script {
+    pub(crate) name: &'static str,
+    pub(crate) abi: Abi,
+    /// Binary logarithm of the ring's pages.
+    pub(crate) order: u32,
+    /// Whether the backend may keep our pages mapped.
+    pub(crate) persistent: bool,
+    /// Requests and responses that the ring begins with.
+    pub(crate) start: (u32, u32),
+    /// Once connected, toggle the state before anything else.
+    pub(crate) toggle: bool,
+    pub(crate) run: fn(Session<'_>, &'static str),
+}
+
+impl Script {
+    /// Whether its ring is broken, or gone, before the backend looks at it.
+    pub(crate) fn is_harsh(&self) -> bool {
+        self.start != (0, 0) || self.toggle
+    }
+}
+
+const fn script(name: &'static str, run: fn(Session<'_>, &'static str)) -> Script {
+    Script {
+        name,
+        abi: Abi::X86_64,
+        order: 0,
+        persistent: false,
+        start: (0, 0),
+        toggle: false,
+        run,
+    }
+}
+
+const fn layout(name: &'static str, abi: Abi, order: u32, persistent: bool) -> Script {
+    Script {
+        abi,
+        order,
+        persistent,
+        ..script(name, use_whole_ring)
+    }
+}
+
+/// A ring that makes no sense from the start.
+const BORN_BROKEN: Script = Script {
+    start: (0, 1000),
+    ..script("born-broken", only_check)
+};
+
+const END: Script = script("end", hold);
+
+/// For a disk that can be written.
+pub(crate) static WRITABLE_DISK: &[Script] = &[
+    script("requests", |session, _| run_cases(session, WRITABLE)),
+    // Nonsense in and around the ring.
+    script("req-prod-ahead", |session, name| {
+        let slots = session.parts.raw_ring.slots();
+        claim_nonsense(session, name, slots.wrapping_add(1));
+    }),
+    script("req-prod-far", |session, name| {
+        claim_nonsense(session, name, 1 << 31)
+    }),
+    script("req-prod-back", |session, name| {
+        claim_nonsense(session, name, u32::MAX)
+    }),
+    BORN_BROKEN,
+    script("event-storm", storm),
+    script("lost-event", lose_event),
+    script("answers-left", leave_answers),
+    script("request-changes", change_request),
+    script("pages-withdrawn", withdraw_pages),
+    script("ring-withdrawn", withdraw_ring),
+    script("close-in-flight", close_in_flight),
+    Script {
+        toggle: true,
+        ..script("toggle", only_check)
+    },
+    // Rings of every size and layout.
+    layout("x86_32-abi-0", Abi::X86_32, 0, false),
+    layout("x86_32-abi-1", Abi::X86_32, 1, true),
+    layout("x86_32-abi-2", Abi::X86_32, 2, false),
+    layout("x86_32-abi-3", Abi::X86_32, 3, true),
+    layout("x86_32-abi-4", Abi::X86_32, 4, false),
+    layout("x86_64-abi-1", Abi::X86_64, 1, false),
+    layout("x86_64-abi-4", Abi::X86_64, 4, true),
+    layout("arm-abi-0", Abi::Arm, 0, false),
+    END,
+];
+
+/// For a disk that can only be read.
+pub(crate) static READ_ONLY_DISK: &[Script] = &[
+    script("requests", |session, _| run_cases(session, READ_ONLY)),
+    END,
+];
+
+/// For any disk: wrong requests, then events alone.
+pub(crate) static TROUBLE: &[Script] = &[script("end", trouble)];
+
+/// Each case, and valid requests after it.
+fn run_cases(mut session: Session<'_>, cases: &[Case]) {
+    let before = session.check_disk();
+    session.parts.session_state.report("valid", before, before);
+    for case in cases {
+        let outcome = (case.run)(&mut session);
+        let after = session.check_disk();
+        session
+            .parts
+            .session_state
+            .report(case.name, outcome, after);
+    }
+}
+
+/// Valid requests only, until the connection ends.
+fn hold(mut session: Session<'_>, name: &'static str) {
+    let outcome = session.check_disk();
+    session.parts.session_state.report(name, outcome, outcome);
+    while !session.wait(u32::MAX, || session.is_closing()) {}
+}
+
+/// Wrong requests, and then events without a request until the connection ends.
+fn trouble(mut session: Session<'_>, name: &'static str) {
+    let outcome = flood_with_reads(&mut session);
+    let after = session.check_disk();
+    session.parts.session_state.report(name, outcome, after);
+    while !session.wait(EVENT_MS, || session.is_closing()) {
+        session.parts.channel.notify();
+    }
+}
+
+/// Claims so many more requests than were put, after some that were.
+fn claim_nonsense(mut session: Session<'_>, name: &'static str, more: u32) {
+    let before = session.check_disk();
+    session.claim(session.sent.wrapping_add(more));
+    let outcome = session.watch_backend();
+    session.parts.session_state.report(name, outcome, before);
+}
+
+/// Nothing but valid requests: the connection itself was the case.
+fn only_check(mut session: Session<'_>, name: &'static str) {
+    let after = session.check_disk();
+    session
+        .parts
+        .session_state
+        .report(name, Outcome::Done, after);
+}
+
+fn storm(mut session: Session<'_>, name: &'static str) {
+    for _ in 0..STORM {
+        session.parts.channel.notify();
+    }
+    let after = session.check_disk();
+    session
+        .parts
+        .session_state
+        .report(name, Outcome::Done, after);
+}
+
+/// Shows a request without an event, after many events without a request, and sends one later.
+fn lose_event(mut session: Session<'_>, name: &'static str) {
+    for _ in 0..STORM {
+        session.parts.channel.notify();
+    }
+    let read = session.rw(op::READ, SCRATCH, &[session.many(0)]);
+    session.put(&WireRequest::Rw(read));
+    session.show(session.sent);
+    session.wait(LOST_MS, || session.is_closing());
+    session.parts.channel.notify();
+    let outcome = match session.take() {
+        Ok(_) => Outcome::Okay,
+        Err(outcome) => outcome,
+    };
+    let after = session.check_disk();
+    session.parts.session_state.report(name, outcome, after);
+}
+
+/// Fills the ring with reads.
+fn put_reads(session: &mut Session<'_>) {
+    for index in 0..session.parts.raw_ring.slots() {
+        let read = session.rw(op::READ, SCRATCH, &[session.many(index)]);
+        session.put(&WireRequest::Rw(read));
+    }
+    session.publish();
+}
+
+/// Fills the ring with writes. Their pages may be withdrawn: if the guest uses a grant reference for
+/// something else then, a write does no harm to it.
+fn put_writes(session: &mut Session<'_>) {
+    for index in 0..session.parts.raw_ring.slots() {
+        let write = session.rw(op::WRITE, ELSEWHERE, &[session.many(index)]);
+        session.put(&WireRequest::Rw(write));
+    }
+    session.publish();
+}
+
+/// Goes on with requests, and takes no answer.
+fn leave_answers(mut session: Session<'_>, name: &'static str) {
+    let mut outcome = Outcome::Okay;
+    for _ in 0..ROUNDS {
+        put_reads(&mut session);
+        outcome = session.await_responses(session.sent);
+    }
+    session.answered = session.sent;
+    let after = session.check_disk();
+    session.parts.session_state.report(name, outcome, after);
+}
+
+/// Uses every slot more than once, and each form of a request.
+fn use_whole_ring(mut session: Session<'_>, name: &'static str) {
+    let outcome = fill_and_drain(&mut session);
+    let after = session.check_disk();
+    session.parts.session_state.report(name, outcome, after);
+}
+
+fn fill_and_drain(session: &mut Session<'_>) -> Outcome {
+    let outcome = session.check_indirect();
+    if outcome != Outcome::Okay {
+        return outcome;
+    }
+    for _ in 0..2 {
+        put_reads(session);
+        for _ in 0..session.parts.raw_ring.slots() {
+            match session.take() {
+                Ok(read) if (read.operation, read.status) == (op::READ, Status::Okay) => {}
+                Ok(_) => return Outcome::Stray,
+                Err(outcome) => return outcome,
+            }
+        }
+    }
+    Outcome::Okay
+}
+
+/// Changes a request again and again after it was published.
+fn change_request(mut session: Session<'_>, name: &'static str) {
+    let page = session.poison();
+    let mut outcome = Outcome::Done;
+    for _ in 0..session.parts.raw_ring.slots() {
+        let slot = session.parts.raw_ring.slot(session.sent);
+        let read = session.rw(op::READ, SCRATCH, &[page]);
+        session.put(&WireRequest::Rw(read));
+        let first = session.ring().load(slot);
+        session.publish();
+        for change in 0..CHANGES {
+            // The operation and the number of segments.
+            let wrong = first ^ (change << 6 & 0xff07);
+            session.ring().store(slot, wrong);
+            if session.ring().load(RSP_PROD) == session.sent {
+                break;
+            }
+        }
+        if let Err(error) = session.take() {
+            outcome = error;
+            break;
+        }
+    }
+    let after = session.check_disk();
+    session.parts.session_state.report(name, outcome, after);
+}
+
+/// Ends the grants of pages that requests in flight use.
+fn withdraw_pages(mut session: Session<'_>, name: &'static str) {
+    put_writes(&mut session);
+    let outcome = match Pages::new(&session.parts.device) {
+        Ok(pages) => {
+            session.parts.pages = pages;
+            session.await_responses(session.sent)
+        }
+        Err(_) => Outcome::Own,
+    };
+    session.answered = session.sent;
+    let after = session.check_disk();
+    session.parts.session_state.report(name, outcome, after);
+}
+
+/// Ends the grants of the ring while it is in use.
+fn withdraw_ring(mut session: Session<'_>, name: &'static str) {
+    let before = session.check_disk();
+    put_writes(&mut session);
+    let Parts {
+        session_state,
+        raw_ring,
+        channel,
+        ..
+    } = session.parts;
+    drop(raw_ring);
+    channel.notify();
+    session_state.report(name, Outcome::Done, before);
+}
+
+/// Closes, and lets go of everything, with the ring full of requests.
+fn close_in_flight(mut session: Session<'_>, name: &'static str) {
+    let before = session.check_disk();
+    put_writes(&mut session);
+    session.parts.device.switch_state(State::Closing);
+    session
+        .parts
+        .session_state
+        .report(name, Outcome::Done, before);
+}
