@@ -3,7 +3,7 @@
 //! Copies between the buffers of a request and memory that an engine can use.
 
 use crate::error::Result;
-use io_buffer::Buffer;
+use io_buffer::{AccessError, Buffer};
 
 /// Returns `true` if address and length of each buffer are multiples of `alignment`.
 pub(crate) fn is_aligned(buffers: &[Buffer], alignment: usize) -> bool {
@@ -41,6 +41,42 @@ pub(crate) fn scatter(copy: &Buffer, buffers: &mut [Buffer]) -> Result<()> {
     Ok(())
 }
 
+/// Copies `data` to all `buffers` as if they were one, starting at `offset`.
+pub(crate) fn write_at(buffers: &mut [Buffer], offset: u64, mut data: &[u8]) -> Result<()> {
+    let mut skip = usize::try_from(offset).unwrap_or(usize::MAX);
+    for buffer in buffers {
+        let start = skip.min(buffer.len());
+        skip = skip.saturating_sub(start);
+        let count = buffer.len().saturating_sub(start).min(data.len());
+        let (part, rest) = data.split_at(count);
+        buffer.write_at(start, part)?;
+        data = rest;
+    }
+    check_all(data)
+}
+
+/// Copies bytes of all `buffers`, as if they were one, to `data`, starting at `offset`.
+pub(crate) fn read_at(buffers: &[Buffer], offset: u64, mut data: &mut [u8]) -> Result<()> {
+    let mut skip = usize::try_from(offset).unwrap_or(usize::MAX);
+    for buffer in buffers {
+        let start = skip.min(buffer.len());
+        skip = skip.saturating_sub(start);
+        let count = buffer.len().saturating_sub(start).min(data.len());
+        let (part, rest) = data.split_at_mut(count);
+        buffer.read_at(start, part)?;
+        data = rest;
+    }
+    check_all(data)
+}
+
+/// Checks that no data was left over.
+fn check_all(rest: &[u8]) -> Result<()> {
+    match rest {
+        [] => Ok(()),
+        _ => Err(AccessError::OutOfBounds.into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -68,5 +104,19 @@ mod tests {
         assert_eq!(length(&buffers), 6);
         assert!(!is_aligned(&buffers, 4));
         assert!(is_aligned(&[Buffer::allocate(8, 8).unwrap()], 4));
+    }
+
+    #[test]
+    fn buffers_are_accessed_as_if_they_were_one() {
+        let mut buffers = [3, 1, 4].map(|len| Buffer::allocate(len, 1).unwrap());
+        write_at(&mut buffers, 2, b"abc").unwrap();
+        let mut bytes = [1; 8];
+        read_at(&buffers, 0, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"\0\0abc\0\0\0");
+        let mut bytes = [1; 2];
+        read_at(&buffers, 3, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"bc");
+        assert!(read_at(&buffers, 7, &mut bytes).is_err());
+        assert!(write_at(&mut buffers, u64::MAX, &bytes).is_err());
     }
 }

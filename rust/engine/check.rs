@@ -138,6 +138,7 @@ mod tests {
         physical_block_size: 4096,
         max_transfer: 8192,
         max_buffers: 2,
+        max_queues: 1,
         buffer_alignment: 512,
         read_only: false,
         discard: Some(Discard {

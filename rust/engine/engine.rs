@@ -51,6 +51,7 @@ mod event;
 mod info;
 mod linux;
 pub mod memory;
+pub mod nbd;
 mod options;
 pub mod raw;
 mod request;
@@ -160,7 +161,8 @@ pub fn open(uri: &Uri, options: &Options) -> Result<Box<dyn Engine>> {
             format: Format::Raw,
             path,
         } => Ok(Box::new(raw::RawEngine::open(path, options)?)),
-        Uri::Image { .. } | Uri::Nbd(_) => Err(Error::new(
+        Uri::Nbd(export) => Ok(Box::new(nbd::NbdEngine::open(export, options)?)),
+        Uri::Image { .. } => Err(Error::new(
             Errno::OPNOTSUPP,
             format!("there is no engine for {uri}"),
             "use a raw: URI",

@@ -16,6 +16,8 @@ pub struct Info {
     pub max_transfer: u64,
     /// The greatest number of buffers of a read or write.
     pub max_buffers: usize,
+    /// The greatest number of queues at the same time.
+    pub max_queues: usize,
     /// The alignment in bytes of the address and the length of each buffer that avoids a copy.
     pub buffer_alignment: usize,
     /// Writes, discards and write zeroes fail with `EROFS`.

@@ -113,6 +113,7 @@ impl Image {
             physical_block_size: BLOCK_SIZE,
             max_transfer: 32 << 20,
             max_buffers: 8192,
+            max_queues: 64,
             buffer_alignment: 1,
             read_only: self.read_only,
             discard: Some(Discard {

@@ -17,17 +17,20 @@ pub struct Options {
     /// How long opening waits for another process to release the image, and for I/O of a process
     /// that was killed.
     pub lock_timeout: Duration,
+    /// How long a network engine tries to connect again before requests fail.
+    pub reconnect_timeout: Duration,
 }
 
 impl Default for Options {
     /// Returns the options for a disk of a guest: writable, direct if possible, exclusive, with
-    /// no wait for another user of the image.
+    /// no wait for another user of the image, and with 30 seconds to connect again.
     fn default() -> Self {
         Self {
             read_only: false,
             direct: None,
             exclusive: true,
             lock_timeout: Duration::ZERO,
+            reconnect_timeout: Duration::from_secs(30),
         }
     }
 }

@@ -109,6 +109,7 @@ pub(super) fn prepare(fd: OwnedFd, path: &Path, options: &Options) -> Result<Sto
         physical_block_size: physical,
         max_transfer: MAX_TRANSFER,
         max_buffers: MAX_BUFFERS,
+        max_queues: 64,
         buffer_alignment: alignment.map_or(1, |alignment| alignment.memory.max(alignment.length)),
         read_only: options.read_only,
         discard,

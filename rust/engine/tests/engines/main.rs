@@ -6,4 +6,6 @@
 mod suite;
 mod disk;
 mod memory;
+mod nbd;
 mod raw;
+mod server;

@@ -406,14 +406,15 @@ pub fn data_survives_close(target: &dyn Target) {
 
 pub fn several_queues(target: &dyn Target) {
     let engine = target.open(&Options::default()).unwrap();
+    let queues = engine.info().max_queues.min(4) as u64;
     thread::scope(|scope| {
-        for number in 0..4u64 {
+        for number in 0..queues {
             let engine = &*engine;
             let mut queue = engine.queue(8).unwrap();
             scope.spawn(move || {
                 let mut completions = Vec::new();
                 for round in 0..16 {
-                    let offset = (round * 4 + number) * 8192;
+                    let offset = (round * queues + number) * 8192;
                     let data = pattern(offset, 8192);
                     let memory = buffers(engine, 8192, Cut::Whole, Some(&data));
                     queue.submit(Request::write(round, offset, memory));
@@ -426,7 +427,7 @@ pub fn several_queues(target: &dyn Target) {
         }
     });
     let mut disk = Disk::new(engine);
-    for offset in (0..64 * 8192).step_by(8192) {
+    for offset in (0..queues * 16 * 8192).step_by(8192) {
         assert!(disk.read(offset, 8192, Cut::Whole) == pattern(offset, 8192));
     }
     disk.close();
