@@ -11,13 +11,15 @@ import hashlib
 import os
 import shutil
 import time
+from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 CACHE = Path(os.environ.get("RBLKIF_CACHE") or Path.home() / ".cache" / "rblkif")
 
 
-def key_of(*parts):
+def key_of(*parts: str | bytes | Path) -> str:
     """A short name for content: texts, bytes, or files by path."""
     digest = hashlib.sha256()
     for part in parts:
@@ -30,7 +32,7 @@ def key_of(*parts):
     return digest.hexdigest()[:16]
 
 
-def made_once(path, make):
+def made_once(path: str | Path, make: Callable[[Path], object]) -> Path:
     """Returns `path`, after `make(temporary path)` has made it if need be."""
     path = Path(path)
     if path.exists():
@@ -47,7 +49,7 @@ def made_once(path, make):
     return path
 
 
-def _forget_unused(directory):
+def _forget_unused(directory: Path) -> None:
     """Removes what has not been used for a week."""
     for path in directory.iterdir():
         if time.time() - path.stat().st_mtime > 7 * 86400:
@@ -55,13 +57,13 @@ def _forget_unused(directory):
 
 
 @contextmanager
-def _locked(path):
+def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _remove(path):
+def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -1,8 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Checks that the drivers of a run's pair, and no others, serve a disk."""
 
+from __future__ import annotations
 
-def assert_served_by_pair(host, guest, vdev="xvda", server=None):
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .guest import Guest
+    from .pairs import Driver
+    from .shell import Target
+    from .xenhost import Server
+    from .xenhost import XenHost
+
+
+def assert_served_by_pair(
+    host: XenHost, guest: Guest, vdev: str = "xvda", server: Server | None = None
+) -> None:
     """The loaded drivers are the files of this run's pair, and no other is there.
 
     The backend is that of the host's server, or of another `server`, or QEMU in dom0.
@@ -11,7 +24,9 @@ def assert_served_by_pair(host, guest, vdev="xvda", server=None):
     if host.pair.back is None:
         _assert_served_by_qemu(host, guest, vdev)
     else:
-        _assert_loaded(server, host.pair.back if server is host else host.pair.storage)
+        back = host.pair.back if server is host else host.pair.storage
+        assert back is not None
+        _assert_loaded(server, back)
     front = host.pair.front
     device = f"/sys/block/{vdev}/device/driver"
     look = f"readlink -f {device}/module || readlink -f {device}"
@@ -19,12 +34,12 @@ def assert_served_by_pair(host, guest, vdev="xvda", server=None):
     assert driver.split("/")[-1] in (front.name.replace("-", "_"), "vbd"), driver
 
 
-def assert_front_of_pair(host, guest):
+def assert_front_of_pair(host: XenHost, guest: Guest) -> None:
     """The loaded frontend is the file of this run's pair, where dom0's shell plays the backend."""
     _assert_loaded(guest, host.pair.front)
 
 
-def _assert_served_by_qemu(host, guest, vdev):
+def _assert_served_by_qemu(host: XenHost, guest: Guest, vdev: str) -> None:
     """Asserts that the guest's QEMU process serves the disk, and that there is no backend module."""
     domain = f"/local/domain/{guest.domid}"
     node = guest.sh(f"cat /sys/block/{vdev}/device/nodename")
@@ -46,7 +61,7 @@ OTHER = {
 """The driver that must not be there, by the one that must."""
 
 
-def loaded_build_id(machine, module):
+def loaded_build_id(machine: Target, module: str) -> str:
     """The build id of a loaded module, as the kernel that runs it shows it."""
     return _build_id(machine.sh(_NOTE.format(module.replace("-", "_"))))
 
@@ -54,11 +69,11 @@ def loaded_build_id(machine, module):
 _NOTE = "od -An -v -tx1 /sys/module/{}/notes/.note.gnu.build-id"
 
 
-def _build_id(note):
+def _build_id(note: str) -> str:
     return "".join(note.split())[-40:]
 
 
-def _assert_loaded(machine, driver, look=":"):
+def _assert_loaded(machine: Target, driver: Driver, look: str = ":") -> str:
     """Of both drivers for a device only this file is there, and loaded. Returns what `look` says."""
     note = _NOTE.format(driver.name.replace("-", "_"))
     other = OTHER[driver.name].replace("-", "[-_]")

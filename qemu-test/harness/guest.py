@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A DomU of a Xen host, as a scenario sees it."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .console_check import trouble_in
 from .leak_counts import assert_checked
@@ -11,6 +15,11 @@ from .shell import Shell
 from .shell import announcement
 from .shell import encode
 from .shell import until
+
+if TYPE_CHECKING:
+    from .shell import Target
+    from .xenhost import Disk
+    from .xenhost import XenHost
 
 LOG = "/var/log/xen/console/guest-{name}.log"
 """Where xenconsoled in dom0 writes a guest's console."""
@@ -35,6 +44,9 @@ awk '/#agent ready/ {{ print > "{ready}"; close("{ready}") }}
 ) > /dev/null 2>&1 &"""
 """Puts a guest's console lines on dom0's console, and sees its agent start."""
 
+NOT_STARTED = -1
+"""The domain id of a guest that has not been started."""
+
 BOOT_S = 1200
 """Many times what the slowest boot takes where nothing else runs: a PVH guest by GRUB, under 50 s."""
 
@@ -42,22 +54,22 @@ BOOT_S = 1200
 class GuestShell(Shell):
     """The agent of a DomU, reached through dom0 and the DomU's console."""
 
-    def __init__(self, host, line):
+    def __init__(self, host: XenHost, line: str) -> None:
         super().__init__()
         self._host = host
         self._line = line
 
-    def exchange(self, number, request, timeout, command):
+    def exchange(self, number: int, request: str, timeout: float, command: str) -> str:
         """Has the agent of dom0 pass the request on."""
         line = f"{number} {request}"
-        status, answer = self._host.machine.shell.pass_on(self._line, timeout, line)
+        status, answer = self._host.machine.shell.pass_on(self._line, int(timeout), line)
         if status != 0:
             raise CommandFailed(
                 f"no answer from the guest within {timeout} s to: {command}\n{answer[-500:]}"
             )
         return answer
 
-    def send(self, command):
+    def send(self, command: str) -> None:
         """Starts a shell script and awaits no answer: the guest goes away."""
         line = f"{self.next_number()} run {encode(command)}"
         self._host.machine.shell.pass_on(self._line, 0, line)
@@ -86,24 +98,31 @@ FOUR_VCPUS = Kind(vcpus=4, memory=432, fio=True)
 class Guest:
     """One DomU."""
 
-    parts = ("/guest/initrd", "/payload/guest.cpio")
+    parts: tuple[str, ...] = ("/guest/initrd", "/payload/guest.cpio")
     """What its initramfs is made of, files of dom0."""
     serves = False
     """Whether disks of others need it, so that it goes last."""
 
-    def __init__(self, host, name, settings="", loader=None, initramfs=None):
+    def __init__(
+        self,
+        host: XenHost,
+        name: str,
+        settings: str = "",
+        loader: str | None = None,
+        initramfs: str | None = None,
+    ) -> None:
         self.host = host
         self.name = name
         self._settings = settings
         self._loader = loader
         if initramfs:
             self.parts = (initramfs,)
-        self.domid = None
-        self.shell = None
+        self.domid = NOT_STARTED
+        self._shell: GuestShell | None = None
         self._destroyed = False
-        self._allowed = []
+        self._allowed: list[str] = []
 
-    def start(self, kind, disks=(), root=None):
+    def start(self, kind: Kind, disks: Iterable[Disk] = (), root: str | None = None) -> None:
         """xl create, then waits for the agent."""
         type = kind.type or self.host.guest_type
         memory = (kind.memory + 128 * kind.fio) * self.host.memory_factor
@@ -133,10 +152,10 @@ on_reboot = "destroy"
         self.host.sh(f"xl create /run/{self.name}.cfg", timeout=240)
         self._find()
         self._wait_for_agent()
-        if self.host.pair:
+        if self.host.has_pair:
             self.sh(announcement(self.host.logs))
 
-    def take_over(self, disks):
+    def take_over(self, disks: Iterable[Disk]) -> None:
         """As `start`, where the guest of this name has waited since before the scenario."""
         self.find_waiting()
         for disk in disks:
@@ -144,73 +163,73 @@ on_reboot = "destroy"
         self.unpack("/payload/guest.packed")
         self.sh("load-modules")
 
-    def find_waiting(self):
+    def find_waiting(self) -> None:
         """The domain of this name, whose agent somebody else has asked before."""
         self._find()
         self.shell.skip_numbers()
         self.sh(announcement(self.host.logs))
 
-    def unpack(self, file):
+    def unpack(self, file: str) -> None:
         """Brings an archive that gzip has packed, a file of dom0, into the guest."""
         nodes = f"/local/domain/{self.domid}/file"
         self.host.sh(f"store-file put {file} {nodes}")
         self.sh(f"set -o pipefail; store-file get {nodes} | gunzip | (cd / && cpio -id)")
         self.host.sh(f"xenstore-rm {nodes}")
 
-    def save(self, place):
+    def save(self, place: str) -> None:
         """xl save: the guest is gone until it is restored."""
         self.host.sh(f"xl save {self.name} {place}", timeout=300)
 
-    def restore(self, place):
+    def restore(self, place: str) -> None:
         """xl restore: the guest goes on as another domain, with new backends."""
         self.host.sh(f"xl restore {place}", timeout=300)
         self._find()
 
-    def _find(self):
+    def _find(self) -> None:
         """The domain of this name, and the way to its agent."""
         domid, terminal = self.host.sh(
             f"id=$(xl domid {self.name}); echo $id $(xenstore-read /local/domain/$id/console/tty)"
         ).split()
         self.domid = int(domid)
-        self.shell = GuestShell(self.host, terminal)
+        self._shell = GuestShell(self.host, terminal)
 
-    def sh(self, command, timeout=120):
+    def sh(self, command: str, timeout: float = 120) -> str:
         """Runs a shell script in the guest; it must succeed. Returns its output."""
         return self.shell.check(command, timeout)
 
-    def run(self, command, timeout=120):
+    def run(self, command: str, timeout: float = 120) -> tuple[int, str]:
         """Runs a shell script in the guest; returns status and output."""
         return self.shell.run(command, timeout)
 
-    def wait_for(self, condition, timeout=120):
+    def wait_for(self, condition: str, timeout: float = 120) -> None:
         """Waits until a shell condition holds in the guest."""
         wait_in(self, condition, timeout)
 
-    def wait_for_disk(self, vdev, timeout=120):
+    def wait_for_disk(self, vdev: str, timeout: float = 120) -> None:
         """Waits until the guest has the disk as a block device."""
         self.wait_for(f"[ -b /dev/{vdev} ]", timeout)
 
-    def load_frontend(self, parameters=""):
+    def load_frontend(self, parameters: str = "") -> None:
         """Loads the pair's frontend again."""
         self.sh(
             f"insmod $(ls /modules/{self.front}.ko /run/modules/{self.front}.ko 2>/dev/null) {parameters}"
         )
 
-    def unload_frontend(self):
+    def unload_frontend(self) -> None:
         """Unbinds all disks from the pair's frontend and unloads it."""
         self.sh(
             f"cd {DRIVER}; for disk in vbd-*; do [ ! -e $disk ] || echo $disk > unbind; done\n"
             f"rmmod {self.front}"
         )
 
-    def reload_frontend(self):
+    def reload_frontend(self) -> None:
         """Unloads and loads the frontend; all disks are closed and come back."""
         self.unload_frontend()
         self.wait_for_backends()
         self.load_frontend()
         self.ask_for_disks()
 
-    def rebind_disk(self, code):
+    def rebind_disk(self, code: int) -> None:
         """Unbinds a disk from the frontend through sysfs, and binds it again."""
         device = f"vbd-{code}"
         self.sh(f"cd {DRIVER}; echo {device} > unbind; [ ! -e {device} ]")
@@ -218,7 +237,7 @@ on_reboot = "destroy"
         self.sh(f"cd {DRIVER}; echo {device} > bind")
         self.ask_for_disks()
 
-    def wait_for_backends(self, disks=None):
+    def wait_for_backends(self, disks: int | None = None) -> None:
         """Waits until those who serve these disks, by number, or all, have seen the frontend go.
 
         The C frontend takes a backend that is still connected to its predecessor for its own, and
@@ -232,7 +251,7 @@ on_reboot = "destroy"
             )
             self.host.wait_for(f"! {{ {states}; }} | grep -q '[45]'")
 
-    def ask_for_disks(self):
+    def ask_for_disks(self) -> None:
         """Has a frontend that was unbound from its disks connect to them again."""
         if self.front == "xen-blkfront":
             # The C frontend leaves it at state 6 and waits for who closed it.
@@ -242,27 +261,39 @@ on_reboot = "destroy"
             )
 
     @property
-    def front(self):
+    def front(self) -> str:
         """The name of the pair's frontend module."""
         return self.host.pair.front.name
 
-    def is_alive(self):
+    @property
+    def has_checks(self) -> bool:
+        """Whether its kernel is the debug kernel."""
+        return self.host.has_checks
+
+    @property
+    def shell(self) -> GuestShell:
+        """The agent; raises `MachineTrouble` if the guest has not been started."""
+        if self._shell is None:
+            raise MachineTrouble(f"{self.name} was not started")
+        return self._shell
+
+    def is_alive(self) -> bool:
         """Whether the domain exists."""
         return (
-            self.domid is not None
+            self.domid != NOT_STARTED
             and self.host.run(f"xenstore-exists /local/domain/{self.domid}")[0] == 0
         )
 
-    def console(self):
+    def console(self) -> str:
         """All that the guest's console showed, without the agent's lines."""
         return self.host.sh(f"awk '{NOT_THE_AGENTS}' {LOG.format(name=self.name)}")
 
-    def allow(self, text):
+    def allow(self, text: str) -> None:
         """Lets console lines that contain `text` pass: this scenario provokes them."""
         self._allowed.append(text)
         self.host.machine.allow(text)
 
-    def shut_down(self, timeout=120):
+    def shut_down(self, timeout: float = 120) -> None:
         """Powers the guest off from inside; its console must be clean to the end, and have one.
 
         A guest that the scenario has not destroyed must be there.
@@ -278,13 +309,13 @@ on_reboot = "destroy"
         self.check_console()
         self.host.guests.pop(self.name, None)
 
-    def destroy(self):
+    def destroy(self) -> None:
         """xl destroy. What a disk that does not answer uses of the domain may be left in Xen."""
         self.host.sh(f"xl destroy {self.name}")
         self._destroyed = True
         self._wait_gone(60)
 
-    def check_console(self):
+    def check_console(self) -> None:
         """Keeps the console in the logs and raises if it shows trouble."""
         text = self.console()
         (self.host.logs / f"console-{self.name}.txt").write_text(text)
@@ -298,7 +329,7 @@ on_reboot = "destroy"
         if not self._destroyed and END not in text:
             raise MachineTrouble(f"the console of {self.name} has no end:\n{text[-3000:]}")
 
-    def _wait_for_agent(self):
+    def _wait_for_agent(self) -> None:
         """Asks for the domain now and then only: each program takes from who boots here."""
         ready = f"[ -e {READY.format(name=self.name)} ]"
         ended = f"! xenstore-exists /local/domain/{self.domid}"
@@ -307,12 +338,12 @@ on_reboot = "destroy"
         if not self.is_alive():
             raise MachineTrouble(f"{self.name} ended while starting:\n{self.console()[-3000:]}")
 
-    def _wait_gone(self, timeout):
+    def _wait_gone(self, timeout: float) -> None:
         wait_in(self.host, f"! xenstore-exists /local/domain/{self.domid}", timeout)
 
 
-def wait_in(machine, condition, timeout):
+def wait_in(machine: Target, condition: str, timeout: float) -> None:
     """Waits until a shell condition holds in dom0 or a guest."""
-    status, output = machine.run(until(condition, timeout, "exit 9"), timeout + 30)
+    status, output = machine.run(until(condition, int(timeout), "exit 9"), timeout + 30)
     if status != 0:
         raise CommandFailed(f"after {timeout} s still not: {condition}\n{output}")

@@ -7,6 +7,7 @@ these come through xenstore when a scenario takes it over.
 """
 
 from pathlib import Path
+from typing import Any
 
 from .cache import CACHE
 from .cache import key_of
@@ -32,21 +33,21 @@ class SnapshotWithGuest(Snapshot):
     If the kernel under test cannot be dom0, a driver domain called "storage" waits too.
     """
 
-    def __init__(self, *arguments, waiting=Kind(), **options):
+    def __init__(self, *arguments: Any, waiting: Kind = Kind(), **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.waiting = waiting
         self._before = Snapshot(*arguments, **options)
         self.key = key_of(self.key, repr(waiting), *MADE_BY)
         self._directory = CACHE / "snapshots" / self.key
 
-    def _make(self, directory):
+    def _make(self, directory: Path) -> None:
         host = XenHost(self._before, None, directory)
         try:
             resume(host.machine)
             host.sh(RATE_LIMIT.format(us=0))
             guest = Guest(host, "guest")
             guest.parts = guest.parts[:1]
-            guest.start(self.waiting)
+            guest.start(self.waiting or Kind())
             if self.has_checks:
                 storage = Storage(host, "storage")
                 storage.parts = storage.parts[:2]

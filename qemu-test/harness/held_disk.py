@@ -4,10 +4,22 @@
 It is the one of rblk_ramdisk, /dev/rblk0.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from .driver_check import assert_served_by_pair
 from .guest import TWO_VCPUS
 from .shell import until
 from .xenhost import Disk
+
+if TYPE_CHECKING:
+    from .guest import Guest
+    from .guest import Kind
+    from .xenhost import Server
+    from .xenhost import XenHost
 
 DISK = "size_mib=64 depth=128 discard_granularity=4096 timeout_ms=1200000 only=7"
 """Parameters: it keeps reads, writes and flushes. Linux waits for a task that discards before it stops."""
@@ -18,7 +30,9 @@ LOOK_S = 10
 """After so many seconds an event may have been missed."""
 
 
-def start(xen, test_modules, waiting=TWO_VCPUS):
+def start(
+    xen: Callable[..., XenHost], test_modules: Path, waiting: Kind = TWO_VCPUS
+) -> tuple[XenHost, Guest]:
     """A host whose server has such a disk, and a guest that uses it by two large rings."""
     host = xen(
         waiting=waiting,
@@ -34,18 +48,18 @@ def start(xen, test_modules, waiting=TWO_VCPUS):
     return host, guest
 
 
-def hold(server, guest):
+def hold(server: Server, guest: Guest) -> None:
     """Has the disk keep what comes from now on; returns when some is in flight."""
     server.sh(f"dmesg -c >/dev/null; echo 3 > {MODE}")
     guest.wait_for("set -- $(cat /sys/block/xvda/inflight); [ $1 -gt 0 ] && [ $2 -gt 8 ]")
 
 
-def release(server):
+def release(server: Server) -> None:
     """Has the disk do what it has kept."""
     server.sh(f"echo 0 > {MODE}; : < /dev/rblk0")
 
 
-def fail_when_stopped(host, guest):
+def fail_when_stopped(host: XenHost, guest: Guest) -> None:
     """Has what the disk keeps fail as soon as the guest has stopped to be saved.
 
     Returns at once. Only who asks again gets what was asked for then.
@@ -62,18 +76,18 @@ def fail_when_stopped(host, guest):
     host.sh(f"({stopped}; xenstore-write {node} 1) > /dev/null 2>&1 &")
 
 
-def assert_failed(server):
+def assert_failed(server: Server) -> None:
     """What was in flight has failed. That is printed at a limited rate, so not all kinds need be."""
     server.wait_for(f"! xenstore-exists {_stopped(server)}")
     assert "I/O error, dev rblk0" in server.sh("dmesg")
 
 
-def _stopped(server):
+def _stopped(server: Server) -> str:
     """The node that says that the guest has stopped."""
     return f"/local/domain/{server.domid}/data/stopped"
 
 
-def _awaited(condition, node):
+def _awaited(condition: str, node: str) -> str:
     """A shell script that looks for a condition when a node changes: xl takes much of what is waited for."""
     return (
         f"for look in $(seq {STOP_S // LOOK_S}); do ! {{ {condition}; }} || break; "

@@ -6,23 +6,31 @@ brings the libraries that `ldd` names. libgcc_s.so.1 is added beside them:
 glibc loads it by name when a thread is cancelled, and xl aborts without it.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cache import CACHE
 from .cache import key_of
 from .cache import made_once
 from .cpio import Archive
 
+if TYPE_CHECKING:
+    from .kernel import Kernel
+
 PIECES = Path(__file__).resolve().parent.parent / "image"
 """Scripts that run inside the machines."""
 
 
-def base_archive(init, programs=(), devices=True):
+def base_archive(init: str, programs: Sequence[str | Path] = (), devices: bool = True) -> Archive:
     """An archive with busybox, the agent, an /init and `programs`.
 
     `init` is the name of a script in `image/`. A program has the same path in
@@ -59,21 +67,21 @@ def base_archive(init, programs=(), devices=True):
     return archive
 
 
-def add_program(archive, program):
+def add_program(archive: Archive, program: str | Path) -> None:
     """Adds a program and the libraries it is linked with."""
-    archive.file(program, program)
+    archive.file(str(program), program)
     for library in libraries_of(program):
         if library not in archive:
             archive.file(library, library)
 
 
-def module_at(name, parameters, place):
+def module_at(name: str, parameters: str, place: str) -> str:
     """A shell command that loads a module from `place`, or from where those of the kernel are."""
     files = f"{place}/{name}.ko /lib/modules/{name}.ko"
     return f"insmod $(ls {files} 2>/dev/null | head -n 1) {parameters}"
 
 
-def add_built_module(archive, path, module):
+def add_built_module(archive: Archive, path: str, module: str | Path) -> None:
     """Adds a module file at `path`, without its debug information, which is most of it."""
     with tempfile.NamedTemporaryFile() as stripped:
         subprocess.run(["objcopy", "--strip-debug", module, stripped.name], check=True)
@@ -81,7 +89,7 @@ def add_built_module(archive, path, module):
 
 
 @cache
-def libraries_of(program, place=""):
+def libraries_of(program: str | Path, place: str = "") -> tuple[str, ...]:
     """Returns the libraries that a program is linked with, searched in `place` first."""
     result = subprocess.run(
         ["ldd", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -93,18 +101,18 @@ def libraries_of(program, place=""):
     return tuple(found)
 
 
-def compiled(name):
+def compiled(name: str) -> Path:
     """The file of a program in `image/`. It needs no library, as not all machines have one."""
     source = PIECES / f"{name}.c"
-    command = ["gcc", "-O2", "-Wall", "-Werror", "-static", "-s", source, "-o"]
-    key = key_of(source.read_bytes(), *map(str, command[:6]))
+    command = ["gcc", "-O2", "-Wall", "-Werror", "-static", "-s"]
+    key = key_of(source.read_bytes(), *command)
     return made_once(
         CACHE / "images" / f"{name}-{key}" / name,
-        lambda path: subprocess.run([*command, path], check=True),
+        lambda path: subprocess.run([*command, source, "-o", path], check=True),
     )
 
 
-def add_modules(archive, kernel, names):
+def add_modules(archive: Archive, kernel: Kernel, names: Iterable[str]) -> list[str]:
     """Adds kernel modules, and a list in the order to load them."""
     ordered = kernel.with_dependencies(names)
     for name in ordered:
@@ -112,7 +120,7 @@ def add_modules(archive, kernel, names):
     return ordered
 
 
-def debian_packages(names, installed=True):
+def debian_packages(names: Sequence[str], installed: bool = True) -> list[Path]:
     """Package files of the build root's Debian release, by apt, kept in the cache.
 
     If they are installed there, they are kept by version.
@@ -123,7 +131,7 @@ def debian_packages(names, installed=True):
             ["dpkg-query", "-W", *names], stdout=subprocess.PIPE, check=True
         ).stdout
 
-    def make(path):
+    def make(path: Path) -> None:
         path.mkdir()
         command = ["apt-get", "-q", "download", *names]
         result = subprocess.run(

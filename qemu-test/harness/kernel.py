@@ -10,13 +10,14 @@ directory for our own build).
 import lzma
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 
 class Kernel:
     """One prepared kernel."""
 
-    def __init__(self, directory):
+    def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).resolve()
         self.release = (self.directory / "release").read_text().strip()
         self.vmlinuz = self.directory / "vmlinuz"
@@ -34,13 +35,13 @@ class Kernel:
         self._paths = {_name(path): path for path in self._tree.rglob("*.ko*")}
         text = (self._tree / "modules.builtin").read_text()
         self._builtin = {_name(Path(line)) for line in text.split()}
-        self._needs = {}
+        self._needs: dict[str, list[str]] = {}
 
-    def with_dependencies(self, names):
+    def with_dependencies(self, names: Iterable[str]) -> list[str]:
         """`names` and all modules they need, each after what it needs."""
-        ordered = []
+        ordered: list[str] = []
 
-        def visit(name):
+        def visit(name: str) -> None:
             name = name.replace("-", "_")
             if name in ordered or name in self._builtin:
                 return
@@ -53,7 +54,7 @@ class Kernel:
             visit(name)
         return ordered
 
-    def needs(self, name):
+    def needs(self, name: str) -> list[str]:
         """The modules that module `name` needs, from its own header."""
         if name not in self._needs:
             match = re.search(rb"\0depends=([^\0]*)\0", b"\0" + self.module(name))
@@ -61,7 +62,7 @@ class Kernel:
             self._needs[name] = [need for need in text.split(",") if need]
         return self._needs[name]
 
-    def module(self, name):
+    def module(self, name: str) -> bytes:
         """The uncompressed content of module `name`."""
         name = name.replace("-", "_")
         if name not in self._paths:
@@ -74,13 +75,13 @@ class Kernel:
             return subprocess.run(["zstd", "-dc", path], stdout=subprocess.PIPE, check=True).stdout
         return data
 
-    def has(self, name):
+    def has(self, name: str) -> bool:
         """Whether the kernel has `name`, as a module or built in."""
         name = name.replace("-", "_")
         return name in self._paths or name in self._builtin
 
 
-def build_id(module):
+def build_id(module: str | Path) -> str:
     """The build id (hex) that a module file carries in its GNU note."""
     command = ["readelf", "-n", str(module)]
     text = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
@@ -90,5 +91,5 @@ def build_id(module):
     return match.group(1)
 
 
-def _name(path):
+def _name(path: Path) -> str:
     return path.name.split(".ko")[0].replace("-", "_")

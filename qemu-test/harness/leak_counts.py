@@ -5,7 +5,17 @@ Xen's debug key `g` prints every active grant, `e` every event channel and `q`
 every domain with its pages. The counts are totals by domain.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from typing import Any
+
+if TYPE_CHECKING:
+    from .guest import Guest
+    from .shell import Target
+    from .xenhost import XenHost
 
 MODULE_ADDRESS = re.compile(
     r"\[(rblk|xen_blk)\w+\]|^ +(\[<[0-9a-f]+>\] )?0xffffffff[a-f]", re.MULTILINE
@@ -13,7 +23,7 @@ MODULE_ADDRESS = re.compile(
 """A line of a backtrace in a driver of the pair, or in a module that is gone."""
 
 
-def xen_counts(host):
+def xen_counts(host: XenHost) -> dict[str, object]:
     """Grants, event channels and pages by domain, and xenstore's nodes."""
     return {
         "grants": _by_domain(host.xen_messages("g"), r"for remote d(\d+)", r"\[0x[0-9a-f]+\]"),
@@ -23,7 +33,7 @@ def xen_counts(host):
     }
 
 
-def mapped_pages(host, guest):
+def mapped_pages(host: XenHost, guest: Guest) -> tuple[int, int]:
     """How many pages of a guest are mapped by others to be read only, and how many to be written.
 
     Xen counts the uses of a grant in the column `pin`, those that may write in its lowest byte.
@@ -35,7 +45,7 @@ def mapped_pages(host, guest):
     return len(pins) - written, written
 
 
-def free_kb(machine, drop=3):
+def free_kb(machine: Target, drop: int = 3) -> int:
     """Memory that nobody uses, with pages in the list of a CPU, which MemFree leaves out.
 
     The kernel is told to give back caches first: `drop` 1 is those of files alone, 3
@@ -49,7 +59,7 @@ def free_kb(machine, drop=3):
     )
 
 
-def kernel_counts(machine):
+def kernel_counts(machine: Target) -> dict[str, Any]:
     """Kernel threads, memory, and modules with their reference counts."""
     machine.sh("sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1")
     return {
@@ -60,7 +70,7 @@ def kernel_counts(machine):
     }
 
 
-def backend_switches(host, vdev="xvd"):
+def backend_switches(host: XenHost, vdev: str = "xvd") -> int:
     """How often the threads of the server's backend, or of one disk, have gone to sleep."""
     return int(
         host.server.sh(
@@ -74,26 +84,26 @@ KEEPS_PAGES = "persistent_grant_unused_seconds=0"
 """Parameters of a backend that is not to wake up once, after a minute, to give back pages."""
 
 
-def assert_idle(host, record_property):
+def assert_idle(host: XenHost, record_property: Callable[[str, object], None]) -> None:
     """No thread of the backend wakes up without a reason; those of the C module do.
 
     The backend was loaded with `KEEPS_PAGES`.
     """
     before = backend_switches(host)
     host.server.sh("sleep 3")
-    ours = host.pair.back.name == "rblkback"
+    ours = host.pair.backend.name == "rblkback"
     assert (backend_switches(host) == before) == ours
     if not ours:
         record_property("c_fails", "B-13")
 
 
-def assert_checked(machine):
+def assert_checked(machine: Target) -> None:
     """The checks of the debug kernel: lockdep has looked to the end, kmemleak has no report."""
     machine.sh("grep -q '^ debug_locks: *1$' /proc/lockdep_stats")
     assert_no_lost_memory(machine)
 
 
-def assert_no_lost_memory(machine):
+def assert_no_lost_memory(machine: Target) -> None:
     """By the debug kernel's kmemleak, no memory of a driver is left that nothing points to.
 
     An allocation counts when it is five seconds old and two scans have not found
@@ -109,8 +119,9 @@ def assert_no_lost_memory(machine):
     assert not ours, f"memory that nothing points to in {machine.name}:\n" + "".join(ours[:5])
 
 
-def _by_domain(text, domain_pattern, item_pattern):
-    counts, domain = {}, None
+def _by_domain(text: str, domain_pattern: str, item_pattern: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    domain = None
     for line in text.splitlines():
         match = re.search(domain_pattern, line)
         if match:

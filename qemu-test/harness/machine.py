@@ -11,6 +11,7 @@ import signal
 import socket
 import termios
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,7 +43,7 @@ serial line is an instruction that Xen has to do for it; a port takes all of the
 serial line is there too, for another agent."""
 
 
-def _typed(data):
+def _typed(data: bytes) -> bytes:
     """What a person has typed. Nothing means that the terminal is gone: pexpect would go on."""
     if not data:
         raise EOFError
@@ -52,14 +53,16 @@ def _typed(data):
 class Machine:
     """A running QEMU; `arguments` say what hardware it has and what it boots."""
 
-    def __init__(self, arguments, logs, line=SERIAL_LINE):
+    def __init__(
+        self, arguments: Iterable[str | Path], logs: str | Path, line: Iterable[str] = SERIAL_LINE
+    ) -> None:
         self.logs = Path(logs).resolve()
         self.logs.mkdir(parents=True, exist_ok=True)
         self.console_log = self.logs / "console.log"
         monitor = self._short(self.logs / "monitor")
         self.monitor = Monitor(monitor)
         self._serial = self._short(self.logs / "serial")
-        self._allowed = []
+        self._allowed: list[str] = []
         common = [
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{self.console_log}",
@@ -81,15 +84,15 @@ class Machine:
         self._child.delaybeforesend = None
         self.shell = SerialShell(self._child, self.watch)
 
-    def console(self):
+    def console(self) -> str:
         """All that came on the console so far."""
         return self.console_log.read_text(errors="replace") if self.console_log.exists() else ""
 
-    def allow(self, text):
+    def allow(self, text: str) -> None:
         """Lets console lines that contain `text` pass: this scenario provokes them."""
         self._allowed.append(text)
 
-    def watch(self):
+    def watch(self) -> None:
         """Raises if the console shows trouble. Called while an answer is awaited."""
         self._stir()
         bad = trouble_in(self.console())
@@ -98,7 +101,7 @@ class Machine:
             time.sleep(2)
             raise MachineTrouble("the console shows:\n" + "\n".join(bad[:20]))
 
-    def wait_for_console(self, text, timeout):
+    def wait_for_console(self, text: str, timeout: float) -> None:
         """Waits until `text` is on the console."""
         deadline = time.monotonic() + timeout
         while text not in self.console():
@@ -109,7 +112,7 @@ class Machine:
                 raise MachineTrouble(f"QEMU ended before {text!r}:\n{self._child.read()}")
             time.sleep(0.1)
 
-    def wait_monitor(self, timeout):
+    def wait_monitor(self, timeout: float) -> None:
         """Waits until QEMU has opened its monitor: it listens some time after the file is there."""
         deadline = time.monotonic() + timeout
         while True:
@@ -121,17 +124,17 @@ class Machine:
                     raise MachineTrouble(f"QEMU did not start:\n{self._child.read()}") from None
             time.sleep(0.02)
 
-    def status(self):
+    def status(self) -> str:
         """Returns QEMU's run state, such as "running"."""
-        return self.monitor.execute("query-status")["status"]
+        return str(self.monitor.execute("query-status")["status"])
 
-    def throttle_writes(self, bytes_per_second):
+    def throttle_writes(self, bytes_per_second: int) -> None:
         """Limits how fast QEMU writes to the disk "disk"; 0 is no limit."""
         limits = dict.fromkeys(("bps", "bps_rd", "iops", "iops_rd", "iops_wr"), 0)
         limits["bps_wr"] = bytes_per_second
         self.monitor.execute("block_set_io_throttle", {"device": "disk", **limits})
 
-    def sleep(self, timeout=240):
+    def sleep(self, timeout: float = 240) -> None:
         """Has Linux put the machine to sleep (ACPI S3), and wakes it up.
 
         What is sent to the agent before Linux is awake is lost. A machine that has been woken up
@@ -151,7 +154,7 @@ class Machine:
             if self.status() == "suspended":
                 self.monitor.execute("system_wakeup")
 
-    def _take_serial_line(self):
+    def _take_serial_line(self) -> None:
         """Talks to an agent on the second serial line from now on."""
         self._line = socket.socket(socket.AF_UNIX)
         self._line.connect(str(self._serial))
@@ -162,13 +165,13 @@ class Machine:
         shell.wait_ready(timeout=TIMEOUT)
         self.shell = shell
 
-    def interact(self, command):
+    def interact(self, command: str) -> None:
         """Gives this terminal to `command` on the agent's line until either ends."""
         self.shell.talk(f"{command}\npoweroff -f")
         with suppress(EOFError, termios.error):
             self._child.interact(escape_character=None, input_filter=_typed)
 
-    def wait_end(self, timeout):
+    def wait_end(self, timeout: float) -> None:
         """Waits until QEMU has ended by itself."""
         deadline = time.monotonic() + timeout
         while self._child.isalive():
@@ -178,7 +181,7 @@ class Machine:
             self._stir()
         self.watch()
 
-    def cpu_seconds(self):
+    def cpu_seconds(self) -> float:
         """Processor time that QEMU has taken: what a scenario costs on any machine."""
         try:
             fields = Path(f"/proc/{self._child.pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -186,7 +189,7 @@ class Machine:
             return 0
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def kill(self):
+    def kill(self) -> None:
         """Ends QEMU now. On a busy machine it takes a while until it has let go of its memory."""
         self._child.kill(signal.SIGKILL)
         deadline = time.monotonic() + KILLED_S
@@ -197,7 +200,7 @@ class Machine:
         self._child.close()
         self.monitor.close()
 
-    def _stir(self):
+    def _stir(self) -> None:
         """Has QEMU's main loop go round.
 
         With counted time, the loop sets the timer that wakes processors which all sleep. If it
@@ -206,12 +209,12 @@ class Machine:
         with suppress(MonitorError):
             self.status()
 
-    def _drain(self):
+    def _drain(self) -> None:
         try:
             self._child.read_nonblocking(4096, timeout=0.2)
         except (pexpect.TIMEOUT, pexpect.EOF):
             pass
 
-    def _short(self, path):
+    def _short(self, path: Path) -> Path:
         """A path short enough for a socket address."""
         return Path("/tmp") / f"rblkif-{abs(hash(str(path))):x}"

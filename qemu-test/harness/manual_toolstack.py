@@ -5,49 +5,58 @@ So the scenario decides when the backend hears of what. The two drivers are the
 pair's; the backend is that of the host's server.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .toolstack import CODES
 from .toolstack import directories
+
+if TYPE_CHECKING:
+    from .guest import Guest
+    from .toolstack import Nodes
+    from .xenhost import Server
+    from .xenhost import XenHost
 
 
 @dataclass
 class ManualDisk:
     """A disk of a guest, made node by node."""
 
-    host: object
-    guest: object
+    host: XenHost
+    guest: Guest
     vdev: str = "xvdb"
 
     @property
-    def code(self):
+    def code(self) -> int:
         """The virtual device number."""
         return CODES[self.vdev]
 
     @property
-    def front(self):
+    def front(self) -> str:
         """The frontend's directory in xenstore."""
         return self._directories()[0]
 
     @property
-    def back(self):
+    def back(self) -> str:
         """The backend's directory in xenstore."""
         return self._directories()[1]
 
-    def _directories(self):
+    def _directories(self) -> tuple[str, str]:
         return directories(self.guest.domid, self.code, self.server)
 
     @property
-    def server(self):
+    def server(self) -> Server:
         """Who has the backend."""
         return self.host.server
 
     @property
-    def device(self):
+    def device(self) -> str:
         """The backend's device in the server's sysfs."""
         return f"/sys/bus/xen-backend/devices/vbd-{self.guest.domid}-{self.code}"
 
-    def offer(self, mode="w", kind="disk", state=1, **nodes):
+    def offer(self, mode: str = "w", kind: str = "disk", state: int = 1, **nodes: object) -> None:
         """What the toolstack writes before the hotplug script runs; `nodes` are of the backend.
 
         `kind` is disk or cdrom. With another `state` of the backend than 1 no driver takes it.
@@ -70,7 +79,7 @@ class ManualDisk:
             f"xenstore-write {self.back}/state {state} {self.front}/state 1"
         )
 
-    def give(self, target):
+    def give(self, target: str) -> None:
         """What the hotplug script writes: which block device it is."""
         number = self.server.sh(f"stat -L -c %t:%T {target}")
         self.host.sh(
@@ -78,19 +87,19 @@ class ManualDisk:
             f" {self.back}/hotplug-status connected"
         )
 
-    def play(self, state, **nodes):
+    def play(self, state: int, **nodes: object) -> None:
         """What a backend writes, its state at last. No driver has the device, see `offer`."""
         nodes = {name.replace("_", "-"): value for name, value in nodes.items()}
         self.host.sh(_writing(self.back, {**nodes, "state": state}))
 
-    def play_until_connected(self, **nodes):
+    def play_until_connected(self, **nodes: object) -> None:
         """Plays a backend of an empty disk, and waits until the frontend has connected to it."""
         self.play(2, **nodes)
         self.wait_for(front=3)
         self.play(4, **{"sectors": 0, "sector_size": 512, "info": 0, **nodes})
         self.wait_for(front=4)
 
-    def hand_over(self, **nodes):
+    def hand_over(self, **nodes: object) -> None:
         """The backend that was played closes, and a driver that is loaded takes its place.
 
         `nodes` are those of the former that the latter does not write.
@@ -100,32 +109,32 @@ class ManualDisk:
         self.play(1)
         self.wait_for(front=4, back=4)
 
-    def detach_and_wait(self):
+    def detach_and_wait(self) -> None:
         """What `xl block-detach` does."""
         self.host.sh(f"xenstore-write {self.back}/online 0 {self.back}/state 5")
         self.forget()
 
-    def forget(self):
+    def forget(self) -> None:
         """Removes the nodes once the backend is closed, and waits until it has nothing of the disk."""
         self.wait_for(back=6)
         self.host.sh(f"xenstore-rm {self.back}; xenstore-rm {self.front}")
         self.server.wait_for(f"[ ! -e {self.device} ]")
 
-    def wait_for(self, front=None, back=None):
+    def wait_for(self, front: int | None = None, back: int | None = None) -> None:
         """Waits until the two halves are in these states."""
         for directory, state in ((self.front, front), (self.back, back)):
             if state is not None:
                 self.host.wait_for(f'[ "$(xenstore-read {directory}/state)" = {state} ]')
 
-    def statistic(self, name):
+    def statistic(self, name: str) -> int:
         """A number of the backend's statistics."""
         return int(self.server.sh(f"cat {self.device}/statistics/{name}"))
 
-    def wait_statistic(self, name, value):
+    def wait_statistic(self, name: str, value: int) -> None:
         """Waits until the backend has taken so many requests."""
         self.server.wait_for(f"[ $(cat {self.device}/statistics/{name}) -ge {value} ]")
 
 
-def _writing(directory, nodes):
+def _writing(directory: str, nodes: Nodes) -> str:
     pairs = " ".join(f"{directory}/{name} '{value}'" for name, value in nodes.items())
     return f"xenstore-write {pairs}"

@@ -6,13 +6,19 @@ Rust driver. C/C is the reference run: it tests the scenario itself. As BACK, Q 
 in dom0, which is no module: see qdisk.py.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cache import CACHE
 from .cache import key_of
 from .cache import made_once
 from .kernel import build_id
+
+if TYPE_CHECKING:
+    from .kernel import Kernel
 
 
 @dataclass
@@ -35,12 +41,21 @@ class Pair:
     storage: Driver | None
     """The backend in a driver domain: the same, built for the guests' kernel."""
 
+    @property
+    def backend(self) -> Driver:
+        """The backend in dom0; raises `ValueError` if that is QEMU."""
+        if self.back is None:
+            raise ValueError(f"the backend of {self.name} is no module")
+        return self.back
+
 
 QDISK = "Q"
 NAMES = {"C": ("xen-blkfront", "xen-blkback"), "R": ("rblkfront", "rblkback")}
 
 
-def pair(name, kernel, build, dom0=None):
+def pair(
+    name: str, kernel: Kernel, build: str | Path, dom0: tuple[Kernel, Path] | None = None
+) -> Pair:
     """The pair called `name` for `kernel`; our modules are in directory `build`.
 
     `dom0` is (kernel, build) of dom0 if it runs another kernel than its guests.
@@ -57,7 +72,7 @@ def pair(name, kernel, build, dom0=None):
     )
 
 
-def other_driver(driver, kernel, build):
+def other_driver(driver: Driver, kernel: Kernel, build: str | Path) -> Driver:
     """The other driver for the same devices."""
     ours = driver.name in NAMES["R"]
     own, kind = ("R", "C") if ours else ("C", "R")
@@ -65,7 +80,7 @@ def other_driver(driver, kernel, build):
     return _driver(NAMES[kind][side], kind, kernel, build)
 
 
-def _driver(name, kind, kernel, build):
+def _driver(name: str, kind: str, kernel: Kernel, build: str | Path) -> Driver:
     if kind == "R":
         file = Path(build) / f"{name}.ko"
         return Driver(name, file, build_id(file))

@@ -6,14 +6,18 @@ QEMU, its libraries and the disk images are in a file system on dom0's /dev/vdb,
 one QEMU process for each guest that has such a disk.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from mmap import ACCESS_READ
 from mmap import mmap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cache import CACHE
 from .cache import key_of
@@ -24,6 +28,11 @@ from .image import libraries_of
 from .xenhost import Disk
 from .xenimage import ext4_image
 from .xenimage import file_in_image
+
+if TYPE_CHECKING:
+    from .guest import Guest
+    from .xenhost import Server
+    from .xenhost import XenHost
 
 PACKAGES = (
     "qemu-system-xen", "qemu-utils", "libspice-server1", "libgstreamer1.0-0",
@@ -47,11 +56,11 @@ LD_LIBRARY_PATH={place}/lib exec {place}/qemu -L {place} "$@"
 """
 
 
-def tree():
+def tree() -> Path:
     """Returns the directory with the unpacked packages."""
     packages = debian_packages(PACKAGES, installed=False)
 
-    def make(path):
+    def make(path: Path) -> None:
         path.mkdir()
         for package in packages:
             subprocess.run(["dpkg-deb", "-x", package, path], check=True)
@@ -61,7 +70,7 @@ def tree():
     return made_once(CACHE / "images" / f"qemu-{key_of(*(one.name for one in packages))}", make)
 
 
-def qemu_img(*arguments):
+def qemu_img(*arguments: str | Path) -> None:
     """Runs qemu-img in the build root."""
     place = tree()
     result = subprocess.run(
@@ -73,7 +82,7 @@ def qemu_img(*arguments):
         raise RuntimeError(f"qemu-img {' '.join(map(str, arguments))} failed:\n{result.stdout}")
 
 
-def disk(images, firmware=()):
+def disk(images: Sequence[tuple[str, str | Path]], firmware: Sequence[str | Path] = ()) -> Path:
     """Returns an ext4 image for dom0's /dev/vdb with QEMU, `images` and the files `firmware`.
 
     An image is a pair of its name, whose suffix (raw, qcow2) is the format, and either its size
@@ -82,7 +91,7 @@ def disk(images, firmware=()):
     programs = tree()
     qemu, qmp = programs / QEMU, compiled("qmp")
 
-    def fill(directory):
+    def fill(directory: Path) -> None:
         for name in ("lib", "keymaps"):
             (directory / name).mkdir()
         shutil.copy(qemu, directory / "qemu")
@@ -104,14 +113,14 @@ def disk(images, firmware=()):
     )
 
 
-def _make_image(path, source):
+def _make_image(path: Path, source: str | Path) -> None:
     if isinstance(source, Path):
         qemu_img("convert", "-O", _format_of(path.name), source, path)
     else:
         qemu_img("create", "-q", "-f", _format_of(path.name), path, source)
 
 
-def _format_of(name):
+def _format_of(name: str) -> str:
     return name.split(".")[-1]
 
 
@@ -119,7 +128,7 @@ def _format_of(name):
 class QemuDisk(Disk):
     """A disk that QEMU serves; `target` is the name of an image passed to `disk`."""
 
-    def specification(self, _server):
+    def specification(self, _server: Server) -> str:
         """Returns the disk in xl's syntax."""
         return (
             f"format={_format_of(self.target)},vdev={self.vdev},access={self.mode},"
@@ -127,7 +136,7 @@ class QemuDisk(Disk):
         )
 
 
-def mount(host):
+def mount(host: XenHost) -> None:
     """Mounts the file system with QEMU in dom0 and puts QEMU where xl expects it."""
     host.sh(
         f"mkdir -p {PLACE} $(dirname {XL_PATH}) && mount -t ext4 /dev/vdb {PLACE} && "
@@ -135,18 +144,18 @@ def mount(host):
     )
 
 
-def allocated_kb(host, image):
+def allocated_kb(host: XenHost, image: str) -> int:
     """Returns how many KiB of dom0's file system an image occupies."""
     return int(host.sh(f"sync; du -k {PLACE}/{image}").split()[0])
 
 
-def is_on_disk(host, text):
+def is_on_disk(host: XenHost, text: str) -> bool:
     """Returns `True` if the backing file of dom0's /dev/vdb contains `text`."""
     with open(host.disk, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         return content.find(text.encode()) >= 0
 
 
-def export_image(host, image, path):
+def export_image(host: XenHost, image: str, path: Path) -> None:
     """Unmounts the file system, checks `image` and converts it to the raw file `path`."""
     host.wait_for(f"umount {PLACE}")
     host.sh("blockdev --flushbufs /dev/vdb")
@@ -157,7 +166,7 @@ def export_image(host, image, path):
     copy.unlink()
 
 
-def execute(host, guest, command, **arguments):
+def execute(host: XenHost, guest: Guest, command: str, **arguments: object) -> None:
     """Executes a QMP command in a guest's QEMU, through the socket that libxl creates."""
     request = json.dumps({"execute": command, "arguments": arguments})
     host.sh(f"{PLACE}/qmp /var/run/xen/qmp-libxl-{guest.domid} '{request}'")

@@ -11,7 +11,10 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Generator
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,28 +35,25 @@ BOOKKEEPING = ("demo.py", "features.py", "matrix.py", "results.py", "try.py")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item):
+def pytest_runtest_setup(item: Any) -> None:
     """Takes a cached result, in which case no fixture of the scenario is set up."""
-    item.entry = _entry(item)
-    item.cached = (
-        item.entry is not None
-        and item.entry.exists()
-        and os.environ.get("RBLKIF_REFERENCE_RUNS") != "again"
-    )
-    if item.cached:
-        os.utime(item.entry)
-        item.user_properties += [tuple(one) for one in json.loads(item.entry.read_text())]
+    entry = item.entry = _entry(item)
+    again = os.environ.get("RBLKIF_REFERENCE_RUNS") == "again"
+    item.cached = entry is not None and entry.exists() and not again
+    if entry is not None and item.cached:
+        os.utime(entry)
+        item.user_properties += [tuple(one) for one in json.loads(entry.read_text())]
         item.fixturenames = []
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem):
+def pytest_pyfunc_call(pyfuncitem: Any) -> bool | None:
     """Skips the function of a scenario whose result is cached: it has passed."""
     return True if pyfuncitem.cached else None
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item):
+def pytest_runtest_makereport(item: Any) -> Generator[None, Any]:
     """Caches the result of a reference run if all its phases have passed.
 
     A result that is cached is removed if the run has failed now.
@@ -67,7 +67,7 @@ def pytest_runtest_makereport(item):
             made_once(item.entry, lambda path: path.write_text(json.dumps(properties)))
 
 
-def pytest_report_teststatus(report):
+def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
     """Names the result of a reference run that is cached."""
     day = dict(getattr(report, "user_properties", ())).get("cached")
     if report.when == "call" and report.passed and day:
@@ -75,7 +75,7 @@ def pytest_report_teststatus(report):
     return None
 
 
-def _entry(item):
+def _entry(item: Any) -> Path | None:
     """Returns the file in the cache for the result of `item`; `None` if it is no reference run."""
     kernel, pair = item.callspec.params["run"]
     if pair != REFERENCE:
@@ -85,7 +85,7 @@ def _entry(item):
     return CACHE / "reference-runs" / key_of(item.nodeid, item.path, _parts(kernel, ours))
 
 
-def _sources_of_samples():
+def _sources_of_samples() -> list[Path]:
     """What the modules of rust/samples are built from. A built one differs from place to place."""
     parts = ("bindings", "helpers", "kernel", "blkif", "samples")
     trees = [HARNESS.parent / "rust" / part for part in parts]
@@ -94,7 +94,7 @@ def _sources_of_samples():
 
 
 @cache
-def _parts(name, ours):
+def _parts(name: str, ours: bool) -> str:
     """Returns the hash of everything that the reference runs on a kernel share."""
     kernels = dict(item.split("=", 1) for item in os.environ["RBLKIF_KERNELS"].split())
     kernel = Kernel(kernels[name])

@@ -9,9 +9,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 
-def counts(path):
+def counts(path: Path) -> tuple[int, int, int]:
     """Returns the numbers of passed, failed and cached tests of the JUnit file `path`."""
-    if not Path(path).exists():
+    if not path.exists():
         return 0, 1, 0
     cases = list(ElementTree.parse(path).iter("testcase"))
     bad = sum(
@@ -24,4 +24,4 @@ def counts(path):
 
 
 if __name__ == "__main__":
-    print(*counts(sys.argv[1]))
+    print(*counts(Path(sys.argv[1])))

@@ -11,7 +11,12 @@ import gzip
 import re
 import time
 import zlib
+from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from typing import Protocol
 
 import pexpect
 
@@ -33,17 +38,35 @@ class MachineTrouble(AssertionError):
     """A console shows what no healthy machine prints, or QEMU is gone."""
 
 
+class Target(Protocol):
+    """A machine, dom0 or guest in which shell scripts are run."""
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+
+    @property
+    def has_checks(self) -> bool:
+        """Whether its kernel is the debug kernel."""
+
+    def sh(self, command: str, timeout: float = ...) -> str:
+        """Runs a shell script that must succeed, and returns its output."""
+
+    def run(self, command: str, timeout: float = ...) -> tuple[int, str]:
+        """Runs a shell script, and returns its status and output."""
+
+
 class Shell:
     """Asks an agent; a subclass says how a line gets there and back."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._number = 0
 
-    def exchange(self, number, request, timeout, command):
+    def exchange(self, number: int, request: str, timeout: float, command: str) -> str:
         """Sends "number request"; returns all up to and with the end marker."""
         raise NotImplementedError
 
-    def run(self, command, timeout=TIMEOUT):
+    def run(self, command: str, timeout: float = TIMEOUT) -> tuple[int, str]:
         """Runs a shell script; returns its exit status and output."""
         number = self.next_number()
         request = f"run {encode(command)}"
@@ -55,18 +78,18 @@ class Shell:
             request = "again"
         raise CommandFailed(f"no undamaged answer to: {command}")
 
-    def check(self, command, timeout=TIMEOUT):
+    def check(self, command: str, timeout: float = TIMEOUT) -> str:
         """Runs a shell script that must succeed; returns its output, stripped."""
         status, output = self.run(command, timeout)
         if status != 0:
             raise CommandFailed(f"status {status} from: {command}\n{output}")
         return output.strip()
 
-    def skip_numbers(self):
+    def skip_numbers(self) -> None:
         """Goes on after a restore, where an earlier asker used low numbers."""
         self._number += 1000
 
-    def next_number(self):
+    def next_number(self) -> int:
         """A number that no earlier request had."""
         self._number += 1
         return self._number
@@ -78,21 +101,21 @@ class SerialShell(Shell):
     `watch` is called while waiting and raises when the machine is in trouble.
     """
 
-    def __init__(self, child, watch):
+    def __init__(self, child: Any, watch: Callable[[], None]) -> None:
         super().__init__()
         self._child = child
         self._watch = watch
 
-    def wait_ready(self, timeout):
+    def wait_ready(self, timeout: float) -> None:
         """Waits until the agent has started."""
         self._await(r"#agent ready", timeout, "the agent did not start")
 
-    def wake(self):
+    def wake(self) -> None:
         """Gives the line a blank to lose: the first byte after a restore is."""
         self._child.send("\n\n")
 
     @contextmanager
-    def unwatched(self):
+    def unwatched(self) -> Iterator[None]:
         """For a look at a machine that is known to be in trouble."""
         watch, self._watch = self._watch, lambda: None
         try:
@@ -100,28 +123,28 @@ class SerialShell(Shell):
         finally:
             self._watch = watch
 
-    def send(self, command):
+    def send(self, command: str) -> int:
         """Starts a shell script, and returns its number: the machine goes away meanwhile."""
         number = self.next_number()
         self._child.send(f"{number} run {encode(command)}\n")
         return number
 
-    def talk(self, command):
+    def talk(self, command: str) -> None:
         """Starts a shell script on a terminal that this line is the other end of."""
         self._child.send(f"{self.next_number()} talk {encode(command)}\n")
 
-    def exchange(self, number, request, timeout, command):
+    def exchange(self, number: int, request: str, timeout: float, command: str) -> str:
         """Sends one line over the serial line and awaits the end marker."""
         self._child.send(f"{number} {request}\n")
         self.await_end(number, timeout, command)
-        return self._child.before + self._child.match.group(0)
+        return str(self._child.before + self._child.match.group(0))
 
-    def await_end(self, number, timeout, command):
+    def await_end(self, number: int, timeout: float, command: str) -> None:
         """Awaits the end marker of a request."""
         failure = f"no answer within {timeout} s to: {command}"
         self._await(END.format(number=number, form="(?:plain|gzip)"), timeout, failure)
 
-    def pass_on(self, terminal, seconds, line):
+    def pass_on(self, terminal: str, seconds: int, line: str) -> tuple[int, str]:
         """Has this agent give a line to the one at a terminal of its machine.
 
         Returns 0 and what that one answered, or another status if it said nothing for so many
@@ -134,7 +157,7 @@ class SerialShell(Shell):
         answer = self._child.before.rsplit(f"#begin {number}", 1)[-1]
         return int(self._child.match.group(1)), answer
 
-    def _await(self, pattern, timeout, failure):
+    def _await(self, pattern: str, timeout: float, failure: str) -> None:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             try:
@@ -148,7 +171,7 @@ class SerialShell(Shell):
         raise CommandFailed(failure)
 
 
-def until(condition, seconds, otherwise, pause_us=800000):
+def until(condition: str, seconds: int, otherwise: str, pause_us: int = 800000) -> str:
     """A shell script that waits until `condition` holds, or does `otherwise` after `seconds`.
 
     It looks often at first, then every `pause_us`: programs that start take a good part of the one
@@ -162,22 +185,22 @@ def until(condition, seconds, otherwise, pause_us=800000):
     )
 
 
-def announcement(logs):
+def announcement(logs: Path) -> str:
     """Returns a shell command that writes the name of a test, that of its logs, to the kernel log."""
     return f"echo 'rblkif-test: {logs.name}' > /dev/kmsg"
 
 
-def encode(command):
+def encode(command: str) -> str:
     """A shell script as the agent takes it: on one line, and good between single quotes."""
     text = re.sub(r"[^ -&(-[\]-~]", _escape, command)
     return re.sub(r"^ | $", _escape, text)
 
 
-def _escape(match):
+def _escape(match: re.Match[str]) -> str:
     return "".join(f"\\0{byte:03o}" for byte in match[0].encode())
 
 
-def _decode(number, answer):
+def _decode(number: int, answer: str) -> tuple[int, str] | None:
     """Status and output of an answer, or None if it is damaged."""
     end = re.search(END.format(number=number, form="(plain|gzip)"), answer)
     if not end:

@@ -6,11 +6,17 @@ named by all that went into it. What a scenario brings is on disks, whose
 content no one has read when the snapshot is taken.
 """
 
+from __future__ import annotations
+
 import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
 
 from .cache import CACHE
 from .cache import key_of
@@ -22,6 +28,12 @@ from .shell import MachineTrouble
 from .xenimage import dom0_initrd
 from .xenimage import guest_disk
 from .xenimage import xen_binary
+
+if TYPE_CHECKING:
+    from .guest import Kind
+
+if TYPE_CHECKING:
+    from .kernel import Kernel
 
 XEN_ARGUMENTS = (
     "console=com1 com1=115200,8n1 dom0_mem=512M,max:512M dom0_max_vcpus={vcpus} noreboot bootscrub=0 "
@@ -56,9 +68,15 @@ class Snapshot:
     that measures time in instructions, see ICOUNT.
     """
 
-    waiting = None
+    waiting: Kind | None = None
 
-    def __init__(self, kernel, vcpus=1, guest_kernel=None, icount=False):
+    def __init__(
+        self,
+        kernel: Kernel,
+        vcpus: int = 1,
+        guest_kernel: Kernel | None = None,
+        icount: bool = False,
+    ) -> None:
         guest_kernel = guest_kernel or kernel
         self._vcpus = vcpus
         self._icount = icount
@@ -82,7 +100,13 @@ class Snapshot:
         self.key = key
         self._directory = CACHE / "snapshots" / key
 
-    def start(self, logs, disks, write_log=None, extra=()):
+    def start(
+        self,
+        logs: str | Path,
+        disks: Mapping[str, Path],
+        write_log: Path | None = None,
+        extra: Sequence[str] = (),
+    ) -> Machine:
         """A machine that is about to go on from "dom0 ready", see `resume`.
 
         `disks` are the images, by name.
@@ -95,9 +119,9 @@ class Snapshot:
         shutil.copy(directory / "console.log", machine.logs / "console-boot.log")
         return machine
 
-    def _make(self, directory):
+    def _make(self, directory: Path) -> None:
         directory.mkdir(parents=True)
-        wrong = []
+        wrong: list[str] = []
         for _attempt in range(BOOTS):
             if self._boot_and_save(directory, wrong):
                 return
@@ -107,7 +131,7 @@ class Snapshot:
             f"The last console: {directory / 'console.log'}"
         )
 
-    def _boot_and_save(self, directory, wrong):
+    def _boot_and_save(self, directory: Path, wrong: list[str]) -> bool:
         """Boots, and saves the machine unless its time is wrong: how wrong is added to `wrong`."""
         with tempfile.TemporaryDirectory(dir=directory) as place:
             disks = {name: blank(Path(place) / name, size) for name, size in DISK_SIZES.items()}
@@ -127,8 +151,8 @@ class Snapshot:
                 machine.kill()
         return True
 
-    def _arguments(self, disks, write_log=None):
-        def comma(text):
+    def _arguments(self, disks: Mapping[str, Path], write_log: Path | None = None) -> list[str]:
+        def comma(text: object) -> str:
             return str(text).replace(",", ",,")
 
         vmlinux = comma(f"{self._vmlinux} {DOM0_ARGUMENTS}")
@@ -156,12 +180,12 @@ class Snapshot:
         return arguments
 
 
-def qemu_version():
+def qemu_version() -> bytes:
     """What QEMU says that it is."""
     return subprocess.run([QEMU, "--version"], stdout=subprocess.PIPE, check=True).stdout
 
 
-def _time(machine):
+def _time(machine: Machine) -> tuple[float, float]:
     """How fast dom0's clock runs, and how long a timer of half a second takes by that clock.
 
     Xen measures one clock against another at boot. When the host takes the
@@ -169,7 +193,7 @@ def _time(machine):
     stay so in all that starts from the snapshot.
     """
 
-    def nap():
+    def nap() -> tuple[float, float, float]:
         """The middle of a nap by the host's clock and by dom0's, and its length."""
         before = time.monotonic()
         text = machine.shell.check(
@@ -183,13 +207,13 @@ def _time(machine):
     return max(guest_end - guest, 0.01) / (host_end - host), min(length for _, _, length in naps)
 
 
-def save(machine, directory):
+def save(machine: Machine, directory: Path) -> None:
     """Stops a machine for good and writes its state where `Snapshot.start` finds it."""
     machine.shell.check("sync")
     machine.monitor.execute("stop")
     machine.monitor.execute("migrate", {"uri": f"exec:cat > {directory / 'state'}"})
     deadline = time.monotonic() + SAVE_S
-    migration = {}
+    migration: dict[str, Any] = {}
     while migration.get("status") not in ("completed", "failed", "cancelled"):
         if time.monotonic() > deadline:
             break
@@ -199,7 +223,7 @@ def save(machine, directory):
         raise MachineTrouble(f"the snapshot was not saved within {SAVE_S} s: {migration}")
 
 
-def resume(machine):
+def resume(machine: Machine) -> None:
     """Lets a machine that a snapshot started go on, once it is all there."""
     machine.wait_monitor(timeout=60)
     deadline = time.monotonic() + 120
@@ -212,7 +236,7 @@ def resume(machine):
     machine.shell.wake()
 
 
-def blank(path, size):
+def blank(path: Path, size: int) -> Path:
     """Makes a sparse file of `size` bytes, or grows one to it; returns its path."""
     with open(path, "ab") as file:
         file.truncate(size)

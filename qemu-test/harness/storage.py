@@ -5,8 +5,18 @@ xl in dom0 creates the devices, with the driver domain's name as `backend` of
 a disk; `xl devd` in the driver domain runs the hotplug script.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 from .guest import Guest
 from .image import module_at
+
+if TYPE_CHECKING:
+    from .guest import Kind
+    from .xenhost import Disk
+    from .xenhost import XenHost
 
 XL = "/usr/lib/xen-4.20/bin/xl"
 DEVD_PID = "/run/xen/devd.pid"
@@ -18,31 +28,31 @@ BALLOON = "/sys/devices/system/xen_memory/xen_memory0"
 class Storage(Guest):
     """A driver domain; after `start` `xl devd` runs, and no backend is loaded yet."""
 
-    parts = ("/guest/initrd", "/guest/storage", "/payload/storage.cpio")
+    parts: tuple[str, ...] = ("/guest/initrd", "/guest/storage", "/payload/storage.cpio")
     serves = True
 
-    def __init__(self, host, name, settings=""):
+    def __init__(self, host: XenHost, name: str, settings: str = "") -> None:
         super().__init__(host, name, settings=f"driver_domain = 1\n{settings}")
         self._devd_runs = False
 
-    def start(self, kind):
+    def start(self, kind: Kind, disks: Iterable[Disk] = (), root: str | None = None) -> None:
         """As a guest; it also begins to serve disks."""
-        super().start(kind)
+        super().start(kind, disks, root)
         self.sh("mkdir -p /var/log/xen /var/run /run/xen")
         self.start_devd()
         self._see_memory()
 
-    def take_over(self):
+    def take_over(self, disks: Iterable[Disk] = ()) -> None:
         """As `start`, where the one of this name has waited since before the scenario."""
         self.find_waiting()
         self._devd_runs = True
         self.unpack("/payload/storage.packed")
         self._see_memory()
 
-    def _see_memory(self):
+    def _see_memory(self) -> None:
         self._memory_kb = self.sh(f"cat {BALLOON}/info/current_kb")
 
-    def take_back_memory(self):
+    def take_back_memory(self) -> None:
         """Takes back from Xen the memory that was given up for pages that were mapped.
 
         The kernel with checks maps pages in place of its own memory, and when they are
@@ -51,13 +61,13 @@ class Storage(Guest):
         self.sh(f"echo {self._memory_kb} > {BALLOON}/target_kb")
         self.wait_for(f"[ $(cat {BALLOON}/info/current_kb) = {self._memory_kb} ]")
 
-    def start_devd(self):
+    def start_devd(self) -> None:
         """Has `xl devd` run the hotplug script for the disks that come from now on."""
         if not self._devd_runs:
             self.sh(f"{XL} devd -p {DEVD_PID}")
             self._devd_runs = True
 
-    def stop_devd(self):
+    def stop_devd(self) -> None:
         """Has nobody but the scenario write nodes of disks.
 
         `xl devd` takes every disk for one of xl's: it removes the nodes of one that has closed, be
@@ -70,30 +80,32 @@ class Storage(Guest):
             self.sh(f"rm -f {DEVD_PID}")
             self._devd_runs = False
 
-    def restart_devd(self):
+    def restart_devd(self) -> None:
         """Has `xl devd` see the devices that there are: one that did not close stays in its list,
         and no script runs for the next one of that name.
         """
         self.stop_devd()
         self.start_devd()
 
-    def load_backend(self, parameters=""):
+    def load_backend(self, parameters: str = "") -> None:
         """Loads the pair's backend."""
         self.sh(f"insmod /modules/{self.back}.ko {parameters}")
 
-    def unload_backend(self):
+    def unload_backend(self) -> None:
         """Unloads the pair's backend."""
         self.sh(f"rmmod {self.back}")
 
-    def insmod(self, name, parameters=""):
+    def insmod(self, name: str, parameters: str = "") -> None:
         """Loads a module of the payload or of the kernel."""
         self.sh(module_at(name, parameters, "/modules"))
 
-    def ram_disks(self, count=1, megabytes=64):
+    def ram_disks(self, count: int = 1, megabytes: int = 64) -> None:
         """Makes /dev/ram0 and on: disks in its memory."""
         self.insmod("brd", f"rd_nr={count} rd_size={megabytes * 1024}")
 
     @property
-    def back(self):
+    def back(self) -> str:
         """The name of the pair's backend module."""
+        if self.host.pair.storage is None:
+            raise ValueError("the backend of this pair is QEMU in dom0")
         return self.host.pair.storage.name

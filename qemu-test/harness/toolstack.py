@@ -6,7 +6,18 @@ There is no ring behind such a backend: a disk of it must not be read.
 code    a virtual device number, such as 51712 for xvda
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 from .shell import until
+
+if TYPE_CHECKING:
+    from .guest import Guest
+    from .xenhost import Server
+    from .xenhost import XenHost
 
 CODES = {"xvda": 51712, "xvdb": 51728, "xvdc": 51744, "xvdd": 51760}
 """Virtual device numbers by name."""
@@ -14,13 +25,16 @@ CODES = {"xvda": 51712, "xvdb": 51728, "xvdc": 51744, "xvdd": 51760}
 PLAIN = {"sectors": 0, "sector-size": 512, "info": 0}
 """An empty disk: nobody looks for partitions on it."""
 
+Nodes = Mapping[str, object]
+"""Values of xenstore nodes by name; None removes a node."""
+
 _STATE = until(
     '[ "$(xenstore-read $1/state)" = $2 ]', 60, '{ echo "$1/state is not $2"; exit 9; }', 200000
 )
 _WAIT = f"wait_for_state() {{ {_STATE}; }}\n"
 
 
-def directories(domid, code, server=None):
+def directories(domid: int, code: int, server: Server | None = None) -> tuple[str, str]:
     """The frontend's and the backend's directory of a virtual device number.
 
     The backend is in dom0, or in `server`.
@@ -30,23 +44,25 @@ def directories(domid, code, server=None):
     return front, back
 
 
-def error_node(back):
+def error_node(back: str) -> str:
     """Where a backend with this directory says what is wrong."""
     return back.replace("/backend/", "/error/backend/", 1) + "/error"
 
 
-def write_nodes(host, directory, nodes):
+def write_nodes(host: XenHost, directory: str, nodes: Nodes) -> None:
     """Writes xenstore nodes below a directory, at once; None removes one."""
     host.sh(_writing(directory, nodes))
 
 
-def create_device(host, domid, code, backend_state=2, **nodes):
+def create_device(
+    host: XenHost, domid: int, code: int, backend_state: int = 2, **nodes: object
+) -> tuple[str, str]:
     """What the toolstack and a backend that waits would write; gives both directories."""
     host.sh(_creating(domid, code, backend_state, nodes))
     return directories(domid, code)
 
 
-def connect_disks(host, guest, disks):
+def connect_disks(host: XenHost, guest: Guest, disks: Mapping[int, tuple[Nodes, Nodes]]) -> None:
     """Disks by code: what their backends offer, and the toolstack's nodes for the frontend."""
     script = _WAIT
     for code, (_offers, nodes) in disks.items():
@@ -60,7 +76,7 @@ def connect_disks(host, guest, disks):
     host.sh(script)
 
 
-def remove_devices(host, guest, codes):
+def remove_devices(host: XenHost, guest: Guest, codes: Iterable[int]) -> None:
     """The devices go away for good."""
     script, gone = "", []
     for code in codes:
@@ -72,7 +88,7 @@ def remove_devices(host, guest, codes):
     guest.wait_for(" && ".join(gone))
 
 
-def _writing(directory, nodes):
+def _writing(directory: str, nodes: Nodes) -> str:
     written = [
         f"{directory}/{name} '{value}'" for name, value in nodes.items() if value is not None
     ]
@@ -81,7 +97,7 @@ def _writing(directory, nodes):
     return script + "".join(f"xenstore-rm {path} || true\n" for path in removed)
 
 
-def _creating(domid, code, backend_state, nodes):
+def _creating(domid: int, code: int, backend_state: int, nodes: Nodes) -> str:
     front, back = directories(domid, code)
     served = {"frontend": front, "frontend-id": domid, "online": 1, "state": backend_state}
     used = {

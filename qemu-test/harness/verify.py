@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Reads and writes of a guest, by fio, that check what they read."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from .job import Job
 from .job import wait_for_passes
+
+if TYPE_CHECKING:
+    from .guest import Guest
 
 FIO = (
     "fio --name={name} --filename=/dev/xvda --ioengine=libaio --direct=1 --offset={offset}M --size=1M "
@@ -16,7 +24,7 @@ JOBS = {
 }
 
 
-def start_jobs(guest, names=tuple(JOBS)):
+def start_jobs(guest: Guest, names: Sequence[str] = tuple(JOBS)) -> list[Job]:
     """Starts jobs, each with its own part of the disk, which write other blocks in each pass."""
     jobs = [
         Job(guest, FIO.format(name=name, offset=16 * number) + JOBS[name], name)

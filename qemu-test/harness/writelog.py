@@ -8,6 +8,7 @@ little-endian.
 
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 MAGIC = 0x6A736677736872
 FLUSH, DISCARD = 1, 4
@@ -22,12 +23,12 @@ class Entry:
     data: bytes
 
     @property
-    def is_flush(self):
+    def is_flush(self) -> bool:
         """Whether all earlier writes are durable after this entry."""
         return bool(self.flags & FLUSH)
 
 
-def read_log(path):
+def read_log(path: Path) -> list[Entry]:
     """All entries of the log file `path`."""
     entries = []
     with open(path, "rb") as file:

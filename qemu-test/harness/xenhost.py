@@ -7,13 +7,24 @@ backend    the domain that serves it: dom0, or a driver domain
 target     what the backend serves, a block device of that domain
 """
 
+from __future__ import annotations
+
 import gzip
 import shutil
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
 
 from .cpio import Archive
+from .guest import NOT_STARTED
 from .guest import Guest
 from .guest import Kind
 from .guest import wait_in
@@ -22,6 +33,7 @@ from .image import add_program
 from .image import module_at
 from .shell import CommandFailed
 from .shell import MachineTrouble
+from .shell import Shell
 from .shell import announcement
 from .snapshot import DISK_SIZES
 from .snapshot import blank
@@ -29,6 +41,10 @@ from .snapshot import resume
 from .storage import Storage
 from .toolstack import CODES
 from .toolstack import directories
+
+if TYPE_CHECKING:
+    from .pairs import Pair
+    from .snapshot import Snapshot
 
 
 @dataclass
@@ -41,7 +57,7 @@ class Disk:
     backend: str | None = None
     """The host's server if not said."""
 
-    def specification(self, server):
+    def specification(self, server: Server) -> str:
         """The disk in xl's syntax."""
         backend = self.backend or server.name
         return (
@@ -67,20 +83,20 @@ class XenHost:
     name, domid = "Domain-0", 0
 
     def __init__(
-        self, snapshot, pair, logs, modules=(), image=None, front_parameters="", log_writes=False,
-        programs=(), extra=(), tools=(), files=None,
-    ):  # fmt: skip
+        self, snapshot: Snapshot, pair: Pair | None, logs: str | Path, modules: Sequence[str | Path]=(), image: Path | Callable[[bytes], Path] | None=None, front_parameters: str="", log_writes: bool=False,
+        programs: Sequence[str | Path]=(), extra: Sequence[str]=(), tools: Sequence[str]=(), files: Mapping[str, str | bytes] | None=None,
+    ) -> None:  # fmt: skip
         self.logs = Path(logs).resolve()
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
-        self.pair = pair
+        self._pair = pair
         self.memory_factor = snapshot.memory_factor
         self.guest_type = snapshot.guest_type
         self.has_checks = snapshot.has_checks
         self._waiting = snapshot.waiting
         self._server_waits = self._waiting is not None and self.has_checks
-        self.guests = {}
-        self.server = self
+        self.guests: dict[str, Guest] = {}
+        self.server: Server = self
         """Who serves disks, see `start_server`."""
         self.disk = self.logs / "disk"
         payload = self.logs / "payload"
@@ -97,7 +113,19 @@ class XenHost:
             self.logs, {"payload": payload, "disk": self.disk}, self.write_log, extra
         )
 
-    def boot(self):
+    @property
+    def has_pair(self) -> bool:
+        """Whether there are drivers under test: a snapshot is made without any."""
+        return self._pair is not None
+
+    @property
+    def pair(self) -> Pair:
+        """The drivers under test."""
+        if self._pair is None:
+            raise ValueError("this host was started without a pair")
+        return self._pair
+
+    def boot(self) -> None:
         """Goes on from the snapshot and unpacks what the scenario brings."""
         resume(self.machine)
         self.sh(
@@ -106,7 +134,7 @@ class XenHost:
         )
 
     @contextmanager
-    def running(self):
+    def running(self) -> Iterator[XenHost]:
         """From boot to end, for who is no scenario; collects what helps if that fails."""
         try:
             self.boot()
@@ -118,8 +146,16 @@ class XenHost:
         finally:
             self.close()
 
-    def _write_payload(self, path, modules, programs, front_parameters, tools, files):
-        if self.pair is None:
+    def _write_payload(
+        self,
+        path: Path,
+        modules: Sequence[str | Path],
+        programs: Sequence[str | Path],
+        front_parameters: str,
+        tools: Sequence[str],
+        files: Mapping[str, str | bytes],
+    ) -> bytes:
+        if not self.has_pair:
             blank(path, DISK_SIZES["payload"])
             return b""
         front = Archive()
@@ -127,8 +163,8 @@ class XenHost:
         front.data("/modules/load", f"{self.pair.front.name} {front_parameters}\n")
         storage = Archive()
         payload = Archive()
-        if self.pair.back:
-            for archive, driver in ((storage, self.pair.storage), (payload, self.pair.back)):
+        for archive, driver in ((storage, self.pair.storage), (payload, self.pair.back)):
+            if driver:
                 add_built_module(archive, f"/modules/{driver.name}.ko", driver.file)
         for tool in tools:
             add_program(payload, tool)
@@ -148,33 +184,33 @@ class XenHost:
         blank(path, DISK_SIZES["payload"])
         return front.to_bytes()
 
-    def sh(self, command, timeout=120):
+    def sh(self, command: str, timeout: float = 120) -> str:
         """Runs a shell script in dom0; it must succeed. Returns its output."""
         return self.machine.shell.check(command, timeout)
 
-    def run(self, command, timeout=120):
+    def run(self, command: str, timeout: float = 120) -> tuple[int, str]:
         """Runs a shell script in dom0; returns status and output."""
         return self.machine.shell.run(command, timeout)
 
-    def load_backend(self, parameters=""):
+    def load_backend(self, parameters: str = "") -> None:
         """Loads the pair's backend."""
-        self.sh(f"insmod /payload/modules/{self.pair.back.name}.ko {parameters}")
+        self.sh(f"insmod /payload/modules/{self.pair.backend.name}.ko {parameters}")
 
-    def unload_backend(self):
+    def unload_backend(self) -> None:
         """Unloads the pair's backend."""
-        self.sh(f"rmmod {self.pair.back.name}")
+        self.sh(f"rmmod {self.pair.backend.name}")
 
-    def insmod(self, name, parameters=""):
+    def insmod(self, name: str, parameters: str = "") -> None:
         """Loads a module of dom0's image or of the payload."""
         self.sh(module_at(name, parameters, "/payload/modules"))
 
-    def ram_disks(self, count=1, megabytes=64):
+    def ram_disks(self, count: int = 1, megabytes: int = 64) -> None:
         """Makes /dev/ram0 and on: disks in dom0's memory."""
         self.insmod("brd", f"rd_nr={count} rd_size={megabytes * 1024}")
 
     def start_guest(
-        self, name="guest", disks=(Disk(),), root=None, settings="", loader=None, initramfs=None, **kind
-    ):  # fmt: skip
+        self, name: str="guest", disks: Iterable[Disk]=(Disk(),), root: str | None=None, settings: str="", loader: str | None=None, initramfs: str | None=None, **kind: Any
+    ) -> Guest:  # fmt: skip
         """Starts a DomU and waits until its agent answers; `kind` are the fields of `Kind`.
 
         If a guest waits, the first one is that: it booted before the scenario, and
@@ -193,7 +229,7 @@ class XenHost:
             guest.take_over(disks)
         return guest
 
-    def start_storage(self, name="storage", settings="", **kind):
+    def start_storage(self, name: str = "storage", settings: str = "", **kind: Any) -> Storage:
         """Starts a driver domain, see storage.py, or takes over the one that waits.
 
         `settings` are more lines for the xl configuration of one that is started.
@@ -206,7 +242,7 @@ class XenHost:
         self._server_waits = False
         return storage
 
-    def start_server(self):
+    def start_server(self) -> Server:
         """Who is to serve the disks: this host, or a driver domain. It has no backend loaded yet.
 
         If the kernel under test cannot be dom0, only the latter has the backend under test. A
@@ -216,49 +252,49 @@ class XenHost:
             self.server = self.start_storage()
         return self.server
 
-    def allow(self, text):
+    def allow(self, text: str) -> None:
         """Lets console lines that contain `text` pass: this scenario provokes them."""
         self.machine.allow(text)
 
-    def take_back_memory(self):
+    def take_back_memory(self) -> None:
         """Nothing: the stock kernel maps pages where it has no memory. See storage.py."""
 
-    def start_devd(self):
+    def start_devd(self) -> None:
         """Nothing: in dom0 xl itself runs the hotplug script. See storage.py."""
 
-    def stop_devd(self):
+    def stop_devd(self) -> None:
         """Nothing, as above: who does not call xl has nodes for himself."""
 
-    def attach(self, guest, disk):
+    def attach(self, guest: Guest, disk: Disk) -> None:
         """xl block-attach."""
         self.server.start_devd()
         self.sh(f"xl block-attach {guest.name} '{disk.specification(self.server)}'")
 
-    def detach(self, guest, vdev):
+    def detach(self, guest: Guest, vdev: str) -> None:
         """xl block-detach."""
         self.sh(f"xl block-detach {guest.name} {vdev}")
 
-    def detach_and_wait(self, guest, vdev, server=None):
+    def detach_and_wait(self, guest: Guest, vdev: str, server: Server | None = None) -> None:
         """Detaches a disk, and waits until neither half has anything of it."""
         self.detach(guest, vdev)
         guest.wait_for(f"[ ! -b /dev/{vdev} ]")
         back = directories(guest.domid, CODES[vdev], server or self.server)[1]
         self.wait_for(f"! xenstore-exists {back}")
 
-    def wait_for(self, condition, timeout=120):
+    def wait_for(self, condition: str, timeout: float = 120) -> None:
         """Waits until a shell condition holds in dom0."""
         wait_in(self, condition, timeout)
 
-    def xenstore_read(self, path):
+    def xenstore_read(self, path: str) -> str | None:
         """The value of a xenstore node, or None where there is none."""
         status, output = self.run(f"xenstore-read {path}")
         return output.strip() if status == 0 else None
 
-    def xen_messages(self, key):
+    def xen_messages(self, key: str) -> str:
         """What Xen prints for one of its debug keys."""
         return self.sh(f"xl dmesg -c >/dev/null; xl debug-keys {key}; sleep 1; xl dmesg")
 
-    def finish(self):
+    def finish(self) -> None:
         """The end of a scenario that went well: all consoles must be clean."""
         for guest in sorted(self.guests.values(), key=lambda guest: guest.serves):
             guest.shut_down()
@@ -266,7 +302,7 @@ class XenHost:
         self.machine.wait_for_console("scenario complete", timeout=300)
         self.machine.watch()
 
-    def collect(self):
+    def collect(self) -> None:
         """Keeps what helps to understand a failure; never raises."""
         looks = {
             "xenstore.txt": "xenstore-ls -fp",
@@ -277,24 +313,31 @@ class XenHost:
             "dom0-processes.txt": "ps; cat /proc/meminfo; lsmod",
         }
         for name, command in looks.items():
-            self._collect(name, lambda command=command: self.machine.shell.run(command, 30)[1])
+            self._collect(name, partial(self._output, self.machine.shell, command, 30))
         for guest in self.guests.values():
             self._collect(f"console-{guest.name}.txt", guest.console)
-            if guest.shell:
-                self._collect(
-                    f"dmesg-{guest.name}.txt", lambda guest=guest: guest.run("dmesg", 60)[1]
-                )
+            if guest.domid != NOT_STARTED:
+                dmesg = partial(self._output, guest.shell, "dmesg", 60)
+                self._collect(f"dmesg-{guest.name}.txt", dmesg)
 
-    def close(self):
+    def close(self) -> None:
         """Ends the machine and removes what only it needed."""
         self.machine.kill()
         for name in ("payload", "disk", "writes"):
             (self.logs / name).unlink(missing_ok=True)
 
-    def _collect(self, name, look):
+    @staticmethod
+    def _output(shell: Shell, command: str, timeout: float) -> str:
+        return shell.run(command, timeout)[1]
+
+    def _collect(self, name: str, look: Callable[[], str]) -> None:
         try:
             with self.machine.shell.unwatched():
                 text = look()
         except (CommandFailed, MachineTrouble, OSError) as problem:
             text = f"not available: {problem}\n"
         (self.logs / name).write_text(text)
+
+
+Server = XenHost | Storage
+"""A domain that serves disks."""

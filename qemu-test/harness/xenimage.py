@@ -6,10 +6,15 @@ the backend it wants on the payload disk, so that one snapshot serves all, and
 so that a driver that is not wanted is not there.
 """
 
+from __future__ import annotations
+
 import gzip
 import shutil
 import subprocess
+from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cache import CACHE
 from .cache import key_of
@@ -20,6 +25,9 @@ from .image import add_modules
 from .image import add_program
 from .image import base_archive
 from .image import debian_packages
+
+if TYPE_CHECKING:
+    from .kernel import Kernel
 
 XEN = "/boot/xen-4.20-amd64.gz"
 XEN_BIN = "/usr/lib/xen-4.20/bin"
@@ -51,7 +59,7 @@ FIO = "/usr/bin/fio"
 """Comes with 40 MB of libraries: only in guests that ask for it."""
 
 
-def xen_binary():
+def xen_binary() -> Path:
     """The hypervisor as QEMU's -kernel takes it: an ELF multiboot image."""
     packed = Path(XEN).read_bytes()
     return made_once(
@@ -60,7 +68,7 @@ def xen_binary():
     )
 
 
-def domu_archive(kernel):
+def domu_archive(kernel: Kernel) -> bytes:
     """The part of a DomU's initramfs that all scenarios share, as bytes."""
     archive = base_archive("domu-init", DOMU_PROGRAMS)
     archive.file("/bin/load-modules", PIECES / "load-modules")
@@ -69,14 +77,14 @@ def domu_archive(kernel):
     return archive.to_bytes()
 
 
-def fio_archive():
+def fio_archive() -> bytes:
     """What is added to a DomU's initramfs for a guest that runs fio, as bytes."""
     archive = Archive()
     add_program(archive, FIO)
     return archive.to_bytes()
 
 
-def storage_archive(kernel):
+def storage_archive(kernel: Kernel) -> bytes:
     """What is added to a DomU's initramfs for a driver domain, as bytes."""
     archive = Archive()
     for program in STORAGE_PROGRAMS:
@@ -88,7 +96,7 @@ def storage_archive(kernel):
     return archive.to_bytes()
 
 
-def dom0_initrd(kernel):
+def dom0_initrd(kernel: Kernel) -> Path:
     """The file of dom0's initramfs."""
     archive = base_archive("dom0-init", DOM0_PROGRAMS)
     order = add_modules(archive, kernel, DOM0_MODULES)
@@ -104,7 +112,7 @@ def dom0_initrd(kernel):
     )
 
 
-def guest_disk(kernel):
+def guest_disk(kernel: Kernel) -> Path:
     """An ext4 image that dom0 mounts read-only at /guest: what DomUs boot."""
     parts = {
         "initrd": domu_archive(kernel),
@@ -113,7 +121,7 @@ def guest_disk(kernel):
         "vmlinux": kernel.vmlinux.read_bytes(),
     }
 
-    def make(path):
+    def make(path: Path) -> None:
         size = f"{sum(map(len, parts.values())) * 5 // 4 >> 20}M"
         ext4_image(
             path,
@@ -124,7 +132,7 @@ def guest_disk(kernel):
     return made_once(CACHE / "images" / f"guest-{key_of(*parts.values())}.img", make)
 
 
-def root_disk(size="384M", packages=()):
+def root_disk(size: str = "384M", packages: Sequence[Path] = ()) -> Path:
     """A raw image with an ext4 root file system for a DomU, with `packages` in /packages."""
     archive = base_archive("root-init", DOMU_PROGRAMS, devices=False)
     add_program(archive, FIO)
@@ -133,7 +141,7 @@ def root_disk(size="384M", packages=()):
         archive.file(f"/packages/{package.name}", package)
     content = archive.to_bytes()
 
-    def unpack(tree):
+    def unpack(tree: Path) -> None:
         command = ["cpio", "-id", "--quiet", "--no-absolute-filenames"]
         subprocess.run(command, input=content, cwd=tree, check=True)
 
@@ -143,7 +151,7 @@ def root_disk(size="384M", packages=()):
     )
 
 
-def ext4_image(path, size, fill):
+def ext4_image(path: Path, size: str, fill: Callable[[Path], object]) -> None:
     """Makes an ext4 image of what `fill(directory)` puts into a directory."""
     tree = path.with_name(path.name + ".tree")
     shutil.rmtree(tree, ignore_errors=True)
@@ -153,13 +161,13 @@ def ext4_image(path, size, fill):
     shutil.rmtree(tree)
 
 
-def file_in_image(image, path):
+def file_in_image(image: str | Path, path: str) -> bytes:
     """Returns the content of a file in an ext4 image, which is not mounted."""
     command = ["debugfs", "-R", f"cat {path}", image]
     return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
 
 
-def grub(name):
+def grub(name: str) -> bytes:
     """GRUB as a guest's first program: a file of Debian's grub-xen-host, as bytes.
 
     It has a blkif frontend of its own. The package is not installed, because its
@@ -170,7 +178,7 @@ def grub(name):
     return subprocess.run(command, shell=True, stdout=subprocess.PIPE, check=True).stdout
 
 
-def grub_disk(linux, initrd):
+def grub_disk(linux: Path, initrd: bytes) -> Path:
     """A raw image with a kernel, the file `linux`, and a configuration that makes GRUB start it."""
     parts = {
         "linux": linux.read_bytes(),
@@ -179,7 +187,7 @@ def grub_disk(linux, initrd):
         b"initrd /boot/initrd\nboot\n",
     }
 
-    def fill(tree):
+    def fill(tree: Path) -> None:
         (tree / "boot/grub").mkdir(parents=True)
         for name, part in parts.items():
             (tree / "boot" / name).write_bytes(part)

@@ -6,6 +6,7 @@ The programs are those of Debian's packages, which are not in the build root.
 
 import os
 import subprocess
+from pathlib import Path
 
 from .cache import CACHE
 from .cache import key_of
@@ -17,12 +18,12 @@ START, SIZE = 32 << 20, 300 << 20
 """Where it is on the disk, and its size: mkfs.xfs makes none that is smaller."""
 
 
-def partitioned_disk(first):
+def partitioned_disk(first: tuple[int, int]) -> Path:
     """A raw image with two partitions: `first` (start, size), empty, below START; and the xfs."""
     places = (first, (START, SIZE))
     table = "".join(f"start={start >> 9}, size={size >> 9}\n" for start, size in places)
 
-    def make(path):
+    def make(path: Path) -> None:
         made = path.with_name(path.name + ".xfs")
         with open(made, "wb") as file:
             file.truncate(SIZE)
@@ -37,7 +38,7 @@ def partitioned_disk(first):
     return made_once(CACHE / "images" / f"xfs-{key_of(table, *PACKAGES)}.img", make)
 
 
-def assert_sound(disk, where):
+def assert_sound(disk: str | Path, where: str) -> None:
     """There is nothing that xfs_repair would repair in the xfs on the image `disk`."""
     with open(disk, "rb") as file, open(f"{disk}.xfs", "wb") as copy:
         file.seek(START)
@@ -47,7 +48,7 @@ def assert_sound(disk, where):
     assert result.returncode == 0, f"{where}:\n{result.stdout}"
 
 
-def _run(program, *arguments):
+def _run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     tree = _unpacked()
     return subprocess.run(
         [tree / "usr/sbin" / program, *arguments],
@@ -58,10 +59,10 @@ def _run(program, *arguments):
     )
 
 
-def _unpacked():
+def _unpacked() -> Path:
     packages = debian_packages(PACKAGES, installed=False)
 
-    def make(path):
+    def make(path: Path) -> None:
         path.mkdir()
         for package in packages:
             subprocess.run(["dpkg-deb", "-x", package, path / "root"], check=True)
