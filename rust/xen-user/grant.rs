@@ -38,6 +38,11 @@ impl CopyStatus {
     pub const BAD_REFERENCE: Self = Self(-3);
     /// The grant does not allow it (`GNTST_permission_denied`).
     pub const PERMISSION_DENIED: Self = Self(-8);
+    /// Returns `true` if the data was copied.
+    pub fn is_okay(self) -> bool {
+        self == Self::OKAY
+    }
+
     /// The page is not in memory over there now (`GNTST_eagain`).
     pub const AGAIN: Self = Self(-12);
 }

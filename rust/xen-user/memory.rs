@@ -11,6 +11,7 @@ use io_buffer::Buffer;
 use rustix::mm;
 use rustix::mm::MapFlags;
 use rustix::mm::ProtFlags;
+use std::fs::File;
 use std::io;
 use std::ptr;
 use std::ptr::NonNull;
@@ -53,6 +54,21 @@ impl Pages {
         let start =
             // SAFETY: The kernel chooses an address where nothing is mapped.
             unsafe { mm::mmap_anonymous(ptr::null_mut(), len, protection, MapFlags::PRIVATE) }?;
+        // SAFETY: This was mapped just now for reading and writing, and no one else has it.
+        unsafe { Self::from_raw(start, len, true, None) }
+    }
+
+    /// Maps a file from its start, after setting its size to that of the pages. Each process that maps
+    /// it shares them, and what is written stays in the file when a process is killed.
+    ///
+    /// If another process makes the file smaller, an access ends this one by a signal.
+    pub fn of_file(file: &File, count: usize) -> io::Result<Self> {
+        let len = size(count)?;
+        file.set_len(len as u64)?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let start =
+            // SAFETY: The kernel chooses an address where nothing is mapped.
+            unsafe { mm::mmap(ptr::null_mut(), len, protection, MapFlags::SHARED, file, 0) }?;
         // SAFETY: This was mapped just now for reading and writing, and no one else has it.
         unsafe { Self::from_raw(start, len, true, None) }
     }
@@ -105,6 +121,18 @@ impl Pages {
     pub fn store(&self, word: usize, value: u32) {
         if let Some(word) = self.word(word).filter(|_| self.writable) {
             word.store(value, Relaxed);
+        }
+    }
+
+    /// Adds to a 64-bit number at a multiple of 8 bytes, in one access. Elsewhere, and beyond the end, it
+    /// has no effect.
+    #[inline]
+    pub fn add(&self, at: usize, value: u64) {
+        let address = self.address(at, 8).filter(|_| self.writable && at % 8 == 0);
+        if let Some(address) = address {
+            // SAFETY: The address is aligned, as `start` is, and 8 bytes from it are within the mapping,
+            // which is writable; the reference ends with the access.
+            unsafe { AtomicU64::from_ptr(address.cast()) }.fetch_add(value, Relaxed);
         }
     }
 
@@ -214,6 +242,16 @@ pub(crate) fn size(count: usize) -> io::Result<usize> {
 pub struct DataPages(Pages);
 
 impl DataPages {
+    /// Returns the size in bytes.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Returns `false`: there is at least one page.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
     /// Returns a range of the pages for I/O. Returns `None` if it is not within them, or if there is
     /// another owner: a buffer of an earlier call.
     pub fn lend(this: &mut Arc<Self>, at: usize, len: usize) -> Option<Buffer> {
