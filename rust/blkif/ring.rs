@@ -451,6 +451,23 @@ impl<M: Memory> BackRing<M> {
         Ok(ring)
     }
 
+    /// Attaches to a ring whose last backend has died with requests in flight, of which there is a
+    /// record. It had taken the requests before `req_cons`, and had answered as many as it has published
+    /// responses. The others have to be answered with [`BackRing::put`], from the record.
+    pub fn adopt(memory: M, abi: Abi, req_cons: u32) -> Result<Self, RingError> {
+        let mut ring = BackRing::attach(memory, abi)?;
+        if req_cons.wrapping_sub(ring.rsp_prod) > ring.slots.capacity {
+            return Err(RingError::Requests {
+                req_prod: ring.rsp_prod,
+                req_cons,
+            });
+        }
+        ring.req_cons = req_cons;
+        ring.req_seen = req_cons;
+        ring.check_producer()?;
+        Ok(ring)
+    }
+
     /// The memory given to [`BackRing::attach`].
     pub fn memory(&self) -> &M {
         &self.slots.memory
@@ -1039,6 +1056,51 @@ mod tests {
         for id in 0..3 {
             assert_eq!(front.take_response(), Ok(Some(response(id))));
         }
+    }
+
+    #[test]
+    fn a_ring_is_adopted_from_a_record() {
+        let pages = Pages::new(1);
+        let at = u32::MAX - 1;
+        let (mut front, mut back) = pair(&pages, at);
+        for id in 0..6 {
+            front.put(request(id)).unwrap();
+        }
+        assert!(front.publish());
+        for _ in 0..5 {
+            back.take_request().unwrap().unwrap();
+        }
+        back.put(&response(4)).unwrap();
+        back.put(&response(2)).unwrap();
+        let _ = back.publish();
+        back.put(&response(3)).unwrap();
+
+        let mut back = BackRing::adopt(&pages, ABI, at.wrapping_add(5)).unwrap();
+        assert_eq!(back.in_flight(), 3);
+        for id in [0, 3, 1] {
+            back.put(&response(id)).unwrap();
+        }
+        assert_eq!(back.put(&response(9)), Err(RingFull));
+        assert_eq!(back.take_request().unwrap().unwrap().id(), 5);
+        let _ = back.publish();
+        for id in [4, 2, 0, 3, 1] {
+            assert_eq!(front.take_response().unwrap().unwrap().id, id);
+        }
+    }
+
+    #[test]
+    fn a_record_that_does_not_fit_the_ring_is_an_error() {
+        let pages = Pages::new(1);
+        let (mut front, _) = pair(&pages, 7);
+        front.put(request(1)).unwrap();
+        let _ = front.publish();
+        assert!(BackRing::adopt(&pages, ABI, 8).is_ok());
+        for req_cons in [6, 9, 7 + 33] {
+            let error = BackRing::adopt(&pages, ABI, req_cons).err().unwrap();
+            assert!(matches!(error, RingError::Requests { .. }));
+        }
+        pages.words[REQ_PROD].set(7 + 32);
+        assert!(BackRing::adopt(&pages, ABI, 7 + 32).is_ok());
     }
 
     #[test]
