@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Connecting to a frontend: what is read from its directory and written to ours.
+
+use crate::barrier::BarrierGate;
+use crate::barrier::GateMember;
+use crate::device::Xen;
+use crate::disk::Disk;
+use crate::disk::MAX_INDIRECT_SEGMENTS;
+use crate::error::During;
+use crate::error::Error;
+use crate::inflight::Identity;
+use crate::inflight::InflightFile;
+use crate::memory::DataPath;
+use crate::queue::EventSender;
+use crate::queue::Queue;
+use crate::queue::QueueConfig;
+use crate::queue::QueueControl;
+use crate::queue::Settings;
+use crate::ring::RingMemory;
+use crate::stats::Stats;
+use crate::wakeup::Wakeup;
+use crate::xenstore::read;
+use crate::xenstore::read_state;
+use crate::xenstore::write;
+use blkif::negotiate::Accepted;
+use blkif::negotiate::BackLimits;
+use blkif::negotiate::FrontChoice;
+use blkif::node;
+use blkif::node::InvalidNode;
+use blkif::ring;
+use blkif::ring::BackRing;
+use blkif::ring::Memory;
+use blkif::state::XenbusState;
+use engine::Access;
+use engine::Engine;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use xen_user::event::Channel;
+use xen_user::grant::Grants;
+use xen_user::xenstore::Nodes;
+use xen_user::xenstore::Xenstore;
+
+/// Writes what any frontend may choose from.
+pub(crate) fn write_offers(
+    nodes: &mut impl Nodes,
+    dir: &str,
+    limits: &BackLimits,
+) -> io::Result<()> {
+    let indirect = MAX_INDIRECT_SEGMENTS;
+    write(nodes, dir, "feature-max-indirect-segments", indirect)?;
+    write(nodes, dir, "multi-queue-max-queues", limits.max_queues)?;
+    write(
+        nodes,
+        dir,
+        "max-ring-page-order",
+        limits.max_ring_page_order,
+    )
+}
+
+/// Reads what the frontend has chosen.
+fn read_choice(
+    nodes: &mut impl Nodes,
+    frontend: &str,
+    limits: &BackLimits,
+) -> Result<Accepted, Error> {
+    let mut choice = FrontChoice::default();
+    for node in FrontChoice::NODES {
+        if let Some(value) = read(nodes, frontend, node)? {
+            choice.set(node, &value).map_err(Error::Node)?;
+        }
+    }
+    choice.check(limits).map_err(Error::Choice)
+}
+
+/// What the queues of a connection are made from.
+pub(crate) struct Parts<'a> {
+    pub(crate) xen: &'a Xen,
+    pub(crate) engine: &'a dyn Engine,
+    pub(crate) disk: &'a Arc<Disk>,
+    pub(crate) stats: &'a Arc<Stats>,
+    /// Directory of the frontend.
+    pub(crate) frontend: &'a str,
+    pub(crate) domain: u16,
+    pub(crate) name: &'a str,
+    pub(crate) limits: &'a BackLimits,
+    pub(crate) inflight: &'a Path,
+    pub(crate) events: EventSender,
+    pub(crate) settings: Settings,
+}
+
+/// A connection whose rings are mapped.
+pub(crate) struct Connection {
+    pub(crate) accepted: Accepted,
+    pub(crate) queues: Vec<(Queue, Arc<QueueControl>)>,
+    pub(crate) inflight: InflightFile,
+    /// Number of requests that a predecessor had taken.
+    pub(crate) adopted: usize,
+    /// First page of the first ring.
+    first_reference: u32,
+}
+
+/// A ring that is mapped, and its event channel.
+struct MappedRing {
+    memory: RingMemory,
+    channel: Box<dyn Channel>,
+    first_reference: u32,
+    port: u32,
+}
+
+impl Connection {
+    /// Maps the rings of a frontend that has written what it wants. If `adopt`, a predecessor may have
+    /// left requests in flight.
+    pub(crate) fn new(store: &mut Xenstore, parts: &Parts<'_>, adopt: bool) -> Result<Self, Error> {
+        let accepted = read_choice(store, parts.frontend, parts.limits)?;
+        let mut rings = Vec::new();
+        for index in 0..accepted.rings.queues {
+            rings.push(map_ring(store, parts, &accepted, index)?);
+        }
+        let identity = Identity {
+            abi: accepted.abi,
+            capacity: rings
+                .first()
+                .map_or(0, |ring| ring::capacity(ring.memory.words(), accepted.abi)),
+            rings: rings
+                .iter()
+                .map(|ring| (ring.first_reference, ring.port))
+                .collect(),
+        };
+        let first_reference = rings.first().map_or(0, |ring| ring.first_reference);
+        let found = if adopt {
+            InflightFile::open(parts.inflight, identity.clone())
+                .during("reading requests in flight")?
+        } else {
+            None
+        };
+        let is_adopted = found.is_some();
+        let inflight = match found {
+            Some(file) => file,
+            None => InflightFile::create(parts.inflight, identity)
+                .during("creating the record of requests in flight")?,
+        };
+        let gate = Arc::new(BarrierGate::default());
+        let mut connection = Self {
+            accepted,
+            queues: Vec::new(),
+            inflight,
+            adopted: 0,
+            first_reference,
+        };
+        for (index, ring) in (0..).zip(rings) {
+            connection.add_queue(parts, index, ring, &gate, is_adopted)?;
+        }
+        Ok(connection)
+    }
+
+    fn add_queue(
+        &mut self,
+        parts: &Parts<'_>,
+        index: u32,
+        ring: MappedRing,
+        gate: &Arc<BarrierGate>,
+        adopt: bool,
+    ) -> Result<(), Error> {
+        let number = usize::try_from(index).unwrap_or(usize::MAX);
+        let responses = ring.memory.responses();
+        let abi = self.accepted.abi;
+        let (ring, inflight, consumer, adopted) = if adopt {
+            let (inflight, adopted) = self.inflight.adopt(number, responses);
+            let consumer = adopted.consumer;
+            let attached = BackRing::adopt(ring.memory, abi, consumer);
+            (
+                attached.map(|attached| (attached, ring.channel)),
+                inflight,
+                consumer,
+                adopted.requests,
+            )
+        } else {
+            let attached = BackRing::attach(ring.memory, abi);
+            let inflight = self.inflight.queue(number, responses);
+            (
+                attached.map(|attached| (attached, ring.channel)),
+                inflight,
+                responses,
+                Vec::new(),
+            )
+        };
+        let (ring, channel) = ring.map_err(|error| Error::Ring(index, error))?;
+        self.adopted = self.adopted.saturating_add(adopted.len());
+        let wakeup = Arc::new(Wakeup::new().during("creating a queue")?);
+        let control = Arc::new(QueueControl::new(wakeup.clone()));
+        let depth = ring.capacity();
+        let data = DataPath::new(
+            parts.domain,
+            parts.xen.grants.clone(),
+            self.accepted.persistent,
+        );
+        let queue = Queue::new(QueueConfig {
+            name: format!("{}-{index}", parts.name),
+            index,
+            ring,
+            channel,
+            image: parts.engine.queue(depth)?,
+            data,
+            domain: parts.domain,
+            disk: parts.disk.clone(),
+            gate: GateMember::new(gate, index, &wakeup),
+            stats: parts.stats.clone(),
+            control: control.clone(),
+            events: parts.events.clone(),
+            inflight,
+            consumer,
+            responses,
+            adopted,
+            settings: parts.settings,
+        });
+        self.queues.push((queue, control));
+        Ok(())
+    }
+
+    /// Returns `true` if the frontend still offers the rings that are mapped. Others have other
+    /// references, because those of a page that is mapped are not used again.
+    pub(crate) fn is_offered(&self, nodes: &mut impl Nodes, frontend: &str) -> bool {
+        let state = read_state(nodes, frontend);
+        let waits = matches!(
+            state,
+            Ok(Ok(XenbusState::Initialised | XenbusState::Connected))
+        );
+        let reference = number(
+            nodes,
+            frontend,
+            &self.accepted,
+            0,
+            "ring-ref",
+            &first_node(&self.accepted),
+        );
+        waits && reference.ok() == Some(self.first_reference)
+    }
+}
+
+/// Writes what the disk is and can do.
+pub(crate) fn write_disk(
+    nodes: &mut impl Nodes,
+    dir: &str,
+    disk: &Disk,
+    persistent: bool,
+    cdrom: bool,
+) -> io::Result<()> {
+    write(nodes, dir, "feature-flush-cache", 1)?;
+    write(nodes, dir, "feature-barrier", 1)?;
+    if let Some(discard) = disk.discard() {
+        write(nodes, dir, "discard-granularity", discard.granularity)?;
+        write(nodes, dir, "discard-alignment", discard.alignment)?;
+        write(nodes, dir, "discard-secure", 0)?;
+        write(nodes, dir, "feature-discard", 1)?;
+    }
+    write(nodes, dir, "feature-persistent", u32::from(persistent))?;
+    write(nodes, dir, "sectors", disk.sectors())?;
+    write(nodes, dir, "info", disk.info_node(cdrom))?;
+    write(nodes, dir, "sector-size", disk.block_size())?;
+    let physical = disk.physical_block_size();
+    write(nodes, dir, "physical-sector-size", physical)
+}
+
+/// Maps the ring of a queue, and binds its event channel.
+fn map_ring(
+    nodes: &mut impl Nodes,
+    parts: &Parts<'_>,
+    accepted: &Accepted,
+    index: u32,
+) -> Result<MappedRing, Error> {
+    let mut references = Vec::new();
+    for page in 0..accepted.rings.pages() {
+        let node = if accepted.numbered_refs {
+            format!("ring-ref{page}")
+        } else {
+            "ring-ref".to_string()
+        };
+        references.push(number(
+            nodes,
+            parts.frontend,
+            accepted,
+            index,
+            "ring-ref",
+            &node,
+        )?);
+    }
+    let first_reference = references.first().copied().unwrap_or(0);
+    let node = "event-channel";
+    let port = number(nodes, parts.frontend, accepted, index, node, node)?;
+    let grants: &dyn Grants = &*parts.xen.grants;
+    let pages = grants
+        .map(parts.domain, &references, Access::ReadWrite)
+        .map_err(|error| Error::Refused(index, "ring-ref", first_reference, error))?;
+    let channel = parts
+        .xen
+        .events
+        .bind(parts.domain, port)
+        .map_err(|error| Error::Refused(index, node, port, error))?;
+    Ok(MappedRing {
+        memory: RingMemory::new(pages),
+        channel,
+        first_reference,
+        port,
+    })
+}
+
+/// Returns the node of the first page of a ring.
+fn first_node(accepted: &Accepted) -> String {
+    let node = if accepted.numbered_refs {
+        "ring-ref0"
+    } else {
+        "ring-ref"
+    };
+    node.to_string()
+}
+
+/// Reads a number in the directory of a queue.
+fn number(
+    nodes: &mut impl Nodes,
+    frontend: &str,
+    accepted: &Accepted,
+    index: u32,
+    name: &'static str,
+    node: &str,
+) -> Result<u32, Error> {
+    let value = if accepted.queue_dirs {
+        read(nodes, frontend, &format!("queue-{index}/{node}"))?
+    } else {
+        read(nodes, frontend, node)?
+    };
+    let number = match &value {
+        Some(value) => node::decimal_u32(name, value),
+        None => Err(InvalidNode::missing(name)),
+    };
+    number.map_err(|bad| Error::Queue(index, bad))
+}

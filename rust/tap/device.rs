@@ -1,0 +1,728 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The life of a disk in xenstore, from the start of the process to the end of the device.
+//!
+//! [`blkif::state`] decides what has to be done; this carries it out, in the main thread. The thread
+//! hears of changes of the frontend's state, of the own directory, which the toolstack writes to, of
+//! its queues, and of `rblk` over the control socket.
+//!
+//! The threads of queues own their rings. When a connection ends, the main thread stops them and goes
+//! on when the last one has ended, which may take as long as the image takes to answer.
+//!
+//! # A successor of a process that was killed
+//!
+//! Both states are Connected then, and the rings are as they were. If there is a record of requests in
+//! flight for exactly these rings, they are taken over without a change that the frontend would see.
+
+use crate::connect;
+use crate::connect::Connection;
+use crate::connect::Parts;
+use crate::control::Command;
+use crate::control::ControlSocket;
+use crate::disk::Disk;
+use crate::error::During;
+use crate::error::Error;
+use crate::inflight::InflightFile;
+use crate::queue::EventSender;
+use crate::queue::QueueControl;
+use crate::queue::QueueEvent;
+pub use crate::queue::Settings;
+use crate::stats::Stats;
+use crate::wakeup;
+use crate::wakeup::Wakeup;
+use crate::xenstore::read;
+use crate::xenstore::read_state;
+use crate::xenstore::require;
+use crate::xenstore::write;
+use blkif::backoff::Backoff;
+use blkif::negotiate::BackLimits;
+use blkif::node::InvalidNode;
+use blkif::node::Reason;
+use blkif::ring::MAX_PAGE_ORDER;
+use blkif::state;
+use blkif::state::BackAction;
+use blkif::state::BackEvent;
+use blkif::state::BackState;
+use blkif::state::XenbusState;
+use blkif::token_bucket::TokenBucket;
+use engine::Engine;
+use serde_json::json;
+use serde_json::Value;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::path::PathBuf;
+use std::sync::mpsc;
+use std::sync::mpsc::Receiver;
+use std::sync::mpsc::Sender;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+use std::time::Instant;
+use xen_user::event::Events;
+use xen_user::grant::Grants;
+use xen_user::xenstore::Nodes;
+use xen_user::xenstore::Transaction;
+use xen_user::xenstore::Xenstore;
+
+/// Connections that a frontend may make at once, and how long each one more takes, in milliseconds.
+const CONNECTIONS: u32 = 16;
+const CONNECTION_MS: u64 = 500;
+
+/// Delays between tries after a failure that may pass, in milliseconds.
+const RETRIES: Backoff = Backoff::new(100, 10_000);
+
+/// Stack of a queue's thread.
+const STACK: usize = 256 << 10;
+
+/// Xen, for the queues.
+pub struct Xen {
+    /// Where pages are mapped and copied.
+    pub grants: Arc<dyn Grants>,
+    /// Where event channels are bound.
+    pub events: Box<dyn Events>,
+}
+
+/// How a device is served.
+pub struct Config {
+    /// Domain of the frontend.
+    pub domain: u16,
+    /// Number of the virtual device.
+    pub device: u32,
+    /// Directory of the backend, relative to that of this domain.
+    pub dir: String,
+    /// Where the record of requests in flight, and the control socket are.
+    pub state_dir: PathBuf,
+    /// Where the directory for `xentop` is created, if it is wanted.
+    pub stats_root: Option<PathBuf>,
+    /// Largest number of rings.
+    pub max_queues: u32,
+    /// Use persistent grants if the frontend does.
+    pub persistent: bool,
+    /// How errors are dealt with.
+    pub settings: Settings,
+}
+
+/// What the nodes of the toolstack say about a disk.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ToolstackNodes {
+    /// The directory of the frontend.
+    pub frontend: String,
+    /// The disk refuses writes.
+    pub read_only: bool,
+    /// Other users may write to the image at the same time.
+    pub shared: bool,
+    /// Discard is not forbidden.
+    pub discard: bool,
+    /// The medium is removable.
+    pub removable: bool,
+    /// The disk is a CD-ROM.
+    pub cdrom: bool,
+}
+
+impl ToolstackNodes {
+    /// Reads the nodes, and checks that they are those of the domain's disk.
+    pub fn read(nodes: &mut impl Nodes, dir: &str, domain: u16) -> Result<Self, Error> {
+        let id = require(nodes, dir, "frontend-id")?;
+        if id != domain.to_string().as_bytes() {
+            let bad = InvalidNode::new("frontend-id", &id, Reason::Unknown);
+            return Err(Error::Toolstack(bad));
+        }
+        let frontend = require(nodes, dir, "frontend")?;
+        let mode = require(nodes, dir, "mode")?;
+        if !mode.contains(&b'w') && mode != b"r" {
+            return Err(Error::Toolstack(InvalidNode::new(
+                "mode",
+                &mode,
+                Reason::Unknown,
+            )));
+        }
+        let mut is = |node, text: &[u8]| -> Result<bool, Error> {
+            Ok(read(nodes, dir, node)?.is_some_and(|value| value == text))
+        };
+        Ok(Self {
+            frontend: String::from_utf8_lossy(&frontend).into_owned(),
+            read_only: mode == b"r",
+            shared: mode.contains(&b'!'),
+            discard: !is("discard-enable", b"0")?,
+            removable: is("removable", b"1")?,
+            cdrom: is("device-type", b"cdrom")?,
+        })
+    }
+}
+
+/// A queue that is served.
+struct ServedQueue {
+    control: Arc<QueueControl>,
+    index: u32,
+    paused: bool,
+}
+
+/// A device.
+pub struct Device {
+    config: Config,
+    nodes: ToolstackNodes,
+    store: Xenstore,
+    xen: Xen,
+    engine: Box<dyn Engine>,
+    disk: Arc<Disk>,
+    stats: Arc<Stats>,
+    control: ControlSocket,
+    state: BackState,
+    /// The state that was last written, or found at the start.
+    written: XenbusState,
+    limits: BackLimits,
+    /// A predecessor may have left requests in flight.
+    may_adopt: bool,
+    queues: Vec<ServedQueue>,
+    inflight: Option<InflightFile>,
+    /// Threads that have not ended, of all connections.
+    threads: usize,
+    /// The queues were stopped; the next step is taken when all have ended.
+    draining: bool,
+    paused: bool,
+    connects: TokenBucket,
+    started: Instant,
+    retries: Backoff,
+    /// When it is tried again.
+    retry_at: Option<Instant>,
+    /// The last error that was reported.
+    reported: Option<String>,
+    connection: u64,
+    wakeup: Arc<Wakeup>,
+    sender: Sender<(u64, QueueEvent)>,
+    events: Receiver<(u64, QueueEvent)>,
+}
+
+/// Says what became of the attempt to write a state.
+#[derive(Debug, Eq, PartialEq)]
+enum Switched {
+    Written,
+    /// Another state was found.
+    Refused(XenbusState),
+    /// The frontend has withdrawn its rings.
+    Withdrawn,
+}
+
+/// Says what is done next.
+#[derive(Debug, Eq, PartialEq)]
+enum Next {
+    /// Something else may have to be done.
+    Again,
+    /// Nothing, until something happens.
+    Wait,
+}
+
+impl Device {
+    /// Starts to serve a device, whose image is open.
+    pub fn new(
+        config: Config,
+        nodes: ToolstackNodes,
+        mut store: Xenstore,
+        xen: Xen,
+        engine: Box<dyn Engine>,
+        disk: Disk,
+    ) -> Result<Self, Error> {
+        let (sender, events) = mpsc::channel();
+        let written = read_state(&mut store, &config.dir)
+            .during("reading xenstore")?
+            .unwrap_or(XenbusState::Unknown);
+        let stats = match &config.stats_root {
+            Some(root) => Stats::in_file(root, config.domain, config.device),
+            None => Stats::private(),
+        };
+        let path = control_path(&config);
+        let mut device = Self {
+            disk: Arc::new(disk),
+            stats: Arc::new(stats.during("creating the file for xentop")?),
+            control: ControlSocket::new(&path).during("creating the control socket")?,
+            state: match written {
+                XenbusState::Closing | XenbusState::Closed => BackState::StartingClosed,
+                _ => BackState::Starting,
+            },
+            written,
+            limits: BackLimits {
+                max_ring_page_order: MAX_PAGE_ORDER,
+                max_queues: config.max_queues.max(1),
+                persistent: config.persistent,
+            },
+            may_adopt: false,
+            queues: Vec::new(),
+            inflight: None,
+            threads: 0,
+            draining: false,
+            paused: false,
+            connects: TokenBucket::new(CONNECTIONS, CONNECTION_MS, 0),
+            started: Instant::now(),
+            retries: RETRIES,
+            retry_at: None,
+            reported: None,
+            connection: 0,
+            wakeup: Arc::new(Wakeup::new().during("creating a wakeup")?),
+            sender,
+            events,
+            config,
+            nodes,
+            store,
+            xen,
+            engine,
+        };
+        device.start().during("watching xenstore")?;
+        Ok(device)
+    }
+
+    fn start(&mut self) -> io::Result<()> {
+        let dir = &self.config.dir;
+        self.store
+            .watch(&format!("{}/state", self.nodes.frontend), "frontend")?;
+        self.store.watch(&format!("{dir}/state"), "state")?;
+        self.store.watch(&format!("{dir}/online"), "online")?;
+        // xentop finds the statistics by it.
+        let pid = std::process::id();
+        write(&mut self.store, dir, "kthread-pid", pid)?;
+        let frontend = read_state(&mut self.store, &self.nodes.frontend)?;
+        let connected = self.written == XenbusState::Connected
+            && frontend == Ok(XenbusState::Connected)
+            && inflight_path(&self.config).exists();
+        if connected {
+            // The offer is that of the predecessor.
+            self.may_adopt = true;
+            self.state = BackState::Waiting;
+        }
+        Ok(())
+    }
+
+    /// Serves the device until it is gone. Returns an error if that cannot go on.
+    pub fn run(mut self) -> Result<(), Error> {
+        while self.state != BackState::Gone {
+            while self.step()? == Next::Again {}
+            // An event that came with an answer is not seen by `poll`.
+            if self.state != BackState::Gone && !self.take_events()? {
+                self.wait()?;
+                self.take_events()?;
+            }
+        }
+        if let Some(inflight) = self.inflight.take() {
+            inflight.remove();
+        }
+        self.engine.close()?;
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<(), Error> {
+        let timeout = self
+            .retry_at
+            .map(|time| time.saturating_duration_since(Instant::now()));
+        let fds = [self.store.fd(), self.wakeup.as_fd(), self.control.as_fd()];
+        let [_, woken, control] = wakeup::wait(fds, timeout).during("waiting for events")?;
+        if woken {
+            self.wakeup.clear();
+        }
+        if control {
+            self.serve_control();
+        }
+        if self.retry_at.is_some_and(|time| time <= Instant::now()) {
+            self.retry_at = None;
+        }
+        Ok(())
+    }
+
+    /// Takes what has happened, and returns `true` if there was anything. What is in xenstore is read when
+    /// it is decided on.
+    fn take_events(&mut self) -> Result<bool, Error> {
+        let mut any = false;
+        while let Some(_event) = self.store.next_event().during("reading xenstore")? {
+            any = true;
+        }
+        while let Ok((connection, event)) = self.events.try_recv() {
+            any = true;
+            self.queue_event(connection, event)?;
+        }
+        Ok(any)
+    }
+
+    fn queue_event(&mut self, connection: u64, event: QueueEvent) -> Result<(), Error> {
+        let current = connection == self.connection;
+        match event {
+            QueueEvent::Ended => self.threads = self.threads.saturating_sub(1),
+            QueueEvent::Broken(error) if current => {
+                self.fail(&error)?;
+            }
+            QueueEvent::Withdraw(node) if current => {
+                eprintln!("{}: the image has refused this: {node} = 0", self.name());
+                let written = write(&mut self.store, &self.config.dir, node, 0);
+                written.during("writing xenstore")?;
+            }
+            QueueEvent::Paused(index) if current => {
+                let mut queues = self.queues.iter_mut();
+                if let Some(queue) = queues.find(|queue| queue.index == index) {
+                    queue.paused = true;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Returns domain and device, for messages.
+    fn name(&self) -> String {
+        format!("{}-{}", self.config.domain, self.config.device)
+    }
+
+    /// Decides what has to be done, and does it.
+    fn step(&mut self) -> Result<Next, Error> {
+        let action = if !self.draining {
+            let event = self.read_event()?;
+            self.state.step(event)
+        } else if self.threads != 0 {
+            return Ok(Next::Wait);
+        } else {
+            BackAction::Drain
+        };
+        match action {
+            BackAction::Wait | BackAction::Open => Ok(Next::Wait),
+            BackAction::Attach if self.has_to_wait() => Ok(Next::Wait),
+            BackAction::Attach => self.attach(),
+            BackAction::Retry => Ok(Next::Wait),
+            BackAction::Drain if self.stop() => Ok(Next::Wait),
+            BackAction::Fail => {
+                let state = read(&mut self.store, &self.nodes.frontend, "state")?;
+                let state = String::from_utf8_lossy(&state.unwrap_or_default()).into_owned();
+                self.fail(&Error::State(state))
+            }
+            BackAction::Restart => {
+                let (dir, limits) = (&self.config.dir, &self.limits);
+                let offered = connect::write_offers(&mut self.store, dir, limits);
+                offered.during("writing offers")?;
+                self.enter(BackState::Waiting)
+            }
+            BackAction::Drain => {
+                self.draining = false;
+                if let Some(inflight) = self.inflight.take() {
+                    inflight.remove();
+                }
+                self.enter(BackState::Detached)
+            }
+            BackAction::Close => self.enter(BackState::Closing),
+            BackAction::Finish => self.enter(BackState::Closed),
+            BackAction::Forget => self.enter(BackState::Gone),
+        }
+    }
+
+    /// Returns what is in xenstore now.
+    fn read_event(&mut self) -> Result<BackEvent, Error> {
+        let state = read_state(&mut self.store, &self.nodes.frontend).during("reading xenstore")?;
+        let Ok(state) = state else {
+            return Ok(BackEvent::BadState);
+        };
+        let dir = &self.config.dir;
+        let exists = self.store.read(&format!("{dir}/state"));
+        let exists = exists.during("reading xenstore")?.is_some();
+        let online = read(&mut self.store, dir, "online")?;
+        Ok(BackEvent::Frontend {
+            state: if exists { state } else { XenbusState::Unknown },
+            online: exists && state::is_online(online.as_deref(), state),
+            ready: true,
+        })
+    }
+
+    /// Returns `true` if the frontend connects more often than it may, or a failure was just now.
+    fn has_to_wait(&mut self) -> bool {
+        if self.retry_at.is_some() {
+            return true;
+        }
+        let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let Err(time) = self.connects.take(now) else {
+            return false;
+        };
+        eprintln!(
+            "{}: the frontend connects too often: it has to wait",
+            self.name()
+        );
+        self.retry_at = Some(Instant::now() + Duration::from_millis(time));
+        true
+    }
+
+    /// Connects to the frontend: its rings are served when this returns.
+    fn attach(&mut self) -> Result<Next, Error> {
+        let adopt = std::mem::replace(&mut self.may_adopt, false);
+        let connection = match self.connect(adopt) {
+            Ok(connection) => connection,
+            Err(error) => return self.fail(&error),
+        };
+        match self.describe(&connection)? {
+            Switched::Written => {}
+            Switched::Withdrawn => return Ok(Next::Again),
+            Switched::Refused(found) => return self.refused(BackState::Live, found),
+        }
+        self.state = BackState::Live;
+        self.report(&connection);
+        self.forget_failures()?;
+        self.serve(connection)?;
+        Ok(Next::Wait)
+    }
+
+    fn connect(&mut self, adopt: bool) -> Result<Connection, Error> {
+        self.connection = self.connection.wrapping_add(1);
+        let parts = Parts {
+            xen: &self.xen,
+            engine: &*self.engine,
+            disk: &self.disk,
+            stats: &self.stats,
+            frontend: &self.nodes.frontend,
+            domain: self.config.domain,
+            name: &self.name(),
+            limits: &self.limits,
+            inflight: &inflight_path(&self.config),
+            events: EventSender {
+                sender: self.sender.clone(),
+                wakeup: self.wakeup.clone(),
+                connection: self.connection,
+            },
+            settings: self.config.settings,
+        };
+        Connection::new(&mut self.store, &parts, adopt)
+    }
+
+    /// Writes what the disk is, and Connected, unless the toolstack or the frontend have changed their
+    /// minds since the rings were mapped.
+    fn describe(&mut self, connection: &Connection) -> Result<Switched, Error> {
+        let (disk, frontend) = (self.disk.clone(), self.nodes.frontend.clone());
+        let (persistent, cdrom) = (connection.accepted.persistent, self.nodes.cdrom);
+        self.switch_with(XenbusState::Connected, |transaction, dir| {
+            if !connection.is_offered(transaction, &frontend) {
+                return Ok(false);
+            }
+            connect::write_disk(transaction, dir, &disk, persistent, cdrom)?;
+            Ok(true)
+        })
+    }
+
+    fn report(&self, connection: &Connection) {
+        let accepted = &connection.accepted;
+        eprintln!(
+            "{}: {} queues of {} pages, {}, persistent grants {}, {} requests adopted",
+            self.name(),
+            accepted.rings.queues,
+            accepted.rings.pages(),
+            accepted.abi.name(),
+            if accepted.persistent { "on" } else { "off" },
+            connection.adopted,
+        );
+    }
+
+    fn serve(&mut self, connection: Connection) -> Result<(), Error> {
+        self.inflight = Some(connection.inflight);
+        for (index, (queue, control)) in (0..).zip(connection.queues) {
+            if self.paused {
+                control.pause(true);
+            }
+            let thread = thread::Builder::new()
+                .name(format!("{}-{index}", self.name()))
+                .stack_size(STACK);
+            // It says when it ends.
+            thread
+                .spawn(move || queue.serve())
+                .during("starting a thread")?;
+            self.threads = self.threads.saturating_add(1);
+            self.queues.push(ServedQueue {
+                control,
+                index,
+                paused: false,
+            });
+        }
+        Ok(())
+    }
+
+    /// Has the queues end what they have taken from their rings. Returns `true` if some have not.
+    fn stop(&mut self) -> bool {
+        for queue in self.queues.drain(..) {
+            queue.control.stop();
+        }
+        self.draining = self.threads != 0;
+        self.draining
+    }
+
+    /// Enters a state, and writes it, unless the toolstack wants another one.
+    fn enter(&mut self, next: BackState) -> Result<Next, Error> {
+        let switched = match next.xenbus() {
+            Some(state) if state != self.written => self.switch_with(state, |_, _| Ok(true))?,
+            _ => Switched::Written,
+        };
+        match switched {
+            Switched::Refused(found) => self.refused(next, found),
+            Switched::Written | Switched::Withdrawn => {
+                self.state = next;
+                Ok(Next::Again)
+            }
+        }
+    }
+
+    /// Another state was found where a state was to be written.
+    fn refused(&mut self, next: BackState, found: XenbusState) -> Result<Next, Error> {
+        if found == XenbusState::Closing {
+            let action = self.state.step(BackEvent::ToolstackClosing);
+            return match action.next_state() {
+                Some(closing) => self.enter(closing),
+                None => Ok(Next::Wait),
+            };
+        }
+        match next {
+            // The directory is gone, or is that of a new device.
+            BackState::Closing | BackState::Closed | BackState::Gone => {
+                self.state = next;
+                Ok(Next::Again)
+            }
+            _ => Ok(Next::Wait),
+        }
+    }
+
+    /// Writes a state in place of the one that was written before, with what `body` writes.
+    fn switch_with(
+        &mut self,
+        state: XenbusState,
+        mut body: impl FnMut(&mut Transaction<'_>, &str) -> io::Result<bool>,
+    ) -> Result<Switched, Error> {
+        let (dir, own) = (self.config.dir.clone(), self.written);
+        let switched = self.store.transaction(|transaction| {
+            let found = read_state(transaction, &dir)?.unwrap_or(XenbusState::Unknown);
+            let replaces = found == own || state == XenbusState::Closed;
+            if found != state && !replaces || found == XenbusState::Unknown {
+                return Ok(Switched::Refused(found));
+            }
+            if found == state && found != own {
+                return Ok(Switched::Written);
+            }
+            if !body(transaction, &dir)? {
+                return Ok(Switched::Withdrawn);
+            }
+            write(transaction, &dir, "state", state.number())?;
+            Ok(Switched::Written)
+        });
+        let switched = switched.during("writing the state")?;
+        if switched == Switched::Written {
+            self.written = state;
+        }
+        Ok(switched)
+    }
+
+    /// Deals with a failure: the frontend is to close, or it is tried again after a while.
+    fn fail(&mut self, error: &Error) -> Result<Next, Error> {
+        let connected = read(&mut self.store, &self.config.dir, "sectors")?.is_some();
+        let failure = error.failure(connected);
+        let action = self.state.step(BackEvent::Failed(failure));
+        self.report_failure(error)?;
+        match action.next_state() {
+            Some(next) => self.enter(next),
+            None => {
+                if action == BackAction::Retry {
+                    let delay = Duration::from_millis(self.retries.next_delay().into());
+                    self.retry_at = Some(Instant::now() + delay);
+                }
+                Ok(Next::Wait)
+            }
+        }
+    }
+
+    /// Writes a failure to the log and to xenstore, if it is a new one.
+    fn report_failure(&mut self, error: &Error) -> Result<(), Error> {
+        let text = error.to_string();
+        if self.reported.as_ref() != Some(&text) {
+            eprintln!("{}: {text}", self.name());
+            let node = format!("error/{}/error", self.config.dir);
+            let written = self.store.write(&node, &text);
+            written.during("writing the error")?;
+            self.reported = Some(text);
+        }
+        Ok(())
+    }
+
+    fn forget_failures(&mut self) -> Result<(), Error> {
+        self.retries = RETRIES;
+        if self.reported.take().is_some() {
+            let node = format!("error/{}/error", self.config.dir);
+            self.store.remove(&node).during("removing the error")?;
+        }
+        Ok(())
+    }
+
+    fn serve_control(&mut self) {
+        let Some((command, connection)) = self.control.accept() else {
+            return;
+        };
+        let answer = match command {
+            Ok(command) => self.command(command),
+            Err(error) => json!({ "error": error }),
+        };
+        connection.answer(&answer);
+    }
+
+    fn command(&mut self, command: Command) -> Value {
+        match command {
+            Command::Stats => self.stats_json(),
+            Command::Pause => self.set_paused(true),
+            Command::Resume => self.set_paused(false),
+            Command::Resize => match self.resize() {
+                Ok(sectors) => json!({ "sectors": sectors }),
+                Err(error) => json!({ "error": error.to_string() }),
+            },
+        }
+    }
+
+    fn stats_json(&self) -> Value {
+        let queues = self.queues.iter().map(|queue| {
+            json!({
+                "in_flight": queue.control.in_flight(),
+                "oldest_ms": queue.control.oldest().map(|time| time.as_millis() as u64),
+                "paused": queue.paused && self.paused,
+            })
+        });
+        json!({
+            "domain": self.config.domain,
+            "device": self.config.device,
+            "pid": std::process::id(),
+            "state": self.written.number(),
+            "sectors": self.disk.sectors(),
+            "block_size": self.disk.block_size(),
+            "paused": self.paused,
+            "queues": queues.collect::<Vec<_>>(),
+            "counters": self.stats.to_json(),
+        })
+    }
+
+    fn set_paused(&mut self, paused: bool) -> Value {
+        self.paused = paused;
+        for queue in &mut self.queues {
+            queue.paused = false;
+            queue.control.pause(paused);
+        }
+        json!({ "paused": paused })
+    }
+
+    /// Reads the size of the image again, and tells the frontend of a new one.
+    fn resize(&mut self) -> Result<u64, Error> {
+        let info = self.engine.refresh()?;
+        let changed = self.disk.set_size(info.size);
+        let sectors = self.disk.sectors();
+        if changed && self.state == BackState::Live && !self.draining {
+            self.switch_with(XenbusState::Connected, |transaction, dir| {
+                write(transaction, dir, "sectors", sectors)?;
+                Ok(true)
+            })?;
+        }
+        Ok(sectors)
+    }
+}
+
+fn path(config: &Config, extension: &str) -> PathBuf {
+    let name = format!("{}-{}.{extension}", config.domain, config.device);
+    Path::new(&config.state_dir).join(name)
+}
+
+fn inflight_path(config: &Config) -> PathBuf {
+    path(config, "inflight")
+}
+
+fn control_path(config: &Config) -> PathBuf {
+    path(config, "sock")
+}

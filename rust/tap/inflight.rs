@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Requests in flight, recorded in a file, so that a successor completes them after a kill.
+//!
+//! A response may overwrite the request of another one that is still in flight, so the ring alone does
+//! not say which requests were taken and not answered. The file does. It is mapped: what is written to
+//! it stays when the process is killed, and costs no system call.
+//!
+//! # Order of writes
+//!
+//! 1. A request is recorded as taken, then the consumer index is moved.
+//! 2. It is recorded as answered, with the index of its response, before the response is published.
+//! 3. After that the record is free.
+//!
+//! A successor starts each request again that is recorded as taken below the consumer index, or as
+//! answered with an index that was not published. I/O of the dead process may still be under way in the
+//! kernel: the engine waits for its end when it opens the image, as the lock of an image is held by
+//! each I/O on it.
+//!
+//! # Layout
+//!
+//! 32-bit words: a header of 16, and for each queue a header of 16 and 32 for each slot of the ring.
+
+use blkif::wire::Abi;
+use blkif::wire::WireRequest;
+use blkif::wire::REQUEST_WORDS;
+use std::fs;
+use std::fs::File;
+use std::fs::OpenOptions;
+use std::io;
+use std::path::Path;
+use std::path::PathBuf;
+use std::sync::atomic::fence;
+use std::sync::atomic::Ordering::Release;
+use std::sync::Arc;
+use xen_user::memory::Pages;
+use xen_user::memory::PAGE_SIZE;
+
+/// First word of the file: "RBLK", and a version.
+const MAGIC: u32 = u32::from_le_bytes(*b"RBL1");
+
+const HEADER_WORDS: usize = 16;
+const ENTRY_WORDS: usize = 32;
+
+/// Words of a queue's header.
+const FIRST_REFERENCE: usize = 0;
+const PORT: usize = 1;
+const CONSUMER: usize = 2;
+
+/// Words of an entry.
+const STATE: usize = 0;
+const INDEX: usize = 1;
+const RESPONSE: usize = 2;
+const REQUEST: usize = 4;
+
+/// States of an entry.
+const FREE: u32 = 0;
+const TAKEN: u32 = 1;
+const ANSWERED: u32 = 2;
+
+/// The rings of a connection: those of another one have other numbers.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct Identity {
+    pub(crate) abi: Abi,
+    /// Slots of each ring.
+    pub(crate) capacity: u32,
+    /// Grant reference of the first page, and event channel of each ring.
+    pub(crate) rings: Vec<(u32, u32)>,
+}
+
+impl Identity {
+    fn words(&self) -> [u32; 4] {
+        let rings = u32::try_from(self.rings.len()).unwrap_or(u32::MAX);
+        let abi = match self.abi {
+            Abi::X86_64 => 1,
+            Abi::X86_32 => 2,
+            Abi::Arm => 3,
+        };
+        [MAGIC, rings, self.capacity, abi]
+    }
+
+    fn entries(&self) -> usize {
+        usize::try_from(self.capacity).unwrap_or(usize::MAX)
+    }
+
+    /// Returns the number of words of each queue.
+    fn queue_words(&self) -> usize {
+        let entries = self.entries().saturating_mul(ENTRY_WORDS);
+        entries.saturating_add(HEADER_WORDS)
+    }
+
+    /// Returns where a queue begins.
+    fn queue(&self, index: usize) -> usize {
+        let before = self.queue_words().saturating_mul(index);
+        before.saturating_add(HEADER_WORDS)
+    }
+
+    fn pages(&self) -> usize {
+        self.queue(self.rings.len())
+            .saturating_mul(4)
+            .div_ceil(PAGE_SIZE)
+    }
+}
+
+/// The file of a connection.
+pub(crate) struct InflightFile {
+    pages: Arc<Pages>,
+    identity: Identity,
+    path: PathBuf,
+}
+
+impl InflightFile {
+    /// Creates a file without requests, in place of one that is there.
+    pub(crate) fn create(path: &Path, identity: Identity) -> io::Result<Self> {
+        remove(path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(path)?;
+        let pages = Pages::of_file(&file, identity.pages())?;
+        for (index, (reference, port)) in identity.rings.iter().enumerate() {
+            let queue = identity.queue(index);
+            pages.store(queue.saturating_add(FIRST_REFERENCE), *reference);
+            pages.store(queue.saturating_add(PORT), *port);
+        }
+        for (word, value) in identity.words().into_iter().enumerate().rev() {
+            pages.store(word, value);
+        }
+        Ok(Self {
+            pages: Arc::new(pages),
+            identity,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Opens the file that a predecessor has left for the same rings. Returns `None` if there is none.
+    pub(crate) fn open(path: &Path, identity: Identity) -> io::Result<Option<Self>> {
+        let file = match OpenOptions::new().read(true).write(true).open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if !has_size(&file, identity.pages())? {
+            return Ok(None);
+        }
+        let pages = Pages::of_file(&file, identity.pages())?;
+        let mut same = (0..)
+            .zip(identity.words())
+            .all(|(word, value)| pages.load(word) == value);
+        for (index, (reference, port)) in identity.rings.iter().enumerate() {
+            let queue = identity.queue(index);
+            same &= pages.load(queue.saturating_add(FIRST_REFERENCE)) == *reference
+                && pages.load(queue.saturating_add(PORT)) == *port;
+        }
+        Ok(same.then(|| Self {
+            pages: Arc::new(pages),
+            identity,
+            path: path.to_owned(),
+        }))
+    }
+
+    /// Returns the part of a queue whose ring is attached at an index, with no requests.
+    pub(crate) fn queue(&self, index: usize, consumer: u32) -> InflightQueue {
+        let queue = self.part(index);
+        queue.set_consumer(consumer);
+        queue
+    }
+
+    /// Returns the part of a queue as a predecessor has left it, and its requests.
+    pub(crate) fn adopt(&self, index: usize, published: u32) -> (InflightQueue, Adopted) {
+        let mut queue = self.part(index);
+        let adopted = queue.recover(published);
+        (queue, adopted)
+    }
+
+    fn part(&self, index: usize) -> InflightQueue {
+        InflightQueue {
+            pages: self.pages.clone(),
+            abi: self.identity.abi,
+            start: self.identity.queue(index),
+            free: (0..self.identity.entries()).rev().collect(),
+        }
+    }
+
+    /// Removes the file: nothing is in flight, and the rings are given up.
+    pub(crate) fn remove(self) {
+        // One that stays is of rings that no one has.
+        let _ = remove(&self.path);
+    }
+}
+
+fn has_size(file: &File, pages: usize) -> io::Result<bool> {
+    let len = pages.saturating_mul(PAGE_SIZE);
+    Ok(u64::try_from(len).is_ok_and(|len| file.metadata().is_ok_and(|data| data.len() == len)))
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Number of a record.
+pub(crate) type Entry = usize;
+
+/// Requests that a predecessor has taken.
+#[derive(Debug, Eq, PartialEq)]
+pub(crate) struct Adopted {
+    /// Its consumer index.
+    pub(crate) consumer: u32,
+    /// Those without a published response, in the order in which they were taken.
+    pub(crate) requests: Vec<(Entry, WireRequest)>,
+}
+
+/// The requests of one queue.
+pub(crate) struct InflightQueue {
+    pages: Arc<Pages>,
+    abi: Abi,
+    start: usize,
+    /// Records without a request.
+    free: Vec<Entry>,
+}
+
+impl InflightQueue {
+    /// Records that a request was taken at an index. Returns `None` if there is no record left, which
+    /// means that more requests are in flight than the ring has slots.
+    pub(crate) fn take(&mut self, index: u32, request: &WireRequest) -> Option<Entry> {
+        let entry = self.free.pop()?;
+        for (word, value) in request.encode(self.abi).into_iter().enumerate() {
+            self.store(entry, REQUEST.saturating_add(word), value);
+        }
+        self.store(entry, INDEX, index);
+        fence(Release);
+        self.store(entry, STATE, TAKEN);
+        fence(Release);
+        self.set_consumer(index.wrapping_add(1));
+        Some(entry)
+    }
+
+    /// Records that a request has a response at an index, which was not published.
+    pub(crate) fn answer(&self, entry: Entry, response: u32) {
+        self.store(entry, RESPONSE, response);
+        fence(Release);
+        self.store(entry, STATE, ANSWERED);
+        fence(Release);
+    }
+
+    /// Frees a record whose response was published.
+    pub(crate) fn release(&mut self, entry: Entry) {
+        self.store(entry, STATE, FREE);
+        self.free.push(entry);
+    }
+
+    fn recover(&mut self, published: u32) -> Adopted {
+        let consumer = self.pages.load(self.start.saturating_add(CONSUMER));
+        let mut requests = Vec::new();
+        let all = std::mem::take(&mut self.free);
+        for entry in all {
+            if self.is_in_flight(entry, consumer, published) {
+                requests.push((entry, self.request(entry)));
+            } else {
+                self.release(entry);
+            }
+        }
+        requests.sort_by_key(|(entry, _)| self.load(*entry, INDEX).wrapping_sub(consumer));
+        Adopted { consumer, requests }
+    }
+
+    fn is_in_flight(&self, entry: Entry, consumer: u32, published: u32) -> bool {
+        // Indices wrap; those here are less than a ring apart.
+        let before = |index: u32, end: u32| end.wrapping_sub(index).wrapping_sub(1) < u32::MAX / 2;
+        match self.load(entry, STATE) {
+            TAKEN => before(self.load(entry, INDEX), consumer),
+            ANSWERED => !before(self.load(entry, RESPONSE), published),
+            _ => false,
+        }
+    }
+
+    fn request(&self, entry: Entry) -> WireRequest {
+        let mut words = [0; REQUEST_WORDS];
+        for (number, word) in words.iter_mut().enumerate() {
+            *word = self.load(entry, REQUEST.saturating_add(number));
+        }
+        WireRequest::decode(self.abi, &words)
+    }
+
+    fn set_consumer(&self, index: u32) {
+        let word = self.start.saturating_add(CONSUMER);
+        self.pages.store(word, index);
+    }
+
+    fn word(&self, entry: Entry, word: usize) -> usize {
+        let entry = entry.saturating_mul(ENTRY_WORDS);
+        self.start
+            .saturating_add(HEADER_WORDS)
+            .saturating_add(entry)
+            .saturating_add(word)
+    }
+
+    fn load(&self, entry: Entry, word: usize) -> u32 {
+        self.pages.load(self.word(entry, word))
+    }
+
+    fn store(&self, entry: Entry, word: usize, value: u32) {
+        self.pages.store(self.word(entry, word), value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blkif::wire::DiscardRequest;
+
+    fn identity() -> Identity {
+        Identity {
+            abi: Abi::X86_64,
+            capacity: 32,
+            rings: vec![(8, 3), (9, 4)],
+        }
+    }
+
+    fn request(id: u64) -> WireRequest {
+        WireRequest::Discard(DiscardRequest {
+            flag: 0,
+            handle: 0,
+            id,
+            sector: id * 8,
+            nr_sectors: 8,
+        })
+    }
+
+    fn ids(adopted: &Adopted) -> Vec<u64> {
+        adopted.requests.iter().map(|(_, wire)| wire.id()).collect()
+    }
+
+    #[test]
+    fn a_successor_finds_what_has_no_published_response() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("1-51712.inflight");
+        let start = u32::MAX - 1;
+        let file = InflightFile::create(&path, identity()).unwrap();
+        file.queue(0, 0);
+        let mut queue = file.queue(1, start);
+        let entries: Vec<_> = (0..5)
+            .map(|id| {
+                queue
+                    .take(start.wrapping_add(id as u32), &request(id))
+                    .unwrap()
+            })
+            .collect();
+        // The response to 3 is published, that to 1 is not, and that to 0 is forgotten.
+        queue.answer(entries[0], start);
+        queue.release(entries[0]);
+        queue.answer(entries[3], start.wrapping_add(1));
+        queue.answer(entries[1], start.wrapping_add(2));
+        drop((file, queue));
+
+        let file = InflightFile::open(&path, identity()).unwrap().unwrap();
+        let (mut queue, adopted) = file.adopt(1, start.wrapping_add(2));
+        assert_eq!(adopted.consumer, start.wrapping_add(5));
+        assert_eq!(ids(&adopted), [1, 2, 4]);
+        assert_eq!(adopted.requests[1].1, request(2));
+        // The others are free.
+        for index in 0..29 {
+            assert!(queue
+                .take(start.wrapping_add(5 + index), &request(9))
+                .is_some());
+        }
+        assert!(queue.take(0, &request(9)).is_none());
+        assert_eq!(ids(&file.adopt(0, 0).1), [0; 0]);
+        file.remove();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_request_before_the_consumer_index_moved_is_still_in_the_ring() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let file = InflightFile::create(&path, identity()).unwrap();
+        let mut queue = file.queue(0, 7);
+        queue.take(7, &request(1)).unwrap();
+        queue.set_consumer(7);
+        let (_, adopted) = file.adopt(0, 7);
+        assert_eq!((adopted.consumer, ids(&adopted)), (7, vec![]));
+    }
+
+    #[test]
+    fn the_file_of_other_rings_is_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        assert!(InflightFile::open(&path, identity()).unwrap().is_none());
+        drop(InflightFile::create(&path, identity()).unwrap());
+        assert!(InflightFile::open(&path, identity()).unwrap().is_some());
+        let mut other = identity();
+        other.rings[1].1 = 5;
+        assert!(InflightFile::open(&path, other).unwrap().is_none());
+        let mut other = identity();
+        other.capacity = 64;
+        assert!(InflightFile::open(&path, other).unwrap().is_none());
+        fs::write(&path, b"short").unwrap();
+        assert!(InflightFile::open(&path, identity()).unwrap().is_none());
+        assert_eq!(fs::read(&path).unwrap(), b"short");
+    }
+}

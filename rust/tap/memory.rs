@@ -1,0 +1,400 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Moving data between the frontend's pages and the image.
+//!
+//! - *Persistent grants*: the frontend's pages stay mapped, and are the buffers of the I/O.
+//! - *Copy*: the data goes through memory of our own. One call copies that of many requests, and
+//!   nothing is unmapped afterwards.
+//!
+//! The segments of an indirect request are copied before they are checked, so that the frontend cannot
+//! change them in between.
+
+use blkif::backoff::Backoff;
+use blkif::request::DiskLimits;
+use blkif::request::Extent;
+use blkif::request::InvalidRequest;
+use blkif::request::Segment;
+use blkif::request::Unfetched;
+use blkif::wire::Status;
+use blkif::wire::WireSegment;
+use blkif::wire::SEGMENTS_PER_INDIRECT_PAGE;
+use engine::Access;
+use engine::Buffer;
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+use std::time::Instant;
+use xen_user::grant::Copies;
+use xen_user::grant::CopyStatus;
+use xen_user::grant::Grants;
+use xen_user::grant::Piece;
+use xen_user::memory::DataPages;
+use xen_user::memory::Pages;
+use xen_user::memory::PAGE_SIZE;
+
+/// Persistent grants of a queue, at most (`max_persistent_grants` of xen-blkback).
+const MAX_PERSISTENT: usize = 1056;
+
+/// A persistent grant that was not used for this long is unmapped (`persistent_grant_unused_seconds`).
+pub(crate) const UNUSED: Duration = Duration::from_secs(60);
+
+/// How long a full table has to be left alone before it is scanned for unused grants again.
+const SCAN_PERIOD: Duration = Duration::from_secs(1);
+
+/// How long copies are tried again while pages are not in memory over there: as long as Linux waits.
+const PAGED_OUT_MS: u32 = 32_000;
+
+/// Bytes of a segment in a page of segments.
+const SEGMENT_BYTES: usize = 8;
+
+/// Sizes of the pool's memory: 1, 2, 4, ... 256 pages.
+const SIZES: usize = 9;
+
+/// Pages that the pool keeps.
+const MAX_POOL_PAGES: usize = 256;
+
+/// Why the data of a request cannot be moved.
+#[derive(Debug)]
+pub(crate) enum DataError {
+    /// The segments, once fetched, are not valid.
+    Refused(InvalidRequest),
+    /// A grant cannot be copied from or to.
+    Copy(CopyStatus),
+    /// A call fails.
+    Call(io::Error),
+}
+
+impl DataError {
+    pub(crate) fn status(&self) -> Status {
+        match self {
+            DataError::Refused(refusal) => refusal.status(),
+            DataError::Copy(_) | DataError::Call(_) => Status::Error,
+        }
+    }
+}
+
+impl fmt::Display for DataError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DataError::Refused(refusal) => write!(f, "{refusal}"),
+            DataError::Copy(status) => write!(f, "Xen refuses a copy: status {}", status.0),
+            DataError::Call(error) => write!(f, "cannot copy: {error}"),
+        }
+    }
+}
+
+impl From<io::Error> for DataError {
+    fn from(error: io::Error) -> Self {
+        DataError::Call(error)
+    }
+}
+
+/// The memory of a request's data, with what it takes to give it back.
+#[derive(Default)]
+pub(crate) enum Memory {
+    /// There is no data.
+    #[default]
+    None,
+    /// Our own: the data is copied.
+    Own(Arc<DataPages>),
+    /// The frontend's, by grant references.
+    Mapped(Vec<(u32, Arc<DataPages>)>),
+}
+
+/// What a queue needs to move data.
+pub(crate) struct DataPath {
+    domain: u16,
+    grants: Arc<dyn Grants>,
+    persistent: Option<PersistentGrants>,
+    pool: Pool,
+}
+
+impl DataPath {
+    pub(crate) fn new(domain: u16, grants: Arc<dyn Grants>, persistent: bool) -> Self {
+        Self {
+            domain,
+            grants,
+            persistent: persistent.then(PersistentGrants::default),
+            pool: Pool::default(),
+        }
+    }
+
+    /// Fetches the segments of an indirect request and checks them.
+    pub(crate) fn fetch_segments(
+        &self,
+        unfetched: &Unfetched<'_>,
+        limits: &DiskLimits,
+        segments: &mut Vec<Segment>,
+    ) -> Result<Extent, DataError> {
+        let mut checker = unfetched.checker(limits);
+        let mut left = usize::from(unfetched.count());
+        for reference in unfetched.grefs() {
+            let here = left.min(SEGMENTS_PER_INDIRECT_PAGE);
+            left = left.saturating_sub(here);
+            let page = self.fetch(*reference, here.saturating_mul(SEGMENT_BYTES))?;
+            for words in page.chunks_exact(SEGMENT_BYTES) {
+                let words = words.first_chunk().ok_or_else(invalid)?;
+                let segment = checker.push(decode_segment(*words));
+                segments.push(segment.map_err(DataError::Refused)?);
+            }
+        }
+        checker.finish().map_err(DataError::Refused)
+    }
+
+    /// Copies the beginning of a granted page.
+    fn fetch(&self, reference: u32, len: usize) -> Result<Vec<u8>, DataError> {
+        let no_memory = || io::Error::from(io::ErrorKind::OutOfMemory);
+        let mut buffer = Buffer::allocate(len, SEGMENT_BYTES).ok_or_else(no_memory)?;
+        let piece = Piece {
+            reference,
+            offset: 0,
+            len: u16::try_from(len).unwrap_or(u16::MAX),
+        };
+        self.copy_from(&mut buffer, &[piece])?;
+        let mut bytes = vec![0; len];
+        buffer.read_at(0, &mut bytes).map_err(io::Error::other)?;
+        Ok(bytes)
+    }
+
+    /// Returns memory for segments: mapped pages if the frontend uses persistent grants and all of them
+    /// can be mapped, else our own.
+    pub(crate) fn prepare(
+        &mut self,
+        segments: &[Segment],
+        max_buffers: usize,
+        now: Instant,
+    ) -> Result<(Memory, Vec<Buffer>), DataError> {
+        if let Some(persistent) = &mut self.persistent {
+            if segments.len() <= max_buffers {
+                let mapped = persistent.take(&*self.grants, self.domain, segments, now);
+                if let Some((pages, buffers)) = mapped {
+                    return Ok((Memory::Mapped(pages), buffers));
+                }
+            }
+        }
+        let len = segments
+            .iter()
+            .map(|segment| usize::from(segment.len()))
+            .sum();
+        let (pages, buffer) = self.pool.take(len)?;
+        Ok((Memory::Own(pages), vec![buffer]))
+    }
+
+    /// Takes back the memory of a request that has ended. Its buffers must have been dropped.
+    pub(crate) fn release(&mut self, memory: Memory, now: Instant) {
+        match (memory, &mut self.persistent) {
+            (Memory::Own(pages), _) => self.pool.put(pages),
+            (Memory::Mapped(pages), Some(persistent)) => persistent.put(pages, now),
+            _ => {}
+        }
+    }
+
+    /// Makes copies that were collected.
+    pub(crate) fn copy(&self, copies: &mut Copies<'_>) -> Result<(), DataError> {
+        if !copies.is_empty() {
+            self.grants.copy(copies)?;
+        }
+        Ok(())
+    }
+
+    /// Copies granted pages to a buffer, and waits for pages that are not in memory.
+    pub(crate) fn copy_from(&self, buffer: &mut Buffer, pieces: &[Piece]) -> Result<(), DataError> {
+        self.retry(|copies_of| {
+            let mut copies = Copies::new(self.domain, pieces.len());
+            let range = copies.fetch(buffer, pieces.iter().copied());
+            let range = range.ok_or_else(invalid)?;
+            copies_of.grants.copy(&mut copies)?;
+            Ok(copies.status(range))
+        })
+    }
+
+    /// Copies a buffer to granted pages, and waits for pages that are not in memory.
+    pub(crate) fn copy_to(&self, buffer: &Buffer, pieces: &[Piece]) -> Result<(), DataError> {
+        self.retry(|copies_of| {
+            let mut copies = Copies::new(self.domain, pieces.len());
+            let range = copies.store(buffer, pieces.iter().copied());
+            let range = range.ok_or_else(invalid)?;
+            copies_of.grants.copy(&mut copies)?;
+            Ok(copies.status(range))
+        })
+    }
+
+    fn retry(
+        &self,
+        mut copy: impl FnMut(&Self) -> Result<CopyStatus, DataError>,
+    ) -> Result<(), DataError> {
+        blkif::backoff::retry(
+            Backoff::new(1, 256),
+            PAGED_OUT_MS,
+            |milliseconds| thread::sleep(Duration::from_millis(milliseconds.into())),
+            |error| matches!(error, DataError::Copy(CopyStatus::AGAIN)),
+            || match copy(self)? {
+                CopyStatus::OKAY => Ok(()),
+                status => Err(DataError::Copy(status)),
+            },
+        )
+    }
+
+    /// Returns `true` if pages are mapped, or memory is kept, that may not be needed.
+    pub(crate) fn keeps_memory(&self) -> bool {
+        let mapped = self.persistent.as_ref();
+        mapped.is_some_and(|persistent| !persistent.unused.is_empty()) || self.pool.pages != 0
+    }
+
+    /// Gives up all memory that no request uses and none has used for [`UNUSED`].
+    pub(crate) fn purge(&mut self, now: Instant) {
+        self.pool = Pool::default();
+        if let Some(persistent) = &mut self.persistent {
+            persistent.purge(now);
+        }
+    }
+}
+
+fn invalid() -> io::Error {
+    io::ErrorKind::InvalidInput.into()
+}
+
+fn decode_segment(bytes: [u8; SEGMENT_BYTES]) -> WireSegment {
+    let [a, b, c, d, e, f, g, h] = bytes;
+    WireSegment::decode([
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]),
+    ])
+}
+
+/// Returns the piece of a granted page that a segment is.
+pub(crate) fn piece(segment: &Segment) -> Piece {
+    Piece {
+        reference: segment.gref(),
+        offset: segment.offset(),
+        len: segment.len(),
+    }
+}
+
+/// Pages of the frontend that stay mapped.
+///
+/// A request takes its pages out and puts them back when it has ended, so no page is unmapped that is in
+/// use.
+#[derive(Default)]
+struct PersistentGrants {
+    /// Those that no request uses, by grant reference, with the time of the last use.
+    unused: HashMap<u32, (Arc<DataPages>, Instant)>,
+    /// Number of those that requests use.
+    used: usize,
+    /// When the full table was last scanned.
+    scanned: Option<Instant>,
+}
+
+/// Pages that were taken out, and buffers in them.
+type Taken = (Vec<(u32, Arc<DataPages>)>, Vec<Buffer>);
+
+impl PersistentGrants {
+    /// Takes out the pages of segments, and maps those that are missing. Returns `None` if that is not
+    /// possible: data has to be copied then.
+    fn take(
+        &mut self,
+        grants: &dyn Grants,
+        domain: u16,
+        segments: &[Segment],
+        now: Instant,
+    ) -> Option<Taken> {
+        let mut pages = Vec::with_capacity(segments.len());
+        let mut buffers = Vec::with_capacity(segments.len());
+        for segment in segments {
+            let Some((page, buffer)) = self.take_one(grants, domain, segment, now) else {
+                drop(buffers);
+                self.put(pages, now);
+                return None;
+            };
+            pages.push((segment.gref(), page));
+            buffers.push(buffer);
+        }
+        Some((pages, buffers))
+    }
+
+    fn take_one(
+        &mut self,
+        grants: &dyn Grants,
+        domain: u16,
+        segment: &Segment,
+        now: Instant,
+    ) -> Option<(Arc<DataPages>, Buffer)> {
+        let mut page = match self.unused.remove(&segment.gref()) {
+            Some((page, _)) => page,
+            None if self.is_full(now) => return None,
+            None => {
+                let pages = grants.map(domain, &[segment.gref()], Access::ReadWrite);
+                Arc::new(DataPages::from(pages.ok()?))
+            }
+        };
+        let (at, len) = (usize::from(segment.offset()), usize::from(segment.len()));
+        let buffer = DataPages::lend(&mut page, at, len)?;
+        self.used = self.used.saturating_add(1);
+        Some((page, buffer))
+    }
+
+    fn is_full(&mut self, now: Instant) -> bool {
+        let is_full =
+            |table: &Self| table.unused.len().saturating_add(table.used) >= MAX_PERSISTENT;
+        if is_full(self) && self.scanned.is_none_or(|then| then + SCAN_PERIOD <= now) {
+            self.scanned = Some(now);
+            self.purge(now);
+        }
+        is_full(self)
+    }
+
+    /// Puts pages back. One that was mapped twice is unmapped.
+    fn put(&mut self, pages: Vec<(u32, Arc<DataPages>)>, now: Instant) {
+        self.used = self.used.saturating_sub(pages.len());
+        for (reference, page) in pages {
+            self.unused.insert(reference, (page, now));
+        }
+    }
+
+    fn purge(&mut self, now: Instant) {
+        self.unused.retain(|_, (_, used)| *used + UNUSED > now);
+    }
+}
+
+/// Memory of our own that only data of this frontend was ever in.
+#[derive(Default)]
+struct Pool {
+    free: [Vec<Arc<DataPages>>; SIZES],
+    /// Number of pages in `free`.
+    pages: usize,
+}
+
+impl Pool {
+    /// Takes memory for a number of bytes, and returns a buffer of that length in it.
+    fn take(&mut self, len: usize) -> Result<(Arc<DataPages>, Buffer), DataError> {
+        let pages = len.div_ceil(PAGE_SIZE).max(1).next_power_of_two();
+        let size = pages.trailing_zeros() as usize;
+        let kept = self.free.get_mut(size).and_then(Vec::pop);
+        let mut memory = match kept {
+            Some(memory) => {
+                self.pages = self.pages.saturating_sub(pages);
+                memory
+            }
+            None => Arc::new(DataPages::from(Pages::anonymous(pages)?)),
+        };
+        let buffer = DataPages::lend(&mut memory, 0, len);
+        let buffer = buffer.ok_or_else(invalid)?;
+        Ok((memory, buffer))
+    }
+
+    fn put(&mut self, memory: Arc<DataPages>) {
+        let pages = memory.len() / PAGE_SIZE;
+        let kept = self.pages.saturating_add(pages);
+        let size = pages.trailing_zeros() as usize;
+        if kept > MAX_POOL_PAGES {
+            return;
+        }
+        if let Some(free) = self.free.get_mut(size) {
+            free.push(memory);
+            self.pages = kept;
+        }
+    }
+}

@@ -1,0 +1,991 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A queue: one ring, and the thread that serves it.
+//!
+//! The thread owns all of it, so there is no lock: it takes what waits in the ring, starts the I/O of
+//! all of it at once, completes what the image is done with, and then publishes all responses and
+//! notifies the frontend at most once. When there is nothing to do, it waits for an event, a completion
+//! or the main thread.
+//!
+//! A request that was started is answered, whatever happens: the thread ends only when nothing is in
+//! flight. Requests that were not started stay in the ring for the next backend. A request for which
+//! there is no memory now waits, and so does what is behind it in the ring.
+//!
+//! An error of the image that passes is not told to the frontend: the request is tried again, up to
+//! [`Settings::retry_time`] after it was taken.
+
+use crate::barrier::GateMember;
+use crate::disk::Disk;
+use crate::error::Error;
+use crate::inflight::Entry;
+use crate::inflight::InflightQueue;
+use crate::memory::piece;
+use crate::memory::DataError;
+use crate::memory::DataPath;
+use crate::memory::Memory;
+use crate::memory::UNUSED;
+use crate::ring::RingMemory;
+use crate::stats::Counter;
+use crate::stats::Stats;
+use crate::wakeup;
+use crate::wakeup::Wakeup;
+use blkif::backoff::Backoff;
+use blkif::request;
+use blkif::request::Data;
+use blkif::request::DiskLimits;
+use blkif::request::Extent;
+use blkif::request::Request;
+use blkif::request::Segment;
+use blkif::ring::BackRing;
+use blkif::ring::RingError;
+use blkif::wire::op;
+use blkif::wire::Response;
+use blkif::wire::Status;
+use blkif::wire::WireRequest;
+use blkif::wire::SECTOR_SIZE;
+use engine::Buffer;
+use engine::Completion;
+use engine::Errno;
+use engine::Operation;
+use std::collections::HashMap;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Acquire;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::Release;
+use std::sync::mpsc::Sender;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+use std::time::Instant;
+use xen_user::event::Channel;
+use xen_user::grant::Copies;
+use xen_user::grant::Piece;
+
+/// Pages that the requests of a queue may use at a time; a single request may always be served.
+const MAX_PAGES: usize = 4096;
+
+/// Copies that are made at once.
+const COPIES: usize = 256;
+
+/// Delays between the tries of a request that lacks memory, in milliseconds.
+const MEMORY_RETRIES: Backoff = Backoff::new(10, 500);
+
+/// Delays between the tries of a request after an error that passes, in milliseconds.
+const ERROR_RETRIES: Backoff = Backoff::new(10, 1000);
+
+/// How often a queue that cannot wait for events looks whether it is stopped.
+const BROKEN_PERIOD: Duration = Duration::from_millis(100);
+
+/// What an administrator may set.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// How long a request is tried again after an error that may pass.
+    pub retry_time: Duration,
+}
+
+/// What a queue tells the main thread.
+pub(crate) enum QueueEvent {
+    /// The frontend has broken the ring, or the image accepts no more requests.
+    Broken(Error),
+    /// The image has refused what a node has offered.
+    Withdraw(&'static str),
+    /// It is paused, and nothing is in flight.
+    Paused(u32),
+    /// The thread ends: nothing is in flight, and it has given up the ring.
+    Ended,
+}
+
+/// Sends events of queues to the main thread.
+#[derive(Clone)]
+pub(crate) struct EventSender {
+    pub(crate) sender: Sender<(u64, QueueEvent)>,
+    pub(crate) wakeup: Arc<Wakeup>,
+    /// Number of the connection.
+    pub(crate) connection: u64,
+}
+
+impl EventSender {
+    fn send(&self, event: QueueEvent) {
+        // If the main thread has ended, so will the process.
+        let _ = self.sender.send((self.connection, event));
+        self.wakeup.set();
+    }
+}
+
+/// What the main thread tells a queue.
+pub(crate) struct QueueControl {
+    stop: AtomicBool,
+    pause: AtomicBool,
+    /// Requests in flight, and when the oldest was taken, in milliseconds since the queue was created.
+    in_flight: AtomicU64,
+    oldest: AtomicU64,
+    created: Instant,
+    wakeup: Arc<Wakeup>,
+}
+
+impl QueueControl {
+    pub(crate) fn new(wakeup: Arc<Wakeup>) -> Self {
+        Self {
+            stop: AtomicBool::new(false),
+            pause: AtomicBool::new(false),
+            in_flight: AtomicU64::new(0),
+            oldest: AtomicU64::new(0),
+            created: Instant::now(),
+            wakeup,
+        }
+    }
+
+    /// Has the thread end when nothing is in flight.
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Release);
+        self.wakeup.set();
+    }
+
+    /// Has the thread take no more requests, or take them again.
+    pub(crate) fn pause(&self, pause: bool) {
+        self.pause.store(pause, Release);
+        self.wakeup.set();
+    }
+
+    /// Returns the number of requests in flight.
+    pub(crate) fn in_flight(&self) -> u64 {
+        self.in_flight.load(Relaxed)
+    }
+
+    /// Returns for how long the oldest request has been in flight.
+    pub(crate) fn oldest(&self) -> Option<Duration> {
+        let since = Duration::from_millis(self.oldest.load(Relaxed));
+        (self.in_flight() != 0).then(|| self.created.elapsed().saturating_sub(since))
+    }
+
+    fn report(&self, in_flight: usize, oldest: Option<Instant>) {
+        self.in_flight.store(in_flight as u64, Relaxed);
+        let oldest = oldest.map_or(Duration::ZERO, |time| {
+            time.saturating_duration_since(self.created)
+        });
+        let milliseconds = u64::try_from(oldest.as_millis()).unwrap_or(u64::MAX);
+        self.oldest.store(milliseconds, Relaxed);
+    }
+}
+
+/// What a request does next.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Step {
+    Read,
+    Write,
+    Flush,
+    /// A barrier: what came before becomes durable.
+    BarrierFlush,
+    /// A barrier, after that: its data is written and becomes durable.
+    BarrierWrite,
+    Discard,
+}
+
+/// A request that was taken and not answered (`struct pending_req`).
+struct PendingReq {
+    /// The response, if all goes well.
+    response: Response,
+    step: Step,
+    /// The range of the image in bytes.
+    offset: u64,
+    length: u64,
+    /// The data in the frontend's pages.
+    pieces: Vec<Piece>,
+    memory: Memory,
+    /// Data of a barrier that waits.
+    buffers: Vec<Buffer>,
+    entry: Entry,
+    taken: Instant,
+    retries: Backoff,
+}
+
+impl PendingReq {
+    fn is_copied(&self) -> bool {
+        matches!(self.memory, Memory::Own(_))
+    }
+
+    fn operation(&self) -> Operation {
+        match self.step {
+            Step::Read => Operation::Read,
+            Step::Write => Operation::Write { fua: false },
+            Step::BarrierWrite => Operation::Write { fua: true },
+            Step::Flush | Step::BarrierFlush => Operation::Flush,
+            Step::Discard => Operation::Discard,
+        }
+    }
+
+    /// Returns what the image is asked for, without a tag.
+    fn request(&self, buffers: Vec<Buffer>) -> engine::Request {
+        let (offset, length) = match self.operation() {
+            Operation::Flush => (0, 0),
+            _ => (self.offset, self.length),
+        };
+        engine::Request {
+            operation: self.operation(),
+            offset,
+            length,
+            buffers,
+            tag: 0,
+        }
+    }
+
+    /// Returns the response after an error of the image.
+    fn failed(&self, errno: Errno) -> Response {
+        let optional = !matches!(self.step, Step::Read | Step::Write);
+        let status = if optional && errno == Errno::OPNOTSUPP {
+            Status::NotSupported
+        } else {
+            Status::Error
+        };
+        Response {
+            status,
+            ..self.response
+        }
+    }
+
+    /// Returns the node that has offered what the image has refused, if it has.
+    fn refused_node(&self, errno: Errno) -> Option<&'static str> {
+        match (self.step, self.response.operation) {
+            _ if errno != Errno::OPNOTSUPP => None,
+            (Step::Read | Step::Write, _) => None,
+            (Step::Discard, _) => Some("feature-discard"),
+            (_, op::WRITE_BARRIER) => Some("feature-barrier"),
+            _ => Some("feature-flush-cache"),
+        }
+    }
+}
+
+/// Requests that the image works on, by their tags.
+#[derive(Default)]
+struct Requests {
+    pending: HashMap<u64, PendingReq>,
+    last_tag: u64,
+}
+
+impl Requests {
+    fn insert(&mut self, pending: PendingReq) -> u64 {
+        self.last_tag = self.last_tag.wrapping_add(1);
+        self.pending.insert(self.last_tag, pending);
+        self.last_tag
+    }
+
+    fn remove(&mut self, tag: u64) -> Option<PendingReq> {
+        self.pending.remove(&tag)
+    }
+
+    fn oldest(&self) -> Option<Instant> {
+        self.pending.values().map(|pending| pending.taken).min()
+    }
+}
+
+/// Where a barrier is.
+enum Barrier {
+    None,
+    /// It waits for what came before, in all queues. Nothing is taken meanwhile.
+    Waiting(Box<PendingReq>),
+    /// It is under way, alone.
+    Running,
+}
+
+/// What a queue is made of.
+pub(crate) struct QueueConfig {
+    /// For messages: domain, device and number of the queue.
+    pub(crate) name: String,
+    pub(crate) index: u32,
+    pub(crate) ring: BackRing<RingMemory>,
+    pub(crate) channel: Box<dyn Channel>,
+    pub(crate) image: Box<dyn engine::Queue>,
+    pub(crate) data: DataPath,
+    pub(crate) domain: u16,
+    pub(crate) disk: Arc<Disk>,
+    pub(crate) gate: GateMember,
+    pub(crate) stats: Arc<Stats>,
+    pub(crate) control: Arc<QueueControl>,
+    pub(crate) events: EventSender,
+    pub(crate) inflight: InflightQueue,
+    /// Index of the next request, and of the next response.
+    pub(crate) consumer: u32,
+    pub(crate) responses: u32,
+    /// Requests that a predecessor had taken.
+    pub(crate) adopted: Vec<(Entry, WireRequest)>,
+    pub(crate) settings: Settings,
+}
+
+/// What the thread of a queue owns.
+pub(crate) struct Queue {
+    config: QueueConfig,
+    requests: Requests,
+    /// Requests that were taken from the ring, and not started.
+    backlog: VecDeque<(Entry, WireRequest)>,
+    memory_retries: Backoff,
+    barrier: Barrier,
+    /// Writes whose data is to be copied before they are submitted, and the number of their pieces.
+    incoming: Vec<(PendingReq, Buffer)>,
+    incoming_pieces: usize,
+    /// Requests that are tried again at a time.
+    delayed: Vec<(Instant, PendingReq, Vec<Buffer>)>,
+    completions: Vec<Completion>,
+    /// Records of requests whose responses are not published.
+    answered: Vec<Entry>,
+    /// Requests that were started and not answered, and their pages.
+    in_flight: usize,
+    pages: usize,
+    /// Some requests were submitted and not started.
+    submitted: bool,
+    /// Nothing more is taken from the ring.
+    broken: bool,
+    /// It was reported that the queue is paused.
+    paused: bool,
+    /// Nodes that were withdrawn.
+    withdrawn: Vec<&'static str>,
+    purge_at: Option<Instant>,
+    now: Instant,
+}
+
+impl Queue {
+    pub(crate) fn new(mut config: QueueConfig) -> Self {
+        let backlog = std::mem::take(&mut config.adopted).into();
+        Self {
+            config,
+            requests: Requests::default(),
+            backlog,
+            memory_retries: MEMORY_RETRIES,
+            barrier: Barrier::None,
+            incoming: Vec::new(),
+            incoming_pieces: 0,
+            delayed: Vec::new(),
+            completions: Vec::new(),
+            answered: Vec::new(),
+            in_flight: 0,
+            pages: 0,
+            submitted: false,
+            broken: false,
+            paused: false,
+            withdrawn: Vec::new(),
+            purge_at: None,
+            now: Instant::now(),
+        }
+    }
+
+    /// Serves the ring until the queue is stopped.
+    pub(crate) fn serve(mut self) {
+        let adopted = self.backlog.len();
+        self.config.stats.add(Counter::Adopted, adopted as u64);
+        // Notifications of a predecessor may be lost.
+        self.notify();
+        loop {
+            self.run_once();
+            if self.is_stopping() && self.is_drained() {
+                break;
+            }
+            self.report_pause();
+            if let Err(error) = self.sleep() {
+                self.break_down(Error::Own("waiting for events", error));
+                thread::sleep(BROKEN_PERIOD);
+            }
+        }
+        let events = self.config.events.clone();
+        // Gives up the ring, the event channel and all pages.
+        drop(self);
+        events.send(QueueEvent::Ended);
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.config.control.stop.load(Acquire)
+    }
+
+    fn is_pausing(&self) -> bool {
+        self.config.control.pause.load(Acquire)
+    }
+
+    /// Returns `true` if each request that was started has its response.
+    fn is_drained(&self) -> bool {
+        self.in_flight == 0 && matches!(self.barrier, Barrier::None)
+    }
+
+    fn report_pause(&mut self) {
+        let paused = self.is_pausing() && self.is_drained();
+        if paused && !self.paused {
+            let index = self.config.index;
+            self.config.events.send(QueueEvent::Paused(index));
+        }
+        self.paused = paused;
+    }
+
+    /// Reports what makes the ring or the image unusable, once, and takes nothing more.
+    fn break_down(&mut self, error: Error) {
+        if !std::mem::replace(&mut self.broken, true) {
+            self.config.events.send(QueueEvent::Broken(error));
+        }
+    }
+
+    /// Does all that there is to do now.
+    fn run_once(&mut self) {
+        self.now = Instant::now();
+        loop {
+            let took = self.take();
+            let ended = self.complete_all();
+            self.publish();
+            let has_more = (took || ended) && self.is_blocked() || self.has_more_requests();
+            if !has_more {
+                return;
+            }
+        }
+    }
+
+    /// Returns `true` if requests wait, for memory or for a barrier of this or another queue.
+    fn is_blocked(&self) -> bool {
+        !self.backlog.is_empty() || self.is_gated()
+    }
+
+    fn is_gated(&self) -> bool {
+        !matches!(self.barrier, Barrier::None) || self.config.gate.is_closed()
+    }
+
+    /// Returns `true` if requests are taken from the ring.
+    fn accepts_requests(&self) -> bool {
+        !self.is_stopping() && !self.is_pausing() && !self.broken && !self.is_blocked()
+    }
+
+    /// Returns `true` if requests have come since the ring was found empty. If not, the next one will
+    /// send an event.
+    fn has_more_requests(&mut self) -> bool {
+        self.accepts_requests() && self.config.ring.final_check()
+    }
+
+    /// Starts all requests that can be started now. Returns `true` if there were any.
+    fn take(&mut self) -> bool {
+        let limits = self.config.disk.limits();
+        let took = self.take_all(&limits);
+        self.resubmit_delayed();
+        self.copy_incoming();
+        self.run_barrier();
+        self.kick();
+        took
+    }
+
+    fn take_all(&mut self, limits: &DiskLimits) -> bool {
+        let mut took = false;
+        while !self.is_gated() && !self.is_pausing() {
+            let Some((entry, wire)) = self.backlog.pop_front() else {
+                break;
+            };
+            if !self.begin(entry, &wire, limits) {
+                self.backlog.push_front((entry, wire));
+                return took;
+            }
+            self.memory_retries.reset();
+            took = true;
+        }
+        let mut wire = WireRequest::EMPTY;
+        while self.accepts_requests() {
+            match self.config.ring.take_request_to(&mut wire) {
+                Ok(true) => {
+                    took = true;
+                    self.taken(&wire, limits);
+                }
+                Ok(false) => break,
+                Err(error) => {
+                    let error = Error::Ring(self.config.index, error);
+                    self.break_down(error);
+                }
+            }
+        }
+        took
+    }
+
+    /// Records a request that was taken from the ring, and starts it.
+    fn taken(&mut self, wire: &WireRequest, limits: &DiskLimits) {
+        let index = self.config.consumer;
+        self.config.consumer = index.wrapping_add(1);
+        let Some(entry) = self.config.inflight.take(index, wire) else {
+            // The ring does not give more requests than it has slots.
+            let error = RingError::Requests {
+                req_prod: index,
+                req_cons: index,
+            };
+            let error = Error::Ring(self.config.index, error);
+            return self.break_down(error);
+        };
+        if !self.begin(entry, wire, limits) {
+            self.config.stats.add(Counter::Waited, 1);
+            self.backlog.push_back((entry, *wire));
+        }
+    }
+
+    /// Checks a request and starts it. Returns `false` if it has to wait for memory.
+    fn begin(&mut self, entry: Entry, wire: &WireRequest, limits: &DiskLimits) -> bool {
+        match request::check(wire, limits) {
+            Ok(request) => self.start(entry, wire, request, limits),
+            Err(invalid) => {
+                self.refuse(entry, wire.response(invalid.status()), &invalid);
+                true
+            }
+        }
+    }
+
+    /// Answers a request that is not valid.
+    fn refuse(&mut self, entry: Entry, response: Response, why: &dyn std::fmt::Display) {
+        self.config.stats.add(Counter::Refused, 1);
+        eprintln!("{}: refused a request: {why}", self.config.name);
+        self.answer(entry, response);
+    }
+
+    fn start(
+        &mut self,
+        entry: Entry,
+        wire: &WireRequest,
+        request: Request<'_>,
+        limits: &DiskLimits,
+    ) -> bool {
+        let pages = self.pages.saturating_add(request.segments());
+        if pages > MAX_PAGES && self.in_flight != 0 {
+            return false;
+        }
+        match self.prepare(entry, wire, request, limits) {
+            Ok(pending) => self.dispatch(pending),
+            Err(DataError::Refused(invalid)) => {
+                self.refuse(entry, wire.response(invalid.status()), &invalid);
+            }
+            Err(DataError::Call(error))
+                if error.kind() == io::ErrorKind::OutOfMemory && self.in_flight != 0 =>
+            {
+                return false;
+            }
+            Err(error) => {
+                eprintln!("{}: failed a request: {error}", self.config.name);
+                self.config.stats.add(Counter::Errors, 1);
+                self.answer(entry, wire.response(error.status()));
+            }
+        }
+        true
+    }
+
+    /// Makes a pending request of a valid one, with its memory.
+    fn prepare(
+        &mut self,
+        entry: Entry,
+        wire: &WireRequest,
+        request: Request<'_>,
+        limits: &DiskLimits,
+    ) -> Result<PendingReq, DataError> {
+        let (step, data, range) = match request {
+            Request::Read(data) => (Step::Read, Some(data), None),
+            Request::Write(data) => (Step::Write, Some(data), None),
+            Request::Flush => (Step::Flush, None, None),
+            Request::Barrier(data) => (Step::BarrierFlush, data.map(Data::Direct), None),
+            Request::Discard { extent, .. } => (Step::Discard, None, Some(extent)),
+        };
+        let mut segments: Vec<Segment> = Vec::with_capacity(request.segments());
+        let extent = match data {
+            None => range,
+            Some(Data::Direct(direct)) => {
+                segments.extend(direct.segments());
+                Some(direct.extent())
+            }
+            Some(Data::Indirect(unfetched)) => {
+                let data = &self.config.data;
+                Some(data.fetch_segments(&unfetched, limits, &mut segments)?)
+            }
+        };
+        let (offset, length) = extent.map_or((0, 0), bytes);
+        let (memory, buffers) = if segments.is_empty() {
+            (Memory::None, Vec::new())
+        } else {
+            let max_buffers = self.config.disk.max_buffers();
+            self.config.data.prepare(&segments, max_buffers, self.now)?
+        };
+        Ok(PendingReq {
+            response: wire.response(Status::Okay),
+            step,
+            offset,
+            length,
+            pieces: segments.iter().map(piece).collect(),
+            memory,
+            buffers,
+            entry,
+            taken: self.now,
+            retries: ERROR_RETRIES,
+        })
+    }
+
+    fn dispatch(&mut self, mut pending: PendingReq) {
+        self.count(&pending);
+        self.pages = self.pages.saturating_add(pending.pieces.len());
+        if pending.step == Step::BarrierFlush {
+            return self.dispatch_barrier(pending);
+        }
+        self.in_flight = self.in_flight.saturating_add(1);
+        let mut buffers = std::mem::take(&mut pending.buffers);
+        if pending.step != Step::Write || !pending.is_copied() {
+            return self.submit(pending, buffers);
+        }
+        if let Some(buffer) = buffers.pop() {
+            self.incoming_pieces = self.incoming_pieces.saturating_add(pending.pieces.len());
+            self.incoming.push((pending, buffer));
+        }
+        if self.incoming_pieces >= COPIES {
+            self.copy_incoming();
+        }
+    }
+
+    fn dispatch_barrier(&mut self, mut pending: PendingReq) {
+        let mut result = Ok(());
+        if pending.is_copied() {
+            if let Some(buffer) = pending.buffers.first_mut() {
+                result = self.config.data.copy_from(buffer, &pending.pieces);
+            }
+        }
+        if let Err(error) = result {
+            self.in_flight = self.in_flight.saturating_add(1);
+            pending.step = Step::Write;
+            return self.fail(pending, &error);
+        }
+        self.barrier = Barrier::Waiting(Box::new(pending));
+        self.config.gate.may_run(false);
+    }
+
+    fn count(&self, pending: &PendingReq) {
+        let (stats, sectors) = (&self.config.stats, pending.length / u64::from(SECTOR_SIZE));
+        match pending.step {
+            Step::Read => {
+                stats.add(Counter::ReadsStarted, 1);
+                stats.add(Counter::SectorsRead, sectors);
+            }
+            Step::Write => {
+                stats.add(Counter::WritesStarted, 1);
+                stats.add(Counter::SectorsWritten, sectors);
+            }
+            Step::Flush | Step::BarrierFlush | Step::BarrierWrite => {
+                stats.add(Counter::Flushes, 1);
+                stats.add(Counter::SectorsWritten, sectors);
+            }
+            Step::Discard => stats.add(Counter::Discards, 1),
+        }
+    }
+
+    /// Copies the data of writes, and submits them.
+    fn copy_incoming(&mut self) {
+        let mut incoming = std::mem::take(&mut self.incoming);
+        let pieces = std::mem::take(&mut self.incoming_pieces);
+        if incoming.is_empty() {
+            return;
+        }
+        let mut copies = Copies::new(self.config.domain, pieces);
+        let ranges: Vec<_> = incoming
+            .iter_mut()
+            .map(|(pending, buffer)| copies.fetch(buffer, pending.pieces.iter().copied()))
+            .collect();
+        let copied = self.config.data.copy(&mut copies).is_ok();
+        let statuses: Vec<_> = ranges
+            .into_iter()
+            .map(|range| copied && range.is_some_and(|range| copies.status(range).is_okay()))
+            .collect();
+        for ((pending, mut buffer), copied) in incoming.drain(..).zip(statuses) {
+            let result = if copied {
+                Ok(())
+            } else {
+                // Once more by itself: its pages may not have been in memory.
+                self.config.data.copy_from(&mut buffer, &pending.pieces)
+            };
+            match result {
+                Ok(()) => self.submit(pending, vec![buffer]),
+                Err(error) => self.fail(pending, &error),
+            }
+        }
+        self.incoming = incoming;
+    }
+
+    /// Starts a barrier if everything that came before has completed, or lets that of another queue
+    /// start.
+    fn run_barrier(&mut self) {
+        // What waits in the backlog was taken after a barrier of this queue, and was not started before
+        // that of another one.
+        let idle = self.in_flight == 0;
+        match std::mem::replace(&mut self.barrier, Barrier::None) {
+            Barrier::None if idle && self.config.gate.is_closed() => self.config.gate.quiesce(),
+            Barrier::Waiting(pending) if self.config.gate.may_run(idle) => {
+                self.barrier = Barrier::Running;
+                self.in_flight = self.in_flight.saturating_add(1);
+                self.submit(*pending, Vec::new());
+            }
+            other => self.barrier = other,
+        }
+    }
+
+    /// Submits a request to the image.
+    fn submit(&mut self, pending: PendingReq, buffers: Vec<Buffer>) {
+        let mut request = pending.request(buffers);
+        request.tag = self.requests.insert(pending);
+        self.config.image.submit(request);
+        self.submitted = true;
+    }
+
+    /// Submits requests again whose time has come.
+    fn resubmit_delayed(&mut self) {
+        if self.delayed.is_empty() {
+            return;
+        }
+        let now = self.now;
+        let delayed = std::mem::take(&mut self.delayed);
+        for (time, pending, buffers) in delayed {
+            if time <= now {
+                self.submit(pending, buffers);
+            } else {
+                self.delayed.push((time, pending, buffers));
+            }
+        }
+    }
+
+    fn kick(&mut self) {
+        if !std::mem::take(&mut self.submitted) {
+            return;
+        }
+        if let Err(error) = self.config.image.kick() {
+            self.break_down(Error::Image(error));
+        }
+    }
+
+    /// Completes all requests that the image is done with. Returns `true` if there were any.
+    fn complete_all(&mut self) -> bool {
+        if self.config.image.in_flight() == 0 {
+            return false;
+        }
+        let mut completions = std::mem::take(&mut self.completions);
+        if let Err(error) = self.config.image.completions(&mut completions) {
+            self.break_down(Error::Image(error));
+        }
+        let ended = !completions.is_empty();
+        let mut outgoing = Vec::new();
+        for completion in completions.drain(..) {
+            let Some(pending) = self.requests.remove(completion.tag) else {
+                continue;
+            };
+            match completion.result {
+                Ok(()) => self.succeed(pending, completion.buffers, &mut outgoing),
+                Err(error) => self.image_failed(pending, completion.buffers, &error),
+            }
+        }
+        self.completions = completions;
+        self.copy_outgoing(outgoing);
+        self.kick();
+        ended
+    }
+
+    fn succeed(
+        &mut self,
+        mut pending: PendingReq,
+        mut buffers: Vec<Buffer>,
+        outgoing: &mut Vec<(PendingReq, Buffer)>,
+    ) {
+        match pending.step {
+            Step::Read if pending.is_copied() => {
+                if let Some(buffer) = buffers.pop() {
+                    outgoing.push((pending, buffer));
+                }
+            }
+            Step::BarrierFlush if !pending.pieces.is_empty() => {
+                pending.step = Step::BarrierWrite;
+                let buffers = std::mem::take(&mut pending.buffers);
+                self.submit(pending, buffers);
+            }
+            _ => {
+                drop(buffers);
+                let response = pending.response;
+                self.finish(pending, response);
+            }
+        }
+    }
+
+    /// Tries a request again, or answers it with an error.
+    fn image_failed(
+        &mut self,
+        mut pending: PendingReq,
+        buffers: Vec<Buffer>,
+        error: &engine::Error,
+    ) {
+        let passes = matches!(
+            error.errno(),
+            Errno::AGAIN | Errno::BUSY | Errno::INTR | Errno::NOTCONN | Errno::TIMEDOUT
+        );
+        self.now = Instant::now();
+        let deadline = pending.taken + self.config.settings.retry_time;
+        if passes && self.now < deadline {
+            self.config.stats.add(Counter::Retries, 1);
+            let delay = Duration::from_millis(pending.retries.next_delay().into());
+            let time = (self.now + delay).min(deadline);
+            return self.delayed.push((time, pending, buffers));
+        }
+        drop(buffers);
+        eprintln!("{}: {:?} fails: {error}", self.config.name, pending.step);
+        if let Some(node) = pending.refused_node(error.errno()) {
+            self.withdraw(node);
+        }
+        self.config.stats.add(Counter::Errors, 1);
+        let response = pending.failed(error.errno());
+        self.finish(pending, response);
+    }
+
+    /// Has an offer taken back that the image has refused, once.
+    fn withdraw(&mut self, node: &'static str) {
+        if !self.withdrawn.contains(&node) {
+            self.withdrawn.push(node);
+            self.config.events.send(QueueEvent::Withdraw(node));
+        }
+    }
+
+    /// Copies what reads have brought to the frontend, and answers them.
+    fn copy_outgoing(&mut self, outgoing: Vec<(PendingReq, Buffer)>) {
+        if outgoing.is_empty() {
+            return;
+        }
+        let pieces = outgoing.iter().map(|(pending, _)| pending.pieces.len());
+        let mut copies = Copies::new(self.config.domain, pieces.sum());
+        let ranges: Vec<_> = outgoing
+            .iter()
+            .map(|(pending, buffer)| copies.store(buffer, pending.pieces.iter().copied()))
+            .collect();
+        let copied = self.config.data.copy(&mut copies).is_ok();
+        let statuses: Vec<_> = ranges
+            .into_iter()
+            .map(|range| copied && range.is_some_and(|range| copies.status(range).is_okay()))
+            .collect();
+        drop(copies);
+        for ((pending, buffer), copied) in outgoing.into_iter().zip(statuses) {
+            let result = if copied {
+                Ok(())
+            } else {
+                self.config.data.copy_to(&buffer, &pending.pieces)
+            };
+            drop(buffer);
+            match result {
+                Ok(()) => {
+                    let response = pending.response;
+                    self.finish(pending, response);
+                }
+                Err(error) => self.fail(pending, &error),
+            }
+        }
+    }
+
+    /// Answers a request whose data cannot be moved.
+    fn fail(&mut self, pending: PendingReq, error: &DataError) {
+        eprintln!("{}: failed a request: {error}", self.config.name);
+        self.config.stats.add(Counter::Errors, 1);
+        let response = Response {
+            status: error.status(),
+            ..pending.response
+        };
+        self.finish(pending, response);
+    }
+
+    /// Gives up the memory of a request, and answers it.
+    fn finish(&mut self, pending: PendingReq, response: Response) {
+        let PendingReq {
+            step,
+            pieces,
+            memory,
+            buffers,
+            entry,
+            ..
+        } = pending;
+        drop(buffers);
+        self.config.data.release(memory, self.now);
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.pages = self.pages.saturating_sub(pieces.len());
+        match step {
+            Step::Read => self.config.stats.add(Counter::Reads, 1),
+            Step::Write => self.config.stats.add(Counter::Writes, 1),
+            Step::BarrierFlush | Step::BarrierWrite => {
+                self.barrier = Barrier::None;
+                self.config.gate.open();
+            }
+            Step::Flush | Step::Discard => {}
+        }
+        self.answer(entry, response);
+    }
+
+    /// Writes a response, which the frontend sees after [`Queue::publish`].
+    fn answer(&mut self, entry: Entry, response: Response) {
+        self.config.inflight.answer(entry, self.config.responses);
+        self.config.responses = self.config.responses.wrapping_add(1);
+        self.answered.push(entry);
+        // Each request that was taken is answered once, so there is a slot.
+        let _ = self.config.ring.put(&response);
+    }
+
+    /// Publishes all responses.
+    fn publish(&mut self) {
+        if self.answered.is_empty() {
+            return;
+        }
+        if self.config.ring.publish() {
+            self.notify();
+        }
+        for entry in self.answered.drain(..) {
+            self.config.inflight.release(entry);
+        }
+    }
+
+    fn notify(&mut self) {
+        if let Err(error) = self.config.channel.notify() {
+            self.break_down(Error::Own("notifying the frontend", error));
+        }
+    }
+
+    /// Waits until there is something to do.
+    fn sleep(&mut self) -> io::Result<()> {
+        let oldest = self.requests.oldest();
+        self.config.control.report(self.in_flight, oldest);
+        let timeout = self.timeout();
+        let wakeup = self.config.control.wakeup.clone();
+        let fds = [
+            self.config.channel.fd(),
+            self.config.image.as_fd(),
+            wakeup.as_fd(),
+        ];
+        let [event, _, woken] = wakeup::wait(fds, timeout)?;
+        if woken {
+            wakeup.clear();
+        }
+        if event {
+            self.config.channel.take()?;
+        }
+        self.purge();
+        Ok(())
+    }
+
+    /// Returns after which time something has to be done without an event.
+    fn timeout(&mut self) -> Option<Duration> {
+        let now = Instant::now();
+        let mut next = self.delayed.iter().map(|(time, ..)| *time).min();
+        let mut at = |time: Instant| next = Some(next.map_or(time, |next| next.min(time)));
+        if self.in_flight == 0 && !self.backlog.is_empty() && !self.is_pausing() {
+            let delay = self.memory_retries.next_delay();
+            at(now + Duration::from_millis(delay.into()));
+        }
+        if self.in_flight == 0 && self.config.data.keeps_memory() {
+            at(*self.purge_at.get_or_insert(now + UNUSED));
+        }
+        next.map(|time| time.saturating_duration_since(now))
+    }
+
+    /// Gives up memory that has not been used for a while.
+    fn purge(&mut self) {
+        let now = Instant::now();
+        if self.purge_at.is_some_and(|time| time <= now) {
+            self.purge_at = None;
+            self.config.data.purge(now);
+        }
+    }
+}
+
+/// Returns a range of the disk in bytes.
+fn bytes(extent: Extent) -> (u64, u64) {
+    let bytes = |sectors: u64| sectors.saturating_mul(SECTOR_SIZE.into());
+    (bytes(extent.sector()), bytes(extent.sectors()))
+}

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The memory of a ring: pages of the frontend that are mapped one behind the other.
+
+use blkif::ring::Memory;
+use std::sync::atomic::fence;
+use std::sync::atomic::Ordering::Acquire;
+use std::sync::atomic::Ordering::Release;
+use std::sync::atomic::Ordering::SeqCst;
+use xen_user::memory::Pages;
+
+/// Number of the word that holds the index of the last published response.
+const RSP_PROD: usize = 2;
+
+/// The memory of a ring.
+pub(crate) struct RingMemory(Pages);
+
+impl RingMemory {
+    pub(crate) fn new(pages: Pages) -> Self {
+        Self(pages)
+    }
+
+    /// Returns how many responses have been published, modulo 2^32.
+    pub(crate) fn responses(&self) -> u32 {
+        self.0.load(RSP_PROD)
+    }
+}
+
+impl Memory for RingMemory {
+    fn words(&self) -> usize {
+        self.0.len() / 4
+    }
+
+    #[inline]
+    fn load(&self, word: usize) -> u32 {
+        self.0.load(word)
+    }
+
+    #[inline]
+    fn store(&self, word: usize, value: u32) {
+        self.0.store(word, value);
+    }
+
+    #[inline]
+    fn rmb(&self) {
+        fence(Acquire);
+    }
+
+    #[inline]
+    fn wmb(&self) {
+        fence(Release);
+    }
+
+    #[inline]
+    fn mb(&self) {
+        fence(SeqCst);
+    }
+}

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! `rblktap`: serves one disk of a Xen guest from an image, in user space.
+//!
+//! It is to `blkif` and the engines what `rblkback` is to `blkif` and the block layer, and
+//! corresponds to blktap's `tapdisk` and QEMU's `hw/block/xen-block.c`. The meaning of bytes, the
+//! checks of requests, the negotiation and the connection states are those of [`blkif`].
+//!
+//! | module | |
+//! |---|---|
+//! | [`device`] | the life of the disk in xenstore, in the main thread |
+//! | `connect` | reads what the frontend has chosen and maps its rings |
+//! | `queue` | serves one ring, in a thread of its own |
+//! | `memory` | moves data between the frontend's pages and the image |
+//! | `barrier` | orders the requests of all rings around a barrier |
+//! | `inflight` | records requests in a file, so that a successor completes them after a kill |
+//! | `control` | the socket for `rblk` |
+//! | `stats` | counters, as JSON and for `xentop` |
+//!
+//! The main thread and each queue wait in one `poll` without a timeout: an idle disk causes no
+//! wakeups. The only exceptions are a retry that is due, and one scan a minute after the last request
+//! for pages that are still mapped.
+
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+mod barrier;
+mod connect;
+mod control;
+pub mod device;
+mod disk;
+mod error;
+mod inflight;
+mod memory;
+mod queue;
+mod ring;
+mod stats;
+mod wakeup;
+mod xenstore;
+
+pub use disk::Disk;
+pub use error::Error;

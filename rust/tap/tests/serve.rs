@@ -1,0 +1,428 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A frontend reads and writes a disk, over the fake of Xen.
+
+mod common;
+
+use blkif::wire::info;
+use blkif::wire::op;
+use blkif::wire::Abi;
+use blkif::wire::DiscardRequest;
+use blkif::wire::Status;
+use blkif::wire::WireRequest;
+use blkif::wire::WireSegment;
+use common::*;
+use engine::memory::MemoryEngine;
+use engine::Errno;
+use std::fs;
+use std::thread;
+use std::time::Duration;
+use xen_user::event::Channel;
+use xen_user::xenstore::Nodes;
+
+const SECTORS: u64 = 8192;
+
+fn image() -> Box<MemoryEngine> {
+    let options = engine::Options::default();
+    Box::new(MemoryEngine::open(SECTORS * 512, &options).unwrap())
+}
+
+fn finish(
+    mut toolstack: Toolstack,
+    mut front: Front,
+    served: thread::JoinHandle<Result<(), rblktap::Error>>,
+) {
+    toolstack.start_detach();
+    front.set_state("5");
+    front.set_state("6");
+    served.join().unwrap().unwrap();
+    assert_eq!(toolstack.state(), "6");
+    assert_eq!(toolstack.host.mapped(), 0);
+}
+
+/// Writes and reads random ranges with random segments, and compares them with a copy.
+fn write_read_verify(front: &mut Front, random: &mut Random, rounds: u64) {
+    let mut disk = vec![0u8; SECTORS as usize * 512];
+    for id in 0..rounds {
+        let ring = random.below(front.rings.len() as u64) as usize;
+        let count = if random.below(3) == 0 {
+            1 + random.below(256)
+        } else {
+            1 + random.below(11)
+        };
+        let mut segments = Vec::new();
+        let mut sectors = 0;
+        for page in 0..count as usize {
+            let first = random.below(8) as u8;
+            let last = first + random.below(8 - u64::from(first)) as u8;
+            sectors += u64::from(last - first) + 1;
+            segments.push(front.segment(page, first, last));
+        }
+        let sector = random.below(SECTORS - sectors);
+        let range = sector as usize * 512..(sector + sectors) as usize * 512;
+        let write = random.below(2) == 0;
+        let mut at = range.start;
+        let mut places = Vec::new();
+        for (page, segment) in segments.iter().enumerate() {
+            let len = usize::from(segment.last - segment.first + 1) * 512;
+            places.push((page * 4096 + usize::from(segment.first) * 512, at, len));
+            at += len;
+        }
+        if write {
+            for (place, at, len) in &places {
+                let data: Vec<u8> = (0..*len).map(|byte| (byte as u64 ^ id) as u8).collect();
+                front.data.write(*place, &data);
+                disk[*at..at + len].copy_from_slice(&data);
+            }
+        }
+        let operation = if write { op::WRITE } else { op::READ };
+        let request = front.request(operation, id, sector, &segments);
+        okay(front.rings[ring].call(request));
+        for (place, at, len) in places {
+            let mut data = vec![0; len];
+            front.data.read(place, &mut data);
+            assert_eq!(data, disk[at..at + len], "request {id}");
+        }
+    }
+}
+
+fn verify(choice: Choice) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let mut options = Options::new(dir.path());
+    options.persistent = choice.persistent;
+    let served = serve(&mut toolstack, image(), &options);
+    let mut front = Front::connect(&mut toolstack, choice);
+    let offer = front.offers();
+    assert!(offer.flush_cache && offer.barrier && offer.discard);
+    assert_eq!(offer.persistent, choice.persistent);
+    assert_eq!(toolstack.node("sectors").unwrap(), SECTORS.to_string());
+    write_read_verify(&mut front, &mut Random::new(u64::from(choice.order)), 200);
+    okay(front.rings[0].call(flush(9)));
+    finish(toolstack, front, served);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn data_is_right_in_each_abi() {
+    for abi in [Abi::X86_64, Abi::X86_32, Abi::Arm] {
+        verify(Choice {
+            abi,
+            ..Choice::PLAIN
+        });
+    }
+}
+
+#[test]
+fn data_is_right_with_persistent_grants() {
+    verify(Choice {
+        persistent: true,
+        ..Choice::PLAIN
+    });
+}
+
+#[test]
+fn data_is_right_with_large_rings_and_several_queues() {
+    for persistent in [false, true] {
+        verify(Choice {
+            order: 4,
+            queues: 4,
+            persistent,
+            ..Choice::PLAIN
+        });
+    }
+}
+
+#[test]
+fn a_disk_of_4096_byte_blocks_refuses_parts_of_blocks() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let mut options = Options::new(dir.path());
+    options.block_size = 4096;
+    let served = serve(&mut toolstack, image(), &options);
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    assert_eq!(toolstack.node("sector-size").unwrap(), "4096");
+    let whole = front.request(op::WRITE, 1, 8, &[front.segment(0, 0, 7)]);
+    okay(front.rings[0].call(whole));
+    let part = front.request(op::WRITE, 2, 8, &[front.segment(0, 0, 3)]);
+    assert_eq!(front.rings[0].call(part).status, Status::Error);
+    finish(toolstack, front, served);
+}
+
+#[test]
+fn a_read_only_removable_disk_refuses_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("r");
+    toolstack
+        .store
+        .write(&format!("{BACK}/removable"), "1")
+        .unwrap();
+    let options = engine::Options {
+        read_only: true,
+        ..engine::Options::default()
+    };
+    let image = Box::new(MemoryEngine::open(SECTORS * 512, &options).unwrap());
+    let served = serve(&mut toolstack, image, &Options::new(dir.path()));
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    let flags = info::READONLY | info::REMOVABLE;
+    assert_eq!(toolstack.node("info").unwrap(), flags.to_string());
+    assert_eq!(toolstack.node("feature-discard"), None);
+    let segment = front.segment(0, 0, 0);
+    okay(front.rings[0].call(direct(op::READ, 1, 0, &[segment])));
+    for operation in [op::WRITE, op::WRITE_BARRIER] {
+        let response = front.rings[0].call(direct(operation, 2, 0, &[segment]));
+        assert_eq!(response.status, Status::Error);
+    }
+    finish(toolstack, front, served);
+}
+
+#[test]
+fn discarded_sectors_are_forgotten() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    front.data.write(0, &[7; 512]);
+    let segment = front.segment(0, 0, 0);
+    okay(front.rings[0].call(direct(op::WRITE, 1, 16, &[segment])));
+    let discard = |flag| {
+        WireRequest::Discard(DiscardRequest {
+            flag,
+            handle: 0,
+            id: 2,
+            sector: 16,
+            nr_sectors: 8,
+        })
+    };
+    okay(front.rings[0].call(discard(0)));
+    let secure = front.rings[0].call(discard(1));
+    assert_eq!(secure.status, Status::NotSupported);
+    okay(front.rings[0].call(direct(op::READ, 3, 16, &[segment])));
+    let mut data = [1; 512];
+    front.data.read(0, &mut data);
+    assert_eq!(data, [0; 512]);
+    finish(toolstack, front, served);
+}
+
+#[test]
+fn hostile_requests_are_answered_and_do_no_harm() {
+    for persistent in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut toolstack = Toolstack::new("w");
+        let mut options = Options::new(dir.path());
+        options.persistent = persistent;
+        let served = serve(&mut toolstack, image(), &options);
+        let choice = Choice {
+            persistent,
+            ..Choice::PLAIN
+        };
+        let mut front = Front::connect(&mut toolstack, choice);
+        let good = front.segment(0, 0, 7);
+        let bad_grant = WireSegment { gref: 1, ..good };
+        let too_many = vec![good; 257];
+        let mut many = direct(op::READ, 5, 0, &[good; 11]);
+        if let WireRequest::Rw(rw) = &mut many {
+            rw.nr_segments = 12;
+        }
+        let mut no_list = front.request(op::READ, 6, 0, &[good; 12]);
+        if let WireRequest::Indirect(indirect) = &mut no_list {
+            indirect.grefs[0] = 1;
+        }
+        let mut wrong_operation = front.request(op::READ, 7, 0, &[good; 12]);
+        if let WireRequest::Indirect(indirect) = &mut wrong_operation {
+            indirect.operation = op::FLUSH_DISKCACHE;
+        }
+        let unknown = WireRequest::Unknown {
+            operation: 77,
+            id: 8,
+        };
+        let cases = [
+            (direct(op::READ, 1, 0, &[]), Status::Error),
+            (
+                direct(op::READ, 1, 0, &[front.segment(0, 5, 4)]),
+                Status::Error,
+            ),
+            (
+                direct(op::WRITE, 2, 0, &[front.segment(0, 0, 8)]),
+                Status::Error,
+            ),
+            (direct(op::READ, 3, SECTORS - 7, &[good]), Status::Error),
+            (direct(op::READ, 3, u64::MAX, &[good]), Status::Error),
+            (direct(op::READ, 4, 0, &[bad_grant]), Status::Error),
+            (direct(op::WRITE, 4, 0, &[good, bad_grant]), Status::Error),
+            (direct(op::WRITE_BARRIER, 4, 0, &[bad_grant]), Status::Error),
+            (many, Status::Error),
+            (no_list, Status::Error),
+            (wrong_operation, Status::Error),
+            (front.request(op::READ, 9, 0, &too_many), Status::Error),
+            (unknown, Status::NotSupported),
+        ];
+        for (request, status) in cases {
+            let response = front.rings[0].call(request);
+            assert_eq!(response.status, status, "{request:?}");
+            assert_eq!(response.operation, request.response_operation());
+        }
+        let last = direct(op::WRITE, 10, SECTORS - 8, &[good]);
+        okay(front.rings[0].call(last));
+        finish(toolstack, front, served);
+    }
+}
+
+#[test]
+fn an_impossible_index_ends_the_connection() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
+    let front = Front::connect(&mut toolstack, Choice::PLAIN);
+    front.rings[0].memory.store(0, 33);
+    front.rings[0].channel.notify().unwrap();
+    toolstack.wait_state("5");
+    let error = toolstack.store.read_text(&format!("error/{BACK}/error"));
+    assert!(error.unwrap().unwrap().contains("req_prod 33"));
+    finish(toolstack, front, served);
+}
+
+#[test]
+fn nodes_that_make_no_sense_are_reported() {
+    for (node, value) in [
+        ("ring-ref", "x"),
+        ("ring-ref", "1"),
+        ("event-channel", "999"),
+        ("protocol", "sparc-abi"),
+        ("multi-queue-num-queues", "99"),
+        ("ring-page-order", "5"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut toolstack = Toolstack::new("w");
+        let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
+        toolstack.wait_state("2");
+        let mut front = Front::offer(&toolstack.host, Choice::PLAIN);
+        front
+            .store
+            .write(&format!("{FRONT}/{node}"), value)
+            .unwrap();
+        front.set_state("3");
+        toolstack.wait_state("5");
+        let error = toolstack.store.read_text(&format!("error/{BACK}/error"));
+        let error = error.unwrap().unwrap();
+        assert!(error.contains(node) && error.contains(value), "{error}");
+        finish(toolstack, front, served);
+    }
+}
+
+#[test]
+fn a_frontend_may_connect_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
+    for round in 0..5 {
+        let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+        let segment = front.segment(0, 0, 7);
+        okay(front.rings[0].call(direct(op::WRITE, round, 0, &[segment])));
+        front.set_state("5");
+        toolstack.wait_state("5");
+        front.set_state("6");
+        toolstack.wait_state("6");
+        front.set_state("1");
+    }
+    let front = Front::connect(&mut toolstack, Choice::PLAIN);
+    finish(toolstack, front, served);
+}
+
+#[test]
+fn errors_of_the_image_that_pass_are_tried_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let image = image();
+    let passing = [Errno::AGAIN, Errno::BUSY, Errno::TIMEDOUT];
+    image.set_faults(|faults| {
+        faults.errors = passing
+            .map(Some)
+            .into_iter()
+            .chain([None, Some(Errno::IO)])
+            .collect();
+    });
+    let served = serve(&mut toolstack, image, &Options::new(dir.path()));
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    let segment = front.segment(0, 0, 7);
+    okay(front.rings[0].call(direct(op::WRITE, 1, 0, &[segment])));
+    let failed = front.rings[0].call(direct(op::WRITE, 2, 0, &[segment]));
+    assert_eq!(failed.status, Status::Error);
+    let stats = control(dir.path(), "stats");
+    assert_eq!(stats["counters"]["retries"], 3);
+    assert_eq!(stats["counters"]["errors"], 1);
+    finish(toolstack, front, served);
+}
+
+#[test]
+fn a_refused_flush_is_withdrawn() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let image = image();
+    image.set_faults(|faults| faults.errors = [Some(Errno::OPNOTSUPP)].into());
+    let served = serve(&mut toolstack, image, &Options::new(dir.path()));
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    let response = front.rings[0].call(flush(1));
+    assert_eq!(response.status, Status::NotSupported);
+    wait_for("feature-flush-cache = 0", || {
+        toolstack.node("feature-flush-cache").as_deref() == Some("0")
+    });
+    finish(toolstack, front, served);
+}
+
+#[test]
+fn barriers_order_all_queues() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
+    let choice = Choice {
+        queues: 3,
+        ..Choice::PLAIN
+    };
+    let mut front = Front::connect(&mut toolstack, choice);
+    for round in 0..50u64 {
+        for ring in 0..3 {
+            let segment = front.segment(ring, 0, 7);
+            let first = direct(op::WRITE, round, 8 * ring as u64, &[segment]);
+            let barrier = direct(op::WRITE_BARRIER, 1000 + round, 8 * ring as u64, &[segment]);
+            front.rings[ring].put(first);
+            front.rings[ring].put(barrier);
+            front.rings[ring].put(direct(op::WRITE_BARRIER, 2000, 0, &[]));
+            front.rings[ring].put(first);
+        }
+        for ring in 0..3 {
+            front.rings[ring].publish();
+        }
+        for ring in 0..3 {
+            let ids: Vec<u64> = (0..4)
+                .map(|_| {
+                    let response = front.rings[ring].response();
+                    okay(response);
+                    response.id
+                })
+                .collect();
+            assert_eq!(ids, [round, 1000 + round, 2000, round]);
+        }
+    }
+    finish(toolstack, front, served);
+}
+
+#[test]
+fn a_paused_disk_starts_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    control(dir.path(), "pause");
+    wait_for("the pause", || {
+        control(dir.path(), "stats")["queues"][0]["paused"] == true
+    });
+    let segment = front.segment(0, 0, 7);
+    front.rings[0].put(direct(op::WRITE, 1, 0, &[segment]));
+    front.rings[0].publish();
+    thread::sleep(Duration::from_millis(50));
+    assert_eq!(front.rings[0].try_response(), None);
+    control(dir.path(), "resume");
+    okay(front.rings[0].response());
+    finish(toolstack, front, served);
+}
