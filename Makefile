@@ -52,10 +52,10 @@ doc: ## the interfaces of the crates and the pages as HTML, in build/doc
 	@scripts/doc
 
 kernel: ## a small kernel of our own
-	@scripts/own-kernel plain
+	@scripts/lib/own-kernel plain
 
 kernel-debug: ## a kernel of our own with KASAN, lockdep, kmemleak
-	@scripts/own-kernel debug
+	@scripts/lib/own-kernel debug
 
 install: ## the modules for modprobe: of the running kernel, or KREL= or KDIR=, below DESTDIR=
 	@scripts/install-modules $(if $(filter file,$(origin KREL)),,$(KREL))

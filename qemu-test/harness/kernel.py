@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A kernel that scenarios boot: its image and its loadable modules.
 
-A prepared kernel is a directory that `scripts/kernel-set` or
-`scripts/own-kernel` made: `vmlinuz` (the packed image), `vmlinux` (unpacked,
+A prepared kernel is a directory that `scripts/lib/kernel-set` or
+`scripts/lib/own-kernel` made: `vmlinuz` (the packed image), `vmlinux` (unpacked,
 which boots faster), `modules/` (as in /lib/modules/RELEASE) and `O` (the object
 directory for our own build).
 """

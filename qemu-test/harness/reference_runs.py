@@ -102,7 +102,7 @@ def _parts(name: str, ours: bool) -> str:
     programs = [*HARNESS.glob("*.py"), *HARNESS.glob("harness/*.py")]
     files = [path for path in programs if path.name not in BOOKKEEPING]
     files += PIECES.iterdir()
-    files.append(HARNESS.parent / "scripts" / "initramfs-test")
+    files.append(HARNESS.parent / "scripts" / "lib" / "initramfs-test")
     files += (path for path in (HARNESS.parent / "packaging").rglob("*") if path.is_file())
     if ours:
         files += _sources_of_samples()

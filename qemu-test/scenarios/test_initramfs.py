@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A guest boots from an initramfs that a distribution's tool made.
 
-`scripts/initramfs-test` makes them with initramfs-tools and with dracut. udev loads what a
+`scripts/lib/initramfs-test` makes them with initramfs-tools and with dracut. udev loads what a
 Xen disk asks for, and the system has both drivers where it can.
 
 All names have "initramfs" in them, because `make test T=NAME` makes the initramfs for those only.

@@ -425,7 +425,7 @@ impl Drop for Bio {
 /// bios end in interrupts, the kernel does not free a module's code before it has returned, because
 /// it waits for a grace period of RCU. Others end in threads that can be preempted (`loop`,
 /// `dm-crypt`), so all of it is a read-side section. Its end is the last call, which the compiler makes
-/// a jump: nothing of the module runs after that. `scripts/check-objects` looks whether it is one.
+/// a jump: nothing of the module runs after that. `scripts/lib/check-objects` looks whether it is one.
 ///
 /// # Safety
 ///

@@ -5,7 +5,7 @@
 # build root  a Debian trixie directory tree with every tool the project needs
 # shellcheck shell=bash disable=SC2034
 
-TREE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+TREE=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 CACHE=${RBLKIF_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/rblkif}
 
 # say MESSAGE: progress, on stderr so that stdout stays an answer.
