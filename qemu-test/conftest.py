@@ -36,19 +36,19 @@ LOGS = Path(os.environ.get("RBLKIF_LOGS", BUILD / "test-logs")).resolve()
 
 
 def kernels():
-    """Name to directory of the kernels of this run."""
+    """Returns the directories of the kernels of this run by name."""
     return dict(item.split("=", 1) for item in os.environ["RBLKIF_KERNELS"].split())
 
 
 @cache
 def kernel_in(directory):
-    """The kernel in a directory: the same object each time."""
+    """Returns the kernel in a directory, the same object each time."""
     return Kernel(directory)
 
 
 @cache
 def snapshot_of(dom0_kernel, vcpus, kernel, waiting, icount):
-    """The snapshot of these parts; to find its name, hundreds of megabytes are read."""
+    """Returns the snapshot of these parts; its hash reads hundreds of megabytes."""
     parts = {"vcpus": vcpus, "guest_kernel": kernel, "icount": icount}
     if waiting:
         return SnapshotWithGuest(dom0_kernel, waiting=waiting, **parts)
@@ -56,7 +56,7 @@ def snapshot_of(dom0_kernel, vcpus, kernel, waiting, icount):
 
 
 def scenario_of(function):
-    """The name of a scenario in the matrix."""
+    """Returns the name of a scenario in the matrix."""
     return function.__name__.removeprefix("test_")
 
 
@@ -108,7 +108,7 @@ def pytest_collection_finish(session):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A skipped scenario is a failed one; tells fixtures how the test went."""
+    """Turns a skipped scenario into a failed one, and tells fixtures the result."""
     outcome = yield
     report = outcome.get_result()
     if report.skipped:
@@ -120,49 +120,49 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def run(request):
-    """(kernel name, pair name) of this run."""
+    """Returns the names of this run's kernel and pair."""
     return request.param
 
 
 @pytest.fixture
 def kernel(run):
-    """The kernel of this run."""
+    """Returns the kernel of this run."""
     return kernel_in(kernels()[run[0]])
 
 
 @pytest.fixture
 def other_kernel(kernel):
-    """Another kernel that our modules are built for. Without one the scenario is left out."""
+    """Returns another kernel that our modules are built for; without one the scenario is dropped."""
     return kernel_in(next(path for path in kernels().values() if kernel_in(path) is not kernel))
 
 
 @pytest.fixture
 def build(kernel):
-    """The directory with our modules for this run's kernel."""
+    """Returns the directory with our modules for this run's kernel."""
     return BUILD / kernel.release
 
 
 @pytest.fixture
 def test_modules(build):
-    """The same directory, for a scenario that takes modules of rust/samples from it."""
+    """Returns the same directory, for a scenario that loads modules of rust/samples."""
     return build
 
 
 @pytest.fixture
 def dom0_kernel(kernel):
-    """The kernel of dom0: that of this run, or the stock one where that cannot be it."""
+    """Returns the kernel of dom0: that of this run, or the stock kernel if that cannot be dom0."""
     return kernel if kernel.guest_type == "pv" else kernel_in(os.environ["RBLKIF_DOM0_KERNEL"])
 
 
 @pytest.fixture
 def pair(run, kernel, build, dom0_kernel):
-    """The frontend and backend of this run."""
+    """Returns the frontend and backend of this run."""
     return pair_called(run[1], kernel, build, (dom0_kernel, BUILD / dom0_kernel.release))
 
 
 @pytest.fixture
 def logs(request):
-    """The directory for this run's logs."""
+    """Returns the directory for this run's logs."""
     return LOGS / re.sub(r"[^\w.+-]+", "_", request.node.name.removeprefix("test_")).strip("_")
 
 
@@ -189,7 +189,7 @@ def xen(request, kernel, dom0_kernel, pair, logs):
 
 @pytest.fixture
 def host(xen):
-    """A Xen host whose server has the pair's backend loaded and a RAM disk, /dev/ram0."""
+    """Starts a Xen host whose server has the pair's backend and a RAM disk, /dev/ram0."""
     host = xen()
     server = host.start_server()
     server.load_backend()

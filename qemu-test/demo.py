@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-only
-"""A guest whose root disk our pair carries from boot to shutdown.
+"""Runs a guest whose root disk our pair serves from boot to shutdown.
 
 Boots a Xen host in QEMU, starts a guest on /dev/xvda, has it do real work on
 that and a second disk, powers it off, and looks at the disk from outside. With
@@ -33,81 +33,81 @@ FIO = (
 )
 
 
-class Story:
-    """Says what happens when it begins, and how it went when it is done."""
+class Progress:
+    """Prints each step when it begins, and its result when it is done."""
 
     def __init__(self):
         self.start = self.last = time.monotonic()
 
     def begin(self, text):
-        """A step that may take seconds begins."""
+        """Begins a step that may take seconds."""
         self.last = time.monotonic()
         print(f"  {text} ... ", end="", flush=True)
 
     def done(self, found=""):
-        """It is done, and has found something."""
+        """Ends the step and prints its result."""
         print(f"{found}{', ' * bool(found)}{time.monotonic() - self.last:.1f} s", flush=True)
 
     def total(self):
-        """Seconds since the beginning."""
+        """Returns the seconds since the beginning."""
         return time.monotonic() - self.start
 
 
-def unpack_packages(guest, story):
+def unpack_packages(guest, progress):
     """Unpacks Debian packages onto the root disk."""
-    story.begin(f"unpacking {len(PACKAGES)} Debian packages onto the root disk")
+    progress.begin(f"unpacking {len(PACKAGES)} Debian packages onto the root disk")
     guest.sh(
         "mkdir /unpacked && for p in /packages/*.deb; do dpkg-deb -x $p /unpacked; done && sync",
         timeout=300,
     )
     files = guest.sh("find /unpacked -type f | wc -l; du -sm /unpacked | cut -f1").split()
-    story.done(f"{files[0]} files, {files[1]} MB")
+    progress.done(f"{files[0]} files, {files[1]} MB")
     return files[0]
 
 
-def write_durably(guest, story):
-    """A hundred small files, each with an fsync of its own."""
-    story.begin("writing 100 files, each with its own fsync")
+def write_durably(guest, progress):
+    """Writes a hundred small files, each with its own fsync."""
+    progress.begin("writing 100 files, each with its own fsync")
     guest.sh(
         "mkdir /durable && for i in $(seq 100); do echo line $i | dd of=/durable/$i conv=fsync 2>/dev/null; done",
         timeout=300,
     )
-    story.done()
+    progress.done()
 
 
-def verify_disks(guest, story):
-    """fio writes both disks and reads back what it wrote."""
-    story.begin("fio writes and verifies 16 MB on the root disk (crc32c, 4 to 128 KiB)")
+def verify_disks(guest, progress):
+    """Writes both disks with fio and verifies them."""
+    progress.begin("fio writes and verifies 16 MB on the root disk (crc32c, 4 to 128 KiB)")
     guest.sh(f"fio --name=root --filename=/fio --size=16M {FIO} && rm /fio", timeout=300)
-    story.done()
-    story.begin("fio writes and verifies 32 MB on the second disk, /dev/xvdb")
+    progress.done()
+    progress.begin("fio writes and verifies 32 MB on the second disk, /dev/xvdb")
     guest.sh(f"fio --name=second --filename=/dev/xvdb --size=32M {FIO}", timeout=300)
-    story.done()
+    progress.done()
 
 
-def sums_in_guest(guest, story):
+def sums_in_guest(guest, progress):
     """Checksums of the files, read from the disk and not from memory."""
-    story.begin("the guest computes checksums of what it has unpacked")
+    progress.begin("the guest computes checksums of what it has unpacked")
     guest.sh("sync; echo 3 > /proc/sys/vm/drop_caches")
     lines = guest.sh(
         "sha256sum /durable/1 /durable/100 $(find /unpacked -type f -size +20k | head -n 40)",
         timeout=300,
     )
     sums = dict(reversed(line.split(None, 1)) for line in lines.splitlines())
-    story.done(f"{len(sums)} files")
+    progress.done(f"{len(sums)} files")
     return sums
 
 
-def check_image(image, sums, story):
-    """What the disk holds, seen without the drivers or a mount."""
-    story.begin("e2fsck -fn on the image")
+def check_image(image, sums, progress):
+    """Checks the content of the disk without the drivers or a mount."""
+    progress.begin("e2fsck -fn on the image")
     result = subprocess.run(
         ["e2fsck", "-fn", image], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if result.returncode != 0:
         raise AssertionError(f"e2fsck found errors:\n{result.stdout}")
-    story.done("clean")
-    story.begin("computing the checksums from the image")
+    progress.done("clean")
+    progress.begin("computing the checksums from the image")
     for path, expected in sums.items():
         content = subprocess.run(
             ["debugfs", "-R", f'cat "{path}"', image],
@@ -117,12 +117,12 @@ def check_image(image, sums, story):
         )
         if hashlib.sha256(content.stdout).hexdigest() != expected:
             raise AssertionError(f"{path} differs between guest and image")
-    story.done(f"all {len(sums)} are the guest's")
+    progress.done(f"all {len(sums)} are the guest's")
 
 
-def start(options, kernel, story):
-    """The Xen host and its guest."""
-    story.begin("Xen and dom0 boot in QEMU")
+def start(options, kernel, progress):
+    """Starts the Xen host and its guest."""
+    progress.begin("Xen and dom0 boot in QEMU")
     packages = debian_packages(PACKAGES)
     host = XenHost(
         Snapshot(kernel),
@@ -132,8 +132,8 @@ def start(options, kernel, story):
     )
     try:
         host.boot()
-        story.done()
-        story.begin("the guest boots from /dev/xvda")
+        progress.done()
+        progress.begin("the guest boots from /dev/xvda")
         host.load_backend()
         host.ram_disks()
         disks = [Disk("xvda", "/dev/vdb"), Disk("xvdb", "/dev/ram0")]
@@ -143,25 +143,25 @@ def start(options, kernel, story):
         host.collect()
         host.close()
         raise
-    story.done()
+    progress.done()
     return host, guest
 
 
-def work(host, guest, story):
-    """What the demonstration demonstrates."""
+def work(host, guest, progress):
+    """Runs the demonstration."""
     mount = guest.sh("grep ' / ' /proc/mounts | tail -n 1")
     front = loaded_build_id(guest, host.pair.front.name)
     back = loaded_build_id(host, host.pair.back.name)
-    files = unpack_packages(guest, story)
-    write_durably(guest, story)
-    verify_disks(guest, story)
-    sums = sums_in_guest(guest, story)
-    story.begin("the guest powers off")
+    files = unpack_packages(guest, progress)
+    write_durably(guest, progress)
+    verify_disks(guest, progress)
+    sums = sums_in_guest(guest, progress)
+    progress.begin("the guest powers off")
     guest.shut_down()
-    story.done()
+    progress.done()
     host.sh("blockdev --flushbufs /dev/vdb")
     host.finish()
-    check_image(host.disk, sums, story)
+    check_image(host.disk, sums, progress)
     return [
         ("root disk", mount),
         ("frontend", f"{host.pair.front.name}.ko  build id {front[:16]}"),
@@ -192,14 +192,14 @@ def main():
     if options.shell and not sys.stdin.isatty():
         parser.error("a shell needs a terminal")
     options.logs = Path(options.logs)
-    kernel, story = Kernel(options.kernel), Story()
+    kernel, progress = Kernel(options.kernel), Progress()
     try:
-        host, guest = start(options, kernel, story)
+        host, guest = start(options, kernel, progress)
         try:
             if options.shell:
                 play(host)
                 return 0
-            summary = work(host, guest, story)
+            summary = work(host, guest, progress)
         except BaseException:
             host.collect()
             raise
@@ -213,7 +213,7 @@ def main():
     print(f"\n  {'kernel':10} {kernel.release}{', stock Debian' * kernel.is_stock}")
     for name, text in summary:
         print(f"  {name:10} {text}")
-    print(f"  {'time':10} {story.total():.0f} s\n")
+    print(f"  {'time':10} {progress.total():.0f} s\n")
     return 0
 
 

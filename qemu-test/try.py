@@ -22,7 +22,7 @@ from harness.xenhost import XenHost
 
 
 def plain(options, logs):
-    """One kernel, no Xen."""
+    """Runs a script in a machine without Xen."""
     vm = NativeVm(Kernel(options.kernel), logs, options.module, cpus=options.cpus or 2)
     try:
         vm.boot()
@@ -35,7 +35,7 @@ def plain(options, logs):
 
 
 def xen(options, logs):
-    """dom0 with the pair's backend on a RAM disk, and a guest with the pair's frontend."""
+    """Runs a script in a guest with a disk, on a Xen host with the pair's backend."""
     kernel = Kernel(options.kernel)
     build = Path(options.build or f"build/{kernel.release}")
     kind = {"type": options.type, "vcpus": options.cpus}

@@ -20,7 +20,7 @@ CACHE = Path(os.environ.get("RBLKIF_CACHE") or Path.home() / ".cache" / "rblkif"
 
 
 def key_of(*parts: str | bytes | Path) -> str:
-    """A short name for content: texts, bytes, or files by path."""
+    """Returns a short hash of strings, bytes and the contents of files."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):

@@ -28,7 +28,7 @@ HARMLESS = re.compile(
 
 
 def trouble_in(text: str) -> list[str]:
-    """The lines of `text` that no healthy machine prints."""
+    """Returns the lines of `text` that no healthy machine prints."""
     return [
         line for line in text.splitlines() if TROUBLE.search(line) and not HARMLESS.search(line)
     ]

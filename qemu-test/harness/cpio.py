@@ -51,7 +51,7 @@ class Archive:
         return path.strip("/") in self._entries
 
     def to_bytes(self) -> bytes:
-        """The finished archive."""
+        """Returns the archive."""
         parts = []
         for inode, path in enumerate(sorted(self._entries), start=1):
             mode, content, device = self._entries[path]
@@ -60,7 +60,7 @@ class Archive:
         return _padded(b"".join(parts), 512)
 
     def write(self, path: Path) -> None:
-        """Writes the finished archive to the file `path`."""
+        """Writes the archive to the file `path`."""
         Path(path).write_bytes(self.to_bytes())
 
     def _parent(self, path: str) -> None:

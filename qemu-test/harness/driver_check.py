@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def assert_served_by_pair(
     host: XenHost, guest: Guest, vdev: str = "xvda", server: Server | None = None
 ) -> None:
-    """The loaded drivers are the files of this run's pair, and no other is there.
+    """Checks that the loaded drivers are the files of this run's pair, and no others are present.
 
-    The backend is that of the host's server, or of another `server`, or QEMU in dom0.
+    The backend is that of the host's server, of another `server`, or QEMU in dom0.
     """
     server = server or host.server
     if host.pair.back is None:
@@ -35,7 +35,7 @@ def assert_served_by_pair(
 
 
 def assert_front_of_pair(host: XenHost, guest: Guest) -> None:
-    """The loaded frontend is the file of this run's pair, where dom0's shell plays the backend."""
+    """Checks the loaded frontend, where dom0's shell plays the backend."""
     _assert_loaded(guest, host.pair.front)
 
 
@@ -62,7 +62,7 @@ OTHER = {
 
 
 def loaded_build_id(machine: Target, module: str) -> str:
-    """The build id of a loaded module, as the kernel that runs it shows it."""
+    """Returns the build id of a loaded module, from the kernel that runs it."""
     return _build_id(machine.sh(_NOTE.format(module.replace("-", "_"))))
 
 
@@ -74,7 +74,7 @@ def _build_id(note: str) -> str:
 
 
 def _assert_loaded(machine: Target, driver: Driver, look: str = ":") -> str:
-    """Of both drivers for a device only this file is there, and loaded. Returns what `look` says."""
+    """Checks that only this driver for its devices is loaded; returns the output of `look`."""
     note = _NOTE.format(driver.name.replace("-", "_"))
     other = OTHER[driver.name].replace("-", "[-_]")
     seen = machine.sh(

@@ -60,7 +60,7 @@ class GuestShell(Shell):
         self._line = line
 
     def exchange(self, number: int, request: str, timeout: float, command: str) -> str:
-        """Has the agent of dom0 pass the request on."""
+        """Passes the request on through the agent of dom0."""
         line = f"{number} {request}"
         status, answer = self._host.machine.shell.pass_on(self._line, int(timeout), line)
         if status != 0:
@@ -123,7 +123,7 @@ class Guest:
         self._allowed: list[str] = []
 
     def start(self, kind: Kind, disks: Iterable[Disk] = (), root: str | None = None) -> None:
-        """xl create, then waits for the agent."""
+        """Creates the domain with `xl create` and waits for its agent."""
         type = kind.type or self.host.guest_type
         memory = (kind.memory + 128 * kind.fio) * self.host.memory_factor
         extra = "console=hvc0 panic=1 mitigations=off nokaslr loglevel=5"
@@ -156,7 +156,7 @@ on_reboot = "destroy"
             self.sh(announcement(self.host.logs))
 
     def take_over(self, disks: Iterable[Disk]) -> None:
-        """As `start`, where the guest of this name has waited since before the scenario."""
+        """Takes over the guest of this name from the snapshot: like `start`, without a boot."""
         self.find_waiting()
         for disk in disks:
             self.host.attach(self, disk)
@@ -164,7 +164,7 @@ on_reboot = "destroy"
         self.sh("load-modules")
 
     def find_waiting(self) -> None:
-        """The domain of this name, whose agent somebody else has asked before."""
+        """Finds the domain of this name, whose agent has answered other requests before."""
         self._find()
         self.shell.skip_numbers()
         self.sh(announcement(self.host.logs))
@@ -177,16 +177,16 @@ on_reboot = "destroy"
         self.host.sh(f"xenstore-rm {nodes}")
 
     def save(self, place: str) -> None:
-        """xl save: the guest is gone until it is restored."""
+        """Saves the guest with `xl save`; it is gone until it is restored."""
         self.host.sh(f"xl save {self.name} {place}", timeout=300)
 
     def restore(self, place: str) -> None:
-        """xl restore: the guest goes on as another domain, with new backends."""
+        """Restores the guest with `xl restore`, as another domain with new backends."""
         self.host.sh(f"xl restore {place}", timeout=300)
         self._find()
 
     def _find(self) -> None:
-        """The domain of this name, and the way to its agent."""
+        """Finds the domain of this name and the path to its agent."""
         domid, terminal = self.host.sh(
             f"id=$(xl domid {self.name}); echo $id $(xenstore-read /local/domain/$id/console/tty)"
         ).split()
@@ -238,10 +238,10 @@ on_reboot = "destroy"
         self.ask_for_disks()
 
     def wait_for_backends(self, disks: int | None = None) -> None:
-        """Waits until those who serve these disks, by number, or all, have seen the frontend go.
+        """Waits until the backends of these disks, by number, or of all have seen the frontend go.
 
-        The C frontend takes a backend that is still connected to its predecessor for its own, and
-        what it asks of the disk then is never answered.
+        The C frontend believes that a backend which is still connected to its predecessor is
+        connected to it, and its requests are never completed.
         """
         if self.front == "xen-blkfront":
             directory = f"/local/domain/{self.domid}/device/vbd"
@@ -252,9 +252,9 @@ on_reboot = "destroy"
             self.host.wait_for(f"! {{ {states}; }} | grep -q '[45]'")
 
     def ask_for_disks(self) -> None:
-        """Has a frontend that was unbound from its disks connect to them again."""
+        """Makes a frontend that was unbound from its disks connect to them again."""
         if self.front == "xen-blkfront":
-            # The C frontend leaves it at state 6 and waits for who closed it.
+            # The C frontend stays in state 6 until the toolstack resets it.
             directory = f"/local/domain/{self.domid}/device/vbd"
             self.host.sh(
                 f"for disk in $(xenstore-list {directory}); do xenstore-write {directory}/$disk/state 1; done"
@@ -262,30 +262,30 @@ on_reboot = "destroy"
 
     @property
     def front(self) -> str:
-        """The name of the pair's frontend module."""
+        """Returns the name of the pair's frontend module."""
         return self.host.pair.front.name
 
     @property
     def has_checks(self) -> bool:
-        """Whether its kernel is the debug kernel."""
+        """Returns `True` if its kernel is the debug kernel."""
         return self.host.has_checks
 
     @property
     def shell(self) -> GuestShell:
-        """The agent; raises `MachineTrouble` if the guest has not been started."""
+        """Returns the agent; raises `MachineTrouble` if the guest has not been started."""
         if self._shell is None:
             raise MachineTrouble(f"{self.name} was not started")
         return self._shell
 
     def is_alive(self) -> bool:
-        """Whether the domain exists."""
+        """Returns `True` if the domain exists."""
         return (
             self.domid != NOT_STARTED
             and self.host.run(f"xenstore-exists /local/domain/{self.domid}")[0] == 0
         )
 
     def console(self) -> str:
-        """All that the guest's console showed, without the agent's lines."""
+        """Returns the text of the guest's console, without the agent's lines."""
         return self.host.sh(f"awk '{NOT_THE_AGENTS}' {LOG.format(name=self.name)}")
 
     def allow(self, text: str) -> None:
@@ -310,7 +310,10 @@ on_reboot = "destroy"
         self.host.guests.pop(self.name, None)
 
     def destroy(self) -> None:
-        """xl destroy. What a disk that does not answer uses of the domain may be left in Xen."""
+        """Destroys the guest with `xl destroy`.
+
+        Xen keeps pages of the domain that a disk with I/O in flight still uses.
+        """
         self.host.sh(f"xl destroy {self.name}")
         self._destroyed = True
         self._wait_gone(60)
@@ -330,7 +333,7 @@ on_reboot = "destroy"
             raise MachineTrouble(f"the console of {self.name} has no end:\n{text[-3000:]}")
 
     def _wait_for_agent(self) -> None:
-        """Asks for the domain now and then only: each program takes from who boots here."""
+        """Waits for the agent; looks for the domain rarely, because programs slow down the boot."""
         ready = f"[ -e {READY.format(name=self.name)} ]"
         ended = f"! xenstore-exists /local/domain/{self.domid}"
         asked = f"asked=$((asked + 1)); [ $((asked % 16)) = 0 ] && {ended}"

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A disk of the server that keeps what is in flight for as long as a scenario wants.
-
-It is the one of rblk_ramdisk, /dev/rblk0.
-"""
+"""A disk of the server that completes no I/O until a scenario tells it to: rblk_ramdisk's /dev/rblk0."""
 
 from __future__ import annotations
 
@@ -22,18 +19,18 @@ if TYPE_CHECKING:
     from .xenhost import XenHost
 
 DISK = "size_mib=64 depth=128 discard_granularity=4096 timeout_ms=1200000 only=7"
-"""Parameters: it keeps reads, writes and flushes. Linux waits for a task that discards before it stops."""
+"""Parameters: it holds reads, writes and flushes, but no discard, whose task would delay a suspend."""
 MODE = "/sys/module/rblk_ramdisk/parameters/mode"
 STOP_S = 600
-"""How long what the disk keeps is kept at most, in seconds."""
+"""How long I/O is held at most, in seconds."""
 LOOK_S = 10
-"""After so many seconds an event may have been missed."""
+"""Poll interval in seconds, in case an event was missed."""
 
 
 def start(
     xen: Callable[..., XenHost], test_modules: Path, waiting: Kind = TWO_VCPUS
 ) -> tuple[XenHost, Guest]:
-    """A host whose server has such a disk, and a guest that uses it by two large rings."""
+    """Starts a host whose server has such a disk, and a guest that uses it through two large rings."""
     host = xen(
         waiting=waiting,
         front_parameters="max_ring_page_order=1 max_indirect_segments=64",
@@ -49,20 +46,20 @@ def start(
 
 
 def hold(server: Server, guest: Guest) -> None:
-    """Has the disk keep what comes from now on; returns when some is in flight."""
+    """Holds new I/O; returns when some is in flight."""
     server.sh(f"dmesg -c >/dev/null; echo 3 > {MODE}")
     guest.wait_for("set -- $(cat /sys/block/xvda/inflight); [ $1 -gt 0 ] && [ $2 -gt 8 ]")
 
 
 def release(server: Server) -> None:
-    """Has the disk do what it has kept."""
+    """Completes the I/O that is held."""
     server.sh(f"echo 0 > {MODE}; : < /dev/rblk0")
 
 
 def fail_when_stopped(host: XenHost, guest: Guest) -> None:
-    """Has what the disk keeps fail as soon as the guest has stopped to be saved.
+    """Fails the I/O that is held as soon as the guest has stopped to be saved.
 
-    Returns at once. Only who asks again gets what was asked for then.
+    Returns at once. Only a frontend that sends the requests again gets them done.
     """
     server = host.server
     node = _stopped(server)
@@ -77,18 +74,18 @@ def fail_when_stopped(host: XenHost, guest: Guest) -> None:
 
 
 def assert_failed(server: Server) -> None:
-    """What was in flight has failed. That is printed at a limited rate, so not all kinds need be."""
+    """Checks that I/O in flight has failed; Linux limits the rate of messages, so one is enough."""
     server.wait_for(f"! xenstore-exists {_stopped(server)}")
     assert "I/O error, dev rblk0" in server.sh("dmesg")
 
 
 def _stopped(server: Server) -> str:
-    """The node that says that the guest has stopped."""
+    """Returns the xenstore node that exists when the guest has stopped."""
     return f"/local/domain/{server.domid}/data/stopped"
 
 
 def _awaited(condition: str, node: str) -> str:
-    """A shell script that looks for a condition when a node changes: xl takes much of what is waited for."""
+    """Returns a shell script that waits for a condition, which it checks when a node changes."""
     return (
         f"for look in $(seq {STOP_S // LOOK_S}); do ! {{ {condition}; }} || break; "
         f"timeout {LOOK_S} xenstore-watch -n 2 {node} || true; done; {condition} || exit 1"

@@ -31,7 +31,7 @@ PIECES = Path(__file__).resolve().parent.parent / "image"
 
 
 def base_archive(init: str, programs: Sequence[str | Path] = (), devices: bool = True) -> Archive:
-    """An archive with busybox, the agent, an /init and `programs`.
+    """Returns an archive with busybox, the agent, an /init and `programs`.
 
     `init` is the name of a script in `image/`. A program has the same path in
     the machine as in the build root. `devices` are the nodes that the kernel
@@ -76,7 +76,7 @@ def add_program(archive: Archive, program: str | Path) -> None:
 
 
 def module_at(name: str, parameters: str, place: str) -> str:
-    """A shell command that loads a module from `place`, or from where those of the kernel are."""
+    """Returns a shell command that loads a module from `place`, or one of the kernel."""
     files = f"{place}/{name}.ko /lib/modules/{name}.ko"
     return f"insmod $(ls {files} 2>/dev/null | head -n 1) {parameters}"
 
@@ -102,7 +102,7 @@ def libraries_of(program: str | Path, place: str = "") -> tuple[str, ...]:
 
 
 def compiled(name: str) -> Path:
-    """The file of a program in `image/`. It needs no library, as not all machines have one."""
+    """Returns a program of `image/`, linked statically, because some machines have no libraries."""
     source = PIECES / f"{name}.c"
     command = ["gcc", "-O2", "-Wall", "-Werror", "-static", "-s"]
     key = key_of(source.read_bytes(), *command)
@@ -121,9 +121,9 @@ def add_modules(archive: Archive, kernel: Kernel, names: Iterable[str]) -> list[
 
 
 def debian_packages(names: Sequence[str], installed: bool = True) -> list[Path]:
-    """Package files of the build root's Debian release, by apt, kept in the cache.
+    """Returns package files of the build root's Debian release, downloaded by apt and cached.
 
-    If they are installed there, they are kept by version.
+    The key is their version if they are `installed`, else their names.
     """
     version = " ".join(names).encode()
     if installed:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Work that a guest does over and over while a scenario does something to its disk.
+"""Work that a guest repeats while a scenario does something to its disk.
 
 A *pass* is one run of the work. It counts when it has ended without an error.
 """
@@ -30,16 +30,16 @@ class Job:
         )
 
     def wait_for_pass(self, number: int = 1) -> None:
-        """That many more passes end."""
+        """Waits for that many more passes."""
         wait_for_passes([self], number)
 
     def stop(self) -> None:
-        """The last pass ends."""
+        """Stops the job after its current pass."""
         self.guest.sh(f"echo > {self.files}.stop")
         self.wait_for(f"[ -e {self.files}.ended ]")
 
     def count(self) -> str:
-        """A shell word for how many passes have ended."""
+        """Returns a shell word that expands to the number of completed passes."""
         # Lines are counted: a number in a file is not there while it is replaced.
         return f"$(cat {self.files}.passes 2> /dev/null | wc -l)"
 
@@ -51,7 +51,7 @@ class Job:
 
 
 def wait_for_passes(jobs: Sequence[Job], number: int = 1) -> None:
-    """That many more passes of each of a guest's jobs end, beside each other."""
+    """Waits until each of a guest's jobs has completed that many more passes."""
     counts = jobs[0].guest.sh("echo " + " ".join(job.count() for job in jobs)).split()
     for job, count in zip(jobs, counts, strict=True):
         job.wait_for(f"[ {job.count()} -ge {int(count) + number} ]")

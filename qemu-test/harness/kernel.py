@@ -38,7 +38,7 @@ class Kernel:
         self._needs: dict[str, list[str]] = {}
 
     def with_dependencies(self, names: Iterable[str]) -> list[str]:
-        """`names` and all modules they need, each after what it needs."""
+        """Returns `names` and their dependencies, each module after those that it needs."""
         ordered: list[str] = []
 
         def visit(name: str) -> None:
@@ -55,7 +55,7 @@ class Kernel:
         return ordered
 
     def needs(self, name: str) -> list[str]:
-        """The modules that module `name` needs, from its own header."""
+        """Returns the modules that module `name` depends on, from its modinfo."""
         if name not in self._needs:
             match = re.search(rb"\0depends=([^\0]*)\0", b"\0" + self.module(name))
             text = match.group(1).decode() if match else ""
@@ -63,7 +63,7 @@ class Kernel:
         return self._needs[name]
 
     def module(self, name: str) -> bytes:
-        """The uncompressed content of module `name`."""
+        """Returns the uncompressed content of module `name`."""
         name = name.replace("-", "_")
         if name not in self._paths:
             raise LookupError(f"kernel {self.release} has no module {name}")
@@ -76,13 +76,13 @@ class Kernel:
         return data
 
     def has(self, name: str) -> bool:
-        """Whether the kernel has `name`, as a module or built in."""
+        """Returns `True` if the kernel has `name`, as a module or built in."""
         name = name.replace("-", "_")
         return name in self._paths or name in self._builtin
 
 
 def build_id(module: str | Path) -> str:
-    """The build id (hex) that a module file carries in its GNU note."""
+    """Returns the build id (hex) in the GNU note of a module file."""
     command = ["readelf", "-n", str(module)]
     text = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
     match = re.search(r"Build ID: ([0-9a-f]+)", text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Counts of what a driver could leave behind, kept by Xen and by the kernels.
+"""Counts of what a driver could leak, as Xen and the kernels have them.
 
 Xen's debug key `g` prints every active grant, `e` every event channel and `q`
 every domain with its pages. The counts are totals by domain.
@@ -34,7 +34,7 @@ def xen_counts(host: XenHost) -> dict[str, object]:
 
 
 def mapped_pages(host: XenHost, guest: Guest) -> tuple[int, int]:
-    """How many pages of a guest are mapped by others to be read only, and how many to be written.
+    """Returns how many pages of a guest others have mapped read-only, and how many writable.
 
     Xen counts the uses of a grant in the column `pin`, those that may write in its lowest byte.
     """
@@ -46,10 +46,9 @@ def mapped_pages(host: XenHost, guest: Guest) -> tuple[int, int]:
 
 
 def free_kb(machine: Target, drop: int = 3) -> int:
-    """Memory that nobody uses, with pages in the list of a CPU, which MemFree leaves out.
+    """Returns the free memory, including the pages in per-CPU lists, which MemFree leaves out.
 
-    The kernel is told to give back caches first: `drop` 1 is those of files alone, 3
-    also what the shrinkers of drivers give back.
+    Caches are dropped first: `drop` 1 drops the page cache, 3 also runs the shrinkers of drivers.
     """
     return 4 * int(
         machine.sh(
@@ -60,7 +59,7 @@ def free_kb(machine: Target, drop: int = 3) -> int:
 
 
 def kernel_counts(machine: Target) -> dict[str, Any]:
-    """Kernel threads, memory, and modules with their reference counts."""
+    """Returns the numbers of kernel threads, memory, and modules with their reference counts."""
     machine.sh("sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1")
     return {
         "free_kb": free_kb(machine),
@@ -71,7 +70,7 @@ def kernel_counts(machine: Target) -> dict[str, Any]:
 
 
 def backend_switches(host: XenHost, vdev: str = "xvd") -> int:
-    """How often the threads of the server's backend, or of one disk, have gone to sleep."""
+    """Returns how often the threads of the server's backend, or of one disk, have gone to sleep."""
     return int(
         host.server.sh(
             f"cat $(grep -l {vdev} /proc/[0-9]*/comm | sed s/comm/status/) | "
@@ -81,11 +80,11 @@ def backend_switches(host: XenHost, vdev: str = "xvd") -> int:
 
 
 KEEPS_PAGES = "persistent_grant_unused_seconds=0"
-"""Parameters of a backend that is not to wake up once, after a minute, to give back pages."""
+"""Parameters of a backend that does not wake up after a minute to free unused pages."""
 
 
 def assert_idle(host: XenHost, record_property: Callable[[str, object], None]) -> None:
-    """No thread of the backend wakes up without a reason; those of the C module do.
+    """Checks that idle threads of the backend do not wake up; those of the C module do.
 
     The backend was loaded with `KEEPS_PAGES`.
     """
@@ -98,16 +97,16 @@ def assert_idle(host: XenHost, record_property: Callable[[str, object], None]) -
 
 
 def assert_checked(machine: Target) -> None:
-    """The checks of the debug kernel: lockdep has looked to the end, kmemleak has no report."""
+    """Checks that lockdep is still active and kmemleak reports nothing."""
     machine.sh("grep -q '^ debug_locks: *1$' /proc/lockdep_stats")
     assert_no_lost_memory(machine)
 
 
 def assert_no_lost_memory(machine: Target) -> None:
-    """By the debug kernel's kmemleak, no memory of a driver is left that nothing points to.
+    """Checks that kmemleak reports no memory of a driver.
 
-    An allocation counts when it is five seconds old and two scans have not found
-    a pointer to it. One whose module is gone has addresses without a name.
+    An allocation counts if it is five seconds old and two scans have not found a pointer to it.
+    The backtrace of one whose module was unloaded has addresses without names.
     """
     found = machine.sh(
         "cd /sys/kernel/debug && sleep 6 && echo scan > kmemleak && echo scan > kmemleak && "

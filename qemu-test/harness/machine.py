@@ -44,7 +44,7 @@ serial line is there too, for another agent."""
 
 
 def _typed(data: bytes) -> bytes:
-    """What a person has typed. Nothing means that the terminal is gone: pexpect would go on."""
+    """Passes on what was typed; raises `EOFError` if the terminal is gone, which pexpect ignores."""
     if not data:
         raise EOFError
     return data
@@ -85,11 +85,11 @@ class Machine:
         self.shell = SerialShell(self._child, self.watch)
 
     def console(self) -> str:
-        """All that came on the console so far."""
+        """Returns the text of the console so far."""
         return self.console_log.read_text(errors="replace") if self.console_log.exists() else ""
 
     def allow(self, text: str) -> None:
-        """Lets console lines that contain `text` pass: this scenario provokes them."""
+        """Ignores console lines that contain `text`, which this scenario causes."""
         self._allowed.append(text)
 
     def watch(self) -> None:
@@ -135,11 +135,11 @@ class Machine:
         self.monitor.execute("block_set_io_throttle", {"device": "disk", **limits})
 
     def sleep(self, timeout: float = 240) -> None:
-        """Has Linux put the machine to sleep (ACPI S3), and wakes it up.
+        """Suspends the machine to RAM (ACPI S3) through Linux, and wakes it up.
 
-        What is sent to the agent before Linux is awake is lost. A machine that has been woken up
-        before may wake up at once, by what it remembers of that. A port is deaf afterwards, in Linux
-        7.3, so this goes on with another agent.
+        Requests to the agent before Linux is awake are lost. A machine that was woken up before may
+        wake up at once, because of a pending wake-up event. A virtio port does not work afterwards
+        in Linux 7.3, so another agent on the serial line takes over.
         """
         self._take_serial_line()
         command = "echo mem > /sys/power/state"
@@ -182,7 +182,7 @@ class Machine:
         self.watch()
 
     def cpu_seconds(self) -> float:
-        """Processor time that QEMU has taken: what a scenario costs on any machine."""
+        """Returns the CPU time that QEMU has used: the cost of a scenario on any host."""
         try:
             fields = Path(f"/proc/{self._child.pid}/stat").read_text().rsplit(")", 1)[1].split()
         except FileNotFoundError:
@@ -190,7 +190,7 @@ class Machine:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> None:
-        """Ends QEMU now. On a busy machine it takes a while until it has let go of its memory."""
+        """Kills QEMU; on a busy host it takes a while to free its memory."""
         self._child.kill(signal.SIGKILL)
         deadline = time.monotonic() + KILLED_S
         while self._child.isalive():
@@ -201,10 +201,10 @@ class Machine:
         self.monitor.close()
 
     def _stir(self) -> None:
-        """Has QEMU's main loop go round.
+        """Makes QEMU's main loop run once.
 
-        With counted time, the loop sets the timer that wakes processors which all sleep. If it
-        missed that they fell asleep, they would until something else happens.
+        With -icount, the loop sets the timer that wakes CPUs when all of them sleep. If it missed
+        that they fell asleep, they would sleep until another event.
         """
         with suppress(MonitorError):
             self.status()
@@ -216,5 +216,5 @@ class Machine:
             pass
 
     def _short(self, path: Path) -> Path:
-        """A path short enough for a socket address."""
+        """Returns a path that is short enough for a socket address."""
         return Path("/tmp") / f"rblkif-{abs(hash(str(path))):x}"

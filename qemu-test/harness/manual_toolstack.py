@@ -30,17 +30,17 @@ class ManualDisk:
 
     @property
     def code(self) -> int:
-        """The virtual device number."""
+        """Returns the virtual device number."""
         return CODES[self.vdev]
 
     @property
     def front(self) -> str:
-        """The frontend's directory in xenstore."""
+        """Returns the frontend's directory in xenstore."""
         return self._directories()[0]
 
     @property
     def back(self) -> str:
-        """The backend's directory in xenstore."""
+        """Returns the backend's directory in xenstore."""
         return self._directories()[1]
 
     def _directories(self) -> tuple[str, str]:
@@ -48,18 +48,18 @@ class ManualDisk:
 
     @property
     def server(self) -> Server:
-        """Who has the backend."""
+        """Returns the domain with the backend."""
         return self.host.server
 
     @property
     def device(self) -> str:
-        """The backend's device in the server's sysfs."""
+        """Returns the backend's device in the server's sysfs."""
         return f"/sys/bus/xen-backend/devices/vbd-{self.guest.domid}-{self.code}"
 
     def offer(self, mode: str = "w", kind: str = "disk", state: int = 1, **nodes: object) -> None:
-        """What the toolstack writes before the hotplug script runs; `nodes` are of the backend.
+        """Writes the toolstack's nodes before the hotplug script runs; `nodes` are more of the backend.
 
-        `kind` is disk or cdrom. With another `state` of the backend than 1 no driver takes it.
+        `kind` is disk or cdrom. No driver binds to a backend whose `state` is not 1.
         """
         self.server.stop_devd()
         domid, server = self.guest.domid, self.server.domid
@@ -80,7 +80,7 @@ class ManualDisk:
         )
 
     def give(self, target: str) -> None:
-        """What the hotplug script writes: which block device it is."""
+        """Writes the node of the hotplug script: the number of the block device."""
         number = self.server.sh(f"stat -L -c %t:%T {target}")
         self.host.sh(
             f"xenstore-write {self.back}/physical-device {number}"
@@ -88,7 +88,7 @@ class ManualDisk:
         )
 
     def play(self, state: int, **nodes: object) -> None:
-        """What a backend writes, its state at last. No driver has the device, see `offer`."""
+        """Writes nodes of a backend, its state last. No driver is bound to the device, see `offer`."""
         nodes = {name.replace("_", "-"): value for name, value in nodes.items()}
         self.host.sh(_writing(self.back, {**nodes, "state": state}))
 
@@ -100,9 +100,9 @@ class ManualDisk:
         self.wait_for(front=4)
 
     def hand_over(self, **nodes: object) -> None:
-        """The backend that was played closes, and a driver that is loaded takes its place.
+        """Closes the backend that was played, so that a loaded driver takes its place.
 
-        `nodes` are those of the former that the latter does not write.
+        `nodes` are nodes that the driver does not write.
         """
         self.play(6, **nodes)
         self.wait_for(front=1)
@@ -110,7 +110,7 @@ class ManualDisk:
         self.wait_for(front=4, back=4)
 
     def detach_and_wait(self) -> None:
-        """What `xl block-detach` does."""
+        """Detaches the disk as `xl block-detach` does, and waits until it is gone."""
         self.host.sh(f"xenstore-write {self.back}/online 0 {self.back}/state 5")
         self.forget()
 
@@ -127,7 +127,7 @@ class ManualDisk:
                 self.host.wait_for(f'[ "$(xenstore-read {directory}/state)" = {state} ]')
 
     def statistic(self, name: str) -> int:
-        """A number of the backend's statistics."""
+        """Returns a number of the backend's statistics."""
         return int(self.server.sh(f"cat {self.device}/statistics/{name}"))
 
     def wait_statistic(self, name: str, value: int) -> None:

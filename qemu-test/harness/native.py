@@ -88,7 +88,7 @@ class NativeVm:
         return Machine([*self._hardware, *self._boots, *more], logs)
 
     def _go_on(self, logs: Path) -> Machine:
-        """The machine as it was when it had booted, see `resume`."""
+        """Starts the machine from its snapshot, see `resume`."""
         key = key_of(*self._hardware, *map(Path, self._boots[1::2]), qemu_version(), *MADE_BY)
         directory = made_once(CACHE / "snapshots" / key, self._boot_and_save)
         shutil.copy(directory / "console.log", logs / "console-boot.log")

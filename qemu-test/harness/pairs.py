@@ -43,7 +43,7 @@ class Pair:
 
     @property
     def backend(self) -> Driver:
-        """The backend in dom0; raises `ValueError` if that is QEMU."""
+        """Returns the backend in dom0; raises `ValueError` if that is QEMU."""
         if self.back is None:
             raise ValueError(f"the backend of {self.name} is no module")
         return self.back
@@ -56,7 +56,7 @@ NAMES = {"C": ("xen-blkfront", "xen-blkback"), "R": ("rblkfront", "rblkback")}
 def pair(
     name: str, kernel: Kernel, build: str | Path, dom0: tuple[Kernel, Path] | None = None
 ) -> Pair:
-    """The pair called `name` for `kernel`; our modules are in directory `build`.
+    """Returns the pair called `name` for `kernel`; our modules are in directory `build`.
 
     `dom0` is (kernel, build) of dom0 if it runs another kernel than its guests.
     """
@@ -73,7 +73,7 @@ def pair(
 
 
 def other_driver(driver: Driver, kernel: Kernel, build: str | Path) -> Driver:
-    """The other driver for the same devices."""
+    """Returns the other driver for the same devices."""
     ours = driver.name in NAMES["R"]
     own, kind = ("R", "C") if ours else ("C", "R")
     side = NAMES[own].index(driver.name)

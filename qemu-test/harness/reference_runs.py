@@ -86,7 +86,7 @@ def _entry(item: Any) -> Path | None:
 
 
 def _sources_of_samples() -> list[Path]:
-    """What the modules of rust/samples are built from. A built one differs from place to place."""
+    """Returns the sources of the modules of rust/samples; the built ones contain paths."""
     parts = ("bindings", "helpers", "kernel", "blkif", "samples")
     trees = [HARNESS.parent / "rust" / part for part in parts]
     files = [path for tree in trees for path in tree.rglob("*") if path.is_file()]

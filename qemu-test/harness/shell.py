@@ -43,11 +43,11 @@ class Target(Protocol):
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
+        """Returns its name in messages."""
 
     @property
     def has_checks(self) -> bool:
-        """Whether its kernel is the debug kernel."""
+        """Returns `True` if its kernel is the debug kernel."""
 
     def sh(self, command: str, timeout: float = ...) -> str:
         """Runs a shell script that must succeed, and returns its output."""
@@ -86,11 +86,11 @@ class Shell:
         return output.strip()
 
     def skip_numbers(self) -> None:
-        """Goes on after a restore, where an earlier asker used low numbers."""
+        """Skips numbers that were used before a restore."""
         self._number += 1000
 
     def next_number(self) -> int:
-        """A number that no earlier request had."""
+        """Returns a number that no earlier request had."""
         self._number += 1
         return self._number
 
@@ -111,12 +111,12 @@ class SerialShell(Shell):
         self._await(r"#agent ready", timeout, "the agent did not start")
 
     def wake(self) -> None:
-        """Gives the line a blank to lose: the first byte after a restore is."""
+        """Sends an empty line, because the first byte after a restore is lost."""
         self._child.send("\n\n")
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
-        """For a look at a machine that is known to be in trouble."""
+        """Disables the console check while a failure is examined."""
         watch, self._watch = self._watch, lambda: None
         try:
             yield
@@ -145,10 +145,10 @@ class SerialShell(Shell):
         self._await(END.format(number=number, form="(?:plain|gzip)"), timeout, failure)
 
     def pass_on(self, terminal: str, seconds: int, line: str) -> tuple[int, str]:
-        """Has this agent give a line to the one at a terminal of its machine.
+        """Passes a line through this agent to the one at a terminal of its machine.
 
-        Returns 0 and what that one answered, or another status if it said nothing for so many
-        seconds. With 0 seconds no answer is awaited.
+        Returns 0 and the answer, or another status if there was no output for that many
+        seconds. With 0 seconds it does not wait for an answer.
         """
         number = self.next_number()
         self._child.send(f"{number} pass {terminal} {seconds} {line}\n")
@@ -172,10 +172,10 @@ class SerialShell(Shell):
 
 
 def until(condition: str, seconds: int, otherwise: str, pause_us: int = 800000) -> str:
-    """A shell script that waits until `condition` holds, or does `otherwise` after `seconds`.
+    """Returns a shell script that waits for `condition`, or does `otherwise` after `seconds`.
 
-    It looks often at first, then every `pause_us`: programs that start take a good part of the one
-    processor from what is waited for.
+    It polls often at first, then every `pause_us`, because starting programs takes CPU time from
+    what is waited for.
     """
     now = "read now rest < /proc/uptime; now=${now%.*}"
     return (
@@ -191,7 +191,7 @@ def announcement(logs: Path) -> str:
 
 
 def encode(command: str) -> str:
-    """A shell script as the agent takes it: on one line, and good between single quotes."""
+    """Returns a shell script in the agent's form: on one line, and valid between single quotes."""
     text = re.sub(r"[^ -&(-[\]-~]", _escape, command)
     return re.sub(r"^ | $", _escape, text)
 

@@ -55,7 +55,7 @@ SAVE_S = 300
 """How long saving a machine may take, in seconds."""
 
 BOOTS = 5
-"""How often a boot is tried until dom0 keeps time."""
+"""How often a boot is tried until dom0's clock is right."""
 
 
 class Snapshot:
@@ -107,7 +107,7 @@ class Snapshot:
         write_log: Path | None = None,
         extra: Sequence[str] = (),
     ) -> Machine:
-        """A machine that is about to go on from "dom0 ready", see `resume`.
+        """Starts a machine from the snapshot, see `resume`.
 
         `disks` are the images, by name.
         With `write_log`, QEMU logs the writes to the disk "disk" in that file.
@@ -181,20 +181,19 @@ class Snapshot:
 
 
 def qemu_version() -> bytes:
-    """What QEMU says that it is."""
+    """Returns QEMU's description of its version."""
     return subprocess.run([QEMU, "--version"], stdout=subprocess.PIPE, check=True).stdout
 
 
 def _time(machine: Machine) -> tuple[float, float]:
-    """How fast dom0's clock runs, and how long a timer of half a second takes by that clock.
+    """Returns how fast dom0's clock runs, and how long a timer of half a second takes by it.
 
-    Xen measures one clock against another at boot. When the host takes the
-    processor away in that moment, the result is wrong by any factor, and would
-    stay so in all that starts from the snapshot.
+    Xen calibrates one clock against another at boot. If QEMU is preempted at that moment, the
+    result is wrong by any factor, and would stay wrong in everything that starts from the snapshot.
     """
 
     def nap() -> tuple[float, float, float]:
-        """The middle of a nap by the host's clock and by dom0's, and its length."""
+        """Returns the middle of a sleep by the host's clock and by dom0's, and its length."""
         before = time.monotonic()
         text = machine.shell.check(
             "read a _ < /proc/uptime; usleep 500000; read b _ < /proc/uptime; echo $a $b"
@@ -208,7 +207,7 @@ def _time(machine: Machine) -> tuple[float, float]:
 
 
 def save(machine: Machine, directory: Path) -> None:
-    """Stops a machine for good and writes its state where `Snapshot.start` finds it."""
+    """Stops a machine and writes its state where `Snapshot.start` finds it."""
     machine.shell.check("sync")
     machine.monitor.execute("stop")
     machine.monitor.execute("migrate", {"uri": f"exec:cat > {directory / 'state'}"})
@@ -224,7 +223,7 @@ def save(machine: Machine, directory: Path) -> None:
 
 
 def resume(machine: Machine) -> None:
-    """Lets a machine that a snapshot started go on, once it is all there."""
+    """Resumes a machine that was started from a snapshot, once that is loaded."""
     machine.wait_monitor(timeout=60)
     deadline = time.monotonic() + 120
     while machine.status() == "inmigrate":

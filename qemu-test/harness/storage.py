@@ -36,14 +36,14 @@ class Storage(Guest):
         self._devd_runs = False
 
     def start(self, kind: Kind, disks: Iterable[Disk] = (), root: str | None = None) -> None:
-        """As a guest; it also begins to serve disks."""
+        """Starts it like a guest, and `xl devd` in it."""
         super().start(kind, disks, root)
         self.sh("mkdir -p /var/log/xen /var/run /run/xen")
         self.start_devd()
         self._see_memory()
 
     def take_over(self, disks: Iterable[Disk] = ()) -> None:
-        """As `start`, where the one of this name has waited since before the scenario."""
+        """Takes over the one of this name from the snapshot: like `start`, without a boot."""
         self.find_waiting()
         self._devd_runs = True
         self.unpack("/payload/storage.packed")
@@ -53,25 +53,25 @@ class Storage(Guest):
         self._memory_kb = self.sh(f"cat {BALLOON}/info/current_kb")
 
     def take_back_memory(self) -> None:
-        """Takes back from Xen the memory that was given up for pages that were mapped.
+        """Gets back from Xen the memory that was given up for mapped pages.
 
-        The kernel with checks maps pages in place of its own memory, and when they are
-        unmapped it does not look for an hour whether there is something to take back.
+        The debug kernel maps pages in place of its own memory, and after they are unmapped it does
+        not ask Xen for memory for an hour.
         """
         self.sh(f"echo {self._memory_kb} > {BALLOON}/target_kb")
         self.wait_for(f"[ $(cat {BALLOON}/info/current_kb) = {self._memory_kb} ]")
 
     def start_devd(self) -> None:
-        """Has `xl devd` run the hotplug script for the disks that come from now on."""
+        """Starts `xl devd`, which runs the hotplug script for new disks."""
         if not self._devd_runs:
             self.sh(f"{XL} devd -p {DEVD_PID}")
             self._devd_runs = True
 
     def stop_devd(self) -> None:
-        """Has nobody but the scenario write nodes of disks.
+        """Stops `xl devd`, so that only the scenario writes nodes of disks.
 
-        `xl devd` takes every disk for one of xl's: it removes the nodes of one that has closed, be
-        they of the next disk of that name by then.
+        `xl devd` assumes that each disk is one of xl's: it removes the nodes of one that has closed,
+        even if they belong to the next disk of that name by then.
         """
         if self._devd_runs:
             pid = self.sh(f"cat {DEVD_PID}")
@@ -81,8 +81,10 @@ class Storage(Guest):
             self._devd_runs = False
 
     def restart_devd(self) -> None:
-        """Has `xl devd` see the devices that there are: one that did not close stays in its list,
-        and no script runs for the next one of that name.
+        """Restarts `xl devd`, so that it sees the present devices.
+
+        A device that did not close stays in its list, and no script runs for the next one of its
+        name.
         """
         self.stop_devd()
         self.start_devd()
@@ -105,7 +107,7 @@ class Storage(Guest):
 
     @property
     def back(self) -> str:
-        """The name of the pair's backend module."""
+        """Returns the name of the pair's backend module."""
         if self.host.pair.storage is None:
             raise ValueError("the backend of this pair is QEMU in dom0")
         return self.host.pair.storage.name

@@ -23,7 +23,7 @@ CODES = {"xvda": 51712, "xvdb": 51728, "xvdc": 51744, "xvdd": 51760}
 """Virtual device numbers by name."""
 
 PLAIN = {"sectors": 0, "sector-size": 512, "info": 0}
-"""An empty disk: nobody looks for partitions on it."""
+"""An empty disk, which is not scanned for partitions."""
 
 Nodes = Mapping[str, object]
 """Values of xenstore nodes by name; None removes a node."""
@@ -35,7 +35,7 @@ _WAIT = f"wait_for_state() {{ {_STATE}; }}\n"
 
 
 def directories(domid: int, code: int, server: Server | None = None) -> tuple[str, str]:
-    """The frontend's and the backend's directory of a virtual device number.
+    """Returns the frontend's and the backend's directory of a virtual device number.
 
     The backend is in dom0, or in `server`.
     """
@@ -45,25 +45,25 @@ def directories(domid: int, code: int, server: Server | None = None) -> tuple[st
 
 
 def error_node(back: str) -> str:
-    """Where a backend with this directory says what is wrong."""
+    """Returns the node for error messages of the backend with this directory."""
     return back.replace("/backend/", "/error/backend/", 1) + "/error"
 
 
 def write_nodes(host: XenHost, directory: str, nodes: Nodes) -> None:
-    """Writes xenstore nodes below a directory, at once; None removes one."""
+    """Writes xenstore nodes below a directory in one script; `None` removes one."""
     host.sh(_writing(directory, nodes))
 
 
 def create_device(
     host: XenHost, domid: int, code: int, backend_state: int = 2, **nodes: object
 ) -> tuple[str, str]:
-    """What the toolstack and a backend that waits would write; gives both directories."""
+    """Writes the nodes of the toolstack and of a waiting backend; returns both directories."""
     host.sh(_creating(domid, code, backend_state, nodes))
     return directories(domid, code)
 
 
 def connect_disks(host: XenHost, guest: Guest, disks: Mapping[int, tuple[Nodes, Nodes]]) -> None:
-    """Disks by code: what their backends offer, and the toolstack's nodes for the frontend."""
+    """Connects disks; for each number, the backend's features and the toolstack's nodes are given."""
     script = _WAIT
     for code, (_offers, nodes) in disks.items():
         script += _creating(guest.domid, code, 2, nodes)
@@ -77,7 +77,7 @@ def connect_disks(host: XenHost, guest: Guest, disks: Mapping[int, tuple[Nodes, 
 
 
 def remove_devices(host: XenHost, guest: Guest, codes: Iterable[int]) -> None:
-    """The devices go away for good."""
+    """Removes the devices."""
     script, gone = "", []
     for code in codes:
         front, back = directories(guest.domid, code)

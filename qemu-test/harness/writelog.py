@@ -24,12 +24,12 @@ class Entry:
 
     @property
     def is_flush(self) -> bool:
-        """Whether all earlier writes are durable after this entry."""
+        """Returns `True` if all earlier writes are durable after this entry."""
         return bool(self.flags & FLUSH)
 
 
 def read_log(path: Path) -> list[Entry]:
-    """All entries of the log file `path`."""
+    """Returns all entries of the log file `path`."""
     entries = []
     with open(path, "rb") as file:
         magic, _version, count, sector_size = struct.unpack("<QQQI", file.read(28))

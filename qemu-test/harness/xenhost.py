@@ -58,7 +58,7 @@ class Disk:
     """The host's server if not said."""
 
     def specification(self, server: Server) -> str:
-        """The disk in xl's syntax."""
+        """Returns the disk in xl's syntax."""
         backend = self.backend or server.name
         return (
             f"format=raw,vdev={self.vdev},access={self.mode},backend={backend},"
@@ -115,12 +115,12 @@ class XenHost:
 
     @property
     def has_pair(self) -> bool:
-        """Whether there are drivers under test: a snapshot is made without any."""
+        """Returns `True` if there are drivers under test; a snapshot is made without any."""
         return self._pair is not None
 
     @property
     def pair(self) -> Pair:
-        """The drivers under test."""
+        """Returns the drivers under test."""
         if self._pair is None:
             raise ValueError("this host was started without a pair")
         return self._pair
@@ -135,7 +135,7 @@ class XenHost:
 
     @contextmanager
     def running(self) -> Iterator[XenHost]:
-        """From boot to end, for who is no scenario; collects what helps if that fails."""
+        """Runs the host from boot to end outside of pytest, and collects logs after a failure."""
         try:
             self.boot()
             yield self
@@ -205,7 +205,7 @@ class XenHost:
         self.sh(module_at(name, parameters, "/payload/modules"))
 
     def ram_disks(self, count: int = 1, megabytes: int = 64) -> None:
-        """Makes /dev/ram0 and on: disks in dom0's memory."""
+        """Creates RAM disks in dom0, from /dev/ram0."""
         self.insmod("brd", f"rd_nr={count} rd_size={megabytes * 1024}")
 
     def start_guest(
@@ -243,39 +243,39 @@ class XenHost:
         return storage
 
     def start_server(self) -> Server:
-        """Who is to serve the disks: this host, or a driver domain. It has no backend loaded yet.
+        """Returns the domain that serves disks, dom0 or a driver domain; no backend is loaded yet.
 
-        If the kernel under test cannot be dom0, only the latter has the backend under test. A
-        scenario that needs dom0 to serve, because of a disk that it has, does not ask for this.
+        If the kernel under test cannot be dom0, the backend under test is in a driver domain. A
+        scenario with a disk of dom0 does not call this.
         """
         if self.has_checks:
             self.server = self.start_storage()
         return self.server
 
     def allow(self, text: str) -> None:
-        """Lets console lines that contain `text` pass: this scenario provokes them."""
+        """Ignores console lines that contain `text`, which this scenario causes."""
         self.machine.allow(text)
 
     def take_back_memory(self) -> None:
-        """Nothing: the stock kernel maps pages where it has no memory. See storage.py."""
+        """Does nothing: the stock kernel maps pages outside of its memory. See storage.py."""
 
     def start_devd(self) -> None:
-        """Nothing: in dom0 xl itself runs the hotplug script. See storage.py."""
+        """Does nothing: in dom0 xl itself runs the hotplug script. See storage.py."""
 
     def stop_devd(self) -> None:
-        """Nothing, as above: who does not call xl has nodes for himself."""
+        """Does nothing: without xl, only the scenario writes nodes."""
 
     def attach(self, guest: Guest, disk: Disk) -> None:
-        """xl block-attach."""
+        """Attaches a disk with `xl block-attach`."""
         self.server.start_devd()
         self.sh(f"xl block-attach {guest.name} '{disk.specification(self.server)}'")
 
     def detach(self, guest: Guest, vdev: str) -> None:
-        """xl block-detach."""
+        """Detaches a disk with `xl block-detach`."""
         self.sh(f"xl block-detach {guest.name} {vdev}")
 
     def detach_and_wait(self, guest: Guest, vdev: str, server: Server | None = None) -> None:
-        """Detaches a disk, and waits until neither half has anything of it."""
+        """Detaches a disk, and waits until both drivers have removed it."""
         self.detach(guest, vdev)
         guest.wait_for(f"[ ! -b /dev/{vdev} ]")
         back = directories(guest.domid, CODES[vdev], server or self.server)[1]
@@ -286,16 +286,16 @@ class XenHost:
         wait_in(self, condition, timeout)
 
     def xenstore_read(self, path: str) -> str | None:
-        """The value of a xenstore node, or None where there is none."""
+        """Returns the value of a xenstore node, or `None` if it does not exist."""
         status, output = self.run(f"xenstore-read {path}")
         return output.strip() if status == 0 else None
 
     def xen_messages(self, key: str) -> str:
-        """What Xen prints for one of its debug keys."""
+        """Returns what Xen prints for one of its debug keys."""
         return self.sh(f"xl dmesg -c >/dev/null; xl debug-keys {key}; sleep 1; xl dmesg")
 
     def finish(self) -> None:
-        """The end of a scenario that went well: all consoles must be clean."""
+        """Ends a scenario that has passed; all consoles must be clean."""
         for guest in sorted(self.guests.values(), key=lambda guest: guest.serves):
             guest.shut_down()
         self.sh("echo scenario complete > /dev/console")
@@ -303,7 +303,7 @@ class XenHost:
         self.machine.watch()
 
     def collect(self) -> None:
-        """Keeps what helps to understand a failure; never raises."""
+        """Collects logs for the analysis of a failure; does not raise."""
         looks = {
             "xenstore.txt": "xenstore-ls -fp",
             "dmesg-dom0.txt": "dmesg",

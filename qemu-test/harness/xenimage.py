@@ -60,7 +60,7 @@ FIO = "/usr/bin/fio"
 
 
 def xen_binary() -> Path:
-    """The hypervisor as QEMU's -kernel takes it: an ELF multiboot image."""
+    """Returns the hypervisor as an ELF multiboot image, for QEMU's -kernel."""
     packed = Path(XEN).read_bytes()
     return made_once(
         CACHE / "images" / f"xen-{key_of(packed)}",
@@ -69,7 +69,7 @@ def xen_binary() -> Path:
 
 
 def domu_archive(kernel: Kernel) -> bytes:
-    """The part of a DomU's initramfs that all scenarios share, as bytes."""
+    """Returns the part of a DomU's initramfs that all scenarios share."""
     archive = base_archive("domu-init", DOMU_PROGRAMS)
     archive.file("/bin/load-modules", PIECES / "load-modules")
     order = add_modules(archive, kernel, ("ext4",))
@@ -78,14 +78,14 @@ def domu_archive(kernel: Kernel) -> bytes:
 
 
 def fio_archive() -> bytes:
-    """What is added to a DomU's initramfs for a guest that runs fio, as bytes."""
+    """Returns the part of a DomU's initramfs that has fio."""
     archive = Archive()
     add_program(archive, FIO)
     return archive.to_bytes()
 
 
 def storage_archive(kernel: Kernel) -> bytes:
-    """What is added to a DomU's initramfs for a driver domain, as bytes."""
+    """Returns the part of a DomU's initramfs for a driver domain."""
     archive = Archive()
     for program in STORAGE_PROGRAMS:
         add_program(archive, program)
@@ -97,7 +97,7 @@ def storage_archive(kernel: Kernel) -> bytes:
 
 
 def dom0_initrd(kernel: Kernel) -> Path:
-    """The file of dom0's initramfs."""
+    """Returns the file of dom0's initramfs."""
     archive = base_archive("dom0-init", DOM0_PROGRAMS)
     order = add_modules(archive, kernel, DOM0_MODULES)
     optional = add_modules(archive, kernel, ("brd", "null_blk"))
@@ -113,7 +113,7 @@ def dom0_initrd(kernel: Kernel) -> Path:
 
 
 def guest_disk(kernel: Kernel) -> Path:
-    """An ext4 image that dom0 mounts read-only at /guest: what DomUs boot."""
+    """Returns an ext4 image with what DomUs boot, which dom0 mounts read-only at /guest."""
     parts = {
         "initrd": domu_archive(kernel),
         "fio": fio_archive(),
@@ -133,7 +133,7 @@ def guest_disk(kernel: Kernel) -> Path:
 
 
 def root_disk(size: str = "384M", packages: Sequence[Path] = ()) -> Path:
-    """A raw image with an ext4 root file system for a DomU, with `packages` in /packages."""
+    """Returns a raw image with a root file system for a DomU, with `packages` in /packages."""
     archive = base_archive("root-init", DOMU_PROGRAMS, devices=False)
     add_program(archive, FIO)
     archive.link("/sbin/init", "/init")
@@ -152,7 +152,7 @@ def root_disk(size: str = "384M", packages: Sequence[Path] = ()) -> Path:
 
 
 def ext4_image(path: Path, size: str, fill: Callable[[Path], object]) -> None:
-    """Makes an ext4 image of what `fill(directory)` puts into a directory."""
+    """Creates an ext4 image from a directory that `fill` fills."""
     tree = path.with_name(path.name + ".tree")
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir()
@@ -168,7 +168,7 @@ def file_in_image(image: str | Path, path: str) -> bytes:
 
 
 def grub(name: str) -> bytes:
-    """GRUB as a guest's first program: a file of Debian's grub-xen-host, as bytes.
+    """Returns GRUB as a guest's boot loader, a file of Debian's grub-xen-host.
 
     It has a blkif frontend of its own. The package is not installed, because its
     scripts belong on a real host.
@@ -179,7 +179,7 @@ def grub(name: str) -> bytes:
 
 
 def grub_disk(linux: Path, initrd: bytes) -> Path:
-    """A raw image with a kernel, the file `linux`, and a configuration that makes GRUB start it."""
+    """Returns a raw image with a kernel, the file `linux`, and a GRUB configuration that starts it."""
     parts = {
         "linux": linux.read_bytes(),
         "initrd": initrd,

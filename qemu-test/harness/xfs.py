@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""An xfs on the disk of a scenario, and a look for what is wrong with it.
+"""An xfs on the disk of a scenario, and its check.
 
 The programs are those of Debian's packages, which are not in the build root.
 """
@@ -19,7 +19,7 @@ START, SIZE = 32 << 20, 300 << 20
 
 
 def partitioned_disk(first: tuple[int, int]) -> Path:
-    """A raw image with two partitions: `first` (start, size), empty, below START; and the xfs."""
+    """Returns a raw image with two partitions: `first` (start, size), empty, and one with xfs."""
     places = (first, (START, SIZE))
     table = "".join(f"start={start >> 9}, size={size >> 9}\n" for start, size in places)
 
@@ -39,7 +39,7 @@ def partitioned_disk(first: tuple[int, int]) -> Path:
 
 
 def assert_sound(disk: str | Path, where: str) -> None:
-    """There is nothing that xfs_repair would repair in the xfs on the image `disk`."""
+    """Checks that xfs_repair would repair nothing in the xfs on the image `disk`."""
     with open(disk, "rb") as file, open(f"{disk}.xfs", "wb") as copy:
         file.seek(START)
         copy.write(file.read(SIZE))

@@ -26,7 +26,7 @@ BREAKS = {
     8: "broke a ring",
     KEEP: "still uses its pages",
 }
-"""Misbehaviour that end the disk: unknown id, id twice, operation, too many and too few answers, pages
+"""Misbehaviours that end the disk: unknown id, id twice, operation, too many and too few answers, pages
 kept; and what the frontend says."""
 
 ERRORS = ("Input/output error", "No space left on device")
