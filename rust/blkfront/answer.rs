@@ -36,6 +36,7 @@ use blkif::{
 
 use crate::{
     carry::{
+        Carry,
         Held,
         Started, //
     },
@@ -46,7 +47,10 @@ use crate::{
         State, //
     },
     signal::Cause,
-    slots::Waiting, //
+    slots::{
+        Answered,
+        Waiting, //
+    },
 };
 
 /// Requests that are taken out at once, under the lock.
@@ -54,6 +58,56 @@ const AT_ONCE: usize = 16;
 
 /// Most pages of a read whose data is copied by the event handler.
 const COPIED_AT_ONCE: usize = 2;
+
+/// A request that is complete.
+enum CompletedRequest {
+    /// See [`Answered::Plain`].
+    Plain(Started),
+    Other(Waiting),
+}
+
+impl CompletedRequest {
+    /// Returns the status with which the request ends.
+    #[inline]
+    fn blk_status(&self) -> BlkStatus {
+        match self {
+            Self::Plain(_) => BlkStatus::OK,
+            Self::Other(waiting) => waiting.blk_status(),
+        }
+    }
+
+    /// Returns the request, unless its own pages are granted.
+    #[inline]
+    fn bounced_mut(&mut self) -> Option<&mut Started> {
+        match self {
+            Self::Plain(rq) => Some(rq),
+            Self::Other(waiting) => match &mut waiting.held {
+                Held::Bounced(rq) => Some(rq),
+                Held::Direct(_) => None,
+            },
+        }
+    }
+
+    /// Returns what the request carries.
+    #[inline]
+    fn carry_mut(&mut self) -> &mut Carry {
+        match self {
+            Self::Plain(rq) => rq.data_mut(),
+            Self::Other(waiting) => waiting.held.carry_mut(),
+        }
+    }
+
+    /// Copies the data of a small read that was bounced.
+    #[inline]
+    fn copy_small(&mut self) {
+        let status = self.blk_status();
+        if let Some(rq) = self.bounced_mut() {
+            if status.is_ok() && rq.op() == Op::Read && !is_copied_later(rq) {
+                copy_read(rq);
+            }
+        }
+    }
+}
 
 /// What a look at the ring has found.
 enum Found {
@@ -108,7 +162,7 @@ impl Queue {
 
     /// Takes answers until `done` is full or the ring is empty.
     #[inline]
-    fn take(&self, done: &mut [Option<Waiting>], answers: &mut u32) -> Found {
+    fn take(&self, done: &mut [Option<CompletedRequest>], answers: &mut u32) -> Found {
         self.take_from(&mut self.inner.lock(), done, answers)
     }
 
@@ -116,7 +170,7 @@ impl Queue {
     fn take_from(
         &self,
         inner: &mut Inner,
-        done: &mut [Option<Waiting>],
+        done: &mut [Option<CompletedRequest>],
         answers: &mut u32,
     ) -> Found {
         if inner.broken {
@@ -141,11 +195,12 @@ impl Queue {
     }
 
     /// Puts the next request that is complete to `place`. `false` if the ring is empty.
+    #[inline]
     fn next(
         &self,
         inner: &mut Inner,
         answers: &mut u32,
-        place: &mut Option<Waiting>,
+        place: &mut Option<CompletedRequest>,
     ) -> Result<bool, ()> {
         loop {
             let Some(link) = &mut inner.link else {
@@ -160,17 +215,18 @@ impl Queue {
                 }
             };
             *answers = answers.wrapping_add(1);
-            match inner.slots.answer(&response, place) {
-                Ok(true) if place.as_ref().is_some_and(Waiting::wants_flush) => {
-                    *place = place
-                        .take()
-                        .and_then(|written| self.flush_written(inner, written));
-                    if place.is_some() {
+            match inner.slots.answer(&response) {
+                Ok(Answered::Incomplete) => {}
+                Ok(Answered::Plain(rq)) => {
+                    *place = Some(CompletedRequest::Plain(rq));
+                    return Ok(true);
+                }
+                Ok(Answered::Other(first)) => {
+                    if let Some(waiting) = self.take_other(inner, first) {
+                        *place = Some(CompletedRequest::Other(waiting));
                         return Ok(true);
                     }
                 }
-                Ok(true) => return Ok(true),
-                Ok(false) => {}
                 Err(_) => {
                     ratelimited!(pr_err!(
                         "{}: the backend has answered id {:#x} operation {}, which nobody asked for; closing the device\n",
@@ -184,15 +240,25 @@ impl Queue {
         }
     }
 
+    /// Takes a request that is complete, unless what it has written is to be flushed first.
+    #[inline]
+    fn take_other(&self, inner: &mut Inner, first: u16) -> Option<Waiting> {
+        let waiting = inner.slots.take(first)?;
+        if waiting.wants_flush() {
+            return self.flush_written(inner, waiting);
+        }
+        Some(waiting)
+    }
+
     /// Ends requests that are complete: those in front of the first `None`, and leaves none.
-    fn finish_all(&self, done: &mut [Option<Waiting>]) {
-        for waiting in done.iter_mut().map_while(Option::as_mut) {
-            waiting.copy_small();
+    fn finish_all(&self, done: &mut [Option<CompletedRequest>]) {
+        for completed in done.iter_mut().map_while(Option::as_mut) {
+            completed.copy_small();
         }
         let notifier = {
             let mut inner = self.inner.lock();
-            for waiting in done.iter_mut().map_while(Option::as_mut) {
-                inner.reclaim(waiting);
+            for completed in done.iter_mut().map_while(Option::as_mut) {
+                inner.reclaim(completed);
             }
             inner.publish_flushes()
         };
@@ -200,13 +266,10 @@ impl Queue {
             notifier.notify();
         }
         let mut batch = EndBatch::new();
-        for place in done {
-            if let Some(rq) = Waiting::take_simple(place) {
-                self.end(rq, BlkStatus::OK, &mut batch);
-            } else if let Some(waiting) = place.take() {
-                self.finish(waiting, &mut batch);
-            } else {
-                break;
+        for completed in done.iter_mut().map_while(Option::take) {
+            match completed {
+                CompletedRequest::Plain(rq) => self.end(rq, BlkStatus::OK, &mut batch),
+                CompletedRequest::Other(waiting) => self.finish(waiting, &mut batch),
             }
         }
     }
@@ -216,8 +279,7 @@ impl Queue {
         let status = waiting.blk_status();
         let refused = waiting.status == Status::NotSupported;
         match waiting.release() {
-            Ok(mut rq) => {
-                rq.data_mut().stalled = false;
+            Ok(rq) => {
                 if refused {
                     self.revoke(rq.op());
                 }
@@ -306,11 +368,13 @@ fn is_copied_later(rq: &Started) -> bool {
 
 impl Inner {
     /// Takes back the pages of a request that is complete, as far as they are not needed any more.
-    fn reclaim(&mut self, waiting: &mut Waiting) {
-        self.pool.give(waiting.held.indirect_mut());
-        let status = waiting.blk_status();
-        if let Held::Bounced(rq) = &mut waiting.held {
-            rq.data_mut().stalled = false;
+    #[inline]
+    fn reclaim(&mut self, completed: &mut CompletedRequest) {
+        let carry = completed.carry_mut();
+        carry.stalled = false;
+        self.pool.give(&mut carry.indirect);
+        let status = completed.blk_status();
+        if let Some(rq) = completed.bounced_mut() {
             if !(status.is_ok() && is_copied_later(rq)) {
                 self.pool.give(&mut rq.data_mut().data);
             }
@@ -327,49 +391,21 @@ impl Inner {
 }
 
 impl Waiting {
-    /// Copies the data of a small read that was bounced.
-    fn copy_small(&mut self) {
-        let status = self.blk_status();
-        if let Held::Bounced(rq) = &mut self.held {
-            if status.is_ok() && rq.op() == Op::Read && !is_copied_later(rq) {
-                copy_read(rq);
-            }
-        }
-    }
-
-    /// Takes out a request that has gone well and needs nothing more. The other ones stay.
-    #[inline]
-    fn take_simple(place: &mut Option<Self>) -> Option<Started> {
-        let simple = |waiting: &Self| {
-            waiting.status == Status::Okay && matches!(waiting.held, Held::Bounced(_))
-        };
-        if !place.as_ref().is_some_and(simple) {
-            return None;
-        }
-        // Nothing else is moved than the request.
-        match place.take()?.held {
-            Held::Bounced(rq) => Some(rq),
-            Held::Direct { .. } => None,
-        }
-    }
-
     /// Ends the grants of the request's own pages, and gives the request back, unless the backend
     /// still uses one of them. Then it can be tried again.
     #[inline]
     pub(crate) fn release(self) -> Result<Started, Self> {
-        let (granted, indirect) = match self.held {
+        let granted = match self.held {
             Held::Bounced(rq) => return Ok(rq),
-            Held::Direct { granted, indirect } => (granted, indirect),
+            Held::Direct(granted) => granted,
         };
         match granted.try_end() {
             Ok((mut rq, references)) => {
-                let carry = rq.data_mut();
-                carry.references = references;
-                carry.indirect = indirect;
+                rq.data_mut().references = references;
                 Ok(rq)
             }
             Err(granted) => Err(Waiting {
-                held: Held::Direct { granted, indirect },
+                held: Held::Direct(granted),
                 missing: self.missing,
                 status: self.status,
                 timeouts: self.timeouts,

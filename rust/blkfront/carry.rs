@@ -84,36 +84,31 @@ impl Carry {
 pub(crate) enum Held {
     /// The data goes through the pages of its [`Carry`], or there is none.
     Bounced(Started),
-    /// The pages of the request are granted.
-    Direct {
-        /// The request, which comes out when the backend has let go of its pages.
-        granted: Granted<Started>,
-        /// Its pages for the segments of indirect requests, which do not wait for that.
-        indirect: KVec<GrantedPage>,
-    },
+    /// The pages of the request are granted. It comes out when the backend has let go of them.
+    Direct(Granted<Started>),
 }
 
 impl Held {
+    #[inline]
     pub(crate) fn request(&self) -> &Started {
         match self {
             Held::Bounced(rq) => rq,
-            Held::Direct { granted, .. } => granted.owner(),
+            Held::Direct(granted) => granted.owner(),
         }
     }
 
-    /// Pages for the segments of indirect requests.
-    pub(crate) fn indirect(&self) -> &[GrantedPage] {
-        match self {
-            Held::Bounced(rq) => &rq.data().indirect,
-            Held::Direct { indirect, .. } => indirect,
-        }
+    /// Returns what the request carries.
+    #[inline]
+    pub(crate) fn carry(&self) -> &Carry {
+        self.request().data()
     }
 
-    /// As [`Self::indirect`], to be given back.
-    pub(crate) fn indirect_mut(&mut self) -> &mut KVec<GrantedPage> {
+    /// Returns what the request carries, to be changed.
+    #[inline]
+    pub(crate) fn carry_mut(&mut self) -> &mut Carry {
         match self {
-            Held::Bounced(rq) => &mut rq.data_mut().indirect,
-            Held::Direct { indirect, .. } => indirect,
+            Held::Bounced(rq) => rq.data_mut(),
+            Held::Direct(granted) => granted.data_mut(),
         }
     }
 
@@ -122,7 +117,7 @@ impl Held {
     fn reference(&self, fragment: usize) -> u32 {
         let reference = match self {
             Held::Bounced(rq) => rq.data().data.get(fragment).map(GrantedPage::reference),
-            Held::Direct { granted, .. } => granted.references().get(fragment).copied(),
+            Held::Direct(granted) => granted.references().get(fragment).copied(),
         };
         reference.map_or(NO_GRANT, |reference| reference.value())
     }
@@ -154,6 +149,11 @@ impl<'a> Lists<'a> {
     /// Where the request starts on the disk.
     pub(crate) fn sector(&self) -> u64 {
         self.held.request().sector()
+    }
+
+    /// Returns the length of the request in sectors.
+    pub(crate) fn sectors(&self) -> u64 {
+        u64::from(self.held.request().bytes() >> 9)
     }
 
     /// The data, in fragments of sectors.
@@ -189,7 +189,7 @@ impl<'a> Lists<'a> {
 
     /// Writes the segments of all indirect parts into their pages.
     pub(crate) fn fill(&self, fragments: u32, limits: SlotLimits) {
-        if self.held.indirect().is_empty() {
+        if self.held.carry().indirect.is_empty() {
             return;
         }
         let Some(plan) = Plan::new(self.sector(), self.fragments(), fragments, limits) else {
@@ -208,7 +208,7 @@ impl<'a> Lists<'a> {
     fn part_pages(&self, part: &Part, limits: SlotLimits) -> &'a [GrantedPage] {
         let each = indirect_pages(limits.segments());
         let first = each.wrapping_mul(part.index.into());
-        let pages = self.held.indirect().get(first..).unwrap_or(&[]);
+        let pages = self.held.carry().indirect.get(first..).unwrap_or(&[]);
         pages.get(..indirect_pages(part.count)).unwrap_or(pages)
     }
 }

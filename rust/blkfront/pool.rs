@@ -77,7 +77,11 @@ impl Pool {
     }
 
     /// Takes pages back. Those for which there is no room are freed.
+    #[inline]
     pub(crate) fn give(&mut self, from: &mut KVec<GrantedPage>) {
+        if from.is_empty() {
+            return;
+        }
         if shortage::is_claimed() {
             self.give_up(from);
         }

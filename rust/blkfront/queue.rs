@@ -296,7 +296,7 @@ impl Inner {
     /// backend may have mapped stay here.
     fn evict(&mut self) -> Option<Waiting> {
         let mut waiting = self.answered.pop().or_else(|| self.slots.evict())?;
-        self.give_back_late(waiting.held.indirect_mut());
+        self.give_back_late(&mut waiting.held.carry_mut().indirect);
         if let Held::Bounced(rq) = &mut waiting.held {
             self.give_back_late(&mut rq.data_mut().data);
         }
@@ -784,7 +784,9 @@ impl Queue {
     }
 
     /// Puts a request into the slots that were promised to it, and keeps it there.
-    #[inline]
+    ///
+    /// Inlined, so that only those parts of `held` are moved that there are.
+    #[inline(always)]
     fn keep(
         &self,
         inner: &mut Inner,
@@ -800,19 +802,32 @@ impl Queue {
                 .put_single(inner, |id| {
                     plan::direct(direction, self.handle, id, lists.sector(), lists.all())
                 }),
-            Order::Transfer(direction) => self.put_parts(inner, &lists, direction, terms, needs),
-            Order::Flush => self.put_flush(inner, terms.flush),
-            Order::Discard { secure } => self.put_single(inner, |id| {
-                let rq = held.request();
-                let sectors = u64::from(rq.bytes() >> 9);
-                plan::discard(self.handle, id, rq.sector(), sectors, secure)
-            }),
+            _ => self.put_other(inner, &lists, order, terms, needs),
         };
         let mut waiting = Waiting::new(held, parts);
         if terms.write_through {
             waiting.flush = is_write(order).then_some(terms.flush);
         }
         inner.slots.keep(first, waiting)
+    }
+
+    /// Puts a request that is no small transfer; gives the first slot and how many there are.
+    #[inline(never)]
+    fn put_other(
+        &self,
+        inner: &mut Inner,
+        lists: &Lists<'_>,
+        order: Order,
+        terms: &Terms,
+        needs: Resources,
+    ) -> (Option<u16>, u16) {
+        match order {
+            Order::Transfer(direction) => self.put_parts(inner, lists, direction, terms, needs),
+            Order::Flush => self.put_flush(inner, terms.flush),
+            Order::Discard { secure } => self.put_single(inner, |id| {
+                plan::discard(self.handle, id, lists.sector(), lists.sectors(), secure)
+            }),
+        }
     }
 
     /// Puts a flush.
@@ -879,7 +894,7 @@ impl Queue {
     }
 
     /// Puts a request of one slot.
-    #[inline]
+    #[inline(always)]
     fn put_single<R: Encode>(
         &self,
         inner: &mut Inner,
@@ -889,7 +904,7 @@ impl Queue {
     }
 
     /// Puts one slot, and gives its number.
-    #[inline]
+    #[inline(always)]
     fn put_slot<R: Encode>(
         &self,
         inner: &mut Inner,
@@ -932,7 +947,6 @@ fn hold(
     }
     let carry = rq.data_mut();
     let references = core::mem::take(&mut carry.references);
-    let indirect = core::mem::take(&mut carry.indirect);
     // What the backend may only read is read-only all the same.
     match Granted::new(
         rq,
@@ -941,11 +955,9 @@ fn hold(
         &mut reserve,
         references,
     ) {
-        Ok(granted) => Ok(Held::Direct { granted, indirect }),
+        Ok(granted) => Ok(Held::Direct(granted)),
         Err((_, mut rq, references)) => {
-            let carry = rq.data_mut();
-            carry.references = references;
-            carry.indirect = indirect;
+            rq.data_mut().references = references;
             Err(rq)
         }
     }

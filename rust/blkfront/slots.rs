@@ -26,7 +26,10 @@ use blkif::{
 };
 
 use crate::{
-    carry::Held,
+    carry::{
+        Held,
+        Started, //
+    },
     timeout::GIVE_UP_AFTER, //
 };
 
@@ -78,6 +81,13 @@ impl Waiting {
         self.flush.is_some()
     }
 
+    /// Returns `true` if the request was successful, has no pages of its own granted, and nothing to
+    /// flush.
+    #[inline]
+    fn is_plain(&self) -> bool {
+        self.status == Status::Okay && self.flush.is_none() && matches!(self.held, Held::Bounced(_))
+    }
+
     /// Makes it end with an error.
     pub(crate) fn failed(mut self) -> Self {
         self.status = Status::Error;
@@ -103,6 +113,17 @@ impl Waiting {
             },
         }
     }
+}
+
+/// What an answer has done to its request.
+pub(crate) enum Answered {
+    /// Other answers are missing.
+    Incomplete,
+    /// The request is complete and plain, as nearly all are: it was successful, has no pages of its
+    /// own granted, and nothing to flush.
+    Plain(Started),
+    /// Any other request is complete: it waits in this slot for [`Slots::take`].
+    Other(u16),
 }
 
 /// An answer that does not belong to any request.
@@ -212,12 +233,9 @@ impl Slots {
         }
     }
 
-    /// Takes an answer to account. Whether a request is complete by it, which is put to `place` then.
-    pub(crate) fn answer(
-        &mut self,
-        response: &Response,
-        place: &mut Option<Waiting>,
-    ) -> Result<bool, Stray> {
+    /// Takes an answer to account.
+    #[inline]
+    pub(crate) fn answer(&mut self, response: &Response) -> Result<Answered, Stray> {
         let id = RingId::from_wire(response.id);
         let slot = self.slots.get_mut(usize::from(id.tag())).ok_or(Stray)?;
         if slot.id != Some(id) || slot.operation != response.operation {
@@ -236,11 +254,33 @@ impl Slots {
         request.status = worse(request.status, response.status);
         request.missing = request.missing.saturating_sub(1);
         if request.missing > 0 {
-            return Ok(false);
+            return Ok(Answered::Incomplete);
         }
-        *place = waiting.take();
+        if !request.is_plain() {
+            return Ok(Answered::Other(first));
+        }
+        match waiting.take() {
+            Some(Waiting {
+                held: Held::Bounced(rq),
+                ..
+            }) => {
+                self.release(first);
+                Ok(Answered::Plain(rq))
+            }
+            other => {
+                // Not possible. Without a destructor here only the request is moved.
+                core::mem::forget(other);
+                Err(Stray)
+            }
+        }
+    }
+
+    /// Takes a request that is complete out of its first slot.
+    #[inline]
+    pub(crate) fn take(&mut self, first: u16) -> Option<Waiting> {
+        let waiting = self.slots.get_mut(usize::from(first))?.waiting.take();
         self.release(first);
-        Ok(true)
+        waiting
     }
 
     /// Takes out a request that waits, whatever is missing. For when the ring is gone.
@@ -273,6 +313,7 @@ impl Slots {
         self.slots.iter_mut().flat_map(|slot| &mut slot.waiting)
     }
 
+    #[inline]
     fn release(&mut self, number: u16) {
         // There is room for all slots.
         let _ = self.free.push_within_capacity(number);

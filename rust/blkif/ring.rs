@@ -214,7 +214,7 @@ impl<M: Memory> Slots<M> {
             .wrapping_add(HEADER_WORDS) as usize
     }
 
-    #[inline]
+    #[inline(always)]
     fn write_request(&self, index: u32, request: impl Encode) {
         let mut word = self.word(index);
         request.write(self.abi, |value| {
@@ -338,7 +338,7 @@ impl<M: Memory> FrontRing<M> {
 
     /// Writes a request into the next slot. The backend does not see it before
     /// [`FrontRing::publish`].
-    #[inline]
+    #[inline(always)]
     pub fn put(&mut self, request: impl Encode) -> Result<(), RingFull> {
         if self.free_slots() == 0 {
             return Err(RingFull);

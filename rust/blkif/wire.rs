@@ -277,7 +277,7 @@ impl<I: Iterator<Item = WireSegment>> Encode for RwEncoder<I> {
         self.operation
     }
 
-    #[inline]
+    #[inline(always)]
     fn write(self, abi: Abi, mut put: impl FnMut(u32)) {
         let [low, high] = self.handle.to_le_bytes();
         let first = u32::from_le_bytes([self.operation, self.nr_segments, low, high]);

@@ -294,6 +294,19 @@ pub unsafe trait PageOwner {
     fn slices(&self) -> impl Iterator<Item = PageSlice<'_>> + '_;
 }
 
+/// A [`PageOwner`] that carries data of its user beside the pages.
+///
+/// # Safety
+///
+/// Nothing that can be done with what [`Self::data_mut`] returns affects the pages, or who owns them.
+pub unsafe trait DataOwner: PageOwner {
+    /// The data of the user.
+    type Data;
+
+    /// Returns the data of the user.
+    fn data_mut(&mut self) -> &mut Self::Data;
+}
+
 // SAFETY: A `Page` is freed when it is dropped, and not before; its bytes mean nothing to others.
 unsafe impl PageOwner for Page {
     fn writable(&self) -> bool {

@@ -37,6 +37,7 @@ use kernel::{
 
 use crate::{
     base::page::{
+        DataOwner,
         Page,
         PageOwner,
         PageSlice,
@@ -404,6 +405,15 @@ impl<S: PageOwner> Granted<S> {
     /// The owner of the pages.
     pub fn owner(&self) -> &S {
         &self.owner
+    }
+
+    /// Returns the data that the owner carries beside the pages.
+    #[inline]
+    pub fn data_mut(&mut self) -> &mut S::Data
+    where
+        S: DataOwner,
+    {
+        self.owner.data_mut()
     }
 
     /// One reference for each slice of the owner, in order.

@@ -16,6 +16,7 @@ use kernel::{
 };
 
 use crate::base::page::{
+    DataOwner,
     PageOwner,
     PageSlice,
     PageSliceMut, //
@@ -433,6 +434,17 @@ unsafe impl<T: Operations> PageOwner for Request<T, InFlight> {
 
     fn slices(&self) -> impl Iterator<Item = PageSlice<'_>> + '_ {
         self.segments()
+    }
+}
+
+// SAFETY: The driver's data of a request is in memory of its own behind it, and says nothing about
+// the request's bios, nor who owns it.
+unsafe impl<T: Operations> DataOwner for Request<T, InFlight> {
+    type Data = T::RequestData;
+
+    #[inline]
+    fn data_mut(&mut self) -> &mut T::RequestData {
+        Request::data_mut(self)
     }
 }
 
