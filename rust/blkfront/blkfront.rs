@@ -2,29 +2,29 @@
 
 //! The frontend: disks that another domain serves.
 //!
-//! | file | idea |
+//! | file | contents |
 //! |---|---|
-//! | `vbd` | a device of xenbus: its driver |
-//! | `control` | the connection of a device and its disk, step by step |
-//! | `keeper` | the thread of a device: lets the disk go, keeps deadlines |
-//! | `nodes` | what is read from and written to xenstore |
-//! | `disk` | the block device: limits, requests of the block layer |
-//! | `queue` | a ring: the way of a request to the backend |
-//! | `slots` | which request an answer belongs to |
-//! | `answer` | the way of an answer back |
-//! | `carry` | what a request carries: granted pages, or pages to bounce its data |
+//! | `driver` | the xenbus driver: probe, remove, resume, changes of the backend |
+//! | `device` | the state of a device: its connection and its disk |
+//! | `worker` | the thread of a device: deadlines, removal of the disk, memory |
+//! | `xenstore` | the nodes that are read and written |
+//! | `disk` | the block device: limits, operations of blk-mq |
+//! | `queue` | a ring: the path of a request to the backend |
+//! | `slots` | maps responses to requests |
+//! | `completion` | the path of a response back |
+//! | `request_data` | what each request carries: fragments, granted pages |
 //! | `pool` | pages that stay granted |
-//! | `link` | a ring and its event channel |
-//! | `registry` | the disks that there are, removed ones included |
-//! | `signal` | what wakes the thread |
-//! | `retry` | when to connect again after an attempt that failed for now |
-//! | `shortage` | grants that a device needs and other disks have |
+//! | `ring_connection` | a ring and its event channel |
+//! | `registry` | the disks of the guest, removed ones included |
+//! | `events` | wakes the thread of a device |
+//! | `retry` | when to connect again after a failure |
+//! | `shortage` | grants that a device needs and other devices hold |
 //! | `timeout` | requests that are not answered in time |
 //! | `params` | module parameters |
 //!
 //! # Who owns what
 //!
-//! The connection and the disk belong to [`control::Control`], under a mutex. The queues are shared by
+//! The connection and the disk belong to [`device::Device`], under a mutex. The queues are shared by
 //! it, the block layer and the event handlers; each has a lock, under which nothing sleeps,
 //! allocates, or notifies.
 //!
@@ -32,23 +32,23 @@
 
 #![deny(unsafe_code)]
 
-mod answer;
-mod carry;
-mod control;
+mod completion;
+mod device;
 mod disk;
-mod keeper;
-mod link;
-mod nodes;
+mod driver;
+mod events;
 mod params;
 mod pool;
 mod queue;
 mod registry;
+mod request_data;
 mod retry;
+mod ring_connection;
 mod shortage;
-mod signal;
 mod slots;
 mod timeout;
-mod vbd;
+mod worker;
+mod xenstore;
 
 use kernel::{
     driver::Registration,
@@ -65,7 +65,7 @@ use kernel_ext::{
 
 use blkif::vdev::MAJOR;
 
-use crate::vbd::Vbd;
+use crate::driver::VbdDriver;
 
 module! {
     type: Blkfront,
@@ -94,7 +94,7 @@ fn register_major() -> Result<Major> {
 #[pin_data]
 struct Blkfront {
     #[pin]
-    driver: Registration<Adapter<Vbd>>,
+    driver: Registration<Adapter<VbdDriver>>,
     major: Major,
 }
 

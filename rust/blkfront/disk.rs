@@ -55,20 +55,20 @@ use blkif::{
 };
 
 use crate::{
-    carry::Carry,
+    events::{
+        DeviceEvents,
+        Event, //
+    },
     params,
     queue::{
-        Order,
-        Queue, //
+        Queue,
+        RequestKind, //
     },
     registry::{
         self,
         Serial, //
     },
-    signal::{
-        Cause,
-        Signal, //
-    }, //
+    request_data::RequestData, //
 };
 
 /// `CDROMMULTISESSION`
@@ -91,9 +91,9 @@ pub(crate) struct Disk {
     cdrom: bool,
     name: DiskName,
     serial: Serial,
-    signal: Arc<Signal>,
+    events: Arc<DeviceEvents>,
     /// 1 if the device's thread waits until the disk is closed.
-    awaited: Atomic<i32>,
+    notify_on_release: Atomic<i32>,
 }
 
 impl Disk {
@@ -102,7 +102,7 @@ impl Disk {
         queues: KVec<Arc<Queue>>,
         cdrom: bool,
         name: DiskName,
-        signal: Arc<Signal>,
+        events: Arc<DeviceEvents>,
     ) -> Self {
         Self {
             rings: Atomic::new(queues.len() as u32),
@@ -110,8 +110,8 @@ impl Disk {
             cdrom,
             name,
             serial: Serial::new(),
-            signal,
-            awaited: Atomic::new(0),
+            events,
+            notify_on_release: Atomic::new(0),
         }
     }
 
@@ -120,10 +120,10 @@ impl Disk {
         self.serial
     }
 
-    /// Raises [`Cause::Released`] from now on when an opener closes the disk. Who calls this looks for
+    /// Raises [`Event::Released`] from now on when an opener closes the disk. Who calls this looks for
     /// openers after it.
-    pub(crate) fn await_release(&self) {
-        self.awaited.xchg(1, Full);
+    pub(crate) fn notify_release(&self) {
+        self.notify_on_release.xchg(1, Full);
     }
 
     /// Sets how many queues have a ring. No request is being queued.
@@ -140,7 +140,7 @@ impl Disk {
 
 /// What the limits of a disk follow from.
 #[derive(Clone, Copy, Eq, PartialEq)]
-pub(crate) struct Basis {
+pub(crate) struct LimitInputs {
     block_size: u32,
     physical_block_size: u32,
     slot: SlotLimits,
@@ -148,7 +148,7 @@ pub(crate) struct Basis {
     discard: Option<DiscardLimits>,
 }
 
-impl Basis {
+impl LimitInputs {
     /// Of a disk with this logical block size, by what both sides can do.
     pub(crate) fn new(
         block_size: u32,
@@ -211,10 +211,10 @@ const SECTORS_PER_PAGE: u32 = blkif::wire::SECTORS_PER_PAGE as u32;
 impl Operations for Disk {
     type QueueData = Self;
     type HwQueueData = ();
-    type RequestData = Carry;
+    type RequestData = RequestData;
 
-    fn new_request_data(_hw_queue: u32) -> Result<Carry> {
-        Carry::new()
+    fn new_request_data(_hw_queue: u32) -> Result<RequestData> {
+        RequestData::new()
     }
 
     fn new_hw_queue_data(_disk: ArcBorrow<'_, Self>, _hw_queue: u32) -> Result {
@@ -231,19 +231,19 @@ impl Operations for Disk {
             rq.end(BlkStatus::IOERR);
             return Ok(());
         };
-        let order = match rq.op() {
-            Op::Read => Order::Transfer(Direction::Read),
-            Op::Write => Order::Transfer(Direction::Write),
-            Op::Flush => Order::Flush,
-            Op::Discard => Order::Discard { secure: false },
-            Op::SecureErase => Order::Discard { secure: true },
+        let kind = match rq.op() {
+            Op::Read => RequestKind::Transfer(Direction::Read),
+            Op::Write => RequestKind::Transfer(Direction::Write),
+            Op::Flush => RequestKind::Flush,
+            Op::Discard => RequestKind::Discard { secure: false },
+            Op::SecureErase => RequestKind::Discard { secure: true },
             Op::WriteZeroes | Op::Other(_) => {
                 rq.end(BlkStatus::NOTSUPP);
                 queue.commit();
                 return Ok(());
             }
         };
-        queue.submit(rq, order, last)
+        queue.submit(rq, kind, last)
     }
 
     fn queue_rqs<'q>(
@@ -288,8 +288,8 @@ impl Operations for Disk {
     }
 
     fn release(disk: ArcBorrow<'_, Self>) {
-        if disk.awaited.load(Relaxed) != 0 {
-            disk.signal.raise(Cause::Released);
+        if disk.notify_on_release.load(Relaxed) != 0 {
+            disk.events.set(Event::Released);
         }
     }
 

@@ -33,57 +33,57 @@ use crate::shortage;
 pub(crate) struct Pool {
     pages: KVVec<GrantedPage>,
     /// As many as there always are.
-    first: usize,
+    min: usize,
     /// How few there were since the last look for spare pages.
-    fewest: usize,
+    low_watermark: usize,
 }
 
 /// Pages that are taken out at once to be given back.
-pub(crate) const SPARE_AT_ONCE: usize = 64;
+pub(crate) const TRIM_BATCH: usize = 64;
 
 impl Pool {
     /// No pages, and no room for any.
     pub(crate) const fn empty() -> Self {
         Self {
             pages: KVVec::new(),
-            first: 0,
-            fewest: 0,
+            min: 0,
+            low_watermark: 0,
         }
     }
 
-    /// A pool with room for `most` pages, of which `first` are there from the start. Sleeps.
-    pub(crate) fn new(domain: DomId, first: usize, most: usize) -> Result<Self> {
-        let mut pages = KVVec::with_capacity(most.max(first), GFP_KERNEL)?;
-        for _ in 0..first {
+    /// A pool with room for `max` pages, of which `min` are there from the start. Sleeps.
+    pub(crate) fn new(domain: DomId, min: usize, max: usize) -> Result<Self> {
+        let mut pages = KVVec::with_capacity(max.max(min), GFP_KERNEL)?;
+        for _ in 0..min {
             // There is room for them.
             let _ = pages.push_within_capacity(new_page(domain, GFP_KERNEL)?);
         }
         Ok(Self {
             pages,
-            first,
-            fewest: first,
+            min,
+            low_watermark: min,
         })
     }
 
     /// Moves pages to `to` until that has `count`, as far as there are any.
-    pub(crate) fn take(&mut self, to: &mut KVec<GrantedPage>, count: usize) {
+    pub(crate) fn fill(&mut self, to: &mut KVec<GrantedPage>, count: usize) {
         while to.len() < count {
             let Some(page) = self.pages.pop() else { break };
             if to.push_within_capacity(page).is_err() {
                 break;
             }
         }
-        self.fewest = self.fewest.min(self.pages.len());
+        self.low_watermark = self.low_watermark.min(self.pages.len());
     }
 
     /// Takes pages back. Those for which there is no room are freed.
     #[inline]
-    pub(crate) fn give(&mut self, from: &mut KVec<GrantedPage>) {
+    pub(crate) fn put(&mut self, from: &mut KVec<GrantedPage>) {
         if from.is_empty() {
             return;
         }
-        if shortage::is_claimed() {
-            self.give_up(from);
+        if shortage::is_active() {
+            self.free_excess(from);
         }
         while let Some(page) = from.pop() {
             let _ = self.pages.push_within_capacity(page);
@@ -93,8 +93,8 @@ impl Pool {
     /// Frees pages that another device needs more, but for those of the start and those that the
     /// backend uses.
     #[cold]
-    fn give_up(&mut self, from: &mut KVec<GrantedPage>) {
-        while self.pages.len() >= self.first {
+    fn free_excess(&mut self, from: &mut KVec<GrantedPage>) {
+        while self.pages.len() >= self.min {
             let Some(page) = from.pop() else { break };
             if let Err(page) = page.try_end() {
                 let _ = self.pages.push_within_capacity(page);
@@ -103,18 +103,18 @@ impl Pool {
     }
 
     /// Takes out some pages.
-    pub(crate) fn take_some(&mut self) -> [Option<GrantedPage>; SPARE_AT_ONCE] {
+    pub(crate) fn take_batch(&mut self) -> [Option<GrantedPage>; TRIM_BATCH] {
         core::array::from_fn(|_| self.pages.pop())
     }
 
     /// Takes out some spare pages: those that nobody has used for the longest time, which the
     /// backend has least reason to keep mapped.
-    pub(crate) fn take_spare(&mut self) -> [Option<GrantedPage>; SPARE_AT_ONCE] {
-        let count = self.fewest.saturating_sub(self.first).min(SPARE_AT_ONCE);
+    pub(crate) fn take_idle(&mut self) -> [Option<GrantedPage>; TRIM_BATCH] {
+        let count = self.low_watermark.saturating_sub(self.min).min(TRIM_BATCH);
         if count <= self.pages.len() {
             self.pages.rotate_left(count);
         }
-        self.fewest = self.fewest.saturating_sub(count);
+        self.low_watermark = self.low_watermark.saturating_sub(count);
         core::array::from_fn(|index| {
             if index < count {
                 self.pages.pop()
@@ -125,14 +125,14 @@ impl Pool {
     }
 
     /// Takes back a spare page that the backend has mapped.
-    pub(crate) fn keep(&mut self, page: GrantedPage) {
+    pub(crate) fn put_back(&mut self, page: GrantedPage) {
         let _ = self.pages.push_within_capacity(page);
     }
 
     /// Begins to count anew how many pages are spare. Whether there are more pages than at the start.
-    pub(crate) fn watch(&mut self) -> bool {
-        self.fewest = self.pages.len();
-        self.fewest > self.first
+    pub(crate) fn restart_watermark(&mut self) -> bool {
+        self.low_watermark = self.pages.len();
+        self.low_watermark > self.min
     }
 }
 
@@ -140,7 +140,7 @@ impl Pool {
 /// Does not sleep.
 pub(crate) fn grow(domain: DomId, to: &mut KVec<GrantedPage>, count: usize) -> Result {
     while to.len() < count {
-        if shortage::is_claimed() {
+        if shortage::is_active() {
             return Err(ENOSPC);
         }
         let page = new_page(domain, GFP_ATOMIC | __GFP_NOWARN)?;

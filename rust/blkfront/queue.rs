@@ -69,32 +69,32 @@ use blkif::{
 };
 
 use crate::{
-    carry::{
-        Carry,
-        Held,
-        Lists,
-        Started, //
-    },
     disk::Disk,
-    link::Link,
+    events::{
+        DeviceEvents,
+        Event, //
+    },
     pool::{
         self,
         Pool, //
     },
-    shortage,
-    signal::{
-        Cause,
-        Signal, //
+    request_data::{
+        InFlightRequest,
+        IssuedRequest,
+        RequestData,
+        RequestSegments, //
     },
+    ring_connection::RingConnection,
+    shortage,
     slots::{
-        Slots,
-        Waiting, //
+        PendingRequest,
+        Slots, //
     }, //
 };
 
 /// What a connection allows. Changes only while no request is being queued.
 #[derive(Clone, Copy)]
-pub(crate) struct Terms {
+pub(crate) struct ConnectionConfig {
     /// Who may use our pages.
     pub(crate) domain: DomId,
     /// How much a slot can carry.
@@ -114,7 +114,7 @@ pub(crate) struct Terms {
     pub(crate) generation: u32,
 }
 
-impl Terms {
+impl ConnectionConfig {
     /// Returns what a request of so many fragments takes.
     #[inline]
     fn resources(&self, fragments: u32) -> Resources {
@@ -123,16 +123,16 @@ impl Terms {
 
     /// The end of a request with which the backend has nothing to do. Such a request was made for an
     /// earlier connection, to a backend that could do more.
-    fn own_answer(&self, order: Order) -> Option<BlkStatus> {
-        match order {
-            Order::Transfer(_) => None,
-            Order::Flush => match self.flush {
+    fn complete_locally(&self, kind: RequestKind) -> Option<BlkStatus> {
+        match kind {
+            RequestKind::Transfer(_) => None,
+            RequestKind::Flush => match self.flush {
                 // A disk that never had a cache has nothing to flush.
                 Flush::None => Some(BlkStatus::OK),
                 Flush::Unavailable => Some(BlkStatus::IOERR),
                 Flush::Cache | Flush::Barrier => None,
             },
-            Order::Discard { secure } => match self.discard {
+            RequestKind::Discard { secure } => match self.discard {
                 Some(discard) if discard.secure || !secure => None,
                 // A backend might take a secure discard for an ordinary one.
                 _ => Some(BlkStatus::NOTSUPP),
@@ -143,18 +143,18 @@ impl Terms {
 
 /// What a queue is good for.
 #[derive(Clone, Copy)]
-pub(crate) enum State {
+pub(crate) enum QueueState {
     /// There is no connection, but one may come. The block layer is quiesced.
-    Away,
+    Disconnected,
     /// Requests are served.
-    Live(Terms),
+    Live(ConnectionConfig),
     /// There will never be a connection: requests fail.
     Dead,
 }
 
 /// What a request asks the backend for.
 #[derive(Clone, Copy)]
-pub(crate) enum Order {
+pub(crate) enum RequestKind {
     /// Move the data.
     Transfer(Direction),
     /// Flush.
@@ -168,18 +168,18 @@ pub(crate) enum Order {
 
 /// What the lock of a queue protects.
 pub(crate) struct Inner {
-    pub(crate) state: State,
-    pub(crate) link: Option<Link>,
+    pub(crate) state: QueueState,
+    pub(crate) connection: Option<RingConnection>,
     pub(crate) slots: Slots,
-    /// Requests that are answered, but of which the backend still uses pages.
-    pub(crate) answered: KVVec<Waiting>,
+    /// Completed requests of which the backend still uses pages.
+    pub(crate) still_granted: KVVec<PendingRequest>,
     pub(crate) pool: Pool,
     /// The backend broke the rules: its answers are not looked at any more.
     pub(crate) broken: bool,
     /// Flushes of what was written were put into the ring, and not published.
     flushes: bool,
     /// Of the last connection, until the backend has let go of it.
-    remains: Option<Remains>,
+    stale: Option<StaleGrants>,
 }
 
 /// What a backend may have mapped of a connection that has ended: the ring, and the pages of the pool
@@ -189,7 +189,7 @@ pub(crate) struct Inner {
 /// after ten such pages a second. A backend that never unmaps could have the memory of one connection
 /// after the other. So a queue has the remains of one connection at most, and there is no other one
 /// before they are free.
-struct Remains {
+struct StaleGrants {
     ring: RingPages,
     pool: Pool,
 }
@@ -202,21 +202,21 @@ pub(crate) struct Queue {
     index: u16,
     /// The number of the device, which every request repeats.
     handle: u16,
-    pub(crate) signal: Arc<Signal>,
+    pub(crate) events: Arc<DeviceEvents>,
     #[pin]
     pub(crate) inner: SpinLockIrqSave<Inner>,
 }
 
 /// What a look for spare pages has found.
 #[derive(Clone, Copy, Default)]
-pub(crate) struct Spare {
+pub(crate) struct PoolTrim {
     /// Some were given back.
     pub(crate) freed: bool,
     /// There are still more than at the start.
     pub(crate) grown: bool,
 }
 
-impl Spare {
+impl PoolTrim {
     /// What was found in two places.
     pub(crate) fn and(self, other: Self) -> Self {
         Self {
@@ -227,8 +227,8 @@ impl Spare {
 }
 
 /// Returns `true` if data is written.
-fn is_write(order: Order) -> bool {
-    matches!(order, Order::Transfer(Direction::Write))
+fn is_write(kind: RequestKind) -> bool {
+    matches!(kind, RequestKind::Transfer(Direction::Write))
 }
 
 /// What a request asks for, if it moves data.
@@ -242,11 +242,11 @@ fn direction<S: mq::State>(rq: &Request<Disk, S>) -> Option<Direction> {
 }
 
 /// What becomes of a request that wants to be put into the ring.
-enum Promise {
+enum Reservation {
     /// There are slots for it.
-    Given(Terms, Resources),
+    Reserved(ConnectionConfig, Resources),
     /// There are no slots now.
-    Later,
+    Busy,
     /// The request ends like this.
     Ended(BlkStatus),
 }
@@ -255,8 +255,8 @@ impl Inner {
     /// Shows the backend what was put into the ring. What is to be rung, without the lock, if it
     /// wants to know.
     fn publish(&mut self) -> Option<Notifier> {
-        let link = self.link.as_mut()?;
-        link.ring.publish().then_some(link.notifier)
+        let connection = self.connection.as_mut()?;
+        connection.ring.publish().then_some(connection.notifier)
     }
 
     /// Shows the backend flushes that were put while answers were taken. Returns what
@@ -271,42 +271,52 @@ impl Inner {
     /// Promises slots, and takes pages out of the pool as far as there are any. `false`: there are no
     /// slots now.
     #[inline(always)]
-    fn promise(&mut self, terms: &Terms, carry: &mut Carry, needs: &Resources) -> bool {
-        if !self.slots.promise(needs.slots) {
+    fn reserve(
+        &mut self,
+        config: &ConnectionConfig,
+        data: &mut RequestData,
+        resources: &Resources,
+    ) -> bool {
+        if !self.slots.reserve(resources.slots) {
             return false;
         }
-        if carry.generation != terms.generation {
+        if data.generation != config.generation {
             // Pages of a request that was kept when its connection ended: they are granted to that
             // connection's backend, and after a restore to nobody.
-            carry.data.clear();
-            carry.indirect.clear();
-            carry.generation = terms.generation;
+            data.bounce_pages.clear();
+            data.indirect_pages.clear();
+            data.generation = config.generation;
         }
-        self.pool.take(&mut carry.data, needs.data);
-        self.pool.take(&mut carry.indirect, needs.indirect);
+        self.pool.fill(&mut data.bounce_pages, resources.data);
+        self.pool.fill(&mut data.indirect_pages, resources.indirect);
         true
     }
 
     /// Returns `true` if there is a connection, and the domain was not restored since it was made.
     pub(crate) fn is_open(&self) -> bool {
-        self.link.as_ref().is_some_and(Link::is_open)
+        self.connection
+            .as_ref()
+            .is_some_and(RingConnection::is_open)
     }
 
     /// Takes out a request that waits for answers, or for its pages. Pages that its connection's
     /// backend may have mapped stay here.
-    fn evict(&mut self) -> Option<Waiting> {
-        let mut waiting = self.answered.pop().or_else(|| self.slots.evict())?;
-        self.give_back_late(&mut waiting.held.carry_mut().indirect);
-        if let Held::Bounced(rq) = &mut waiting.held {
-            self.give_back_late(&mut rq.data_mut().data);
+    fn take_pending(&mut self) -> Option<PendingRequest> {
+        let mut pending = self
+            .still_granted
+            .pop()
+            .or_else(|| self.slots.take_pending())?;
+        self.return_stale(&mut pending.issued.data_mut().indirect_pages);
+        if let IssuedRequest::Bounced(rq) = &mut pending.issued {
+            self.return_stale(&mut rq.data_mut().bounce_pages);
         }
-        Some(waiting)
+        Some(pending)
     }
 
     /// Takes back pages of a connection that has ended.
-    pub(crate) fn give_back_late(&mut self, pages: &mut KVec<GrantedPage>) {
-        match &mut self.remains {
-            Some(remains) => remains.pool.give(pages),
+    pub(crate) fn return_stale(&mut self, pages: &mut KVec<GrantedPage>) {
+        match &mut self.stale {
+            Some(stale) => stale.pool.put(pages),
             None => pages.clear(),
         }
     }
@@ -317,23 +327,23 @@ impl Queue {
         name: DiskName,
         index: u16,
         handle: u16,
-        signal: Arc<Signal>,
+        events: Arc<DeviceEvents>,
     ) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
                 name,
                 index,
                 handle,
-                signal,
+                events,
                 inner <- new_spinlock_irqsave!(Inner {
-                    state: State::Away,
-                    link: None,
+                    state: QueueState::Disconnected,
+                    connection: None,
                     slots: Slots::empty(),
-                    answered: KVVec::new(),
+                    still_granted: KVVec::new(),
                     pool: Pool::empty(),
                     broken: false,
                     flushes: false,
-                    remains: None,
+                    stale: None,
                 }),
             }),
             GFP_KERNEL,
@@ -341,11 +351,11 @@ impl Queue {
     }
 
     /// Has a ring from now on, which nobody serves yet. The queue has no requests. Sleeps.
-    pub(crate) fn attach(&self, link: Link) -> Result {
+    pub(crate) fn attach(&self, connection: RingConnection) -> Result {
         let epoch = self.inner.lock().slots.epoch();
-        let capacity = link.ring.capacity();
+        let capacity = connection.ring.capacity();
         let slots = Slots::new(capacity as u16, epoch)?;
-        let answered = KVVec::with_capacity(capacity as usize, GFP_KERNEL)?;
+        let still_granted = KVVec::with_capacity(capacity as usize, GFP_KERNEL)?;
 
         // What was there before is freed without the lock.
         let _old = {
@@ -353,23 +363,23 @@ impl Queue {
             inner.broken = false;
             (
                 core::mem::replace(&mut inner.slots, slots),
-                core::mem::replace(&mut inner.answered, answered),
-                inner.link.replace(link),
+                core::mem::replace(&mut inner.still_granted, still_granted),
+                inner.connection.replace(connection),
             )
         };
         Ok(())
     }
 
     /// Serves requests from now on. Sleeps.
-    pub(crate) fn serve(&self, terms: Terms) -> Result {
-        let largest = terms.resources(terms.largest.into());
+    pub(crate) fn serve(&self, config: ConnectionConfig) -> Result {
+        let largest = config.resources(config.largest.into());
         let first = largest.pages();
         let capacity = self.inner.lock().slots.capacity();
-        let pool = Pool::new(terms.domain, first, first.saturating_mul(capacity))?;
+        let pool = Pool::new(config.domain, first, first.saturating_mul(capacity))?;
 
         let _old = {
             let mut inner = self.inner.lock();
-            inner.state = State::Live(terms);
+            inner.state = QueueState::Live(config);
             core::mem::replace(&mut inner.pool, pool)
         };
         Ok(())
@@ -377,47 +387,51 @@ impl Queue {
 
     /// Serves no requests from now on, for a while or for ever. No request is being queued.
     ///
-    /// Ends the event channel, and what waits for answers goes to `evicted`. The ring and the pages of
-    /// the pool stay granted until [`Self::bury`]. Sleeps.
-    pub(crate) fn detach(&self, dead: bool, mut evicted: impl FnMut(Waiting)) {
-        let link = {
+    /// Ends the event channel, and what waits for answers goes to `dispose`. The ring and the pages of
+    /// the pool stay granted until [`Self::free_stale_grants`]. Sleeps.
+    pub(crate) fn detach(&self, dead: bool, mut dispose: impl FnMut(PendingRequest)) {
+        let connection = {
             let mut inner = self.inner.lock();
-            inner.state = if dead { State::Dead } else { State::Away };
-            inner.link.take()
+            inner.state = if dead {
+                QueueState::Dead
+            } else {
+                QueueState::Disconnected
+            };
+            inner.connection.take()
         };
-        if let Some(link) = link {
+        if let Some(connection) = connection {
             // Waits for the event handler, which finds no ring any more.
-            self.keep_remains(link.disconnect());
+            self.stash_stale(connection.disconnect());
         }
         loop {
-            // On its own, so that the lock is not held while the request ends.
-            let Some(waiting) = self.inner.lock().evict() else {
+            // On its own, so that the lock is not issued while the request ends.
+            let Some(pending) = self.inner.lock().take_pending() else {
                 break;
             };
-            evicted(waiting);
+            dispose(pending);
         }
     }
 
     /// Keeps what the backend has mapped of a connection.
-    fn keep_remains(&self, ring: RingPages) {
+    fn stash_stale(&self, ring: RingPages) {
         let _old = {
             let mut inner = self.inner.lock();
             let pool = core::mem::replace(&mut inner.pool, Pool::empty());
-            inner.remains.replace(Remains { ring, pool })
+            inner.stale.replace(StaleGrants { ring, pool })
         };
     }
 
     /// Frees what the backend does not use any more of the last connection. Returns `true` if nothing
     /// is left. Sleeps.
-    pub(crate) fn reclaim(&self) -> bool {
-        self.reclaim_pages() && self.reclaim_ring()
+    pub(crate) fn end_stale_grants(&self) -> bool {
+        self.end_stale_pages() && self.end_stale_ring()
     }
 
     /// Frees the pages of the pool, up to those that the backend uses.
-    fn reclaim_pages(&self) -> bool {
+    fn end_stale_pages(&self) -> bool {
         loop {
-            let pages = match &mut self.inner.lock().remains {
-                Some(remains) => remains.pool.take_some(),
+            let pages = match &mut self.inner.lock().stale {
+                Some(stale) => stale.pool.take_batch(),
                 None => return true,
             };
             let (mut freed, mut used) = (false, false);
@@ -426,8 +440,8 @@ impl Queue {
                     Ok(_page) => freed = true,
                     Err(page) => {
                         used = true;
-                        if let Some(remains) = &mut self.inner.lock().remains {
-                            remains.pool.keep(page);
+                        if let Some(stale) = &mut self.inner.lock().stale {
+                            stale.pool.put_back(page);
                         }
                     }
                 }
@@ -438,17 +452,14 @@ impl Queue {
         }
     }
 
-    fn reclaim_ring(&self) -> bool {
+    fn end_stale_ring(&self) -> bool {
         let ended = {
             let mut inner = self.inner.lock();
-            let mut remains = inner.remains.as_mut();
-            if remains
-                .as_mut()
-                .is_some_and(|remains| !remains.ring.try_end())
-            {
+            let mut stale = inner.stale.as_mut();
+            if stale.as_mut().is_some_and(|stale| !stale.ring.try_end()) {
                 return false;
             }
-            inner.remains.take()
+            inner.stale.take()
         };
         drop(ended);
         true
@@ -456,27 +467,27 @@ impl Queue {
 
     /// Gives up what the backend has had mapped of the last connection. The kernel frees it when the
     /// backend does not use it any more. Sleeps.
-    pub(crate) fn bury(&self) {
-        let remains = self.inner.lock().remains.take();
-        drop(remains);
+    pub(crate) fn free_stale_grants(&self) {
+        let stale = self.inner.lock().stale.take();
+        drop(stale);
     }
 
     /// Whether the backend may have mapped something of a connection that has ended.
-    pub(crate) fn has_remains(&self) -> bool {
-        self.inner.lock().remains.is_some()
+    pub(crate) fn has_stale_grants(&self) -> bool {
+        self.inner.lock().stale.is_some()
     }
 
     /// Gives back pages that nobody has needed since the last time, as far as the backend does not
     /// have them mapped.
-    pub(crate) fn give_back_spare(&self) -> Spare {
+    pub(crate) fn trim_pool(&self) -> PoolTrim {
         let mut freed = false;
         loop {
-            let pages = self.inner.lock().pool.take_spare();
+            let pages = self.inner.lock().pool.take_idle();
             let mut some = false;
             for page in pages.into_iter().flatten() {
                 match page.try_end() {
                     Ok(_page) => some = true,
-                    Err(page) => self.inner.lock().pool.keep(page),
+                    Err(page) => self.inner.lock().pool.put_back(page),
                 }
             }
             freed |= some;
@@ -484,20 +495,21 @@ impl Queue {
                 break;
             }
         }
-        let grown = self.inner.lock().pool.watch();
-        Spare { freed, grown }
+        let grown = self.inner.lock().pool.restart_watermark();
+        PoolTrim { freed, grown }
     }
 
     /// Gives back pages that no request uses at the moment, as far as the backend does not have them
     /// mapped.
-    pub(crate) fn give_back_unused(&self) {
-        self.inner.lock().pool.watch();
-        self.give_back_spare();
+    pub(crate) fn trim_unused(&self) {
+        self.inner.lock().pool.restart_watermark();
+        self.trim_pool();
     }
 
     /// Has the backend's events come to one CPU, if that is possible. Sleeps.
     pub(crate) fn set_event_cpu(&self, cpu: CpuId) {
-        let channel = (self.inner.lock().link.as_ref()).map(|link| link.channel.clone());
+        let channel =
+            (self.inner.lock().connection.as_ref()).map(|connection| connection.channel.clone());
         if let Some(channel) = channel {
             let _ = channel.set_affinity(cpu);
         }
@@ -514,8 +526,8 @@ impl Queue {
     }
 
     /// Returns how many slots the backend has answered. Wraps around.
-    pub(crate) fn answered(&self) -> u32 {
-        self.inner.lock().slots.answered()
+    pub(crate) fn responses(&self) -> u32 {
+        self.inner.lock().slots.responses()
     }
 
     /// Whether the backend broke the rules.
@@ -527,10 +539,10 @@ impl Queue {
     pub(crate) fn submit<'q>(
         &self,
         rq: Request<Disk, Queued<'q>>,
-        order: Order,
+        kind: RequestKind,
         last: bool,
     ) -> Result<(), Rejected<'q, Disk>> {
-        let result = self.accept(rq, order, last);
+        let result = self.accept(rq, kind, last);
         // What was put into the ring was shown at once, with all before it.
         if last && !matches!(result, Ok(true)) {
             self.commit();
@@ -547,61 +559,61 @@ impl Queue {
         let mut left = RequestList::new();
         let mut small = RequestList::new();
         while let Some(mut rq) = requests.pop() {
-            if note_small(&mut rq) {
+            if collect_small(&mut rq) {
                 small.push(rq);
             } else {
                 left.push(rq);
             }
         }
-        let Some((terms, promised)) = self.promise_all(small, &mut left) else {
+        let Some((config, reserved)) = self.reserve_all(small, &mut left) else {
             return left;
         };
-        let started = self.start_all(&terms, promised, &mut left);
-        self.put_all(&terms, started);
+        let started = self.start_all(&config, reserved, &mut left);
+        self.put_all(&config, started);
         left
     }
 
     /// Promises what the requests need, with one look at the lock.
-    fn promise_all<'q>(
+    fn reserve_all<'q>(
         &self,
         mut requests: RequestList<Disk, Queued<'q>>,
         left: &mut RequestList<Disk, Queued<'q>>,
-    ) -> Option<(Terms, RequestList<Disk, Queued<'q>>)> {
-        let mut promised = RequestList::new();
+    ) -> Option<(ConnectionConfig, RequestList<Disk, Queued<'q>>)> {
+        let mut reserved = RequestList::new();
         let mut inner = self.inner.lock();
-        let terms = match inner.state {
-            State::Live(terms) if terms.bounce => terms,
+        let config = match inner.state {
+            QueueState::Live(config) if config.bounce => config,
             _ => {
                 left.append(requests);
                 return None;
             }
         };
         while let Some(mut rq) = requests.pop() {
-            let carry = rq.data_mut();
-            let needs = terms.resources(carry.fragments.len() as u32);
-            if inner.promise(&terms, carry, &needs) {
-                promised.push(rq);
+            let data = rq.data_mut();
+            let resources = config.resources(data.fragments.len() as u32);
+            if inner.reserve(&config, data, &resources) {
+                reserved.push(rq);
             } else {
                 left.push(rq);
             }
         }
-        Some((terms, promised))
+        Some((config, reserved))
     }
 
     /// Prepares and starts requests.
     fn start_all<'q>(
         &self,
-        terms: &Terms,
+        config: &ConnectionConfig,
         mut requests: RequestList<Disk, Queued<'q>>,
         left: &mut RequestList<Disk, Queued<'q>>,
     ) -> RequestList<Disk, InFlight> {
         let mut started = RequestList::new();
         while let Some(mut rq) = requests.pop() {
-            let needs = terms.resources(rq.data().fragments.len() as u32);
-            if self.bring_pages(&mut rq, terms, needs).is_ok() {
+            let resources = config.resources(rq.data().fragments.len() as u32);
+            if self.prepare_pages(&mut rq, config, resources).is_ok() {
                 started.push(rq.start());
             } else {
-                self.break_promise(rq.data_mut(), needs);
+                self.cancel_reservation(rq.data_mut(), resources);
                 left.push(rq);
             }
         }
@@ -609,20 +621,26 @@ impl Queue {
     }
 
     /// Puts requests into the slots that were promised to them, and shows them to the backend.
-    fn put_all(&self, terms: &Terms, mut requests: RequestList<Disk, InFlight>) {
+    fn put_all(&self, config: &ConnectionConfig, mut requests: RequestList<Disk, InFlight>) {
         if requests.is_empty() {
             return;
         }
         let mut inner = self.inner.lock();
         while let Some(rq) = requests.pop() {
-            let needs = terms.resources(rq.data().fragments.len() as u32);
+            let resources = config.resources(rq.data().fragments.len() as u32);
             let Some(direction) = direction(&rq) else {
                 // Others are not small.
                 continue;
             };
-            let order = Order::Transfer(direction);
-            if let Err(waiting) = self.keep(&mut inner, Held::Bounced(rq), order, terms, needs) {
-                self.give_up(inner, waiting);
+            let kind = RequestKind::Transfer(direction);
+            if let Err(pending) = self.write_to_ring(
+                &mut inner,
+                IssuedRequest::Bounced(rq),
+                kind,
+                config,
+                resources,
+            ) {
+                self.mark_broken(inner, pending);
                 return;
             }
         }
@@ -646,11 +664,11 @@ impl Queue {
     fn accept<'q>(
         &self,
         mut rq: Request<Disk, Queued<'q>>,
-        order: Order,
+        kind: RequestKind,
         last: bool,
     ) -> Result<bool, Rejected<'q, Disk>> {
-        let (segments, carry) = rq.segments_and_data();
-        let Some(fragments) = carry.note_pieces(segments) else {
+        let (segments, data) = rq.segments_and_data();
+        let Some(fragments) = data.collect_fragments(segments) else {
             ratelimited!(pr_err!(
                 "a request is not made of whole sectors, or too large\n"
             ));
@@ -658,27 +676,27 @@ impl Queue {
             return Ok(false);
         };
 
-        let (terms, needs) = match self.promise(rq.data_mut(), order, fragments) {
-            Promise::Given(terms, needs) => (terms, needs),
-            Promise::Later => return Err(rq.reject()),
-            Promise::Ended(status) => {
+        let (config, resources) = match self.reserve(rq.data_mut(), kind, fragments) {
+            Reservation::Reserved(config, resources) => (config, resources),
+            Reservation::Busy => return Err(rq.reject()),
+            Reservation::Ended(status) => {
                 rq.end(status);
                 return Ok(false);
             }
         };
-        let Ok(reserve) = self.prepare(&mut rq, &terms, needs) else {
-            self.break_promise(rq.data_mut(), needs);
+        let Ok(reserve) = self.prepare(&mut rq, &config, resources) else {
+            self.cancel_reservation(rq.data_mut(), resources);
             return Err(rq.reject());
         };
 
-        match hold(rq.start(), &terms, needs, reserve) {
-            Ok(held) => {
-                Lists::new(&held).fill(fragments, terms.limits);
-                self.put(held, order, &terms, needs, last);
+        match grant_request(rq.start(), &config, resources, reserve) {
+            Ok(issued) => {
+                RequestSegments::new(&issued).fill(fragments, config.limits);
+                self.put(issued, kind, &config, resources, last);
                 Ok(true)
             }
             Err(mut rq) => {
-                self.break_promise(rq.data_mut(), needs);
+                self.cancel_reservation(rq.data_mut(), resources);
                 rq.end(BlkStatus::RESOURCE);
                 Ok(false)
             }
@@ -690,14 +708,14 @@ impl Queue {
     fn prepare<S: mq::State>(
         &self,
         rq: &mut Request<Disk, S>,
-        terms: &Terms,
-        needs: Resources,
+        config: &ConnectionConfig,
+        resources: Resources,
     ) -> Result<GrantReserve> {
-        if needs.grants != 0 && shortage::is_claimed() && self.has_requests() {
+        if resources.grants != 0 && shortage::is_active() && self.has_requests() {
             return Err(ENOSPC);
         }
-        let reserve = GrantReserve::new(needs.grants)?;
-        self.bring_pages(rq, terms, needs)?;
+        let reserve = GrantReserve::new(resources.grants)?;
+        self.prepare_pages(rq, config, resources)?;
         Ok(reserve)
     }
 
@@ -705,25 +723,27 @@ impl Queue {
     #[cold]
     fn has_requests(&self) -> bool {
         let inner = self.inner.lock();
-        (inner.link.as_ref()).is_some_and(|link| link.ring.in_flight() != 0)
+        (inner.connection.as_ref()).is_some_and(|connection| connection.ring.in_flight() != 0)
     }
 
     /// Gets pages that the pool did not have, and copies the data of a write that is bounced.
     #[inline(always)]
-    fn bring_pages<S: mq::State>(
+    fn prepare_pages<S: mq::State>(
         &self,
         rq: &mut Request<Disk, S>,
-        terms: &Terms,
-        needs: Resources,
+        config: &ConnectionConfig,
+        resources: Resources,
     ) -> Result {
-        let carry = rq.data_mut();
-        if carry.data.len() < needs.data || carry.indirect.len() < needs.indirect {
-            self.signal.raise(Cause::Grown);
-            pool::grow(terms.domain, &mut carry.data, needs.data)?;
-            pool::grow(terms.domain, &mut carry.indirect, needs.indirect)?;
+        let data = rq.data_mut();
+        if data.bounce_pages.len() < resources.data
+            || data.indirect_pages.len() < resources.indirect
+        {
+            self.events.set(Event::PoolGrown);
+            pool::grow(config.domain, &mut data.bounce_pages, resources.data)?;
+            pool::grow(config.domain, &mut data.indirect_pages, resources.indirect)?;
         }
-        if terms.bounce && rq.op() == Op::Write {
-            for (segment, page) in rq.segments().zip(&rq.data().data) {
+        if config.bounce && rq.op() == Op::Write {
+            for (segment, page) in rq.segments().zip(&rq.data().bounce_pages) {
                 if let Some(copy) = page.slice_mut(segment.offset(), segment.len()) {
                     copy.copy_from(segment);
                 }
@@ -733,47 +753,54 @@ impl Queue {
     }
 
     /// Promises slots, and takes pages out of the pool as far as there are any.
-    fn promise(&self, carry: &mut Carry, order: Order, fragments: u32) -> Promise {
+    fn reserve(&self, data: &mut RequestData, kind: RequestKind, fragments: u32) -> Reservation {
         let mut inner = self.inner.lock();
-        let terms = match inner.state {
-            State::Live(terms) => terms,
-            State::Away => return Promise::Later,
+        let config = match inner.state {
+            QueueState::Live(config) => config,
+            QueueState::Disconnected => return Reservation::Busy,
             // There is no backend, and there will be none.
-            State::Dead => return Promise::Ended(BlkStatus::IOERR),
+            QueueState::Dead => return Reservation::Ended(BlkStatus::IOERR),
         };
-        if let Some(status) = terms.own_answer(order) {
-            return Promise::Ended(status);
+        if let Some(status) = config.complete_locally(kind) {
+            return Reservation::Ended(status);
         }
-        let needs = terms.resources(fragments);
-        if inner.promise(&terms, carry, &needs) {
-            return Promise::Given(terms, needs);
+        let resources = config.resources(fragments);
+        if inner.reserve(&config, data, &resources) {
+            return Reservation::Reserved(config, resources);
         }
-        if needs.slots <= inner.slots.capacity() {
-            return Promise::Later;
+        if resources.slots <= inner.slots.capacity() {
+            return Reservation::Busy;
         }
         ratelimited!(pr_err!(
             "{}: a request of {} slots does not fit into a ring of {}\n",
             self.name.as_str(),
-            needs.slots,
+            resources.slots,
             inner.slots.capacity()
         ));
-        Promise::Ended(BlkStatus::IOERR)
+        Reservation::Ended(BlkStatus::IOERR)
     }
 
     /// Takes back what was promised to a request that is not put into the ring.
-    fn break_promise(&self, carry: &mut Carry, needs: Resources) {
+    fn cancel_reservation(&self, data: &mut RequestData, resources: Resources) {
         let mut inner = self.inner.lock();
-        inner.slots.unpromise(needs.slots);
-        inner.pool.give(&mut carry.data);
-        inner.pool.give(&mut carry.indirect);
+        inner.slots.unreserve(resources.slots);
+        inner.pool.put(&mut data.bounce_pages);
+        inner.pool.put(&mut data.indirect_pages);
     }
 
     /// Puts a request into the slots that were promised to it, and shows it to the backend if it is
     /// the last one of a batch.
-    fn put(&self, held: Held, order: Order, terms: &Terms, needs: Resources, last: bool) {
+    fn put(
+        &self,
+        issued: IssuedRequest,
+        kind: RequestKind,
+        config: &ConnectionConfig,
+        resources: Resources,
+        last: bool,
+    ) {
         let mut inner = self.inner.lock();
-        if let Err(waiting) = self.keep(&mut inner, held, order, terms, needs) {
-            self.give_up(inner, waiting);
+        if let Err(pending) = self.write_to_ring(&mut inner, issued, kind, config, resources) {
+            self.mark_broken(inner, pending);
             return;
         }
         let notifier = if last { inner.publish() } else { None };
@@ -785,30 +812,30 @@ impl Queue {
 
     /// Puts a request into the slots that were promised to it, and keeps it there.
     ///
-    /// Inlined, so that only those parts of `held` are moved that there are.
+    /// Inlined, so that only those parts of `issued` are moved that there are.
     #[inline(always)]
-    fn keep(
+    fn write_to_ring(
         &self,
         inner: &mut Inner,
-        held: Held,
-        order: Order,
-        terms: &Terms,
-        needs: Resources,
-    ) -> Result<(), Waiting> {
-        inner.slots.unpromise(needs.slots);
-        let lists = Lists::new(&held);
-        let (first, parts) = match order {
-            Order::Transfer(direction) if is_small(needs.fragments) => self
+        issued: IssuedRequest,
+        kind: RequestKind,
+        config: &ConnectionConfig,
+        resources: Resources,
+    ) -> Result<(), PendingRequest> {
+        inner.slots.unreserve(resources.slots);
+        let lists = RequestSegments::new(&issued);
+        let (first, parts) = match kind {
+            RequestKind::Transfer(direction) if is_small(resources.fragments) => self
                 .put_single(inner, |id| {
                     plan::direct(direction, self.handle, id, lists.sector(), lists.all())
                 }),
-            _ => self.put_other(inner, &lists, order, terms, needs),
+            _ => self.put_other(inner, &lists, kind, config, resources),
         };
-        let mut waiting = Waiting::new(held, parts);
-        if terms.write_through {
-            waiting.flush = is_write(order).then_some(terms.flush);
+        let mut pending = PendingRequest::new(issued, parts);
+        if config.write_through {
+            pending.flush = is_write(kind).then_some(config.flush);
         }
-        inner.slots.keep(first, waiting)
+        inner.slots.store(first, pending)
     }
 
     /// Puts a request that is no small transfer; gives the first slot and how many there are.
@@ -816,15 +843,17 @@ impl Queue {
     fn put_other(
         &self,
         inner: &mut Inner,
-        lists: &Lists<'_>,
-        order: Order,
-        terms: &Terms,
-        needs: Resources,
+        lists: &RequestSegments<'_>,
+        kind: RequestKind,
+        config: &ConnectionConfig,
+        resources: Resources,
     ) -> (Option<u16>, u16) {
-        match order {
-            Order::Transfer(direction) => self.put_parts(inner, lists, direction, terms, needs),
-            Order::Flush => self.put_flush(inner, terms.flush),
-            Order::Discard { secure } => self.put_single(inner, |id| {
+        match kind {
+            RequestKind::Transfer(direction) => {
+                self.put_parts(inner, lists, direction, config, resources)
+            }
+            RequestKind::Flush => self.put_flush(inner, config.flush),
+            RequestKind::Discard { secure } => self.put_single(inner, |id| {
                 plan::discard(self.handle, id, lists.sector(), lists.sectors(), secure)
             }),
         }
@@ -839,38 +868,51 @@ impl Queue {
     /// Flushes what a request has written, which ends when that is answered. It comes back if there
     /// is nothing to flush.
     #[cold]
-    pub(crate) fn flush_written(&self, inner: &mut Inner, mut waiting: Waiting) -> Option<Waiting> {
-        let flush = waiting.flush.take()?;
-        if waiting.status != Status::Okay {
-            return Some(waiting);
+    pub(crate) fn flush_written(
+        &self,
+        inner: &mut Inner,
+        mut pending: PendingRequest,
+    ) -> Option<PendingRequest> {
+        let flush = pending.flush.take()?;
+        if pending.status != Status::Okay {
+            return Some(pending);
         }
         let (first, parts) = self.put_flush(inner, flush);
-        waiting.missing = parts;
+        pending.missing = parts;
         inner.flushes = true;
         // The slots of the write have just become free.
-        inner.slots.keep(first, waiting).err().map(Waiting::failed)
+        inner
+            .slots
+            .store(first, pending)
+            .err()
+            .map(PendingRequest::failed)
     }
 
-    /// Something is in the ring of which we know nothing, though slots were promised, so that this
+    /// Something is in the ring of which we know nothing, though slots were reserved, so that this
     /// cannot be: gives the ring up.
-    fn give_up(&self, mut inner: SpinLockIrqSaveGuard<'_, Inner>, waiting: Waiting) {
+    fn mark_broken(&self, mut inner: SpinLockIrqSaveGuard<'_, Inner>, pending: PendingRequest) {
         inner.broken = true;
         drop(inner);
-        self.signal.raise(Cause::Failed);
-        drop(waiting);
+        self.events.set(Event::Failed);
+        drop(pending);
     }
 
     /// Puts the parts of a transfer; gives the first slot and how many there are.
     fn put_parts(
         &self,
         inner: &mut Inner,
-        lists: &Lists<'_>,
+        lists: &RequestSegments<'_>,
         direction: Direction,
-        terms: &Terms,
-        needs: Resources,
+        config: &ConnectionConfig,
+        resources: Resources,
     ) -> (Option<u16>, u16) {
         let sector = lists.sector();
-        let Some(plan) = Plan::new(sector, lists.fragments(), needs.fragments, terms.limits) else {
+        let Some(plan) = Plan::new(
+            sector,
+            lists.fragments(),
+            resources.fragments,
+            config.limits,
+        ) else {
             return (None, 0);
         };
         let mut first = None;
@@ -881,7 +923,12 @@ impl Queue {
                     part.direct(direction, self.handle, id, lists.segments(&part))
                 }),
                 SegmentPlacement::Indirect(_) => self.put_slot(inner, first, part.index, |id| {
-                    part.indirect(direction, self.handle, id, lists.pages(&part, terms.limits))
+                    part.indirect(
+                        direction,
+                        self.handle,
+                        id,
+                        lists.pages(&part, config.limits),
+                    )
                 }),
             };
             if number.is_none() {
@@ -912,50 +959,50 @@ impl Queue {
         part: u16,
         make: impl FnOnce(u64) -> R,
     ) -> Option<u16> {
-        let ring = &mut inner.link.as_mut()?.ring;
-        let claim = inner.slots.claim(first, self.index, part)?;
-        let request = make(claim.id.to_wire());
+        let ring = &mut inner.connection.as_mut()?.ring;
+        let slot_id = inner.slots.alloc_slot(first, self.index, part)?;
+        let request = make(slot_id.id.to_wire());
         let operation = request.response_operation();
         ring.put(request).ok()?;
-        inner.slots.await_answer(&claim, operation);
-        Some(claim.number)
+        inner.slots.expect_response(&slot_id, operation);
+        Some(slot_id.number)
     }
 }
 
 /// Notes the data of a request, if it has some and is small.
 #[inline]
-fn note_small(rq: &mut Request<Disk, Queued<'_>>) -> bool {
+fn collect_small(rq: &mut Request<Disk, Queued<'_>>) -> bool {
     // A fragment is a page at most, so this needs no walk over the data.
     if rq.bytes() as usize > DIRECT_SEGMENTS * PAGE_SIZE {
         return false;
     }
-    let (segments, carry) = rq.segments_and_data();
-    let fragments = carry.note_pieces(segments);
+    let (segments, data) = rq.segments_and_data();
+    let fragments = data.collect_fragments(segments);
     // What has no data has no fragments.
     fragments.is_some_and(|fragments| fragments != 0 && is_small(fragments))
 }
 
 /// Lets the backend use the data of a request that was started.
-fn hold(
-    mut rq: Started,
-    terms: &Terms,
-    needs: Resources,
+fn grant_request(
+    mut rq: InFlightRequest,
+    config: &ConnectionConfig,
+    resources: Resources,
     mut reserve: GrantReserve,
-) -> Result<Held, Started> {
-    if needs.grants == 0 {
-        return Ok(Held::Bounced(rq));
+) -> Result<IssuedRequest, InFlightRequest> {
+    if resources.grants == 0 {
+        return Ok(IssuedRequest::Bounced(rq));
     }
-    let carry = rq.data_mut();
-    let references = core::mem::take(&mut carry.references);
+    let data = rq.data_mut();
+    let references = core::mem::take(&mut data.references);
     // What the backend may only read is read-only all the same.
     match Granted::new(
         rq,
         GrantAccess::ReadWrite,
-        terms.domain,
+        config.domain,
         &mut reserve,
         references,
     ) {
-        Ok(granted) => Ok(Held::Direct(granted)),
+        Ok(granted) => Ok(IssuedRequest::Direct(granted)),
         Err((_, mut rq, references)) => {
             rq.data_mut().references = references;
             Err(rq)

@@ -4,7 +4,7 @@
 //!
 //! A shortage passes, so a device tries again: soon at first, later once a second. A backend can make
 //! a device connect again and again; so there is a limit to how often it does. In both cases the
-//! deadline of the outage ends the attempts, see [`keeper`](crate::keeper).
+//! deadline of the outage ends the attempts, see [`worker`](crate::worker).
 
 use kernel::{
     prelude::*,
@@ -60,7 +60,7 @@ impl Retry {
     }
 
     /// Takes the permission for an offer. `EAGAIN`: there were too many.
-    pub(crate) fn take_turn(&mut self) -> Result {
+    pub(crate) fn try_offer(&mut self) -> Result {
         let now = self.now();
         self.pace.take(now).map_err(|_| EAGAIN)
     }

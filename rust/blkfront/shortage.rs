@@ -25,43 +25,43 @@ use kernel::{
 
 use kernel_ext::base::global_mutex::GlobalMutex;
 
-use crate::signal::{
-    Cause,
-    Signal, //
+use crate::events::{
+    DeviceEvents,
+    Event, //
 };
 
-/// For how long other disks are held back.
-const CLAIM_MS: i64 = 5_000;
-/// How long after that they may be held back again.
+/// For how long other disks are issued back.
+const ACTIVE_MS: i64 = 5_000;
+/// How long after that they may be issued back again.
 const PAUSE_MS: i64 = 30_000;
 
 /// The devices of this guest.
-static DEVICES: GlobalMutex<KVec<Arc<Signal>>> = GlobalMutex::new(KVec::new());
+static DEVICES: GlobalMutex<KVec<Arc<DeviceEvents>>> = GlobalMutex::new(KVec::new());
 
 /// How many devices hold the others back.
-static CLAIMS: Atomic<i32> = Atomic::new(0);
+static ACTIVE: Atomic<i32> = Atomic::new(0);
 
 /// Returns `true` if a device waits for grants. Any context.
 #[inline]
-pub(crate) fn is_claimed() -> bool {
-    CLAIMS.load(Relaxed) != 0
+pub(crate) fn is_active() -> bool {
+    ACTIVE.load(Relaxed) != 0
 }
 
 /// A device that is asked for grants that it does not use, until this is dropped.
-pub(crate) struct Member(Arc<Signal>);
+pub(crate) struct ShortageSubscriber(Arc<DeviceEvents>);
 
-impl Member {
+impl ShortageSubscriber {
     /// Adds a device.
-    pub(crate) fn new(signal: Arc<Signal>) -> Result<Self> {
-        DEVICES.lock().push(signal.clone(), GFP_KERNEL)?;
-        Ok(Self(signal))
+    pub(crate) fn new(events: Arc<DeviceEvents>) -> Result<Self> {
+        DEVICES.lock().push(events.clone(), GFP_KERNEL)?;
+        Ok(Self(events))
     }
 }
 
-impl Drop for Member {
+impl Drop for ShortageSubscriber {
     fn drop(&mut self) {
         let mut devices = DEVICES.lock();
-        devices.retain(|signal| !Arc::ptr_eq(signal, &self.0));
+        devices.retain(|events| !Arc::ptr_eq(events, &self.0));
         if devices.is_empty() {
             // What is in a static is not dropped with the module.
             *devices = KVec::new();
@@ -69,27 +69,27 @@ impl Drop for Member {
     }
 }
 
-/// Counts in [`CLAIMS`].
-struct Claim(Instant<Monotonic>);
+/// Counts in [`ACTIVE`].
+struct ActiveShortage(Instant<Monotonic>);
 
-impl Claim {
+impl ActiveShortage {
     fn new() -> Self {
-        CLAIMS.fetch_add(1, Relaxed);
+        ACTIVE.fetch_add(1, Relaxed);
         Self(Instant::now())
     }
 }
 
-impl Drop for Claim {
+impl Drop for ActiveShortage {
     fn drop(&mut self) {
-        CLAIMS.fetch_sub(1, Relaxed);
+        ACTIVE.fetch_sub(1, Relaxed);
     }
 }
 
 /// What a device does about a shortage.
 #[derive(Default)]
 pub(crate) struct Shortage {
-    claim: Option<Claim>,
-    /// When the last claim ended without success.
+    active: Option<ActiveShortage>,
+    /// When the last active shortage ended without success.
     ended: Option<Instant<Monotonic>>,
 }
 
@@ -97,9 +97,9 @@ impl Shortage {
     /// There are no grants: asks all devices for those that they do not use.
     pub(crate) fn ask(&mut self) {
         let over = |since: &Instant<Monotonic>, limit| since.elapsed().as_millis() >= limit;
-        match &self.claim {
-            Some(claim) if over(&claim.0, CLAIM_MS) => {
-                self.claim = None;
+        match &self.active {
+            Some(active) if over(&active.0, ACTIVE_MS) => {
+                self.active = None;
                 self.ended = Some(Instant::now());
             }
             Some(_) => {}
@@ -108,12 +108,12 @@ impl Shortage {
                 .as_ref()
                 .is_none_or(|ended| over(ended, PAUSE_MS)) =>
             {
-                self.claim = Some(Claim::new());
+                self.active = Some(ActiveShortage::new());
             }
             None => {}
         }
-        for signal in DEVICES.lock().iter() {
-            signal.raise(Cause::Shortage);
+        for events in DEVICES.lock().iter() {
+            events.set(Event::Shortage);
         }
     }
 

@@ -26,9 +26,9 @@ use blkif::{
 };
 
 use crate::{
-    carry::{
-        Held,
-        Started, //
+    request_data::{
+        InFlightRequest,
+        IssuedRequest, //
     },
     timeout::GIVE_UP_AFTER, //
 };
@@ -42,12 +42,12 @@ struct Slot {
     /// The slot that has the request.
     first: u16,
     /// The request, if this is its first slot.
-    waiting: Option<Waiting>,
+    pending: Option<PendingRequest>,
 }
 
 /// A request that waits for answers, or has got them.
-pub(crate) struct Waiting {
-    pub(crate) held: Held,
+pub(crate) struct PendingRequest {
+    pub(crate) issued: IssuedRequest,
     /// Answers that are missing.
     pub(crate) missing: u16,
     /// The worst answer so far.
@@ -58,11 +58,11 @@ pub(crate) struct Waiting {
     pub(crate) flush: Option<Flush>,
 }
 
-impl Waiting {
+impl PendingRequest {
     /// For so many answers.
-    pub(crate) fn new(held: Held, parts: u16) -> Self {
+    pub(crate) fn new(issued: IssuedRequest, parts: u16) -> Self {
         Self {
-            held,
+            issued,
             missing: parts,
             status: Status::Okay,
             timeouts: 0,
@@ -77,7 +77,7 @@ impl Waiting {
 
     /// Returns `true` if what was written is to be flushed now.
     #[inline]
-    pub(crate) fn wants_flush(&self) -> bool {
+    pub(crate) fn needs_flush(&self) -> bool {
         self.flush.is_some()
     }
 
@@ -85,7 +85,9 @@ impl Waiting {
     /// flush.
     #[inline]
     fn is_plain(&self) -> bool {
-        self.status == Status::Okay && self.flush.is_none() && matches!(self.held, Held::Bounced(_))
+        self.status == Status::Okay
+            && self.flush.is_none()
+            && matches!(self.issued, IssuedRequest::Bounced(_))
     }
 
     /// Makes it end with an error.
@@ -95,7 +97,7 @@ impl Waiting {
     }
 
     /// How the request has ended, if all answers are there.
-    pub(crate) fn answer(&self) -> Option<BlkStatus> {
+    pub(crate) fn final_status(&self) -> Option<BlkStatus> {
         (self.missing == 0).then(|| self.blk_status())
     }
 
@@ -105,7 +107,7 @@ impl Waiting {
         match self.status {
             Status::Okay => BlkStatus::OK,
             Status::Error => BlkStatus::IOERR,
-            Status::NotSupported => match self.held.request().op() {
+            Status::NotSupported => match self.issued.request().op() {
                 Op::Discard | Op::SecureErase => BlkStatus::NOTSUPP,
                 Op::Read | Op::Write | Op::Flush | Op::WriteZeroes | Op::Other(_) => {
                     BlkStatus::IOERR
@@ -116,18 +118,18 @@ impl Waiting {
 }
 
 /// What an answer has done to its request.
-pub(crate) enum Answered {
+pub(crate) enum SlotCompletion {
     /// Other answers are missing.
     Incomplete,
     /// The request is complete and plain, as nearly all are: it was successful, has no pages of its
     /// own granted, and nothing to flush.
-    Plain(Started),
+    Plain(InFlightRequest),
     /// Any other request is complete: it waits in this slot for [`Slots::take`].
     Other(u16),
 }
 
 /// An answer that does not belong to any request.
-pub(crate) struct Stray;
+pub(crate) struct UnknownResponse;
 
 /// The slots of a queue.
 pub(crate) struct Slots {
@@ -160,7 +162,7 @@ impl Slots {
                 id: None,
                 operation: 0,
                 first: 0,
-                waiting: None,
+                pending: None,
             };
             slots.push(slot, GFP_KERNEL)?;
             free.push(number, GFP_KERNEL)?;
@@ -187,59 +189,74 @@ impl Slots {
     }
 
     /// Returns how many slots the backend has answered, of this ring and those before. Wraps around.
-    pub(crate) fn answered(&self) -> u32 {
+    pub(crate) fn responses(&self) -> u32 {
         let used = self.slots.len().saturating_sub(self.free.len());
         self.epoch.wrapping_sub(used as u32)
     }
 
     /// Promises so many slots, if there are as many, and no larger request waits for them.
-    pub(crate) fn promise(&mut self, count: usize) -> bool {
+    pub(crate) fn reserve(&mut self, count: usize) -> bool {
         self.reservations.reserve(count, self.free.len())
     }
 
     /// Takes a promise back, or begins to keep it.
-    pub(crate) fn unpromise(&mut self, count: usize) {
+    pub(crate) fn unreserve(&mut self, count: usize) {
         self.reservations.unreserve(count);
     }
 
     /// Takes a slot for a request, whose first slot is `first`, or this one. `queue` and `part` go
     /// into the id.
-    pub(crate) fn claim(&mut self, first: Option<u16>, queue: u16, part: u16) -> Option<Claim> {
+    pub(crate) fn alloc_slot(
+        &mut self,
+        first: Option<u16>,
+        queue: u16,
+        part: u16,
+    ) -> Option<SlotId> {
         let number = self.free.pop()?;
         let id = RingId::new(self.epoch, queue, part, number)?;
         self.epoch = self.epoch.wrapping_add(1);
         let slot = self.slots.get_mut(usize::from(number))?;
         slot.id = Some(id);
         slot.first = first.unwrap_or(number);
-        Some(Claim { number, id })
+        Some(SlotId { number, id })
     }
 
     /// A claimed slot waits for the answer to what was put into the ring, which names `operation`.
-    pub(crate) fn await_answer(&mut self, claim: &Claim, operation: u8) {
-        if let Some(slot) = self.slots.get_mut(usize::from(claim.number)) {
+    pub(crate) fn expect_response(&mut self, slot_id: &SlotId, operation: u8) {
+        if let Some(slot) = self.slots.get_mut(usize::from(slot_id.number)) {
             slot.operation = operation;
         }
     }
 
     /// Keeps a request in its first slot until all its slots are answered. It comes back if there is
     /// no such slot.
-    pub(crate) fn keep(&mut self, first: Option<u16>, waiting: Waiting) -> Result<(), Waiting> {
+    pub(crate) fn store(
+        &mut self,
+        first: Option<u16>,
+        pending: PendingRequest,
+    ) -> Result<(), PendingRequest> {
         match first.and_then(|first| self.slots.get_mut(usize::from(first))) {
             Some(slot) => {
-                slot.waiting = Some(waiting);
+                slot.pending = Some(pending);
                 Ok(())
             }
-            None => Err(waiting),
+            None => Err(pending),
         }
     }
 
     /// Takes an answer to account.
     #[inline]
-    pub(crate) fn answer(&mut self, response: &Response) -> Result<Answered, Stray> {
+    pub(crate) fn complete_slot(
+        &mut self,
+        response: &Response,
+    ) -> Result<SlotCompletion, UnknownResponse> {
         let id = RingId::from_wire(response.id);
-        let slot = self.slots.get_mut(usize::from(id.tag())).ok_or(Stray)?;
+        let slot = self
+            .slots
+            .get_mut(usize::from(id.tag()))
+            .ok_or(UnknownResponse)?;
         if slot.id != Some(id) || slot.operation != response.operation {
-            return Err(Stray);
+            return Err(UnknownResponse);
         }
         slot.id = None;
         let first = slot.first;
@@ -247,70 +264,74 @@ impl Slots {
             self.release(id.tag());
         }
 
-        let waiting = &mut self.slots.get_mut(usize::from(first)).ok_or(Stray)?.waiting;
-        let Some(request) = waiting else {
-            return Err(Stray);
+        let pending = &mut self
+            .slots
+            .get_mut(usize::from(first))
+            .ok_or(UnknownResponse)?
+            .pending;
+        let Some(request) = pending else {
+            return Err(UnknownResponse);
         };
         request.status = worse(request.status, response.status);
         request.missing = request.missing.saturating_sub(1);
         if request.missing > 0 {
-            return Ok(Answered::Incomplete);
+            return Ok(SlotCompletion::Incomplete);
         }
         if !request.is_plain() {
-            return Ok(Answered::Other(first));
+            return Ok(SlotCompletion::Other(first));
         }
-        match waiting.take() {
-            Some(Waiting {
-                held: Held::Bounced(rq),
+        match pending.take() {
+            Some(PendingRequest {
+                issued: IssuedRequest::Bounced(rq),
                 ..
             }) => {
                 self.release(first);
-                Ok(Answered::Plain(rq))
+                Ok(SlotCompletion::Plain(rq))
             }
             other => {
                 // Not possible. Without a destructor here only the request is moved.
                 core::mem::forget(other);
-                Err(Stray)
+                Err(UnknownResponse)
             }
         }
     }
 
     /// Takes a request that is complete out of its first slot.
     #[inline]
-    pub(crate) fn take(&mut self, first: u16) -> Option<Waiting> {
-        let waiting = self.slots.get_mut(usize::from(first))?.waiting.take();
+    pub(crate) fn take(&mut self, first: u16) -> Option<PendingRequest> {
+        let pending = self.slots.get_mut(usize::from(first))?.pending.take();
         self.release(first);
-        waiting
+        pending
     }
 
     /// Takes out a request that waits, whatever is missing. For when the ring is gone.
-    pub(crate) fn evict(&mut self) -> Option<Waiting> {
-        self.slots.iter_mut().find_map(|slot| slot.waiting.take())
+    pub(crate) fn take_pending(&mut self) -> Option<PendingRequest> {
+        self.slots.iter_mut().find_map(|slot| slot.pending.take())
     }
 
     /// Counts a time-out of a request, if it waits here.
     pub(crate) fn timed_out(&mut self, id: RequestId) {
-        let mut waiting = self.waiting();
-        if let Some(waiting) = waiting.find(|waiting| waiting.held.request().id() == id) {
-            waiting.timeouts = waiting.timeouts.saturating_add(1);
+        let mut pending = self.pending_mut();
+        if let Some(pending) = pending.find(|pending| pending.issued.request().id() == id) {
+            pending.timeouts = pending.timeouts.saturating_add(1);
         }
     }
 
     /// Returns `true` if a request has timed out too often.
     pub(crate) fn has_stalled(&self) -> bool {
-        let mut waiting = self.slots.iter().flat_map(|slot| &slot.waiting);
-        waiting.any(Waiting::has_stalled)
+        let mut pending = self.slots.iter().flat_map(|slot| &slot.pending);
+        pending.any(PendingRequest::has_stalled)
     }
 
     /// Begins to count time-outs of all requests again.
-    pub(crate) fn forget_timeouts(&mut self) {
-        for waiting in self.waiting() {
-            waiting.timeouts = 0;
+    pub(crate) fn reset_timeouts(&mut self) {
+        for pending in self.pending_mut() {
+            pending.timeouts = 0;
         }
     }
 
-    fn waiting(&mut self) -> impl Iterator<Item = &mut Waiting> {
-        self.slots.iter_mut().flat_map(|slot| &mut slot.waiting)
+    fn pending_mut(&mut self) -> impl Iterator<Item = &mut PendingRequest> {
+        self.slots.iter_mut().flat_map(|slot| &mut slot.pending)
     }
 
     #[inline]
@@ -321,7 +342,7 @@ impl Slots {
 }
 
 /// A slot that was taken, with the id that the request must have.
-pub(crate) struct Claim {
+pub(crate) struct SlotId {
     pub(crate) number: u16,
     pub(crate) id: RingId,
 }

@@ -27,8 +27,8 @@ use kernel_ext::{
 };
 
 use crate::{
-    queue::Queue,
-    signal::Cause, //
+    events::Event,
+    queue::Queue, //
 };
 
 /// After so many time-outs of a request its connection is given up.
@@ -45,7 +45,7 @@ impl Queue {
     /// Notes that a request has timed out once more.
     pub(crate) fn timed_out(&self, id: RequestId) {
         self.inner.lock().slots.timed_out(id);
-        self.signal.raise(Cause::TimedOut);
+        self.events.set(Event::TimedOut);
     }
 
     /// Returns `true` if a request has timed out too often.
@@ -55,8 +55,8 @@ impl Queue {
     }
 
     /// The backend was away, and has had no chance to answer.
-    pub(crate) fn forget_timeouts(&self) {
-        self.inner.lock().slots.forget_timeouts();
+    pub(crate) fn reset_timeouts(&self) {
+        self.inner.lock().slots.reset_timeouts();
     }
 
     /// Makes up for lost events. Sleeps.
@@ -84,8 +84,11 @@ impl Queue {
     /// Returns how many responses were taken, if there are more.
     fn unseen_responses(&self) -> Option<u32> {
         let inner = self.inner.lock();
-        let link = inner.link.as_ref().filter(|link| link.is_open())?;
-        let ring = &link.ring;
+        let connection = inner
+            .connection
+            .as_ref()
+            .filter(|connection| connection.is_open())?;
+        let ring = &connection.ring;
         ring.has_responses().then(|| ring.responses_taken())
     }
 
@@ -96,7 +99,7 @@ impl Queue {
         };
         let start = Instant::<Monotonic>::now();
         while self.responses_taken() == Some(before) {
-            if self.signal.removed() || start.elapsed().as_millis() >= ANSWER_MS {
+            if self.events.is_removing() || start.elapsed().as_millis() >= ANSWER_MS {
                 return;
             }
             fsleep(Delta::from_millis(ANSWER_STEP_MS));
@@ -109,7 +112,7 @@ impl Queue {
 
     fn responses_taken(&self) -> Option<u32> {
         let inner = self.inner.lock();
-        Some(inner.link.as_ref()?.ring.responses_taken())
+        Some(inner.connection.as_ref()?.ring.responses_taken())
     }
 
     /// Notifies a backend that has not noticed all requests. Returns how many responses were taken
@@ -117,10 +120,13 @@ impl Queue {
     fn ring_again(&self) -> Option<u32> {
         let (notifier, taken) = {
             let inner = self.inner.lock();
-            let link = inner.link.as_ref().filter(|link| link.is_open())?;
-            let taken = link.ring.responses_taken();
-            let unnoticed = link.ring.in_flight() != 0 && link.ring.is_unnoticed();
-            (unnoticed.then_some(link.notifier)?, taken)
+            let connection = inner
+                .connection
+                .as_ref()
+                .filter(|connection| connection.is_open())?;
+            let taken = connection.ring.responses_taken();
+            let unnoticed = connection.ring.in_flight() != 0 && connection.ring.is_unnoticed();
+            (unnoticed.then_some(connection.notifier)?, taken)
         };
         notifier.notify();
         Some(taken)

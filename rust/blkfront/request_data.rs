@@ -47,33 +47,33 @@ use crate::{
 const NO_GRANT: u32 = u32::MAX;
 
 /// A request that was accepted.
-pub(crate) type Started = Request<Disk, InFlight>;
+pub(crate) type InFlightRequest = Request<Disk, InFlight>;
 
 /// Memory of a request, used again by each that has its tag. Nothing is allocated for a single one.
-pub(crate) struct Carry {
+pub(crate) struct RequestData {
     /// Which connection the pages below belong to.
     pub(crate) generation: u32,
     /// The data in fragments of sectors.
     pub(crate) fragments: KVec<PageFragment>,
     /// Pages for the data, if it is bounced.
-    pub(crate) data: KVec<GrantedPage>,
+    pub(crate) bounce_pages: KVec<GrantedPage>,
     /// Pages for the segments of indirect requests.
-    pub(crate) indirect: KVec<GrantedPage>,
+    pub(crate) indirect_pages: KVec<GrantedPage>,
     /// Room for the grants of the data, if it goes directly.
     pub(crate) references: References,
     /// A connection was given up because this request was not answered.
     pub(crate) stalled: bool,
 }
 
-impl Carry {
+impl RequestData {
     /// Memory for the largest request.
     pub(crate) fn new() -> Result<Self> {
         let segments = usize::from(params::max_segments());
         Ok(Self {
             generation: 0,
             fragments: KVec::with_capacity(segments, GFP_KERNEL)?,
-            data: KVec::with_capacity(segments, GFP_KERNEL)?,
-            indirect: KVec::with_capacity(params::MOST_PARTS, GFP_KERNEL)?,
+            bounce_pages: KVec::with_capacity(segments, GFP_KERNEL)?,
+            indirect_pages: KVec::with_capacity(params::MOST_PARTS, GFP_KERNEL)?,
             references: References::with_capacity(segments, GFP_KERNEL)?,
             stalled: false,
         })
@@ -81,34 +81,34 @@ impl Carry {
 }
 
 /// A request whose data the backend may use.
-pub(crate) enum Held {
-    /// The data goes through the pages of its [`Carry`], or there is none.
-    Bounced(Started),
+pub(crate) enum IssuedRequest {
+    /// The data goes through the pages of its [`RequestData`], or there is none.
+    Bounced(InFlightRequest),
     /// The pages of the request are granted. It comes out when the backend has let go of them.
-    Direct(Granted<Started>),
+    Direct(Granted<InFlightRequest>),
 }
 
-impl Held {
+impl IssuedRequest {
     #[inline]
-    pub(crate) fn request(&self) -> &Started {
+    pub(crate) fn request(&self) -> &InFlightRequest {
         match self {
-            Held::Bounced(rq) => rq,
-            Held::Direct(granted) => granted.owner(),
+            IssuedRequest::Bounced(rq) => rq,
+            IssuedRequest::Direct(granted) => granted.owner(),
         }
     }
 
     /// Returns what the request carries.
     #[inline]
-    pub(crate) fn carry(&self) -> &Carry {
+    pub(crate) fn data(&self) -> &RequestData {
         self.request().data()
     }
 
     /// Returns what the request carries, to be changed.
     #[inline]
-    pub(crate) fn carry_mut(&mut self) -> &mut Carry {
+    pub(crate) fn data_mut(&mut self) -> &mut RequestData {
         match self {
-            Held::Bounced(rq) => rq.data_mut(),
-            Held::Direct(granted) => granted.data_mut(),
+            IssuedRequest::Bounced(rq) => rq.data_mut(),
+            IssuedRequest::Direct(granted) => granted.data_mut(),
         }
     }
 
@@ -116,17 +116,21 @@ impl Held {
     #[inline]
     fn reference(&self, fragment: usize) -> u32 {
         let reference = match self {
-            Held::Bounced(rq) => rq.data().data.get(fragment).map(GrantedPage::reference),
-            Held::Direct(granted) => granted.references().get(fragment).copied(),
+            IssuedRequest::Bounced(rq) => rq
+                .data()
+                .bounce_pages
+                .get(fragment)
+                .map(GrantedPage::reference),
+            IssuedRequest::Direct(granted) => granted.references().get(fragment).copied(),
         };
         reference.map_or(NO_GRANT, |reference| reference.value())
     }
 }
 
-impl Carry {
+impl RequestData {
     /// Notes the fragments of a request's data, and says how many there are. `None` if there are more
     /// than a request can carry, or one is not made of whole sectors.
-    pub(crate) fn note_pieces(&mut self, segments: Segments<'_>) -> Option<u32> {
+    pub(crate) fn collect_fragments(&mut self, segments: Segments<'_>) -> Option<u32> {
         self.fragments.clear();
         for segment in segments {
             let fragment = PageFragment::new(segment.offset() as u32, segment.len() as u32)?;
@@ -137,46 +141,51 @@ impl Carry {
 }
 
 /// The grants of a request, as the backend gets to see them.
-pub(crate) struct Lists<'a> {
-    held: &'a Held,
+pub(crate) struct RequestSegments<'a> {
+    issued: &'a IssuedRequest,
 }
 
-impl<'a> Lists<'a> {
-    pub(crate) fn new(held: &'a Held) -> Self {
-        Self { held }
+impl<'a> RequestSegments<'a> {
+    pub(crate) fn new(issued: &'a IssuedRequest) -> Self {
+        Self { issued }
     }
 
     /// Where the request starts on the disk.
     pub(crate) fn sector(&self) -> u64 {
-        self.held.request().sector()
+        self.issued.request().sector()
     }
 
     /// Returns the length of the request in sectors.
     pub(crate) fn sectors(&self) -> u64 {
-        u64::from(self.held.request().bytes() >> 9)
+        u64::from(self.issued.request().bytes() >> 9)
     }
 
     /// The data, in fragments of sectors.
     pub(crate) fn fragments(&self) -> impl Iterator<Item = PageFragment> + 'a {
-        self.held.request().data().fragments.iter().copied()
+        self.issued.request().data().fragments.iter().copied()
     }
 
     /// The segments of a request that is small.
     #[inline]
     pub(crate) fn all(&self) -> impl ExactSizeIterator<Item = WireSegment> + 'a {
-        let held = self.held;
-        let fragments = held.request().data().fragments.iter().enumerate();
-        fragments.map(move |(index, fragment)| fragment.segment(held.reference(index)))
+        let issued = self.issued;
+        let fragments = issued.request().data().fragments.iter().enumerate();
+        fragments.map(move |(index, fragment)| fragment.segment(issued.reference(index)))
     }
 
     /// The segments of a part.
     pub(crate) fn segments(&self, part: &Part) -> impl ExactSizeIterator<Item = WireSegment> + 'a {
-        let held = self.held;
+        let issued = self.issued;
         let first = part.first as usize;
-        let fragments = held.request().data().fragments.get(first..).unwrap_or(&[]);
+        let fragments = issued
+            .request()
+            .data()
+            .fragments
+            .get(first..)
+            .unwrap_or(&[]);
         let fragments = fragments.get(..part.count.into()).unwrap_or(fragments);
         fragments.iter().enumerate().map(move |(index, fragment)| {
-            fragment.segment(held.reference(first.wrapping_add(index)))
+            fragment.segment(issued.reference(first.wrapping_add(index)))
         })
     }
 
@@ -189,7 +198,7 @@ impl<'a> Lists<'a> {
 
     /// Writes the segments of all indirect parts into their pages.
     pub(crate) fn fill(&self, fragments: u32, limits: SlotLimits) {
-        if self.held.carry().indirect.is_empty() {
+        if self.issued.data().indirect_pages.is_empty() {
             return;
         }
         let Some(plan) = Plan::new(self.sector(), self.fragments(), fragments, limits) else {
@@ -208,7 +217,12 @@ impl<'a> Lists<'a> {
     fn part_pages(&self, part: &Part, limits: SlotLimits) -> &'a [GrantedPage] {
         let each = indirect_pages(limits.segments());
         let first = each.wrapping_mul(part.index.into());
-        let pages = self.held.carry().indirect.get(first..).unwrap_or(&[]);
+        let pages = self
+            .issued
+            .data()
+            .indirect_pages
+            .get(first..)
+            .unwrap_or(&[]);
         pages.get(..indirect_pages(part.count)).unwrap_or(pages)
     }
 }

@@ -35,22 +35,22 @@ use blkif::{
 };
 
 use crate::{
-    carry::{
-        Carry,
-        Held,
-        Started, //
-    },
     disk::Disk,
+    events::Event,
     queue::{
         Inner,
         Queue,
-        State, //
+        QueueState, //
     },
-    signal::Cause,
+    request_data::{
+        InFlightRequest,
+        IssuedRequest,
+        RequestData, //
+    },
     slots::{
-        Answered,
-        Waiting, //
-    },
+        PendingRequest,
+        SlotCompletion, //
+    }, //
 };
 
 /// Requests that are taken out at once, under the lock.
@@ -61,9 +61,9 @@ const COPIED_AT_ONCE: usize = 2;
 
 /// A request that is complete.
 enum CompletedRequest {
-    /// See [`Answered::Plain`].
-    Plain(Started),
-    Other(Waiting),
+    /// See [`SlotCompletion::Plain`].
+    Plain(InFlightRequest),
+    Other(PendingRequest),
 }
 
 impl CompletedRequest {
@@ -72,37 +72,37 @@ impl CompletedRequest {
     fn blk_status(&self) -> BlkStatus {
         match self {
             Self::Plain(_) => BlkStatus::OK,
-            Self::Other(waiting) => waiting.blk_status(),
+            Self::Other(pending) => pending.blk_status(),
         }
     }
 
     /// Returns the request, unless its own pages are granted.
     #[inline]
-    fn bounced_mut(&mut self) -> Option<&mut Started> {
+    fn bounced_mut(&mut self) -> Option<&mut InFlightRequest> {
         match self {
             Self::Plain(rq) => Some(rq),
-            Self::Other(waiting) => match &mut waiting.held {
-                Held::Bounced(rq) => Some(rq),
-                Held::Direct(_) => None,
+            Self::Other(pending) => match &mut pending.issued {
+                IssuedRequest::Bounced(rq) => Some(rq),
+                IssuedRequest::Direct(_) => None,
             },
         }
     }
 
     /// Returns what the request carries.
     #[inline]
-    fn carry_mut(&mut self) -> &mut Carry {
+    fn data_mut(&mut self) -> &mut RequestData {
         match self {
             Self::Plain(rq) => rq.data_mut(),
-            Self::Other(waiting) => waiting.held.carry_mut(),
+            Self::Other(pending) => pending.issued.data_mut(),
         }
     }
 
     /// Copies the data of a small read that was bounced.
     #[inline]
-    fn copy_small(&mut self) {
+    fn copy_inline(&mut self) {
         let status = self.blk_status();
         if let Some(rq) = self.bounced_mut() {
-            if status.is_ok() && rq.op() == Op::Read && !is_copied_later(rq) {
+            if status.is_ok() && rq.op() == Op::Read && !defers_copy(rq) {
                 copy_read(rq);
             }
         }
@@ -110,7 +110,7 @@ impl CompletedRequest {
 }
 
 /// What a look at the ring has found.
-enum Found {
+enum ScanResult {
     /// There may be more.
     More,
     /// There is nothing more, and the backend will send an event when there is.
@@ -121,16 +121,16 @@ enum Found {
 
 impl Handler for Queue {
     fn handle(&self) -> Eoi {
-        let mut answers = 0u32;
+        let mut responses = 0u32;
         let mut done = [const { None }; AT_ONCE];
         loop {
-            let found = self.take(&mut done, &mut answers);
+            let found = self.take(&mut done, &mut responses);
             self.finish_all(&mut done);
             match found {
-                Found::More => {}
-                Found::Drained if answers == 0 => return Eoi::Spurious,
-                Found::Drained => return Eoi::Done,
-                Found::Broken => return Eoi::Later,
+                ScanResult::More => {}
+                ScanResult::Drained if responses == 0 => return Eoi::Spurious,
+                ScanResult::Drained => return Eoi::Done,
+                ScanResult::Broken => return Eoi::Later,
             }
         }
     }
@@ -143,7 +143,7 @@ impl Queue {
     /// restored, and must not be taken, for the requests are made again. So the channel is looked at
     /// under the lock, where the domain cannot be saved.
     pub(crate) fn poll(&self) {
-        let mut answers = 0u32;
+        let mut responses = 0u32;
         let mut done = [const { None }; AT_ONCE];
         loop {
             let found = {
@@ -151,10 +151,10 @@ impl Queue {
                 if !inner.is_open() {
                     return;
                 }
-                self.take_from(&mut inner, &mut done, &mut answers)
+                self.take_from(&mut inner, &mut done, &mut responses)
             };
             self.finish_all(&mut done);
-            if !matches!(found, Found::More) {
+            if !matches!(found, ScanResult::More) {
                 return;
             }
         }
@@ -162,8 +162,8 @@ impl Queue {
 
     /// Takes answers until `done` is full or the ring is empty.
     #[inline]
-    fn take(&self, done: &mut [Option<CompletedRequest>], answers: &mut u32) -> Found {
-        self.take_from(&mut self.inner.lock(), done, answers)
+    fn take(&self, done: &mut [Option<CompletedRequest>], responses: &mut u32) -> ScanResult {
+        self.take_from(&mut self.inner.lock(), done, responses)
     }
 
     #[inline]
@@ -171,27 +171,31 @@ impl Queue {
         &self,
         inner: &mut Inner,
         done: &mut [Option<CompletedRequest>],
-        answers: &mut u32,
-    ) -> Found {
+        responses: &mut u32,
+    ) -> ScanResult {
         if inner.broken {
-            return Found::Broken;
+            return ScanResult::Broken;
         }
         for place in done {
-            match self.next(inner, answers, place) {
+            match self.next(inner, responses, place) {
                 Ok(true) => {}
                 Ok(false) => {
-                    let link = inner.link.as_mut();
-                    let more = link.is_some_and(|link| link.ring.final_check(1));
-                    return if more { Found::More } else { Found::Drained };
+                    let connection = inner.connection.as_mut();
+                    let more = connection.is_some_and(|connection| connection.ring.final_check(1));
+                    return if more {
+                        ScanResult::More
+                    } else {
+                        ScanResult::Drained
+                    };
                 }
                 Err(()) => {
                     inner.broken = true;
-                    self.signal.raise(Cause::Failed);
-                    return Found::Broken;
+                    self.events.set(Event::Failed);
+                    return ScanResult::Broken;
                 }
             }
         }
-        Found::More
+        ScanResult::More
     }
 
     /// Puts the next request that is complete to `place`. `false` if the ring is empty.
@@ -199,31 +203,31 @@ impl Queue {
     fn next(
         &self,
         inner: &mut Inner,
-        answers: &mut u32,
+        responses: &mut u32,
         place: &mut Option<CompletedRequest>,
     ) -> Result<bool, ()> {
         loop {
-            let Some(link) = &mut inner.link else {
+            let Some(connection) = &mut inner.connection else {
                 return Ok(false);
             };
-            let response = match link.ring.take_response() {
+            let response = match connection.ring.take_response() {
                 Ok(Some(response)) => response,
                 Ok(None) => return Ok(false),
                 Err(error) => {
-                    self.complain_ring(error);
+                    self.report_broken_ring(error);
                     return Err(());
                 }
             };
-            *answers = answers.wrapping_add(1);
-            match inner.slots.answer(&response) {
-                Ok(Answered::Incomplete) => {}
-                Ok(Answered::Plain(rq)) => {
+            *responses = responses.wrapping_add(1);
+            match inner.slots.complete_slot(&response) {
+                Ok(SlotCompletion::Incomplete) => {}
+                Ok(SlotCompletion::Plain(rq)) => {
                     *place = Some(CompletedRequest::Plain(rq));
                     return Ok(true);
                 }
-                Ok(Answered::Other(first)) => {
-                    if let Some(waiting) = self.take_other(inner, first) {
-                        *place = Some(CompletedRequest::Other(waiting));
+                Ok(SlotCompletion::Other(first)) => {
+                    if let Some(pending) = self.take_other(inner, first) {
+                        *place = Some(CompletedRequest::Other(pending));
                         return Ok(true);
                     }
                 }
@@ -242,23 +246,23 @@ impl Queue {
 
     /// Takes a request that is complete, unless what it has written is to be flushed first.
     #[inline]
-    fn take_other(&self, inner: &mut Inner, first: u16) -> Option<Waiting> {
-        let waiting = inner.slots.take(first)?;
-        if waiting.wants_flush() {
-            return self.flush_written(inner, waiting);
+    fn take_other(&self, inner: &mut Inner, first: u16) -> Option<PendingRequest> {
+        let pending = inner.slots.take(first)?;
+        if pending.needs_flush() {
+            return self.flush_written(inner, pending);
         }
-        Some(waiting)
+        Some(pending)
     }
 
     /// Ends requests that are complete: those in front of the first `None`, and leaves none.
     fn finish_all(&self, done: &mut [Option<CompletedRequest>]) {
         for completed in done.iter_mut().map_while(Option::as_mut) {
-            completed.copy_small();
+            completed.copy_inline();
         }
         let notifier = {
             let mut inner = self.inner.lock();
             for completed in done.iter_mut().map_while(Option::as_mut) {
-                inner.reclaim(completed);
+                inner.recycle_pages(completed);
             }
             inner.publish_flushes()
         };
@@ -269,30 +273,30 @@ impl Queue {
         for completed in done.iter_mut().map_while(Option::take) {
             match completed {
                 CompletedRequest::Plain(rq) => self.end(rq, BlkStatus::OK, &mut batch),
-                CompletedRequest::Other(waiting) => self.finish(waiting, &mut batch),
+                CompletedRequest::Other(pending) => self.finish(pending, &mut batch),
             }
         }
     }
 
     /// Ends a request that is complete, if its pages are ours again.
-    fn finish(&self, waiting: Waiting, batch: &mut EndBatch) {
-        let status = waiting.blk_status();
-        let refused = waiting.status == Status::NotSupported;
-        match waiting.release() {
+    fn finish(&self, pending: PendingRequest, batch: &mut EndBatch) {
+        let status = pending.blk_status();
+        let refused = pending.status == Status::NotSupported;
+        match pending.end_grants() {
             Ok(rq) => {
                 if refused {
-                    self.revoke(rq.op());
+                    self.operation_rejected(rq.op());
                 }
                 self.end(rq, status, batch);
             }
-            Err(waiting) => self.complain_pages(waiting),
+            Err(pending) => self.report_kept_pages(pending),
         }
     }
 
     /// Ends a request, or has it end where its data is copied.
     #[inline]
-    fn end(&self, rq: Started, status: BlkStatus, batch: &mut EndBatch) {
-        if status.is_ok() && is_copied_later(&rq) {
+    fn end(&self, rq: InFlightRequest, status: BlkStatus, batch: &mut EndBatch) {
+        if status.is_ok() && defers_copy(&rq) {
             rq.complete();
         } else {
             batch.end(rq, status);
@@ -303,7 +307,7 @@ impl Queue {
     ///
     /// A flush goes on to be asked for, and is an error each time: if it were turned off, the block
     /// layer would report flushes done of which nobody knows whether data needs them.
-    fn revoke(&self, op: Op) {
+    fn operation_rejected(&self, op: Op) {
         match op {
             Op::Flush => {
                 ratelimited!(pr_err!(
@@ -311,12 +315,12 @@ impl Queue {
                     self.name.as_str()
                 ));
             }
-            Op::Discard | Op::SecureErase => self.signal.raise(Cause::NoDiscard),
+            Op::Discard | Op::SecureErase => self.events.set(Event::NoDiscard),
             Op::Read | Op::Write | Op::WriteZeroes | Op::Other(_) => {}
         }
     }
 
-    fn complain_ring(&self, error: RingError) {
+    fn report_broken_ring(&self, error: RingError) {
         ratelimited!(pr_err!(
             "{}: the backend broke a ring: {}; closing the device\n",
             self.name.as_str(),
@@ -325,7 +329,7 @@ impl Queue {
     }
 
     /// The backend has answered a request and still uses its pages.
-    fn complain_pages(&self, waiting: Waiting) {
+    fn report_kept_pages(&self, pending: PendingRequest) {
         ratelimited!(pr_err!(
             "{}: the backend has answered a request and still uses its pages; closing the device\n",
             self.name.as_str()
@@ -333,28 +337,30 @@ impl Queue {
         let kept = {
             let mut inner = self.inner.lock();
             inner.broken = true;
-            inner.answered.push_within_capacity(waiting)
+            inner.still_granted.push_within_capacity(pending)
         };
         // There is room for as many as there are slots. Otherwise the request is never ended, and
         // its pages are never used for anything else.
         drop(kept);
-        self.signal.raise(Cause::Failed);
+        self.events.set(Event::Failed);
     }
 
     /// Copies the data of a read that was bounced, and ends it. Softirq, or any other context.
     pub(crate) fn complete_read(&self, mut rq: Request<Disk, Completed>) {
         copy_read(&mut rq);
-        let carry = rq.data_mut();
-        let generation = carry.generation;
-        self.inner.lock().give_back(generation, &mut carry.data);
+        let data = rq.data_mut();
+        let generation = data.generation;
+        self.inner
+            .lock()
+            .return_pages(generation, &mut data.bounce_pages);
         rq.end(BlkStatus::OK);
     }
 }
 
 /// Copies the data of a read from our pages to those of the request.
 fn copy_read<S: mq::State>(rq: &mut Request<Disk, S>) {
-    let (segments, carry) = rq.segments_mut_and_data();
-    for (segment, page) in segments.zip(&carry.data) {
+    let (segments, data) = rq.segments_mut_and_data();
+    for (segment, page) in segments.zip(&data.bounce_pages) {
         if let Some(from) = page.slice(segment.offset(), segment.len()) {
             segment.copy_from(from);
         }
@@ -362,50 +368,50 @@ fn copy_read<S: mq::State>(rq: &mut Request<Disk, S>) {
 }
 
 /// Whether the data of a read stands in so many pages of ours that it is not copied at once.
-fn is_copied_later(rq: &Started) -> bool {
-    rq.op() == Op::Read && rq.data().data.len() > COPIED_AT_ONCE
+fn defers_copy(rq: &InFlightRequest) -> bool {
+    rq.op() == Op::Read && rq.data().bounce_pages.len() > COPIED_AT_ONCE
 }
 
 impl Inner {
     /// Takes back the pages of a request that is complete, as far as they are not needed any more.
     #[inline]
-    fn reclaim(&mut self, completed: &mut CompletedRequest) {
-        let carry = completed.carry_mut();
-        carry.stalled = false;
-        self.pool.give(&mut carry.indirect);
+    fn recycle_pages(&mut self, completed: &mut CompletedRequest) {
+        let data = completed.data_mut();
+        data.stalled = false;
+        self.pool.put(&mut data.indirect_pages);
         let status = completed.blk_status();
         if let Some(rq) = completed.bounced_mut() {
-            if !(status.is_ok() && is_copied_later(rq)) {
-                self.pool.give(&mut rq.data_mut().data);
+            if !(status.is_ok() && defers_copy(rq)) {
+                self.pool.put(&mut rq.data_mut().bounce_pages);
             }
         }
     }
 
     /// Takes back pages, if they belong to the connection that there is now.
-    fn give_back(&mut self, generation: u32, pages: &mut KVec<GrantedPage>) {
+    fn return_pages(&mut self, generation: u32, pages: &mut KVec<GrantedPage>) {
         match self.state {
-            State::Live(terms) if terms.generation == generation => self.pool.give(pages),
-            _ => self.give_back_late(pages),
+            QueueState::Live(config) if config.generation == generation => self.pool.put(pages),
+            _ => self.return_stale(pages),
         }
     }
 }
 
-impl Waiting {
+impl PendingRequest {
     /// Ends the grants of the request's own pages, and gives the request back, unless the backend
     /// still uses one of them. Then it can be tried again.
     #[inline]
-    pub(crate) fn release(self) -> Result<Started, Self> {
-        let granted = match self.held {
-            Held::Bounced(rq) => return Ok(rq),
-            Held::Direct(granted) => granted,
+    pub(crate) fn end_grants(self) -> Result<InFlightRequest, Self> {
+        let granted = match self.issued {
+            IssuedRequest::Bounced(rq) => return Ok(rq),
+            IssuedRequest::Direct(granted) => granted,
         };
         match granted.try_end() {
             Ok((mut rq, references)) => {
                 rq.data_mut().references = references;
                 Ok(rq)
             }
-            Err(granted) => Err(Waiting {
-                held: Held::Direct(granted),
+            Err(granted) => Err(PendingRequest {
+                issued: IssuedRequest::Direct(granted),
                 missing: self.missing,
                 status: self.status,
                 timeouts: self.timeouts,

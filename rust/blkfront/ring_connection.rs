@@ -25,13 +25,13 @@ use blkif::{
 use crate::queue::Queue;
 
 /// A ring and its event channel. Dropping it ends both; it sleeps.
-pub(crate) struct Link {
+pub(crate) struct RingConnection {
     pub(crate) ring: FrontRing<RingPages>,
     pub(crate) channel: Arc<EventChannel<Queue>>,
     pub(crate) notifier: Notifier,
 }
 
-impl Link {
+impl RingConnection {
     /// Makes a ring of `1 << page_order` pages and an event channel for the device's backend, whose
     /// events `queue` gets.
     pub(crate) fn new(

@@ -24,7 +24,7 @@ use kernel_ext::{
 
 /// Something that the thread has to look at.
 #[derive(Clone, Copy)]
-pub(crate) enum Cause {
+pub(crate) enum Event {
     /// The backend may have changed: it may be away, or back.
     Backend,
     /// The disk is to be let go.
@@ -32,7 +32,7 @@ pub(crate) enum Cause {
     /// A backend broke the rules of a ring, or the disk could not be added: there is no way on.
     Failed,
     /// A pool of pages has grown: it is to be looked after until it is small again.
-    Grown,
+    PoolGrown,
     /// The limits of the disk were to be changed, and somebody else was changing them.
     Limits,
     /// The backend has said that it cannot discard.
@@ -47,13 +47,13 @@ pub(crate) enum Cause {
     TimedOut,
 }
 
-const CAUSES: usize = 10;
+const EVENTS: usize = 10;
 
 /// Wakes the thread of a device. Any context.
 #[pin_data]
-pub(crate) struct Signal {
-    raised: [Atomic<i32>; CAUSES],
-    settled: Atomic<i32>,
+pub(crate) struct DeviceEvents {
+    set: [Atomic<i32>; EVENTS],
+    ready: Atomic<i32>,
     /// One of the constants `WORKING`, `SYNCING`, `DONE`.
     progress: Atomic<i32>,
     #[pin]
@@ -67,12 +67,12 @@ const SYNCING: i32 = 1;
 /// The thread needs the device no more.
 const DONE: i32 = 2;
 
-impl Signal {
+impl DeviceEvents {
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
-                raised: [const { Atomic::new(0) }; CAUSES],
-                settled: Atomic::new(0),
+                set: [const { Atomic::new(0) }; EVENTS],
+                ready: Atomic::new(0),
                 progress: Atomic::new(WORKING),
                 wait <- new_wait_queue!(),
             }),
@@ -81,33 +81,33 @@ impl Signal {
     }
 
     /// Wakes the thread for this.
-    pub(crate) fn raise(&self, cause: Cause) {
-        if let Some(flag) = self.raised.get(cause as usize) {
+    pub(crate) fn set(&self, event: Event) {
+        if let Some(flag) = self.set.get(event as usize) {
             flag.xchg(1, Full);
         }
         self.wait.wake_up();
     }
 
-    /// Whether this was raised since the last time.
-    pub(crate) fn take(&self, cause: Cause) -> bool {
-        self.raised
-            .get(cause as usize)
+    /// Whether this was set since the last time.
+    pub(crate) fn take(&self, event: Event) -> bool {
+        self.set
+            .get(event as usize)
             .is_some_and(|flag| flag.xchg(0, Full) != 0)
     }
 
     /// Whether the device is being unbound. Stays so.
-    pub(crate) fn removed(&self) -> bool {
-        self.is_raised(Cause::Remove)
+    pub(crate) fn is_removing(&self) -> bool {
+        self.is_set(Event::Remove)
     }
 
     /// The disk can be used, or never will: nobody need wait for it any more.
-    pub(crate) fn settle(&self) {
-        self.settled.store(1, Relaxed);
+    pub(crate) fn mark_ready(&self) {
+        self.ready.store(1, Relaxed);
     }
 
     /// Whether nobody need wait for the disk any more.
-    pub(crate) fn is_settled(&self) -> bool {
-        self.settled.load(Relaxed) != 0
+    pub(crate) fn is_ready(&self) -> bool {
+        self.ready.load(Relaxed) != 0
     }
 
     /// Notes whether the thread waits until the disk is written back.
@@ -136,21 +136,21 @@ impl Signal {
             .wait_timeout(timeout, || self.progress.load(Acquire) == DONE)
     }
 
-    /// Sleeps until `cause` is raised, and takes it.
-    pub(crate) fn await_cause(&self, cause: Cause) {
-        self.wait.wait_idle(|| self.is_raised(cause));
-        self.take(cause);
+    /// Sleeps until `event` is set, and takes it.
+    pub(crate) fn wait_for(&self, event: Event) {
+        self.wait.wait_idle(|| self.is_set(event));
+        self.take(event);
     }
 
-    fn is_raised(&self, cause: Cause) -> bool {
-        self.raised
-            .get(cause as usize)
+    fn is_set(&self, event: Event) -> bool {
+        self.set
+            .get(event as usize)
             .is_some_and(|flag| flag.load(Relaxed) != 0)
     }
 
-    /// Sleeps until something is raised, or the time is over.
+    /// Sleeps until something is set, or the time is over.
     pub(crate) fn wait(&self, timeout: Option<Jiffies>) {
-        let any = || self.raised.iter().any(|flag| flag.load(Relaxed) != 0);
+        let any = || self.set.iter().any(|flag| flag.load(Relaxed) != 0);
         match timeout {
             // What there is to do is found out by looking.
             Some(timeout) => {

@@ -16,7 +16,7 @@
 //! The own state is written by xenbus's thread as far as it has to do with Initialising: the bus
 //! takes such a change by anybody else for a device that the toolstack made anew. So that thread
 //! does all the steps but one. To let a disk go takes time, and is left to the device's own thread,
-//! see [`keeper`](crate::keeper).
+//! see [`worker`](crate::worker).
 
 use kernel::{
     prelude::*,
@@ -81,43 +81,43 @@ use blkif::{
 };
 
 use crate::{
-    carry::Started,
     disk::{
-        Basis,
-        Disk, //
+        Disk,
+        LimitInputs, //
     },
-    link::Link,
-    nodes::{
-        self,
-        RingNodes, //
+    events::{
+        DeviceEvents,
+        Event, //
     },
     params,
     queue::{
-        Queue,
-        Spare,
-        Terms, //
+        ConnectionConfig,
+        PoolTrim,
+        Queue, //
     },
     registry::{
         Claimed,
         Registered, //
     },
+    request_data::InFlightRequest,
     retry::{
         self,
         Retry, //
     },
+    ring_connection::RingConnection,
     shortage::Shortage,
-    signal::{
-        Cause,
-        Signal, //
-    },
-    slots::Waiting, //
+    slots::PendingRequest,
+    xenstore::{
+        self,
+        RingNodes, //
+    }, //
 };
 
 /// What becomes of requests whose connection has ended.
 #[derive(Clone, Copy)]
-pub(crate) enum Fate {
+pub(crate) enum Disposition {
     /// They are offered to the queue again, for the next connection.
-    Again,
+    Requeue,
     /// They end with an error.
     Fail,
 }
@@ -144,19 +144,19 @@ impl Claimed for GenDisk<Disk> {
 }
 
 /// The connection of a device, and its disk.
-pub(crate) struct Control {
+pub(crate) struct Device {
     device: ARef<xenbus::Device>,
     vdev: VirtualDevice,
-    signal: Arc<Signal>,
-    own: FrontState,
+    events: Arc<DeviceEvents>,
+    state: FrontState,
     /// If the disk ends, no more steps are taken: the rest is done by the device's thread.
     ending: Ending,
     /// The toolstack has been told that it has to wait until the disk is not in use.
-    waits: bool,
+    detach_deferred: bool,
     /// The backend's directory. Another one after a restore.
     backend: CString,
     /// The state that the backend was in when xenbus told of it.
-    seen: xenbus::State,
+    backend_state: xenbus::State,
     /// Attempts to connect.
     retry: Retry,
     /// What is done about grants that are missing.
@@ -176,37 +176,37 @@ pub(crate) struct Control {
     /// Segments of the largest request that the disk may have in flight.
     largest: u16,
     /// What the limits of the disk were made from.
-    basis: Option<Basis>,
+    applied: Option<LimitInputs>,
     /// What they are to be made from.
-    wanted: Option<Basis>,
+    desired: Option<LimitInputs>,
     /// Looks for partitions on the disk.
-    adder: Option<KThread>,
+    scan_thread: Option<KThread>,
     /// Tells the users of the disk that it is gone.
-    reporter: Option<KThread>,
+    mark_dead_thread: Option<KThread>,
     /// Writes the disk back and removes it.
-    remover: Option<KThread>,
+    remove_thread: Option<KThread>,
     /// Requests of which the backend still uses pages.
-    lingering: KVVec<(Waiting, Fate)>,
+    still_granted: KVVec<(PendingRequest, Disposition)>,
     /// Counts the connections.
     generation: u32,
 }
 
-impl Control {
+impl Device {
     pub(crate) fn new(
         device: ARef<xenbus::Device>,
         vdev: VirtualDevice,
-        signal: Arc<Signal>,
+        events: Arc<DeviceEvents>,
         backend: CString,
     ) -> Self {
         Self {
             device,
             vdev,
-            signal,
-            own: FrontState::Waiting,
+            events,
+            state: FrontState::Waiting,
             ending: Ending::None,
-            waits: false,
+            detach_deferred: false,
             backend,
-            seen: xenbus::State::Unknown,
+            backend_state: xenbus::State::Unknown,
             retry: Retry::new(),
             shortage: Shortage::default(),
             offer: None,
@@ -217,12 +217,12 @@ impl Control {
             registered: None,
             block_size: 0,
             largest: 0,
-            basis: None,
-            wanted: None,
-            adder: None,
-            reporter: None,
-            remover: None,
-            lingering: KVVec::new(),
+            applied: None,
+            desired: None,
+            scan_thread: None,
+            mark_dead_thread: None,
+            remove_thread: None,
+            still_granted: KVVec::new(),
             generation: 0,
         }
     }
@@ -233,18 +233,18 @@ impl Control {
     }
 
     /// The backend has this state. Called once at least, after the device was bound.
-    pub(crate) fn follow_backend(&mut self, state: xenbus::State) {
-        if matches!(self.own, FrontState::Waiting | FrontState::Dead) {
+    pub(crate) fn backend_changed(&mut self, state: xenbus::State) {
+        if matches!(self.state, FrontState::Waiting | FrontState::Dead) {
             // What stands there may be of an earlier life: a device that was bound before is Closed,
             // and one that was restored is Initialising, also if its disk is dead.
-            self.show();
+            self.write_state();
         }
-        let was_whole = self.is_whole();
-        self.seen = state;
-        if self.is_whole() && !was_whole {
-            self.queues.iter().for_each(|queue| queue.forget_timeouts());
+        let was_connected = self.is_connected();
+        self.backend_state = state;
+        if self.is_connected() && !was_connected {
+            self.queues.iter().for_each(|queue| queue.reset_timeouts());
         }
-        self.follow(nodes::backend_event(
+        self.handle_event(xenstore::backend_event(
             &self.backend,
             state,
             self.disk.is_some(),
@@ -253,8 +253,8 @@ impl Control {
 
     /// Tries again to connect. Only in xenbus's thread, as all that has to do with Initialising.
     pub(crate) fn retry(&mut self) {
-        if self.own == FrontState::Waiting {
-            self.follow_backend(self.seen);
+        if self.state == FrontState::Waiting {
+            self.backend_changed(self.backend_state);
         }
     }
 
@@ -269,26 +269,26 @@ impl Control {
     }
 
     /// The attempt to connect could not be made.
-    pub(crate) fn put_off(&mut self, error: Error) {
+    pub(crate) fn postpone_retry(&mut self, error: Error) {
         self.retry.postpone(error);
     }
 
     /// The domain was restored, and this is the directory of its new backend.
     pub(crate) fn resume(&mut self, backend: &CStr) -> Result {
-        self.seen = xenbus::State::Unknown;
-        self.follow(FrontEvent::Resume);
-        self.backend = nodes::path(backend)?;
+        self.backend_state = xenbus::State::Unknown;
+        self.handle_event(FrontEvent::Resume);
+        self.backend = xenstore::path(backend)?;
         Ok(())
     }
 
     /// Does what an event asks for.
-    pub(crate) fn follow(&mut self, event: FrontEvent) {
+    pub(crate) fn handle_event(&mut self, event: FrontEvent) {
         if self.ending != Ending::None {
             return;
         }
-        let action = self.own.step(event);
+        let action = self.state.step(event);
         if action == FrontAction::Detach {
-            if self.must_wait(event) {
+            if self.must_defer_detach(event) {
                 return;
             }
             self.ending = match event {
@@ -299,40 +299,40 @@ impl Control {
                 | FrontEvent::Deadline { .. }
                 | FrontEvent::Resume => Ending::Failed,
             };
-            self.signal.raise(Cause::Close);
+            self.events.set(Event::Close);
             return;
         }
-        match self.carry_out(action) {
+        match self.run_action(action) {
             Ok(()) => {
                 if let Some(next) = action.next_state() {
-                    self.own = next;
-                    self.show();
+                    self.state = next;
+                    self.write_state();
                 }
             }
             Err(error) if retry::is_transient(error) => {
                 self.postpone(error, action);
-                self.follow(FrontEvent::Unusable);
+                self.handle_event(FrontEvent::Unusable);
             }
             Err(error) => {
-                self.device.dev_fatal(error, fmt!("{}", purpose(action)));
+                self.device.dev_fatal(error, fmt!("{}", describe(action)));
                 // That leads to the end of the disk.
-                self.follow(FrontEvent::Failed);
+                self.handle_event(FrontEvent::Failed);
             }
         }
     }
 
     /// Returns `true` if the toolstack has to wait, as the disk is in use by something that would lose
     /// what it has there, and could not be told. The backend serves the disk meanwhile.
-    fn must_wait(&mut self, event: FrontEvent) -> bool {
+    fn must_defer_detach(&mut self, event: FrontEvent) -> bool {
         let (Some(disk), FrontEvent::Backend { .. }) = (&self.disk, event) else {
             return false;
         };
         if !disk.has_unaware_holder() || !self.is_served() {
             return false;
         }
-        disk.queue_data().await_release();
-        if !self.waits {
-            self.waits = true;
+        disk.queue_data().notify_release();
+        if !self.detach_deferred {
+            self.detach_deferred = true;
             self.device.dev_error(
                 EBUSY,
                 fmt!("swap space or part of another device: it is detached when that has ended"),
@@ -343,9 +343,9 @@ impl Control {
 
     /// Detaches the disk if it had to wait and need not any more.
     pub(crate) fn retry_detach(&mut self) {
-        if self.waits() {
+        if self.is_detach_deferred() {
             let state = self.device.read_driver_state(&self.backend);
-            self.follow(nodes::backend_event(
+            self.handle_event(xenstore::backend_event(
                 &self.backend,
                 state,
                 self.disk.is_some(),
@@ -356,20 +356,20 @@ impl Control {
     /// A step has failed for now: it is tried again until the deadline of the outage.
     fn postpone(&mut self, error: Error, action: FrontAction) {
         // What was shared for it was not offered.
-        self.stop_sharing(Fate::Again);
+        self.stop_sharing(Disposition::Requeue);
         if error == ENOSPC {
             self.shortage.ask();
         }
         if self.retry.postpone(error) {
             ratelimited!(self
                 .device
-                .dev_error(error, fmt!("{}: trying again", purpose(action))));
+                .dev_error(error, fmt!("{}: trying again", describe(action))));
         }
         // The device's thread keeps the time.
-        self.signal.raise(Cause::Backend);
+        self.events.set(Event::Backend);
     }
 
-    fn carry_out(&mut self, action: FrontAction) -> Result {
+    fn run_action(&mut self, action: FrontAction) -> Result {
         match action {
             FrontAction::Wait | FrontAction::Detach => Ok(()),
             FrontAction::Report => {
@@ -387,20 +387,20 @@ impl Control {
                 Ok(())
             }
             FrontAction::Reset | FrontAction::Restart => {
-                self.stop_sharing(Fate::Again);
-                self.reclaim();
+                self.stop_sharing(Disposition::Requeue);
+                self.end_stale_grants();
                 Ok(())
             }
         }
     }
 
     /// Writes the own state to xenstore.
-    fn show(&self) {
-        let state = match self.own.xenbus() {
+    fn write_state(&self) {
+        let state = match self.state.xenbus() {
             XenbusState::Initialised => xenbus::State::Initialised,
             XenbusState::Connected => xenbus::State::Connected,
             // A shutdown waits for the first call of this, which is to be that of the end.
-            XenbusState::Closed if self.own == FrontState::Dead => {
+            XenbusState::Closed if self.state == FrontState::Dead => {
                 return self.device.frontend_closed();
             }
             XenbusState::Closed => xenbus::State::Closed,
@@ -416,14 +416,14 @@ impl Control {
 
     /// Shares rings with the backend. `EBUSY`: it still uses memory of the last connection.
     fn offer(&mut self) -> Result {
-        if !self.reclaim() {
+        if !self.end_stale_grants() {
             return Err(EBUSY);
         }
-        self.retry.take_turn()?;
+        self.retry.try_offer()?;
         let own = DirectoryListing::new(&NoTransaction, self.device.nodename());
-        let front = nodes::front_offer(&self.device, &own)?;
-        self.no_partition_scan = nodes::no_partition_scan(&self.device, &own)?;
-        let back = nodes::back_offer(&self.backend, &BackOffer::RING_NODES)?;
+        let front = xenstore::front_offer(&self.device, &own)?;
+        self.no_partition_scan = xenstore::no_partition_scan(&self.device, &own)?;
+        let back = xenstore::back_offer(&self.backend, &BackOffer::RING_NODES)?;
         let shape = RingShape::choose(&front, &back);
         if self.disk.is_none() {
             self.make_queues(shape.queues)?;
@@ -432,7 +432,7 @@ impl Control {
         self.rings = self.queues.len().min(shape.queues as usize);
         let (order, rings) = self.make_rings(shape.page_order)?;
         self.offer = Some(front);
-        nodes::publish(&self.device, &own, &rings, order, front.persistent)
+        xenstore::publish(&self.device, &own, &rings, order, front.persistent)
     }
 
     /// Makes the rings, of `1 << page_order` pages or, if there is not so much memory in a row, of
@@ -451,19 +451,19 @@ impl Control {
 
     /// Gives each queue a ring of `1 << page_order` pages.
     fn attach_rings(&mut self, page_order: u32) -> Result<KVec<RingNodes>> {
-        let mut links = KVec::new();
+        let mut connections = KVec::new();
         let mut rings = KVec::new();
         let mut slots = 0usize;
         for queue in self.queues.iter().take(self.rings) {
-            let link = Link::new(&self.device, page_order, queue)?;
-            slots = slots.saturating_add(link.ring.capacity() as usize);
-            rings.push(RingNodes::new(&link)?, GFP_KERNEL)?;
-            links.push(link, GFP_KERNEL)?;
+            let connection = RingConnection::new(&self.device, page_order, queue)?;
+            slots = slots.saturating_add(connection.ring.capacity() as usize);
+            rings.push(RingNodes::new(&connection)?, GFP_KERNEL)?;
+            connections.push(connection, GFP_KERNEL)?;
         }
         // So that there is room for all requests, should the backend keep their pages.
-        self.lingering.reserve(slots, GFP_KERNEL)?;
-        for (queue, link) in self.queues.iter().zip(links) {
-            queue.attach(link)?;
+        self.still_granted.reserve(slots, GFP_KERNEL)?;
+        for (queue, connection) in self.queues.iter().zip(connections) {
+            queue.attach(connection)?;
         }
         Ok(rings)
     }
@@ -472,7 +472,7 @@ impl Control {
         self.queues = KVec::new();
         let handle = self.device.handle().unwrap_or(0) as u16;
         for index in 0..count {
-            let queue = Queue::new(self.vdev.name, index as u16, handle, self.signal.clone())?;
+            let queue = Queue::new(self.vdev.name, index as u16, handle, self.events.clone())?;
             self.queues.push(queue, GFP_KERNEL)?;
         }
         Ok(())
@@ -480,19 +480,19 @@ impl Control {
 
     /// Serves requests: makes the disk, or goes on with the one that there is.
     fn connect(&mut self) -> Result {
-        let nodes = nodes::disk(&self.backend)?;
-        let back = nodes::back_offer(&self.backend, &BackOffer::NODES)?;
+        let nodes = xenstore::disk(&self.backend)?;
+        let back = xenstore::back_offer(&self.backend, &BackOffer::NODES)?;
         let front = self.offer.ok_or(EINVAL)?;
         let features = negotiate(&front, &back);
-        let features = match self.wanted {
-            Some(basis) if self.disk.is_some() => features.for_disk(basis.write_cache()),
+        let features = match self.desired {
+            Some(inputs) if self.disk.is_some() => features.for_disk(inputs.write_cache()),
             _ => features,
         };
         let limits = self.slot_limits(&nodes, &features)?;
         let largest = self.largest.max(limits.segments());
 
         self.generation = self.generation.wrapping_add(1);
-        let terms = Terms {
+        let config = ConnectionConfig {
             domain: self.device.otherend_id(),
             limits,
             bounce: features.bounce,
@@ -503,15 +503,15 @@ impl Control {
             generation: self.generation,
         };
         for queue in self.queues.iter().take(self.rings) {
-            queue.serve(terms)?;
+            queue.serve(config)?;
         }
         match self.disk.clone() {
             None => self.make_disk(&nodes, &features, limits)?,
             Some(disk) => self.resume_disk(&disk, &nodes, &features, limits)?,
         }
         self.largest = largest;
-        self.spread_events();
-        self.report(&features);
+        self.set_event_affinity();
+        self.log_features(&features);
         self.retry.finish();
         self.shortage.finish();
         Ok(())
@@ -558,9 +558,9 @@ impl Control {
             }),
             GFP_KERNEL,
         )?;
-        let basis = Basis::new(nodes.block_size, nodes, features, slot);
+        let inputs = LimitInputs::new(nodes.block_size, nodes, features, slot);
         let mut limits = QueueLimits::new();
-        basis.apply(&mut limits);
+        inputs.apply(&mut limits);
 
         let mut builder = GenDiskBuilder::new(limits)
             .capacity(nodes.sectors)
@@ -572,7 +572,7 @@ impl Control {
         if let Some(minors) = minors {
             builder = builder.device_numbers(minors);
         }
-        let data = Disk::new(queues, nodes.cdrom(), self.vdev.name, self.signal.clone());
+        let data = Disk::new(queues, nodes.cdrom(), self.vdev.name, self.events.clone());
         let serial = data.serial();
         let disk = builder.build(
             fmt!("{}", self.name()),
@@ -582,8 +582,8 @@ impl Control {
         let disk = Arc::new(disk, GFP_KERNEL)?;
         let registered = Registered::new(self.vdev.name, serial, disk.clone())?;
         self.block_size = nodes.block_size;
-        self.basis = Some(basis);
-        self.wanted = Some(basis);
+        self.applied = Some(inputs);
+        self.desired = Some(inputs);
         self.add_disk(disk.clone())?;
         self.disk = Some(disk);
         self.registered = Some(registered);
@@ -617,18 +617,19 @@ impl Control {
     /// Shows the disk to the system, in a thread that may wait for the backend.
     fn add_disk(&mut self, disk: Arc<GenDisk<Disk>>) -> Result {
         let device = self.device.clone();
-        let signal = self.signal.clone();
+        let events = self.events.clone();
         let name = self.vdev.name;
         let kind = KThreadOptions::default();
-        let adder = KThread::spawn(fmt!("rblkfront/{}+", name.as_str()), kind, move |_| {
-            let parent: &xenbus::Device = &device;
-            if let Err(error) = disk.add(Some(parent.as_ref())) {
-                device.dev_fatal(error, fmt!("adding disk {}", name.as_str()));
-                signal.raise(Cause::Failed);
-            }
-            signal.settle();
-        })?;
-        self.adder = Some(adder);
+        let scan_thread =
+            KThread::spawn(fmt!("rblkfront-scan/{}", name.as_str()), kind, move |_| {
+                let parent: &xenbus::Device = &device;
+                if let Err(error) = disk.add(Some(parent.as_ref())) {
+                    device.dev_fatal(error, fmt!("adding disk {}", name.as_str()));
+                    events.set(Event::Failed);
+                }
+                events.mark_ready();
+            })?;
+        self.scan_thread = Some(scan_thread);
         Ok(())
     }
 
@@ -651,9 +652,9 @@ impl Control {
         }
         disk.queue_data().set_rings(self.rings as u32);
         // Whole blocks of the old size are whole blocks of a smaller one.
-        self.wanted = Some(Basis::new(self.block_size, nodes, features, slot));
-        self.follow_limits()?;
-        self.follow_disk(disk, nodes)?;
+        self.desired = Some(LimitInputs::new(self.block_size, nodes, features, slot));
+        self.apply_limits()?;
+        self.update_disk(disk, nodes)?;
         disk.kick_requeue_list();
         disk.unquiesce();
         Ok(())
@@ -665,29 +666,29 @@ impl Control {
     /// the backend. So that lock is not waited for: the thread of the device tries again. Requests
     /// within the old limits are served under the new ones too, and whether there is a write cache
     /// never changes.
-    fn follow_limits(&mut self) -> Result {
-        let (Some(disk), Some(wanted)) = (&self.disk, self.wanted) else {
+    fn apply_limits(&mut self) -> Result {
+        let (Some(disk), Some(desired)) = (&self.disk, self.desired) else {
             return Ok(());
         };
         // Most backends come back as they were.
-        if self.basis == Some(wanted) {
+        if self.applied == Some(desired) {
             return Ok(());
         }
-        match disk.try_update_limits(|limits| wanted.apply(limits)) {
-            Ok(()) => self.basis = Some(wanted),
+        match disk.try_update_limits(|limits| desired.apply(limits)) {
+            Ok(()) => self.applied = Some(desired),
             Err(error) if error != EBUSY => return Err(error),
-            Err(_) => self.signal.raise(Cause::Limits),
+            Err(_) => self.events.set(Event::Limits),
         }
         Ok(())
     }
 
     /// Tries again to make the limits of the disk from what they are to be made from.
     pub(crate) fn retry_limits(&mut self) {
-        if self.own != FrontState::Live {
+        if self.state != FrontState::Live {
             // The next connection wants its own.
             return;
         }
-        if let Err(error) = self.follow_limits() {
+        if let Err(error) = self.apply_limits() {
             ratelimited!(pr_err!(
                 "{}: the limits of the disk stay: {:?}\n",
                 self.name(),
@@ -696,7 +697,7 @@ impl Control {
         }
     }
 
-    fn report(&self, features: &Features) {
+    fn log_features(&self, features: &Features) {
         let flush = match features.flush {
             Flush::Cache => "flush diskcache: enabled;",
             Flush::Barrier => "barrier: enabled;",
@@ -728,7 +729,7 @@ impl Control {
 
     /// Has the events of each ring come to a CPU that uses it, so that a request ends where it was
     /// made. Where that does not work, events come to any CPU.
-    fn spread_events(&self) {
+    fn set_event_affinity(&self) {
         let Some(disk) = &self.disk else { return };
         let rings = self.queues.iter().take(self.rings);
         for (number, queue) in rings.enumerate() {
@@ -742,7 +743,7 @@ impl Control {
     /// disk is in use.
     fn refresh(&self) {
         let Some(disk) = &self.disk else { return };
-        let Ok(nodes) = nodes::disk(&self.backend) else {
+        let Ok(nodes) = xenstore::disk(&self.backend) else {
             return;
         };
         if nodes.block_size != self.block_size {
@@ -754,12 +755,12 @@ impl Control {
             ));
         }
         // What was read is in range.
-        let _ = self.follow_disk(disk, &nodes);
+        let _ = self.update_disk(disk, &nodes);
     }
 
     /// Takes over what may change while a disk is in use. Who is told of the new size finds the
     /// write protection as it is to be with that.
-    fn follow_disk(&self, disk: &GenDisk<Disk>, nodes: &negotiate::DiskProperties) -> Result {
+    fn update_disk(&self, disk: &GenDisk<Disk>, nodes: &negotiate::DiskProperties) -> Result {
         disk.set_read_only(nodes.read_only());
         if disk.capacity() != nodes.sectors {
             ratelimited!(pr_info!(
@@ -781,7 +782,7 @@ impl Control {
             "{}: the backend cannot discard, it is off\n",
             self.name()
         ));
-        self.wanted = self.wanted.map(Basis::without_discard);
+        self.desired = self.desired.map(LimitInputs::without_discard);
         self.retry_limits();
     }
 
@@ -794,32 +795,33 @@ impl Control {
     /// Gives up a connection whose backend does not answer. One that is away has its own deadline.
     pub(crate) fn drop_stalled(&mut self) {
         let stalled = || self.queues.iter().any(|queue| queue.has_stalled());
-        if !params::gives_up() || !self.is_whole() || !stalled() {
+        if !params::gives_up() || !self.is_connected() || !stalled() {
             return;
         }
         ratelimited!(self.device.dev_error(
             ETIMEDOUT,
             fmt!("the backend does not answer: closing the connection, requests wait for another one"),
         ));
-        self.follow(FrontEvent::Unusable);
+        self.handle_event(FrontEvent::Unusable);
     }
 
     /// Returns `true` if the disk is served, as far as xenbus has told.
-    fn is_whole(&self) -> bool {
-        let state = XenbusState::from_number(self.seen.number());
-        self.own.is_connected(state.unwrap_or(XenbusState::Unknown))
+    fn is_connected(&self) -> bool {
+        let state = XenbusState::from_number(self.backend_state.number());
+        self.state
+            .is_connected(state.unwrap_or(XenbusState::Unknown))
     }
 
     /// Ends event channels and requests. The backend may keep what it has mapped of the rings and
-    /// pools until [`Self::reclaim`] or [`Self::bury`].
-    fn stop_sharing(&mut self, fate: Fate) {
+    /// pools until [`Self::reclaim`] or [`Self::free_stale_grants`].
+    fn stop_sharing(&mut self, disposition: Disposition) {
         if let Some(disk) = &self.disk {
             disk.quiesce();
         }
-        let lingering = &mut self.lingering;
+        let still_granted = &mut self.still_granted;
         for queue in &self.queues {
-            queue.detach(matches!(fate, Fate::Fail), |waiting| {
-                settle(lingering, waiting, fate);
+            queue.detach(matches!(disposition, Disposition::Fail), |pending| {
+                complete_or_requeue(still_granted, pending, disposition);
             });
         }
         self.rings = 0;
@@ -827,32 +829,32 @@ impl Control {
 
     /// Frees what the backend does not use any more of the last connection. Returns `true` if nothing
     /// is left.
-    fn reclaim(&self) -> bool {
+    fn end_stale_grants(&self) -> bool {
         let mut all = true;
         for queue in &self.queues {
-            all &= queue.reclaim();
+            all &= queue.end_stale_grants();
         }
         all
     }
 
     /// Gives back pages of the pools that no request uses at the moment.
-    pub(crate) fn give_back_unused(&self) {
+    pub(crate) fn trim_unused(&self) {
         for queue in &self.queues {
-            queue.give_back_unused();
+            queue.trim_unused();
         }
     }
 
     /// Gives up what the backend has had mapped of rings and pools.
-    pub(crate) fn bury(&self) {
+    pub(crate) fn free_stale_grants(&self) {
         for queue in &self.queues {
-            queue.bury();
+            queue.free_stale_grants();
         }
     }
 
     /// Whether the backend still has to let go of rings and pools: it says by its state when it has.
     /// Xenbus does not tell that of a device that is being unbound, so that is asked for.
     pub(crate) fn is_mapped(&self) -> bool {
-        if !self.queues.iter().any(|queue| queue.has_remains()) {
+        if !self.queues.iter().any(|queue| queue.has_stale_grants()) {
             return false;
         }
         let backend = self.device.read_driver_state(&self.backend);
@@ -865,7 +867,7 @@ impl Control {
     /// asked for. The toolstack writes Closing itself, and the backend goes on until it hears Closed.
     pub(crate) fn is_served(&self) -> bool {
         let backend = self.device.read_driver_state(&self.backend);
-        self.own == FrontState::Live
+        self.state == FrontState::Live
             && matches!(backend, xenbus::State::Connected | xenbus::State::Closing)
     }
 
@@ -880,15 +882,15 @@ impl Control {
             return None;
         }
         let name = self.vdev.name;
-        let remover = KThread::spawn(
-            fmt!("rblkfront/{}-", name.as_str()),
+        let remove_thread = KThread::spawn(
+            fmt!("rblkfront-remove/{}", name.as_str()),
             KThreadOptions::default(),
             move |_| {
                 let _noio = NoioScope::new();
                 disk.remove();
             },
         );
-        remover
+        remove_thread
             .inspect_err(|error| {
                 pr_err!(
                     "{}: the disk is not written back: {:?}\n",
@@ -900,19 +902,19 @@ impl Control {
     }
 
     /// Returns `true` if the disk is to be detached when it is not in use any more.
-    pub(crate) fn waits(&self) -> bool {
-        self.waits && self.ending == Ending::None
+    pub(crate) fn is_detach_deferred(&self) -> bool {
+        self.detach_deferred && self.ending == Ending::None
     }
 
     /// Keeps the thread that removes the disk until the disk is dropped.
-    pub(crate) fn keep_remover(&mut self, remover: KThread) {
-        self.remover = Some(remover);
+    pub(crate) fn store_remove_thread(&mut self, remove_thread: KThread) {
+        self.remove_thread = Some(remove_thread);
     }
 
     /// Returns how many slots the backend has answered in all. Wraps around.
-    pub(crate) fn answered(&self) -> u32 {
+    pub(crate) fn responses(&self) -> u32 {
         let queues = self.queues.iter();
-        queues.fold(0, |sum, queue| sum.wrapping_add(queue.answered()))
+        queues.fold(0, |sum, queue| sum.wrapping_add(queue.responses()))
     }
 
     /// Has new requests fail. Returns `true` if there is a disk.
@@ -921,7 +923,7 @@ impl Control {
         if disk.is_removed() {
             return true;
         }
-        if self.reporter.is_some() {
+        if self.mark_dead_thread.is_some() {
             return true;
         }
         // Another thread tells the file systems, for that waits for I/O: a mount or an unmount that is
@@ -929,16 +931,16 @@ impl Control {
         // fails only when this thread goes on.
         let dead = disk.clone();
         let name = self.vdev.name;
-        let reporter = KThread::spawn(
-            fmt!("rblkfront/{}!", name.as_str()),
+        let mark_dead_thread = KThread::spawn(
+            fmt!("rblkfront-dead/{}", name.as_str()),
             KThreadOptions::default(),
             move |_| {
                 let _noio = NoioScope::new();
                 dead.mark_dead();
             },
         );
-        match reporter {
-            Ok(reporter) => self.reporter = Some(reporter),
+        match mark_dead_thread {
+            Ok(mark_dead_thread) => self.mark_dead_thread = Some(mark_dead_thread),
             // Its requests fail all the same, one by one.
             Err(error) => pr_err!(
                 "{}: the users of the disk cannot be told that it goes: {:?}\n",
@@ -951,52 +953,52 @@ impl Control {
 
     /// Ends everything but the disk itself, whose requests fail from now on.
     pub(crate) fn finish_close(&mut self) {
-        self.stop_sharing(Fate::Fail);
-        for (_, fate) in self.lingering.iter_mut() {
-            *fate = Fate::Fail;
+        self.stop_sharing(Disposition::Fail);
+        for (_, disposition) in self.still_granted.iter_mut() {
+            *disposition = Disposition::Fail;
         }
         if let Some(disk) = &self.disk {
             disk.kick_requeue_list();
             disk.unquiesce();
         }
-        let connected = self.own != FrontState::Waiting;
-        self.own = FrontState::Dead;
+        let connected = self.state != FrontState::Waiting;
+        self.state = FrontState::Dead;
         self.retry.finish();
         self.shortage.finish();
         // To be unbound without ever having offered anything is nothing to tell: the device can be
         // bound again. And the bus, which looks at Initialising in xenbus's thread, must not find
         // that it has become something else in another.
-        if connected || !self.signal.removed() {
-            self.show();
+        if connected || !self.events.is_removing() {
+            self.write_state();
         }
     }
 
     /// Whether the disk is to be let go, and that was not done yet.
     pub(crate) fn must_close(&self) -> bool {
-        self.ending != Ending::None && self.own != FrontState::Dead
+        self.ending != Ending::None && self.state != FrontState::Dead
     }
 
     /// Whether no request waits for an answer that may still come.
     pub(crate) fn is_drained(&self) -> bool {
         let waits = |queue: &Arc<Queue>| !queue.is_idle() && !queue.is_broken();
-        self.own != FrontState::Live || !self.queues.iter().any(waits)
+        self.state != FrontState::Live || !self.queues.iter().any(waits)
     }
 
     /// Whether requests are being served, or never will be again.
-    pub(crate) fn is_settled(&self) -> bool {
-        self.own == FrontState::Dead || self.is_whole()
+    pub(crate) fn is_connected_or_dead(&self) -> bool {
+        self.state == FrontState::Dead || self.is_connected()
     }
 
     /// Gives back pages of the pools that nobody has needed since the last time.
-    pub(crate) fn give_back_spare(&self) -> Spare {
-        self.queues.iter().fold(Spare::default(), |sum, queue| {
-            sum.and(queue.give_back_spare())
-        })
+    pub(crate) fn trim_pool(&self) -> PoolTrim {
+        self.queues
+            .iter()
+            .fold(PoolTrim::default(), |sum, queue| sum.and(queue.trim_pool()))
     }
 
     /// Whether nothing will ever be served again.
     pub(crate) fn is_dead(&self) -> bool {
-        self.own == FrontState::Dead
+        self.state == FrontState::Dead
     }
 
     /// Whether there is a disk.
@@ -1005,20 +1007,20 @@ impl Control {
     }
 
     /// Whether the backend still uses pages of requests.
-    pub(crate) fn lingers(&self) -> bool {
-        !self.lingering.is_empty()
+    pub(crate) fn has_granted_requests(&self) -> bool {
+        !self.still_granted.is_empty()
     }
 
     /// Ends requests of which the backend has let go.
-    pub(crate) fn release(&mut self) {
-        let count = self.lingering.len();
+    pub(crate) fn end_released(&mut self) {
+        let count = self.still_granted.len();
         for index in (0..count).rev() {
-            let Ok((waiting, fate)) = self.lingering.remove(index) else {
+            let Ok((pending, disposition)) = self.still_granted.remove(index) else {
                 continue;
             };
-            settle(&mut self.lingering, waiting, fate);
+            complete_or_requeue(&mut self.still_granted, pending, disposition);
         }
-        if count != self.lingering.len() {
+        if count != self.still_granted.len() {
             if let Some(disk) = &self.disk {
                 disk.kick_requeue_list();
             }
@@ -1029,16 +1031,20 @@ impl Control {
     ///
     /// To be dropped without the lock: that waits.
     pub(crate) fn take_disk(&mut self) -> Option<DeadDisk> {
-        if self.own != FrontState::Dead || !self.lingering.is_empty() {
+        if self.state != FrontState::Dead || !self.still_granted.is_empty() {
             return None;
         }
-        let threads = [self.adder.take(), self.reporter.take(), self.remover.take()];
+        let threads = [
+            self.scan_thread.take(),
+            self.mark_dead_thread.take(),
+            self.remove_thread.take(),
+        ];
         Some((self.disk.take()?, threads, self.registered.take()))
     }
 }
 
 /// What a step was for, in an error message.
-fn purpose(action: FrontAction) -> &'static str {
+fn describe(action: FrontAction) -> &'static str {
     match action {
         FrontAction::Wait | FrontAction::Report => "waiting for the backend",
         FrontAction::Offer => "offering rings",
@@ -1057,29 +1063,33 @@ fn queue_depth(queues: &[Arc<Queue>]) -> u32 {
 
 /// Ends or requeues a request whose connection has ended, or keeps it while the backend uses its
 /// pages.
-fn settle(lingering: &mut KVVec<(Waiting, Fate)>, waiting: Waiting, fate: Fate) {
-    let answer = waiting.answer();
-    let stalled = waiting.has_stalled();
-    match (waiting.release(), answer, fate) {
+fn complete_or_requeue(
+    still_granted: &mut KVVec<(PendingRequest, Disposition)>,
+    pending: PendingRequest,
+    disposition: Disposition,
+) {
+    let answer = pending.final_status();
+    let stalled = pending.has_stalled();
+    match (pending.end_grants(), answer, disposition) {
         (Ok(rq), Some(status), _) => end(rq, status),
-        (Ok(rq), None, Fate::Again) if !(stalled && rq.data().stalled) => {
+        (Ok(rq), None, Disposition::Requeue) if !(stalled && rq.data().stalled) => {
             requeue(rq, stalled);
         }
         (Ok(rq), None, _) => end(rq, BlkStatus::IOERR),
-        (Err(waiting), _, _) => {
+        (Err(pending), _, _) => {
             // There is room. If not, the pages are never used again.
-            let _ = lingering.push_within_capacity((waiting, fate));
+            let _ = still_granted.push_within_capacity((pending, disposition));
         }
     }
 }
 
 /// Has a request offered to the queue again. `stalled`: its connection was given up because of it.
-fn requeue(mut rq: Started, stalled: bool) {
+fn requeue(mut rq: InFlightRequest, stalled: bool) {
     rq.data_mut().stalled |= stalled;
     rq.requeue();
 }
 
-fn end(mut rq: Started, status: BlkStatus) {
+fn end(mut rq: InFlightRequest, status: BlkStatus) {
     rq.data_mut().stalled = false;
     rq.end(status);
 }

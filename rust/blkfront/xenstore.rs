@@ -49,8 +49,8 @@ use blkif::{
 };
 
 use crate::{
-    link::Link,
-    params, //
+    params,
+    ring_connection::RingConnection, //
 };
 
 /// A node, or `None` if there is none.
@@ -63,12 +63,12 @@ fn read(dir: &CStr, node: &'static str) -> Result<Option<Value>> {
 }
 
 /// Reports a node that makes no sense.
-fn complain(dir: &CStr, bad: &InvalidNode) {
+fn warn_bad_node(dir: &CStr, bad: &InvalidNode) {
     ratelimited!(pr_warn!("{}/{}\n", dir, AsKernelDisplay(bad)));
 }
 
-fn bad(dir: &CStr, bad: InvalidNode) -> Error {
-    complain(dir, &bad);
+fn bad_node(dir: &CStr, bad: InvalidNode) -> Error {
+    warn_bad_node(dir, &bad);
     EINVAL
 }
 
@@ -79,8 +79,9 @@ pub(crate) fn virtual_device(device: &xenbus::Device) -> Result<VirtualDevice> {
         Some(value) => ("virtual-device", Some(value)),
         None => ("virtual-device-ext", read(dir, "virtual-device-ext")?),
     };
-    let value = value.ok_or_else(|| bad(dir, InvalidNode::missing("virtual-device")))?;
-    let number = node::device_number(node, value.as_bytes()).map_err(|error| bad(dir, error))?;
+    let value = value.ok_or_else(|| bad_node(dir, InvalidNode::missing("virtual-device")))?;
+    let number =
+        node::device_number(node, value.as_bytes()).map_err(|error| bad_node(dir, error))?;
     VirtualDevice::new(number).map_err(|error| {
         pr_err!("{}: {}\n", dir, AsKernelDisplay(error));
         ENODEV
@@ -104,7 +105,7 @@ pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> 
         return Err(ENODEV);
     }
     let Some(kind) = read(dir, "device-type")? else {
-        complain(dir, &InvalidNode::missing("device-type"));
+        warn_bad_node(dir, &InvalidNode::missing("device-type"));
         return Err(ENODEV);
     };
     if kind.as_bytes().starts_with(b"cdrom") {
@@ -145,7 +146,7 @@ fn has_wrong_state(backend: &CStr) -> bool {
         return false;
     }
     node::decimal_u32("state", value.as_bytes())
-        .inspect_err(|error| complain(backend, error))
+        .inspect_err(|error| warn_bad_node(backend, error))
         .is_err()
 }
 
@@ -155,7 +156,7 @@ fn is_online(backend: &CStr) -> bool {
         return true;
     };
     node::switch("online", value.as_bytes()).unwrap_or_else(|error| {
-        complain(backend, &error);
+        warn_bad_node(backend, &error);
         true
     })
 }
@@ -180,7 +181,7 @@ pub(crate) fn front_offer(device: &xenbus::Device, own: &DirectoryListing) -> Re
         None => true,
         // Who cannot be understood is not trusted.
         Some(value) => node::switch("trusted", value.as_bytes()).unwrap_or_else(|error| {
-            complain(dir, &error);
+            warn_bad_node(dir, &error);
             false
         }),
     };
@@ -196,7 +197,7 @@ pub(crate) fn no_partition_scan(device: &xenbus::Device, own: &DirectoryListing)
     };
     Ok(
         node::switch("no-part-scan", value.as_bytes()).unwrap_or_else(|error| {
-            complain(dir, &error);
+            warn_bad_node(dir, &error);
             true
         }),
     )
@@ -208,7 +209,7 @@ pub(crate) fn back_offer(backend: &CStr, nodes: &[&'static str]) -> Result<BackO
     for &node in nodes {
         if let Some(value) = read(backend, node)? {
             if let Err(error) = offer.set(node, value.as_bytes()) {
-                complain(backend, &error);
+                warn_bad_node(backend, &error);
             }
         }
     }
@@ -221,13 +222,13 @@ pub(crate) fn disk(backend: &CStr) -> Result<DiskProperties> {
     for node in DiskNodes::NODES {
         if let Some(value) = read(backend, node)? {
             match nodes.set(node, value.as_bytes()) {
-                Err(error) if DiskNodes::is_required(node) => return Err(bad(backend, error)),
-                Err(error) => complain(backend, &error),
+                Err(error) if DiskNodes::is_required(node) => return Err(bad_node(backend, error)),
+                Err(error) => warn_bad_node(backend, &error),
                 Ok(()) => {}
             }
         }
     }
-    nodes.disk().map_err(|error| bad(backend, error))
+    nodes.disk().map_err(|error| bad_node(backend, error))
 }
 
 /// Where the nodes of a ring are: in the directory itself, or in one for each of several rings.
@@ -250,14 +251,14 @@ pub(crate) struct RingNodes {
 }
 
 impl RingNodes {
-    pub(crate) fn new(link: &Link) -> Result<Self> {
+    pub(crate) fn new(connection: &RingConnection) -> Result<Self> {
         let mut references = KVec::new();
-        for reference in link.references() {
+        for reference in connection.references() {
             references.push(reference.value(), GFP_KERNEL)?;
         }
         Ok(Self {
             references,
-            port: link.channel.port().ok_or(EINVAL)?,
+            port: connection.channel.port().ok_or(EINVAL)?,
         })
     }
 

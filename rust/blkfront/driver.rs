@@ -36,14 +36,14 @@ use kernel_ext::{
 };
 
 use crate::{
-    control::Control,
-    keeper::Keeper,
-    nodes,
-    shortage::Member,
-    signal::{
-        Cause,
-        Signal, //
-    }, //
+    device::Device,
+    events::{
+        DeviceEvents,
+        Event, //
+    },
+    shortage::ShortageSubscriber,
+    worker::DeviceWorker,
+    xenstore, //
 };
 
 /// How long an unbind waits for the thread of the device after the disk was written back. The thread
@@ -54,49 +54,49 @@ const REMOVE_MS: u32 = 10_000;
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 
 /// A device.
-pub(crate) struct Vbd {
-    signal: Arc<Signal>,
-    keeper: Arc<Keeper>,
+pub(crate) struct VbdDriver {
+    events: Arc<DeviceEvents>,
+    worker: Arc<DeviceWorker>,
     _thread: KThread,
-    _member: Member,
+    _subscriber: ShortageSubscriber,
 }
 
-impl Vbd {
+impl VbdDriver {
     fn new(dev: &xenbus::Device<Core<'_>>) -> Result<Self> {
         let device: ARef<xenbus::Device> = dev.into();
-        let vdev = nodes::virtual_device(&device)
+        let vdev = xenstore::virtual_device(&device)
             .inspect_err(|error| dev.dev_fatal(*error, fmt!("reading virtual-device")))?;
-        nodes::refuse_emulated(&device, &vdev)?;
-        let signal = Signal::new()?;
-        let backend = nodes::path(dev.otherend()?)?;
-        let control = Control::new(device, vdev, signal.clone(), backend);
-        let keeper = Keeper::new(control, signal.clone())?;
-        let member = Member::new(signal.clone())?;
+        xenstore::refuse_emulated(&device, &vdev)?;
+        let events = DeviceEvents::new()?;
+        let backend = xenstore::path(dev.otherend()?)?;
+        let device_state = Device::new(device, vdev, events.clone(), backend);
+        let worker = DeviceWorker::new(device_state, events.clone())?;
+        let subscriber = ShortageSubscriber::new(events.clone())?;
 
         // A disk may be what memory is freed by writing to.
         let kind = KThreadOptions { freezable: false };
-        let runner = keeper.clone();
+        let runner = worker.clone();
         let thread = KThread::spawn(fmt!("rblkfront/{}", vdev.name.as_str()), kind, move |_| {
             let _noio = NoioScope::new();
-            Keeper::run(&runner);
+            DeviceWorker::run(&runner);
         })?;
         Ok(Self {
-            signal,
-            keeper,
+            events,
+            worker,
             _thread: thread,
-            _member: member,
+            _subscriber: subscriber,
         })
     }
 }
 
-impl Drop for Vbd {
+impl Drop for VbdDriver {
     fn drop(&mut self) {
         // The thread has to end also if the device could not be bound.
-        self.signal.raise(Cause::Remove);
+        self.events.set(Event::Remove);
     }
 }
 
-impl Driver for Vbd {
+impl Driver for VbdDriver {
     const ROLE: Role = Role::Frontend;
     const NAME: &'static CStr = c"vbd";
     const ID_TABLE: IdTable = IDS.as_table();
@@ -112,17 +112,17 @@ impl Driver for Vbd {
         state: State,
     ) -> DeviceAction {
         let _noio = NoioScope::new();
-        self.keeper.control.lock().follow_backend(state);
-        self.signal.raise(Cause::Backend);
+        self.worker.device.lock().backend_changed(state);
+        self.events.set(Event::Backend);
         DeviceAction::Keep
     }
 
     fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {
-        self.signal.raise(Cause::Remove);
+        self.events.set(Event::Remove);
         let mut syncing = false;
-        while !self.signal.await_finish(msecs_to_jiffies(REMOVE_MS)) {
+        while !self.events.await_finish(msecs_to_jiffies(REMOVE_MS)) {
             // A backend that answers is given all the time that it takes.
-            let synced = core::mem::replace(&mut syncing, self.signal.is_syncing());
+            let synced = core::mem::replace(&mut syncing, self.events.is_syncing());
             if !synced && !syncing {
                 dev.dev_error(
                     ETIMEDOUT,
@@ -135,12 +135,12 @@ impl Driver for Vbd {
 
     fn resume(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) -> Result {
         let _noio = NoioScope::new();
-        let resumed = self.keeper.control.lock().resume(dev.otherend()?);
-        self.signal.raise(Cause::Backend);
+        let resumed = self.worker.device.lock().resume(dev.otherend()?);
+        self.events.set(Event::Backend);
         resumed
     }
 
     fn is_ready(self: Pin<&Self>) -> bool {
-        self.signal.is_settled()
+        self.events.is_ready()
     }
 }

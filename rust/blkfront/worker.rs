@@ -20,7 +20,7 @@
 //!   pages to somebody else. It ends when the backend lets go, at the latest when its domain ends.
 //! - A disk that has gone is still mapped by the backend: the ring and the pages for data stay until
 //!   the backend says that it has closed too, if the device goes for [`UNMAP_MS`] at most. To give
-//!   them up earlier is safe, but slow, see [`Queue::bury`](crate::queue::Queue::bury).
+//!   them up earlier is safe, but slow, see [`Queue::free_stale_grants`](crate::queue::Queue::free_stale_grants).
 //! - The partitions of a new disk are looked for by another thread, it is written back by another
 //!   one, and its users are told of its end by a third: that waits for I/O, and a backend that does
 //!   not answer must not keep this thread from ending it.
@@ -59,14 +59,14 @@ use kernel_ext::{
 use blkif::state::FrontEvent;
 
 use crate::{
-    control::Control,
+    device::Device,
     disk::Disk,
+    events::{
+        DeviceEvents,
+        Event, //
+    },
     params,
-    registry::Registered,
-    signal::{
-        Cause,
-        Signal, //
-    }, //
+    registry::Registered, //
 };
 
 /// How long a disk that goes waits for the answers to its last requests.
@@ -82,53 +82,53 @@ const UNMAP_STEP_MS: i64 = 10;
 /// How often is tried to change limits that somebody else is changing.
 const LIMITS_STEP_MS: i64 = 10;
 /// How often is looked whether the backend has let go of pages.
-const LINGER_STEP_MS: u32 = 100;
+const RELEASE_STEP_MS: u32 = 100;
 /// How often is looked whether a backend is away for too long, at least and at most.
 const OUTAGE_STEP_MS: u32 = 10_000;
-const OUTAGE_LEAST_MS: u32 = 100;
+const OUTAGE_MIN_STEP_MS: u32 = 100;
 
 /// How often pages that nobody needs are looked for, while there may be some.
-const SPARE_STEP_MS: u32 = 10_000;
+const TRIM_INTERVAL_MS: u32 = 10_000;
 /// How often that is done in vain. A backend need not let go of pages that are granted to stay.
-const SPARE_TRIES: u32 = 18;
+const MAX_IDLE_SCANS: u32 = 18;
 
 /// When to look for spare pages.
 #[derive(Default)]
-struct Spares {
+struct TrimTimer {
     /// The last look, or when the pool has grown; `None` if there is nothing to look for.
     last: Option<Instant<Monotonic>>,
     /// Looks in a row that have found nothing.
-    vain: u32,
+    idle_scans: u32,
 }
 
 /// A device, as its thread and xenbus share it.
 #[pin_data]
-pub(crate) struct Keeper {
-    signal: Arc<Signal>,
+pub(crate) struct DeviceWorker {
+    events: Arc<DeviceEvents>,
     #[pin]
-    pub(crate) control: Mutex<Control>,
+    pub(crate) device: Mutex<Device>,
     /// Has xenbus's thread try to connect again.
     #[pin]
-    attempt: Mutex<Option<Watch<Keeper>>>,
+    retry_watch: Mutex<Option<Watch<DeviceWorker>>>,
 }
 
-impl WatchHandler for Keeper {
+impl WatchHandler for DeviceWorker {
     /// Called once, in xenbus's thread, because the watch was made.
     fn changed(&self) {
         let _noio = NoioScope::new();
-        self.control.lock().retry();
-        let watch = self.attempt.lock().take();
+        self.device.lock().retry();
+        let watch = self.retry_watch.lock().take();
         drop(watch);
     }
 }
 
-impl Keeper {
-    pub(crate) fn new(control: Control, signal: Arc<Signal>) -> Result<Arc<Self>> {
+impl DeviceWorker {
+    pub(crate) fn new(device: Device, events: Arc<DeviceEvents>) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
-                signal,
-                control <- new_mutex!(control),
-                attempt <- new_mutex!(None),
+                events,
+                device <- new_mutex!(device),
+                retry_watch <- new_mutex!(None),
             }),
             GFP_KERNEL,
         )
@@ -142,201 +142,205 @@ impl Keeper {
     }
 
     fn live(self: &Arc<Self>, open: &mut Option<RemovedDisk>) {
-        let mut away = None;
-        let mut spares = Spares::default();
-        while !self.signal.removed() {
-            self.attend(open);
-            self.try_again();
-            self.check_outage(&mut away);
-            self.look_for_spares(&mut spares);
-            self.signal
-                .wait(self.patience(&away, spares.last.is_some()));
+        let mut disconnected_since = None;
+        let mut trim = TrimTimer::default();
+        while !self.events.is_removing() {
+            self.handle_events(open);
+            self.retry_connect();
+            self.check_outage(&mut disconnected_since);
+            self.trim_pools(&mut trim);
+            self.events
+                .wait(self.wait_timeout(&disconnected_since, trim.last.is_some()));
         }
     }
 
     fn end(&self, open: &mut Option<RemovedDisk>) {
         self.close();
-        while self.control.lock().lingers() {
-            fsleep(Delta::from_millis(LINGER_STEP_MS.into()));
-            self.control.lock().release();
+        while self.device.lock().has_granted_requests() {
+            fsleep(Delta::from_millis(RELEASE_STEP_MS.into()));
+            self.device.lock().end_released();
         }
         self.await_unmap();
         self.remove_disk(open);
-        self.signal.finish();
+        self.events.finish();
         while open.is_some() {
-            self.signal.await_cause(Cause::Released);
+            self.events.wait_for(Event::Released);
             drop_closed(open);
         }
     }
 
-    /// How long to sleep if nothing happens. `away` is since when the backend is; `spares`: pages are
+    /// How long to sleep if nothing happens. `disconnected_since` is since when the backend is; `spares`: pages are
     /// looked for that nobody needs.
-    fn patience(&self, away: &Option<Instant<Monotonic>>, spares: bool) -> Option<Jiffies> {
-        let control = self.control.lock();
+    fn wait_timeout(
+        &self,
+        disconnected_since: &Option<Instant<Monotonic>>,
+        trim: bool,
+    ) -> Option<Jiffies> {
+        let device = self.device.lock();
         let left = |since: &Instant<Monotonic>| {
             let left = params::reconnect_timeout_ms().saturating_sub(since.elapsed().as_millis());
-            left.clamp(OUTAGE_LEAST_MS.into(), OUTAGE_STEP_MS.into()) as u32
+            left.clamp(OUTAGE_MIN_STEP_MS.into(), OUTAGE_STEP_MS.into()) as u32
         };
         let times = [
-            control.lingers().then_some(LINGER_STEP_MS),
-            control
+            device.has_granted_requests().then_some(RELEASE_STEP_MS),
+            device
                 .retry_wait_ms()
                 .map(|wait| wait.min(OUTAGE_STEP_MS.into()) as u32),
-            away.as_ref().map(left),
-            spares.then_some(SPARE_STEP_MS),
-            control.waits().then_some(OUTAGE_STEP_MS),
+            disconnected_since.as_ref().map(left),
+            trim.then_some(TRIM_INTERVAL_MS),
+            device.is_detach_deferred().then_some(OUTAGE_STEP_MS),
         ];
         times.into_iter().flatten().min().map(msecs_to_jiffies)
     }
 
     /// Has xenbus's thread connect again, if it is time: it is the one that deals with Initialising.
-    fn try_again(self: &Arc<Self>) {
-        if !self.control.lock().take_retry() {
+    fn retry_connect(self: &Arc<Self>) {
+        if !self.device.lock().take_retry() {
             return;
         }
-        let mut attempt = self.attempt.lock();
-        if attempt.is_some() {
+        let mut retry_watch = self.retry_watch.lock();
+        if retry_watch.is_some() {
             // The last one was not made yet.
             return;
         }
         match Watch::new(c"domid", fmt!(""), self.clone()) {
-            Ok(watch) => *attempt = Some(watch),
+            Ok(watch) => *retry_watch = Some(watch),
             Err(error) => {
-                drop(attempt);
-                self.control.lock().put_off(error);
+                drop(retry_watch);
+                self.device.lock().postpone_retry(error);
             }
         }
     }
 
     /// Deals with what has happened.
-    fn attend(&self, open: &mut Option<RemovedDisk>) {
-        if self.signal.take(Cause::Failed) {
-            self.control.lock().follow(FrontEvent::Failed);
+    fn handle_events(&self, open: &mut Option<RemovedDisk>) {
+        if self.events.take(Event::Failed) {
+            self.device.lock().handle_event(FrontEvent::Failed);
         }
-        if self.signal.take(Cause::NoDiscard) {
-            self.control.lock().withdraw_discard();
+        if self.events.take(Event::NoDiscard) {
+            self.device.lock().withdraw_discard();
         }
-        if self.signal.take(Cause::TimedOut) {
+        if self.events.take(Event::TimedOut) {
             self.check_rings();
         }
-        if self.signal.take(Cause::Shortage) {
-            self.control.lock().give_back_unused();
+        if self.events.take(Event::Shortage) {
+            self.device.lock().trim_unused();
         }
-        if self.signal.take(Cause::Limits) {
+        if self.events.take(Event::Limits) {
             fsleep(Delta::from_millis(LIMITS_STEP_MS));
-            self.control.lock().retry_limits();
+            self.device.lock().retry_limits();
         }
         // Whether that is so is found out by looking.
-        self.signal.take(Cause::Backend);
-        self.signal.take(Cause::Close);
-        self.signal.take(Cause::Released);
-        self.control.lock().retry_detach();
-        if self.control.lock().must_close() {
+        self.events.take(Event::Backend);
+        self.events.take(Event::Close);
+        self.events.take(Event::Released);
+        self.device.lock().retry_detach();
+        if self.device.lock().must_close() {
             self.close();
         }
-        self.control.lock().release();
+        self.device.lock().end_released();
         self.remove_disk(open);
         drop_closed(open);
-        self.bury();
+        self.free_stale_grants();
     }
 
     /// Makes up for lost events, and gives up a connection without answers.
     fn check_rings(&self) {
         for number in 0.. {
-            let queue = self.control.lock().ring(number);
+            let queue = self.device.lock().ring(number);
             let Some(queue) = queue else { break };
             queue.check_ring();
         }
-        self.control.lock().drop_stalled();
+        self.device.lock().drop_stalled();
     }
 
-    /// Gives up a disk that is not served for too long. `away` is since when it is not.
-    fn check_outage(&self, away: &mut Option<Instant<Monotonic>>) {
-        let mut control = self.control.lock();
-        if control.is_settled() {
-            *away = None;
+    /// Gives up a disk that is not served for too long. `disconnected_since` is since when it is not.
+    fn check_outage(&self, disconnected_since: &mut Option<Instant<Monotonic>>) {
+        let mut device = self.device.lock();
+        if device.is_connected_or_dead() {
+            *disconnected_since = None;
             return;
         }
-        let since = *away.get_or_insert_with(Instant::now);
+        let since = *disconnected_since.get_or_insert_with(Instant::now);
         if since.elapsed().as_millis() < params::reconnect_timeout_ms() {
             return;
         }
-        *away = Some(Instant::now());
-        let disk = control.has_disk();
+        *disconnected_since = Some(Instant::now());
+        let disk = device.has_disk();
         if disk {
-            pr_err!("{}: the backend is away for too long\n", control.name());
+            pr_err!("{}: the backend is away for too long\n", device.name());
         }
-        control.follow(FrontEvent::Deadline { disk });
+        device.handle_event(FrontEvent::Deadline { disk });
     }
 
     /// Gives back pages that nobody needs any more.
-    fn look_for_spares(&self, spares: &mut Spares) {
-        if self.signal.take(Cause::Grown) {
-            spares.vain = 0;
-            spares.last.get_or_insert_with(Instant::now);
+    fn trim_pools(&self, trim: &mut TrimTimer) {
+        if self.events.take(Event::PoolGrown) {
+            trim.idle_scans = 0;
+            trim.last.get_or_insert_with(Instant::now);
         }
-        let due = |last: &Instant<Monotonic>| last.elapsed().as_millis() >= SPARE_STEP_MS.into();
-        if !spares.last.as_ref().is_some_and(due) {
+        let due = |last: &Instant<Monotonic>| last.elapsed().as_millis() >= TRIM_INTERVAL_MS.into();
+        if !trim.last.as_ref().is_some_and(due) {
             return;
         }
-        let found = self.control.lock().give_back_spare();
-        spares.vain = if found.freed {
+        let found = self.device.lock().trim_pool();
+        trim.idle_scans = if found.freed {
             0
         } else {
-            spares.vain.wrapping_add(1)
+            trim.idle_scans.wrapping_add(1)
         };
-        let go_on = found.grown && spares.vain < SPARE_TRIES;
-        spares.last = go_on.then(Instant::now);
+        let go_on = found.grown && trim.idle_scans < MAX_IDLE_SCANS;
+        trim.last = go_on.then(Instant::now);
     }
 
     /// Ends the connection, and the disk with it.
     fn close(&self) {
         let patient = self.write_back();
-        if self.control.lock().begin_close() && patient {
+        if self.device.lock().begin_close() && patient {
             self.drain();
         }
-        self.control.lock().finish_close();
-        self.signal.settle();
+        self.device.lock().finish_close();
+        self.events.mark_ready();
     }
 
     /// Has the disk written back and removed, if that is due. Returns `true` if requests that are still
     /// in flight may be answered soon.
     fn write_back(&self) -> bool {
-        let (served, remover) = {
-            let mut control = self.control.lock();
-            (control.is_served(), control.begin_remove())
+        let (served, remove_thread) = {
+            let mut device = self.device.lock();
+            (device.is_served(), device.begin_remove())
         };
-        let Some(remover) = remover else {
+        let Some(remove_thread) = remove_thread else {
             return served;
         };
-        self.signal.set_syncing(true);
-        let removed = self.await_removal(&remover);
-        self.signal.set_syncing(false);
-        self.control.lock().keep_remover(remover);
+        self.events.set_syncing(true);
+        let removed = self.await_removal(&remove_thread);
+        self.events.set_syncing(false);
+        self.device.lock().store_remove_thread(remove_thread);
         removed
     }
 
     /// Waits until the disk is written back and removed. Returns `false` if the backend does not serve
     /// the disk any more.
-    fn await_removal(&self, remover: &KThread) -> bool {
-        let mut last = (self.control.lock().answered(), Instant::<Monotonic>::now());
-        while !remover.join(msecs_to_jiffies(SYNC_STEP_MS)) {
-            let control = self.control.lock();
-            let answered = control.answered();
+    fn await_removal(&self, remove_thread: &KThread) -> bool {
+        let mut last = (self.device.lock().responses(), Instant::<Monotonic>::now());
+        while !remove_thread.join(msecs_to_jiffies(SYNC_STEP_MS)) {
+            let device = self.device.lock();
+            let answered = device.responses();
             if answered != last.0 {
                 last = (answered, Instant::now());
             }
-            if !control.is_served() {
+            if !device.is_served() {
                 pr_err!(
                     "{}: the backend left while the disk was written back: data may be lost\n",
-                    control.name()
+                    device.name()
                 );
                 return false;
             }
             if last.1.elapsed().as_millis() >= params::detach_timeout_ms() {
                 pr_err!(
                     "{}: the backend does not answer while the disk is written back: data may be lost (see detach_timeout)\n",
-                    control.name()
+                    device.name()
                 );
                 return false;
             }
@@ -346,12 +350,12 @@ impl Keeper {
 
     fn drain(&self) {
         let start = Instant::<Monotonic>::now();
-        while !self.control.lock().is_drained() {
+        while !self.device.lock().is_drained() {
             if start.elapsed().as_millis() >= DRAIN_MS {
-                let control = self.control.lock();
+                let device = self.device.lock();
                 pr_warn!(
                     "{}: the backend does not answer, requests fail\n",
-                    control.name()
+                    device.name()
                 );
                 return;
             }
@@ -361,11 +365,11 @@ impl Keeper {
 
     /// Frees what the backend has had mapped of a disk that has gone, if it has let go of it. Whether
     /// nothing is left.
-    fn bury(&self) -> bool {
-        let control = self.control.lock();
-        let mapped = control.is_mapped();
-        if !mapped && control.is_dead() {
-            control.bury();
+    fn free_stale_grants(&self) -> bool {
+        let device = self.device.lock();
+        let mapped = device.is_mapped();
+        if !mapped && device.is_dead() {
+            device.free_stale_grants();
         }
         !mapped
     }
@@ -373,29 +377,29 @@ impl Keeper {
     /// Gives the backend the time to let go of what it has mapped.
     fn await_unmap(&self) {
         let start = Instant::<Monotonic>::now();
-        while !self.bury() && start.elapsed().as_millis() < UNMAP_MS {
+        while !self.free_stale_grants() && start.elapsed().as_millis() < UNMAP_MS {
             fsleep(Delta::from_millis(UNMAP_STEP_MS));
         }
-        self.control.lock().bury();
+        self.device.lock().free_stale_grants();
     }
 
     /// Removes a disk that is dead, if all its requests have ended. Goes on in `open` if it is still
     /// open.
     fn remove_disk(&self, open: &mut Option<RemovedDisk>) {
-        let Some((disk, threads, registered)) = self.control.lock().take_disk() else {
+        let Some((disk, threads, registered)) = self.device.lock().take_disk() else {
             return;
         };
         for thread in threads.into_iter().flatten() {
             while !thread.join(msecs_to_jiffies(OUTAGE_STEP_MS)) {
                 pr_warn!(
                     "{}: the disk is still being added or told to end\n",
-                    self.control.lock().name()
+                    self.device.lock().name()
                 );
             }
         }
         // Waits for the openers that are inside of the block layer, whose requests fail.
         disk.remove();
-        disk.queue_data().await_release();
+        disk.queue_data().notify_release();
         *open = Some((disk, registered));
         drop_closed(open);
     }
