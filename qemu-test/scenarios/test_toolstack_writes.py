@@ -22,9 +22,28 @@ def detach(disk):
     return f"xenstore-write {disk.back}/online 0 {disk.back}/state 5"
 
 
+def keep_resizing(server):
+    """Changes the size of the disk again and again, from before this returns on.
+
+    A new size takes effect when the device is opened.
+    """
+    change = " ".join(f"echo {size} > {SIZE}; : < /dev/rblk0;" for size in (32, 8))
+    server.sh(
+        f": > /tmp/resizing; (while [ -e /tmp/resizing ]; do {change} : > /tmp/resized; done;"
+        " rm /tmp/resized) > /dev/null 2>&1 &"
+    )
+    server.wait_for("[ -e /tmp/resized ]")
+
+
+def stop_resizing(server):
+    """Ends the changes that keep_resizing() has begun."""
+    server.sh("rm /tmp/resizing")
+    server.wait_for("[ ! -e /tmp/resized ]")
+
+
 @pytest.mark.feature("B-30")
 def test_resize_detach(xen, test_modules):
-    """The disk gets another size, and is detached before the frontend was told.
+    """The disk changes its size all the time, and is detached meanwhile.
 
     The C backend writes its state again to tell of the size, whatever it finds: with the C frontend,
     the guest's xenwatch thread dies of it in one of the turns.
@@ -41,15 +60,11 @@ def test_resize_detach(xen, test_modules):
         guest.wait_for_disk("xvdb")
         if turn == 0:
             assert_served_by_pair(host, guest, "xvdb")
-        # The new size takes effect when somebody opens the disk.
-        resize = f"echo {32 if turn % 2 else 8} > {SIZE}; : < /dev/rblk0"
-        if server is host:
-            host.sh(f"{resize}; {detach(disk)}")
-        else:
-            server.sh(resize)
-            host.sh(detach(disk))
+        keep_resizing(server)
+        host.sh(detach(disk))
         disk.forget()
         guest.wait_for("[ ! -b /dev/xvdb ] && [ ! -e /sys/bus/xen/devices/vbd-51728 ]")
+        stop_resizing(server)
 
 
 @pytest.mark.feature("B-30")
