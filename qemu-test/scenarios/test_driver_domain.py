@@ -7,6 +7,7 @@ through.
 """
 
 from harness.driver_check import assert_served_by_pair
+from harness.job import Job
 from harness.leak_counts import xen_counts
 from harness.xenhost import Disk
 
@@ -90,3 +91,48 @@ def test_driver_domain(xen):
     before = xen_counts(host)
     life_of_a_disk(host, storage, guest)
     assert xen_counts(host) == before
+
+
+def attach_from_new_domain(host, guest):
+    """Starts a driver domain and attaches xvdb, which it serves. Returns the domain."""
+    storage = host.start_storage()
+    storage.load_backend()
+    storage.ram_disks(megabytes=32)
+    host.attach(guest, Disk("xvdb", backend="storage"))
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb", storage)
+    return storage
+
+
+def test_driver_domain_replaced(xen):
+    """The driver domain is destroyed under I/O, and another one takes its place.
+
+    The guest's other disk goes on. When the toolstack detaches the disk, whose backend is gone, what
+    was in flight fails; then the disk is attached again. With xen-blkfront the disk stays.
+    """
+    write = "dd if=/dev/zero of=/dev/{} bs=64k count=64 oflag=direct conv=notrunc,fsync"
+    host = xen()
+    host.load_backend()
+    host.ram_disks()
+    guest = host.start_guest()
+    storage = attach_from_new_domain(host, guest)
+    other = Job(guest, write.format("xvda"), name="other")
+    lost = Job(guest, write.format("xvdb"), name="lost")
+    lost.wait_for_pass(2)
+
+    storage.destroy()
+    other.wait_for_pass(2)
+    assert guest.run(f"[ -e {lost.files}.ended ]")[0] != 0
+    for text in ("error, dev xvdb", "I/O error"):
+        guest.allow(text)
+    host.sh(f"xl block-detach {guest.name} xvdb")
+    guest.wait_for("[ ! -b /dev/xvdb ]")
+    guest.wait_for(f"[ -e {lost.files}.ended ]")
+    assert guest.run(f"[ -e {lost.files}.failed ]")[0] == 0
+
+    attach_from_new_domain(host, guest)
+    again = Job(guest, write.format("xvdb"), name="again")
+    again.wait_for_pass(2)
+    other.wait_for_pass(2)
+    again.stop()
+    other.stop()
