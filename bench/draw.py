@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Stacked bars: where the instructions of an I/O are spent, pair beside pair."""
+"""Draws stacked bars of where the instructions of an I/O are spent, for each pair.
+
+It writes SVG itself, because matplotlib would add 100 packages to the build root for one picture.
+"""
 
 from report import row
 from report import shown

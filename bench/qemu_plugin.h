@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * The part of QEMU's plugin interface (version 4, QEMU 10.0) that count.c uses.
- * The whole is described in QEMU's documentation, "QEMU TCG Plugins".
+ * The part of QEMU's plugin interface (version 4, QEMU 10.0) that count.c uses, from
+ * qemu-plugin.h of QEMU's source: Debian has no package of that header. It is
+ * described in QEMU's documentation, "QEMU TCG Plugins".
  */
 #ifndef RBLKIF_QEMU_PLUGIN_H
 #define RBLKIF_QEMU_PLUGIN_H

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Files and directories that are made once and named by what they are made of.
+"""A cache of files and directories that are named by the hash of what they are made of.
 
-A thing is made under a temporary name and renamed when complete, under a lock:
-an interrupted making leaves nothing that looks finished, and of two processes
-that want the same thing one makes it and the other waits.
+An entry is made under a temporary name and renamed when it is complete, under a lock: an
+interrupted process leaves nothing that looks finished, and of two processes that want the same
+entry one makes it and the other waits.
 """
 
 import fcntl

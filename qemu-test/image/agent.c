@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Runs commands that arrive on stdin and answers on stdout, for whoever has the
+ * Runs commands that arrive on stdin and answers on stdout, for the harness at the
  * other end of that line.
+ *
+ * Why not qemu-guest-agent: it needs GLib, and starts several processes for each command.
+ * Under emulation, starting a program costs more than everything else here, so this
+ * starts the shell and, only for long output, gzip. A guest without a network has only
+ * its console, on which kernel messages appear between the lines.
  *
  * A request is one line, a number and what to do:
  *
  *   N run SCRIPT		runs a shell script, in which "\0ooo" is the byte of that
  *				octal number
- *   N again			gives the last answer once more
+ *   N again			repeats the last answer
  *   N pass TERMINAL SECONDS M ...
  *				gives "M ..." to the agent at that terminal; the answer
  *				is what that one answers, if it does before SECONDS
@@ -20,9 +25,6 @@
  * of what is in base64. The kernel may put a message of its own in the middle of
  * a line: the asker sees that by the sum, and asks "again". What was passed on is
  * not in base64, for the other agent has done that, and its FORM is "passed".
- *
- * To start a program costs more than all else where this runs, so it starts the
- * shell and no other, but for long output.
  */
 #define _GNU_SOURCE
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * dio FILE: writes and reads a file by direct I/O, with memory and lengths that
- * are aligned no better than statx says they must be. Prints that alignment, of
- * memory and of offsets; fails if an I/O does or if other data is read.
+ * have no more than the alignment that statx requires. Prints that alignment, of
+ * memory and of offsets; fails if an I/O does or if other data is read. fio aligns
+ * memory to pages.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>

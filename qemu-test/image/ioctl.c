@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * ioctl FILE NUMBER: asks a file for an ioctl, with room for an answer. Prints
- * what it returns, its error number, and the first eight bytes of the answer.
+ * ioctl FILE NUMBER: calls ioctl(2) on a file, with room for a result. Prints the
+ * return value, the error number, and the first eight bytes of the result. Guests
+ * have no Python, and busybox has no such command.
  */
 #include <errno.h>
 #include <fcntl.h>

@@ -2,6 +2,8 @@
 /*
  * qmp SOCKET COMMAND: executes a QMP command (JSON) and prints QEMU's response. The
  * exit status is 0 if the command succeeded.
+ *
+ * It runs in dom0, whose initramfs has no Python for the library of the QEMU project.
  */
 #include <stdio.h>
 #include <string.h>

@@ -3,10 +3,11 @@
  * store-file put FILE DIRECTORY	puts a file into xenstore
  * store-file get DIRECTORY		prints that file
  *
- * The way from dom0 into a guest that has no disk: the driver of its console
- * reads 16 bytes at a time, which costs far more. The nodes of DIRECTORY are 0,
- * 1, and so on, as long as the file lasts, because a message to xenstore has
- * room for 4 KiB. Messages are those of xs_wire.h.
+ * It brings files from dom0 into a guest that has no disk yet: the driver of its
+ * console reads 16 bytes at a time, which costs far more. The nodes of DIRECTORY are
+ * 0, 1, and so on to the end of the file, because a message to xenstore has room for
+ * 4 KiB. Messages are those of xs_wire.h. xenstore-read and xenstore-write take one
+ * process for each node, and no binary values.
  */
 #include <err.h>
 #include <fcntl.h>
