@@ -77,6 +77,11 @@ impl Host {
     pub fn allocate_channel(&self, domain: u16) -> io::Result<(FakeChannel, u32)> {
         lock(&self.ports).allocate(domain)
     }
+
+    /// Closes the other ends of all channels, as if their process had been killed.
+    pub fn unbind_channels(&self) -> io::Result<()> {
+        lock(&self.ports).unbind()
+    }
 }
 
 impl Grants for Host {

@@ -26,14 +26,17 @@ pub(super) struct Ports {
 struct Port {
     domain: u16,
     /// Signalled for the domain, and for the other side.
-    ends: [Arc<File>; 2],
+    ends: [End; 2],
     bound: bool,
 }
+
+/// The event that is signalled for an end, which a new one may replace.
+type End = Arc<Mutex<Arc<File>>>;
 
 /// One end of a channel.
 pub struct FakeChannel {
     own: Arc<File>,
-    other: Arc<File>,
+    other: End,
     /// Is free for another to bind once this is dropped.
     binding: Option<(Arc<Mutex<Ports>>, u32)>,
 }
@@ -41,12 +44,12 @@ pub struct FakeChannel {
 impl Ports {
     pub(super) fn allocate(&mut self, domain: u16) -> io::Result<(FakeChannel, u32)> {
         self.last = self.last.wrapping_add(1);
-        let event = || -> io::Result<Arc<File>> {
-            let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-            Ok(Arc::new(fd.into()))
-        };
-        let ends = [event()?, event()?];
+        let ends = [
+            Arc::new(Mutex::new(new_event()?)),
+            Arc::new(Mutex::new(new_event()?)),
+        ];
         let [own, other] = ends.clone();
+        let own = lock(&own).clone();
         let port = Port {
             domain,
             ends,
@@ -60,6 +63,21 @@ impl Ports {
         };
         Ok((channel, self.last))
     }
+
+    /// Frees all channels for another process to bind. Those that have them are not notified any more.
+    pub(super) fn unbind(&mut self) -> io::Result<()> {
+        for port in self.ports.values_mut() {
+            let [_, end] = &port.ends;
+            *lock(end) = new_event()?;
+            port.bound = false;
+        }
+        Ok(())
+    }
+}
+
+fn new_event() -> io::Result<Arc<File>> {
+    let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+    Ok(Arc::new(fd.into()))
 }
 
 /// Binds the other end of a channel. As on Xen, a notification is pending at once.
@@ -75,6 +93,7 @@ pub(super) fn bind(
         .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
     port.bound = true;
     let [other, own] = port.ends.clone();
+    let own = lock(&own).clone();
     signal(&own)?;
     Ok(Box::new(FakeChannel {
         own,
@@ -101,7 +120,7 @@ impl Channel for FakeChannel {
     }
 
     fn notify(&self) -> io::Result<()> {
-        signal(&self.other)
+        signal(&lock(&self.other))
     }
 }
 

@@ -128,6 +128,17 @@ pub fn serve(
     engine: Box<dyn Engine>,
     options: &Options<'_>,
 ) -> JoinHandle<Result<(), Error>> {
+    let store = toolstack.host.xenstore().unwrap();
+    serve_with(toolstack, store, engine, options)
+}
+
+/// Serves the disk in a thread, over a connection to xenstore.
+pub fn serve_with(
+    toolstack: &mut Toolstack,
+    store: Xenstore,
+    engine: Box<dyn Engine>,
+    options: &Options<'_>,
+) -> JoinHandle<Result<(), Error>> {
     let nodes = ToolstackNodes::read(&mut toolstack.store, BACK, DOMAIN).unwrap();
     let host = &toolstack.host;
     let config = Config {
@@ -152,7 +163,6 @@ pub fn serve(
         nodes.discard,
         nodes.removable,
     );
-    let store = host.xenstore().unwrap();
     let device = Device::new(config, nodes, store, xen, engine, disk).unwrap();
     thread::spawn(move || device.run())
 }

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A successor takes over the rings of a process that has died.
+
+mod common;
+
+use blkif::wire::op;
+use common::*;
+use engine::memory::MemoryEngine;
+use std::collections::BTreeSet;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+const SECTORS: u64 = 4096;
+const WRITES: u64 = 8;
+
+fn image(hold: bool) -> Box<MemoryEngine> {
+    let options = engine::Options::default();
+    let image = MemoryEngine::open(SECTORS * 512, &options).unwrap();
+    image.set_faults(|faults| faults.hold = hold);
+    Box::new(image)
+}
+
+/// Serves a disk whose image does not answer, until all writes are in flight, and kills the server.
+fn serve_until_killed(
+    toolstack: &mut Toolstack,
+    dir: &Path,
+    choice: Choice,
+    writes: impl FnOnce(&mut Front),
+) -> Front {
+    let store = toolstack.host.xenstore().unwrap();
+    let socket = UnixStream::from(store.fd().try_clone_to_owned().unwrap());
+    let mut options = Options::new(dir);
+    options.persistent = choice.persistent;
+    let served = serve_with(toolstack, store, image(true), &options);
+    let mut front = Front::connect(toolstack, choice);
+    writes(&mut front);
+    wait_for("all writes in flight", || {
+        control(dir, "stats")["counters"]["writes_started"] == WRITES
+    });
+    toolstack.host.unbind_channels().unwrap();
+    socket.shutdown(Shutdown::Both).unwrap();
+    assert!(served.join().unwrap().is_err());
+    front
+}
+
+fn write(front: &Front, id: u64) -> blkif::wire::WireRequest {
+    let segment = front.segment(id as usize, 0, 7);
+    front.data.write(id as usize * 4096, &[id as u8 + 1; 4096]);
+    front.request(op::WRITE, id, id * 8, &[segment])
+}
+
+fn take_over(choice: Choice) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let mut front = serve_until_killed(&mut toolstack, dir.path(), choice, |front| {
+        for id in 0..WRITES {
+            let ring = id as usize % front.rings.len();
+            let request = write(front, id);
+            front.rings[ring].put(request);
+            front.rings[ring].publish();
+        }
+    });
+    // These are not noticed by anyone.
+    for id in WRITES..WRITES + 4 {
+        let request = write(&front, id);
+        front.rings[0].put(request);
+    }
+    front.rings[0].publish();
+
+    let mut options = Options::new(dir.path());
+    options.persistent = choice.persistent;
+    let served = serve(&mut toolstack, image(false), &options);
+    let mut answered = BTreeSet::new();
+    for ring in 0..front.rings.len() as u64 {
+        let own = (0..WRITES).filter(|id| id % front.rings.len() as u64 == ring);
+        let count = own.count() + if ring == 0 { 4 } else { 0 };
+        for _ in 0..count {
+            let response = front.rings[ring as usize].response();
+            okay(response);
+            assert!(answered.insert(response.id));
+        }
+    }
+    assert_eq!(answered, (0..WRITES + 4).collect());
+    assert_eq!(control(dir.path(), "stats")["counters"]["adopted"], WRITES);
+    assert_eq!(toolstack.state(), "4");
+    for id in 0..WRITES + 4 {
+        let segment = front.segment(100, 0, 7);
+        okay(front.rings[0].call(direct(op::READ, id, id * 8, &[segment])));
+        let mut data = vec![0; 4096];
+        front.data.read(100 * 4096, &mut data);
+        assert_eq!(data, [id as u8 + 1; 4096]);
+    }
+    toolstack.start_detach();
+    front.set_state("6");
+    served.join().unwrap().unwrap();
+}
+
+#[test]
+fn requests_of_a_killed_process_are_completed_by_a_successor() {
+    take_over(Choice::PLAIN);
+}
+
+#[test]
+fn all_queues_are_taken_over() {
+    take_over(Choice {
+        queues: 3,
+        order: 2,
+        persistent: true,
+        ..Choice::PLAIN
+    });
+}
+
+#[test]
+fn a_disk_that_was_detached_without_a_process_is_finished() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let mut front = serve_until_killed(&mut toolstack, dir.path(), Choice::PLAIN, |front| {
+        for id in 0..WRITES {
+            let request = write(front, id);
+            front.rings[0].put(request);
+        }
+        front.rings[0].publish();
+    });
+    toolstack.start_detach();
+    front.set_state("6");
+    let served = serve(&mut toolstack, image(false), &Options::new(dir.path()));
+    served.join().unwrap().unwrap();
+    assert_eq!(toolstack.state(), "6");
+}
