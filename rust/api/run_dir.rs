@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The directory of sockets and records.
+
+use crate::agent::Record;
+use crate::disk::DiskId;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// The directory that `rblkd`, `rblktap` and `rblk` share, normally [`RunDir::DEFAULT`].
+///
+/// | file | contents |
+/// |---|---|
+/// | `sock` | the socket of `rblkd` |
+/// | `D-N.json` | the [`Record`] of disk `D/N` |
+/// | `D-N.sock` | the control socket of its `rblktap` |
+/// | `D-N.inflight` | the table of its requests in flight |
+/// | `D-N.nbd` | the NBD socket of its image, if the engine has one |
+/// | `D-N.log` | the messages of its `rblktap` |
+#[derive(Clone, Debug)]
+pub struct RunDir(PathBuf);
+
+impl RunDir {
+    /// The path unless another one is configured.
+    pub const DEFAULT: &str = "/run/rblk";
+
+    /// Names a directory. It is not created.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// Returns the path of the directory.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Returns the path of `rblkd`'s socket.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.0.join("sock")
+    }
+
+    /// Returns the path of the control socket of a disk's `rblktap`.
+    pub fn control_socket(&self, disk: DiskId) -> PathBuf {
+        self.file(disk, "sock")
+    }
+
+    /// Returns the path of the table of a disk's requests in flight.
+    fn in_flight_table(&self, disk: DiskId) -> PathBuf {
+        self.file(disk, "inflight")
+    }
+
+    /// Returns the path of the NBD socket of a disk's image.
+    pub fn nbd_socket(&self, disk: DiskId) -> PathBuf {
+        self.file(disk, "nbd")
+    }
+
+    /// Returns the path of the messages of a disk's `rblktap`.
+    pub fn log(&self, disk: DiskId) -> PathBuf {
+        self.file(disk, "log")
+    }
+
+    /// Returns the path of a disk's record.
+    fn record(&self, disk: DiskId) -> PathBuf {
+        self.file(disk, "json")
+    }
+
+    fn file(&self, disk: DiskId, suffix: &str) -> PathBuf {
+        self.0
+            .join(format!("{}-{}.{suffix}", disk.domid, disk.devid))
+    }
+
+    /// Reads a disk's record. Returns `None` if there is none.
+    pub fn read_record(&self, disk: DiskId) -> io::Result<Option<Record>> {
+        read_json(&self.record(disk))
+    }
+
+    /// Writes a disk's record, in place of an earlier one.
+    ///
+    /// A reader finds the earlier one or the new one, also after a kill at any moment.
+    pub fn write_record(&self, record: &Record) -> io::Result<()> {
+        let new = self.file(record.disk, "json.new");
+        let mut file = fs::File::create(&new)?;
+        file.write_all(&serde_json::to_vec(record)?)?;
+        file.write_all(b"\n")?;
+        drop(file);
+        fs::rename(new, self.record(record.disk))
+    }
+
+    /// Reads all records, in the order of the disks. Files that are no records are left out.
+    pub fn records(&self) -> io::Result<Vec<Record>> {
+        let mut records = Vec::new();
+        for entry in fs::read_dir(&self.0)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|suffix| suffix == "json") {
+                records.extend(read_json::<Record>(&path).ok().flatten());
+            }
+        }
+        records.sort_by_key(|record| record.disk);
+        Ok(records)
+    }
+
+    /// Removes all files of a disk, the record last.
+    pub fn remove(&self, disk: DiskId) -> io::Result<()> {
+        for path in [
+            self.control_socket(disk),
+            self.in_flight_table(disk),
+            self.nbd_socket(disk),
+            self.log(disk),
+            self.record(disk),
+        ] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::Phase;
+
+    fn record(domid: u16, devid: u32) -> Record {
+        Record {
+            disk: DiskId { domid, devid },
+            name: "xvda".to_owned(),
+            domain: None,
+            image: "aio:/a".to_owned(),
+            restarts: 0,
+            phase: Phase::Running {
+                pid: 7,
+                start_time: 9,
+            },
+        }
+    }
+
+    #[test]
+    fn records_are_written_listed_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let [first, mut second] = [record(5, 51712), record(10, 51712)];
+        assert_eq!(run.read_record(first.disk).unwrap(), None);
+        run.write_record(&second).unwrap();
+        run.write_record(&first).unwrap();
+        second.phase = Phase::Starting;
+        run.write_record(&second).unwrap();
+        fs::write(dir.path().join("1-1.json"), "{").unwrap();
+        assert_eq!(run.records().unwrap(), [first.clone(), second.clone()]);
+        assert_eq!(run.read_record(second.disk).unwrap(), Some(second));
+        run.remove(first.disk).unwrap();
+        run.remove(first.disk).unwrap();
+        assert_eq!(run.read_record(first.disk).unwrap(), None);
+    }
+}

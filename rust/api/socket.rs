@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Both ends of a connection.
+//!
+//! A client uses [`call`] or [`command`]; `rblkd` answers a connection with [`serve`].
+
+use crate::agent::AgentCall;
+use crate::disk::DiskCommand;
+use crate::failure::{Failure, FailureKind};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+/// The greatest length in bytes of a line.
+pub const MAX_LINE: u64 = 1 << 20;
+
+/// A reply of `rblkd` on the wire.
+#[derive(Deserialize, Serialize)]
+#[serde(untagged)]
+enum Reply<T> {
+    Failure(Failure),
+    Success { parameters: T },
+}
+
+/// An answer of `rblktap` on the wire.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Answer<T> {
+    Failure { error: String },
+    Success(T),
+}
+
+/// Calls `rblkd` and waits for its reply for up to `timeout`.
+pub fn call<R: DeserializeOwned>(
+    socket: &Path,
+    call: &AgentCall,
+    timeout: Duration,
+) -> Result<R, Failure> {
+    match ask(socket, call, timeout)? {
+        Reply::Success { parameters } => Ok(parameters),
+        Reply::Failure(failure) => Err(failure),
+    }
+}
+
+/// Sends a command to `rblktap` and waits for its answer for up to `timeout`.
+pub fn command<R: DeserializeOwned>(
+    socket: &Path,
+    command: DiskCommand,
+    timeout: Duration,
+) -> Result<R, Failure> {
+    match ask(socket, &command, timeout)? {
+        Answer::Success(value) => Ok(value),
+        Answer::Failure { error } => Err(Failure::new(
+            FailureKind::Refused,
+            error,
+            "check the image, see rblk disk list",
+        )),
+    }
+}
+
+fn ask<R: DeserializeOwned>(
+    socket: &Path,
+    request: &impl Serialize,
+    timeout: Duration,
+) -> Result<R, Failure> {
+    let line = exchange(socket, &encode(request), timeout);
+    let line = line.map_err(|error| no_answer(socket, &error))?;
+    serde_json::from_str(&line).map_err(|error| {
+        Failure::new(
+            FailureKind::NoAnswer,
+            format!("the reply from {} is not valid: {error}", socket.display()),
+            "use the same version of rblk, rblkd and rblktap",
+        )
+    })
+}
+
+fn exchange(socket: &Path, line: &str, timeout: Duration) -> io::Result<String> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
+    stream.write_all(line.as_bytes())?;
+    let mut reader = BufReader::new(stream);
+    match read_line(&mut reader)? {
+        Some(line) => Ok(line),
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+fn no_answer(socket: &Path, error: &io::Error) -> Failure {
+    let why = match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => "nothing listens".to_owned(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "no answer in time".to_owned(),
+        io::ErrorKind::UnexpectedEof => "the connection was closed".to_owned(),
+        _ => error.to_string(),
+    };
+    Failure::new(
+        FailureKind::NoAnswer,
+        format!("{}: {why}", socket.display()),
+        "check that rblkd runs, and that you are root",
+    )
+}
+
+/// Reads a line. Returns `None` at the end of the stream; a line that is too long is an error.
+fn read_line(reader: &mut impl BufRead) -> io::Result<Option<String>> {
+    let mut line = String::new();
+    let len = reader.take(MAX_LINE).read_line(&mut line)?;
+    match line.strip_suffix('\n') {
+        Some(text) => Ok(Some(text.to_owned())),
+        None if len == 0 => Ok(None),
+        None => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// Answers the calls of a connection until the client closes it.
+///
+/// Context: blocks while the client sends nothing, up to the read timeout of the stream.
+pub fn serve<R: Serialize>(
+    stream: UnixStream,
+    mut handle: impl FnMut(AgentCall) -> Result<R, Failure>,
+) -> io::Result<()> {
+    let mut writer = stream.try_clone()?;
+    let mut reader = BufReader::new(stream);
+    while let Some(line) = read_line(&mut reader)? {
+        writer.write_all(answer(&line, &mut handle).as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Returns the reply to a line, with its line end. A line that is no call gets an error.
+fn answer<R: Serialize>(
+    line: &str,
+    handle: impl FnOnce(AgentCall) -> Result<R, Failure>,
+) -> String {
+    let result = match serde_json::from_str(line) {
+        Ok(call) => handle(call),
+        Err(error) => Err(Failure::new(
+            FailureKind::InvalidCall,
+            format!("the call is not valid: {error}"),
+            "use the same version of rblk, rblkd and rblktap",
+        )),
+    };
+    encode(&match result {
+        Ok(parameters) => Reply::Success { parameters },
+        Err(failure) => Reply::Failure(failure),
+    })
+}
+
+/// Encodes a value as a line.
+fn encode(value: &impl Serialize) -> String {
+    // No type here has a map with keys that are not strings, which is all that could fail.
+    let mut line = serde_json::to_string(value).unwrap_or_default();
+    line.push('\n');
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    const WAIT: Duration = Duration::from_secs(10);
+
+    fn handle(call: AgentCall) -> Result<u32, Failure> {
+        match call {
+            AgentCall::List => Ok(7),
+            _ => Err(Failure::new(FailureKind::Refused, "cause", "remedy")),
+        }
+    }
+
+    #[test]
+    fn a_call_returns_the_result_or_the_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || {
+            for _ in 0..2 {
+                serve(listener.accept().unwrap().0, handle).unwrap();
+            }
+        });
+        assert_eq!(call(&path, &AgentCall::List, WAIT), Ok(7));
+        let disk = "5/51712".parse().unwrap();
+        let failure = call::<u32>(&path, &AgentCall::Restart { disk }, WAIT).unwrap_err();
+        assert_eq!(failure.kind, FailureKind::Refused);
+        assert_eq!(failure.to_string(), "cause; remedy");
+        server.join().unwrap();
+    }
+
+    #[test]
+    fn a_command_returns_the_answer_or_the_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || {
+            for answer in ["{\"sectors\":8}\n", "{\"error\":\"no\"}\n", "x\n"] {
+                let mut stream = listener.accept().unwrap().0;
+                let mut line = String::new();
+                BufReader::new(&stream).read_line(&mut line).unwrap();
+                assert_eq!(line, "{\"command\":\"resize\"}\n");
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        let resize = || command::<serde_json::Value>(&path, DiskCommand::Resize, WAIT);
+        assert_eq!(resize().unwrap()["sectors"], 8);
+        assert_eq!(resize().unwrap_err().text.cause, "no");
+        assert_eq!(resize().unwrap_err().kind, FailureKind::NoAnswer);
+        server.join().unwrap();
+    }
+
+    #[test]
+    fn a_server_that_is_not_there_or_silent_is_a_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let list = || call::<u32>(&path, &AgentCall::List, Duration::from_millis(20));
+        let kind = || list().unwrap_err().kind;
+        assert_eq!(kind(), FailureKind::NoAnswer);
+        let listener = UnixListener::bind(&path).unwrap();
+        assert_eq!(kind(), FailureKind::NoAnswer);
+        drop(listener);
+        assert_eq!(kind(), FailureKind::NoAnswer);
+    }
+
+    #[test]
+    fn a_line_without_end_is_an_error() {
+        let (client, server) = UnixStream::pair().unwrap();
+        let client = thread::spawn(move || {
+            let mut client = client;
+            let _ = client.write_all(&vec![b' '; MAX_LINE as usize + 1]);
+        });
+        assert!(serve(server, handle).is_err());
+        client.join().unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn any_line_is_answered(line in r#"[{}":,a-z.\[\]]{0,40}"#) {
+            let reply = answer(&line, handle);
+            let refused = reply.starts_with(r#"{"error":"InvalidCall""#) && reply.ends_with('\n');
+            prop_assert!(refused, "{}", reply);
+        }
+    }
+}
