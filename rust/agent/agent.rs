@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! `rblkd`: starts, adopts and restarts the processes that serve disks.
+//!
+//! It corresponds to blktap's `tapback`, without the I/O: each disk has a process `rblktap` of its
+//! own, which does not depend on `rblkd`. When `rblkd` is killed, disks are served as before, and the
+//! next `rblkd` adopts their processes; only new disks have to wait for it.
+//!
+//! | module | contents |
+//! |---|---|
+//! | [`backend`] | what xenstore says about a disk |
+//! | [`process`] | a process `rblktap` |
+//! | [`disk`] | one disk: which process it has, and what is done next |
+//! | [`supervisor`] | all disks: waits for events and updates the disks that they are about |
+//! | [`server`] | the socket for `rblk` |
+//!
+//! # Attach
+//!
+//! libxl creates the directory `backend/vbd3/D/N` with state Initialising and waits 10 seconds for
+//! InitWait, then runs the hotplug script. `rblkd` writes the disk's record, then starts
+//! `rblktap D N IMAGE`, which opens the image and writes features and InitWait. If that fails, or
+//! takes more than 8 seconds, `rblkd` writes the reason to the record and InitWait to the state: the
+//! script reads the record and fails with the reason, which `xl` prints.
+//!
+//! # End of a process
+//!
+//! A process that ends while its disk is attached is replaced. The new one takes over the rings, and
+//! the requests in flight from the table of the old one; the guest sees a delay. A process that fails
+//! again and again is started every 5 seconds.
+
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+pub mod backend;
+pub mod disk;
+pub mod process;
+pub mod server;
+pub mod supervisor;

@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! One disk: which process it has, and what is done next.
+
+use crate::backend::{self, Backend};
+use crate::process::Process;
+use api::{DiskId, Phase, Record, RunDir};
+use std::io;
+use std::path::Path;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+use xen_user::xenstore::Xenstore;
+
+/// How long an image may take to open. libxl waits for 10 seconds.
+pub const OPEN_LIMIT: Duration = Duration::from_secs(8);
+
+/// How long a process may stay after its disk's directory is gone.
+const REMOVE_LIMIT: Duration = Duration::from_secs(10);
+
+/// A process that has lived for so long is replaced at once when it ends.
+const STABLE: Duration = Duration::from_secs(10);
+
+/// The longest time between two starts of a process that fails.
+const MAX_DELAY: Duration = Duration::from_secs(5);
+
+/// Processes that may fail in a row to detach a disk, before it is detached without one.
+const CLOSING_TRIES: u32 = 2;
+
+/// What a disk's update needs.
+pub struct Context<'a> {
+    /// A connection to xenstore.
+    pub store: &'a mut Xenstore,
+    /// The directory of records.
+    pub run: &'a RunDir,
+    /// The program `rblktap`.
+    pub program: &'a Path,
+    /// The time.
+    pub now: Instant,
+}
+
+/// What is done next with a disk.
+#[derive(Debug, Eq, PartialEq)]
+pub enum Next {
+    /// It is updated when something happens, or at a time.
+    Wait(Option<Instant>),
+    /// Nothing is left of it.
+    Forget,
+}
+
+/// A replacement of a process that a client waits for.
+struct Replacement {
+    /// The image that is used again if the new process fails.
+    old_image: String,
+    /// The new process was started.
+    started: bool,
+    /// Where the reason is sent if the new process fails.
+    failed: Sender<String>,
+}
+
+/// A disk.
+pub struct Disk {
+    record: Record,
+    process: Option<Process>,
+    /// When the process was started or adopted.
+    started: Instant,
+    /// Why the last process has ended, if none has served the disk since.
+    ended: Option<String>,
+    /// Processes that have ended in a row, each soon after its start.
+    failures: u32,
+    /// The disk was refused when it was attached. It is not tried again.
+    refused: bool,
+    /// When the directory was found to be gone.
+    gone: Option<Instant>,
+    replacement: Option<Replacement>,
+}
+
+impl Disk {
+    /// Creates a disk that has no process yet.
+    pub fn new(disk: DiskId, backend: &Backend, now: Instant) -> Self {
+        let record = Record {
+            disk,
+            name: backend::name(disk),
+            domain: backend.domain.clone(),
+            image: backend.image.clone(),
+            restarts: 0,
+            phase: Phase::Starting,
+        };
+        Self::with_process(record, None, now)
+    }
+
+    /// Takes a disk over from an earlier `rblkd`, with its process if that still runs.
+    pub fn adopt(record: Record, program: &Path, now: Instant) -> Self {
+        let process = match record.phase {
+            Phase::Running { pid, start_time } => Process::adopt(pid, start_time),
+            Phase::Starting => Process::find(program, record.disk),
+            Phase::Failed { .. } => None,
+        };
+        Self::with_process(record, process, now)
+    }
+
+    fn with_process(record: Record, process: Option<Process>, now: Instant) -> Self {
+        Self {
+            record,
+            process,
+            started: now,
+            ended: None,
+            failures: 0,
+            refused: false,
+            gone: None,
+            replacement: None,
+        }
+    }
+
+    /// Returns the process, if it has one.
+    pub fn process(&self) -> Option<&Process> {
+        self.process.as_ref()
+    }
+
+    /// Ends the process, which is replaced by one that uses `image`.
+    pub fn replace(&mut self, image: Option<String>, failed: Sender<String>) {
+        let Some(process) = &self.process else {
+            // A client that has left does not need it.
+            let _ = failed.send("no process serves the disk".to_owned());
+            return;
+        };
+        process.kill();
+        let old_image = self.record.image.clone();
+        self.record.image = image.unwrap_or_else(|| old_image.clone());
+        self.replacement = Some(Replacement {
+            old_image,
+            started: false,
+            failed,
+        });
+    }
+
+    /// Ends a replacement: the new process serves the disk.
+    pub fn confirm(&mut self) {
+        self.replacement = None;
+    }
+
+    /// Finds out how things are, and does what is to be done.
+    pub fn update(&mut self, cx: &mut Context<'_>) -> io::Result<Next> {
+        self.notice_end(cx)?;
+        let disk = self.record.disk;
+        let Some(backend) = backend::read(cx.store, disk)? else {
+            return self.removed(cx);
+        };
+        self.gone = None;
+        if self.process.is_some() {
+            return self.watch_start(&backend, cx);
+        }
+        match backend.state {
+            backend::CLOSED => self.forget(cx),
+            backend::CLOSING if self.refused || self.failures >= CLOSING_TRIES => {
+                backend::change_state(cx.store, disk, backend::CLOSING, backend::CLOSED)?;
+                self.forget(cx)
+            }
+            _ if self.refused => Ok(Next::Wait(None)),
+            backend::INITIALISING if self.ended.is_some() => {
+                let cause = self.ended.take().unwrap_or_default();
+                self.refuse(cx, cause)
+            }
+            _ => self.start_when_due(&backend, cx),
+        }
+    }
+
+    /// Takes note of a process that has ended.
+    fn notice_end(&mut self, cx: &Context<'_>) -> io::Result<()> {
+        let Some(process) = self.process.take_if(|process| process.has_ended()) else {
+            return Ok(());
+        };
+        let reason = process.reason(cx.run, self.record.disk);
+        eprintln!("{}: {reason}", self.record.disk);
+        self.ended(cx, reason)
+    }
+
+    fn ended(&mut self, cx: &Context<'_>, reason: String) -> io::Result<()> {
+        let lived = cx.now.saturating_duration_since(self.started);
+        self.failures = match &self.replacement {
+            Some(Replacement { started: false, .. }) => 0,
+            _ if lived > STABLE => 0,
+            _ => self.failures.saturating_add(1),
+        };
+        self.undo_replacement(&reason);
+        if !self.refused {
+            self.record.phase = Phase::Failed {
+                cause: reason.clone(),
+            };
+        }
+        self.ended = Some(reason);
+        cx.run.write_record(&self.record)
+    }
+
+    /// Uses the old image again if the process has failed that was to use another one.
+    fn undo_replacement(&mut self, reason: &str) {
+        let failed = self.replacement.take_if(|replacement| replacement.started);
+        if let Some(replacement) = failed {
+            self.record.image = replacement.old_image;
+            self.failures = 0;
+            // A client that has left does not need it.
+            let _ = replacement.failed.send(reason.to_owned());
+        }
+    }
+
+    /// Watches a process until it has written InitWait.
+    fn watch_start(&mut self, backend: &Backend, cx: &mut Context<'_>) -> io::Result<Next> {
+        if backend.state != backend::INITIALISING {
+            return Ok(Next::Wait(None));
+        }
+        let limit = self.started + OPEN_LIMIT;
+        if cx.now < limit {
+            return Ok(Next::Wait(Some(limit)));
+        }
+        if let Some(process) = &self.process {
+            process.kill();
+        }
+        let seconds = OPEN_LIMIT.as_secs();
+        self.refuse(
+            cx,
+            format!(
+                "{} has not been opened in {seconds} seconds; check that its storage answers",
+                self.record.image
+            ),
+        )
+    }
+
+    /// Has the toolstack find out that the disk cannot be served, and why.
+    fn refuse(&mut self, cx: &mut Context<'_>, cause: String) -> io::Result<Next> {
+        let disk = self.record.disk;
+        eprintln!("{disk}: not attached: {cause}");
+        self.refused = true;
+        backend::report_error(cx.store, disk, &cause)?;
+        self.record.phase = Phase::Failed { cause };
+        cx.run.write_record(&self.record)?;
+        // The hotplug script, which runs in this state, reads the record.
+        backend::change_state(cx.store, disk, backend::INITIALISING, backend::INIT_WAIT)?;
+        Ok(Next::Wait(None))
+    }
+
+    fn start_when_due(&mut self, backend: &Backend, cx: &mut Context<'_>) -> io::Result<Next> {
+        if backend.state == backend::INITIALISING {
+            // A record that an earlier rblkd left may be that of an earlier disk.
+            self.record.image = backend.image.clone();
+        }
+        let due = self.started + delay(self.failures);
+        if self.ended.is_some() && cx.now < due {
+            return Ok(Next::Wait(Some(due)));
+        }
+        if self.ended.take().is_some() {
+            self.record.restarts = self.record.restarts.saturating_add(1);
+        }
+        self.start(cx)
+    }
+
+    fn start(&mut self, cx: &mut Context<'_>) -> io::Result<Next> {
+        self.record.phase = Phase::Starting;
+        cx.run.write_record(&self.record)?;
+        self.started = cx.now;
+        let Record { disk, image, .. } = &self.record;
+        match Process::start(cx.program, cx.run, *disk, image) {
+            Ok(process) => {
+                self.record.phase = Phase::Running {
+                    pid: process.pid(),
+                    start_time: process.start_time(),
+                };
+                self.process = Some(process);
+                if let Some(replacement) = &mut self.replacement {
+                    replacement.started = true;
+                }
+                cx.run.write_record(&self.record)?;
+            }
+            Err(error) => {
+                let program = cx.program.display();
+                self.ended(
+                    cx,
+                    format!("{program} does not start: {error}; install rblktap"),
+                )?;
+            }
+        }
+        // What comes next depends on the state.
+        Ok(Next::Wait(Some(cx.now)))
+    }
+
+    /// Waits for the end of the process of a disk that is gone.
+    fn removed(&mut self, cx: &mut Context<'_>) -> io::Result<Next> {
+        let Some(process) = &self.process else {
+            return self.forget(cx);
+        };
+        let limit = *self.gone.get_or_insert(cx.now) + REMOVE_LIMIT;
+        if cx.now < limit {
+            return Ok(Next::Wait(Some(limit)));
+        }
+        process.kill();
+        Ok(Next::Wait(None))
+    }
+
+    fn forget(&mut self, cx: &Context<'_>) -> io::Result<Next> {
+        cx.run.remove(self.record.disk)?;
+        Ok(Next::Forget)
+    }
+}
+
+/// Returns how long to wait for the next start after a number of failures in a row.
+fn delay(failures: u32) -> Duration {
+    match failures.checked_sub(2) {
+        None => Duration::ZERO,
+        Some(exponent) => MAX_DELAY.min(Duration::from_millis(100) * (1 << exponent.min(10))),
+    }
+}

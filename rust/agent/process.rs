@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A process `rblktap`.
+//!
+//! It is named by its pid and its start time, and held by a pidfd, so that a later process with the
+//! same pid is never taken for it. It is in a process group of its own and writes its messages to a
+//! file, so that nothing that happens to `rblkd` reaches it.
+
+use api::{DiskId, RunDir};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+/// How long a process waits for another user of its image: less than the time that it has to open it.
+const LOCK_SECONDS: &str = "5";
+
+/// The greatest size of the messages of earlier processes that are kept, in bytes.
+const MAX_LOG: u64 = 1 << 20;
+
+/// The greatest length of a message that is taken for a reason, in bytes.
+const MAX_MESSAGE: u64 = 4096;
+
+/// A process.
+pub struct Process {
+    pid: u32,
+    start_time: u64,
+    fd: OwnedFd,
+    /// Set if this `rblkd` has started it.
+    child: Option<Child>,
+    /// Where its messages begin in the file of messages.
+    log_start: u64,
+}
+
+impl Process {
+    /// Starts the process of a disk.
+    pub fn start(program: &Path, run: &RunDir, disk: DiskId, image: &str) -> io::Result<Self> {
+        let (log, log_start) = open_log(run, disk)?;
+        let mut child = Command::new(program)
+            .arg("--state-dir")
+            .arg(run.path())
+            .args(["--lock-seconds", LOCK_SECONDS])
+            .args([disk.domid.to_string(), disk.devid.to_string()])
+            .arg("--")
+            .arg(image)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .process_group(0)
+            .spawn()?;
+        match Self::open(child.id(), log_start) {
+            Ok(mut process) => {
+                process.child = Some(child);
+                Ok(process)
+            }
+            Err(error) => {
+                // Nothing would watch it.
+                child.kill()?;
+                child.wait()?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Adopts a process that an earlier `rblkd` started. Returns `None` if it has ended.
+    pub fn adopt(pid: u32, start_time: u64) -> Option<Self> {
+        let process = Self::open(pid, 0).ok()?;
+        (process.start_time == start_time && !process.has_ended()).then_some(process)
+    }
+
+    /// Finds the process of a disk whose number was not recorded.
+    pub fn find(program: &Path, disk: DiskId) -> Option<Self> {
+        let pids = fs::read_dir("/proc").ok()?.flatten();
+        let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let pid = pids.find(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline"));
+            line.is_ok_and(|line| serves(&line, program, disk))
+        })?;
+        Self::open(pid, 0).ok()
+    }
+
+    fn open(pid: u32, log_start: u64) -> io::Result<Self> {
+        let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let number = number.ok_or(io::ErrorKind::InvalidInput)?;
+        let fd = pidfd_open(number, PidfdFlags::empty())?;
+        Ok(Self {
+            pid,
+            start_time: start_time(pid)?,
+            fd,
+            child: None,
+            log_start,
+        })
+    }
+
+    /// Returns the pid.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Returns the start time in clock ticks after boot.
+    pub fn start_time(&self) -> u64 {
+        self.start_time
+    }
+
+    /// Returns `true` if the process has ended.
+    pub fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        matches!(poll(&mut fds, Some(&now)), Ok(1..))
+    }
+
+    /// Ends the process at once. Requests in flight stay in the table for the next one.
+    pub fn kill(&self) {
+        // It fails only if the process has ended already.
+        let _ = pidfd_send_signal(&self.fd, Signal::KILL);
+    }
+
+    /// Returns why the process has ended: its last message, or its exit status.
+    ///
+    /// Context: waits for the end of the process.
+    pub fn reason(mut self, run: &RunDir, disk: DiskId) -> String {
+        let status = self.child.as_mut().and_then(|child| child.wait().ok());
+        let failed = status.is_none_or(|status| status.code().is_some());
+        let message = last_message(&run.log(disk), self.log_start).filter(|_| failed);
+        match (message, status) {
+            (Some(message), _) => message,
+            (None, Some(status)) => format!("rblktap has ended: {status}"),
+            (None, None) => "rblktap has ended".to_owned(),
+        }
+    }
+}
+
+impl AsFd for Process {
+    /// Returns the pidfd, which is readable when the process has ended.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Returns `true` if a command line, as in `/proc/PID/cmdline`, is one of [`Process::start`].
+fn serves(line: &[u8], program: &Path, disk: DiskId) -> bool {
+    let line = String::from_utf8_lossy(line);
+    let words: Vec<&str> = line.split('\0').collect();
+    let [called, "--state-dir", _, "--lock-seconds", _, domid, devid, "--", ..] = *words else {
+        return false;
+    };
+    let numbers = format!("{domid}/{devid}").parse();
+    Path::new(called).file_name() == program.file_name() && numbers == Ok(disk)
+}
+
+/// Opens the file of messages. Returns it and its length.
+fn open_log(run: &RunDir, disk: DiskId) -> io::Result<(File, u64)> {
+    let path = run.log(disk);
+    let file = OpenOptions::new().append(true).create(true).open(path)?;
+    if file.metadata()?.len() > MAX_LOG {
+        file.set_len(0)?;
+    }
+    let len = file.metadata()?.len();
+    Ok((file, len))
+}
+
+/// Returns the last line that is not empty, from `start` on, without the program's name.
+fn last_message(path: &Path, start: u64) -> Option<String> {
+    let mut file = File::open(path).ok()?;
+    let end = file.metadata().ok()?.len();
+    let start = start.max(end.saturating_sub(MAX_MESSAGE));
+    file.seek(SeekFrom::Start(start)).ok()?;
+    let mut bytes = Vec::new();
+    file.take(MAX_MESSAGE).read_to_end(&mut bytes).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    let line = text.lines().rev().find(|line| !line.trim().is_empty())?;
+    Some(line.strip_prefix("rblktap: ").unwrap_or(line).to_owned())
+}
+
+/// Reads the start time of a process, field 22 of `proc_pid_stat(5)`.
+fn start_time(pid: u32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, field 2, may contain anything.
+    let fields = stat.rsplit_once(')').map(|(_, fields)| fields);
+    let field = fields.and_then(|fields| fields.split_whitespace().nth(19));
+    let number = field.and_then(|field| field.parse().ok());
+    number.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    /// A script that plays `rblktap`; the image says how.
+    pub(crate) const PROGRAM: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/rblktap");
+
+    const DISK: DiskId = DiskId {
+        domid: 5,
+        devid: 51712,
+    };
+
+    fn start(run: &RunDir, image: &str) -> Process {
+        Process::start(Path::new(PROGRAM), run, DISK, image).unwrap()
+    }
+
+    fn wait(process: &Process) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !process.has_ended() {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn the_last_message_is_the_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let process = start(&run, "fail:no file");
+        wait(&process);
+        assert_eq!(process.reason(&run, DISK), "no file");
+        let log = fs::read_to_string(run.log(DISK)).unwrap();
+        assert!(log.contains(" 5 51712 -- fail:no file"), "{log}");
+    }
+
+    #[test]
+    fn a_message_of_an_earlier_process_is_no_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        fs::write(run.log(DISK), "rblktap: earlier\n").unwrap();
+        let process = start(&run, "exit:3");
+        wait(&process);
+        let reason = process.reason(&run, DISK);
+        assert_eq!(reason, "rblktap has ended: exit status: 3");
+    }
+
+    #[test]
+    fn a_process_is_adopted_by_number_and_start_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let process = start(&run, "serve");
+        let (pid, start_time) = (process.pid(), process.start_time());
+        assert!(Process::adopt(pid, start_time + 1).is_none());
+        let adopted = Process::adopt(pid, start_time).unwrap();
+        adopted.kill();
+        wait(&process);
+        assert!(Process::adopt(pid, start_time).is_none());
+        let reason = process.reason(&run, DISK);
+        assert_eq!(reason, "rblktap has ended: signal: 9 (SIGKILL)");
+    }
+
+    #[test]
+    fn a_command_line_says_which_disk_a_process_serves() {
+        let program = Path::new("/usr/libexec/rblktap");
+        let line = "/opt/rblktap --state-dir /run/rblk --lock-seconds 5 5 51712 -- aio:/a";
+        let line = line.replace(' ', "\0");
+        assert!(serves(line.as_bytes(), program, DISK));
+        let other = DiskId { domid: 6, ..DISK };
+        assert!(!serves(line.as_bytes(), program, other));
+        assert!(!serves(line.as_bytes(), Path::new("/bin/sh"), DISK));
+        assert!(!serves(b"rblktap", program, DISK));
+        assert!(!serves(b"", program, DISK));
+    }
+}

@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The socket for `rblk`.
+//!
+//! Each connection has a thread of its own, which reads the records of disks and calls their
+//! processes. A process that does not answer delays only the client that asks for it. What changes a
+//! disk is sent to the [`Supervisor`](crate::supervisor::Supervisor).
+
+use crate::process::Process;
+use crate::supervisor::{Command, Commands};
+use api::socket;
+use api::{AgentCall, DiskCommand, DiskEntry, DiskId, DiskStatus, Failure, FailureKind};
+use api::{Phase, Record, RunDir};
+use serde_json::{json, Value};
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The greatest number of clients at the same time.
+const MAX_CLIENTS: usize = 32;
+
+/// How long a client may be silent.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a process may take to answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long requests in flight may take when a disk is paused.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a new process may take to serve a disk.
+const START_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Time between two looks at a process.
+const POLL: Duration = Duration::from_millis(50);
+
+/// Answers clients.
+#[derive(Clone)]
+pub struct Server {
+    run: RunDir,
+    commands: Commands,
+    /// One reference for each client, and two of the thread that accepts them.
+    clients: Arc<()>,
+}
+
+impl Server {
+    /// Starts a thread that answers clients. Only root may connect.
+    pub fn start(run: RunDir, commands: Commands) -> io::Result<()> {
+        let path = run.agent_socket();
+        // That of an earlier rblkd: there is no other one, see the lock of the supervisor.
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+        let clients = Arc::new(());
+        let server = Self {
+            run,
+            commands,
+            clients,
+        };
+        thread::Builder::new()
+            .name("accept".to_owned())
+            .spawn(move || server.accept(&listener))?;
+        Ok(())
+    }
+
+    fn accept(&self, listener: &UnixListener) {
+        loop {
+            match listener.accept() {
+                Ok((stream, _)) => self.start_client(stream),
+                Err(error) => {
+                    eprintln!("the socket: {error}; it is tried again");
+                    thread::sleep(Duration::from_secs(1));
+                }
+            }
+        }
+    }
+
+    /// Starts a thread for a client. One too many is disconnected.
+    fn start_client(&self, stream: UnixStream) {
+        if Arc::strong_count(&self.clients) > MAX_CLIENTS {
+            return;
+        }
+        let client = self.clone();
+        let thread = thread::Builder::new().name("client".to_owned());
+        let started = thread.spawn(move || {
+            // A client that is silent or gone is disconnected.
+            let _ = stream.set_read_timeout(Some(CLIENT_TIMEOUT));
+            let _ = stream.set_write_timeout(Some(CLIENT_TIMEOUT));
+            let _ = socket::serve(stream, |call| client.handle(call));
+        });
+        if let Err(error) = started {
+            eprintln!("no thread for a client: {error}");
+        }
+    }
+
+    fn handle(&self, call: AgentCall) -> Result<Value, Failure> {
+        match call {
+            AgentCall::List => Ok(json!(self.list()?)),
+            AgentCall::Stats { disk } => Ok(json!(self.status(disk)?)),
+            AgentCall::Pause { disk } => self.pause(disk),
+            AgentCall::Resume { disk } => self.send(disk, DiskCommand::Resume),
+            AgentCall::Resize { disk } => self.send(disk, DiskCommand::Resize),
+            AgentCall::Retarget { disk, image } => self.replace(disk, Some(image)),
+            AgentCall::Restart { disk } => self.replace(disk, None),
+        }
+    }
+
+    fn list(&self) -> Result<Vec<DiskEntry>, Failure> {
+        let records = self
+            .run
+            .records()
+            .map_err(|error| self.unreadable(&error))?;
+        let entries = records.into_iter().map(|record| DiskEntry {
+            status: record
+                .phase
+                .pid()
+                .and_then(|_| self.status(record.disk).ok()),
+            record,
+        });
+        Ok(entries.collect())
+    }
+
+    fn unreadable(&self, error: &io::Error) -> Failure {
+        let cause = format!("the records in {}: {error}", self.run.path().display());
+        Failure::new(FailureKind::Failed, cause, "check the file system")
+    }
+
+    fn record(&self, disk: DiskId) -> Result<Record, Failure> {
+        let record = self.run.read_record(disk);
+        record
+            .map_err(|error| self.unreadable(&error))?
+            .ok_or_else(|| {
+                let cause = format!("there is no disk {disk}");
+                Failure::new(FailureKind::NoSuchDisk, cause, "see rblk disk list")
+            })
+    }
+
+    fn status(&self, disk: DiskId) -> Result<DiskStatus, Failure> {
+        self.record(disk)?;
+        let path = self.run.control_socket(disk);
+        socket::command(&path, DiskCommand::Stats, ANSWER_TIMEOUT)
+    }
+
+    fn send(&self, disk: DiskId, command: DiskCommand) -> Result<Value, Failure> {
+        self.record(disk)?;
+        socket::command(&self.run.control_socket(disk), command, ANSWER_TIMEOUT)
+    }
+
+    /// Pauses a disk and waits until no request is in flight. If that takes too long it is resumed.
+    fn pause(&self, disk: DiskId) -> Result<Value, Failure> {
+        self.send(disk, DiskCommand::Pause)?;
+        let deadline = Instant::now() + PAUSE_TIMEOUT;
+        while !is_quiet(&self.status(disk)?) {
+            if Instant::now() >= deadline {
+                self.send(disk, DiskCommand::Resume)?;
+                let seconds = PAUSE_TIMEOUT.as_secs();
+                let cause = format!("requests are still in flight after {seconds} seconds");
+                return Err(Failure::new(
+                    FailureKind::Refused,
+                    cause,
+                    "check the storage of the image",
+                ));
+            }
+            thread::sleep(POLL);
+        }
+        Ok(Value::Null)
+    }
+
+    /// Replaces the process of a disk, which is paused meanwhile. Returns the new process.
+    fn replace(&self, disk: DiskId, image: Option<String>) -> Result<Value, Failure> {
+        let old = self.running(disk)?;
+        self.pause(disk)?;
+        let (failed, failures) = channel();
+        let command = Command::Replace {
+            disk,
+            image,
+            failed,
+        };
+        self.tell(command)?;
+        let pid = self.await_process(disk, &old, &failures)?;
+        self.tell(Command::Confirm { disk })?;
+        Ok(json!(pid))
+    }
+
+    fn running(&self, disk: DiskId) -> Result<Process, Failure> {
+        let process = match self.record(disk)?.phase {
+            Phase::Running { pid, start_time } => Process::adopt(pid, start_time),
+            Phase::Starting | Phase::Failed { .. } => None,
+        };
+        process.ok_or_else(|| {
+            let cause = format!("no process serves disk {disk}");
+            Failure::new(FailureKind::Refused, cause, "see rblk disk list")
+        })
+    }
+
+    fn tell(&self, command: Command) -> Result<(), Failure> {
+        self.commands.send(command).map_err(|error| {
+            let cause = format!("rblkd is ending: {error}");
+            Failure::new(FailureKind::NoAnswer, cause, "try again")
+        })
+    }
+
+    /// Waits until a process other than `old` answers. Returns its number.
+    fn await_process(
+        &self,
+        disk: DiskId,
+        old: &Process,
+        failures: &Receiver<String>,
+    ) -> Result<u32, Failure> {
+        let deadline = Instant::now() + START_TIMEOUT;
+        while Instant::now() < deadline {
+            match failures.recv_timeout(POLL) {
+                Ok(reason) => {
+                    let remedy = "the disk is served as before";
+                    return Err(Failure::new(FailureKind::Refused, reason, remedy));
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            match self.status(disk) {
+                Ok(status) if status.pid != old.pid() => return Ok(status.pid),
+                _ => {}
+            }
+        }
+        let cause = format!("no new process serves disk {disk}");
+        Err(Failure::new(
+            FailureKind::NoAnswer,
+            cause,
+            "see rblk disk list",
+        ))
+    }
+}
+
+/// Returns `true` if a disk is paused and has no request in flight.
+fn is_quiet(status: &DiskStatus) -> bool {
+    status.paused && status.queues.iter().all(|queue| queue.paused)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::tests::PROGRAM;
+    use crate::supervisor::Supervisor;
+    use api::{Counters, QueueStatus};
+    use xen_user::fake::Host;
+    use xen_user::xenstore::Nodes;
+
+    const DISK: DiskId = DiskId {
+        domid: 5,
+        devid: 51712,
+    };
+
+    fn wait_until(what: &str, mut is_done: impl FnMut() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !is_done() {
+            assert!(Instant::now() < deadline, "{what}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn a_disk_is_quiet_when_all_queues_are() {
+        let mut status = DiskStatus {
+            pid: 1,
+            sectors: 8,
+            block_size: 512,
+            paused: true,
+            queues: vec![
+                QueueStatus {
+                    in_flight: 0,
+                    oldest_ms: None,
+                    paused: true,
+                };
+                2
+            ],
+            counters: Counters::default(),
+        };
+        assert!(is_quiet(&status));
+        status.queues[1].paused = false;
+        assert!(!is_quiet(&status));
+    }
+
+    #[test]
+    fn clients_are_answered() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let host = Host::new();
+        let mut store = host.xenstore().unwrap();
+        store.write("backend/vbd3/5/51712/params", "serve").unwrap();
+        store.write("backend/vbd3/5/51712/state", "1").unwrap();
+        let store = host.xenstore().unwrap();
+        let (supervisor, commands) = Supervisor::new(store, run.clone(), PROGRAM.into()).unwrap();
+        thread::spawn(move || supervisor.run());
+        Server::start(run.clone(), commands).unwrap();
+        let call = |call: &AgentCall| -> Result<Vec<DiskEntry>, Failure> {
+            socket::call(&run.agent_socket(), call, Duration::from_secs(60))
+        };
+        let list = || call(&AgentCall::List).unwrap();
+        wait_until("no process", || {
+            list()
+                .first()
+                .is_some_and(|entry| entry.record.phase.pid().is_some())
+        });
+        assert_eq!(list()[0].record.name, "xvda");
+        assert_eq!(list()[0].status, None);
+        let failure = |disk| call(&AgentCall::Restart { disk }).unwrap_err().kind;
+        // The script has no control socket.
+        assert_eq!(failure(DISK), FailureKind::NoAnswer);
+        assert_eq!(
+            failure(DiskId { domid: 6, ..DISK }),
+            FailureKind::NoSuchDisk
+        );
+        let phase = list()[0].record.phase.clone();
+        let Phase::Running { pid, start_time } = phase else {
+            panic!("{phase:?}");
+        };
+        Process::adopt(pid, start_time).unwrap().kill();
+    }
+}

@@ -1,0 +1,516 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! All disks: waits for events and updates the disks that they are about.
+
+use crate::backend;
+use crate::disk::{Context, Disk, Next};
+use api::{DiskId, RunDir};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::fs::{flock, FlockOperation};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use xen_user::xenstore::Xenstore;
+
+/// How long to wait after an error before a disk is updated again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What a client wants of a disk.
+pub enum Command {
+    /// Its process is replaced by one that uses `image`, or the same image.
+    Replace {
+        /// The disk.
+        disk: DiskId,
+        /// The URI of the new image.
+        image: Option<String>,
+        /// Where the reason is sent if the new process fails.
+        failed: Sender<String>,
+    },
+    /// The new process serves the disk.
+    Confirm {
+        /// The disk.
+        disk: DiskId,
+    },
+}
+
+/// Sends commands to a [`Supervisor`].
+#[derive(Clone)]
+pub struct Commands {
+    sender: Sender<Command>,
+    wakeup: Arc<UnixStream>,
+}
+
+impl Commands {
+    /// Sends a command.
+    pub fn send(&self, command: Command) -> io::Result<()> {
+        let sent = self.sender.send(command);
+        sent.map_err(|_| io::ErrorKind::BrokenPipe)?;
+        (&*self.wakeup).write_all(&[0])
+    }
+}
+
+/// A disk, and when it is updated even if nothing happens.
+struct Entry {
+    disk: Disk,
+    due: Option<Instant>,
+}
+
+/// All disks.
+pub struct Supervisor {
+    store: Xenstore,
+    run: RunDir,
+    program: PathBuf,
+    disks: BTreeMap<DiskId, Entry>,
+    commands: Receiver<Command>,
+    wakeup: UnixStream,
+    /// Held by the one `rblkd` of a directory.
+    _lock: File,
+}
+
+impl Supervisor {
+    /// Watches xenstore, and adopts the disks of an earlier `rblkd`.
+    pub fn new(mut store: Xenstore, run: RunDir, program: PathBuf) -> io::Result<(Self, Commands)> {
+        fs::create_dir_all(run.path())?;
+        fs::set_permissions(run.path(), fs::Permissions::from_mode(0o755))?;
+        let lock = File::create(run.path().join("lock"))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+        store.watch(backend::ROOT, "disks")?;
+        let now = Instant::now();
+        let records = run.records()?.into_iter();
+        let disks = records.map(|record| {
+            let entry = Entry {
+                due: Some(now),
+                disk: Disk::adopt(record.clone(), &program, now),
+            };
+            (record.disk, entry)
+        });
+        let (sender, commands) = channel();
+        let (wakeup, wake) = UnixStream::pair()?;
+        wakeup.set_nonblocking(true)?;
+        let supervisor = Self {
+            disks: disks.collect(),
+            store,
+            run,
+            program,
+            commands,
+            wakeup,
+            _lock: lock,
+        };
+        let wakeup = Arc::new(wake);
+        Ok((supervisor, Commands { sender, wakeup }))
+    }
+
+    /// Serves until xenstore cannot be used.
+    pub fn run(mut self) -> io::Result<()> {
+        loop {
+            if !self.step(Instant::now())? {
+                self.wait()?;
+            }
+        }
+    }
+
+    /// Updates the disks that something has happened to. Returns `false` if there are none.
+    fn step(&mut self, now: Instant) -> io::Result<bool> {
+        let mut changed = self.take_events()?;
+        changed.extend(self.take_commands());
+        let disks = self.disks.iter();
+        let due = disks.filter(|(_, entry)| entry.is_due(now));
+        changed.extend(due.map(|(disk, _)| *disk));
+        for disk in &changed {
+            self.update(*disk, now);
+        }
+        Ok(!changed.is_empty())
+    }
+
+    /// Takes the events of xenstore. Returns the disks that they are about.
+    fn take_events(&mut self) -> io::Result<BTreeSet<DiskId>> {
+        let mut changed = BTreeSet::new();
+        while let Some(event) = self.store.next_event()? {
+            match backend::disk_of(&event.path) {
+                Some(disk) => drop(changed.insert(disk)),
+                None => {
+                    changed.extend(backend::disks(&mut self.store)?);
+                    changed.extend(self.disks.keys());
+                }
+            }
+        }
+        Ok(changed)
+    }
+
+    fn take_commands(&mut self) -> Vec<DiskId> {
+        let mut bytes = [0; 64];
+        // What is left wakes it again.
+        let _ = self.wakeup.read(&mut bytes);
+        let mut changed = Vec::new();
+        while let Ok(command) = self.commands.try_recv() {
+            let disk = match &command {
+                Command::Replace { disk, .. } | Command::Confirm { disk } => *disk,
+            };
+            changed.push(disk);
+            let Some(entry) = self.disks.get_mut(&disk) else {
+                // The client waits in vain for a sender that is dropped here, and is told.
+                continue;
+            };
+            match command {
+                Command::Replace { image, failed, .. } => entry.disk.replace(image, failed),
+                Command::Confirm { .. } => entry.disk.confirm(),
+            }
+        }
+        changed
+    }
+
+    /// Updates a disk. An error is reported, and it is tried again.
+    fn update(&mut self, disk: DiskId, now: Instant) {
+        match self.try_update(disk, now) {
+            Ok(Next::Wait(due)) => {
+                if let Some(entry) = self.disks.get_mut(&disk) {
+                    entry.due = due;
+                }
+            }
+            Ok(Next::Forget) => drop(self.disks.remove(&disk)),
+            Err(error) => {
+                eprintln!("{disk}: {error}; it is tried again");
+                if let Some(entry) = self.disks.get_mut(&disk) {
+                    entry.due = Some(now + RETRY);
+                }
+            }
+        }
+    }
+
+    fn try_update(&mut self, disk: DiskId, now: Instant) -> io::Result<Next> {
+        if !self.disks.contains_key(&disk) {
+            match backend::read(&mut self.store, disk)? {
+                Some(backend) if backend.state != backend::CLOSED => {
+                    let due = None;
+                    let disk = (disk, Disk::new(disk, &backend, now));
+                    self.disks.insert(disk.0, Entry { disk: disk.1, due });
+                }
+                _ => return Ok(Next::Forget),
+            }
+        }
+        let mut context = Context {
+            store: &mut self.store,
+            run: &self.run,
+            program: &self.program,
+            now,
+        };
+        match self.disks.get_mut(&disk) {
+            Some(entry) => entry.disk.update(&mut context),
+            None => Ok(Next::Forget),
+        }
+    }
+
+    /// Waits until there is something to do.
+    fn wait(&self) -> io::Result<()> {
+        let mut fds = vec![
+            PollFd::from_borrowed_fd(self.store.fd(), PollFlags::IN),
+            PollFd::new(&self.wakeup, PollFlags::IN),
+        ];
+        let processes = self.disks.values().filter_map(|entry| entry.disk.process());
+        fds.extend(processes.map(|process| PollFd::new(process, PollFlags::IN)));
+        let due = self.disks.values().filter_map(|entry| entry.due).min();
+        let left = due.map(|due| due.saturating_duration_since(Instant::now()));
+        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut fds, timeout.as_ref()) {
+            Err(error) if error != rustix::io::Errno::INTR => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Entry {
+    /// Returns `true` if its time has come, or its process has ended.
+    fn is_due(&self, now: Instant) -> bool {
+        self.due.is_some_and(|due| due <= now)
+            || self
+                .disk
+                .process()
+                .is_some_and(|process| process.has_ended())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::tests::PROGRAM;
+    use crate::process::Process;
+    use api::{Phase, Record};
+    use xen_user::fake::Host;
+    use xen_user::xenstore::Nodes;
+
+    const DISK: DiskId = DiskId {
+        domid: 5,
+        devid: 51712,
+    };
+
+    /// A host with a disk, and the supervisor of its domain 0.
+    struct Rig {
+        host: Host,
+        dir: tempfile::TempDir,
+        supervisor: Supervisor,
+        commands: Commands,
+        store: Xenstore,
+    }
+
+    impl Rig {
+        fn new(image: &str) -> Self {
+            let (host, dir) = (Host::new(), tempfile::tempdir().unwrap());
+            let mut store = host.xenstore().unwrap();
+            store.write("backend/vbd3/5/51712/params", image).unwrap();
+            store.write("backend/vbd3/5/51712/state", "1").unwrap();
+            let (supervisor, commands) = supervisor(&host, &dir);
+            Self {
+                host,
+                dir,
+                supervisor,
+                commands,
+                store,
+            }
+        }
+
+        fn run(&self) -> RunDir {
+            RunDir::new(self.dir.path())
+        }
+
+        fn record(&self) -> Record {
+            self.run().read_record(DISK).unwrap().unwrap()
+        }
+
+        fn state(&mut self) -> String {
+            let state = self.store.read_text("backend/vbd3/5/51712/state").unwrap();
+            state.unwrap_or_default()
+        }
+
+        fn set_state(&mut self, state: &str) {
+            self.store
+                .write("backend/vbd3/5/51712/state", state)
+                .unwrap();
+        }
+
+        /// Lets the supervisor work until something is so.
+        fn until(&mut self, what: &str, mut is_so: impl FnMut(&mut Self) -> bool) {
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while !is_so(self) {
+                assert!(Instant::now() < deadline, "{what}");
+                self.supervisor.step(Instant::now()).unwrap();
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+
+        /// Waits for a process with a number other than `old`, and returns it.
+        fn process(&mut self, old: u32) -> Process {
+            let running = |rig: &mut Self| match rig.run().read_record(DISK).unwrap()?.phase {
+                Phase::Running { pid, start_time } if pid != old => Process::adopt(pid, start_time),
+                _ => None,
+            };
+            self.until("no process", |rig| running(rig).is_some());
+            running(self).unwrap()
+        }
+    }
+
+    impl Drop for Rig {
+        fn drop(&mut self) {
+            for entry in self.supervisor.disks.values() {
+                if let Some(process) = entry.disk.process() {
+                    process.kill();
+                }
+            }
+        }
+    }
+
+    fn supervisor(host: &Host, dir: &tempfile::TempDir) -> (Supervisor, Commands) {
+        let store = host.xenstore().unwrap();
+        Supervisor::new(store, RunDir::new(dir.path()), PROGRAM.into()).unwrap()
+    }
+
+    #[test]
+    fn a_process_is_started_and_replaced_until_the_disk_is_detached() {
+        let mut rig = Rig::new("serve");
+        let first = rig.process(0);
+        assert_eq!(
+            (rig.record().name.as_str(), rig.record().restarts),
+            ("xvda", 0)
+        );
+        rig.set_state("4");
+        first.kill();
+        let second = rig.process(first.pid());
+        assert_eq!(rig.record().restarts, 1);
+        rig.set_state("6");
+        second.kill();
+        rig.until("record left", |rig| rig.run().records().unwrap().is_empty());
+        rig.store.remove("backend/vbd3/5").unwrap();
+        rig.until("disk left", |rig| rig.supervisor.disks.is_empty());
+    }
+
+    #[test]
+    fn the_reason_of_a_failed_start_is_recorded_before_the_state_is_written() {
+        let mut rig = Rig::new("fail:no such file");
+        rig.until("still Initialising", |rig| rig.state() != "1");
+        assert_eq!(rig.state(), "2");
+        let cause = "no such file".to_owned();
+        assert_eq!(rig.record().phase, Phase::Failed { cause });
+        let error = rig
+            .store
+            .read_text("error/backend/vbd3/5/51712/error")
+            .unwrap();
+        assert_eq!(error.as_deref(), Some("no such file"));
+        rig.set_state("5");
+        rig.until("not Closed", |rig| rig.state() == "6");
+        rig.until("record left", |rig| rig.run().records().unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_image_that_does_not_open_in_time_is_refused() {
+        let mut rig = Rig::new("serve");
+        let process = rig.process(0);
+        let limit = Instant::now() + crate::disk::OPEN_LIMIT;
+        rig.supervisor.step(limit).unwrap();
+        assert_eq!(rig.state(), "2");
+        rig.until("not killed", |rig| {
+            rig.supervisor.disks[&DISK].disk.process().is_none()
+        });
+        assert!(process.has_ended());
+        let Phase::Failed { cause } = rig.record().phase else {
+            panic!("{:?}", rig.record().phase);
+        };
+        assert!(
+            cause.starts_with("serve has not been opened in 8 seconds"),
+            "{cause}"
+        );
+    }
+
+    #[test]
+    fn a_process_does_not_outlive_its_disk() {
+        let mut rig = Rig::new("serve");
+        let process = rig.process(0);
+        rig.set_state("4");
+        rig.until("not noticed", |rig| {
+            rig.supervisor.disks[&DISK].due.is_none()
+        });
+        rig.store.remove("backend/vbd3/5").unwrap();
+        rig.until("not gone", |rig| rig.supervisor.disks[&DISK].due.is_some());
+        assert!(!process.has_ended());
+        let later = Instant::now() + Duration::from_secs(11);
+        rig.supervisor.step(later).unwrap();
+        rig.until("record left", |rig| rig.run().records().unwrap().is_empty());
+        assert!(process.has_ended());
+    }
+
+    #[test]
+    fn a_missing_program_is_a_reason() {
+        let mut rig = Rig::new("serve");
+        rig.supervisor.program = "/nonexistent/rblktap".into();
+        rig.until("still Initialising", |rig| rig.state() != "1");
+        let Phase::Failed { cause } = rig.record().phase else {
+            panic!("{:?}", rig.record().phase);
+        };
+        let start = "/nonexistent/rblktap does not start";
+        assert!(cause.starts_with(start), "{cause}");
+    }
+
+    #[test]
+    fn a_later_supervisor_adopts_the_process() {
+        let mut rig = Rig::new("serve");
+        let process = rig.process(0);
+        rig.set_state("4");
+        let other = host_supervisor_error(&rig);
+        assert_eq!(other, io::ErrorKind::WouldBlock);
+        // Dropping it is what a kill of rblkd does.
+        let elsewhere = tempfile::tempdir().unwrap();
+        let idle = supervisor(&Host::new(), &elsewhere);
+        drop(std::mem::replace(&mut rig.supervisor, idle.0));
+        (rig.supervisor, rig.commands) = supervisor(&rig.host, &rig.dir);
+        while rig.supervisor.step(Instant::now()).unwrap() {}
+        assert!(!process.has_ended());
+        assert_eq!(rig.record().phase.pid(), Some(process.pid()));
+        process.kill();
+        rig.process(process.pid());
+        assert_eq!(rig.record().restarts, 1);
+    }
+
+    #[test]
+    fn a_record_of_an_earlier_disk_names_no_image() {
+        let mut rig = Rig::new("serve");
+        let mut record = Record {
+            disk: DISK,
+            name: "xvda".to_owned(),
+            domain: None,
+            image: "fail:earlier".to_owned(),
+            restarts: 0,
+            phase: Phase::Starting,
+        };
+        rig.run().write_record(&record).unwrap();
+        record.disk.devid = 7;
+        rig.run().write_record(&record).unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        drop(std::mem::replace(
+            &mut rig.supervisor,
+            supervisor(&Host::new(), &elsewhere).0,
+        ));
+        (rig.supervisor, rig.commands) = supervisor(&rig.host, &rig.dir);
+        rig.process(0);
+        assert_eq!(rig.record().image, "serve");
+        rig.until("other record left", |rig| {
+            rig.run().records().unwrap().len() == 1
+        });
+    }
+
+    fn host_supervisor_error(rig: &Rig) -> io::ErrorKind {
+        let store = rig.host.xenstore().unwrap();
+        let second = Supervisor::new(store, rig.run(), PROGRAM.into());
+        second
+            .err()
+            .map_or(io::ErrorKind::Other, |error| error.kind())
+    }
+
+    #[test]
+    fn a_disk_that_vanished_meanwhile_is_forgotten() {
+        let mut rig = Rig::new("serve");
+        let process = rig.process(0);
+        process.kill();
+        rig.store.remove("backend/vbd3/5").unwrap();
+        rig.until("record left", |rig| rig.run().records().unwrap().is_empty());
+        assert!(rig.supervisor.disks.is_empty());
+    }
+
+    #[test]
+    fn a_replacement_uses_the_new_image_or_the_old_one_again() {
+        let mut rig = Rig::new("serve");
+        let first = rig.process(0);
+        rig.set_state("4");
+        let replace = |rig: &Rig, image: &str| {
+            let (failed, failures) = channel();
+            let image = Some(image.to_owned());
+            let disk = DISK;
+            let command = Command::Replace {
+                disk,
+                image,
+                failed,
+            };
+            rig.commands.send(command).unwrap();
+            failures
+        };
+        let failures = replace(&rig, "serve b");
+        let second = rig.process(first.pid());
+        assert_eq!(rig.record().image, "serve b");
+        rig.commands.send(Command::Confirm { disk: DISK }).unwrap();
+        rig.until("not confirmed", |_| {
+            failures.try_recv() == Err(std::sync::mpsc::TryRecvError::Disconnected)
+        });
+        let failures = replace(&rig, "fail:no");
+        let mut reason = None;
+        rig.until("no failure", |_| {
+            reason = failures.try_recv().ok();
+            reason.is_some()
+        });
+        assert_eq!(reason.as_deref(), Some("no"));
+        rig.process(second.pid());
+        assert_eq!(rig.record().image, "serve b");
+    }
+}
