@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! `rblk`: shows and controls disks that `rblktap` serves, and their images.
+//!
+//! One program has three names; the last part of `argv[0]` decides:
+//!
+//! | name | module | who calls it |
+//! |---|---|---|
+//! | `rblk` | [`args`], `disk`, `image` | the administrator |
+//! | `tap-ctl` | [`tap_ctl`] | Xen's hotplug script `block-tap` |
+//! | `block-rblk` | [`hotplug`] | libxl, as the hotplug script of a disk with `script=block-rblk` |
+
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+pub mod args;
+mod disk;
+mod exit;
+pub mod hotplug;
+mod image;
+mod outcome;
+mod table;
+pub mod tap_ctl;
+
+use api::RunDir;
+use args::{Command, Rblk};
+use clap::{CommandFactory, Parser};
+use exit::Error;
+use hotplug::BlockRblk;
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::process::ExitCode;
+use tap_ctl::TapCtl;
+
+/// Runs the program that `argv[0]` names and returns its exit status.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let name = args.first().map(Path::new).and_then(Path::file_name);
+    let result = match name.and_then(OsStr::to_str) {
+        Some("tap-ctl") => parse::<TapCtl>(args).and_then(|args| tap_ctl::run(&args)),
+        Some("block-rblk") => parse::<BlockRblk>(args).and_then(|args| hotplug::run(&args)),
+        _ => parse::<Rblk>(args).and_then(run_rblk),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => error.report(),
+    }
+}
+
+fn parse<T: Parser>(args: Vec<OsString>) -> Result<T, Error> {
+    T::try_parse_from(args).map_err(Error::Usage)
+}
+
+fn run_rblk(args: Rblk) -> Result<(), Error> {
+    let run = RunDir::new(args.run_dir);
+    match args.command {
+        Command::Disk { command } => disk::run(&run, &command, args.json),
+        Command::Image { command } => image::run(&command, args.json),
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Rblk::command(), "rblk", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man { directory } => {
+            clap_mangen::generate_to(Rblk::command(), &directory)
+                .map_err(|error| exit::io_failure(directory.display(), &error))?;
+            Ok(())
+        }
+    }
+}

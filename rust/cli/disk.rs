@@ -1,0 +1,349 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! `rblk disk`.
+
+use crate::args::{DiskCommand, DiskName};
+use crate::exit::Error;
+use crate::table;
+use api::{AgentCall, Counters, DiskEntry, DiskId, DiskStatus, Phase, Record, RunDir};
+use api::{Failure, FailureKind};
+use serde::de::DeserializeOwned;
+use serde::Serialize;
+use serde_json::Value;
+use std::thread;
+use std::time::Duration;
+
+/// How long `rblkd` may take for a reply. A pause waits for requests in flight.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Runs a command.
+pub fn run(run: &RunDir, command: &DiskCommand, json: bool) -> Result<(), Error> {
+    match command {
+        DiskCommand::List => list(run, json),
+        DiskCommand::Stats { disk, watch: false } => print_stats(&stats(run, disk)?, json),
+        DiskCommand::Stats { disk, watch: true } => watch(run, disk, json),
+        DiskCommand::Pause { disk } => {
+            let disk = find(run, disk)?;
+            done(call(run, &AgentCall::Pause { disk })?, json)
+        }
+        DiskCommand::Resume { disk } => {
+            let disk = find(run, disk)?;
+            done(call(run, &AgentCall::Resume { disk })?, json)
+        }
+        DiskCommand::Resize { disk } => {
+            let disk = find(run, disk)?;
+            done(call(run, &AgentCall::Resize { disk })?, json)
+        }
+        DiskCommand::Retarget { disk, image } => {
+            let (disk, image) = (find(run, disk)?, image.to_string());
+            done(call(run, &AgentCall::Retarget { disk, image })?, json)
+        }
+        DiskCommand::Restart { disk } => {
+            let disk = find(run, disk)?;
+            done(call(run, &AgentCall::Restart { disk })?, json)
+        }
+    }
+}
+
+/// Prints what a call returned, for programs only: people see the exit status.
+fn done(value: Value, json: bool) -> Result<(), Error> {
+    if json {
+        return print_json(&value);
+    }
+    Ok(())
+}
+
+fn call<R: DeserializeOwned>(run: &RunDir, call: &AgentCall) -> Result<R, Error> {
+    Ok(api::socket::call(&run.agent_socket(), call, TIMEOUT)?)
+}
+
+fn stats(run: &RunDir, name: &DiskName) -> Result<DiskStatus, Error> {
+    let disk = find(run, name)?;
+    call(run, &AgentCall::Stats { disk })
+}
+
+fn find(run: &RunDir, name: &DiskName) -> Result<DiskId, Error> {
+    let entries: Vec<DiskEntry> = call(run, &AgentCall::List)?;
+    let mut matching = entries
+        .iter()
+        .map(|entry| &entry.record)
+        .filter(|record| is_named(record, name));
+    match (matching.next(), matching.next()) {
+        (Some(record), None) => Ok(record.disk),
+        (found, _) => {
+            let what = if found.is_some() {
+                "more than one disk is"
+            } else {
+                "no disk is"
+            };
+            let DiskName { domain, device } = name;
+            let cause = format!("{what} called {domain}/{device}");
+            let remedy = "rblk disk list shows the numbers of all disks";
+            Err(Failure::new(FailureKind::NoSuchDisk, cause, remedy).into())
+        }
+    }
+}
+
+fn is_named(record: &Record, name: &DiskName) -> bool {
+    let DiskId { domid, devid } = record.disk;
+    let domain = record.domain.as_ref() == Some(&name.domain) || domid.to_string() == name.domain;
+    domain && (record.name == name.device || devid.to_string() == name.device)
+}
+
+fn list(run: &RunDir, json: bool) -> Result<(), Error> {
+    let entries: Vec<DiskEntry> = call(run, &AgentCall::List)?;
+    if json {
+        return print_json(&entries);
+    }
+    print!("{}", list_table(&entries));
+    Ok(())
+}
+
+fn list_table(entries: &[DiskEntry]) -> String {
+    let mut rows = vec![[
+        "DISK", "DOMAIN", "STATE", "SIZE", "PID", "RESTARTS", "IMAGE",
+    ]
+    .map(str::to_owned)];
+    rows.extend(entries.iter().map(list_row));
+    table::align(&rows)
+}
+
+fn list_row(entry: &DiskEntry) -> [String; 7] {
+    let DiskEntry { record, status } = entry;
+    let state = match (&record.phase, status) {
+        (Phase::Starting, _) => "starting".to_owned(),
+        (Phase::Failed { cause }, _) => format!("failed: {cause}"),
+        (Phase::Running { .. }, None) => "no answer".to_owned(),
+        (Phase::Running { .. }, Some(status)) if status.paused => "paused".to_owned(),
+        (Phase::Running { .. }, Some(status)) if status.queues.is_empty() => {
+            "not connected".to_owned()
+        }
+        (Phase::Running { .. }, Some(_)) => "connected".to_owned(),
+    };
+    let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+    let size = status
+        .as_ref()
+        .map(|status| table::size(bytes(status.sectors)));
+    [
+        format!("{}/{}", record.disk.domid, record.name),
+        or_dash(record.domain.clone()),
+        state,
+        or_dash(size),
+        or_dash(record.phase.pid().map(|pid| pid.to_string())),
+        record.restarts.to_string(),
+        record.image.clone(),
+    ]
+}
+
+/// Returns the number of bytes of sectors.
+fn bytes(sectors: u64) -> u64 {
+    sectors.saturating_mul(512)
+}
+
+fn watch(run: &RunDir, disk: &DiskName, json: bool) -> Result<(), Error> {
+    let mut last = stats(run, disk)?;
+    loop {
+        thread::sleep(Duration::from_secs(1));
+        let now = stats(run, disk)?;
+        let counters = difference(&now, &last);
+        last = now.clone();
+        print_stats(&DiskStatus { counters, ..now }, json)?;
+    }
+}
+
+/// Returns what has happened between two samples. A new process counts from 0 on.
+fn difference(now: &DiskStatus, before: &DiskStatus) -> Counters {
+    if now.pid != before.pid {
+        return now.counters;
+    }
+    let (now, before) = (&now.counters, &before.counters);
+    Counters {
+        reads: now.reads.saturating_sub(before.reads),
+        sectors_read: now.sectors_read.saturating_sub(before.sectors_read),
+        writes: now.writes.saturating_sub(before.writes),
+        sectors_written: now.sectors_written.saturating_sub(before.sectors_written),
+        flushes: now.flushes.saturating_sub(before.flushes),
+        discards: now.discards.saturating_sub(before.discards),
+        errors: now.errors.saturating_sub(before.errors),
+        refused: now.refused.saturating_sub(before.refused),
+        retries: now.retries.saturating_sub(before.retries),
+        adopted: now.adopted.saturating_sub(before.adopted),
+    }
+}
+
+fn print_stats(status: &DiskStatus, json: bool) -> Result<(), Error> {
+    if json {
+        return print_json(status);
+    }
+    print!("{}", stats_table(status));
+    Ok(())
+}
+
+fn stats_table(status: &DiskStatus) -> String {
+    let counters = &status.counters;
+    let mut rows = vec![["OPERATION", "REQUESTS", "DATA"].map(str::to_owned)];
+    for (name, requests, sectors) in [
+        ("read", counters.reads, Some(counters.sectors_read)),
+        ("write", counters.writes, Some(counters.sectors_written)),
+        ("flush", counters.flushes, None),
+        ("discard", counters.discards, None),
+    ] {
+        let data = sectors.map_or_else(|| "-".to_owned(), |sectors| table::size(bytes(sectors)));
+        rows.push([name.to_owned(), requests.to_string(), data]);
+    }
+    let queues = status.queues.iter();
+    let in_flight: u64 = queues.map(|queue| u64::from(queue.in_flight)).sum();
+    let oldest = status
+        .queues
+        .iter()
+        .filter_map(|queue| queue.oldest_ms)
+        .max();
+    format!(
+        "{}errors {}, refused {}, retries {}, adopted {}\nin flight {in_flight}, the oldest for {} ms\n",
+        table::align(&rows),
+        counters.errors,
+        counters.refused,
+        counters.retries,
+        counters.adopted,
+        oldest.unwrap_or_default(),
+    )
+}
+
+fn print_json(value: &impl Serialize) -> Result<(), Error> {
+    let text = serde_json::to_string(value).map_err(|error| {
+        Failure::new(FailureKind::Failed, format!("JSON: {error}"), "report this")
+    })?;
+    println!("{text}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use api::QueueStatus;
+    use std::os::unix::net::UnixListener;
+
+    fn entry(phase: Phase) -> DiskEntry {
+        DiskEntry {
+            record: Record {
+                disk: DiskId {
+                    domid: 5,
+                    devid: 51712,
+                },
+                name: "xvda".to_owned(),
+                domain: Some("web".to_owned()),
+                image: "aio:/a".to_owned(),
+                restarts: 1,
+                phase,
+            },
+            status: None,
+        }
+    }
+
+    fn running() -> DiskEntry {
+        entry(Phase::Running {
+            pid: 7,
+            start_time: 1,
+        })
+    }
+
+    fn status() -> DiskStatus {
+        DiskStatus {
+            pid: 7,
+            sectors: 2048,
+            block_size: 512,
+            paused: false,
+            queues: vec![QueueStatus {
+                in_flight: 2,
+                oldest_ms: Some(3),
+                paused: false,
+            }],
+            counters: Counters {
+                reads: 4,
+                sectors_read: 32,
+                ..Counters::default()
+            },
+        }
+    }
+
+    #[test]
+    fn the_list_shows_states() {
+        let mut connected = running();
+        connected.status = Some(status());
+        let failed = entry(Phase::Failed {
+            cause: "no file".to_owned(),
+        });
+        assert_eq!(
+            list_table(&[connected, running(), failed]),
+            "DISK    DOMAIN  STATE            SIZE   PID  RESTARTS  IMAGE\n\
+             5/xvda  web     connected        1 MiB  7    1         aio:/a\n\
+             5/xvda  web     no answer        -      7    1         aio:/a\n\
+             5/xvda  web     failed: no file  -      -    1         aio:/a\n"
+        );
+    }
+
+    #[test]
+    fn disks_have_names_and_numbers() {
+        let record = running().record;
+        for (name, found) in [
+            ("web/xvda", true),
+            ("5/xvda", true),
+            ("5/51712", true),
+            ("web/51712", true),
+            ("5/xvdb", false),
+            ("mail/xvda", false),
+        ] {
+            assert_eq!(is_named(&record, &name.parse().unwrap()), found, "{name}");
+        }
+    }
+
+    #[test]
+    fn statistics_are_a_table() {
+        assert_eq!(
+            stats_table(&status()),
+            "OPERATION  REQUESTS  DATA\n\
+             read       4         16 KiB\n\
+             write      0         0 B\n\
+             flush      0         -\n\
+             discard    0         -\n\
+             errors 0, refused 0, retries 0, adopted 0\n\
+             in flight 2, the oldest for 3 ms\n"
+        );
+    }
+
+    #[test]
+    fn rates_are_of_one_process() {
+        let mut now = status();
+        now.counters.reads = 10;
+        assert_eq!(difference(&now, &status()).reads, 6);
+        assert_eq!(difference(&now, &status()).sectors_read, 0);
+        now.pid = 8;
+        assert_eq!(difference(&now, &status()).reads, 10);
+    }
+
+    #[test]
+    fn a_command_reaches_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::new(dir.path());
+        let listener = UnixListener::bind(run_dir.agent_socket()).unwrap();
+        let server = thread::spawn(move || {
+            let mut calls = Vec::new();
+            for _ in 0..2 {
+                let (stream, _) = listener.accept().unwrap();
+                let handle = |call: AgentCall| {
+                    let list = call == AgentCall::List;
+                    calls.push(call);
+                    Ok(list.then(|| vec![running()]))
+                };
+                api::socket::serve(stream, handle).unwrap();
+            }
+            calls
+        });
+        let disk = "web/xvda".parse().unwrap();
+        run(&run_dir, &DiskCommand::Pause { disk }, false).unwrap();
+        let [list, pause] = server.join().unwrap().try_into().unwrap();
+        assert_eq!(list, AgentCall::List);
+        let disk = running().record.disk;
+        assert_eq!(pause, AgentCall::Pause { disk });
+    }
+}

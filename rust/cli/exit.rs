@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Exit statuses.
+
+use api::{Failure, FailureKind};
+use std::fmt;
+use std::io;
+use std::process::ExitCode;
+
+/// The exit statuses, as help and man pages show them.
+pub const HELP: &str = "\
+Exit status:
+  0  done
+  1  failed
+  2  the command line is not valid
+  3  there is no such disk
+  4  rblkd or the disk's process does not answer
+  5  the disk cannot do this now, or its engine cannot do it";
+
+/// Why a command ends without success.
+#[derive(Debug)]
+pub enum Error {
+    /// The command line is not valid, or it asks for help.
+    Usage(clap::Error),
+    /// The command failed.
+    Failure(Failure),
+}
+
+impl Error {
+    /// Prints the error and returns the exit status.
+    pub fn report(&self) -> ExitCode {
+        match self {
+            Self::Usage(error) => {
+                // Nothing is left to do if the terminal is gone.
+                let _ = error.print();
+                ExitCode::from(if error.use_stderr() { 2 } else { 0 })
+            }
+            Self::Failure(failure) => {
+                eprintln!("error: {failure}");
+                ExitCode::from(status(failure.kind))
+            }
+        }
+    }
+}
+
+/// Returns the exit status of a failure, see [`HELP`].
+fn status(kind: FailureKind) -> u8 {
+    match kind {
+        FailureKind::Failed => 1,
+        FailureKind::InvalidCall => 2,
+        FailureKind::NoSuchDisk => 3,
+        FailureKind::NoAnswer => 4,
+        FailureKind::Refused => 5,
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        Self::Failure(failure)
+    }
+}
+
+/// Returns a failure for an I/O error of `what`.
+pub fn io_failure(what: impl fmt::Display, error: &io::Error) -> Failure {
+    let remedy = match error.kind() {
+        io::ErrorKind::PermissionDenied => "run this as root",
+        io::ErrorKind::NotFound => "check that it exists",
+        _ => "check the file system and the permissions",
+    };
+    Failure::new(FailureKind::Failed, format!("{what}: {error}"), remedy)
+}

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! How the attachment of a disk has ended: what hotplug scripts wait for.
+//!
+//! They run when the state is InitWait. By then `rblkd` has recorded the process that serves the
+//! disk, or why none does.
+
+use api::{DiskId, Failure, FailureKind, Phase, Record, RunDir};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long to wait for `rblkd`, which writes the record of a process right after its start.
+const ATTACH_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long to wait for the end of a process whose disk has been detached.
+const DETACH_LIMIT: Duration = Duration::from_secs(10);
+
+/// Time between two looks at the record.
+const POLL: Duration = Duration::from_millis(20);
+
+/// Returns the disk that libxl's variable `XENBUS_PATH` names.
+pub fn disk_of(path: &str) -> Result<DiskId, Failure> {
+    let backend = path.rsplit_once("backend/").map(|(_, backend)| backend);
+    match backend.and_then(|backend| backend.split_once('/')) {
+        Some(("vbd3", disk)) => disk.parse().map_err(|cause| invalid(path, cause)),
+        Some(_) => Err(invalid(path, "the disk is not served by rblkd".to_owned())),
+        None => Err(invalid(path, "it names no backend".to_owned())),
+    }
+}
+
+fn invalid(path: &str, cause: String) -> Failure {
+    Failure::new(
+        FailureKind::InvalidCall,
+        format!("XENBUS_PATH is {path:?}: {cause}"),
+        "use backendtype=tap in the disk's configuration",
+    )
+}
+
+/// Waits until a disk has been attached. Returns its record and its process.
+pub fn await_attached(run: &RunDir, disk: DiskId) -> Result<(Record, u32), Failure> {
+    let deadline = Instant::now() + ATTACH_LIMIT;
+    loop {
+        let record = read(run, disk)?;
+        match record.as_ref().map(|record| &record.phase) {
+            Some(Phase::Failed { cause }) => {
+                return Err(refused(cause));
+            }
+            Some(Phase::Running { pid, .. }) => {
+                let pid = *pid;
+                return record
+                    .map(|record| (record, pid))
+                    .ok_or_else(|| unknown(disk));
+            }
+            Some(Phase::Starting) | None if Instant::now() < deadline => thread::sleep(POLL),
+            Some(Phase::Starting) | None => return Err(unknown(disk)),
+        }
+    }
+}
+
+/// Returns the failure for a recorded reason, which has the form "cause; remedy" if it has a remedy.
+fn refused(reason: &str) -> Failure {
+    let (cause, remedy) = reason
+        .rsplit_once("; ")
+        .unwrap_or((reason, "see the messages of rblkd"));
+    Failure::new(FailureKind::Failed, cause, remedy)
+}
+
+fn unknown(disk: DiskId) -> Failure {
+    Failure::new(
+        FailureKind::NoAnswer,
+        format!("rblkd does not serve disk {disk}"),
+        "check that rblkd runs",
+    )
+}
+
+/// Waits until nothing is left of a disk that has been detached.
+pub fn await_detached(run: &RunDir, disk: DiskId) -> Result<(), Failure> {
+    let deadline = Instant::now() + DETACH_LIMIT;
+    while read(run, disk)?.is_some() {
+        if Instant::now() >= deadline {
+            return Err(Failure::new(
+                FailureKind::NoAnswer,
+                format!("disk {disk} is still served"),
+                "check that rblkd runs, and see rblk disk list",
+            ));
+        }
+        thread::sleep(POLL);
+    }
+    Ok(())
+}
+
+fn read(run: &RunDir, disk: DiskId) -> Result<Option<Record>, Failure> {
+    run.read_record(disk).map_err(|error| {
+        let cause = format!("the record of disk {disk}: {error}");
+        Failure::new(FailureKind::Failed, cause, "check that you are root")
+    })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) const DISK: DiskId = DiskId {
+        domid: 5,
+        devid: 51712,
+    };
+
+    /// Records that a disk is served, or why it is not.
+    pub(crate) fn record(run: &RunDir, disk: DiskId, phase: Phase) {
+        run.write_record(&Record {
+            disk,
+            name: "xvda".to_owned(),
+            domain: None,
+            image: "aio:/srv/a.img".to_owned(),
+            restarts: 0,
+            phase,
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn the_path_names_the_disk() {
+        for path in [
+            "backend/vbd3/5/51712",
+            "/local/domain/0/backend/vbd3/5/51712",
+        ] {
+            assert_eq!(disk_of(path), Ok(DISK));
+        }
+        for path in ["", "backend/vbd/5/51712", "backend/vbd3/5", "backend/vbd3"] {
+            assert!(disk_of(path).is_err(), "{path}");
+        }
+    }
+
+    #[test]
+    fn an_attachment_ends_with_a_process_or_a_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        record(
+            &run,
+            DISK,
+            Phase::Running {
+                pid: 7,
+                start_time: 1,
+            },
+        );
+        assert_eq!(await_attached(&run, DISK).unwrap().1, 7);
+        let cause = "no file; create it".to_owned();
+        record(&run, DISK, Phase::Failed { cause });
+        assert_eq!(
+            await_attached(&run, DISK).unwrap_err().text.cause,
+            "no file"
+        );
+        run.remove(DISK).unwrap();
+        await_detached(&run, DISK).unwrap();
+    }
+}
