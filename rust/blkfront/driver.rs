@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A device of xenbus.
+//! The xenbus driver.
 //!
-//! Xenbus tells of the backend in a thread that all devices of the guest share: what may wait for
-//! the backend is left to the device's own thread.
+//! Xenbus calls it in a thread that all devices of the guest share (`xenwatch`). Everything that
+//! may wait for the backend is done by the worker thread of the device.
+//!
+//! `struct xenbus_driver blkfront_driver` of `xen-blkfront.c` has this role.
 
 use kernel::{
     device::Core,
@@ -46,14 +48,14 @@ use crate::{
     xenstore, //
 };
 
-/// How long an unbind waits for the thread of the device after the disk was written back. The thread
-/// gives the backend half of that for its last answers, and a second to unmap. All other devices of
-/// the guest may have to wait as long.
+/// Time for which an unbind waits for the worker after the disk was written back, in milliseconds.
+/// The worker gives the backend half of that for its last responses, and a second to unmap. All
+/// other devices of the guest may have to wait that long.
 const REMOVE_MS: u32 = 10_000;
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 
-/// A device.
+/// The driver's data of a bound device.
 pub(crate) struct VbdDriver {
     events: Arc<DeviceEvents>,
     worker: Arc<DeviceWorker>,
@@ -73,7 +75,7 @@ impl VbdDriver {
         let worker = DeviceWorker::new(device_state, events.clone())?;
         let subscriber = ShortageSubscriber::new(events.clone())?;
 
-        // A disk may be what memory is freed by writing to.
+        // Memory may be reclaimed by writing to this disk.
         let kind = KThreadOptions { freezable: false };
         let runner = worker.clone();
         let thread = KThread::spawn(fmt!("rblkfront/{}", vdev.name.as_str()), kind, move |_| {
@@ -91,7 +93,7 @@ impl VbdDriver {
 
 impl Drop for VbdDriver {
     fn drop(&mut self) {
-        // The thread has to end also if the device could not be bound.
+        // The thread has to end even if the device could not be bound.
         self.events.set(Event::Remove);
     }
 }
@@ -121,7 +123,7 @@ impl Driver for VbdDriver {
         self.events.set(Event::Remove);
         let mut syncing = false;
         while !self.events.await_finish(msecs_to_jiffies(REMOVE_MS)) {
-            // A backend that answers is given all the time that it takes.
+            // A backend that responds gets all the time that it needs.
             let synced = core::mem::replace(&mut syncing, self.events.is_syncing());
             if !synced && !syncing {
                 dev.dev_error(

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What wakes the thread of a device.
+//! Events that wake the worker thread of a device.
 
 use kernel::{
     prelude::*,
@@ -22,49 +22,51 @@ use kernel_ext::{
     new_wait_queue, //
 };
 
-/// Something that the thread has to look at.
+/// A reason to wake the thread.
 #[derive(Clone, Copy)]
 pub(crate) enum Event {
-    /// The backend may have changed: it may be away, or back.
+    /// The backend may have disconnected or come back.
     Backend,
-    /// The disk is to be let go.
+    /// The disk has to be removed.
     Close,
-    /// A backend broke the rules of a ring, or the disk could not be added: there is no way on.
+    /// The backend broke a ring, or the disk could not be added: the device cannot recover.
     Failed,
-    /// A pool of pages has grown: it is to be looked after until it is small again.
+    /// A pool has grown, and has to be trimmed until it has its minimum size.
     PoolGrown,
-    /// The limits of the disk were to be changed, and somebody else was changing them.
+    /// The limits of the disk could not be changed, because they were locked.
     Limits,
-    /// The backend has said that it cannot discard.
+    /// The backend has rejected a discard.
     NoDiscard,
     /// An opener of the disk has closed it.
     Released,
     /// The device is being unbound.
     Remove,
-    /// A device of the guest cannot connect for want of grants.
+    /// A device of the guest cannot connect because grants are short.
     Shortage,
-    /// A request was not answered in time.
+    /// A request has timed out.
     TimedOut,
 }
 
 const EVENTS: usize = 10;
 
-/// Wakes the thread of a device. Any context.
+/// The pending events of a device, and the wait queue of its thread.
+///
+/// Context: any, unless a method says otherwise.
 #[pin_data]
 pub(crate) struct DeviceEvents {
     set: [Atomic<i32>; EVENTS],
     ready: Atomic<i32>,
-    /// One of the constants `WORKING`, `SYNCING`, `DONE`.
+    /// [`WORKING`], [`SYNCING`] or [`DONE`].
     progress: Atomic<i32>,
     #[pin]
     wait: WaitQueue,
 }
 
-/// The thread does what takes a known time at most.
+/// The thread does work that takes a bounded time.
 const WORKING: i32 = 0;
 /// The thread waits until the disk is written back.
 const SYNCING: i32 = 1;
-/// The thread needs the device no more.
+/// The thread no longer needs the device.
 const DONE: i32 = 2;
 
 impl DeviceEvents {
@@ -80,7 +82,7 @@ impl DeviceEvents {
         )
     }
 
-    /// Wakes the thread for this.
+    /// Sets `event` and wakes the thread.
     pub(crate) fn set(&self, event: Event) {
         if let Some(flag) = self.set.get(event as usize) {
             flag.xchg(1, Full);
@@ -88,29 +90,29 @@ impl DeviceEvents {
         self.wait.wake_up();
     }
 
-    /// Whether this was set since the last time.
+    /// Clears `event`. Returns `true` if it was set.
     pub(crate) fn take(&self, event: Event) -> bool {
         self.set
             .get(event as usize)
             .is_some_and(|flag| flag.xchg(0, Full) != 0)
     }
 
-    /// Whether the device is being unbound. Stays so.
+    /// Returns `true` if the device is being unbound. It then stays `true`.
     pub(crate) fn is_removing(&self) -> bool {
         self.is_set(Event::Remove)
     }
 
-    /// The disk can be used, or never will: nobody need wait for it any more.
+    /// Marks the device as ready: the disk can be used, or there will be none.
     pub(crate) fn mark_ready(&self) {
         self.ready.store(1, Relaxed);
     }
 
-    /// Whether nobody need wait for the disk any more.
+    /// Returns `true` if the device is ready, so that xenbus need not wait for it at boot.
     pub(crate) fn is_ready(&self) -> bool {
         self.ready.load(Relaxed) != 0
     }
 
-    /// Notes whether the thread waits until the disk is written back.
+    /// Sets whether the thread waits until the disk is written back.
     pub(crate) fn set_syncing(&self, syncing: bool) {
         let progress = if syncing { SYNCING } else { WORKING };
         self.progress.store(progress, Relaxed);
@@ -121,13 +123,13 @@ impl DeviceEvents {
         self.progress.load(Relaxed) == SYNCING
     }
 
-    /// Notes that the thread needs the device no more.
+    /// Marks the device as no longer needed by the thread.
     pub(crate) fn finish(&self) {
         self.progress.store(DONE, Release);
         self.wait.wake_up();
     }
 
-    /// Waits until the thread needs the device no more. Returns `false` after the timeout.
+    /// Waits until the thread no longer needs the device. Returns `false` after the timeout.
     ///
     /// Context: sleeps.
     #[must_use = "the thread may still need the device"]
@@ -136,7 +138,9 @@ impl DeviceEvents {
             .wait_timeout(timeout, || self.progress.load(Acquire) == DONE)
     }
 
-    /// Sleeps until `event` is set, and takes it.
+    /// Waits until `event` is set, and clears it.
+    ///
+    /// Context: sleeps.
     pub(crate) fn wait_for(&self, event: Event) {
         self.wait.wait_idle(|| self.is_set(event));
         self.take(event);
@@ -148,11 +152,13 @@ impl DeviceEvents {
             .is_some_and(|flag| flag.load(Relaxed) != 0)
     }
 
-    /// Sleeps until something is set, or the time is over.
+    /// Waits until any event is set, or until the timeout.
+    ///
+    /// Context: sleeps.
     pub(crate) fn wait(&self, timeout: Option<Jiffies>) {
         let any = || self.set.iter().any(|flag| flag.load(Relaxed) != 0);
         match timeout {
-            // What there is to do is found out by looking.
+            // The caller checks the events after a timeout, too.
             Some(timeout) => {
                 let _ = self.wait.wait_timeout(timeout, any);
             }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Module parameters, with the names and defaults of `xen-blkfront`, and the time-outs of our own.
+//! Module parameters: those of `xen-blkfront`, with its names and defaults, and three timeouts.
 
 use kernel::prelude::*;
 
@@ -16,61 +16,63 @@ use blkif::{
 };
 
 module_params! {
-    /// Segments of an indirect request.
+    /// Largest number of segments of an indirect request.
     static MAX_INDIRECT_SEGMENTS("max_indirect_segments", 0o444): u32 = 32,
         "Maximum amount of segments in indirect requests (default is 32)";
-    /// Rings of a disk.
+    /// Largest number of rings of a disk.
     static MAX_QUEUES("max_queues", 0o444): u32 = 4,
         "Maximum number of hardware queues/rings used per virtual disk (default is 4)";
-    /// Pages of a ring.
+    /// Largest size of a ring, as the order of its pages.
     static MAX_RING_PAGE_ORDER("max_ring_page_order", 0o444): i32 = 0,
         "Maximum order of pages to be used for the shared ring (default is 0, at most 4)";
-    /// Whether backends may see what else is in the pages of a request.
+    /// `false`: data is always copied to pages that contain nothing else.
     static TRUSTED("trusted", 0o644): bool = true,
         "Is the backend trusted with the pages of requests? Else all data is copied (default is Y)";
-    /// Whether to use persistent grants.
+    /// `true`: persistent grants are used if the backend offers them.
     static FEATURE_PERSISTENT("feature_persistent", 0o644): bool = true,
         "Use grants that stay with the backend, if it wants that (default is Y)";
-    /// How long a disk that is detached waits for its backend.
+    /// Time without a response after which a disk that is detached is no longer written back, in
+    /// seconds.
     static DETACH_TIMEOUT("detach_timeout", 0o644): u32 = 8,
         "Seconds without an answer after which a disk that is detached is written back no more (default is 8)";
-    /// When a request counts as timed out.
+    /// Time after which a request times out, in seconds.
     static IO_TIMEOUT("io_timeout", 0o644): u32 = 30,
         "Seconds after which the ring is checked for a request without an answer; the connection is closed after ten times that; 0: never (default is 30)";
-    /// How long a disk waits for its backend.
+    /// Time for which a disk waits for a disconnected backend, in seconds.
     static RECONNECT_TIMEOUT("reconnect_timeout", 0o644): u32 = 300,
         "Seconds that a disk waits for a backend that is away, before its requests fail (default is 300)";
 }
 
-/// The longest time-out that the block layer takes, in seconds.
+/// Longest timeout that the block layer accepts, in seconds.
 const MAX_IO_TIMEOUT: u32 = 1 << 20;
 
-/// Returns the time after which a request of a new disk counts as timed out, in milliseconds; 0 leaves
-/// it to the block layer.
+/// Returns the request timeout of a new disk in milliseconds; 0 selects the default of the block
+/// layer.
 pub(crate) fn io_timeout_ms() -> u32 {
     IO_TIMEOUT.get().min(MAX_IO_TIMEOUT).saturating_mul(1_000)
 }
 
-/// Returns `true` if a connection is given up when requests are not answered.
+/// Returns `true` if a connection is given up when requests get no response.
 pub(crate) fn gives_up() -> bool {
     IO_TIMEOUT.get() != 0
 }
 
-/// Returns how long a disk waits for a backend that is away, in milliseconds.
+/// Returns the time for which a disk waits for a disconnected backend, in milliseconds.
 pub(crate) fn reconnect_timeout_ms() -> i64 {
     i64::from(RECONNECT_TIMEOUT.get()).saturating_mul(1_000)
 }
 
-/// Segments that are used at most, whatever the parameter says: as many as fit into the smallest
-/// ring without indirect requests. A backend without them can take the place of one that had them,
-/// and then a request must still fit.
+/// Largest number of segments of a block request: as many as fit into the smallest ring without
+/// indirect requests. A backend without indirect requests can replace one that had them, and a
+/// request must still fit then.
 const MOST_SEGMENTS: u32 = MOST_PARTS as u32 * DIRECT_SEGMENTS as u32;
 
-/// Slots that a request takes at most: those of the smallest ring.
+/// Largest number of slots of a block request: those of the smallest ring.
 pub(crate) const MOST_PARTS: usize = 32;
 
-/// Replaces values that make no sense, so that what the parameters show is what is used. Once, when
-/// the module is loaded.
+/// Replaces invalid values, so that sysfs shows the values that are used.
+///
+/// Context: once, when the module is loaded.
 pub(crate) fn check() {
     let segments = MAX_INDIRECT_SEGMENTS.get();
     if segments > MOST_SEGMENTS {
@@ -98,7 +100,7 @@ pub(crate) fn check() {
     }
 }
 
-/// What the parameters allow now. `trusted` is the device's node of that name.
+/// Returns the offer that the parameters allow. `trusted` is the device's node of that name.
 pub(crate) fn front_offer(trusted: bool) -> FrontOffer {
     FrontOffer {
         max_ring_page_order: u32::try_from(MAX_RING_PAGE_ORDER.get()).unwrap_or(0),
@@ -109,15 +111,15 @@ pub(crate) fn front_offer(trusted: bool) -> FrontOffer {
     }
 }
 
-/// Segments that a request of the block layer can have at most, with any backend.
+/// Returns the largest number of segments of a block request, with any backend.
 pub(crate) fn max_segments() -> u16 {
     MAX_INDIRECT_SEGMENTS
         .get()
         .clamp(DIRECT_SEGMENTS as u32, MOST_SEGMENTS) as u16
 }
 
-/// Returns how long, in milliseconds, a backend may answer nothing while a disk is written back
-/// before it goes.
+/// Returns the time without a response after which a disk that is being removed is no longer
+/// written back, in milliseconds.
 pub(crate) fn detach_timeout_ms() -> i64 {
     i64::from(DETACH_TIMEOUT.get()).saturating_mul(1000)
 }

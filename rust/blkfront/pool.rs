@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Pages that stay granted to the backend, and are used again and again.
+//! A pool of pages that stay granted to the backend and are reused (persistent grants).
 //!
-//! Data that is bounced, and the segments of indirect requests, stand in such pages. A queue starts
-//! with as many as one request of any size needs, so that one can always proceed, and gets more as
-//! they are needed. Those that nobody has needed for a while are *spare*, and are given back, but
-//! for those of the start.
+//! Bounced data and the segments of indirect requests are in such pages. A queue starts with the
+//! pages for one request of any size, so that one request can always proceed, and allocates more as
+//! they are needed. Pages that were idle for a while are freed, down to the initial number.
+//!
+//! `struct grant` and `rinfo->grants` of `xen-blkfront.c` have this role.
 
 use kernel::{
     alloc::{
@@ -32,17 +33,17 @@ use crate::shortage;
 /// Granted pages that no request uses.
 pub(crate) struct Pool {
     pages: KVVec<GrantedPage>,
-    /// As many as there always are.
+    /// Number of pages that the pool keeps.
     min: usize,
-    /// How few there were since the last look for spare pages.
+    /// Lowest number of pages since the last scan for idle pages.
     low_watermark: usize,
 }
 
-/// Pages that are taken out at once to be given back.
+/// Number of pages that are freed at once.
 pub(crate) const TRIM_BATCH: usize = 64;
 
 impl Pool {
-    /// No pages, and no room for any.
+    /// Creates a pool without pages and without space for any.
     pub(crate) const fn empty() -> Self {
         Self {
             pages: KVVec::new(),
@@ -51,11 +52,13 @@ impl Pool {
         }
     }
 
-    /// A pool with room for `max` pages, of which `min` are there from the start. Sleeps.
+    /// Creates a pool with space for `max` pages, and allocates `min` of them.
+    ///
+    /// Context: sleeps.
     pub(crate) fn new(domain: DomId, min: usize, max: usize) -> Result<Self> {
         let mut pages = KVVec::with_capacity(max.max(min), GFP_KERNEL)?;
         for _ in 0..min {
-            // There is room for them.
+            // There is space for them.
             let _ = pages.push_within_capacity(new_page(domain, GFP_KERNEL)?);
         }
         Ok(Self {
@@ -65,7 +68,7 @@ impl Pool {
         })
     }
 
-    /// Moves pages to `to` until that has `count`, as far as there are any.
+    /// Moves pages to `to` until it has `count` or the pool is empty.
     pub(crate) fn fill(&mut self, to: &mut KVec<GrantedPage>, count: usize) {
         while to.len() < count {
             let Some(page) = self.pages.pop() else { break };
@@ -76,7 +79,7 @@ impl Pool {
         self.low_watermark = self.low_watermark.min(self.pages.len());
     }
 
-    /// Takes pages back. Those for which there is no room are freed.
+    /// Returns pages to the pool. Pages without space in it are freed.
     #[inline]
     pub(crate) fn put(&mut self, from: &mut KVec<GrantedPage>) {
         if from.is_empty() {
@@ -90,8 +93,7 @@ impl Pool {
         }
     }
 
-    /// Frees pages that another device needs more, but for those of the start and those that the
-    /// backend uses.
+    /// Frees pages beyond the minimum during a shortage, except those that the backend uses.
     #[cold]
     fn free_excess(&mut self, from: &mut KVec<GrantedPage>) {
         while self.pages.len() >= self.min {
@@ -102,13 +104,13 @@ impl Pool {
         }
     }
 
-    /// Takes out some pages.
+    /// Removes up to [`TRIM_BATCH`] pages.
     pub(crate) fn take_batch(&mut self) -> [Option<GrantedPage>; TRIM_BATCH] {
         core::array::from_fn(|_| self.pages.pop())
     }
 
-    /// Takes out some spare pages: those that nobody has used for the longest time, which the
-    /// backend has least reason to keep mapped.
+    /// Removes up to [`TRIM_BATCH`] idle pages, those unused for longest first, which the backend
+    /// is least likely to have mapped.
     pub(crate) fn take_idle(&mut self) -> [Option<GrantedPage>; TRIM_BATCH] {
         let count = self.low_watermark.saturating_sub(self.min).min(TRIM_BATCH);
         if count <= self.pages.len() {
@@ -124,20 +126,21 @@ impl Pool {
         })
     }
 
-    /// Takes back a spare page that the backend has mapped.
+    /// Returns an idle page that the backend has mapped.
     pub(crate) fn put_back(&mut self, page: GrantedPage) {
         let _ = self.pages.push_within_capacity(page);
     }
 
-    /// Begins to count anew how many pages are spare. Whether there are more pages than at the start.
+    /// Restarts the count of idle pages. Returns `true` if the pool is above its minimum.
     pub(crate) fn restart_watermark(&mut self) -> bool {
         self.low_watermark = self.pages.len();
         self.low_watermark > self.min
     }
 }
 
-/// Adds new pages to `to` until that has `count`, unless a device cannot connect for want of grants.
-/// Does not sleep.
+/// Allocates pages and adds them to `to` until it has `count`. Fails during a shortage of grants.
+///
+/// Context: any.
 pub(crate) fn grow(domain: DomId, to: &mut KVec<GrantedPage>, count: usize) -> Result {
     while to.len() < count {
         if shortage::is_active() {
@@ -149,7 +152,7 @@ pub(crate) fn grow(domain: DomId, to: &mut KVec<GrantedPage>, count: usize) -> R
     Ok(())
 }
 
-/// The backend can see what is in the page: it starts with zeroes.
+/// Allocates and grants a page. It is zeroed, because the backend can read it.
 fn new_page(domain: DomId, flags: Flags) -> Result<GrantedPage> {
     let mut reserve = GrantReserve::new(1)?;
     let page = Page::alloc_page(flags | __GFP_ZERO)?;

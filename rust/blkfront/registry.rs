@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The disks that there are, removed ones included.
+//! The registry of all disks of the guest, including removed disks that are still open.
 //!
-//! A disk that was removed stays until its last opener has gone, and another one can get its name in
-//! the meantime. That one has other device numbers, so nothing takes it for the old one. But file
-//! systems also have directories in sysfs and procfs by the name of their disk: a second file system
-//! of that name cannot be mounted, and the attempt ends with a stack trace in the log. So the new
-//! disk refuses exclusive openers for as long as the old one has some.
+//! A removed disk exists until its last opener has closed it, and another disk can get its name in
+//! the meantime. The new disk has other device numbers, so it is not mistaken for the old one. But
+//! file systems also have directories in sysfs and procfs that are named after their disk: mounting
+//! a second file system of that name fails with a stack trace in the log. So the new disk refuses
+//! exclusive openers as long as the old one has any.
 //!
-//! The lock is taken under the `open_mutex` of a disk, so no disk is dropped under it.
+//! Lock order: the `open_mutex` of a disk, then the lock of the registry. So no disk is dropped
+//! while the registry is locked.
 
 use kernel::{
     prelude::*,
@@ -25,18 +26,18 @@ use kernel_ext::base::global_mutex::GlobalMutex;
 
 use blkif::vdev::DiskName;
 
-/// What can be open for exclusive use.
+/// A disk that can be open for exclusive use.
 pub(crate) trait Claimed: Send + Sync {
-    /// Returns `true` if it is open for exclusive use now.
+    /// Returns `true` if the disk is open for exclusive use.
     fn is_claimed(&self) -> bool;
 }
 
-/// Which of the disks of one name it is: a later one has a higher number.
+/// A number that orders the disks of one name: later disks have higher numbers.
 #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) struct Serial(u64);
 
 impl Serial {
-    /// Returns a number that no other disk has.
+    /// Returns a number that is higher than those of all earlier disks.
     pub(crate) fn new() -> Self {
         static NEXT: Atomic<u64> = Atomic::new(0);
         Self(NEXT.fetch_add(1, Relaxed))
@@ -51,7 +52,7 @@ struct Entry {
 
 static DISKS: GlobalMutex<KVec<Entry>> = GlobalMutex::new(KVec::new());
 
-/// A disk that is registered as long as this lives.
+/// The registration of a disk, which ends when it is dropped.
 pub(crate) struct Registered {
     serial: Serial,
     /// Keeps the last reference from being dropped under the lock.
@@ -79,13 +80,13 @@ impl Drop for Registered {
         let mut disks = DISKS.lock();
         disks.retain(|entry| entry.serial != self.serial);
         if disks.is_empty() {
-            // A static is not dropped: leave no memory behind.
+            // A static is not dropped when the module is unloaded, so free its memory.
             *disks = KVec::new();
         }
     }
 }
 
-/// Returns `true` if a disk that had this name earlier is still open for exclusive use.
+/// Returns `true` if an earlier disk of this name is still open for exclusive use.
 pub(crate) fn has_claimed_predecessor(name: DiskName, serial: Serial) -> bool {
     DISKS
         .lock()

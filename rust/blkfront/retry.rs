@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! When to connect again after an attempt that failed for now.
+//! The schedule of connection attempts after a temporary failure.
 //!
-//! A shortage passes, so a device tries again: soon at first, later once a second. A backend can make
-//! a device connect again and again; so there is a limit to how often it does. In both cases the
+//! A shortage is temporary, so a device retries: soon at first, later once a second. A backend can
+//! also make a device connect again and again, so the rate of offers is limited. In both cases the
 //! deadline of the outage ends the attempts, see [`worker`](crate::worker).
 
 use kernel::{
@@ -19,32 +19,32 @@ use blkif::{
     token_bucket::TokenBucket, //
 };
 
-/// How many offers a device makes at once.
+/// Number of offers that a device may make in a burst.
 const OFFERS: u32 = 8;
-/// How much later it may make another one.
+/// Time after which it may make another offer, in milliseconds.
 const OFFER_PERIOD_MS: u64 = 1_000;
-/// The time to the first new attempt; it doubles with each.
+/// Time to the first retry in milliseconds; it doubles with each further one.
 const FIRST_MS: u32 = 20;
-/// The longest time between two attempts.
+/// Longest time between two retries, in milliseconds.
 const LAST_MS: u32 = 1_000;
-/// After an attempt with so long a time to the next the obstacle is reported: it is more than the
-/// ordinary delay of a backend that closes.
+/// A failure is reported if the next retry is at least this far away, in milliseconds, which is
+/// longer than a backend normally takes to close.
 const REPORT_MS: u32 = 300;
 
 /// The attempts of a device to connect.
 pub(crate) struct Retry {
     created: Instant<Monotonic>,
     pace: TokenBucket,
-    /// The times between attempts.
+    /// Times between retries.
     backoff: Backoff,
-    /// When the next attempt is due, in milliseconds since `created`.
+    /// Time of the next retry, in milliseconds since `created`.
     due: Option<u64>,
-    /// The obstacle that was reported since the device was connected.
+    /// The error that was reported since the device was last connected.
     reported: Option<Error>,
 }
 
 impl Retry {
-    /// Nothing has failed yet.
+    /// Creates a schedule without failures.
     pub(crate) fn new() -> Self {
         Self {
             created: Instant::now(),
@@ -59,13 +59,13 @@ impl Retry {
         self.created.elapsed().as_millis().max(0) as u64
     }
 
-    /// Takes the permission for an offer. `EAGAIN`: there were too many.
+    /// Counts an offer. Returns `EAGAIN` if there were too many.
     pub(crate) fn try_offer(&mut self) -> Result {
         let now = self.now();
         self.pace.take(now).map_err(|_| EAGAIN)
     }
 
-    /// Schedules another attempt. Returns `true` if the obstacle should be reported.
+    /// Schedules a retry. Returns `true` if `obstacle` should be reported.
     pub(crate) fn postpone(&mut self, obstacle: Error) -> bool {
         let delay = self.backoff.next_delay();
         self.due = Some(self.now().saturating_add(delay.into()));
@@ -76,19 +76,19 @@ impl Retry {
         true
     }
 
-    /// The device is connected, or never will be again.
+    /// Ends the retries: the device is connected, or will never be.
     pub(crate) fn finish(&mut self) {
         self.backoff.reset();
         self.due = None;
         self.reported = None;
     }
 
-    /// Returns the time until the next attempt, in milliseconds, if there is to be one.
+    /// Returns the time until the next retry in milliseconds, or `None` if none is scheduled.
     pub(crate) fn wait_ms(&self) -> Option<u64> {
         self.due.map(|due| due.saturating_sub(self.now()))
     }
 
-    /// Returns `true` once when the next attempt is due.
+    /// Returns `true` if a retry is due, and removes it from the schedule.
     pub(crate) fn take_due(&mut self) -> bool {
         let due = self.wait_ms() == Some(0);
         if due {
@@ -98,7 +98,7 @@ impl Retry {
     }
 }
 
-/// Returns `true` if what has failed with this error may succeed later.
+/// Returns `true` if an operation that failed with this error may succeed later.
 pub(crate) fn is_transient(error: Error) -> bool {
     [EAGAIN, EBUSY, ENOMEM, ENOSPC].contains(&error)
 }

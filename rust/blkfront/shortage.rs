@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Grants that a device needs to connect, and that other disks of the guest have.
+//! Shortage of grants: a device needs grants to connect, and other disks of the guest hold them.
 //!
-//! All disks share the grant table of the guest. A device that finds it full asks the others for the
-//! grants that they do not use at the moment. While it waits, their pools do not grow, and a queue
-//! whose requests use grants of their own has one request in flight. A pool never gives up the pages
-//! for one request, so each disk goes on. The wait has a limit: the shortage may be caused by
-//! somebody else, such as a network interface.
+//! All disks share the grant table of the guest. A device that finds it full asks the others to
+//! free the grants that no request uses. While it waits, their pools do not grow, and a queue
+//! without bounce buffers has one request in flight. A pool keeps the pages for one request, so
+//! each disk makes progress. The wait is limited, because another driver, such as that of a network
+//! interface, may have caused the shortage.
 
 use kernel::{
     prelude::*,
@@ -30,28 +30,30 @@ use crate::events::{
     Event, //
 };
 
-/// For how long other disks are issued back.
+/// Time for which the other disks are throttled, in milliseconds.
 const ACTIVE_MS: i64 = 5_000;
-/// How long after that they may be issued back again.
+/// Time after which they may be throttled again, in milliseconds.
 const PAUSE_MS: i64 = 30_000;
 
 /// The devices of this guest.
 static DEVICES: GlobalMutex<KVec<Arc<DeviceEvents>>> = GlobalMutex::new(KVec::new());
 
-/// How many devices hold the others back.
+/// Number of devices that wait for grants.
 static ACTIVE: Atomic<i32> = Atomic::new(0);
 
-/// Returns `true` if a device waits for grants. Any context.
+/// Returns `true` if a device waits for grants.
+///
+/// Context: any.
 #[inline]
 pub(crate) fn is_active() -> bool {
     ACTIVE.load(Relaxed) != 0
 }
 
-/// A device that is asked for grants that it does not use, until this is dropped.
+/// The registration of a device that is asked to free unused grants; it ends when it is dropped.
 pub(crate) struct ShortageSubscriber(Arc<DeviceEvents>);
 
 impl ShortageSubscriber {
-    /// Adds a device.
+    /// Registers a device.
     pub(crate) fn new(events: Arc<DeviceEvents>) -> Result<Self> {
         DEVICES.lock().push(events.clone(), GFP_KERNEL)?;
         Ok(Self(events))
@@ -63,13 +65,13 @@ impl Drop for ShortageSubscriber {
         let mut devices = DEVICES.lock();
         devices.retain(|events| !Arc::ptr_eq(events, &self.0));
         if devices.is_empty() {
-            // What is in a static is not dropped with the module.
+            // A static is not dropped when the module is unloaded, so free its memory.
             *devices = KVec::new();
         }
     }
 }
 
-/// Counts in [`ACTIVE`].
+/// A device that waits for grants, counted in [`ACTIVE`], and the time when the wait began.
 struct ActiveShortage(Instant<Monotonic>);
 
 impl ActiveShortage {
@@ -85,16 +87,16 @@ impl Drop for ActiveShortage {
     }
 }
 
-/// What a device does about a shortage.
+/// The shortage of one device.
 #[derive(Default)]
 pub(crate) struct Shortage {
     active: Option<ActiveShortage>,
-    /// When the last active shortage ended without success.
+    /// Time when the last wait ended without success.
     ended: Option<Instant<Monotonic>>,
 }
 
 impl Shortage {
-    /// There are no grants: asks all devices for those that they do not use.
+    /// Asks all devices to free unused grants, and throttles them for a limited time.
     pub(crate) fn ask(&mut self) {
         let over = |since: &Instant<Monotonic>, limit| since.elapsed().as_millis() >= limit;
         match &self.active {
@@ -117,7 +119,7 @@ impl Shortage {
         }
     }
 
-    /// The device has what it needs, or needs it no more.
+    /// Ends the shortage: the device has its grants, or no longer needs them.
     pub(crate) fn finish(&mut self) {
         *self = Self::default();
     }
