@@ -174,7 +174,7 @@ class Run:
 
 
 def parsed():
-    """The command line."""
+    """Returns the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -205,7 +205,7 @@ def parsed():
 
 
 def is_measured(kind, setting, pair):
-    """Whether a pair is measured with a kind of guest and a setting."""
+    """Returns `True` if a pair is measured with a kind of guest and a setting."""
     if setting == "large-ring" and pair.front.name == "xen-blkfront":
         # It allocates half a gigabyte for each ring.
         return False

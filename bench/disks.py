@@ -74,7 +74,7 @@ def measure_disks(options, snapshot, pair, kind):
 
 
 def show(rows):
-    """The table as lines of text."""
+    """Returns the table as lines of text."""
     yield f"{'disks':6}{'pair':5}" + "".join(f"{title:>18}" for title in COLUMNS.values())
     for row in rows:
         yield f"{row['disks']:<6}{row['pair']:5}" + "".join(
@@ -149,7 +149,7 @@ def _boot(host, kind, number):
 
 
 def _stamps(guest, pattern):
-    """When the guest has logged lines that begin like that, in microseconds since it started."""
+    """Returns the times of lines in the guest's log that begin with a text, in microseconds."""
     found = re.findall(rf"^\[ *(\d+)\.(\d{{6}})\] (?:{pattern})", guest.sh("dmesg"), re.MULTILINE)
     return [int(seconds) * 1000000 + int(rest) for seconds, rest in found]
 

@@ -17,9 +17,9 @@ SEND = 4
 
 
 def measured(window, dom0, where, workload, ios, nanoseconds, symbols, modules):
-    """What one I/O of a window costs.
+    """Returns the costs of one I/O of a window.
 
-    `dom0` is the slot of that; `where` the load ran is pair, guest (baseline) or dom0 (baseline).
+    `dom0` is the slot of dom0; `where` the workload ran is pair, guest (baseline) or dom0 (baseline).
     """
     named = window.places(dom0)
     instructions, profile = _instructions(window, named, symbols, modules)

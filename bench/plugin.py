@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A Xen host that counts: what is measured, on what, and with which tools.
+"""Builds the workload and the QEMU plugin that counts, and reads what the plugin has counted.
 
 workload     one measurement: a load on a disk, by its name
 window   the part of a load that is counted, see load.c
@@ -34,7 +34,7 @@ MODULES = 0xFFFFFFFFC0000000
 
 
 def compiled(name, *flags):
-    """A program or plugin of this directory, compiled."""
+    """Returns a compiled program or plugin of this directory."""
     source = HERE / name
     header = HERE / "qemu_plugin.h"
 
@@ -60,17 +60,17 @@ class Symbols:
 
     @classmethod
     def of(cls, pairs):
-        """Of pairs of an address and a name."""
+        """Creates it from pairs of an address and a name."""
         pairs = sorted(pairs)
         return cls([address for address, _ in pairs], [name for _, name in pairs])
 
     def name(self, address):
-        """The function that has an instruction at `address`."""
+        """Returns the name of the function that contains `address`."""
         place = bisect.bisect_right(self.addresses, address) - 1
         return self.names[place] if place >= 0 else hex(address)
 
     def address(self, name):
-        """Where the function called `name` starts, or None."""
+        """Returns the address of a function, or `None` if it does not exist."""
         try:
             return self.addresses[self.names.index(name)]
         except ValueError:
@@ -78,7 +78,7 @@ class Symbols:
 
 
 def base_symbols(snapshot, pair):
-    """What Xen and the kernel name their functions: asked once of a running host."""
+    """Returns the functions of Xen and of the kernel, which are read once from a running host."""
 
     def make(path):
         host = XenHost(snapshot, pair, path.with_name(path.name + ".logs"))
@@ -101,7 +101,7 @@ def base_symbols(snapshot, pair):
 
 
 def code_of(machine, drivers):
-    """Where the code of loaded modules is: name and file of each, and the address of its text."""
+    """Returns name, file and address of the text section of loaded modules."""
     show = "cat /sys/module/{}/sections/.text"
     return [
         (driver.name, driver.file, int(machine.sh(show.format(driver.name.replace("-", "_"))), 16))
@@ -110,7 +110,7 @@ def code_of(machine, drivers):
 
 
 def module_symbols(places):
-    """The functions of modules, see `code_of`, and one "(module)" for all others."""
+    """Returns the functions of modules, see `code_of`, and one "(module)" for all others."""
     found = [(MODULES, "(module)")]
     for module, file, base in places:
         command = ["nm", "-C", "-f", "sysv", str(file)]
@@ -127,7 +127,7 @@ def module_symbols(places):
 
 
 def text_size(file):
-    """Bytes of code of a module."""
+    """Returns the size of the code of a module in bytes."""
     text = subprocess.run(
         ["size", "-A", str(file)], stdout=subprocess.PIPE, check=True, text=True
     ).stdout
@@ -158,7 +158,7 @@ XEN_EVENTS = {"xen_copied": ("memcpy", "rdx"), "flushes": ("flush_area_mask", "-
 
 
 def points(xen, linux):
-    """What the plugin is to look at, in its own words."""
+    """Returns the plugin's configuration: what it counts."""
     lines = [f"switch {xen.address('context_switch'):x}"]
     for name in HYPERCALLS:
         address = xen.address(f"do_{name}")
@@ -184,7 +184,7 @@ class Window:
     events: list
 
     def places(self, dom0):
-        """For each slot who runs there: guest, dom0 or idle. `dom0` is the slot of its only CPU."""
+        """Returns who runs in each slot: guest, dom0 or idle. `dom0` is the slot of its only CPU."""
         outside = {slot for address, _, slot in self.blocks if not XEN_TEXT <= address < XEN_END}
         return {
             slot: "idle" if slot not in outside else "dom0" if slot == dom0 else "guest"
@@ -193,7 +193,7 @@ class Window:
 
 
 def read_windows(path):
-    """The windows of a run of the plugin, by number."""
+    """Returns the windows of a run of the plugin, by number."""
     windows = {}
     window = None
     for line in Path(path).read_text().splitlines():

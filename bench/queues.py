@@ -25,7 +25,7 @@ RATIOS = {"median": statistics.median, "least": min, "most": max}
 
 
 def measure_queues(options, kernel, pairs):
-    """For each load and measure, the ratios of the second pair to the first, in brief."""
+    """Returns the ratios of the second pair to the first, for each workload and measure."""
     snapshot = SnapshotWithGuest(kernel, waiting=FOUR_VCPUS, guest_kernel=kernel)
     ratios = {(workload.name, measure): [] for workload in WORKLOADS for measure in MEASURES}
     for number in range(ROUNDS):

@@ -28,7 +28,7 @@ def total(result):
 
 
 def tables(document):
-    """For each kind of guest and setting: a title, and the results of the pairs there, in order."""
+    """Yields a title and the sorted results for each kind of guest and setting."""
     results = document["results"]
     for kind, setting in dict.fromkeys((r["type"], r["setting"]) for r in results):
         chosen = [r for r in results if (r["type"], r["setting"]) == (kind, setting)]
@@ -38,7 +38,7 @@ def tables(document):
 
 
 def row(results, result):
-    """The columns of a result; None where nothing can be said."""
+    """Returns the columns of a result; `None` where there is no value."""
     instructions, events, grants = (result[part] for part in ("instructions", "events", "grants"))
     control = next((total(r) for r in results if _is(r, result, "pair", "C/C")), None)
     return {
@@ -61,7 +61,7 @@ def row(results, result):
 
 
 def hypercalls(result):
-    """Those that drivers ask for, by kind."""
+    """Returns the hypercalls that drivers make, by kind."""
     kinds = {}
     for name, count in result["hypercalls"].items():
         kind = name.split(":")[1]
@@ -71,7 +71,7 @@ def hypercalls(result):
 
 
 def shown(value):
-    """A figure with as many digits as mean something."""
+    """Returns a number with its significant digits."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
@@ -102,7 +102,7 @@ def print_report(document, base=None):
 
 
 def code(document):
-    """How large the drivers are."""
+    """Returns the code sizes of the drivers."""
     return ", ".join(f"{name} {size}" for name, size in document["code"].items())
 
 
@@ -134,7 +134,7 @@ def _print_profile(title, found, limit):
 
 
 def merged(earlier, document):
-    """An earlier run with the results of this one in the places of its own."""
+    """Returns an earlier run with its results replaced by those of this one."""
     new = {_key(result): result for result in document["results"]}
     results = [new.pop(_key(result), result) for result in earlier["results"]]
     return document | {"results": [*results, *new.values()]}

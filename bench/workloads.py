@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What is measured: the loads."""
+"""The workloads."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Workload:
-    """One load, as load.c takes it, and the disk that it runs on."""
+    """One workload, as load.c runs it, and its disk."""
 
     name: str
     kind: str
@@ -19,7 +19,7 @@ class Workload:
     jobs: int = 1
 
     def arguments(self, device, window):
-        """The command line of load.c."""
+        """Returns the command line of load.c."""
         return f"{device} {self.kind} {self.bytes} {self.depth} {self.count} {window} {self.jobs}"
 
 
@@ -57,14 +57,14 @@ PARALLEL = {
         Workload("1m read 4 x qd8", "read", 1024 * KIB, 8, 60, jobs=QUEUES),
     ),
 }
-"""By setting, what as many programs do at once, each on a virtual CPU of its own."""
+"""Workloads of settings with several queues: each job runs on a virtual CPU of its own."""
 
 DEFAULT = ("4k read qd1", "4k write qd1", "4k read qd32", "128k read qd8")
 """The workloads that are measured with default settings too."""
 
 
 def chosen(text, setting):
-    """The workloads whose names have one of the comma-separated texts in them."""
+    """Returns the workloads whose names contain one of the comma-separated texts."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     workloads = PARALLEL.get(setting, WORKLOADS)
     workloads = [

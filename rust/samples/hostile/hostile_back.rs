@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A backend that breaks the rules: what a frontend must bear.
+//! A backend that breaks the protocol, to test what a frontend must withstand.
 //!
-//! It takes one virtual block device, needs no disk for it, and serves it as well as any backend
-//! does, until the parameter `misbehaviour` tells it to do something wrong.
+//! It binds to one virtual block device, needs no disk for it, and serves it correctly until the
+//! parameter `misbehaviour` selects a [`Misbehaviour`].
 
 #![deny(unsafe_code)]
 
@@ -52,17 +52,17 @@ kernel_ext::module_xenbus_driver! {
 }
 
 module_params! {
-    /// The device to take.
+    /// The device to bind to.
     static DEVICE("device", 0o644): u32 = 51728,
         "Virtual device number of the one device to take";
-    /// What to do wrong.
-    static TRICK("misbehaviour", 0o644): u32 = 0,
+    /// The [`Misbehaviour`].
+    static MISBEHAVIOUR("misbehaviour", 0o644): u32 = 0,
         "0: nothing; 1, 2, 3: status of a write, a write, a flush; 4, 5, 6: id, id twice, operation; 7, 8: too many, too few answers; 9: keep pages; 10: silence; 11: peek; 12: lose an event; 13: miss an event; 14: lag";
-    /// Connections that have ended stay mapped.
+    /// Keeps pages of ended connections mapped.
     static HOARD("hoard", 0o644): bool = false, "Keep the pages of connections that have ended mapped";
-    /// How many of these there are.
+    /// Number of such connections.
     static HOARDED("hoarded", 0o444): u32 = 0, "Connections that have ended and are mapped";
-    /// What it offers in place of a flush.
+    /// The feature that it offers in place of flush.
     static BARRIER("barrier", 0o644): bool = false, "Offer a barrier, and no flush";
 }
 
@@ -77,7 +77,7 @@ struct Back {
 }
 
 impl Back {
-    /// Serves what the frontend has published, unless it is served already.
+    /// Connects to the ring that the frontend has published, unless it is connected.
     fn connect(&self, frontend: &CStr) -> Result {
         let mut connection = self.connection.lock();
         if connection.is_none() {
@@ -93,7 +93,7 @@ impl Back {
     }
 }
 
-/// Writes what the disk is.
+/// Writes the properties of the disk to xenstore.
 fn describe_disk(device: &xenbus::Device) -> Result {
     xenstore::transaction(|transaction| {
         let write = |node: &str, value: u64| {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A frontend that breaks the rules: what a backend must bear.
+//! A frontend that breaks the protocol, to test what a backend must withstand.
 //!
-//! It takes one virtual block device of the guest, makes no disk of it, and goes through a list of
-//! *scripts* instead. Each script is a connection of its own: ring, event channel, and a thread
-//! that sends requests, right and wrong ones. What came of each case is a line of the file `report`
+//! It binds to one virtual block device of the guest, creates no disk, and runs a list of
+//! *scripts*. Each script is a connection of its own, with ring, event channel, and a thread
+//! that sends valid and invalid requests. The result of each case is a line of the file `report`
 //! in the device's directory in sysfs; the last line is that of the case `end`, after which the
 //! device stays connected and quiet.
 //!
@@ -100,26 +100,26 @@ kernel_ext::module_xenbus_driver! {
 }
 
 module_params! {
-    /// The device to take.
+    /// The device to bind to.
     static DEVICE("device", 0o644): u32 = 51728,
         "Virtual device number of the one device to take";
-    /// What to do with it.
+    /// The list of scripts.
     static LIST("list", 0o644): u32 = 0,
         "0: all that there is for a disk that can be written, 1: requests to a read-only disk, \
          2: wrong requests, then events alone";
-    /// Spare a backend that warns of a ring that it cannot connect to.
+    /// Skips scripts for which xen-blkback prints a warning with a stack trace.
     static GENTLE("gentle", 0o644): bool = false,
         "Leave out rings that are broken or gone before a backend can connect to them";
-    /// How long to wait for a backend that may take no notice of a broken ring.
+    /// Time for a backend to close a broken ring, in milliseconds.
     static PATIENCE_MS("timeout_ms", 0o644): u32 = 60_000,
         "How long to wait for a backend to close after its ring was broken";
 }
 
 static LISTS: [&[Script]; 3] = [WRITABLE_DISK, READ_ONLY_DISK, TROUBLE];
 
-/// How long the end of a thread may take.
+/// Time limit for a thread to end, in milliseconds.
 const STOP_MS: u32 = 10_000;
-/// How often the state is toggled in the script for that.
+/// Number of state changes in the script that toggles the state.
 const TOGGLES: u32 = 20;
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
@@ -139,7 +139,7 @@ struct Front {
     inner: Mutex<Inner>,
 }
 
-/// What changes from script to script.
+/// State that changes from script to script.
 struct Inner {
     /// The next one.
     next: usize,
@@ -147,7 +147,7 @@ struct Inner {
 }
 
 impl Front {
-    /// Starts the next script, unless one is being played: the bus may tell of a state twice.
+    /// Starts the next script, unless one runs; the bus may report a state twice.
     fn begin(&self) -> Result {
         let mut inner = self.inner.lock();
         if inner.thread.is_some() {
@@ -177,7 +177,7 @@ impl Front {
         left.get(skipped)
     }
 
-    /// Makes ring and event channel, and tells the backend.
+    /// Creates ring and event channel, and publishes them.
     fn make(&self, script: &Script) -> Result<Parts> {
         let device = &self.device;
         let ring = RingPages::new(device, script.order)?;
@@ -196,7 +196,7 @@ impl Front {
         })
     }
 
-    /// The backend serves the ring, or is about to be told otherwise.
+    /// Runs the script on the connected ring.
     fn connected(&self, dev: &xenbus::Device<Core<'_>>) -> Result {
         let reader = Reader::new(dev.otherend()?);
         self.session_state.set_facts(DiskFacts {
@@ -216,7 +216,7 @@ impl Front {
         Ok(())
     }
 
-    /// Goes through all states, faster than a backend can follow.
+    /// Switches through all states faster than a backend can follow.
     fn toggle(&self) {
         for _ in 0..TOGGLES {
             for state in [
@@ -232,7 +232,7 @@ impl Front {
     }
 }
 
-/// Ends the script that is being played.
+/// Ends the script that runs.
 fn end(inner: &mut Inner) {
     let Some(thread) = inner.thread.take() else {
         return;
@@ -240,13 +240,13 @@ fn end(inner: &mut Inner) {
     thread.stop();
     if !thread.join(msecs_to_jiffies(STOP_MS)) {
         pr_err!(
-            "the thread of an script does not end within {} ms\n",
+            "the thread of a script has not ended within {} ms\n",
             STOP_MS
         );
     }
 }
 
-/// The life of a thread.
+/// Runs a script, in its thread.
 fn play(session: Session<'_>, script: &Script) {
     let device = session.parts.device.clone();
     if session.await_connection() {
@@ -260,7 +260,7 @@ fn play(session: Session<'_>, script: &Script) {
     }
 }
 
-/// Writes what the backend has to know.
+/// Writes the nodes of the frontend.
 fn publish(
     device: &xenbus::Device,
     ring: &RingPages,
@@ -292,7 +292,7 @@ fn publish(
     })
 }
 
-/// Removes a node that an earlier script may have written.
+/// Removes a node, which an earlier script may have written.
 fn remove(transaction: &xenstore::Transaction, dir: &CStr, node: &CStr) -> Result {
     if xenstore::exists(transaction, dir, fmt!("{node}")) {
         xenstore::remove(transaction, dir, fmt!("{node}"))?;
@@ -336,7 +336,7 @@ impl xenbus::Driver for Front {
             _ => Ok(()),
         };
         if let Err(error) = result {
-            dev.dev_fatal(error, fmt!("beginning an script"));
+            dev.dev_fatal(error, fmt!("starting a script"));
         }
         self.session_state.set_backend_state(state);
         if matches!(state, State::Closing | State::Closed | State::Unknown) {

@@ -1,48 +1,48 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The ways in which a backend may be wrong.
+//! The ways in which the backend breaks the protocol.
 
 use blkif::wire::{
     op,
     WireRequest, //
 };
 
-/// What the backend does wrong, as long as it is told to.
+/// What the backend does wrong while the parameter selects it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Misbehaviour {
-    /// Nothing.
+    /// It does nothing wrong.
     Honest,
-    /// Answers a write by a status that the protocol does not have.
+    /// Completes a write with a status that is not in the protocol.
     UnknownStatus,
-    /// Cannot do a write, which no backend may say.
+    /// Completes a write as not supported, which no backend may do.
     UnsupportedWrite,
-    /// Cannot do a flush or a barrier, though it has offered that.
+    /// Completes a flush or barrier as not supported, although it has offered it.
     UnsupportedFlush,
-    /// Answers a request that nobody has made.
+    /// Sends a response with an id that is not in use.
     UnknownId,
-    /// Answers a write by the id of the request before it, which is answered already.
+    /// Completes a write with the id of the previous request, which is already completed.
     IdTwice,
-    /// Answers a write as if it were a read.
+    /// Completes a write with the operation of a read.
     WrongOperation,
-    /// Claims an answer more than there are requests.
+    /// Publishes one response more than there are requests.
     Ahead,
-    /// Takes answers back.
+    /// Moves the producer index of responses backwards.
     Back,
-    /// Answers a write, and goes on using its pages until the connection ends.
+    /// Completes a write, and keeps its pages mapped until the connection ends.
     Keep,
-    /// Does not answer.
+    /// Does not respond.
     Silence,
-    /// Looks at what else is in the pages of a write, and refuses one that shows anything.
+    /// Refuses a write whose pages contain anything besides its data.
     Peek,
-    /// Answers without an event.
+    /// Responds without notification.
     LoseEvent,
-    /// Behaves as if the next event had not come.
+    /// Ignores the next event.
     MissEvent,
-    /// Does not answer the last writes before others follow, or a while has gone by.
+    /// Delays the responses to the last writes until others follow, or for a while.
     Lag,
 }
 
-/// In the order of their numbers.
+/// All variants, in the order of their numbers.
 const MISBEHAVIOURS: [Misbehaviour; 15] = [
     Misbehaviour::Honest,
     Misbehaviour::UnknownStatus,
@@ -65,13 +65,13 @@ const MISBEHAVIOURS: [Misbehaviour; 15] = [
 pub(crate) const HONEST: u32 = 0;
 
 impl Misbehaviour {
-    /// The one with a number.
+    /// Returns the variant with this number, [`Misbehaviour::Honest`] if there is none.
     pub(crate) fn from_number(number: u32) -> Self {
         let misbehaviour = MISBEHAVIOURS.get(number as usize);
         misbehaviour.copied().unwrap_or(Misbehaviour::Honest)
     }
 
-    /// Whether a request is one to play it on.
+    /// Returns `true` if it applies to this request.
     pub(crate) fn suits(self, request: &WireRequest) -> bool {
         let operation = request.response_operation();
         match self {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A ring as bare words: nothing here keeps its user from writing nonsense.
+//! A ring as plain words, to which its user can write anything.
 
 use core::ops::Deref;
 
@@ -20,10 +20,10 @@ pub(crate) const RSP_PROD: usize = 2;
 /// The word with the number of responses after which the frontend wants an event.
 pub(crate) const RSP_EVENT: usize = 3;
 
-/// RawRing before the first slot.
+/// Number of words before the first slot.
 const HEADER_WORDS: usize = 16;
 
-/// A ring of our own or of the other domain.
+/// A ring, of this or the other domain, with the layout of an ABI.
 pub(crate) struct RawRing<R> {
     pub(crate) ring: R,
     abi: Abi,
@@ -36,17 +36,17 @@ impl<R: Deref<Target = SharedWords>> RawRing<R> {
         Self { ring, abi, slots }
     }
 
-    /// How requests are laid out.
+    /// Returns the ABI.
     pub(crate) fn abi(&self) -> Abi {
         self.abi
     }
 
-    /// Number of slots, a power of two.
+    /// Returns the number of slots, a power of two.
     pub(crate) fn slots(&self) -> u32 {
         self.slots
     }
 
-    /// The first word of the slot that an index selects.
+    /// Returns the first word of the slot that an index selects.
     pub(crate) fn slot(&self, index: u32) -> usize {
         let slot = index & self.slots.wrapping_sub(1);
         HEADER_WORDS.wrapping_add(slot.wrapping_mul(self.abi.slot_words()) as usize)

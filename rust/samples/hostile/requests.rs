@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Requests, each wrong in one way, and some that are only unusual.
+//! Requests that are each wrong in one way, and some that are only unusual.
 
 use kernel_ext::xen::grant::GrantReserve;
 
@@ -28,13 +28,13 @@ use crate::{
     session_state::Outcome, //
 };
 
-/// Wrong requests in a row, for the flood.
+/// Number of wrong requests in the flood.
 const FLOOD: u32 = 512;
 
 /// RawRing of a slot in the layout of x86_64.
 const SLOT_WORDS: usize = 28;
 
-/// The bits of the words of a slot that an answer has: id, operation and status.
+/// The bits of a slot that a response uses: id, operation and status.
 const ANSWER: [u32; SLOT_WORDS] = {
     let mut words = [0; SLOT_WORDS];
     words[0] = u32::MAX;
@@ -43,7 +43,7 @@ const ANSWER: [u32; SLOT_WORDS] = {
     words
 };
 
-/// One thing to be tried.
+/// A case.
 pub(crate) struct Case {
     pub(crate) name: &'static str,
     pub(crate) run: fn(&mut Session<'_>) -> Outcome,
@@ -53,7 +53,7 @@ const fn case(name: &'static str, run: fn(&mut Session<'_>) -> Outcome) -> Case 
     Case { name, run }
 }
 
-/// For a disk that can be written.
+/// The cases for a writable disk.
 pub(crate) static WRITABLE: &[Case] = &[
     case("unknown-operation-4", |a| unknown(a, 4)),
     case("unknown-operation-255", |a| unknown(a, 255)),
@@ -155,7 +155,7 @@ pub(crate) static WRITABLE: &[Case] = &[
     }),
 ];
 
-/// For a disk that can only be read, and so offers no discard.
+/// The cases for a read-only disk, which has no discard.
 pub(crate) static READ_ONLY: &[Case] = &[
     case("read-only-write", |a| write_evil(a, VICTIM)),
     case("read-only-indirect-write", |a| {
@@ -193,7 +193,7 @@ fn part(a: &mut Session<'_>, first: u8, last: u8) -> Outcome {
     a.direct(op::WRITE, VICTIM, &[segment])
 }
 
-/// A write that claims more segments than a slot has.
+/// Sends a write with more segments than a slot has.
 fn claim_segments(a: &mut Session<'_>, nr_segments: u8) -> Outcome {
     let poison = [a.poison(); 11];
     let request = a.rw(op::WRITE, VICTIM, &poison);
@@ -214,7 +214,7 @@ fn indirect(
     a.ask(WireRequest::Indirect(request))
 }
 
-/// An indirect write that claims a number of segments.
+/// Sends an indirect write with any number of segments.
 fn claim_indirect(a: &mut Session<'_>, nr_segments: u16) -> Outcome {
     let poison = [a.poison(); 16];
     indirect(a, op::WRITE, VICTIM, &poison, |request| IndirectRequest {
@@ -223,7 +223,7 @@ fn claim_indirect(a: &mut Session<'_>, nr_segments: u16) -> Outcome {
     })
 }
 
-/// An indirect request whose operation is neither a read nor a write.
+/// Sends an indirect request whose operation is neither read nor write.
 fn nested(a: &mut Session<'_>, operation: u8) -> Outcome {
     let poison = [a.poison(); 16];
     indirect(a, operation, VICTIM, &poison, |request| request)
@@ -240,21 +240,21 @@ fn discard(a: &mut Session<'_>, flag: u8, sector: u64, nr_sectors: u64) -> Outco
     }))
 }
 
-/// A write from a page whose grant has ended.
+/// Sends a write from a page whose grant has ended.
 fn ended_grant(a: &mut Session<'_>) -> Outcome {
     let Ok(page) = a.grant_page() else {
         return Outcome::Own;
     };
     let segment = whole(page.reference().value());
     drop(page);
-    // The reference that was freed last is the next one to be reserved, so nobody else has it.
+    // The reference that was freed last is the next one to be reserved, so nothing else uses it.
     let reserve = GrantReserve::new(1);
     let outcome = a.direct(op::WRITE, VICTIM, &[segment]);
     drop(reserve);
     outcome
 }
 
-/// Two reads with the same id: each has its answer.
+/// Sends two reads with the same id; each must get a response.
 fn same_id(a: &mut Session<'_>) -> Outcome {
     let poison = a.poison();
     let read = WireRequest::Rw(a.rw(op::READ, SCRATCH, &[poison]));
@@ -271,7 +271,7 @@ fn same_id(a: &mut Session<'_>) -> Outcome {
     Outcome::Okay
 }
 
-/// A read from a slot that is full: around the answer there is what was put, or nothing.
+/// Sends a read in a full slot; besides the response, the slot must be unchanged or zero.
 fn look_around_answer(a: &mut Session<'_>) -> Outcome {
     let (slot, page) = (a.sent, a.many(0));
     let read = WireRequest::Rw(a.rw(op::READ, SCRATCH, &[page; DIRECT_SEGMENTS]));
@@ -292,14 +292,14 @@ fn look_around_answer(a: &mut Session<'_>) -> Outcome {
     }
 }
 
-/// Reads without data, each an error.
+/// Sends many reads without segments, each of which is an error.
 pub(crate) fn flood_with_reads(a: &mut Session<'_>) -> Outcome {
     flood(a, Status::Error, |a| {
         WireRequest::Rw(a.rw(op::READ, SCRATCH, &[]))
     })
 }
 
-/// Wrong requests, as many at once as the ring takes: each has its answer.
+/// Sends wrong requests, as many at once as the ring holds; each must get a response.
 fn flood(
     a: &mut Session<'_>,
     answer: Status,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What is done on a connection, from its start to its end.
+//! The scripts: what a connection does from start to end.
 
 use kernel_ext::xen::xenbus::State;
 
@@ -29,34 +29,34 @@ use crate::{
     session_state::Outcome, //
 };
 
-/// Events of a storm.
+/// Number of events in the event storm.
 const STORM: u32 = 10_000;
-/// How long to wait between two events without a request.
+/// Pause between two events without a request, in milliseconds.
 const EVENT_MS: u32 = 10;
-/// How long a request waits for an event that was lost.
+/// Time for which a request waits for a lost event, in milliseconds.
 const LOST_MS: u32 = 200;
-/// How often a ring is filled without a look at the answers.
+/// Number of times that the ring is filled without reading responses.
 const ROUNDS: u32 = 10;
-/// How often a request is changed while the backend looks at it.
+/// Number of times that a request is changed while the backend reads it.
 const CHANGES: u32 = 2_000;
 
-/// A connection, and what is done on it.
+/// A connection and what it does.
 pub(crate) struct Script {
     pub(crate) name: &'static str,
     pub(crate) abi: Abi,
     /// Binary logarithm of the ring's pages.
     pub(crate) order: u32,
-    /// Whether the backend may keep our pages mapped.
+    /// Offers persistent grants.
     pub(crate) persistent: bool,
-    /// Requests and responses that the ring begins with.
+    /// Initial producer indices of requests and responses.
     pub(crate) start: (u32, u32),
-    /// Once connected, toggle the state before anything else.
+    /// Toggles the state after connecting.
     pub(crate) toggle: bool,
     pub(crate) run: fn(Session<'_>, &'static str),
 }
 
 impl Script {
-    /// Whether its ring is broken, or gone, before the backend looks at it.
+    /// Returns `true` if its ring is broken or gone before the backend reads it.
     pub(crate) fn is_harsh(&self) -> bool {
         self.start != (0, 0) || self.toggle
     }
@@ -83,7 +83,7 @@ const fn layout(name: &'static str, abi: Abi, order: u32, persistent: bool) -> S
     }
 }
 
-/// A ring that makes no sense from the start.
+/// A ring whose indices are invalid from the start.
 const BORN_BROKEN: Script = Script {
     start: (0, 1000),
     ..script("born-broken", only_check)
@@ -91,7 +91,7 @@ const BORN_BROKEN: Script = Script {
 
 const END: Script = script("end", hold);
 
-/// For a disk that can be written.
+/// The scripts for a writable disk.
 pub(crate) static WRITABLE_DISK: &[Script] = &[
     script("requests", |session, _| run_cases(session, WRITABLE)),
     // Nonsense in and around the ring.
@@ -129,16 +129,16 @@ pub(crate) static WRITABLE_DISK: &[Script] = &[
     END,
 ];
 
-/// For a disk that can only be read.
+/// The scripts for a read-only disk.
 pub(crate) static READ_ONLY_DISK: &[Script] = &[
     script("requests", |session, _| run_cases(session, READ_ONLY)),
     END,
 ];
 
-/// For any disk: wrong requests, then events alone.
+/// The script for any disk: wrong requests, then events without requests.
 pub(crate) static TROUBLE: &[Script] = &[script("end", trouble)];
 
-/// Each case, and valid requests after it.
+/// Runs each case, and valid requests after it.
 fn run_cases(mut session: Session<'_>, cases: &[Case]) {
     let before = session.check_disk();
     session.parts.session_state.report("valid", before, before);
@@ -152,14 +152,14 @@ fn run_cases(mut session: Session<'_>, cases: &[Case]) {
     }
 }
 
-/// Valid requests only, until the connection ends.
+/// Sends valid requests, then waits until the connection ends.
 fn hold(mut session: Session<'_>, name: &'static str) {
     let outcome = session.check_disk();
     session.parts.session_state.report(name, outcome, outcome);
     while !session.wait(u32::MAX, || session.is_closing()) {}
 }
 
-/// Wrong requests, and then events without a request until the connection ends.
+/// Sends wrong requests, then events without requests until the connection ends.
 fn trouble(mut session: Session<'_>, name: &'static str) {
     let outcome = flood_with_reads(&mut session);
     let after = session.check_disk();
@@ -169,7 +169,7 @@ fn trouble(mut session: Session<'_>, name: &'static str) {
     }
 }
 
-/// Claims so many more requests than were put, after some that were.
+/// Publishes more requests than were written, after some valid ones.
 fn claim_nonsense(mut session: Session<'_>, name: &'static str, more: u32) {
     let before = session.check_disk();
     session.claim(session.sent.wrapping_add(more));
@@ -177,7 +177,7 @@ fn claim_nonsense(mut session: Session<'_>, name: &'static str, more: u32) {
     session.parts.session_state.report(name, outcome, before);
 }
 
-/// Nothing but valid requests: the connection itself was the case.
+/// Sends valid requests only, because the connection itself is the case.
 fn only_check(mut session: Session<'_>, name: &'static str) {
     let after = session.check_disk();
     session
@@ -197,7 +197,7 @@ fn storm(mut session: Session<'_>, name: &'static str) {
         .report(name, Outcome::Done, after);
 }
 
-/// Shows a request without an event, after many events without a request, and sends one later.
+/// Sends many events without a request, then a request without an event, and the event later.
 fn lose_event(mut session: Session<'_>, name: &'static str) {
     for _ in 0..STORM {
         session.parts.channel.notify();
@@ -234,7 +234,7 @@ fn put_writes(session: &mut Session<'_>) {
     session.publish();
 }
 
-/// Goes on with requests, and takes no answer.
+/// Sends requests without reading responses.
 fn leave_answers(mut session: Session<'_>, name: &'static str) {
     let mut outcome = Outcome::Okay;
     for _ in 0..ROUNDS {
@@ -246,7 +246,7 @@ fn leave_answers(mut session: Session<'_>, name: &'static str) {
     session.parts.session_state.report(name, outcome, after);
 }
 
-/// Uses every slot more than once, and each form of a request.
+/// Uses every slot more than once, with each kind of request.
 fn use_whole_ring(mut session: Session<'_>, name: &'static str) {
     let outcome = fill_and_drain(&mut session);
     let after = session.check_disk();
@@ -271,7 +271,7 @@ fn fill_and_drain(session: &mut Session<'_>) -> Outcome {
     Outcome::Okay
 }
 
-/// Changes a request again and again after it was published.
+/// Changes a request repeatedly after it was published.
 fn change_request(mut session: Session<'_>, name: &'static str) {
     let page = session.poison();
     let mut outcome = Outcome::Done;
@@ -328,7 +328,7 @@ fn withdraw_ring(mut session: Session<'_>, name: &'static str) {
     session_state.report(name, Outcome::Done, before);
 }
 
-/// Closes, and lets go of everything, with the ring full of requests.
+/// Closes and frees everything while the ring is full of requests.
 fn close_in_flight(mut session: Session<'_>, name: &'static str) {
     let before = session.check_disk();
     put_writes(&mut session);

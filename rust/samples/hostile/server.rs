@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A connection of the backend: ring, event channel, and the thread that answers.
+//! A connection of the backend: ring, event channel, and the thread that sends responses.
 //!
-//! The disk is all zeroes, and forgets what is written to it.
+//! The disk reads as zeroes and drops writes.
 
 use kernel::{
     page::PAGE_SIZE,
@@ -86,28 +86,28 @@ use crate::{
     },
     HOARD,
     HOARDED,
-    TRICK, //
+    MISBEHAVIOUR, //
 };
 
 /// Size of the disk in sectors.
 pub(crate) const SECTORS: u64 = 2048;
 /// The word of a ring with the number of responses published.
 const RSP_PROD: usize = 2;
-/// RawRing of a ring before the first slot.
+/// Number of words before the first slot.
 const HEADER_WORDS: u32 = 16;
 /// The word of a response with operation and status.
 const STATUS_WORD: u32 = 2;
-/// A status that the protocol does not have.
+/// A status that is not in the protocol.
 const NO_STATUS: u32 = 77;
-/// Pages that may be kept mapped.
+/// Limit of pages that stay mapped.
 const KEPT: usize = 64;
-/// Writes that are answered late: half a ring.
+/// Number of writes whose responses are delayed: half a ring.
 const LAG: usize = 16;
-/// Bytes of a sector.
+/// Size of a sector in bytes.
 const SECTOR: usize = 512;
-/// How long the thread sleeps without an event before it looks at the ring all the same.
+/// Poll interval of the thread without an event, in milliseconds.
 const IDLE_MS: u32 = 1000;
-/// How long the end of a thread may take.
+/// Time limit for a thread to end, in milliseconds.
 const STOP_MS: u32 = 5000;
 
 const LIMITS: DiskLimits = DiskLimits {
@@ -135,11 +135,11 @@ impl Handler for Wake {
     }
 }
 
-/// A connection. Ends when it is dropped.
+/// A connection, which ends when it is dropped.
 pub(crate) struct Connection(KThread);
 
 impl Connection {
-    /// Connects to ring and event channel in the directory of the frontend, and starts to answer.
+    /// Connects to the ring and event channel of the frontend, and starts the thread.
     pub(crate) fn new(device: &ARef<xenbus::Device>, frontend: &CStr) -> Result<Self> {
         let reader = Reader::new(frontend);
         let reference = ForeignRef(reader.number(fmt!("ring-ref"))?);
@@ -176,20 +176,20 @@ impl Drop for Connection {
     fn drop(&mut self) {
         self.0.stop();
         if !self.0.join(msecs_to_jiffies(STOP_MS)) {
-            pr_err!("the answering thread does not end within {} ms\n", STOP_MS);
+            pr_err!("the thread has not ended within {} ms\n", STOP_MS);
         }
     }
 }
 
-/// The thread, and all that it owns.
+/// The thread and its data.
 struct Server {
     device: ARef<xenbus::Device>,
     wake: Arc<Wake>,
     ring: BackRing<MappedRing>,
     channel: EventChannel<Wake>,
-    /// Responses put.
+    /// Number of responses written.
     put: u32,
-    /// Of the last request that was answered.
+    /// Id of the last completed request.
     last_id: u64,
     copier: Copier,
     zeroes: Page,
@@ -197,13 +197,13 @@ struct Server {
     seen: Page,
     cache: Pin<KBox<PageCache>>,
     mapper: Mapper,
-    /// Pages that stay mapped after their request was answered.
+    /// Pages that stay mapped after the response.
     kept: KVec<MappedPage>,
-    /// Writes that are answered late.
+    /// Writes whose responses are delayed.
     late: KVec<WireRequest>,
 }
 
-/// Connections that have ended, and of which the pages stay mapped.
+/// Connections that have ended, but whose pages stay mapped.
 static ENDED: GlobalMutex<KVec<Server>> = GlobalMutex::new(KVec::new());
 
 /// Unmaps the pages of connections that have ended.
@@ -241,15 +241,16 @@ impl Server {
         }
     }
 
-    /// Returns `true` if what is in the ring is left there, since an event is to be missed. It is
-    /// served when the next one comes.
+    /// Returns `true` if the requests in the ring are ignored, as if an event had been missed.
+    ///
+    /// The next event makes up for it.
     fn misses(&self, event: bool, missed: &mut bool) -> bool {
-        if Misbehaviour::from_number(TRICK.get()) != Misbehaviour::MissEvent {
+        if Misbehaviour::from_number(MISBEHAVIOUR.get()) != Misbehaviour::MissEvent {
             *missed = false;
             return false;
         }
         if event && *missed {
-            TRICK.set(HONEST);
+            MISBEHAVIOUR.set(HONEST);
             return false;
         }
         if event {
@@ -270,7 +271,7 @@ impl Server {
         self.mapper.unmap(&self.cache, &mut self.kept);
     }
 
-    /// Answers writes that are late, but for the last `left`.
+    /// Completes delayed writes except the last `left`.
     fn catch_up(&mut self, left: usize) {
         while self.late.len() > left {
             let Ok(request) = self.late.remove(0) else {
@@ -280,9 +281,9 @@ impl Server {
         }
     }
 
-    /// Answers all requests that are there. Whether there may be more.
+    /// Completes all requests in the ring. Returns `true` if there may be more.
     fn serve(&mut self) -> bool {
-        let misbehaviour = Misbehaviour::from_number(TRICK.get());
+        let misbehaviour = Misbehaviour::from_number(MISBEHAVIOUR.get());
         let mut claim = None;
         while let Ok(Some(request)) = self.ring.take_request() {
             let suits = misbehaviour.suits(&request);
@@ -353,14 +354,14 @@ impl Server {
         self.put = self.put.wrapping_add(1);
     }
 
-    /// The word with the status of the response that was put last.
+    /// Returns the word with the status of the last response.
     fn status_word(&self) -> usize {
         let slot = self.put & self.ring.capacity().wrapping_sub(1);
         let first = slot.wrapping_mul(Abi::native().slot_words());
         first.wrapping_add(HEADER_WORDS + STATUS_WORD) as usize
     }
 
-    /// Does what a request asks for.
+    /// Executes a request.
     fn work(&mut self, request: &WireRequest, misbehaviour: Misbehaviour) -> Status {
         let result = match request::check(request, &LIMITS) {
             Ok(Request::Read(Data::Direct(data))) => self.read(&data),
@@ -379,7 +380,7 @@ impl Server {
         }
     }
 
-    /// Gives zeroes to a read.
+    /// Fills the pages of a read with zeroes.
     fn read(&mut self, data: &Direct<'_>) -> Result {
         let mut batch = self.copier.batch();
         for segment in data.segments() {
@@ -391,7 +392,7 @@ impl Server {
         Ok(batch.run()?)
     }
 
-    /// Looks at the pages of a write, of which the sectors around its data have to be zero.
+    /// Checks that the sectors around the data in the pages of a write are zero.
     fn peek(&mut self, data: &Direct<'_>) -> Result {
         for segment in data.segments() {
             let whole = PageSliceMut::new(&self.seen, 0, PAGE_SIZE).ok_or(EINVAL)?;
@@ -411,7 +412,7 @@ impl Server {
         Ok(())
     }
 
-    /// Maps the pages of a write, for as long as there is room for them.
+    /// Maps the pages of a write and keeps them mapped, up to a limit.
     fn keep(&mut self, data: &Direct<'_>) -> Result {
         for segment in data.segments() {
             self.mapper.map(
@@ -426,7 +427,7 @@ impl Server {
     }
 }
 
-/// Whether a sector of a page is all zeroes.
+/// Returns `true` if a sector of a page is all zeroes.
 fn is_zero(page: &Page, offset: usize) -> bool {
     let mut bytes = [0; SECTOR];
     let len = PageSlice::new(page, offset, SECTOR).map_or(0, |sector| sector.read(&mut bytes));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Who writes to the ring: any request, right or wrong, and looks at what comes back.
+//! A connection of the frontend, on which any request can be sent, valid or not.
 
 use kernel::{
     page::PAGE_SIZE,
@@ -66,37 +66,37 @@ use crate::{
     },
 };
 
-/// How long an answer may take.
+/// Time limit for a response, in milliseconds.
 const ANSWER_MS: u32 = 60_000;
 
-/// Sectors that no valid request touches: what a refused write must leave alone.
+/// Sector that no valid request writes, and that a refused write must not change.
 pub(crate) const VICTIM: u64 = 8;
-/// Sectors that valid requests write.
+/// Sector that valid requests write.
 pub(crate) const SCRATCH: u64 = 64;
-/// Sectors that valid requests write poison data to.
+/// Sector to which valid requests write poison.
 pub(crate) const ELSEWHERE: u64 = 128;
-/// Segments of the largest indirect request that backends offer.
+/// Number of segments of the largest indirect request that backends support.
 const MOST_INDIRECT: usize = 256;
 /// Pages for many requests at once.
 const MANY: usize = 8;
-/// What refused writes bring.
+/// The byte that refused writes contain.
 const POISON: u8 = 0xee;
-/// A grant reference that we never had.
+/// A grant reference that was never allocated.
 pub(crate) const NO_GRANT: u32 = 0xffff_fff0;
 /// The last sector of a page.
 pub(crate) const LAST: u8 = 7;
 
-/// Pages that requests name.
+/// The granted pages that requests use.
 pub(crate) struct Pages {
-    /// Full of [`POISON`], as all that refused writes bring.
+    /// A page full of [`POISON`], the data of refused writes.
     poison: GrantedPage,
-    /// The backend may only read it.
+    /// A page granted read-only.
     locked: GrantedPage,
-    /// No domain may use it.
+    /// A page granted to no domain.
     foreign: GrantedPage,
     /// Segments of indirect requests.
     list: GrantedPage,
-    /// For many requests at once, or large ones: Xen counts the uses of a grant to 127 only.
+    /// Pages for many or large requests, because Xen counts at most 127 uses of a grant.
     many: KVec<GrantedPage>,
     /// The data of valid requests.
     out: GrantedPage,
@@ -122,7 +122,7 @@ impl Pages {
     }
 }
 
-/// A page full of a byte, granted to a domain.
+/// Allocates a page filled with a byte and grants it to a domain.
 fn grant(domain: DomId, access: GrantAccess, byte: u8) -> Result<GrantedPage> {
     let page = Page::alloc_page(GFP_KERNEL)?;
     fill(&page, |_| byte);
@@ -141,24 +141,24 @@ fn fill(page: &Page, byte: impl Fn(usize) -> u8) {
     }
 }
 
-/// What a connection is made of.
+/// The resources of a connection.
 pub(crate) struct Parts {
     pub(crate) device: ARef<xenbus::Device>,
     pub(crate) session_state: Arc<SessionState>,
     pub(crate) raw_ring: RawRing<RingPages>,
     pub(crate) channel: EventChannel<SessionState>,
     pub(crate) pages: Pages,
-    /// How long to wait for a backend that may take no notice.
+    /// Time for a backend to close, in milliseconds.
     pub(crate) timeout_ms: u32,
 }
 
-/// A connection, in the hands of its thread.
+/// A connection as its thread uses it.
 pub(crate) struct Session<'a> {
     pub(crate) parts: Parts,
     pub(crate) current: &'a Current,
-    /// Requests published.
+    /// Number of requests written.
     pub(crate) sent: u32,
-    /// Responses taken.
+    /// Number of responses read.
     pub(crate) answered: u32,
     id: u64,
     seed: u8,
@@ -187,7 +187,7 @@ impl<'a> Session<'a> {
         self.parts.raw_ring.abi()
     }
 
-    /// Waits until the backend serves the ring. `false`: it does not.
+    /// Waits until the backend is connected. Returns `false` if it does not connect.
     pub(crate) fn await_connection(&self) -> bool {
         let end = jiffies::now().wrapping_add(msecs_to_jiffies(ANSWER_MS));
         let session_state = &self.parts.session_state;
@@ -200,12 +200,12 @@ impl<'a> Session<'a> {
         session_state.backend_is(State::Connected)
     }
 
-    /// Whether the connection ends, by the backend or by us.
+    /// Returns `true` if either side closes the connection.
     pub(crate) fn is_closing(&self) -> bool {
         self.current.should_stop() || !self.parts.session_state.backend_is(State::Connected)
     }
 
-    /// Waits until something is true; `false` if it takes too long or the connection ends.
+    /// Waits for a condition. Returns `false` after the time limit, or if the connection closes first.
     pub(crate) fn wait(&self, milliseconds: u32, mut condition: impl FnMut() -> bool) -> bool {
         let end = jiffies::now().wrapping_add(msecs_to_jiffies(milliseconds));
         loop {
@@ -219,7 +219,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Waits until the backend closes, if it does.
+    /// Waits until the backend closes, up to the time limit.
     pub(crate) fn watch_backend(&self) -> Outcome {
         if self.wait(self.parts.timeout_ms, || self.is_closing()) {
             Outcome::Closing
@@ -228,7 +228,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Puts a request into the next slot.
+    /// Writes a request to the next slot.
     pub(crate) fn put(&mut self, request: &WireRequest) {
         let words = request.encode(self.abi());
         let len = self.abi().slot_words() as usize;
@@ -237,30 +237,30 @@ impl<'a> Session<'a> {
         self.sent = self.sent.wrapping_add(1);
     }
 
-    /// Shows the backend what was put, and notifies it.
+    /// Publishes all requests written and notifies the backend.
     pub(crate) fn publish(&self) {
         self.claim(self.sent);
     }
 
-    /// Claims any number of requests.
+    /// Publishes any producer index and notifies the backend.
     pub(crate) fn claim(&self, requests: u32) {
         self.show(requests);
         self.parts.channel.notify();
     }
 
-    /// Claims any number of requests, and does not notify the backend.
+    /// Publishes any producer index without notification.
     pub(crate) fn show(&self, requests: u32) {
         self.ring().write_fence();
         self.ring().store(REQ_PROD, requests);
         self.ring().full_fence();
     }
 
-    /// How many responses there are, as the backend says.
+    /// Returns the producer index of the backend.
     fn responses(&self) -> u32 {
         self.ring().load(RSP_PROD)
     }
 
-    /// Waits until there are so many responses in all; takes none.
+    /// Waits until the backend has published `count` responses in total; reads none.
     pub(crate) fn await_responses(&self, count: u32) -> Outcome {
         let enough = || {
             self.ring()
@@ -278,7 +278,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Takes the next response.
+    /// Reads the next response.
     pub(crate) fn take(&mut self) -> Result<Response, Outcome> {
         match self.await_responses(self.answered.wrapping_add(1)) {
             Outcome::Okay => {
@@ -305,13 +305,13 @@ impl<'a> Session<'a> {
         response.status.into()
     }
 
-    /// An id that was not used before.
+    /// Returns an unused id.
     pub(crate) fn next_id(&mut self) -> u64 {
         self.id = self.id.wrapping_add(1);
         self.id
     }
 
-    /// A request with its segments in the slot.
+    /// Builds a request with its segments in the slot.
     pub(crate) fn rw(&mut self, operation: u8, sector: u64, segments: &[WireSegment]) -> RwRequest {
         let mut all = [WireSegment::default(); DIRECT_SEGMENTS];
         for (place, segment) in all.iter_mut().zip(segments) {
@@ -327,7 +327,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// An indirect request whose segments stand in the page for that.
+    /// Builds an indirect request and writes its segments to the page for them.
     pub(crate) fn indirect(
         &mut self,
         operation: u8,
@@ -356,40 +356,40 @@ impl<'a> Session<'a> {
         self.parts.device.handle().unwrap_or(0) as u16
     }
 
-    /// A whole page of poison.
+    /// Returns a segment of a whole page of poison.
     pub(crate) fn poison(&self) -> WireSegment {
         self.part_of_poison(0, LAST)
     }
 
-    /// A part of that page, or what is none.
+    /// Returns a segment of any, even invalid, sectors of that page.
     pub(crate) fn part_of_poison(&self, first: u8, last: u8) -> WireSegment {
         let gref = self.parts.pages.poison.reference().value();
         WireSegment { gref, first, last }
     }
 
-    /// The page that the backend may only read.
+    /// Returns a segment of the page granted read-only.
     pub(crate) fn locked(&self) -> WireSegment {
         whole(self.parts.pages.locked.reference().value())
     }
 
-    /// One of several pages.
+    /// Returns a segment of one of the many pages.
     pub(crate) fn many(&self, index: u32) -> WireSegment {
         let page = self.parts.pages.many.get(index as usize % MANY);
         whole(page.map_or(NO_GRANT, |page| page.reference().value()))
     }
 
-    /// The page that no domain may use.
+    /// Returns a segment of the page granted to no domain.
     pub(crate) fn foreign(&self) -> WireSegment {
         whole(self.parts.pages.foreign.reference().value())
     }
 
-    /// Another page of poison, for the backend.
+    /// Grants another page of poison to the backend.
     pub(crate) fn grant_page(&self) -> Result<GrantedPage> {
         let backend = self.parts.device.otherend_id();
         grant(backend, GrantAccess::ReadWrite, POISON)
     }
 
-    /// Sends a read or write whose segments stand in the slot.
+    /// Sends a read or write with its segments in the slot, and waits for the response.
     pub(crate) fn direct(
         &mut self,
         operation: u8,
@@ -400,8 +400,9 @@ impl<'a> Session<'a> {
         self.ask(WireRequest::Rw(request))
     }
 
-    /// Valid requests: what was written last is what is read, and what no valid request has written
-    /// is as it was.
+    /// Checks with valid requests that the last data written is read back.
+    ///
+    /// Sectors that no valid request has written must be unchanged.
     pub(crate) fn check_disk(&mut self) -> Outcome {
         let read_only = self.parts.session_state.facts().read_only;
         self.seed = self.seed.wrapping_add(1);
@@ -422,7 +423,7 @@ impl<'a> Session<'a> {
         self.read_and_compare(VICTIM, |_, byte| byte != POISON)
     }
 
-    /// The largest indirect write: what stands in its last segment is read by another one.
+    /// Sends the largest indirect write, and reads back its last segment.
     pub(crate) fn check_indirect(&mut self) -> Outcome {
         self.seed = self.seed.wrapping_add(1);
         let seed = self.seed;
@@ -463,7 +464,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// A page from its first to its last sector.
+/// Returns a segment of a whole page.
 pub(crate) fn whole(gref: u32) -> WireSegment {
     WireSegment {
         gref,
@@ -472,7 +473,7 @@ pub(crate) fn whole(gref: u32) -> WireSegment {
     }
 }
 
-/// The byte of valid data at an index.
+/// Returns the byte of valid data at an index.
 fn pattern(seed: u8, index: usize) -> u8 {
     // Never `POISON`: that one is odd in its upper half.
     (seed.wrapping_add((index / 128) as u8) ^ index as u8) & 0x7f

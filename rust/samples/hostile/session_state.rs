@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What the driver and the thread of a connection share: what the backend is and does, and what the
-//! thread has seen.
+//! State shared by the driver and the threads of its connections: the backend's state and disk, and
+//! the report.
 
 use core::fmt::Write;
 
@@ -41,29 +41,29 @@ use kernel_ext::{
 
 use blkif::wire::Status;
 
-/// How long a thread sleeps before it looks again by itself.
+/// Poll interval of a thread, in milliseconds.
 const LOOK_MS: u32 = 10;
 
-/// What came of a case.
+/// The result of a case.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// The response says that it is done.
+    /// The status was `BLKIF_RSP_OKAY`.
     Okay,
-    /// The response says that it failed.
+    /// The status was `BLKIF_RSP_ERROR`.
     Error,
-    /// The response says that there is no such operation.
+    /// The status was `BLKIF_RSP_EOPNOTSUPP`.
     NotSupported,
-    /// The response is one to another request.
+    /// The response was for another request.
     Stray,
-    /// The data is not what it should be.
+    /// The data is wrong.
     WrongData,
-    /// The backend does not answer, and does not close either.
+    /// The backend neither responded nor closed.
     Silent,
-    /// The backend closes.
+    /// The backend closed.
     Closing,
-    /// It was tried, and there is nothing to be seen of it.
+    /// The case was run, and has no visible result.
     Done,
-    /// Something of our own failed.
+    /// The frontend itself failed.
     Own,
 }
 
@@ -93,7 +93,7 @@ impl From<Status> for Outcome {
     }
 }
 
-/// What the backend says of its disk.
+/// The backend's description of its disk.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct DiskFacts {
     pub(crate) sectors: u64,
@@ -104,15 +104,15 @@ pub(crate) struct DiskFacts {
 struct Line {
     case: &'static str,
     outcome: Outcome,
-    /// How the valid requests went that followed.
+    /// The result of the valid requests that followed.
     after: Outcome,
 }
 
-/// Shared by the driver and the threads of its connections, one after another.
+/// State shared by the driver and the threads of its connections.
 #[pin_data]
 pub(crate) struct SessionState {
     event: Atomic<bool>,
-    /// The backend's state, when we set_backend_state of it last.
+    /// The last known state of the backend.
     backend: Atomic<u32>,
     #[pin]
     wait: WaitQueue,
@@ -136,13 +136,13 @@ impl SessionState {
         )
     }
 
-    /// The backend is in this state now.
+    /// Records the state of the backend and wakes the thread.
     pub(crate) fn set_backend_state(&self, state: State) {
         self.backend.store(state.number(), Release);
         self.wait.wake_up();
     }
 
-    /// Whether the backend is in this state, as far as we set_backend_state.
+    /// Returns `true` if the last known state of the backend is this one.
     pub(crate) fn backend_is(&self, state: State) -> bool {
         self.backend.load(Acquire) == state.number()
     }
@@ -155,7 +155,7 @@ impl SessionState {
         *self.facts.lock()
     }
 
-    /// Sleeps until something may have changed, or it is time to look anyway.
+    /// Sleeps until an event, a state change, or the poll interval is over.
     pub(crate) fn wait(&self, current: &Current) {
         let woken = || self.event.load(Acquire) || current.should_stop();
         let _ = self.wait.wait_timeout(msecs_to_jiffies(LOOK_MS), woken);
@@ -174,7 +174,7 @@ impl SessionState {
         }
     }
 
-    /// The report: case, outcome, and how the valid requests went that followed.
+    /// Writes the report: case, outcome, and the outcome of the valid requests that followed.
     pub(crate) fn show(&self, output: &mut Output<'_>) -> fmt::Result {
         for line in self.lines.lock().iter() {
             let (outcome, after) = (line.outcome.name(), line.after.name());

@@ -60,9 +60,9 @@ use crate::{
 
 const SECTORS_PER_MIB: u64 = 1 << 11;
 
-/// Requests in flight that are not being worked on.
+/// Requests that are held in flight.
 struct Parked {
-    /// The disk was pulled out: nothing is parked any more.
+    /// Set if the disk was removed; then no request is held.
     gone: bool,
     /// One slot for each request that can be in flight.
     slots: KVec<Option<(Mode, Request<Control, InFlight>)>>,
@@ -77,7 +77,7 @@ pub(crate) struct Control {
     parked: SpinLockIrqSave<Parked>,
     #[pin]
     disk: Mutex<Option<Arc<GenDisk<Control>>>>,
-    /// 1 if the thread is to look for what there is to do.
+    /// 1 if there is work for the thread.
     scheduled: Atomic<i32>,
     #[pin]
     wait: WaitQueue,
@@ -107,7 +107,7 @@ impl Control {
         )
     }
 
-    /// Makes the disk.
+    /// Creates the disk.
     pub(crate) fn make_disk(this: &Arc<Self>) -> Result {
         let tag_set = Arc::pin_init(
             TagSet::new(TagSetParams {
@@ -145,13 +145,13 @@ impl Control {
         Ok(())
     }
 
-    /// Shows the disk to the system. The thread has to run.
+    /// Adds the disk to the system. Context: the thread runs.
     pub(crate) fn add_disk(&self) -> Result {
         let disk = self.disk.lock().clone().ok_or(ENODEV)?;
         disk.add(None)
     }
 
-    /// Takes the disk away, with all that is in flight.
+    /// Removes the disk and fails all requests in flight.
     pub(crate) fn remove(&self) {
         let Some(disk) = self.disk.lock().take() else {
             return;
@@ -167,7 +167,7 @@ impl Control {
         u64::from(crate::SIZE_MIB.get().min(crate::MAX_MIB.get())).wrapping_mul(SECTORS_PER_MIB)
     }
 
-    /// Ends those parked requests for which `f` has a status.
+    /// Ends the held requests for which `f` returns a status.
     fn end_parked(
         &self,
         mut f: impl FnMut(Mode, &mut Request<Self, InFlight>) -> Option<BlkStatus>,
@@ -188,7 +188,7 @@ impl Control {
         }
     }
 
-    /// Keeps a request that was started, or ends it if the disk is gone.
+    /// Holds a request that was started, or fails it if the disk was removed.
     fn park(&self, mode: Mode, rq: Request<Self, InFlight>) {
         let mut parked = self.parked.lock();
         if !parked.gone {
@@ -201,7 +201,7 @@ impl Control {
         rq.end(BlkStatus::OFFLINE);
     }
 
-    /// The mode for the next request.
+    /// Returns the mode for the next request.
     fn next_mode(&self, op: Op) -> Mode {
         if !concerns(crate::ONLY.get(), op) {
             return Mode::Now;
@@ -219,7 +219,7 @@ impl Control {
         self.wait.wake_up();
     }
 
-    /// Runs the thread of the disk, until the disk is pulled out.
+    /// Runs the thread of the disk until the disk is removed.
     pub(crate) fn run(&self, current: &Current) {
         while !current.should_stop() && !crate::GONE.get() {
             self.wait

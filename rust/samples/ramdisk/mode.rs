@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What becomes of a request.
+//! How a request is completed.
 
 use kernel_ext::block::mq::Op;
 
-/// What becomes of a request: the parameter `mode`.
+/// How a request is completed: the parameter `mode`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
     /// 0: it is done in `queue_rq`.
@@ -27,7 +27,7 @@ pub(crate) enum Mode {
 }
 
 impl Mode {
-    /// The mode with this number. Numbers that mean nothing are [`Mode::Now`].
+    /// Returns the mode with this number; unknown numbers are [`Mode::Now`].
     pub(crate) fn new(number: u32) -> Self {
         match number {
             1 => Self::Complete,
@@ -42,7 +42,7 @@ impl Mode {
     }
 }
 
-/// Whether the parameter `only` has the bit of an operation.
+/// Returns `true` if the parameter `only` has the bit of an operation.
 pub(crate) fn concerns(only: u32, op: Op) -> bool {
     let bit = match op {
         Op::Read => 1,

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A RAM disk, to test `kernel_ext::block` without Xen.
+//! A RAM disk that tests `kernel_ext::block` without Xen.
 //!
-//! The disk is `/dev/rblk0`. Parameters choose what becomes of each request, see [`Mode`]. Those
-//! that can be written (`size_mib`, `gone`, the end of mode 3) take effect when the disk is opened the next time, for
-//! instance by `blockdev --getsz`. The module can be unloaded when the disk was pulled out by `gone`. `lose` tests the tests: memory that nothing points to must be
-//! found.
+//! The disk is `/dev/rblk0`. Parameters choose how each request is completed, see [`Mode`]. Writable
+//! ones (`size_mib`, `gone`, the end of mode 3) take effect when the disk is opened the next time, for
+//! instance by `blockdev --getsz`. The module can be unloaded after `gone` has removed the disk.
+//! `lose` leaks memory, which the leak check of the tests must find.
 
 #![deny(unsafe_code)]
 
@@ -36,7 +36,7 @@ module! {
 module_params! {
     /// Size of the disk.
     static SIZE_MIB("size_mib", 0o644): u32 = 16, "Size of the disk in MiB";
-    /// The largest size that the disk can get.
+    /// The largest size of the disk.
     static MAX_MIB("max_mib", 0o444): u32 = 64, "Largest size of the disk in MiB";
     /// Hardware queues.
     static QUEUES("queues", 0o444): u32 = 1, "Number of hardware queues";
@@ -44,37 +44,37 @@ module_params! {
     static DEPTH("depth", 0o444): u32 = 32, "Number of requests in flight in a hardware queue";
     /// Block size.
     static BLOCK_SIZE("block_size", 0o444): u32 = 512, "Logical block size in bytes";
-    /// What becomes of requests.
+    /// How requests are completed, see [`Mode`].
     static MODE("mode", 0o644): u32 = 0,
         "0: done at once, 1: by complete, 2: by a work item, 3: kept, 4: fail, 5: reject, 6: requeue, 7: refuse";
-    /// Which operations are treated so.
+    /// The operations to which `mode` applies, as a mask.
     static ONLY("only", 0o644): u32 = u32::MAX,
         "Bits of operations treated so; 1: read, 2: write, 4: flush, 8: discard, 16: others";
-    /// How many requests are treated normally before one is not.
+    /// Number of requests that are completed normally before `mode` applies to one.
     static EVERY("every", 0o644): u32 = 1, "Treat each n-th request so; the others are done at once";
-    /// When a request counts as timed out.
+    /// Time limit of a request.
     static TIMEOUT_MS("timeout_ms", 0o444): u32 = 30_000, "Time-out of a request in ms";
-    /// Whether there is a write cache.
+    /// Set if the disk has a write cache.
     static WRITE_CACHE("write_cache", 0o444): bool = true, "Ask for flushes";
-    /// Whether there is FUA.
+    /// Set if the disk supports FUA.
     static FUA("fua", 0o444): bool = false, "Ask for FUA";
     /// The unit of discards.
     static DISCARD_GRANULARITY("discard_granularity", 0o444): u32 = 0, "Unit of discards in bytes";
     /// Where the first unit starts.
     static DISCARD_ALIGNMENT("discard_alignment", 0o444): u32 = 0,
         "Where the first unit of discards starts, in bytes";
-    /// Whether there is secure erase.
+    /// Set if the disk supports secure erase.
     static SECURE_ERASE("secure_erase", 0o444): bool = false,
         "Can erase securely: leaves ones, where a discard leaves zeroes";
-    /// Whether the disk can only be read.
+    /// Set if the disk is read-only.
     static READ_ONLY("read_only", 0o444): bool = false, "The disk can only be read";
-    /// What the module forgets.
+    /// The kind of memory that the module leaks.
     static LOSE("lose", 0o444): u32 = 0, "Allocations to lose, for kmemleak to find";
-    /// Whether the disk was pulled out.
+    /// Removes the disk.
     static GONE("gone", 0o644): bool = false, "The disk is pulled out";
 }
 
-/// The module: one disk, with a thread. Both keep the module loaded until the disk is pulled out.
+/// The module: one disk with a thread. Both hold the module until the disk is removed.
 struct Ramdisk {
     _thread: KThread,
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The memory that the disk keeps its data in.
+//! The memory that stores the data of the disk.
 
 use kernel::{
     page::PAGE_SIZE,
@@ -23,13 +23,13 @@ use kernel_ext::{
 
 use crate::disk::Control;
 
-/// The memory that the disk keeps its data in.
+/// The memory that stores the data of the disk.
 pub(crate) struct Store {
     pages: KVVec<Page>,
 }
 
 impl Store {
-    /// Memory of `mib` MiB, filled with zeroes.
+    /// Allocates `mib` MiB of zeroes.
     pub(crate) fn new(mib: u32) -> Result<Self> {
         let count = (mib as usize)
             .checked_mul((1 << 20) / PAGE_SIZE)
@@ -41,7 +41,7 @@ impl Store {
         Ok(Self { pages })
     }
 
-    /// Does what a request asks for.
+    /// Executes a request.
     pub(crate) fn serve<S: State>(&self, rq: &mut Request<Control, S>) -> BlkStatus {
         // A flush has no position: its sector is all ones.
         let position = rq.sector().wrapping_mul(u64::from(SECTOR_SIZE));
@@ -96,7 +96,7 @@ impl Store {
         Some(())
     }
 
-    /// The bytes from `position` on, to the end of their page, but not more than `len`.
+    /// Returns the bytes from `position` to the end of their page, but not more than `len`.
     fn slice(&self, position: u64, len: usize) -> Option<PageSliceMut<'_>> {
         let position = usize::try_from(position).ok()?;
         let offset = position % PAGE_SIZE;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The backend of the echo pair: Xen lifetimes without a disk.
+//! The backend of the echo pair, which tests the lifetimes of Xen's resources without a disk.
 //!
-//! Answers the messages of the frontend, each in the way that the message asks for.
+//! It replies to the frontend's messages, each in the way that the message asks for.
 
 #![deny(unsafe_code)]
 
@@ -54,7 +54,7 @@ struct Back {
 }
 
 impl Back {
-    /// Connects to what the frontend has published, unless it is connected to just that.
+    /// Connects to the ring that the frontend has published, unless it is connected to it.
     fn connect(&self, otherend: &CStr) -> Result {
         let epoch = Reader::new(otherend).number(fmt!("epoch"))?;
         let mut connection = self.connection.lock();

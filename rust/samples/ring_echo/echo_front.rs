@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The frontend of the echo pair: Xen lifetimes without a disk.
+//! The frontend of the echo pair, which tests the lifetimes of Xen's resources without a disk.
 //!
-//! Sends messages as long as it is connected, checks the answers, and counts both; the counts are in
+//! It sends messages while it is connected, checks the replies, and counts both; the counts are in
 //! the device's directory in sysfs. It connects whenever the backend waits for it.
 //!
 //! The state is only switched in `otherend_changed`, which is called after `probe` in any case: see
@@ -77,7 +77,7 @@ struct Front {
 }
 
 impl Front {
-    /// Tells the backend that a new connection comes, and makes it. Whatever there was before ends.
+    /// Announces a new connection to the backend and creates it, after the previous one has ended.
     fn connect(&self) -> Result {
         let mut connection = self.connection.lock();
         *connection = None;

@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What the two halves of the echo pair agree on.
+//! The protocol of the echo pair.
 //!
-//! The frontend grants a page full of bytes and puts a *message* on the ring; the backend answers
+//! The frontend grants a page full of bytes and puts a *message* on the ring; the backend replies
 //! with the sum of the bytes, and leaves the sum in the first word of the page too. Both keep
-//! *counts* of what they have sent, which run freely; a message and its answer have the same place.
+//! free-running *counts* of what they have sent; a message and its reply have the same index.
 //!
 //! The ring, in words of 32 bits:
 //!
 //! | words | what |
 //! |---|---|
 //! | 0 | messages that the frontend has sent |
-//! | 1 | answers that the backend has sent |
+//! | 1 | replies that the backend has sent |
 //! | 16 + 4 i | message `i`: number, reference of the page, [`Way`] |
-//! | 272 + 4 i | answer `i`: number, sum, 0 or an errno |
+//! | 272 + 4 i | reply `i`: number, sum, 0 or an errno |
 //!
 //! The frontend's directory has `ring-page-order`, `ring-ref0` and on, `event-channel`, and `epoch`,
-//! which is another one for each connection.
+//! which differs for each connection.
 
 use core::num::Wrapping;
 
@@ -50,7 +50,7 @@ use kernel_ext::{
     },
 };
 
-/// Places on the ring.
+/// Number of slots of the ring.
 pub(crate) const SLOTS: u32 = 64;
 /// The word with the count of messages.
 pub(crate) const MESSAGES: usize = 0;
@@ -67,25 +67,25 @@ pub(crate) fn answer_word(count: Wrapping<u32>) -> usize {
     272 + 4 * (count.0 % SLOTS) as usize
 }
 
-/// How the backend gets at the page of a message.
+/// How the backend accesses the page of a message.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
-    /// Map it, and unmap it before the answer.
+    /// Map it, and unmap it before the reply.
     Map,
-    /// Let Xen copy.
+    /// Copy it by grant copy.
     Copy,
-    /// Map it, and keep it mapped for a while after the answer: a backend that does not let go.
+    /// Map it, and unmap it some time after the reply.
     Keep,
 }
 
 impl Way {
-    /// As it stands on the ring.
+    /// Returns its number on the ring.
     pub(crate) fn number(self) -> u32 {
         self as u32
     }
 }
 
-/// The sum of the bytes of a page from the second word on (FNV-1a).
+/// Returns the sum of the bytes of a page from the second word on (FNV-1a).
 pub(crate) fn sum(page: PageSlice<'_>) -> u32 {
     let mut sum: u32 = 0x811c_9dc5;
     let mut chunk = [0; 128];
@@ -112,7 +112,7 @@ pub(crate) struct Wake {
 }
 
 impl Wake {
-    /// As if an event had arrived, so that the thread looks at the ring first of all.
+    /// Creates it as if an event had arrived, so that the thread reads the ring first.
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self { event: Atomic::new(true), wait <- new_wait_queue!() }),
@@ -120,13 +120,13 @@ impl Wake {
         )
     }
 
-    /// Waits for an event or the end of the thread, or the time. Whether there was an event.
+    /// Waits for an event, the end of the thread or the timeout. Returns `true` after an event.
     pub(crate) fn wait(&self, current: &Current, timeout: Jiffies) -> bool {
         let woken = || self.event.load(Acquire) || current.should_stop();
         self.wait.wait_timeout(timeout, woken) && self.event.load(Relaxed)
     }
 
-    /// Takes note of the event; the next one is a new one.
+    /// Clears the event.
     pub(crate) fn clear(&self) {
         self.event.store(false, Release);
     }

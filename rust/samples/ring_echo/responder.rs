@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A connection of the backend: ring, event channel, and the thread that answers.
+//! A connection of the backend: ring, event channel, and the thread that sends replies.
 
 use core::num::Wrapping;
 
@@ -60,21 +60,21 @@ use crate::protocol::{
     SLOTS, //
 };
 
-/// Pages that stay mapped after the answer.
+/// Number of pages that stay mapped after the reply.
 const KEPT: usize = 4;
-/// How long the thread sleeps without an event before it looks at the ring all the same.
+/// Poll interval of the thread without an event, in milliseconds.
 const IDLE_MS: u32 = 1000;
-/// How long the end of a thread may take.
+/// Time limit for a thread to end, in milliseconds.
 const STOP_MS: u32 = 5000;
 
-/// A connection. Ends when it is dropped.
+/// A connection, which ends when it is dropped.
 pub(crate) struct Connection {
     epoch: u32,
     thread: KThread,
 }
 
 impl Connection {
-    /// Connects to ring and event channel in the directory of the frontend, and starts to answer.
+    /// Connects to the ring and event channel of the frontend, and starts the thread.
     pub(crate) fn new(device: &ARef<xenbus::Device>, otherend: &CStr, epoch: u32) -> Result<Self> {
         let reader = Reader::new(otherend);
         let order: u32 = reader.number(fmt!("ring-page-order"))?;
@@ -116,7 +116,7 @@ impl Connection {
         Ok(Self { epoch, thread })
     }
 
-    /// Which of the frontend's connections this is.
+    /// Returns the number of the frontend's connection.
     pub(crate) fn epoch(&self) -> u32 {
         self.epoch
     }
@@ -126,7 +126,7 @@ impl Drop for Connection {
     fn drop(&mut self) {
         self.thread.stop();
         if !self.thread.join(msecs_to_jiffies(STOP_MS)) {
-            pr_err!("the answering thread does not end within {} ms\n", STOP_MS);
+            pr_err!("the thread has not ended within {} ms\n", STOP_MS);
         }
     }
 }
@@ -138,18 +138,18 @@ struct Message {
     way: u32,
 }
 
-/// The thread, and all that it owns.
+/// The thread and its data.
 struct Responder {
     device: ARef<xenbus::Device>,
     wake: Arc<Wake>,
     ring: MappedRing,
     channel: EventChannel<Wake>,
-    /// Count of answers, and of messages taken.
+    /// Number of messages read, and of replies written.
     answered: Wrapping<u32>,
     cache: Pin<KBox<PageCache>>,
     mapper: Mapper,
     copier: Copier,
-    /// The page of the message at hand.
+    /// The page of the current message.
     mapped: KVec<MappedPage>,
     /// Pages that stay mapped for a while.
     kept: KVec<MappedPage>,
@@ -165,8 +165,10 @@ impl Responder {
                 Ok(answered) if event => self.channel.eoi(answered == 0),
                 Ok(_) => {}
                 Err(error) => {
-                    self.device
-                        .dev_fatal(error, fmt!("the frontend claims too many messages"));
+                    self.device.dev_fatal(
+                        error,
+                        fmt!("the frontend has published more messages than slots"),
+                    );
                     break;
                 }
             }
@@ -174,7 +176,7 @@ impl Responder {
         self.mapper.unmap(&self.cache, &mut self.kept);
     }
 
-    /// Answers all messages that are there, and says how many these are.
+    /// Replies to all messages in the ring, and returns their number.
     fn answer_all(&mut self, current: &Current) -> Result<u32> {
         let there = Wrapping(self.ring.load(MESSAGES)) - self.answered;
         if there.0 > SLOTS {
@@ -222,7 +224,7 @@ impl Responder {
         self.ring.store(ANSWERS, self.answered.0);
     }
 
-    /// Sums up the page of a message, and leaves the sum in it.
+    /// Computes the sum of the page of a message, and stores it there.
     fn work(&mut self, message: &Message) -> Result<u32> {
         match way(message.way)? {
             Way::Copy => self.by_copy(message.reference),
@@ -278,7 +280,7 @@ impl Responder {
     }
 }
 
-/// The way that a message asks for.
+/// Returns the way that a message asks for.
 fn way(number: u32) -> Result<Way> {
     let mut ways = [Way::Map, Way::Copy, Way::Keep].into_iter();
     ways.find(|way| way.number() == number).ok_or(EINVAL)

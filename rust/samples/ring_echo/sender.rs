@@ -57,16 +57,16 @@ use crate::protocol::{
     MESSAGES, //
 };
 
-/// Messages that wait for an answer, at most.
+/// Limit of messages without a reply.
 const WINDOW: usize = 8;
-/// Pages that the backend does not let go of, at most; the oldest goes into quarantine then.
+/// Limit of pages that the backend still maps; then the oldest is left to the kernel's deferred list.
 const KEPT: usize = 16;
-/// Pause between two rounds, so that the test leaves time for what it tests.
+/// Pause between two rounds in milliseconds, which leaves CPU time to the backend.
 const PAUSE_MS: u32 = 2;
-/// How long the end of a thread may take.
+/// Time limit for a thread to end, in milliseconds.
 const STOP_MS: u32 = 5000;
 
-/// What a device has done in its life.
+/// Counts of a device since it was created.
 pub(crate) struct Counters {
     epoch: Atomic<u32>,
     number: Atomic<u32>,
@@ -84,24 +84,24 @@ impl Counters {
         }
     }
 
-    /// Right answers.
+    /// Number of right replies.
     pub(crate) fn show_echoed(&self, output: &mut Output<'_>) -> fmt::Result {
         fmt::Write::write_fmt(output, fmt!("{}\n", self.echoed.load(Relaxed)))
     }
 
-    /// Wrong answers.
+    /// Number of wrong replies.
     pub(crate) fn show_errors(&self, output: &mut Output<'_>) -> fmt::Result {
         fmt::Write::write_fmt(output, fmt!("{}\n", self.errors.load(Relaxed)))
     }
 }
 
-/// A connection. Ends when it is dropped.
+/// A connection, which ends when it is dropped.
 pub(crate) struct Connection {
     thread: KThread,
 }
 
 impl Connection {
-    /// Makes ring and event channel, tells the backend, and starts to send.
+    /// Creates ring and event channel, publishes them, and starts the thread.
     pub(crate) fn new(device: &ARef<xenbus::Device>, counters: &Arc<Counters>) -> Result<Self> {
         let epoch = counters.epoch.fetch_add(1, Relaxed);
         let order = epoch % 3;
@@ -132,12 +132,12 @@ impl Drop for Connection {
     fn drop(&mut self) {
         self.thread.stop();
         if !self.thread.join(msecs_to_jiffies(STOP_MS)) {
-            pr_err!("the sending thread does not end within {} ms\n", STOP_MS);
+            pr_err!("the thread has not ended within {} ms\n", STOP_MS);
         }
     }
 }
 
-/// Writes what the backend has to know.
+/// Writes the nodes of the frontend.
 fn publish(
     device: &xenbus::Device,
     ring: &RingPages,
@@ -163,14 +163,14 @@ fn publish(
     })
 }
 
-/// A message that waits for its answer.
+/// A message without a reply.
 struct Waiting {
     number: u32,
     sum: u32,
     page: GrantedPage,
 }
 
-/// The thread, and all that it owns.
+/// The thread and its data.
 struct Sender {
     device: ARef<xenbus::Device>,
     counters: Arc<Counters>,
@@ -178,13 +178,13 @@ struct Sender {
     ring: RingPages,
     channel: EventChannel<Wake>,
     reserve: GrantReserve,
-    /// Count of messages.
+    /// Number of messages sent.
     sent: Wrapping<u32>,
-    /// Count of answers that were taken.
+    /// Number of replies read.
     answered: Wrapping<u32>,
-    /// In the order of the ring.
+    /// Messages without a reply, in the order of the ring.
     waiting: KVec<Waiting>,
-    /// Answered, but still mapped by the backend.
+    /// Pages that the backend still maps after its reply.
     kept: KVec<GrantedPage>,
 }
 
@@ -211,16 +211,16 @@ impl Sender {
         }
     }
 
-    /// The backend has broken the rules: no more events, no more messages.
+    /// Stops the connection, because the backend has broken the protocol.
     fn give_up(&self, error: Error) {
         self.counters.errors.fetch_add(1, Relaxed);
         self.device.dev_fatal(
             error,
-            fmt!("the backend claims answers to messages never sent"),
+            fmt!("the backend has published replies to messages that were not sent"),
         );
     }
 
-    /// Takes all answers that are there, and says how many.
+    /// Reads all replies in the ring, and returns their number.
     fn take_answers(&mut self) -> Result<u32> {
         let there = Wrapping(self.ring.load(ANSWERS)) - self.answered;
         if there > self.sent - self.answered {
@@ -270,7 +270,7 @@ impl Sender {
         self.end(message.page);
     }
 
-    /// Ends a grant, or keeps the page for later.
+    /// Ends a grant, or keeps the page while the backend maps it.
     fn end(&mut self, page: GrantedPage) {
         let Err(page) = page.try_end() else { return };
         if self.kept.len() == KEPT {
@@ -281,7 +281,7 @@ impl Sender {
         let _ = self.kept.push_within_capacity(page);
     }
 
-    /// Tries once more for the pages that the backend had not let go of.
+    /// Ends the grants of kept pages that the backend has unmapped.
     fn end_kept(&mut self) {
         for _ in 0..self.kept.len() {
             if let Ok(page) = self.kept.remove(0) {
@@ -290,7 +290,7 @@ impl Sender {
         }
     }
 
-    /// Sends as many messages as may wait.
+    /// Sends messages up to the limit.
     fn send(&mut self) -> Result {
         let before = self.sent;
         let result = self.fill_window();
@@ -323,7 +323,7 @@ impl Sender {
     }
 }
 
-/// Fills the page of a message, and says what the sum of its bytes is.
+/// Fills the page of a message, and returns the sum of its bytes.
 fn fill(page: &Page, number: u32) -> u32 {
     let mut chunk = [0; 128];
     for offset in (0..PAGE_SIZE).step_by(chunk.len()) {
@@ -339,7 +339,7 @@ fn fill(page: &Page, number: u32) -> u32 {
     PageSlice::new(page, 0, PAGE_SIZE).map_or(0, sum)
 }
 
-/// The way of the message with this number.
+/// Returns the way of the message with this number.
 fn way_of(number: u32) -> Way {
     match number % 8 {
         7 => Way::Keep,
