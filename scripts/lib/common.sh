@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-only
-# What the shell scripts share. Sourced, never run.
+# Functions of the shell scripts. Sourced, not run.
 #
-# cache       where downloads, build roots and kernels are kept, outside the tree
+# cache       downloads, build roots and kernels, outside the tree
 # build root  a Debian trixie directory tree with every tool the project needs
 # shellcheck shell=bash disable=SC2034
 
 TREE=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 CACHE=${RBLKIF_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/rblkif}
 
-# say MESSAGE: progress, on stderr so that stdout stays an answer.
+# say MESSAGE: prints progress on stderr; stdout is for results.
 say() {
 	printf '  %s\n' "$*" >&2
 }
 
-# die MESSAGE...: one line each, then the end.
+# die MESSAGE...: prints each message on a line and exits with status 1.
 die() {
 	printf '%s: %s\n' "${0##*/}" "$1" >&2
 	shift
@@ -32,18 +32,18 @@ as_root() {
 	fi
 }
 
-# keep_root: asks for the password, if one is needed, before anything else runs, and keeps
-# what sudo remembers of it while this script runs: it forgets within minutes. Who calls
-# this ends $root_keeper.
-keep_root() {
-	root_keeper=
+# hold_sudo: asks for the password, if one is needed, before anything else runs, and renews
+# sudo's timestamp, which expires within minutes, while this script runs. The caller ends
+# the process $sudo_refresher.
+hold_sudo() {
+	sudo_refresher=
 	[ "$(id -u)" -ne 0 ] || return 0
 	as_root true
 	while sleep 30 && kill -0 $$ && sudo -n -v; do :; done 2>/dev/null &
-	root_keeper=$!
+	sudo_refresher=$!
 }
 
-# watch PID: says every ten seconds that it still runs, until it does not.
+# watch PID: prints progress every ten seconds until a process ends.
 watch() {
 	local start=$SECONDS
 	while kill -0 "$1" 2>/dev/null; do
@@ -52,7 +52,7 @@ watch() {
 	done
 }
 
-# end_with_children PID...: ends processes and all that they have started, as root or not.
+# end_with_children PID...: ends processes and their children, as root if needed.
 end_with_children() {
 	local pid children
 	for pid; do
@@ -63,8 +63,8 @@ end_with_children() {
 	done
 }
 
-# logged LOG TITLE CMD...: runs CMD with its output in LOG, and says every ten
-# seconds that it still runs. On failure: the last lines and where the log is.
+# logged LOG TITLE CMD...: runs CMD with its output in LOG, and prints progress every ten
+# seconds. On failure it prints the last lines and the path of the log, and exits.
 logged() {
 	local log=$1 title=$2 start=$SECONDS pid status=0
 	shift 2
