@@ -28,7 +28,7 @@ REMOVE = f"echo 0 > {DEVICE}/power"
 WRITE = "dd if=/dev/zero of=/dev/{} bs=64k count=64 oflag=direct conv=notrunc,fsync"
 
 
-@pytest.mark.feature("B-01")
+@pytest.mark.feature("B-01", "BE-50")
 def test_lost_device(host):
     """The guest gets an error for what cannot be done, and goes on with its other disk.
 
