@@ -3,9 +3,11 @@
 //! Keeps block devices claimed while the backend module is replaced.
 //!
 //! `rblkback` claims the devices that it serves for writing, so that nothing else in its domain uses
-//! them. Without that module nothing claims them, and a volume manager, a mount or `swapon` may.
-//! This module claims them for the same holder, next to `rblkback`, from when it is loaded until it is
-//! unloaded. It does nothing else. `packaging/sbin/rblkback-replace` loads and unloads it.
+//! them. Once it is unloaded, a volume manager, a mount or `swapon` could claim them. This module claims
+//! them for the same holder as `rblkback` while it is loaded, and does nothing else.
+//! `packaging/sbin/rblkback-replace` loads and unloads it.
+//!
+//! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h) (`bdev_file_open_by_dev()`)
 
 #![deny(unsafe_code)]
 
@@ -32,23 +34,23 @@ module! {
     license: "GPL",
 }
 
-/// How many numbers a list has at most. The text of a parameter is not limited.
+/// Largest number of devices in a list. The text of a parameter is not limited.
 const MAX_DEVICES: usize = 4096;
 
 /// Minor numbers of a major number, as in the kernel's `dev_t`.
 const MINORS: u32 = 1 << 20;
 
 module_param_lists! {
-    /// Devices that nothing else may claim.
+    /// Devices to claim.
     static EXCLUSIVE("exclusive"): [u32; MAX_DEVICES] = 0,
         "Devices to claim: major number * 1048576 + minor number";
 
-    /// Devices that others may claim or have claimed.
+    /// Devices to keep open without a claim, which others may claim or have claimed.
     static SHARED("shared"): [u32; MAX_DEVICES] = 0,
         "Devices to keep open without a claim, so that they stay: numbers as for exclusive";
 }
 
-/// The devices, which stay open until the module is unloaded.
+/// The devices, which are closed when the module is unloaded.
 struct Module {
     _devices: KVec<Arc<BlockDevice>>,
 }
@@ -62,7 +64,7 @@ impl kernel::Module for Module {
     }
 }
 
-/// Opens devices, and says which one cannot be opened.
+/// Opens devices. Logs the first one that cannot be opened.
 fn open(devices: &mut KVec<Arc<BlockDevice>>, numbers: &[u32], claim: Claim) -> Result {
     for number in numbers {
         let (major, minor) = (number / MINORS, number % MINORS);
