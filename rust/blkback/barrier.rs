@@ -2,16 +2,17 @@
 
 //! Barriers, which order the requests of all rings of a disk.
 //!
-//! What was taken from any ring before a barrier ends before it, and nothing is taken from any ring
-//! until the barrier has ended. What a frontend puts into one ring and what it puts into another has
-//! no order before the backend takes it, so it is the taking that counts.
+//! All requests that were taken from any ring before a barrier complete before it, and none is taken
+//! from any ring until the barrier has completed. Requests in different rings have no order before the
+//! backend takes them, so the order in which they are taken counts. `xen-blkback` drains one ring only
+//! (`xen_blk_drain_io()`).
 //!
-//! The queue that has taken a barrier *raises* the fence. The others see that, take nothing more,
-//! and *arrive* when nothing of theirs is in flight. Then the barrier runs, and its queue *lowers*
-//! the fence. A queue that has a barrier of its own meanwhile waits for its turn, and counts as
-//! arrived.
+//! The queue that has taken a barrier *closes* the gate. The other queues see that, take no more
+//! requests, and are *quiesced* once they have none in flight. Then the barrier runs, and its queue
+//! *opens* the gate. A queue that gets a barrier of its own meanwhile waits until it may own the gate,
+//! and counts as quiesced.
 //!
-//! A queue leaves when its thread ends, so that nobody waits for it.
+//! A queue leaves the gate when its thread ends, so that no queue waits for it.
 
 use kernel::{
     new_mutex,
@@ -28,11 +29,11 @@ use kernel::{
 
 use crate::events::QueueEvents;
 
-/// The fence of a disk's connection.
+/// The barrier gate of a connection.
 #[pin_data]
 pub(crate) struct BarrierGate {
-    /// Some queue has a barrier. A copy of what `queues` says, to be looked at for each request; who
-    /// sees it late is waited for.
+    /// A queue has a barrier. A copy of `queues.owner.is_some()` for the check before each request; a
+    /// queue that sees it late is waited for.
     closed: Atomic<bool>,
     #[pin]
     queues: Mutex<Queues>,
@@ -40,12 +41,12 @@ pub(crate) struct BarrierGate {
 
 /// The queues of a connection.
 struct Queues {
-    /// The queue whose turn it is.
+    /// The queue whose barrier is next.
     owner: Option<u32>,
     members: KVec<Member>,
 }
 
-/// What the fence knows of a queue.
+/// A queue as the gate knows it.
 struct Member {
     index: u32,
     events: Arc<QueueEvents>,
@@ -53,14 +54,14 @@ struct Member {
 }
 
 impl Queues {
-    /// Whether all queues but the owner have arrived.
+    /// Returns `true` if all queues but the owner are quiesced.
     fn all_quiesced(&self) -> bool {
         self.members
             .iter()
             .all(|member| member.quiesced || self.owner == Some(member.index))
     }
 
-    /// Lets a queue arrive, and tells the owner if it was the last one.
+    /// Marks a queue as quiesced, and wakes the owner if it was the last one.
     fn set_quiesced(&mut self, index: u32) {
         let mut here = self
             .members
@@ -74,13 +75,14 @@ impl Queues {
         }
     }
 
-    fn kick(&self, who: impl Fn(&Member) -> bool) {
-        let them = self.members.iter().filter(|member| who(member));
-        them.for_each(|member| member.events.kick());
+    fn kick(&self, which: impl Fn(&Member) -> bool) {
+        let members = self.members.iter().filter(|member| which(member));
+        members.for_each(|member| member.events.kick());
     }
 }
 
 impl BarrierGate {
+    /// Creates an open gate without members.
     pub(crate) fn new() -> impl PinInit<Self> {
         let queues = Queues {
             owner: None,
@@ -92,7 +94,7 @@ impl BarrierGate {
         })
     }
 
-    /// Gives the turn to a queue, or to none.
+    /// Makes a queue the owner, which closes the gate, or opens the gate. Wakes the other queues.
     fn set_owner(&self, queues: &mut Queues, owner: Option<u32>) {
         queues.owner = owner;
         self.closed.store(owner.is_some(), Relaxed);
@@ -104,14 +106,14 @@ impl BarrierGate {
     }
 }
 
-/// The place of a queue at the fence. Dropping it leaves.
+/// A queue's membership of the gate. Dropping it leaves the gate.
 pub(crate) struct GateMember {
     gate: Arc<BarrierGate>,
     index: u32,
 }
 
 impl GateMember {
-    /// For the queue with that number, which is told over its inbox when there is something to do.
+    /// Adds the queue with this index. It is woken through `events`.
     pub(crate) fn new(
         gate: &Arc<BarrierGate>,
         index: u32,
@@ -129,13 +131,13 @@ impl GateMember {
         })
     }
 
-    /// Whether some queue has a barrier, so that nothing may be taken.
+    /// Returns `true` if a queue has a barrier, so that no request may be taken.
     #[inline]
     pub(crate) fn is_closed(&self) -> bool {
         self.gate.closed.load(Relaxed)
     }
 
-    /// This queue has nothing in flight, and takes nothing while the fence is raised.
+    /// Notes that this queue has no request in flight. It takes none while the gate is closed.
     pub(crate) fn set_quiesced(&self) {
         let mut queues = self.gate.queues.lock();
         if queues.owner.is_some() {
@@ -143,8 +145,8 @@ impl GateMember {
         }
     }
 
-    /// This queue has a barrier, and `idle` if nothing else of it is in flight. Whether the barrier
-    /// may run now; if not, the queue is told when to ask again.
+    /// Returns `true` if the barrier of this queue may run now; otherwise the queue is woken when to
+    /// ask again. `idle`: the queue has no other request in flight.
     pub(crate) fn may_run(&self, idle: bool) -> bool {
         let mut queues = self.gate.queues.lock();
         if queues.owner.is_none() {
@@ -157,7 +159,7 @@ impl GateMember {
         idle && own && queues.all_quiesced()
     }
 
-    /// The barrier of this queue has ended.
+    /// Opens the gate, because the barrier of this queue has completed.
     pub(crate) fn open(&self) {
         self.gate.set_owner(&mut self.gate.queues.lock(), None);
     }

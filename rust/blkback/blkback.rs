@@ -1,32 +1,34 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The backend of the Xen virtual block device: serves disks of this domain to other domains.
+//! Backend of the Xen virtual block device: serves disks of this domain to other domains
+//! (`drivers/block/xen-blkback`).
 //!
-//! # Terms
+//! `Documentation/terminology.rst` defines the terms. From the top:
 //!
-//! - *Frontend*: the driver in the other domain, whose disk this is.
-//! - *Queue*: one ring of a frontend, and the kernel thread that serves it.
-//! - *Transfer*: a request that was taken from a ring, with the memory that it is about.
+//! | file | content | in `xen-blkback` |
+//! |---|---|---|
+//! | `driver` | callbacks of the bus | `xen_blkbk_driver` |
+//! | `device` | the state machine of a device, from probe to removal | `struct backend_info` |
+//! | `connect` | negotiation: what is read from and written to xenstore | `connect_ring()`, `connect()` |
+//! | `queue` | a ring's kernel thread: its loop, its sleep | `struct xen_blkif_ring` |
+//! | `submit` | from requests in the ring to I/O in flight | `dispatch_rw_block_io()` |
+//! | `completion` | from completed I/O to responses in the ring | `end_block_io_op()` |
+//! | `handoff` | lending the ring to I/O completion | none |
+//! | `events` | what wakes a queue thread | `waiting_reqs` |
+//! | `pending_req` | a request from the ring to its response | `struct pending_req` |
+//! | `data_path` | grant copy, mapping, persistent grants | `xen_blkbk_map()` |
+//! | `persistent` | pages that stay mapped | `struct persistent_gnt` |
+//! | `barrier` | barriers, which order the requests of all queues | `xen_blk_drain_io()` |
+//! | `domain` | quotas of the pages that a frontend's domain may have mapped | none |
+//! | `disk` | the block device that is served | `struct xen_vbd` |
+//! | `io_accounting` | cgroup and priority of the I/O | none |
+//! | `ring_connection` | a mapped ring with its event channel | `xen_blkif_map()` |
+//! | `xenstore`, `error` | nodes of a device, errors of a connection | |
+//! | `reports` | what a queue thread reports to its device | |
+//! | `stats`, `params` | counters in sysfs, module parameters | |
+//! | `list` | linked list of requests | |
 //!
-//! # Where what is
-//!
-//! | file | |
-//! |---|---|
-//! | `device` | the life of a device, from probe to removal |
-//! | `io_accounting` | whom the I/O counts for |
-//! | `connect` | what is read from xenstore and written to it |
-//! | `disk` | the block device that is served |
-//! | `domain` | how many pages the disks of a frontend's domain may have mapped |
-//! | `queue` | the thread of a queue: takes requests, ends requests |
-//! | `barrier` | barriers, which order the requests of all queues |
-//! | `request` | a request on its way |
-//! | `events` | where the thread of a queue and what it waits for meet |
-//! | `data_path` | how data gets between the frontend's memory and the disk |
-//! | `persistent` | pages that stay mapped |
-//! | `stats` | counters and files in sysfs |
-//! | `params` | module parameters |
-//!
-//! What can be decided without the kernel is decided in the crate [`blkif`].
+//! Imports have no cycles. Decisions that need no kernel are in the crate [`blkif`].
 
 #![deny(unsafe_code)]
 
@@ -38,18 +40,27 @@ use kernel::{
 use kernel_ext::xen::xenbus::Adapter;
 
 mod barrier;
+mod completion;
 mod connect;
 mod data_path;
 mod device;
 mod disk;
 mod domain;
+mod driver;
+mod error;
 mod events;
+mod handoff;
 mod io_accounting;
+mod list;
 mod params;
 mod pending_req;
 mod persistent;
 mod queue;
+mod reports;
+mod ring_connection;
 mod stats;
+mod submit;
+mod xenstore;
 
 module! {
     type: Module,
@@ -63,7 +74,7 @@ module! {
 #[pin_data]
 struct Module {
     #[pin]
-    driver: Registration<Adapter<device::VbdDriver>>,
+    driver: Registration<Adapter<driver::VbdDriver>>,
     /// Dropped after the driver.
     work: device::WorkQueue,
 }

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Connecting to a frontend: what is read from its directory and written to ours.
+//! Connecting to a frontend: what is read from its directory and written to the backend's
+//! (`connect_ring()`, `read_per_ring_refs()`, `connect()` of `xen-blkback`).
+//!
+//! [`Connection::new`] reads what the frontend has chosen, [`Connection::connect_ring`] maps each of its
+//! rings and creates the queue, and [`Connection::describe_disk`] writes what the disk is, with the state
+//! Connected. What is read is checked by [`blkif::negotiate`] and [`blkif::node`].
 
 use kernel::{
     fmt,
@@ -10,7 +15,10 @@ use kernel::{
         CStr,
         CString, //
     },
-    sync::Arc, //
+    sync::{
+        aref::ARef,
+        Arc, //
+    }, //
 };
 
 use kernel_ext::{
@@ -21,12 +29,8 @@ use kernel_ext::{
     },
     ratelimited,
     xen::{
-        events::EventChannel,
         grant::ForeignRef,
-        ring::{
-            MappedRing,
-            MAX_PAGES, //
-        },
+        ring::MAX_PAGES,
         xenbus::{
             self,
             State,
@@ -37,8 +41,7 @@ use kernel_ext::{
             Context,
             DirectoryListing,
             NoTransaction,
-            Transaction,
-            Value, //
+            Transaction, //
         }, //
     },
 };
@@ -47,8 +50,7 @@ use blkif::{
     negotiate::{
         Accepted,
         BackLimits,
-        FrontChoice,
-        InvalidChoice, //
+        FrontChoice, //
     },
     node::{
         self,
@@ -56,15 +58,7 @@ use blkif::{
         PhysicalDevice,
         Reason, //
     },
-    ring::{
-        BackRing,
-        RingError, //
-    },
-    state::{
-        self,
-        Failure,
-        XenbusState, //
-    },
+    state::XenbusState, //
 };
 
 use crate::{
@@ -72,216 +66,43 @@ use crate::{
         BarrierGate,
         GateMember, //
     },
-    disk::{
-        Disk,
-        MAX_INDIRECT_SEGMENTS, //
+    disk::Disk,
+    domain::Domain,
+    error::{
+        ConnectError,
+        ResultExt, //
     },
-    domain::{
-        self,
-        Domain, //
-    },
-    events::QueueEvents,
     io_accounting::IoAccounting,
     queue::{
         Queue,
         QueueConfig, //
     },
+    ring_connection::RingConnection,
     stats::{
         Counters,
         Stats, //
+    },
+    xenstore::{
+        read,
+        read_listed,
+        read_within, //
     }, //
 };
 
-/// Why a connection cannot be made. Written to xenstore for a person to read.
-#[derive(Debug)]
-pub(crate) enum ConnectError {
-    /// A node of the frontend.
-    Node(InvalidNode),
-    /// A node of the toolstack, or of its hotplug script.
-    Toolstack(InvalidNode),
-    /// A node of one queue.
-    Queue(u32, InvalidNode),
-    /// A choice that was not offered.
-    Choice(InvalidChoice),
-    /// The indices in a ring make no sense.
-    Ring(u32, RingError),
-    /// A number that the frontend gave for a queue is refused by Xen: the node and the number.
-    Refused(u32, &'static str, u32, Error),
-    /// The frontend's state is none, or has no place in the protocol.
-    State(InvalidNode),
-    /// The disk cannot be opened.
-    Disk(DeviceNumber, Access, Error),
-    /// The disk has another sequence number than the toolstack says: it is another disk.
-    WrongSequence(DeviceNumber, u64, u64),
-    /// Something of our own failed.
-    Local(&'static str, Error),
-}
-
-impl fmt::Display for ConnectError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ConnectError::Node(bad) | ConnectError::Toolstack(bad) => write!(f, "{bad}"),
-            ConnectError::Queue(index, bad) => write!(f, "queue {index}: {bad}"),
-            ConnectError::Choice(bad) => write!(f, "{bad}"),
-            ConnectError::Ring(index, error) => write!(f, "ring of queue {index}: {error}"),
-            ConnectError::Refused(index, node, number, _) => {
-                write!(f, "queue {index}: {node} = \"{number}\": refused by Xen")
-            }
-            ConnectError::State(bad) => write!(
-                f,
-                "{} = \"{}\": no state that a frontend may have now",
-                bad.node(),
-                bad.text()
-            ),
-            ConnectError::Disk(number, access, error) => {
-                let (major, minor) = (number.major(), number.minor());
-                let what = match access {
-                    _ if *error == EBUSY => "in use here: mounted, or part of another device",
-                    Access::ReadOnly => "cannot be opened for reading",
-                    Access::ReadWrite => "cannot be opened for writing",
-                };
-                write!(f, "physical-device = \"{major:x}:{minor:x}\": {what}")
-            }
-            ConnectError::WrongSequence(number, wanted, found) => {
-                let (major, minor) = (number.major(), number.minor());
-                write!(
-                    f,
-                    "physical-device = \"{wanted:x}@{major:x}:{minor:x}\": another disk, \
-                     {found:x}, has that number now"
-                )
-            }
-            ConnectError::Local(what, _) => f.write_str(what),
-        }
-    }
-}
-
-impl ConnectError {
-    /// The errno that goes with it.
-    pub(crate) fn error(&self) -> Error {
-        match self {
-            ConnectError::Node(_) | ConnectError::Toolstack(_) | ConnectError::State(_) => EINVAL,
-            ConnectError::Queue(..) | ConnectError::Choice(_) => EINVAL,
-            ConnectError::Ring(..) => EIO,
-            ConnectError::WrongSequence(..) => ENXIO,
-            ConnectError::Disk(_, _, error)
-            | ConnectError::Refused(_, _, _, error)
-            | ConnectError::Local(_, error) => *error,
-        }
-    }
-}
-
-impl ConnectError {
-    /// Returns what the fault is to the connection. `connected`: whether a frontend has been connected
-    /// to the device before.
-    pub(crate) fn failure(&self, connected: impl FnOnce() -> bool) -> Failure {
-        match self {
-            ConnectError::Node(_) | ConnectError::Queue(..) | ConnectError::Choice(_) => {
-                Failure::Frontend
-            }
-            ConnectError::Ring(..) | ConnectError::State(_) => Failure::Frontend,
-            error if is_transient(error.error()) => Failure::Shortage,
-            _ => Failure::Unusable {
-                connected: connected(),
-            },
-        }
-    }
-}
-
-/// Returns `true` if what has failed so may succeed later without anybody's help.
-fn is_transient(error: Error) -> bool {
-    [ENOMEM, EAGAIN, ENOSPC, EINTR].contains(&error)
-}
-
-/// Returns `true` if a frontend has been connected to the device before, be it by a driver that was
-/// unbound: that has described the disk.
-pub(crate) fn was_connected(xbdev: &xenbus::Device) -> bool {
-    xenstore::exists(&NoTransaction, xbdev.nodename(), fmt!("sectors"))
-}
-
-/// Removes the error that was written for the toolstack: it holds no more.
-pub(crate) fn clear_error(xbdev: &xenbus::Device) -> Result {
-    let dir = CString::try_from_fmt(fmt!("error/{}", xbdev.nodename()))?;
-    xenstore::remove(&NoTransaction, &dir, fmt!("error"))
-}
-
-/// Returns `true` if the toolstack wants the device to stay when a frontend in this state closes it.
-pub(crate) fn is_online(xbdev: &xenbus::Device, frontend: XenbusState) -> bool {
-    let value = read(xbdev.nodename(), fmt!("online")).ok().flatten();
-    state::is_online(value.as_ref().map(|value| value.as_bytes()), frontend)
-}
-
-/// Says what was being done when an error happened.
-pub(crate) trait ResultExt<T> {
-    fn during(self, what: &'static str) -> Result<T, ConnectError>;
-}
-
-impl<T> ResultExt<T> for Result<T> {
-    fn during(self, what: &'static str) -> Result<T, ConnectError> {
-        self.map_err(|error| ConnectError::Local(what, error))
-    }
-}
-
-/// Says what became of the attempt to show Connected.
+/// Outcome of writing Connected.
 pub(crate) enum ConnectOutcome {
-    /// It is shown.
+    /// Connected was written.
     Connected,
     /// The frontend has withdrawn the rings that are mapped.
     Withdrawn,
-    /// Another state was found.
+    /// Another state was found, which must not be overwritten.
     Refused(State),
 }
 
-/// Reads a node. One that is empty counts as missing.
-pub(crate) fn read(dir: &CStr, node: fmt::Arguments<'_>) -> Result<Option<Value>, ConnectError> {
-    read_within(&NoTransaction, dir, node)
-}
-
-fn read_within(
-    context: &impl Context,
-    dir: &CStr,
-    node: fmt::Arguments<'_>,
-) -> Result<Option<Value>, ConnectError> {
-    match xenstore::read(context, dir, node) {
-        Ok(value) => Ok(Some(value).filter(|value| !value.as_bytes().is_empty())),
-        Err(error) if error == ENOENT => Ok(None),
-        Err(error) => Err(ConnectError::Local("reading xenstore", error)),
-    }
-}
-
-/// Reads a node of a directory that was listed. One that is empty counts as missing.
-pub(crate) fn read_listed(
-    listing: &DirectoryListing,
-    dir: &CStr,
-    node: &str,
-) -> Result<Option<Value>, ConnectError> {
-    if listing.may_have(node) {
-        read(dir, fmt!("{node}"))
-    } else {
-        Ok(None)
-    }
-}
-
-/// Whether a frontend's state that xenbus cannot read is there, and no number.
-pub(crate) fn has_invalid_state(frontend: &CStr) -> bool {
-    let Ok(Some(value)) = read(frontend, fmt!("state")) else {
-        return false;
-    };
-    node::decimal_u32("state", value.as_bytes()).is_err()
-}
-
-/// What is wrong with the state of a frontend.
-pub(crate) fn bad_state_error(frontend: &CStr) -> ConnectError {
-    match read(frontend, fmt!("state")) {
-        Ok(Some(value)) => {
-            ConnectError::State(InvalidNode::new("state", value.as_bytes(), Reason::Unknown))
-        }
-        Ok(None) => ConnectError::State(InvalidNode::missing("state")),
-        Err(error) => error,
-    }
-}
-
-/// Opens the disk that the hotplug script has written to our directory; `None` if it has not, or
-/// there is one already.
+/// Opens the disk that the hotplug script has named. Returns `None` if it has named none, or if `disk`
+/// is open already.
+///
+/// Context: may sleep for as long as the disk takes.
 pub(crate) fn open_disk(
     xbdev: &xenbus::Device,
     disk: Option<&Disk>,
@@ -303,7 +124,7 @@ pub(crate) fn open_disk(
         if disk.number != number {
             ratelimited!(dev_warn!(
                 xbdev.as_ref(),
-                "{NODE} was changed to {major:x}:{minor:x}: ignored\n"
+                "{NODE} was changed to {major:x}:{minor:x}, which is ignored: detach the disk and attach it again\n"
             ));
         }
         return Ok(None);
@@ -319,7 +140,7 @@ pub(crate) fn open_disk(
             return Err(ConnectError::Toolstack(bad));
         }
     };
-    let mode = CString::try_from_fmt(fmt!("{}", &*mode)).during("keeping the mode")?;
+    let mode = CString::try_from_fmt(fmt!("{}", &*mode)).during("copying the mode")?;
     let discard = read(dir, fmt!("discard-enable"))?.is_none_or(|value| value.as_bytes() != b"0");
     let disk = Disk::open(number, access, claim, mode, discard)
         .map_err(|error| ConnectError::Disk(number, access, error))?;
@@ -327,39 +148,9 @@ pub(crate) fn open_disk(
     if let Some(wanted) = sequence.filter(|wanted| *wanted != found) {
         return Err(ConnectError::WrongSequence(number, wanted, found));
     }
-    let disk =
-        Arc::new(disk, GFP_KERNEL).map_err(|_| ConnectError::Local("keeping the disk", ENOMEM))?;
+    let disk = Arc::new(disk, GFP_KERNEL)
+        .map_err(|_| ConnectError::Local("allocating the disk", ENOMEM))?;
     Ok(Some(disk))
-}
-
-/// Writes what any frontend may choose from.
-pub(crate) fn write_features(dir: &CStr, limits: &BackLimits) -> Result {
-    let write = |node: &str, value: u32| {
-        xenstore::write(&NoTransaction, dir, fmt!("{node}"), fmt!("{value}"))
-    };
-    write(
-        "feature-max-indirect-segments",
-        MAX_INDIRECT_SEGMENTS.into(),
-    )?;
-    write("multi-queue-max-queues", limits.max_queues)?;
-    write("max-ring-page-order", limits.max_ring_page_order)
-}
-
-/// Writes the size of the disk, and Connected again, which makes the frontend look at it. If the
-/// toolstack has asked the device to close, that stays as it is.
-pub(crate) fn write_size(xbdev: &xenbus::Device, disk: &Disk) -> Result {
-    let dir = xbdev.nodename();
-    let sectors = disk.bdev.sectors();
-    xbdev.switch_state_with(State::Connected, |transaction| {
-        xenstore::write(transaction, dir, fmt!("sectors"), fmt!("{sectors}"))
-    })?;
-    disk.set_reported(sectors);
-    Ok(())
-}
-
-/// Takes back an offer: the disk has refused it.
-pub(crate) fn withdraw_feature(xbdev: &xenbus::Device, node: &str) -> Result {
-    xenstore::write(&NoTransaction, xbdev.nodename(), fmt!("{node}"), fmt!("0"))
 }
 
 /// Reads what the frontend has chosen.
@@ -376,7 +167,7 @@ fn read_choice(frontend: &CStr, limits: &BackLimits) -> Result<Accepted, Connect
     choice.check(limits).map_err(ConnectError::Choice)
 }
 
-/// What the queues of a connection have in common.
+/// A connection to a frontend: what its queues have in common.
 pub(crate) struct Connection<'a> {
     xbdev: &'a xenbus::Device,
     frontend: &'a CStr,
@@ -392,7 +183,7 @@ pub(crate) struct Connection<'a> {
 }
 
 impl<'a> Connection<'a> {
-    /// To a frontend that has written what it wants.
+    /// Creates a connection to a frontend that has written what it has chosen.
     pub(crate) fn new(
         xbdev: &'a xenbus::Device,
         frontend: &'a CStr,
@@ -406,12 +197,13 @@ impl<'a> Connection<'a> {
         let name = dev.as_bytes();
         let name = name.strip_prefix(b"/dev/").unwrap_or(name);
         let name =
-            CString::try_from_fmt(fmt!("{}", BStr::from_bytes(name))).during("keeping the name")?;
+            CString::try_from_fmt(fmt!("{}", BStr::from_bytes(name))).during("copying the name")?;
         let listing = DirectoryListing::new(&NoTransaction, xbdev.nodename());
         let io_accounting = Arc::new(IoAccounting::read(xbdev, &listing)?, GFP_KERNEL)
             .map_err(Error::from)
-            .during("keeping whom I/O counts for")?;
-        let gate = Arc::pin_init(BarrierGate::new(), GFP_KERNEL).during("making a fence")?;
+            .during("allocating the I/O accounting")?;
+        let gate =
+            Arc::pin_init(BarrierGate::new(), GFP_KERNEL).during("allocating the barrier gate")?;
         Ok(Self {
             xbdev,
             frontend,
@@ -425,7 +217,7 @@ impl<'a> Connection<'a> {
         })
     }
 
-    /// Says what was agreed on.
+    /// Logs what was agreed on.
     pub(crate) fn report(&self) {
         let Accepted {
             abi,
@@ -433,23 +225,21 @@ impl<'a> Connection<'a> {
             persistent,
             ..
         } = &self.accepted;
+        let (name, abi) = (&*self.name, abi.name());
+        let (queues, pages) = (rings.queues, rings.pages());
+        let persistent = if *persistent { "on" } else { "off" };
         ratelimited!(dev_info!(
             self.xbdev.as_ref(),
-            "{}: {} queues of {} pages, {}, persistent grants {}\n",
-            &*self.name,
-            rings.queues,
-            rings.pages(),
-            abi.name(),
-            if *persistent { "on" } else { "off" }
+            "{name}: {queues} queues of {pages} pages, {abi}, persistent grants {persistent}\n"
         ));
     }
 
-    /// Number of rings.
+    /// Returns the number of rings.
     pub(crate) fn queues(&self) -> u32 {
         self.accepted.rings.queues
     }
 
-    /// Maps the ring of a queue, and connects its event channel.
+    /// Maps a ring, binds its event channel, and creates its queue.
     pub(crate) fn connect_ring(
         &mut self,
         index: u32,
@@ -461,43 +251,28 @@ impl<'a> Connection<'a> {
             self.first_ring_ref = references.first().copied();
         }
         let port = self.number(index, "event-channel", fmt!("event-channel"))?;
-
-        let ring = MappedRing::new(self.xbdev, references).map_err(|error| {
-            if error == ENOSPC {
-                domain::reclaim_mappings();
-            }
-            let first_ring_ref = references.first().map_or(0, |reference| reference.0);
-            ConnectError::Refused(index, "ring-ref", first_ring_ref, error)
-        })?;
-        let ring = BackRing::attach(ring, self.accepted.abi)
-            .map_err(|error| ConnectError::Ring(index, error))?;
-        let events = Arc::pin_init(QueueEvents::new(), GFP_KERNEL).during("making a queue")?;
-        let channel =
-            EventChannel::bind_interdomain(self.xbdev, port, c"blkif-backend", events.clone())
-                .map_err(|error| ConnectError::Refused(index, "event-channel", port, error))?;
+        let connection =
+            RingConnection::new(self.xbdev, index, references, port, self.accepted.abi)?;
         let counters = usize::try_from(index)
             .map_err(Error::from)
             .and_then(|index| stats.queue(index))
-            .during("making a queue")?;
-        self.new_queue(index, ring, events, channel, counters)
-            .during("making a queue")
+            .during("creating a queue")?;
+        self.new_queue(index, connection, counters)
+            .during("creating a queue")
     }
 
     fn new_queue(
         &self,
         index: u32,
-        ring: BackRing<MappedRing>,
-        events: Arc<QueueEvents>,
-        channel: EventChannel<QueueEvents>,
+        connection: RingConnection,
         counters: Arc<Counters>,
     ) -> Result<Queue> {
         let domain = self.domain.clone();
         Queue::new(QueueConfig {
-            name: CString::try_from_fmt(fmt!("{}.{}-{}", domain.id, *self.name, index))?,
-            gate: GateMember::new(&self.gate, index, &events)?,
-            ring,
-            channel,
-            events,
+            xbdev: ARef::from(self.xbdev),
+            name: CString::try_from_fmt(fmt!("{}.{}-{index}", domain.id, *self.name))?,
+            gate: GateMember::new(&self.gate, index, &connection.events)?,
+            connection,
             io_accounting: self.io_accounting.clone(),
             disk: self.disk.clone(),
             counters,
@@ -506,7 +281,7 @@ impl<'a> Connection<'a> {
         })
     }
 
-    /// The grant references of the pages of a ring, and their number.
+    /// Reads the grant references of the pages of a ring. Returns them with their number.
     fn references(&self, index: u32) -> Result<([ForeignRef; MAX_PAGES], usize), ConnectError> {
         let mut references = [ForeignRef(0); MAX_PAGES];
         let pages = usize::try_from(self.accepted.rings.pages()).unwrap_or(MAX_PAGES);
@@ -521,7 +296,7 @@ impl<'a> Connection<'a> {
         Ok((references, pages))
     }
 
-    /// A number in the directory of a queue.
+    /// Reads a number in the directory of a queue.
     fn number(
         &self,
         index: u32,
@@ -550,7 +325,7 @@ impl<'a> Connection<'a> {
         number.map_err(|bad| ConnectError::Queue(index, bad))
     }
 
-    /// The first page of the first ring.
+    /// Reads the grant reference of the first page of the first ring.
     fn read_first_ring_ref(&self, context: &impl Context) -> Result<ForeignRef, ConnectError> {
         let node = if self.accepted.numbered_refs {
             "ring-ref0"
@@ -561,8 +336,8 @@ impl<'a> Connection<'a> {
             .map(ForeignRef)
     }
 
-    /// Returns `true` if the frontend still offers the rings that are mapped. Others have other
-    /// references, for those of a page that is mapped are not used again.
+    /// Returns `true` if the frontend still offers the rings that are mapped. Other rings have other
+    /// references, because the reference of a mapped page is not used for another one.
     fn is_offered(&self, transaction: &Transaction) -> bool {
         let state = read_within(transaction, self.frontend, fmt!("state"))
             .ok()
@@ -575,8 +350,8 @@ impl<'a> Connection<'a> {
         ) && self.read_first_ring_ref(transaction).ok() == self.first_ring_ref
     }
 
-    /// Writes what the disk is and can do, and Connected, unless the toolstack or the frontend have
-    /// changed their minds since the rings were mapped.
+    /// Writes the properties and features of the disk, and Connected, unless the toolstack or the frontend
+    /// has changed its state since the rings were mapped (`connect()` of `xen-blkback`).
     pub(crate) fn describe_disk(&self) -> Result<ConnectOutcome, ConnectError> {
         let cdrom = read(self.frontend, fmt!("device-type"))?
             .is_some_and(|kind| kind.as_bytes() == b"cdrom");
@@ -616,9 +391,10 @@ impl<'a> Connection<'a> {
             Err(_) if !offered => Ok(ConnectOutcome::Withdrawn),
             Ok(Switched::Written) => Ok(ConnectOutcome::Connected),
             Ok(Switched::Refused(found)) => Ok(ConnectOutcome::Refused(found)),
-            Ok(Switched::Failed(error)) | Err(error) => {
-                Err(ConnectError::Local("writing what the disk is", error))
-            }
+            Ok(Switched::Failed(error)) | Err(error) => Err(ConnectError::Local(
+                "writing the properties of the disk",
+                error,
+            )),
         }
     }
 }

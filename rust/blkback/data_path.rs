@@ -1,23 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Moving data between the frontend's memory and the disk.
+//! Data path: how data gets between the frontend's pages and the disk (`xen_blkbk_map()`,
+//! `xen_blkbk_unmap()`).
 //!
-//! There are several ways to get at the frontend's pages, and a [`DataPath`] takes the cheapest:
+//! A [`DataPath`] uses the cheapest of three ways:
 //!
-//! - *Stay mapped*: if the frontend uses persistent grants, its pages are kept in a [`PersistentGrants`].
-//! - *Copy*: the data of a small request is copied between the frontend's pages and our own. One
-//!   hypercall does it for several requests, and there is nothing to unmap.
-//! - *Map*: the pages of a large request are mapped with one hypercall, and unmapped together with
-//!   those of other requests before their answers are shown.
+//! - *Persistent grants*: if the frontend uses them, its pages stay mapped, see [`PersistentGrants`].
+//! - *Grant copy*: Xen copies the data of a small request between the frontend's pages and pages of this
+//!   domain. One hypercall does that for several requests, and there is nothing to unmap.
+//! - *Mapping*: the pages of a large request are mapped with one hypercall, and unmapped together with
+//!   those of other requests before the responses are published.
 //!
-//! The segments of an indirect request are copied to private memory before they are looked at, so
-//! that the frontend cannot change them in between.
+//! The segments of an indirect request are copied to private memory before they are checked, so that
+//! the frontend cannot change them in between.
 
 use kernel::{
     fmt,
     page::PAGE_SIZE,
     prelude::*,
-    sync::Arc,
+    sync::{
+        aref::ARef,
+        Arc, //
+    },
     time::{
         delay::fsleep,
         Delta, //
@@ -53,6 +57,7 @@ use kernel_ext::{
             ForeignRef,
             GrantAccess, //
         },
+        xenbus,
         DomId, //
     },
 };
@@ -98,40 +103,38 @@ use crate::{
     persistent::PersistentGrants, //
 };
 
-/// The pages of a request, one for each segment: those of the frontend, mapped, or our own.
-pub(crate) type RequestPages = (KVec<MappedPage>, KVec<Page>);
-
-/// A request with at most so many segments is copied.
+/// Largest number of segments of a request whose data is copied.
 const COPIED_SEGMENTS: usize = 8;
 
 /// Copies in one hypercall.
 const COPIES: usize = 256;
 
-/// How long copies are tried again while pages are not in memory over there: as long as Linux waits
-/// when it maps such a page.
+/// Time for which a copy is retried while the frontend's page is paged out: as long as Linux retries to
+/// map such a page.
 const PAGED_OUT_MS: u32 = 32_000;
 
-/// Bytes of a segment in a page of segments.
+/// Size of a segment in a page of segments, in bytes.
 const SEGMENT_BYTES: usize = 8;
 
-/// Segments that are read from such a page at once.
+/// Segments that are read from a page of segments at once.
 const SEGMENTS_AT_ONCE: usize = 32;
 
-/// Why the data of a request cannot be had.
+/// The reason why the data of a request is not accessible.
 #[derive(Debug)]
 pub(crate) enum DataError {
-    /// The segments, once fetched, are not valid.
+    /// The fetched segments are not valid.
     Refused(InvalidRequest),
-    /// The frontend's pages could not be mapped.
+    /// The frontend's pages cannot be mapped.
     Map(MapError),
-    /// The pages of segments could not be copied.
+    /// The pages of segments cannot be copied.
     Copy(CopyError),
-    /// There is no memory, or a limit of our own was hit.
+    /// There is no memory, or a quota is used up.
     Local(Error),
 }
 
 impl DataError {
-    /// Whether it may work when other requests have ended, of this queue or of others.
+    /// Returns `true` if the request may succeed when other requests, of this queue or of others, have
+    /// completed.
     pub(crate) fn is_shortage(&self) -> bool {
         match self {
             DataError::Local(error) => *error == ENOMEM,
@@ -145,6 +148,7 @@ impl DataError {
         matches!(self, DataError::Map(MapError::Refused(_, status)) if status.is_no_space())
     }
 
+    /// Returns the status of the response.
     pub(crate) fn status(&self) -> Status {
         match self {
             DataError::Refused(refusal) => refusal.status(),
@@ -169,7 +173,7 @@ impl fmt::Display for DataError {
                 write!(f, "no page to map to: {error:?}")
             }
             DataError::Copy(CopyError::Refused(index, status)) => {
-                f.write_fmt(fmt!("copy {index} is refused: {status}"))
+                f.write_fmt(fmt!("Xen refuses copy {index}: {status}"))
             }
             DataError::Copy(CopyError::Hypercall(error)) => {
                 write!(f, "cannot copy: {error:?}")
@@ -191,10 +195,48 @@ impl From<kernel::alloc::AllocError> for DataError {
     }
 }
 
-/// What it takes to copy data, if the frontend does not use persistent grants.
+/// Requests whose data is copied with one hypercall.
+pub(crate) struct CopyBatch {
+    reqs: ReqList,
+    len: usize,
+}
+
+impl CopyBatch {
+    /// Creates an empty batch.
+    pub(crate) const fn new() -> Self {
+        Self {
+            reqs: ReqList::new(),
+            len: 0,
+        }
+    }
+
+    /// Returns `true` if the batch has no request.
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.reqs.is_empty()
+    }
+
+    /// Adds a request. Returns `true` if the batch is full then.
+    #[inline]
+    #[must_use = "a full batch has to be taken"]
+    pub(crate) fn push(&mut self, req: KBox<PendingReq>) -> bool {
+        self.reqs.push(req);
+        self.len = self.len.wrapping_add(1);
+        self.len >= COPIES / COPIED_SEGMENTS
+    }
+
+    /// Takes the requests of the batch.
+    #[inline]
+    pub(crate) fn take(&mut self) -> ReqList {
+        self.len = 0;
+        self.reqs.take()
+    }
+}
+
+/// Resources of grant copies.
 struct GrantCopy {
     copier: Copier,
-    /// Pages of our own, to copy to. Only this frontend's data was ever in them.
+    /// Pages of this domain to copy to. Only data of this frontend was ever in them.
     buffers: KVec<Page>,
     /// Private copy of a page of segments.
     descriptors: Page,
@@ -209,7 +251,7 @@ impl GrantCopy {
         })
     }
 
-    /// Copies the beginning of a page of segments.
+    /// Copies the first `len` bytes of a page of segments.
     fn fetch(
         &mut self,
         domain: DomId,
@@ -223,7 +265,7 @@ impl GrantCopy {
         Ok(PageSlice::new(&self.descriptors, 0, len).ok_or(EINVAL)?)
     }
 
-    /// Takes a page of our own; makes one if there is none.
+    /// Takes a page to copy to, or allocates one.
     fn take(&mut self) -> Result<Page> {
         match self.buffers.pop() {
             Some(page) => Ok(page),
@@ -233,45 +275,50 @@ impl GrantCopy {
 
     fn give_back(&mut self, own: &mut KVec<Page>) {
         while let Some(page) = own.pop() {
-            // A page for which there is no place is freed.
+            // A page for which there is no space is freed.
             let _ = self.buffers.push_within_capacity(page);
         }
     }
 }
 
-/// What a queue needs to move data. One for each thread.
+/// The data path of a queue.
 pub(crate) struct DataPath {
+    xbdev: ARef<xenbus::Device>,
     domain: DomId,
     /// Addresses to map to.
     cache: Pin<KBox<PageCache>>,
     mapper: Mapper,
-    /// Pages that stay mapped, if the frontend uses persistent grants.
+    /// Pages that stay mapped; `None` if the frontend does not use persistent grants.
     persistent_grants: Option<PersistentGrants>,
-    /// There is either this or a table.
+    /// `None` with persistent grants.
     grant_copy: Option<GrantCopy>,
-    /// References of the request that is being mapped, as far as the table did not have their pages.
+    /// Grant references of the request being mapped whose pages are not cached.
     references: KVec<ForeignRef>,
-    /// Where these pages belong among those of the request.
+    /// Positions of these pages among those of the request.
     positions: KVec<u16>,
     /// A page of segments that was mapped.
     descriptor_page: KVec<MappedPage>,
-    /// Pages of requests that have ended, to be unmapped together.
+    /// Pages of completed requests, to be unmapped together.
     to_unmap: KVec<MappedPage>,
-    /// Pages were unmapped, and nobody has looked yet whether there are too many addresses now.
+    /// Pages were unmapped since the last check for unneeded addresses.
     has_unmapped: bool,
-    /// Pages that are mapped now, for requests or to stay.
+    /// Number of pages that are mapped, for requests or as persistent grants.
     mapped_now: usize,
-    /// How many there may be on their way, besides [`MAX_PAGES`] for one request.
+    /// Share of the pages of requests in flight, beyond [`MAX_PAGES`] for one request.
     quota: QuotaShare,
 }
 
 impl DataPath {
-    /// Creates what moves the data of requests of `domain`.
+    /// Creates the data path of a queue of `domain`.
     ///
     /// It has addresses for [`MAX_PAGES`] pages, as many as one request uses at a time. So memory and
-    /// budgets suffice for one request whatever others use, once pages that are kept mapped without
-    /// use were given up. Mappings are Xen's, which may have none left.
-    pub(crate) fn new(domain: &Arc<Domain>, persistent: bool) -> Result<Self> {
+    /// quotas suffice for one request whatever others use, once unused persistent grants were unmapped.
+    /// The maptrack belongs to Xen and may be full.
+    pub(crate) fn new(
+        xbdev: &ARef<xenbus::Device>,
+        domain: &Arc<Domain>,
+        persistent: bool,
+    ) -> Result<Self> {
         let cache = KBox::pin_init(PageCache::new(), GFP_KERNEL)?;
         cache.fill(MAX_PAGES)?;
         let in_flight = usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0);
@@ -283,6 +330,7 @@ impl DataPath {
             (None, Some(GrantCopy::new()?))
         };
         Ok(Self {
+            xbdev: xbdev.clone(),
             domain: domain.id,
             cache,
             mapper: Mapper::new(MAX_SEGMENTS)?,
@@ -302,7 +350,8 @@ impl DataPath {
         })
     }
 
-    /// Gets the segments of an indirect request, and checks them.
+    /// Fetches the segments of an indirect request into an empty list with space for them, and checks
+    /// them.
     pub(crate) fn fetch(
         &mut self,
         unfetched: &Unfetched<'_>,
@@ -323,34 +372,34 @@ impl DataPath {
         checker.finish().map_err(DataError::Refused)
     }
 
-    /// Passes on so many segments of a page of the frontend, each read once.
+    /// Calls `push` with each of the first `segments` of a page of segments, which is read once.
     fn read_segments(
         &mut self,
         reference: ForeignRef,
         segments: usize,
-        take: impl FnMut(WireSegment) -> Result<(), DataError>,
+        push: impl FnMut(WireSegment) -> Result<(), DataError>,
     ) -> Result<(), DataError> {
         let len = segments.saturating_mul(SEGMENT_BYTES).min(PAGE_SIZE);
         if let Some(grant_copy) = &mut self.grant_copy {
-            return for_each_segment(grant_copy.fetch(self.domain, reference, len)?, take);
+            return for_each_segment(grant_copy.fetch(self.domain, reference, len)?, push);
         }
-        let kept = self
+        let cached = self
             .persistent_grants
             .as_mut()
             .and_then(|grants| grants.take(reference));
-        let page = match kept {
+        let page = match cached {
             Some(page) => page,
             None => self.map_one(reference)?,
         };
         let result = match page.slice(0, len) {
-            Some(segments) => for_each_segment(segments, take),
+            Some(segments) => for_each_segment(segments, push),
             None => Err(DataError::Local(EINVAL)),
         };
         self.release_page(page);
         result
     }
 
-    /// Maps a page that is to stay.
+    /// Maps a page of segments.
     fn map_one(&mut self, reference: ForeignRef) -> Result<MappedPage, DataError> {
         self.references.clear();
         self.references
@@ -364,8 +413,8 @@ impl DataPath {
         Ok(mapped.ok_or(EINVAL)?)
     }
 
-    /// Gets pages for a request's segments. If those are our own, the data has to be copied by
-    /// [`DataPath::copy`]: before the I/O for a write, after it for a read.
+    /// Attaches pages for the segments of a request. If they are pages of this domain, the data has to
+    /// be copied by [`DataPath::copy`]: before the I/O of a write, after that of a read.
     pub(crate) fn attach_pages(&mut self, req: &mut PendingReq) -> Result<(), DataError> {
         let (_, ctx) = req.split_mut();
         let small = ctx.segments.len() <= COPIED_SEGMENTS && ctx.op != ReqOp::Barrier;
@@ -375,7 +424,7 @@ impl DataPath {
         self.map(req)
     }
 
-    /// Takes pages of our own for a request.
+    /// Attaches pages of this domain to a request.
     fn take_buffers(&mut self, req: &mut PendingReq) -> Result {
         let grant_copy = self.grant_copy.as_mut().ok_or(EINVAL)?;
         let ((_, own), ctx) = req.split_mut();
@@ -392,17 +441,20 @@ impl DataPath {
         Ok(())
     }
 
-    /// Copies the data of requests between the frontend's pages and our own, with one hypercall.
-    /// Those for which it does not work get an error as their result.
+    /// Copies the data of requests between the frontend's pages and those of this domain, with one
+    /// hypercall. A request whose copy fails gets an error as its result.
     pub(crate) fn copy(&mut self, reqs: &mut ReqList) {
         if self.copy_all(reqs).is_ok() {
             return;
         }
-        // One by one, to see which ones do not work. What is not in memory was waited for.
+        // One by one, to find those that fail. Pages that were paged out were waited for above.
         let mut all = reqs.take();
         while let Some(mut req) = all.pop() {
             if let Err(error) = self.copy_one(&req) {
-                ratelimited!(pr_warn!("domain {}: {}\n", self.domain, error));
+                ratelimited!(dev_warn!(
+                    self.xbdev.as_ref(),
+                    "failed a request, its data cannot be copied: {error}\n"
+                ));
                 req.context.result = Err(EIO);
             }
             reqs.push(req);
@@ -423,7 +475,7 @@ impl DataPath {
         batch.run().map_err(DataError::Copy)
     }
 
-    /// Maps the pages of a request's segments, as far as they are not mapped.
+    /// Attaches the frontend's pages to a request, mapping those that are not cached.
     fn map(&mut self, req: &mut PendingReq) -> Result<(), DataError> {
         let ((pages, _), ctx) = req.split_mut();
         let access = match ctx.op {
@@ -436,9 +488,9 @@ impl DataPath {
         if rest.is_empty() {
             return Ok(());
         }
-        let result = self.lookup_missing(rest, access, pages).and_then(|found| {
+        let result = self.lookup_missing(rest, access, pages).and_then(|cached| {
             self.map_missing(access, pages)?;
-            self.merge_mapped(pages, found);
+            self.merge_mapped(pages, cached);
             Ok(())
         });
         if result.is_err() {
@@ -447,13 +499,13 @@ impl DataPath {
         result
     }
 
-    /// Moves the pages behind the first `found` ones to their places among them.
-    fn merge_mapped(&self, pages: &mut [MappedPage], found: usize) {
-        for (from, place) in (found..).zip(&self.positions) {
-            let Some(part) = pages.get_mut(usize::from(*place)..=from) else {
+    /// Moves the pages behind the first `cached` ones to their positions.
+    fn merge_mapped(&self, pages: &mut [MappedPage], cached: usize) {
+        for (from, position) in (cached..).zip(&self.positions) {
+            let Some(part) = pages.get_mut(usize::from(*position)..=from) else {
                 continue;
             };
-            // The last one becomes the first, the others keep their order.
+            // Rotates by one: the last page becomes the first, the others keep their order.
             part.reverse();
             if let Some((_, others)) = part.split_first_mut() {
                 others.reverse();
@@ -461,8 +513,8 @@ impl DataPath {
         }
     }
 
-    /// Takes the pages of the first segments, up to one that has not stayed mapped. Gives the segments
-    /// that are left.
+    /// Takes the cached pages of the first segments, up to the first one that is not cached. Returns
+    /// the segments that are left.
     fn take_cached_prefix<'s>(
         &mut self,
         segments: &'s [Segment],
@@ -474,15 +526,15 @@ impl DataPath {
             let Some(page) = self.take_cached(ForeignRef(segment.gref()), access) else {
                 break;
             };
-            // There is space: the request was made for so many segments.
+            // There is space: the request was allocated for this number of segments.
             let _ = pages.push_within_capacity(page);
             rest = others;
         }
         rest
     }
 
-    /// Takes the pages of segments from the table. Those that are not there are in `references`, and
-    /// in `positions` where they belong. Gives the number of pages that there are then.
+    /// Takes the cached pages of segments, and collects the `references` and `positions` of the others.
+    /// Returns the number of pages so far.
     fn lookup_missing(
         &mut self,
         segments: &[Segment],
@@ -491,36 +543,36 @@ impl DataPath {
     ) -> Result<usize, DataError> {
         self.references.clear();
         self.positions.clear();
-        for (place, segment) in (pages.len() as u16..).zip(segments) {
+        for (position, segment) in (pages.len() as u16..).zip(segments) {
             let reference = ForeignRef(segment.gref());
-            let kept = match self.take_cached(reference, access) {
+            let has_space = match self.take_cached(reference, access) {
                 Some(page) => pages.push_within_capacity(page).is_ok(),
                 None => {
                     self.references.push_within_capacity(reference).is_ok()
-                        && self.positions.push_within_capacity(place).is_ok()
+                        && self.positions.push_within_capacity(position).is_ok()
                 }
             };
-            if !kept {
+            if !has_space {
                 return Err(DataError::Local(ENOMEM));
             }
         }
         Ok(pages.len())
     }
 
-    /// A page that has stayed mapped. One that was mapped for less than is needed now is mapped anew.
+    /// Takes a cached page. A page that is mapped read-only and has to be written is unmapped instead.
     #[inline]
     fn take_cached(&mut self, reference: ForeignRef, access: GrantAccess) -> Option<MappedPage> {
-        let persistent_grants = self.persistent_grants.as_mut()?;
-        let page = persistent_grants.take(reference)?;
+        let grants = self.persistent_grants.as_mut()?;
+        let page = grants.take(reference)?;
         if access == GrantAccess::ReadWrite && page.access() == GrantAccess::ReadOnly {
-            persistent_grants.remove_entry(reference);
+            grants.remove_entry(reference);
             self.unmap_later(page);
             return None;
         }
         Some(page)
     }
 
-    /// Maps the pages of `references`, behind those in the list.
+    /// Maps the pages of `references`, and appends them to `pages`.
     fn map_missing(
         &mut self,
         access: GrantAccess,
@@ -531,14 +583,14 @@ impl DataPath {
             return Ok(());
         }
         let mut result = self.try_map(count, access, pages);
-        // Pages that have ended count until they are unmapped: for the budget, and for Xen.
+        // Pages of completed requests count until they are unmapped, for the quota and for Xen.
         if result.as_ref().is_err_and(DataError::is_shortage) && self.unmap_released() {
             result = self.try_map(count, access, pages);
         }
         result
     }
 
-    /// Maps the pages of `references`, `count` of them, if the budget allows it.
+    /// Maps the `count` pages of `references`, if the quota allows it.
     fn try_map(
         &mut self,
         count: usize,
@@ -555,28 +607,28 @@ impl DataPath {
         Ok(())
     }
 
-    /// Whether the domain's budget allows so many more pages of requests on their way.
+    /// Returns `true` if the quota of the domain allows `count` more pages of requests in flight.
     fn reserve_quota(&mut self, count: usize) -> bool {
         let pages = self.in_flight_pages().saturating_add(count);
         self.quota.try_reserve(pages.saturating_sub(MAX_PAGES))
     }
 
-    /// Pages of requests on their way.
+    /// Returns the number of pages of requests in flight.
     fn in_flight_pages(&self) -> usize {
-        let persistent_pages = self
+        let cached = self
             .persistent_grants
             .as_ref()
             .map_or(0, PersistentGrants::len);
-        self.mapped_now.saturating_sub(persistent_pages)
+        self.mapped_now.saturating_sub(cached)
     }
 
-    /// Gives up the pages of a request that has ended. `false`: somebody still uses them, the
-    /// request must wait.
+    /// Releases the pages of a completed request. Returns `false` if a page is still in use elsewhere,
+    /// so that the request has to wait.
     ///
-    /// They are gone only after [`DataPath::unmap_released`].
+    /// The pages are unmapped by the next [`DataPath::unmap_released`].
     pub(crate) fn release(&mut self, req: &mut PendingReq) -> bool {
         let ((pages, own), _) = req.split_mut();
-        // A page that stays mapped anyway may be busy: its frontend does not take it back.
+        // A page that stays mapped anyway may be busy: its frontend does not revoke the grant.
         if self.persistent_grants.is_none() && pages.iter().any(MappedPage::is_busy) {
             return false;
         }
@@ -593,14 +645,14 @@ impl DataPath {
         }
     }
 
-    /// Keeps a page mapped, or has it unmapped by the next [`DataPath::unmap_released`].
+    /// Caches a page, or has it unmapped by the next [`DataPath::unmap_released`].
     #[inline]
     fn release_page(&mut self, page: MappedPage) {
-        let spare = match &mut self.persistent_grants {
-            Some(persistent_grants) => persistent_grants.insert(page),
+        let rejected = match &mut self.persistent_grants {
+            Some(grants) => grants.insert(page),
             None => Some(page),
         };
-        if let Some(page) = spare {
+        if let Some(page) = rejected {
             self.unmap_later(page);
         }
     }
@@ -610,13 +662,14 @@ impl DataPath {
             self.unmap_released();
         }
         if self.to_unmap.push_within_capacity(page).is_err() {
-            // All are busy, and there is no space: the page is unmapped by itself, once it is not.
+            // All are busy, and there is no space: the page is dropped, which unmaps it once it is
+            // not busy.
             self.mapped_now = self.mapped_now.wrapping_sub(1);
         }
     }
 
-    /// Unmaps the pages of the requests that have ended. Must come before their answers are shown.
-    /// Returns `true` if there were any that could be unmapped.
+    /// Unmaps the pages of completed requests. Has to be called before their responses are published.
+    /// Returns `true` if a page was unmapped.
     pub(crate) fn unmap_released(&mut self) -> bool {
         let before = self.to_unmap.len();
         if before == 0 {
@@ -629,7 +682,7 @@ impl DataPath {
         unmapped != 0
     }
 
-    /// Unmaps pages that were not used for so long.
+    /// Unmaps the cached pages that were not used for `time`.
     fn unmap_older(&mut self, time: Jiffies) {
         while let Some(page) = self
             .persistent_grants
@@ -641,7 +694,7 @@ impl DataPath {
         self.unmap_released();
     }
 
-    /// Gives back what other queues may need.
+    /// Returns the pages that other queues of the domain may need.
     pub(crate) fn return_excess(&mut self) {
         while let Some(page) = self
             .persistent_grants
@@ -651,64 +704,63 @@ impl DataPath {
             self.unmap_later(page);
         }
         self.unmap_released();
-        if let Some(persistent_grants) = &mut self.persistent_grants {
-            persistent_grants.trim();
+        if let Some(grants) = &mut self.persistent_grants {
+            grants.trim();
         }
         self.quota
             .trim(self.in_flight_pages().saturating_sub(MAX_PAGES));
     }
 
-    /// Unmaps all pages that no request uses now. Returns `true` if there were any.
+    /// Unmaps all cached pages. Returns `true` if there were any.
     pub(crate) fn unmap_all_cached(&mut self) -> bool {
         let before = self.mapped_now;
         self.unmap_older(0);
         self.mapped_now != before
     }
 
-    /// Gives back what is not needed now, because there is nothing to do; or all that can be spared,
-    /// because memory is short.
+    /// Frees what an idle queue does not need; when memory is `short`, all that it can spare.
     pub(crate) fn trim(&mut self, short: bool) {
         self.return_excess();
         if short {
-            self.shrink(0);
+            self.shrink_cache(0);
             if let Some(grant_copy) = &mut self.grant_copy {
                 grant_copy.buffers.clear();
             }
         } else if core::mem::take(&mut self.has_unmapped) {
-            self.shrink(usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0));
+            self.shrink_cache(usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0));
         }
     }
 
-    /// Frees the addresses that are free, but for so many, and for those that one request needs.
-    fn shrink(&self, keep: usize) {
+    /// Frees unused addresses, but `keep`, and not those that one request needs.
+    fn shrink_cache(&self, keep: usize) {
         let keep = keep.max(MAX_PAGES);
         self.cache.shrink(u32::try_from(keep).unwrap_or(u32::MAX));
     }
 
-    /// Whether pages stay mapped when a request has ended.
+    /// Returns `true` if pages stay mapped when a request has completed.
     pub(crate) fn uses_persistent_grants(&self) -> bool {
         self.persistent_grants.is_some()
     }
 
-    /// Unmaps the pages that stay mapped, but nobody has used them for as long as the parameter says.
+    /// Unmaps the persistent grants that were not used for the time that the module parameter says.
     pub(crate) fn purge_unused(&mut self) {
         if let Some(time) = unused_timeout() {
             self.unmap_older(time);
         }
     }
 
-    /// After which time to call [`Self::purge_unused`], if there are such pages, or will be when the
-    /// requests `in_flight` have ended.
+    /// Returns the time after which to call [`Self::purge_unused`], if there are such pages, or will be
+    /// when the requests `in_flight` have completed.
     pub(crate) fn purge_delay(&self, in_flight: usize) -> Option<Jiffies> {
-        let persistent_grants = self.persistent_grants.as_ref()?;
-        if persistent_grants.is_empty() && in_flight == 0 {
+        let grants = self.persistent_grants.as_ref()?;
+        if grants.is_empty() && in_flight == 0 {
             return None;
         }
         unused_timeout()
     }
 }
 
-/// How long a page stays mapped without use, unless that is for ever.
+/// Returns how long an unused page stays mapped; `None` if forever.
 fn unused_timeout() -> Option<Jiffies> {
     let seconds = PERSISTENT_GRANT_UNUSED_SECONDS.get();
     (seconds != 0).then(|| jiffies::msecs_to_jiffies(seconds.saturating_mul(1000)))
@@ -720,12 +772,7 @@ impl Drop for DataPath {
     }
 }
 
-/// Whether a chain of so many requests can be copied at once, and one more.
-pub(crate) fn fits_in_copy_batch(reqs: usize) -> bool {
-    reqs < COPIES / COPIED_SEGMENTS
-}
-
-/// Makes the copies of a batch. Waits for pages of the frontend that are not in memory.
+/// Runs the copies of a batch. Waits for pages of the frontend that are paged out.
 fn run_with_retries(batch: &mut Batch<'_>) -> Result<(), DataError> {
     let sleep = |ms: u32| fsleep(Delta::from_millis(ms.into()));
     let delays = Backoff::new(1, 256);
@@ -755,11 +802,11 @@ fn add_copies<'a>(batch: &mut Batch<'a>, domain: DomId, req: &'a PendingReq) -> 
     Ok(())
 }
 
-/// Passes on the segments in a page of segments. They are copied from there, some at once, before they
-/// are looked at: the page may be the frontend's.
+/// Calls `push` with each segment of a page of segments. Segments are copied from there before they are
+/// decoded, because the page may be the frontend's.
 fn for_each_segment(
     descriptors: PageSlice<'_>,
-    mut take: impl FnMut(WireSegment) -> Result<(), DataError>,
+    mut push: impl FnMut(WireSegment) -> Result<(), DataError>,
 ) -> Result<(), DataError> {
     let mut bytes = [0; SEGMENTS_AT_ONCE * SEGMENT_BYTES];
     let mut offset = 0usize;
@@ -768,14 +815,14 @@ fn for_each_segment(
         let some = descriptors.get(offset, len).ok_or(EINVAL)?;
         let got = some.read(&mut bytes);
         for segment in bytes.chunks_exact(SEGMENT_BYTES).take(got / SEGMENT_BYTES) {
-            take(wire_segment(segment))?;
+            push(wire_segment(segment))?;
         }
         offset = offset.wrapping_add(len);
     }
     Ok(())
 }
 
-/// A segment of [`SEGMENT_BYTES`] bytes.
+/// Decodes a segment of [`SEGMENT_BYTES`] bytes.
 fn wire_segment(bytes: &[u8]) -> WireSegment {
     let bytes = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
     WireSegment::decode([bytes as u32, (bytes >> 32) as u32])

@@ -1,56 +1,56 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The driver of the virtual block device: its life from probe to removal.
+//! Devices: the state machine of a virtual block device, from probe to removal (`struct backend_info`,
+//! `frontend_changed()`).
 //!
-//! What is to be done when is decided by [`blkif::state`]; this carries it out. The device hears of
-//! two things, both in the `xenwatch` thread: the frontend's state has changed, or the hotplug script
-//! has written `physical-device`. Either may come first.
+//! [`blkif::state`] decides what to do in which state; a [`Device`] does it. It learns of two things in
+//! the `xenwatch` thread: the frontend's state has changed, or the hotplug script has written
+//! `physical-device`. Either may come first.
 //!
-//! # Who does the work
+//! # The work item
 //!
-//! All devices of this domain hear of changes in that one thread. There the device only notes that it
-//! has something to do, and a work item of its own does it ([`Device::schedule_work`], [`Device::run`]): to open a
-//! disk, to bring the page cache onto it, to close it and to wait for its last answers takes as long
-//! as the disk takes, which may be forever. None of that is done with [`Device::inner`] locked, so an
-//! unbind and the files in sysfs do not wait for it either.
+//! All devices of this domain share the `xenwatch` thread. So callbacks only note that there is something
+//! to do, and a work item of the device does it ([`Device::schedule_work`], [`Device::handle_events`]).
+//! Opening and closing a disk, writing back its page cache and waiting for its I/O take as long as the
+//! disk takes, possibly forever. None of that is done with [`Device::inner`] locked, so an unbind and the
+//! files in sysfs do not wait for it.
 //!
-//! - [`Device::next_step`] decides, with the lock, and does what is quick. What is not, it returns.
-//! - An event that comes meanwhile has the item run once more.
-//! - What fails for a reason of this domain is tried again: by a timer, and at each event.
-//! - The last thread of a queue lets the item go on if it has given up waiting for it.
-//! - Only the `xenwatch` thread may unregister a device, so the item asks it to.
+//! - [`Device::next_step`] decides under the lock, and does what is quick. It returns what is not.
+//! - An event that comes meanwhile makes the work item run again.
+//! - An operation that failed for a reason of this domain is retried by a timer and at each event.
+//! - If the work item has stopped waiting for queue threads, the last of them schedules it.
+//! - Only the `xenwatch` thread may unregister a device, so the work item asks it to.
 //!
-//! # What is freed when
+//! # Ownership
 //!
-//! Whatever ends a device, at whatever point of its life, each thing has one owner and ends with it:
+//! At whatever point a device ends, each thing has one owner and ends with it:
 //!
-//! - The thread of a queue owns its ring, its event channel, the pages that it has mapped and the
-//!   requests that it has taken. It returns when nothing is in flight, and drops them then, in the
-//!   order of the fields of [`Queue`]. Nobody else unmaps or unbinds.
-//! - What is in flight is owned by the block layer, and holds the disk open; see
+//! - A queue thread owns its ring, its event channel, the pages that it has mapped and the requests that
+//!   it has taken. It returns when none is in flight, and then drops them in the order of the fields of
+//!   [`Queue`].
+//! - A request in flight is owned by the block layer, and keeps the disk open; see
 //!   [`kernel_ext::block::bio`].
-//! - A [`DeviceHandle`] lives as long as its thread, or as the attempt to start it. It keeps the [`Device`] and
-//!   with that the device, and counts: the count is 0 only when all queues are gone.
-//! - The watch, the timers and the files in sysfs are dropped by whoever unbinds the driver, and each
-//!   waits for a call of its own that is running. None of them is dropped with a lock that its call
-//!   takes.
-//! - The work item keeps the [`Device`] while it waits or runs. Whoever unbinds the driver hands the disk
-//!   to it, and waits until it has closed the disk, but not for long: what hangs there keeps no one
-//!   else waiting.
-//! - A thread, and the work item while it runs, hold the module. So neither an unbind nor the loss of the device's directory has to
-//!   wait for a disk that does not answer: what waits there keeps all that it needs.
+//! - A [`DeviceHandle`] exists as long as its thread, or as the attempt to start it. It keeps the
+//!   [`Device`], and counts: the count is 0 only when all queues are gone.
+//! - The watch, the timers and the files in sysfs are dropped when the driver is unbound. Dropping each
+//!   waits for its running callback, so none is dropped under a lock that the callback takes.
+//! - The work item keeps the [`Device`] while it is scheduled or runs. Unbinding the driver hands the disk
+//!   to it and waits until it has closed the disk, but not for long: a disk that hangs does not block
+//!   anything else.
+//! - A queue thread, and the work item while it runs, hold a reference to the module. So neither an unbind
+//!   nor the loss of the device's directory waits for a disk that does not answer.
 //!
-//! When the driver is unbound, nothing is said to the frontend: the rings stay as they are, with the
-//! requests that nobody has taken, and the next driver goes on with them.
+//! Unbinding the driver tells the frontend nothing: the rings stay as they are, with the requests that
+//! were not taken, and the next driver continues with them.
 //!
-//! # What a frontend can make us do
+//! # Resources that a frontend can use
 //!
-//! Each thread takes from a ring what the frontend has put there and no more, lets others run in
-//! between, and gives an event back as spurious if there was nothing: a frontend that only sends
-//! events, or changes the index of its requests to and fro, is slowed down by the event channels.
-//! What it reads of our index, and may overwrite, nobody here looks at. Connections, and looks for a
-//! disk that is not open, are counted, see [`TokenBucket`]. Other changes of its state cost a look at xenstore
-//! each, and at most one message in a while; the frontend has had to write to xenstore for each.
+//! A queue thread takes from a ring what the frontend has put there and no more, calls `cond_resched()`,
+//! and ends an event as spurious if there was no request. So the event channel slows down a frontend that
+//! only sends events, or that moves its request index back and forth. The backend never reads back its
+//! own indices, which the frontend may overwrite. Connections and attempts to open a disk are limited by
+//! a [`TokenBucket`]. Other changes of the frontend's state cost a few reads of xenstore each, and a rate-limited
+//! message; the frontend has to write to xenstore for each.
 
 use core::fmt::Write;
 
@@ -61,10 +61,7 @@ use kernel::{
     new_mutex,
     new_work,
     prelude::*,
-    str::{
-        CStr,
-        CString, //
-    },
+    str::CString,
     sync::{
         aref::ARef,
         atomic::{
@@ -98,10 +95,7 @@ use kernel_ext::{
         },
         memalloc::NoioScope,
         module_ref::ModuleRef,
-        sysfs::{
-            self,
-            Output, //
-        },
+        sysfs::Output,
         timer::{
             Timer,
             TimerCallback,
@@ -112,22 +106,10 @@ use kernel_ext::{
     },
     new_wait_queue,
     ratelimited,
-    xen::{
-        xenbus::{
-            self,
-            DeviceAction,
-            DeviceId,
-            Driver,
-            IdArray,
-            IdTable,
-            Role,
-            State,
-            Switched, //
-        },
-        xenstore::{
-            Watch,
-            WatchHandler, //
-        },
+    xen::xenbus::{
+        self,
+        State,
+        Switched, //
     }, //
 };
 
@@ -146,7 +128,6 @@ use blkif::{
 use crate::{
     connect::{
         self,
-        ConnectError,
         ConnectOutcome,
         Connection, //
     },
@@ -154,146 +135,139 @@ use crate::{
         Disk,
         SizePoll, //
     },
-    domain::{
-        self,
-        DeviceRegistration, //
+    domain::DeviceRegistration,
+    error::{
+        ConnectError,
+        ResultExt, //
     },
     events::QueueEvents,
     params,
     queue::Queue,
-    stats::{
-        self,
-        Stats, //
-    }, //
+    reports::QueueOwner,
+    stats::Stats,
+    xenstore, //
 };
 
-/// How long a driver that is unbound waits for what is in flight, before its queues are left to
-/// themselves.
+/// Longest wait of an unbind for requests in flight. After that the queue threads are orphaned.
 const DRAIN_MS: u32 = 30_000;
 
-/// The same for the `xenwatch` thread, in which all other devices wait too, and for the work item of a
-/// device. What takes longer goes on when the last queue has ended.
+/// The same for the `xenwatch` thread, in which all other devices wait, and for the work item. The last
+/// queue thread continues what takes longer.
 const SHORT_DRAIN_MS: u32 = 500;
 
-/// How long after a failure it is tried again: twice as long after each one, from the first to the
-/// second of these.
+/// Delay of the first retry after a failure. It doubles with each failure.
 const RETRY_MS: u32 = 100;
+
+/// Longest delay of a retry.
 const MAX_RETRY_MS: u32 = 10_000;
 
-/// Connections that a frontend may make at once, and how long each one more takes.
+/// Connections that a frontend may make at once.
 const CONNECTIONS: u32 = 16;
+
+/// Time after which a frontend may make one more connection.
 const CONNECTION_MS: u32 = 500;
 
-static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
+/// The workqueue of all devices; `None` before the driver is registered and after it is unregistered.
+static WORKQUEUE: GlobalMutex<Option<Arc<OwnedQueue>>> = GlobalMutex::new(None);
 
-/// Runs the work items of all devices; `None` before the driver is registered and after its end.
-static WORK: GlobalMutex<Option<Arc<OwnedQueue>>> = GlobalMutex::new(None);
-
-/// The queue of the devices' work. Dropping it waits for what is left of that.
+/// Owner of the devices' workqueue. Dropping it waits for their work items.
 pub(crate) struct WorkQueue(Arc<OwnedQueue>);
 
 impl WorkQueue {
+    /// Creates the workqueue of all devices.
     pub(crate) fn new() -> Result<Self> {
         let queue = Arc::new(OwnedQueue::new(c"rblkback")?, GFP_KERNEL)?;
-        *WORK.lock() = Some(queue.clone());
+        *WORKQUEUE.lock() = Some(queue.clone());
         Ok(Self(queue))
     }
 }
 
 impl Drop for WorkQueue {
     fn drop(&mut self) {
-        *WORK.lock() = None;
-        // After this no device has the queue any more, so no work of it is the last to have it.
+        *WORKQUEUE.lock() = None;
+        // After this no device has a reference to the workqueue, so none of its work items drops the
+        // last one.
         self.0.flush();
     }
 }
 
-/// A bound device.
-pub(crate) struct VbdDriver {
-    device: Arc<Device>,
-    /// Until the device is being unbound.
-    watch: Pin<KBox<Mutex<Option<Watch<DiskWatch>>>>>,
-}
-
-/// Hears of the node `physical-device`.
-struct DiskWatch(Arc<Device>);
-
-/// Has a device look again after a while.
+/// Timer that schedules the work item of a device to retry an operation.
 struct RetryTimer(Arc<Device>);
 
-/// A device, as its callbacks, files and threads share it.
+/// A device, shared by the callbacks of the bus, the files in sysfs and the queue threads.
 #[pin_data]
 pub(crate) struct Device {
     xbdev: ARef<xenbus::Device>,
     /// The frontend's directory.
     frontend: CString,
     stats: Arc<Stats>,
-    /// Threads that have not ended, also of older connections.
+    /// Queue threads that have not ended, including those of earlier connections.
     live_threads: Atomic<u32>,
-    /// The queues were told to end; what is to be done after that waits for the last one.
+    /// The queue threads were told to stop; the state machine waits for the last of them.
     draining: Atomic<bool>,
     /// The connection whose threads may take requests.
     served_connection: Atomic<u64>,
-    /// `physical-device` was written and has still to be read.
+    /// `physical-device` was written and has to be read.
     disk_named: Atomic<bool>,
-    /// The work item waits to be run.
+    /// The work item is scheduled.
     work_queued: Atomic<bool>,
     /// The work item runs.
     work_running: Atomic<bool>,
-    /// The work item waits for the device to be unregistered, and has closed the disk before.
+    /// The work item has closed the disk and waits for the device to be unregistered.
     unregistering: Atomic<bool>,
-    /// The work item is opening the disk or bringing the page cache onto it.
+    /// The work item opens the disk, or writes back its page cache.
     waits_for_disk: Atomic<bool>,
     workqueue: Arc<OwnedQueue>,
     #[pin]
     work: Work<Self>,
     registration: DeviceRegistration,
+    /// Woken when a queue thread or the work item ends, and when the queue threads may start.
     #[pin]
     wait: WaitQueue,
     #[pin]
     inner: Mutex<Inner>,
 }
 
-/// What changes in a device's life.
+/// The state of a device.
 struct Inner {
     back: BackState,
-    /// What was offered to the frontend.
+    /// The limits that were offered to the frontend.
     limits: BackLimits,
-    /// Once the hotplug script has named it.
+    /// `None` until the hotplug script has named the disk.
     disk: Option<Arc<Disk>>,
-    /// A disk that is to be closed.
+    /// A disk that the work item has to close.
     to_close: Option<Arc<Disk>>,
     /// One for each ring that is served.
     queue_threads: KVec<QueueThread>,
     size_poll: Option<Pin<KBox<Timer<SizePoll>>>>,
     connect_limit: TokenBucket,
-    /// The frontend has to wait for its next turn.
+    /// The frontend has connected too often and has to wait.
     throttled: bool,
-    /// Has the device look again; until it is being unbound.
+    /// `None` once the driver is being unbound.
     retry_timer: Option<Pin<KBox<Timer<RetryTimer>>>>,
-    /// Failures in a row that were followed by another try.
+    /// Failures in a row that were followed by a retry.
     failures: u32,
-    /// What the last of them was, as it was reported.
+    /// The last of these failures that was reported.
     reported: Option<Error>,
-    /// Counts the connections, so that a thread of an old one does no harm to a new one.
+    /// Number of connections, so that a thread of an earlier connection does not affect a later one.
     connection: u64,
 }
 
-/// Says what is to be done without the lock.
+/// An operation that is done without the lock.
 enum Step {
     /// Nothing, until something happens.
     None,
-    /// To decide again.
+    /// Decide again.
     Again,
-    /// To wait for the threads of the queues.
+    /// Wait for the queue threads.
     Drain,
-    /// To open the disk that the hotplug script has named.
+    /// Open the disk that the hotplug script has named.
     Open,
-    /// To connect to the frontend.
+    /// Connect to the frontend.
     Attach(Arc<Disk>),
-    /// To close a disk.
+    /// Close a disk.
     Close(Arc<Disk>),
-    /// To have the device unregistered, which is closed.
+    /// Unregister the device, which is closed.
     Unregister,
 }
 
@@ -302,102 +276,6 @@ struct QueueThread {
     /// Dropping it stops the thread.
     _thread: KThread,
     events: Arc<QueueEvents>,
-}
-
-impl Driver for VbdDriver {
-    const ROLE: Role = Role::Backend;
-    const NAME: &'static CStr = c"vbd";
-    const ID_TABLE: IdTable = IDS.as_table();
-    const ALLOW_REBIND: bool = true;
-
-    fn probe(xbdev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
-        Self::check_take_over(xbdev).and_then(|()| {
-            // A frontend that is connected stays so: the device can be bound again.
-            Self::new(xbdev)
-                .inspect_err(|error| xbdev.dev_error(*error, fmt!("making a disk to offer")))
-        })
-    }
-
-    fn otherend_changed(
-        self: Pin<&Self>,
-        _device: &xenbus::Device<Core<'_>>,
-        _state: State,
-    ) -> DeviceAction {
-        self.device.schedule_work();
-        DeviceAction::Keep
-    }
-
-    fn remove(self: Pin<&Self>, _device: &xenbus::Device<Core<'_>>) {
-        // This waits for the `xenwatch` thread, with the device locked. So not after a long wait for
-        // something else: by then that thread may want the lock, to remove the device.
-        let watch = self.watch.lock().take();
-        drop(watch);
-        self.device.detach();
-    }
-
-    fn reclaim_memory(self: Pin<&Self>) {
-        if let Some(inner) = self.device.inner.try_lock() {
-            inner
-                .queue_threads
-                .iter()
-                .for_each(|one| one.events.set_memory_pressure());
-        }
-    }
-}
-
-impl VbdDriver {
-    /// Whether rings that are in use can be taken over. If not, the frontend is told nothing, so that
-    /// the device can be bound later.
-    fn check_take_over(xbdev: &xenbus::Device<Core<'_>>) -> Result {
-        let otherend = xbdev.otherend()?;
-        if domain::is_orphaned(xbdev.nodename())
-            && xbdev.read_driver_state(otherend) == State::Connected
-        {
-            dev_err!(
-                xbdev.as_ref(),
-                "queues of a driver that was unbound still wait for a disk: bind again later\n"
-            );
-            return Err(EBUSY);
-        }
-        Ok(())
-    }
-
-    fn new(xbdev: &xenbus::Device<Core<'_>>) -> Result<Self> {
-        let device = Device::new(xbdev)?;
-        let watch = KBox::pin_init(new_mutex!(None), GFP_KERNEL)?;
-        // From here on this ends what was begun, also if one of the following fails.
-        let driver = Self { device, watch };
-        let device = &driver.device;
-        device.inner.lock().retry_timer =
-            Some(Timer::new(TimerFlags::Default, RetryTimer(device.clone()))?);
-        sysfs::register(xbdev.as_ref(), None, &stats::DEVICE, device.clone())?;
-        let stats = device.stats.clone();
-        sysfs::register(
-            xbdev.as_ref(),
-            Some(c"statistics"),
-            &stats::STATISTICS,
-            stats,
-        )?;
-        let handler = Arc::new(DiskWatch(device.clone()), GFP_KERNEL)?;
-        let watch = Watch::new(xbdev.nodename(), fmt!("physical-device"), handler)?;
-        *driver.watch.lock() = Some(watch);
-        Ok(driver)
-    }
-}
-
-impl Drop for VbdDriver {
-    fn drop(&mut self) {
-        let watch = self.watch.lock().take();
-        drop(watch);
-        self.device.detach();
-    }
-}
-
-impl WatchHandler for DiskWatch {
-    fn changed(&self) {
-        self.0.disk_named.store(true, Relaxed);
-        self.0.schedule_work();
-    }
 }
 
 impl TimerCallback for RetryTimer {
@@ -415,10 +293,10 @@ impl WorkItem for Device {
     type Pointer = Arc<Self>;
 
     fn run(device: Arc<Self>) {
-        // Whoever looks sees the one or the other.
+        // In this order, so that `close` sees one of the two. Pairs with the acquires there.
         device.work_running.store(true, Release);
         device.work_queued.store(false, Release);
-        // So that the module is in use while a disk hangs, and its end does not have to wait.
+        // The module is in use while a disk hangs, so that unloading it does not wait here.
         let module = ModuleRef::new();
         let closed = device.handle_events();
         drop(module);
@@ -432,10 +310,11 @@ impl WorkItem for Device {
 }
 
 impl Device {
-    fn new(xbdev: &xenbus::Device<Core<'_>>) -> Result<Arc<Self>> {
+    /// Creates a device in the state of its directory. [`Self::start`] completes it.
+    pub(crate) fn new(xbdev: &xenbus::Device<Core<'_>>) -> Result<Arc<Self>> {
         let frontend = CString::try_from_fmt(fmt!("{}", xbdev.otherend()?))?;
         let stats = Arc::pin_init(Stats::new(), GFP_KERNEL)?;
-        let workqueue = WORK.lock().clone().ok_or(ENODEV)?;
+        let workqueue = WORKQUEUE.lock().clone().ok_or(ENODEV)?;
         let inner = Inner {
             back: match xbdev.state() {
                 State::Closing | State::Closed => BackState::StartingClosed,
@@ -480,14 +359,48 @@ impl Device {
         Arc::pin_init(device, GFP_KERNEL)
     }
 
-    /// Has the work item run soon. Any context.
-    fn schedule_work(self: &Arc<Self>) {
+    /// Creates the retry timer, which [`Self::detach`] drops.
+    pub(crate) fn start(self: &Arc<Self>) -> Result {
+        let timer = Timer::new(TimerFlags::Default, RetryTimer(self.clone()))?;
+        self.inner.lock().retry_timer = Some(timer);
+        Ok(())
+    }
+
+    /// Returns the statistics of the device.
+    pub(crate) fn stats(&self) -> Arc<Stats> {
+        self.stats.clone()
+    }
+
+    /// Schedules the work item, which handles all that has changed.
+    ///
+    /// Context: any.
+    pub(crate) fn schedule_work(self: &Arc<Self>) {
         self.work_queued.store(true, Release);
-        // It comes back if it waits to be run already.
+        // This fails if the work item is scheduled already.
         let _ = self.workqueue.enqueue(self.clone());
     }
 
-    /// Does what there is to do. Returns `true` if the device is closed and to be unregistered.
+    /// Notes that the hotplug script has written `physical-device`.
+    pub(crate) fn disk_named(self: &Arc<Self>) {
+        self.disk_named.store(true, Relaxed);
+        self.schedule_work();
+    }
+
+    /// Makes the queue threads free the memory that they can spare.
+    ///
+    /// Context: the shrinker of the bus. Does nothing if the device is locked.
+    pub(crate) fn set_memory_pressure(&self) {
+        if let Some(inner) = self.inner.try_lock() {
+            inner
+                .queue_threads
+                .iter()
+                .for_each(|thread| thread.events.set_memory_pressure());
+        }
+    }
+
+    /// Does all that can be done now. Returns `true` if the device is closed and has to be unregistered.
+    ///
+    /// Context: the work item. May sleep for as long as the disk takes.
     fn handle_events(self: &Arc<Self>) -> bool {
         let mut step = Step::Again;
         loop {
@@ -495,10 +408,10 @@ impl Device {
                 Step::None => return false,
                 Step::Again => self.next_step(),
                 Step::Drain if self.drain(SHORT_DRAIN_MS) => Step::Again,
-                // The last thread goes on.
+                // The last queue thread schedules the work item.
                 Step::Drain => Step::None,
                 Step::Open => self.open_disk(),
-                Step::Attach(disk) => self.connect(&disk),
+                Step::Attach(disk) => self.attach(&disk),
                 Step::Close(disk) => {
                     drop(disk);
                     Step::Again
@@ -512,7 +425,7 @@ impl Device {
         }
     }
 
-    /// Decides what is to be done, and does it if it is quick.
+    /// Decides what has to be done. Does what is quick, and returns what is not.
     fn next_step(self: &Arc<Self>) -> Step {
         let mut inner = self.inner.lock();
         if let Some(disk) = inner.to_close.take() {
@@ -543,7 +456,8 @@ impl Device {
         }
     }
 
-    /// Returns `true` if the frontend connects more often than it may. The device looks again in time.
+    /// Returns `true` if the frontend connects more often than it may. The work item is scheduled when it
+    /// may connect again.
     fn throttle(&self, inner: &mut Inner) -> bool {
         let Err(ticks) = inner.connect_limit.take(jiffies::now() as u64) else {
             inner.throttled = false;
@@ -552,39 +466,37 @@ impl Device {
         if !inner.throttled && inner.failures == 0 {
             ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
-                "the frontend connects too often: it has to wait\n"
+                "the frontend connects too often: the next connection is delayed\n"
             ));
         }
         inner.throttled = true;
-        if let Some(retry_timer) = &inner.retry_timer {
-            retry_timer.mod_timer_after(ticks as Jiffies);
+        if let Some(timer) = &inner.retry_timer {
+            timer.mod_timer_after(ticks as Jiffies);
         }
         true
     }
 
-    /// What is to be seen now.
+    /// Reads the states of the frontend and of the toolstack.
     fn read_event(&self, inner: &Inner) -> BackEvent {
         let state = self.xbdev.read_driver_state(&self.frontend).number();
         match XenbusState::from_number(state) {
             None => BackEvent::BadState,
-            Some(XenbusState::Unknown) if connect::has_invalid_state(&self.frontend) => {
+            Some(XenbusState::Unknown) if xenstore::has_invalid_state(&self.frontend) => {
                 BackEvent::BadState
             }
             Some(state) => BackEvent::Frontend {
                 state,
-                online: connect::is_online(&self.xbdev, state),
+                online: xenstore::is_online(&self.xbdev, state),
                 ready: inner.disk.is_some(),
             },
         }
     }
 
-    /// Carries out an action that is quick, and enters the state that it leads to.
+    /// Runs an action that is quick, and sets the state that it leads to.
     fn run_action(&self, inner: &mut Inner, action: BackAction) -> Step {
         let result = match action {
-            BackAction::Restart => self
-                .write_features(inner)
-                .map_err(|error| ConnectError::Local("offering", error)),
-            BackAction::Fail => Err(connect::bad_state_error(&self.frontend)),
+            BackAction::Restart => self.write_features(inner).during("writing the features"),
+            BackAction::Fail => Err(xenstore::bad_state_error(&self.frontend)),
             _ => Ok(()),
         };
         match (result, action.next_state()) {
@@ -594,14 +506,14 @@ impl Device {
         }
     }
 
-    /// Takes over a state, and shows it, unless the toolstack wants another one.
+    /// Sets a state and writes it, unless the toolstack wants another one.
     fn set_state(&self, inner: &mut Inner, next: BackState) -> Step {
         let switched = match next.xenbus() {
             Some(state) => self.xbdev.switch_state(shown(state)),
             None => Switched::Written,
         };
         match switched {
-            Switched::Written => self.state_set(inner, next),
+            Switched::Written => self.state_written(inner, next),
             Switched::Refused(found) => self.state_refused(inner, next, found),
             Switched::Failed(error) => {
                 self.schedule_retry(inner, &ConnectError::Local("writing the state", error));
@@ -610,7 +522,8 @@ impl Device {
         }
     }
 
-    fn state_set(&self, inner: &mut Inner, next: BackState) -> Step {
+    /// Continues in a state that was written.
+    fn state_written(&self, inner: &mut Inner, next: BackState) -> Step {
         inner.back = next;
         if next == BackState::Gone {
             inner.to_close = inner.disk.take();
@@ -619,7 +532,7 @@ impl Device {
         Step::Again
     }
 
-    /// Another state was found where a state was to be written.
+    /// Continues after another state was found where `next` was to be written.
     fn state_refused(&self, inner: &mut Inner, next: BackState, found: State) -> Step {
         if found == State::Closing {
             let action = inner.back.step(BackEvent::ToolstackClosing);
@@ -630,14 +543,16 @@ impl Device {
         }
         match next {
             // The directory is gone, or is that of a new device: the bus will remove this one.
-            BackState::Closing | BackState::Closed | BackState::Gone => self.state_set(inner, next),
+            BackState::Closing | BackState::Closed | BackState::Gone => {
+                self.state_written(inner, next)
+            }
             _ => Step::None,
         }
     }
 
-    /// Deals with a failure: the frontend is to close, or it is tried again after a while.
+    /// Handles a failure: closes the connection, or schedules a retry.
     fn fail(&self, inner: &mut Inner, error: &ConnectError) -> Step {
-        let failure = error.failure(|| connect::was_connected(&self.xbdev));
+        let failure = error.failure(|| xenstore::was_connected(&self.xbdev));
         let action = inner.back.step(BackEvent::Failed(failure));
         let Some(next) = action.next_state() else {
             if action == BackAction::Retry {
@@ -649,30 +564,30 @@ impl Device {
         self.set_state(inner, next)
     }
 
-    /// Reports what has failed, if that is new, and looks again after a while.
+    /// Reports a failure, unless it is the last one again, and schedules a retry.
     fn schedule_retry(&self, inner: &mut Inner, error: &ConnectError) {
         if inner.reported != Some(error.error()) {
             inner.reported = Some(error.error());
             ratelimited!(self
                 .xbdev
-                .dev_error(error.error(), fmt!("{error}: it is tried again")));
+                .dev_error(error.error(), fmt!("{error}: trying again")));
         }
         let time = RETRY_MS
             .checked_shl(inner.failures)
             .map_or(MAX_RETRY_MS, |time| time.min(MAX_RETRY_MS));
-        // No more than the longest time needs.
+        // No more failures than the longest delay needs.
         inner.failures = inner.failures.saturating_add(1).min(u32::BITS / 4);
-        if let Some(retry_timer) = &inner.retry_timer {
-            retry_timer.mod_timer_after(msecs_to_jiffies(time));
+        if let Some(timer) = &inner.retry_timer {
+            timer.mod_timer_after(msecs_to_jiffies(time));
         }
     }
 
-    /// What has failed before works now.
+    /// Removes the report of a failure, because the operation has succeeded.
     fn clear_failures(&self, inner: &mut Inner) {
         inner.failures = 0;
         if inner.reported.take().is_some() {
-            dev_info!(self.xbdev.as_ref(), "the disk is served\n");
-            if let Err(error) = connect::clear_error(&self.xbdev) {
+            dev_info!(self.xbdev.as_ref(), "connected after a failure\n");
+            if let Err(error) = xenstore::clear_error(&self.xbdev) {
                 dev_warn!(
                     self.xbdev.as_ref(),
                     "cannot remove the error from xenstore: {error:?}\n"
@@ -684,26 +599,26 @@ impl Device {
     /// Writes what a frontend may choose from.
     fn write_features(&self, inner: &mut Inner) -> Result {
         inner.limits = params::limits();
-        connect::write_features(self.xbdev.nodename(), &inner.limits)
+        xenstore::write_features(self.xbdev.nodename(), &inner.limits)
     }
 
-    /// Opens the disk if the hotplug script has named one, and none is open.
+    /// Opens the disk if the hotplug script has named one and none is open.
     fn open_disk(&self) -> Step {
-        let disk_named = self.disk_named.xchg(false, Relaxed);
+        let named = self.disk_named.xchg(false, Relaxed);
         let disk = self.inner.lock().disk.clone();
         self.waits_for_disk.store(true, Relaxed);
         let found = connect::open_disk(&self.xbdev, disk.as_deref());
         self.waits_for_disk.store(false, Relaxed);
         let mut inner = self.inner.lock();
         let step = self.disk_opened(&mut inner, found);
-        // If this was about the name alone, the frontend has not been looked at yet.
+        // If only `physical-device` was written, the frontend's state was not read yet.
         match step {
-            Step::None if disk_named => Step::Again,
+            Step::None if named => Step::Again,
             step => step,
         }
     }
 
-    /// Takes the disk that was opened, if there is one.
+    /// Keeps the disk that was opened, if there is one.
     fn disk_opened(
         &self,
         inner: &mut Inner,
@@ -721,8 +636,8 @@ impl Device {
         Step::Again
     }
 
-    /// Connects to the frontend: its rings are served when this returns.
-    fn connect(self: &Arc<Self>, disk: &Arc<Disk>) -> Step {
+    /// Connects to the frontend. Its rings are served when this returns.
+    fn attach(self: &Arc<Self>, disk: &Arc<Disk>) -> Step {
         if let Err(error) = self.drop_page_cache(disk) {
             let error = ConnectError::Local("writing back the page cache of the disk", error);
             return self.fail(&mut self.inner.lock(), &error);
@@ -731,11 +646,12 @@ impl Device {
         if inner.back != BackState::Waiting {
             return Step::Again;
         }
-        let step = match self.connect_rings(&mut inner, disk) {
+        let step = match self.connect(&mut inner, disk) {
             Ok(ConnectOutcome::Connected) => {
                 inner.back = BackState::Live;
                 self.clear_failures(&mut inner);
-                // What the frontend does from now on is told, and the toolstack has to wait for it.
+                // Later changes of the frontend's state cause events, and the toolstack has to wait for
+                // this one.
                 Step::None
             }
             Ok(ConnectOutcome::Withdrawn) => Step::Again,
@@ -750,7 +666,7 @@ impl Device {
         if live {
             self.start_serving(disk, connection);
         } else {
-            // Threads that were started have taken nothing, and have to be gone before the next ones.
+            // Threads that were started have taken nothing, and have to end before the next ones start.
             self.drain(SHORT_DRAIN_MS);
         }
         step
@@ -758,26 +674,35 @@ impl Device {
 
     /// Lets the threads of a connection take requests.
     fn start_serving(&self, disk: &Disk, connection: u64) {
-        // Again, for what was written to the disk before anybody could see that it is connected.
+        // Again, for what was written to the disk before the frontend saw Connected.
         if let Err(error) = self.drop_page_cache(disk) {
             dev_err!(
                 self.xbdev.as_ref(),
-                "cannot write back the page cache of the disk: {error:?}\n"
+                "cannot write back the page cache of the disk, its guest may read old data: {error:?}\n"
             );
         }
+        // Release: pairs with the acquire in `wait_until_served`.
         self.served_connection.store(connection, Release);
         self.wait.wake_up();
     }
 
+    /// Writes the page cache of the disk back and drops it.
     fn drop_page_cache(&self, disk: &Disk) -> Result {
         self.waits_for_disk.store(true, Relaxed);
         let result = disk.drop_page_cache();
         self.waits_for_disk.store(false, Relaxed);
-        result
+        if !result? {
+            ratelimited!(dev_warn!(
+                self.xbdev.as_ref(),
+                "programs of this domain use the page cache of the disk: what they write overwrites the \
+                 data of its guest\n"
+            ));
+        }
+        Ok(())
     }
 
-    /// Maps the rings, starts their threads, and shows Connected.
-    fn connect_rings(
+    /// Maps the rings, starts their threads, and writes Connected.
+    fn connect(
         self: &Arc<Self>,
         inner: &mut Inner,
         disk: &Arc<Disk>,
@@ -797,24 +722,24 @@ impl Device {
                 (index, connection.connect_ring(index, &self.stats)?),
             )?;
         }
-        // If one of these does not start, those that did are dropped, and end.
+        // If a thread does not start, those that did are dropped, and end.
         let mut queue_threads = KVec::new();
         for (index, queue) in queues {
             push(
                 &mut queue_threads,
-                self.spawn_queue_thread(queue, index, inner.connection)?,
+                self.start_queue_thread(queue, index, inner.connection)?,
             )?;
         }
         let size_poll = queue_threads
             .first()
             .map(|first| SizePoll::timer(disk.clone(), first.events.clone()))
             .transpose()
-            .map_err(|error| ConnectError::Local("making a timer", error))?;
-        // The frontend may ask as soon as this is written: the threads take nothing before `served_connection`
-        // says so.
-        let described = connection.describe_disk()?;
-        if matches!(described, ConnectOutcome::Connected) {
-            // Nothing may fail any more: the frontend has been told that it is served.
+            .during("creating a timer")?;
+        // The frontend may send requests as soon as this is written. The threads take none before
+        // `served_connection` is set.
+        let outcome = connection.describe_disk()?;
+        if matches!(outcome, ConnectOutcome::Connected) {
+            // Nothing may fail any more, because the frontend was told that it is connected.
             if let Some(timer) = &size_poll {
                 timer.mod_timer_after(SizePoll::period());
             }
@@ -822,32 +747,32 @@ impl Device {
             inner.queue_threads = queue_threads;
             connection.report();
         }
-        Ok(described)
+        Ok(outcome)
     }
 
-    fn spawn_queue_thread(
+    fn start_queue_thread(
         self: &Arc<Self>,
         queue: Queue,
         index: u32,
         connection: u64,
     ) -> Result<QueueThread, ConnectError> {
         let handle = DeviceHandle::new(self, index, connection);
-        let name = CString::try_from_fmt(fmt!("rblkback {}", queue.name()))
-            .map_err(|error| ConnectError::Local("naming a thread", error))?;
+        let name =
+            CString::try_from_fmt(fmt!("rblkback {}", queue.name())).during("naming a thread")?;
         let kind = KThreadOptions { freezable: true };
         let events = queue.events();
         KThread::spawn(fmt!("{}", *name), kind, move |thread| {
-            // What it serves may be where memory is freed to.
+            // Reclaim may write to the disk, so allocations must not wait for it.
             let _noio = NoioScope::new();
-            handle.wait_until_serving(thread);
+            handle.wait_until_served(thread);
             queue.serve(thread, &handle);
             drop(handle);
         })
         .map(|_thread| QueueThread { _thread, events })
-        .map_err(|error| ConnectError::Local("starting a thread", error))
+        .during("starting a thread")
     }
 
-    /// Tells the frontend of a new size of the disk, if there is one.
+    /// Tells the frontend the size of the disk, if it has changed.
     fn report_size(&self, inner: &Inner) {
         let Some(disk) = inner.disk.as_ref().filter(|disk| disk.size_changed()) else {
             return;
@@ -855,19 +780,20 @@ impl Device {
         if inner.back != BackState::Live || self.draining.load(Relaxed) {
             return;
         }
-        if let Err(error) = connect::write_size(&self.xbdev, disk) {
+        if let Err(error) = xenstore::write_size(&self.xbdev, disk) {
             ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
-                "cannot tell the frontend of the new size: {error:?}\n"
+                "cannot write the new size of the disk, trying again: {error:?}\n"
             ));
         }
     }
 
-    /// Has the threads end what they have taken from their rings. Whether there are any left.
+    /// Tells the queue threads to stop. Returns `true` if some have not ended.
     fn stop_queues(&self, inner: &mut Inner) -> bool {
         inner.size_poll = None;
         inner.queue_threads.clear();
-        // A full barrier: either the last thread sees this, or its end is seen below.
+        // A full barrier between this store and the load of the count: either the last thread sees
+        // `draining`, or its end is seen here. Pairs with the decrement in `DeviceHandle::drop`.
         self.draining.xchg(true, Full);
         let left = self.has_threads();
         if !left {
@@ -876,39 +802,40 @@ impl Device {
         left
     }
 
+    /// Returns `true` if queue threads of this or an earlier connection have not ended.
     fn has_threads(&self) -> bool {
+        // Acquire: pairs with the decrement in `DeviceHandle::drop`.
         self.live_threads.load(Acquire) != 0
     }
 
-    /// Waits until all threads have ended. A thread that does not get there in time goes on alone: it
-    /// owns its ring and memory.
+    /// Waits until all queue threads have ended. Returns `false` after a timeout; a thread owns its ring
+    /// and memory, and ends alone.
     fn drain(&self, time_ms: u32) -> bool {
         let time = msecs_to_jiffies(time_ms);
         let drained = self.wait.wait_timeout(time, || !self.has_threads());
         if !drained {
+            let threads = self.live_threads.load(Relaxed);
             ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
-                "{} queues still wait for the disk after {time_ms} ms: they end when it answers\n",
-                self.live_threads.load(Relaxed)
+                "{threads} queues still wait for the disk after {time_ms} ms: they end when it answers\n"
             ));
         }
         drained
     }
 
-    /// The driver is unbound.
-    fn detach(self: &Arc<Self>) {
+    /// Ends the device, because the driver is unbound. Has no effect the second time.
+    pub(crate) fn detach(self: &Arc<Self>) {
         let mut inner = self.inner.lock();
-        let Some(retry_timer) = inner.retry_timer.take() else {
-            // That is done.
+        let Some(timer) = inner.retry_timer.take() else {
             return;
         };
         inner.back = BackState::Gone;
         self.stop_queues(&mut inner);
-        // There is nothing to be done after that.
+        // The state machine does not wait for the threads any more.
         self.draining.store(false, Relaxed);
         drop(inner);
-        drop(retry_timer);
-        // Without its directory the device goes for good: nobody else will serve its rings.
+        drop(timer);
+        // Without its directory the device is gone for good: no other driver will serve its rings.
         let gone = self.xbdev.read_driver_state(self.xbdev.nodename()) == State::Unknown;
         let time_ms = if gone { SHORT_DRAIN_MS } else { DRAIN_MS };
         if !self.drain(time_ms) && !gone {
@@ -917,7 +844,7 @@ impl Device {
         self.close(time_ms);
     }
 
-    /// Has the work item close the disk, and waits for that, but not for a disk that does not answer.
+    /// Makes the work item close the disk, and waits for that, but not for a disk that does not answer.
     fn close(self: &Arc<Self>, time_ms: u32) {
         let mut inner = self.inner.lock();
         if let Some(disk) = inner.disk.take() {
@@ -930,6 +857,7 @@ impl Device {
         } else {
             time_ms
         };
+        // The acquires pair with the releases in `run`.
         let idle = || {
             self.unregistering.load(Acquire)
                 || !self.work_queued.load(Acquire) && !self.work_running.load(Acquire)
@@ -942,31 +870,32 @@ impl Device {
         }
     }
 
-    /// Has the device unregistered, which is closed.
+    /// Unregisters the device, which is closed.
     fn unregister(&self) {
         if let Err(error) = xenbus::unregister_device(&self.xbdev) {
             dev_warn!(
                 self.xbdev.as_ref(),
-                "cannot be unregistered ({error:?}): that is done when its directory is removed\n"
+                "cannot be unregistered before its directory is removed: {error:?}\n"
             );
         }
     }
 
-    /// The threads go on, and nobody may take over their rings meanwhile.
+    /// Notes that queue threads run without a driver, so that no other driver may use their rings.
     fn mark_orphaned(&self) {
-        // A full barrier: either the last thread sees this, or its end is seen below.
+        // A full barrier between this store and the load of the count: either the last thread clears
+        // the flag, or its end is seen here. Pairs with the decrement in `DeviceHandle::drop`.
         self.registration.orphaned().xchg(true, Full);
         if !self.has_threads() {
             self.clear_orphaned();
         }
     }
 
-    /// The last thread has ended.
+    /// Notes that no queue thread runs without a driver.
     fn clear_orphaned(&self) {
         self.registration.orphaned().xchg(false, Full);
     }
 
-    /// The file `physical_device`.
+    /// Writes the content of the file `physical_device`.
     pub(crate) fn show_physical_device(&self, out: &mut Output<'_>) -> fmt::Result {
         match &self.inner.lock().disk {
             Some(disk) => writeln!(out, "{:x}:{:x}", disk.number.major(), disk.number.minor()),
@@ -974,7 +903,7 @@ impl Device {
         }
     }
 
-    /// The file `mode`.
+    /// Writes the content of the file `mode`.
     pub(crate) fn show_mode(&self, out: &mut Output<'_>) -> fmt::Result {
         match &self.inner.lock().disk {
             Some(disk) => out.write_fmt(fmt!("{}\n", *disk.mode)),
@@ -983,8 +912,8 @@ impl Device {
     }
 }
 
-/// What the thread of a queue tells its device.
-pub(crate) struct DeviceHandle {
+/// Handle of a queue thread to its device.
+struct DeviceHandle {
     device: Arc<Device>,
     index: u32,
     connection: u64,
@@ -1000,29 +929,32 @@ impl DeviceHandle {
         }
     }
 
-    /// Waits until the thread may take requests, or is to end.
-    fn wait_until_serving(&self, thread: &Current) {
+    /// Waits until the thread may take requests, or has to stop.
+    fn wait_until_served(&self, thread: &Current) {
         let device = &self.device;
         device.wait.wait_idle(|| {
             thread.should_stop() || device.served_connection.load(Acquire) == self.connection
         });
     }
+}
 
-    /// The disk has refused what a node has offered.
-    pub(crate) fn withdraw_feature(&self, node: &str) {
+impl QueueOwner for DeviceHandle {
+    fn withdraw_feature(&self, node: &str) {
         let inner = self.device.inner.lock();
         if inner.connection != self.connection {
             return;
         }
         let xbdev = &self.device.xbdev;
-        dev_info!(xbdev.as_ref(), "the disk has refused this: {node} = 0\n");
-        if let Err(error) = connect::withdraw_feature(xbdev, node) {
-            dev_warn!(xbdev.as_ref(), "cannot write {node}: {error:?}\n");
+        dev_info!(
+            xbdev.as_ref(),
+            "the disk does not support it: writing {node} = 0\n"
+        );
+        if let Err(error) = xenstore::withdraw_feature(xbdev, node) {
+            dev_warn!(xbdev.as_ref(), "cannot write {node} = 0: {error:?}\n");
         }
     }
 
-    /// The frontend has broken the ring.
-    pub(crate) fn ring_broken(&self, error: RingError) {
+    fn ring_broken(&self, error: RingError) {
         let mut inner = self.device.inner.lock();
         if inner.connection == self.connection {
             self.device
@@ -1032,8 +964,7 @@ impl DeviceHandle {
         self.device.schedule_work();
     }
 
-    /// The size of the disk has changed.
-    pub(crate) fn resized(&self) {
+    fn size_changed(&self) {
         let inner = self.device.inner.lock();
         if inner.connection == self.connection {
             self.device.report_size(&inner);
@@ -1042,9 +973,11 @@ impl DeviceHandle {
 }
 
 impl Drop for DeviceHandle {
-    /// The thread has ended, and all that it had is gone.
+    /// Notes that the thread has ended, and that all that it had is gone.
     fn drop(&mut self) {
         let device = &self.device;
+        // A full barrier between the decrement and the load of `draining`. Pairs with the exchanges in
+        // `stop_queues` and `mark_orphaned`.
         if device.live_threads.fetch_sub(1, Full) == 1 {
             device.wait.wake_up();
             device.clear_orphaned();
@@ -1057,10 +990,10 @@ impl Drop for DeviceHandle {
 
 fn push<T>(list: &mut KVec<T>, item: T) -> Result<(), ConnectError> {
     list.push(item, GFP_KERNEL)
-        .map_err(|_| ConnectError::Local("making a queue", ENOMEM))
+        .map_err(|_| ConnectError::Local("creating a queue", ENOMEM))
 }
 
-/// A state as the bus has it.
+/// Returns the state of the bus.
 fn shown(state: XenbusState) -> State {
     match state {
         XenbusState::Unknown => State::Unknown,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The disk behind a device: what a hotplug script has put at `physical-device`.
+//! Disks: the block device that a hotplug script has written to `physical-device` (`struct xen_vbd`).
 //!
-//! Nobody tells a user of a block device that its size has changed, so one has to look. A queue looks
-//! whenever it has something to do. For a disk without I/O there is a [`SizePoll`], which wakes no
-//! idle CPU; and the hotplug script may write `physical-device` again to have it looked at now.
+//! The kernel does not notify users of a block device when its size changes, so the size is polled: a
+//! queue checks it in each pass; for a disk without I/O there is a [`SizePoll`], which wakes no idle CPU.
+//! The hotplug script may write `physical-device` again to have the size checked at once.
 
 use kernel::{
     prelude::*,
@@ -40,7 +40,6 @@ use kernel_ext::{
         },
         bio::MAX_DISCARD_SECTORS, //
     },
-    ratelimited, //
 };
 
 use blkif::{
@@ -57,26 +56,26 @@ use blkif::{
 
 use crate::events::QueueEvents;
 
-/// Segments that an indirect request may have (`MAX_INDIRECT_SEGMENTS` of the C backend).
+/// Largest number of segments of an indirect request (`MAX_INDIRECT_SEGMENTS` of `xen-blkback`).
 pub(crate) const MAX_INDIRECT_SEGMENTS: u16 = 256;
 
-/// Segments that any request may have.
+/// Largest number of segments of any request.
 pub(crate) const MAX_SEGMENTS: usize = max_segments_per_request(MAX_INDIRECT_SEGMENTS);
 
-/// Pages of the frontend that one request uses at a time, at most.
+/// Largest number of the frontend's pages that one request uses at a time.
 pub(crate) const MAX_PAGES: usize = max_pages_per_request(MAX_INDIRECT_SEGMENTS);
 
-/// Sectors of one piece of a discard, at most.
+/// Largest number of sectors of one piece of a discard.
 const DISCARD_PIECE: u64 = 1 << 22;
 const _: () = assert!(DISCARD_PIECE <= MAX_DISCARD_SECTORS as u64);
 
-/// An open disk, as it is offered to a frontend.
+/// An open disk.
 pub(crate) struct Disk {
     pub(crate) number: DeviceNumber,
     /// The node `mode`.
     pub(crate) mode: CString,
     pub(crate) bdev: Arc<BlockDevice>,
-    /// Discard as it is offered; none if the toolstack forbids it.
+    /// Discard as it is offered; `None` if the toolstack forbids it.
     pub(crate) discard: Option<DiscardSupport>,
     block_size: u32,
     /// Size in sectors that the frontend was told.
@@ -84,7 +83,9 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    /// Opens a disk. `discard`: the toolstack does not forbid it.
+    /// Opens a disk. `discard`: the toolstack does not forbid discard.
+    ///
+    /// Context: may sleep for as long as the disk takes.
     pub(crate) fn open(
         number: DeviceNumber,
         access: Access,
@@ -108,28 +109,23 @@ impl Disk {
         })
     }
 
-    /// Brings the page cache onto the disk and empties it, for requests go beside it. May sleep for as
-    /// long as the disk takes.
-    pub(crate) fn drop_page_cache(&self) -> Result {
+    /// Writes the page cache of the disk back and drops it, because requests bypass it. Returns `false`
+    /// if programs of this domain keep using pages of a disk that is served for writing.
+    ///
+    /// Context: may sleep for as long as the disk takes.
+    pub(crate) fn drop_page_cache(&self) -> Result<bool> {
         let empty = self.bdev.sync_and_forget_cache()?;
-        if !empty && !self.read_only() {
-            ratelimited!(pr_warn!(
-                "{:x}:{:x}: programs of this domain use pages of the disk, which is served: what they \
-                 write there replaces what its guest has written\n",
-                self.number.major(),
-                self.number.minor()
-            ));
-        }
-        Ok(())
+        Ok(empty || self.read_only())
     }
 
-    /// Writes are refused.
+    /// Returns `true` if writes are rejected.
     pub(crate) fn read_only(&self) -> bool {
         self.bdev.access() == Access::ReadOnly || self.bdev.read_only()
     }
 
-    /// How much of a discard of `left` sectors is asked for at once: what the device does at once, to
-    /// the end of a granule, so that none is spared because two halves of it were discarded.
+    /// Returns the length of the first piece of a discard of `left` sectors: what the device discards at
+    /// once, up to the end of a granule, so that no granule is kept because its two halves were
+    /// discarded separately.
     pub(crate) fn discard_piece(&self, sector: u64, left: u64) -> u64 {
         let Some(discard) = self.discard else {
             return left.min(DISCARD_PIECE);
@@ -148,7 +144,7 @@ impl Disk {
         }
     }
 
-    /// What requests are checked against. The size is that of now.
+    /// Returns what requests are checked against, with the current size.
     #[inline]
     pub(crate) fn limits(&self) -> DiskLimits {
         DiskLimits {
@@ -161,18 +157,20 @@ impl Disk {
         }
     }
 
-    /// Whether the size is another one than the frontend was told. Any context.
+    /// Returns `true` if the size is not the one that the frontend was told.
+    ///
+    /// Context: any.
     #[inline]
     pub(crate) fn size_changed(&self) -> bool {
         self.bdev.sectors() != self.reported_sectors.load(Relaxed)
     }
 
-    /// The frontend was told this size.
+    /// Notes that the frontend was told this size.
     pub(crate) fn set_reported(&self, sectors: u64) {
         self.reported_sectors.store(sectors, Relaxed);
     }
 
-    /// The node `info`.
+    /// Returns the value of the node `info`.
     pub(crate) fn info(&self, cdrom: bool) -> u32 {
         let flag = |flag, set| if set { flag } else { 0 };
         flag(info::CDROM, cdrom || self.bdev.is_cdrom())
@@ -181,17 +179,17 @@ impl Disk {
     }
 }
 
-/// How often to look for a new size of a disk without I/O.
+/// Interval of the size poll of a disk without I/O.
 const SIZE_POLL_MS: u32 = 1000;
 
-/// Looks for a new size of a disk without I/O.
+/// Timer that polls the size of a disk without I/O.
 pub(crate) struct SizePoll {
     disk: Arc<Disk>,
     events: Arc<QueueEvents>,
 }
 
 impl SizePoll {
-    /// A timer that is to be set after [`Self::period`], and goes on by itself. `events` is of the
+    /// Creates the timer, which has to be started once, after [`Self::period`]. `events` belong to the
     /// queue that has to tell the frontend.
     pub(crate) fn timer(
         disk: Arc<Disk>,
@@ -200,7 +198,7 @@ impl SizePoll {
         Timer::new(TimerFlags::Deferrable, Self { disk, events })
     }
 
-    /// The time from one look to the next.
+    /// Returns the interval of the poll.
     pub(crate) fn period() -> Jiffies {
         msecs_to_jiffies(SIZE_POLL_MS)
     }

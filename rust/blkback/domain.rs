@@ -1,24 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What all disks of a frontend's domain have in common: how many of its pages may be mapped.
+//! Frontend domains: how many of a domain's pages all its disks may have mapped.
 //!
-//! There are two budgets for each domain: one for the pages of requests on their way, one for pages
-//! that stay mapped between requests. Each queue of the domain adds its part to both, as the module
-//! parameters say, and takes from them what it needs. So a busy queue may have more than its part as
-//! long as other queues do not need theirs, and a domain with many disks has no more than a domain
-//! with as many queues on one disk. When a queue does not get its part, all of them are told, and
-//! those who have more than theirs give the rest back.
+//! Each domain has two quotas: one for the pages of requests in flight, one for persistent grants. Each
+//! queue of the domain adds its guarantee to both, according to the module parameters
+//! `max_buffer_pages` and `max_persistent_grants`, and reserves from them what it needs. So a busy queue
+//! may have more than its guarantee as long as other queues do not need theirs, and a domain with many
+//! disks has no more than a domain with as many queues on one disk. When a queue does not get its
+//! guarantee, all queues are woken, and those that have more than theirs return the rest.
 //!
-//! The budgets always leave room for one request of each queue, with the pages of its segments: see
+//! The quotas always leave room for one request of each queue, with the pages of its segments: see
 //! [`MAX_PAGES`](crate::disk::MAX_PAGES).
 //!
-//! # When Xen has no mapping left
+//! # A full maptrack
 //!
-//! Xen limits how many pages this domain may have mapped, of all other domains together (its
-//! *maptrack*). When it refuses to map a page for that reason, [`reclaim_mappings`] is called: for a
-//! while no queue of any domain is guaranteed a part of a budget. So each queue unmaps what it keeps
-//! without use, keeps nothing more, and has no more under way than its largest request needs. The
-//! request that was refused waits, and is tried again; it does not fail.
+//! Xen limits how many pages of all other domains together this domain may have mapped (its
+//! *maptrack*). When Xen refuses to map a page for that reason, [`reclaim_mappings`] suspends the
+//! guarantees of all queues of all domains for a while. So each queue unmaps its unused persistent
+//! grants, keeps no more of them, and has no more pages in flight than its largest request needs. The
+//! request that could not be mapped waits and is tried again; it does not fail.
+//!
+//! # Locking
+//!
+//! `DEVICES` is taken before a domain's `queues`. Under both, memory is allocated without I/O, because
+//! queue threads take them.
 
 use kernel::{
     new_mutex,
@@ -56,34 +61,34 @@ use kernel_ext::{
 
 use crate::events::QueueEvents;
 
-/// For so long after a queue did not get its part nobody gets more than its own.
+/// Time after a refused reservation for which no queue may exceed its guarantee.
 const SHORTAGE_MS: u32 = 10_000;
 
-/// What a queue adds to a budget, at most.
+/// Largest number of pages that a queue adds to a quota.
 const MAX_GUARANTEE: usize = 1 << 20;
 
-/// Pages that are taken and given back at once.
+/// Pages that are reserved and returned at once.
 const RESERVE_BATCH: usize = 64;
 
-/// Each device that the driver is bound to, or was, if its threads still run.
+/// All devices that the driver is bound to, or was bound to and whose queue threads still run.
 static DEVICES: GlobalMutex<KVec<Arc<DeviceEntry>>> = GlobalMutex::new(KVec::new());
 
-/// The place of a device among the others.
+/// A device in `DEVICES`.
 struct DeviceEntry {
     nodename: CString,
     domain: Arc<Domain>,
-    /// The driver was unbound, and threads still wait for the disk. They will answer in rings that
-    /// another driver of the device would take for its own.
+    /// The driver was unbound while queue threads still wait for the disk. They will write responses
+    /// into rings that the next driver of the device would use.
     orphaned: Atomic<bool>,
 }
 
-/// The seat of a device, until this is dropped.
+/// Registration of a device in `DEVICES`, removed when it is dropped.
 pub(crate) struct DeviceRegistration(Arc<DeviceEntry>);
 
 impl DeviceRegistration {
-    /// Takes a seat for a device.
+    /// Registers a device.
     pub(crate) fn new(xbdev: &xenbus::Device) -> Result<Self> {
-        // The threads of queues take the lock too, and memory may have to be written to their disks.
+        // Queue threads take the lock too, and freeing memory may need their disks.
         let _noio = NoioScope::new();
         let mut devices = DEVICES.lock();
         let id = xbdev.otherend_id();
@@ -102,12 +107,12 @@ impl DeviceRegistration {
         Ok(Self(entry))
     }
 
-    /// The domain of the frontend.
+    /// Returns the domain of the frontend.
     pub(crate) fn domain(&self) -> &Arc<Domain> {
         &self.0.domain
     }
 
-    /// Whether threads still run without a driver.
+    /// Returns the flag that queue threads run without a driver.
     pub(crate) fn orphaned(&self) -> &Atomic<bool> {
         &self.0.orphaned
     }
@@ -118,20 +123,20 @@ impl Drop for DeviceRegistration {
         let mut devices = DEVICES.lock();
         devices.retain(|entry| !Arc::ptr_eq(entry, &self.0));
         if devices.is_empty() {
-            // Nobody drops a static.
+            // A static is not dropped at the end of the module.
             *devices = KVec::new();
         }
     }
 }
 
-/// Whether threads of a driver that was unbound from this device still run.
+/// Returns `true` if queue threads of a driver that was unbound from this device still run.
 pub(crate) fn is_orphaned(nodename: &CStr) -> bool {
     let devices = DEVICES.lock();
     let mut same = devices.iter().filter(|entry| &*entry.nodename == nodename);
     same.any(|entry| entry.orphaned.load(Acquire))
 }
 
-/// Has all queues of all domains give up mappings that they can do without: Xen has none left.
+/// Makes all queues of all domains unmap pages that they can do without, because the maptrack is full.
 pub(crate) fn reclaim_mappings() {
     for entry in DEVICES.lock().iter() {
         entry.domain.reclaim_mappings();
@@ -142,11 +147,11 @@ pub(crate) fn reclaim_mappings() {
 #[pin_data]
 pub(crate) struct Domain {
     pub(crate) id: DomId,
-    /// Pages of requests on their way.
+    /// Quota of the pages of requests in flight.
     pub(crate) in_flight: PageQuota,
-    /// Pages that stay mapped.
+    /// Quota of persistent grants.
     pub(crate) persistent: PageQuota,
-    /// Where its queues are told of a shortage.
+    /// The queues, which are woken when a shortage begins.
     #[pin]
     queues: Mutex<KVec<Arc<QueueEvents>>>,
 }
@@ -161,14 +166,14 @@ impl Domain {
         })
     }
 
-    /// Whether some queue did not get its part a while ago, so that each queue has to give back what
-    /// it has beyond its own.
+    /// Returns `true` if a queue did not get its guarantee a while ago, so that each queue has to return
+    /// what it has beyond its own.
     #[inline]
     pub(crate) fn is_short(&self) -> bool {
         self.in_flight.is_short() || self.persistent.is_short()
     }
 
-    /// Guarantees no queue of the domain a mapping for a while, and tells them.
+    /// Suspends the guarantees of all queues of the domain for a while, and wakes them.
     fn reclaim_mappings(&self) {
         let quotas = [&self.in_flight, &self.persistent];
         if quotas
@@ -179,21 +184,22 @@ impl Domain {
         }
     }
 
-    /// Has the queues look whether there is a shortage.
+    /// Wakes the queues, which then check for a shortage.
     fn notify_queues(&self) {
         self.queues.lock().iter().for_each(|events| events.kick());
     }
 }
 
-/// A queue of a domain that is told of shortages, until this is dropped.
+/// A queue of a domain, which is woken when a shortage begins. Dropping it removes the queue.
 pub(crate) struct ShortageSubscriber {
     domain: Arc<Domain>,
     events: Arc<QueueEvents>,
 }
 
 impl ShortageSubscriber {
+    /// Adds a queue to its domain.
     pub(crate) fn new(domain: &Arc<Domain>, events: &Arc<QueueEvents>) -> Result<Self> {
-        // As for the seats.
+        // As in `DeviceRegistration::new`.
         let _noio = NoioScope::new();
         domain.queues.lock().push(events.clone(), GFP_KERNEL)?;
         Ok(Self {
@@ -202,7 +208,7 @@ impl ShortageSubscriber {
         })
     }
 
-    /// See [`Domain::is_short`].
+    /// Returns [`Domain::is_short`] of the domain.
     #[inline]
     pub(crate) fn is_short(&self) -> bool {
         self.domain.is_short()
@@ -218,13 +224,13 @@ impl Drop for ShortageSubscriber {
 
 /// A number of pages that the queues of a domain share.
 pub(crate) struct PageQuota {
-    /// The sum of their parts.
+    /// Sum of the guarantees.
     limit: Atomic<usize>,
-    /// The sum of what they have taken.
+    /// Sum of what the queues have reserved.
     used: Atomic<usize>,
-    /// Until when it counts as used up.
+    /// End of the shortage.
     short_until: Atomic<Jiffies>,
-    /// Until when no queue is guaranteed its part.
+    /// End of the time without guarantees.
     suspended_until: Atomic<Jiffies>,
 }
 
@@ -242,12 +248,12 @@ impl PageQuota {
         !jiffies::is_past(self.short_until.load(Relaxed))
     }
 
-    /// Returns `true` if no queue is guaranteed its part now. The budget is short then, too.
+    /// Returns `true` if no queue has a guarantee now. The quota is short then, too.
     fn guarantees_suspended(&self) -> bool {
         !jiffies::is_past(self.suspended_until.load(Relaxed))
     }
 
-    /// Takes pages, if there are so many left.
+    /// Takes pages, if there are enough left.
     fn take(&self, pages: usize) -> bool {
         let used = self.used.fetch_add(pages, Relaxed).wrapping_add(pages);
         let enough = used <= self.limit.load(Relaxed);
@@ -257,20 +263,20 @@ impl PageQuota {
         enough
     }
 
-    /// A queue did not get its part. Whether the others have to be told.
+    /// Notes that a queue did not get its guarantee. Returns `true` if the queues have to be woken.
     fn mark_exhausted(&self) -> bool {
         extend_shortage(&self.short_until)
     }
 
-    /// Guarantees no queue its part for a while. Returns `true` if the queues have to be told.
+    /// Suspends the guarantees for a while. Returns `true` if the queues have to be woken.
     fn suspend_guarantees(&self) -> bool {
         self.mark_exhausted();
         extend_shortage(&self.suspended_until)
     }
 }
 
-/// Sets the end of a shortage, from now on. Returns `true` if the queues have to be told: not again
-/// while they know, but well before it is over.
+/// Sets the end of a shortage to [`SHORTAGE_MS`] from now. Returns `true` if the queues have to be
+/// woken: not while they know of the shortage, but well before it ends.
 fn extend_shortage(until: &Atomic<Jiffies>) -> bool {
     let half = msecs_to_jiffies(SHORTAGE_MS / 2);
     let known = !jiffies::is_past(until.load(Relaxed).wrapping_sub(half));
@@ -279,18 +285,18 @@ fn extend_shortage(until: &Atomic<Jiffies>) -> bool {
     !known
 }
 
-/// What one queue has of a budget.
+/// A queue's share of a quota.
 pub(crate) struct QuotaShare {
     domain: Arc<Domain>,
     which: fn(&Domain) -> &PageQuota,
-    /// What it has added.
+    /// Pages that the queue has added to the quota.
     guarantee: usize,
-    /// What it has taken.
+    /// Pages that the queue has reserved.
     taken: usize,
 }
 
 impl QuotaShare {
-    /// The share of a queue that adds `guarantee` pages.
+    /// Creates the share of a queue that adds `guarantee` pages.
     pub(crate) fn new(
         domain: &Arc<Domain>,
         which: fn(&Domain) -> &PageQuota,
@@ -319,7 +325,7 @@ impl QuotaShare {
         }
     }
 
-    /// Whether the queue may have so many pages; takes what is missing.
+    /// Reserves pages such that the queue has `pages` in total. Returns `true` if it has them.
     #[inline]
     pub(crate) fn try_reserve(&mut self, pages: usize) -> bool {
         pages <= self.taken || self.grow(pages)
@@ -352,8 +358,8 @@ impl QuotaShare {
         }
     }
 
-    /// How many of its pages the queue has to give up, because others of the domain need them. Gives
-    /// back what it has taken and does not use.
+    /// Returns how many of its `pages` the queue has to give up, because other queues of the domain need
+    /// them. Returns what is reserved and not used to the quota.
     pub(crate) fn over_quota(&mut self, pages: usize) -> usize {
         if !self.quota().is_short() {
             return 0;
@@ -366,7 +372,7 @@ impl QuotaShare {
         pages.saturating_sub(guaranteed)
     }
 
-    /// Gives back what is not needed for so many pages, if that is much.
+    /// Returns what is not needed for `pages` to the quota, if that is much.
     #[inline]
     pub(crate) fn trim(&mut self, pages: usize) {
         if self.taken.saturating_sub(pages) >= RESERVE_BATCH {
@@ -375,9 +381,9 @@ impl QuotaShare {
     }
 
     fn shrink(&mut self, pages: usize) {
-        let spare = self.taken.saturating_sub(pages);
-        self.quota().used.fetch_sub(spare, Relaxed);
-        self.taken = self.taken.wrapping_sub(spare);
+        let unused = self.taken.saturating_sub(pages);
+        self.quota().used.fetch_sub(unused, Relaxed);
+        self.taken = self.taken.wrapping_sub(unused);
     }
 }
 

@@ -1,22 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Whom the I/O of a disk counts for: what the toolstack has written to the backend's directory.
+//! I/O accounting: the cgroup and the priority that the toolstack has written to the backend's
+//! directory.
 //!
-//! - `cgroup`: I/O is charged to this cgroup of version 2, a path below the root of the hierarchy. Its
-//!   limits, weights and counters (`io.max`, `io.weight`, `io.stat`) hold for the guest then.
-//! - `io-priority`: `realtime/N`, `best-effort/N` or `idle`, as of `ionice`, for schedulers that know
+//! - `cgroup`: I/O is charged to this cgroup of version 2, a path below the root of the hierarchy, so
+//!   that its limits, weights and counters (`io.max`, `io.weight`, `io.stat`) apply to the guest.
+//! - `io-priority`: `realtime/N`, `best-effort/N` or `idle`, as of `ionice`, for I/O schedulers that use
 //!   priorities.
 //!
-//! That is as far as it goes: the kernel gives modules no way to charge a cgroup for the CPU time or
-//! the memory of a kernel thread. For these, and to choose the CPUs, a person can move the threads
-//! (`cgroup.procs`, `taskset`): they have names and stay while the frontend is connected.
+//! The kernel does not let modules charge a cgroup for the CPU time or the memory of a kernel thread.
+//! For these, and to choose CPUs, an administrator can move the queue threads (`cgroup.procs`,
+//! `taskset`), which have names and exist while the frontend is connected.
 
 use kernel::{
     prelude::*,
-    str::{
-        CStr,
-        CString, //
-    },
+    str::CString, //
 };
 
 use kernel_ext::{
@@ -41,20 +39,22 @@ use blkif::node::{
     Reason, //
 };
 
-use crate::connect::{
-    read_listed,
-    ConnectError,
-    ResultExt, //
+use crate::{
+    error::{
+        ConnectError,
+        ResultExt, //
+    },
+    xenstore::read_listed, //
 };
 
-/// Whom the I/O of a disk counts for.
+/// Cgroup and priority of the I/O of a disk.
 pub(crate) struct IoAccounting {
     group: Option<BlkcgCss>,
     priority: Option<IoPriority>,
 }
 
 impl IoAccounting {
-    /// As the toolstack wants it. `listing` lists the device's directory.
+    /// Reads the settings of the toolstack. `listing` is that of the device's directory.
     pub(crate) fn read(
         xbdev: &xenbus::Device,
         listing: &DirectoryListing,
@@ -65,12 +65,17 @@ impl IoAccounting {
         })
     }
 
-    /// Has the I/O of the thread of a queue count so, until the result is dropped.
-    pub(crate) fn apply<'a>(&self, thread: &'a Current, queue: &CStr) -> Option<BlkcgGuard<'a>> {
+    /// Applies the settings to the I/O of a queue thread, until the result is dropped.
+    pub(crate) fn apply<'a>(
+        &self,
+        thread: &'a Current,
+        xbdev: &xenbus::Device,
+    ) -> Option<BlkcgGuard<'a>> {
         if let Some(priority) = self.priority {
             if let Err(error) = thread.set_io_priority(priority) {
-                ratelimited!(pr_warn!(
-                    "{queue}: cannot set the priority of I/O: {error:?}\n"
+                ratelimited!(dev_warn!(
+                    xbdev.as_ref(),
+                    "cannot set the I/O priority of a queue: {error:?}\n"
                 ));
             }
         }
@@ -86,14 +91,15 @@ fn read_group(
     let Some(path) = read_listed(listing, xbdev.nodename(), NODE)? else {
         return Ok(None);
     };
-    let text = CString::try_from_fmt(fmt!("{}", &*path)).during("keeping the name of a cgroup")?;
+    let text =
+        CString::try_from_fmt(fmt!("{}", &*path)).during("copying the name of the cgroup")?;
     match BlkcgCss::find(&text) {
         Ok(group) => Ok(Some(group)),
         Err(error) if error == ENOENT => {
             let bad = InvalidNode::new(NODE, path.as_bytes(), Reason::Unknown);
             Err(ConnectError::Node(bad))
         }
-        Err(error) => Err(ConnectError::Local("looking for a cgroup", error)),
+        Err(error) => Err(ConnectError::Local("looking up the cgroup", error)),
     }
 }
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A request on its way through the disk.
+//! Pending requests: taken from a ring and not answered yet (`struct pending_req`).
 //!
-//! A [`PendingReq`] is made once and goes around: idle in its queue, filled with a request and its
-//! memory, owned by the block layer, and back over the [`QueueEvents`] to the thread of the queue, which
-//! ends it. So each is in one place at any time, and nothing is allocated for a request that finds
-//! an idle one.
+//! A [`PendingReq`] is allocated once and used again: it is unused in its [`ReqPool`], set up with a
+//! request and its pages, owned by the block layer, and returned through the
+//! [`Handoff`] to the queue thread, which completes it. So each is in one place at
+//! any time, and a request that finds an unused one allocates nothing.
 
 use kernel::{
     alloc::Flags,
@@ -13,15 +13,22 @@ use kernel::{
     sync::Arc, //
 };
 
-use kernel_ext::block::bio::{
-    is_unsupported,
-    BioContext,
-    BioRequest,
-    PageRange, //
+use kernel_ext::{
+    base::page::Page,
+    block::bio::{
+        is_unsupported,
+        BioContext,
+        BioRequest,
+        PageRange, //
+    },
+    xen::grant::map::MappedPage, //
 };
 
 use blkif::{
-    request::Segment,
+    request::{
+        Extent,
+        Segment, //
+    },
     wire::{
         op,
         Response,
@@ -30,60 +37,74 @@ use blkif::{
 };
 
 use crate::{
-    data_path::RequestPages,
-    events::QueueEvents, //
+    handoff::{
+        Handoff,
+        Respond, //
+    },
+    list::{
+        Linked,
+        List, //
+    },
 };
 
-/// Number of nodes that [`ReqContext::rejected_feature`] may name.
+/// Number of features that [`ReqContext::rejected_feature`] may name.
 pub(crate) const REJECTABLE_FEATURES: usize = 2;
 
-/// A request with its memory.
+/// The pages of a request, one for each segment: those of the frontend, mapped, or pages of this
+/// domain that data is copied to.
+pub(crate) type RequestPages = (KVec<MappedPage>, KVec<Page>);
+
+/// A request with its pages.
 pub(crate) type PendingReq = BioRequest<RequestPages, ReqContext>;
 
-/// What a request does.
+/// A list of requests.
+pub(crate) type ReqList = List<PendingReq>;
+
+/// Operation of a request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum ReqOp {
-    /// From the disk to the frontend's memory.
+    /// From the disk to the frontend's pages.
     Read,
-    /// From the frontend's memory to the disk.
+    /// From the frontend's pages to the disk.
     Write,
-    /// No data; what was written becomes durable.
+    /// Makes completed writes durable. No data.
     Flush,
-    /// Alone on the disk: what came before has ended and becomes durable, then the data, if any, is
+    /// Alone on the disk: all earlier requests complete and become durable, then the data, if any, is
     /// written and becomes durable.
     Barrier,
-    /// Forgets sectors, piece by piece.
+    /// Discards sectors, piece by piece.
     Discard {
-        /// Where the next piece starts.
+        /// Start of the next piece.
         sector: u64,
-        /// Sectors that are left, without the piece on its way.
+        /// Sectors that are left, without the piece in flight.
         left: u64,
-        /// Such that they cannot be recovered.
+        /// The sectors must not be recoverable.
         secure: bool,
     },
 }
 
-/// What the driver knows of a request.
+/// The driver's data in a request.
 pub(crate) struct ReqContext {
-    /// The answer, if all goes well.
+    /// The response, if all succeeds.
     pub(crate) response: Response,
     pub(crate) op: ReqOp,
-    /// First sector of the data, and the number of sectors.
+    /// First sector of the data.
     pub(crate) sector: u64,
+    /// Number of sectors of the data.
     pub(crate) sectors: u64,
-    /// The pieces of the data, checked.
+    /// The checked segments of the data.
     pub(crate) segments: KVec<Segment>,
-    /// How it went.
+    /// The result of the I/O.
     pub(crate) result: Result,
-    /// The frontend has its answer already: only the memory is to be given up.
+    /// The frontend has its response: only the pages are left to release.
     pub(crate) responded: bool,
-    events: Arc<QueueEvents>,
-    /// The rest of the chain that it is in.
+    handoff: Arc<Handoff<PendingReq>>,
+    /// The rest of the list that the request is in.
     next: ReqList,
 }
 
 impl ReqContext {
-    fn new(events: Arc<QueueEvents>) -> Self {
+    fn new(handoff: Arc<Handoff<PendingReq>>) -> Self {
         let response = Response {
             id: 0,
             operation: 0,
@@ -99,17 +120,34 @@ impl ReqContext {
             segments,
             result: Ok(()),
             responded: false,
-            events,
+            handoff,
             next,
         }
     }
 
-    /// Whether there is another piece, and all went well so far.
+    /// Sets up an unused request. Its segments follow, see [`Self::set_extent`].
+    #[inline]
+    pub(crate) fn set_up(&mut self, op: ReqOp, response: Response) {
+        self.response = response;
+        self.op = op;
+        self.result = Ok(());
+        self.responded = false;
+        self.segments.clear();
+    }
+
+    /// Sets the sectors of the data; `None` without data.
+    #[inline]
+    pub(crate) fn set_extent(&mut self, extent: Option<Extent>) {
+        (self.sector, self.sectors) =
+            extent.map_or((0, 0), |extent| (extent.sector(), extent.sectors()));
+    }
+
+    /// Returns `true` if a discard has another piece, and all earlier ones have succeeded.
     pub(crate) fn has_more(&self) -> bool {
         self.result.is_ok() && matches!(self.op, ReqOp::Discard { left, .. } if left != 0)
     }
 
-    /// The answer, as it went.
+    /// Returns the response with the status that follows from the result.
     pub(crate) fn final_response(&self) -> Response {
         let may_be_unsupported = matches!(
             self.op,
@@ -126,7 +164,7 @@ impl ReqContext {
         }
     }
 
-    /// The node that offered what the disk has refused, if it has.
+    /// Returns the feature node of the request, if the disk does not support the operation.
     pub(crate) fn rejected_feature(&self) -> Option<&'static str> {
         let flushes = matches!(self.op, ReqOp::Flush | ReqOp::Barrier);
         match (self.result, self.response.operation) {
@@ -138,52 +176,44 @@ impl ReqContext {
     }
 }
 
-/// Whether the data of a request has to be copied.
+/// Returns `true` if the data of a request is copied by Xen.
 pub(crate) fn is_grant_copied(req: &PendingReq) -> bool {
     let (_, own) = req.data();
     !own.is_empty()
 }
 
-/// Whether a read has brought data that is still to be copied to the frontend.
+/// Returns `true` if a read has succeeded and its data has still to be copied to the frontend.
 pub(crate) fn needs_copy_out(req: &PendingReq) -> bool {
     req.context.op == ReqOp::Read && req.context.result.is_ok() && is_grant_copied(req)
 }
 
-/// Whether nothing but an answer is missing to a request that the disk is done with. If `pages_stay`,
-/// its pages need not be unmapped before that.
-pub(crate) fn needs_only_response(req: &PendingReq, pages_stay: bool) -> bool {
-    let (ctx, (mapped, _)) = (&req.context, req.data());
-    ctx.result.is_ok()
-        && !ctx.has_more()
-        && ctx.op != ReqOp::Barrier
-        && !needs_copy_out(req)
-        && (pages_stay || mapped.is_empty())
+impl Linked for PendingReq {
+    #[inline]
+    fn next(&self) -> &ReqList {
+        &self.context.next
+    }
+
+    #[inline]
+    fn next_mut(&mut self) -> &mut ReqList {
+        &mut self.context.next
+    }
 }
 
-/// Makes an idle request, with space for so many segments.
-pub(crate) fn new_pending_req(
-    events: &Arc<QueueEvents>,
-    segments: usize,
-    flags: Flags,
-) -> Result<KBox<PendingReq>> {
-    let ctx = ReqContext::new(events.clone());
-    let mut req = KBox::new(BioRequest::new((KVec::new(), KVec::new()), ctx), flags)?;
-    reserve_segments(&mut req, segments, flags)?;
-    Ok(req)
-}
+impl Respond for PendingReq {
+    fn response_alone(&self, persistent: bool) -> Option<Response> {
+        let (ctx, (mapped, _)) = (&self.context, self.data());
+        let alone = ctx.result.is_ok()
+            && !ctx.has_more()
+            && ctx.op != ReqOp::Barrier
+            && !needs_copy_out(self)
+            && (persistent || mapped.is_empty());
+        alone.then(|| ctx.final_response())
+    }
 
-/// Makes space for so many segments in an idle request.
-pub(crate) fn reserve_segments(req: &mut PendingReq, segments: usize, flags: Flags) -> Result {
-    let ((mapped, _), ctx) = req.split_mut();
-    ctx.segments.reserve(segments, flags)?;
-    mapped.reserve(segments, flags)?;
-    Ok(())
-}
-
-/// Whether an idle request has space for so many segments.
-pub(crate) fn has_capacity(req: &PendingReq, segments: usize) -> bool {
-    let (mapped, _) = req.data();
-    req.context.segments.capacity() >= segments && mapped.capacity() >= segments
+    #[inline]
+    fn set_responded(&mut self) {
+        self.context.responded = true;
+    }
 }
 
 impl BioContext<RequestPages> for ReqContext {
@@ -196,48 +226,88 @@ impl BioContext<RequestPages> for ReqContext {
 
     fn complete(mut req: KBox<PendingReq>, result: Result) {
         req.context.result = result;
-        let events = req.context.events.clone();
-        events.complete(req);
+        let handoff = req.context.handoff.clone();
+        handoff.complete(req);
     }
 }
 
-/// Transfers, each one holding the next.
-pub(crate) struct ReqList(Option<KBox<PendingReq>>);
+/// The unused requests of a queue.
+pub(crate) struct ReqPool {
+    handoff: Arc<Handoff<PendingReq>>,
+    unused: ReqList,
+    /// A request with space for any number of segments, for when memory is short.
+    reserve: Option<KBox<PendingReq>>,
+    max_segments: usize,
+}
 
-impl ReqList {
-    pub(crate) const fn new() -> Self {
-        Self(None)
+impl ReqPool {
+    /// Creates a pool whose requests complete through `handoff` and have up to `max_segments`
+    /// segments.
+    pub(crate) fn new(handoff: &Arc<Handoff<PendingReq>>, max_segments: usize) -> Result<Self> {
+        Ok(Self {
+            handoff: handoff.clone(),
+            unused: ReqList::new(),
+            reserve: Some(new_pending_req(handoff, max_segments, GFP_KERNEL)?),
+            max_segments,
+        })
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_none()
+    /// Returns a request with space for `segments`, or `None` if there is no memory. In that case other
+    /// requests are in use.
+    pub(crate) fn alloc(&mut self, segments: usize) -> Option<KBox<PendingReq>> {
+        let req = match self.unused.pop() {
+            Some(req) => Ok(req),
+            None => new_pending_req(&self.handoff, segments, GFP_NOWAIT),
+        };
+        if let Ok(mut req) = req {
+            if has_capacity(&req, segments)
+                || reserve_segments(&mut req, segments, GFP_NOWAIT).is_ok()
+            {
+                return Some(req);
+            }
+            self.unused.push(req);
+        }
+        self.reserve.take()
     }
 
-    pub(crate) fn push(&mut self, mut req: KBox<PendingReq>) {
-        req.context.next = ReqList(self.0.take());
-        self.0 = Some(req);
+    /// Puts back a request that is not used any more.
+    pub(crate) fn free(&mut self, mut req: KBox<PendingReq>) {
+        req.context.segments.clear();
+        if self.reserve.is_none() && has_capacity(&req, self.max_segments) {
+            self.reserve = Some(req);
+        } else {
+            self.unused.push(req);
+        }
     }
 
-    pub(crate) fn pop(&mut self) -> Option<KBox<PendingReq>> {
-        let mut req = self.0.take()?;
-        self.0 = req.context.next.0.take();
-        Some(req)
-    }
-
-    /// From the one that was pushed last to the first.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &PendingReq> {
-        core::iter::successors(self.0.as_deref(), |req| req.context.next.0.as_deref())
-    }
-
-    /// All of them, leaving none.
-    pub(crate) fn take(&mut self) -> Self {
-        Self(self.0.take())
+    /// Frees all requests but the reserve.
+    pub(crate) fn shrink(&mut self) {
+        drop(self.unused.take());
     }
 }
 
-impl Drop for ReqList {
-    /// One after another: the chain may be longer than the stack is deep.
-    fn drop(&mut self) {
-        while self.pop().is_some() {}
-    }
+/// Allocates a request with space for `segments`.
+fn new_pending_req(
+    handoff: &Arc<Handoff<PendingReq>>,
+    segments: usize,
+    flags: Flags,
+) -> Result<KBox<PendingReq>> {
+    let ctx = ReqContext::new(handoff.clone());
+    let mut req = KBox::new(BioRequest::new((KVec::new(), KVec::new()), ctx), flags)?;
+    reserve_segments(&mut req, segments, flags)?;
+    Ok(req)
+}
+
+/// Makes space for `segments` in an unused request.
+fn reserve_segments(req: &mut PendingReq, segments: usize, flags: Flags) -> Result {
+    let ((mapped, _), ctx) = req.split_mut();
+    ctx.segments.reserve(segments, flags)?;
+    mapped.reserve(segments, flags)?;
+    Ok(())
+}
+
+/// Returns `true` if an unused request has space for `segments`.
+fn has_capacity(req: &PendingReq, segments: usize) -> bool {
+    let (mapped, _) = req.data();
+    req.context.segments.capacity() >= segments && mapped.capacity() >= segments
 }

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Pages of a frontend that stay mapped between requests.
+//! Persistent grants: pages of a frontend that stay mapped between requests (`struct persistent_gnt`).
 //!
-//! A frontend that uses persistent grants copies its data to and from pages that it has granted for
-//! good, always the same ones, so it is enough to map them once. A [`PersistentGrants`] holds those that no
-//! request uses now. A request takes its pages out and owns them; afterwards they go back. So a page
-//! is never unmapped under a request, and nothing has to be counted. Its place is kept meanwhile.
+//! A frontend that uses persistent grants copies its data to and from pages that stay granted, always
+//! the same ones, so it is enough to map them once. [`PersistentGrants`] has those that no request uses
+//! now. A request takes its pages out and owns them; they are put back when it has completed. So a page
+//! is never unmapped under a request, and no use count is needed. The entry of a page stays meanwhile.
 //!
-//! The number of pages is limited by the table's [`QuotaShare`]. At the limit, a page that comes back takes
-//! the place of one that was unused for a while; if there is none, it does not stay. Otherwise, with a
-//! set of pages slightly too large, each of them would be unmapped just before it is needed again.
+//! The number of pages is limited by a [`QuotaShare`]. At the limit, a page that is put back replaces one
+//! that was unused for a while; if there is none, it is rejected. Otherwise, with a set of pages slightly
+//! larger than the limit, each page would be unmapped just before it is needed again.
 
 use kernel::prelude::*;
 
@@ -26,52 +26,52 @@ use kernel_ext::{
 
 use crate::domain::QuotaShare;
 
-/// After so long without use a page gives way to another one.
+/// Time without use after which a page may be replaced.
 const EVICT_AGE_MS: u32 = 1000;
 
-/// Places that are looked at for a page that gives way. The next look goes on behind them.
+/// Entries that are scanned for a page to replace. The next scan starts behind them.
 const SCAN_LIMIT: usize = 32;
 
-/// Lists of a table, at most.
+/// Largest number of buckets.
 const MAX_BUCKETS: usize = 1 << 16;
 
-/// No place.
+/// Index of no entry.
 const NONE: u32 = u32::MAX;
 
-/// Mapped pages, found by their grant references.
+/// A hash table of mapped pages by grant reference.
 ///
-/// All links are indices of `entries`.
+/// All links are indices into `entries`.
 pub(crate) struct PersistentGrants {
     entries: KVec<Entry>,
-    /// First place of each list; the low bits of a reference select the list. The number of lists is
-    /// a power of two.
+    /// First entry of each bucket; the low bits of a reference select the bucket. The number of buckets
+    /// is a power of two.
     buckets: KVec<u32>,
-    /// First of the places that are in no list.
+    /// First of the entries that are in no bucket.
     free: u32,
-    /// Number of places that are in a list.
+    /// Number of entries that are in a bucket.
     used: usize,
     /// Number of pages.
     len: usize,
-    /// Where the next look for an unused page begins.
+    /// Start of the next scan for unused pages.
     clock_hand: usize,
     quota: QuotaShare,
 }
 
-/// Where a page is while no request uses it.
+/// An entry, of a page that is cached or used by a request.
 struct Entry {
     reference: ForeignRef,
-    /// Next place of the same list, or next free one.
+    /// Next entry of the same bucket, or next free entry.
     next: u32,
-    /// `None` while a request uses it.
+    /// `None` while a request uses the page.
     page: Option<MappedPage>,
-    /// When it was put here.
+    /// Time at which the page was put here.
     since: Jiffies,
 }
 
 impl PersistentGrants {
-    /// For as many pages as `quota` has, which may be `usual` ones.
-    pub(crate) fn new(quota: QuotaShare, usual: usize) -> Result<Self> {
-        let buckets = usual.min(MAX_BUCKETS).next_power_of_two();
+    /// Creates a table limited by `quota`, with buckets for `expected` pages.
+    pub(crate) fn new(quota: QuotaShare, expected: usize) -> Result<Self> {
+        let buckets = expected.min(MAX_BUCKETS).next_power_of_two();
         Ok(Self {
             entries: KVec::new(),
             buckets: KVec::from_elem(NONE, buckets, GFP_KERNEL)?,
@@ -83,17 +83,17 @@ impl PersistentGrants {
         })
     }
 
-    /// Whether there is no page.
+    /// Returns `true` if there is no page.
     pub(crate) fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Number of pages.
+    /// Returns the number of pages.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    /// Takes out the page of a reference. Either it comes back, or [`Self::remove_entry`] is called.
+    /// Takes out the page of a reference. It has to be put back, or [`Self::remove_entry`] called.
     #[inline]
     pub(crate) fn take(&mut self, reference: ForeignRef) -> Option<MappedPage> {
         let index = self.find(reference)?;
@@ -102,8 +102,8 @@ impl PersistentGrants {
         Some(page)
     }
 
-    /// Puts in a page that is not used any more. What has no place now is given back, to be
-    /// unmapped: this page or another one.
+    /// Puts back a page that is not used any more. Returns the page to unmap, if there is one: this page
+    /// or the one that it replaces.
     #[inline]
     pub(crate) fn insert(&mut self, page: MappedPage) -> Option<MappedPage> {
         match self.find(page.reference()) {
@@ -114,7 +114,7 @@ impl PersistentGrants {
         }
     }
 
-    /// As [`Self::insert`], if no place was found for the page, or there is no room for one more.
+    /// Puts back a page that has no entry, or at the limit of pages.
     fn insert_slow(&mut self, found: Option<u32>, page: MappedPage) -> Option<MappedPage> {
         let reference = page.reference();
         let Some(index) = found.or_else(|| self.add_entry(reference)) else {
@@ -132,11 +132,11 @@ impl PersistentGrants {
             self.remove_entry(reference);
             return Some(page);
         }
-        let spare = self.store_page(index, page);
-        unused.or(spare)
+        let rejected = self.store_page(index, page);
+        unused.or(rejected)
     }
 
-    /// Puts a page to its place. It comes back if there is one already: it was mapped twice.
+    /// Stores a page in its entry. Returns it if the entry has a page: it was mapped twice.
     #[inline]
     fn store_page(&mut self, index: u32, page: MappedPage) -> Option<MappedPage> {
         match self.entry(index) {
@@ -150,7 +150,7 @@ impl PersistentGrants {
         }
     }
 
-    /// A page that was taken out does not come back.
+    /// Removes the entry of a page that was taken out and is not put back.
     pub(crate) fn remove_entry(&mut self, reference: ForeignRef) {
         let mut before = NONE;
         let mut index = self.bucket_head(reference);
@@ -165,7 +165,7 @@ impl PersistentGrants {
         }
     }
 
-    /// Takes out a page, if there are more than the table should have now.
+    /// Takes out a page if there are more than the quota allows now.
     pub(crate) fn take_excess(&mut self) -> Option<MappedPage> {
         if self.quota.over_quota(self.len) == 0 {
             return None;
@@ -173,12 +173,12 @@ impl PersistentGrants {
         self.take_unused(0)
     }
 
-    /// Takes out a page that was unused for at least so long.
+    /// Takes out a page that was not used for `time`.
     pub(crate) fn take_unused(&mut self, time: Jiffies) -> Option<MappedPage> {
         self.scan_unused(self.entries.len(), time)
     }
 
-    /// Gives back what is there for more pages than there are.
+    /// Frees the entries if there is no page, and returns quota that is not needed.
     pub(crate) fn trim(&mut self) {
         if self.used == 0 {
             self.entries = KVec::new();
@@ -187,7 +187,7 @@ impl PersistentGrants {
         self.quota.trim(self.len);
     }
 
-    /// As [`Self::take_unused`], looking at so many places.
+    /// Takes out a page that was not used for `time`, out of the next `entries` entries.
     fn scan_unused(&mut self, entries: usize, time: Jiffies) -> Option<MappedPage> {
         for _ in 0..entries {
             if self.clock_hand >= self.entries.len() {
@@ -205,7 +205,7 @@ impl PersistentGrants {
         None
     }
 
-    /// The place of a reference.
+    /// Returns the entry of a reference.
     #[inline]
     fn find(&mut self, reference: ForeignRef) -> Option<u32> {
         let mut index = self.bucket_head(reference);
@@ -218,7 +218,7 @@ impl PersistentGrants {
         }
     }
 
-    /// Makes a place for a reference that has none, if there is memory.
+    /// Adds an entry for a reference that has none, if there is memory.
     fn add_entry(&mut self, reference: ForeignRef) -> Option<u32> {
         if self.free == NONE {
             self.grow()?;
@@ -233,7 +233,7 @@ impl PersistentGrants {
         Some(index)
     }
 
-    /// Adds a free place, if there is memory.
+    /// Allocates a free entry, if there is memory.
     fn grow(&mut self) -> Option<()> {
         let index = u32::try_from(self.entries.len()).ok()?;
         let entry = Entry {
@@ -247,7 +247,7 @@ impl PersistentGrants {
         Some(())
     }
 
-    /// Takes a place without a page out of its list: the one after `before`.
+    /// Removes an entry without a page from its bucket, in which it comes after `before`.
     fn unlink(&mut self, before: u32, index: u32) {
         let free = self.free;
         let Some(entry) = self.entry(index) else {
@@ -259,8 +259,8 @@ impl PersistentGrants {
         self.used = self.used.wrapping_sub(1);
         if let Some(entry) = self.entry(before) {
             entry.next = next;
-        } else if let Some(bucket_head) = self.bucket(reference) {
-            *bucket_head = next;
+        } else if let Some(head) = self.bucket(reference) {
+            *head = next;
         }
     }
 
@@ -269,14 +269,13 @@ impl PersistentGrants {
         self.entries.get_mut(index as usize)
     }
 
-    /// The first place of a reference's list.
+    /// Returns the first entry of a reference's bucket.
     #[inline]
     fn bucket_head(&mut self, reference: ForeignRef) -> u32 {
-        self.bucket(reference)
-            .map_or(NONE, |bucket_head| *bucket_head)
+        self.bucket(reference).map_or(NONE, |head| *head)
     }
 
-    /// The link to the first place of a reference's list.
+    /// Returns the link to the first entry of a reference's bucket.
     #[inline]
     fn bucket(&mut self, reference: ForeignRef) -> Option<&mut u32> {
         let mask = self.buckets.len().wrapping_sub(1);

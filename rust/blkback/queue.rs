@@ -1,19 +1,25 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A queue: one ring, and the thread that serves it.
+//! Queues: one ring and the kernel thread that serves it (`struct xen_blkif_ring`,
+//! `xen_blkif_schedule()`).
 //!
-//! The thread owns all of it, so there is no lock: it takes what waits in the ring in one pass,
-//! starts the I/O of all of it under one plug, ends what the disk is done with, unmaps that together,
-//! and then shows all answers at once and notifies the frontend at most once. When there is nothing
-//! to do, it sleeps until an event or the end of an I/O wakes it; no timer is set for that. While it
-//! sleeps, I/O that ends is answered there if nothing else is to be done: see [`events`](crate::inbox).
+//! The thread owns the [`Queue`], so there is no lock. It runs in passes, see [`Queue::run_once`]:
 //!
-//! A request that was started is answered, whatever happens: the thread ends only when nothing is in
-//! flight. Requests that were not started stay in the ring for the next backend.
+//! 1. `submit` takes all requests from the ring and starts their I/O under one plug.
+//! 2. `completion` completes the requests that the disk is done with.
+//! 3. The pages of these are unmapped together, all responses are published at once, and the frontend
+//!    is notified at most once.
 //!
-//! A request that lacks memory or mappings waits, and so does what is behind it in the ring. It is
-//! tried again when a request of the queue has ended, when other queues have given something back, and
-//! by a timer. It never fails for that reason; the wait ends with the shortage or with the connection.
+//! When there is nothing to do, the thread sleeps until an event or the completion of an I/O wakes it;
+//! no timer is set for that. While it sleeps, it lends the ring to I/O completion, see
+//! [`handoff`](crate::handoff).
+//!
+//! Each request that was started gets a response: the thread ends only when none is in flight.
+//! Requests that were not started stay in the ring for the next backend.
+//!
+//! A request that lacks memory or mappings stalls, and so does what is behind it in the ring. It is
+//! tried again when a request of the queue has completed, when other queues have returned pages, and by
+//! a timer. It never fails for that reason; it waits until the shortage or the connection ends.
 
 use kernel::{
     prelude::*,
@@ -21,7 +27,10 @@ use kernel::{
         CStr,
         CString, //
     },
-    sync::Arc, //
+    sync::{
+        aref::ARef,
+        Arc, //
+    },
 };
 
 use kernel_ext::{
@@ -37,51 +46,38 @@ use kernel_ext::{
             TimerFlags, //
         },
     },
-    block::bio::{
-        self,
-        Operation, //
+    xen::{
+        events::EventChannel,
+        xenbus, //
     },
-    ratelimited,
-    xen::events::EventChannel, //
 };
 
 use blkif::{
     backoff::Backoff,
-    request::{
-        self,
-        Data,
-        DiskLimits,
-        Request, //
-    },
-    ring::RingError,
-    wire::{
-        Response,
-        Status,
-        WireRequest, //
-    },
+    wire::WireRequest, //
 };
 
 use crate::{
     barrier::GateMember,
     data_path::{
-        fits_in_copy_batch,
-        DataError,
+        CopyBatch,
         DataPath, //
     },
-    device::DeviceHandle,
     disk::{
         Disk,
         MAX_SEGMENTS, //
     },
     domain::{
-        self,
         Domain,
         ShortageSubscriber, //
     },
     events::{
-        LentRing,
         PurgeTimer,
-        QueueEvents,
+        QueueEvents, //
+    },
+    handoff::{
+        Handoff,
+        LentRing,
         Ring, //
     },
     io_accounting::IoAccounting,
@@ -90,45 +86,46 @@ use crate::{
         LOG_STATS, //
     },
     pending_req::{
-        has_capacity,
-        is_grant_copied,
-        needs_copy_out,
-        new_pending_req,
-        reserve_segments,
         PendingReq,
         ReqList,
-        ReqOp,
+        ReqPool,
         REJECTABLE_FEATURES, //
     },
+    reports::{
+        self,
+        QueueOwner,
+        RejectedFeatures,
+        RingStatus, //
+    },
+    ring_connection::RingConnection,
     stats::Counters, //
 };
 
-/// How long to wait for somebody else who still uses the pages of an I/O that has ended.
+/// Poll interval while pages of a completed request are still in use elsewhere.
 const BUSY_WAIT_MS: u32 = 5;
 
-/// Delays between the tries of a request that lacks memory or mappings, in milliseconds.
+/// Delays between attempts to start a stalled request, in milliseconds.
 const RETRIES: Backoff = Backoff::new(10, 500);
 
-/// How often numbers are printed, if that is wanted.
+/// Interval of the statistics in the log.
 const LOG_STATS_SECONDS: u32 = 10;
 
-/// Where a barrier is.
-enum Barrier {
-    /// There is none.
+/// State of a queue's barrier.
+pub(crate) enum BarrierState {
+    /// The queue has no barrier.
     None,
-    /// It waits for what came before, in all queues. Nothing is taken meanwhile.
+    /// The barrier waits for earlier requests in all queues. No request is taken meanwhile.
     Waiting(KBox<PendingReq>),
-    /// It is on its way, alone.
+    /// The barrier is in flight, alone.
     Running,
 }
 
-/// What a queue is made of.
+/// The parts of a queue.
 pub(crate) struct QueueConfig {
-    /// For messages: domain, device and number of the queue.
+    pub(crate) xbdev: ARef<xenbus::Device>,
+    /// Domain, device and index of the queue.
     pub(crate) name: CString,
-    pub(crate) ring: Ring,
-    pub(crate) channel: EventChannel<QueueEvents>,
-    pub(crate) events: Arc<QueueEvents>,
+    pub(crate) connection: RingConnection,
     pub(crate) io_accounting: Arc<IoAccounting>,
     pub(crate) disk: Arc<Disk>,
     pub(crate) counters: Arc<Counters>,
@@ -138,59 +135,55 @@ pub(crate) struct QueueConfig {
     pub(crate) persistent: bool,
 }
 
-/// What the thread of a queue owns.
+/// A queue, owned by its thread.
+///
+/// No request is in flight when it is dropped. The fields are dropped in their order: the ring is
+/// unmapped and the channel closed before the pages are unmapped.
 pub(crate) struct Queue {
-    name: CString,
-    /// `None` while the thread sleeps and has parked it.
-    ring: Option<KBox<Ring>>,
-    channel: EventChannel<QueueEvents>,
+    pub(crate) xbdev: ARef<xenbus::Device>,
+    pub(crate) name: CString,
+    /// `None` while it is lent.
+    pub(crate) ring: Option<KBox<Ring>>,
+    pub(crate) channel: EventChannel<QueueEvents>,
     events: Arc<QueueEvents>,
+    pub(crate) handoff: Arc<Handoff<PendingReq>>,
     io_accounting: Arc<IoAccounting>,
-    disk: Arc<Disk>,
-    counters: Arc<Counters>,
-    gate: GateMember,
-    data_path: DataPath,
-    /// Transfers that are not used now.
-    idle: ReqList,
-    /// A request with space for any request, for when memory is short.
-    reserve: Option<KBox<PendingReq>>,
-    /// Transfers whose I/O has ended, but somebody still uses their pages.
-    busy: ReqList,
-    /// A request that was taken from the ring, and waits for memory or mappings. It was not started.
-    stalled: Option<WireRequest>,
-    /// When it is tried again.
-    retries: Backoff,
-    barrier: Barrier,
-    /// Writes whose data is to be copied before they are submitted, and their number.
-    writes: ReqList,
-    writes_len: usize,
-    /// Transfers that were started and not answered: incoming, submitted, busy.
-    in_flight: usize,
-    /// Nodes that offered what the disk has refused, and how many of them were taken back. Each is
-    /// taken back once, however often the frontend asks for it.
-    rejected_features: KVec<&'static str>,
-    withdrawn_count: usize,
-    /// The frontend has broken the ring: nothing more is taken from it.
-    broken: Option<RingError>,
-    /// Until when memory counts as short.
+    pub(crate) disk: Arc<Disk>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) gate: GateMember,
+    pub(crate) data_path: DataPath,
+    pub(crate) pool: ReqPool,
+    /// Requests whose I/O has completed, and whose pages are still in use elsewhere.
+    pub(crate) busy: ReqList,
+    /// A request that was taken from the ring and lacks memory or mappings. It was not started.
+    pub(crate) stalled: Option<WireRequest>,
+    /// Delay until the stalled request is tried again.
+    pub(crate) retries: Backoff,
+    pub(crate) barrier: BarrierState,
+    /// Writes whose data has to be copied before they are submitted.
+    pub(crate) writes: CopyBatch,
+    /// Requests that were started and have no response: to be copied, submitted, or busy.
+    pub(crate) in_flight: usize,
+    pub(crate) rejected: RejectedFeatures,
+    pub(crate) ring_status: RingStatus,
+    /// End of the memory pressure.
     short_until: Option<Jiffies>,
-    /// Tells when the domain's pages are short.
     shortage: ShortageSubscriber,
-    /// When to look for pages that were not used for long, if there may be some.
+    /// Time at which to unmap persistent grants that were not used for long, if there may be any.
     purge_at: Option<Jiffies>,
-    /// Wakes the thread then.
+    /// Wakes the thread at that time.
     purge_timer: Pin<KBox<Timer<PurgeTimer>>>,
-    /// When numbers were last printed.
+    /// Time of the last statistics in the log.
     logged: Jiffies,
 }
 
 impl Queue {
+    /// Creates the queue of a ring that is mapped.
     pub(crate) fn new(config: QueueConfig) -> Result<Self> {
         let QueueConfig {
+            xbdev,
             name,
-            ring,
-            channel,
-            events,
+            connection,
             io_accounting,
             disk,
             counters,
@@ -198,32 +191,37 @@ impl Queue {
             domain,
             persistent,
         } = config;
-        let data_path = DataPath::new(&domain, persistent)?;
-        let reserve = new_pending_req(&events, MAX_SEGMENTS, GFP_KERNEL)?;
+        let RingConnection {
+            ring,
+            channel,
+            events,
+        } = connection;
+        let handoff = Arc::pin_init(Handoff::new(events.clone()), GFP_KERNEL)?;
+        let data_path = DataPath::new(&xbdev, &domain, persistent)?;
+        let pool = ReqPool::new(&handoff, MAX_SEGMENTS)?;
         let shortage = ShortageSubscriber::new(&domain, &events)?;
         let purge_timer = Timer::new(TimerFlags::Default, PurgeTimer(events.clone()))?;
         Ok(Self {
+            xbdev,
             name,
             ring: Some(KBox::new(ring, GFP_KERNEL)?),
             channel,
             events,
+            handoff,
             io_accounting,
             disk,
             counters,
             gate,
             data_path,
-            idle: ReqList::new(),
-            reserve: Some(reserve),
+            pool,
             busy: ReqList::new(),
             stalled: None,
             retries: RETRIES,
-            barrier: Barrier::None,
-            writes: ReqList::new(),
-            writes_len: 0,
+            barrier: BarrierState::None,
+            writes: CopyBatch::new(),
             in_flight: 0,
-            rejected_features: KVec::with_capacity(REJECTABLE_FEATURES, GFP_KERNEL)?,
-            withdrawn_count: 0,
-            broken: None,
+            rejected: RejectedFeatures::new(REJECTABLE_FEATURES)?,
+            ring_status: RingStatus::Usable,
             short_until: None,
             shortage,
             purge_at: None,
@@ -232,46 +230,43 @@ impl Queue {
         })
     }
 
-    /// Domain, device and number of the queue.
+    /// Returns domain, device and index of the queue.
     pub(crate) fn name(&self) -> &CStr {
         &self.name
     }
 
-    /// Where others give it work.
+    /// Returns what wakes the thread.
     pub(crate) fn events(&self) -> Arc<QueueEvents> {
         self.events.clone()
     }
 
-    /// Serves the ring until the thread should stop.
-    pub(crate) fn serve(mut self, thread: &Current, handle: &DeviceHandle) {
-        let _charged = self.io_accounting.apply(thread, &self.name);
-        let mut reported = false;
+    /// Serves the ring until the thread has to stop and no request is in flight.
+    ///
+    /// Context: the queue thread.
+    pub(crate) fn serve(mut self, thread: &Current, owner: &impl QueueOwner) {
+        let _accounted = self.io_accounting.apply(thread, &self.xbdev);
         loop {
             self.events.clear_pending();
-            // An event that comes at the end is left for who opens the channel next.
+            // An event that comes at the end is left to the next driver that opens the channel.
             let event = !thread.should_stop() && self.events.take_event();
             let took = self.run_once(thread);
-            match self.broken {
-                // The event is never given back, so that no more come.
-                Some(error) if !reported => {
-                    handle.ring_broken(error);
-                    reported = true;
-                }
-                None if event => self.channel.eoi(!took),
-                _ => {}
+            // The event of a broken ring is never ended, so that no more come.
+            if event && self.ring_status.is_usable() {
+                self.channel.eoi(!took);
             }
-            while let Some(node) = self.rejected_features.get(self.withdrawn_count) {
-                handle.withdraw_feature(node);
-                self.withdrawn_count = self.withdrawn_count.wrapping_add(1);
-            }
-            if self.disk.size_changed() {
-                handle.resized();
-            }
-            self.log();
+            let size_changed = self.disk.size_changed();
+            reports::report(
+                owner,
+                &mut self.ring_status,
+                &mut self.rejected,
+                size_changed,
+            );
+            self.log_stats();
             let stopping = thread.should_stop();
             if stopping && self.is_drained() {
-                // Who has answered while the thread slept may not have notified yet. That is lost once
-                // the channel is closed, and who serves the ring next does not notify of old answers.
+                // I/O completion may have published a response and not notified yet. Its notification
+                // is lost once the channel is closed, and the next backend does not notify of old
+                // responses.
                 self.channel.notify();
                 return;
             }
@@ -279,13 +274,59 @@ impl Queue {
         }
     }
 
-    /// Returns `true` if each request that was started has its answer. One that waits for memory is the
-    /// last one that was taken, and comes behind the last answer: who attaches to the ring next takes
-    /// it again.
+    /// Returns `true` if each request that was started has its response. A stalled request is the last
+    /// one that was taken, behind the last response: the next backend takes it again.
     fn is_drained(&self) -> bool {
-        self.in_flight == 0 && matches!(self.barrier, Barrier::None)
+        self.in_flight == 0 && matches!(self.barrier, BarrierState::None)
     }
 
+    /// Does all that can be done now. Returns `true` if a request was taken from the ring, or could not
+    /// be taken yet.
+    fn run_once(&mut self, thread: &Current) -> bool {
+        let mut took_any = self.is_gated();
+        loop {
+            let stopping = thread.should_stop();
+            let took = self.start_requests(stopping);
+            let completed = self.complete_all();
+            self.push_responses();
+            took_any |= took;
+            // A stalled request or a barrier may go on after a completion, or with memory that was
+            // freed for it.
+            let unblocked = (took || completed) && self.is_blocked();
+            if !unblocked && !self.has_more_requests(stopping) {
+                return took_any;
+            }
+            if self.shortage.is_short() {
+                self.data_path.return_excess();
+            }
+            thread.cond_resched();
+        }
+    }
+
+    /// Returns `true` if no request may be taken because of a barrier of this or another queue.
+    pub(crate) fn is_gated(&self) -> bool {
+        !matches!(self.barrier, BarrierState::None) || self.gate.is_closed()
+    }
+
+    /// Returns `true` if something has to happen, here or in another queue, before more is taken from
+    /// the ring.
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.stalled.is_some() || self.is_gated()
+    }
+
+    /// Returns `true` if requests are taken from the ring.
+    #[inline]
+    pub(crate) fn accepts_requests(&self, stopping: bool) -> bool {
+        !stopping && self.ring_status.is_usable() && !self.is_blocked()
+    }
+
+    /// Returns `true` if requests have come since the ring was found empty. Otherwise the next one sends
+    /// an event.
+    fn has_more_requests(&mut self, stopping: bool) -> bool {
+        self.accepts_requests(stopping) && self.ring.as_mut().is_some_and(|ring| ring.final_check())
+    }
+
+    /// Sleeps until there is something to do.
     fn sleep(&mut self, thread: &Current, stopping: bool) {
         self.trim();
         self.lend_ring(stopping);
@@ -294,7 +335,7 @@ impl Queue {
         self.reclaim_ring();
     }
 
-    /// Returns after which time something has to be tried again.
+    /// Returns the time after which something has to be tried again.
     fn timeout(&mut self) -> Option<Jiffies> {
         if !self.busy.is_empty() {
             return Some(msecs_to_jiffies(BUSY_WAIT_MS));
@@ -303,7 +344,7 @@ impl Queue {
         Some(msecs_to_jiffies(self.retries.next_delay()))
     }
 
-    /// Gives back what is not needed now, and what others need.
+    /// Frees what is not needed now, and returns what others need.
     fn trim(&mut self) {
         if self.events.take_memory_pressure() {
             let time = msecs_to_jiffies(BUFFER_SQUEEZE_DURATION_MS.get());
@@ -311,7 +352,7 @@ impl Queue {
         }
         let short = self.short_until.is_some_and(|end| !jiffies::is_past(end));
         if short {
-            drop(self.idle.take());
+            self.pool.shrink();
         } else {
             self.short_until = None;
         }
@@ -321,6 +362,7 @@ impl Queue {
         }
         self.data_path.trim(short);
         if self.purge_at.is_none() {
+            // Pages of requests in flight are not cached now, but will be.
             if let Some(time) = self.data_path.purge_delay(self.in_flight) {
                 self.purge_at = Some(jiffies::now().wrapping_add(time));
                 self.purge_timer.mod_timer_after(time);
@@ -328,7 +370,7 @@ impl Queue {
         }
     }
 
-    /// Leaves the ring where I/O ends, if nothing else is to be done there than to answer.
+    /// Lends the ring to I/O completion, if requests are in flight and none of them needs the thread.
     fn lend_ring(&mut self, stopping: bool) {
         if self.in_flight == 0 || self.needs_thread(stopping) {
             return;
@@ -342,466 +384,39 @@ impl Queue {
                 notifier,
                 persistent: self.data_path.uses_persistent_grants(),
             };
-            self.ring = self.events.lend_ring(lent).map(|lent| lent.ring);
+            self.ring = self.handoff.lend(lent).err().map(|lent| lent.ring);
         }
     }
 
-    /// Whether somebody waits for what the thread does at the end of an I/O.
+    /// Returns `true` if something waits for what the thread does when an I/O completes.
     fn needs_thread(&self, stopping: bool) -> bool {
         stopping
-            || self.broken.is_some()
+            || !self.ring_status.is_usable()
             || self.is_blocked()
             || !self.busy.is_empty()
             || self.short_until.is_some()
             || self.shortage.is_short()
     }
 
-    /// Takes the ring back, and the requests that were answered meanwhile.
+    /// Takes the ring back, if it is lent, and completes the requests that were responded to meanwhile.
     fn reclaim_ring(&mut self) {
         if self.ring.is_some() {
             return;
         }
-        let (lent, mut responded) = self.events.reclaim_ring();
-        self.ring = lent.map(|lent| lent.ring);
-        while let Some(req) = responded.pop() {
+        let mut reclaimed = self.handoff.reclaim();
+        self.ring = reclaimed.ring;
+        while let Some(req) = reclaimed.responded.pop() {
             self.complete(req);
         }
     }
 
-    /// Prints what was done so far, if that is wanted.
-    fn log(&mut self) {
+    /// Logs what was done so far, if the module parameter asks for it.
+    fn log_stats(&mut self) {
         let seconds = LOG_STATS_SECONDS;
         if LOG_STATS.get() != 0 && jiffies::since(self.logged) >= msecs_to_jiffies(seconds * 1000) {
             self.logged = jiffies::now();
-            pr_info!("{}: {}\n", *self.name, *self.counters);
-        }
-    }
-
-    /// Does all that there is to do now. Whether a request was taken from the ring, or could not be
-    /// taken yet.
-    fn run_once(&mut self, thread: &Current) -> bool {
-        let mut took_any = self.is_gated();
-        loop {
-            let stopping = thread.should_stop();
-            let took = self.start_requests(stopping);
-            let ended = self.complete_all();
-            self.push_responses();
-            took_any |= took;
-            // What is held back may go on, now that something has ended or memory was freed for it.
-            let unblocked = (took || ended) && self.is_blocked();
-            if !unblocked && !self.has_more_requests(stopping) {
-                return took_any;
-            }
-            if self.shortage.is_short() {
-                self.data_path.return_excess();
-            }
-            thread.cond_resched();
-        }
-    }
-
-    /// Whether something has to happen here or in another queue before more is taken from the ring.
-    fn is_blocked(&self) -> bool {
-        self.stalled.is_some() || self.is_gated()
-    }
-
-    /// Whether requests have come since the ring was found empty. If not, the next one will send an
-    /// event.
-    fn has_more_requests(&mut self, stopping: bool) -> bool {
-        self.accepts_requests(stopping) && self.ring.as_mut().is_some_and(|ring| ring.final_check())
-    }
-
-    /// Starts all requests that can be started now. Whether there were any.
-    fn start_requests(&mut self, stopping: bool) -> bool {
-        let limits = self.disk.limits();
-        let took = bio::with_plug(|| {
-            let took = self.take_requests(stopping, &limits);
-            self.copy_writes();
-            took
-        });
-        self.advance_barrier();
-        took
-    }
-
-    fn take_requests(&mut self, stopping: bool, limits: &DiskLimits) -> bool {
-        let mut took = false;
-        if let Some(wire) = self.stalled.take() {
-            if !self.handle_request(&wire, limits) {
-                return false;
-            }
-            self.retries.reset();
-            took = true;
-        }
-        // Each is looked at where it stands, for it is large.
-        let mut wire = WireRequest::EMPTY;
-        while self.accepts_requests(stopping) {
-            let Some(ring) = self.ring.as_mut() else {
-                break;
-            };
-            match ring.take_request_to(&mut wire) {
-                Ok(true) => {
-                    took = true;
-                    if !self.handle_request(&wire, limits) {
-                        break;
-                    }
-                }
-                Ok(false) => break,
-                Err(error) => self.broken = Some(error),
-            }
-        }
-        took
-    }
-
-    /// Nothing is taken from the ring, because of a barrier of this or another queue.
-    fn is_gated(&self) -> bool {
-        !matches!(self.barrier, Barrier::None) || self.gate.is_closed()
-    }
-
-    /// Whether requests are taken from the ring.
-    #[inline]
-    fn accepts_requests(&self, stopping: bool) -> bool {
-        !stopping && self.broken.is_none() && !self.is_blocked()
-    }
-
-    /// Checks a request and starts it. `false`: it has to wait for memory.
-    fn handle_request(&mut self, wire: &WireRequest, limits: &DiskLimits) -> bool {
-        match request::check(wire, limits) {
-            Ok(request) => self.dispatch(wire, request, limits),
-            Err(refusal) => {
-                ratelimited!(pr_warn!(
-                    "{}: refused a request: {}\n",
-                    *self.name,
-                    format_args!("{refusal}")
-                ));
-                self.make_response(wire.response(refusal.status()));
-                true
-            }
-        }
-    }
-
-    fn dispatch(&mut self, wire: &WireRequest, request: Request<'_>, limits: &DiskLimits) -> bool {
-        let Some(mut req) = self.alloc_req(request.segments()) else {
-            return self.stall(wire);
-        };
-        let mut prepared = self.prepare(&mut req, wire, request, limits);
-        if prepared
-            .as_ref()
-            .is_err_and(|error| self.reclaim_pages(error))
-        {
-            prepared = self.prepare(&mut req, wire, request, limits);
-        }
-        match prepared {
-            Ok(()) => self.issue(req),
-            Err(error) if error.is_shortage() => {
-                self.free_req(req);
-                self.report_shortage(&error);
-                return self.stall(wire);
-            }
-            Err(error) => {
-                ratelimited!(pr_warn!("{}: failed a request: {}\n", *self.name, error));
-                self.free_req(req);
-                self.make_response(wire.response(error.status()));
-            }
-        }
-        true
-    }
-
-    /// Gives up what a request lacks, as far as it is in pages that are kept mapped and not used now.
-    /// Returns `true` if it may be tried again at once.
-    fn reclaim_pages(&mut self, error: &DataError) -> bool {
-        if error.lacks_mappings() {
-            domain::reclaim_mappings();
-        } else if self.in_flight != 0 || !error.is_shortage() {
-            return false;
-        }
-        self.data_path.unmap_all_cached()
-    }
-
-    /// Says why a request waits, unless it is for a request of this queue.
-    fn report_shortage(&self, error: &DataError) {
-        if self.in_flight == 0 || error.lacks_mappings() {
-            ratelimited!(pr_warn!("{}: a request waits: {}\n", *self.name, error));
-        }
-    }
-
-    /// Keeps a request until there may be what it lacks.
-    fn stall(&mut self, wire: &WireRequest) -> bool {
-        self.counters.out_of_memory.add(1);
-        self.stalled = Some(*wire);
-        false
-    }
-
-    /// A request with space for so many segments. If there is none, then others are in flight.
-    fn alloc_req(&mut self, segments: usize) -> Option<KBox<PendingReq>> {
-        let req = match self.idle.pop() {
-            Some(req) => Ok(req),
-            None => new_pending_req(&self.events, segments, GFP_NOWAIT),
-        };
-        if let Ok(mut req) = req {
-            if has_capacity(&req, segments)
-                || reserve_segments(&mut req, segments, GFP_NOWAIT).is_ok()
-            {
-                return Some(req);
-            }
-            self.idle.push(req);
-        }
-        self.reserve.take()
-    }
-
-    /// Puts a request aside that is not used now.
-    fn free_req(&mut self, mut req: KBox<PendingReq>) {
-        req.context.segments.clear();
-        if self.reserve.is_none() && has_capacity(&req, MAX_SEGMENTS) {
-            self.reserve = Some(req);
-        } else {
-            self.idle.push(req);
-        }
-    }
-
-    /// Makes a request of a request, with its memory.
-    fn prepare(
-        &mut self,
-        req: &mut PendingReq,
-        wire: &WireRequest,
-        request: Request<'_>,
-        limits: &DiskLimits,
-    ) -> Result<(), DataError> {
-        let ctx = &mut req.context;
-        ctx.response = wire.response(Status::Okay);
-        ctx.result = Ok(());
-        ctx.responded = false;
-        ctx.segments.clear();
-        let (op, data) = match request {
-            Request::Read(data) => (ReqOp::Read, Some(data)),
-            Request::Write(data) => (ReqOp::Write, Some(data)),
-            Request::Flush => (ReqOp::Flush, None),
-            Request::Barrier(data) => (ReqOp::Barrier, data.map(Data::Direct)),
-            Request::Discard { extent, secure } => {
-                let (sector, left) = (extent.sector(), extent.sectors());
-                (
-                    ReqOp::Discard {
-                        sector,
-                        left,
-                        secure,
-                    },
-                    None,
-                )
-            }
-        };
-        ctx.op = op;
-        let extent = match data {
-            None => None,
-            Some(Data::Direct(direct)) => {
-                for segment in direct.segments() {
-                    ctx.segments
-                        .push_within_capacity(segment)
-                        .map_err(|_| ENOMEM)?;
-                }
-                Some(direct.extent())
-            }
-            Some(Data::Indirect(unfetched)) => Some(self.data_path.fetch(
-                &unfetched,
-                limits,
-                &mut ctx.segments,
-            )?),
-        };
-        (ctx.sector, ctx.sectors) =
-            extent.map_or((0, 0), |extent| (extent.sector(), extent.sectors()));
-        self.data_path.attach_pages(req)
-    }
-
-    fn issue(&mut self, req: KBox<PendingReq>) {
-        self.count(&req);
-        if req.context.op == ReqOp::Barrier {
-            self.barrier = Barrier::Waiting(req);
-            self.gate.may_run(false);
-            return;
-        }
-        self.in_flight = self.in_flight.wrapping_add(1);
-        if req.context.op == ReqOp::Write && is_grant_copied(&req) {
-            self.writes.push(req);
-            self.writes_len = self.writes_len.wrapping_add(1);
-            if !fits_in_copy_batch(self.writes_len) {
-                self.copy_writes();
-            }
-        } else {
-            self.submit(req);
-        }
-    }
-
-    /// Copies the data of writes, and submits them.
-    fn copy_writes(&mut self) {
-        if self.writes.is_empty() {
-            return;
-        }
-        self.writes_len = 0;
-        let mut writes = self.writes.take();
-        self.data_path.copy(&mut writes);
-        while let Some(req) = writes.pop() {
-            if req.context.result.is_ok() {
-                self.submit(req);
-            } else {
-                self.events.complete(req);
-            }
-        }
-    }
-
-    fn count(&self, req: &PendingReq) {
-        let counters = &self.counters;
-        let sectors = req.context.sectors;
-        match req.context.op {
-            ReqOp::Read => {
-                counters.reads.add(1);
-                counters.sectors_read.add(sectors);
-            }
-            ReqOp::Write => {
-                counters.writes.add(1);
-                counters.sectors_written.add(sectors);
-            }
-            ReqOp::Flush | ReqOp::Barrier => {
-                counters.flushes.add(1);
-                counters.sectors_written.add(sectors);
-            }
-            ReqOp::Discard { .. } => counters.discards.add(1),
-        }
-    }
-
-    /// Starts a barrier if everything that came before has ended, or lets that of another queue
-    /// start.
-    fn advance_barrier(&mut self) {
-        let idle = self.in_flight == 0 && self.stalled.is_none();
-        match core::mem::replace(&mut self.barrier, Barrier::None) {
-            Barrier::None if idle && self.gate.is_closed() => self.gate.set_quiesced(),
-            Barrier::Waiting(req) if self.gate.may_run(idle) => {
-                self.barrier = Barrier::Running;
-                self.in_flight = self.in_flight.wrapping_add(1);
-                self.submit(req);
-            }
-            other => self.barrier = other,
-        }
-    }
-
-    /// Gives a request, or its next piece, to the disk.
-    fn submit(&mut self, mut req: KBox<PendingReq>) {
-        let (operation, sector) = next_bio(&self.disk, &mut req);
-        if let Err((error, mut req)) = bio::submit(&self.disk.bdev, operation, sector, req) {
-            req.context.result = Err(error);
-            self.events.complete(req);
-        }
-    }
-
-    /// Ends all requests that the disk is done with. Whether there were any.
-    fn complete_all(&mut self) -> bool {
-        let mut ended = false;
-        let mut busy = self.busy.take();
-        while let Some(req) = busy.pop() {
-            ended |= self.complete(req);
-        }
-        let mut completed = self.events.take_completed();
-        let mut reads = ReqList::new();
-        let mut len = 0usize;
-        while let Some(req) = completed.pop() {
-            if req.context.has_more() {
-                self.submit(req);
-            } else if needs_copy_out(&req) {
-                reads.push(req);
-                len = len.wrapping_add(1);
-                if !fits_in_copy_batch(len) {
-                    len = 0;
-                    ended |= self.copy_reads(reads.take());
-                }
-            } else {
-                ended |= self.complete(req);
-            }
-        }
-        self.copy_reads(reads) || ended
-    }
-
-    /// Copies what reads have brought to the frontend, and answers them. Whether there were any.
-    fn copy_reads(&mut self, mut reads: ReqList) -> bool {
-        if reads.is_empty() {
-            return false;
-        }
-        self.data_path.copy(&mut reads);
-        while let Some(req) = reads.pop() {
-            self.complete(req);
-        }
-        true
-    }
-
-    /// Gives up the memory of a request, and answers it. `false`: its pages are busy.
-    fn complete(&mut self, mut req: KBox<PendingReq>) -> bool {
-        if !self.data_path.release(&mut req) {
-            self.busy.push(req);
-            return false;
-        }
-        self.in_flight = self.in_flight.wrapping_sub(1);
-        if req.context.responded {
-            self.free_req(req);
-            return true;
-        }
-        if req.context.op == ReqOp::Barrier {
-            self.barrier = Barrier::None;
-            self.gate.open();
-        }
-        if let Some(node) = req.context.rejected_feature() {
-            self.note_rejected(node);
-        }
-        self.make_response(req.context.final_response());
-        self.free_req(req);
-        true
-    }
-
-    /// Has an offer taken back that the disk has refused, once.
-    fn note_rejected(&mut self, node: &'static str) {
-        if !self.rejected_features.contains(&node) {
-            // There is space: there are no other nodes.
-            let _ = self.rejected_features.push_within_capacity(node);
-        }
-    }
-
-    /// Writes an answer, which the frontend sees after [`Queue::push_responses`].
-    fn make_response(&mut self, response: Response) {
-        // Each request that was taken is answered once, so there is a slot.
-        let _ = self.ring.as_mut().map(|ring| ring.put(&response));
-    }
-
-    /// Unmaps the pages of requests that have ended, and shows the frontend their answers.
-    fn push_responses(&mut self) {
-        self.data_path.unmap_released();
-        if self.ring.as_mut().is_some_and(|ring| ring.publish()) {
-            self.channel.notify();
-        }
-    }
-}
-
-/// What the disk is asked for next, and where.
-fn next_bio(disk: &Disk, req: &mut PendingReq) -> (Operation, u64) {
-    let ctx = &mut req.context;
-    match ctx.op {
-        ReqOp::Read => (Operation::Read, ctx.sector),
-        ReqOp::Write => (Operation::Write, ctx.sector),
-        ReqOp::Flush => (Operation::Flush, 0),
-        ReqOp::Barrier if ctx.segments.is_empty() => (Operation::Flush, 0),
-        ReqOp::Barrier => (Operation::FlushWrite, ctx.sector),
-        ReqOp::Discard {
-            sector,
-            left,
-            secure,
-        } => {
-            let piece = disk.discard_piece(sector, left);
-            ctx.op = ReqOp::Discard {
-                sector: sector.wrapping_add(piece),
-                left: left.wrapping_sub(piece),
-                secure,
-            };
-            // What does not fit is refused.
-            let sectors = u32::try_from(piece).unwrap_or(u32::MAX);
-            let operation = if secure {
-                Operation::SecureErase(sectors)
-            } else {
-                Operation::Discard(sectors)
-            };
-            (operation, sector)
+            let (name, counters) = (&*self.name, &*self.counters);
+            dev_info!(self.xbdev.as_ref(), "{name}: {counters}\n");
         }
     }
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What was served, counted, and shown in sysfs.
+//! Statistics of a device, in sysfs (`st_rd_req` and so on of `struct xen_blkif_ring`).
 //!
-//! Each queue counts for itself; a reader of sysfs gets the sums. The counters stay when a frontend
-//! disconnects, so that they only ever grow while the device exists.
+//! Each queue has counters of its own; sysfs shows the sums. The counters stay when a frontend
+//! disconnects, so that they never decrease while the device exists.
 
 use core::fmt::Write;
 
@@ -27,12 +27,10 @@ use kernel_ext::base::sysfs::{
     Output, //
 };
 
-use crate::device::Device;
-
-/// What one queue has done.
+/// Counters of one queue.
 #[derive(Default)]
 pub(crate) struct Counters {
-    /// Requests that had to wait for memory.
+    /// Requests that had to wait for memory or mappings.
     pub(crate) out_of_memory: Counter,
     /// Reads.
     pub(crate) reads: Counter,
@@ -62,7 +60,7 @@ impl fmt::Display for Counters {
     }
 }
 
-/// A number that grows. Only the thread of its queue adds to it.
+/// A counter that only the thread of its queue changes.
 pub(crate) struct Counter(Atomic<u64>);
 
 impl Default for Counter {
@@ -72,6 +70,7 @@ impl Default for Counter {
 }
 
 impl Counter {
+    /// Adds to the counter, without an atomic read-modify-write.
     #[inline]
     pub(crate) fn add(&self, more: u64) {
         self.0
@@ -91,11 +90,12 @@ pub(crate) struct Stats {
 }
 
 impl Stats {
+    /// Creates statistics without queues.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self { queues <- new_mutex!(KVec::new()) })
     }
 
-    /// The counters of a queue, made when the first frontend has so many queues.
+    /// Returns the counters of a queue. They are created for the first frontend with that many queues.
     pub(crate) fn queue(&self, index: usize) -> Result<Arc<Counters>> {
         let mut queues = self.queues.lock();
         while queues.len() <= index {
@@ -112,7 +112,7 @@ impl Stats {
     }
 }
 
-/// A file that shows the sum of a counter.
+/// Creates a file that shows the sum of a counter.
 const fn file(
     name: &'static CStr,
     show: fn(&Stats, &mut Output<'_>) -> fmt::Result,
@@ -120,7 +120,7 @@ const fn file(
     Attribute { name, show }
 }
 
-/// The directory `statistics`. `xentop` reads it.
+/// Files of the directory `statistics`, which `xentop` reads.
 pub(crate) static STATISTICS: [Attribute<Stats>; 7] = [
     file(c"oo_req", |stats, out| {
         writeln!(out, "{}", stats.sum(|queue| &queue.out_of_memory))
@@ -143,16 +143,4 @@ pub(crate) static STATISTICS: [Attribute<Stats>; 7] = [
     file(c"wr_sect", |stats, out| {
         writeln!(out, "{}", stats.sum(|queue| &queue.sectors_written))
     }),
-];
-
-/// The files in the directory of the device itself.
-pub(crate) static DEVICE: [Attribute<Device>; 2] = [
-    Attribute {
-        name: c"physical_device",
-        show: |device, out| device.show_physical_device(out),
-    },
-    Attribute {
-        name: c"mode",
-        show: |device, out| device.show_mode(out),
-    },
 ];

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Reports of a queue thread to its device, each once.
+
+use kernel::prelude::*;
+
+use blkif::ring::RingError;
+
+/// The device of a queue thread, as the thread sees it.
+pub(crate) trait QueueOwner {
+    /// Withdraws a feature that the disk does not support: writes 0 to its node.
+    fn withdraw_feature(&self, node: &str);
+
+    /// Closes the device, because the frontend has broken the ring.
+    fn ring_broken(&self, error: RingError);
+
+    /// Tells the frontend the new size of the disk.
+    fn size_changed(&self);
+}
+
+/// Status of a ring.
+pub(crate) enum RingStatus {
+    /// Requests may be taken.
+    Usable,
+    /// The frontend has broken the ring. Nothing is taken from it any more.
+    Broken(RingError),
+    /// The ring is broken, and the device knows.
+    Reported,
+}
+
+impl RingStatus {
+    /// Returns `true` if requests may be taken from the ring.
+    #[inline]
+    pub(crate) fn is_usable(&self) -> bool {
+        matches!(self, Self::Usable)
+    }
+
+    /// Returns the error of a broken ring, the first time.
+    fn take_error(&mut self) -> Option<RingError> {
+        let Self::Broken(error) = *self else {
+            return None;
+        };
+        *self = Self::Reported;
+        Some(error)
+    }
+}
+
+/// Features that were offered and that the disk does not support. Each is withdrawn once, however often
+/// the frontend asks for it.
+pub(crate) struct RejectedFeatures {
+    nodes: KVec<&'static str>,
+    /// Number of them that were withdrawn.
+    withdrawn: usize,
+}
+
+impl RejectedFeatures {
+    /// Creates a list with space for `max` features.
+    pub(crate) fn new(max: usize) -> Result<Self> {
+        Ok(Self {
+            nodes: KVec::with_capacity(max, GFP_KERNEL)?,
+            withdrawn: 0,
+        })
+    }
+
+    /// Adds a feature, unless it is there.
+    pub(crate) fn add(&mut self, node: &'static str) {
+        if !self.nodes.contains(&node) {
+            // There is space, because there are no other features.
+            let _ = self.nodes.push_within_capacity(node);
+        }
+    }
+
+    /// Returns the next feature that was not withdrawn yet.
+    fn take_next(&mut self) -> Option<&'static str> {
+        let node = *self.nodes.get(self.withdrawn)?;
+        self.withdrawn = self.withdrawn.wrapping_add(1);
+        Some(node)
+    }
+}
+
+/// Reports what has changed to the device of a queue.
+pub(crate) fn report(
+    owner: &impl QueueOwner,
+    ring: &mut RingStatus,
+    features: &mut RejectedFeatures,
+    size_changed: bool,
+) {
+    if let Some(error) = ring.take_error() {
+        owner.ring_broken(error);
+    }
+    while let Some(node) = features.take_next() {
+        owner.withdraw_feature(node);
+    }
+    if size_changed {
+        owner.size_changed();
+    }
+}

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Xenstore nodes of a device, other than those of a connection.
+
+use kernel::{
+    fmt,
+    prelude::*,
+    str::{
+        CStr,
+        CString, //
+    }, //
+};
+
+use kernel_ext::xen::{
+    xenbus::{
+        self,
+        State, //
+    },
+    xenstore::{
+        self,
+        Context,
+        DirectoryListing,
+        NoTransaction,
+        Value, //
+    },
+};
+
+use blkif::{
+    negotiate::BackLimits,
+    node::{
+        self,
+        InvalidNode,
+        Reason, //
+    },
+    state::{
+        self,
+        XenbusState, //
+    },
+};
+
+use crate::{
+    disk::{
+        Disk,
+        MAX_INDIRECT_SEGMENTS, //
+    },
+    error::ConnectError, //
+};
+
+/// Reads a node. An empty one counts as missing.
+pub(crate) fn read(dir: &CStr, node: fmt::Arguments<'_>) -> Result<Option<Value>, ConnectError> {
+    read_within(&NoTransaction, dir, node)
+}
+
+/// Reads a node within a transaction. An empty one counts as missing.
+pub(crate) fn read_within(
+    context: &impl Context,
+    dir: &CStr,
+    node: fmt::Arguments<'_>,
+) -> Result<Option<Value>, ConnectError> {
+    match xenstore::read(context, dir, node) {
+        Ok(value) => Ok(Some(value).filter(|value| !value.as_bytes().is_empty())),
+        Err(error) if error == ENOENT => Ok(None),
+        Err(error) => Err(ConnectError::Local("reading xenstore", error)),
+    }
+}
+
+/// Reads a node of a directory that was listed. An empty one counts as missing.
+pub(crate) fn read_listed(
+    listing: &DirectoryListing,
+    dir: &CStr,
+    node: &str,
+) -> Result<Option<Value>, ConnectError> {
+    if listing.may_have(node) {
+        read(dir, fmt!("{node}"))
+    } else {
+        Ok(None)
+    }
+}
+
+/// Returns `true` if the toolstack wants the device to stay when a frontend in this state closes it.
+pub(crate) fn is_online(xbdev: &xenbus::Device, frontend: XenbusState) -> bool {
+    let value = read(xbdev.nodename(), fmt!("online")).ok().flatten();
+    state::is_online(value.as_ref().map(|value| value.as_bytes()), frontend)
+}
+
+/// Returns `true` if a frontend has been connected to the device before, also to a driver that was
+/// unbound: that has described the disk.
+pub(crate) fn was_connected(xbdev: &xenbus::Device) -> bool {
+    xenstore::exists(&NoTransaction, xbdev.nodename(), fmt!("sectors"))
+}
+
+/// Returns `true` if a frontend has written a state that is not a number.
+pub(crate) fn has_invalid_state(frontend: &CStr) -> bool {
+    let Ok(Some(value)) = read(frontend, fmt!("state")) else {
+        return false;
+    };
+    node::decimal_u32("state", value.as_bytes()).is_err()
+}
+
+/// Returns the error for the state of a frontend.
+pub(crate) fn bad_state_error(frontend: &CStr) -> ConnectError {
+    match read(frontend, fmt!("state")) {
+        Ok(Some(value)) => {
+            ConnectError::State(InvalidNode::new("state", value.as_bytes(), Reason::Unknown))
+        }
+        Ok(None) => ConnectError::State(InvalidNode::missing("state")),
+        Err(error) => error,
+    }
+}
+
+/// Removes the error that was written for the toolstack.
+pub(crate) fn clear_error(xbdev: &xenbus::Device) -> Result {
+    let dir = CString::try_from_fmt(fmt!("error/{}", xbdev.nodename()))?;
+    xenstore::remove(&NoTransaction, &dir, fmt!("error"))
+}
+
+/// Writes what any frontend may choose from.
+pub(crate) fn write_features(dir: &CStr, limits: &BackLimits) -> Result {
+    let write = |node: &str, value: u32| {
+        xenstore::write(&NoTransaction, dir, fmt!("{node}"), fmt!("{value}"))
+    };
+    write(
+        "feature-max-indirect-segments",
+        MAX_INDIRECT_SEGMENTS.into(),
+    )?;
+    write("multi-queue-max-queues", limits.max_queues)?;
+    write("max-ring-page-order", limits.max_ring_page_order)
+}
+
+/// Writes the size of the disk, and Connected again, which makes the frontend read it. Writes nothing if
+/// the toolstack has asked the device to close.
+pub(crate) fn write_size(xbdev: &xenbus::Device, disk: &Disk) -> Result {
+    let dir = xbdev.nodename();
+    let sectors = disk.bdev.sectors();
+    xbdev.switch_state_with(State::Connected, |transaction| {
+        xenstore::write(transaction, dir, fmt!("sectors"), fmt!("{sectors}"))
+    })?;
+    disk.set_reported(sectors);
+    Ok(())
+}
+
+/// Withdraws a feature that the disk does not support.
+pub(crate) fn withdraw_feature(xbdev: &xenbus::Device, node: &str) -> Result {
+    xenstore::write(&NoTransaction, xbdev.nodename(), fmt!("{node}"), fmt!("0"))
+}
