@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A model of the backend's inbox: who ends an I/O while the queue's thread sleeps answers it with the
-//! ring that the thread has parked.
+//! Model of the backend's ring handoff: a sleeping queue thread lends its ring to I/O completion.
 //!
-//! The steps are those of `blkback/events.rs` and of the thread around its sleep, in the same order. The
-//! ring is the real one. Lost is: an answer that the frontend never hears of, or the thread, if it
-//! sleeps on with work to do. Both are deadlocks here.
+//! The steps are those of `Documentation/ring-handoff.rst`, in the same order as in `blkback/handoff.rs`,
+//! `blkback/events.rs` and the thread's sleep. The ring is the real one. A lost response leaves the
+//! frontend waiting, a lost wake-up the thread; both are deadlocks, which the checker reports.
 
 use super::pair;
 use super::response;
@@ -24,22 +23,22 @@ use loom::sync::Notify;
 use loom::thread;
 use std::sync::Arc;
 
-/// How often a thread is interrupted in the middle, at most. Three threads in any order are too many to
-/// try; each of the mistakes below shows with two interruptions.
+/// Largest number of preemptions. All orders of three threads are too many to try; each omission below
+/// shows with two preemptions.
 const PREEMPTIONS: usize = 2;
 
-/// A step that is left out.
+/// A step that is omitted.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Skip {
     Nothing,
-    /// The thread that stops notifies the frontend before it closes the channel.
+    /// T7: a thread that stops notifies the frontend before it closes the channel.
     LastNotify,
-    /// The barrier between telling that something has ended and looking whether the thread sleeps.
-    Barrier,
-    /// The look at what has ended once the thread counts as sleeping.
-    Look,
-    /// The thread takes the transfers that were answered while it slept.
-    Answered,
+    /// C5: the barrier between the flag and the check for a sleeper.
+    WakeBarrier,
+    /// T3: the check of the flag once the thread counts as sleeping.
+    SleepCheck,
+    /// T5: the thread takes the requests that were responded to.
+    TakeResponded,
 }
 
 /// The event channel to the frontend.
@@ -49,7 +48,7 @@ struct Channel {
 }
 
 impl Channel {
-    fn ring(&self) {
+    fn notify(&self) {
         if self.open.load(Ordering::SeqCst) {
             self.event.notify();
         }
@@ -60,32 +59,38 @@ impl Channel {
     }
 }
 
-/// What the lock protects.
-struct Desk {
-    done: Vec<u64>,
-    answered: u64,
-    parked: Option<Back>,
+/// The owner of the ring.
+enum RingOwner {
+    Thread,
+    Completion(Back),
 }
 
-struct Inbox {
-    some_done: AtomicBool,
-    desk: Mutex<Desk>,
+/// State under the lock.
+struct State {
+    owner: RingOwner,
+    completed: Vec<u64>,
+    responded: u64,
+}
+
+struct Handoff {
+    has_completed: AtomicBool,
+    state: Mutex<State>,
     sleeps: AtomicBool,
     wake: Notify,
     channel: Channel,
     skip: Skip,
 }
 
-impl Inbox {
+impl Handoff {
     fn new(skip: Skip) -> Arc<Self> {
-        let desk = Desk {
-            done: Vec::new(),
-            answered: 0,
-            parked: None,
+        let state = State {
+            owner: RingOwner::Thread,
+            completed: Vec::new(),
+            responded: 0,
         };
-        Arc::new(Inbox {
-            some_done: AtomicBool::new(false),
-            desk: Mutex::new(desk),
+        Arc::new(Handoff {
+            has_completed: AtomicBool::new(false),
+            state: Mutex::new(state),
             sleeps: AtomicBool::new(false),
             wake: Notify::new(),
             channel: Channel {
@@ -96,32 +101,33 @@ impl Inbox {
         })
     }
 
-    /// The I/O of a request has ended; the thread has to do something for it, or only to answer.
-    fn done(&self, id: u64, needs_thread: bool) {
-        let mut desk = self.desk.lock().unwrap();
-        if let (Some(ring), false) = (&mut desk.parked, needs_thread) {
+    /// C1 to C6: the I/O of a request has completed, and needs the thread or only its response.
+    fn complete(&self, id: u64, needs_thread: bool) {
+        let mut state = self.state.lock().unwrap();
+        if let (RingOwner::Completion(ring), false) = (&mut state.owner, needs_thread) {
             ring.put(&response(id)).unwrap();
             let notify = ring.publish();
-            desk.answered += 1;
-            drop(desk);
+            state.responded += 1;
+            drop(state);
             if notify {
-                self.channel.ring();
+                self.channel.notify();
             }
             return;
         }
-        let first = desk.done.is_empty();
-        desk.done.push(id);
+        let first = state.completed.is_empty();
+        state.completed.push(id);
         if first {
-            self.some_done.store(true, Ordering::Relaxed);
+            self.has_completed.store(true, Ordering::Relaxed);
         }
-        drop(desk);
+        drop(state);
         if first {
             self.wake_up();
         }
     }
 
+    /// C5, C6.
     fn wake_up(&self) {
-        if self.skip != Skip::Barrier {
+        if self.skip != Skip::WakeBarrier {
             fence(Ordering::SeqCst);
         }
         if self.sleeps.load(Ordering::Relaxed) {
@@ -129,94 +135,113 @@ impl Inbox {
         }
     }
 
+    /// T2 to T4.
     fn wait(&self) {
         loop {
             self.sleeps.store(true, Ordering::Relaxed);
             fence(Ordering::SeqCst);
-            if self.skip != Skip::Look && self.some_done.load(Ordering::Relaxed) {
+            if self.skip != Skip::SleepCheck && self.has_completed.load(Ordering::Relaxed) {
                 break;
             }
             self.wake.wait();
-            if self.some_done.load(Ordering::Relaxed) {
+            if self.has_completed.load(Ordering::Relaxed) {
                 break;
             }
         }
         self.sleeps.store(false, Ordering::Relaxed);
     }
 
-    fn park(&self, ring: Back) -> Option<Back> {
-        let mut desk = self.desk.lock().unwrap();
-        if !desk.done.is_empty() {
-            return Some(ring);
+    /// T1. Returns the ring if completed requests need the thread.
+    fn lend(&self, ring: Back) -> Result<(), Back> {
+        let mut state = self.state.lock().unwrap();
+        if !state.completed.is_empty() {
+            return Err(ring);
         }
-        desk.parked.replace(ring)
+        state.owner = RingOwner::Completion(ring);
+        Ok(())
     }
 
-    fn take_done(&self) -> Vec<u64> {
-        if !self.some_done.load(Ordering::Relaxed) {
+    /// T5. Returns the ring, and the number of requests that were responded to.
+    fn reclaim(&self) -> (Option<Back>, u64) {
+        let mut state = self.state.lock().unwrap();
+        let ring = match std::mem::replace(&mut state.owner, RingOwner::Thread) {
+            RingOwner::Thread => None,
+            RingOwner::Completion(ring) => Some(ring),
+        };
+        let responded = match self.skip {
+            Skip::TakeResponded => 0,
+            _ => std::mem::take(&mut state.responded),
+        };
+        (ring, responded)
+    }
+
+    /// T6.
+    fn take_completed(&self) -> Vec<u64> {
+        if !self.has_completed.load(Ordering::Relaxed) {
             return Vec::new();
         }
-        let mut desk = self.desk.lock().unwrap();
-        self.some_done.store(false, Ordering::Relaxed);
-        std::mem::take(&mut desk.done)
+        let mut state = self.state.lock().unwrap();
+        self.has_completed.store(false, Ordering::Relaxed);
+        std::mem::take(&mut state.completed)
     }
 }
 
-/// What the thread owns.
+/// The queue thread.
 struct Server {
-    inbox: Arc<Inbox>,
+    handoff: Arc<Handoff>,
     ring: Option<Back>,
     in_flight: u64,
 }
 
 impl Server {
-    /// Serves until nothing is in flight, and closes the channel. One that is `stopping` wakes up for
-    /// that at any moment of its first sleep, and does not park any more.
+    /// Serves until nothing is in flight, and closes the channel. A thread that is `stopping` wakes up for
+    /// that at any moment of its first sleep, and does not lend its ring again.
     fn serve(mut self, stopping: bool) {
-        let mut park = true;
+        let mut lend = true;
         while self.in_flight != 0 {
-            if park {
-                self.ring = self.ring.take().and_then(|ring| self.inbox.park(ring));
+            if lend {
+                self.ring = self
+                    .ring
+                    .take()
+                    .and_then(|ring| self.handoff.lend(ring).err());
             }
-            if !(park && stopping) {
-                self.inbox.wait();
+            if !(lend && stopping) {
+                self.handoff.wait();
             }
-            park = !stopping;
-            self.unpark();
-            self.end_all();
+            lend = !stopping;
+            self.reclaim();
+            self.complete_all();
         }
-        if self.inbox.skip != Skip::LastNotify {
-            self.inbox.channel.ring();
+        if self.handoff.skip != Skip::LastNotify {
+            self.handoff.channel.notify();
         }
-        self.inbox.channel.close();
+        self.handoff.channel.close();
     }
 
-    fn unpark(&mut self) {
+    fn reclaim(&mut self) {
         if self.ring.is_some() {
             return;
         }
-        let mut desk = self.inbox.desk.lock().unwrap();
-        self.ring = desk.parked.take();
-        if self.inbox.skip != Skip::Answered {
-            self.in_flight -= std::mem::take(&mut desk.answered);
-        }
+        let (ring, responded) = self.handoff.reclaim();
+        self.ring = ring;
+        self.in_flight -= responded;
     }
 
-    fn end_all(&mut self) {
+    fn complete_all(&mut self) {
         let ring = self.ring.as_mut().unwrap();
-        for id in self.inbox.take_done() {
+        for id in self.handoff.take_completed() {
             ring.put(&response(id)).unwrap();
             self.in_flight -= 1;
         }
         if ring.publish() {
-            self.inbox.channel.ring();
+            self.handoff.channel.notify();
         }
     }
 }
 
-/// A frontend waits for the answers to its requests. Of each of them is known whether its end needs
-/// the thread; they end in this order.
-fn answers_arrive(skip: Skip, ends: &'static [bool], stopping: bool) {
+/// Checks that a frontend gets the responses to all its requests. `ends` says of each request whether it
+/// needs the thread when it completes; they complete in this order.
+fn responses_arrive(skip: Skip, ends: &'static [bool], stopping: bool) {
     let count = ends.len() as u64;
     let mut builder = Builder::new();
     builder.preemption_bound = Some(PREEMPTIONS);
@@ -224,11 +249,11 @@ fn answers_arrive(skip: Skip, ends: &'static [bool], stopping: bool) {
         let (mut front, mut back) = pair(Without::Nothing);
         send_requests(&mut front, &Notify::new(), count);
         take_requests(&mut back, &Notify::new(), count);
-        let inbox = Inbox::new(skip);
-        let (theirs, disks) = (inbox.clone(), inbox.clone());
+        let handoff = Handoff::new(skip);
+        let (theirs, disks) = (handoff.clone(), handoff.clone());
         let server = thread::spawn(move || {
             let server = Server {
-                inbox: theirs,
+                handoff: theirs,
                 ring: Some(back),
                 in_flight: count,
             };
@@ -236,27 +261,27 @@ fn answers_arrive(skip: Skip, ends: &'static [bool], stopping: bool) {
         });
         let disk = thread::spawn(move || {
             for (id, needs_thread) in (1..).zip(ends) {
-                disks.done(id, *needs_thread);
+                disks.complete(id, *needs_thread);
             }
         });
-        take_responses(&mut front, &inbox.channel.event, count, 1);
+        take_responses(&mut front, &handoff.channel.event, count, 1);
         disk.join().unwrap();
         server.join().unwrap();
     });
 }
 
-/// What the interrupt of the event channel and the thread share.
+/// State of the event channel, shared by its interrupt handler and the thread.
 struct Event {
-    /// An event has come and was not ended.
+    /// An event was received and not ended.
     open: AtomicU32,
-    /// The handler has told the thread of it.
+    /// The handler has told the thread of the event.
     event: AtomicBool,
     ended: Notify,
 }
 
 impl Event {
     /// Ends the event if there is one. In the driver this is one exchange. The checker lets an exchange
-    /// see the latest store, in whatever order stores take effect; a load shows what can go wrong.
+    /// see the latest store, whatever the ordering; a load shows what can go wrong.
     fn end(&self) {
         if self.open.load(Ordering::Relaxed) != 0 {
             self.open.store(0, Ordering::Relaxed);
@@ -265,8 +290,8 @@ impl Event {
     }
 }
 
-/// An event comes while the thread is awake for another reason, and has to be ended, or no other one
-/// comes.
+/// Checks that an event that arrives while the thread is awake for another reason is ended, because no
+/// other event comes before that.
 fn event_is_ended(tell: Ordering, look: Ordering) {
     Builder::new().check(move || {
         let event = Arc::new(Event {
@@ -288,11 +313,11 @@ fn event_is_ended(tell: Ordering, look: Ordering) {
     });
 }
 
-/// The last one needs the thread, so that it has a reason to wake up.
-const ONE_ANSWERED: &[bool] = &[false, true];
+/// The last request needs the thread, so that it has a reason to wake up.
+const ONE_RESPONDED: &[bool] = &[false, true];
 
-/// All may be answered where they end; the thread is stopped meanwhile.
-const ALL_ANSWERED: &[bool] = &[false];
+/// No request needs the thread, which is stopped meanwhile.
+const ALL_RESPONDED: &[bool] = &[false];
 
 #[test]
 fn an_event_that_is_seen_is_ended() {
@@ -312,35 +337,35 @@ fn looking_for_an_event_needs_the_acquire() {
 }
 
 #[test]
-fn ends_that_need_the_thread_wake_it() {
-    answers_arrive(Skip::Nothing, ONE_ANSWERED, false);
+fn completions_that_need_the_thread_wake_it() {
+    responses_arrive(Skip::Nothing, ONE_RESPONDED, false);
 }
 
 #[test]
-fn an_answer_of_a_thread_that_stops_is_heard() {
-    answers_arrive(Skip::Nothing, ALL_ANSWERED, true);
+fn a_response_of_a_thread_that_stops_arrives() {
+    responses_arrive(Skip::Nothing, ALL_RESPONDED, true);
 }
 
 #[test]
 #[should_panic(expected = "deadlock")]
-fn a_thread_that_stops_notifies_once_more() {
-    answers_arrive(Skip::LastNotify, ALL_ANSWERED, true);
+fn stopping_needs_the_last_notification() {
+    responses_arrive(Skip::LastNotify, ALL_RESPONDED, true);
 }
 
 #[test]
 #[should_panic(expected = "deadlock")]
 fn waking_needs_the_barrier() {
-    answers_arrive(Skip::Barrier, ONE_ANSWERED, false);
+    responses_arrive(Skip::WakeBarrier, ONE_RESPONDED, false);
 }
 
 #[test]
 #[should_panic(expected = "deadlock")]
-fn sleeping_needs_the_look() {
-    answers_arrive(Skip::Look, ONE_ANSWERED, false);
+fn sleeping_needs_the_check() {
+    responses_arrive(Skip::SleepCheck, ONE_RESPONDED, false);
 }
 
 #[test]
 #[should_panic(expected = "deadlock")]
-fn what_was_answered_is_counted() {
-    answers_arrive(Skip::Answered, ALL_ANSWERED, true);
+fn requests_that_were_responded_to_are_taken() {
+    responses_arrive(Skip::TakeResponded, ALL_RESPONDED, true);
 }
