@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What scripts and people find of a backend in its domain is where the C module has it."""
+"""The backend has the same interfaces in sysfs, xenstore and the log as the C module."""
 
 import pytest
 
@@ -63,8 +63,7 @@ LOGGED = "oo .*rd .*wr .*f .*ds "
 def test_backend_interface(xen):
     """Parameters, files in sysfs, nodes, names of threads, and the numbers of xentop.
 
-    Parameters that can be written hold for the next disk. That a disk gets another
-    device while it is used is ignored.
+    Writable parameters apply to the next disk. A new device number of a disk in use is ignored.
     """
     host = xen(waiting=TWO_VCPUS, tools=[XENTOP])
     server = host.start_server()
@@ -103,7 +102,7 @@ def look_at_names(server, guest, devices):
 
 
 def look_at_numbers(host, guest, devices):
-    """What the guest reads and writes is counted, and xentop shows it."""
+    """Checks that reads and writes of the guest are counted, and that xentop shows them."""
     server = host.server
     before = statistics(server, devices["xvda"])
     guest.sh(
@@ -123,7 +122,7 @@ def look_at_numbers(host, guest, devices):
 
 
 def take_a_drive(host, guest):
-    """A disk that is a CD-ROM drive to the guest gets what the parameters say by now."""
+    """Checks that a disk that is a CD-ROM drive uses the current parameters."""
     disk = ManualDisk(host, guest, "xvdc")
     disk.offer(mode="r")
     disk.wait_for(front=3)

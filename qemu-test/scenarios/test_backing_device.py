@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The device under the backend changes, refuses, or does not answer.
 
-It is the RAM disk of rust/samples/ramdisk beside it, whose parameters say what
-becomes of requests.
+The device is the RAM disk of rust/samples/ramdisk, whose parameters say how requests are
+completed.
 """
 
 import pytest
@@ -20,7 +20,7 @@ from harness.xenhost import Disk
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 XVDB_THREADS = "grep -q xvdb /proc/[0-9]*/comm"
-"""Whether the backend has a thread for a disk xvdb."""
+"""Returns `True` if the backend has a thread for a disk xvdb."""
 PARAMETERS = "/sys/module/rblk_ramdisk/parameters"
 MIB = 1 << 20
 WRITE, DISCARD = 2, 8
@@ -56,7 +56,7 @@ def device(guest, vdev="xvda"):
 
 @pytest.mark.feature("BE-25", "BE-51", "B-13")
 def test_resize_idle(ramdisk_host, record_property):
-    """A new size is seen, with and without I/O, and an idle disk wakes nobody to look for it.
+    """A resize is noticed with and without I/O, and an idle disk causes no wakeups to look for it.
 
     The C backend wakes each thread ten times a second.
     """
@@ -78,7 +78,7 @@ def test_resize_idle(ramdisk_host, record_property):
 
 @pytest.mark.feature("FE-11", "FE-44", "BE-23", "BE-47", "B-08")
 def test_discard(ramdisk_host, record_property):
-    """Discards are seen on the device, and other I/O goes on while one takes long.
+    """Discards reach the device, and other I/O continues during a long one.
 
     The C backend waits for a discard before it does anything else.
     """
@@ -121,7 +121,7 @@ def test_discard(ramdisk_host, record_property):
 
 @pytest.mark.feature("BE-04", "BE-43", "B-09")
 def test_discard_forbidden(ramdisk_host, record_property):
-    """A discard that the toolstack has forbidden is refused, whatever the frontend believes.
+    """A discard that the toolstack has forbidden is refused, even if the frontend sends one.
 
     The guest is paused while dom0 adds the offer that the backend did not make.
     The C backend discards.
@@ -152,7 +152,7 @@ def test_discard_forbidden(ramdisk_host, record_property):
 
 @pytest.mark.feature("BE-01", "BE-52", "B-20")
 def test_disk_sequence(xen):
-    """A device number that was given to another disk meanwhile is not served.
+    """A device number that was reused for another disk is not served.
 
     The C backend is no reference: it does not know sequence numbers.
     """
@@ -179,7 +179,7 @@ def test_disk_sequence(xen):
 
 @pytest.mark.feature("B-01")
 def test_stuck_disk(ramdisk_host):
-    """A disk that does not answer holds up its own guest, and no other.
+    """A disk that does not complete I/O blocks its own guest only.
 
     The C backend is no reference: it frees the device while the disk still has its
     requests.
@@ -210,10 +210,10 @@ def test_stuck_disk(ramdisk_host):
 
 @pytest.mark.feature("B-01")
 def test_stuck_unbind(ramdisk_host):
-    """A disk that does not answer, under a backend that is unbound: its requests are done once.
+    """A backend is unbound from a disk that does not complete I/O; its requests are executed once.
 
-    The backend stops to wait after half a minute. Until the disk has answered
-    nobody takes over the rings; then the guest goes on.
+    The backend stops waiting after half a minute. Nothing else uses the rings until the disk has
+    completed its I/O; then the guest continues.
 
     The C backend is no reference: it frees the device while the disk still has its
     requests.
@@ -264,10 +264,10 @@ def detach_dirty(host, guest, timeout):
 
 @pytest.mark.feature("F-40")
 def test_detach_slow_disk(ramdisk_host):
-    """A mounted disk that does not answer is detached.
+    """A mounted disk that does not complete I/O is detached.
 
-    The guest waits for it, for as long as it was told, and nothing is lost if it answers in time. If
-    not, or if the disk is taken away by force, the file system ends without it.
+    The guest waits for it up to the configured limit, and nothing is lost if it completes in time.
+    If not, or if the disk is detached by force, the file system is shut down.
 
     The C frontend does not write anything back, so it is no reference.
     """
@@ -349,11 +349,11 @@ def assert_only_threads_wait(host, guest):
 
 @pytest.mark.feature("FE-65", "B-01")
 def test_stuck_removal(ramdisk_host, record_property):
-    """A disk that does not answer is taken away by force, and last with its domain.
+    """A disk that does not complete I/O is detached by force, and finally with its domain.
 
-    The device is gone at once, and the guest's request fails. What the disk still
-    has to write stays mapped until it answers: a domain that was destroyed does
-    not go before. Then nothing is left.
+    The device is gone at once, and the guest's request fails. Pages that the disk still has to
+    write stay mapped until it completes, so a destroyed domain stays until then. Afterwards nothing
+    is left.
 
     The C backend says that it has closed, and frees the device, while the disk still
     has its request. It is not asked for more.

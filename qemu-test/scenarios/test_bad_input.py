@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The other side writes nonsense into xenstore: a message, an end, no harm.
+"""The peer writes invalid nodes to xenstore: there is a message, and nothing else is affected.
 
-Dom0's shell plays the other side: it writes the nodes that a backend or a
-frontend would write. After each piece of nonsense a good disk must work.
+Dom0's shell plays the peer: it writes the nodes that a backend or a frontend would write. After
+each invalid node a valid disk must work.
 """
 
 import pytest
@@ -97,7 +97,7 @@ AT_ONCE, A_SECOND = 16, 2
 
 
 def refuse(host, guest, bad):
-    """Disks that cannot be: each is closed, with a message that names the node and its value."""
+    """Invalid disks: each is closed with a message that names the node and its value."""
     codes = [CODE + 16 * number for number in range(len(bad))]
     guest.sh("dmesg -c > /dev/null")
     for code in codes:
@@ -127,7 +127,7 @@ def complaint(node, value):
 
 
 def take(host, guest, offers):
-    """A disk that is taken as if the nodes that make no sense were missing; each is named."""
+    """Invalid nodes that are optional: they are named and treated as missing."""
     guest.sh("dmesg -c > /dev/null")
     connect_disks(host, guest, {CODE: (offers, NONSENSE_OF_TOOLSTACK)})
     guest.wait_for("[ -b /dev/xvdb ]")
@@ -142,7 +142,7 @@ def take(host, guest, offers):
 
 
 def lose_way(host, guest):
-    """A backend gets into states that are none: the device is closed, with a message."""
+    """The backend writes unknown states: the device is closed with a message."""
     for state in WRONG_STATES:
         front, back = create_device(host, guest.domid, CODE)
         host.wait_for(f"[ $(xenstore-read {front}/state) = 3 ]")
@@ -153,7 +153,7 @@ def lose_way(host, guest):
 
 
 def flicker(host, guest):
-    """Nodes change while they are read: the device connects or is closed, and goes."""
+    """Nodes change while they are read: the device connects or is closed, and can be removed."""
     for _ in range(2):
         back = create_device(host, guest.domid, CODE)[1]
         host.sh(FLICKER.format(back=back))
@@ -166,7 +166,7 @@ def flicker(host, guest):
 
 @pytest.mark.feature("FE-07", "FE-26", "F-09", "F-11")
 def test_bad_offers(xen, record_property):
-    """Nonsense from the backend: the frontend names it, and closes or does without.
+    """Invalid nodes of the backend: the frontend names them, and closes or ignores them.
 
     xen-blkfront reads a block size of 65536 as 0, and its default is 512.
     """
@@ -205,7 +205,7 @@ def test_bad_offers(xen, record_property):
 
 @pytest.mark.feature("BE-07", "BE-09", "BE-10", "BE-11", "B-18")
 def test_bad_frontend(host):
-    """Nonsense from the frontend: an error in xenstore, and the next one connects.
+    """Invalid nodes of the frontend: the error is in xenstore, and the next frontend connects.
 
     The error names the node and its value. The backend has not said what the disk is
     then, which comes along with Connected.
@@ -236,7 +236,7 @@ def test_bad_frontend(host):
 
 @pytest.mark.feature("B-24")
 def test_eager_frontend(xen, record_property):
-    """A frontend that connects again and again has to wait; other disks have not. In the end it
+    """A frontend that reconnects permanently is slowed down; other disks are not. In the end it
     is served.
 
     The machine counts its time: by the host's clock it would be too slow to be made to wait.
@@ -267,7 +267,7 @@ def test_eager_frontend(xen, record_property):
 
 
 def must_wait(host, attempt):
-    """Whether a frontend cannot connect more often than our backend lets it."""
+    """Returns `True` if a frontend cannot connect more often than our backend allows."""
     uptime = "cut -d' ' -f1 /proc/uptime"
     times = host.sh(
         f"{uptime}; for number in $(seq {ATTEMPTS}); do {attempt} done; {uptime}", timeout=300

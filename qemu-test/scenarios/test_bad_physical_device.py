@@ -43,7 +43,7 @@ def assert_refused(host, guest, disk):
 
 
 def refuse_to_one_who_waits(host, guest):
-    """The frontend has offered its rings when the backend finds out."""
+    """The backend notices the error after the frontend has offered its rings."""
     disk = offer_mode(host, guest)
     disk.wait_for(front=3)
     disk.give("/dev/ram0")
@@ -66,7 +66,7 @@ def refuse_to_one_who_comes_late(host, guest):
 
 @pytest.mark.feature("BE-01", "BE-52", "B-22")
 def test_bad_physical_device(host, record_property):
-    """A disk that is not there, or that dom0 uses itself. The C backend serves the latter."""
+    """A disk that does not exist, or that dom0 itself uses. The C backend serves the latter."""
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
     for number, nonsense in enumerate(NONSENSE[host.pair.back.name]):

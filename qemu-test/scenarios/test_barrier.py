@@ -4,8 +4,8 @@
 QEMU logs what reaches dom0's disk, outside of both kernels, and can hold writes
 back there, while flushes pass.
 
-The disk offers barriers and no flush. The backend says all that it offers in
-one go, so the guest is paused meanwhile, and the node rewritten.
+The disk has barriers and no flush. The backend writes all its features at once, so the guest is
+paused while the node is rewritten.
 """
 
 import pytest
@@ -17,7 +17,7 @@ from harness.writelog import read_log
 
 BLOCK = "/usr/bin/dd of=/dev/xvdb bs=4k conv=notrunc 2>/dev/null"
 APART = (0, 2, 4)
-"""Where blocks are that must not become one write in dom0's block layer."""
+"""Positions of blocks that dom0's block layer cannot merge."""
 FLUSH = "/usr/bin/dd if=/dev/null of=/dev/xvdb conv=notrunc,fsync 2>/dev/null"
 
 

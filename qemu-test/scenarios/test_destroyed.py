@@ -24,7 +24,7 @@ SLACK_KB = 512
 
 
 def held(disk):
-    """There is a device, and nobody has named the disk."""
+    """The device exists, and the disk is not known yet."""
     disk.server.sh(f"touch {HOLD}")
     disk.host.attach(disk.guest, Disk("xvda"))
 
@@ -83,7 +83,7 @@ STEPS = (stopped, offered, half_connected, connected, in_use, half_closed, at_on
 
 
 def life(host, guest, step):
-    """One life of the domain, to its end at this step."""
+    """Creates the domain, and destroys it at this step."""
     print(step.__name__)
     guest.restore(IMAGE)
     disk = ManualDisk(host, guest, "xvda")
@@ -97,7 +97,7 @@ def life(host, guest, step):
 
 @pytest.mark.feature("BE-11")
 def test_destroyed(host):
-    """A domain that has ended at each of the steps has left nothing behind, and the next one has its disk."""
+    """A domain is destroyed at each step; nothing is left, and the next one gets its disk."""
     guest = host.start_guest(disks=[])
     server = host.server
     server.sh(f"sed -i '/= add/a [ ! -e {HOLD} ] || exit 0' /etc/xen/scripts/blk-min")

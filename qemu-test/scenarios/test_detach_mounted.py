@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A disk is taken away in an orderly manner while there is data that was not written to it yet.
+"""A disk is detached without force while it has dirty data.
 
-`xl block-detach` without --force asks the guest to let go of the disk, and the backend serves it
-until the guest says that it has. So there is time for what the guest still has to write. The same
-holds for a disk that is unbound from its driver.
+`xl block-detach` without --force asks the guest to close the disk, and the backend serves it
+until the guest has done so. So there is time for writeback. The same holds for a disk that is unbound
+from its driver.
 """
 
 import pytest
@@ -81,11 +81,11 @@ def test_detach_partitions(host):
 
 @pytest.mark.feature("F-40")
 def test_detach_swap(host):
-    """A disk that is swapped to is not taken from the guest: xl gives up, and says so.
+    """A disk that is swap space is not detached: xl fails with a message.
 
-    It goes as soon as the guest swaps to it no more. What xl has left of it is removed by force.
+    It is removed as soon as the guest stops swapping to it. What xl leaves is removed by force.
 
-    The C frontend gives it away with what is swapped out.
+    The C frontend removes it with the swapped pages.
     """
     guest = host.start_guest(disks=[])
     attach(host, guest)
@@ -102,8 +102,8 @@ def test_detach_swap(host):
 
 @pytest.mark.feature("FE-65")
 def test_unbind_in_use(host):
-    """A disk is unbound while it is open, and while it is mounted: what was written is there when it
-    is bound again.
+    """A disk is unbound while it is open and while it is mounted: written data is there after it is
+    bound again.
     """
     guest = host.start_guest(disks=[])
     guest.allow("xvdb")

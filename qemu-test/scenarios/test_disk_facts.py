@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a backend says about its disk is what the guest gets to see, also when it changes.
+"""The guest sees the properties of a disk that the backend writes, even if they change.
 
-Dom0's shell plays backends that say all sorts of things. Their disks have no
-sectors while they connect, as nobody would answer a look for partitions.
+Dom0's shell plays backends with various properties. Their disks have no sectors while they connect,
+because nothing would complete reads of a partition table.
 """
 
 import errno
@@ -106,7 +106,7 @@ def disks(rust):
     "F-20",
 )
 def test_disk_facts(xen, record_property):
-    """Offers as they are seen in sysfs, while disks connect and later; names and numbers of disks."""
+    """Features in sysfs while disks connect and later; names and numbers of disks."""
     host = xen(programs=[compiled("ioctl")])
     guest = host.start_guest(disks=[])
     assert_front_of_pair(host, guest)
@@ -138,7 +138,7 @@ def test_disk_facts(xen, record_property):
 
 
 def follow_changes(host, guest, rust):
-    """Size and write protection change while the disk is there. Nonsense changes nothing."""
+    """Changes size and write protection of a connected disk; invalid values change nothing."""
     back = directories(guest.domid, XVDF)[1]
     for sectors in (8192, 6144, 0):
         write_nodes(host, back, {"sectors": sectors, "state": 4})
@@ -175,7 +175,7 @@ NOWHERE = [9 << 8, 3 << 28, (1 << 28) + (1 << 20)]
 
 
 def follow_another_backend(host, guest, code):
-    """The toolstack gives the device another backend, and begins anew: the old one has no say."""
+    """Gives the device another backend; nodes of the old one have no effect any more."""
     front, old = directories(guest.domid, code)
     new = f"{old}0"
     nodes = {"frontend": front, "frontend-id": guest.domid, "online": 1, "state": 2}
@@ -201,7 +201,7 @@ def number_of(code):
 
 
 def follow_names(host, guest):
-    """Each form of virtual device number has its name and minors; a clash is refused."""
+    """Checks name and minors of each form of virtual device number; duplicates are refused."""
     for names in NAMES:
         connect_disks(host, guest, {code: ({}, number_of(code)) for code in names})
         for name, number in names.values():
@@ -212,7 +212,7 @@ def follow_names(host, guest):
 
 
 def refuse_what_is_no_disk(host, guest):
-    """A number of no disk makes none."""
+    """Checks that a number that is no disk's creates none."""
     for code in NOWHERE:
         create_device(host, guest.domid, code)
     guest.wait_for(" && ".join(f"[ -e /sys/bus/xen/devices/vbd-{code} ]" for code in NOWHERE))
@@ -231,7 +231,7 @@ def refuse_clash(host, guest):
 
 
 def rebind_before_the_backend(host, guest):
-    """A device that is unbound and bound while it waits for its backend goes on waiting."""
+    """Checks that a device that is unbound and bound while it waits for its backend still waits."""
     front, back = create_device(host, guest.domid, 51712, backend_state=1)
     guest.wait_for(f"[ -e {DRIVER}/vbd-51712 ]")
     guest.rebind_disk(51712)

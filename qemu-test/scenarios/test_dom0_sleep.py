@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Dom0 goes to sleep and wakes up, with its disks, while a guest writes."""
+"""Dom0 and its disks are suspended to RAM and resumed while a guest writes."""
 
 import pytest
 

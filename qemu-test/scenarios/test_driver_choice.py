@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Which driver a running system loads where both are installed, and where ours cannot be loaded.
+"""The driver that a system loads if both are installed, and if ours cannot be loaded.
 
 The guest and dom0 have kmod, udevd and a module directory as an installed system has. What loads
 a driver is the device that the toolstack makes. The scenario makes it, because xl waits for ten
@@ -126,7 +126,7 @@ def driven_by(host, guest, machines):
 
 
 def test_driver_choice(machines, pair):
-    """Ours where it is installed and can be loaded; otherwise the C driver, so that there is one.
+    """Our driver is loaded if it is installed and can be loaded, otherwise the C driver.
 
     In a reference run nothing of ours is installed.
     """

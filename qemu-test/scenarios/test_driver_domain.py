@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A driver domain serves the disks, and neither of the drivers notices.
+"""A driver domain serves the disks.
 
-On the debug kernel, which cannot be dom0, this is where both drivers live under
-KASAN, lockdep and kmemleak: so one scenario has most of what a disk can live
-through.
+On the debug kernel, which cannot be dom0, this checks both drivers with KASAN, lockdep and
+kmemleak, so this scenario does most of what can be done with a disk.
 """
 
 from harness.driver_check import assert_served_by_pair
@@ -76,9 +75,9 @@ def life_of_a_disk(host, storage, guest):
 
 
 def test_driver_domain(xen):
-    """The second life leaves no more behind than the first, as Xen counts it.
+    """The second cycle leaves no more behind than the first, by Xen's counts.
 
-    On the debug kernel, which is slow, one life has to do.
+    There is only one cycle on the debug kernel, which is slow.
     """
     host = xen()
     storage = host.start_storage()
@@ -107,8 +106,8 @@ def attach_from_new_domain(host, guest):
 def test_driver_domain_replaced(xen):
     """The driver domain is destroyed under I/O, and another one takes its place.
 
-    The guest's other disk goes on. When the toolstack detaches the disk, whose backend is gone, what
-    was in flight fails; then the disk is attached again. With xen-blkfront the disk stays.
+    The guest's other disk continues. When the toolstack detaches the disk whose backend is gone,
+    requests in flight fail; then the disk is attached again. With xen-blkfront the disk stays.
     """
     write = "dd if=/dev/zero of=/dev/{} bs=64k count=64 oflag=direct conv=notrunc,fsync"
     host = xen()

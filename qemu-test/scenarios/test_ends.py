@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The backend goes away at every point of a device's life, and so does the device; or it cannot
-begin to serve."""
+"""The backend is removed at every step of a device's life, and so is the device; or it cannot start
+serving."""
 
 import time
 
@@ -84,14 +84,13 @@ STEPS = (offered, named, front_first, no_rings, closing, closed, connected, in_u
 
 @pytest.mark.feature("BE-05", "B-01", "B-18", "B-23")
 def test_end_at_each_step(xen, record_property):
-    """Unbound, unloaded, loaded at each step, and then the directories of the device vanish.
+    """The backend is unbound, unloaded and loaded at each step; then the device is removed.
 
-    A frontend that was connected goes on in between. Nothing is left at the end,
-    and the disk works as ever.
+    A connected frontend continues in between. Nothing is left at the end, and the disk works.
 
     The C backend warns, with a stack trace, of rings that it could not connect to,
     and else does the same. The C frontend, removed in use after its backend, waits
-    for that for ever, and the guest's xenwatch thread with it.
+    for it forever, and blocks the guest's xenwatch thread.
     """
     host = xen()
     server = host.start_server()
@@ -216,7 +215,7 @@ REFUSALS = "dmesg | grep -c 'starting a thread' || true"
 
 
 def is_refused(disk, spare):
-    """Whether the backend could not start its threads when so few could be started.
+    """Returns `True` if the backend could not start its threads with this limit.
 
     The device goes after that.
     """

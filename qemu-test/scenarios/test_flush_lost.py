@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A disk that had a write cache meets a backend that cannot flush: no flush is reported done.
+"""A disk with a write cache reconnects to a backend without flush: no flush is completed as done.
 
 Dom0's shell plays the backends. They have no ring, so a flush that is sent to one stays in flight.
 """
@@ -42,7 +42,7 @@ def replace_backend(host, guest, code, offers):
 
 
 def has_cache(guest, vdev):
-    """Whether the block layer asks for flushes."""
+    """Returns `True` if the block layer sends flushes."""
     return guest.sh(f"cat /sys/block/{vdev}/queue/write_cache") == "write back"
 
 

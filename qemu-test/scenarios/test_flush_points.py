@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Whenever the power goes, the file systems in the guest are sound.
+"""File systems in the guest are consistent after a power failure at any point.
 
 QEMU logs what reaches dom0's disk, outside of both kernels, while the guest
-changes two journaling file systems. What the disk held at a flush is put
-together from the log, the journals are replayed, and then nothing may be wrong.
+changes two journaling file systems. The content of the disk at each
+flush is rebuilt from the log, the journals are replayed, and the file systems are checked.
 """
 
 import shutil

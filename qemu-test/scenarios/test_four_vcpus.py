@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Four virtual CPUs write at once, each its own part of the disk; all but one leave and come back.
+"""Four virtual CPUs write at once, each its own part of the disk; all but one go offline and back.
 
-So does the CPU of dom0 on which the backend has its threads and interrupts. Dom0's two share a
-processor: for what is asked here one of QEMU's is enough. A driver domain has one CPU.
+So does the CPU of dom0 with the threads and interrupts of the backend. Dom0's two share one of
+QEMU's, which is enough for this test. A driver domain has one CPU.
 """
 
 import pytest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A boot loader that speaks blkif itself reads kernel and initramfs from the disk.
+"""A boot loader with its own blkif frontend reads kernel and initramfs from the disk.
 
 GRUB's frontend connects, reads, closes; then Linux connects to the same device.
 """

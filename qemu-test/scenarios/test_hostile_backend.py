@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A backend that breaks the rules of the ring, and a guest that must live with it.
+"""A backend that breaks the ring protocol, and a guest that must not be harmed.
 
-The backend is a module of its own, rblk_hostile_back, which serves xvdb well
-until its parameter tells it to play a misbehaviour. The pair's own backend serves xvda
+The backend is the module rblk_hostile_back, which serves xvdb correctly until its parameter selects
+a misbehaviour. The pair's own backend serves xvda
 meanwhile.
 """
 
@@ -56,7 +56,7 @@ def renew(host, server, guest):
 
 
 def refuse_barrier(host, server, guest, record_property):
-    """A backend that offers nothing but a barrier, and refuses it: the write is not done.
+    """A backend has barriers only, and refuses them: the write fails.
 
     xen-blkfront sends data with the barrier, and reports what was refused as done.
     """
@@ -85,7 +85,7 @@ def park(server, guest, record_property):
 
 @pytest.mark.feature("FE-64", "F-02", "F-03", "F-19")
 def test_hostile_backend(xen, test_modules, record_property):
-    """What was not answered well is not done, and a broken ring ends its own disk only.
+    """Requests with invalid responses fail, and a broken ring stops its own disk only.
 
     xen-blkfront takes a flush for done that was refused. Of what breaks the ring
     it makes a disk that can neither work nor be closed: of these it gets one.

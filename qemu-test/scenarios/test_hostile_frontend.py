@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A frontend that breaks the rules of the ring, and a disk beside it that must not notice.
+"""A frontend that breaks the ring protocol, beside a disk that must not be affected.
 
-The frontend is a module of its own, rblk_hostile_front, which takes xvdb and
-goes through lists of cases by itself. Its report has a line for each: the case,
-what came of it, and how the valid requests went that followed. The pair's own
+The frontend is the module rblk_hostile_front, which binds to xvdb and runs lists of cases. Its report
+has a line for each: the case, its result, and that of the valid requests that followed. The pair's own
 frontend serves xvda meanwhile, on a ring of 16 pages, and what is written there
 is read back all the time.
 """
@@ -125,7 +124,7 @@ def play(*arguments):
 
 
 def assert_answers(report, excused=()):
-    """Each case of requests has the answer that blkif.h gives it, and harms nobody."""
+    """Checks that each request is completed as blkif.h says, and affects nothing else."""
     for case, (outcome, after) in report.items():
         wanted = "notsupp" if case in NOT_SUPPORTED else "okay" if case in OKAY else "error"
         assert outcome == wanted or case in excused, (case, outcome)
@@ -156,7 +155,7 @@ def event_counts(guest, code):
 
 @pytest.mark.feature("BE-07", "BE-10", "BE-40", "BE-42", "BE-43", "BE-49", "BE-50", "B-10", "B-19")
 def test_hostile_frontend(xen, test_modules, record_property):
-    """Every wrong request is answered as such, and a broken ring ends its own disk only.
+    """Every invalid request is completed with an error, and a broken ring stops its own disk only.
 
     The C backend is the reference for what a request must be answered by. It takes
     a secure discard for an ordinary one where none was offered, and refuses to

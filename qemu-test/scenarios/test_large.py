@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Disks of large blocks and of large size, with what is put on them.
+"""Disks with large blocks and of large size, with partitions and file systems.
 
 The disk of 3 TiB is a RAM disk, which takes memory for what is written alone.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Insert, use, remove: nothing is left, by Xen's and the kernels' own count."""
+"""Attach, use and detach leave nothing behind, by the counts of Xen and of the kernels."""
 
 import os
 
@@ -33,7 +33,7 @@ done) > /dev/null 2>&1 &"""
 
 
 def cycle(disk):
-    """One life of a disk, that is in use to its end."""
+    """Attaches a disk, and detaches it while it is in use."""
     disk.offer()
     disk.give("/dev/nullb0")
     disk.server.wait_for("grep -q '[1-9]' /sys/block/nullb0/inflight")
@@ -42,7 +42,7 @@ def cycle(disk):
 
 
 def reload(host, guest):
-    """The end of both drivers, and their next life."""
+    """Unloads both drivers and loads them again."""
     guest.unload_frontend()
     host.server.unload_backend()
     host.server.load_backend()
@@ -50,7 +50,7 @@ def reload(host, guest):
 
 
 def counts(host, machines):
-    """What Xen and the kernels count now."""
+    """Returns the counts of Xen and of the kernels."""
     host.server.take_back_memory()
     return {"Xen": xen_counts(host)} | {
         name: kernel_counts(machine) for name, machine in machines.items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The backend that comes back can do less, or other things, than the one before it.
+"""A disk reconnects to a backend with fewer or other features.
 
 The first one is played by the shell and has no ring: requests stay in flight. The second one is
 rblk_hostile_back, which has one ring of 32 slots, no indirect requests, and a write cache. xen-blkfront

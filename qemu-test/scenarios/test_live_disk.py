@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A disk changes its size while it is read and written, and its memory goes with its use."""
+"""A disk is resized under I/O, and its memory follows its use."""
 
 import pytest
 
@@ -97,9 +97,9 @@ FILL = "dd if=/dev/vdb of=/dev/null bs=1M count=320 2> /dev/null"
 
 @pytest.mark.feature("BE-36")
 def test_short_memory(xen):
-    """What the backend has taken for many requests at once, dom0 gets back when it needs it.
+    """Dom0 gets back the memory that the backend has allocated for many requests at once.
 
-    Requests that are under way then are done as always. The C module has taken all
+    Requests in flight are completed as usual. The C module has taken all
     that it wants before, and keeps it.
     """
     host = xen(waiting=TWO_VCPUS)

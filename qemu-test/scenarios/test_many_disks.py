@@ -82,7 +82,7 @@ def show_memory(rows, disks, rings):
 
 @pytest.mark.feature("BE-09", "BE-21", "BE-41", "BE-53", "B-13", "B-15")
 def test_many_disks(xen, record_property):
-    """One guest, disks of four queues: all is what was written, nobody wakes for nothing.
+    """One guest with disks of four queues: data is right, and idle threads do not wake up.
 
     RBLKIF_DISKS says how many. The C module takes its memory when it connects, for
     the largest requests in each slot.

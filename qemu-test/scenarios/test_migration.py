@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A guest is migrated to the same host, or saved and goes on, while it reads, writes and flushes.
+"""A guest is migrated to the same host, or checkpointed, while it reads, writes and flushes.
 
 Each program checks what it reads; none may see an error.
 """

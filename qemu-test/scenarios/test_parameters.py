@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Module parameters, and the node `trusted`, decide how data goes; it arrives in all ways.
+"""Module parameters and the node `trusted` select the data path; data is right on all of them.
 
 Names, permissions and defaults are those of xen-blkfront; the time-outs are our own.
 """
@@ -123,7 +123,7 @@ NEIGHBOURS = (
 
 
 def show_the_data_alone(host, guest, parameters):
-    """A backend that is not trusted sees nothing else of the pages that data stands in."""
+    """A backend that is not trusted sees nothing else of the pages that contain data."""
     guest.allow("error, dev xvdb")
     for trusted in "YN":
         guest.sh(f"echo {trusted} > {parameters}/trusted")
@@ -135,7 +135,7 @@ def show_the_data_alone(host, guest, parameters):
 
 
 def take_what_was_offered(host, guest, record_property):
-    """A frontend that has seen an offer may take it, though the parameter is lower by then.
+    """A frontend may use a feature that was offered, even if the parameter was lowered afterwards.
 
     The C backend refuses it.
     """

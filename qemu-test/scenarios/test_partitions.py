@@ -11,7 +11,7 @@ FILL = "mkfs.ext4 -q {0} && mount {0} /mnt && echo kept > /mnt/file && umount /m
 
 @pytest.mark.feature("FE-62", "F-23")
 def test_partition_table(host, record_property):
-    """Partitions are found, unless the toolstack says that nobody is to look for them."""
+    """Partitions are found, unless the toolstack disables the scan."""
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
     guest.sh("printf '2048,32768,L\\n,,L\\n' | sfdisk -q /dev/xvda")

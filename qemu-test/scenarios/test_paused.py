@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What xl does to a guest and to a driver domain, while the guest reads and writes."""
+"""xl pauses and reboots a guest and a driver domain while the guest reads and writes."""
 
 import pytest
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Our block layer without Xen: the RAM disk rblk_ramdisk.ko in a machine without Xen.
 
-Its module parameters choose what becomes of requests; see
+Its module parameters choose how requests are completed; see
 rust/samples/ramdisk/ramdisk.rs.
 """
 
@@ -27,7 +27,7 @@ def vm(native_vm, test_modules):
 
 
 def test_ramdisk_data(vm):
-    """What was written is read, however requests are carried out and by how many queues."""
+    """Data is right in each mode of completion and with any number of queues."""
     for mode in (0, 1, 2, 5, 6):
         vm.insmod("rblk_ramdisk", f"queues=2 every=3 mode={mode}")
         assert vm.sh(f"blockdev --getsize64 {DISK}") == str(16 << 20)
@@ -37,7 +37,7 @@ def test_ramdisk_data(vm):
 
 
 def test_ramdisk_flush(vm):
-    """fsync reaches the driver as a flush, exactly if the disk has a write cache."""
+    """fsync reaches the driver as a flush if and only if the disk has a write cache."""
     flushes = "awk '{print $16}' /sys/block/rblk0/stat"
     for cache, expected in ((1, 5), (0, 0)):
         vm.insmod("rblk_ramdisk", f"write_cache={cache}")
@@ -49,7 +49,7 @@ def test_ramdisk_flush(vm):
 
 
 def test_ramdisk_timeout(vm):
-    """A request that nobody ends is ended by its time-out, with an error."""
+    """A request that is not completed times out with an error."""
     vm.machine.allow("error, dev rblk0")
     vm.machine.allow("Buffer I/O error on dev")
     vm.insmod("rblk_ramdisk", "timeout_ms=1000")
@@ -72,7 +72,7 @@ def test_ramdisk_resize(vm):
 
 
 def test_ramdisk_removal(vm):
-    """The disk is pulled out with requests in flight: they end, with an error."""
+    """The disk is removed with requests in flight, which fail."""
     vm.machine.allow("error, dev rblk0")
     vm.machine.allow("Buffer I/O error on dev")
     vm.insmod("rblk_ramdisk")
@@ -88,7 +88,7 @@ def test_ramdisk_removal(vm):
 
 
 def test_ramdisk_busy(vm):
-    """The module stays while there is a disk, and while one that was pulled out is open."""
+    """The module cannot be unloaded while it has a disk, or while a removed disk is open."""
     vm.insmod("rblk_ramdisk")
     assert vm.run("rmmod rblk_ramdisk")[0] != 0
     vm.sh(f"sleep 1000 < {DISK} > /dev/null 2>&1 & echo $! > /tmp/opener")
@@ -99,7 +99,7 @@ def test_ramdisk_busy(vm):
 
 
 def test_ramdisk_lost_memory(vm):
-    """What a driver loses is found: the look for it after all scenarios of this kernel sees it."""
+    """Leaked memory is found by the check at the end of each scenario on this kernel."""
     vm.insmod("rblk_ramdisk")
     assert_no_lost_memory(vm)
     unload(vm)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A disk given read-only can be read, and nothing the guest does changes it."""
+"""A read-only disk can be read, and the guest cannot change it."""
 
 import pytest
 

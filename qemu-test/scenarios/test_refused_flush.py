@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The device below the backend refuses to flush, though it had said that it can.
+"""The device under the backend fails flushes, although it has a write cache.
 
-Nobody knows then what became of the data: each fsync in the guest is an error,
-the backend takes its offer back, and other I/O goes on. xen-blkfront reports them
-done. Our backend alone serves this: xen-blkback sleeps where it must not when a
+It is unknown then whether data is durable: each fsync in the guest fails, the backend withdraws
+the feature, and other I/O continues. xen-blkfront completes them as done. Our backend alone serves this: xen-blkback sleeps where it must not when a
 flush is refused.
 """
 

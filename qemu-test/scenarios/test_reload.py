@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A driver is replaced on a running system, and the disk is what it was."""
+"""A driver is replaced on a running system without a change of the disk."""
 
 import shutil
 
@@ -77,7 +77,7 @@ def test_reload_frontend(host, others):
 
 
 def test_reload_backend(host, others):
-    """The guest goes on writing meanwhile: it sees a pause, and no error.
+    """The guest continues to write: it sees a pause and no error.
 
     Other drivers for the same devices are refused meanwhile.
     """
@@ -114,7 +114,7 @@ UNLOADS = 10
 
 @pytest.mark.feature("B-01")
 def test_unload_over_loop(xen):
-    """The backend is unloaded again and again in the middle of I/O that ends in a thread of its disk.
+    """The backend is unloaded repeatedly during I/O that is completed in a thread of the disk.
 
     Such a thread can be preempted anywhere, in the end of an I/O too, where it runs
     code of the module.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""While the backend is replaced, somebody takes the disk for himself, and gives it back.
+"""While the backend is replaced, another program claims the disk for a while.
 
 Volume managers, multipath, swap and mounts of the backend's domain look for disks whenever one is
 free: the moment in which no backend has it is theirs.

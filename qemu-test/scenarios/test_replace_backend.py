@@ -86,7 +86,7 @@ def replace(server, module, status, parameters=""):
 
 @pytest.mark.feature("BE-52", "B-22")
 def test_replace_backend(make_host):
-    """A guest sees a pause, and no error. What else wants the device does not get it meanwhile.
+    """A guest sees a pause and no error. Other programs cannot claim the device meanwhile.
 
     A module that the kernel does not take leaves everything as it is, and one that turns out to be
     bad only then is exchanged for the one before.

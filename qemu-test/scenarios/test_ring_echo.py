@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Xen lifetimes without a disk: both halves of a pair come and go at random.
+"""Lifetimes of Xen's resources without a disk: both drivers of a pair are unbound at random.
 
 The echo pair sends pages back and forth. Each half is unbound and bound again a
 hundred times, at the same time and in whatever state the other one is just
@@ -48,7 +48,7 @@ def comes_and_goes(chance, driver, device):
 
 
 def wait_until_it_echoes(guest):
-    """The pair works: there are more right answers every time one looks, and no wrong one."""
+    """Waits until the pair works: the number of right replies grows, and none is wrong."""
     for _ in range(2):
         now = "$(cat /sys/bus/xen/devices/recho-0/echoed)"
         guest.sh(f"echo {now} > /tmp/echoed")
@@ -57,7 +57,7 @@ def wait_until_it_echoes(guest):
 
 
 def count_by_xen(host, domid):
-    """What the domains have of Xen: grants, mappings, event channels, pages."""
+    """Returns the numbers of grants, mappings, event channels and pages of the domains."""
     grants = host.xen_messages("g")
     channels = host.xen_messages("e")
     pages = host.xen_messages("q")
@@ -69,13 +69,13 @@ def count_by_xen(host, domid):
 
 
 def free_kilobytes(machine):
-    """Memory that a kernel could use, without what it only caches."""
+    """Returns the available memory without caches."""
     machine.sh("sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1")
     return int(machine.sh("sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo"))
 
 
 def assert_nothing_left(host, guest, before, free):
-    """Xen counts as much as before; what is in quarantine is let go of within seconds."""
+    """Checks that Xen's counts are as before; deferred grants are freed within seconds."""
     deadline = time.monotonic() + 30
     while (now := count_by_xen(host, guest.domid)) != before:
         assert time.monotonic() < deadline, f"before {before}, now {now}"
@@ -98,7 +98,7 @@ def unload(host, guest, domid):
 
 
 def detach(host, guest, domid):
-    """What a toolstack does to take a device away; both halves let go of it."""
+    """Removes the device as a toolstack does, and waits for both drivers."""
     front, back = directories(host, domid)
     host.sh(f"xenstore-write {back}/online 0 {back}/state 5")
     host.wait_for(f"[ $(xenstore-read {back}/state) = 6 ]")

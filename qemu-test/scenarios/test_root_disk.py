@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A guest lives on its disk: the root file system is on /dev/xvda."""
+"""The root file system of a guest is on /dev/xvda."""
 
 import hashlib
 import subprocess

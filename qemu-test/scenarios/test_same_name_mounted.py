@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A disk goes away while it is mounted, and another one comes by the same name.
+"""A mounted disk is removed, and another one with the same name is attached.
 
-The number of a Xen disk says its device number in Linux: the new one has that of the old one,
-whose dead file system is still there, and which Linux knows by that number.
+The virtual device number determines the device number in Linux, so the new disk has the number of
+the old one, whose dead file system is still mounted.
 """
 
 import pytest
@@ -30,10 +30,10 @@ def number(guest):
 
 @pytest.mark.feature("F-41")
 def test_same_name_mounted(xen):
-    """Who mounts the new disk gets that one, or is told that he cannot have it yet.
+    """Mounting the new disk mounts that one, or fails.
 
-    He must not get the old one's files under the new one's name. When the old one is unmounted,
-    which does not hang, there is nothing in the way. The number is used again then.
+    It must not show the files of the old one. The old one can be unmounted, and then the number is
+    used again.
 
     With the C frontend the new disk shows the files of the old one.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A guest is saved and restored while it reads, writes, flushes and discards.
 
-The disk keeps reads, writes and flushes from before the guest is told to stop until it
-has stopped, and fails them then: only who asks again gets what was asked for. Each
+The disk holds reads, writes and flushes from before the guest is told to stop until it has
+stopped, and then fails them: only a frontend that sends them again gets them done. Each
 program checks what it reads; none may see an error. A discard cannot be in flight: Linux
 waits for the task that has asked for it before it stops.
 """
@@ -66,7 +66,7 @@ def stop(host, guest, jobs):
 
 
 def crash(host, guest, record_property):
-    """What xen-blkfront makes of a write with a flush after it that is in flight.
+    """Checks what xen-blkfront does with a write in flight that a flush follows.
 
     Now and then all that was written has arrived, and only the flush is in flight. Then the guest
     lives, and is saved again. The job has the part of the disk of "synced", which does not run.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A second disk comes and goes while the guest runs, idle and in use."""
+"""A second disk is attached and detached while the guest runs, idle and in use."""
 
 import pytest
 
@@ -16,7 +16,7 @@ WRITER = (
 
 @pytest.mark.feature("FE-43", "FE-60", "FE-62", "FE-64", "FE-65")
 def test_second_disk(host):
-    """The disk has no cache to flush, so that no flush gets to the backend."""
+    """The disk has no write cache, so no flush reaches the backend."""
     guest = host.start_guest(disks=[])
     for cycle in range(10):
         in_use = cycle % 2 == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a domain's disks share, and whom their I/O counts for."""
+"""The page quota of a domain's disks, and the accounting of their I/O."""
 
 import time
 
@@ -52,9 +52,8 @@ def mapped(host, guest):
 def test_budget(xen, test_modules, record_property):
     """A busy disk may have the pages that other disks of its domain do not use now.
 
-    They get them back when they need them, and all together never have more. What
-    is not used for as long as the parameter says is let go. What is beyond the budget
-    waits. In the C module each queue has a limit of its own, and it maps pages to be
+    They get them back when they need them, and together never have more. Pages that are not used for
+    as long as the parameter says are unmapped. Requests beyond the quota wait. In the C module each queue has a limit of its own, and it maps pages to be
     written whose data it only reads.
     """
     front = "max_indirect_segments=128"
@@ -92,7 +91,7 @@ def test_budget(xen, test_modules, record_property):
 
 
 def wait_for_pages(host, guest, front):
-    """A disk that does not answer keeps all pages of the budget: a request waits, and goes on."""
+    """A disk that does not complete I/O holds all pages of the quota: a request waits until then."""
     server = host.server
     guest.unload_frontend()
     guest.load_frontend(f"feature_persistent=0 {front}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A backend answers nothing: what waits for it ends when the disk goes, and not never.
+"""A backend that does not respond: requests end when the disk is removed.
 
 Dom0's shell plays the backend, which has no ring.
 """
@@ -44,8 +44,8 @@ def wait_for_front(host, guest, state):
 
 
 def come_back_while_limits_change(host, guest, back):
-    """Somebody changes limits, and waits for the request in flight; the backend comes back with
-    limits of its own: the disk goes on without them.
+    """A program changes queue limits and waits for the request in flight; the backend reconnects with other
+    limits: the disk continues without them.
     """
     guest.sh(
         "(echo 8 > /sys/block/xvdb/queue/max_sectors_kb; touch /tmp/changed) > /dev/null 2>&1 & "
@@ -65,7 +65,7 @@ def come_back_while_limits_change(host, guest, back):
 def test_silent_backend(xen, record_property):
     """Detached with a request in flight; and back with blocks that the disk's users cannot follow.
 
-    xen-blkfront waits for ever in the first case, and does not go on in the second.
+    xen-blkfront waits forever in the first case, and does not continue in the second.
     """
     host = xen()
     guest = host.start_guest(disks=[])

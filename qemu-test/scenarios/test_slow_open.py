@@ -22,7 +22,7 @@ DEADLINE_S = 30
 
 @pytest.mark.feature("B-31")
 def test_slow_open(xen):
-    """The second disk is there at once: who waits for a disk is not the thread that hears of all.
+    """The second disk is connected at once: the xenwatch thread does not wait for the first.
 
     The C backend waits in that thread too, when it connects.
     """

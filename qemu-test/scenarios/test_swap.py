@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The disk is swap space of a guest that has run out of memory.
 
-Memory is freed by writing to the disk, so neither driver may need memory to
-write: one that waits for some waits for itself. The C pair passes as well; a
+Memory is freed by writing to the disk, so neither driver may wait for memory to write. The C pair passes as well; a
 driver that allocates for each request without GFP_NOIO hangs here.
 """
 

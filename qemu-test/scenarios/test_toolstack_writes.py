@@ -43,7 +43,7 @@ def stop_resizing(server):
 
 @pytest.mark.feature("B-30")
 def test_resize_detach(xen, test_modules):
-    """The disk changes its size all the time, and is detached meanwhile.
+    """A disk is detached while it is being resized.
 
     The C backend writes its state again to tell of the size, whatever it finds: with the C frontend,
     the guest's xenwatch thread dies of it in one of the turns.
@@ -94,7 +94,7 @@ def test_detach_while_connecting(host):
 
 @pytest.mark.feature("BE-57")
 def test_no_online_node(host):
-    """A toolstack that writes no node `online` gets its disk, and gets rid of it."""
+    """A toolstack that writes no node `online` can attach and detach a disk."""
     guest = host.start_guest(disks=[])
     disk = ManualDisk(host, guest)
     disk.offer()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Requests that are not answered, and backends that come back again and again.
+"""Requests without a response, and backends that reconnect repeatedly.
 
 The backend is the module rblk_hostile_back, which serves xvdb, or dom0's shell,
 which has no ring.
@@ -55,7 +55,7 @@ def messages(guest, text):
 
 @pytest.mark.feature("F-30")
 def test_lost_event(xen, test_modules):
-    """An event that is lost, in either direction, costs a delay and a message.
+    """A lost event, in either direction, causes a delay and a message.
 
     xen-blkfront waits for the next event, which never comes if there is one request at a time.
     """
@@ -75,7 +75,7 @@ def test_lost_event(xen, test_modules):
 
 @pytest.mark.feature("F-31")
 def test_no_answer(xen, test_modules):
-    """A request without an answer is made again on another connection, and fails if that is in vain.
+    """A request without a response is sent again on another connection, and fails after that.
 
     xen-blkfront waits without end.
     """
@@ -100,7 +100,7 @@ def test_no_answer(xen, test_modules):
 
 @pytest.mark.feature("F-31")
 def test_no_answer_and_no_end(xen):
-    """A backend that neither answers nor closes: the request fails after `reconnect_timeout`.
+    """A backend neither responds nor closes: the request fails after `reconnect_timeout`.
 
     xen-blkfront waits without end.
     """
@@ -133,7 +133,7 @@ def test_no_answer_and_no_end(xen):
 
 @pytest.mark.feature("F-34")
 def test_returning_backend(xen, test_modules):
-    """A backend that comes back and keeps what it had mapped gets nothing more from the guest.
+    """A backend that reconnects and keeps old mappings sees no new data of the guest.
 
     xen-blkfront closes the device when the backend closes.
     """
@@ -167,7 +167,7 @@ def test_returning_backend(xen, test_modules):
 
 @pytest.mark.feature("F-35")
 def test_talkative_backend(xen):
-    """What a backend changes again and again is not reported each time.
+    """Repeated changes by the backend are logged at a limited rate.
 
     xen-blkfront reports each new capacity.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What was written is what is read, over the whole disk, in requests of all sizes."""
+"""Data that was written is read back, over the whole disk, in requests of all sizes."""
 
 import pytest
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The backend's domain has written to a disk before the guest connects to it, and not synced.
+"""The backend's domain has dirty data of a disk in its page cache when the guest connects.
 
 A toolstack that fills a volume, an emulated disk before the PV one, or somebody with dd: what
 they have written is in the page cache of the backend's domain. The backend goes past that cache.
@@ -38,7 +38,7 @@ def word_of(guest, skip=0):
 
 @pytest.mark.feature("BE-58")
 def test_written_before(host):
-    """The guest reads what was written last, and nobody overwrites what it has written itself.
+    """The guest reads the last data, and its own writes are not overwritten.
 
     The C backend syncs and forgets the cache when the frontend connects; a backend that has done
     so only when it opened the disk gives the guest old data, and lets the kernel write the new
@@ -67,7 +67,7 @@ def test_written_before(host):
 
 @pytest.mark.feature("BE-58")
 def test_written_between(host):
-    """The same for each later connection: the frontend comes back, or the backend is replaced.
+    """The same holds for each later connection: the frontend reconnects, or the backend is replaced.
 
     A disk that is only read is no exception.
     """

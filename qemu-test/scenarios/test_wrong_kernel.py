@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A module is refused, with both versions named, by a kernel that it was not built for.
+"""A kernel that a module was not built for refuses it with a message that names both versions.
 
 There is no reference: the C modules come with their kernel, so that the question
 does not arise for them.
