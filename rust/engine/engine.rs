@@ -53,6 +53,7 @@ mod linux;
 pub mod memory;
 pub mod nbd;
 mod options;
+pub mod qsd;
 pub mod raw;
 mod request;
 mod uri;
@@ -162,11 +163,7 @@ pub fn open(uri: &Uri, options: &Options) -> Result<Box<dyn Engine>> {
             path,
         } => Ok(Box::new(raw::RawEngine::open(path, options)?)),
         Uri::Nbd(export) => Ok(Box::new(nbd::NbdEngine::open(export, options)?)),
-        Uri::Image { .. } => Err(Error::new(
-            Errno::OPNOTSUPP,
-            format!("there is no engine for {uri}"),
-            "use a raw: URI",
-        )),
+        Uri::Image { format, path } => Ok(Box::new(qsd::QsdEngine::open(*format, path, options)?)),
     }
 }
 

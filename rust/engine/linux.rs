@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Open file description locks of byte ranges, for which no crate has a safe function.
+//! What no crate has a safe function for: open file description locks of byte ranges, and
+//! processes that are told when the thread that started them ends.
 //!
-//! All unsafe code for fcntl(2).
+//! All unsafe code for fcntl(2) and prctl(2).
 
 use rustix::io::Errno;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// The kind of a lock.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -54,4 +57,18 @@ fn fcntl<Fd: AsFd>(file: Fd, command: i32, lock: &mut libc::flock) -> Result<(),
         return Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO));
     }
     Ok(())
+}
+
+/// Makes the kernel send `SIGTERM` to the process that `command` starts when the calling thread
+/// ends.
+pub(crate) fn terminate_with_thread(command: &mut Command) {
+    let set = || {
+        // SAFETY: The options have integers only, and this call changes no memory.
+        match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: Between fork and exec `set` only makes a system call.
+    unsafe { command.pre_exec(set) };
 }

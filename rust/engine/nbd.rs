@@ -50,6 +50,9 @@ pub struct NbdEngine {
 /// What the queues of an export share.
 struct Shared {
     export: NbdExport,
+    /// Starts the server if it does not run.
+    ensure: Box<dyn Fn(bool) -> Result<()> + Send + Sync>,
+    writes: Writes,
     reconnect_timeout: Duration,
     /// What the server supports.
     flags: u16,
@@ -61,14 +64,56 @@ struct Shared {
     idle: Mutex<Option<Stream>>,
 }
 
+/// Numbers of writes, discards and write zeroes.
+#[derive(Default)]
+struct Writes {
+    completed: AtomicU64,
+    /// How many of those were flushed.
+    flushed: AtomicU64,
+}
+
+impl Writes {
+    fn completed(&self) -> u64 {
+        self.completed.load(Ordering::Acquire)
+    }
+
+    fn add(&self) {
+        self.completed.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Takes the completion of a flush into account, at whose submission there were `completed`
+    /// writes.
+    fn flush(&self, completed: u64) {
+        self.flushed.fetch_max(completed, Ordering::AcqRel);
+    }
+
+    /// Returns `true` if there are completed writes that were not flushed.
+    fn is_dirty(&self) -> bool {
+        self.flushed.load(Ordering::Acquire) < self.completed()
+    }
+}
+
 impl NbdEngine {
     /// Connects to `export`.
     pub fn open(export: &NbdExport, options: &Options) -> Result<Self> {
+        Self::open_served(export, options, |_| Ok(()))
+    }
+
+    /// Connects to `export`, whose server `ensure` starts if it does not run.
+    ///
+    /// The argument of `ensure` tells if there are completed writes that were not flushed.
+    pub(crate) fn open_served(
+        export: &NbdExport,
+        options: &Options,
+        ensure: impl Fn(bool) -> Result<()> + Send + Sync + 'static,
+    ) -> Result<Self> {
         let (stream, found) = connect(export)?;
         let info = info(export, &found, options)?;
         Ok(Self {
             shared: Arc::new(Shared {
                 export: export.clone(),
+                ensure: Box::new(ensure),
+                writes: Writes::default(),
                 reconnect_timeout: options.reconnect_timeout,
                 flags: found.flags,
                 info,
@@ -157,10 +202,11 @@ impl Shared {
     ///
     /// The export must be at least as large as before and support the same.
     fn reconnect(&self) -> Result<Stream> {
+        (self.ensure)(self.writes.is_dirty())?;
         let (stream, found) = connect(&self.export)?;
         if found.size < self.info().size || found.flags != self.flags {
             return Err(Error::new(
-                Errno::STALE,
+                Errno::NOTRECOVERABLE,
                 format!("{} has changed while it was not connected", self.export),
                 "export the same image again",
             ));
@@ -217,9 +263,9 @@ impl Engine for NbdEngine {
             return Ok(());
         }
         let idle = self.shared.idle().take();
-        match idle.map(flush_blocking) {
+        match idle.map(|stream| flush_blocking(&self.shared, stream)) {
             Some(Ok(())) => Ok(()),
-            Some(Err(_)) | None => flush_blocking(self.shared.reconnect()?),
+            Some(Err(_)) | None => flush_blocking(&self.shared, self.shared.reconnect()?),
         }
     }
 }

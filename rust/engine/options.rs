@@ -2,6 +2,8 @@
 
 //! How an image is opened.
 
+use std::env;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// How an image is opened.
@@ -19,6 +21,12 @@ pub struct Options {
     pub lock_timeout: Duration,
     /// How long a network engine tries to connect again before requests fail.
     pub reconnect_timeout: Duration,
+    /// The image was not closed: it is checked and repaired before it is opened.
+    pub unclean: bool,
+    /// The file with the passphrase of a LUKS container.
+    pub key_file: Option<PathBuf>,
+    /// Where an engine creates a directory for sockets.
+    pub runtime_dir: PathBuf,
 }
 
 impl Default for Options {
@@ -31,6 +39,9 @@ impl Default for Options {
             exclusive: true,
             lock_timeout: Duration::ZERO,
             reconnect_timeout: Duration::from_secs(30),
+            unclean: false,
+            key_file: None,
+            runtime_dir: env::temp_dir(),
         }
     }
 }

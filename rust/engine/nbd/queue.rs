@@ -93,14 +93,15 @@ struct Requests {
     unsent: VecDeque<u64>,
     next_cookie: u64,
     completed: Vec<Completion>,
-    /// The flags of the export.
-    flags: u16,
+    shared: Arc<Shared>,
 }
 
 /// A request that is not complete.
 struct Entry {
     request: Request,
     submitted: Instant,
+    /// The number of writes that were completed before.
+    writes: u64,
     command: Command,
     is_sent: bool,
     /// The number of bytes that a read has received.
@@ -144,16 +145,27 @@ fn command(request: &Request, cookie: u64, export_flags: u16) -> Command {
 }
 
 impl Requests {
+    fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            unsent: VecDeque::new(),
+            next_cookie: 0,
+            completed: Vec::new(),
+            shared,
+        }
+    }
+
     fn add(&mut self, request: Request) {
         let cookie = self.next_cookie;
         self.next_cookie = self.next_cookie.wrapping_add(1);
-        let command = command(&request, cookie, self.flags);
+        let command = command(&request, cookie, self.shared.flags);
         self.unsent.push_back(cookie);
         self.entries.insert(
             cookie,
             Entry {
                 request,
                 submitted: Instant::now(),
+                writes: self.shared.writes.completed(),
                 command,
                 is_sent: false,
                 received: 0,
@@ -164,6 +176,12 @@ impl Requests {
 
     fn complete(&mut self, cookie: u64, result: Result<()>) {
         if let Some(entry) = self.entries.remove(&cookie) {
+            match entry.request.operation {
+                Operation::Read => {}
+                Operation::Flush if result.is_ok() => self.shared.writes.flush(entry.writes),
+                Operation::Flush => {}
+                _ => self.shared.writes.add(),
+            }
             self.completed.push(entry.request.complete(result));
         }
     }
@@ -283,7 +301,7 @@ impl Handler for Requests {
             Operation::Write { fua: true }
                 if command.kind == CMD_WRITE && command.flags & CMD_FLAG_FUA == 0 =>
             {
-                if self.flags & FLAG_SEND_FLUSH == 0 {
+                if self.shared.flags & FLAG_SEND_FLUSH == 0 {
                     self.complete(cookie, Ok(()));
                     return Ok(());
                 }
@@ -451,20 +469,13 @@ impl NbdQueue {
             Some(stream) => stream,
             None => shared.reconnect()?,
         };
-        let flags = shared.flags;
         let mut queue = Self {
-            shared,
             depth: depth.clamp(1, 4096) as usize,
             epoll,
             event,
             link: Link::Down,
-            requests: Requests {
-                entries: BTreeMap::new(),
-                unsent: VecDeque::new(),
-                next_cookie: 0,
-                completed: Vec::new(),
-                flags,
-            },
+            requests: Requests::new(shared.clone()),
+            shared,
         };
         queue.use_stream(stream)?;
         Ok(queue)
@@ -582,6 +593,7 @@ fn connect_until(shared: &Shared, stop: &AtomicBool) -> Result<Stream> {
     loop {
         let error = match shared.reconnect() {
             Ok(stream) => return Ok(stream),
+            Err(error) if error.errno() == Errno::NOTRECOVERABLE => return Err(error),
             Err(error) => error,
         };
         let left = deadline.saturating_duration_since(Instant::now());
@@ -619,8 +631,8 @@ fn thread_error() -> Error {
 }
 
 /// Flushes an export over a connection that no queue uses, and ends the connection.
-pub(super) fn flush_blocking(mut stream: Stream) -> Result<()> {
-    let result = flush_and_disconnect(&mut stream);
+pub(super) fn flush_blocking(shared: &Arc<Shared>, mut stream: Stream) -> Result<()> {
+    let result = flush_and_disconnect(shared, &mut stream);
     result.map_err(|error| {
         Error::from_io(
             &error,
@@ -630,15 +642,11 @@ pub(super) fn flush_blocking(mut stream: Stream) -> Result<()> {
     })
 }
 
-fn flush_and_disconnect(stream: &mut Stream) -> io::Result<()> {
+fn flush_and_disconnect(shared: &Arc<Shared>, stream: &mut Stream) -> io::Result<()> {
     stream.set_timeout(Some(DROP_TIMEOUT))?;
-    let mut requests = Requests {
-        entries: BTreeMap::new(),
-        unsent: VecDeque::new(),
-        next_cookie: u64::MAX,
-        completed: Vec::new(),
-        flags: FLAG_SEND_FLUSH,
-    };
+    let mut requests = Requests::new(shared.clone());
+    // The queue that had the connection before may have used small numbers.
+    requests.next_cookie = u64::MAX;
     requests.add(Request::flush(0));
     let mut reader = ReplyReader::new();
     Sender::new().send(stream, &mut requests, 1)?;

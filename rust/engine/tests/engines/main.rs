@@ -7,5 +7,6 @@ mod suite;
 mod disk;
 mod memory;
 mod nbd;
+mod qsd;
 mod raw;
 mod server;

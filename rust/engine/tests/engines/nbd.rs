@@ -112,6 +112,47 @@ fn errors_of_the_server_are_passed_on() {
 }
 
 #[test]
+fn a_server_that_shuts_down_is_as_one_that_is_not_connected() {
+    let args = [
+        "--filter=error",
+        "memory",
+        "4M",
+        "error=ESHUTDOWN",
+        "error-pwrite-rate=1",
+    ];
+    let Some(export) = Export::nbdkit(&args) else {
+        return;
+    };
+    let mut disk = export.disk();
+    let memory = buffers(&*disk.engine, 4096, Cut::Whole, None);
+    assert_eq!(
+        disk.errno(Request::write(1, 0, memory)),
+        Some(Errno::NOTCONN)
+    );
+    disk.close();
+}
+
+#[test]
+fn slow_servers_are_waited_for() {
+    let args = ["--filter=delay", "memory", "4M", "wdelay=200ms"];
+    let Some(export) = Export::nbdkit(&args) else {
+        return;
+    };
+    let mut disk = export.disk();
+    for tag in 0..8 {
+        let memory = buffers(&*disk.engine, 4096, Cut::Whole, None);
+        disk.queue.submit(Request::write(tag, tag * 4096, memory));
+    }
+    let start = Instant::now();
+    let completions = disk.drain();
+    assert!(completions
+        .iter()
+        .all(|completion| completion.result.is_ok()));
+    assert!(start.elapsed() >= Duration::from_millis(200));
+    disk.close();
+}
+
+#[test]
 fn exports_for_reading_only() {
     let Some(export) = Export::nbdkit(&["--readonly", "memory", "4M"]) else {
         return;

@@ -25,6 +25,11 @@ pub trait Target {
         true
     }
 
+    /// Returns the number of runs of the property test.
+    fn cases(&self) -> u32 {
+        12
+    }
+
     fn disk(&self) -> Disk {
         Disk::new(self.open(&Options::default()).unwrap())
     }
@@ -562,7 +567,7 @@ impl Checker<'_> {
 
 pub fn same_as_a_model(target: &dyn Target) {
     let config = Config {
-        cases: 12,
+        cases: target.cases(),
         failure_persistence: None,
         max_shrink_iters: 200,
         ..Config::default()

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Image files with a format, through one `qemu-storage-daemon` per image.
+//!
+//! QEMU's code serves qcow2 with backing files, fixed and dynamic VHD, VHDX, VMDK and LUKS.
+//!
+//! The daemon belongs to this process. When this process ends, in any way, the daemon writes its
+//! caches, so that no completed write is lost, releases the image and ends.
+//!
+//! When the daemon is killed, its caches are lost. If all completed writes had been flushed before,
+//! it is started again, after a check and repair of the image, and the requests in flight are sent
+//! again. Otherwise all further requests fail with `ENOTRECOVERABLE`.
+//!
+//! The daemon exports the image over NBD, under the empty name, on a socket in a private
+//! directory. QEMU's device model can use the same export, see [`QsdEngine::socket`].
+
+mod image;
+mod process;
+
+use crate::error::Result;
+use crate::info::{Guarantees, Info};
+use crate::nbd::NbdEngine;
+use crate::options::Options;
+use crate::uri::{Format, NbdAddress, NbdExport};
+use crate::{Engine, Queue};
+use io_buffer::Buffer;
+use process::Daemon;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// An image that a `qemu-storage-daemon` serves.
+pub struct QsdEngine {
+    nbd: Box<NbdEngine>,
+    daemon: Arc<Daemon>,
+    guarantees: Guarantees,
+}
+
+impl QsdEngine {
+    /// Opens the image file at `path`.
+    pub fn open(format: Format, path: &Path, options: &Options) -> Result<Self> {
+        let daemon = Arc::new(Daemon::start(format, path, options)?);
+        let export = NbdExport {
+            address: NbdAddress::Unix(daemon.socket()),
+            name: String::new(),
+        };
+        let restart = daemon.clone();
+        let nbd =
+            NbdEngine::open_served(&export, options, move |is_dirty| restart.ensure(is_dirty))?;
+        Ok(Self {
+            nbd: Box::new(nbd),
+            guarantees: Guarantees {
+                durable: true,
+                direct: daemon.is_direct(),
+                exclusive: options.exclusive,
+            },
+            daemon,
+        })
+    }
+
+    /// Returns the path of the daemon's NBD socket, where the image has the empty export name.
+    ///
+    /// It exists until the engine is closed.
+    pub fn socket(&self) -> PathBuf {
+        self.daemon.socket()
+    }
+}
+
+impl Engine for QsdEngine {
+    fn info(&self) -> Info {
+        Info {
+            guarantees: self.guarantees,
+            ..self.nbd.info()
+        }
+    }
+
+    fn refresh(&self) -> Result<Info> {
+        self.nbd.refresh()?;
+        Ok(self.info())
+    }
+
+    fn queue(&self, depth: u32) -> Result<Box<dyn Queue>> {
+        self.nbd.queue(depth)
+    }
+
+    fn allocate(&self, len: usize) -> Result<Buffer> {
+        self.nbd.allocate(len)
+    }
+
+    fn close(self: Box<Self>) -> Result<()> {
+        let QsdEngine { nbd, daemon, .. } = *self;
+        nbd.close()?;
+        daemon.stop()
+    }
+}

@@ -1,0 +1,391 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The engine for image files with a format.
+
+use crate::disk::{buffers, pattern, read_only, Cut, Disk};
+use crate::server::is_installed;
+use crate::suite::{Target, SIZE};
+use engine::{Engine, Errno, Options, Request};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use tempfile::TempDir;
+
+/// An image file in a directory of its own.
+struct Image {
+    dir: TempDir,
+    format: &'static str,
+}
+
+impl Image {
+    /// Creates an image with these options of `qemu-img create`, if that is installed.
+    fn new(format: &'static str, options: &[&str]) -> Option<Self> {
+        if !is_installed("qemu-storage-daemon") {
+            return None;
+        }
+        let dir = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let image = Self { dir, format };
+        fs::write(image.key(), "passphrase").unwrap();
+        let secret = format!("secret,id=key,file={}", image.key().display());
+        let qemu_format = if format == "vhd" { "vpc" } else { format };
+        let mut args = vec!["create", "-q", "--object", &secret, "-f", qemu_format];
+        args.extend(options);
+        let path = image.path();
+        let size = SIZE.to_string();
+        args.extend([path.to_str().unwrap(), &size]);
+        qemu_img(&args);
+        Some(image)
+    }
+
+    /// A qcow2 image over another, both empty.
+    fn with_backing_file() -> Option<Self> {
+        let image = Self::new("qcow2", &[])?;
+        let base = image.dir.path().join("base");
+        fs::rename(image.path(), &base).unwrap();
+        let base = base.to_str().unwrap();
+        let path = image.path();
+        let path = path.to_str().unwrap();
+        qemu_img(&[
+            "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", path,
+        ]);
+        Some(image)
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("image")
+    }
+
+    fn key(&self) -> PathBuf {
+        self.dir.path().join("key")
+    }
+
+    fn is_clean(&self) -> bool {
+        let path = self.path();
+        let args = ["check", "-q", "-f", self.format, path.to_str().unwrap()];
+        Command::new("qemu-img")
+            .args(args)
+            .status()
+            .unwrap()
+            .success()
+    }
+}
+
+fn qemu_img(args: &[&str]) {
+    let status = Command::new("qemu-img")
+        .args(args)
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success(), "{args:?}");
+}
+
+impl Target for Image {
+    fn open(&self, options: &Options) -> engine::Result<Box<dyn Engine>> {
+        let uri = format!("{}:{}", self.format, self.path().display());
+        let options = Options {
+            key_file: (self.format == "luks").then(|| self.key()),
+            ..options.clone()
+        };
+        engine::open(&uri.parse()?, &options)
+    }
+
+    fn resize(&self, _size: u64) -> bool {
+        false
+    }
+
+    fn cases(&self) -> u32 {
+        3
+    }
+}
+
+mod qcow2 {
+    conformance!(super::Image::with_backing_file());
+}
+
+/// What differs between formats.
+macro_rules! image_format {
+    ($name:ident, $format:expr, $options:expr) => {
+        mod $name {
+            conformance!(
+                super::Image::new($format, $options),
+                geometry,
+                write_zeroes,
+                data_survives_close,
+            );
+        }
+    };
+}
+
+image_format!(vhd_dynamic, "vhd", &["-o", "force_size=on"]);
+image_format!(vhd_fixed, "vhd", &["-o", "force_size=on,subformat=fixed"]);
+image_format!(vhdx, "vhdx", &[]);
+image_format!(vmdk, "vmdk", &[]);
+image_format!(luks, "luks", &["-o", "key-secret=key,iter-time=10"]);
+
+fn open_error(image: &Image) -> engine::Error {
+    image.open(&Options::default()).err().unwrap()
+}
+
+#[test]
+fn data_of_the_backing_file_is_read_and_never_changed() {
+    let Some(image) = Image::with_backing_file() else {
+        return;
+    };
+    let base = image.dir.path().join("base");
+    let raw = image.dir.path().join("raw");
+    let data = pattern(1, SIZE as usize);
+    fs::write(&raw, &data).unwrap();
+    let (raw, base_name) = (raw.to_str().unwrap(), base.to_str().unwrap());
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", raw, base_name]);
+    let before = fs::read(&base).unwrap();
+    let mut disk = image.disk();
+    assert!(disk.read(0, 1 << 20, Cut::Whole) == data[..1 << 20]);
+    let new = pattern(2, 8192);
+    disk.write(4096, &new, Cut::Whole);
+    assert_eq!(disk.read(4096, 8192, Cut::Whole), new);
+    assert_eq!(disk.read(0, 4096, Cut::Whole), data[..4096]);
+    disk.close();
+    assert!(fs::read(&base).unwrap() == before);
+    assert!(image.is_clean());
+}
+
+#[test]
+fn a_backing_file_without_a_format_is_refused() {
+    let Some(image) = Image::with_backing_file() else {
+        return;
+    };
+    // The header extension with the format follows the header of 104 or 112 bytes.
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(image.path())
+        .unwrap();
+    let mut header = [0; 256];
+    file.read_exact_at(&mut header, 0).unwrap();
+    let at = header
+        .windows(4)
+        .position(|bytes| bytes == [0xe2, 0x79, 0x2a, 0xca])
+        .unwrap();
+    file.write_all_at(&[0x12, 0x34, 0x56, 0x78], at as u64)
+        .unwrap();
+    let error = open_error(&image);
+    assert_eq!(error.errno(), Errno::INVAL);
+    assert!(error.cause().contains("no format"), "{error}");
+}
+
+#[test]
+fn images_that_cannot_be_opened() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let disk = image.disk();
+    assert_eq!(open_error(&image).errno(), Errno::BUSY);
+    disk.close();
+    fs::write(image.path(), pattern(1, 65536)).unwrap();
+    let error = open_error(&image);
+    assert_eq!(error.errno(), Errno::INVAL);
+    assert!(error.cause().contains("not in qcow2 format"), "{error}");
+    fs::remove_file(image.path()).unwrap();
+    assert_eq!(open_error(&image).errno(), Errno::NOENT);
+    let Some(image) = Image::with_backing_file() else {
+        return;
+    };
+    fs::remove_file(image.dir.path().join("base")).unwrap();
+    let error = open_error(&image);
+    assert_eq!(error.errno(), Errno::NOENT);
+    assert!(error.cause().contains("base"), "{error}");
+}
+
+#[test]
+fn a_differencing_vhd_is_refused() {
+    let Some(image) = Image::new("vhd", &["-o", "force_size=on"]) else {
+        return;
+    };
+    let file = File::options().write(true).open(image.path()).unwrap();
+    let footer = file.metadata().unwrap().len() - 512;
+    file.write_all_at(&4u32.to_be_bytes(), footer + 60).unwrap();
+    let error = open_error(&image);
+    assert_eq!(error.errno(), Errno::OPNOTSUPP);
+    assert!(error.cause().contains("differencing"), "{error}");
+}
+
+#[test]
+fn malformed_images_cause_an_error_and_no_harm() {
+    for format in ["qcow2", "vhd", "vhdx", "vmdk", "luks"] {
+        let options: &[&str] = match format {
+            "luks" => &["-o", "key-secret=key,iter-time=10"],
+            _ => &[],
+        };
+        let Some(image) = Image::new(format, options) else {
+            return;
+        };
+        let original = fs::read(image.path()).unwrap();
+        for seed in 0..4 {
+            let mut bytes = original.clone();
+            for place in pattern(seed, 24).chunks(3) {
+                let at = usize::from(place[0]) * 16 + usize::from(place[1]) % 16;
+                let len = bytes.len();
+                bytes[at % len] = place[2];
+            }
+            fs::write(image.path(), &bytes).unwrap();
+            if let Ok(engine) = image.open(&Options::default()) {
+                let mut disk = Disk::new(engine);
+                let memory = buffers(&*disk.engine, 4096, Cut::Whole, None);
+                let _ = disk.run(Request::read(1, 0, memory)).result;
+                drop(disk.queue);
+                let _ = disk.engine.close();
+            }
+        }
+    }
+}
+
+/// Returns the ids of the daemons that serve the image.
+fn daemons(path: &Path) -> Vec<i32> {
+    let path = path.to_str().unwrap();
+    fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+        .filter(|id| {
+            fs::read_to_string(format!("/proc/{id}/cmdline"))
+                .is_ok_and(|line| line.starts_with("qemu-storage-daemon") && line.contains(path))
+        })
+        .collect()
+}
+
+fn kill_daemon(image: &Image) {
+    let ids = daemons(&image.path());
+    assert_eq!(ids.len(), 1);
+    let id = rustix::process::Pid::from_raw(ids[0]).unwrap();
+    rustix::process::kill_process(id, rustix::process::Signal::KILL).unwrap();
+}
+
+#[test]
+fn a_killed_daemon_is_replaced_if_all_writes_were_flushed() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let mut disk = image.disk();
+    for round in 0..3 {
+        for tag in 0..16 {
+            let data = pattern(round * 16 + tag, 65536);
+            let memory = buffers(&*disk.engine, 65536, Cut::Whole, Some(&data));
+            disk.queue.submit(Request::write(tag, tag * 65536, memory));
+        }
+        for completion in disk.drain() {
+            completion.result.unwrap();
+        }
+        disk.flush();
+        kill_daemon(&image);
+        for tag in 0..16 {
+            let data = disk.read(tag * 65536, 65536, Cut::Whole);
+            assert!(data == pattern(round * 16 + tag, 65536));
+        }
+    }
+    disk.close();
+    assert!(image.is_clean());
+    assert!(daemons(&image.path()).is_empty());
+}
+
+#[test]
+fn lost_writes_are_reported() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let mut disk = image.disk();
+    disk.write(0, &pattern(1, 65536), Cut::Whole);
+    kill_daemon(&image);
+    for _ in 0..2 {
+        let memory = buffers(&*disk.engine, 4096, Cut::Whole, None);
+        let errno = disk.errno(Request::read(1, 0, memory));
+        assert_eq!(errno, Some(Errno::NOTRECOVERABLE));
+        assert_eq!(disk.errno(Request::flush(1)), Some(Errno::NOTRECOVERABLE));
+    }
+}
+
+/// Opens an image, writes without a flush and waits to be killed, in a process of its own.
+#[test]
+#[ignore = "is run by the test below"]
+fn owner() {
+    let uri = std::env::var("RBLKIF_TEST_IMAGE").unwrap();
+    let engine = engine::open(&uri.parse().unwrap(), &Options::default()).unwrap();
+    let mut disk = Disk::new(engine);
+    disk.write(0, &pattern(1, 65536), Cut::Whole);
+    println!("written");
+    std::thread::sleep(crate::disk::TIMEOUT);
+}
+
+#[test]
+fn no_completed_write_is_lost_when_the_owner_is_killed() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let mut owner = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "qsd::owner", "--ignored", "--nocapture"])
+        .env(
+            "RBLKIF_TEST_IMAGE",
+            format!("qcow2:{}", image.path().display()),
+        )
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let output = BufReader::new(owner.stdout.take().unwrap());
+    let written = output.lines().any(|line| line.unwrap().contains("written"));
+    assert!(written);
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    let options = Options {
+        lock_timeout: crate::disk::TIMEOUT,
+        unclean: true,
+        ..Options::default()
+    };
+    let mut disk = Disk::new(image.open(&options).unwrap());
+    assert!(disk.read(0, 65536, Cut::Whole) == pattern(1, 65536));
+    disk.close();
+    assert!(image.is_clean());
+}
+
+#[test]
+fn an_unclean_image_is_repaired() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let mut disk = image.disk();
+    disk.write(0, &pattern(1, 65536), Cut::Whole);
+    disk.close();
+    // Appended clusters that nothing refers to, with a reference count: a leak.
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(image.path())
+        .unwrap();
+    let mut table = [0; 8];
+    file.read_exact_at(&mut table, 48).unwrap();
+    let mut block = [0; 8];
+    file.read_exact_at(&mut block, u64::from_be_bytes(table))
+        .unwrap();
+    let unused = u64::from_be_bytes(block) + 2 * 40;
+    file.write_all_at(&[0, 1], unused).unwrap();
+    file.set_len(41 << 16).unwrap();
+    assert!(!image.is_clean());
+    let options = Options {
+        unclean: true,
+        ..Options::default()
+    };
+    let mut disk = Disk::new(image.open(&options).unwrap());
+    assert!(disk.read(0, 65536, Cut::Whole) == pattern(1, 65536));
+    disk.close();
+    assert!(image.is_clean());
+}
+
+#[test]
+fn readers_share_an_image() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let first = image.open(&read_only()).unwrap();
+    let second = image.open(&read_only()).unwrap();
+    first.close().unwrap();
+    second.close().unwrap();
+}
