@@ -58,6 +58,7 @@ pub mod raw;
 mod request;
 mod uri;
 mod uring;
+pub mod vhd;
 
 pub use error::{Error, Result};
 pub use info::{Discard, Guarantees, Info};

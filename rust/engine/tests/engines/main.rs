@@ -10,3 +10,4 @@ mod nbd;
 mod qsd;
 mod raw;
 mod server;
+mod vhd;
