@@ -225,7 +225,7 @@ impl Connection {
         let state = read_state(nodes, frontend);
         let waits = matches!(
             state,
-            Ok(Ok(XenbusState::Initialised | XenbusState::Connected))
+            Ok(Some(XenbusState::Initialised | XenbusState::Connected))
         );
         let reference = number(
             nodes,

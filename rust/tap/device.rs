@@ -282,7 +282,7 @@ impl Device {
         write(&mut self.store, dir, "kthread-pid", pid)?;
         let frontend = read_state(&mut self.store, &self.nodes.frontend)?;
         let connected = self.written == XenbusState::Connected
-            && frontend == Ok(XenbusState::Connected)
+            && frontend == Some(XenbusState::Connected)
             && inflight_path(&self.config).exists();
         if connected {
             // The offer is that of the predecessor.
@@ -387,8 +387,9 @@ impl Device {
             BackAction::Drain if self.stop() => Ok(Next::Wait),
             BackAction::Fail => {
                 let state = read(&mut self.store, &self.nodes.frontend, "state")?;
-                let state = String::from_utf8_lossy(&state.unwrap_or_default()).into_owned();
-                self.fail(&Error::State(state))
+                let state = state.unwrap_or_default();
+                let bad = InvalidNode::new("state", &state, Reason::Unknown);
+                self.fail(&Error::State(bad))
             }
             BackAction::Restart => {
                 let (dir, limits) = (&self.config.dir, &self.limits);
@@ -412,7 +413,7 @@ impl Device {
     /// Returns what is in xenstore now.
     fn read_event(&mut self) -> Result<BackEvent, Error> {
         let state = read_state(&mut self.store, &self.nodes.frontend).during("reading xenstore")?;
-        let Ok(state) = state else {
+        let Some(state) = state else {
             return Ok(BackEvent::BadState);
         };
         let dir = &self.config.dir;

@@ -25,7 +25,7 @@ pub enum Error {
     /// A number that the frontend gave for a queue is refused by Xen: the node and the number.
     Refused(u32, &'static str, u32, io::Error),
     /// The frontend's state is none, or has no place in the protocol.
-    State(String),
+    State(InvalidNode),
     /// The image cannot be used.
     Image(engine::Error),
     /// Something of our own failed.
@@ -69,9 +69,10 @@ impl fmt::Display for Error {
                 f,
                 "queue {index}: {node} = \"{number}\": refused by Xen ({error})"
             ),
-            Error::State(state) => write!(
+            Error::State(bad) => write!(
                 f,
-                "state = \"{state}\": no state that a frontend may have now"
+                "state = \"{}\": no state that a frontend may have now",
+                bad.text()
             ),
             Error::Image(error) => write!(f, "{error}"),
             Error::Own(doing, error) => write!(f, "{doing}: {error}"),

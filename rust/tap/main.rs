@@ -124,55 +124,41 @@ fn config(matches: &ArgMatches) -> Config {
 fn open(
     matches: &ArgMatches,
     config: Config,
-    store: &mut Option<Xenstore>,
+    mut store: Xenstore,
 ) -> Result<Device, Box<dyn Error>> {
     fs::create_dir_all(&config.state_dir)
         .map_err(|error| format!("{}: {error}", config.state_dir.display()))?;
-    let mut nodes = Xenstore::open().map_err(|error| format!("{}: {error}", Xenstore::PATH))?;
-    let toolstack = ToolstackNodes::read(&mut nodes, &config.dir, config.domain);
-    let connected = store.insert(nodes);
-    let toolstack = toolstack?;
+    let nodes = ToolstackNodes::read(&mut store, &config.dir, config.domain)?;
     let uri: Uri = text(matches, "uri").parse()?;
-    let image = engine::open(
-        &uri,
-        &Options {
-            read_only: toolstack.read_only,
-            exclusive: !toolstack.shared,
-            lock_timeout: seconds(matches, "lock-seconds"),
-            ..Options::default()
-        },
-    )?;
+    let options = Options {
+        read_only: nodes.read_only,
+        exclusive: !nodes.shared,
+        lock_timeout: seconds(matches, "lock-seconds"),
+        ..Options::default()
+    };
+    let image = engine::open(&uri, &options)?;
     let block_size = text(matches, "block-size").parse()?;
-    let disk = Disk::new(
-        image.info(),
-        block_size,
-        toolstack.discard,
-        toolstack.removable,
-    );
+    let disk = Disk::new(image.info(), block_size, nodes.discard, nodes.removable);
     let grants = GrantDevice::open().map_err(|error| format!("{}: {error}", GrantDevice::PATH))?;
     let xen = Xen {
         grants: Arc::new(grants),
         events: Box::new(EventDevice),
     };
-    let device = Device::new(config, toolstack, Xenstore::open()?, xen, image, disk);
-    let _ = connected;
-    Ok(device?)
+    Ok(Device::new(config, nodes, store, xen, image, disk)?)
+}
+
+fn connect() -> Result<Xenstore, Box<dyn Error>> {
+    Xenstore::open().map_err(|error| format!("{}: {error}", Xenstore::PATH).into())
 }
 
 fn run(matches: &ArgMatches) -> Result<(), Box<dyn Error>> {
     let config = config(matches);
-    let dir = config.dir.clone();
-    let mut store = None;
-    match open(matches, config, &mut store) {
-        Ok(device) => {
-            drop(store);
-            Ok(device.run()?)
-        }
+    let error_node = format!("error/{}/error", config.dir);
+    match open(matches, config, connect()?) {
+        Ok(device) => Ok(device.run()?),
         Err(error) => {
             // For the hotplug script, which prints it.
-            if let Some(mut store) = store {
-                let _ = store.write(&format!("error/{dir}/error"), &error.to_string());
-            }
+            connect()?.write(&error_node, &error.to_string())?;
             Err(error)
         }
     }

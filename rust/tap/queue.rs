@@ -38,6 +38,7 @@ use blkif::request::Request;
 use blkif::request::Segment;
 use blkif::ring::BackRing;
 use blkif::ring::RingError;
+use blkif::token_bucket::TokenBucket;
 use blkif::wire::op;
 use blkif::wire::Response;
 use blkif::wire::Status;
@@ -49,6 +50,7 @@ use engine::Errno;
 use engine::Operation;
 use std::collections::HashMap;
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::AtomicBool;
@@ -76,6 +78,10 @@ const MEMORY_RETRIES: Backoff = Backoff::new(10, 500);
 
 /// Delays between the tries of a request after an error that passes, in milliseconds.
 const ERROR_RETRIES: Backoff = Backoff::new(10, 1000);
+
+/// Messages that a frontend may cause at once, and how long each one more takes, in milliseconds.
+const MESSAGES: u32 = 10;
+const MESSAGE_MS: u64 = 5000;
 
 /// How often a queue that cannot wait for events looks whether it is stopped.
 const BROKEN_PERIOD: Duration = Duration::from_millis(100);
@@ -343,6 +349,7 @@ pub(crate) struct Queue {
     /// Nodes that were withdrawn.
     withdrawn: Vec<&'static str>,
     purge_at: Option<Instant>,
+    messages: TokenBucket,
     now: Instant,
 }
 
@@ -367,6 +374,7 @@ impl Queue {
             paused: false,
             withdrawn: Vec::new(),
             purge_at: None,
+            messages: TokenBucket::new(MESSAGES, MESSAGE_MS, 0),
             now: Instant::now(),
         }
     }
@@ -528,10 +536,21 @@ impl Queue {
         }
     }
 
+    /// Prints a message that the frontend may have caused, unless there were too many.
+    fn warn(&mut self, message: fmt::Arguments<'_>) {
+        let time = self
+            .now
+            .saturating_duration_since(self.config.control.created);
+        let time = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        if self.messages.take(time).is_ok() {
+            eprintln!("{}: {message}", self.config.name);
+        }
+    }
+
     /// Answers a request that is not valid.
-    fn refuse(&mut self, entry: Entry, response: Response, why: &dyn std::fmt::Display) {
+    fn refuse(&mut self, entry: Entry, response: Response, why: &dyn fmt::Display) {
         self.config.stats.add(Counter::Refused, 1);
-        eprintln!("{}: refused a request: {why}", self.config.name);
+        self.warn(format_args!("refused a request: {why}"));
         self.answer(entry, response);
     }
 
@@ -557,7 +576,7 @@ impl Queue {
                 return false;
             }
             Err(error) => {
-                eprintln!("{}: failed a request: {error}", self.config.name);
+                self.warn(format_args!("failed a request: {error}"));
                 self.config.stats.add(Counter::Errors, 1);
                 self.answer(entry, wire.response(error.status()));
             }
@@ -821,7 +840,7 @@ impl Queue {
             return self.delayed.push((time, pending, buffers));
         }
         drop(buffers);
-        eprintln!("{}: {:?} fails: {error}", self.config.name, pending.step);
+        self.warn(format_args!("{:?} fails: {error}", pending.step));
         if let Some(node) = pending.refused_node(error.errno()) {
             self.withdraw(node);
         }
@@ -874,7 +893,7 @@ impl Queue {
 
     /// Answers a request whose data cannot be moved.
     fn fail(&mut self, pending: PendingReq, error: &DataError) {
-        eprintln!("{}: failed a request: {error}", self.config.name);
+        self.warn(format_args!("failed a request: {error}"));
         self.config.stats.add(Counter::Errors, 1);
         let response = Response {
             status: error.status(),

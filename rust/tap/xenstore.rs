@@ -40,15 +40,11 @@ pub(crate) fn write(
     nodes.write(&format!("{dir}/{name}"), &value.to_string())
 }
 
-/// Reads the node `state` of a directory. Returns its text if it is no number of a state.
-pub(crate) fn read_state(
-    nodes: &mut impl Nodes,
-    dir: &str,
-) -> io::Result<Result<XenbusState, String>> {
+/// Reads the node `state` of a directory. Returns `None` if it is no number of a state.
+pub(crate) fn read_state(nodes: &mut impl Nodes, dir: &str) -> io::Result<Option<XenbusState>> {
     let Some(text) = nodes.read(&format!("{dir}/state"))? else {
-        return Ok(Ok(XenbusState::Unknown));
+        return Ok(Some(XenbusState::Unknown));
     };
     let number = node::decimal_u32("state", &text);
-    let state = number.ok().and_then(XenbusState::from_number);
-    Ok(state.ok_or_else(|| String::from_utf8_lossy(&text).into_owned()))
+    Ok(number.ok().and_then(XenbusState::from_number))
 }

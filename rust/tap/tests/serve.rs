@@ -311,6 +311,22 @@ fn nodes_that_make_no_sense_are_reported() {
 }
 
 #[test]
+fn a_state_that_is_none_is_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    front.set_state("4\x1b[2J");
+    toolstack.wait_state("5");
+    let error = toolstack.store.read_text(&format!("error/{BACK}/error"));
+    assert!(error
+        .unwrap()
+        .unwrap()
+        .contains("state = \"4?[2J\": no state"));
+    finish(toolstack, front, served);
+}
+
+#[test]
 fn a_frontend_may_connect_again() {
     let dir = tempfile::tempdir().unwrap();
     let mut toolstack = Toolstack::new("w");
