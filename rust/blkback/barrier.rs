@@ -94,7 +94,9 @@ impl BarrierGate {
         })
     }
 
-    /// Makes a queue the owner, which closes the gate, or opens the gate. Wakes the other queues.
+    /// Makes a queue the owner, which closes the gate, or opens the gate.
+    ///
+    /// Wakes the other queues.
     fn set_owner(&self, queues: &mut Queues, owner: Option<u32>) {
         queues.owner = owner;
         self.closed.store(owner.is_some(), Relaxed);
@@ -106,14 +108,18 @@ impl BarrierGate {
     }
 }
 
-/// A queue's membership of the gate. Dropping it leaves the gate.
+/// A queue's membership of the gate.
+///
+/// Dropping it leaves the gate.
 pub(crate) struct GateMember {
     gate: Arc<BarrierGate>,
     index: u32,
 }
 
 impl GateMember {
-    /// Adds the queue with this index. It is woken through `events`.
+    /// Adds the queue with this index.
+    ///
+    /// It is woken through `events`.
     pub(crate) fn new(
         gate: &Arc<BarrierGate>,
         index: u32,
@@ -137,7 +143,9 @@ impl GateMember {
         self.gate.closed.load(Relaxed)
     }
 
-    /// Notes that this queue has no request in flight. It takes none while the gate is closed.
+    /// Notes that this queue has no request in flight.
+    ///
+    /// It takes none while the gate is closed.
     pub(crate) fn set_quiesced(&self) {
         let mut queues = self.gate.queues.lock();
         if queues.owner.is_some() {
@@ -145,8 +153,10 @@ impl GateMember {
         }
     }
 
-    /// Returns `true` if the barrier of this queue may run now; otherwise the queue is woken when to
-    /// ask again. `idle`: the queue has no other request in flight.
+    /// Returns `true` if the barrier of this queue may run now; otherwise the queue is woken when
+    /// to ask again.
+    ///
+    /// `idle` is `true` if the queue has no other request in flight.
     pub(crate) fn may_run(&self, idle: bool) -> bool {
         let mut queues = self.gate.queues.lock();
         if queues.owner.is_none() {

@@ -24,7 +24,9 @@ use crate::{
 };
 
 impl Queue {
-    /// Completes all requests that the disk is done with. Returns `true` if there were any.
+    /// Completes all requests that the disk is done with.
+    ///
+    /// Returns `true` if there were any.
     pub(crate) fn complete_all(&mut self) -> bool {
         let mut any = false;
         let mut busy = self.busy.take();
@@ -47,7 +49,9 @@ impl Queue {
         self.copy_reads(reads.take()) || any
     }
 
-    /// Copies the data of reads to the frontend, and completes them. Returns `true` if there were any.
+    /// Copies the data of reads to the frontend, and completes them.
+    ///
+    /// Returns `true` if there were any.
     fn copy_reads(&mut self, mut reads: ReqList) -> bool {
         if reads.is_empty() {
             return false;
@@ -59,7 +63,9 @@ impl Queue {
         true
     }
 
-    /// Releases the pages of a request, and responds to it. Returns `false` if its pages are busy.
+    /// Releases the pages of a request, and responds to it.
+    ///
+    /// Returns `false` if its pages are busy.
     pub(crate) fn complete(&mut self, mut req: KBox<PendingReq>) -> bool {
         if !self.data_path.release(&mut req) {
             self.busy.push(req);

@@ -216,7 +216,9 @@ impl CopyBatch {
         self.reqs.is_empty()
     }
 
-    /// Adds a request. Returns `true` if the batch is full then.
+    /// Adds a request.
+    ///
+    /// Returns `true` if the batch is full then.
     #[inline]
     #[must_use = "a full batch has to be taken"]
     pub(crate) fn push(&mut self, req: KBox<PendingReq>) -> bool {
@@ -413,8 +415,10 @@ impl DataPath {
         Ok(mapped.ok_or(EINVAL)?)
     }
 
-    /// Attaches pages for the segments of a request. If they are pages of this domain, the data has to
-    /// be copied by [`DataPath::copy`]: before the I/O of a write, after that of a read.
+    /// Attaches pages for the segments of a request.
+    ///
+    /// If they are pages of this domain, the data has to be copied by [`DataPath::copy`]: before
+    /// the I/O of a write, after that of a read.
     pub(crate) fn attach_pages(&mut self, req: &mut PendingReq) -> Result<(), DataError> {
         let (_, ctx) = req.split_mut();
         let small = ctx.segments.len() <= COPIED_SEGMENTS && ctx.op != ReqOp::Barrier;
@@ -442,7 +446,9 @@ impl DataPath {
     }
 
     /// Copies the data of requests between the frontend's pages and those of this domain, with one
-    /// hypercall. A request whose copy fails gets an error as its result.
+    /// hypercall.
+    ///
+    /// A request whose copy fails gets an error as its result.
     pub(crate) fn copy(&mut self, reqs: &mut ReqList) {
         if self.copy_all(reqs).is_ok() {
             return;
@@ -513,8 +519,9 @@ impl DataPath {
         }
     }
 
-    /// Takes the cached pages of the first segments, up to the first one that is not cached. Returns
-    /// the segments that are left.
+    /// Takes the cached pages of the first segments, up to the first one that is not cached.
+    ///
+    /// Returns the segments that are left.
     fn take_cached_prefix<'s>(
         &mut self,
         segments: &'s [Segment],
@@ -533,7 +540,9 @@ impl DataPath {
         rest
     }
 
-    /// Takes the cached pages of segments, and collects the `references` and `positions` of the others.
+    /// Takes the cached pages of segments, and collects the `references` and `positions` of the
+    /// others.
+    ///
     /// Returns the number of pages so far.
     fn lookup_missing(
         &mut self,
@@ -559,7 +568,9 @@ impl DataPath {
         Ok(pages.len())
     }
 
-    /// Takes a cached page. A page that is mapped read-only and has to be written is unmapped instead.
+    /// Takes a cached page.
+    ///
+    /// A page that is mapped read-only and has to be written is unmapped instead.
     #[inline]
     fn take_cached(&mut self, reference: ForeignRef, access: GrantAccess) -> Option<MappedPage> {
         let grants = self.persistent_grants.as_mut()?;
@@ -622,8 +633,9 @@ impl DataPath {
         self.mapped_now.saturating_sub(cached)
     }
 
-    /// Releases the pages of a completed request. Returns `false` if a page is still in use elsewhere,
-    /// so that the request has to wait.
+    /// Releases the pages of a completed request.
+    ///
+    /// Returns `false` if a page is still in use elsewhere, so that the request has to wait.
     ///
     /// The pages are unmapped by the next [`DataPath::unmap_released`].
     pub(crate) fn release(&mut self, req: &mut PendingReq) -> bool {
@@ -668,8 +680,10 @@ impl DataPath {
         }
     }
 
-    /// Unmaps the pages of completed requests. Has to be called before their responses are published.
-    /// Returns `true` if a page was unmapped.
+    /// Unmaps the pages of completed requests.
+    ///
+    /// Must be called before their responses are published. Returns `true` if a page was
+    /// unmapped.
     pub(crate) fn unmap_released(&mut self) -> bool {
         let before = self.to_unmap.len();
         if before == 0 {
@@ -711,7 +725,9 @@ impl DataPath {
             .trim(self.in_flight_pages().saturating_sub(MAX_PAGES));
     }
 
-    /// Unmaps all cached pages. Returns `true` if there were any.
+    /// Unmaps all cached pages.
+    ///
+    /// Returns `true` if there were any.
     pub(crate) fn unmap_all_cached(&mut self) -> bool {
         let before = self.mapped_now;
         self.unmap_older(0);
@@ -731,7 +747,7 @@ impl DataPath {
         }
     }
 
-    /// Frees unused addresses, but `keep`, and not those that one request needs.
+    /// Frees unused addresses, except `keep` of them and those that one request needs.
     fn shrink_cache(&self, keep: usize) {
         let keep = keep.max(MAX_PAGES);
         self.cache.shrink(u32::try_from(keep).unwrap_or(u32::MAX));
@@ -772,7 +788,9 @@ impl Drop for DataPath {
     }
 }
 
-/// Runs the copies of a batch. Waits for pages of the frontend that are paged out.
+/// Runs the copies of a batch.
+///
+/// Waits for pages of the frontend that are paged out.
 fn run_with_retries(batch: &mut Batch<'_>) -> Result<(), DataError> {
     let sleep = |ms: u32| fsleep(Delta::from_millis(ms.into()));
     let delays = Backoff::new(1, 256);
@@ -802,8 +820,9 @@ fn add_copies<'a>(batch: &mut Batch<'a>, domain: DomId, req: &'a PendingReq) -> 
     Ok(())
 }
 
-/// Calls `push` with each segment of a page of segments. Segments are copied from there before they are
-/// decoded, because the page may be the frontend's.
+/// Calls `push` with each segment of a page of segments.
+///
+/// Segments are copied from there before they are decoded, because the page may be the frontend's.
 fn for_each_segment(
     descriptors: PageSlice<'_>,
     mut push: impl FnMut(WireSegment) -> Result<(), DataError>,

@@ -83,7 +83,9 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    /// Opens a disk. `discard`: the toolstack does not forbid discard.
+    /// Opens a disk.
+    ///
+    /// `discard` is `true` unless the toolstack forbids discard.
     ///
     /// Context: may sleep for as long as the disk takes.
     pub(crate) fn open(
@@ -109,8 +111,10 @@ impl Disk {
         })
     }
 
-    /// Writes the page cache of the disk back and drops it, because requests bypass it. Returns `false`
-    /// if programs of this domain keep using pages of a disk that is served for writing.
+    /// Writes the page cache of the disk back and drops it, because requests bypass it.
+    ///
+    /// Returns `false` if programs of this domain keep using pages of a disk that is served for
+    /// writing.
     ///
     /// Context: may sleep for as long as the disk takes.
     pub(crate) fn drop_page_cache(&self) -> Result<bool> {
@@ -189,8 +193,9 @@ pub(crate) struct SizePoll {
 }
 
 impl SizePoll {
-    /// Creates the timer, which has to be started once, after [`Self::period`]. `events` belong to the
-    /// queue that has to tell the frontend.
+    /// Creates the timer, which has to be started once, after [`Self::period`].
+    ///
+    /// `events` belong to the queue that has to tell the frontend.
     pub(crate) fn timer(
         disk: Arc<Disk>,
         events: Arc<QueueEvents>,

@@ -190,7 +190,9 @@ impl Domain {
     }
 }
 
-/// A queue of a domain, which is woken when a shortage begins. Dropping it removes the queue.
+/// A queue of a domain, which is woken when a shortage begins.
+///
+/// Dropping it removes the queue.
 pub(crate) struct ShortageSubscriber {
     domain: Arc<Domain>,
     events: Arc<QueueEvents>,
@@ -248,7 +250,9 @@ impl PageQuota {
         !jiffies::is_past(self.short_until.load(Relaxed))
     }
 
-    /// Returns `true` if no queue has a guarantee now. The quota is short then, too.
+    /// Returns `true` if no queue has a guarantee now.
+    ///
+    /// The quota is short then, too.
     fn guarantees_suspended(&self) -> bool {
         !jiffies::is_past(self.suspended_until.load(Relaxed))
     }
@@ -263,20 +267,26 @@ impl PageQuota {
         enough
     }
 
-    /// Notes that a queue did not get its guarantee. Returns `true` if the queues have to be woken.
+    /// Notes that a queue did not get its guarantee.
+    ///
+    /// Returns `true` if the queues have to be woken.
     fn mark_exhausted(&self) -> bool {
         extend_shortage(&self.short_until)
     }
 
-    /// Suspends the guarantees for a while. Returns `true` if the queues have to be woken.
+    /// Suspends the guarantees for a while.
+    ///
+    /// Returns `true` if the queues have to be woken.
     fn suspend_guarantees(&self) -> bool {
         self.mark_exhausted();
         extend_shortage(&self.suspended_until)
     }
 }
 
-/// Sets the end of a shortage to [`SHORTAGE_MS`] from now. Returns `true` if the queues have to be
-/// woken: not while they know of the shortage, but well before it ends.
+/// Sets the end of a shortage to [`SHORTAGE_MS`] from now.
+///
+/// Returns `true` if the queues have to be woken: not while they know of the shortage, but well
+/// before it ends.
 fn extend_shortage(until: &Atomic<Jiffies>) -> bool {
     let half = msecs_to_jiffies(SHORTAGE_MS / 2);
     let known = !jiffies::is_past(until.load(Relaxed).wrapping_sub(half));
@@ -325,7 +335,9 @@ impl QuotaShare {
         }
     }
 
-    /// Reserves pages such that the queue has `pages` in total. Returns `true` if it has them.
+    /// Reserves pages such that the queue has `pages` in total.
+    ///
+    /// Returns `true` if it has them.
     #[inline]
     pub(crate) fn try_reserve(&mut self, pages: usize) -> bool {
         pages <= self.taken || self.grow(pages)
@@ -358,8 +370,10 @@ impl QuotaShare {
         }
     }
 
-    /// Returns how many of its `pages` the queue has to give up, because other queues of the domain need
-    /// them. Returns what is reserved and not used to the quota.
+    /// Returns how many of its `pages` the queue has to give up, because other queues of the domain
+    /// need them.
+    ///
+    /// Gives back what is reserved and not used.
     pub(crate) fn over_quota(&mut self, pages: usize) -> usize {
         if !self.quota().is_short() {
             return 0;

@@ -102,8 +102,9 @@ impl Driver for VbdDriver {
 }
 
 impl VbdDriver {
-    /// Checks that rings in use can be taken over. If not, the frontend is told nothing, so that the
-    /// device can be bound later.
+    /// Checks that rings in use can be taken over.
+    ///
+    /// If not, the frontend is told nothing, so that the device can be bound later.
     fn check_take_over(xbdev: &xenbus::Device<Core<'_>>) -> Result {
         let otherend = xbdev.otherend()?;
         if domain::is_orphaned(xbdev.nodename())

@@ -94,7 +94,9 @@ impl QueueEvents {
         self.wake();
     }
 
-    /// Clears the pending flag. To be called before the thread checks what may have changed.
+    /// Clears the pending flag.
+    ///
+    /// Must be called before the thread checks what may have changed.
     pub(crate) fn clear_pending(&self) {
         if self.pending.load(Relaxed) {
             // A full barrier: the checks that follow see what was changed before the flag was set. A
@@ -103,8 +105,9 @@ impl QueueEvents {
         }
     }
 
-    /// Returns `true` if the frontend has sent an event since the last call. The caller may end the
-    /// event: it sees the channel's note that an event is open.
+    /// Returns `true` if the frontend has sent an event since the last call.
+    ///
+    /// The caller may end the event: it sees the channel's note that an event is open.
     pub(crate) fn take_event(&self) -> bool {
         // Acquire: pairs with the release in `handle`.
         self.event.load(Acquire) && {
@@ -153,8 +156,9 @@ impl QueueEvents {
         self.wait.wake_up();
     }
 
-    /// Sleeps until a flag is set, for at most `timeout`. With `until_stop`, a request to stop the
-    /// thread ends the sleep too.
+    /// Sleeps until a flag is set, for at most `timeout`.
+    ///
+    /// With `until_stop`, a request to stop the thread ends the sleep too.
     pub(crate) fn wait(&self, thread: &Current, until_stop: bool, timeout: Option<Jiffies>) {
         // Called with the task marked as sleeping and a full barrier after that. Pairs with `wake`.
         let condition = || {

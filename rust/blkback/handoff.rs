@@ -60,8 +60,9 @@ pub(crate) type Ring = BackRing<MappedRing>;
 
 /// A request that I/O completion may respond to.
 pub(crate) trait Respond: Linked {
-    /// Returns the response, if the request needs nothing else. With `persistent`, its pages stay
-    /// mapped and need not be unmapped before the response.
+    /// Returns the response, if the request needs nothing else.
+    ///
+    /// With `persistent`, its pages stay mapped and need not be unmapped before the response.
     fn response_alone(&self, persistent: bool) -> Option<Response>;
 
     /// Notes that the response was written.
@@ -78,8 +79,9 @@ pub(crate) struct LentRing {
 }
 
 impl LentRing {
-    /// Writes and publishes the response of a request that needs nothing else. Returns `None` if it
-    /// does, and otherwise `true` if the frontend has to be notified.
+    /// Writes and publishes the response of a request that needs nothing else.
+    ///
+    /// Returns `None` if it does, and otherwise `true` if the frontend has to be notified.
     fn respond(&mut self, req: &mut impl Respond) -> Option<bool> {
         let response = req.response_alone(self.persistent)?;
         self.ring.put(&response).ok()?;
@@ -121,7 +123,9 @@ pub(crate) struct Handoff<R: Respond> {
 }
 
 impl<R: Respond> Handoff<R> {
-    /// Creates the handoff of the queue with these events. The thread owns the ring.
+    /// Creates the handoff of the queue with these events.
+    ///
+    /// The thread owns the ring.
     pub(crate) fn new(events: Arc<QueueEvents>) -> impl PinInit<Self> {
         pin_init!(Self {
             events,
@@ -134,7 +138,7 @@ impl<R: Respond> Handoff<R> {
     }
 
     /// Takes a request that the disk has completed: responds to it if the ring is lent and nothing else
-    /// is to be done, and otherwise passes it to the thread.
+    /// has to be done, and otherwise passes it to the thread.
     ///
     /// Context: any.
     pub(crate) fn complete(&self, mut req: KBox<R>) {
@@ -163,8 +167,9 @@ impl<R: Respond> Handoff<R> {
         }
     }
 
-    /// Lends the ring of a thread that is about to sleep. Returns the ring if completed requests need
-    /// the thread.
+    /// Lends the ring of a thread that is about to sleep.
+    ///
+    /// Returns the ring if completed requests need the thread.
     pub(crate) fn lend(&self, lent: LentRing) -> Result<(), LentRing> {
         let mut state = self.state.lock();
         if !state.completed.is_empty() {

@@ -125,7 +125,9 @@ impl ReqContext {
         }
     }
 
-    /// Sets up an unused request. Its segments follow, see [`Self::set_extent`].
+    /// Sets up an unused request.
+    ///
+    /// Its segments follow, see [`Self::set_extent`].
     #[inline]
     pub(crate) fn set_up(&mut self, op: ReqOp, response: Response) {
         self.response = response;
@@ -252,8 +254,9 @@ impl ReqPool {
         })
     }
 
-    /// Returns a request with space for `segments`, or `None` if there is no memory. In that case other
-    /// requests are in use.
+    /// Returns a request with space for `segments`, or `None` if there is no memory.
+    ///
+    /// In that case other requests are in use.
     pub(crate) fn alloc(&mut self, segments: usize) -> Option<KBox<PendingReq>> {
         let req = match self.unused.pop() {
             Some(req) => Ok(req),

@@ -29,7 +29,9 @@ use crate::domain::QuotaShare;
 /// Time without use after which a page may be replaced.
 const EVICT_AGE_MS: u32 = 1000;
 
-/// Entries that are scanned for a page to replace. The next scan starts behind them.
+/// Entries that are scanned for a page to replace.
+///
+/// The next scan starts behind them.
 const SCAN_LIMIT: usize = 32;
 
 /// Largest number of buckets.
@@ -93,7 +95,9 @@ impl PersistentGrants {
         self.len
     }
 
-    /// Takes out the page of a reference. It has to be put back, or [`Self::remove_entry`] called.
+    /// Takes out the page of a reference.
+    ///
+    /// It has to be put back, or [`Self::remove_entry`] called.
     #[inline]
     pub(crate) fn take(&mut self, reference: ForeignRef) -> Option<MappedPage> {
         let index = self.find(reference)?;
@@ -102,8 +106,9 @@ impl PersistentGrants {
         Some(page)
     }
 
-    /// Puts back a page that is not used any more. Returns the page to unmap, if there is one: this page
-    /// or the one that it replaces.
+    /// Puts back a page that is not used any more.
+    ///
+    /// Returns the page to unmap, if there is one: this page or the one that it replaces.
     #[inline]
     pub(crate) fn insert(&mut self, page: MappedPage) -> Option<MappedPage> {
         match self.find(page.reference()) {
@@ -136,7 +141,9 @@ impl PersistentGrants {
         unused.or(rejected)
     }
 
-    /// Stores a page in its entry. Returns it if the entry has a page: it was mapped twice.
+    /// Stores a page in its entry.
+    ///
+    /// Returns it if the entry has a page: it was mapped twice.
     #[inline]
     fn store_page(&mut self, index: u32, page: MappedPage) -> Option<MappedPage> {
         match self.entry(index) {

@@ -274,14 +274,17 @@ impl Queue {
         }
     }
 
-    /// Returns `true` if each request that was started has its response. A stalled request is the last
-    /// one that was taken, behind the last response: the next backend takes it again.
+    /// Returns `true` if each request that was started has its response.
+    ///
+    /// A stalled request is the last one that was taken, behind the last response: the next backend
+    /// takes it again.
     fn is_drained(&self) -> bool {
         self.in_flight == 0 && matches!(self.barrier, BarrierState::None)
     }
 
-    /// Does all that can be done now. Returns `true` if a request was taken from the ring, or could not
-    /// be taken yet.
+    /// Does all that can be done now.
+    ///
+    /// Returns `true` if a request was taken from the ring, or could not be taken yet.
     fn run_once(&mut self, thread: &Current) -> bool {
         let mut took_any = self.is_gated();
         loop {
@@ -290,7 +293,7 @@ impl Queue {
             let completed = self.complete_all();
             self.push_responses();
             took_any |= took;
-            // A stalled request or a barrier may go on after a completion, or with memory that was
+            // A stalled request or a barrier may continue after a completion, or with memory that was
             // freed for it.
             let unblocked = (took || completed) && self.is_blocked();
             if !unblocked && !self.has_more_requests(stopping) {
@@ -320,8 +323,9 @@ impl Queue {
         !stopping && self.ring_status.is_usable() && !self.is_blocked()
     }
 
-    /// Returns `true` if requests have come since the ring was found empty. Otherwise the next one sends
-    /// an event.
+    /// Returns `true` if requests have come since the ring was found empty.
+    ///
+    /// Otherwise the next one sends an event.
     fn has_more_requests(&mut self, stopping: bool) -> bool {
         self.accepts_requests(stopping) && self.ring.as_mut().is_some_and(|ring| ring.final_check())
     }

@@ -45,8 +45,9 @@ impl RingStatus {
     }
 }
 
-/// Features that were offered and that the disk does not support. Each is withdrawn once, however often
-/// the frontend asks for it.
+/// Features that were offered and that the disk does not support.
+///
+/// Each is withdrawn once, however often the frontend asks for it.
 pub(crate) struct RejectedFeatures {
     nodes: KVec<&'static str>,
     /// Number of them that were withdrawn.

@@ -95,7 +95,9 @@ impl Stats {
         pin_init!(Self { queues <- new_mutex!(KVec::new()) })
     }
 
-    /// Returns the counters of a queue. They are created for the first frontend with that many queues.
+    /// Returns the counters of a queue.
+    ///
+    /// They are created for the first frontend with that many queues.
     pub(crate) fn queue(&self, index: usize) -> Result<Arc<Counters>> {
         let mut queues = self.queues.lock();
         while queues.len() <= index {

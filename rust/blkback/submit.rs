@@ -50,7 +50,9 @@ use crate::{
 };
 
 impl Queue {
-    /// Starts all requests that can be started now. Returns `true` if there were any.
+    /// Starts all requests that can be started now.
+    ///
+    /// Returns `true` if there were any.
     pub(crate) fn start_requests(&mut self, stopping: bool) -> bool {
         let limits = self.disk.limits();
         let took = bio::with_plug(|| {
@@ -92,7 +94,9 @@ impl Queue {
         took
     }
 
-    /// Checks a request and starts it. Returns `false` if it has stalled.
+    /// Checks a request and starts it.
+    ///
+    /// Returns `false` if it has stalled.
     fn handle_request(&mut self, wire: &WireRequest, limits: &DiskLimits) -> bool {
         match request::check(wire, limits) {
             Ok(request) => self.dispatch(wire, request, limits),
@@ -109,7 +113,9 @@ impl Queue {
         }
     }
 
-    /// Starts a request that is valid. Returns `false` if it has stalled.
+    /// Starts a request that is valid.
+    ///
+    /// Returns `false` if it has stalled.
     fn dispatch(&mut self, wire: &WireRequest, request: Request<'_>, limits: &DiskLimits) -> bool {
         let Some(mut req) = self.pool.alloc(request.segments()) else {
             return self.stall(wire);
@@ -141,8 +147,9 @@ impl Queue {
         true
     }
 
-    /// Unmaps persistent grants that are not in use, if a request lacks pages. Returns `true` if the
-    /// request may be tried again at once.
+    /// Unmaps persistent grants that are not in use, if a request lacks pages.
+    ///
+    /// Returns `true` if the request may be tried again at once.
     fn reclaim_pages(&mut self, error: &DataError) -> bool {
         if error.lacks_mappings() {
             domain::reclaim_mappings();
@@ -163,7 +170,9 @@ impl Queue {
         }
     }
 
-    /// Keeps a request until there may be the memory that it lacks. Returns `false`.
+    /// Keeps a request until there may be the memory that it lacks.
+    ///
+    /// Returns `false`.
     fn stall(&mut self, wire: &WireRequest) -> bool {
         self.counters.out_of_memory.add(1);
         self.stalled = Some(*wire);
@@ -188,7 +197,9 @@ impl Queue {
         self.data_path.attach_pages(req)
     }
 
-    /// Adds the segments of a request. Those of an indirect request are fetched from the frontend.
+    /// Adds the segments of a request.
+    ///
+    /// Those of an indirect request are fetched from the frontend.
     #[inline]
     fn add_segments(
         &mut self,
