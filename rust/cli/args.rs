@@ -75,7 +75,7 @@ pub enum DiskCommand {
         /// DOMAIN/DEVICE
         disk: DiskName,
     },
-    /// Changes the image of a paused disk
+    /// Changes the image of a disk, which is paused meanwhile
     Retarget {
         /// DOMAIN/DEVICE
         disk: DiskName,
