@@ -5,7 +5,7 @@
 KREL ?= 7.3
 export KDIR
 
-.PHONY: all demo test test-all test-debug sabotage bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install clean distclean help
+.PHONY: all demo test test-all test-debug mutation-test bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install clean distclean help
 all: ## builds the modules, for KREL= (a series or release, 7.3) or KDIR= (a build directory)
 	@built=$$(scripts/build-modules $(KREL)) && ls -1 "$${built#$(CURDIR)/}"/rblk*.ko
 
@@ -21,8 +21,8 @@ test-all: ## runs all tests on Debian's kernels and the daily ones on the debug 
 test-debug: ## runs all scenarios of the debug kernel; T=<name> for those with that name
 	@KERNEL=debug RBLKIF_TIERS="daily debug" scripts/run-tests $(T)
 
-sabotage: ## takes features away from our drivers, and sees whether the scenarios notice; NAMES="..." for some
-	@scripts/sabotage $(NAMES)
+mutation-test: ## removes features from our drivers, and checks that scenarios fail; NAMES="..." for some
+	@scripts/mutation-test $(NAMES)
 
 bench: ## counts instructions, hypercalls and copies per I/O, with the C pair and ours; BASE=<json> compares with an earlier run
 	@scripts/bench $(if $(WORKLOADS),--workloads "$(WORKLOADS)") $(if $(BASE),--base "$(BASE)") \

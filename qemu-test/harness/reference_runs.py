@@ -30,7 +30,15 @@ PLACES = (
 )  # fmt: skip
 """RBLKIF_ variables that do not change what a scenario does, unlike a number of disks."""
 HARNESS = PIECES.parent
-BOOKKEEPING = ("demo.py", "features.py", "matrix.py", "results.py", "try.py")
+BOOKKEEPING = (
+    "demo.py",
+    "features.py",
+    "matrix.py",
+    "mutation.py",
+    "results.py",
+    "run_mutations.py",
+    "try.py",
+)
 """Files that select scenarios or count results, and those that no scenario uses."""
 
 
