@@ -399,6 +399,7 @@ impl Device {
             }
             BackAction::Drain => {
                 self.draining = false;
+                self.may_adopt = false;
                 if let Some(inflight) = self.inflight.take() {
                     inflight.remove();
                 }
@@ -446,8 +447,7 @@ impl Device {
 
     /// Connects to the frontend: its rings are served when this returns.
     fn attach(&mut self) -> Result<Next, Error> {
-        let adopt = std::mem::replace(&mut self.may_adopt, false);
-        let connection = match self.connect(adopt) {
+        let connection = match self.connect() {
             Ok(connection) => connection,
             Err(error) => return self.fail(&error),
         };
@@ -457,13 +457,14 @@ impl Device {
             Switched::Refused(found) => return self.refused(BackState::Live, found),
         }
         self.state = BackState::Live;
+        self.may_adopt = false;
         self.report(&connection);
         self.forget_failures()?;
         self.serve(connection)?;
         Ok(Next::Wait)
     }
 
-    fn connect(&mut self, adopt: bool) -> Result<Connection, Error> {
+    fn connect(&mut self) -> Result<Connection, Error> {
         self.connection = self.connection.wrapping_add(1);
         let parts = Parts {
             xen: &self.xen,
@@ -482,7 +483,7 @@ impl Device {
             },
             settings: self.config.settings,
         };
-        Connection::new(&mut self.store, &parts, adopt)
+        Connection::new(&mut self.store, &parts, self.may_adopt)
     }
 
     /// Writes what the disk is, and Connected, unless the toolstack or the frontend have changed their

@@ -11,6 +11,8 @@ use std::collections::BTreeSet;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use xen_user::event::Events;
+use xen_user::xenstore::Nodes;
 
 const SECTORS: u64 = 4096;
 const WRITES: u64 = 8;
@@ -110,6 +112,38 @@ fn all_queues_are_taken_over() {
         persistent: true,
         ..Choice::PLAIN
     });
+}
+
+#[test]
+fn a_successor_waits_for_what_the_killed_process_still_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let mut front = serve_until_killed(&mut toolstack, dir.path(), Choice::PLAIN, |front| {
+        for id in 0..WRITES {
+            let request = write(front, id);
+            front.rings[0].put(request);
+        }
+        front.rings[0].publish();
+    });
+    // The event channel is still bound.
+    let port = front.store.read_text(&format!("{FRONT}/event-channel"));
+    let port = port.unwrap().unwrap().parse().unwrap();
+    let bound = toolstack.host.bind(DOMAIN, port).unwrap();
+    let served = serve(&mut toolstack, image(false), &Options::new(dir.path()));
+    wait_for("the error", || {
+        let error = toolstack.store.read_text(&format!("error/{BACK}/error"));
+        error
+            .unwrap()
+            .is_some_and(|error| error.contains("event-channel"))
+    });
+    drop(bound);
+    for _ in 0..WRITES {
+        okay(front.rings[0].response());
+    }
+    assert_eq!(control(dir.path(), "stats")["counters"]["adopted"], WRITES);
+    toolstack.start_detach();
+    front.set_state("6");
+    served.join().unwrap().unwrap();
 }
 
 #[test]
