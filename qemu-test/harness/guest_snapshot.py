@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A snapshot with a guest on it that has booted and waits, and a server if dom0 is to be none.
+"""A snapshot with a guest that has booted and waits, and a driver domain if dom0 cannot serve.
 
 To boot a guest is most of what a scenario costs. The one that waits has no disk
 and no frontend, and neither file nor module of a scenario has ever been in it:
@@ -23,7 +23,7 @@ NAMES = ("guest_snapshot.py", "guest.py", "storage.py", "xenhost.py")
 MADE_BY = [Path(__file__).with_name(name) for name in NAMES]
 
 RATE_LIMIT = "xl sched-credit2 --schedparam --ratelimit_us={us}"
-"""How long Xen lets a virtual CPU run before it looks for another: 1000 if nobody has said. A guest
+"""How long Xen's scheduler lets a virtual CPU run before it is preempted: 1000 by default. A guest
 with two that share a processor boots twice as long with that; its I/O is faster."""
 
 

@@ -131,7 +131,7 @@ class ManualDisk:
         return int(self.server.sh(f"cat {self.device}/statistics/{name}"))
 
     def wait_statistic(self, name: str, value: int) -> None:
-        """Waits until the backend has taken so many requests."""
+        """Waits until the backend has counted this many requests."""
         self.server.wait_for(f"[ $(cat {self.device}/statistics/{name}) -ge {value} ]")
 
 

@@ -50,7 +50,7 @@ MADE_BY = [Path(__file__).with_name(name) for name in ("native.py", "machine.py"
 class NativeVm:
     """A machine; `modules` are .ko files, found in /modules there.
 
-    A machine that is `shared` by scenarios is booted once, and goes on from there in each.
+    A machine that is `shared` by scenarios is booted once, and resumed from there in each.
     """
 
     name = "the machine"

@@ -126,7 +126,7 @@ class XenHost:
         return self._pair
 
     def boot(self) -> None:
-        """Goes on from the snapshot and unpacks what the scenario brings."""
+        """Resumes from the snapshot and unpacks the payload."""
         resume(self.machine)
         self.sh(
             f"{announcement(self.logs)}; "

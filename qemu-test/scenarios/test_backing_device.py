@@ -241,7 +241,7 @@ def test_stuck_unbind(ramdisk_host):
 def detach_dirty(host, guest, timeout):
     """Begins to detach a mounted xvdb, which stops to answer with a file still to be written.
 
-    The guest waits for so many seconds.
+    The guest waits up to `timeout` seconds.
     """
     set_parameter(host, mode=0)
     disk = ManualDisk(host, guest)

@@ -278,7 +278,7 @@ def must_wait(host, attempt):
 
 
 def use_another_disk(host, guest, attempt):
-    """A disk comes and is written to while the other one's frontend goes on like that."""
+    """Attaches and writes another disk while this frontend keeps reconnecting."""
     host.sh(f"(until [ -e /tmp/stop ]; do {attempt} done; rm /tmp/stop) > /dev/null 2>&1 &")
     host.attach(guest, Disk("xvdc", "/dev/ram1"))
     guest.wait_for_disk("xvdc")

@@ -11,7 +11,7 @@ from harness.xenhost import Disk
 
 IMAGE = "/dev/vdb"
 BESIDE = "(touch /tmp/beside; xl {command}; rm /tmp/beside) > /dev/null 2>&1 &"
-"""Has xl do something with the guest while this goes on."""
+"""Runs an xl command for the guest during the block."""
 HOLD = "/tmp/hold"
 """While it is there, the hotplug script does not say which disk it is."""
 WRITER = (

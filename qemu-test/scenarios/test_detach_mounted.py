@@ -49,7 +49,7 @@ def test_detach_mounted(host):
         "mount -t ext4 /dev/xvdb /other && echo kept > /disk/file"
     )
     detach(host, guest, "/disk /other")
-    # The backend lets go of the disk after xl has returned.
+    # The backend closes the disk after xl has returned.
     host.server.wait_for("mount -t ext4 /dev/ram0 /mnt")
     _status, output = host.server.run("cat /mnt/file; umount /mnt")
     assert output.strip() == "kept", output

@@ -62,7 +62,7 @@ ASKED = [
 
 
 def disks(rust):
-    """Name, code, offers, the toolstack's nodes, and what is to be seen of it."""
+    """Name, number, features, the toolstack's nodes, and the expected properties."""
     # A barrier flushes before its data, not after: only C takes it for more than a flush.
     fua = {} if rust else {"queue/fua": "1"}
     ours = {"removable": "1"} if rust else {}
@@ -244,7 +244,7 @@ def rebind_before_the_backend(host, guest):
 def refuse_name(host, guest, record_property):
     """Two forms of number give the name xvdb, with minors of their own: the second is closed.
 
-    xen-blkfront goes on with a disk that it has freed.
+    xen-blkfront continues to use a disk that it has freed.
     """
     first, second = 51728, (1 << 28) + 256
     connect_disks(host, guest, {first: ({}, {})})

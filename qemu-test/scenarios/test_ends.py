@@ -25,7 +25,7 @@ HANGS = "pidof dd && grep -q freeze $(grep -lx xenwatch /proc/[0-9]*/comm | sed 
 
 
 def offered(disk):
-    """The toolstack has made the device; nobody has named the disk."""
+    """The toolstack has created the device; the disk is not known yet."""
     disk.offer()
     disk.wait_for(back=2)
 
@@ -167,19 +167,19 @@ ATTEMPTS = 5
 FEW_THREADS = """
 limit=/proc/sys/kernel/threads-max
 usual=$(cat $limit)
-mkfifo /tmp/nobody
+mkfifo /tmp/limited
 (
 	until read -r state < {device}/state && [ "$state" = Connected ] || [ $((n += 1)) = 15 ]; do
-		read -r -t 1 nothing <> /tmp/nobody || true
+		read -r -t 1 nothing <> /tmp/limited || true
 	done
 	echo $usual > $limit
-	rm /tmp/nobody
+	rm /tmp/limited
 ) > /dev/null 2>&1 &
 read -r load load load threads last < /proc/loadavg
 echo $((${{threads#*/}} - 1 + {spare})) > $limit
 """
-"""For 15 s, or until the backend is connected, no more than so many threads start after this
-shell's end.
+"""Limits the threads that can be started after this shell ends, for 15 s or until the backend is
+connected.
 
 It waits without a program, for none would start; so it sees nothing but the state.
 """
@@ -242,6 +242,6 @@ def is_refused(disk, spare):
 def wait_for_threads(machine):
     """Waits until a machine may start any number of threads again; until then it may fail to look."""
     deadline = time.monotonic() + 300
-    while machine.run("[ ! -e /tmp/nobody ]")[0] != 0:
+    while machine.run("[ ! -e /tmp/limited ]")[0] != 0:
         assert time.monotonic() < deadline, "the backend did not close"
         time.sleep(0.1)

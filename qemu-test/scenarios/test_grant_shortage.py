@@ -92,7 +92,7 @@ def come_back_without_grants(host, server, guest):
     device = f"vbd-{guest.domid}-{CODES['xvdb']}"
     driver = "/sys/bus/xen-backend/drivers/vbd"
     front, back = directories(guest.domid, CODES["xvdb"], server)
-    # Our backend says nothing when it is unbound, and its successor goes on with the rings.
+    # Our backend says nothing when it is unbound, and its successor takes over the rings.
     server.sh(f"echo {device} > {driver}/unbind")
     host.sh(f"xenstore-write {back}/state 6")
     host.wait_for(f"[ $(xenstore-read {front}/state) = 1 ]")

@@ -46,7 +46,7 @@ def write(server, guest, misbehaviour, how="oflag=direct"):
 
 
 def renew(host, server, guest):
-    """xvdb was closed by its frontend; the toolstack makes it anew, and it works."""
+    """Checks that xvdb was closed by its frontend, and works when the toolstack creates it again."""
     back = f"/local/domain/{server.domid}/backend/vbd/{guest.domid}/{CODE}"
     guest.wait_for("[ ! -b /dev/xvdb ]")
     host.wait_for(f"[ $(xenstore-read {back}/state) = 6 ]")

@@ -118,7 +118,7 @@ def playing(host, server, guest, number, mode="rw"):
 
 
 def play(*arguments):
-    """As `playing`, where nothing is looked at but the report."""
+    """Like `playing`, but only checks the report."""
     with playing(*arguments) as report:
         return report
 

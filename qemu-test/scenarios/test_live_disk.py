@@ -40,7 +40,7 @@ def test_resize(xen, test_modules):
     assert_served_by_pair(host, guest)
     job = Job(guest, WRITE)
     for size in (32, 8, 64):
-        # It takes effect when somebody opens the disk.
+        # It takes effect when the disk is opened.
         server.sh(f"echo {size} > {SIZE}; : < /dev/rblk0")
         guest.wait_for(f"[ $(cat /sys/block/xvda/size) = {size << 11} ]")
         guest.sh(

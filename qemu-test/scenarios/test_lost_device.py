@@ -30,7 +30,7 @@ WRITE = "dd if=/dev/zero of=/dev/{} bs=64k count=64 oflag=direct conv=notrunc,fs
 
 @pytest.mark.feature("B-01", "BE-50")
 def test_lost_device(host):
-    """The guest gets an error for what cannot be done, and goes on with its other disk.
+    """The guest gets errors for its requests, and its other disk continues.
 
     The disk can be detached then, and the device can come back and be attached.
     """

@@ -23,7 +23,7 @@ DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 
 
 def migrate(guest):
-    """`xl migrate` to the same host: the guest goes on as another domain, with new backends.
+    """Migrates the guest to the same host, where it continues as another domain with new backends.
 
     xenconsoled names the log of a domain by the name that this has when it is created.
     """
@@ -35,7 +35,7 @@ def migrate(guest):
 
 
 def checkpoint(guest):
-    """`xl save -c`: the guest is stopped while it is saved, and goes on as the same domain."""
+    """Saves the guest with `xl save -c`, after which it continues as the same domain."""
     domid = guest.domid
     guest.host.sh(f"xl save -c {guest.name} {IMAGE}", timeout=600)
     assert guest.host.sh(f"xl domid {guest.name}") == str(domid)
@@ -72,7 +72,7 @@ def test_migrate(xen, test_modules):
 @pytest.mark.feature("FE-66")
 def test_checkpoint(xen, test_modules):
     """The same backend serves the same rings: with I/O all the time, with requests in flight until
-    the guest goes on, and with a backend that is replaced meanwhile.
+    the guest continues, and with a backend that is replaced meanwhile.
     """
     host, guest = held_disk.start(xen, test_modules)
     server, device = host.server, f"vbd-{guest.domid}-51712"

@@ -35,7 +35,7 @@ FLUSHED = "--rw=randwrite --sync=dsync"
 """Nothing but writes with a flush after each."""
 ATTEMPTS = 5
 LIVES_ON = 300
-"""After so many writes from a guest that was restored, none of the old ones is in flight."""
+"""Number of writes of a restored guest after which no older one is in flight."""
 
 
 def save_in_use(host, guest):

@@ -76,7 +76,7 @@ for pass in $(seq $PASSES); do
 	dd if=/dev/$DISK bs=$SIZE count=4 iflag=direct | cmp - /tmp/data-$DISK || exit 1
 done
 """
-"""Writes requests of one SIZE, and compares, so many times."""
+"""Writes and compares requests of one SIZE, a number of times."""
 
 
 @pytest.mark.feature("B-25")

@@ -27,7 +27,7 @@ until [ "$(awk '{print $9}' /sys/block/xvdb/stat)" -ge 1 ]; do usleep 100000; do
 
 
 def start_reader(host, guest):
-    """A disk with a request in flight that nobody answers; gives the backend's directory."""
+    """Attaches a disk with a request in flight without a response; returns the backend's directory."""
     connect_disks(host, guest, {XVDB: (OFFERS, {})})
     guest.wait_for_disk("xvdb")
     back = directories(guest.domid, XVDB)[1]
@@ -76,7 +76,7 @@ def test_silent_backend(xen, record_property):
     write_nodes(host, back, {"online": 0, "state": 5})
     wait_for_front(host, guest, 6)
     if guest.front == "xen-blkfront":
-        # It is Closed, and its reader waits for ever.
+        # It is Closed, and its reader waits forever.
         assert guest.run("[ -s /tmp/ended ]")[0] == 1
         record_property("c_fails", "F-04")
         record_property("c_not_asked", "F-05")

@@ -16,7 +16,7 @@ FILL_CACHE = (
     f"{NO_WRITEBACK}; sleep 100000 < /dev/vdb > /dev/null 2>&1 & echo $! > /tmp/keeper; "
     "dd if=/dev/zero of=/dev/vdb bs=64k count=64 conv=notrunc 2> /dev/null"
 )
-"""Somebody has the disk open, so that dd does not sync when it closes it."""
+"""Another program has the disk open, so that dd does not sync when it closes it."""
 DEADLINE_S = 30
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The backend's domain has dirty data of a disk in its page cache when the guest connects.
 
-A toolstack that fills a volume, an emulated disk before the PV one, or somebody with dd: what
+A toolstack that fills a volume, an emulated disk before the PV one, or an administrator with dd: what
 they have written is in the page cache of the backend's domain. The backend goes past that cache.
 """
 
@@ -21,7 +21,7 @@ PARTITION = (
 )
 """A table of one partition, of 16 MiB at 1 MiB, where there is no sfdisk."""
 NO_WRITEBACK = "echo 0 > /proc/sys/vm/dirty_writeback_centisecs"
-"""What is in the page cache stays there until somebody asks for it to be written."""
+"""Dirty pages stay in the page cache until they are synced."""
 
 
 def put(machine, disk, word, how):
