@@ -26,7 +26,7 @@ pub struct Backend {
     pub state: u32,
     /// The image that the node `params` names.
     pub image: String,
-    /// The name of the guest, if it has one.
+    /// The name of the guest, if it has one and this domain may read it.
     pub domain: Option<String>,
 }
 
@@ -65,7 +65,8 @@ pub fn read(nodes: &mut impl Nodes, disk: DiskId) -> io::Result<Option<Backend>>
     Ok(Some(Backend {
         state: state.parse().unwrap_or_default(),
         image: image_of(&params.unwrap_or_default()).to_owned(),
-        domain: nodes.read_text(&name)?,
+        // A driver domain may not read it.
+        domain: nodes.read_text(&name).ok().flatten(),
     }))
 }
 
