@@ -15,7 +15,6 @@ use std::io::Read;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 
 /// Binds event channels of other domains.
@@ -43,20 +42,6 @@ pub struct EventDevice;
 impl EventDevice {
     /// Path of the device.
     pub const PATH: &'static str = "/dev/xen/evtchn";
-
-    /// Binds an event channel of a domain with a device that was opened, without blocking, by this or
-    /// another process, and serves no channel yet.
-    pub fn bind_on(device: OwnedFd, domain: u16, port: u32) -> io::Result<Box<dyn Channel>> {
-        let file = File::from(device);
-        restrict(&file, domain)?;
-        let mut bind = BindInterdomain {
-            domain: domain.into(),
-            port,
-        };
-        // SAFETY: There are no pointers in the structure.
-        let port = unsafe { ioctl::call(&file, &mut bind) }?;
-        Ok(Box::new(BoundChannel { file, port }))
-    }
 }
 
 impl Events for EventDevice {
@@ -66,7 +51,14 @@ impl Events for EventDevice {
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(Self::PATH)?;
-        Self::bind_on(file.into(), domain, port)
+        restrict(&file, domain)?;
+        let mut bind = BindInterdomain {
+            domain: domain.into(),
+            port,
+        };
+        // SAFETY: There are no pointers in the structure.
+        let port = unsafe { ioctl::call(&file, &mut bind) }?;
+        Ok(Box::new(BoundChannel { file, port }))
     }
 }
 

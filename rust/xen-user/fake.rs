@@ -68,11 +68,6 @@ impl Host {
         lock(&self.grants).mapped()
     }
 
-    /// Returns the number of calls of [`Grants::copy`].
-    pub fn copies(&self) -> usize {
-        lock(&self.grants).copies()
-    }
-
     /// Allocates an event channel in a domain. Returns its end there, and its number.
     pub fn allocate_channel(&self, domain: u16) -> io::Result<(FakeChannel, u32)> {
         lock(&self.ports).allocate(domain)

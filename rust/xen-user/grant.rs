@@ -20,7 +20,6 @@ use std::fs::OpenOptions;
 use std::io;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::ptr;
 use std::sync::Arc;
 
@@ -216,13 +215,6 @@ impl GrantDevice {
         Ok(Self {
             file: Arc::new(file),
         })
-    }
-
-    /// Takes a device that was opened by another process.
-    pub fn from_fd(fd: OwnedFd) -> Self {
-        Self {
-            file: Arc::new(fd.into()),
-        }
     }
 }
 

@@ -269,6 +269,46 @@ fn hostile_requests_are_answered_and_do_no_harm() {
 }
 
 #[test]
+fn random_requests_are_all_answered() {
+    for persistent in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut toolstack = Toolstack::new("w");
+        let mut options = Options::new(dir.path());
+        options.persistent = persistent;
+        let served = serve(&mut toolstack, image(), &options);
+        let choice = Choice {
+            persistent,
+            ..Choice::PLAIN
+        };
+        let front = Front::connect(&mut toolstack, choice);
+        let (memory, channel) = (&front.rings[0].memory, &front.rings[0].channel);
+        let mut random = Random::new(3);
+        for round in 0..1000u32 {
+            // A slot is 28 words behind the 16 of the header.
+            let slot = 16 + (round % 32) as usize * 28;
+            let operation = random.below(8) as u32;
+            let count = random.below(14) as u32;
+            let other = random.below(1 << 16) as u32;
+            memory.store(slot, operation | count << 8 | other << 16);
+            for word in 1..28 {
+                let value = match random.below(4) {
+                    0 => random.below(1 << 31) as u32,
+                    1 => front.references[random.below(512) as usize],
+                    2 => random.below(0x0808) as u32,
+                    _ => 0,
+                };
+                memory.store(slot + word, value);
+            }
+            memory.store(0, round + 1);
+            channel.notify().unwrap();
+            wait_for("a response", || memory.load(2) == round + 1);
+        }
+        assert_eq!(toolstack.state(), "4");
+        finish(toolstack, front, served);
+    }
+}
+
+#[test]
 fn an_impossible_index_ends_the_connection() {
     let dir = tempfile::tempdir().unwrap();
     let mut toolstack = Toolstack::new("w");
@@ -420,6 +460,31 @@ fn barriers_order_all_queues() {
             assert_eq!(ids, [round, 1000 + round, 2000, round]);
         }
     }
+    finish(toolstack, front, served);
+}
+
+#[test]
+fn more_requests_than_there_is_memory_for_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
+    let choice = Choice {
+        order: 4,
+        ..Choice::PLAIN
+    };
+    let mut front = Front::connect(&mut toolstack, choice);
+    let segments: Vec<_> = (0..256).map(|page| front.segment(page, 0, 7)).collect();
+    for id in 0..40 {
+        let request = front.request(op::WRITE, id, 0, &segments);
+        front.rings[0].put(request);
+    }
+    front.rings[0].publish();
+    for _ in 0..40 {
+        okay(front.rings[0].response());
+    }
+    let counters = &control(dir.path(), "stats")["counters"];
+    assert_eq!(counters["writes"], 40);
+    assert!(counters["waited"].as_u64().unwrap() > 0);
     finish(toolstack, front, served);
 }
 

@@ -30,7 +30,6 @@ pub(super) struct GrantTable {
     last: u32,
     grants: BTreeMap<u32, Grant>,
     mapped: usize,
-    copies: usize,
 }
 
 /// The memory of all domains. It only grows.
@@ -82,12 +81,7 @@ impl GrantTable {
         self.mapped
     }
 
-    pub(super) fn copies(&self) -> usize {
-        self.copies
-    }
-
-    pub(super) fn copy(&mut self, copies: &mut Copies<'_>) {
-        self.copies = self.copies.saturating_add(1);
+    pub(super) fn copy(&self, copies: &mut Copies<'_>) {
         let domain = copies.domain();
         copies.run(|piece, own, to_grant| self.copy_one(domain, piece, own, to_grant));
     }
