@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What is read from and written to xenstore.
+//! The xenstore nodes of a device that are read and written.
 //!
-//! A node that is missing or makes no sense is reported with its name and its text.
+//! A missing or invalid node is reported with its name and its text.
 
 use kernel::{
     fmt,
@@ -53,7 +53,7 @@ use crate::{
     ring_connection::RingConnection, //
 };
 
-/// A node, or `None` if there is none.
+/// Reads a node. Returns `None` if it does not exist.
 fn read(dir: &CStr, node: &'static str) -> Result<Option<Value>> {
     match xenstore::read(&NoTransaction, dir, fmt!("{}", node)) {
         Ok(value) => Ok(Some(value)),
@@ -62,7 +62,7 @@ fn read(dir: &CStr, node: &'static str) -> Result<Option<Value>> {
     }
 }
 
-/// Reports a node that makes no sense.
+/// Reports an invalid node.
 fn warn_bad_node(dir: &CStr, bad: &InvalidNode) {
     ratelimited!(pr_warn!("{}/{}\n", dir, AsKernelDisplay(bad)));
 }
@@ -72,7 +72,7 @@ fn bad_node(dir: &CStr, bad: InvalidNode) -> Error {
     EINVAL
 }
 
-/// The name and minors of the device.
+/// Reads the name and the minors of the device.
 pub(crate) fn virtual_device(device: &xenbus::Device) -> Result<VirtualDevice> {
     let dir = device.nodename();
     let (node, value) = match read(dir, "virtual-device")? {
@@ -88,8 +88,7 @@ pub(crate) fn virtual_device(device: &xenbus::Device) -> Result<VirtualDevice> {
     })
 }
 
-/// Refuses a device that an emulated one stands for: what is written to one would change the other
-/// behind its back.
+/// Refuses a device that is also emulated, because a write to one would change the other.
 pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> Result {
     if !xen::is_hvm_domain() {
         return Ok(());
@@ -115,12 +114,13 @@ pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> 
     Ok(())
 }
 
-/// A path, to be kept.
+/// Copies a path.
 pub(crate) fn path(path: &CStr) -> Result<CString> {
     CString::try_from_fmt(fmt!("{}", path))
 }
 
-/// What it means that the backend has this state. `disk`: there is one from an earlier connection.
+/// Returns the event for a state of the backend. `disk`: there is a disk from an earlier
+/// connection.
 pub(crate) fn backend_event(backend: &CStr, state: xenbus::State, disk: bool) -> FrontEvent {
     let Some(state) = XenbusState::from_number(state.number()) else {
         let number = state.number() as i32;
@@ -137,7 +137,8 @@ pub(crate) fn backend_event(backend: &CStr, state: xenbus::State, disk: bool) ->
     }
 }
 
-/// Whether a state that xenbus cannot read is there, and no number. That is reported.
+/// Returns `true` if the node `state` is not a number, which xenbus reads as Unknown, and reports
+/// it.
 fn has_wrong_state(backend: &CStr) -> bool {
     let Ok(Some(value)) = read(backend, "state") else {
         return false;
@@ -150,7 +151,7 @@ fn has_wrong_state(backend: &CStr) -> bool {
         .is_err()
 }
 
-/// A backend without this node is online.
+/// Returns `true` if the backend is online, which is also the case without the node.
 fn is_online(backend: &CStr) -> bool {
     let Ok(Some(value)) = read(backend, "online") else {
         return true;
@@ -161,7 +162,7 @@ fn is_online(backend: &CStr) -> bool {
     })
 }
 
-/// A node of a directory that was listed, or `None` if there is none.
+/// Reads a node of a listed directory. Returns `None` if it does not exist.
 fn read_listed(
     listing: &DirectoryListing,
     dir: &CStr,
@@ -174,12 +175,12 @@ fn read_listed(
     }
 }
 
-/// What this side can do for the device. `own` lists its directory, also below.
+/// Reads this side's part of the offer. `own` lists the device's directory, also below.
 pub(crate) fn front_offer(device: &xenbus::Device, own: &DirectoryListing) -> Result<FrontOffer> {
     let dir = device.nodename();
     let trusted = match read_listed(own, dir, "trusted")? {
         None => true,
-        // Who cannot be understood is not trusted.
+        // An invalid value means untrusted.
         Some(value) => node::switch("trusted", value.as_bytes()).unwrap_or_else(|error| {
             warn_bad_node(dir, &error);
             false
@@ -188,8 +189,8 @@ pub(crate) fn front_offer(device: &xenbus::Device, own: &DirectoryListing) -> Re
     Ok(params::front_offer(trusted))
 }
 
-/// Whether nobody is to look for partitions on the disk. The toolstack says so, as it says whether
-/// the backend is trusted: who serves the disk has no say in it.
+/// Returns `true` if partitions must not be scanned for. The node is that of the toolstack, like
+/// `trusted`, and not of the backend.
 pub(crate) fn no_partition_scan(device: &xenbus::Device, own: &DirectoryListing) -> Result<bool> {
     let dir = device.nodename();
     let Some(value) = read_listed(own, dir, "no-part-scan")? else {
@@ -203,7 +204,7 @@ pub(crate) fn no_partition_scan(device: &xenbus::Device, own: &DirectoryListing)
     )
 }
 
-/// What the backend can do, as far as `nodes` tell. Those that make no sense count as missing.
+/// Reads the backend's part of the offer from `nodes`. Invalid nodes count as missing.
 pub(crate) fn back_offer(backend: &CStr, nodes: &[&'static str]) -> Result<BackOffer> {
     let mut offer = BackOffer::default();
     for &node in nodes {
@@ -216,7 +217,7 @@ pub(crate) fn back_offer(backend: &CStr, nodes: &[&'static str]) -> Result<BackO
     Ok(offer)
 }
 
-/// What the disk is.
+/// Reads the properties of the disk.
 pub(crate) fn disk(backend: &CStr) -> Result<DiskProperties> {
     let mut nodes = DiskNodes::default();
     for node in DiskNodes::NODES {
@@ -231,7 +232,7 @@ pub(crate) fn disk(backend: &CStr) -> Result<DiskProperties> {
     nodes.disk().map_err(|error| bad_node(backend, error))
 }
 
-/// Where the nodes of a ring are: in the directory itself, or in one for each of several rings.
+/// The directory of a ring's nodes: that of the device, or `queue-N` if there are several rings.
 #[derive(Clone, Copy)]
 struct Prefix(Option<usize>);
 
@@ -244,7 +245,7 @@ impl fmt::Display for Prefix {
     }
 }
 
-/// What the backend has to know about a ring.
+/// The nodes that describe a ring.
 pub(crate) struct RingNodes {
     references: KVec<u32>,
     port: u32,
@@ -290,7 +291,7 @@ impl RingNodes {
     }
 }
 
-/// Writes all that the backend needs to know, and Initialised, at once.
+/// Writes the offer and the state Initialised in one transaction.
 pub(crate) fn publish(
     device: &xenbus::Device,
     own: &DirectoryListing,
@@ -326,7 +327,7 @@ pub(crate) fn publish(
     Ok(())
 }
 
-/// Removes a node, if it is there.
+/// Removes a node, if it exists.
 fn remove(transaction: &Transaction, dir: &CStr, node: &str) -> Result {
     match xenstore::remove(transaction, dir, fmt!("{}", node)) {
         Err(error) if error != ENOENT => Err(error),
