@@ -24,6 +24,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+/// What the names of directories for sockets start with, before the id of the process.
+const PREFIX: &str = "rblk-qsd-";
+
 /// How long a daemon may take to open its image.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -63,7 +66,9 @@ struct Config {
 impl Daemon {
     /// Checks the image and starts a daemon for it.
     pub(super) fn start(format: Format, path: &Path, options: &Options) -> Result<Self> {
-        let dir = TempDir::with_prefix_in("rblk-", &options.runtime_dir).map_err(|error| {
+        remove_stale(&options.runtime_dir);
+        let prefix = format!("{PREFIX}{}-", std::process::id());
+        let dir = TempDir::with_prefix_in(prefix, &options.runtime_dir).map_err(|error| {
             Error::from_io(
                 &error,
                 format_args!("creating a directory in {}", options.runtime_dir.display()),
@@ -154,6 +159,22 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         // The result is for callers of `stop`.
         let _ = self.stop();
+    }
+}
+
+/// Removes the directories of processes that were killed.
+fn remove_stale(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let owner = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(PREFIX)?.split_once('-'))
+            .and_then(|(id, _)| id.parse::<u32>().ok());
+        let is_stale = owner.is_some_and(|id| !Path::new(&format!("/proc/{id}")).exists());
+        if is_stale {
+            // It may belong to another user.
+            let _ = fs::remove_dir_all(entry.path());
+        }
     }
 }
 
