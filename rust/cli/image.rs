@@ -8,7 +8,8 @@
 use crate::args::{ImageCommand, SnapshotCommand};
 use crate::exit::{io_failure, Error};
 use api::{Failure, FailureKind};
-use engine::{Format, Uri};
+use engine::vhd::VhdChain;
+use engine::{Format, Options, Uri};
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
@@ -74,6 +75,16 @@ fn create(image: &Uri, size: Option<&str>, backing: Option<&Uri>) -> Result<(), 
 }
 
 fn convert(source: &Uri, target: &Uri) -> Result<(), Error> {
+    if let Uri::Image {
+        format: Format::Vhd,
+        path,
+    } = source
+    {
+        let chain = VhdChain::open(path).map_err(|error| engine_failure(&error))?;
+        if chain.is_differencing() {
+            return convert_chain(&chain, target);
+        }
+    }
     let (from, to) = (file(source)?, file(target)?);
     let args = [
         "convert",
@@ -85,6 +96,28 @@ fn convert(source: &Uri, target: &Uri) -> Result<(), Error> {
         &to,
     ];
     into_new_file(target, &args)
+}
+
+/// Converts a VHD with its parents, which `qemu-img` would leave out.
+fn convert_chain(chain: &VhdChain, target: &Uri) -> Result<(), Error> {
+    create(target, Some(&chain.size().to_string()), None)?;
+    let copied = engine::open(target, &Options::default()).and_then(|engine| {
+        chain.copy_to(&*engine)?;
+        engine.close()
+    });
+    if let (Err(_), Uri::Image { path, .. }) = (&copied, target) {
+        // The reason is in `copied`; a file that stays is a nuisance only.
+        let _ = fs::remove_file(path);
+    }
+    Ok(copied.map_err(|error| engine_failure(&error))?)
+}
+
+fn engine_failure(error: &engine::Error) -> Failure {
+    Failure::new(
+        FailureKind::Failed,
+        error.cause().to_owned(),
+        error.remedy().to_owned(),
+    )
 }
 
 /// Runs `qemu-img`, which writes to the file of `image`, and removes the file again if it fails.
