@@ -250,6 +250,7 @@ mod tests {
     use crate::process::tests::PROGRAM;
     use crate::supervisor::Supervisor;
     use api::{Counters, QueueStatus};
+    use std::io::{BufRead, BufReader, Write};
     use xen_user::fake::Host;
     use xen_user::xenstore::Nodes;
 
@@ -286,6 +287,80 @@ mod tests {
         assert!(is_quiet(&status));
         status.queues[1].paused = false;
         assert!(!is_quiet(&status));
+    }
+
+    /// Plays the control socket of [`DISK`], which is that of the recorded process. One that fails
+    /// does not answer.
+    fn serve_control(run: &RunDir) {
+        let listener = UnixListener::bind(run.control_socket(DISK)).unwrap();
+        let run = run.clone();
+        thread::spawn(move || {
+            let mut paused = false;
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut line = String::new();
+                BufReader::new(&stream).read_line(&mut line).unwrap();
+                match serde_json::from_str(&line).unwrap() {
+                    DiskCommand::Pause => paused = true,
+                    DiskCommand::Resume => paused = false,
+                    DiskCommand::Stats | DiskCommand::Resize => {}
+                }
+                let record = run.read_record(DISK).unwrap().unwrap();
+                let pid = match record.phase.pid() {
+                    Some(pid) if !record.image.starts_with("fail:") => pid,
+                    _ => continue,
+                };
+                let answer = json!({
+                    "pid": pid, "sectors": 8, "block_size": 512, "paused": paused,
+                    "queues": [{"in_flight": 0, "oldest_ms": null, "paused": paused}],
+                    "counters": {},
+                });
+                writeln!(stream, "{answer}").unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn a_process_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let host = Host::new();
+        let mut store = host.xenstore().unwrap();
+        store.write("backend/vbd3/5/51712/params", "serve").unwrap();
+        store.write("backend/vbd3/5/51712/state", "1").unwrap();
+        let connection = host.xenstore().unwrap();
+        let (supervisor, commands) =
+            Supervisor::new(connection, run.clone(), PROGRAM.into()).unwrap();
+        thread::spawn(move || supervisor.run());
+        Server::start(run.clone(), commands).unwrap();
+        let pid = || run.read_record(DISK).unwrap()?.phase.pid();
+        wait_until("no process", || pid().is_some());
+        store.write("backend/vbd3/5/51712/state", "4").unwrap();
+        serve_control(&run);
+        let disk = DISK;
+        let call = |call: &AgentCall| -> Result<Value, Failure> {
+            socket::call(&run.agent_socket(), call, Duration::from_secs(60))
+        };
+        assert_eq!(call(&AgentCall::Pause { disk }), Ok(Value::Null));
+        assert_eq!(call(&AgentCall::Stats { disk }).unwrap()["paused"], true);
+        call(&AgentCall::Resume { disk }).unwrap();
+        let first = pid();
+        let image = "serve b".to_owned();
+        let second = call(&AgentCall::Retarget { disk, image }).unwrap();
+        assert_eq!(second.as_u64(), pid().map(u64::from));
+        assert_ne!(pid(), first);
+        let image = "fail:no".to_owned();
+        let failure = call(&AgentCall::Retarget { disk, image }).unwrap_err();
+        assert_eq!(failure.kind, FailureKind::Refused);
+        assert_eq!(failure.text.cause, "no");
+        wait_until("no process", || pid().is_some());
+        let record = run.read_record(DISK).unwrap().unwrap();
+        assert_eq!(record.image, "serve b");
+        store.remove("backend/vbd3/5").unwrap();
+        let Phase::Running { pid, start_time } = record.phase else {
+            panic!("{:?}", record.phase);
+        };
+        Process::adopt(pid, start_time).unwrap().kill();
     }
 
     #[test]
