@@ -16,11 +16,15 @@ With nosched and the first pair the workloads also run on a RAM disk in the gues
 dom0. This baseline is what is left if the path between the domains costs nothing.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from disks import measure_disks
 from disks import show
@@ -56,6 +60,16 @@ from harness.snapshot import Snapshot
 from harness.xenhost import Disk
 from harness.xenhost import XenHost
 
+if TYPE_CHECKING:
+    from plugin import Code
+    from plugin import Symbols
+    from report import Document
+    from report import Result
+    from workloads import Workload
+
+    from harness.guest import Guest
+    from harness.pairs import Pair
+
 MEGABYTES = 64
 FLUSHED = "/run/flushed"
 BASELINES = {"xvda": "/dev/ram0", "xvdc": "/dev/nullb0"}
@@ -73,17 +87,25 @@ PARAMETERS = {
 class Run:
     """One boot: a pair, a kind of guest and a setting, with all workloads."""
 
-    def __init__(self, options, snapshot, symbols, pair, kind, setting):
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        snapshot: Snapshot,
+        symbols: tuple[Symbols, Symbols],
+        pair: Pair,
+        kind: str,
+        setting: str,
+    ) -> None:
         self.options = options
         self.pair, self.kind, self.setting = pair, kind, setting
         self.logs = Path(options.logs) / f"{pair.name}-{kind}-{setting}".replace("/", "")
         self.symbols = symbols
         self._parameters = PARAMETERS.get(setting, ("", ""))
         self._snapshot = snapshot
-        self._windows = []
-        self._code = {}
+        self._windows: list[tuple[str, Workload, int, int]] = []
+        self._code: dict[str, list[Code]] = {}
 
-    def __call__(self, workloads, baselines):
+    def __call__(self, workloads: Sequence[Workload], baselines: bool) -> list[Result]:
         """Boots, runs the workloads and returns what they cost."""
         self.logs.parent.mkdir(parents=True, exist_ok=True)
         place = self.logs.with_suffix(".points")
@@ -104,7 +126,7 @@ class Run:
                     host,
                     guest,
                     workload,
-                    baselines and workload.bytes and workload.disk in BASELINES,
+                    baselines and workload.bytes > 0 and workload.disk in BASELINES,
                 )
         windows = read_windows(counts)
         dom0 = windows[DOM0_WINDOW].slot
@@ -117,12 +139,12 @@ class Run:
             for number, (where, workload, ios, nanoseconds) in enumerate(self._windows)
         ]
 
-    def _module(self, name):
+    def _module(self, name: str) -> Driver:
         path = self.logs.with_name(f"{name}.ko")
         path.write_bytes(self.options.kernel_object.module(name))
         return Driver(name, path, build_id(path))
 
-    def _start(self, host, devices, baselines):
+    def _start(self, host: XenHost, devices: list[Driver], baselines: bool) -> Guest:
         """Starts a guest: xvda is a RAM disk, xvdb can be flushed, xvdc does nothing with data."""
         fill = f"dd if=/dev/zero of=/dev/ram0 bs=1M count={MEGABYTES} 2>/dev/null; sync"
         host.load_backend(self._parameters[1])
@@ -144,11 +166,11 @@ class Run:
             guest.sh(do_nothing.format("/modules"))
         self._code = {
             "guest": code_of(guest, [self.pair.front, *devices * baselines]),
-            "dom0": code_of(host, [self.pair.back, *devices]),
+            "dom0": code_of(host, [self.pair.backend, *devices]),
         }
         return guest
 
-    def _measure(self, host, guest, workload, baselines):
+    def _measure(self, host: XenHost, guest: Guest, workload: Workload, baselines: bool) -> None:
         program = f"/programs/{self._load.name}"
         self._run_workload(guest, "pair", workload, program, f"/dev/{workload.disk}")
         if baselines:
@@ -157,7 +179,9 @@ class Run:
                 host, "dom0", workload, f"/payload{program}", BASELINES[workload.disk]
             )
 
-    def _run_workload(self, machine, where, workload, program, device):
+    def _run_workload(
+        self, machine: Guest | XenHost, where: str, workload: Workload, program: str, device: str
+    ) -> None:
         number = len(self._windows)
         start = time.monotonic()
         output = machine.sh(f"{program} {workload.arguments(device, number)}", timeout=1200)
@@ -173,7 +197,7 @@ class Run:
         )
 
 
-def parsed():
+def parsed() -> argparse.Namespace:
     """Returns the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,7 +228,7 @@ def parsed():
     return parser.parse_args()
 
 
-def is_measured(kind, setting, pair):
+def is_measured(kind: str, setting: str, pair: Pair) -> bool:
     """Returns `True` if a pair is measured with a kind of guest and a setting."""
     if setting == "large-ring" and pair.front.name == "xen-blkfront":
         # It allocates half a gigabyte for each ring.
@@ -215,7 +239,7 @@ def is_measured(kind, setting, pair):
     )
 
 
-def run_all(options):
+def run_all(options: argparse.Namespace) -> Document:
     """Boots and measures all that the command line asks for."""
     kernel = options.kernel_object = Kernel(options.kernel)
     pairs = [pair_called(name, kernel, options.build) for name in options.pairs.split(",")]
@@ -232,7 +256,7 @@ def run_all(options):
                 results += Run(options, snapshot, symbols, pair, kind, setting)(
                     workloads, baselines
                 )
-    drivers = {driver.name: driver for pair in pairs for driver in (pair.front, pair.back)}
+    drivers = {driver.name: driver for pair in pairs for driver in (pair.front, pair.backend)}
     return {
         "kernel": kernel.release,
         "date": time.strftime("%B %Y"),
@@ -241,7 +265,7 @@ def run_all(options):
     }
 
 
-def run_disks(options):
+def run_disks(options: argparse.Namespace) -> None:
     """Boots each pair and prints what disks cost beside I/O."""
     kernel = Kernel(options.kernel)
     snapshot = Snapshot(kernel, icount=True)
@@ -253,7 +277,7 @@ def run_disks(options):
         write_disks(rows, Path(options.page) / "performance-disks.inc")
 
 
-def run_queues(options):
+def run_queues(options: argparse.Namespace) -> None:
     """Boots the pairs in turns and prints how their times compare."""
     kernel = Kernel(options.kernel)
     pairs = [pair_called(name, kernel, options.build) for name in ("C/C", "R/R")]
@@ -265,7 +289,7 @@ def run_queues(options):
         write_queues(rows, Path(options.page) / "performance-queues.inc")
 
 
-def main():
+def main() -> None:
     """Measures, writes the results, prints them."""
     options = parsed()
     if options.disks:

@@ -10,9 +10,16 @@ used        right after a load
 root        a guest boots with disks and mounts the first one: from the start of its kernel on
 """
 
+from __future__ import annotations
+
+import argparse
 import re
 import sys
+from collections.abc import Iterable
+from collections.abc import Iterator
 from string import ascii_lowercase
+from typing import TYPE_CHECKING
+from typing import Any
 
 from plugin import LOAD_FLAGS
 from plugin import compiled
@@ -24,6 +31,11 @@ from harness.shell import MachineTrouble
 from harness.xenhost import Disk
 from harness.xenhost import XenHost
 from harness.xenimage import root_disk
+
+if TYPE_CHECKING:
+    from harness.guest import Guest
+    from harness.pairs import Pair
+    from harness.snapshot import Snapshot
 
 NUMBERS = (1, 8, 16)
 ROOT_DISKS = 8
@@ -58,7 +70,9 @@ COLUMNS = {
 """Titles of columns. Memory is for each disk; wake-ups are of all threads of the backend."""
 
 
-def measure_disks(options, snapshot, pair, kind):
+def measure_disks(
+    options: argparse.Namespace, snapshot: Snapshot, pair: Pair, kind: str
+) -> list[dict[str, Any]]:
     """Boots once and returns, for each number of disks, a row."""
     load = compiled("load.c", *LOAD_FLAGS)
     logs = f"{options.logs}/disks-{pair.name.replace('/', '')}-{kind}"
@@ -73,7 +87,7 @@ def measure_disks(options, snapshot, pair, kind):
     return rows
 
 
-def show(rows):
+def show(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Returns the table as lines of text."""
     yield f"{'disks':6}{'pair':5}" + "".join(f"{title:>18}" for title in COLUMNS.values())
     for row in rows:
@@ -82,7 +96,7 @@ def show(rows):
         )
 
 
-def _measure(host, load, kind, number):
+def _measure(host: XenHost, load: str, kind: str, number: int) -> dict[str, Any]:
     guest = host.start_guest(type=kind, memory=320, disks=[], settings=SETTINGS)
     disks = [f"xvd{letter}" for letter in ascii_lowercase[:number]]
     # What the start of the guest has freed comes back with a delay.
@@ -120,7 +134,7 @@ def _measure(host, load, kind, number):
     return row
 
 
-def _connect(guest, disks):
+def _connect(guest: Guest, disks: list[str]) -> int:
     """Microseconds from the first disk that is bound until the frontend has said of all what they are."""
     guest.wait_for(f"[ $(ls -d {BUS}/devices/vbd-* | wc -l) = {len(disks)} ]")
     guest.sh(
@@ -135,7 +149,7 @@ def _connect(guest, disks):
     return times[-1] - times[0]
 
 
-def _boot(host, kind, number):
+def _boot(host: XenHost, kind: str, number: int) -> tuple[float, float]:
     """Milliseconds from the start of a guest's kernel until the last disk is there, and to its root."""
     disks = [Disk("xvda", "/dev/vdb")]
     for place, letter in enumerate(ascii_lowercase[1:number]):
@@ -148,13 +162,13 @@ def _boot(host, kind, number):
     return there[-1] / 1000, root[0] / 1000
 
 
-def _stamps(guest, pattern):
+def _stamps(guest: Guest, pattern: str) -> list[int]:
     """Returns the times of lines in the guest's log that begin with a text, in microseconds."""
     found = re.findall(rf"^\[ *(\d+)\.(\d{{6}})\] (?:{pattern})", guest.sh("dmesg"), re.MULTILINE)
     return [int(seconds) * 1000000 + int(rest) for seconds, rest in found]
 
 
-def _io(guest, disks, command):
+def _io(guest: Guest, disks: list[str], command: str) -> int:
     """Nanoseconds that a load takes that runs on all disks at once."""
     return int(
         guest.sh(

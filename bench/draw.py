@@ -4,20 +4,32 @@
 It writes SVG itself, because matplotlib would add 100 packages to the build root for one picture.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
 from report import row
 from report import shown
 from report import tables
+
+if TYPE_CHECKING:
+    from report import Document
+    from report import Result
 
 PARTS = (("guest", "#7aa6c2"), ("xen", "#d9a441"), ("dom0", "#8fb57a"))
 ROW, WIDTH, LEFT, TOP = 15, 560, 190, 46
 
 
-def draw(document, path):
+def draw(document: Document, path: Path) -> None:
     """Draws the first table, each load on a scale of its own: the C pair is 1."""
     title, results = next(tables(document))
     results = [r for r in results if r["bytes"]]
     pairs = [(r, row(results, r)) for r in results if r["where"] == "pair"]
-    lines, y, last = [], TOP, None
+    lines: list[str] = []
+    y, last = TOP, None
     for result, values in pairs:
         if not values["of C/C"]:
             continue
@@ -37,7 +49,7 @@ def draw(document, path):
     path.write_text("\n".join([*head, *lines, "</svg>"]) + "\n")
 
 
-def _legend():
+def _legend() -> Iterator[str]:
     x = LEFT
     for name, colour in PARTS:
         yield f'<rect x="{x}" y="26" width="10" height="10" fill="{colour}"/>'
@@ -48,7 +60,7 @@ def _legend():
     yield _text(LEFT + WIDTH - 20, 42, "C/C = 1")
 
 
-def _bar(result, values, y, named):
+def _bar(result: Result, values: dict[str, Any], y: float, named: Any) -> Iterator[str]:
     scale = WIDTH * values["of C/C"] / values["total"]
     x = LEFT
     if named:
@@ -63,9 +75,9 @@ def _bar(result, values, y, named):
     yield _text(x + 6, y + 10, f"{shown(values['total'])} ({values['of C/C']:.2f})")
 
 
-def _text(x, y, text):
+def _text(x: float, y: float, text: str) -> str:
     return f'<text x="{x:.1f}" y="{y}">{text}</text>'
 
 
-def _line(x, top, bottom, colour):
+def _line(x: float, top: float, bottom: float, colour: str) -> str:
     return f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}" stroke="{colour}" stroke-width="1.5"/>'

@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """From the counts of a window to what one I/O costs."""
 
+from __future__ import annotations
+
 from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from plugin import KERNEL
 from plugin import MODULES
 from plugin import XEN_END
 from plugin import XEN_TEXT
+
+if TYPE_CHECKING:
+    from plugin import Symbols
+    from plugin import Window
+    from report import Result
+    from workloads import Workload
 
 PROFILE_LENGTH = 60
 """Functions that are kept of each window, those with the most instructions."""
@@ -16,7 +26,16 @@ SEND = 4
 """The operation of event_channel_op that notifies another domain."""
 
 
-def measured(window, dom0, where, workload, ios, nanoseconds, symbols, modules):
+def measured(
+    window: Window,
+    dom0: int,
+    where: str,
+    workload: Workload,
+    ios: int,
+    nanoseconds: int,
+    symbols: tuple[Symbols, Symbols],
+    modules: Mapping[str, Symbols],
+) -> Result:
     """Returns the costs of one I/O of a window.
 
     `dom0` is the slot of dom0; `where` the workload ran is pair, guest (baseline) or dom0 (baseline).
@@ -40,10 +59,15 @@ def measured(window, dom0, where, workload, ios, nanoseconds, symbols, modules):
     }
 
 
-def _instructions(window, named, symbols, modules):
+def _instructions(
+    window: Window,
+    named: Mapping[int, str],
+    symbols: tuple[Symbols, Symbols],
+    modules: Mapping[str, Symbols],
+) -> tuple[Counter[str], Counter[tuple[str, str]]]:
     xen, linux = symbols
-    totals = Counter()
-    profile = Counter()
+    totals: Counter[str] = Counter()
+    profile: Counter[tuple[str, str]] = Counter()
     for address, count, slot in window.blocks:
         domain = named[slot]
         if XEN_TEXT <= address < XEN_END:
@@ -61,8 +85,10 @@ def _instructions(window, named, symbols, modules):
     return totals, profile
 
 
-def _events(window, named):
-    hypercalls, grants, others = Counter(), Counter(), Counter()
+def _events(window: Window, named: Mapping[int, str]) -> dict[str, Counter[str]]:
+    hypercalls: Counter[str] = Counter()
+    grants: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     for name, slot, key, runs, amount, empty in window.events:
         domain = named.get(slot, "idle")
         if name.startswith("hc:"):

@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The tables as a part of the documentation."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
 import disks
 import queues
 from report import COLUMNS
@@ -9,6 +18,10 @@ from report import hypercalls
 from report import row
 from report import shown
 from report import tables
+
+if TYPE_CHECKING:
+    from report import Document
+    from report import Result
 
 HEAD = """.. SPDX-License-Identifier: GPL-2.0-only
 .. Written by bench/page.py from the results of a run.
@@ -22,7 +35,7 @@ PLAIN_HEAD = """.. SPDX-License-Identifier: GPL-2.0-only
 """
 
 
-def write_page(document, path):
+def write_page(document: Document, path: Path) -> None:
     """Writes all tables in reStructuredText."""
     lines = [HEAD.format(**document, sizes=code(document))]
     for title, results in tables(document):
@@ -31,7 +44,7 @@ def write_page(document, path):
     path.write_text("\n".join(lines))
 
 
-def write_disks(rows, path):
+def write_disks(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Writes the table of what disks cost beside I/O."""
     lines = [PLAIN_HEAD, ".. list-table::", "   :header-rows: 1", ""]
     lines += _row(["disks", "pair", *disks.COLUMNS.values()])
@@ -42,7 +55,7 @@ def write_disks(rows, path):
     path.write_text("\n".join([*lines, ""]))
 
 
-def write_queues(rows, path):
+def write_queues(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Writes the table of times with several queues."""
     lines = [PLAIN_HEAD, ".. list-table::", "   :header-rows: 1", ""]
     lines += _row(["load", "measure", *queues.RATIOS])
@@ -52,7 +65,7 @@ def write_queues(rows, path):
     path.write_text("\n".join([*lines, ""]))
 
 
-def _table(results):
+def _table(results: Sequence[Result]) -> Iterator[str]:
     yield from (".. list-table::", "   :header-rows: 1", "")
     columns = [
         *COLUMNS,
@@ -67,7 +80,7 @@ def _table(results):
             )
 
 
-def _kinds(results):
+def _kinds(results: Sequence[Result]) -> Iterator[str]:
     results = [result for result in results if result["where"] == "pair"]
     kinds = sorted({kind for result in results for kind in hypercalls(result)})
     yield from (".. list-table::", "   :header-rows: 1", "")
@@ -79,6 +92,6 @@ def _kinds(results):
         )
 
 
-def _row(fields):
+def _row(fields: Iterable[object]) -> Iterator[str]:
     for number, field in enumerate(fields):
         yield f"   {'*' if number == 0 else ' '} - {field}"

@@ -6,13 +6,18 @@ window   the part of a load that is counted, see load.c
 symbols  addresses and names of the functions of Xen and of the kernels
 """
 
+from __future__ import annotations
+
 import bisect
 import gzip
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "qemu-test"))
@@ -21,6 +26,12 @@ from harness.cache import CACHE
 from harness.cache import key_of
 from harness.cache import made_once
 from harness.xenhost import XenHost
+
+if TYPE_CHECKING:
+    from harness.guest import Guest
+    from harness.pairs import Driver
+    from harness.pairs import Pair
+    from harness.snapshot import Snapshot
 
 LOAD_FLAGS = ("-static", "-Wl,--section-start=.window=0x5b1c0000")
 PLUGIN_FLAGS = ("-shared", "-fPIC", "-fvisibility=hidden")
@@ -33,43 +44,47 @@ KERNEL = 0xFFFF800000000000
 MODULES = 0xFFFFFFFFC0000000
 
 
-def compiled(name, *flags):
+def compiled(name: str, *flags: str) -> Path:
     """Returns a compiled program or plugin of this directory."""
     source = HERE / name
     header = HERE / "qemu_plugin.h"
 
-    def make(path):
+    def make(path: Path) -> None:
         command = ["gcc", "-O2", "-Wall", "-Werror", *flags, "-o", str(path), str(source)]
         subprocess.run(command, check=True)
 
     return made_once(CACHE / "bench" / f"{source.stem}-{key_of(source, header, *flags)}", make)
 
 
+Code = tuple[str, Path, int]
+"""Name, file and address of the text section of a module."""
+
+
 @dataclass
 class Symbols:
     """Functions by address."""
 
-    addresses: list
-    names: list
+    addresses: list[int]
+    names: list[str]
 
     @classmethod
-    def parse(cls, text):
+    def parse(cls, text: str) -> Symbols:
         """Reads lines "ADDRESS TYPE NAME"."""
         lines = re.finditer(r"^([0-9a-f]{16}) \w (\S+)", text, re.MULTILINE)
         return cls.of([(int(line.group(1), 16), line.group(2)) for line in lines])
 
     @classmethod
-    def of(cls, pairs):
+    def of(cls, pairs: Iterable[tuple[int, str]]) -> Symbols:
         """Creates it from pairs of an address and a name."""
         pairs = sorted(pairs)
         return cls([address for address, _ in pairs], [name for _, name in pairs])
 
-    def name(self, address):
+    def name(self, address: int) -> str:
         """Returns the name of the function that contains `address`."""
         place = bisect.bisect_right(self.addresses, address) - 1
         return self.names[place] if place >= 0 else hex(address)
 
-    def address(self, name):
+    def address(self, name: str) -> int | None:
         """Returns the address of a function, or `None` if it does not exist."""
         try:
             return self.addresses[self.names.index(name)]
@@ -77,10 +92,10 @@ class Symbols:
             return None
 
 
-def base_symbols(snapshot, pair):
+def base_symbols(snapshot: Snapshot, pair: Pair) -> tuple[Symbols, Symbols]:
     """Returns the functions of Xen and of the kernel, which are read once from a running host."""
 
-    def make(path):
+    def make(path: Path) -> None:
         host = XenHost(snapshot, pair, path.with_name(path.name + ".logs"))
         try:
             host.boot()
@@ -100,7 +115,7 @@ def base_symbols(snapshot, pair):
     return Symbols.parse(xen), Symbols.parse(linux)
 
 
-def code_of(machine, drivers):
+def code_of(machine: Guest | XenHost, drivers: Iterable[Driver]) -> list[Code]:
     """Returns name, file and address of the text section of loaded modules."""
     show = "cat /sys/module/{}/sections/.text"
     return [
@@ -109,7 +124,7 @@ def code_of(machine, drivers):
     ]
 
 
-def module_symbols(places):
+def module_symbols(places: Iterable[Code]) -> Symbols:
     """Returns the functions of modules, see `code_of`, and one "(module)" for all others."""
     found = [(MODULES, "(module)")]
     for module, file, base in places:
@@ -126,7 +141,7 @@ def module_symbols(places):
     return Symbols.of(found)
 
 
-def text_size(file):
+def text_size(file: Path) -> int:
     """Returns the size of the code of a module in bytes."""
     text = subprocess.run(
         ["size", "-A", str(file)], stdout=subprocess.PIPE, check=True, text=True
@@ -157,7 +172,7 @@ LINUX_EVENTS = {
 XEN_EVENTS = {"xen_copied": ("memcpy", "rdx"), "flushes": ("flush_area_mask", "-")}
 
 
-def points(xen, linux):
+def points(xen: Symbols, linux: Symbols) -> str:
     """Returns the plugin's configuration: what it counts."""
     lines = [f"switch {xen.address('context_switch'):x}"]
     for name in HYPERCALLS:
@@ -180,10 +195,10 @@ class Window:
 
     number: int
     slot: int
-    blocks: list
-    events: list
+    blocks: list[tuple[int, int, int]]
+    events: list[tuple[Any, ...]]
 
-    def places(self, dom0):
+    def places(self, dom0: int) -> dict[int, str]:
         """Returns who runs in each slot: guest, dom0 or idle. `dom0` is the slot of its only CPU."""
         outside = {slot for address, _, slot in self.blocks if not XEN_TEXT <= address < XEN_END}
         return {
@@ -192,10 +207,9 @@ class Window:
         }
 
 
-def read_windows(path):
+def read_windows(path: Path) -> dict[int, Window]:
     """Returns the windows of a run of the plugin, by number."""
-    windows = {}
-    window = None
+    windows: dict[int, Window] = {}
     for line in Path(path).read_text().splitlines():
         kind, *fields = line.split()
         if kind == "window":

@@ -5,8 +5,15 @@ Time depends on the machine and on what else it does, so only ratios are told. T
 pairs take turns; each round boots both from the same snapshot and gives one ratio.
 """
 
+from __future__ import annotations
+
+import argparse
 import statistics
 import sys
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
 
 from plugin import LOAD_FLAGS
 from plugin import compiled
@@ -17,21 +24,34 @@ from harness.guest import FOUR_VCPUS
 from harness.guest_snapshot import SnapshotWithGuest
 from harness.xenhost import XenHost
 
+if TYPE_CHECKING:
+    from harness.kernel import Kernel
+    from harness.pairs import Pair
+    from harness.snapshot import Snapshot
+
 ROUNDS = 5
 WORKLOADS = PARALLEL["queues"]
 MEASURES = {"processor": "processor time of QEMU", "clock": "clock of the guest"}
 
-RATIOS = {"median": statistics.median, "least": min, "most": max}
+RATIOS: dict[str, Callable[[list[float]], float]] = {
+    "median": statistics.median,
+    "least": min,
+    "most": max,
+}
 
 
-def measure_queues(options, kernel, pairs):
+def measure_queues(
+    options: argparse.Namespace, kernel: Kernel, pairs: Sequence[Pair]
+) -> list[dict[str, Any]]:
     """Returns the ratios of the second pair to the first, for each workload and measure."""
     snapshot = SnapshotWithGuest(kernel, waiting=FOUR_VCPUS, guest_kernel=kernel)
-    ratios = {(workload.name, measure): [] for workload in WORKLOADS for measure in MEASURES}
+    ratios: dict[tuple[str, str], list[float]] = {
+        (workload.name, measure): [] for workload in WORKLOADS for measure in MEASURES
+    }
     for number in range(ROUNDS):
-        control, ours = (_boot(options, snapshot, pair) for pair in pairs)
+        reference, ours = (_boot(options, snapshot, pair) for pair in pairs)
         for key, found in ratios.items():
-            found.append(ours[key] / control[key])
+            found.append(ours[key] / reference[key])
         print(
             f"  round {number + 1}: {[round(found[-1], 3) for found in ratios.values()]}",
             file=sys.stderr,
@@ -42,12 +62,14 @@ def measure_queues(options, kernel, pairs):
     ]
 
 
-def _boot(options, snapshot, pair):
+def _boot(
+    options: argparse.Namespace, snapshot: Snapshot, pair: Pair
+) -> dict[tuple[str, str], float]:
     """Boots once and returns what each load takes, by each measure."""
     load = compiled("load.c", *LOAD_FLAGS)
     logs = f"{options.logs}/queues-{pair.name.replace('/', '')}"
     host = XenHost(snapshot, pair, logs, programs=[load])
-    took = {}
+    took: dict[tuple[str, str], float] = {}
     with host.running():
         host.load_backend(f"max_queues={QUEUES}")
         host.ram_disks()

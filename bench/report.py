@@ -1,6 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A run as tables: what one I/O costs, what has changed, and where it is spent."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+Result = dict[str, Any]
+"""What one I/O of a workload costs, see measure.py."""
+
+Document = dict[str, Any]
+"""All results of a run, as they are written to a file."""
+
 SCHEDULING = {
     "fpu_taskswitch", "iret", "sched_op", "set_segment_base", "set_timer_op", "stack_switch",
     "update_descriptor", "vcpu_op", "xen_version",
@@ -22,12 +35,13 @@ COLUMNS = ("total", "of C/C", "guest", "xen", "dom0", "hypercalls", "maps", "cop
            "flushes", "to back", "to front", "switches", "allocated", "copied")  # fmt: skip
 
 
-def total(result):
+def total(result: Result) -> float:
     """Instructions of an I/O, over all domains and Xen, without idling."""
-    return sum(count for name, count in result["instructions"].items() if name != "idle")
+    instructions: dict[str, float] = result["instructions"]
+    return sum(count for name, count in instructions.items() if name != "idle")
 
 
-def tables(document):
+def tables(document: Document) -> Iterator[tuple[str, list[Result]]]:
     """Yields a title and the sorted results for each kind of guest and setting."""
     results = document["results"]
     for kind, setting in dict.fromkeys((r["type"], r["setting"]) for r in results):
@@ -37,13 +51,13 @@ def tables(document):
         yield f"{kind.upper()} guest, {TITLES[setting]}", chosen
 
 
-def row(results, result):
+def row(results: Sequence[Result], result: Result) -> dict[str, Any]:
     """Returns the columns of a result; `None` where there is no value."""
     instructions, events, grants = (result[part] for part in ("instructions", "events", "grants"))
-    control = next((total(r) for r in results if _is(r, result, "pair", "C/C")), None)
+    reference = next((total(r) for r in results if _is(r, result, "pair", "C/C")), None)
     return {
         "total": total(result),
-        "of C/C": total(result) / control if control else None,
+        "of C/C": total(result) / reference if reference else None,
         **{name: instructions.get(name, 0) for name in ("guest", "xen", "dom0")},
         "hypercalls": sum(hypercalls(result).values()),
         "maps": grants.get("map pages", 0),
@@ -60,9 +74,9 @@ def row(results, result):
     }  # fmt: skip
 
 
-def hypercalls(result):
+def hypercalls(result: Result) -> dict[str, float]:
     """Returns the hypercalls that drivers make, by kind."""
-    kinds = {}
+    kinds: dict[str, float] = {}
     for name, count in result["hypercalls"].items():
         kind = name.split(":")[1]
         if kind not in SCHEDULING:
@@ -70,14 +84,14 @@ def hypercalls(result):
     return kinds
 
 
-def shown(value):
+def shown(value: float | None) -> str:
     """Returns a number with its significant digits."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def print_report(document, base=None):
+def print_report(document: Document, base: Document | None = None) -> None:
     """Prints the tables; with an earlier document, how much of it each total is."""
     before = {_key(r): total(r) for r in base["results"]} if base else {}
     columns = [*COLUMNS, "baseline guest", "baseline dom0"]
@@ -101,12 +115,12 @@ def print_report(document, base=None):
     print("\nbytes of code: " + code(document))
 
 
-def code(document):
+def code(document: Document) -> str:
     """Returns the code sizes of the drivers."""
     return ", ".join(f"{name} {size}" for name, size in document["code"].items())
 
 
-def print_profile(document, limit=60):
+def print_profile(document: Document, limit: int = 60) -> None:
     """Prints, for each workload, the functions with the most instructions, pair by pair."""
     for title, results in tables(document):
         for workload in dict.fromkeys(r["workload"] for r in results):
@@ -116,7 +130,7 @@ def print_profile(document, limit=60):
             _print_profile(f"{title}: {workload}", found, limit)
 
 
-def _print_profile(title, found, limit):
+def _print_profile(title: str, found: Mapping[str, Result], limit: int) -> None:
     counts = {
         pair: {(where, name): count for where, name, count in result["profile"]}
         for pair, result in found.items()
@@ -126,32 +140,32 @@ def _print_profile(title, found, limit):
     }
     print(f"\n{title}: instructions for each I/O")
     print("".join(f"{pair:>9}" for pair in found))
-    for name in sorted(names, key=names.get, reverse=True)[:limit]:
+    for name in sorted(names, key=lambda name: names[name], reverse=True)[:limit]:
         print(
             "".join(f"{shown(c.get(name, 0)):>9}" for c in counts.values())
             + f"  {name[0]:6}{name[1]}"
         )
 
 
-def merged(earlier, document):
+def merged(earlier: Document, document: Document) -> Document:
     """Returns an earlier run with its results replaced by those of this one."""
     new = {_key(result): result for result in document["results"]}
     results = [new.pop(_key(result), result) for result in earlier["results"]]
     return document | {"results": [*results, *new.values()]}
 
 
-def _baseline(results, result, where):
+def _baseline(results: Sequence[Result], result: Result, where: str) -> float | None:
     same = (r for r in results if r["where"] == where and r["workload"] == result["workload"])
     return next((total(r) for r in same), None)
 
 
-def _is(one, result, name, value):
-    return one[name] == value and one["workload"] == result["workload"] and one["where"] == "pair"
+def _is(one: Result, result: Result, name: str, value: str) -> bool:
+    return (one[name], one["workload"], one["where"]) == (value, result["workload"], "pair")
 
 
-def _key(result):
+def _key(result: Result) -> tuple[str, ...]:
     return tuple(result[name] for name in ("type", "setting", "where", "workload", "pair"))
 
 
-def _sum(counts, end):
+def _sum(counts: Mapping[str, float], end: str) -> float:
     return sum(count for name, count in counts.items() if name.endswith(end))

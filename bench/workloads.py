@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The workloads."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 KIB = 1024
@@ -18,7 +20,7 @@ class Workload:
     disk: str = "xvda"
     jobs: int = 1
 
-    def arguments(self, device, window):
+    def arguments(self, device: str, window: int) -> str:
         """Returns the command line of load.c."""
         return f"{device} {self.kind} {self.bytes} {self.depth} {self.count} {window} {self.jobs}"
 
@@ -63,12 +65,13 @@ DEFAULT = ("4k read qd1", "4k write qd1", "4k read qd32", "128k read qd8")
 """The workloads that are measured with default settings too."""
 
 
-def chosen(text, setting):
+def chosen(text: str, setting: str) -> list[Workload]:
     """Returns the workloads whose names contain one of the comma-separated texts."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    workloads = PARALLEL.get(setting, WORKLOADS)
     workloads = [
-        workload for workload in workloads if setting != "default" or workload.name in DEFAULT
+        workload
+        for workload in PARALLEL.get(setting, WORKLOADS)
+        if setting != "default" or workload.name in DEFAULT
     ]
     return [
         workload
