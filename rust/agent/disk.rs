@@ -181,25 +181,30 @@ impl Disk {
             _ if lived > STABLE => 0,
             _ => self.failures.saturating_add(1),
         };
-        self.undo_replacement(&reason);
+        let failed = self.undo_replacement();
         if !self.refused {
             self.record.phase = Phase::Failed {
                 cause: reason.clone(),
             };
         }
-        self.ended = Some(reason);
-        cx.run.write_record(&self.record)
+        self.ended = Some(reason.clone());
+        cx.run.write_record(&self.record)?;
+        if let Some(failed) = failed {
+            // A client that has left does not need it.
+            let _ = failed.send(reason);
+        }
+        Ok(())
     }
 
-    /// Uses the old image again if the process has failed that was to use another one.
-    fn undo_replacement(&mut self, reason: &str) {
-        let failed = self.replacement.take_if(|replacement| replacement.started);
-        if let Some(replacement) = failed {
-            self.record.image = replacement.old_image;
-            self.failures = 0;
-            // A client that has left does not need it.
-            let _ = replacement.failed.send(reason.to_owned());
-        }
+    /// Uses the old image again if the process has failed that was to use another one. Returns where
+    /// the reason is sent.
+    fn undo_replacement(&mut self) -> Option<Sender<String>> {
+        let replacement = self
+            .replacement
+            .take_if(|replacement| replacement.started)?;
+        self.record.image = replacement.old_image;
+        self.failures = 0;
+        Some(replacement.failed)
     }
 
     /// Watches a process until it has written InitWait.

@@ -325,8 +325,17 @@ mod tests {
     }
 
     fn supervisor(host: &Host, dir: &tempfile::TempDir) -> (Supervisor, Commands) {
-        let store = host.xenstore().unwrap();
-        Supervisor::new(store, RunDir::new(dir.path()), PROGRAM.into()).unwrap()
+        // A child that another test is starting has all locks until it runs its program.
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let store = host.xenstore().unwrap();
+            match Supervisor::new(store, RunDir::new(dir.path()), PROGRAM.into()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    assert!(Instant::now() < deadline);
+                }
+                result => return result.unwrap(),
+            }
+        }
     }
 
     #[test]
