@@ -5,7 +5,7 @@
 KREL ?= 7.3
 export KDIR
 
-.PHONY: all demo test test-all test-debug mutation-test bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install clean distclean help
+.PHONY: all demo test test-all test-debug mutation-test bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install install-tap clean distclean help
 all: ## builds the modules, for KREL= (a series or release, 7.3) or KDIR= (a build directory)
 	@built=$$(scripts/build-modules $(KREL)) && ls -1 "$${built#$(CURDIR)/}"/rblk*.ko
 
@@ -59,6 +59,9 @@ kernel-debug: ## builds a kernel with KASAN, lockdep, kmemleak
 
 install: ## installs the modules for modprobe: of the running kernel, or KREL= or KDIR=, below DESTDIR=
 	@scripts/install-modules $(if $(filter file,$(origin KREL)),,$(KREL))
+
+install-tap: ## installs rblktap, rblkd and rblk, which serve disks from user space, below DESTDIR=
+	@scripts/install-tap
 
 clean: ## removes what was built in the tree
 	rm -rf build target
