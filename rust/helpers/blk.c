@@ -10,17 +10,6 @@ bool rust_helper_blk_mq_add_to_batch(struct request *req,
 	return blk_mq_add_to_batch(req, iob, is_error, complete);
 }
 
-unsigned int rust_helper_blk_mq_freeze_queue(struct request_queue *q)
-{
-	return blk_mq_freeze_queue(q);
-}
-
-void rust_helper_blk_mq_unfreeze_queue(struct request_queue *q,
-				       unsigned int memflags)
-{
-	blk_mq_unfreeze_queue(q, memflags);
-}
-
 /* As queue_limits_start_update(), if nobody else is changing them. */
 bool rust_helper_queue_limits_try_start_update(struct request_queue *q,
 					       struct queue_limits *lim)

@@ -24,8 +24,3 @@ void rust_helper_memcpy_to_page(struct page *page, size_t offset,
 {
 	memcpy_to_page(page, offset, from, len);
 }
-
-void rust_helper_memzero_page(struct page *page, size_t offset, size_t len)
-{
-	memzero_page(page, offset, len);
-}

@@ -24,17 +24,6 @@ pub fn since(then: Jiffies) -> Jiffies {
     now().wrapping_sub(then)
 }
 
-/// The number of ticks until `end`, a value computed from [`now`] not too long ago; 0 if it has
-/// passed.
-#[inline]
-pub fn until(end: Jiffies) -> Jiffies {
-    if is_past(end) {
-        0
-    } else {
-        end.wrapping_sub(now())
-    }
-}
-
 /// Whether `end`, a value computed from [`now`] not too long ago, has passed.
 #[inline]
 pub fn is_past(end: Jiffies) -> bool {

@@ -267,12 +267,6 @@ impl<'a> PageSliceMut<'a> {
         };
         len
     }
-
-    /// Fills the bytes with zeroes.
-    pub fn zero(&self) {
-        // SAFETY: By the type invariants the range is within a page that lives and may be written.
-        unsafe { bindings_ext::memzero_page(self.0.page.as_ptr(), self.0.offset, self.0.len) };
-    }
 }
 
 /// Who keeps pages from being freed or reused, for those who give others access to them.

@@ -32,8 +32,7 @@
 //! no way from a tag back to a request; an answer for a request that the table does not have finds
 //! nothing.
 //!
-//! Time-outs and iteration ([`Operations::timed_out`], [`TagSet::for_each_in_flight`]) give the
-//! [`RequestId`] only. The request may be completing on another CPU at the same moment; what to do
+//! Time-outs ([`Operations::timed_out`]) give the [`RequestId`] only. The request may be completing on another CPU at the same moment; what to do
 //! is up to the driver, who looks it up in its table, under its lock.
 //!
 //! # Lifetime
@@ -54,7 +53,6 @@ mod tag_set;
 pub use self::{
     batch::EndBatch,
     gen_disk::{
-        Freeze,
         GenDisk,
         GenDiskBuilder,
         Geometry, //
@@ -67,8 +65,7 @@ pub use self::{
     list::RequestList,
     operations::{
         OpenMode,
-        Operations,
-        QueueMap, //
+        Operations, //
     },
     request::{
         Completed,

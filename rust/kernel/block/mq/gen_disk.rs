@@ -128,12 +128,6 @@ impl GenDiskBuilder {
         self
     }
 
-    /// The disk has no partitions, whatever is written on it.
-    pub fn no_partitions(mut self) -> Self {
-        self.flags |= bindings::GENHD_FL_NO_PART;
-        self
-    }
-
     /// Nobody looks for partitions on the disk. Whoever knows of some can still add them.
     pub fn no_partition_scan(mut self) -> Self {
         self.state |= 1 << bindings::GD_SUPPRESS_PART_SCAN;
@@ -435,17 +429,6 @@ impl<T: Operations> GenDisk<T> {
         }
     }
 
-    /// Waits until all requests have ended, and lets no new ones be made, until the result is
-    /// dropped. Memory that is allocated meanwhile causes no I/O.
-    pub fn freeze(&self) -> Freeze<'_, T> {
-        Freeze {
-            // SAFETY: By the type invariants the queue is valid.
-            flags: unsafe { bindings_ext::blk_mq_freeze_queue(self.queue()) },
-            disk: self,
-            _not_send: PhantomData,
-        }
-    }
-
     /// Has those requests offered again that were [requeued](super::Request::requeue). Any context.
     pub fn kick_requeue_list(&self) {
         // SAFETY: By the type invariants the queue is valid.
@@ -456,18 +439,6 @@ impl<T: Operations> GenDisk<T> {
     pub fn start_stopped_hw_queues(&self) {
         // SAFETY: By the type invariants the queue is valid.
         unsafe { bindings::blk_mq_start_stopped_hw_queues(self.queue(), true) };
-    }
-
-    /// Stops all hardware queues. Calls of [`Operations::queue_rq`] may still run. Any context.
-    pub fn stop_hw_queues(&self) {
-        // SAFETY: By the type invariants the queue is valid.
-        unsafe { bindings::blk_mq_stop_hw_queues(self.queue()) };
-    }
-
-    /// Has all hardware queues look for requests that wait. Any context.
-    pub fn run_hw_queues(&self) {
-        // SAFETY: By the type invariants the queue is valid.
-        unsafe { bindings::blk_mq_run_hw_queues(self.queue(), true) };
     }
 }
 
@@ -501,24 +472,6 @@ impl<T: Operations> Drop for GenDisk<T> {
         // disk was removed, or, as it was never added, freed. File operations took their own
         // reference, or find none.
         drop(unsafe { Arc::<T::QueueData>::from_foreign(self.queue_data) });
-    }
-}
-
-/// While this lives, a disk has no requests.
-///
-/// # Invariants
-///
-/// The queue was frozen once for this, by this thread, and `flags` is what that returned.
-pub struct Freeze<'a, T: Operations> {
-    disk: &'a GenDisk<T>,
-    flags: c_uint,
-    _not_send: PhantomData<NotThreadSafe>,
-}
-
-impl<T: Operations> Drop for Freeze<'_, T> {
-    fn drop(&mut self) {
-        // SAFETY: By the type invariants this undoes the freeze.
-        unsafe { bindings_ext::blk_mq_unfreeze_queue(self.disk.queue(), self.flags) };
     }
 }
 

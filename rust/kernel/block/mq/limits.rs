@@ -20,10 +20,6 @@ pub enum Feature {
     WriteCache = 1 << 0,
     /// Single writes can bypass the write cache.
     Fua = 1 << 1,
-    /// A moving medium.
-    Rotational = 1 << 2,
-    /// The contents of pages must not change during a write.
-    StableWrites = 1 << 5,
 }
 
 /// What a disk can do in one request: `struct queue_limits`.
@@ -91,11 +87,6 @@ impl QueueLimits {
             self.0.features &= !(feature as u32);
         }
         self
-    }
-
-    /// Whether the disk has a feature.
-    pub fn has_feature(&self, feature: Feature) -> bool {
-        self.0.features & feature as u32 != 0
     }
 
     /// How long a request may be, in sectors.

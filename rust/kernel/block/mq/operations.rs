@@ -101,11 +101,6 @@ pub trait Operations: Sized + 'static {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// Chooses the hardware queue of each CPU. The default spreads the CPUs evenly.
-    fn map_queues(_map: &mut QueueMap<'_>) {
-        build_error!(VTABLE_DEFAULT_ERROR)
-    }
-
     /// The disk, or a partition of it, is being opened. Not called for disks that are being removed.
     fn open(_queue_data: ArcBorrow<'_, Self::QueueData>, _mode: OpenMode) -> Result {
         build_error!(VTABLE_DEFAULT_ERROR)
@@ -151,40 +146,6 @@ impl OpenMode {
             write: mode & WRITE != 0,
             exclusive: mode & EXCLUSIVE != 0,
         }
-    }
-}
-
-/// Which hardware queue each CPU uses, being made.
-///
-/// # Invariants
-///
-/// `map` is the default map of a tag set, with an entry for each possible CPU number. Nobody else
-/// uses it.
-pub struct QueueMap<'a> {
-    map: &'a mut bindings::blk_mq_queue_map,
-}
-
-impl QueueMap<'_> {
-    /// How many hardware queues there are.
-    pub fn nr_hw_queues(&self) -> u32 {
-        self.map.nr_queues
-    }
-
-    /// Spreads the CPUs evenly.
-    pub fn spread(&mut self) {
-        // SAFETY: By the type invariant the map is valid.
-        unsafe { bindings::blk_mq_map_queues(self.map) };
-    }
-
-    /// Has `cpu` use `hw_queue`. `EINVAL`: there is no such CPU number or hardware queue.
-    pub fn set(&mut self, cpu: u32, hw_queue: u32) -> Result {
-        if cpu >= kernel::cpu::nr_cpu_ids() || hw_queue >= self.map.nr_queues {
-            return Err(EINVAL);
-        }
-        let index = self.map.queue_offset.wrapping_add(hw_queue);
-        // SAFETY: By the type invariant there is an entry for each possible CPU number.
-        unsafe { *self.map.mq_map.add(cpu as usize) = index };
-        Ok(())
     }
 }
 
@@ -349,17 +310,6 @@ impl<T: Operations> OperationsVTable<T> {
         unsafe { core::ptr::drop_in_place(rq.add(1).cast::<T::RequestData>()) };
     }
 
-    /// # Safety
-    ///
-    /// For blk-mq: `set` is a tag set whose maps are allocated, with an entry for each possible CPU
-    /// number, and used by nobody else during this.
-    unsafe extern "C" fn map_queues(set: *mut bindings::blk_mq_tag_set) {
-        // SAFETY: By the requirements of this function.
-        let map = unsafe { &mut (*set).map[bindings::hctx_type_HCTX_TYPE_DEFAULT as usize] };
-        // INVARIANT: By the requirements of this function.
-        T::map_queues(&mut QueueMap { map });
-    }
-
     const VTABLE: bindings::blk_mq_ops = bindings::blk_mq_ops {
         queue_rq: Some(Self::queue_rq),
         queue_rqs: if T::HAS_QUEUE_RQS {
@@ -389,11 +339,7 @@ impl<T: Operations> OperationsVTable<T> {
         exit_request: Some(Self::exit_request),
         cleanup_rq: None,
         busy: None,
-        map_queues: if T::HAS_MAP_QUEUES {
-            Some(Self::map_queues)
-        } else {
-            None
-        },
+        map_queues: None,
         #[cfg(CONFIG_BLK_DEBUG_FS)]
         show_rq: None,
     };

@@ -30,8 +30,6 @@ use super::{
 
 /// `BLK_STS_RESOURCE`: blk-mq tries again on its own, soon.
 const RESOURCE: bindings::blk_status_t = 9;
-/// `BLK_STS_DEV_RESOURCE`: blk-mq tries again when a request of this hardware queue has ended.
-const DEV_RESOURCE: bindings::blk_status_t = 13;
 
 mod private {
     pub trait Sealed {}
@@ -64,7 +62,7 @@ impl State for Completed {}
 pub enum Op {
     /// Read sectors.
     Read,
-    /// Write sectors. With [`Request::is_fua`]: and have them on stable storage before it ends.
+    /// Write sectors.
     Write,
     /// Have everything on stable storage that was written by requests that have ended.
     Flush,
@@ -165,10 +163,6 @@ impl<T: Operations, S: State> Request<T, S> {
         unsafe { (*self.as_raw()).cmd_flags }
     }
 
-    fn has_flag(&self, bit: bindings::req_flag_bits) -> bool {
-        self.cmd_flags() & (1 << bit) != 0
-    }
-
     /// What the request asks for.
     #[inline]
     pub fn op(&self) -> Op {
@@ -182,25 +176,6 @@ impl<T: Operations, S: State> Request<T, S> {
             bindings::req_op_REQ_OP_WRITE_ZEROES => Op::WriteZeroes,
             op => Op::Other(op as u8),
         }
-    }
-
-    /// Whether a write is to be on stable storage before it ends (`REQ_FUA`).
-    ///
-    /// Only a disk with [`Feature::Fua`](super::Feature::Fua) gets such requests.
-    pub fn is_fua(&self) -> bool {
-        self.has_flag(bindings::req_flag_bits___REQ_FUA)
-    }
-
-    /// Whether a flush is to come before a write (`REQ_PREFLUSH`).
-    ///
-    /// blk-mq makes a flush of its own of it: a driver sees it on flushes only.
-    pub fn is_preflush(&self) -> bool {
-        self.has_flag(bindings::req_flag_bits___REQ_PREFLUSH)
-    }
-
-    /// Whether the blocks may keep their space in a [`Op::WriteZeroes`] (`REQ_NOUNMAP`).
-    pub fn is_nounmap(&self) -> bool {
-        self.has_flag(bindings::req_flag_bits___REQ_NOUNMAP)
     }
 
     /// The first sector, in units of 512 bytes. A flush has none: all bits are set then.
@@ -358,36 +333,18 @@ impl<'q, T: Operations> Request<T, Queued<'q>> {
 
     /// Refuses the request for now. blk-mq offers it again after a short while.
     pub fn reject(self) -> Rejected<'q, T> {
-        Rejected {
-            rq: self,
-            status: RESOURCE,
-        }
-    }
-
-    /// Refuses the request for now. blk-mq offers it again when a request of this hardware queue
-    /// ends.
-    ///
-    /// Only if one that holds what is missing is in flight in this hardware queue. If there may be
-    /// none, use [`Self::reject`].
-    pub fn reject_until_end(self) -> Rejected<'q, T> {
-        Rejected {
-            rq: self,
-            status: DEV_RESOURCE,
-        }
+        Rejected(self)
     }
 }
 
 /// A request that [`Operations::queue_rq`] refuses for now.
-pub struct Rejected<'q, T: Operations> {
-    rq: Request<T, Queued<'q>>,
-    status: bindings::blk_status_t,
-}
+pub struct Rejected<'q, T: Operations>(Request<T, Queued<'q>>);
 
 impl<T: Operations> Rejected<'_, T> {
     /// Leaves the request with blk-mq, and tells when to try again.
     pub(super) fn into_status(self) -> bindings::blk_status_t {
-        let _ = self.rq.into_raw();
-        self.status
+        let _ = self.0.into_raw();
+        RESOURCE
     }
 }
 

@@ -122,40 +122,6 @@ impl<T: Operations> TagSet<T> {
             (used == hw_queue && cpu::is_online(cpu)).then_some(cpu)
         })
     }
-
-    /// Calls `f` for the requests that are in flight, until it returns false.
-    ///
-    /// A request can end, and another can start, while this runs. Those that were in flight before,
-    /// and still are afterwards, are all visited. Sleeps not, but is slow: for error handling.
-    pub fn for_each_in_flight(&self, mut f: impl FnMut(RequestId) -> bool) {
-        /// # Safety
-        ///
-        /// For the iteration below: `f` is its closure.
-        unsafe extern "C" fn call<F: FnMut(RequestId) -> bool>(
-            rq: *mut bindings::request,
-            f: *mut c_void,
-        ) -> bool {
-            // SAFETY: This is the closure below, which only this iteration uses.
-            let f = unsafe { &mut *f.cast::<F>() };
-            // SAFETY: blk-mq holds a reference to the request during the call.
-            f(unsafe { RequestId::of_shared(rq) })
-        }
-
-        fn function<F: FnMut(RequestId) -> bool>(_: &F) -> bindings::busy_tag_iter_fn {
-            Some(call::<F>)
-        }
-
-        let function = function(&f);
-        // SAFETY: By the type invariant the set is valid; the closure lives until the call returns.
-        unsafe { bindings::blk_mq_tagset_busy_iter(self.as_raw(), function, (&raw mut f).cast()) };
-    }
-
-    /// Waits until [`Operations::complete`] has run for all requests that were given to
-    /// [`Request::complete`](super::Request::complete). Sleeps.
-    pub fn wait_completed(&self) {
-        // SAFETY: By the type invariant the set is valid.
-        unsafe { bindings::blk_mq_tagset_wait_completed_request(self.as_raw()) };
-    }
 }
 
 #[pinned_drop]
