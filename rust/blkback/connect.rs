@@ -33,7 +33,6 @@ use kernel_ext::{
         ring::MAX_PAGES,
         xenbus::{
             self,
-            State,
             Switched, //
         },
         xenstore::{
@@ -41,6 +40,8 @@ use kernel_ext::{
             Context,
             DirectoryListing,
             NoTransaction,
+            NodeError,
+            Reader,
             Transaction, //
         }, //
     },
@@ -83,9 +84,8 @@ use crate::{
         Stats, //
     },
     xenstore::{
-        read,
-        read_listed,
-        read_within, //
+        reader,
+        READING, //
     }, //
 };
 
@@ -96,7 +96,7 @@ pub(crate) enum ConnectOutcome {
     /// The frontend has withdrawn the rings that are mapped.
     Withdrawn,
     /// Another state was found, which must not be overwritten.
-    Refused(State),
+    Refused(XenbusState),
 }
 
 /// Opens the disk that the hotplug script has named. Returns `None` if it has named none, or if `disk`
@@ -108,8 +108,8 @@ pub(crate) fn open_disk(
     disk: Option<&Disk>,
 ) -> Result<Option<Arc<Disk>>, ConnectError> {
     const NODE: &str = "physical-device";
-    let dir = xbdev.nodename();
-    let Some(value) = read(dir, fmt!("{NODE}"))? else {
+    let reader = reader(xbdev.nodename());
+    let Some(value) = reader.value(NODE).during(READING)? else {
         return Ok(None);
     };
     let PhysicalDevice {
@@ -129,8 +129,8 @@ pub(crate) fn open_disk(
         }
         return Ok(None);
     }
-    let mode =
-        read(dir, fmt!("mode"))?.ok_or(ConnectError::Toolstack(InvalidNode::missing("mode")))?;
+    let mode = reader.value("mode").during(READING)?;
+    let mode = mode.ok_or(ConnectError::Toolstack(InvalidNode::missing("mode")))?;
     let (access, claim) = match mode.as_bytes() {
         [b'r'] => (Access::ReadOnly, Claim::None),
         mode if mode.contains(&b'w') && mode.contains(&b'!') => (Access::ReadWrite, Claim::None),
@@ -141,7 +141,8 @@ pub(crate) fn open_disk(
         }
     };
     let mode = CString::try_from_fmt(fmt!("{}", &*mode)).during("copying the mode")?;
-    let discard = read(dir, fmt!("discard-enable"))?.is_none_or(|value| value.as_bytes() != b"0");
+    let discard = reader.value("discard-enable").during(READING)?;
+    let discard = discard.is_none_or(|value| value.as_bytes() != b"0");
     let disk = Disk::open(number, access, claim, mode, discard)
         .map_err(|error| ConnectError::Disk(number, access, error))?;
     let found = disk.bdev.disk_sequence();
@@ -157,8 +158,9 @@ pub(crate) fn open_disk(
 fn read_choice(frontend: &CStr, limits: &BackLimits) -> Result<Accepted, ConnectError> {
     let mut choice = FrontChoice::default();
     let listing = DirectoryListing::new(&NoTransaction, frontend);
+    let reader = Reader::listed(frontend, &listing).ignore_empty();
     for node in FrontChoice::NODES {
-        if let Some(value) = read_listed(&listing, frontend, node)? {
+        if let Some(value) = reader.value(node).during(READING)? {
             choice
                 .set(node, value.as_bytes())
                 .map_err(ConnectError::Node)?;
@@ -192,7 +194,9 @@ impl<'a> Connection<'a> {
         limits: &BackLimits,
     ) -> Result<Self, ConnectError> {
         let accepted = read_choice(frontend, limits)?;
-        let dev = read(xbdev.nodename(), fmt!("dev"))?
+        let dev = reader(xbdev.nodename())
+            .value("dev")
+            .during(READING)?
             .ok_or(ConnectError::Toolstack(InvalidNode::missing("dev")))?;
         let name = dev.as_bytes();
         let name = name.strip_prefix(b"/dev/").unwrap_or(name);
@@ -313,16 +317,18 @@ impl<'a> Connection<'a> {
         name: &'static str,
         node: fmt::Arguments<'_>,
     ) -> Result<u32, ConnectError> {
-        let value = if self.accepted.queue_dirs {
-            read_within(context, self.frontend, fmt!("queue-{index}/{node}"))?
+        let reader = Reader::within(context, self.frontend).ignore_empty();
+        let number = if self.accepted.queue_dirs {
+            reader.parse_at(fmt!("queue-{index}/{node}"), name, node::decimal_u32)
         } else {
-            read_within(context, self.frontend, node)?
+            reader.parse_at(node, name, node::decimal_u32)
         };
-        let number = match &value {
-            Some(value) => node::decimal_u32(name, value.as_bytes()),
-            None => Err(InvalidNode::missing(name)),
-        };
-        number.map_err(|bad| ConnectError::Queue(index, bad))
+        match number {
+            Ok(Some(number)) => Ok(number),
+            Ok(None) => Err(ConnectError::Queue(index, InvalidNode::missing(name))),
+            Err(NodeError::Invalid(invalid)) => Err(ConnectError::Queue(index, invalid)),
+            Err(NodeError::Xenstore(error)) => Err(ConnectError::Local(READING, error)),
+        }
     }
 
     /// Reads the grant reference of the first page of the first ring.
@@ -339,11 +345,9 @@ impl<'a> Connection<'a> {
     /// Returns `true` if the frontend still offers the rings that are mapped. Other rings have other
     /// references, because the reference of a mapped page is not used for another one.
     fn is_offered(&self, transaction: &Transaction) -> bool {
-        let state = read_within(transaction, self.frontend, fmt!("state"))
-            .ok()
-            .flatten();
-        let state = state.and_then(|state| node::decimal_u32("state", state.as_bytes()).ok());
-        let state = state.and_then(XenbusState::from_number);
+        let reader = Reader::within(transaction, self.frontend);
+        let state = reader.parse("state", node::decimal_u32).ok().flatten();
+        let state = state.and_then(|number| XenbusState::try_from(number).ok());
         matches!(
             state,
             Some(XenbusState::Initialised | XenbusState::Connected)
@@ -353,7 +357,9 @@ impl<'a> Connection<'a> {
     /// Writes the properties and features of the disk, and Connected, unless the toolstack or the frontend
     /// has changed its state since the rings were mapped (`connect()` of `xen-blkback`).
     pub(crate) fn describe_disk(&self) -> Result<ConnectOutcome, ConnectError> {
-        let cdrom = read(self.frontend, fmt!("device-type"))?
+        let cdrom = reader(self.frontend)
+            .value("device-type")
+            .during(READING)?
             .is_some_and(|kind| kind.as_bytes() == b"cdrom");
         let disk = &self.disk;
         let dir = self.xbdev.nodename();
@@ -362,7 +368,7 @@ impl<'a> Connection<'a> {
         let mut offered = true;
         let switched = self
             .xbdev
-            .switch_state_with(State::Connected, |transaction| {
+            .switch_state_with(XenbusState::Connected, |transaction| {
                 offered = self.is_offered(transaction);
                 if !offered {
                     return Err(EBUSY);

@@ -108,8 +108,8 @@ use kernel_ext::{
     ratelimited,
     xen::xenbus::{
         self,
-        State,
-        Switched, //
+        Switched,
+        UnknownState, //
     }, //
 };
 
@@ -317,7 +317,7 @@ impl Device {
         let workqueue = WORKQUEUE.lock().clone().ok_or(ENODEV)?;
         let inner = Inner {
             back: match xbdev.state() {
-                State::Closing | State::Closed => BackState::StartingClosed,
+                XenbusState::Closing | XenbusState::Closed => BackState::StartingClosed,
                 _ => BackState::Starting,
             },
             limits: params::limits(),
@@ -478,13 +478,12 @@ impl Device {
 
     /// Reads the states of the frontend and of the toolstack.
     fn read_event(&self, inner: &Inner) -> BackEvent {
-        let state = self.xbdev.read_driver_state(&self.frontend).number();
-        match XenbusState::from_number(state) {
-            None => BackEvent::BadState,
-            Some(XenbusState::Unknown) if xenstore::has_invalid_state(&self.frontend) => {
+        match self.xbdev.read_driver_state(&self.frontend) {
+            Err(UnknownState(_)) => BackEvent::BadState,
+            Ok(XenbusState::Unknown) if xenstore::has_invalid_state(&self.frontend) => {
                 BackEvent::BadState
             }
-            Some(state) => BackEvent::Frontend {
+            Ok(state) => BackEvent::Frontend {
                 state,
                 online: xenstore::is_online(&self.xbdev, state),
                 ready: inner.disk.is_some(),
@@ -509,7 +508,7 @@ impl Device {
     /// Sets a state and writes it, unless the toolstack wants another one.
     fn set_state(&self, inner: &mut Inner, next: BackState) -> Step {
         let switched = match next.xenbus() {
-            Some(state) => self.xbdev.switch_state(shown(state)),
+            Some(state) => self.xbdev.switch_state(state),
             None => Switched::Written,
         };
         match switched {
@@ -533,8 +532,8 @@ impl Device {
     }
 
     /// Continues after another state was found where `next` was to be written.
-    fn state_refused(&self, inner: &mut Inner, next: BackState, found: State) -> Step {
-        if found == State::Closing {
+    fn state_refused(&self, inner: &mut Inner, next: BackState, found: XenbusState) -> Step {
+        if found == XenbusState::Closing {
             let action = inner.back.step(BackEvent::ToolstackClosing);
             return match action.next_state() {
                 Some(closing) => self.set_state(inner, closing),
@@ -836,7 +835,7 @@ impl Device {
         drop(inner);
         drop(timer);
         // Without its directory the device is gone for good: no other driver will serve its rings.
-        let gone = self.xbdev.read_driver_state(self.xbdev.nodename()) == State::Unknown;
+        let gone = self.xbdev.read_driver_state(self.xbdev.nodename()) == Ok(XenbusState::Unknown);
         let time_ms = if gone { SHORT_DRAIN_MS } else { DRAIN_MS };
         if !self.drain(time_ms) && !gone {
             self.mark_orphaned();
@@ -991,19 +990,4 @@ impl Drop for DeviceHandle {
 fn push<T>(list: &mut KVec<T>, item: T) -> Result<(), ConnectError> {
     list.push(item, GFP_KERNEL)
         .map_err(|_| ConnectError::Local("creating a queue", ENOMEM))
-}
-
-/// Returns the state of the bus.
-fn shown(state: XenbusState) -> State {
-    match state {
-        XenbusState::Unknown => State::Unknown,
-        XenbusState::Initialising => State::Initialising,
-        XenbusState::InitWait => State::InitWait,
-        XenbusState::Initialised => State::Initialised,
-        XenbusState::Connected => State::Connected,
-        XenbusState::Closing => State::Closing,
-        XenbusState::Closed => State::Closed,
-        XenbusState::Reconfiguring => State::Reconfiguring,
-        XenbusState::Reconfigured => State::Reconfigured,
-    }
 }

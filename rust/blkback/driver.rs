@@ -28,8 +28,9 @@ use kernel_ext::{
             Driver,
             IdArray,
             IdTable,
+            OtherendState,
             Role,
-            State, //
+            XenbusState, //
         },
         xenstore::{
             Watch,
@@ -86,7 +87,7 @@ impl Driver for VbdDriver {
     fn otherend_changed(
         self: Pin<&Self>,
         _xbdev: &xenbus::Device<Core<'_>>,
-        _state: State,
+        _state: OtherendState,
     ) -> DeviceAction {
         self.device.schedule_work();
         DeviceAction::Keep
@@ -108,7 +109,7 @@ impl VbdDriver {
     fn check_take_over(xbdev: &xenbus::Device<Core<'_>>) -> Result {
         let otherend = xbdev.otherend()?;
         if domain::is_orphaned(xbdev.nodename())
-            && xbdev.read_driver_state(otherend) == State::Connected
+            && xbdev.read_driver_state(otherend) == Ok(XenbusState::Connected)
         {
             dev_err!(
                 xbdev.as_ref(),

@@ -29,7 +29,10 @@ use kernel_ext::{
     ratelimited,
     xen::{
         xenbus,
-        xenstore::DirectoryListing, //
+        xenstore::{
+            DirectoryListing,
+            Reader, //
+        },
     },
 };
 
@@ -44,7 +47,7 @@ use crate::{
         ConnectError,
         ResultExt, //
     },
-    xenstore::read_listed, //
+    xenstore::READING, //
 };
 
 /// Cgroup and priority of the I/O of a disk.
@@ -88,7 +91,8 @@ fn read_group(
     listing: &DirectoryListing,
 ) -> Result<Option<BlkcgCss>, ConnectError> {
     const NODE: &str = "cgroup";
-    let Some(path) = read_listed(listing, xbdev.nodename(), NODE)? else {
+    let reader = Reader::listed(xbdev.nodename(), listing).ignore_empty();
+    let Some(path) = reader.value(NODE).during(READING)? else {
         return Ok(None);
     };
     let text =
@@ -108,7 +112,8 @@ fn read_priority(
     listing: &DirectoryListing,
 ) -> Result<Option<IoPriority>, ConnectError> {
     const NODE: &str = "io-priority";
-    let Some(value) = read_listed(listing, xbdev.nodename(), NODE)? else {
+    let reader = Reader::listed(xbdev.nodename(), listing).ignore_empty();
+    let Some(value) = reader.value(NODE).during(READING)? else {
         return Ok(None);
     };
     let priority = node::io_priority(NODE, value.as_bytes()).map_err(ConnectError::Node)?;

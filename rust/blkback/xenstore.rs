@@ -3,25 +3,20 @@
 //! Xenstore nodes of a device, other than those of a connection.
 
 use kernel::{
-    fmt,
     prelude::*,
     str::{
         CStr,
         CString, //
-    }, //
+    },
 };
 
 use kernel_ext::xen::{
-    xenbus::{
-        self,
-        State, //
-    },
+    xenbus,
     xenstore::{
         self,
-        Context,
-        DirectoryListing,
         NoTransaction,
-        Value, //
+        NodeError,
+        Reader, //
     },
 };
 
@@ -46,40 +41,17 @@ use crate::{
     error::ConnectError, //
 };
 
-/// Reads a node. An empty one counts as missing.
-pub(crate) fn read(dir: &CStr, node: fmt::Arguments<'_>) -> Result<Option<Value>, ConnectError> {
-    read_within(&NoTransaction, dir, node)
-}
+/// What was being done when xenstore failed.
+pub(crate) const READING: &str = "reading xenstore";
 
-/// Reads a node within a transaction. An empty one counts as missing.
-pub(crate) fn read_within(
-    context: &impl Context,
-    dir: &CStr,
-    node: fmt::Arguments<'_>,
-) -> Result<Option<Value>, ConnectError> {
-    match xenstore::read(context, dir, node) {
-        Ok(value) => Ok(Some(value).filter(|value| !value.as_bytes().is_empty())),
-        Err(error) if error == ENOENT => Ok(None),
-        Err(error) => Err(ConnectError::Local("reading xenstore", error)),
-    }
-}
-
-/// Reads a node of a directory that was listed. An empty one counts as missing.
-pub(crate) fn read_listed(
-    listing: &DirectoryListing,
-    dir: &CStr,
-    node: &str,
-) -> Result<Option<Value>, ConnectError> {
-    if listing.may_have(node) {
-        read(dir, fmt!("{node}"))
-    } else {
-        Ok(None)
-    }
+/// Creates a reader of a directory. An empty node counts as missing.
+pub(crate) fn reader(dir: &CStr) -> Reader<'_> {
+    Reader::new(dir).ignore_empty()
 }
 
 /// Returns `true` if the toolstack wants the device to stay when a frontend in this state closes it.
 pub(crate) fn is_online(xbdev: &xenbus::Device, frontend: XenbusState) -> bool {
-    let value = read(xbdev.nodename(), fmt!("online")).ok().flatten();
+    let value = reader(xbdev.nodename()).value("online").ok().flatten();
     state::is_online(value.as_ref().map(|value| value.as_bytes()), frontend)
 }
 
@@ -91,20 +63,18 @@ pub(crate) fn was_connected(xbdev: &xenbus::Device) -> bool {
 
 /// Returns `true` if a frontend has written a state that is not a number.
 pub(crate) fn has_invalid_state(frontend: &CStr) -> bool {
-    let Ok(Some(value)) = read(frontend, fmt!("state")) else {
-        return false;
-    };
-    node::decimal_u32("state", value.as_bytes()).is_err()
+    let state = reader(frontend).parse("state", node::decimal_u32);
+    matches!(state, Err(NodeError::Invalid(_)))
 }
 
 /// Returns the error for the state of a frontend.
 pub(crate) fn bad_state_error(frontend: &CStr) -> ConnectError {
-    match read(frontend, fmt!("state")) {
+    match reader(frontend).value("state") {
         Ok(Some(value)) => {
             ConnectError::State(InvalidNode::new("state", value.as_bytes(), Reason::Unknown))
         }
         Ok(None) => ConnectError::State(InvalidNode::missing("state")),
-        Err(error) => error,
+        Err(error) => ConnectError::Local(READING, error),
     }
 }
 
@@ -132,7 +102,7 @@ pub(crate) fn write_features(dir: &CStr, limits: &BackLimits) -> Result {
 pub(crate) fn write_size(xbdev: &xenbus::Device, disk: &Disk) -> Result {
     let dir = xbdev.nodename();
     let sectors = disk.bdev.sectors();
-    xbdev.switch_state_with(State::Connected, |transaction| {
+    xbdev.switch_state_with(XenbusState::Connected, |transaction| {
         xenstore::write(transaction, dir, fmt!("sectors"), fmt!("{sectors}"))
     })?;
     disk.set_reported(sectors);

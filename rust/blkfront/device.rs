@@ -156,7 +156,7 @@ pub(crate) struct Device {
     /// The backend's directory. Another one after a restore.
     backend: CString,
     /// The state that the backend was in when xenbus told of it.
-    backend_state: xenbus::State,
+    backend_state: xenbus::OtherendState,
     /// Attempts to connect.
     retry: Retry,
     /// What is done about grants that are missing.
@@ -206,7 +206,7 @@ impl Device {
             ending: Ending::None,
             detach_deferred: false,
             backend,
-            backend_state: xenbus::State::Unknown,
+            backend_state: Ok(XenbusState::Unknown),
             retry: Retry::new(),
             shortage: Shortage::default(),
             offer: None,
@@ -233,7 +233,7 @@ impl Device {
     }
 
     /// The backend has this state. Called once at least, after the device was bound.
-    pub(crate) fn backend_changed(&mut self, state: xenbus::State) {
+    pub(crate) fn backend_changed(&mut self, state: xenbus::OtherendState) {
         if matches!(self.state, FrontState::Waiting | FrontState::Dead) {
             // What stands there may be of an earlier life: a device that was bound before is Closed,
             // and one that was restored is Initialising, also if its disk is dead.
@@ -275,7 +275,7 @@ impl Device {
 
     /// The domain was restored, and this is the directory of its new backend.
     pub(crate) fn resume(&mut self, backend: &CStr) -> Result {
-        self.backend_state = xenbus::State::Unknown;
+        self.backend_state = Ok(XenbusState::Unknown);
         self.handle_event(FrontEvent::Resume);
         self.backend = xenstore::path(backend)?;
         Ok(())
@@ -396,22 +396,13 @@ impl Device {
 
     /// Writes the own state to xenstore.
     fn write_state(&self) {
-        let state = match self.state.xenbus() {
-            XenbusState::Initialised => xenbus::State::Initialised,
-            XenbusState::Connected => xenbus::State::Connected,
+        match self.state.xenbus() {
             // A shutdown waits for the first call of this, which is to be that of the end.
-            XenbusState::Closed if self.state == FrontState::Dead => {
-                return self.device.frontend_closed();
+            XenbusState::Closed if self.state == FrontState::Dead => self.device.frontend_closed(),
+            state => {
+                self.device.switch_state(state);
             }
-            XenbusState::Closed => xenbus::State::Closed,
-            XenbusState::Unknown
-            | XenbusState::Initialising
-            | XenbusState::InitWait
-            | XenbusState::Closing
-            | XenbusState::Reconfiguring
-            | XenbusState::Reconfigured => xenbus::State::Initialising,
-        };
-        self.device.switch_state(state);
+        }
     }
 
     /// Shares rings with the backend. `EBUSY`: it still uses memory of the last connection.
@@ -807,9 +798,8 @@ impl Device {
 
     /// Returns `true` if the disk is served, as far as xenbus has told.
     fn is_connected(&self) -> bool {
-        let state = XenbusState::from_number(self.backend_state.number());
         self.state
-            .is_connected(state.unwrap_or(XenbusState::Unknown))
+            .is_connected(self.backend_state.unwrap_or(XenbusState::Unknown))
     }
 
     /// Ends event channels and requests. The backend may keep what it has mapped of the rings and
@@ -858,7 +848,7 @@ impl Device {
             return false;
         }
         let backend = self.device.read_driver_state(&self.backend);
-        matches!(backend, xenbus::State::Connected | xenbus::State::Closing)
+        matches!(backend, Ok(XenbusState::Connected | XenbusState::Closing))
     }
 
     /// Returns `true` if the backend serves the rings.
@@ -868,7 +858,7 @@ impl Device {
     pub(crate) fn is_served(&self) -> bool {
         let backend = self.device.read_driver_state(&self.backend);
         self.state == FrontState::Live
-            && matches!(backend, xenbus::State::Connected | xenbus::State::Closing)
+            && matches!(backend, Ok(XenbusState::Connected | XenbusState::Closing))
     }
 
     /// Takes no more steps. If the disk is to be written back before it goes, starts a thread that does

@@ -32,8 +32,8 @@ use kernel_ext::{
         Driver,
         IdArray,
         IdTable,
-        Role,
-        State, //
+        OtherendState,
+        Role, //
     },
 };
 
@@ -111,7 +111,7 @@ impl Driver for VbdDriver {
     fn otherend_changed(
         self: Pin<&Self>,
         _dev: &xenbus::Device<Core<'_>>,
-        state: State,
+        state: OtherendState,
     ) -> DeviceAction {
         let _noio = NoioScope::new();
         self.worker.device.lock().backend_changed(state);

@@ -15,14 +15,17 @@ use kernel_ext::{
     ratelimited,
     xen::{
         self,
-        xenbus,
+        xenbus::{
+            self,
+            UnknownState, //
+        },
         xenstore::{
             self,
             DirectoryListing,
-            NoTransaction,
-            Transaction,
-            Value, //
-        }, //
+            NodeError,
+            Reader,
+            Transaction, //
+        },
     }, //
 };
 
@@ -53,37 +56,44 @@ use crate::{
     ring_connection::RingConnection, //
 };
 
-/// Reads a node. Returns `None` if it does not exist.
-fn read(dir: &CStr, node: &'static str) -> Result<Option<Value>> {
-    match xenstore::read(&NoTransaction, dir, fmt!("{}", node)) {
-        Ok(value) => Ok(Some(value)),
-        Err(error) if error == ENOENT => Ok(None),
-        Err(error) => Err(error),
-    }
+/// Logs that a node is invalid.
+fn warn_bad_node(reader: &Reader<'_>, invalid: &InvalidNode) {
+    ratelimited!(pr_warn!("{}/{}\n", reader.dir(), AsKernelDisplay(invalid)));
 }
 
-/// Reports an invalid node.
-fn warn_bad_node(dir: &CStr, bad: &InvalidNode) {
-    ratelimited!(pr_warn!("{}/{}\n", dir, AsKernelDisplay(bad)));
-}
-
-fn bad_node(dir: &CStr, bad: InvalidNode) -> Error {
-    warn_bad_node(dir, &bad);
+/// Logs that a node is invalid without which the disk cannot be used, and returns `EINVAL`.
+fn bad_node(reader: &Reader<'_>, invalid: InvalidNode) -> Error {
+    warn_bad_node(reader, &invalid);
     EINVAL
+}
+
+/// Reads a switch: `None` if there is none, and `invalid` if it is no number, which is logged.
+fn switch(reader: &Reader<'_>, node: &'static str, invalid: bool) -> Result<Option<bool>> {
+    match reader.parse(node, node::switch) {
+        Ok(on) => Ok(on),
+        Err(NodeError::Invalid(error)) => {
+            warn_bad_node(reader, &error);
+            Ok(Some(invalid))
+        }
+        Err(NodeError::Xenstore(error)) => Err(error),
+    }
 }
 
 /// Reads the name and the minors of the device.
 pub(crate) fn virtual_device(device: &xenbus::Device) -> Result<VirtualDevice> {
-    let dir = device.nodename();
-    let (node, value) = match read(dir, "virtual-device")? {
-        Some(value) => ("virtual-device", Some(value)),
-        None => ("virtual-device-ext", read(dir, "virtual-device-ext")?),
+    let reader = Reader::new(device.nodename());
+    let number = match reader.parse("virtual-device", node::device_number) {
+        Ok(None) => reader.parse("virtual-device-ext", node::device_number),
+        found => found,
     };
-    let value = value.ok_or_else(|| bad_node(dir, InvalidNode::missing("virtual-device")))?;
-    let number =
-        node::device_number(node, value.as_bytes()).map_err(|error| bad_node(dir, error))?;
+    let number = match number {
+        Ok(Some(number)) => number,
+        Ok(None) => return Err(bad_node(&reader, InvalidNode::missing("virtual-device"))),
+        Err(NodeError::Invalid(error)) => return Err(bad_node(&reader, error)),
+        Err(NodeError::Xenstore(error)) => return Err(error),
+    };
     VirtualDevice::new(number).map_err(|error| {
-        pr_err!("{}: {}\n", dir, AsKernelDisplay(error));
+        pr_err!("{}: {}\n", reader.dir(), AsKernelDisplay(error));
         ENODEV
     })
 }
@@ -103,8 +113,9 @@ pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> 
         );
         return Err(ENODEV);
     }
-    let Some(kind) = read(dir, "device-type")? else {
-        warn_bad_node(dir, &InvalidNode::missing("device-type"));
+    let reader = Reader::new(dir);
+    let Some(kind) = reader.value("device-type")? else {
+        warn_bad_node(&reader, &InvalidNode::missing("device-type"));
         return Err(ENODEV);
     };
     if kind.as_bytes().starts_with(b"cdrom") {
@@ -121,11 +132,18 @@ pub(crate) fn path(path: &CStr) -> Result<CString> {
 
 /// Returns the event for a state of the backend. `disk`: there is a disk from an earlier
 /// connection.
-pub(crate) fn backend_event(backend: &CStr, state: xenbus::State, disk: bool) -> FrontEvent {
-    let Some(state) = XenbusState::from_number(state.number()) else {
-        let number = state.number() as i32;
-        ratelimited!(pr_err!("{}/state = \"{}\": no state\n", backend, number));
-        return FrontEvent::BadState;
+pub(crate) fn backend_event(
+    backend: &CStr,
+    state: xenbus::OtherendState,
+    disk: bool,
+) -> FrontEvent {
+    let state = match state {
+        Ok(state) => state,
+        Err(UnknownState(number)) => {
+            let number = number as i32;
+            ratelimited!(pr_err!("{backend}/state = \"{number}\": no state\n"));
+            return FrontEvent::BadState;
+        }
     };
     if state == XenbusState::Unknown && has_wrong_state(backend) {
         return FrontEvent::BadState;
@@ -140,77 +158,45 @@ pub(crate) fn backend_event(backend: &CStr, state: xenbus::State, disk: bool) ->
 /// Returns `true` if the node `state` is not a number, which xenbus reads as Unknown, and reports
 /// it.
 fn has_wrong_state(backend: &CStr) -> bool {
-    let Ok(Some(value)) = read(backend, "state") else {
-        return false;
-    };
-    if value.as_bytes().is_empty() {
-        return false;
+    let reader = Reader::new(backend).ignore_empty();
+    match reader.parse("state", node::decimal_u32) {
+        Err(NodeError::Invalid(error)) => {
+            warn_bad_node(&reader, &error);
+            true
+        }
+        Ok(_) | Err(NodeError::Xenstore(_)) => false,
     }
-    node::decimal_u32("state", value.as_bytes())
-        .inspect_err(|error| warn_bad_node(backend, error))
-        .is_err()
 }
 
 /// Returns `true` if the backend is online, which is also the case without the node.
 fn is_online(backend: &CStr) -> bool {
-    let Ok(Some(value)) = read(backend, "online") else {
-        return true;
-    };
-    node::switch("online", value.as_bytes()).unwrap_or_else(|error| {
-        warn_bad_node(backend, &error);
-        true
-    })
-}
-
-/// Reads a node of a listed directory. Returns `None` if it does not exist.
-fn read_listed(
-    listing: &DirectoryListing,
-    dir: &CStr,
-    node: &'static str,
-) -> Result<Option<Value>> {
-    if listing.may_have(node) {
-        read(dir, node)
-    } else {
-        Ok(None)
-    }
+    let online = switch(&Reader::new(backend), "online", true);
+    online.ok().flatten().unwrap_or(true)
 }
 
 /// Reads this side's part of the offer. `own` lists the device's directory, also below.
 pub(crate) fn front_offer(device: &xenbus::Device, own: &DirectoryListing) -> Result<FrontOffer> {
-    let dir = device.nodename();
-    let trusted = match read_listed(own, dir, "trusted")? {
-        None => true,
-        // An invalid value means untrusted.
-        Some(value) => node::switch("trusted", value.as_bytes()).unwrap_or_else(|error| {
-            warn_bad_node(dir, &error);
-            false
-        }),
-    };
+    let reader = Reader::listed(device.nodename(), own);
+    // An invalid value means untrusted.
+    let trusted = switch(&reader, "trusted", false)?.unwrap_or(true);
     Ok(params::front_offer(trusted))
 }
 
 /// Returns `true` if partitions must not be scanned for. The node is that of the toolstack, like
 /// `trusted`, and not of the backend.
 pub(crate) fn no_partition_scan(device: &xenbus::Device, own: &DirectoryListing) -> Result<bool> {
-    let dir = device.nodename();
-    let Some(value) = read_listed(own, dir, "no-part-scan")? else {
-        return Ok(false);
-    };
-    Ok(
-        node::switch("no-part-scan", value.as_bytes()).unwrap_or_else(|error| {
-            warn_bad_node(dir, &error);
-            true
-        }),
-    )
+    let reader = Reader::listed(device.nodename(), own);
+    Ok(switch(&reader, "no-part-scan", true)?.unwrap_or(false))
 }
 
 /// Reads the backend's part of the offer from `nodes`. Invalid nodes count as missing.
 pub(crate) fn back_offer(backend: &CStr, nodes: &[&'static str]) -> Result<BackOffer> {
+    let reader = Reader::new(backend);
     let mut offer = BackOffer::default();
     for &node in nodes {
-        if let Some(value) = read(backend, node)? {
+        if let Some(value) = reader.value(node)? {
             if let Err(error) = offer.set(node, value.as_bytes()) {
-                warn_bad_node(backend, &error);
+                warn_bad_node(&reader, &error);
             }
         }
     }
@@ -219,17 +205,18 @@ pub(crate) fn back_offer(backend: &CStr, nodes: &[&'static str]) -> Result<BackO
 
 /// Reads the properties of the disk.
 pub(crate) fn disk(backend: &CStr) -> Result<DiskProperties> {
+    let reader = Reader::new(backend);
     let mut nodes = DiskNodes::default();
     for node in DiskNodes::NODES {
-        if let Some(value) = read(backend, node)? {
+        if let Some(value) = reader.value(node)? {
             match nodes.set(node, value.as_bytes()) {
-                Err(error) if DiskNodes::is_required(node) => return Err(bad_node(backend, error)),
-                Err(error) => warn_bad_node(backend, &error),
+                Err(error) if DiskNodes::is_required(node) => return Err(bad_node(&reader, error)),
+                Err(error) => warn_bad_node(&reader, &error),
                 Ok(()) => {}
             }
         }
     }
-    nodes.disk().map_err(|error| bad_node(backend, error))
+    nodes.disk().map_err(|error| bad_node(&reader, error))
 }
 
 /// The directory of a ring's nodes: that of the device, or `queue-N` if there are several rings.
@@ -300,7 +287,7 @@ pub(crate) fn publish(
     persistent: bool,
 ) -> Result {
     let dir = device.nodename();
-    device.switch_state_with(xenbus::State::Initialised, |transaction| {
+    device.switch_state_with(XenbusState::Initialised, |transaction| {
         let write = |node: &str, value: fmt::Arguments<'_>| {
             xenstore::write(transaction, dir, fmt!("{}", node), value)
         };

@@ -366,7 +366,7 @@ fn sectors(text: &[u8]) -> Result<u64, InvalidNode> {
 fn block_size(node: &'static str, text: &[u8]) -> Result<u32, InvalidNode> {
     let size = node::decimal_u32(node, text)?;
     if !size.is_power_of_two() || !(SECTOR_SIZE..=MAX_BLOCK_SIZE).contains(&size) {
-        let wrong = Reason::NotABlockSize {
+        let wrong = Reason::NotPowerOfTwo {
             min: SECTOR_SIZE,
             max: MAX_BLOCK_SIZE,
         };
@@ -864,7 +864,7 @@ mod tests {
 
     #[test]
     fn nodes_of_a_disk_that_cannot_be() {
-        let limits = Reason::NotABlockSize {
+        let limits = Reason::NotPowerOfTwo {
             min: 512,
             max: 65536,
         };

@@ -34,10 +34,7 @@
 //!
 //! Neither [`FrontRing`] nor [`BackRing`] locks: the caller holds its ring lock, or owns it.
 
-use core::{
-    fmt,
-    ops::Deref, //
-};
+use core::fmt;
 
 use crate::wire::{
     Abi,
@@ -47,6 +44,8 @@ use crate::wire::{
     RESPONSE_WORDS,
     WORDS_PER_PAGE, //
 };
+
+pub use xen_io::ring::SharedMemory;
 
 /// Pages of the largest ring (`XENBUS_MAX_RING_GRANTS`).
 pub const MAX_PAGES: usize = 16;
@@ -59,68 +58,6 @@ const REQ_EVENT: usize = 1;
 const RSP_PROD: usize = 2;
 const RSP_EVENT: usize = 3;
 const HEADER_WORDS: u32 = 16;
-
-/// Memory that two domains share, as 32-bit words.
-///
-/// # Requirements
-///
-/// - `load` and `store` are single accesses to memory: never torn, repeated or left out
-///   (`READ_ONCE`, `WRITE_ONCE`). The other side may write any word at any time.
-/// - A `load` at or beyond `words` gives 0, a `store` there does nothing.
-/// - `rmb` orders loads before it against loads and stores after it, `wmb` loads and stores before
-///   it against stores after it, `mb` everything (`virt_rmb`, `virt_wmb`, `virt_mb`; in the terms
-///   of the language: acquire, release and sequentially consistent fences).
-pub trait Memory {
-    /// Size in words: 1024 for each page. Never changes.
-    fn words(&self) -> usize;
-    /// Reads a word.
-    fn load(&self, word: usize) -> u32;
-    /// Writes a word.
-    fn store(&self, word: usize, value: u32);
-    /// Read barrier.
-    fn rmb(&self);
-    /// Write barrier.
-    fn wmb(&self);
-    /// Full barrier.
-    fn mb(&self);
-}
-
-/// What leads to such memory is as good as the memory.
-impl<D> Memory for D
-where
-    D: Deref,
-    D::Target: Memory,
-{
-    #[inline]
-    fn words(&self) -> usize {
-        self.deref().words()
-    }
-
-    #[inline]
-    fn load(&self, word: usize) -> u32 {
-        self.deref().load(word)
-    }
-
-    #[inline]
-    fn store(&self, word: usize, value: u32) {
-        self.deref().store(word, value);
-    }
-
-    #[inline]
-    fn rmb(&self) {
-        self.deref().rmb();
-    }
-
-    #[inline]
-    fn wmb(&self) {
-        self.deref().wmb();
-    }
-
-    #[inline]
-    fn mb(&self) {
-        self.deref().mb();
-    }
-}
 
 /// What is wrong with a ring. All but `Memory` mean that the other side broke the protocol.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -193,7 +130,7 @@ struct Slots<M> {
     capacity: u32,
 }
 
-impl<M: Memory> Slots<M> {
+impl<M: SharedMemory> Slots<M> {
     fn new(memory: M, abi: Abi) -> Result<Self, RingError> {
         let words = memory.words();
         if words == 0 || words % WORDS_PER_PAGE != 0 || words > MAX_PAGES * WORDS_PER_PAGE {
@@ -291,7 +228,7 @@ pub struct FrontRing<M> {
     rsp_seen: u32,
 }
 
-impl<M: Memory> FrontRing<M> {
+impl<M: SharedMemory> FrontRing<M> {
     /// Makes a new ring of `memory`, which no backend uses yet: sets the header.
     pub fn new(memory: M, abi: Abi) -> Result<Self, RingError> {
         let slots = Slots::new(memory, abi)?;
@@ -432,7 +369,7 @@ pub struct BackRing<M> {
     rsp_prod: u32,
 }
 
-impl<M: Memory> BackRing<M> {
+impl<M: SharedMemory> BackRing<M> {
     /// Attaches to a frontend's ring where its last backend left off: at the number of responses
     /// published. That is 0 on a ring never served. The last backend must have answered all that
     /// it took: responses overwrite requests in the order of their completion, so a request that
@@ -610,7 +547,7 @@ mod tests {
         }
     }
 
-    impl Memory for Pages {
+    impl SharedMemory for Pages {
         fn words(&self) -> usize {
             self.words.len()
         }

@@ -64,52 +64,9 @@
 //! steps are made such that no order of changes leaves both sides waiting for each other, also if
 //! one of them is the C driver. A test searches all of them.
 
-/// State of one side as written in its node `state` (`enum xenbus_state`).
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-#[repr(u32)]
-pub enum XenbusState {
-    /// There is no such node.
-    Unknown = 0,
-    /// Created, or starting anew.
-    Initialising = 1,
-    /// Backend only: what it can do is written, now it is the frontend's turn.
-    InitWait = 2,
-    /// Frontend: the rings are offered.
-    Initialised = 3,
-    /// In use.
-    Connected = 4,
-    /// About to close.
-    Closing = 5,
-    /// Nothing is shared any more.
-    Closed = 6,
-    /// Used by PCI devices only.
-    Reconfiguring = 7,
-    /// Used by PCI devices only.
-    Reconfigured = 8,
-}
+use xen_io::node;
 
-impl XenbusState {
-    /// The state of a number, or `None` if there is no such state.
-    pub const fn from_number(number: u32) -> Option<Self> {
-        Some(match number {
-            0 => XenbusState::Unknown,
-            1 => XenbusState::Initialising,
-            2 => XenbusState::InitWait,
-            3 => XenbusState::Initialised,
-            4 => XenbusState::Connected,
-            5 => XenbusState::Closing,
-            6 => XenbusState::Closed,
-            7 => XenbusState::Reconfiguring,
-            8 => XenbusState::Reconfigured,
-            _ => return None,
-        })
-    }
-
-    /// The number of the state.
-    pub const fn number(self) -> u32 {
-        self as u32
-    }
-}
+pub use xen_io::xenbus::XenbusState;
 
 /// What a frontend knows about its connection.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -380,7 +337,7 @@ pub enum Failure {
 /// device as long as the frontend does.
 pub fn is_online(node: Option<&[u8]>, frontend: XenbusState) -> bool {
     match node {
-        Some(text) => crate::node::switch("online", text).unwrap_or(false),
+        Some(text) => node::switch("online", text).unwrap_or(false),
         None => !matches!(frontend, XenbusState::Closed | XenbusState::Unknown),
     }
 }
@@ -650,16 +607,6 @@ mod tests {
             online,
             ready: true,
         })
-    }
-
-    #[test]
-    fn numbers_of_states() {
-        for (number, state) in STATES.into_iter().enumerate() {
-            assert_eq!(XenbusState::from_number(number as u32), Some(state));
-            assert_eq!(state.number(), number as u32);
-        }
-        assert_eq!(XenbusState::from_number(9), None);
-        assert_eq!(XenbusState::from_number(u32::MAX), None);
     }
 
     #[test]

@@ -30,7 +30,7 @@ use blkif::node;
 use blkif::node::InvalidNode;
 use blkif::ring;
 use blkif::ring::BackRing;
-use blkif::ring::Memory;
+use blkif::ring::SharedMemory;
 use blkif::state::XenbusState;
 use engine::Access;
 use engine::Engine;

@@ -2,7 +2,7 @@
 
 //! The memory of a ring: pages of the frontend that are mapped one behind the other.
 
-use blkif::ring::Memory;
+use blkif::ring::SharedMemory;
 use std::sync::atomic::fence;
 use std::sync::atomic::Ordering::Acquire;
 use std::sync::atomic::Ordering::Release;
@@ -26,7 +26,7 @@ impl RingMemory {
     }
 }
 
-impl Memory for RingMemory {
+impl SharedMemory for RingMemory {
     fn words(&self) -> usize {
         self.0.len() / 4
     }

@@ -46,5 +46,7 @@ pub(crate) fn read_state(nodes: &mut impl Nodes, dir: &str) -> io::Result<Option
         return Ok(Some(XenbusState::Unknown));
     };
     let number = node::decimal_u32("state", &text);
-    Ok(number.ok().and_then(XenbusState::from_number))
+    Ok(number
+        .ok()
+        .and_then(|number| XenbusState::try_from(number).ok()))
 }

@@ -15,7 +15,7 @@ mod handoff;
 
 use blkif::ring::BackRing;
 use blkif::ring::FrontRing;
-use blkif::ring::Memory;
+use blkif::ring::SharedMemory;
 use blkif::wire::Abi;
 use blkif::wire::Response;
 use blkif::wire::Status;
@@ -77,7 +77,7 @@ impl Shared {
     }
 }
 
-impl Memory for Shared {
+impl SharedMemory for Shared {
     fn words(&self) -> usize {
         1024
     }

@@ -3,7 +3,7 @@
 //! The fuzzer's bytes as numbers, words and memory.
 
 use blkif::request::DiskLimits;
-use blkif::ring::Memory;
+use blkif::ring::SharedMemory;
 use blkif::wire::Abi;
 use blkif::wire::WireSegment;
 use std::cell::RefCell;
@@ -84,7 +84,7 @@ impl<'a> Page<'a> {
     }
 }
 
-impl Memory for Page<'_> {
+impl SharedMemory for Page<'_> {
     fn words(&self) -> usize {
         1024
     }

@@ -25,7 +25,7 @@ impl Driver for Misuse {
         Ok(Misuse(Cell::new(0)))
     }
 
-    fn otherend_changed(self: Pin<&Self>, _: &Device<Core<'_>>, _: State) -> DeviceAction {
+    fn otherend_changed(self: Pin<&Self>, _: &Device<Core<'_>>, _: OtherendState) -> DeviceAction {
         self.0.set(1);
         DeviceAction::Keep
     }

@@ -111,7 +111,7 @@ impl SharedWords {
 
 /// What the rings of a protocol are made of. [`RingPages`] and [`MappedRing`] are such memory too, as
 /// they deref to this.
-impl blkif::ring::Memory for SharedWords {
+impl xen_io::ring::SharedMemory for SharedWords {
     #[inline]
     fn words(&self) -> usize {
         self.len()

@@ -4,7 +4,7 @@
 //!
 //! Each half of a split device has a directory in xenstore, and the kernel makes a device of it. The
 //! *nodename* is the directory of our half, the *otherend* the one of the other half, the
-//! *otherend id* the domain that it is in. Each half writes a [`State`] to its directory, and the
+//! *otherend id* the domain that it is in. Each half writes a [`XenbusState`] to its directory, and the
 //! bus calls the driver when the state of the other half changes.
 //!
 //! A driver implements [`Driver`]; [`Adapter`] registers it, by [`module_xenbus_driver`] or as part
@@ -72,6 +72,8 @@ use kernel::{
     types::Opaque, //
 };
 
+use xen_io::node;
+
 use crate::{
     base::{
         this_module::this_module,
@@ -90,6 +92,11 @@ use super::{
     DomId, //
 };
 
+pub use xen_io::xenbus::{
+    UnknownState,
+    XenbusState, //
+};
+
 /// How long [`unregister_device`] waits for the thread of xenbus.
 const UNREGISTER_MS: u32 = 60_000;
 
@@ -97,90 +104,34 @@ const UNREGISTER_MS: u32 = 60_000;
 const LOCK_TRIES: usize = 50;
 const LOCK_SLEEP_MS: u32 = 20;
 
-/// The state of one half of a device, as it stands in its directory (`XenbusState*`).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum State {
-    /// There is no state: the directory is gone or cannot be read.
-    Unknown,
-    /// The half exists and gathers what it can do.
-    Initialising,
-    /// A backend has written its offers and waits for the frontend.
-    InitWait,
-    /// A frontend has written ring and event channel and waits for the backend.
-    Initialised,
-    /// Both can work.
-    Connected,
-    /// The half goes away, or wants the other one to.
-    Closing,
-    /// The half does not use the other one any more.
-    Closed,
-    /// A bus changes.
-    Reconfiguring,
-    /// A bus has changed.
-    Reconfigured,
-    /// A number that is no state.
-    Other(u32),
+/// The state of the other half: an error if its node has a number that is no state.
+pub type OtherendState = Result<XenbusState, UnknownState>;
+
+/// Reads the state in a directory. Text that is no number is no state either.
+fn read_state(transaction: &Transaction, dir: &CStr) -> Result<OtherendState> {
+    match xenstore::read(transaction, dir, fmt!("state")) {
+        Ok(value) => Ok(match node::decimal_u32("state", value.as_bytes()) {
+            Ok(number) => XenbusState::try_from(number),
+            Err(_) => Err(UnknownState(u32::MAX)),
+        }),
+        Err(error) if error == ENOENT => Ok(Ok(XenbusState::Unknown)),
+        Err(error) => Err(error),
+    }
 }
 
-impl State {
-    fn from_raw(state: bindings_ext::xenbus_state) -> Self {
-        match state {
-            bindings_ext::xenbus_state_XenbusStateUnknown => Self::Unknown,
-            bindings_ext::xenbus_state_XenbusStateInitialising => Self::Initialising,
-            bindings_ext::xenbus_state_XenbusStateInitWait => Self::InitWait,
-            bindings_ext::xenbus_state_XenbusStateInitialised => Self::Initialised,
-            bindings_ext::xenbus_state_XenbusStateConnected => Self::Connected,
-            bindings_ext::xenbus_state_XenbusStateClosing => Self::Closing,
-            bindings_ext::xenbus_state_XenbusStateClosed => Self::Closed,
-            bindings_ext::xenbus_state_XenbusStateReconfiguring => Self::Reconfiguring,
-            bindings_ext::xenbus_state_XenbusStateReconfigured => Self::Reconfigured,
-            other => Self::Other(other),
-        }
-    }
-
-    fn to_raw(self) -> bindings_ext::xenbus_state {
-        match self {
-            Self::Unknown => bindings_ext::xenbus_state_XenbusStateUnknown,
-            Self::Initialising => bindings_ext::xenbus_state_XenbusStateInitialising,
-            Self::InitWait => bindings_ext::xenbus_state_XenbusStateInitWait,
-            Self::Initialised => bindings_ext::xenbus_state_XenbusStateInitialised,
-            Self::Connected => bindings_ext::xenbus_state_XenbusStateConnected,
-            Self::Closing => bindings_ext::xenbus_state_XenbusStateClosing,
-            Self::Closed => bindings_ext::xenbus_state_XenbusStateClosed,
-            Self::Reconfiguring => bindings_ext::xenbus_state_XenbusStateReconfiguring,
-            Self::Reconfigured => bindings_ext::xenbus_state_XenbusStateReconfigured,
-            Self::Other(state) => state,
-        }
-    }
-
-    /// The number in xenstore.
-    pub fn number(self) -> u32 {
-        self.to_raw()
-    }
-
-    /// Reads the state in a directory. What is no number is no state either.
-    fn read(transaction: &Transaction, dir: &CStr) -> Result<Self> {
-        match xenstore::read(transaction, dir, fmt!("state")) {
-            Ok(value) => Ok(value.parse().map_or(Self::Other(u32::MAX), Self::from_raw)),
-            Err(error) if error == ENOENT => Ok(Self::Unknown),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Returns `true` if a half that wrote `own` last and finds `found` in its node may write this
-    /// state there.
-    ///
-    /// Two states that somebody else has written stay: Closing, by which the toolstack asks for
-    /// Closed and nothing but Closed, and Initialising, of which a new device is made. A directory
-    /// that is gone is not made again.
-    fn may_replace(self, found: Self, own: Self) -> bool {
-        match found {
-            Self::Unknown => false,
-            _ if found == own => true,
-            Self::Initialising => false,
-            Self::Closing => matches!(self, Self::Closing | Self::Closed),
-            _ => true,
-        }
+/// Returns `true` if a half that wrote `own` last and finds `found` in its node may write `state`
+/// there.
+///
+/// Two states that somebody else has written stay: Closing, by which the toolstack asks for
+/// Closed and nothing but Closed, and Initialising, of which a new device is made. A directory
+/// that is gone is not made again.
+fn may_replace(state: XenbusState, found: XenbusState, own: XenbusState) -> bool {
+    match found {
+        XenbusState::Unknown => false,
+        _ if found == own => true,
+        XenbusState::Initialising => false,
+        XenbusState::Closing => matches!(state, XenbusState::Closing | XenbusState::Closed),
+        _ => true,
     }
 }
 
@@ -190,7 +141,7 @@ pub enum Switched {
     /// It is in xenstore.
     Written,
     /// Another state was found there, which it must not replace. Nothing was written.
-    Refused(State),
+    Refused(XenbusState),
     /// Xenstore has failed. Nothing was written.
     Failed(Error),
 }
@@ -234,9 +185,10 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     }
 
     /// The state that this half has written last.
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> XenbusState {
         // SAFETY: The device is valid by the type invariant; a number that may change meanwhile.
-        State::from_raw(unsafe { addr_of!((*self.as_raw()).state).read_volatile() })
+        let number = unsafe { addr_of!((*self.as_raw()).state).read_volatile() };
+        XenbusState::try_from(number).unwrap_or(XenbusState::Unknown)
     }
 
     /// The domain of the other half.
@@ -249,14 +201,14 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     /// Writes the state of this half to xenstore, if it is another one than before and may replace the
     /// one that is there (`xenbus_switch_state`). May sleep.
     ///
-    /// What may replace what is said by [`State::may_replace`]. If xenstore fails, the error is logged.
+    /// What may replace what is said by `may_replace`. If xenstore fails, the error is logged.
     ///
-    /// A frontend switches to and from [`State::Initialising`] only in `otherend_changed`. The bus
+    /// A frontend switches to and from [`XenbusState::Initialising`] only in `otherend_changed`. The bus
     /// watches for that state in the same thread; when it is switched elsewhere, the bus may find it
     /// in xenstore but not in the device: then it takes the device for a new one, and replaces it, or
     /// loses it. So such a driver sets [`Driver::ALLOW_REBIND`], and closes in `remove` only from
     /// other states.
-    pub fn switch_state(&self, state: State) -> Switched {
+    pub fn switch_state(&self, state: XenbusState) -> Switched {
         if state == self.state() {
             return Switched::Written;
         }
@@ -273,7 +225,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     /// changed. Nothing is written if the state is refused, or if `body` fails.
     pub fn switch_state_with(
         &self,
-        state: State,
+        state: XenbusState,
         body: impl FnMut(&Transaction) -> Result,
     ) -> Result<Switched> {
         self.write_state(state, body)
@@ -281,7 +233,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 
     fn write_state(
         &self,
-        state: State,
+        state: XenbusState,
         mut body: impl FnMut(&Transaction) -> Result,
     ) -> Result<Switched> {
         let dir = self.nodename();
@@ -289,16 +241,16 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         // SAFETY: The device is valid by the type invariant; C reads it without a lock too.
         if unsafe { addr_of!((*self.as_raw()).vanished).read_volatile() } {
             // The bus has found that a new device is to be made of the directory.
-            return Ok(Switched::Refused(State::Initialising));
+            return Ok(Switched::Refused(XenbusState::Initialising));
         }
         let switched = xenstore::transaction(|transaction| {
-            let found = State::read(transaction, dir)?;
-            if !state.may_replace(found, own) {
-                return Ok(Switched::Refused(found));
-            }
-            if found == state && found != own {
-                // Somebody else has written it. To write it again would wake the other half.
-                return Ok(Switched::Written);
+            match read_state(transaction, dir)? {
+                Ok(found) if !may_replace(state, found, own) => {
+                    return Ok(Switched::Refused(found));
+                }
+                // The toolstack has written it. To write it again would wake the other half.
+                Ok(found) if found == state && found != own => return Ok(Switched::Written),
+                Ok(_) | Err(UnknownState(_)) => {}
             }
             body(transaction)?;
             let number = state.number();
@@ -315,23 +267,23 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     /// Closing, whatever is in xenstore: what becomes of an error is for the caller to decide.
     pub(super) fn without_fatal<R>(&self, function: impl FnOnce() -> R) -> R {
         let own = self.state();
-        self.set_state(State::Closing);
+        self.set_state(XenbusState::Closing);
         let result = function();
         self.set_state(own);
         result
     }
 
     /// Takes a state for the one that this half has written last.
-    fn set_state(&self, state: State) {
+    fn set_state(&self, state: XenbusState) {
         // SAFETY: The device is valid by the type invariant; a number, which C reads and writes
         // without a lock too.
-        unsafe { addr_of_mut!((*self.as_raw()).state).write_volatile(state.to_raw()) };
+        unsafe { addr_of_mut!((*self.as_raw()).state).write_volatile(state.number()) };
     }
 
     /// The state in the directory `path` (`xenbus_read_driver_state`). May sleep.
-    pub fn read_driver_state(&self, path: &CStr) -> State {
+    pub fn read_driver_state(&self, path: &CStr) -> OtherendState {
         // SAFETY: The device is valid by the type invariant, `path` is zero-terminated.
-        State::from_raw(unsafe {
+        XenbusState::try_from(unsafe {
             bindings_ext::xenbus_read_driver_state(self.as_raw(), path.as_char_ptr())
         })
     }
@@ -343,10 +295,10 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         unsafe { bindings_ext::xenbus_dev_is_online(self.as_raw()) != 0 }
     }
 
-    /// Switches a frontend to [`State::Closed`], and ends the wait of a shutdown for that
+    /// Switches a frontend to [`XenbusState::Closed`], and ends the wait of a shutdown for that
     /// (`xenbus_frontend_closed`). May sleep.
     pub fn frontend_closed(&self) {
-        self.switch_state(State::Closed);
+        self.switch_state(XenbusState::Closed);
         // Always 0. It writes the state that is there by now, if any.
         //
         // SAFETY: The device is valid by the type invariant.
@@ -367,10 +319,10 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         };
     }
 
-    /// [`Self::dev_error`], and switches to [`State::Closing`], as `xenbus_dev_fatal` does. May sleep.
+    /// [`Self::dev_error`], and switches to [`XenbusState::Closing`], as `xenbus_dev_fatal` does. May sleep.
     pub fn dev_fatal(&self, error: Error, message: fmt::Arguments<'_>) {
         self.dev_error(error, message);
-        self.switch_state(State::Closing);
+        self.switch_state(XenbusState::Closing);
     }
 }
 
@@ -533,7 +485,7 @@ pub trait Driver: Send + Sync + Sized + 'static {
     fn otherend_changed(
         self: Pin<&Self>,
         dev: &Device<device::Core<'_>>,
-        state: State,
+        state: OtherendState,
     ) -> DeviceAction;
 
     /// The device is unbound: the driver goes, or the device. Must not wait for the other domain
@@ -680,7 +632,7 @@ impl<T: Driver> Adapter<T> {
         let after = {
             // SAFETY: By the requirements of this function; who unregisters the watch waits for it.
             let (device, data) = unsafe { Self::bound(device) };
-            T::otherend_changed(data, device, State::from_raw(state))
+            T::otherend_changed(data, device, XenbusState::try_from(state))
         };
         if after == DeviceAction::Unregister {
             // SAFETY: By the requirements of this function this is the thread of xenbus, and the

@@ -25,7 +25,6 @@ use kernel::{
     fmt,
     prelude::*,
     str::{
-        BStr,
         CString,
         NullTerminatedFormatter, //
     },
@@ -33,17 +32,22 @@ use kernel::{
     types::Opaque, //
 };
 
+use xen_io::node::{
+    self,
+    InvalidNode, //
+};
+
 use crate::{
-    base::module_ref::ModuleRef,
+    base::{
+        fmt::AsKernelDisplay,
+        module_ref::ModuleRef, //
+    },
     ratelimited, //
 };
 
 /// Longest value that is written, and longest node name below a directory, in bytes with the zero.
 /// Longer ones are refused with `E2BIG`; nothing that a driver writes comes near.
 const TEXT_MAX: usize = 256;
-
-/// How much of a value is shown in a message, in bytes.
-const VALUE_SHOWN: usize = 64;
 
 /// How often a transaction is tried while others keep changing what it read.
 const TRANSACTION_TRIES: usize = 32;
@@ -143,20 +147,6 @@ impl Value {
     pub fn as_bytes(&self) -> &[u8] {
         // SAFETY: By the type invariant.
         unsafe { core::slice::from_raw_parts(self.bytes.as_ptr(), self.len) }
-    }
-
-    /// The number that the value is, in decimal and nothing else. `EINVAL`: it is no such number, or
-    /// does not fit.
-    pub fn parse<T: core::str::FromStr>(&self) -> Result<T> {
-        let bytes = self.as_bytes();
-        if !bytes
-            .first()
-            .is_some_and(|first| first.is_ascii_digit() || *first == b'-')
-        {
-            return Err(EINVAL);
-        }
-        let text = core::str::from_utf8(bytes).map_err(|_| EINVAL)?;
-        text.parse().map_err(|_| EINVAL)
     }
 }
 
@@ -303,75 +293,141 @@ pub fn remove(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> R
     })
 }
 
-/// Reads several nodes of one directory, and says which of them is wrong (`xenbus_gather`).
+/// Why [`Reader`] has no value of a node.
+#[derive(Clone, Copy, Debug)]
+pub enum NodeError {
+    /// The node has a text that is not a value of it.
+    Invalid(InvalidNode),
+    /// Xenstore has failed.
+    Xenstore(Error),
+}
+
+impl From<NodeError> for Error {
+    fn from(error: NodeError) -> Self {
+        match error {
+            NodeError::Invalid(_) => EINVAL,
+            NodeError::Xenstore(error) => error,
+        }
+    }
+}
+
+/// Reads nodes of one directory (`xenbus_scanf`, `xenbus_gather`).
 ///
-/// The error of a node that is missing or malformed is logged, rate-limited, with path and value.
+/// A node that is missing is `None`. The functions of [`xen_io::node`] parse the others.
+#[derive(Clone, Copy)]
 pub struct Reader<'a, C: Context = NoTransaction> {
     context: &'a C,
     dir: &'a CStr,
+    listing: Option<&'a DirectoryListing>,
+    ignores_empty: bool,
 }
 
 impl<'a> Reader<'a> {
-    /// Of `dir`, outside of any transaction.
+    /// Creates a reader of `dir`, outside of any transaction.
     pub fn new(dir: &'a CStr) -> Self {
+        Self::within(&NoTransaction, dir)
+    }
+
+    /// Creates a reader of `dir`, which asks only for nodes that `listing` may have.
+    pub fn listed(dir: &'a CStr, listing: &'a DirectoryListing) -> Self {
         Self {
-            context: &NoTransaction,
-            dir,
+            listing: Some(listing),
+            ..Self::new(dir)
         }
     }
 }
 
 impl<'a, C: Context> Reader<'a, C> {
-    /// Of `dir`, in a transaction.
+    /// Creates a reader of `dir`, in a transaction.
     pub fn within(context: &'a C, dir: &'a CStr) -> Self {
-        Self { context, dir }
+        Self {
+            context,
+            dir,
+            listing: None,
+            ignores_empty: false,
+        }
     }
 
-    /// A node that has to be there.
-    pub fn value(&self, node: fmt::Arguments<'_>) -> Result<Value> {
-        self.optional_value(node)?.ok_or(ENOENT).inspect_err(|_| {
-            ratelimited!(pr_warn!("xenstore: {}/{} is missing\n", self.dir, node));
-        })
+    /// Takes nodes that are empty for missing, as `xenbus_scanf` does.
+    pub fn ignore_empty(self) -> Self {
+        Self {
+            ignores_empty: true,
+            ..self
+        }
     }
 
-    /// A node that may be missing. An empty one counts as missing.
-    pub fn optional_value(&self, node: fmt::Arguments<'_>) -> Result<Option<Value>> {
-        match read(self.context, self.dir, node) {
-            Ok(value) if value.as_bytes().is_empty() => Ok(None),
+    /// Returns the directory.
+    pub fn dir(&self) -> &'a CStr {
+        self.dir
+    }
+
+    /// Reads a node of the directory, or returns `None` if there is none.
+    pub fn value(&self, node: &str) -> Result<Option<Value>> {
+        if self.listing.is_some_and(|listing| !listing.may_have(node)) {
+            return Ok(None);
+        }
+        self.value_at(fmt!("{node}"))
+    }
+
+    /// Reads a node at a path below the directory, or returns `None` if there is none.
+    pub fn value_at(&self, path: fmt::Arguments<'_>) -> Result<Option<Value>> {
+        match read(self.context, self.dir, path) {
+            Ok(value) if self.ignores_empty && value.as_bytes().is_empty() => Ok(None),
             Ok(value) => Ok(Some(value)),
             Err(error) if error == ENOENT => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// A decimal number that has to be there.
-    pub fn number<T: core::str::FromStr>(&self, node: fmt::Arguments<'_>) -> Result<T> {
-        self.parse(node, &self.value(node)?)
+    /// Reads a node of the directory, and parses it. A missing node is `None`.
+    pub fn parse<T>(&self, node: &'static str, parse: Parser<T>) -> Result<Option<T>, NodeError> {
+        parse_value(node, self.value(node), parse)
     }
 
-    /// A decimal number that may be missing.
-    pub fn optional<T: core::str::FromStr>(&self, node: fmt::Arguments<'_>) -> Result<Option<T>> {
-        match self.optional_value(node)? {
-            Some(value) => self.parse(node, &value).map(Some),
-            None => Ok(None),
-        }
+    /// Reads a node at a path below the directory, and parses it as the node `name`. A missing node
+    /// is `None`.
+    pub fn parse_at<T>(
+        &self,
+        path: fmt::Arguments<'_>,
+        name: &'static str,
+        parse: Parser<T>,
+    ) -> Result<Option<T>, NodeError> {
+        parse_value(name, self.value_at(path), parse)
     }
 
-    /// Whether a feature is on: its node is a number other than 0. Missing means off.
-    pub fn flag(&self, node: fmt::Arguments<'_>) -> Result<bool> {
-        Ok(self.optional::<u32>(node)?.unwrap_or(0) != 0)
+    /// Reads a decimal number that has to be there. `EINVAL` if it is not; that is logged.
+    pub fn number(&self, node: &'static str) -> Result<u32> {
+        self.number_at(fmt!("{node}"), node)
     }
 
-    fn parse<T: core::str::FromStr>(&self, node: fmt::Arguments<'_>, value: &Value) -> Result<T> {
-        value.parse().inspect_err(|_| {
-            let bytes = value.as_bytes();
-            ratelimited!(pr_warn!(
-                "xenstore: {}/{} is '{}', not a number in range\n",
-                self.dir,
-                node,
-                BStr::from_bytes(bytes.get(..VALUE_SHOWN).unwrap_or(bytes))
-            ));
+    /// Reads a decimal number that has to be at a path below the directory, as [`Self::number`].
+    pub fn number_at(&self, path: fmt::Arguments<'_>, name: &'static str) -> Result<u32> {
+        let number = self.parse_at(path, name, node::decimal_u32);
+        let number = number.and_then(|number| {
+            number.ok_or_else(|| NodeError::Invalid(InvalidNode::missing(name)))
+        });
+        number.map_err(|error| {
+            if let NodeError::Invalid(invalid) = &error {
+                ratelimited!(pr_warn!("{}/{}\n", self.dir, AsKernelDisplay(invalid)));
+            }
+            error.into()
         })
+    }
+}
+
+/// Parses the text of a node, whose name is for the error.
+pub type Parser<T> = fn(&'static str, &[u8]) -> Result<T, InvalidNode>;
+
+fn parse_value<T>(
+    name: &'static str,
+    value: Result<Option<Value>>,
+    parse: Parser<T>,
+) -> Result<Option<T>, NodeError> {
+    match value.map_err(NodeError::Xenstore)? {
+        Some(value) => parse(name, value.as_bytes())
+            .map(Some)
+            .map_err(NodeError::Invalid),
+        None => Ok(None),
     }
 }
 

@@ -31,8 +31,9 @@ use kernel_ext::{
             DeviceId,
             IdArray,
             IdTable,
+            OtherendState,
             Role,
-            State, //
+            XenbusState, //
         },
         xenstore, //
     },
@@ -83,7 +84,7 @@ impl Back {
         if connection.is_none() {
             *connection = Some(Connection::new(&self.device, frontend)?);
             describe_disk(&self.device)?;
-            self.device.switch_state(State::Connected);
+            self.device.switch_state(XenbusState::Connected);
         }
         Ok(())
     }
@@ -124,7 +125,7 @@ impl xenbus::Driver for Back {
         }
         let wanted = dev.handle() == Some(DEVICE.get());
         if wanted {
-            dev.switch_state(State::InitWait);
+            dev.switch_state(XenbusState::InitWait);
         }
         try_pin_init!(Self {
             device: wanted.then_some(device).ok_or(ENODEV)?,
@@ -135,34 +136,36 @@ impl xenbus::Driver for Back {
     fn otherend_changed(
         self: Pin<&Self>,
         dev: &xenbus::Device<Core<'_>>,
-        state: State,
+        state: OtherendState,
     ) -> DeviceAction {
+        let Ok(state) = state else {
+            return DeviceAction::Keep;
+        };
         match state {
-            State::Initialised | State::Connected => {
+            XenbusState::Initialised | XenbusState::Connected => {
                 let result = dev.otherend().and_then(|frontend| self.connect(frontend));
                 if let Err(error) = result {
                     dev.dev_fatal(error, fmt!("connecting"));
                 }
             }
-            State::Closing | State::Closed | State::Unknown => {
+            XenbusState::Closing | XenbusState::Closed | XenbusState::Unknown => {
                 self.disconnect();
-                if state == State::Closing {
-                    dev.switch_state(State::Closing);
+                if state == XenbusState::Closing {
+                    dev.switch_state(XenbusState::Closing);
                 } else {
-                    dev.switch_state(State::Closed);
-                    if !dev.is_online() || state == State::Unknown {
+                    dev.switch_state(XenbusState::Closed);
+                    if !dev.is_online() || state == XenbusState::Unknown {
                         return DeviceAction::Unregister;
                     }
                 }
             }
-            State::Initialising if dev.state() == State::Closed => {
-                dev.switch_state(State::InitWait);
+            XenbusState::Initialising if dev.state() == XenbusState::Closed => {
+                dev.switch_state(XenbusState::InitWait);
             }
-            State::Initialising
-            | State::InitWait
-            | State::Reconfiguring
-            | State::Reconfigured
-            | State::Other(_) => {}
+            XenbusState::Initialising
+            | XenbusState::InitWait
+            | XenbusState::Reconfiguring
+            | XenbusState::Reconfigured => {}
         }
         DeviceAction::Keep
     }

@@ -55,8 +55,9 @@ use kernel_ext::{
             DeviceId,
             IdArray,
             IdTable,
+            OtherendState,
             Role,
-            State, //
+            XenbusState, //
         },
         xenstore::{
             self,
@@ -156,16 +157,16 @@ impl Front {
         let Some(script) = self.next_episode(&mut inner) else {
             return Ok(());
         };
-        self.device.switch_state(State::Initialising);
+        self.device.switch_state(XenbusState::Initialising);
         let parts = self.make(script)?;
         // From now on the backend is what it says, and not what the last script set_backend_state.
-        self.session_state.set_backend_state(State::InitWait);
+        self.session_state.set_backend_state(XenbusState::InitWait);
         let kind = KThreadOptions::default();
         let thread = KThread::spawn(fmt!("hostile"), kind, move |current| {
             play(Session::new(parts, current), script);
         })?;
         inner.thread = Some(thread);
-        self.device.switch_state(State::Initialised);
+        self.device.switch_state(XenbusState::Initialised);
         Ok(())
     }
 
@@ -200,19 +201,19 @@ impl Front {
     fn connected(&self, dev: &xenbus::Device<Core<'_>>) -> Result {
         let reader = Reader::new(dev.otherend()?);
         self.session_state.set_facts(DiskFacts {
-            sectors: reader.number(fmt!("sectors"))?,
-            read_only: reader.number::<u32>(fmt!("info"))? & info::READONLY != 0,
+            sectors: reader.number("sectors")?.into(),
+            read_only: reader.number("info")? & info::READONLY != 0,
         });
         let inner = self.inner.lock();
         // The bus may tell of a state twice, and by then the script may be over, and closing.
-        if inner.thread.is_none() || dev.state() != State::Initialised {
+        if inner.thread.is_none() || dev.state() != XenbusState::Initialised {
             return Ok(());
         }
         let playing = self.scripts.get(inner.next.wrapping_sub(1));
         if playing.is_some_and(|script| script.toggle) {
             self.toggle();
         }
-        dev.switch_state(State::Connected);
+        dev.switch_state(XenbusState::Connected);
         Ok(())
     }
 
@@ -220,11 +221,11 @@ impl Front {
     fn toggle(&self) {
         for _ in 0..TOGGLES {
             for state in [
-                State::Connected,
-                State::Closing,
-                State::Closed,
-                State::Initialising,
-                State::Initialised,
+                XenbusState::Connected,
+                XenbusState::Closing,
+                XenbusState::Closed,
+                XenbusState::Initialising,
+                XenbusState::Initialised,
             ] {
                 self.device.switch_state(state);
             }
@@ -255,8 +256,8 @@ fn play(session: Session<'_>, script: &Script) {
         let session_state = session.parts.session_state.clone();
         session_state.report(script.name, Outcome::Closing, Outcome::Closing);
     }
-    if device.state() == State::Connected {
-        device.switch_state(State::Closing);
+    if device.state() == XenbusState::Connected {
+        device.switch_state(XenbusState::Closing);
     }
 }
 
@@ -328,23 +329,29 @@ impl xenbus::Driver for Front {
     fn otherend_changed(
         self: Pin<&Self>,
         dev: &xenbus::Device<Core<'_>>,
-        state: State,
+        state: OtherendState,
     ) -> DeviceAction {
+        let Ok(state) = state else {
+            return DeviceAction::Keep;
+        };
         let result = match state {
-            State::InitWait => self.begin(),
-            State::Connected => self.connected(dev),
+            XenbusState::InitWait => self.begin(),
+            XenbusState::Connected => self.connected(dev),
             _ => Ok(()),
         };
         if let Err(error) = result {
             dev.dev_fatal(error, fmt!("starting a script"));
         }
         self.session_state.set_backend_state(state);
-        if matches!(state, State::Closing | State::Closed | State::Unknown) {
+        if matches!(
+            state,
+            XenbusState::Closing | XenbusState::Closed | XenbusState::Unknown
+        ) {
             end(&mut self.inner.lock());
             dev.frontend_closed();
         }
-        if state == State::Closed {
-            dev.switch_state(State::Initialising);
+        if state == XenbusState::Closed {
+            dev.switch_state(XenbusState::Initialising);
         }
         DeviceAction::Keep
     }
@@ -352,8 +359,8 @@ impl xenbus::Driver for Front {
     fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {
         end(&mut self.inner.lock());
         // As in the other frontend of the samples: the bus may look at this state just now.
-        if dev.state() != State::Initialising {
-            dev.switch_state(State::Closed);
+        if dev.state() != XenbusState::Initialising {
+            dev.switch_state(XenbusState::Closed);
         }
     }
 }

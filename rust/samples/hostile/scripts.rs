@@ -2,7 +2,7 @@
 
 //! The scripts: what a connection does from start to end.
 
-use kernel_ext::xen::xenbus::State;
+use kernel_ext::xen::xenbus::XenbusState;
 
 use blkif::wire::{
     op,
@@ -332,7 +332,7 @@ fn withdraw_ring(mut session: Session<'_>, name: &'static str) {
 fn close_in_flight(mut session: Session<'_>, name: &'static str) {
     let before = session.check_disk();
     put_writes(&mut session);
-    session.parts.device.switch_state(State::Closing);
+    session.parts.device.switch_state(XenbusState::Closing);
     session
         .parts
         .session_state

@@ -142,8 +142,8 @@ impl Connection {
     /// Connects to the ring and event channel of the frontend, and starts the thread.
     pub(crate) fn new(device: &ARef<xenbus::Device>, frontend: &CStr) -> Result<Self> {
         let reader = Reader::new(frontend);
-        let reference = ForeignRef(reader.number(fmt!("ring-ref"))?);
-        let port = reader.number(fmt!("event-channel"))?;
+        let reference = ForeignRef(reader.number("ring-ref")?);
+        let port = reader.number("event-channel")?;
 
         let ring = MappedRing::new(device, &[reference])?;
         let ring = BackRing::attach(ring, Abi::native()).map_err(|_| EINVAL)?;

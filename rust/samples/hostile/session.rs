@@ -33,7 +33,7 @@ use kernel_ext::{
         ring::RingPages,
         xenbus::{
             self,
-            State, //
+            XenbusState, //
         },
         DomId, //
     },
@@ -191,18 +191,18 @@ impl<'a> Session<'a> {
     pub(crate) fn await_connection(&self) -> bool {
         let end = jiffies::now().wrapping_add(msecs_to_jiffies(ANSWER_MS));
         let session_state = &self.parts.session_state;
-        while session_state.backend_is(State::InitWait) {
+        while session_state.backend_is(XenbusState::InitWait) {
             if self.current.should_stop() || jiffies::is_past(end) {
                 return false;
             }
             session_state.wait(self.current);
         }
-        session_state.backend_is(State::Connected)
+        session_state.backend_is(XenbusState::Connected)
     }
 
     /// Returns `true` if either side closes the connection.
     pub(crate) fn is_closing(&self) -> bool {
-        self.current.should_stop() || !self.parts.session_state.backend_is(State::Connected)
+        self.current.should_stop() || !self.parts.session_state.backend_is(XenbusState::Connected)
     }
 
     /// Waits for a condition. Returns `false` after the time limit, or if the connection closes first.

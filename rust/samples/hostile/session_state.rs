@@ -35,7 +35,7 @@ use kernel_ext::{
             Eoi,
             Handler, //
         },
-        xenbus::State, //
+        xenbus::XenbusState, //
     },
 };
 
@@ -137,13 +137,13 @@ impl SessionState {
     }
 
     /// Records the state of the backend and wakes the thread.
-    pub(crate) fn set_backend_state(&self, state: State) {
+    pub(crate) fn set_backend_state(&self, state: XenbusState) {
         self.backend.store(state.number(), Release);
         self.wait.wake_up();
     }
 
     /// Returns `true` if the last known state of the backend is this one.
-    pub(crate) fn backend_is(&self, state: State) -> bool {
+    pub(crate) fn backend_is(&self, state: XenbusState) -> bool {
         self.backend.load(Acquire) == state.number()
     }
 

@@ -26,8 +26,9 @@ use kernel_ext::xen::{
         DeviceId,
         IdArray,
         IdTable,
+        OtherendState,
         Role,
-        State, //
+        XenbusState, //
     },
     xenstore::Reader, //
 };
@@ -56,7 +57,7 @@ struct Back {
 impl Back {
     /// Connects to the ring that the frontend has published, unless it is connected to it.
     fn connect(&self, otherend: &CStr) -> Result {
-        let epoch = Reader::new(otherend).number(fmt!("epoch"))?;
+        let epoch = Reader::new(otherend).number("epoch")?;
         let mut connection = self.connection.lock();
         if connection
             .as_ref()
@@ -80,7 +81,7 @@ impl xenbus::Driver for Back {
     const ID_TABLE: IdTable = IDS.as_table();
 
     fn probe(dev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
-        dev.switch_state(State::InitWait);
+        dev.switch_state(XenbusState::InitWait);
         let device: ARef<xenbus::Device> = dev.into();
         try_pin_init!(Self {
             device,
@@ -91,37 +92,40 @@ impl xenbus::Driver for Back {
     fn otherend_changed(
         self: Pin<&Self>,
         dev: &xenbus::Device<Core<'_>>,
-        state: State,
+        state: OtherendState,
     ) -> DeviceAction {
+        let Ok(state) = state else {
+            return DeviceAction::Keep;
+        };
         match state {
-            State::Initialising => {
+            XenbusState::Initialising => {
                 self.disconnect();
-                dev.switch_state(State::InitWait);
+                dev.switch_state(XenbusState::InitWait);
             }
-            State::Initialised | State::Connected => {
+            XenbusState::Initialised | XenbusState::Connected => {
                 match dev.otherend().and_then(|otherend| self.connect(otherend)) {
                     Ok(()) => {
-                        dev.switch_state(State::Connected);
+                        dev.switch_state(XenbusState::Connected);
                     }
                     Err(error) => dev.dev_fatal(error, fmt!("connecting")),
                 }
             }
-            State::Closing => {
+            XenbusState::Closing => {
                 self.disconnect();
-                dev.switch_state(State::Closing);
+                dev.switch_state(XenbusState::Closing);
             }
-            State::Closed => {
+            XenbusState::Closed => {
                 self.disconnect();
-                dev.switch_state(State::Closed);
+                dev.switch_state(XenbusState::Closed);
                 if !dev.is_online() {
                     return DeviceAction::Unregister;
                 }
             }
-            State::Unknown => {
+            XenbusState::Unknown => {
                 self.disconnect();
                 return DeviceAction::Unregister;
             }
-            State::InitWait | State::Reconfiguring | State::Reconfigured | State::Other(_) => {}
+            XenbusState::InitWait | XenbusState::Reconfiguring | XenbusState::Reconfigured => {}
         }
         DeviceAction::Keep
     }

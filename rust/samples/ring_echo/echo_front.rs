@@ -35,8 +35,9 @@ use kernel_ext::{
         DeviceId,
         IdArray,
         IdTable,
+        OtherendState,
         Role,
-        State, //
+        XenbusState, //
     },
 };
 
@@ -81,9 +82,9 @@ impl Front {
     fn connect(&self) -> Result {
         let mut connection = self.connection.lock();
         *connection = None;
-        self.device.switch_state(State::Initialising);
+        self.device.switch_state(XenbusState::Initialising);
         *connection = Some(Connection::new(&self.device, &self.counters)?);
-        self.device.switch_state(State::Initialised);
+        self.device.switch_state(XenbusState::Initialised);
         Ok(())
     }
 
@@ -120,31 +121,33 @@ impl xenbus::Driver for Front {
     fn otherend_changed(
         self: Pin<&Self>,
         dev: &xenbus::Device<Core<'_>>,
-        state: State,
+        state: OtherendState,
     ) -> DeviceAction {
+        let Ok(state) = state else {
+            return DeviceAction::Keep;
+        };
         match state {
-            State::InitWait => {
+            XenbusState::InitWait => {
                 if let Err(error) = self.connect() {
                     dev.dev_fatal(error, fmt!("connecting"));
                 }
             }
-            State::Connected if self.is_connected() => {
-                dev.switch_state(State::Connected);
+            XenbusState::Connected if self.is_connected() => {
+                dev.switch_state(XenbusState::Connected);
             }
-            State::Closing | State::Closed | State::Unknown => {
+            XenbusState::Closing | XenbusState::Closed | XenbusState::Unknown => {
                 self.disconnect();
                 dev.frontend_closed();
-                if state == State::Closed {
+                if state == XenbusState::Closed {
                     // Ready for a backend that comes back.
-                    dev.switch_state(State::Initialising);
+                    dev.switch_state(XenbusState::Initialising);
                 }
             }
-            State::Connected
-            | State::Initialising
-            | State::Initialised
-            | State::Reconfiguring
-            | State::Reconfigured
-            | State::Other(_) => {}
+            XenbusState::Connected
+            | XenbusState::Initialising
+            | XenbusState::Initialised
+            | XenbusState::Reconfiguring
+            | XenbusState::Reconfigured => {}
         }
         DeviceAction::Keep
     }
@@ -153,8 +156,8 @@ impl xenbus::Driver for Front {
         self.disconnect();
         // The bus, in its own thread, may look at this state just now, and take any other one for
         // that of a new device.
-        if dev.state() != State::Initialising {
-            dev.switch_state(State::Closed);
+        if dev.state() != XenbusState::Initialising {
+            dev.switch_state(XenbusState::Closed);
         }
     }
 

@@ -77,8 +77,8 @@ impl Connection {
     /// Connects to the ring and event channel of the frontend, and starts the thread.
     pub(crate) fn new(device: &ARef<xenbus::Device>, otherend: &CStr, epoch: u32) -> Result<Self> {
         let reader = Reader::new(otherend);
-        let order: u32 = reader.number(fmt!("ring-page-order"))?;
-        let port = reader.number(fmt!("event-channel"))?;
+        let order = reader.number("ring-page-order")?;
+        let port = reader.number("event-channel")?;
         let pages = 1usize
             .checked_shl(order)
             .filter(|pages| *pages <= MAX_PAGES)
@@ -86,7 +86,7 @@ impl Connection {
         let mut references = KVec::with_capacity(pages, GFP_KERNEL)?;
         for index in 0..pages {
             references.push(
-                ForeignRef(reader.number(fmt!("ring-ref{}", index))?),
+                ForeignRef(reader.number_at(fmt!("ring-ref{index}"), "ring-ref")?),
                 GFP_KERNEL,
             )?;
         }

@@ -2,7 +2,7 @@
 
 //! What several tests use: memory of a ring, and arbitrary requests.
 
-use blkif::ring::Memory;
+use blkif::ring::SharedMemory;
 use blkif::wire::indirect_pages;
 use blkif::wire::op;
 use blkif::wire::DiscardRequest;
@@ -24,7 +24,7 @@ impl Words {
     }
 }
 
-impl Memory for Words {
+impl SharedMemory for Words {
     fn words(&self) -> usize {
         self.0.len()
     }

@@ -5,8 +5,8 @@
 use crate::common::Words;
 use blkif::ring::BackRing;
 use blkif::ring::FrontRing;
-use blkif::ring::Memory;
 use blkif::ring::RingFull;
+use blkif::ring::SharedMemory;
 use blkif::wire::op;
 use blkif::wire::Abi;
 use blkif::wire::Response;

@@ -38,10 +38,7 @@ use kernel::{
         Arc,
         ArcBorrow, //
     },
-    types::{
-        ForeignOwnable,
-        NotThreadSafe, //
-    }, //
+    types::ForeignOwnable, //
 };
 
 use crate::{

@@ -10,7 +10,6 @@ use kernel::{
     bindings,
     cpu::CpuId,
     error::to_result,
-    ffi::c_void,
     prelude::*,
     time::Jiffies,
     types::Opaque, //
@@ -20,8 +19,7 @@ use crate::base::cpu;
 
 use super::{
     operations::OperationsVTable,
-    Operations,
-    RequestId, //
+    Operations, //
 };
 
 /// What a [`TagSet`] is to be like.

@@ -6,7 +6,7 @@
 
 use blkif::negotiate::BackOffer;
 use blkif::ring::FrontRing;
-use blkif::ring::Memory;
+use blkif::ring::SharedMemory;
 use blkif::wire::op;
 use blkif::wire::Abi;
 use blkif::wire::IndirectRequest;
@@ -179,7 +179,7 @@ pub fn control(state_dir: &Path, command: &str) -> Value {
 
 pub struct Shared(Arc<Pages>);
 
-impl Memory for Shared {
+impl SharedMemory for Shared {
     fn words(&self) -> usize {
         self.0.len() / 4
     }

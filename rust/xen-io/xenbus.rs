@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The state of one half of a device.
+//!
+//! Header: `xen/include/public/io/xenbus.h`
+
+/// The state of one half of a device, as in its node `state` (`enum xenbus_state`).
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[repr(u32)]
+pub enum XenbusState {
+    /// There is no such node, or it cannot be read.
+    Unknown = 0,
+    /// The half was created, or starts again.
+    Initialising = 1,
+    /// A backend has written what it offers and waits for the frontend.
+    InitWait = 2,
+    /// A frontend has written ring and event channel and waits for the backend.
+    Initialised = 3,
+    /// The half is ready for I/O.
+    Connected = 4,
+    /// The half is closing, or the toolstack wants it to.
+    Closing = 5,
+    /// The half uses nothing of the other one any more.
+    Closed = 6,
+    /// The bus is being changed. Only PCI devices use this.
+    Reconfiguring = 7,
+    /// The bus has been changed. Only PCI devices use this.
+    Reconfigured = 8,
+}
+
+impl XenbusState {
+    /// Returns the number of the state, as in xenstore.
+    pub const fn number(self) -> u32 {
+        self as u32
+    }
+}
+
+impl TryFrom<u32> for XenbusState {
+    type Error = UnknownState;
+
+    fn try_from(number: u32) -> Result<Self, UnknownState> {
+        Ok(match number {
+            0 => XenbusState::Unknown,
+            1 => XenbusState::Initialising,
+            2 => XenbusState::InitWait,
+            3 => XenbusState::Initialised,
+            4 => XenbusState::Connected,
+            5 => XenbusState::Closing,
+            6 => XenbusState::Closed,
+            7 => XenbusState::Reconfiguring,
+            8 => XenbusState::Reconfigured,
+            _ => return Err(UnknownState(number)),
+        })
+    }
+}
+
+/// A number that is no [`XenbusState`].
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct UnknownState(pub u32);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STATES: [XenbusState; 9] = [
+        XenbusState::Unknown,
+        XenbusState::Initialising,
+        XenbusState::InitWait,
+        XenbusState::Initialised,
+        XenbusState::Connected,
+        XenbusState::Closing,
+        XenbusState::Closed,
+        XenbusState::Reconfiguring,
+        XenbusState::Reconfigured,
+    ];
+
+    #[test]
+    fn numbers_of_states() {
+        for (number, state) in STATES.into_iter().enumerate() {
+            assert_eq!(XenbusState::try_from(number as u32), Ok(state));
+            assert_eq!(state.number(), number as u32);
+        }
+        for number in [9, u32::MAX] {
+            assert_eq!(XenbusState::try_from(number), Err(UnknownState(number)));
+        }
+    }
+}
