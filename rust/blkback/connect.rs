@@ -99,8 +99,9 @@ pub(crate) enum ConnectOutcome {
     Refused(XenbusState),
 }
 
-/// Opens the disk that the hotplug script has named. Returns `None` if it has named none, or if `disk`
-/// is open already.
+/// Opens the disk that the hotplug script has named.
+///
+/// Returns `None` if it has named none, or if `disk` is open already.
 ///
 /// Context: may sleep for as long as the disk takes.
 pub(crate) fn open_disk(
@@ -285,7 +286,9 @@ impl<'a> Connection<'a> {
         })
     }
 
-    /// Reads the grant references of the pages of a ring. Returns them with their number.
+    /// Reads the grant references of the pages of a ring.
+    ///
+    /// Returns them with their number.
     fn references(&self, index: u32) -> Result<([ForeignRef; MAX_PAGES], usize), ConnectError> {
         let mut references = [ForeignRef(0); MAX_PAGES];
         let pages = usize::try_from(self.accepted.rings.pages()).unwrap_or(MAX_PAGES);
@@ -342,8 +345,10 @@ impl<'a> Connection<'a> {
             .map(ForeignRef)
     }
 
-    /// Returns `true` if the frontend still offers the rings that are mapped. Other rings have other
-    /// references, because the reference of a mapped page is not used for another one.
+    /// Returns `true` if the frontend still offers the rings that are mapped.
+    ///
+    /// Other rings have other references, because the reference of a mapped page is not used for
+    /// another one.
     fn is_offered(&self, transaction: &Transaction) -> bool {
         let reader = Reader::within(transaction, self.frontend);
         let state = reader.parse("state", node::decimal_u32).ok().flatten();

@@ -148,14 +148,19 @@ use crate::{
     xenstore, //
 };
 
-/// Longest wait of an unbind for requests in flight. After that the queue threads are orphaned.
+/// Longest wait of an unbind for requests in flight.
+///
+/// After that the queue threads are orphaned.
 const DRAIN_MS: u32 = 30_000;
 
-/// The same for the `xenwatch` thread, in which all other devices wait, and for the work item. The last
-/// queue thread continues what takes longer.
+/// The same for the `xenwatch` thread, in which all other devices wait, and for the work item.
+///
+/// The last queue thread continues what takes longer.
 const SHORT_DRAIN_MS: u32 = 500;
 
-/// Delay of the first retry after a failure. It doubles with each failure.
+/// Delay of the first retry after a failure.
+///
+/// It doubles with each failure.
 const RETRY_MS: u32 = 100;
 
 /// Longest delay of a retry.
@@ -170,7 +175,9 @@ const CONNECTION_MS: u32 = 500;
 /// The workqueue of all devices; `None` before the driver is registered and after it is unregistered.
 static WORKQUEUE: GlobalMutex<Option<Arc<OwnedQueue>>> = GlobalMutex::new(None);
 
-/// Owner of the devices' workqueue. Dropping it waits for their work items.
+/// Owner of the devices' workqueue.
+///
+/// Dropping it waits for their work items.
 pub(crate) struct WorkQueue(Arc<OwnedQueue>);
 
 impl WorkQueue {
@@ -310,7 +317,9 @@ impl WorkItem for Device {
 }
 
 impl Device {
-    /// Creates a device in the state of its directory. [`Self::start`] completes it.
+    /// Creates a device in the state of its directory.
+    ///
+    /// [`Self::start`] completes it.
     pub(crate) fn new(xbdev: &xenbus::Device<Core<'_>>) -> Result<Arc<Self>> {
         let frontend = CString::try_from_fmt(fmt!("{}", xbdev.otherend()?))?;
         let stats = Arc::pin_init(Stats::new(), GFP_KERNEL)?;
@@ -398,7 +407,9 @@ impl Device {
         }
     }
 
-    /// Does all that can be done now. Returns `true` if the device is closed and has to be unregistered.
+    /// Does all that can be done now.
+    ///
+    /// Returns `true` if the device is closed and has to be unregistered.
     ///
     /// Context: the work item. May sleep for as long as the disk takes.
     fn handle_events(self: &Arc<Self>) -> bool {
@@ -425,7 +436,9 @@ impl Device {
         }
     }
 
-    /// Decides what has to be done. Does what is quick, and returns what is not.
+    /// Decides what has to be done.
+    ///
+    /// Does what is quick, and returns what is not.
     fn next_step(self: &Arc<Self>) -> Step {
         let mut inner = self.inner.lock();
         if let Some(disk) = inner.to_close.take() {
@@ -456,8 +469,9 @@ impl Device {
         }
     }
 
-    /// Returns `true` if the frontend connects more often than it may. The work item is scheduled when it
-    /// may connect again.
+    /// Returns `true` if the frontend connects more often than it may.
+    ///
+    /// The work item is scheduled when it may connect again.
     fn throttle(&self, inner: &mut Inner) -> bool {
         let Err(ticks) = inner.connect_limit.take(jiffies::now() as u64) else {
             inner.throttled = false;
@@ -635,7 +649,9 @@ impl Device {
         Step::Again
     }
 
-    /// Connects to the frontend. Its rings are served when this returns.
+    /// Connects to the frontend.
+    ///
+    /// Its rings are served when this returns.
     fn attach(self: &Arc<Self>, disk: &Arc<Disk>) -> Step {
         if let Err(error) = self.drop_page_cache(disk) {
             let error = ConnectError::Local("writing back the page cache of the disk", error);
@@ -787,7 +803,9 @@ impl Device {
         }
     }
 
-    /// Tells the queue threads to stop. Returns `true` if some have not ended.
+    /// Tells the queue threads to stop.
+    ///
+    /// Returns `true` if some have not ended.
     fn stop_queues(&self, inner: &mut Inner) -> bool {
         inner.size_poll = None;
         inner.queue_threads.clear();
@@ -807,8 +825,9 @@ impl Device {
         self.live_threads.load(Acquire) != 0
     }
 
-    /// Waits until all queue threads have ended. Returns `false` after a timeout; a thread owns its ring
-    /// and memory, and ends alone.
+    /// Waits until all queue threads have ended.
+    ///
+    /// Returns `false` after a timeout; a thread owns its ring and memory, and ends alone.
     fn drain(&self, time_ms: u32) -> bool {
         let time = msecs_to_jiffies(time_ms);
         let drained = self.wait.wait_timeout(time, || !self.has_threads());
@@ -822,7 +841,9 @@ impl Device {
         drained
     }
 
-    /// Ends the device, because the driver is unbound. Has no effect the second time.
+    /// Ends the device, because the driver is unbound.
+    ///
+    /// Has no effect the second time.
     pub(crate) fn detach(self: &Arc<Self>) {
         let mut inner = self.inner.lock();
         let Some(timer) = inner.retry_timer.take() else {

@@ -97,8 +97,9 @@ impl ConnectError {
         }
     }
 
-    /// Returns what the error means for the connection. `connected` tells whether a frontend has been
-    /// connected to the device before.
+    /// Returns what the error means for the connection.
+    ///
+    /// `connected` tells whether a frontend has been connected to the device before.
     pub(crate) fn failure(&self, connected: impl FnOnce() -> bool) -> Failure {
         match self {
             ConnectError::Node(_) | ConnectError::Queue(..) | ConnectError::Choice(_) => {
@@ -120,8 +121,9 @@ fn is_transient(error: Error) -> bool {
 
 /// Adds to an error what was being done.
 pub(crate) trait ResultExt<T> {
-    /// Converts an error to [`ConnectError::Local`]. `what` is a participle such as "writing the state",
-    /// as in `xenbus_dev_fatal()`.
+    /// Converts an error to [`ConnectError::Local`].
+    ///
+    /// `what` is a participle such as "writing the state", as in `xenbus_dev_fatal()`.
     fn during(self, what: &'static str) -> Result<T, ConnectError>;
 }
 

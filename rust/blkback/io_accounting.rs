@@ -57,7 +57,9 @@ pub(crate) struct IoAccounting {
 }
 
 impl IoAccounting {
-    /// Reads the settings of the toolstack. `listing` is that of the device's directory.
+    /// Reads the settings of the toolstack.
+    ///
+    /// `listing` is that of the device's directory.
     pub(crate) fn read(
         xbdev: &xenbus::Device,
         listing: &DirectoryListing,

@@ -41,10 +41,12 @@ use crate::{
     error::ConnectError, //
 };
 
-/// What was being done when xenstore failed.
+/// Operation that has failed, in the error of a read.
 pub(crate) const READING: &str = "reading xenstore";
 
-/// Creates a reader of a directory. An empty node counts as missing.
+/// Creates a reader of a directory.
+///
+/// An empty node counts as missing.
 pub(crate) fn reader(dir: &CStr) -> Reader<'_> {
     Reader::new(dir).ignore_empty()
 }
@@ -97,8 +99,9 @@ pub(crate) fn write_features(dir: &CStr, limits: &BackLimits) -> Result {
     write("max-ring-page-order", limits.max_ring_page_order)
 }
 
-/// Writes the size of the disk, and Connected again, which makes the frontend read it. Writes nothing if
-/// the toolstack has asked the device to close.
+/// Writes the size of the disk, and Connected again, which makes the frontend read it.
+///
+/// Writes nothing if the toolstack has asked the device to close.
 pub(crate) fn write_size(xbdev: &xenbus::Device, disk: &Disk) -> Result {
     let dir = xbdev.nodename();
     let sectors = disk.bdev.sectors();

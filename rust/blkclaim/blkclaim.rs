@@ -34,7 +34,9 @@ module! {
     license: "GPL",
 }
 
-/// Largest number of devices in a list. The text of a parameter is not limited.
+/// Largest number of devices in a list.
+///
+/// The text of a parameter is not limited.
 const MAX_DEVICES: usize = 4096;
 
 /// Minor numbers of a major number, as in the kernel's `dev_t`.
@@ -64,7 +66,9 @@ impl kernel::Module for Module {
     }
 }
 
-/// Opens devices. Logs the first one that cannot be opened.
+/// Opens devices.
+///
+/// Logs the first one that cannot be opened.
 fn open(devices: &mut KVec<Arc<BlockDevice>>, numbers: &[u32], claim: Claim) -> Result {
     for number in numbers {
         let (major, minor) = (number / MINORS, number % MINORS);
