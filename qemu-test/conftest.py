@@ -11,9 +11,13 @@ names of the scenarios that are run, all if it is empty.
 
 import os
 import re
+from collections.abc import Callable
+from collections.abc import Generator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +26,9 @@ from harness import matrix
 from harness.guest import Kind
 from harness.guest_snapshot import SnapshotWithGuest
 from harness.kernel import Kernel
+from harness.machine import Machine
 from harness.native import NativeVm
+from harness.pairs import Pair
 from harness.pairs import pair as pair_called
 from harness.snapshot import Snapshot
 from harness.xenhost import XenHost
@@ -35,32 +41,34 @@ BUILD = Path(os.environ.get("RBLKIF_BUILD", "build")).resolve()
 LOGS = Path(os.environ.get("RBLKIF_LOGS", BUILD / "test-logs")).resolve()
 
 
-def kernels():
+def kernels() -> dict[str, str]:
     """Returns the directories of the kernels of this run by name."""
     return dict(item.split("=", 1) for item in os.environ["RBLKIF_KERNELS"].split())
 
 
 @cache
-def kernel_in(directory):
+def kernel_in(directory: str) -> Kernel:
     """Returns the kernel in a directory, the same object each time."""
     return Kernel(directory)
 
 
 @cache
-def snapshot_of(dom0_kernel, vcpus, kernel, waiting, icount):
+def snapshot_of(
+    dom0_kernel: Kernel, vcpus: int, kernel: Kernel, waiting: Kind | None, icount: bool
+) -> Snapshot:
     """Returns the snapshot of these parts; its hash reads hundreds of megabytes."""
-    parts = {"vcpus": vcpus, "guest_kernel": kernel, "icount": icount}
+    parts: dict[str, Any] = {"vcpus": vcpus, "guest_kernel": kernel, "icount": icount}
     if waiting:
         return SnapshotWithGuest(dom0_kernel, waiting=waiting, **parts)
     return Snapshot(dom0_kernel, **parts)
 
 
-def scenario_of(function):
+def scenario_of(function: Callable[..., object]) -> str:
     """Returns the name of a scenario in the matrix."""
     return function.__name__.removeprefix("test_")
 
 
-def pytest_generate_tests(metafunc):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs a scenario once for each kernel and pair of its entry in the matrix."""
     scenario = scenario_of(metafunc.function)
     if scenario not in MATRIX and NAME in scenario:
@@ -73,14 +81,14 @@ def pytest_generate_tests(metafunc):
     )
 
 
-def pytest_report_header():
+def pytest_report_header() -> str | None:
     """Says what is left out."""
     if len(kernels()) < 2:
         return "one kernel alone: left out is what needs another one"
     return None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[Any]) -> None:
     """Drops scenarios that are not run on the kernels of this run, and sorts by the matrix."""
     order = list(MATRIX)
     items[:] = [item for item in items if isinstance(item.callspec.params["run"], tuple)]
@@ -92,11 +100,13 @@ def pytest_collection_modifyitems(items):
             raise pytest.UsageError(f"{item.nodeid}: no such feature: {sorted(named - known)}")
 
 
-def pytest_collection_finish(session):
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Fails if a scenario of the matrix does not exist, unless some were selected."""
     if session.config.option.keyword or any(".py" in argument for argument in session.config.args):
         return
-    found = {scenario_of(item.function) for item in session.items}
+    found = {
+        scenario_of(item.function) for item in session.items if isinstance(item, pytest.Function)
+    }
     wanted = {
         name for name, runs in MATRIX.items() if any(kernel in kernels() for kernel, _pair in runs)
     }
@@ -107,7 +117,7 @@ def pytest_collection_finish(session):
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item, call):
+def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Generator[None, Any]:
     """Turns a skipped scenario into a failed one, and tells fixtures the result."""
     outcome = yield
     report = outcome.get_result()
@@ -119,76 +129,83 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.fixture
-def run(request):
+def run(request: pytest.FixtureRequest) -> matrix.Run:
     """Returns the names of this run's kernel and pair."""
-    return request.param
+    kernel, pair = request.param
+    return kernel, pair
 
 
 @pytest.fixture
-def kernel(run):
+def kernel(run: matrix.Run) -> Kernel:
     """Returns the kernel of this run."""
     return kernel_in(kernels()[run[0]])
 
 
 @pytest.fixture
-def other_kernel(kernel):
+def other_kernel(kernel: Kernel) -> Kernel:
     """Returns another kernel that our modules are built for; without one the scenario is dropped."""
     return kernel_in(next(path for path in kernels().values() if kernel_in(path) is not kernel))
 
 
 @pytest.fixture
-def build(kernel):
+def build(kernel: Kernel) -> Path:
     """Returns the directory with our modules for this run's kernel."""
     return BUILD / kernel.release
 
 
 @pytest.fixture
-def test_modules(build):
+def test_modules(build: Path) -> Path:
     """Returns the same directory, for a scenario that loads modules of rust/samples."""
     return build
 
 
 @pytest.fixture
-def dom0_kernel(kernel):
+def dom0_kernel(kernel: Kernel) -> Kernel:
     """Returns the kernel of dom0: that of this run, or the stock kernel if that cannot be dom0."""
     return kernel if kernel.guest_type == "pv" else kernel_in(os.environ["RBLKIF_DOM0_KERNEL"])
 
 
 @pytest.fixture
-def pair(run, kernel, build, dom0_kernel):
+def pair(run: matrix.Run, kernel: Kernel, build: Path, dom0_kernel: Kernel) -> Pair:
     """Returns the frontend and backend of this run."""
     return pair_called(run[1], kernel, build, (dom0_kernel, BUILD / dom0_kernel.release))
 
 
 @pytest.fixture
-def logs(request):
+def logs(request: pytest.FixtureRequest) -> Path:
     """Returns the directory for this run's logs."""
     return LOGS / re.sub(r"[^\w.+-]+", "_", request.node.name.removeprefix("test_")).strip("_")
 
 
 @pytest.fixture
-def xen(request, kernel, dom0_kernel, pair, logs):
-    """Makes a Xen host: `host = xen()`. After the scenario its consoles must be clean.
+def xen(
+    request: pytest.FixtureRequest, kernel: Kernel, dom0_kernel: Kernel, pair: Pair, logs: Path
+) -> Iterator[Callable[..., XenHost]]:
+    """Yields a function that starts a Xen host: `host = xen()`; at the end its consoles must be clean.
 
-    A guest of the kind `waiting` waits there, unless that is None. A machine that is
-    `icount` has the instructions that it runs for a clock, see snapshot.py; dom0 does not
-    boot there with more than one of the `vcpus`, and has one.
+    A guest of the kind `waiting` has booted there, unless that is `None`. With `icount` the clock of
+    the machine is the number of its instructions, see snapshot.py; dom0 does not boot there with
+    more than one of the `vcpus`, and has one.
     """
     with _machines(request) as boot:
 
-        def start(vcpus=1, waiting=Kind(), icount=False, **options):
-            # By the host's clock the checks, and more so a busy host, make a guest miss the
-            # deadlines of xl. By its own instructions it is always the same guest.
+        def start(
+            vcpus: int = 1, waiting: Kind | None = Kind(), icount: bool = False, **options: Any
+        ) -> XenHost:
+            # With the host's clock, the debug checks and a busy host make a guest miss the
+            # deadlines of xl. With instructions as the clock it behaves the same everywhere.
             icount = icount or kernel.has_checks
             vcpus = 1 if icount else vcpus
             snapshot = snapshot_of(dom0_kernel, vcpus, kernel, waiting, icount)
-            return boot(XenHost(snapshot, pair, logs, **options))
+            host = XenHost(snapshot, pair, logs, **options)
+            boot(host)
+            return host
 
         yield start
 
 
 @pytest.fixture
-def host(xen):
+def host(xen: Callable[..., XenHost]) -> XenHost:
     """Starts a Xen host whose server has the pair's backend and a RAM disk, /dev/ram0."""
     host = xen()
     server = host.start_server()
@@ -198,29 +215,32 @@ def host(xen):
 
 
 @pytest.fixture
-def native_vm(request, kernel, logs):
-    """Makes a machine without Xen: `vm = native_vm(modules=[...])`."""
+def native_vm(
+    request: pytest.FixtureRequest, kernel: Kernel, logs: Path
+) -> Iterator[Callable[..., NativeVm]]:
+    """Yields a function that starts a machine without Xen: `vm = native_vm(modules=[...])`."""
     with _machines(request) as boot:
 
-        def start(**options):
-            return boot(NativeVm(kernel, logs, **options))
+        def start(**options: Any) -> NativeVm:
+            vm = NativeVm(kernel, logs, **options)
+            boot(vm)
+            return vm
 
         yield start
 
 
 @contextmanager
-def _machines(request):
-    """Boots what it is given; at the end all of it is finished, or looked at and ended."""
-    booted = []
+def _machines(request: pytest.FixtureRequest) -> Iterator[Callable[[XenHost | NativeVm], None]]:
+    """Yields a function that boots a machine; at the end all machines are finished or examined."""
+    booted: list[XenHost | NativeVm] = []
 
-    def boot(thing):
+    def boot(thing: XenHost | NativeVm) -> None:
         booted.append(thing)
         try:
             thing.boot()
         except BaseException:
             _show_logs(thing.machine)
             raise
-        return thing
 
     yield boot
     for thing in booted:
@@ -240,7 +260,7 @@ def _machines(request):
             thing.close()
 
 
-def _show_logs(machine):
+def _show_logs(machine: Machine) -> None:
     print(f"logs: {machine.logs}")
     print("last lines of the console:")
     print("\n".join(machine.console().splitlines()[-25:]))

@@ -12,10 +12,12 @@ import hashlib
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from harness.driver_check import assert_served_by_pair
 from harness.driver_check import loaded_build_id
+from harness.guest import Guest
 from harness.image import debian_packages
 from harness.kernel import Kernel
 from harness.pairs import pair
@@ -36,24 +38,24 @@ FIO = (
 class Progress:
     """Prints each step when it begins, and its result when it is done."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.start = self.last = time.monotonic()
 
-    def begin(self, text):
+    def begin(self, text: str) -> None:
         """Begins a step that may take seconds."""
         self.last = time.monotonic()
         print(f"  {text} ... ", end="", flush=True)
 
-    def done(self, found=""):
+    def done(self, found: str = "") -> None:
         """Ends the step and prints its result."""
         print(f"{found}{', ' * bool(found)}{time.monotonic() - self.last:.1f} s", flush=True)
 
-    def total(self):
+    def total(self) -> float:
         """Returns the seconds since the beginning."""
         return time.monotonic() - self.start
 
 
-def unpack_packages(guest, progress):
+def unpack_packages(guest: Guest, progress: Progress) -> str:
     """Unpacks Debian packages onto the root disk."""
     progress.begin(f"unpacking {len(PACKAGES)} Debian packages onto the root disk")
     guest.sh(
@@ -65,7 +67,7 @@ def unpack_packages(guest, progress):
     return files[0]
 
 
-def write_durably(guest, progress):
+def write_durably(guest: Guest, progress: Progress) -> None:
     """Writes a hundred small files, each with its own fsync."""
     progress.begin("writing 100 files, each with its own fsync")
     guest.sh(
@@ -75,7 +77,7 @@ def write_durably(guest, progress):
     progress.done()
 
 
-def verify_disks(guest, progress):
+def verify_disks(guest: Guest, progress: Progress) -> None:
     """Writes both disks with fio and verifies them."""
     progress.begin("fio writes and verifies 16 MB on the root disk (crc32c, 4 to 128 KiB)")
     guest.sh(f"fio --name=root --filename=/fio --size=16M {FIO} && rm /fio", timeout=300)
@@ -85,7 +87,7 @@ def verify_disks(guest, progress):
     progress.done()
 
 
-def sums_in_guest(guest, progress):
+def sums_in_guest(guest: Guest, progress: Progress) -> dict[str, str]:
     """Checksums of the files, read from the disk and not from memory."""
     progress.begin("the guest computes checksums of what it has unpacked")
     guest.sh("sync; echo 3 > /proc/sys/vm/drop_caches")
@@ -93,12 +95,13 @@ def sums_in_guest(guest, progress):
         "sha256sum /durable/1 /durable/100 $(find /unpacked -type f -size +20k | head -n 40)",
         timeout=300,
     )
-    sums = dict(reversed(line.split(None, 1)) for line in lines.splitlines())
+    pairs = (line.split(None, 1) for line in lines.splitlines())
+    sums = {path: checksum for checksum, path in pairs}
     progress.done(f"{len(sums)} files")
     return sums
 
 
-def check_image(image, sums, progress):
+def check_image(image: Path, sums: Mapping[str, str], progress: Progress) -> None:
     """Checks the content of the disk without the drivers or a mount."""
     progress.begin("e2fsck -fn on the image")
     result = subprocess.run(
@@ -120,7 +123,7 @@ def check_image(image, sums, progress):
     progress.done(f"all {len(sums)} are the guest's")
 
 
-def start(options, kernel, progress):
+def start(options: argparse.Namespace, kernel: Kernel, progress: Progress) -> tuple[XenHost, Guest]:
     """Starts the Xen host and its guest."""
     progress.begin("Xen and dom0 boot in QEMU")
     packages = debian_packages(PACKAGES)
@@ -147,11 +150,11 @@ def start(options, kernel, progress):
     return host, guest
 
 
-def work(host, guest, progress):
+def work(host: XenHost, guest: Guest, progress: Progress) -> list[tuple[str, str]]:
     """Runs the demonstration."""
     mount = guest.sh("grep ' / ' /proc/mounts | tail -n 1")
     front = loaded_build_id(guest, host.pair.front.name)
-    back = loaded_build_id(host, host.pair.back.name)
+    back = loaded_build_id(host, host.pair.backend.name)
     files = unpack_packages(guest, progress)
     write_durably(guest, progress)
     verify_disks(guest, progress)
@@ -165,20 +168,20 @@ def work(host, guest, progress):
     return [
         ("root disk", mount),
         ("frontend", f"{host.pair.front.name}.ko  build id {front[:16]}"),
-        ("backend", f"{host.pair.back.name}.ko  build id {back[:16]}"),
+        ("backend", f"{host.pair.backend.name}.ko  build id {back[:16]}"),
         ("written", f"{files} files unpacked, 100 files with fsync, 48 MB verified by fio"),
         ("checked", f"e2fsck clean, {len(sums)} checksums equal inside and outside"),
     ]
 
 
-def play(host):
+def play(host: XenHost) -> None:
     """Gives the terminal to dom0's shell until the person leaves it."""
     print("\n  This is dom0. Try: xl list; xenstore-ls; xl console guest (leave with Ctrl-]).")
     print("  `exit` ends it all.\n", flush=True)
     host.machine.interact("PS1='dom0# ' HOME=/root sh -i")
 
 
-def main():
+def main() -> int:
     """Runs the demonstration and says how it went."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

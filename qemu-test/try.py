@@ -21,7 +21,7 @@ from harness.xenhost import Disk
 from harness.xenhost import XenHost
 
 
-def plain(options, logs):
+def plain(options: argparse.Namespace, logs: Path) -> int:
     """Runs a script in a machine without Xen."""
     vm = NativeVm(Kernel(options.kernel), logs, options.module, cpus=options.cpus or 2)
     try:
@@ -34,7 +34,7 @@ def plain(options, logs):
     return status
 
 
-def xen(options, logs):
+def xen(options: argparse.Namespace, logs: Path) -> int:
     """Runs a script in a guest with a disk, on a Xen host with the pair's backend."""
     kernel = Kernel(options.kernel)
     build = Path(options.build or f"build/{kernel.release}")
@@ -53,7 +53,7 @@ def xen(options, logs):
     return status
 
 
-def main():
+def main() -> int:
     """Parses the command line and runs one machine."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
