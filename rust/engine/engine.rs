@@ -70,6 +70,7 @@ pub use uri::{Format, NbdAddress, NbdExport, Uri};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// One open image.
@@ -92,6 +93,14 @@ pub trait Engine: Send + Sync {
 
     /// Allocates zeroed memory that this engine's I/O uses without a copy.
     fn allocate(&self, len: usize) -> Result<Buffer>;
+
+    /// Returns the path of a unix socket where an NBD server exports the image under the empty
+    /// name, if there is one, for the device model of an HVM guest.
+    ///
+    /// It exists until the engine is closed.
+    fn nbd_socket(&self) -> Option<PathBuf> {
+        None
+    }
 
     /// Flushes the image and releases it.
     ///

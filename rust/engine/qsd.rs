@@ -12,7 +12,7 @@
 //! again. Otherwise all further requests fail with `ENOTRECOVERABLE`.
 //!
 //! The daemon exports the image over NBD, under the empty name, on a socket in a private
-//! directory. QEMU's device model can use the same export, see [`QsdEngine::socket`].
+//! directory. QEMU's device model can use the same export, see [`Engine::nbd_socket`].
 
 mod image;
 mod process;
@@ -56,13 +56,6 @@ impl QsdEngine {
             daemon,
         })
     }
-
-    /// Returns the path of the daemon's NBD socket, where the image has the empty export name.
-    ///
-    /// It exists until the engine is closed.
-    pub fn socket(&self) -> PathBuf {
-        self.daemon.socket()
-    }
 }
 
 impl Engine for QsdEngine {
@@ -84,6 +77,10 @@ impl Engine for QsdEngine {
 
     fn allocate(&self, len: usize) -> Result<Buffer> {
         self.nbd.allocate(len)
+    }
+
+    fn nbd_socket(&self) -> Option<PathBuf> {
+        Some(self.daemon.socket())
     }
 
     fn close(self: Box<Self>) -> Result<()> {

@@ -50,7 +50,6 @@ use serde_json::json;
 use serde_json::Value;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::path::PathBuf;
 use std::sync::mpsc;
 use std::sync::mpsc::Receiver;
@@ -101,6 +100,27 @@ pub struct Config {
     pub persistent: bool,
     /// How errors are dealt with.
     pub settings: Settings,
+}
+
+impl Config {
+    /// Returns the path of the record of requests in flight.
+    pub fn inflight_path(&self) -> PathBuf {
+        self.path("inflight")
+    }
+
+    /// Returns the path of the NBD socket of the image, if its engine has one.
+    pub fn nbd_path(&self) -> PathBuf {
+        self.path("nbd")
+    }
+
+    fn control_path(&self) -> PathBuf {
+        self.path("sock")
+    }
+
+    fn path(&self, extension: &str) -> PathBuf {
+        let name = format!("{}-{}.{extension}", self.domain, self.device);
+        self.state_dir.join(name)
+    }
 }
 
 /// What the nodes of the toolstack say about a disk.
@@ -231,7 +251,7 @@ impl Device {
             Some(root) => Stats::in_file(root, config.domain, config.device),
             None => Stats::private(),
         };
-        let path = control_path(&config);
+        let path = config.control_path();
         let mut device = Self {
             disk: Arc::new(disk),
             stats: Arc::new(stats.during("creating the file for xentop")?),
@@ -283,7 +303,7 @@ impl Device {
         let frontend = read_state(&mut self.store, &self.nodes.frontend)?;
         let connected = self.written == XenbusState::Connected
             && frontend == Some(XenbusState::Connected)
-            && inflight_path(&self.config).exists();
+            && self.config.inflight_path().exists();
         if connected {
             // The offer is that of the predecessor.
             self.may_adopt = true;
@@ -475,7 +495,7 @@ impl Device {
             domain: self.config.domain,
             name: &self.name(),
             limits: &self.limits,
-            inflight: &inflight_path(&self.config),
+            inflight: &self.config.inflight_path(),
             events: EventSender {
                 sender: self.sender.clone(),
                 wakeup: self.wakeup.clone(),
@@ -714,17 +734,4 @@ impl Device {
         }
         Ok(sectors)
     }
-}
-
-fn path(config: &Config, extension: &str) -> PathBuf {
-    let name = format!("{}-{}.{extension}", config.domain, config.device);
-    Path::new(&config.state_dir).join(name)
-}
-
-fn inflight_path(config: &Config) -> PathBuf {
-    path(config, "inflight")
-}
-
-fn control_path(config: &Config) -> PathBuf {
-    path(config, "sock")
 }

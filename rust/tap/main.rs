@@ -18,6 +18,9 @@ use rblktap::device::Xen;
 use rblktap::Disk;
 use std::error::Error;
 use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -134,9 +137,13 @@ fn open(
         read_only: nodes.read_only,
         exclusive: !nodes.shared,
         lock_timeout: seconds(matches, "lock-seconds"),
+        // The process before this one was killed.
+        unclean: config.inflight_path().exists(),
+        runtime_dir: config.state_dir.clone(),
         ..Options::default()
     };
     let image = engine::open(&uri, &options)?;
+    link_nbd_socket(&config.nbd_path(), image.nbd_socket().as_deref())?;
     let block_size = text(matches, "block-size").parse()?;
     let disk = Disk::new(image.info(), block_size, nodes.discard, nodes.removable);
     let grants = GrantDevice::open().map_err(|error| format!("{}: {error}", GrantDevice::PATH))?;
@@ -145,6 +152,19 @@ fn open(
         events: Box::new(EventDevice),
     };
     Ok(Device::new(config, nodes, store, xen, image, disk)?)
+}
+
+/// Makes the NBD socket of the image known to the toolstack, which passes it to the device model.
+fn link_nbd_socket(link: &Path, socket: Option<&Path>) -> Result<(), Box<dyn Error>> {
+    let failed = |error| format!("{}: {error}", link.display());
+    match fs::remove_file(link) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error).into()),
+        _ => {}
+    }
+    match socket {
+        Some(socket) => symlink(socket, link).map_err(|error| failed(error).into()),
+        None => Ok(()),
+    }
 }
 
 fn connect() -> Result<Xenstore, Box<dyn Error>> {

@@ -45,6 +45,8 @@ pub(super) struct NbdQueue {
     event: Arc<Event>,
     link: Link,
     requests: Requests,
+    /// Where bytes are received.
+    scratch: Vec<u8>,
 }
 
 /// The state of the connection.
@@ -475,6 +477,7 @@ impl NbdQueue {
             event,
             link: Link::Down,
             requests: Requests::new(shared.clone()),
+            scratch: vec![0; CHUNK],
             shared,
         };
         queue.use_stream(stream)?;
@@ -518,8 +521,7 @@ impl NbdQueue {
             return Ok(());
         };
         if receive {
-            let mut scratch = vec![0; CHUNK.min(64 << 10)];
-            connection.receive(&mut self.requests, &mut scratch)?;
+            connection.receive(&mut self.requests, &mut self.scratch)?;
         }
         let waits =
             connection

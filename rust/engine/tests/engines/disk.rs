@@ -130,6 +130,15 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
     data
 }
 
+/// Returns options that wait for the lock: a process that another test is starting may have all
+/// files of this one open for a moment.
+pub fn patient() -> Options {
+    Options {
+        lock_timeout: TIMEOUT,
+        ..Options::default()
+    }
+}
+
 pub fn read_only() -> Options {
     Options {
         read_only: true,

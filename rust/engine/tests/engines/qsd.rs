@@ -380,6 +380,23 @@ fn an_unclean_image_is_repaired() {
 }
 
 #[test]
+fn a_device_model_can_use_the_same_image() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let mut disk = image.disk();
+    disk.write(0, &pattern(1, 4096), Cut::Whole);
+    let socket = disk.engine.nbd_socket().unwrap();
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let other = engine::open(&uri.parse().unwrap(), &Options::default());
+    let mut other = Disk::new(other.unwrap());
+    assert_eq!(other.read(0, 4096, Cut::Whole), pattern(1, 4096));
+    other.close();
+    disk.close();
+    assert!(!socket.exists());
+}
+
+#[test]
 fn readers_share_an_image() {
     let Some(image) = Image::new("qcow2", &[]) else {
         return;

@@ -2,7 +2,7 @@
 
 //! The tests that every engine passes.
 
-use crate::disk::{buffers, bytes, pattern, read_only, Cut, Disk};
+use crate::disk::{buffers, bytes, patient, pattern, Cut, Disk};
 use engine::{Engine, Errno, Operation, Options, Request};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -31,7 +31,7 @@ pub trait Target {
     }
 
     fn disk(&self) -> Disk {
-        Disk::new(self.open(&Options::default()).unwrap())
+        Disk::new(self.open(&patient()).unwrap())
     }
 }
 
@@ -290,7 +290,14 @@ pub fn read_only_image(target: &dyn Target) {
         disk.write(0, &data, Cut::Whole);
         disk.close();
     }
-    let mut disk = Disk::new(target.open(&read_only()).unwrap());
+    let mut disk = Disk::new(
+        target
+            .open(&Options {
+                read_only: true,
+                ..patient()
+            })
+            .unwrap(),
+    );
     assert!(disk.info().read_only);
     for request in [
         Request::write(1, 0, buffers(&*disk.engine, 4096, Cut::Whole, None)),
@@ -326,7 +333,7 @@ pub fn size_changes(target: &dyn Target) {
 }
 
 pub fn more_requests_than_the_queue_is_deep(target: &dyn Target) {
-    let engine = target.open(&Options::default()).unwrap();
+    let engine = target.open(&patient()).unwrap();
     let queue = engine.queue(2).unwrap();
     let mut disk = Disk { engine, queue };
     for tag in 0..100 {
@@ -410,7 +417,7 @@ pub fn data_survives_close(target: &dyn Target) {
 }
 
 pub fn several_queues(target: &dyn Target) {
-    let engine = target.open(&Options::default()).unwrap();
+    let engine = target.open(&patient()).unwrap();
     let queues = engine.info().max_queues.min(4) as u64;
     thread::scope(|scope| {
         for number in 0..queues {
