@@ -73,15 +73,15 @@ if TYPE_CHECKING:
 MEGABYTES = 64
 FLUSHED = "/run/flushed"
 BASELINES = {"xvda": "/dev/ram0", "xvdc": "/dev/nullb0"}
-"""Disks of the guest for which there is a baseline, and the device of the same kind without the pair."""
+"""Disks of the guest with a baseline, and the device of the same kind that is used without the pair."""
 DOM0_WINDOW = 1000
-"""A second in which dom0 sleeps: it tells which slot that is."""
+"""Number of the window in which dom0 sleeps for a second, which identifies its slot."""
 PARAMETERS = {
     "nonpersistent": ("feature_persistent=0", "feature_persistent=0"),
     "queues": ("", f"max_queues={QUEUES}"),
     "large-ring": ("max_indirect_segments=256 max_ring_page_order=4", f"max_queues={QUEUES}"),
 }
-"""Those of the frontend and of the backend with each setting that has any."""
+"""Module parameters of the frontend and of the backend for each setting that has any."""
 
 
 class Run:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What disks cost beside I/O: to connect them, to have them, and to have many.
+"""Measures the cost of disks beside I/O: connecting, memory and wakeups.
 
 For each number of disks a guest starts without any. They are attached while the
 bus binds no driver by itself, so that their backends wait in state 2. Then the
@@ -42,16 +42,16 @@ ROOT_DISKS = 8
 MEGABYTES = 4
 IDLE_SECONDS = 10
 SETTLED = 5
-"""Seconds after which all disks are there, which is checked, and memory is given back."""
+"""Seconds after which all disks are connected, which is checked, and memory was freed."""
 COUNT = 2000
 IOS = COUNT + COUNT // 4
-"""What load.c does: a quarter more, to warm up."""
+"""Operations of load.c: a quarter more for warming up."""
 
 BUS = "/sys/bus/xen"
 SETTINGS = 'tsc_mode = "native"'
 CONNECTED = ".*xvd.*indirect descriptors"
 MOUNTED = r".*EXT4-fs \(xvda\): mounted"
-"""How lines of the guest's log begin."""
+"""Beginnings of lines in the guest's log."""
 
 CLOCK = "now() { awk '/^now at/ { print $3; exit }' /proc/timer_list; }"
 """Nanoseconds; the machine runs one instruction in each."""
@@ -67,7 +67,7 @@ COLUMNS = {
     "there": "boot: disks (ms)",
     "root": "boot: root (ms)",
 }
-"""Titles of columns. Memory is for each disk; wake-ups are of all threads of the backend."""
+"""Titles of columns. Memory is per disk; wakeups are those of all threads of the backend."""
 
 
 def measure_disks(

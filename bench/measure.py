@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""From the counts of a window to what one I/O costs."""
+"""Computes the costs of one I/O from the counts of a window."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from workloads import Workload
 
 PROFILE_LENGTH = 60
-"""Functions that are kept of each window, those with the most instructions."""
+"""Number of functions in a profile, those with the most instructions."""
 
 GRANT_OPERATIONS = {0: "map", 1: "unmap", 5: "copy"}
 SEND = 4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The tables as a part of the documentation."""
+"""Writes tables for the documentation."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Builds the workload and the QEMU plugin that counts, and reads what the plugin has counted.
 
-workload     one measurement: a load on a disk, by its name
-window   the part of a load that is counted, see load.c
-symbols  addresses and names of the functions of Xen and of the kernels
+workload  I/O of one kind on a disk, see workloads.py
+window    the part of a workload that is counted, see load.c
+symbols   addresses and names of the functions of Xen and of the kernels
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ LOAD_FLAGS = ("-static", "-Wl,--section-start=.window=0x5b1c0000")
 PLUGIN_FLAGS = ("-shared", "-fPIC", "-fvisibility=hidden")
 
 XEN_TEXT = 0xFFFF82D000000000
-"""Xen is from here to XEN_END, in the address space of every domain."""
+"""Start of Xen, which ends at XEN_END in the address space of every domain."""
 XEN_END = 0xFFFF830000000000
 KERNEL = 0xFFFF800000000000
-"""From here on a domain's kernel is."""
+"""Start of the kernel of a domain."""
 MODULES = 0xFFFFFFFFC0000000
 
 
@@ -191,7 +191,7 @@ def points(xen: Symbols, linux: Symbols) -> str:
 
 @dataclass
 class Window:
-    """What the plugin has counted in one window: raw, by slot."""
+    """The raw counts of one window, by slot."""
 
     number: int
     slot: int

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Four queues on four virtual CPUs by the clock: what our pair takes of what the C pair takes.
+"""Compares the time of four queues on four virtual CPUs with our pair and with the C pair.
 
-Time depends on the machine and on what else it does, so only ratios are told. The
+Time depends on the machine and its load, so only ratios are reported. The
 pairs take turns; each round boots both from the same snapshot and gives one ratio.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A run as tables: what one I/O costs, what has changed, and where it is spent."""
+"""Prints the results of a run as tables: costs of one I/O, changes, and profiles."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SCHEDULING = {
     "fpu_taskswitch", "iret", "sched_op", "set_segment_base", "set_timer_op", "stack_switch",
     "update_descriptor", "vcpu_op", "xen_version",
 }  # fmt: skip
-"""Hypercalls of who changes tasks, keeps time or returns from a trap: no driver asks for them."""
+"""Hypercalls for task switches, timers and returns from traps, which drivers do not make."""
 
 PAGE = 4096
-"""Bytes of a page, which kernels have a function of its own to copy."""
+"""Size of a page, which kernels copy with copy_page."""
 
 TITLES = {
     "nosched": "scheduler none and a clock that is read without a trap",

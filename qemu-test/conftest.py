@@ -84,7 +84,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_report_header() -> str | None:
     """Says what is left out."""
     if len(kernels()) < 2:
-        return "one kernel alone: left out is what needs another one"
+        return "one kernel only: scenarios that need another one are left out"
     return None
 
 

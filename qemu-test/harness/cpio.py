@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class Archive:
-    """An archive in the making: paths are absolute, as seen after boot."""
+    """An archive; paths are absolute, as seen after boot."""
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[int, bytes, tuple[int, int]]] = {}

@@ -58,7 +58,7 @@ OTHER = {
     "rblkfront": "xen-blkfront",
     "rblkback": "xen-blkback",
 }
-"""The driver that must not be there, by the one that must."""
+"""The other driver for the same devices, which must not be present."""
 
 
 def loaded_build_id(machine: Target, module: str) -> str:

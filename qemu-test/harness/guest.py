@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from .xenhost import XenHost
 
 LOG = "/var/log/xen/console/guest-{name}.log"
-"""Where xenconsoled in dom0 writes a guest's console."""
+"""The file in dom0 to which xenconsoled writes a guest's console."""
 
 END = "guest complete"
-"""The last line that a guest's console has before it is powered off."""
+"""The last line on a guest's console before it is powered off."""
 
 POWER_OFF = "cd /; sync; mount -o remount,ro / || true; poweroff -f"
 
@@ -33,22 +33,22 @@ DRIVER = "/sys/bus/xen/drivers/vbd"
 """The frontend's directory in a guest's sysfs: xenbus holds its module while a disk is bound."""
 
 NOT_THE_AGENTS = r"!/^#/ && /[^A-Za-z0-9+\/=\r]/"
-"""Lines of a guest's console, as awk says it."""
+"""An awk condition for lines of a guest's console that are not the agent's."""
 
 READY = "/run/{name}.ready"
-"""Is there when a guest's agent has said that it waits."""
+"""A file in dom0 that exists when a guest's agent has started."""
 
 _FOLLOW_CONSOLE = """rm -f {ready}; : > {log}; (tail -f {log} |
 awk '/#agent ready/ {{ print > "{ready}"; close("{ready}") }}
 {lines} {{ print "({name}) " $0 > "/dev/console"; fflush("/dev/console") }}'
 ) > /dev/null 2>&1 &"""
-"""Puts a guest's console lines on dom0's console, and sees its agent start."""
+"""Copies a guest's console to dom0's console, and notices the start of its agent."""
 
 NOT_STARTED = -1
 """The domain id of a guest that has not been started."""
 
 BOOT_S = 1200
-"""Many times what the slowest boot takes where nothing else runs: a PVH guest by GRUB, under 50 s."""
+"""Time limit for a boot in seconds; the slowest, a PVH guest with GRUB, takes under 50 s."""
 
 
 class GuestShell(Shell):
@@ -77,19 +77,19 @@ class GuestShell(Shell):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a guest is apart from its disks."""
+    """The properties of a guest besides its disks."""
 
     type: str | None = None
-    """pv or pvh; what its kernel can be if not said."""
+    """pv or pvh; by default what its kernel supports."""
     vcpus: int = 1
     memory: int = 192
-    """In MiB, without what checks in its kernel take."""
+    """In MiB, without the memory for checks in its kernel."""
     fio: bool = False
-    """Whether it has fio, which takes memory too."""
+    """Adds fio and memory for it."""
 
 
 TWO_VCPUS = Kind(vcpus=2, fio=True)
-"""For more than one ring, or for fio. One kind, so that one snapshot serves both."""
+"""For more than one ring, or for fio: one kind for both, so that they share a snapshot."""
 
 FOUR_VCPUS = Kind(vcpus=4, memory=432, fio=True)
 """For many rings."""
@@ -99,9 +99,9 @@ class Guest:
     """One DomU."""
 
     parts: tuple[str, ...] = ("/guest/initrd", "/payload/guest.cpio")
-    """What its initramfs is made of, files of dom0."""
+    """The parts of its initramfs, files of dom0."""
     serves = False
-    """Whether disks of others need it, so that it goes last."""
+    """Set for a domain that serves others and is shut down last."""
 
     def __init__(
         self,

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A snapshot with a guest that has booted and waits, and a driver domain if dom0 cannot serve.
 
-To boot a guest is most of what a scenario costs. The one that waits has no disk
-and no frontend, and neither file nor module of a scenario has ever been in it:
-these come through xenstore when a scenario takes it over.
+Booting a guest takes most of the time of a scenario. The waiting guest has no disk, no frontend
+and no files of a scenario: it gets these through xenstore when a scenario takes it over.
 """
 
 from pathlib import Path

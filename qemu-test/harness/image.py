@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What goes into the initramfs of a machine: programs, libraries, modules.
+"""Builds the initramfs of a machine from programs, libraries and modules.
 
 Everything comes from the build root, where the harness itself runs. A program
 brings the libraries that `ldd` names. libgcc_s.so.1 is added beside them:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .kernel import Kernel
 
 PIECES = Path(__file__).resolve().parent.parent / "image"
-"""Scripts that run inside the machines."""
+"""Programs and scripts that run inside the machines."""
 
 
 def base_archive(init: str, programs: Sequence[str | Path] = (), devices: bool = True) -> Archive:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .guest import Guest
 
 PASS_S = 600
-"""How long some passes may take, in seconds."""
+"""Time limit for passes, in seconds."""
 
 
 class Job:

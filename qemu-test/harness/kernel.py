@@ -23,14 +23,14 @@ class Kernel:
         self.vmlinuz = self.directory / "vmlinuz"
         self.vmlinux = self.directory / "vmlinux"
         self.is_stock = "-rblkif-" not in self.release
-        """Whether it is a distribution's, and none of ours."""
+        """Set for a kernel of the distribution."""
         self.has_checks = self.release.endswith("-debug")
-        """Whether it is our debug kernel, with KASAN, lockdep and kmemleak."""
+        """Set for our debug kernel, with KASAN, lockdep and kmemleak."""
         self.memory_factor = 2 if self.has_checks else 1
-        """What KASAN's shadow and the checks take: times the memory of a plain kernel."""
+        """Factor for the memory of a machine, because of KASAN's shadow and the other checks."""
         self.guest_type = "pvh" if self.has_checks else "pv"
-        """A kernel with KASAN does not start as a PV domain: it looks at its
-        shadow before that is there. So it is no dom0, and its guests are PVH."""
+        """A kernel with KASAN does not start as a PV domain, because it accesses its shadow memory
+        before that is mapped. So it cannot be dom0, and its guests are PVH."""
         self._tree = self.directory / "modules"
         self._paths = {_name(path): path for path in self._tree.rglob("*.ko*")}
         text = (self._tree / "modules.builtin").read_text()

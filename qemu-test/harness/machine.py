@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""One QEMU process: a console, a line to the agent, a monitor, and an end.
+"""A QEMU process with a console, a line to the agent and a monitor.
 
 The console (kernel and hypervisor messages) is the first serial line, written
 to a file. QEMU dies with the harness: it lives in the process namespace that
@@ -29,7 +29,7 @@ from .shell import SerialShell
 
 QEMU = "qemu-system-x86_64"
 KILLED_S = 120
-"""How long a QEMU that was killed may take to be gone."""
+"""Time limit for QEMU to end after SIGKILL, in seconds."""
 
 SERIAL_LINE = ("-serial", "chardev:agent")
 """The agent's line in a machine of any kernel: the second serial line, /dev/ttyS1."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A disk whose nodes the scenario writes itself, where xl would write them.
 
-So the scenario decides when the backend hears of what. The two drivers are the
+So the scenario decides when each node is written. The two drivers are the
 pair's; the backend is that of the host's server.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ManualDisk:
-    """A disk of a guest, made node by node."""
+    """A disk of a guest whose nodes are written one by one."""
 
     host: XenHost
     guest: Guest

@@ -34,14 +34,14 @@ PROGRAMS = (
 )
 
 END = "reboot: Restarting system"
-"""What Linux says last."""
+"""The last message of Linux."""
 
 BOOT_S = 300
 """How long a boot may take, in seconds."""
 
 STEADY_TIME = ("-icount", "shift=2")
-"""Time is counted instructions. By the host's clock, a kernel that measures one
-clock against another while the host is busy may find a processor of 36 MHz."""
+"""The clock is the number of instructions. With the host's clock, a kernel that calibrates one
+clock against another on a busy host may find a CPU of 36 MHz."""
 
 
 MADE_BY = [Path(__file__).with_name(name) for name in ("native.py", "machine.py", "snapshot.py")]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Commands run inside a machine or a DomU, through the agent there.
+"""Runs commands inside a machine or a DomU through the agent there.
 
 The agent (`image/agent.c`) reads requests, a line each, and answers with exit
-status and output between marker lines. `Shell` is the asker's side, for any way
-to exchange a line; `SerialShell` exchanges it over a serial line.
+status and output between marker lines. `Shell` is the client, independent
+of the transport; `SerialShell` uses a serial line.
 """
 
 import base64
@@ -21,13 +21,13 @@ from typing import Protocol
 import pexpect
 
 SLICE = 1.0
-"""Seconds between two looks at the console while an answer is awaited."""
+"""Interval in seconds of console checks while waiting for an answer."""
 
 TIMEOUT = 120
-"""Seconds a command may take: ten times what the slowest quiet one takes."""
+"""Time limit of a command in seconds, ten times what the slowest takes on an idle host."""
 
 END = r"#end {number} (\d+) {form} (\w+)\r?\n"
-"""The last line of an answer: exit status, how the output is in there, and its CRC-32."""
+"""The last line of an answer: exit status, encoding of the output, and its CRC-32."""
 
 
 class CommandFailed(AssertionError):
@@ -57,7 +57,7 @@ class Target(Protocol):
 
 
 class Shell:
-    """Asks an agent; a subclass says how a line gets there and back."""
+    """The client of an agent; subclasses implement the transport."""
 
     def __init__(self) -> None:
         self._number = 0
@@ -98,7 +98,7 @@ class Shell:
 class SerialShell(Shell):
     """An agent at the other end of a pexpect child's terminal.
 
-    `watch` is called while waiting and raises when the machine is in trouble.
+    `watch` is called while waiting, and raises an exception if the machine has failed.
     """
 
     def __init__(self, child: Any, watch: Callable[[], None]) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Xen and dom0 booted once, and started again from there by every scenario.
+"""Boots Xen and dom0 once, so that every scenario can start from there.
 
 A snapshot is QEMU's migration stream of a machine whose dom0 is ready. It is
-named by all that went into it. What a scenario brings is on disks, whose
-content no one has read when the snapshot is taken.
+named by the hash of everything in it. The files of a scenario are on disks whose content has not
+been read when the snapshot is taken.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ PROCESSOR = "qemu64,+svm,+npt,+rdrand"
 ICOUNT = (
     "-icount", "shift=0,sleep=off", "-seed", "1", "-rtc", "base=2026-01-01T00:00:00,clock=vm",
 )  # fmt: skip
-"""A machine whose clock is the number of instructions that it ran: one each nanosecond."""
+"""Options for a machine whose clock is the number of executed instructions, one per nanosecond."""
 DISK_SIZES = {"payload": 64 << 20, "disk": 1 << 30}
-"""The disks that a scenario brings: /dev/vda and /dev/vdb in dom0. /dev/vdc has the guests' kernel."""
+"""The disks of a scenario, /dev/vda and /dev/vdb in dom0; /dev/vdc has the guests' kernel."""
 
 MADE_BY = [Path(__file__), Path(__file__).with_name("machine.py")]
 
@@ -61,8 +61,8 @@ BOOTS = 5
 class Snapshot:
     """The Xen host for one kernel, booted up to "dom0 ready". No guest waits on it.
 
-    The machine has one processor, whatever `vcpus` of dom0. Linux looks for these in the
-    machine's table, so that has empty sockets for the others.
+    The machine has one CPU, whatever the `vcpus` of dom0. Linux looks for these in the
+    machine's ACPI tables, which have empty sockets for the others.
 
     `guest_kernel` is what guests boot, if not dom0's. `icount` makes a machine
     that measures time in instructions, see ICOUNT.

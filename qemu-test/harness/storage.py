@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 XL = "/usr/lib/xen-4.20/bin/xl"
 DEVD_PID = "/run/xen/devd.pid"
-"""Where `xl devd` writes its process id."""
+"""The file with the process id of `xl devd`."""
 BALLOON = "/sys/devices/system/xen_memory/xen_memory0"
-"""Where a domain's kernel says how much memory it has, and wants."""
+"""The balloon driver's directory in sysfs: current and target memory."""
 
 
 class Storage(Guest):

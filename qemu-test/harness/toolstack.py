@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Dom0's shell plays the toolstack and a backend, as far as xenstore shows them.
+"""Writes the xenstore nodes of a toolstack and of a backend from dom0's shell.
 
 There is no ring behind such a backend: a disk of it must not be read.
 

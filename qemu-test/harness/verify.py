@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Reads and writes of a guest, by fio, that check what they read."""
+"""Runs fio in a guest and verifies what it reads."""
 
 from __future__ import annotations
 

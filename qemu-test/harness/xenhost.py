@@ -55,7 +55,7 @@ class Disk:
     target: str = "/dev/ram0"
     mode: str = "rw"
     backend: str | None = None
-    """The host's server if not said."""
+    """The host's server by default."""
 
     def specification(self, server: Server) -> str:
         """Returns the disk in xl's syntax."""
@@ -72,7 +72,7 @@ class XenHost:
     Without a `pair` the payload is empty, and there is nothing to load.
 
     `image` is copied to the disk that dom0 sees as /dev/vdb; after the end of
-    the scenario the copy is at `self.disk` for a look from outside. With
+    the scenario the copy is at `self.disk` for inspection. With
     `log_writes` QEMU logs the writes to that disk, see writelog.py. `programs`
     are in /payload/programs of dom0 and in /programs of each guest; `tools` of
     the build root, with their libraries, and `files`, content by name, are below
@@ -97,7 +97,7 @@ class XenHost:
         self._server_waits = self._waiting is not None and self.has_checks
         self.guests: dict[str, Guest] = {}
         self.server: Server = self
-        """Who serves disks, see `start_server`."""
+        """The domain that serves disks, see `start_server`."""
         self.disk = self.logs / "disk"
         payload = self.logs / "payload"
         front = self._write_payload(

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a Xen host is made of: hypervisor, dom0's and the DomU's initramfs, a root disk.
+"""Builds the images of a Xen host: hypervisor, initramfs of dom0 and DomU, root disk.
 
-No disk driver for Xen is in any of these. A scenario brings the frontend and
-the backend it wants on the payload disk, so that one snapshot serves all, and
-so that a driver that is not wanted is not there.
+No disk driver for Xen is in any of these. The drivers of a scenario are on
+the payload disk, so that all scenarios share a snapshot and no other driver is present.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ DOMU_PROGRAMS = (
     "/usr/sbin/e2fsck",
 )
 FIO = "/usr/bin/fio"
-"""Comes with 40 MB of libraries: only in guests that ask for it."""
+"""Needs 40 MB of libraries, so it is only in guests that ask for it."""
 
 
 def xen_binary() -> Path:

@@ -15,7 +15,7 @@ from .image import debian_packages
 
 PACKAGES = ("xfsprogs", "libinih1", "liburcu8t64")
 START, SIZE = 32 << 20, 300 << 20
-"""Where it is on the disk, and its size: mkfs.xfs makes none that is smaller."""
+"""Its offset on the disk and its size, the minimum of mkfs.xfs."""
 
 
 def partitioned_disk(first: tuple[int, int]) -> Path:
