@@ -2,15 +2,16 @@
 
 //! The engine for files and block devices.
 
-use crate::disk::{pattern, read_only, Cut, Disk};
+use crate::disk::{buffers, pattern, read_only, Cut, Disk};
 use crate::suite::{Target, SIZE};
 use engine::raw::RawEngine;
 use engine::{Engine, Errno, Options, Request, Uri};
 use rustix::fs::{open, Mode, OFlags};
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -304,4 +305,50 @@ fn memory_is_aligned_for_direct_access() {
         );
     }
     disk.close();
+}
+
+/// Writes again and again until it is killed, in a process of its own.
+#[test]
+#[ignore = "is run by the test below"]
+fn owner() {
+    let uri = std::env::var("RBLKIF_TEST_IMAGE").unwrap();
+    let engine = engine::open(&uri.parse().unwrap(), &Options::default()).unwrap();
+    let mut disk = Disk::new(engine);
+    let memory = || buffers(&*disk.engine, 1 << 20, Cut::Whole, None);
+    let mut completions = Vec::new();
+    println!("writing");
+    loop {
+        while disk.queue.in_flight() < 32 {
+            let offset = (disk.queue.in_flight() as u64 % 4) << 20;
+            disk.queue.submit(Request::write(1, offset, memory()));
+        }
+        disk.queue.kick().unwrap();
+        disk.queue.completions(&mut completions).unwrap();
+        completions.clear();
+    }
+}
+
+#[test]
+fn no_write_of_a_killed_process_lands_after_those_of_its_successor() {
+    let image = Image::on_disk(SIZE);
+    let data = pattern(1, SIZE as usize);
+    for _ in 0..4 {
+        let mut owner = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "raw::owner", "--ignored", "--nocapture"])
+            .env("RBLKIF_TEST_IMAGE", image.uri().to_string())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = BufReader::new(owner.stdout.take().unwrap());
+        assert!(output.lines().any(|line| line.unwrap().contains("writing")));
+        std::thread::sleep(Duration::from_millis(30));
+        owner.kill().unwrap();
+        // While the process ends, its locks are held.
+        let mut disk = image.disk();
+        disk.write(0, &data, Cut::Whole);
+        owner.wait().unwrap();
+        std::thread::sleep(Duration::from_millis(30));
+        assert!(disk.read(0, SIZE as usize, Cut::Whole) == data);
+        disk.close();
+    }
 }
