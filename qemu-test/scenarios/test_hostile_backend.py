@@ -19,9 +19,9 @@ MISBEHAVIOUR = "/sys/module/rblk_hostile_back/parameters/misbehaviour"
 HONEST, UNKNOWN_STATUS, UNSUPPORTED_WRITE, UNSUPPORTED_FLUSH = range(4)
 KEEP, SILENCE = 9, 10
 BREAKS = {
-    4: "which nobody asked for",
-    5: "which nobody asked for",
-    6: "which nobody asked for",
+    4: "which no request has",
+    5: "which no request has",
+    6: "which no request has",
     7: "broke a ring",
     8: "broke a ring",
     KEEP: "still uses its pages",

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The way of an answer back.
+//! The completion path: from responses in the ring to finished requests.
 //!
-//! The event handler takes all answers that are there, each copied once and checked whole against
-//! the slots. Requests end after their grants have ended, without the lock, in a batch. The data of a
-//! read that was bounced is copied at once if it is small, for the way to where it was submitted
-//! would cost more; that of a larger one is copied there, with interrupts on.
+//! The event handler takes all responses of the ring. It copies each one once, and compares it with
+//! the [`slots`](crate::slots). Requests end in batches, without the lock, after their grants have
+//! ended. Data of a bounced read is copied by the handler if it is small, because completing the
+//! request on the CPU that submitted it would cost more; otherwise it is copied there, with
+//! interrupts enabled.
+//!
+//! In `xen-blkfront.c`, `blkif_interrupt()` and `blkif_completion()` have this role.
 
 use kernel::prelude::*;
 
@@ -31,43 +34,48 @@ use kernel_ext::{
 
 use blkif::{
     ring::RingError,
-    wire::Status, //
+    wire::{
+        Response,
+        Status, //
+    },
 };
 
 use crate::{
-    disk::Disk,
     events::Event,
+    pending_request::PendingRequest,
     queue::{
         Inner,
         Queue,
         QueueState, //
     },
     request_data::{
+        BlkfrontOps,
         InFlightRequest,
         IssuedRequest,
         RequestData, //
     },
-    slots::{
-        PendingRequest,
-        SlotCompletion, //
-    }, //
+    slots::SlotCompletion, //
 };
 
-/// Requests that are taken out at once, under the lock.
-const AT_ONCE: usize = 16;
+/// Number of requests that are completed at once.
+const BATCH: usize = 16;
 
-/// Most pages of a read whose data is copied by the event handler.
-const COPIED_AT_ONCE: usize = 2;
+/// Number of pages up to which the data of a read is copied by the event handler.
+const MAX_INLINE_COPY: usize = 2;
 
-/// A request that is complete.
+/// A request whose responses have all arrived.
+///
+/// Nearly all are plain. They are a variant of their own because a [`PendingRequest`] is expensive to
+/// move.
 enum CompletedRequest {
-    /// See [`SlotCompletion::Plain`].
+    /// A [plain](PendingRequest::is_plain) request.
     Plain(InFlightRequest),
+    /// Any other request.
     Other(PendingRequest),
 }
 
 impl CompletedRequest {
-    /// Returns the status with which the request ends.
+    /// Returns the status of the request.
     #[inline]
     fn blk_status(&self) -> BlkStatus {
         match self {
@@ -88,7 +96,7 @@ impl CompletedRequest {
         }
     }
 
-    /// Returns what the request carries.
+    /// Returns the data of the request.
     #[inline]
     fn data_mut(&mut self) -> &mut RequestData {
         match self {
@@ -97,7 +105,7 @@ impl CompletedRequest {
         }
     }
 
-    /// Copies the data of a small read that was bounced.
+    /// Copies the data of a small bounced read.
     #[inline]
     fn copy_inline(&mut self) {
         let status = self.blk_status();
@@ -109,26 +117,87 @@ impl CompletedRequest {
     }
 }
 
-/// What a look at the ring has found.
+/// Completed requests that end together.
+struct CompletedBatch {
+    requests: [Option<CompletedRequest>; BATCH],
+    /// Number of responses that were taken from the ring for the batch.
+    responses: u32,
+}
+
+/// Reason for which no more responses were taken.
 enum ScanResult {
-    /// There may be more.
+    /// The batch is full, or a response has just arrived.
     More,
-    /// There is nothing more, and the backend will send an event when there is.
+    /// The ring has no response, and the backend will send an event for the next one.
     Drained,
-    /// What is in the ring cannot be.
+    /// The backend violated the protocol.
     Broken,
+}
+
+/// The backend violated the protocol, which was reported.
+struct ProtocolViolation;
+
+impl CompletedBatch {
+    /// Creates an empty batch.
+    #[inline]
+    fn new() -> Self {
+        Self {
+            requests: [const { None }; BATCH],
+            responses: 0,
+        }
+    }
+
+    /// Takes responses until the batch is full or the ring is empty.
+    #[inline]
+    fn fill(&mut self, queue: &Queue, inner: &mut Inner) -> ScanResult {
+        if inner.broken {
+            return ScanResult::Broken;
+        }
+        for place in &mut self.requests {
+            loop {
+                let response = match queue.next_response(inner) {
+                    Ok(Some(response)) => response,
+                    Ok(None) => return inner.check_for_responses(),
+                    Err(ProtocolViolation) => return queue.set_broken(inner),
+                };
+                self.responses = self.responses.wrapping_add(1);
+                match queue.complete(inner, &response) {
+                    Ok(None) => {}
+                    Ok(completed) => {
+                        *place = completed;
+                        break;
+                    }
+                    Err(ProtocolViolation) => return queue.set_broken(inner),
+                }
+            }
+        }
+        ScanResult::More
+    }
+
+    /// Iterates over the requests.
+    #[inline]
+    fn iter_mut(&mut self) -> impl Iterator<Item = &mut CompletedRequest> {
+        self.requests.iter_mut().map_while(Option::as_mut)
+    }
+
+    /// Takes the requests out.
+    #[inline]
+    fn drain(&mut self) -> impl Iterator<Item = CompletedRequest> + '_ {
+        self.requests.iter_mut().map_while(Option::take)
+    }
 }
 
 impl Handler for Queue {
     fn handle(&self) -> Eoi {
-        let mut responses = 0u32;
-        let mut done = [const { None }; AT_ONCE];
+        let mut spurious = true;
+        let mut batch = CompletedBatch::new();
         loop {
-            let found = self.take(&mut done, &mut responses);
-            self.finish_all(&mut done);
-            match found {
+            let result = batch.fill(self, &mut self.inner.lock());
+            spurious &= batch.responses == 0;
+            self.finish_all(&mut batch);
+            match result {
                 ScanResult::More => {}
-                ScanResult::Drained if responses == 0 => return Eoi::Spurious,
+                ScanResult::Drained if spurious => return Eoi::Spurious,
                 ScanResult::Drained => return Eoi::Done,
                 ScanResult::Broken => return Eoi::Later,
             }
@@ -136,244 +205,19 @@ impl Handler for Queue {
     }
 }
 
-impl Queue {
-    /// Takes answers without an event.
-    ///
-    /// A backend can answer after the domain was saved: these answers are in the ring when it is
-    /// restored, and must not be taken, for the requests are made again. So the channel is looked at
-    /// under the lock, where the domain cannot be saved.
-    pub(crate) fn poll(&self) {
-        let mut responses = 0u32;
-        let mut done = [const { None }; AT_ONCE];
-        loop {
-            let found = {
-                let mut inner = self.inner.lock();
-                if !inner.is_open() {
-                    return;
-                }
-                self.take_from(&mut inner, &mut done, &mut responses)
-            };
-            self.finish_all(&mut done);
-            if !matches!(found, ScanResult::More) {
-                return;
-            }
-        }
-    }
-
-    /// Takes answers until `done` is full or the ring is empty.
-    #[inline]
-    fn take(&self, done: &mut [Option<CompletedRequest>], responses: &mut u32) -> ScanResult {
-        self.take_from(&mut self.inner.lock(), done, responses)
-    }
-
-    #[inline]
-    fn take_from(
-        &self,
-        inner: &mut Inner,
-        done: &mut [Option<CompletedRequest>],
-        responses: &mut u32,
-    ) -> ScanResult {
-        if inner.broken {
-            return ScanResult::Broken;
-        }
-        for place in done {
-            match self.next(inner, responses, place) {
-                Ok(true) => {}
-                Ok(false) => {
-                    let connection = inner.connection.as_mut();
-                    let more = connection.is_some_and(|connection| connection.ring.final_check(1));
-                    return if more {
-                        ScanResult::More
-                    } else {
-                        ScanResult::Drained
-                    };
-                }
-                Err(()) => {
-                    inner.broken = true;
-                    self.events.set(Event::Failed);
-                    return ScanResult::Broken;
-                }
-            }
-        }
-        ScanResult::More
-    }
-
-    /// Puts the next request that is complete to `place`. `false` if the ring is empty.
-    #[inline]
-    fn next(
-        &self,
-        inner: &mut Inner,
-        responses: &mut u32,
-        place: &mut Option<CompletedRequest>,
-    ) -> Result<bool, ()> {
-        loop {
-            let Some(connection) = &mut inner.connection else {
-                return Ok(false);
-            };
-            let response = match connection.ring.take_response() {
-                Ok(Some(response)) => response,
-                Ok(None) => return Ok(false),
-                Err(error) => {
-                    self.report_broken_ring(error);
-                    return Err(());
-                }
-            };
-            *responses = responses.wrapping_add(1);
-            match inner.slots.complete_slot(&response) {
-                Ok(SlotCompletion::Incomplete) => {}
-                Ok(SlotCompletion::Plain(rq)) => {
-                    *place = Some(CompletedRequest::Plain(rq));
-                    return Ok(true);
-                }
-                Ok(SlotCompletion::Other(first)) => {
-                    if let Some(pending) = self.take_other(inner, first) {
-                        *place = Some(CompletedRequest::Other(pending));
-                        return Ok(true);
-                    }
-                }
-                Err(_) => {
-                    ratelimited!(pr_err!(
-                        "{}: the backend has answered id {:#x} operation {}, which nobody asked for; closing the device\n",
-                        self.name.as_str(),
-                        response.id,
-                        response.operation
-                    ));
-                    return Err(());
-                }
-            }
-        }
-    }
-
-    /// Takes a request that is complete, unless what it has written is to be flushed first.
-    #[inline]
-    fn take_other(&self, inner: &mut Inner, first: u16) -> Option<PendingRequest> {
-        let pending = inner.slots.take(first)?;
-        if pending.needs_flush() {
-            return self.flush_written(inner, pending);
-        }
-        Some(pending)
-    }
-
-    /// Ends requests that are complete: those in front of the first `None`, and leaves none.
-    fn finish_all(&self, done: &mut [Option<CompletedRequest>]) {
-        for completed in done.iter_mut().map_while(Option::as_mut) {
-            completed.copy_inline();
-        }
-        let notifier = {
-            let mut inner = self.inner.lock();
-            for completed in done.iter_mut().map_while(Option::as_mut) {
-                inner.recycle_pages(completed);
-            }
-            inner.publish_flushes()
-        };
-        if let Some(notifier) = notifier {
-            notifier.notify();
-        }
-        let mut batch = EndBatch::new();
-        for completed in done.iter_mut().map_while(Option::take) {
-            match completed {
-                CompletedRequest::Plain(rq) => self.end(rq, BlkStatus::OK, &mut batch),
-                CompletedRequest::Other(pending) => self.finish(pending, &mut batch),
-            }
-        }
-    }
-
-    /// Ends a request that is complete, if its pages are ours again.
-    fn finish(&self, pending: PendingRequest, batch: &mut EndBatch) {
-        let status = pending.blk_status();
-        let refused = pending.status == Status::NotSupported;
-        match pending.end_grants() {
-            Ok(rq) => {
-                if refused {
-                    self.operation_rejected(rq.op());
-                }
-                self.end(rq, status, batch);
-            }
-            Err(pending) => self.report_kept_pages(pending),
-        }
-    }
-
-    /// Ends a request, or has it end where its data is copied.
-    #[inline]
-    fn end(&self, rq: InFlightRequest, status: BlkStatus, batch: &mut EndBatch) {
-        if status.is_ok() && defers_copy(&rq) {
-            rq.complete();
-        } else {
-            batch.end(rq, status);
-        }
-    }
-
-    /// The backend cannot do an operation, though it had said so.
-    ///
-    /// A flush goes on to be asked for, and is an error each time: if it were turned off, the block
-    /// layer would report flushes done of which nobody knows whether data needs them.
-    fn operation_rejected(&self, op: Op) {
-        match op {
-            Op::Flush => {
-                ratelimited!(pr_err!(
-                    "{}: the backend has refused a flush: data may be lost\n",
-                    self.name.as_str()
-                ));
-            }
-            Op::Discard | Op::SecureErase => self.events.set(Event::NoDiscard),
-            Op::Read | Op::Write | Op::WriteZeroes | Op::Other(_) => {}
-        }
-    }
-
-    fn report_broken_ring(&self, error: RingError) {
-        ratelimited!(pr_err!(
-            "{}: the backend broke a ring: {}; closing the device\n",
-            self.name.as_str(),
-            AsKernelDisplay(error)
-        ));
-    }
-
-    /// The backend has answered a request and still uses its pages.
-    fn report_kept_pages(&self, pending: PendingRequest) {
-        ratelimited!(pr_err!(
-            "{}: the backend has answered a request and still uses its pages; closing the device\n",
-            self.name.as_str()
-        ));
-        let kept = {
-            let mut inner = self.inner.lock();
-            inner.broken = true;
-            inner.still_granted.push_within_capacity(pending)
-        };
-        // There is room for as many as there are slots. Otherwise the request is never ended, and
-        // its pages are never used for anything else.
-        drop(kept);
-        self.events.set(Event::Failed);
-    }
-
-    /// Copies the data of a read that was bounced, and ends it. Softirq, or any other context.
-    pub(crate) fn complete_read(&self, mut rq: Request<Disk, Completed>) {
-        copy_read(&mut rq);
-        let data = rq.data_mut();
-        let generation = data.generation;
-        self.inner
-            .lock()
-            .return_pages(generation, &mut data.bounce_pages);
-        rq.end(BlkStatus::OK);
-    }
-}
-
-/// Copies the data of a read from our pages to those of the request.
-fn copy_read<S: mq::State>(rq: &mut Request<Disk, S>) {
-    let (segments, data) = rq.segments_mut_and_data();
-    for (segment, page) in segments.zip(&data.bounce_pages) {
-        if let Some(from) = page.slice(segment.offset(), segment.len()) {
-            segment.copy_from(from);
-        }
-    }
-}
-
-/// Whether the data of a read stands in so many pages of ours that it is not copied at once.
-fn defers_copy(rq: &InFlightRequest) -> bool {
-    rq.op() == Op::Read && rq.data().bounce_pages.len() > COPIED_AT_ONCE
-}
-
 impl Inner {
-    /// Takes back the pages of a request that is complete, as far as they are not needed any more.
+    /// Asks the backend for an event when the next response arrives, unless one is there.
+    #[inline]
+    fn check_for_responses(&mut self) -> ScanResult {
+        let connection = self.connection.as_mut();
+        if connection.is_some_and(|connection| connection.ring.final_check(1)) {
+            ScanResult::More
+        } else {
+            ScanResult::Drained
+        }
+    }
+
+    /// Returns pages of a completed request to the pool, unless they are still needed.
     #[inline]
     fn recycle_pages(&mut self, completed: &mut CompletedRequest) {
         let data = completed.data_mut();
@@ -387,36 +231,219 @@ impl Inner {
         }
     }
 
-    /// Takes back pages, if they belong to the connection that there is now.
+    /// Returns pages to the pool if they belong to the current connection.
     fn return_pages(&mut self, generation: u32, pages: &mut KVec<GrantedPage>) {
         match self.state {
             QueueState::Live(config) if config.generation == generation => self.pool.put(pages),
-            _ => self.return_stale(pages),
+            _ => self.stash_pages(pages),
         }
     }
 }
 
-impl PendingRequest {
-    /// Ends the grants of the request's own pages, and gives the request back, unless the backend
-    /// still uses one of them. Then it can be tried again.
-    #[inline]
-    pub(crate) fn end_grants(self) -> Result<InFlightRequest, Self> {
-        let granted = match self.issued {
-            IssuedRequest::Bounced(rq) => return Ok(rq),
-            IssuedRequest::Direct(granted) => granted,
-        };
-        match granted.try_end() {
-            Ok((mut rq, references)) => {
-                rq.data_mut().references = references;
-                Ok(rq)
+impl Queue {
+    /// Takes responses without an event.
+    ///
+    /// A backend can answer after the domain was saved. When the domain is restored, these responses
+    /// are in the ring and must not be taken, because the requests are made again. So the channel is
+    /// checked under the lock, where the domain cannot be saved.
+    pub(crate) fn poll(&self) {
+        let mut batch = CompletedBatch::new();
+        loop {
+            let result = {
+                let mut inner = self.inner.lock();
+                if !inner.is_open() {
+                    return;
+                }
+                batch.fill(self, &mut inner)
+            };
+            self.finish_all(&mut batch);
+            if !matches!(result, ScanResult::More) {
+                return;
             }
-            Err(granted) => Err(PendingRequest {
-                issued: IssuedRequest::Direct(granted),
-                missing: self.missing,
-                status: self.status,
-                timeouts: self.timeouts,
-                flush: self.flush,
-            }),
         }
     }
+
+    /// Takes the next response, or returns `None` if there is none.
+    #[inline]
+    fn next_response(&self, inner: &mut Inner) -> Result<Option<Response>, ProtocolViolation> {
+        let Some(connection) = &mut inner.connection else {
+            return Ok(None);
+        };
+        connection.ring.take_response().map_err(|error| {
+            self.report_broken_ring(error);
+            ProtocolViolation
+        })
+    }
+
+    /// Applies a response to its request. Returns the request if it is complete.
+    #[inline]
+    fn complete(
+        &self,
+        inner: &mut Inner,
+        response: &Response,
+    ) -> Result<Option<CompletedRequest>, ProtocolViolation> {
+        match inner.slots.complete_slot(response) {
+            Ok(SlotCompletion::Plain(rq)) => Ok(Some(CompletedRequest::Plain(rq))),
+            Ok(SlotCompletion::Incomplete) => Ok(None),
+            Ok(SlotCompletion::Other(first)) => {
+                Ok(self.take_other(inner, first).map(CompletedRequest::Other))
+            }
+            Err(_) => {
+                self.report_unknown_response(response);
+                Err(ProtocolViolation)
+            }
+        }
+    }
+
+    /// Takes a complete request, unless the data that it has written has to be flushed first.
+    #[inline]
+    fn take_other(&self, inner: &mut Inner, first: u16) -> Option<PendingRequest> {
+        let pending = inner.slots.take(first)?;
+        if pending.needs_flush() {
+            return self.flush_written(inner, pending);
+        }
+        Some(pending)
+    }
+
+    /// Ends the requests of a batch, and empties it.
+    fn finish_all(&self, batch: &mut CompletedBatch) {
+        batch.iter_mut().for_each(CompletedRequest::copy_inline);
+        let notifier = {
+            let mut inner = self.inner.lock();
+            for completed in batch.iter_mut() {
+                inner.recycle_pages(completed);
+            }
+            inner.publish_flushes()
+        };
+        if let Some(notifier) = notifier {
+            notifier.notify();
+        }
+        let mut end_batch = EndBatch::new();
+        for completed in batch.drain() {
+            match completed {
+                CompletedRequest::Plain(rq) => self.end(rq, BlkStatus::OK, &mut end_batch),
+                CompletedRequest::Other(pending) => self.finish(pending, &mut end_batch),
+            }
+        }
+        batch.responses = 0;
+    }
+
+    /// Ends the grants of a completed request, and the request.
+    fn finish(&self, pending: PendingRequest, end_batch: &mut EndBatch) {
+        let status = pending.blk_status();
+        let rejected = pending.status == Status::NotSupported;
+        match pending.end_grants() {
+            Ok(rq) => {
+                if rejected {
+                    self.operation_rejected(rq.op());
+                }
+                self.end(rq, status, end_batch);
+            }
+            Err(pending) => self.report_kept_pages(pending),
+        }
+    }
+
+    /// Ends a request, or completes it on the CPU where its data is copied.
+    #[inline]
+    fn end(&self, rq: InFlightRequest, status: BlkStatus, end_batch: &mut EndBatch) {
+        if status.is_ok() && defers_copy(&rq) {
+            rq.complete();
+        } else {
+            end_batch.end(rq, status);
+        }
+    }
+
+    /// Copies the data of a bounced read, and ends the request.
+    ///
+    /// Context: softirq, or any other.
+    pub(crate) fn complete_read(&self, mut rq: Request<BlkfrontOps, Completed>) {
+        copy_read(&mut rq);
+        let data = rq.data_mut();
+        let generation = data.generation;
+        let mut inner = self.inner.lock();
+        inner.return_pages(generation, &mut data.bounce_pages);
+        drop(inner);
+        rq.end(BlkStatus::OK);
+    }
+
+    /// Handles the rejection of an operation that the backend has offered.
+    ///
+    /// Flushes stay enabled and fail each time: if they were disabled, the block layer would report
+    /// success for flushes that data may depend on.
+    fn operation_rejected(&self, op: Op) {
+        match op {
+            Op::Flush => {
+                let name = self.name.as_str();
+                ratelimited!(pr_err!(
+                    "{name}: the backend has refused a flush: data may be lost\n"
+                ));
+            }
+            Op::Discard | Op::SecureErase => self.events.set(Event::NoDiscard),
+            Op::Read | Op::Write | Op::WriteZeroes | Op::Other(_) => {}
+        }
+    }
+
+    /// Marks the ring broken, and has the device closed.
+    #[cold]
+    fn set_broken(&self, inner: &mut Inner) -> ScanResult {
+        inner.broken = true;
+        self.events.set(Event::Failed);
+        ScanResult::Broken
+    }
+
+    /// Reports a response that belongs to no request.
+    #[cold]
+    fn report_unknown_response(&self, response: &Response) {
+        let name = self.name.as_str();
+        let Response { id, operation, .. } = *response;
+        ratelimited!(pr_err!(
+            "{name}: the backend has answered id {id:#x} operation {operation}, which no request has; closing the device\n"
+        ));
+    }
+
+    /// Reports an index of the ring that is out of range.
+    #[cold]
+    fn report_broken_ring(&self, error: RingError) {
+        let name = self.name.as_str();
+        let error = AsKernelDisplay(error);
+        ratelimited!(pr_err!(
+            "{name}: the backend broke a ring: {error}; closing the device\n"
+        ));
+    }
+
+    /// Reports a request that the backend has answered while it has pages of the request mapped, and
+    /// has the device closed.
+    #[cold]
+    fn report_kept_pages(&self, pending: PendingRequest) {
+        let name = self.name.as_str();
+        ratelimited!(pr_err!(
+            "{name}: the backend has answered a request and still uses its pages; closing the device\n"
+        ));
+        let rejected = {
+            let mut inner = self.inner.lock();
+            inner.broken = true;
+            inner.still_granted.push_within_capacity(pending)
+        };
+        // The list has room for all slots. Without room, the request would never end, and its pages
+        // would never be reused.
+        drop(rejected);
+        self.events.set(Event::Failed);
+    }
+}
+
+/// Copies the data of a read from the bounce pages to the pages of the request.
+#[inline]
+fn copy_read<S: mq::State>(rq: &mut Request<BlkfrontOps, S>) {
+    let (segments, data) = rq.segments_mut_and_data();
+    for (segment, page) in segments.zip(&data.bounce_pages) {
+        if let Some(from) = page.slice(segment.offset(), segment.len()) {
+            segment.copy_from(from);
+        }
+    }
+}
+
+/// Returns `true` if the data of a request is copied later, on the CPU that submitted it.
+#[inline]
+fn defers_copy(rq: &InFlightRequest) -> bool {
+    rq.op() == Op::Read && rq.data().bounce_pages.len() > MAX_INLINE_COPY
 }

@@ -90,6 +90,7 @@ use crate::{
         Event, //
     },
     params,
+    pending_request::PendingRequest,
     queue::{
         ConnectionConfig,
         PoolTrim,
@@ -99,14 +100,16 @@ use crate::{
         Claimed,
         Registered, //
     },
-    request_data::InFlightRequest,
+    request_data::{
+        BlkfrontOps,
+        InFlightRequest, //
+    },
     retry::{
         self,
         Retry, //
     },
     ring_connection::RingConnection,
     shortage::Shortage,
-    slots::PendingRequest,
     xenstore::{
         self,
         RingNodes, //
@@ -135,9 +138,13 @@ enum Ending {
 }
 
 /// A disk to be dropped, and the threads that may still use it.
-pub(crate) type DeadDisk = (Arc<GenDisk<Disk>>, [Option<KThread>; 3], Option<Registered>);
+pub(crate) type DeadDisk = (
+    Arc<GenDisk<BlkfrontOps>>,
+    [Option<KThread>; 3],
+    Option<Registered>,
+);
 
-impl Claimed for GenDisk<Disk> {
+impl Claimed for GenDisk<BlkfrontOps> {
     fn is_claimed(&self) -> bool {
         self.is_claimed()
     }
@@ -169,7 +176,7 @@ pub(crate) struct Device {
     queues: KVec<Arc<Queue>>,
     /// How many of the queues have a ring.
     rings: usize,
-    disk: Option<Arc<GenDisk<Disk>>>,
+    disk: Option<Arc<GenDisk<BlkfrontOps>>>,
     registered: Option<Registered>,
     /// The logical block size of the disk. Its users rely on it.
     block_size: u32,
@@ -606,7 +613,7 @@ impl Device {
     }
 
     /// Shows the disk to the system, in a thread that may wait for the backend.
-    fn add_disk(&mut self, disk: Arc<GenDisk<Disk>>) -> Result {
+    fn add_disk(&mut self, disk: Arc<GenDisk<BlkfrontOps>>) -> Result {
         let device = self.device.clone();
         let events = self.events.clone();
         let name = self.vdev.name;
@@ -627,7 +634,7 @@ impl Device {
     /// Goes on with a disk after an outage.
     fn resume_disk(
         &mut self,
-        disk: &GenDisk<Disk>,
+        disk: &GenDisk<BlkfrontOps>,
         nodes: &negotiate::DiskProperties,
         features: &Features,
         slot: SlotLimits,
@@ -751,7 +758,11 @@ impl Device {
 
     /// Takes over what may change while a disk is in use. Who is told of the new size finds the
     /// write protection as it is to be with that.
-    fn update_disk(&self, disk: &GenDisk<Disk>, nodes: &negotiate::DiskProperties) -> Result {
+    fn update_disk(
+        &self,
+        disk: &GenDisk<BlkfrontOps>,
+        nodes: &negotiate::DiskProperties,
+    ) -> Result {
         disk.set_read_only(nodes.read_only());
         if disk.capacity() != nodes.sectors {
             ratelimited!(pr_info!(

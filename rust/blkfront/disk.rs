@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The block device: its limits, and what the block layer asks of it.
+//! The block device: its data for the block layer, and its limits.
+//!
+//! In `xen-blkfront.c`, `blkif_set_queue_limits()` computes the limits.
 
 use kernel::{
-    error::code::ENOTTY,
     prelude::*,
     sync::{
         atomic::{
@@ -11,33 +12,13 @@ use kernel::{
             Full,
             Relaxed, //
         },
-        Arc,
-        ArcBorrow, //
+        Arc, //
     },
-    uaccess::{
-        UserPtr,
-        UserSlice, //
-    }, //
 };
 
-use kernel_ext::{
-    block::mq::{
-        BlkStatus,
-        Completed,
-        Feature,
-        Geometry,
-        HwQueue,
-        Op,
-        OpenMode,
-        Operations,
-        QueueLimits,
-        Queued,
-        Rejected,
-        Request,
-        RequestId,
-        RequestList, //
-    },
-    ratelimited, //
+use kernel_ext::block::mq::{
+    Feature,
+    QueueLimits, //
 };
 
 use blkif::{
@@ -48,7 +29,6 @@ use blkif::{
     },
     plan::{
         max_fragments,
-        Direction,
         SlotLimits, //
     },
     vdev::DiskName, //
@@ -60,33 +40,15 @@ use crate::{
         Event, //
     },
     params,
-    queue::{
-        Queue,
-        RequestKind, //
-    },
-    registry::{
-        self,
-        Serial, //
-    },
-    request_data::RequestData, //
+    queue::Queue,
+    registry::Serial, //
 };
 
-/// `CDROMMULTISESSION`
-const CDROM_MULTISESSION: u32 = 0x5310;
-/// `CDROM_GET_CAPABILITY`
-const CDROM_GET_CAPABILITY: u32 = 0x5331;
-/// Bytes of `struct cdrom_multisession`.
-const MULTISESSION_BYTES: usize = 8;
-
-/// Geometry of disks of which nobody knows it.
-const HEADS: u8 = 255;
-const SECTORS_PER_TRACK: u8 = 63;
-
-/// A disk, as the block layer knows it.
+/// A disk: the queue data of blk-mq.
 pub(crate) struct Disk {
     /// One for each hardware queue.
     queues: KVec<Arc<Queue>>,
-    /// How many of these have a ring; the others use one of theirs.
+    /// Number of queues that have a ring. Other hardware queues use one of these rings.
     rings: Atomic<u32>,
     cdrom: bool,
     name: DiskName,
@@ -115,30 +77,48 @@ impl Disk {
         }
     }
 
-    /// Returns which of the disks of its name it is.
+    /// Returns the name of the disk.
+    pub(crate) fn name(&self) -> DiskName {
+        self.name
+    }
+
+    /// Returns the number that tells the disk from others with its name.
     pub(crate) fn serial(&self) -> Serial {
         self.serial
     }
 
-    /// Raises [`Event::Released`] from now on when an opener closes the disk. Who calls this looks for
-    /// openers after it.
+    /// Returns `true` if the disk is a CD-ROM.
+    pub(crate) fn is_cdrom(&self) -> bool {
+        self.cdrom
+    }
+
+    /// Has [`Event::Released`] set from now on when an opener closes the disk. The caller checks for
+    /// openers afterwards.
     pub(crate) fn notify_release(&self) {
         self.notify_on_release.xchg(1, Full);
     }
 
-    /// Sets how many queues have a ring. No request is being queued.
+    /// Handles an opener that closes the disk.
+    pub(crate) fn released(&self) {
+        if self.notify_on_release.load(Relaxed) != 0 {
+            self.events.set(Event::Released);
+        }
+    }
+
+    /// Sets the number of queues that have a ring. No request is being queued.
     pub(crate) fn set_rings(&self, rings: u32) {
         self.rings.store(rings, Relaxed);
     }
 
-    /// The queue whose ring a hardware queue uses.
-    fn queue(&self, hw_queue: u32) -> Option<&Queue> {
+    /// Returns the queue whose ring a hardware queue uses.
+    #[inline]
+    pub(crate) fn queue(&self, hw_queue: u32) -> Option<&Queue> {
         let ring = hw_queue.checked_rem(self.rings.load(Relaxed)).unwrap_or(0);
         self.queues.get(ring as usize).map(|queue| &**queue)
     }
 }
 
-/// What the limits of a disk follow from.
+/// Properties from which the limits of a disk are computed.
 #[derive(Clone, Copy, Eq, PartialEq)]
 pub(crate) struct LimitInputs {
     block_size: u32,
@@ -149,7 +129,8 @@ pub(crate) struct LimitInputs {
 }
 
 impl LimitInputs {
-    /// Of a disk with this logical block size, by what both sides can do.
+    /// Returns the properties of a disk with this logical block size, according to what both sides
+    /// support.
     pub(crate) fn new(
         block_size: u32,
         disk: &negotiate::DiskProperties,
@@ -165,7 +146,7 @@ impl LimitInputs {
         }
     }
 
-    /// The same, but nothing can be discarded.
+    /// Returns the same properties without discard.
     pub(crate) fn without_discard(self) -> Self {
         Self {
             discard: None,
@@ -173,15 +154,15 @@ impl LimitInputs {
         }
     }
 
-    /// Returns `true` if the block layer asks for flushes.
+    /// Returns `true` if the disk has a write cache, so that the block layer sends flushes.
     pub(crate) fn write_cache(&self) -> bool {
         self.write_cache
     }
 
-    /// Sets what follows.
+    /// Sets the limits of a disk with these properties.
     ///
     /// Each segment is aligned to the logical block, or to the page if a block is larger: blkif.h
-    /// asks for whole blocks, and backends refuse others.
+    /// requires whole blocks, and backends reject others.
     pub(crate) fn apply(&self, limits: &mut QueueLimits) {
         let most = max_fragments(self.block_size, params::MOST_PARTS as u32);
         let segments = u32::from(self.slot.segments()).min(most) as u16;
@@ -206,113 +187,3 @@ impl LimitInputs {
 }
 
 const SECTORS_PER_PAGE: u32 = blkif::wire::SECTORS_PER_PAGE as u32;
-
-#[vtable]
-impl Operations for Disk {
-    type QueueData = Self;
-    type HwQueueData = ();
-    type RequestData = RequestData;
-
-    fn new_request_data(_hw_queue: u32) -> Result<RequestData> {
-        RequestData::new()
-    }
-
-    fn new_hw_queue_data(_disk: ArcBorrow<'_, Self>, _hw_queue: u32) -> Result {
-        Ok(())
-    }
-
-    fn queue_rq<'q>(
-        hw_queue: HwQueue<'q, Self>,
-        rq: Request<Self, Queued<'q>>,
-        last: bool,
-    ) -> Result<(), Rejected<'q, Self>> {
-        let disk = hw_queue.queue_data();
-        let Some(queue) = disk.queue(hw_queue.index()) else {
-            rq.end(BlkStatus::IOERR);
-            return Ok(());
-        };
-        let kind = match rq.op() {
-            Op::Read => RequestKind::Transfer(Direction::Read),
-            Op::Write => RequestKind::Transfer(Direction::Write),
-            Op::Flush => RequestKind::Flush,
-            Op::Discard => RequestKind::Discard { secure: false },
-            Op::SecureErase => RequestKind::Discard { secure: true },
-            Op::WriteZeroes | Op::Other(_) => {
-                rq.end(BlkStatus::NOTSUPP);
-                queue.commit();
-                return Ok(());
-            }
-        };
-        queue.submit(rq, kind, last)
-    }
-
-    fn queue_rqs<'q>(
-        hw_queue: HwQueue<'q, Self>,
-        requests: RequestList<Self, Queued<'q>>,
-    ) -> RequestList<Self, Queued<'q>> {
-        match hw_queue.queue_data().queue(hw_queue.index()) {
-            Some(queue) => queue.submit_all(requests),
-            None => requests,
-        }
-    }
-
-    fn commit_rqs(hw_queue: HwQueue<'_, Self>) {
-        if let Some(queue) = hw_queue.queue_data().queue(hw_queue.index()) {
-            queue.commit();
-        }
-    }
-
-    fn complete(rq: Request<Self, Completed>) {
-        let disk = rq.queue_data();
-        match disk.queue(rq.id().hw_queue) {
-            Some(queue) => queue.complete_read(rq),
-            None => rq.end(BlkStatus::IOERR),
-        }
-    }
-
-    fn timed_out(disk: ArcBorrow<'_, Self>, id: RequestId) {
-        if let Some(queue) = disk.queue(id.hw_queue) {
-            queue.timed_out(id);
-        }
-    }
-
-    fn open(disk: ArcBorrow<'_, Self>, mode: OpenMode) -> Result {
-        if mode.exclusive && registry::has_claimed_predecessor(disk.name, disk.serial) {
-            ratelimited!(pr_warn!(
-                "{}: busy: the disk that had this name before is still mounted or in use by the kernel\n",
-                disk.name.as_str()
-            ));
-            return Err(EBUSY);
-        }
-        Ok(())
-    }
-
-    fn release(disk: ArcBorrow<'_, Self>) {
-        if disk.notify_on_release.load(Relaxed) != 0 {
-            disk.events.set(Event::Released);
-        }
-    }
-
-    fn ioctl(disk: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<i32> {
-        match cmd {
-            CDROM_MULTISESSION => {
-                let user = UserSlice::new(UserPtr::from_addr(arg), MULTISESSION_BYTES);
-                user.writer().write_slice(&[0; MULTISESSION_BYTES])?;
-                Ok(0)
-            }
-            CDROM_GET_CAPABILITY if disk.cdrom => Ok(0),
-            CDROM_GET_CAPABILITY => Err(EINVAL),
-            _ => Err(ENOTTY),
-        }
-    }
-
-    fn getgeo(_disk: ArcBorrow<'_, Self>, capacity: u64) -> Result<Geometry> {
-        let cylinder = u64::from(HEADS).wrapping_mul(SECTORS_PER_TRACK.into());
-        let cylinders = capacity.checked_div(cylinder).unwrap_or(0);
-        Ok(Geometry {
-            heads: HEADS,
-            sectors: SECTORS_PER_TRACK,
-            cylinders: u16::try_from(cylinders).unwrap_or(u16::MAX),
-        })
-    }
-}

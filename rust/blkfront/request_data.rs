@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What a request carries on its way to the backend and back.
+//! The driver's data of each block request.
 //!
-//! The data of a request goes in one of two ways. *Direct*: its own pages are granted for as long as
-//! it takes. *Bounced*: it is copied to or from pages that hold nothing else, and stay granted.
+//! The data of a request reaches the backend in one of two ways. *Direct*: the pages of the request
+//! are granted until it is complete. *Bounced*: the data is copied to or from pages of a
+//! [`pool`](crate::pool), which contain nothing else and stay granted.
+//!
+//! The driver data that `xen-blkfront.c` has in `struct blk_shadow` and `struct grant` is here.
 
 use kernel::{
     page::PAGE_SIZE,
@@ -12,7 +15,9 @@ use kernel::{
 
 use kernel_ext::{
     block::mq::{
+        BlkStatus,
         InFlight,
+        Op,
         Request,
         Segments, //
     },
@@ -25,51 +30,104 @@ use kernel_ext::{
 
 use blkif::{
     plan::{
+        Direction,
         PageFragment,
         Part,
         Plan,
         SegmentPlacement,
         SlotLimits, //
     },
+    resources::Resources,
     wire::{
         indirect_pages,
         WireSegment, //
     },
 };
 
-use crate::{
-    disk::Disk,
-    params, //
-};
+use crate::params;
 
-/// A grant that there never is. Each fragment of the data has one, so it is not put into the ring; if it
-/// were, the backend would refuse the request.
+/// Placeholder for a missing grant reference. It never reaches the ring, as each fragment has a
+/// reference, and the backend would reject it.
 const NO_GRANT: u32 = u32::MAX;
 
-/// A request that was accepted.
-pub(crate) type InFlightRequest = Request<Disk, InFlight>;
+/// The driver, as the parameter of blk-mq's types. Its operations are in `mq_ops`.
+pub(crate) struct BlkfrontOps;
 
-/// Memory of a request, used again by each that has its tag. Nothing is allocated for a single one.
+/// A started request.
+pub(crate) type InFlightRequest = Request<BlkfrontOps, InFlight>;
+
+/// Kind of a request to the backend.
+#[derive(Clone, Copy)]
+pub(crate) enum RequestKind {
+    /// A read or a write.
+    Transfer(Direction),
+    /// A flush of the disk's write cache.
+    Flush,
+    /// A discard of sectors.
+    Discard {
+        /// `true` if the data must not be readable afterwards.
+        secure: bool,
+    },
+}
+
+impl RequestKind {
+    /// Returns the kind of request for an operation, or `None` if there is none.
+    #[inline]
+    pub(crate) fn new(op: Op) -> Option<Self> {
+        match op {
+            Op::Read => Some(Self::Transfer(Direction::Read)),
+            Op::Write => Some(Self::Transfer(Direction::Write)),
+            Op::Flush => Some(Self::Flush),
+            Op::Discard => Some(Self::Discard { secure: false }),
+            Op::SecureErase => Some(Self::Discard { secure: true }),
+            Op::WriteZeroes | Op::Other(_) => None,
+        }
+    }
+
+    /// Returns `true` if data is written.
+    #[inline]
+    pub(crate) fn is_write(self) -> bool {
+        matches!(self, Self::Transfer(Direction::Write))
+    }
+}
+
+/// Data of a request. Each tag has one, which is used again by each request with that tag: nothing is
+/// allocated while a request is submitted.
 pub(crate) struct RequestData {
-    /// Which connection the pages below belong to.
+    /// Kind of the request.
+    pub(crate) kind: RequestKind,
+    /// The slots, pages and grants that the request takes; set when its slots are reserved.
+    pub(crate) resources: Resources,
+    /// Status of a request that ends without the backend.
+    pub(crate) status: BlkStatus,
+    /// Number of the connection that the pages below belong to.
     pub(crate) generation: u32,
-    /// The data in fragments of sectors.
+    /// The data, in fragments of sectors.
     pub(crate) fragments: KVec<PageFragment>,
     /// Pages for the data, if it is bounced.
     pub(crate) bounce_pages: KVec<GrantedPage>,
     /// Pages for the segments of indirect requests.
     pub(crate) indirect_pages: KVec<GrantedPage>,
-    /// Room for the grants of the data, if it goes directly.
+    /// Memory for the grant references of the request's own pages.
     pub(crate) references: References,
-    /// A connection was given up because this request was not answered.
+    /// `true` if a connection was closed because this request was not answered.
     pub(crate) stalled: bool,
 }
 
 impl RequestData {
-    /// Memory for the largest request.
+    /// Allocates the data for requests of the largest size.
     pub(crate) fn new() -> Result<Self> {
         let segments = usize::from(params::max_segments());
         Ok(Self {
+            kind: RequestKind::Flush,
+            resources: Resources {
+                fragments: 0,
+                slots: 0,
+                data: 0,
+                indirect: 0,
+                grants: 0,
+            },
+            status: BlkStatus::OK,
             generation: 0,
             fragments: KVec::with_capacity(segments, GFP_KERNEL)?,
             bounce_pages: KVec::with_capacity(segments, GFP_KERNEL)?,
@@ -78,17 +136,37 @@ impl RequestData {
             stalled: false,
         })
     }
+
+    /// Sets the fragments of the request's data.
+    ///
+    /// Returns `false` if there are more than a request can have, or if one is not made of whole
+    /// sectors.
+    #[inline]
+    pub(crate) fn collect_fragments(&mut self, segments: Segments<'_>) -> bool {
+        self.fragments.clear();
+        for segment in segments {
+            let fragment = PageFragment::new(segment.offset() as u32, segment.len() as u32);
+            let Some(fragment) = fragment else {
+                return false;
+            };
+            if self.fragments.push_within_capacity(fragment).is_err() {
+                return false;
+            }
+        }
+        true
+    }
 }
 
-/// A request whose data the backend may use.
+/// A started request whose data the backend may use.
 pub(crate) enum IssuedRequest {
-    /// The data goes through the pages of its [`RequestData`], or there is none.
+    /// The data is in the bounce pages of its [`RequestData`], or there is none.
     Bounced(InFlightRequest),
-    /// The pages of the request are granted. It comes out when the backend has let go of them.
+    /// The pages of the request are granted.
     Direct(Granted<InFlightRequest>),
 }
 
 impl IssuedRequest {
+    /// Returns the request.
     #[inline]
     pub(crate) fn request(&self) -> &InFlightRequest {
         match self {
@@ -97,13 +175,13 @@ impl IssuedRequest {
         }
     }
 
-    /// Returns what the request carries.
+    /// Returns the data of the request.
     #[inline]
     pub(crate) fn data(&self) -> &RequestData {
         self.request().data()
     }
 
-    /// Returns what the request carries, to be changed.
+    /// Returns the data of the request for changing it.
     #[inline]
     pub(crate) fn data_mut(&mut self) -> &mut RequestData {
         match self {
@@ -112,7 +190,7 @@ impl IssuedRequest {
         }
     }
 
-    /// The grant of a fragment of the data.
+    /// Returns the grant reference of a fragment.
     #[inline]
     fn reference(&self, fragment: usize) -> u32 {
         let reference = match self {
@@ -127,30 +205,20 @@ impl IssuedRequest {
     }
 }
 
-impl RequestData {
-    /// Notes the fragments of a request's data, and says how many there are. `None` if there are more
-    /// than a request can carry, or one is not made of whole sectors.
-    pub(crate) fn collect_fragments(&mut self, segments: Segments<'_>) -> Option<u32> {
-        self.fragments.clear();
-        for segment in segments {
-            let fragment = PageFragment::new(segment.offset() as u32, segment.len() as u32)?;
-            self.fragments.push_within_capacity(fragment).ok()?;
-        }
-        Some(self.fragments.len() as u32)
-    }
-}
-
-/// The grants of a request, as the backend gets to see them.
+/// The segments of a request, as they are written to the ring.
 pub(crate) struct RequestSegments<'a> {
     issued: &'a IssuedRequest,
 }
 
 impl<'a> RequestSegments<'a> {
+    /// Returns the segments of a request.
+    #[inline]
     pub(crate) fn new(issued: &'a IssuedRequest) -> Self {
         Self { issued }
     }
 
-    /// Where the request starts on the disk.
+    /// Returns the first sector of the request.
+    #[inline]
     pub(crate) fn sector(&self) -> u64 {
         self.issued.request().sector()
     }
@@ -160,12 +228,17 @@ impl<'a> RequestSegments<'a> {
         u64::from(self.issued.request().bytes() >> 9)
     }
 
-    /// The data, in fragments of sectors.
+    /// Returns the number of fragments.
+    pub(crate) fn count(&self) -> u32 {
+        self.issued.data().resources.fragments
+    }
+
+    /// Returns the fragments of the data.
     pub(crate) fn fragments(&self) -> impl Iterator<Item = PageFragment> + 'a {
         self.issued.request().data().fragments.iter().copied()
     }
 
-    /// The segments of a request that is small.
+    /// Returns all segments.
     #[inline]
     pub(crate) fn all(&self) -> impl ExactSizeIterator<Item = WireSegment> + 'a {
         let issued = self.issued;
@@ -173,8 +246,8 @@ impl<'a> RequestSegments<'a> {
         fragments.map(move |(index, fragment)| fragment.segment(issued.reference(index)))
     }
 
-    /// The segments of a part.
-    pub(crate) fn segments(&self, part: &Part) -> impl ExactSizeIterator<Item = WireSegment> + 'a {
+    /// Returns the segments of a part.
+    pub(crate) fn of_part(&self, part: &Part) -> impl ExactSizeIterator<Item = WireSegment> + 'a {
         let issued = self.issued;
         let first = part.first as usize;
         let fragments = issued
@@ -189,31 +262,37 @@ impl<'a> RequestSegments<'a> {
         })
     }
 
-    /// The grants of the pages with the segments of an indirect part.
-    pub(crate) fn pages(&self, part: &Part, limits: SlotLimits) -> impl Iterator<Item = u32> + 'a {
+    /// Returns the grant references of the pages with the segments of an indirect part.
+    pub(crate) fn indirect_pages_of_part(
+        &self,
+        part: &Part,
+        limits: SlotLimits,
+    ) -> impl Iterator<Item = u32> + 'a {
         self.part_pages(part, limits)
             .iter()
             .map(|page| page.reference().value())
     }
 
-    /// Writes the segments of all indirect parts into their pages.
-    pub(crate) fn fill(&self, fragments: u32, limits: SlotLimits) {
+    /// Writes the segments of all indirect parts to their pages.
+    pub(crate) fn fill_indirect_pages(&self, limits: SlotLimits) {
         if self.issued.data().indirect_pages.is_empty() {
             return;
         }
-        let Some(plan) = Plan::new(self.sector(), self.fragments(), fragments, limits) else {
+        let Some(plan) = Plan::new(self.sector(), self.fragments(), self.count(), limits) else {
             return;
         };
         for part in plan.filter(|part| part.placement != SegmentPlacement::Direct) {
-            let mut segments = self.segments(&part);
+            let mut segments = self.of_part(&part);
             for page in self.part_pages(&part, limits) {
                 fill_page(page, &mut segments);
             }
         }
     }
 
-    /// Those of each part stand one after the other. All parts but the last have as many, and the
-    /// last has no more.
+    /// Returns the pages with the segments of an indirect part.
+    ///
+    /// The pages of the parts follow each other. All parts but the last have the same number of pages,
+    /// and the last has no more.
     fn part_pages(&self, part: &Part, limits: SlotLimits) -> &'a [GrantedPage] {
         let each = indirect_pages(limits.segments());
         let first = each.wrapping_mul(part.index.into());
@@ -227,12 +306,12 @@ impl<'a> RequestSegments<'a> {
     }
 }
 
-/// Segments that are written to a page at once.
+/// Number of segments that are written to a page at once.
 const SEGMENTS_AT_ONCE: usize = 32;
-/// Bytes of a segment.
+/// Size of a segment in bytes.
 const SEGMENT_BYTES: usize = 8;
 
-/// Fills a page with the next 512 segments, or as many as there are.
+/// Writes the next 512 segments to a page, or all if there are fewer.
 fn fill_page(page: &GrantedPage, segments: &mut impl Iterator<Item = WireSegment>) {
     let mut offset = 0usize;
     while offset < PAGE_SIZE {

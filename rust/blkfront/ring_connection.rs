@@ -10,6 +10,7 @@ use kernel::{
 use kernel_ext::xen::{
     events::{
         EventChannel,
+        Handler,
         Notifier, //
     },
     grant::GrantRef,
@@ -22,26 +23,22 @@ use blkif::{
     wire::Abi, //
 };
 
-use crate::queue::Queue;
-
-/// A ring and its event channel. Dropping it ends both; it sleeps.
-pub(crate) struct RingConnection {
+/// A ring and its event channel, whose events a handler `H` gets. Dropping it ends both, and may
+/// sleep.
+pub(crate) struct RingConnection<H: Handler> {
     pub(crate) ring: FrontRing<RingPages>,
-    pub(crate) channel: Arc<EventChannel<Queue>>,
+    pub(crate) channel: Arc<EventChannel<H>>,
     pub(crate) notifier: Notifier,
 }
 
-impl RingConnection {
-    /// Makes a ring of `1 << page_order` pages and an event channel for the device's backend, whose
-    /// events `queue` gets.
-    pub(crate) fn new(
-        device: &xenbus::Device,
-        page_order: u32,
-        queue: &Arc<Queue>,
-    ) -> Result<Self> {
+impl<H: Handler> RingConnection<H> {
+    /// Creates a ring of `1 << page_order` pages and an event channel, for the backend of the device.
+    ///
+    /// Context: may sleep.
+    pub(crate) fn new(device: &xenbus::Device, page_order: u32, handler: &Arc<H>) -> Result<Self> {
         let pages = RingPages::new(device, page_order)?;
         let ring = FrontRing::new(pages, Abi::native()).map_err(|_| EINVAL)?;
-        let channel = EventChannel::alloc_unbound(device, c"blkif", queue.clone())?;
+        let channel = EventChannel::alloc_unbound(device, c"blkif", handler.clone())?;
         Ok(Self {
             ring,
             notifier: channel.notifier().ok_or(EINVAL)?,
@@ -49,19 +46,21 @@ impl RingConnection {
         })
     }
 
-    /// Ends the event channel. Waits for its handler; sleeps.
+    /// Closes the event channel, after its handler has returned. Returns the memory of the ring.
+    ///
+    /// Context: may sleep.
     pub(crate) fn disconnect(self) -> RingPages {
         let Self { ring, channel, .. } = self;
         drop(channel);
         ring.into_memory()
     }
 
-    /// Returns `true` unless the domain was saved and restored since the connection was made.
+    /// Returns `true` unless the domain was restored since the connection was made.
     pub(crate) fn is_open(&self) -> bool {
         self.channel.is_open()
     }
 
-    /// The grants of the ring's pages, for xenstore.
+    /// Returns the grant references of the pages of the ring.
     pub(crate) fn references(&self) -> impl Iterator<Item = GrantRef> + '_ {
         self.ring.memory().references()
     }

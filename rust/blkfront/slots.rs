@@ -1,23 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Slots: which request an answer belongs to.
+//! The slots of a ring: which request a response belongs to.
 //!
-//! A request takes one slot of its queue, or several if it is larger than what the backend takes at
-//! once. The slot's number is in the id that the backend repeats in its answer; the whole id is kept
-//! and compared, see [`blkif::id`]. The request itself waits in the first of its slots, which is not
-//! free before all of them are answered.
+//! A request takes one slot, or several if it is larger than the backend accepts at once. The number
+//! of the slot is part of the id that the backend repeats in its response; the whole id is stored and
+//! compared, see [`blkif::id`]. The request itself is stored in the first of its slots, which is not
+//! free before the backend has answered all of them.
+//!
+//! In `xen-blkfront.c`, `blkfront_ring_info.shadow` and `get_id_from_freelist()` have this role.
+
+use core::mem;
 
 use kernel::prelude::*;
 
-use kernel_ext::block::mq::{
-    BlkStatus,
-    Op,
-    RequestId, //
-};
+use kernel_ext::block::mq::RequestId;
 
 use blkif::{
     id::RingId,
-    negotiate::Flush,
     reservation::Reservations,
     wire::{
         Response,
@@ -26,18 +25,18 @@ use blkif::{
 };
 
 use crate::{
+    pending_request::PendingRequest,
     request_data::{
         InFlightRequest,
         IssuedRequest, //
     },
-    timeout::GIVE_UP_AFTER, //
 };
 
 /// A slot.
 struct Slot {
-    /// What the answer must repeat; `None` if no answer is awaited.
+    /// The id that the response must repeat; `None` if no response is expected.
     id: Option<RingId>,
-    /// The operation that the answer must name.
+    /// The operation that the response must name.
     operation: u8,
     /// The slot that has the request.
     first: u16,
@@ -45,90 +44,17 @@ struct Slot {
     pending: Option<PendingRequest>,
 }
 
-/// A request that waits for answers, or has got them.
-pub(crate) struct PendingRequest {
-    pub(crate) issued: IssuedRequest,
-    /// Answers that are missing.
-    pub(crate) missing: u16,
-    /// The worst answer so far.
-    pub(crate) status: Status,
-    /// How often it has timed out.
-    pub(crate) timeouts: u8,
-    /// How to flush what was written, before the request ends.
-    pub(crate) flush: Option<Flush>,
-}
-
-impl PendingRequest {
-    /// For so many answers.
-    pub(crate) fn new(issued: IssuedRequest, parts: u16) -> Self {
-        Self {
-            issued,
-            missing: parts,
-            status: Status::Okay,
-            timeouts: 0,
-            flush: None,
-        }
-    }
-
-    /// Returns `true` if the request was not answered for so long that its connection is given up.
-    pub(crate) fn has_stalled(&self) -> bool {
-        self.timeouts >= GIVE_UP_AFTER
-    }
-
-    /// Returns `true` if what was written is to be flushed now.
-    #[inline]
-    pub(crate) fn needs_flush(&self) -> bool {
-        self.flush.is_some()
-    }
-
-    /// Returns `true` if the request was successful, has no pages of its own granted, and nothing to
-    /// flush.
-    #[inline]
-    fn is_plain(&self) -> bool {
-        self.status == Status::Okay
-            && self.flush.is_none()
-            && matches!(self.issued, IssuedRequest::Bounced(_))
-    }
-
-    /// Makes it end with an error.
-    pub(crate) fn failed(mut self) -> Self {
-        self.status = Status::Error;
-        self
-    }
-
-    /// How the request has ended, if all answers are there.
-    pub(crate) fn final_status(&self) -> Option<BlkStatus> {
-        (self.missing == 0).then(|| self.blk_status())
-    }
-
-    /// How the request has ended, as far as it has. Who discards must be ready to hear that this is not
-    /// possible. Of any other request the system may take that for a success.
-    pub(crate) fn blk_status(&self) -> BlkStatus {
-        match self.status {
-            Status::Okay => BlkStatus::OK,
-            Status::Error => BlkStatus::IOERR,
-            Status::NotSupported => match self.issued.request().op() {
-                Op::Discard | Op::SecureErase => BlkStatus::NOTSUPP,
-                Op::Read | Op::Write | Op::Flush | Op::WriteZeroes | Op::Other(_) => {
-                    BlkStatus::IOERR
-                }
-            },
-        }
-    }
-}
-
-/// What an answer has done to its request.
+/// Effect of a response on its request.
 pub(crate) enum SlotCompletion {
-    /// Other answers are missing.
+    /// Other responses are missing.
     Incomplete,
-    /// The request is complete and plain, as nearly all are: it was successful, has no pages of its
-    /// own granted, and nothing to flush.
+    /// The request is complete and [plain](PendingRequest::is_plain), as nearly all are.
     Plain(InFlightRequest),
-    /// Any other request is complete: it waits in this slot for [`Slots::take`].
+    /// The request is complete. [`Slots::take`] takes it out of this slot.
     Other(u16),
 }
 
-/// An answer that does not belong to any request.
+/// A response that does not belong to any request.
 pub(crate) struct UnknownResponse;
 
 /// The slots of a queue.
@@ -136,14 +62,14 @@ pub(crate) struct Slots {
     slots: KVVec<Slot>,
     /// Numbers of free slots.
     free: KVVec<u16>,
-    /// Those of these that are promised to requests that are being prepared.
+    /// Free slots that are reserved for requests that are being prepared.
     reservations: Reservations,
-    /// Counts the uses of slots.
+    /// Number of times that a slot was allocated.
     epoch: u32,
 }
 
 impl Slots {
-    /// No slots.
+    /// Creates an empty table.
     pub(crate) const fn empty() -> Self {
         Self {
             slots: KVVec::new(),
@@ -153,7 +79,9 @@ impl Slots {
         }
     }
 
-    /// So many slots, all free. `epoch` is that of the slots that were there before.
+    /// Creates a table of `capacity` free slots. `epoch` is that of the last table.
+    ///
+    /// Context: may sleep.
     pub(crate) fn new(capacity: u16, epoch: u32) -> Result<Self> {
         let mut slots = KVVec::with_capacity(capacity.into(), GFP_KERNEL)?;
         let mut free = KVVec::with_capacity(capacity.into(), GFP_KERNEL)?;
@@ -175,37 +103,45 @@ impl Slots {
         })
     }
 
+    /// Returns the number of times that a slot was allocated, modulo 2^32.
     pub(crate) fn epoch(&self) -> u32 {
         self.epoch
     }
 
+    /// Returns the number of slots.
     pub(crate) fn capacity(&self) -> usize {
         self.slots.len()
     }
 
-    /// Whether no request is waiting or being prepared.
+    /// Returns `true` if no request waits for a response or is being prepared.
     pub(crate) fn is_idle(&self) -> bool {
         self.reservations.reserved() == 0 && self.free.len() == self.slots.len()
     }
 
-    /// Returns how many slots the backend has answered, of this ring and those before. Wraps around.
+    /// Returns the number of slots that were answered, of this table and those before, modulo 2^32.
     pub(crate) fn responses(&self) -> u32 {
         let used = self.slots.len().saturating_sub(self.free.len());
         self.epoch.wrapping_sub(used as u32)
     }
 
-    /// Promises so many slots, if there are as many, and no larger request waits for them.
+    /// Reserves `count` slots. Returns `false` if there are fewer, or if a larger request waits for
+    /// them.
+    #[inline]
     pub(crate) fn reserve(&mut self, count: usize) -> bool {
         self.reservations.reserve(count, self.free.len())
     }
 
-    /// Takes a promise back, or begins to keep it.
+    /// Ends a reservation: the slots are allocated now, or not needed.
+    #[inline]
     pub(crate) fn unreserve(&mut self, count: usize) {
         self.reservations.unreserve(count);
     }
 
-    /// Takes a slot for a request, whose first slot is `first`, or this one. `queue` and `part` go
-    /// into the id.
+    /// Allocates a slot for a request.
+    ///
+    /// `first` is the first slot of the request, or `None` if that is this one. `queue` and `part` are
+    /// stored in the id.
+    #[inline]
     pub(crate) fn alloc_slot(
         &mut self,
         first: Option<u16>,
@@ -221,15 +157,17 @@ impl Slots {
         Some(SlotId { number, id })
     }
 
-    /// A claimed slot waits for the answer to what was put into the ring, which names `operation`.
-    pub(crate) fn expect_response(&mut self, slot_id: &SlotId, operation: u8) {
-        if let Some(slot) = self.slots.get_mut(usize::from(slot_id.number)) {
+    /// Sets the operation that the response must name, once the request is in the ring.
+    #[inline]
+    pub(crate) fn expect_response(&mut self, id: &SlotId, operation: u8) {
+        if let Some(slot) = self.slots.get_mut(usize::from(id.number)) {
             slot.operation = operation;
         }
     }
 
-    /// Keeps a request in its first slot until all its slots are answered. It comes back if there is
-    /// no such slot.
+    /// Stores a request in its first slot until all its slots are answered. Returns the request if
+    /// there is no such slot.
+    #[inline]
     pub(crate) fn store(
         &mut self,
         first: Option<u16>,
@@ -244,31 +182,26 @@ impl Slots {
         }
     }
 
-    /// Takes an answer to account.
+    /// Applies a response to the request that it belongs to.
     #[inline]
     pub(crate) fn complete_slot(
         &mut self,
         response: &Response,
     ) -> Result<SlotCompletion, UnknownResponse> {
         let id = RingId::from_wire(response.id);
-        let slot = self
-            .slots
-            .get_mut(usize::from(id.tag()))
-            .ok_or(UnknownResponse)?;
+        let number = usize::from(id.tag());
+        let slot = self.slots.get_mut(number).ok_or(UnknownResponse)?;
         if slot.id != Some(id) || slot.operation != response.operation {
             return Err(UnknownResponse);
         }
         slot.id = None;
         let first = slot.first;
         if first != id.tag() {
-            self.release(id.tag());
+            self.free_slot(id.tag());
         }
 
-        let pending = &mut self
-            .slots
-            .get_mut(usize::from(first))
-            .ok_or(UnknownResponse)?
-            .pending;
+        let slot = self.slots.get_mut(usize::from(first));
+        let pending = &mut slot.ok_or(UnknownResponse)?.pending;
         let Some(request) = pending else {
             return Err(UnknownResponse);
         };
@@ -285,31 +218,32 @@ impl Slots {
                 issued: IssuedRequest::Bounced(rq),
                 ..
             }) => {
-                self.release(first);
+                self.free_slot(first);
                 Ok(SlotCompletion::Plain(rq))
             }
             other => {
-                // Not possible. Without a destructor here only the request is moved.
-                core::mem::forget(other);
+                // Not reachable. Only without a destructor here does the compiler move nothing but
+                // the request above.
+                mem::forget(other);
                 Err(UnknownResponse)
             }
         }
     }
 
-    /// Takes a request that is complete out of its first slot.
+    /// Takes a complete request out of its first slot.
     #[inline]
     pub(crate) fn take(&mut self, first: u16) -> Option<PendingRequest> {
         let pending = self.slots.get_mut(usize::from(first))?.pending.take();
-        self.release(first);
+        self.free_slot(first);
         pending
     }
 
-    /// Takes out a request that waits, whatever is missing. For when the ring is gone.
+    /// Takes any request, whatever responses are missing. The ring is not used any more.
     pub(crate) fn take_pending(&mut self) -> Option<PendingRequest> {
         self.slots.iter_mut().find_map(|slot| slot.pending.take())
     }
 
-    /// Counts a time-out of a request, if it waits here.
+    /// Counts a time-out of a request, if it is stored here.
     pub(crate) fn timed_out(&mut self, id: RequestId) {
         let mut pending = self.pending_mut();
         if let Some(pending) = pending.find(|pending| pending.issued.request().id() == id) {
@@ -323,31 +257,37 @@ impl Slots {
         pending.any(PendingRequest::has_stalled)
     }
 
-    /// Begins to count time-outs of all requests again.
+    /// Resets the number of time-outs of all requests.
     pub(crate) fn reset_timeouts(&mut self) {
         for pending in self.pending_mut() {
             pending.timeouts = 0;
         }
     }
 
+    /// Iterates over the stored requests.
     fn pending_mut(&mut self) -> impl Iterator<Item = &mut PendingRequest> {
         self.slots.iter_mut().flat_map(|slot| &mut slot.pending)
     }
 
+    /// Frees a slot.
     #[inline]
-    fn release(&mut self, number: u16) {
-        // There is room for all slots.
+    fn free_slot(&mut self, number: u16) {
+        // The list has room for all slots.
         let _ = self.free.push_within_capacity(number);
     }
 }
 
-/// A slot that was taken, with the id that the request must have.
+/// An allocated slot.
 pub(crate) struct SlotId {
+    /// Number of the slot.
     pub(crate) number: u16,
+    /// The id that the request must have.
     pub(crate) id: RingId,
 }
 
-/// An error is worse than what is not supported, and that is worse than success.
+/// Returns the worse of two statuses: an error is worse than an operation that is not supported, and
+/// that is worse than success.
+#[inline]
 fn worse(one: Status, other: Status) -> Status {
     match (one, other) {
         (Status::Error, _) | (_, Status::Error) => Status::Error,

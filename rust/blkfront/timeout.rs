@@ -7,7 +7,7 @@
 //! looks at the rings. A response that is there, though no event has told of it, is taken; a backend
 //! that has not noticed a request is notified again. So a lost event costs a delay, and no more.
 //!
-//! When a request has timed out [`GIVE_UP_AFTER`] times, its connection is given up: the backend is
+//! When a request has timed out ten times, its connection is given up: the backend is
 //! asked to close, and the requests wait for another connection. One that is not answered there
 //! either fails. The module parameter `io_timeout` = 0 has a disk wait for its backend instead.
 
@@ -30,9 +30,6 @@ use crate::{
     events::Event,
     queue::Queue, //
 };
-
-/// After so many time-outs of a request its connection is given up.
-pub(crate) const GIVE_UP_AFTER: u8 = 10;
 
 /// How long an event may be on its way.
 const EVENT_MS: i64 = 50;

@@ -60,13 +60,13 @@ use blkif::state::FrontEvent;
 
 use crate::{
     device::Device,
-    disk::Disk,
     events::{
         DeviceEvents,
         Event, //
     },
     params,
-    registry::Registered, //
+    registry::Registered,
+    request_data::BlkfrontOps, //
 };
 
 /// How long a disk that goes waits for the answers to its last requests.
@@ -406,7 +406,7 @@ impl DeviceWorker {
 }
 
 /// A disk that was removed, and the place in the list of disks that it keeps.
-type RemovedDisk = (Arc<GenDisk<Disk>>, Option<Registered>);
+type RemovedDisk = (Arc<GenDisk<BlkfrontOps>>, Option<Registered>);
 
 /// Drops a removed disk that is not open any more.
 fn drop_closed(open: &mut Option<RemovedDisk>) {

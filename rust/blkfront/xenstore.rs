@@ -15,6 +15,7 @@ use kernel_ext::{
     ratelimited,
     xen::{
         self,
+        events::Handler,
         xenbus::{
             self,
             UnknownState, //
@@ -25,7 +26,7 @@ use kernel_ext::{
             NodeError,
             Reader,
             Transaction, //
-        },
+        }, //
     }, //
 };
 
@@ -239,7 +240,7 @@ pub(crate) struct RingNodes {
 }
 
 impl RingNodes {
-    pub(crate) fn new(connection: &RingConnection) -> Result<Self> {
+    pub(crate) fn new<H: Handler>(connection: &RingConnection<H>) -> Result<Self> {
         let mut references = KVec::new();
         for reference in connection.references() {
             references.push(reference.value(), GFP_KERNEL)?;

@@ -1,0 +1,549 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The path of requests to the backend.
+//!
+//! Requests that blk-mq offers together pass together; a single request is a batch of one. They pass
+//! five phases, in the order of the functions below:
+//!
+//! 1. *Collect*: the fragments of the data, without a lock.
+//! 2. *Reserve*, under the lock of the queue: the slots of each request, and pages of the pool as far
+//!    as it has some. What the request takes is computed here, once, and stored in its
+//!    [`RequestData`](crate::request_data::RequestData).
+//! 3. *Prepare*, without the lock: pages that the pool did not have, and grant references. Data of a
+//!    bounced write is copied.
+//! 4. *Grant*: the request is started, and its own pages are granted unless its data is bounced.
+//! 5. *Write to the ring*, under the lock. The backend sees the requests when they are published, and
+//!    is notified once for the batch, without the lock.
+//!
+//! In `xen-blkfront.c`, `blkif_queue_rq()` and `blkif_queue_rw_req()` have this role.
+
+use core::iter;
+
+use kernel::prelude::*;
+
+use kernel_ext::{
+    base::spinlock_irqsave::SpinLockIrqSaveGuard,
+    block::mq::{
+        BlkStatus,
+        InFlight,
+        Op,
+        Queued,
+        Request,
+        RequestList, //
+    },
+    ratelimited,
+    xen::grant::{
+        GrantAccess,
+        GrantReserve,
+        Granted, //
+    },
+};
+
+use blkif::{
+    negotiate::Flush,
+    plan::{
+        self,
+        Direction,
+        Plan,
+        SegmentPlacement, //
+    },
+    resources::is_small,
+    wire::{
+        op,
+        Encode,
+        Status, //
+    },
+};
+
+use crate::{
+    events::Event,
+    pending_request::PendingRequest,
+    pool,
+    queue::{
+        ConnectionConfig,
+        Inner,
+        Queue,
+        QueueState, //
+    },
+    request_data::{
+        BlkfrontOps,
+        InFlightRequest,
+        IssuedRequest,
+        RequestData,
+        RequestKind,
+        RequestSegments, //
+    },
+    shortage, //
+};
+
+/// Requests that blk-mq has offered and that were not started.
+type QueuedList<'q> = RequestList<BlkfrontOps, Queued<'q>>;
+
+/// Outcome of the attempt to reserve what a request takes.
+enum Reservation {
+    /// The request has its slots.
+    Reserved,
+    /// There are no slots now.
+    Busy,
+    /// The request ends with this status, without the backend.
+    Ended(BlkStatus),
+}
+
+/// A batch of requests on its path to the ring.
+struct Batch<'q> {
+    /// Requests that have their slots.
+    reserved: QueuedList<'q>,
+    /// Requests for which there is no room now.
+    busy: QueuedList<'q>,
+    /// Requests that end without the backend, with the status in their data.
+    ended: QueuedList<'q>,
+}
+
+/// Where a request was written.
+#[derive(Clone, Copy)]
+struct Written {
+    /// The first slot; `None` if one could not be written.
+    first: Option<u16>,
+    /// Number of slots.
+    parts: u16,
+}
+
+/// Collects the fragments of the requests. Ends those that the backend could not be asked for.
+fn collect(mut requests: QueuedList<'_>) -> QueuedList<'_> {
+    let mut collected = RequestList::new();
+    while let Some(mut rq) = requests.pop() {
+        let Some(kind) = RequestKind::new(rq.op()) else {
+            rq.end(BlkStatus::NOTSUPP);
+            continue;
+        };
+        let (segments, data) = rq.segments_and_data();
+        data.kind = kind;
+        if data.collect_fragments(segments) {
+            collected.push(rq);
+        } else {
+            ratelimited!(pr_err!(
+                "a request is too large or not made of whole sectors: failing it\n"
+            ));
+            rq.end(BlkStatus::IOERR);
+        }
+    }
+    collected
+}
+
+impl Queue {
+    /// Submits requests and returns those for which there is no room now.
+    ///
+    /// If `last`, everything that was written to the ring is published.
+    ///
+    /// Context: process or softirq; does not sleep.
+    pub(crate) fn submit<'q>(&self, requests: QueuedList<'q>, last: bool) -> QueuedList<'q> {
+        let mut batch = Batch {
+            reserved: RequestList::new(),
+            busy: RequestList::new(),
+            ended: RequestList::new(),
+        };
+        match self.reserve_all(&mut batch, collect(requests)) {
+            Some(config) => self.issue_all(&mut batch, &config, last),
+            None if last => self.commit(),
+            None => {}
+        }
+        while let Some(rq) = batch.ended.pop() {
+            let status = rq.data().status;
+            rq.end(status);
+        }
+        batch.busy
+    }
+
+    /// Reserves slots, and pages as far as the pool has some, for the requests of a batch.
+    ///
+    /// Returns the terms of the connection if there is one.
+    #[inline]
+    fn reserve_all<'q>(
+        &self,
+        batch: &mut Batch<'q>,
+        mut requests: QueuedList<'q>,
+    ) -> Option<ConnectionConfig> {
+        let mut inner = self.inner.lock();
+        let config = match inner.state {
+            QueueState::Live(config) => config,
+            QueueState::Disconnected => {
+                batch.busy = requests;
+                return None;
+            }
+            QueueState::Dead => {
+                while let Some(mut rq) = requests.pop() {
+                    rq.data_mut().status = BlkStatus::IOERR;
+                    batch.ended.push(rq);
+                }
+                return None;
+            }
+        };
+        while let Some(mut rq) = requests.pop() {
+            match self.reserve(&mut inner, &config, rq.data_mut()) {
+                Reservation::Reserved => batch.reserved.push(rq),
+                Reservation::Busy => batch.busy.push(rq),
+                Reservation::Ended(status) => {
+                    rq.data_mut().status = status;
+                    batch.ended.push(rq);
+                }
+            }
+        }
+        Some(config)
+    }
+
+    /// Reserves slots, and pages as far as the pool has some, for a request.
+    #[inline(always)]
+    fn reserve(
+        &self,
+        inner: &mut Inner,
+        config: &ConnectionConfig,
+        data: &mut RequestData,
+    ) -> Reservation {
+        let kind = data.kind;
+        if let Some(status) = config.complete_locally(kind) {
+            return Reservation::Ended(status);
+        }
+        let resources = config.resources(data.fragments.len() as u32);
+        if !inner.slots.reserve(resources.slots) {
+            return self.no_slots(inner, resources.slots);
+        }
+        data.resources = resources;
+        if data.generation != config.generation {
+            // The pages are granted to the backend of an earlier connection.
+            data.bounce_pages.clear();
+            data.indirect_pages.clear();
+            data.generation = config.generation;
+        }
+        inner.pool.fill(&mut data.bounce_pages, resources.data);
+        inner
+            .pool
+            .fill(&mut data.indirect_pages, resources.indirect);
+        Reservation::Reserved
+    }
+
+    /// Returns what to do with a request for which there are not `slots` slots now.
+    #[cold]
+    fn no_slots(&self, inner: &Inner, slots: usize) -> Reservation {
+        let capacity = inner.slots.capacity();
+        if slots <= capacity {
+            return Reservation::Busy;
+        }
+        let name = self.name.as_str();
+        ratelimited!(pr_err!(
+            "{name}: a request needs {slots} slots, and the ring has {capacity}: failing it\n"
+        ));
+        Reservation::Ended(BlkStatus::IOERR)
+    }
+
+    /// Prepares, starts and writes the requests that have their slots.
+    #[inline]
+    fn issue_all(&self, batch: &mut Batch<'_>, config: &ConnectionConfig, last: bool) {
+        // Requests that only take a slot are written under one lock.
+        let mut small: RequestList<BlkfrontOps, InFlight> = RequestList::new();
+        while let Some(mut rq) = batch.reserved.pop() {
+            let Ok(reserve) = self.prepare(&mut rq, config) else {
+                self.cancel_reservation(rq.data_mut());
+                batch.busy.push(rq);
+                continue;
+            };
+            match grant_request(rq.start(), config, reserve) {
+                Ok(IssuedRequest::Bounced(rq)) if is_small(rq.data().resources.fragments) => {
+                    small.push(rq);
+                }
+                Ok(issued) => {
+                    RequestSegments::new(&issued).fill_indirect_pages(config.limits);
+                    self.write_all(config, iter::once(issued), false);
+                }
+                Err(mut rq) => {
+                    self.cancel_reservation(rq.data_mut());
+                    rq.end(BlkStatus::RESOURCE);
+                }
+            }
+        }
+        if last || !small.is_empty() {
+            let small = iter::from_fn(|| small.pop().map(IssuedRequest::Bounced));
+            self.write_all(config, small, last);
+        }
+    }
+
+    /// Allocates pages that the pool did not have, reserves grant references, and copies the data of
+    /// a bounced write.
+    #[inline(always)]
+    fn prepare(
+        &self,
+        rq: &mut Request<BlkfrontOps, Queued<'_>>,
+        config: &ConnectionConfig,
+    ) -> Result<GrantReserve> {
+        let resources = rq.data().resources;
+        if resources.grants != 0 && shortage::is_active() && self.has_requests() {
+            return Err(ENOSPC);
+        }
+        let reserve = GrantReserve::new(resources.grants)?;
+        self.alloc_pages(rq.data_mut(), config)?;
+        if config.bounce && rq.op() == Op::Write {
+            copy_to_bounce_pages(rq);
+        }
+        Ok(reserve)
+    }
+
+    /// Allocates the pages of a request that the pool did not have.
+    #[inline(always)]
+    fn alloc_pages(&self, data: &mut RequestData, config: &ConnectionConfig) -> Result {
+        let resources = data.resources;
+        if data.bounce_pages.len() < resources.data
+            || data.indirect_pages.len() < resources.indirect
+        {
+            self.events.set(Event::PoolGrown);
+            pool::grow(config.domain, &mut data.bounce_pages, resources.data)?;
+            pool::grow(config.domain, &mut data.indirect_pages, resources.indirect)?;
+        }
+        Ok(())
+    }
+
+    /// Returns `true` if requests are in the ring.
+    #[cold]
+    fn has_requests(&self) -> bool {
+        let inner = self.inner.lock();
+        (inner.connection.as_ref()).is_some_and(|connection| connection.ring.in_flight() != 0)
+    }
+
+    /// Gives up the reservation of a request that is not written to the ring.
+    #[cold]
+    fn cancel_reservation(&self, data: &mut RequestData) {
+        let mut inner = self.inner.lock();
+        inner.slots.unreserve(data.resources.slots);
+        inner.pool.put(&mut data.bounce_pages);
+        inner.pool.put(&mut data.indirect_pages);
+    }
+
+    /// Writes requests to the ring, and publishes it if `publish`.
+    #[inline(always)]
+    fn write_all(
+        &self,
+        config: &ConnectionConfig,
+        requests: impl Iterator<Item = IssuedRequest>,
+        publish: bool,
+    ) {
+        let mut inner = self.inner.lock();
+        for issued in requests {
+            if let Err(pending) = self.write_to_ring(&mut inner, config, issued) {
+                self.mark_broken(inner, pending);
+                return;
+            }
+        }
+        let notifier = if publish { inner.publish() } else { None };
+        drop(inner);
+        if let Some(notifier) = notifier {
+            notifier.notify();
+        }
+    }
+
+    /// Writes a request into its reserved slots, and stores it there until the backend has answered.
+    ///
+    /// Inlined where it is known whether the pages of `issued` are granted, so that only the fields
+    /// of that variant are moved.
+    #[inline(always)]
+    fn write_to_ring(
+        &self,
+        inner: &mut Inner,
+        config: &ConnectionConfig,
+        issued: IssuedRequest,
+    ) -> Result<(), PendingRequest> {
+        let kind = issued.data().kind;
+        let resources = issued.data().resources;
+        inner.slots.unreserve(resources.slots);
+        let segments = RequestSegments::new(&issued);
+        let written = match kind {
+            RequestKind::Transfer(direction) if is_small(resources.fragments) => {
+                self.write_single(inner, |id| {
+                    plan::direct(
+                        direction,
+                        self.handle,
+                        id,
+                        segments.sector(),
+                        segments.all(),
+                    )
+                })
+            }
+            _ => self.write_other(inner, config, kind, &segments),
+        };
+        let mut pending = PendingRequest::new(issued, written.parts);
+        if config.write_through {
+            pending.flush = kind.is_write().then_some(config.flush);
+        }
+        inner.slots.store(written.first, pending)
+    }
+
+    /// Writes a request that is not a small transfer.
+    #[inline(never)]
+    fn write_other(
+        &self,
+        inner: &mut Inner,
+        config: &ConnectionConfig,
+        kind: RequestKind,
+        segments: &RequestSegments<'_>,
+    ) -> Written {
+        match kind {
+            RequestKind::Transfer(direction) => {
+                self.write_parts(inner, config, direction, segments)
+            }
+            RequestKind::Flush => self.write_flush(inner, config.flush),
+            RequestKind::Discard { secure } => self.write_single(inner, |id| {
+                let (sector, sectors) = (segments.sector(), segments.sectors());
+                plan::discard(self.handle, id, sector, sectors, secure)
+            }),
+        }
+    }
+
+    /// Writes the parts of a large transfer, each into a slot of its own.
+    fn write_parts(
+        &self,
+        inner: &mut Inner,
+        config: &ConnectionConfig,
+        direction: Direction,
+        segments: &RequestSegments<'_>,
+    ) -> Written {
+        let failed = Written {
+            first: None,
+            parts: 0,
+        };
+        let limits = config.limits;
+        let count = segments.count();
+        let Some(plan) = Plan::new(segments.sector(), segments.fragments(), count, limits) else {
+            return failed;
+        };
+        let mut written = failed;
+        for part in plan {
+            let (first, index) = (written.first, part.index);
+            let number = match part.placement {
+                SegmentPlacement::Direct => self.write_slot(inner, first, index, |id| {
+                    part.direct(direction, self.handle, id, segments.of_part(&part))
+                }),
+                SegmentPlacement::Indirect(_) => self.write_slot(inner, first, index, |id| {
+                    let pages = segments.indirect_pages_of_part(&part, limits);
+                    part.indirect(direction, self.handle, id, pages)
+                }),
+            };
+            if number.is_none() {
+                return failed;
+            }
+            written = Written {
+                first: first.or(number),
+                parts: written.parts.wrapping_add(1),
+            };
+        }
+        written
+    }
+
+    /// Writes a flush.
+    fn write_flush(&self, inner: &mut Inner, flush: Flush) -> Written {
+        let operation = flush.operation().unwrap_or(op::FLUSH_DISKCACHE);
+        self.write_single(inner, |id| plan::flush(operation, self.handle, id))
+    }
+
+    /// Writes a request that takes one slot.
+    #[inline(always)]
+    fn write_single<R: Encode>(&self, inner: &mut Inner, make: impl FnOnce(u64) -> R) -> Written {
+        Written {
+            first: self.write_slot(inner, None, 0, make),
+            parts: 1,
+        }
+    }
+
+    /// Writes one slot and returns its number.
+    ///
+    /// `first` is the first slot of the request, if this is part `part` of several.
+    #[inline(always)]
+    fn write_slot<R: Encode>(
+        &self,
+        inner: &mut Inner,
+        first: Option<u16>,
+        part: u16,
+        make: impl FnOnce(u64) -> R,
+    ) -> Option<u16> {
+        let ring = &mut inner.connection.as_mut()?.ring;
+        let slot = inner.slots.alloc_slot(first, self.index, part)?;
+        let request = make(slot.id.to_wire());
+        let operation = request.response_operation();
+        ring.put(request).ok()?;
+        inner.slots.expect_response(&slot, operation);
+        Some(slot.number)
+    }
+
+    /// Writes a flush of the data that a completed request has written; the request ends when the
+    /// backend has answered it.
+    ///
+    /// Returns the request if there is nothing to flush, or if there is no slot.
+    #[cold]
+    pub(crate) fn flush_written(
+        &self,
+        inner: &mut Inner,
+        mut pending: PendingRequest,
+    ) -> Option<PendingRequest> {
+        let flush = pending.flush.take()?;
+        if pending.status != Status::Okay {
+            return Some(pending);
+        }
+        let written = self.write_flush(inner, flush);
+        pending.missing = written.parts;
+        inner.unpublished_flushes = true;
+        // The slots of the write have just become free.
+        let stored = inner.slots.store(written.first, pending);
+        stored.err().map(PendingRequest::failed)
+    }
+
+    /// Marks the ring broken because a request is only partly in it. Not reachable: a reservation
+    /// guarantees the slots.
+    #[cold]
+    fn mark_broken(&self, mut inner: SpinLockIrqSaveGuard<'_, Inner>, pending: PendingRequest) {
+        inner.broken = true;
+        drop(inner);
+        self.events.set(Event::Failed);
+        drop(pending);
+    }
+
+    /// Publishes what was written to the ring, and notifies the backend if it asks for that.
+    pub(crate) fn commit(&self) {
+        let notifier = self.inner.lock().publish();
+        if let Some(notifier) = notifier {
+            notifier.notify();
+        }
+    }
+}
+
+/// Copies the data of a write to the pages that the backend may use.
+#[inline(always)]
+fn copy_to_bounce_pages(rq: &Request<BlkfrontOps, Queued<'_>>) {
+    for (segment, page) in rq.segments().zip(&rq.data().bounce_pages) {
+        if let Some(copy) = page.slice_mut(segment.offset(), segment.len()) {
+            copy.copy_from(segment);
+        }
+    }
+}
+
+/// Grants the pages of a started request to the backend, unless its data is bounced.
+#[inline(always)]
+fn grant_request(
+    mut rq: InFlightRequest,
+    config: &ConnectionConfig,
+    mut reserve: GrantReserve,
+) -> Result<IssuedRequest, InFlightRequest> {
+    if rq.data().resources.grants == 0 {
+        return Ok(IssuedRequest::Bounced(rq));
+    }
+    let references = core::mem::take(&mut rq.data_mut().references);
+    // Pages that the backend may only read are granted read-only all the same.
+    match Granted::new(
+        rq,
+        GrantAccess::ReadWrite,
+        config.domain,
+        &mut reserve,
+        references,
+    ) {
+        Ok(granted) => Ok(IssuedRequest::Direct(granted)),
+        Err((_, mut rq, references)) => {
+            rq.data_mut().references = references;
+            Err(rq)
+        }
+    }
+}
