@@ -72,8 +72,8 @@ mod tests {
         BadReference,
     }
 
-    /// Runs an operation that is refused with each of `refused` in turn, and works after that. Returns
-    /// the result, how often it was run, and the delays.
+    /// Runs an operation that is refused with each of `refused` in turn, and works after that.
+    /// Returns the result, how often it was run, and the delays.
     fn run(total: u32, refused: &[Status]) -> (Result<u32, Status>, u32, Vec<u32>) {
         let (mut tries, mut delays) = (0, Vec::new());
         let mut refused = refused.iter();

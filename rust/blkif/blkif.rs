@@ -16,7 +16,7 @@
 //!   *slots*, the backend overwrites them with responses.
 //! - *Sector*: always 512 bytes on the wire, whatever the logical block size of the disk is.
 //! - *Segment*: a run of sectors in one granted page of 4 KiB.
-//! - *Indirect request*: a request whose segments stand in granted pages of their own, because a
+//! - *Indirect request*: a request whose segments are in granted pages of their own, because a
 //!   slot has room for only 11.
 //! - *Word*: 32 bits, little endian. All structures of the protocol are made of whole words.
 //!
@@ -26,17 +26,17 @@
 //! |---|---|
 //! | [`wire`] | what do the bytes of requests, responses and segments mean, in each ABI? |
 //! | [`ring`] | which slot is next, and must the other side be notified? |
-//! | [`id`] | which use of which tag does an answer belong to? |
+//! | [`id`] | which use of which tag does a response belong to? |
 //! | [`request`] | is this request valid for this disk? (backend) |
 //! | [`plan`] | which slots does this block request need? (frontend) |
 //! | [`resources`] | how many slots, pages and grants does it take? (frontend) |
 //! | [`reservation`] | may it take its slots now? (frontend) |
 //! | [`node`] | what does the text of a xenstore node say? |
 //! | [`negotiate`] | which features do the two sides agree on? |
-//! | [`token_bucket`] | how often may the other side cause something? |
-//! | [`backoff`] | when is something tried again that does not work now? |
-//! | [`state`] | what is to be done when the other side changes state? |
-//! | [`vdev`] | which name and minor does a virtual device number stand for? |
+//! | [`token_bucket`] | how often may the peer cause an action? |
+//! | [`backoff`] | when is an operation retried that fails now? |
+//! | [`state`] | what must a side do when the other one changes state? |
+//! | [`vdev`] | which name and minors belong to a virtual device number? |
 //!
 //! The reference is `xen/include/public/io/blkif.h` and `ring.h` of the Xen project.
 

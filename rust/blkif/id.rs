@@ -30,7 +30,7 @@ pub const FIELD_LIMIT: u16 = FIELD_MASK + 1;
 pub struct RingId(u64);
 
 impl RingId {
-    /// Packs an id, or gives `None` if `queue` or `part` is not below [`FIELD_LIMIT`]. Of `epoch`
+    /// Packs an id, or returns `None` if `queue` or `part` is not below [`FIELD_LIMIT`]. Of `epoch`
     /// the low 24 bits count, so it may be an ordinary wrapping counter.
     #[inline]
     pub const fn new(epoch: u32, queue: u16, part: u16, tag: u16) -> Option<Self> {
@@ -45,38 +45,38 @@ impl RingId {
         ))
     }
 
-    /// An id as found in a response. Any number is one; whether it was ever given out is for the
+    /// Returns the id of a response. Any number is one; whether it was ever given out is for the
     /// owner of the slots to say.
     #[inline]
     pub const fn from_wire(id: u64) -> Self {
         RingId(id)
     }
 
-    /// The number for the request.
+    /// Returns the number for the request.
     #[inline]
     pub const fn to_wire(self) -> u64 {
         self.0
     }
 
-    /// The count of uses, modulo [`EPOCHS`].
+    /// Returns the count of uses, modulo [`EPOCHS`].
     #[inline]
     pub const fn epoch(self) -> u32 {
         (self.0 >> EPOCH_SHIFT) as u32
     }
 
-    /// The hardware queue.
+    /// Returns the hardware queue.
     #[inline]
     pub const fn queue(self) -> u16 {
         (self.0 >> QUEUE_SHIFT) as u16 & FIELD_MASK
     }
 
-    /// Which slot of the request.
+    /// Returns the part: the number of the slot among those of the request.
     #[inline]
     pub const fn part(self) -> u16 {
         (self.0 >> PART_SHIFT) as u16 & FIELD_MASK
     }
 
-    /// The tag.
+    /// Returns the tag.
     #[inline]
     pub const fn tag(self) -> u16 {
         self.0 as u16

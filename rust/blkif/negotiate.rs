@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! From two sets of offers to one set of features.
+//! Negotiation: from two sets of offers to one set of features.
 //!
 //! The two sides meet twice. When the backend is in InitWait, the frontend chooses the shape of the
 //! rings from what the backend can do at most ([`RingShape`]) and publishes it; the backend checks
@@ -45,10 +45,10 @@ use crate::{
     },
 };
 
-/// Largest logical block size that is believed.
+/// Largest accepted logical block size.
 const MAX_BLOCK_SIZE: u32 = 1 << 16;
 
-/// What the frontend is willing to do: its module parameters and its node `trusted`.
+/// The frontend's side of the negotiation: its module parameters and its node `trusted`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct FrontOffer {
     /// Largest ring, as the binary logarithm of its pages.
@@ -64,8 +64,8 @@ pub struct FrontOffer {
     pub trusted: bool,
 }
 
-/// What the backend offers in its directory. The default is what a backend that writes nothing
-/// offers.
+/// The offer in the backend's directory. The default is the offer of a backend that writes
+/// nothing.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct BackOffer {
     /// `max-ring-page-order`: largest ring, as the binary logarithm of its pages.
@@ -125,7 +125,7 @@ impl BackOffer {
         "discard-secure",
     ];
 
-    /// Takes over a node. On an error the offer stays as it was. A name that is not one of
+    /// Stores the value of a node. On an error the offer does not change. A name that is not one of
     /// [`BackOffer::NODES`] has no effect.
     pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), InvalidNode> {
         match node {
@@ -157,7 +157,7 @@ pub struct RingShape {
 }
 
 impl RingShape {
-    /// The shape that the frontend chooses.
+    /// Returns the shape that the frontend chooses.
     pub fn choose(front: &FrontOffer, back: &BackOffer) -> Self {
         RingShape {
             page_order: front
@@ -174,17 +174,17 @@ impl RingShape {
     }
 }
 
-/// How a flush is asked for.
+/// The way to request a flush.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Flush {
-    /// Not at all: the disk has no volatile cache, or none that the backend can flush.
+    /// Never: the disk has no volatile cache, or none that the backend can flush.
     None,
     /// With the flush operation.
     Cache,
     /// With an empty barrier. It makes durable what was answered before, and promises nothing
     /// about data that it carries: a C backend's barrier flushes before its write, not after.
     Barrier,
-    /// Not at all, though an earlier connection of the disk had a cache. Writes that were
+    /// Never, but an earlier connection of the disk had a cache. Writes that were
     /// acknowledged then may still be in that cache, or lost with it: a flush fails.
     Unavailable,
 }
@@ -200,7 +200,7 @@ impl Flush {
     }
 }
 
-/// How sectors can be discarded.
+/// The units in which sectors can be discarded.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct DiscardLimits {
     /// Smallest unit in bytes, 0 if unknown.
@@ -211,7 +211,7 @@ pub struct DiscardLimits {
     pub secure: bool,
 }
 
-/// What the two sides of a connection agreed on.
+/// The features that both sides of a connection use.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Features {
     /// Number and size of the rings.
@@ -220,12 +220,12 @@ pub struct Features {
     pub indirect_segments: u16,
     /// Grants stay mapped between requests.
     pub persistent: bool,
-    /// How a flush is asked for. There is no FUA: the block layer does it with a flush.
+    /// The way to request a flush. There is no FUA: the block layer implements it with a flush.
     pub flush: Flush,
     /// Each write is flushed before it is reported done: the disk was made without a write cache,
     /// and the backend has one.
     pub write_through: bool,
-    /// How sectors can be discarded, if at all.
+    /// The units of discards, if the disk supports them.
     pub discard: Option<DiscardLimits>,
     /// Data goes through pages that hold nothing else.
     pub bounce: bool,
@@ -234,9 +234,9 @@ pub struct Features {
 impl Features {
     /// Returns the features for a disk that an earlier connection has made.
     ///
-    /// The block layer is told once if the disk has a write cache. It drops flushes and FUA from what
-    /// it is asked for as long as there is none, so a write that waits for a connection may be one
-    /// that had FUA. And a cache that has acknowledged writes is never forgotten: as long as no
+    /// The block layer is told once if the disk has a write cache. It drops flushes and FUA from
+    /// what it is asked for as long as there is none, so a write that waits for a connection may be
+    /// one that had FUA. And a cache that has acknowledged writes is never forgotten: as long as no
     /// backend can flush, it is not known that those writes are durable.
     pub const fn for_disk(self, write_cache: bool) -> Self {
         let (flush, write_through) = match (self.flush, write_cache) {
@@ -257,7 +257,7 @@ impl Features {
     }
 }
 
-/// The features of a connection, from what both sides offer.
+/// Returns the features of a connection, from what both sides offer.
 pub fn negotiate(front: &FrontOffer, back: &BackOffer) -> Features {
     let persistent = front.persistent && back.persistent;
     Features {
@@ -271,7 +271,7 @@ pub fn negotiate(front: &FrontOffer, back: &BackOffer) -> Features {
     }
 }
 
-/// No more indirect segments than fit into a slot are none at all.
+/// Returns the number of indirect segments: none if they fit into a slot.
 fn indirect_segments(front: &FrontOffer, back: &BackOffer) -> u16 {
     let most = front.max_indirect_segments.min(back.max_indirect_segments);
     match most.min(INDIRECT_SEGMENTS as u32) as u16 {
@@ -298,7 +298,7 @@ fn discard(back: &BackOffer) -> Option<DiscardLimits> {
     })
 }
 
-/// What a backend says about its disk, as far as it was read.
+/// The nodes that describe the disk, as far as they were read.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct DiskNodes {
     sectors: Option<u64>,
@@ -318,8 +318,8 @@ impl DiskNodes {
         "removable",
     ];
 
-    /// Whether there is no disk without this node. Any other one that makes no sense counts as
-    /// missing.
+    /// Returns `true` if there is no disk without this node. Any other one that makes no sense
+    /// counts as missing.
     pub fn is_required(node: &str) -> bool {
         matches!(node, "sectors" | "info" | "sector-size")
     }
@@ -337,7 +337,7 @@ impl DiskNodes {
         Ok(())
     }
 
-    /// The disk, or the first required node that is missing.
+    /// Returns the disk, or the first required node that is missing.
     pub fn disk(&self) -> Result<DiskProperties, InvalidNode> {
         let sectors = self.sectors.ok_or(InvalidNode::missing("sectors"))?;
         let mut info = self.info.ok_or(InvalidNode::missing("info"))?;
@@ -389,23 +389,23 @@ pub struct DiskProperties {
 }
 
 impl DiskProperties {
-    /// The disk refuses writes.
+    /// Returns `true` if the disk is read-only.
     pub const fn read_only(&self) -> bool {
         self.info & info::READONLY != 0
     }
 
-    /// The medium is removable.
+    /// Returns `true` if the medium is removable.
     pub const fn removable(&self) -> bool {
         self.info & info::REMOVABLE != 0
     }
 
-    /// The disk is a CD-ROM drive.
+    /// Returns `true` if the disk is a CD-ROM drive.
     pub const fn cdrom(&self) -> bool {
         self.info & info::CDROM != 0
     }
 }
 
-/// What a backend can do at most: its module parameters, as it wrote them at probe.
+/// The limits of a backend: its module parameters, as it wrote them at probe.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct BackLimits {
     /// Largest ring, as the binary logarithm of its pages.
@@ -416,7 +416,7 @@ pub struct BackLimits {
     pub persistent: bool,
 }
 
-/// What a frontend chose in its directory, as far as it was read.
+/// The choice in the frontend's directory, as far as it was read.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct FrontChoice {
     protocol: Option<Abi>,
@@ -425,7 +425,7 @@ pub struct FrontChoice {
     persistent: bool,
 }
 
-/// What a backend connects with.
+/// A choice that the backend has accepted.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Accepted {
     /// Layout of the rings.
@@ -441,12 +441,12 @@ pub struct Accepted {
 }
 
 impl BackLimits {
-    /// Largest number of rings, at least 1.
+    /// Returns the largest number of rings, at least 1.
     fn queues(&self) -> u32 {
         self.max_queues.max(1)
     }
 
-    /// Largest ring, as the binary logarithm of its pages, at most 4.
+    /// Returns the largest ring, as the binary logarithm of its pages, at most 4.
     fn page_order(&self) -> u32 {
         self.max_ring_page_order.min(MAX_PAGE_ORDER)
     }

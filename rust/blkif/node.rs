@@ -12,7 +12,7 @@ pub use xen_io::node::{
     Reason, //
 };
 
-/// Reads a virtual device number: decimal, or hexadecimal after `0x`.
+/// Parses a virtual device number: decimal, or hexadecimal after `0x`.
 pub fn device_number(node: &'static str, text: &[u8]) -> Result<u32, InvalidNode> {
     let limit = u64::from(u32::MAX);
     let number = match text.strip_prefix(b"0x") {
@@ -36,14 +36,14 @@ pub struct PhysicalDevice {
     pub sequence: Option<u64>,
 }
 
-/// Reads a physical device: major and minor in hexadecimal with a colon between. Before them there
+/// Parses a physical device: major and minor in hexadecimal with a colon between. Before them there
 /// may be the disk's sequence number in hexadecimal and an `@`.
 pub fn physical_device(node: &'static str, text: &[u8]) -> Result<PhysicalDevice, InvalidNode> {
     sequence_and_numbers(text).map_err(|wrong| InvalidNode::new(node, text, wrong))
 }
 
-/// How urgent the I/O of a disk is: a class, and for two of them a level from 0, the most urgent one,
-/// to 7.
+/// The priority of the I/O of a disk: a class, and for two of them a level from 0, the most urgent
+/// one, to 7.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum IoPriority {
     /// `realtime/N`.
@@ -54,7 +54,7 @@ pub enum IoPriority {
     Idle,
 }
 
-/// Reads a priority of I/O.
+/// Parses a priority of I/O.
 pub fn io_priority(node: &'static str, text: &[u8]) -> Result<IoPriority, InvalidNode> {
     let level = |digits: &[u8]| decimal(node, digits, 7).map(|level| level as u8);
     let priority = if text == b"idle" {
@@ -84,7 +84,7 @@ fn sequence_and_numbers(text: &[u8]) -> Result<PhysicalDevice, Reason> {
     })
 }
 
-/// Major has 12 bits and minor 20 in the kernel.
+/// Parses major and minor, which have 12 and 20 bits in the kernel.
 fn major_minor(text: &[u8]) -> Result<(u32, u32), Reason> {
     let colon = text
         .iter()

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! From a block request to slots of the ring.
+//! Planning: from a block request to slots of the ring.
 //!
-//! The data of a block request is a list of [`PageFragment`]s, each within one page of 4 KiB. A slot has
-//! room for 11 of them, an indirect request for as many as the backend offered. [`Plan`] cuts the
-//! list into [`Part`]s, one for each slot, for the limits in force now. Usually there is one. There
-//! are several if the block layer was told larger limits than the backend has, as can be after a
-//! reconnect.
+//! The data of a block request is a list of [`PageFragment`]s, each within one page of 4 KiB. A
+//! slot has room for 11 of them, an indirect request for as many as the backend offered. [`Plan`]
+//! cuts the list into [`Part`]s, one for each slot, for the limits in force now. Usually there is
+//! one. There are several if the block layer was told larger limits than the backend has, as can be
+//! after a reconnect.
 //!
 //! Every fragment is in exactly one part, parts follow each other on the disk and in the list, and
-//! none is larger than the limits allow. A part is whole logical blocks if the request is, for
-//! a backend refuses any other: the frontend has the block layer align each fragment to the block, or
+//! none is larger than the limits allow. A part is whole logical blocks if the request is, for a
+//! backend refuses any other: the frontend has the block layer align each fragment to the block, or
 //! to the page if a block is larger, and [`SlotLimits`] ends a part between two blocks.
 
 use core::num::NonZeroU32;
@@ -40,8 +40,8 @@ pub struct PageFragment {
 }
 
 impl PageFragment {
-    /// `len` bytes from byte `offset` of a page. `None` if that is not whole sectors, is nothing,
-    /// or does not end in the page.
+    /// Creates a fragment of `len` bytes from byte `offset` of a page. Returns `None` if that is not
+    /// whole sectors, is nothing, or does not end in the page.
     #[inline]
     pub const fn new(offset: u32, len: u32) -> Option<Self> {
         let end = match offset.checked_add(len) {
@@ -59,30 +59,30 @@ impl PageFragment {
         })
     }
 
-    /// Number of sectors, 1 to 8.
+    /// Returns the number of sectors, 1 to 8.
     #[inline]
     pub const fn sectors(self) -> u8 {
         self.last.wrapping_sub(self.first).wrapping_add(1)
     }
 
-    /// Offset in the page in bytes.
+    /// Returns the offset in the page in bytes.
     #[inline]
     pub const fn offset(self) -> u16 {
         (self.first as u16) << 9
     }
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     #[inline]
     pub const fn len(self) -> u16 {
         (self.sectors() as u16) << 9
     }
 
-    /// Always `false`: a fragment has at least one sector.
+    /// Returns `false`: a fragment has at least one sector.
     pub const fn is_empty(self) -> bool {
         false
     }
 
-    /// The segment that names this fragment of the granted page `gref`.
+    /// Returns the segment that names this fragment of the granted page `gref`.
     #[inline]
     pub const fn segment(self, gref: u32) -> WireSegment {
         WireSegment {
@@ -93,8 +93,8 @@ impl PageFragment {
     }
 }
 
-/// Cuts a run of bytes that may span pages into fragments: a `bio_vec` in pages larger than 4 KiB, or
-/// in several.
+/// Cuts a run of bytes that may span pages into fragments: a `bio_vec` in pages larger than 4 KiB,
+/// or in several.
 #[derive(Clone, Copy, Debug)]
 pub struct PageFragments {
     offset: u32,
@@ -102,8 +102,8 @@ pub struct PageFragments {
 }
 
 impl PageFragments {
-    /// `len` bytes from byte `offset` of the first page. `None` if that is not whole sectors or
-    /// ends beyond 4 GiB.
+    /// Creates the fragments of `len` bytes from byte `offset` of the first page. Returns `None` if
+    /// that is not whole sectors or ends beyond 4 GiB.
     #[inline]
     pub const fn new(offset: u32, len: u32) -> Option<Self> {
         if (offset | len) % SECTOR_SIZE != 0 || offset.checked_add(len).is_none() {
@@ -139,7 +139,7 @@ pub enum Direction {
 }
 
 impl Direction {
-    /// The operation on the wire.
+    /// Returns the operation on the wire.
     #[inline]
     pub const fn operation(self) -> u8 {
         match self {
@@ -178,7 +178,7 @@ pub const fn max_fragments(block_size: u32, slots: u32) -> u32 {
     least.saturating_mul(slots)
 }
 
-/// How much data a slot can carry.
+/// The amount of data that a slot can carry.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct SlotLimits {
     /// A multiple of the pages of a logical block.
@@ -186,8 +186,8 @@ pub struct SlotLimits {
 }
 
 impl SlotLimits {
-    /// Returns the limits of a backend that offers indirect requests of so many segments, 0 for one
-    /// that offers none, for a disk with this logical block size.
+    /// Returns the limits of a backend that offers indirect requests of `indirect_segments`
+    /// segments, 0 for one that offers none, for a disk with this logical block size.
     ///
     /// `None` if a block does not fit into a slot.
     pub fn new(indirect_segments: u16, block_size: u32) -> Option<Self> {
@@ -202,14 +202,15 @@ impl SlotLimits {
         self.segments.get() as u16
     }
 
-    /// Slots for so many fragments.
+    /// Returns the number of slots that `fragments` fragments need.
     #[inline]
     pub fn slots(self, fragments: u32) -> u32 {
         let part = fragments % self.segments != 0;
         (fragments / self.segments).wrapping_add(u32::from(part))
     }
 
-    /// Grants for so many fragments: one for each, and one for each page of segments.
+    /// Returns the number of grants that `fragments` fragments need: one for each, and one for each
+    /// page of segments.
     #[inline]
     pub fn grants(self, fragments: u32) -> u32 {
         let full = segment_pages(self.segments()).wrapping_mul(fragments / self.segments);
@@ -218,7 +219,7 @@ impl SlotLimits {
     }
 }
 
-/// Pages of segments that a slot with so many fragments needs.
+/// Returns the number of pages of segments that a slot with `fragments` fragments needs.
 #[inline]
 const fn segment_pages(fragments: u16) -> u32 {
     if fragments as usize <= DIRECT_SEGMENTS {
@@ -228,16 +229,16 @@ const fn segment_pages(fragments: u16) -> u32 {
     }
 }
 
-/// How the segments of a part are passed.
+/// The place of the segments of a part.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum SegmentPlacement {
     /// In the slot.
     Direct,
-    /// In so many pages of their own, 1 to 8.
+    /// In pages of their own, 1 to 8.
     Indirect(u8),
 }
 
-/// What one slot carries.
+/// The part of a request that one slot carries.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Part {
     /// Which part of the request, from 0.
@@ -250,11 +251,11 @@ pub struct Part {
     pub first: u32,
     /// Number of fragments, at least 1.
     pub count: u16,
-    /// How the segments are passed.
+    /// The place of the segments.
     pub placement: SegmentPlacement,
 }
 
-/// The request for a transfer whose segments stand in the slot.
+/// Returns the request for a transfer whose segments are in the slot.
 #[inline]
 pub fn direct<I: ExactSizeIterator<Item = WireSegment>>(
     direction: Direction,
@@ -274,7 +275,8 @@ pub fn direct<I: ExactSizeIterator<Item = WireSegment>>(
 }
 
 impl Part {
-    /// The request for a part of the form [`SegmentPlacement::Direct`]. `segments` are those of its fragments.
+    /// Returns the request for a part of the form [`SegmentPlacement::Direct`]. `segments` are
+    /// those of its fragments.
     #[inline]
     pub fn direct<I: ExactSizeIterator<Item = WireSegment>>(
         &self,
@@ -286,8 +288,8 @@ impl Part {
         direct(direction, handle, id, self.sector, segments)
     }
 
-    /// The request for a part of the form [`SegmentPlacement::Indirect`]. `grefs` are those of the pages that hold
-    /// the segments of its fragments, 512 in each but the last.
+    /// Returns the request for a part of the form [`SegmentPlacement::Indirect`]. `grefs` are those
+    /// of the pages that hold the segments of its fragments, 512 in each but the last.
     #[inline]
     pub fn indirect(
         &self,
@@ -343,13 +345,13 @@ impl<I: Iterator<Item = PageFragment>> Plan<I> {
         })
     }
 
-    /// Slots still needed.
+    /// Returns the number of slots still needed.
     #[inline]
     pub fn slots(&self) -> u32 {
         self.limits.slots(self.left)
     }
 
-    /// Grants still needed.
+    /// Returns the number of grants still needed.
     #[inline]
     pub fn grants(&self) -> u32 {
         self.limits.grants(self.left)
@@ -394,7 +396,7 @@ impl<I: Iterator<Item = PageFragment>> Iterator for Plan<I> {
     }
 }
 
-/// A request that makes durable what was answered before: `operation` is
+/// Returns a request that makes all completed writes durable: `operation` is
 /// [`Flush::operation`](crate::negotiate::Flush::operation).
 #[inline]
 pub const fn flush(operation: u8, handle: u16, id: u64) -> WireRequest {
@@ -413,7 +415,7 @@ pub const fn flush(operation: u8, handle: u16, id: u64) -> WireRequest {
     })
 }
 
-/// A request to forget the content of sectors.
+/// Returns a request to discard sectors.
 #[inline]
 pub const fn discard(handle: u16, id: u64, sector: u64, sectors: u64, secure: bool) -> WireRequest {
     let flag = if secure { wire::DISCARD_SECURE } else { 0 };
@@ -649,7 +651,7 @@ mod tests {
         assert_eq!(counts, [3]);
     }
 
-    /// What the backend gets.
+    /// Returns the request that the backend reads.
     fn read_back(request: impl Encode) -> WireRequest {
         let abi = Abi::native();
         assert_eq!(request.response_operation(), op::WRITE);

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! From wire form to a checked request.
+//! Checking: from the wire form to a valid request.
 //!
 //! [`check`] looks at what a frontend wrote and either refuses it with the one reason why, or gives
 //! a [`Request`]. What has this type is valid for the disk: in range, aligned, allowed. No later
 //! code checks again.
 //!
-//! A request that moves data carries [`Data`]. If the segments stand in the slot, they are checked
-//! with the rest. If they stand in pages of their own ([`Unfetched`]), nothing is known about them
+//! A request that moves data carries [`Data`]. If the segments are in the slot, they are checked
+//! with the rest. If they are in pages of their own ([`Unfetched`]), nothing is known about them
 //! until these pages were fetched and each segment went through a [`SegmentChecker`], which gives
 //! the [`Extent`] of the transfer at its end. An `Extent` and a [`Segment`] cannot be made in
 //! another way, so code that asks for them cannot be given unchecked numbers.
@@ -25,7 +25,7 @@ use crate::wire::{
     SECTOR_SIZE, //
 };
 
-/// What a disk allows.
+/// The limits of a disk that a request must respect.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct DiskLimits {
     /// Size in sectors of 512 bytes.
@@ -49,7 +49,7 @@ impl DiskLimits {
         (self.block_size / SECTOR_SIZE).max(1)
     }
 
-    /// Whether a sector number or count is not a multiple of the logical block.
+    /// Returns `true` if a sector number or count is not a multiple of the logical block.
     #[inline]
     fn misaligned(&self, sectors: u64) -> bool {
         sectors & u64::from(self.block_sectors().wrapping_sub(1)) != 0
@@ -148,8 +148,8 @@ pub enum InvalidRequest {
 }
 
 impl InvalidRequest {
-    /// The status of the response: [`Status::NotSupported`] for what was not offered, so that a
-    /// frontend stops to use it, and [`Status::Error`] for what is wrong.
+    /// Returns the status of the response: [`Status::NotSupported`] for what was not offered, so
+    /// that a frontend stops to use it, and [`Status::Error`] for what is wrong.
     pub const fn status(&self) -> Status {
         match self {
             InvalidRequest::UnknownOperation(_)
@@ -233,7 +233,7 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Of a segment that was checked.
+    /// Creates a segment from a checked one.
     #[inline]
     const fn new(wire: WireSegment) -> Self {
         let WireSegment { gref, first, last } = wire;
@@ -252,25 +252,25 @@ impl Segment {
         Ok(Segment::new(wire))
     }
 
-    /// Grant reference of the page.
+    /// Returns the grant reference of the page.
     #[inline]
     pub const fn gref(&self) -> u32 {
         self.gref
     }
 
-    /// Number of sectors, 1 to 8.
+    /// Returns the number of sectors, 1 to 8.
     #[inline]
     pub const fn sectors(&self) -> u8 {
         self.last.wrapping_sub(self.first).wrapping_add(1)
     }
 
-    /// Offset in the page in bytes, below 4096.
+    /// Returns the offset in the page in bytes, below 4096.
     #[inline]
     pub const fn offset(&self) -> u16 {
         (self.first as u16) << 9
     }
 
-    /// Length in bytes; `offset + len` is at most 4096.
+    /// Returns the length in bytes; `offset + len` is at most 4096.
     #[inline]
     pub const fn len(&self) -> u16 {
         (self.sectors() as u16) << 9
@@ -290,13 +290,13 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// First sector.
+    /// Returns the first sector.
     #[inline]
     pub const fn sector(&self) -> u64 {
         self.sector
     }
 
-    /// Number of sectors, at least 1.
+    /// Returns the number of sectors, at least 1.
     #[inline]
     pub const fn sectors(&self) -> u64 {
         self.sectors
@@ -337,13 +337,13 @@ impl<'a> Direct<'a> {
         Ok(Direct { extent, segments })
     }
 
-    /// The range of the disk; as long as the segments together.
+    /// Returns the range of the disk; as long as the segments together.
     #[inline]
     pub fn extent(&self) -> Extent {
         self.extent
     }
 
-    /// The segments, 1 to 11.
+    /// Returns the segments, 1 to 11.
     #[inline]
     pub fn segments(&self) -> impl ExactSizeIterator<Item = Segment> + 'a {
         self.segments.iter().map(|wire| Segment::new(*wire))
@@ -359,13 +359,13 @@ pub struct Unfetched<'a> {
 }
 
 impl<'a> Unfetched<'a> {
-    /// Number of segments, at least 1 and at most what was offered.
+    /// Returns the number of segments, at least 1 and at most what was offered.
     #[inline]
     pub fn count(&self) -> u16 {
         self.count
     }
 
-    /// Grant references of the pages of segments, 512 in each but the last.
+    /// Returns the grant references of the pages of segments, 512 in each but the last.
     #[inline]
     pub fn grefs(&self) -> &'a [u32] {
         self.grefs
@@ -449,7 +449,7 @@ pub enum Request<'a> {
 }
 
 impl Request<'_> {
-    /// Number of segments of its data.
+    /// Returns the number of segments of its data.
     #[inline]
     pub fn segments(&self) -> usize {
         match self {
@@ -464,8 +464,8 @@ impl Request<'_> {
     }
 }
 
-/// Returns how many pages of the frontend one request uses at a time, at most, if indirect requests may
-/// have `indirect_segments` segments.
+/// Returns how many pages of the frontend one request uses at a time, at most, if indirect requests
+/// may have `indirect_segments` segments.
 ///
 /// A backend that has this number of pages, addresses and mappings can serve each request, if it
 /// serves one after another. The pages of segments count too: they may still be mapped when the data
@@ -683,7 +683,7 @@ mod tests {
         check(request, limits).unwrap_err()
     }
 
-    /// The direct data of a request.
+    /// Returns the direct data of a request.
     fn direct<'a>(request: &'a WireRequest, limits: &DiskLimits) -> Direct<'a> {
         match check(request, limits) {
             Ok(Request::Read(Data::Direct(data)) | Request::Write(Data::Direct(data))) => data,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What a block request takes of a ring: slots, granted pages, grants.
+//! The resources of a ring that a block request takes: slots, granted pages, grants.
 //!
 //! A ring keeps pages for one request of the largest size that its disk may have in flight, so that
 //! one can always proceed, even when there is no memory. A request that was split by larger limits
@@ -11,7 +11,7 @@ use crate::{
     wire::DIRECT_SEGMENTS, //
 };
 
-/// What a request takes.
+/// The resources that a request takes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Resources {
     /// Fragments of data.
@@ -27,7 +27,7 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Returns what a request of so many fragments takes. `bounce`: its data is copied.
+    /// Returns the resources of a request of `fragments` fragments. `bounce`: its data is copied.
     #[inline]
     pub fn new(limits: SlotLimits, bounce: bool, fragments: u32) -> Self {
         let (slots, indirect) = if is_small(fragments) {
@@ -52,7 +52,7 @@ impl Resources {
     }
 }
 
-/// Returns `true` if so many fragments of data, or none, take one slot and nothing else.
+/// Returns `true` if `fragments` fragments of data, or none, take one slot and nothing else.
 #[inline]
 pub const fn is_small(fragments: u32) -> bool {
     fragments as usize <= DIRECT_SEGMENTS

@@ -2,6 +2,16 @@
 
 //! The shared ring: indices, overflow checks and the notification handshake.
 //!
+//! The C counterparts are the macros of `xen/include/public/io/ring.h`:
+//!
+//! | here | there |
+//! |---|---|
+//! | [`FrontRing::new`], [`BackRing::attach`] | `SHARED_RING_INIT`, `FRONT_RING_INIT`, `BACK_RING_ATTACH` |
+//! | [`FrontRing::put`], [`BackRing::put`] | `RING_GET_REQUEST`, `RING_GET_RESPONSE` |
+//! | [`FrontRing::publish`], [`BackRing::publish`] | `RING_PUSH_REQUESTS_AND_CHECK_NOTIFY`, `RING_PUSH_RESPONSES_AND_CHECK_NOTIFY` |
+//! | [`FrontRing::take_response`], [`BackRing::take_request`] | `RING_COPY_RESPONSE`, `RING_COPY_REQUEST` |
+//! | [`FrontRing::final_check`], [`BackRing::final_check`] | `RING_FINAL_CHECK_FOR_RESPONSES`, `RING_FINAL_CHECK_FOR_REQUESTS` |
+//!
 //! # Layout
 //!
 //! The first 16 words are the header, of which four are used; the slots follow. Their number is the
@@ -22,8 +32,8 @@
 //!
 //! A producer fills slots, then makes them visible (*publishes*) by moving its index, then looks at
 //! the consumer's event index to decide whether to send a notification. A consumer takes what is
-//! there; before it sleeps, it moves its event index and then looks once more whether something
-//! came (*final check*). A full barrier between the write and the look on both sides means that at
+//! there; before it sleeps, it moves its event index and then checks again for new entries
+//! (*final check*). A full barrier between the write and the look on both sides means that at
 //! least one of them sees the other's write, so no wake-up is lost.
 //!
 //! # Trust
@@ -59,7 +69,7 @@ const RSP_PROD: usize = 2;
 const RSP_EVENT: usize = 3;
 const HEADER_WORDS: u32 = 16;
 
-/// What is wrong with a ring. All but `Memory` mean that the other side broke the protocol.
+/// An error in a ring. All but `Memory` mean that the other side broke the protocol.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum RingError {
     /// The memory is not 1 to 16 whole pages. Words given.
@@ -106,8 +116,8 @@ impl fmt::Display for RingError {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct RingFull;
 
-/// Slots of a ring of so many words, see `__CONST_RING_SIZE`: as many as fit behind the header,
-/// rounded down to a power of two. 32 for one page, in each ABI.
+/// Returns the number of slots of a ring of `words` words (`__CONST_RING_SIZE`): as many as fit
+/// behind the header, rounded down to a power of two. 32 for one page, in each ABI.
 pub const fn capacity(words: usize, abi: Abi) -> u32 {
     let fit = (words as u32).saturating_sub(HEADER_WORDS) / abi.slot_words();
     match fit.checked_ilog2() {
@@ -116,8 +126,8 @@ pub const fn capacity(words: usize, abi: Abi) -> u32 {
     }
 }
 
-/// Whether a producer that moved its index from `old` to `new` must notify a consumer that asked
-/// for `event`: it was passed by this move.
+/// Returns `true` if a producer that moved its index from `old` to `new` must notify a consumer
+/// that asked for `event`: it was passed by this move.
 #[inline]
 const fn crosses_event(event: u32, old: u32, new: u32) -> bool {
     new.wrapping_sub(event) < new.wrapping_sub(old)
@@ -143,7 +153,7 @@ impl<M: SharedMemory> Slots<M> {
         })
     }
 
-    /// First word of the slot that an index selects.
+    /// Returns the first word of the slot that an index selects.
     #[inline]
     fn word(&self, index: u32) -> usize {
         let slot = index & self.capacity.wrapping_sub(1);
@@ -245,12 +255,12 @@ impl<M: SharedMemory> FrontRing<M> {
         })
     }
 
-    /// The memory given to [`FrontRing::new`].
+    /// Returns the memory given to [`FrontRing::new`].
     pub fn memory(&self) -> &M {
         &self.slots.memory
     }
 
-    /// The memory given to [`FrontRing::new`], for a ring that is not used any more.
+    /// Returns the memory given to [`FrontRing::new`], for a ring that is not used any more.
     pub fn into_memory(self) -> M {
         self.slots.memory
     }
@@ -306,7 +316,7 @@ impl<M: SharedMemory> FrontRing<M> {
         Ok(Some(response))
     }
 
-    /// To be called when [`FrontRing::take_response`] has given `None`: asks for a notification
+    /// Requests a notification when [`FrontRing::take_response`] has returned `None`: asks for one
     /// after `threshold` more responses. `true`: some have come in the meantime and may not be
     /// notified, take them now.
     ///
@@ -389,8 +399,8 @@ impl<M: SharedMemory> BackRing<M> {
     }
 
     /// Attaches to a ring whose last backend has died with requests in flight, of which there is a
-    /// record. It had taken the requests before `req_cons`, and had answered as many as it has published
-    /// responses. The others have to be answered with [`BackRing::put`], from the record.
+    /// record. It had taken the requests before `req_cons`, and had answered as many as it has
+    /// published responses. The others have to be answered with [`BackRing::put`], from the record.
     pub fn adopt(memory: M, abi: Abi, req_cons: u32) -> Result<Self, RingError> {
         let mut ring = BackRing::attach(memory, abi)?;
         if req_cons.wrapping_sub(ring.rsp_prod) > ring.slots.capacity {
@@ -405,7 +415,7 @@ impl<M: SharedMemory> BackRing<M> {
         Ok(ring)
     }
 
-    /// The memory given to [`BackRing::attach`].
+    /// Returns the memory given to [`BackRing::attach`].
     pub fn memory(&self) -> &M {
         &self.slots.memory
     }
@@ -431,7 +441,7 @@ impl<M: SharedMemory> BackRing<M> {
         Ok(took.then_some(request))
     }
 
-    /// As [`BackRing::take_request`], to a place that is used again and again. `false` if there is
+    /// Takes a request as [`BackRing::take_request`], to a place that is reused. `false` if there is
     /// none now.
     #[inline]
     pub fn take_request_to(&mut self, place: &mut WireRequest) -> Result<bool, RingError> {
@@ -443,7 +453,7 @@ impl<M: SharedMemory> BackRing<M> {
         Ok(true)
     }
 
-    /// To be called when [`BackRing::take_request`] has given `None`: asks for a notification of
+    /// Requests a notification when [`BackRing::take_request`] has returned `None`: asks for one of
     /// the next request. `true`: one has come in the meantime and may not be notified, take it now.
     #[inline]
     #[must_use = "requests that came before the event index was set are not notified"]
@@ -512,7 +522,7 @@ mod tests {
 
     use super::*;
 
-    /// What a ring did to its memory.
+    /// An access of a ring to its memory.
     #[derive(Clone, Copy, Debug, Eq, PartialEq)]
     enum Access {
         Load(usize),
@@ -537,7 +547,7 @@ mod tests {
             }
         }
 
-        /// What was done since the last call.
+        /// Returns the accesses since the last call.
         fn log(&self) -> Vec<Access> {
             self.log.take()
         }

@@ -2,11 +2,11 @@
 
 //! The connection as a state machine, for each side.
 //!
-//! Both sides of a device show their state in a xenstore node and watch the other's. [`FrontState`] and
-//! [`BackState`] are what a side knows about itself; `step` says what it must do when something happens.
-//! A driver does what the action says, takes over the state that the action leads to, writes that
-//! state to its node, and asks again with the other side's state as it is then, until the answer is
-//! to wait:
+//! Both sides of a device show their state in a xenstore node and watch the other's. [`FrontState`]
+//! and [`BackState`] are what a side knows about itself; `step` says what it must do when something
+//! happens. A driver does what the action says, takes over the state that the action leads to,
+//! writes that state to its node, and asks again with the other side's state as it is then, until
+//! the answer is to wait:
 //!
 //! ```
 //! # use blkif::state::{BackState, BackAction, BackEvent, XenbusState};
@@ -26,9 +26,9 @@
 //! # assert_eq!(own, BackState::Live);
 //! ```
 //!
-//! A driver that is told of each change of the other side need not read again. A frontend has no more
-//! to do after one step. A backend looks again, for the toolstack may want it gone, of which nobody
-//! tells: but not when it is [`BackState::Live`].
+//! A driver that is told of each change of the other side need not read again. A frontend has no
+//! more to do after one step. A backend reads again unless it is [`BackState::Live`], because no
+//! event reports that the toolstack wants the device back.
 //!
 //! # Who writes a state
 //!
@@ -56,19 +56,19 @@
 //!
 //! The node `online` of the backend tells a detach from an outage. As long as it is 1, a backend
 //! that closes or disappears is expected to come back: the frontend keeps the disk and what is in
-//! flight, and connects anew. A backend that comes back while the frontend is still Connected just
-//! goes on with the same rings. The frontend waits for no longer than a deadline, which runs from
+//! flight, and connects again. A backend that comes back while the frontend is still Connected
+//! continues with the same rings. The frontend waits for no longer than a deadline, which runs from
 //! when [`FrontState::is_connected`] ends to be true until it is true again.
 //!
 //! A side looks only at the present state of the other: several changes may be seen as one. The
-//! steps are made such that no order of changes leaves both sides waiting for each other, also if
+//! steps are made such that no order of changes leaves both sides waiting for each other, even if
 //! one of them is the C driver. A test searches all of them.
 
 use xen_io::node;
 
 pub use xen_io::xenbus::XenbusState;
 
-/// What a frontend knows about its connection.
+/// The state of a frontend's connection.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum FrontState {
     /// Nothing is shared; ready to connect as soon as the backend is in InitWait. This is where a
@@ -88,7 +88,7 @@ pub enum FrontState {
     Dead,
 }
 
-/// What can happen to a frontend.
+/// An event that a frontend reacts to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum FrontEvent {
     /// The backend's state may have changed.
@@ -110,23 +110,23 @@ pub enum FrontEvent {
     Unusable,
     /// The connection has not been whole for too long.
     Deadline {
-        /// There is a disk that somebody may be waiting for.
+        /// There is a disk that may have waiting users.
         disk: bool,
     },
-    /// The domain runs anew after it was saved: nothing is shared with anyone.
+    /// The domain runs again after it was saved: nothing is shared with other domains.
     Resume,
 }
 
-/// What a frontend must do.
+/// An action that a frontend must take.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum FrontAction {
     /// Nothing.
     Wait,
-    /// Say in the log what is being waited for, and go on waiting.
+    /// Log the reason for the wait, and keep waiting.
     Report,
     /// Choose features, share rings, write their nodes; Initialised.
     Offer,
-    /// Read what the disk is; make it, or let it go on with the requests that were kept;
+    /// Read the properties of the disk; create it, or resubmit the requests that were kept;
     /// Connected.
     Connect,
     /// Read the size of the disk again: it may have changed.
@@ -140,7 +140,7 @@ pub enum FrontAction {
 }
 
 impl FrontAction {
-    /// The state after the action, if it leads to another one.
+    /// Returns the state after the action, if it leads to another one.
     pub const fn next_state(self) -> Option<FrontState> {
         match self {
             FrontAction::Wait | FrontAction::Report | FrontAction::Refresh => None,
@@ -154,7 +154,7 @@ impl FrontAction {
 }
 
 impl FrontState {
-    /// What stands in the frontend's node `state`.
+    /// Returns the value of the frontend's node `state`.
     pub const fn xenbus(self) -> XenbusState {
         match self {
             FrontState::Waiting => XenbusState::Initialising,
@@ -164,12 +164,12 @@ impl FrontState {
         }
     }
 
-    /// Whether requests are being served. The deadline runs while this is false.
+    /// Returns `true` if requests are being served. The deadline runs while this is false.
     pub const fn is_connected(self, backend: XenbusState) -> bool {
         matches!((self, backend), (FrontState::Live, XenbusState::Connected))
     }
 
-    /// What to do about an event.
+    /// Returns the action for an event.
     pub const fn step(self, event: FrontEvent) -> FrontAction {
         match event {
             FrontEvent::Backend { online: false, .. } => self.give_up(),
@@ -192,6 +192,8 @@ impl FrontState {
         }
     }
 
+    /// Returns the action without a connection.
+    ///
     /// A backend that is Connected or Closing belongs to a connection of which this driver knows
     /// nothing, as after a crash of the frontend: it must close first. One that is Closed sees that
     /// the frontend is Initialising and will return to InitWait.
@@ -205,6 +207,8 @@ impl FrontState {
         }
     }
 
+    /// Returns the action after an offer.
+    ///
     /// A backend that answers the first offer with Closing has refused it. One that refuses a disk
     /// that was connected before may take it later: the disk is in use, and the deadline ends the
     /// attempts.
@@ -220,6 +224,8 @@ impl FrontState {
         }
     }
 
+    /// Returns the action while connected.
+    ///
     /// A backend before Connected is one that was replaced and comes back to the same rings.
     const fn live(backend: XenbusState) -> FrontAction {
         match backend {
@@ -232,8 +238,8 @@ impl FrontState {
         }
     }
 
-    /// Closed has been written, and every backend follows to Closed, also one that has just been
-    /// started and is in InitWait. To go on before that would be to race with it.
+    /// Returns the action after Closed has been written. Every backend follows to Closed, even one
+    /// that has just been started and is in InitWait. An earlier action would race with it.
     const fn reset(backend: XenbusState) -> FrontAction {
         match backend {
             XenbusState::Closed => FrontAction::Restart,
@@ -253,7 +259,9 @@ impl FrontState {
         }
     }
 
-    /// The backend is asked to close. A frontend that could not make an offer has shared nothing, and
+    /// Returns the action that asks the backend to close.
+    ///
+    /// A frontend that could not make an offer has shared nothing, and
     /// tries again by itself.
     const fn disconnect(self) -> FrontAction {
         match self {
@@ -272,7 +280,7 @@ impl FrontState {
     }
 }
 
-/// What a backend knows about its connection.
+/// The state of a backend's connection.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum BackState {
     /// A driver was bound and has written nothing yet. The frontend may be in any state, even
@@ -281,15 +289,15 @@ pub enum BackState {
     /// As `Starting`, but the driver before this one has left Closing or Closed, and a frontend that
     /// has not closed yet is about to.
     StartingClosed,
-    /// What it can do is written.
+    /// Its features have been written.
     Waiting,
     /// The rings are served.
     Live,
     /// The frontend has announced that it will close, or something is wrong and it should. Rings
     /// that are there are still served.
     Closing,
-    /// What was taken from the rings is answered and they are unmapped. The node still holds the
-    /// state from before; the next step, which comes at once, decides on another.
+    /// All requests taken from the rings have responses, and the rings are unmapped. The node still
+    /// holds the state from before; the next step, which comes at once, decides on another.
     Detached,
     /// The frontend has closed. It may come back.
     Closed,
@@ -297,7 +305,7 @@ pub enum BackState {
     Gone,
 }
 
-/// What can happen to a backend.
+/// An event that a backend reacts to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum BackEvent {
     /// The frontend's state may have changed, or the physical device is there now.
@@ -320,10 +328,10 @@ pub enum BackEvent {
 /// Says why a backend could not carry out a step.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Failure {
-    /// What the frontend has written makes no sense, or what it has put in a ring.
+    /// The frontend has written invalid nodes or broken the rules of the ring.
     Frontend,
-    /// The disk cannot be used, or what the frontend has named cannot be had: there is no such disk,
-    /// somebody else uses it, Xen refuses.
+    /// The disk or a resource that the frontend has named cannot be used: it does not exist, has
+    /// another exclusive user, or Xen refuses it.
     Unusable {
         /// A frontend has been connected to this device before, so there is a disk in use.
         connected: bool,
@@ -333,8 +341,8 @@ pub enum Failure {
 }
 
 /// Returns `true` if the toolstack wants a backend's device to stay when a frontend in this state
-/// closes it. `node` is the node `online` of the backend; a toolstack that does not write it wants the
-/// device as long as the frontend does.
+/// closes it. `node` is the node `online` of the backend; a toolstack that does not write it wants
+/// the device as long as the frontend does.
 pub fn is_online(node: Option<&[u8]>, frontend: XenbusState) -> bool {
     match node {
         Some(text) => node::switch("online", text).unwrap_or(false),
@@ -342,18 +350,18 @@ pub fn is_online(node: Option<&[u8]>, frontend: XenbusState) -> bool {
     }
 }
 
-/// What a backend must do.
+/// An action that a backend must take.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum BackAction {
     /// Nothing.
     Wait,
-    /// Look for the physical device once more, since a frontend waits for it, and ask again if it is
-    /// open now. One that is not there yet is waited for; one that is wrong is a failure.
+    /// Look for the physical device again, since a frontend waits for it, and take another step if
+    /// it is open now. One that is not there yet is waited for; one that is wrong is a failure.
     Open,
     /// Map the rings at the position where they are, describe the disk, start to serve; Connected.
     Attach,
-    /// Report the failure, and look again after a while, or when something changes. The frontend keeps
-    /// waiting, and a disk in use stays in use.
+    /// Report the failure, and look again after a while, or when something changes. The frontend
+    /// keeps waiting, and a disk in use stays in use.
     Retry,
     /// Show that the frontend's wish to close was seen; Closing.
     Close,
@@ -371,7 +379,7 @@ pub enum BackAction {
 }
 
 impl BackAction {
-    /// The state after the action, if it leads to another one.
+    /// Returns the state after the action, if it leads to another one.
     pub const fn next_state(self) -> Option<BackState> {
         match self {
             BackAction::Wait | BackAction::Open | BackAction::Retry => None,
@@ -386,7 +394,7 @@ impl BackAction {
 }
 
 impl BackState {
-    /// What stands in the backend's node `state`, if this state of the connection decides it.
+    /// Returns the value of the backend's node `state`, if this state of the connection decides it.
     pub const fn xenbus(self) -> Option<XenbusState> {
         match self {
             BackState::Starting | BackState::StartingClosed | BackState::Detached => None,
@@ -397,7 +405,7 @@ impl BackState {
         }
     }
 
-    /// What to do about an event.
+    /// Returns the action for an event.
     pub const fn step(self, event: BackEvent) -> BackAction {
         match event {
             BackEvent::Frontend {
@@ -439,6 +447,8 @@ impl BackState {
         }
     }
 
+    /// Returns the action of a driver that was bound to a device that was closing.
+    ///
     /// A frontend that is Initialised or Connected has not seen yet what the driver before this one
     /// has left. To offer it anything now would be to race with it.
     const fn starting_closed(frontend: XenbusState) -> BackAction {
@@ -452,8 +462,10 @@ impl BackState {
         }
     }
 
-    /// A device that was wrong when nobody waited for it may have been forgotten since, by a frontend
-    /// that closed and came back. It must be found wrong again, or the frontend would wait for ever.
+    /// Returns the action while waiting for a frontend.
+    ///
+    /// A device that was wrong while no frontend waited may have been forgotten since, by a frontend
+    /// that closed and came back. It must be found wrong again, or the frontend would wait forever.
     const fn waiting(frontend: XenbusState, ready: bool) -> BackAction {
         match (frontend, ready) {
             (XenbusState::Initialised | XenbusState::Connected, true) => BackAction::Attach,
@@ -466,7 +478,9 @@ impl BackState {
         }
     }
 
-    /// A frontend that is Initialising has started anew without closing: it crashed.
+    /// Returns the action while connected.
+    ///
+    /// A frontend that is Initialising has started again without closing: it crashed.
     const fn live(frontend: XenbusState) -> BackAction {
         match frontend {
             XenbusState::Initialised | XenbusState::Connected => BackAction::Wait,
@@ -478,6 +492,8 @@ impl BackState {
         }
     }
 
+    /// Returns the action while closing.
+    ///
     /// Every frontend answers Closing with Closed, or the toolstack removes it. To return to
     /// InitWait before that would be to race with it.
     const fn closing(frontend: XenbusState) -> BackAction {
@@ -502,6 +518,8 @@ impl BackState {
         }
     }
 
+    /// Returns the action after Closed.
+    ///
     /// Some frontends (boot loaders) offer rings without waiting for InitWait.
     const fn closed(frontend: XenbusState) -> BackAction {
         match frontend {
@@ -514,7 +532,9 @@ impl BackState {
         }
     }
 
-    /// The toolstack wants the device back. It has written Closing to the backend's node itself,
+    /// Returns the action when the toolstack wants the device back.
+    ///
+    /// The toolstack has written Closing to the backend's node itself,
     /// and this state may have been overwritten since.
     const fn unwanted(self, frontend: XenbusState) -> BackAction {
         let closed = matches!(frontend, XenbusState::Closed | XenbusState::Unknown);
@@ -537,8 +557,10 @@ impl BackState {
         }
     }
 
-    /// To close would be to end a disk that may have a root file system on it, for something that may
-    /// be over in a moment.
+    /// Returns the action after a failure that may be temporary.
+    ///
+    /// To close would be to end a disk that may have a root file system on it, for something that
+    /// may be over in a moment.
     const fn retry(self) -> BackAction {
         match self {
             BackState::Starting | BackState::StartingClosed | BackState::Waiting => {

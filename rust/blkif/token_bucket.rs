@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! How often something may happen that the other side causes.
+//! A limit on the rate of actions that the other side causes.
 //!
 //! Time is a number of ticks that wraps; the caller says what a tick is.
 
@@ -15,7 +15,7 @@ pub struct TokenBucket {
 }
 
 impl TokenBucket {
-    /// `most` turns at once, from now on, and one more in each `period`, which is at least 1.
+    /// Creates a bucket of `most` tokens, which gets one more in each `period`, at least 1.
     pub fn new(most: u32, period: u64, now: u64) -> Self {
         Self {
             most,

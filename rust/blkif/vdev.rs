@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! From a virtual device number to name and minors.
+//! Virtual device numbers: from the number to name and minors.
 //!
 //! The toolstack writes the number of a disk into the node `virtual-device`. It has several forms,
 //! of which only those of major 202 are in use today; the others stem from times when a PV disk
@@ -117,7 +117,8 @@ impl DiskName {
         }
     }
 
-    /// 0 is `a`, 25 is `z`, 26 is `aa`: at most `fan` for the last of 4096 disks.
+    /// Appends the letters of a disk: 0 is `a`, 25 is `z`, 26 is `aa`, at most `fan` for the last
+    /// of 4096.
     fn push_letters(&mut self, disk: u32) {
         if let Some(higher) = (disk / 26).checked_sub(1) {
             self.push_letters(higher);
@@ -132,7 +133,7 @@ impl DiskName {
         self.push(b'0'.wrapping_add((number % 10) as u8));
     }
 
-    /// The name.
+    /// Returns the name.
     pub fn as_str(&self) -> &str {
         let text = self.text.get(..usize::from(self.len)).unwrap_or(&[]);
         str::from_utf8(text).unwrap_or("")
@@ -145,7 +146,7 @@ impl fmt::Display for DiskName {
     }
 }
 
-/// What a virtual device number stands for. The major is always [`MAJOR`].
+/// The disk that a virtual device number names. The major is always [`MAJOR`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct VirtualDevice {
     /// The form of the number. In a guest that may also see emulated disks, only some forms are
@@ -162,7 +163,7 @@ pub struct VirtualDevice {
 }
 
 impl VirtualDevice {
-    /// The meaning of a virtual device number.
+    /// Returns the meaning of a virtual device number.
     pub fn new(number: u32) -> Result<Self, InvalidNumber> {
         match number >> EXTENDED_SHIFT {
             0 => Self::classic(number >> 8, number & 0xff),

@@ -95,7 +95,7 @@ pub enum Abi {
 }
 
 impl Abi {
-    /// The layout of the architecture that this is compiled for.
+    /// Returns the layout of the architecture that this is compiled for.
     pub const fn native() -> Self {
         if cfg!(target_arch = "x86") {
             Abi::X86_32
@@ -106,7 +106,7 @@ impl Abi {
         }
     }
 
-    /// The layout of a frontend that has no node `protocol`.
+    /// Returns the layout of a frontend that has no node `protocol`.
     ///
     /// `blkif.h` says native. Linux backends on x86 have always taken the 32-bit layout, and the
     /// frontends that do not write the node (old 32-bit boot loaders) rely on it.
@@ -118,7 +118,7 @@ impl Abi {
         }
     }
 
-    /// The value of the node `protocol`.
+    /// Returns the value of the node `protocol`.
     pub const fn name(self) -> &'static str {
         match self {
             Abi::X86_64 => "x86_64-abi",
@@ -127,7 +127,7 @@ impl Abi {
         }
     }
 
-    /// The layout that a value of the node `protocol` names.
+    /// Returns the layout that a value of the node `protocol` names.
     pub fn from_name(name: &[u8]) -> Option<Self> {
         match name {
             b"x86_64-abi" => Some(Abi::X86_64),
@@ -137,7 +137,7 @@ impl Abi {
         }
     }
 
-    /// Distance between two slots of the ring, in words.
+    /// Returns the distance between two slots of the ring, in words.
     #[inline]
     pub const fn slot_words(self) -> u32 {
         match self {
@@ -146,7 +146,7 @@ impl Abi {
         }
     }
 
-    /// Distance between two slots of the ring, in bytes.
+    /// Returns the distance between two slots of the ring, in bytes.
     pub const fn slot_bytes(self) -> u32 {
         match self {
             Abi::X86_64 | Abi::Arm => 112,
@@ -154,7 +154,7 @@ impl Abi {
         }
     }
 
-    /// Size of a response with its padding, in bytes.
+    /// Returns the size of a response with its padding, in bytes.
     pub const fn response_bytes(self) -> u32 {
         match self {
             Abi::X86_64 | Abi::Arm => 16,
@@ -162,7 +162,7 @@ impl Abi {
         }
     }
 
-    /// Whether a word of padding stands between the first word and the id.
+    /// Returns `true` if a word of padding stands between the first word and the id.
     #[inline]
     const fn pads_id(self) -> bool {
         match self {
@@ -191,7 +191,7 @@ impl WireSegment {
         last: 0,
     };
 
-    /// The two words of a segment, in a slot or in a page of an indirect request.
+    /// Returns the two words of a segment, in a slot or in a page of an indirect request.
     #[inline]
     pub const fn encode(self) -> [u32; 2] {
         [self.gref, self.first as u32 | ((self.last as u32) << 8)]
@@ -206,14 +206,14 @@ impl WireSegment {
     }
 }
 
-/// Read, write, barrier or flush whose segments stand in the slot.
+/// Read, write, barrier or flush whose segments are in the slot.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct RwRequest {
     /// One of [`op::READ`], [`op::WRITE`], [`op::WRITE_BARRIER`], [`op::FLUSH_DISKCACHE`].
     pub operation: u8,
     /// Number of segments as written, which may be more than the slot holds.
     pub nr_segments: u8,
-    /// Number of the virtual device. Nobody uses it.
+    /// Number of the virtual device. Backends ignore it.
     pub handle: u16,
     /// The frontend's name for the request, repeated in the response.
     pub id: u64,
@@ -234,7 +234,7 @@ impl RwRequest {
         segments: [WireSegment::EMPTY; DIRECT_SEGMENTS],
     };
 
-    /// The segments that the request has, at most [`DIRECT_SEGMENTS`].
+    /// Returns the segments that the request has, at most [`DIRECT_SEGMENTS`].
     #[inline]
     pub fn segments(&self) -> &[WireSegment] {
         self.segments
@@ -261,7 +261,7 @@ pub struct RwEncoder<I> {
     pub operation: u8,
     /// Number of segments. Those beyond what the slot holds are not written.
     pub nr_segments: u8,
-    /// Number of the virtual device. Nobody uses it.
+    /// Number of the virtual device. Backends ignore it.
     pub handle: u16,
     /// The frontend's name for the request, repeated in the response.
     pub id: u64,
@@ -291,12 +291,12 @@ impl<I: Iterator<Item = WireSegment>> Encode for RwEncoder<I> {
     }
 }
 
-/// Request to forget the content of sectors.
+/// Request to discard sectors.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct DiscardRequest {
     /// [`DISCARD_SECURE`] or 0.
     pub flag: u8,
-    /// Number of the virtual device. Nobody uses it.
+    /// Number of the virtual device. Backends ignore it.
     pub handle: u16,
     /// The frontend's name for the request, repeated in the response.
     pub id: u64,
@@ -306,14 +306,14 @@ pub struct DiscardRequest {
     pub nr_sectors: u64,
 }
 
-/// Read or write whose segments stand in granted pages of their own.
+/// Read or write whose segments are in granted pages of their own.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct IndirectRequest {
     /// [`op::READ`] or [`op::WRITE`]. The response repeats it in place of [`op::INDIRECT`].
     pub operation: u8,
     /// Number of segments as written, which may be more than the pages hold.
     pub nr_segments: u16,
-    /// Number of the virtual device. Nobody uses it.
+    /// Number of the virtual device. Backends ignore it.
     pub handle: u16,
     /// The frontend's name for the request, repeated in the response.
     pub id: u64,
@@ -324,7 +324,8 @@ pub struct IndirectRequest {
 }
 
 impl IndirectRequest {
-    /// Grant references of the pages that `nr_segments` needs, at most [`INDIRECT_PAGES`].
+    /// Returns the grant references of the pages that `nr_segments` needs, at most
+    /// [`INDIRECT_PAGES`].
     #[inline]
     pub fn grefs(&self) -> &[u32] {
         self.grefs
@@ -333,7 +334,7 @@ impl IndirectRequest {
     }
 }
 
-/// Pages that hold so many segments.
+/// Returns the number of pages that hold `segments` segments.
 #[inline]
 pub const fn indirect_pages(segments: u16) -> usize {
     (segments as usize).div_ceil(SEGMENTS_PER_INDIRECT_PAGE)
@@ -363,7 +364,7 @@ pub enum WireRequest {
 pub type RequestWords = [u32; REQUEST_WORDS];
 
 impl WireRequest {
-    /// The frontend's name for the request.
+    /// Returns the frontend's name for the request.
     #[inline]
     pub fn id(&self) -> u64 {
         match self {
@@ -374,7 +375,7 @@ impl WireRequest {
         }
     }
 
-    /// The operation that the response must name: that of the data for an indirect request.
+    /// Returns the operation that the response must name: that of the data for an indirect request.
     #[inline]
     pub fn response_operation(&self) -> u8 {
         match self {
@@ -385,7 +386,7 @@ impl WireRequest {
         }
     }
 
-    /// The response to this request.
+    /// Returns the response to this request.
     #[inline]
     pub fn response(&self, status: Status) -> Response {
         Response {
@@ -395,18 +396,18 @@ impl WireRequest {
         }
     }
 
-    /// No request that anybody has made: a place to read one into.
+    /// Placeholder to read a request into.
     pub const EMPTY: Self = WireRequest::Unknown {
         operation: u8::MAX,
         id: 0,
     };
 
-    /// The request as words, the unused ones zero.
+    /// Returns the request as words, the unused ones zero.
     pub fn encode(&self, abi: Abi) -> RequestWords {
         encode(*self, abi)
     }
 
-    /// Reads a request from words of which nobody else has a copy.
+    /// Reads a request from private words.
     pub fn decode(abi: Abi, words: &RequestWords) -> Self {
         let mut words = words.iter();
         let mut request = Self::EMPTY;
@@ -414,7 +415,7 @@ impl WireRequest {
         request
     }
 
-    /// Becomes the request whose words `next` fetches, in order. Each is fetched once, and none that
+    /// Reads the request whose words `next` fetches, in order. Each is fetched once, and none that
     /// the request does not use.
     ///
     /// A request is large: it is read where it stays, and what is zero anyway is not cleared again.
@@ -446,9 +447,10 @@ impl WireRequest {
     }
 }
 
-/// What can be written into a slot: a [`WireRequest`], or what makes its words as they are written.
+/// A request that can be written into a slot: a [`WireRequest`], or one that produces its words
+/// while they are written.
 pub trait Encode {
-    /// The operation that the response must name: that of the data for an indirect request.
+    /// Returns the operation that the response must name: that of the data for an indirect request.
     fn response_operation(&self) -> u8;
 
     /// Passes the words of the request to `put`, in order, and none that the request does not use.
@@ -474,7 +476,7 @@ impl Encode for WireRequest {
     }
 }
 
-/// A request as words, the unused ones zero.
+/// Returns a request as words, the unused ones zero.
 pub fn encode(request: impl Encode, abi: Abi) -> RequestWords {
     let mut words = [0; REQUEST_WORDS];
     let mut slots = words.iter_mut();
@@ -568,7 +570,7 @@ impl IndirectRequest {
     }
 }
 
-/// What a response says about its request.
+/// The status of a response (`BLKIF_RSP_*`).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Status {
     /// Done.
@@ -580,7 +582,7 @@ pub enum Status {
 }
 
 impl Status {
-    /// The number on the wire.
+    /// Returns the number on the wire.
     #[inline]
     pub const fn to_wire(self) -> i16 {
         match self {
@@ -590,8 +592,8 @@ impl Status {
         }
     }
 
-    /// The meaning of a number on the wire. What is not known is an error: nothing is done that
-    /// the backend did not say is done.
+    /// Returns the meaning of a number on the wire. What is not known is an error: nothing is done
+    /// that the backend did not say is done.
     #[inline]
     pub const fn from_wire(status: i16) -> Self {
         match status {
@@ -609,12 +611,12 @@ pub struct Response {
     pub id: u64,
     /// The operation of the request, see [`WireRequest::response_operation`].
     pub operation: u8,
-    /// How it went.
+    /// The status of the request.
     pub status: Status,
 }
 
 impl Response {
-    /// The words of the response that carry something.
+    /// Returns the words of the response that carry something.
     #[inline]
     pub const fn encode(&self) -> [u32; RESPONSE_WORDS] {
         let [low, high] = self.status.to_wire().to_le_bytes();
@@ -708,7 +710,7 @@ mod tests {
     const ID: (usize, &[u8]) = (8, &[1, 2, 3, 4, 5, 6, 7, 8]);
     const SECTOR: (usize, &[u8]) = (16, &[0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x17, 0x18]);
 
-    /// The same fields four bytes earlier, but for those of the first word.
+    /// Returns the same fields four bytes earlier, but for those of the first word.
     fn packed<'a>(fields: &[(usize, &'a [u8])]) -> Vec<(usize, &'a [u8])> {
         fields
             .iter()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What any driver may need and the stock `kernel` crate lacks.
+//! Abstractions for any driver that the stock `kernel` crate lacks.
 //!
 //! - [`cpu`]: the CPUs of the machine.
 //! - [`global_mutex`]: mutexes in statics.
@@ -10,11 +10,11 @@
 //! - [`kthread`]: kernel threads that run a closure.
 //! - [`module_param`]: module parameters that show in sysfs.
 //! - [`module_ref`]: references to the module.
-//! - [`noio`]: code that memory is freed by.
-//! - [`page`]: bytes of pages that somebody else may change at any time.
-//! - [`pages`]: owners of pages, made of other owners.
+//! - [`memalloc`]: scopes in which allocations start no I/O.
+//! - [`page`]: bytes of pages that others may change at any time.
+//! - [`page_owner`]: owners of pages, made of other owners.
 //! - [`ratelimit`]: messages that others can cause.
-//! - [`shown`]: messages with values of crates that do not know the kernel.
+//! - [`fmt`](mod@fmt): messages with values of crates that do not know the kernel.
 //! - [`sysfs`]: read-only attributes of a device.
 //! - [`this_module`]: the module that this crate is linked into.
 //! - [`timer`]: calls at a later time.

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What the stock `kernel` crate lacks and this project needs.
+//! Abstractions that the stock `kernel` crate lacks.
 //!
-//! Floor 2: a layer beside `kernel`, shaped like the kernel's own
+//! Layer 2, beside `kernel`, shaped like the kernel's own
 //! `rust/kernel/` so that its parts can go there one day. It holds mechanisms,
 //! no policy, and all the `unsafe` code of the project: **no safe function
 //! here can be driven to undefined behaviour by any argument.**
 //!
 //! What the kernel may call back into holds a reference to the module, see
-//! [`module_ref`](base::module_ref), so leaking it keeps the module loaded. There are two exceptions.
-//! The end of an I/O of [`bio`](block::bio) runs code of the module: who submits one waits for its end
-//! before the module can be unloaded. A [`workqueue`](base::workqueue) is dropped by the module that
-//! created it, which waits for its work.
+//! [`module_ref`](base::module_ref), so leaking it keeps the module loaded. There are two
+//! exceptions. The end of an I/O of [`bio`](block::bio) runs code of the module: who submits one
+//! waits for its end before the module can be unloaded. A [`workqueue`](base::workqueue) is dropped
+//! by the module that created it, which waits for its work.
 //!
 //! - [`base`]: what any driver may need.
 //! - [`block`]: disks and requests. Knows nothing of Xen.
@@ -21,5 +21,5 @@ pub mod base;
 pub mod block;
 pub mod xen;
 
-/// What messages of this crate begin with; the modules have a prefix of their own.
+/// The prefix of messages of this crate; the modules have prefixes of their own.
 const __LOG_PREFIX: &[u8] = b"rblkif\0";

@@ -8,10 +8,10 @@
 //! backend maps or copies them ([`grant`]); the page with the requests is the *ring* ([`ring`]).
 //! They wake each other through *event channels* ([`events`]).
 //!
-//! What the other domain writes is hostile until checked. Nothing here relies on it for memory
+//! Data that the other domain writes is hostile until checked. Nothing here relies on it for memory
 //! safety: foreign numbers are data that Xen itself checks, shared memory is only ever copied word
 //! by word or byte by byte, and memory that is shared goes back to the allocator only when Xen says
-//! that the other domain has let go of it.
+//! that the other domain has unmapped it.
 //!
 //! C headers: [`include/xen`](srctree/include/xen)
 
@@ -33,14 +33,14 @@ impl DomId {
     /// The domain that this kernel runs in, as grant operations name it (`DOMID_SELF`).
     pub(crate) const SELF: Self = Self(bindings_ext::DOMID_SELF as u16);
 
-    /// No domain (`DOMID_INVALID`): what is granted to it can be used by nobody.
+    /// No domain (`DOMID_INVALID`): pages granted to it are accessible to no domain.
     pub const NONE: Self = Self(bindings_ext::DOMID_INVALID as u16);
 
     pub(crate) const fn from_raw(id: u16) -> Self {
         Self(id)
     }
 
-    /// The number, for messages and hypercalls.
+    /// Returns the number, for messages and hypercalls.
     pub const fn value(self) -> u16 {
         self.0
     }
@@ -52,27 +52,27 @@ impl fmt::Display for DomId {
     }
 }
 
-/// Whether this kernel runs on Xen at all.
+/// Returns `true` if this kernel runs on Xen.
 pub fn is_xen_domain() -> bool {
     // SAFETY: Only reads a variable that is set at boot.
     unsafe { bindings_ext::xen_domain() }
 }
 
-/// Whether this kernel runs on virtual hardware, and not as a PV guest. It can have emulated devices
-/// then, and a PV device can stand for the same thing as one of these.
+/// Returns `true` if this kernel runs on virtual hardware, and not as a PV guest. It can have
+/// emulated devices then, and a PV device can stand for the same thing as one of these.
 pub fn is_hvm_domain() -> bool {
     // SAFETY: Only reads a variable that is set at boot.
     unsafe { bindings_ext::xen_hvm_domain() }
 }
 
-/// Whether disks of other domains may be used: not if the command line says `xen_nopv`, or if
-/// emulated disks stand for them (`xen_emul_unplug`).
+/// Returns `true` if disks of other domains may be used: not if the command line says `xen_nopv`,
+/// or if emulated disks stand for them (`xen_emul_unplug`).
 pub fn has_pv_disks() -> bool {
     // SAFETY: Only reads variables that are set at boot.
     unsafe { bindings_ext::xen_has_pv_disk_devices() }
 }
 
-/// Whether emulated disks were left in place beside those of other domains.
+/// Returns `true` if emulated disks were left in place beside those of other domains.
 pub fn has_pv_and_emulated_disks() -> bool {
     // SAFETY: Only reads variables that are set at boot.
     unsafe { bindings_ext::xen_has_pv_and_legacy_disk_devices() }

@@ -2,9 +2,9 @@
 
 //! Values of xenstore nodes.
 //!
-//! The peer or a tool writes the nodes, so parsing is strict: a number consists of digits and nothing
-//! else. The error is an [`InvalidNode`], which carries the name of the node, its text and the reason,
-//! so that a message can name all three.
+//! The peer or a tool writes the nodes, so parsing is strict: a number consists of digits and
+//! nothing else. The error is an [`InvalidNode`], which carries the name of the node, its text and
+//! the reason, so that a message can name all three.
 
 use core::{
     fmt,
@@ -14,7 +14,7 @@ use core::{
 /// Bytes of a node's text that an [`InvalidNode`] keeps.
 const TEXT_LEN: usize = 32;
 
-/// What is wrong with a node.
+/// The reason why a node is invalid.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Reason {
     /// A required node is not there.
@@ -51,7 +51,7 @@ impl fmt::Display for Reason {
     }
 }
 
-/// A node that cannot be used: its name, its text and what is wrong with it.
+/// An invalid node: its name, its text and the reason.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct InvalidNode {
     node: &'static str,
@@ -62,8 +62,8 @@ pub struct InvalidNode {
 }
 
 impl InvalidNode {
-    /// A complaint about `node`. Of `text` the first 32 bytes are kept, without those that are not
-    /// printable ASCII.
+    /// Creates an error about `node`. It keeps the first 32 bytes of `text`, with `?` for those
+    /// that are not printable ASCII.
     pub fn new(node: &'static str, text: &[u8], reason: Reason) -> Self {
         let mut kept = [0; TEXT_LEN];
         for (to, from) in kept.iter_mut().zip(text) {
@@ -83,22 +83,22 @@ impl InvalidNode {
         }
     }
 
-    /// A complaint about a required node that is not there.
+    /// Creates an error about a required node that does not exist.
     pub fn missing(node: &'static str) -> Self {
         Self::new(node, &[], Reason::Missing)
     }
 
-    /// Name of the node, without the directory.
+    /// Returns the name of the node, without the directory.
     pub fn node(&self) -> &'static str {
         self.node
     }
 
-    /// What is wrong.
+    /// Returns the reason.
     pub fn reason(&self) -> Reason {
         self.reason
     }
 
-    /// The text, as far as it was kept.
+    /// Returns the text, as far as it was kept.
     pub fn text(&self) -> &str {
         let text = self.text.get(..usize::from(self.len)).unwrap_or(&[]);
         str::from_utf8(text).unwrap_or("")
@@ -122,17 +122,17 @@ impl fmt::Display for InvalidNode {
     }
 }
 
-/// Reads a number in decimal: one or more digits, nothing else, at most `limit`.
+/// Parses a number in decimal: one or more digits, nothing else, at most `limit`.
 pub fn decimal(node: &'static str, text: &[u8], limit: u64) -> Result<u64, InvalidNode> {
     parse_number(text, 10, limit).map_err(|wrong| InvalidNode::new(node, text, wrong))
 }
 
-/// Reads a `u32` in decimal: a grant reference, an event channel, a count.
+/// Parses a `u32` in decimal: a grant reference, an event channel, a count.
 pub fn decimal_u32(node: &'static str, text: &[u8]) -> Result<u32, InvalidNode> {
     decimal(node, text, u64::from(u32::MAX)).map(|number| number as u32)
 }
 
-/// Reads a switch: 0 is off, every other number is on.
+/// Parses a switch: 0 is off, every other number is on.
 pub fn switch(node: &'static str, text: &[u8]) -> Result<bool, InvalidNode> {
     decimal_u32(node, text).map(|number| number != 0)
 }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What all split drivers of Xen have in common, without the kernel.
+//! The parts that all split drivers of Xen have in common, without the kernel.
 //!
-//! A device has a frontend in one domain and a backend in another. They find each other in xenstore,
-//! where each half has a state ([`xenbus`]) and nodes with numbers ([`node`]), and then they exchange
-//! requests and responses in rings of shared memory ([`ring`]). Which nodes there are and what a
-//! request says is up to the protocol, for instance that of block devices in the crate `blkif`.
+//! A device has a frontend in one domain and a backend in another. They find each other in
+//! xenstore, where each half has a state ([`xenbus`]) and nodes with numbers ([`node`]), and then
+//! they exchange requests and responses in rings of shared memory ([`ring`]). Which nodes there are
+//! and what a request says is up to the protocol, for instance that of block devices in the crate
+//! `blkif`.
 //!
 //! The reference is `xen/include/public/io/xenbus.h` and `ring.h` of the Xen project.
 

@@ -2,9 +2,10 @@
 
 //! Model of the backend's ring handoff: a sleeping queue thread lends its ring to I/O completion.
 //!
-//! The steps are those of `Documentation/ring-handoff.rst`, in the same order as in `blkback/handoff.rs`,
-//! `blkback/events.rs` and the thread's sleep. The ring is the real one. A lost response leaves the
-//! frontend waiting, a lost wake-up the thread; both are deadlocks, which the checker reports.
+//! The steps are those of `Documentation/ring-handoff.rst`, in the same order as in
+//! `blkback/handoff.rs`, `blkback/events.rs` and the thread's sleep. The ring is the real one. A
+//! lost response leaves the frontend waiting, a lost wake-up the thread; both are deadlocks, which
+//! the checker reports.
 
 use super::pair;
 use super::response;
@@ -23,8 +24,8 @@ use loom::sync::Notify;
 use loom::thread;
 use std::sync::Arc;
 
-/// Largest number of preemptions. All orders of three threads are too many to try; each omission below
-/// shows with two preemptions.
+/// Largest number of preemptions. All orders of three threads are too many to try; each omission
+/// below shows with two preemptions.
 const PREEMPTIONS: usize = 2;
 
 /// A step that is omitted.
@@ -194,8 +195,8 @@ struct Server {
 }
 
 impl Server {
-    /// Serves until nothing is in flight, and closes the channel. A thread that is `stopping` wakes up for
-    /// that at any moment of its first sleep, and does not lend its ring again.
+    /// Serves until nothing is in flight, and closes the channel. A thread that is `stopping` wakes
+    /// up for that at any moment of its first sleep, and does not lend its ring again.
     fn serve(mut self, stopping: bool) {
         let mut lend = true;
         while self.in_flight != 0 {
@@ -239,8 +240,8 @@ impl Server {
     }
 }
 
-/// Checks that a frontend gets the responses to all its requests. `ends` says of each request whether it
-/// needs the thread when it completes; they complete in this order.
+/// Checks that a frontend gets the responses to all its requests. `ends` says of each request
+/// whether it needs the thread when it completes; they complete in this order.
 fn responses_arrive(skip: Skip, ends: &'static [bool], stopping: bool) {
     let count = ends.len() as u64;
     let mut builder = Builder::new();
@@ -280,8 +281,8 @@ struct Event {
 }
 
 impl Event {
-    /// Ends the event if there is one. In the driver this is one exchange. The checker lets an exchange
-    /// see the latest store, whatever the ordering; a load shows what can go wrong.
+    /// Ends the event if there is one. In the driver this is one exchange. The checker lets an
+    /// exchange see the latest store, whatever the ordering; a load shows what can go wrong.
     fn end(&self) {
         if self.open.load(Ordering::Relaxed) != 0 {
             self.open.store(0, Ordering::Relaxed);
@@ -290,8 +291,8 @@ impl Event {
     }
 }
 
-/// Checks that an event that arrives while the thread is awake for another reason is ended, because no
-/// other event comes before that.
+/// Checks that an event that arrives while the thread is awake for another reason is ended, because
+/// no other event comes before that.
 fn event_is_ended(tell: Ordering, look: Ordering) {
     Builder::new().check(move || {
         let event = Arc::new(Event {

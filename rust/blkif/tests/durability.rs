@@ -3,10 +3,10 @@
 //! Search of everything that can befall a write and a flush: none is reported done that was not.
 //!
 //! A *world* is a disk of our frontend, one write, and one fsync that is called when the write is
-//! done, and what each backend that takes the other's place can do. A backend with a cache acknowledges
-//! a write that is durable only after a flush. A backend without a flush may have no cache, but what
-//! an earlier one has in its cache it cannot flush. The search visits every world that any sequence
-//! of steps leads to.
+//! done, and what each backend that takes the other's place can do. A backend with a cache
+//! acknowledges a write that is durable only after a flush. A backend without a flush may have no
+//! cache, but what an earlier one has in its cache it cannot flush. The search visits every world
+//! that any sequence of steps leads to.
 //!
 //! The block layer is modelled after `submit_bio_noacct`: as long as a disk has no write cache, it
 //! drops FUA from writes, and reports a flush done without asking the driver.

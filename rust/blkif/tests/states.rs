@@ -13,8 +13,8 @@
 //! one move and writes Closing in another. A watch that fires several times is noticed once.
 //!
 //! The C drivers take part, modelled after what they do with each state of the other side. The C
-//! frontend crashes (`BUG_ON(info->nr_rings)`) when it has closed and is shown Connected: no sequence
-//! of moves and blows may lead to that.
+//! frontend crashes (`BUG_ON(info->nr_rings)`) when it has closed and is shown Connected: no
+//! sequence of moves and blows may lead to that.
 
 use blkif::state::BackAction;
 use blkif::state::BackEvent;
@@ -412,8 +412,8 @@ impl World {
             (_, Closed) => self.served = false,
             _ => {}
         }
-        // In one move with what it does: when the frontend closes and offers other rings in between, it
-        // shows Connected and serves the old ones, whatever the frontend is.
+        // In one move with what it does: when the frontend closes and offers other rings in
+        // between, it shows Connected and serves the old ones, whatever the frontend is.
         self.back_writes(BackSide::C(next));
         if front == Closed && !self.online {
             self.forget();
@@ -501,9 +501,9 @@ impl World {
         Some(())
     }
 
-    /// A C frontend that is about to close, as the backend has asked it to, offers rings again if it
-    /// finds the next backend Connected afterwards, which cannot tell. That is the same between two C
-    /// drivers, so a backend that asked a C frontend to close is not replaced here.
+    /// A C frontend that is about to close, as the backend has asked it to, offers rings again if
+    /// it finds the next backend Connected afterwards, which cannot tell. That is the same between
+    /// two C drivers, so a backend that asked a C frontend to close is not replaced here.
     fn wakes_the_dead(&self) -> bool {
         matches!(self.front, FrontSide::C(_)) && self.back_node == XenbusState::Closing
     }
@@ -628,9 +628,9 @@ impl World {
         self.online && self.served && nodes == (XenbusState::Connected, XenbusState::Connected)
     }
 
-    /// The hotplug script has still to say what to serve, or the device is to be had again. A frontend
-    /// that was Connected before stays so. The C backend does not look again for a device that was
-    /// wrong.
+    /// The hotplug script has still to say what to serve, or the device is to be had again. A
+    /// frontend that was Connected before stays so. The C backend does not look again for a device
+    /// that was wrong.
     fn awaits_the_device(&self) -> bool {
         let offered = matches!(
             self.front_node,

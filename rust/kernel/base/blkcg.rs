@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Who the I/O of a kernel thread counts for.
+//! I/O accounting of kernel threads: cgroup and priority.
 //!
-//! A kernel thread that does the I/O of somebody else can have it charged to a cgroup ([`BlkcgCss`],
+//! A kernel thread that does I/O for others can have it charged to a cgroup ([`BlkcgCss`],
 //! [`Current::charge`]) and give it a priority ([`Current::set_io_priority`]). The block layer looks
 //! at both when a bio is made or submitted, in the thread that does so.
 //!
@@ -61,7 +61,7 @@ impl Drop for BlkcgCss {
     }
 }
 
-/// While this lives, the I/O of the current thread is charged to a cgroup.
+/// A scope in which the I/O of the current thread is charged to a cgroup.
 ///
 /// # Invariants
 ///
@@ -79,14 +79,14 @@ impl Drop for BlkcgGuard<'_> {
     }
 }
 
-/// How urgent I/O is, as `ionice` has it. Schedulers that know priorities go by it.
+/// The priority of I/O, as set by `ionice`. Some I/O schedulers respect it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum IoPriority {
     /// Before all others: level 0 to 7, 0 is the most urgent.
     RealTime(u8),
     /// The usual: level 0 to 7.
     BestEffort(u8),
-    /// When nobody else has anything to do.
+    /// When there is no other I/O.
     Idle,
 }
 
@@ -105,8 +105,8 @@ impl IoPriority {
 }
 
 impl Current {
-    /// Has the I/O of this thread charged to `group` until the result is dropped. Only one at a time
-    /// counts: the last one.
+    /// Charges the I/O of this thread to `group` until the result is dropped
+    /// (`kthread_associate_blkcg()`). Only the last call counts.
     pub fn charge(&self, group: &BlkcgCss) -> BlkcgGuard<'_> {
         // SAFETY: The current task is a kernel thread, by the invariant of `Current`; the cgroup is
         // valid, by that of `BlkcgCss`. The kernel takes a reference of its own, which `BlkcgGuard`
@@ -119,7 +119,7 @@ impl Current {
         }
     }
 
-    /// Gives all I/O of this thread from now on a priority.
+    /// Sets the priority of all further I/O of this thread.
     pub fn set_io_priority(&self, priority: IoPriority) -> Result {
         // SAFETY: Any number may be given; the current task is valid.
         to_result(unsafe { bindings_ext::set_current_ioprio(priority.to_raw()) })

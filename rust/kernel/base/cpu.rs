@@ -4,13 +4,13 @@
 
 use kernel::cpu::CpuId;
 
-/// How many CPUs are online now; at least 1.
+/// Returns the number of CPUs that are online now, at least 1.
 pub fn online() -> u32 {
     // SAFETY: Only reads a counter.
     unsafe { bindings_ext::num_online_cpus() }
 }
 
-/// Whether a CPU is online now.
+/// Returns `true` if a CPU is online now.
 pub fn is_online(cpu: CpuId) -> bool {
     // SAFETY: `cpu_online` wants a number in range, which it is by the invariant of `CpuId`.
     unsafe { bindings_ext::cpu_online(cpu.as_u32()) }

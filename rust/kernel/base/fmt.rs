@@ -7,7 +7,7 @@
 
 use kernel::fmt;
 
-/// A value that is shown as [`core::fmt::Display`] shows it.
+/// A value that the kernel formats as [`core::fmt::Display`] does.
 pub struct AsKernelDisplay<T>(pub T);
 
 impl<T: core::fmt::Display> fmt::Display for AsKernelDisplay<T> {

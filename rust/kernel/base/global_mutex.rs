@@ -33,14 +33,14 @@ use kernel::{
     }, //
 };
 
-/// Nobody has used the mutex.
+/// The mutex has not been used.
 const FRESH: u32 = 0;
-/// Somebody initialises it.
+/// It is being initialised.
 const BUSY: u32 = 1;
 /// It is initialised.
 const READY: u32 = 2;
 
-/// Says what the lock is made of. Nobody else can name it, so nothing else is guarded by its locks.
+/// The backend of the lock. No other code can name it, so its locks guard nothing else.
 struct Backend<T>(PhantomData<T>);
 
 impl<T: 'static> GlobalLockBackend for Backend<T> {
@@ -53,7 +53,7 @@ impl<T: 'static> GlobalLockBackend for Backend<T> {
     }
 }
 
-/// A mutex for a static. All of them are of one lock class: nobody may hold two.
+/// A mutex for a static. All of them are of one lock class: do not hold two.
 ///
 /// What is in it is not dropped when the module goes.
 ///
@@ -68,9 +68,9 @@ pub struct GlobalMutex<T: 'static> {
 }
 
 impl<T: 'static> GlobalMutex<T> {
-    /// A mutex with `data` in it.
+    /// Creates a mutex that protects `data`.
     pub const fn new(data: T) -> Self {
-        // INVARIANT: Nobody has used the lock.
+        // INVARIANT: The lock has not been used.
         Self {
             state: Atomic::new(FRESH),
             // SAFETY: By the type invariants the lock is not used before it is initialised. All

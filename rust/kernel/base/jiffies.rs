@@ -11,20 +11,20 @@ pub use kernel::time::{
     Jiffies, //
 };
 
-/// The number of ticks since some time ago. Wraps.
+/// Returns the number of ticks since some time ago. Wraps.
 #[inline]
 pub fn now() -> Jiffies {
     // SAFETY: A word that is only read here; volatile, for interrupts change it.
     unsafe { (&raw const bindings::jiffies).read_volatile() }
 }
 
-/// The number of ticks since `then`, an earlier value of [`now`].
+/// Returns the number of ticks since `then`, an earlier value of [`now`].
 #[inline]
 pub fn since(then: Jiffies) -> Jiffies {
     now().wrapping_sub(then)
 }
 
-/// Whether `end`, a value computed from [`now`] not too long ago, has passed.
+/// Returns `true` if `end`, a value computed from [`now`] not too long ago, has passed.
 #[inline]
 pub fn is_past(end: Jiffies) -> bool {
     now().wrapping_sub(end) as isize >= 0

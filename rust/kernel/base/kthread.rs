@@ -3,7 +3,7 @@
 //! Kernel threads that run a closure.
 //!
 //! The closure gets a [`Current`] and returns when [`Current::should_stop`] says so. Stopping has
-//! two halves, so that several threads can be stopped at once and nobody has to wait for ever:
+//! two halves, so that several threads can be stopped at once and no caller waits forever:
 //! [`KThread::stop`] asks, [`KThread::join`] waits with a deadline. A thread that is still busy at
 //! the deadline can be left to itself by dropping the [`KThread`]: it owns what it uses, it holds a
 //! reference to the module, and it frees both when it is done.
@@ -37,7 +37,7 @@ use super::{
     wait::WaitQueue, //
 };
 
-/// What a thread and its [`KThread`] share.
+/// Data shared by a thread and its [`KThread`].
 #[pin_data]
 struct Shared {
     /// The thread was asked to stop.
@@ -48,14 +48,14 @@ struct Shared {
     wait: WaitQueue,
 }
 
-/// What kind of thread it is.
+/// Options of a thread.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct KThreadOptions {
-    /// It is frozen on suspend, in [`WaitQueue::wait_idle`]. Others go on running.
+    /// The thread is frozen on suspend, in [`WaitQueue::wait_idle`]. Others keep running.
     pub freezable: bool,
 }
 
-/// What a new thread starts with.
+/// The argument of a new thread.
 struct Start<F> {
     main: F,
     kind: KThreadOptions,
@@ -74,14 +74,14 @@ pub struct Current {
 }
 
 impl Current {
-    /// Whether the closure should return. May be part of a condition to wait for: the thread is
-    /// woken when it changes.
+    /// Returns `true` if the closure should return. May be part of a condition to wait for: the
+    /// thread is woken when it changes.
     #[inline]
     pub fn should_stop(&self) -> bool {
         self.shared.stop.load(Relaxed)
     }
 
-    /// Lets others run, if it is their turn. For loops that may go on for long.
+    /// Lets other tasks run, if it is their turn. For loops that may run for long.
     #[inline]
     pub fn cond_resched(&self) {
         // SAFETY: A thread that runs a closure may sleep; a closure that holds a spin lock here
@@ -171,7 +171,7 @@ impl Drop for KThread {
     }
 }
 
-/// The first and last function of each thread.
+/// Runs the closure of a thread.
 ///
 /// # Safety
 ///

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Code that memory is freed by: it must not wait for memory that is freed by it. A thread that disks
-//! depend on makes a [`NoioScope`] first and keeps it to its end.
+//! Scopes of memory allocation flags.
+//!
+//! A thread that disks depend on creates a [`NoioScope`] first and keeps it to its end: its
+//! allocations must not wait for I/O that it has to do itself.
 //!
 //! C header: [`include/linux/sched/mm.h`](srctree/include/linux/sched/mm.h)
 
@@ -12,10 +14,10 @@ use kernel::{
     types::NotThreadSafe, //
 };
 
-/// While this lives, the current thread gets no memory by having data written to disks, whatever
-/// the flags of the allocation say.
+/// A scope in which allocations of the current thread start no I/O (`memalloc_noio_save()`),
+/// whatever their flags are.
 ///
-/// Several are to be dropped in the reverse order.
+/// Drop nested scopes in the reverse order.
 ///
 /// # Invariants
 ///
@@ -27,7 +29,7 @@ pub struct NoioScope {
 }
 
 impl NoioScope {
-    /// From now on.
+    /// Begins a scope.
     pub fn new() -> Self {
         // INVARIANT: The call returns what the thread had before.
         Self {

@@ -54,12 +54,12 @@ pub struct Param<T: ParamType>(UnsafeCell<T>);
 unsafe impl<T: ParamType> Sync for Param<T> {}
 
 impl<T: ParamType> Param<T> {
-    /// A parameter that was not set.
+    /// Creates a parameter with its default.
     pub const fn new(default: T) -> Self {
         Self(UnsafeCell::new(default))
     }
 
-    /// The value now. A parameter that is writable in sysfs can change at any time.
+    /// Returns the value now. A parameter that is writable in sysfs can change at any time.
     pub fn get(&self) -> T {
         // SAFETY: The pointer is valid. By the promise of `ParamType`, a write at the same time is
         // one of a word that is valid for `T`, and a volatile read of one word sees the old or the
@@ -167,7 +167,7 @@ impl<T: ParamType, const N: usize> ParamList<T, N> {
     }
 }
 
-/// What the kernel's loader knows of a [`ParamList`].
+/// The description of a [`ParamList`] for the module loader (`struct kparam_array`).
 #[doc(hidden)]
 #[repr(transparent)]
 pub struct KernelParamList(bindings::kparam_array);
@@ -286,7 +286,7 @@ macro_rules! module_param_lists {
 }
 pub use module_param_lists;
 
-/// The bytes as an array, for a section that is made of bare bytes.
+/// Returns the bytes as an array, for a section that is made of bare bytes.
 #[doc(hidden)]
 pub const fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
     match bytes.first_chunk() {

@@ -14,8 +14,8 @@ use super::this_module::this_module;
 /// A reference to this module, which stays loaded while the reference lives.
 ///
 /// Held by what the kernel may call back into at any time: a disk, a thread, a sysfs attribute, an
-/// interrupt, a watch, a timer. If such a thing is ever leaked, the module can no longer be unloaded,
-/// instead of being called after it is gone.
+/// interrupt, a watch, a timer. If such a thing is ever leaked, the module can no longer be
+/// unloaded, instead of being called after it is gone.
 ///
 /// A module whose `init` fails is freed whatever references there are: so `init` registers what can
 /// be called last, and cannot fail after that.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Bytes of a page that somebody else may change at any time.
+//! Bytes of a page that others may change at any time.
 //!
 //! The pages of a block request belong to a file or a process, and a page that is shared with
 //! another domain belongs to that domain as much as to us. No Rust reference to such bytes may
@@ -11,7 +11,7 @@
 //! - [`PageSlice`]: bytes that may be read.
 //! - [`PageSliceMut`]: bytes that may also be written. A request that *writes* to a disk has only
 //!   [`PageSlice`]s: its pages may be the kernel's zero page.
-//! - [`PageOwner`]: who keeps such pages from being freed or reused.
+//! - [`PageOwner`]: an owner that keeps such pages from being freed or reused.
 
 use core::{
     marker::PhantomData,
@@ -32,8 +32,8 @@ use kernel::{
 
 /// A page of our own, for bytes.
 ///
-/// [`kernel::page::Page`] is also what the pages of a vector are borrowed as. Whoever writes to such a
-/// page writes to values, of which not every pattern of bytes is one; so that type is not taken here.
+/// A [`kernel::page::Page`] may also be borrowed from a vector and hold typed values. Writing
+/// arbitrary bytes there would be unsound, hence this type.
 ///
 /// # Invariants
 ///
@@ -111,31 +111,31 @@ impl<'a> PageSlice<'a> {
         }
     }
 
-    /// The page, for the other modules of this crate.
+    /// Returns the page, for the other modules of this crate.
     #[inline]
     pub(crate) fn page(&self) -> NonNull<bindings::page> {
         self.page
     }
 
-    /// Where the bytes start in their page.
+    /// Returns the offset of the bytes in their page.
     #[inline]
     pub fn offset(&self) -> usize {
         self.offset
     }
 
-    /// How many bytes these are.
+    /// Returns the number of bytes.
     #[inline]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there is no byte at all.
+    /// Returns `true` if there are no bytes.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// `len` bytes of these, from `offset` on, or [`None`] if there are not as many.
+    /// Returns `len` bytes of these, from `offset` on, or [`None`] if there are not as many.
     #[inline]
     pub fn get(&self, offset: usize, len: usize) -> Option<Self> {
         if offset.checked_add(len)? > self.len {
@@ -179,7 +179,7 @@ impl<'a> PageSliceMut<'a> {
     /// Names `len` bytes of `page` from `offset` on, or [`None`] if they leave the page.
     #[inline]
     pub fn new(page: &'a Page, offset: usize, len: usize) -> Option<Self> {
-        // INVARIANT: By that of `Page`, nobody else gives its bytes a meaning.
+        // INVARIANT: By that of `Page`, no other code gives its bytes a meaning.
         Some(Self(PageSlice::new(page, offset, len)?))
     }
 
@@ -194,30 +194,30 @@ impl<'a> PageSliceMut<'a> {
         Self(slice)
     }
 
-    /// Where the bytes start in their page.
+    /// Returns the offset of the bytes in their page.
     #[inline]
     pub fn offset(&self) -> usize {
         self.0.offset()
     }
 
-    /// The same bytes, to be read only.
+    /// Returns the same bytes, to be read only.
     pub fn as_slice(&self) -> PageSlice<'a> {
         self.0
     }
 
-    /// How many bytes these are.
+    /// Returns the number of bytes.
     #[inline]
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there is no byte at all.
+    /// Returns `true` if there are no bytes.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// `len` bytes of these, from `offset` on, or [`None`] if there are not as many.
+    /// Returns `len` bytes of these, from `offset` on, or [`None`] if there are not as many.
     #[inline]
     pub fn get(&self, offset: usize, len: usize) -> Option<Self> {
         // INVARIANT: The bytes are a part of writable ones.
@@ -269,10 +269,10 @@ impl<'a> PageSliceMut<'a> {
     }
 }
 
-/// Who keeps pages from being freed or reused, for those who give others access to them.
+/// An owner that keeps pages from being freed or reused while others have access to them.
 ///
-/// A block request owns the pages of its data until it ends. Whoever hands such a page to another
-/// domain takes the owner by value, and gives it back when the other domain has let go.
+/// A block request owns the pages of its data until it ends. Code that gives another domain access
+/// to such pages takes the owner by value, and returns it when the other domain has unmapped them.
 ///
 /// # Safety
 ///
@@ -281,10 +281,10 @@ impl<'a> PageSliceMut<'a> {
 /// - Every call of [`Self::slices`] yields the same ranges in the same order.
 /// - If [`Self::writable`] returns true, all ranges may be written.
 pub unsafe trait PageOwner {
-    /// Whether the bytes may be written.
+    /// Returns `true` if the bytes may be written.
     fn writable(&self) -> bool;
 
-    /// The bytes, in order.
+    /// Returns the bytes, in order.
     fn slices(&self) -> impl Iterator<Item = PageSlice<'_>> + '_;
 }
 
@@ -292,7 +292,8 @@ pub unsafe trait PageOwner {
 ///
 /// # Safety
 ///
-/// Nothing that can be done with what [`Self::data_mut`] returns affects the pages, or who owns them.
+/// Nothing that can be done with what [`Self::data_mut`] returns affects the pages, or who owns
+/// them.
 pub unsafe trait DataOwner: PageOwner {
     /// The data of the user.
     type Data;

@@ -37,8 +37,8 @@ unsafe impl<T: PageOwner> PageOwner for KVec<T> {
 }
 
 /// Pages that are shared: they stay with the last reference.
-// SAFETY: The owner inside keeps the promise, and is not dropped while there is a reference. Nobody
-// can give it away by value meanwhile.
+// SAFETY: The owner inside keeps the promise, and is not dropped while there is a reference. It
+// cannot be moved out meanwhile.
 unsafe impl<T: PageOwner> PageOwner for Arc<T> {
     fn writable(&self) -> bool {
         (**self).writable()

@@ -27,7 +27,7 @@ pub struct Ratelimit {
 }
 
 impl Ratelimit {
-    /// The first message starts the first interval.
+    /// Creates a limit. The first message starts the first interval.
     pub const fn new() -> Self {
         Self {
             begin: Atomic::new(i64::MIN),
@@ -35,7 +35,7 @@ impl Ratelimit {
         }
     }
 
-    /// Whether one more message may be printed now. Any context but an NMI.
+    /// Returns `true` if one more message may be printed now. Any context but an NMI.
     pub fn allow(&self) -> bool {
         // SAFETY: Reads a clock, in any context but that of an NMI.
         let now = unsafe { bindings::ktime_get() };

@@ -30,7 +30,7 @@ pub use new_spinlock_irqsave;
 /// A spinlock that keeps interrupts off on the local CPU while it is held.
 ///
 /// May be taken in any context. The interrupt state that was found is restored by the guard, so
-/// guards of several such locks are to be dropped in the reverse order.
+/// drop guards of several such locks in the reverse order.
 pub type SpinLockIrqSave<T> = Lock<T, SpinLockIrqSaveBackend>;
 
 /// The guard of a [`SpinLockIrqSave`].
@@ -50,7 +50,7 @@ unsafe impl Backend for SpinLockIrqSaveBackend {
         name: *const kernel::ffi::c_char,
         key: *mut bindings::lock_class_key,
     ) {
-        // SAFETY: `ptr` is valid for writes, `name` and `key` live for ever, as the caller
+        // SAFETY: `ptr` is valid for writes, `name` and `key` are `'static`, as the caller
         // promises.
         unsafe { bindings::__spin_lock_init(ptr, name, key) }
     }

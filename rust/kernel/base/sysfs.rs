@@ -41,7 +41,7 @@ pub struct Attribute<T: 'static> {
     pub show: fn(&T, &mut Output<'_>) -> fmt::Result,
 }
 
-/// What a reader of a file gets: at most a page. A write that does not fit is an error.
+/// The output of a file: at most a page. A write that does not fit is an error.
 pub struct Output<'a> {
     page: &'a mut [u8],
     used: usize,
@@ -69,7 +69,7 @@ pub fn register<T: Send + Sync>(
     devres::register(device, group, GFP_KERNEL)
 }
 
-/// What the kernel knows of a file.
+/// The entry of a file in the kernel.
 ///
 /// # Invariants
 ///
@@ -121,7 +121,7 @@ impl<T: Send + Sync> Group<T> {
             let entry: &Entry<T> = entries.last().ok_or(EINVAL)?;
             let attribute = entry.attribute.get();
             // SAFETY: `attribute` is zeroed memory that stays in place: the vector has the capacity
-            // for all entries from the start. The name lives for ever.
+            // for all entries from the start. The name is `'static`.
             unsafe {
                 bindings_ext::device_attribute_init(
                     attribute,
@@ -162,7 +162,7 @@ impl<T: Send + Sync> Drop for Group<T> {
     }
 }
 
-/// The kobject of a device.
+/// Returns the kobject of a device.
 fn kobject<Ctx: kernel::device::DeviceContext>(device: &Device<Ctx>) -> *mut bindings::kobject {
     let device: *const Device<Ctx> = device;
     // `Device` is a transparent wrapper of `struct device`.
@@ -184,8 +184,8 @@ unsafe extern "C" fn show_entry<T: Send + Sync + 'static>(
     let entry = unsafe { &*kernel::container_of!(attribute, Entry<T>, attribute) };
     // SAFETY: By the invariant of `Entry`.
     let data = unsafe { entry.data.as_ref() };
-    // SAFETY: By the requirements of this function. sysfs gives a page of zeroes, which nobody else
-    // uses meanwhile.
+    // SAFETY: By the requirements of this function. sysfs passes a page of zeroes, which has
+    // no other user meanwhile.
     let page = unsafe { core::slice::from_raw_parts_mut(page.cast(), bindings::PAGE_SIZE) };
     let mut output = Output { page, used: 0 };
     match (entry.show)(data, &mut output) {

@@ -7,10 +7,10 @@ use kernel::{
     ThisModule, //
 };
 
-/// `THIS_MODULE` of the module that this crate is linked into.
+/// Returns `THIS_MODULE` of the module that this crate is linked into.
 ///
-/// Each module links a `kernel_ext` of its own, so there is one answer, and nobody has to pass it
-/// around.
+/// Each module links a `kernel_ext` of its own, so there is one answer, which need not be
+/// passed around.
 pub const fn this_module() -> ThisModule {
     // SAFETY: The kernel makes `__this_module` when it loads the module, and keeps it until the
     // module, and this code with it, is unloaded.

@@ -2,8 +2,8 @@
 
 //! Timers.
 //!
-//! A [`Timer`] calls its [`TimerCallback`] when the time that was set is over. It costs nothing while none is
-//! set. Whether it wakes a CPU that is idle then is said by [`TimerFlags`].
+//! A [`Timer`] calls its [`TimerCallback`] when the time that was set is over. It costs nothing
+//! while none is set. Whether it wakes a CPU that is idle then is said by [`TimerFlags`].
 //!
 //! C header: [`include/linux/timer.h`](srctree/include/linux/timer.h)
 
@@ -23,19 +23,19 @@ use super::{
     module_ref::ModuleRef, //
 };
 
-/// What a CPU does that is idle when the time is over.
+/// Flags of a timer: the behaviour of a CPU that is idle when the time is over.
 pub enum TimerFlags {
-    /// It wakes, and the call comes in time.
+    /// The CPU wakes, and the call comes in time.
     Default,
-    /// It sleeps on, and the call comes once something else wakes it.
+    /// The CPU stays idle, and the call comes once something else wakes it (`TIMER_DEFERRABLE`).
     Deferrable,
 }
 
-/// What a [`Timer`] calls.
+/// The callback of a [`Timer`].
 pub trait TimerCallback: Send + Sync + 'static {
-    /// The time is over. Says after what time to call again, if at all.
+    /// Called when the time is over. Returns the time after which to call again, if any.
     ///
-    /// Runs in a soft interrupt: it must not sleep.
+    /// Context: soft interrupt, must not sleep.
     fn expired(&self) -> Option<Jiffies>;
 }
 
@@ -61,7 +61,7 @@ unsafe impl<T: TimerCallback> Send for Timer<T> {}
 unsafe impl<T: TimerCallback> Sync for Timer<T> {}
 
 impl<T: TimerCallback> Timer<T> {
-    /// Makes one that is not set.
+    /// Creates a timer that is not set.
     pub fn new(flags: TimerFlags, target: T) -> Result<Pin<KBox<Self>>> {
         let module = ModuleRef::new()?;
         let flags = match flags {
@@ -72,7 +72,7 @@ impl<T: TimerCallback> Timer<T> {
             pin_init!(Self {
                 // INVARIANT: Initialised here, and pinned.
                 timer <- Opaque::ffi_init(|timer| {
-                    // SAFETY: `timer` is memory for a timer; name and key live for ever.
+                    // SAFETY: `timer` is memory for a timer; name and key are `'static`.
                     unsafe {
                         bindings::timer_init_key(
                             timer,
@@ -90,10 +90,14 @@ impl<T: TimerCallback> Timer<T> {
         )
     }
 
-    /// Has the target called after this time, and not at the time that was set before. Any context.
+    /// Sets the timer to call after this time, and not at the time that was set before
+    /// (`mod_timer()`).
+    ///
+    /// Context: any.
     pub fn mod_timer_after(&self, time: Jiffies) {
         let then = jiffies::now().wrapping_add(time);
-        // SAFETY: The timer is initialised, by the type invariant. Does nothing once it is shut down.
+        // SAFETY: The timer is initialised, by the type invariant. Does nothing once it is shut
+        // down.
         unsafe { bindings::mod_timer(self.timer.get(), then) };
     }
 

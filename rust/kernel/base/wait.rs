@@ -3,8 +3,8 @@
 //! Wait queues: sleep until a condition holds.
 //!
 //! The condition lives outside of the queue, in atomics or behind a lock. Whoever makes it true
-//! calls [`WaitQueue::wake_up`] after that; whoever waits checks it after it was put on the queue, so
-//! that no wake-up is lost.
+//! calls [`WaitQueue::wake_up`] after that; whoever waits checks it after it was put on the queue,
+//! so that no wake-up is lost.
 //!
 //! The condition is called with the task marked as sleeping already: it must not sleep itself.
 //!
@@ -37,7 +37,7 @@ macro_rules! new_wait_queue {
 }
 pub use new_wait_queue;
 
-/// How a task sleeps.
+/// The way in which a task sleeps.
 #[derive(Clone, Copy)]
 enum Sleep {
     /// Until woken. Counts as load, and the system can't be suspended meanwhile.
@@ -79,7 +79,7 @@ impl WaitQueue {
         // INVARIANT: The initialiser makes the head.
         pin_init!(Self {
             head <- Opaque::ffi_init(|head| {
-                // SAFETY: `head` is valid memory for a head; name and key live for ever.
+                // SAFETY: `head` is valid memory for a head; name and key are `'static`.
                 unsafe {
                     bindings::__init_waitqueue_head(head, name.as_char_ptr(), key.as_ptr())
                 }
@@ -87,8 +87,9 @@ impl WaitQueue {
         })
     }
 
-    /// Wakes all waiters, which then look at their conditions again. May be called in any context,
-    /// including hard interrupts. Costs little if nobody waits.
+    /// Wakes all waiters, which then check their conditions again. Costs little if there is none.
+    ///
+    /// Context: any, including hard interrupts.
     #[inline]
     pub fn wake_up(&self) {
         // A waiter puts itself into the queue before it looks at its condition. What the caller has
@@ -122,13 +123,14 @@ impl WaitQueue {
         self.sleep(Sleep::Uninterruptible, timeout, condition)
     }
 
-    /// Like [`WaitQueue::wait`], for a kernel thread that has nothing to do: it counts as idle, and
-    /// may be frozen while it waits.
+    /// Sleeps like [`WaitQueue::wait`], for a kernel thread that has nothing to do: it counts as
+    /// idle, and may be frozen while it waits.
     pub fn wait_idle(&self, condition: impl FnMut() -> bool) {
         self.sleep(Sleep::Idle, MAX_SCHEDULE_TIMEOUT, condition);
     }
 
-    /// Like [`WaitQueue::wait_idle`], for at most `timeout`. Says whether the condition holds.
+    /// Sleeps like [`WaitQueue::wait_idle`], for at most `timeout`. Returns `true` if the condition
+    /// holds.
     pub fn wait_idle_timeout(&self, timeout: Jiffies, condition: impl FnMut() -> bool) -> bool {
         let timeout = isize::try_from(timeout).unwrap_or(isize::MAX);
         self.sleep(Sleep::Idle, timeout, condition)

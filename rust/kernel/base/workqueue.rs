@@ -3,9 +3,9 @@
 //! Work queues of one's own, which end with their owner.
 //!
 //! Work on the kernel's shared queues can run after the module that it belongs to is gone. A queue
-//! of one's own waits for its work when it is dropped. It holds no reference to the module, which owns
-//! it and could never be unloaded then: whoever creates a queue drops it before the module's end, and
-//! does not leave it in a static.
+//! of one's own waits for its work when it is dropped. It holds no reference to the module, which
+//! owns it and could never be unloaded then: whoever creates a queue drops it before the module's
+//! end, and does not leave it in a static.
 //!
 //! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 
@@ -37,8 +37,9 @@ unsafe impl Send for OwnedQueue {}
 unsafe impl Sync for OwnedQueue {}
 
 impl OwnedQueue {
-    /// Creates a queue whose work may run on any CPU, and may sleep without keeping other work waiting.
-    /// When memory is short it may have to wait: nothing that memory is freed by may wait for it.
+    /// Creates a queue whose work may run on any CPU, and may sleep without keeping other work
+    /// waiting. When memory is short it may have to wait: nothing that memory is freed by may wait
+    /// for it.
     pub fn new(name: &CStr) -> Result<Self> {
         let flags = bindings::wq_flags_WQ_UNBOUND;
         // SAFETY: The format takes one string, which the function copies.

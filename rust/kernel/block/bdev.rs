@@ -18,12 +18,12 @@ use kernel::{
     types::Opaque, //
 };
 
-// In whose name devices are claimed: that of all modules that link this crate, so that one can claim
-// what another one has. Only its address counts, which is of a variable of the kernel, as one of a module
-// goes with it; nothing else in the kernel claims devices for this address.
+// In whose name devices are claimed: that of all modules that link this crate, so that one can
+// claim what another one has. Only its address counts, which is of a variable of the kernel, as one
+// of a module goes with it; nothing else in the kernel claims devices for this address.
 use bindings_ext::xen_domain_type as HOLDER;
 
-/// How often it is tried to empty a page cache to which somebody writes.
+/// Number of attempts to empty a page cache that others write to.
 const FORGET_TRIES: usize = 3;
 
 /// Bios that a device can always have in flight, however short memory is.
@@ -34,7 +34,7 @@ const RESERVED_BIOS: ffi::c_uint = 2;
 pub struct DeviceNumber(bindings::dev_t);
 
 impl DeviceNumber {
-    /// `None` if one of the two is too large: 12 bits and 20 bits.
+    /// Creates a number, or returns `None` if one of the two is too large: 12 bits and 20 bits.
     pub fn new(major: u32, minor: u32) -> Option<Self> {
         (major < 1 << 12 && minor < 1 << Self::MINOR_BITS)
             .then_some(Self(major << Self::MINOR_BITS | minor))
@@ -42,18 +42,18 @@ impl DeviceNumber {
 
     const MINOR_BITS: u32 = bindings::MINORBITS;
 
-    /// The major number.
+    /// Returns the major number.
     pub fn major(&self) -> u32 {
         self.0 >> Self::MINOR_BITS
     }
 
-    /// The minor number.
+    /// Returns the minor number.
     pub fn minor(&self) -> u32 {
         self.0 & ((1 << Self::MINOR_BITS) - 1)
     }
 }
 
-/// What a block device is opened for.
+/// The mode in which a block device is opened.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Access {
     /// Reading alone.
@@ -65,13 +65,13 @@ pub enum Access {
 /// Says whether others may have a block device exclusively while it is open.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Claim {
-    /// They may not, and it is not opened if somebody has it so.
+    /// Others may not, and the device is not opened if it has another exclusive opener.
     Exclusive,
     /// It is opened whoever has it.
     None,
 }
 
-/// What a block device can discard.
+/// The discards that a block device supports.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct DiscardSupport {
     /// Preferred size and alignment in bytes.
@@ -146,8 +146,8 @@ impl File {
 
 impl Drop for File {
     fn drop(&mut self) {
-        // Not `bdev_fput`, which leaves the rest to a work item that all kernel threads share: there a
-        // device that does not answer would keep all others waiting.
+        // Not `bdev_fput`, which leaves the rest to a work item that all kernel threads share:
+        // there a device that does not answer would keep all others waiting.
         //
         // SAFETY: By the type invariant, and it is not used after this.
         unsafe { bindings::__fput_sync(self.0.as_ptr()) };
@@ -157,12 +157,12 @@ impl Drop for File {
 impl BlockDevice {
     /// Opens a device. May sleep.
     ///
-    /// If it is claimed, nobody but this module can have it exclusively at the same time: no file
-    /// system can be mounted from it, and it can be part of no other device. This module may open it
+    /// If it is claimed, only this module can have it exclusively at the same time: no file system
+    /// can be mounted from it, and it can be part of no other device. This module may open it
     /// again.
     ///
     /// `ENXIO`: there is none. `EACCES`: it is read-only. `ENOMEDIUM`: the drive is empty. `EBUSY`:
-    /// somebody has it exclusively.
+    /// it has another exclusive opener.
     pub fn open(number: DeviceNumber, access: Access, claim: Claim) -> Result<Arc<Self>> {
         let file = File::open(number, access, claim)?;
         let device = try_pin_init!(Self {
@@ -185,62 +185,62 @@ impl BlockDevice {
         self.file.bdev()
     }
 
-    /// What it was opened for.
+    /// Returns the mode in which it was opened.
     pub fn access(&self) -> Access {
         self.access
     }
 
-    /// The size in sectors of 512 bytes. Changes when the device is resized.
+    /// Returns the size in sectors of 512 bytes. Changes when the device is resized.
     #[inline]
     pub fn sectors(&self) -> u64 {
         // SAFETY: By the type invariant, the device is open. So for all below.
         unsafe { bindings_ext::bdev_nr_sectors(self.bdev()) }
     }
 
-    /// The unit of I/O in bytes: a power of two, at least 512.
+    /// Returns the unit of I/O in bytes: a power of two, at least 512.
     pub fn logical_block_size(&self) -> u32 {
         // SAFETY: By the type invariant.
         unsafe { bindings_ext::bdev_logical_block_size(self.bdev()) }
     }
 
-    /// The unit in bytes that the device can write without reading first.
+    /// Returns the unit in bytes that the device can write without reading first.
     pub fn physical_block_size(&self) -> u32 {
         // SAFETY: By the type invariant.
         unsafe { bindings_ext::bdev_physical_block_size(self.bdev()) }
     }
 
-    /// Whether what was written is durable only after a flush.
+    /// Returns `true` if what was written is durable only after a flush.
     pub fn write_cache(&self) -> bool {
         // SAFETY: By the type invariant.
         unsafe { bindings_ext::bdev_write_cache(self.bdev()) }
     }
 
-    /// Whether the device refuses writes, whatever it was opened for.
+    /// Returns `true` if the device refuses writes, whatever it was opened for.
     pub fn read_only(&self) -> bool {
         // SAFETY: By the type invariant.
         unsafe { bindings_ext::bdev_read_only(self.bdev()) }
     }
 
-    /// Whether the device is a CD-ROM drive.
+    /// Returns `true` if the device is a CD-ROM drive.
     pub fn is_cdrom(&self) -> bool {
         // SAFETY: By the type invariant.
         unsafe { bindings_ext::bdev_is_cdrom(self.bdev()) }
     }
 
-    /// The kernel's count of disks when this one was made, or got another medium. Numbers are used
-    /// again, this one is not.
+    /// Returns the kernel's count of disks when this one was made, or got another medium. Numbers
+    /// are used again, this one is not.
     pub fn disk_sequence(&self) -> u64 {
         // SAFETY: By the type invariant.
         unsafe { bindings_ext::bdev_diskseq(self.bdev()) }
     }
 
-    /// Whether the medium can be removed.
+    /// Returns `true` if the medium can be removed.
     pub fn is_removable(&self) -> bool {
         // SAFETY: By the type invariant.
         unsafe { bindings_ext::bdev_is_removable(self.bdev()) }
     }
 
-    /// What the device can discard, if it can.
+    /// Returns the discards that the device supports, if any.
     pub fn discard(&self) -> Option<DiscardSupport> {
         let bdev = self.bdev();
         // SAFETY: By the type invariant; for all four.
@@ -255,12 +255,12 @@ impl BlockDevice {
         }
     }
 
-    /// Writes back what the page cache holds of the device, and forgets it, so that I/O beside the
-    /// cache sees and leaves the truth. Returns `false` if pages are left that somebody uses: those
-    /// were clean when it was tried last. May sleep for long.
+    /// Writes back the page cache of the device and empties it, so that I/O that bypasses the cache
+    /// is coherent with it. Returns `false` if pages are left because they are in use: those were
+    /// clean at the last attempt. May sleep for long.
     ///
-    /// The cache of the device is meant, those of its partitions, and that of the disk whose partition
-    /// it is. What was written to a device that is made of this one is not seen here.
+    /// The cache of the device is meant, those of its partitions, and that of the disk whose
+    /// partition it is. What was written to a device that is made of this one is not seen here.
     pub fn sync_and_forget_cache(&self) -> Result<bool> {
         let bdev = self.bdev();
         let mut empty = self.empties_partitions()?;
@@ -296,7 +296,7 @@ impl BlockDevice {
     }
 }
 
-/// Where a partition is on its disk: its first byte and its last one.
+/// Returns the range of a partition on its disk: its first byte and its last one.
 ///
 /// # Safety
 ///
@@ -310,8 +310,8 @@ unsafe fn range_on_disk(partition: *mut bindings::block_device) -> (i64, i64) {
     (first as i64, last as i64)
 }
 
-/// Writes back a range of a device's page cache, given by its first byte and its last one, and forgets
-/// it. Returns `false` if pages are left that somebody uses.
+/// Writes back a range of a device's page cache, given by its first byte and its last one, and
+/// forgets it. Returns `false` if pages are left because they are in use.
 ///
 /// # Safety
 ///

@@ -2,13 +2,14 @@
 
 //! I/O on a block device.
 //!
-//! A [`BioRequest`] owns the memory that is read or written and a context of the driver. [`submit`] takes
-//! it, and it comes back through [`Context::complete`], once, when the device is done with the
-//! memory. In between nobody can touch or free what the device works on.
+//! A [`BioRequest`] owns the memory that is read or written and a context of the driver. [`submit`]
+//! takes it, and it comes back through [`BioContext::complete`], once, when the device is done with
+//! the memory. In between no code can access or free that memory.
 //!
-//! One `BioRequest` is one bio: up to [`MAX_RANGES`] pieces of memory for one run of sectors. With few pieces
-//! the bio is part of the `BioRequest`, so that nothing is allocated. Otherwise it comes from a reserve of the
-//! device, so that `submit` has to wait for memory at most until other I/O of the same device ends.
+//! One `BioRequest` is one bio: up to [`MAX_RANGES`] pieces of memory for one run of sectors. With
+//! few pieces the bio is part of the `BioRequest`, so that nothing is allocated. Otherwise it comes
+//! from a reserve of the device, so that `submit` has to wait for memory at most until other I/O of
+//! the same device ends.
 //!
 //! C header: [`include/linux/bio.h`](srctree/include/linux/bio.h)
 
@@ -44,21 +45,21 @@ pub const MAX_DISCARD_SECTORS: u32 = u32::MAX >> SECTOR_SHIFT;
 const SECTOR_SHIFT: u32 = bindings::SECTOR_SHIFT;
 const SECTOR_SIZE: usize = 1 << SECTOR_SHIFT;
 
-/// What an I/O does.
+/// The operation of an I/O.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Operation {
     /// Reads into the memory.
     Read,
     /// Writes from the memory.
     Write,
-    /// What was completed before is made durable; then the memory, if there is any, is written and
-    /// made durable too.
+    /// Makes all completed writes durable; then the memory, if there is any, is written and made
+    /// durable too.
     FlushWrite,
-    /// What was completed before is made durable. No memory.
+    /// Makes all completed writes durable. No memory.
     Flush,
-    /// Forgets the contents of so many sectors. No memory.
+    /// Discards sectors. No memory.
     Discard(u32),
-    /// Forgets the contents of so many sectors such that they can't be recovered. No memory.
+    /// Discards sectors such that they cannot be recovered. No memory.
     SecureErase(u32),
 }
 
@@ -73,7 +74,7 @@ impl Operation {
         const FUA: bindings::blk_opf_t = flag(bindings::req_flag_bits___REQ_FUA);
         match self {
             Operation::Read => bindings::req_op_REQ_OP_READ,
-            // Somebody in another domain waits for it; more may follow.
+            // Another domain waits for it; more may follow.
             Operation::Write => bindings::req_op_REQ_OP_WRITE | SYNC | IDLE,
             Operation::FlushWrite => bindings::req_op_REQ_OP_WRITE | SYNC | PREFLUSH | FUA,
             Operation::Flush => bindings::req_op_REQ_OP_WRITE | SYNC | PREFLUSH,
@@ -114,7 +115,8 @@ pub struct PageRange {
 /// Pieces of memory for which a [`BioRequest`] has room itself.
 const INLINE_RANGES: usize = 8;
 
-/// Room for a bio with up to [`INLINE_RANGES`] pieces of memory. Used only while the I/O is on its way.
+/// Room for a bio with up to [`INLINE_RANGES`] pieces of memory. Used only while the I/O is on its
+/// way.
 struct InlineBio {
     bio: MaybeUninit<bindings::bio>,
     vectors: MaybeUninit<[bindings::bio_vec; INLINE_RANGES]>,
@@ -140,7 +142,7 @@ pub struct BioRequest<D, C> {
 }
 
 impl<D, C> BioRequest<D, C> {
-    /// An I/O that has not started.
+    /// Creates an I/O that has not started.
     pub fn new(data: D, context: C) -> Self {
         Self {
             data,
@@ -153,35 +155,37 @@ impl<D, C> BioRequest<D, C> {
         }
     }
 
-    /// The memory. The device does not use it now, or else the `BioRequest` would not be here.
+    /// Returns the memory; the device is not using it (type invariant).
     pub fn data(&self) -> &D {
         &self.data
     }
 
-    /// The memory and the context, both to be changed.
+    /// Returns the memory and the context, both to be changed.
     pub fn split_mut(&mut self) -> (&mut D, &mut C) {
         (&mut self.data, &mut self.context)
     }
 }
 
-/// The context of a [`BioRequest`]: it knows what part the memory has in it, and what to do at its end.
+/// The context of a [`BioRequest`]: it knows what part the memory has in it, and what to do at its
+/// end.
 pub trait BioContext<D>: Sized + Send + 'static {
-    /// The ranges of the memory that the I/O is about: the first lies in the first slice of the
-    /// memory, and so on. There may be more slices than ranges.
+    /// Returns the ranges of the memory that the I/O is about: the first lies in the first slice of
+    /// the memory, and so on. There may be more slices than ranges.
     fn ranges(&self) -> impl ExactSizeIterator<Item = PageRange> + '_;
 
-    /// The I/O has ended. See [`is_unsupported`] for the one error with a meaning of its own.
+    /// Called when the I/O has ended. See [`is_unsupported`] for the one error with a special
+    /// meaning.
     ///
     /// # Context
     ///
     /// **Any, including a hard interrupt**, on any CPU, and also the caller of [`submit`] before
-    /// that returns; always in a read-side section of RCU. Must not sleep, and may take only locks that are taken with interrupts off
-    /// elsewhere. Hand the `BioRequest` to a thread: what it owns may need to sleep to be freed, and the
-    /// reference to its device too.
+    /// that returns; always in a read-side section of RCU. Must not sleep, and may take only locks
+    /// that are taken with interrupts off elsewhere. Hand the `BioRequest` to a thread: what it
+    /// owns may need to sleep to be freed, and the reference to its device too.
     fn complete(io: KBox<BioRequest<D, Self>>, result: Result);
 }
 
-/// Whether an I/O has ended with this error because the device cannot do the operation
+/// Returns `true` if an I/O has ended with this error because the device cannot do the operation
 /// (`EOPNOTSUPP`).
 pub fn is_unsupported(error: Error) -> bool {
     error.to_errno().unsigned_abs() == bindings::EOPNOTSUPP
@@ -190,7 +194,7 @@ pub fn is_unsupported(error: Error) -> bool {
 /// Starts an I/O at a sector (of 512 bytes) of a device. May sleep.
 ///
 /// On an error it has not started, and is given back. `EINVAL`: the ranges do not lie in the slices,
-/// are too many, or do not fit the operation, or nothing is to be discarded. `EACCES`: the device is
+/// are too many, or do not fit the operation, or no sectors are discarded. `EACCES`: the device is
 /// not open for writing, or memory that must not change is read into.
 pub fn submit<D: PageOwner + Send + 'static, C: BioContext<D>>(
     device: &Arc<BlockDevice>,
@@ -286,15 +290,15 @@ fn check(
 ///
 /// # Invariants
 ///
-/// A bio with room for the ranges that it was made for, which nobody else uses: of the reserve of an
-/// open device, or of an [`InlineBio`], which is known by having no reserve.
+/// A bio with room for the ranges that it was made for, which has no other user: of the reserve of
+/// an open device, or of an [`InlineBio`], which is known by having no reserve.
 struct Bio(*mut bindings::bio);
 
 impl Bio {
     /// # Safety
     ///
-    /// `ranges` is at most [`MAX_RANGES`]. The caller keeps `own` where it is, and for nothing else, until
-    /// the bio has ended or was dropped.
+    /// `ranges` is at most [`MAX_RANGES`]. The caller keeps `own` where it is, and for nothing
+    /// else, until the bio has ended or was dropped.
     #[inline]
     unsafe fn new(
         device: &BlockDevice,
@@ -332,7 +336,7 @@ impl Bio {
         Self(bio)
     }
 
-    /// A bio for up to [`MAX_RANGES`] ranges, of the reserve.
+    /// Allocates a bio for up to [`MAX_RANGES`] ranges, from the reserve.
     fn allocate(device: &BlockDevice, operation: Operation, ranges: usize) -> *mut bindings::bio {
         const GFP_NOIO: bindings::gfp_t =
             1 << bindings::___GFP_DIRECT_RECLAIM_BIT | 1 << bindings::___GFP_KSWAPD_RECLAIM_BIT;
@@ -377,7 +381,8 @@ impl Bio {
     ///
     /// # Safety
     ///
-    /// `io` was a box, of which the caller makes no use any more. All memory of the bio belongs to it.
+    /// `io` was a box, of which the caller makes no use any more. All memory of the bio belongs to
+    /// it.
     unsafe fn submit<D: PageOwner + Send + 'static, C: BioContext<D>>(
         self,
         io: *mut BioRequest<D, C>,
@@ -398,7 +403,7 @@ impl Bio {
     ///
     /// # Safety
     ///
-    /// The type invariant holds for `bio`, which nobody uses any more.
+    /// The type invariant holds for `bio`, which is not used any more.
     #[inline]
     unsafe fn free(bio: *mut bindings::bio) {
         // SAFETY: By the requirements of this function. Its reference is the last one.
@@ -421,11 +426,12 @@ impl Drop for Bio {
 
 /// Ends a bio, where the block layer says so.
 ///
-/// What runs here may be the last of the module: the completion may end the thread that holds it. Where
-/// bios end in interrupts, the kernel does not free a module's code before it has returned, because
-/// it waits for a grace period of RCU. Others end in threads that can be preempted (`loop`,
-/// `dm-crypt`), so all of it is a read-side section. Its end is the last call, which the compiler makes
-/// a jump: nothing of the module runs after that. `scripts/lib/check-objects` looks whether it is one.
+/// What runs here may be the last of the module: the completion may end the thread that holds it.
+/// Where bios end in interrupts, the kernel does not free a module's code before it has returned,
+/// because it waits for a grace period of RCU. Others end in threads that can be preempted (`loop`,
+/// `dm-crypt`), so all of it is a read-side section. Its end is the last call, which the compiler
+/// makes a jump: nothing of the module runs after that. `scripts/lib/check-objects` looks whether
+/// it is one.
 ///
 /// # Safety
 ///
@@ -446,8 +452,8 @@ unsafe extern "C" fn end_io<D: PageOwner + Send + 'static, C: BioContext<D>>(
 #[inline(never)]
 unsafe fn finish<D: PageOwner + Send + 'static, C: BioContext<D>>(bio: *mut bindings::bio) {
     // SAFETY: By the requirements of this function; it is called once, and the bio is not used
-    // after its end. The `BioRequest` that it may be part of is no box yet, and by its invariant has the
-    // device with the reserve.
+    // after its end. The `BioRequest` that it may be part of is no box yet, and by its invariant
+    // has the device with the reserve.
     let (io, status) = unsafe {
         let (io, status) = (
             (*bio).bi_private.cast::<BioRequest<D, C>>(),

@@ -20,7 +20,7 @@ use kernel::{
     }, //
 };
 
-/// How many minors a major has in Linux.
+/// Number of minors of a major in Linux.
 const MINORS: u32 = 1 << 20;
 
 global_lock! {
@@ -42,7 +42,7 @@ const UNUSED: i32 = 0;
 const STARTING: i32 = 1;
 const READY: i32 = 2;
 
-/// What was done to `RESERVED`: it is initialised when this is `READY`, and stays so.
+/// The state of `RESERVED`: it is initialised when this is `READY`, and stays so.
 static STATE: Atomic<i32> = Atomic::new(UNUSED);
 
 /// A registered block major number, released when dropped.
@@ -68,13 +68,13 @@ impl Major {
         unsafe { RESERVED.init() };
         STATE.store(READY, Release);
 
-        // SAFETY: `name` lives for ever; there is no probe function.
+        // SAFETY: `name` is `'static`; there is no probe function.
         to_result(unsafe { bindings::__register_blkdev(major, name.as_char_ptr(), None) })?;
         // INVARIANT: Registered above.
         Ok(Self { major, name })
     }
 
-    /// The number.
+    /// Returns the number.
     pub fn number(&self) -> u32 {
         self.major
     }
@@ -87,11 +87,11 @@ impl Drop for Major {
     }
 }
 
-/// Minors of this module's major that nobody else in the module has, until dropped.
+/// Minors of this module's major, reserved in the module until dropped.
 ///
 /// # Invariants
 ///
-/// `RESERVED` is initialised, and they stand in it.
+/// `RESERVED` is initialised and contains them.
 pub struct Minors {
     major: u32,
     first: u32,
@@ -101,8 +101,9 @@ pub struct Minors {
 impl Minors {
     /// Reserves `count` minors from `first` on, of the `major` that the module has registered.
     ///
-    /// `EBUSY`: another disk has one of them. `EOPENSTALE`: all disks that have one of them were removed,
-    /// and are still open. `EINVAL`: there are no such minors. `ENODEV`: no major was registered.
+    /// `EBUSY`: another disk has one of them. `EOPENSTALE`: all disks that have one of them were
+    /// removed, and are still open. `EINVAL`: there are no such minors. `ENODEV`: no major was
+    /// registered.
     pub fn reserve(major: u32, first: u32, count: u32) -> Result<Self> {
         let end = first.checked_add(count).ok_or(EINVAL)?;
         if count == 0 || end > MINORS {
@@ -147,17 +148,17 @@ impl Minors {
         }
     }
 
-    /// The major.
+    /// Returns the major.
     pub fn major(&self) -> u32 {
         self.major
     }
 
-    /// The first of the minors.
+    /// Returns the first of the minors.
     pub fn first(&self) -> u32 {
         self.first
     }
 
-    /// How many there are.
+    /// Returns the number of minors.
     pub fn count(&self) -> u32 {
         self.count
     }
@@ -168,7 +169,7 @@ impl Drop for Minors {
         let mut reserved = RESERVED.lock();
         reserved.retain(|range| range.first != self.first);
         if reserved.is_empty() {
-            // Nobody drops a static: leave no memory behind.
+            // A static is not dropped: leave no memory behind.
             *reserved = KVec::new();
         }
     }

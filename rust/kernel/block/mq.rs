@@ -32,8 +32,9 @@
 //! no way from a tag back to a request; an answer for a request that the table does not have finds
 //! nothing.
 //!
-//! Time-outs ([`Operations::timed_out`]) give the [`RequestId`] only. The request may be completing on another CPU at the same moment; what to do
-//! is up to the driver, who looks it up in its table, under its lock.
+//! Time-outs ([`Operations::timed_out`]) give the [`RequestId`] only. The request may be completing
+//! on another CPU at the same moment; what to do is up to the driver, who looks it up in its table,
+//! under its lock.
 //!
 //! # Lifetime
 //!

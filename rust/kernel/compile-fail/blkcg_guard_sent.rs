@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! Who the I/O counts for is a matter of the thread: the end of it too.
+//! A [`BlkcgGuard`] belongs to its thread, and so does its end.
 
 use kernel_ext::base::{
     blkcg::{

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! What a thread knows about itself is for itself.
+//! A `Current` is only valid in its own thread.
 
 use kernel_ext::base::kthread::Current;
 

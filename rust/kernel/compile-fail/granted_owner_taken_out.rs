@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0507
 
-//! Who owns granted pages does not come out before the grants have ended.
+//! The owner of granted pages is not returned before the grants have ended.
 
 use kernel_ext::{
     base::page::Page,

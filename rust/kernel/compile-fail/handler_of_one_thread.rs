@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! What an interrupt calls must be ready for other threads.
+//! An interrupt handler must be `Send` and `Sync`.
 
 use core::cell::Cell;
 

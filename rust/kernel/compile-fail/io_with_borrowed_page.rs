@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! An I/O owns its memory: a page that belongs to somebody else does not do.
+//! An I/O owns its memory: a borrowed page is not accepted.
 
 use kernel::{
     prelude::*,

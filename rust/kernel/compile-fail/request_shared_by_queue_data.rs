@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! What several CPUs use at once must be made for it.
+//! Data that several CPUs use at the same time must be `Sync`.
 
 use core::cell::Cell;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0382
 
-//! The pages of a request that has ended belong to somebody else.
+//! The pages of a request that has ended belong to another owner.
 
 use kernel_ext::block::mq::*;
 

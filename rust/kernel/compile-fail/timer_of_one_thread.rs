@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! What a timer calls must be ready for other threads.
+//! A timer callback must be `Send` and `Sync`.
 
 use core::cell::Cell;
 

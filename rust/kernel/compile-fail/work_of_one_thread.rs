@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! What a work queue runs must be ready for other threads.
+//! A work item must be `Send` and `Sync`.
 
 use core::cell::Cell;
 

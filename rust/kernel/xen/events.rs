@@ -42,30 +42,32 @@ const IRQ_HANDLED: bindings::irqreturn_t = bindings::irqreturn_IRQ_HANDLED;
 /// As many ports as a domain can have.
 const PORTS: bindings_ext::evtchn_port_t = bindings_ext::EVTCHN_FIFO_NR_CHANNELS;
 
-/// What a [`Handler`] has made of an event.
+/// The result of a [`Handler`] for an event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
 pub enum Eoi {
     /// There was work, and it is done: the next event may come.
     Done,
-    /// There was nothing to do: the next event may come, after a while if that goes on.
+    /// There was nothing to do: the next event may come, later if there are more of these.
     Spurious,
-    /// The event goes on; [`EventChannel::eoi`] will end it. Without that no event comes any more, which
-    /// is how one gets rid of a domain that breaks the rules.
+    /// [`EventChannel::eoi`] will end the event. Without that no further event comes, which
+    /// silences a domain that breaks the rules.
     ///
-    /// The handler has to tell who calls `eoi` with a release, which pairs with an acquire there (a wake-up
-    /// alone is not enough, for a thread that is awake does not need it). Otherwise `eoi` may not see
-    /// yet that there is an event, and does nothing.
+    /// The handler must notify the caller of `eoi` with a release, which pairs with an acquire
+    /// there. A wake-up alone is not enough, because a thread that is awake does not need it.
+    /// Otherwise `eoi` may not see the event yet, and does nothing.
     Later,
 }
 
 /// Is called when an event has arrived.
 pub trait Handler: Send + Sync + 'static {
-    /// An event. Runs in hard interrupt context, on one CPU at a time.
+    /// Handles an event.
+    ///
+    /// Context: hard interrupt, on one CPU at a time.
     fn handle(&self) -> Eoi;
 }
 
-/// How a channel tells the other end.
+/// The way to notify the other end.
 #[derive(Clone, Copy)]
 enum Notify {
     /// By the port, known from the start.
@@ -74,13 +76,13 @@ enum Notify {
     Irq,
 }
 
-/// What a channel and its interrupt share.
+/// Data shared by a channel and its interrupt.
 ///
 /// # Invariants
 ///
 /// `open` is 1 while an event has come and was not ended: whoever makes it 0 ends the event. The
-/// glue code must be told once of each end: it puts the event to a list, without a look at whether
-/// somebody else does so at the same time.
+/// glue code must be told once of each end: it puts the event to a list, without checking
+/// whether other code does so at the same time.
 struct Shared<T> {
     handler: Arc<T>,
     open: Atomic<i32>,
@@ -103,16 +105,17 @@ impl<T: Handler> Shared<T> {
         } else {
             0
         };
-        // SAFETY: By the requirements of this function. By the type invariant nobody else ends the
+        // SAFETY: By the requirements of this function. By the type invariant no other code ends the
         // event, and no other one comes before this.
         unsafe { bindings_ext::xen_irq_lateeoi(irq, flags) };
     }
 }
 
-/// Wakes the other domain of a channel, without the channel.
+/// A handle that wakes the other domain of a channel, without the channel
+/// (`notify_remote_via_evtchn()`).
 ///
-/// It is a number, which costs nothing to keep or copy. Once the channel is gone, ringing is refused
-/// by Xen, or gives somebody an event for nothing.
+/// It is a number, which costs nothing to keep or copy. Once the channel is closed, Xen refuses the
+/// notification, or another channel gets a spurious event.
 #[derive(Clone, Copy)]
 pub struct Notifier(bindings_ext::evtchn_port_t);
 
@@ -161,9 +164,9 @@ impl<T: Handler> EventChannel<T> {
             })?;
             // Of what can fail here, most closes the port. Only if there is no memory for the number
             // of the interrupt, it stays open and unused until the domain ends: the error does not
-            // tell, and to close it twice could close what somebody else has got meanwhile.
+            // tell, and closing it twice could close another channel that got the port meanwhile.
             //
-            // SAFETY: The name lives for ever; `argument` is what `interrupt` wants, and stays until
+            // SAFETY: The name is `'static`; `argument` is what `interrupt` wants, and stays until
             // the interrupt is unbound, as `request` says.
             let irq = unsafe {
                 bindings_ext::bind_evtchn_to_irqhandler_lateeoi(
@@ -189,7 +192,7 @@ impl<T: Handler> EventChannel<T> {
         handler: Arc<T>,
     ) -> Result<Self> {
         Self::request(device, handler, |argument| {
-            // SAFETY: The name lives for ever; `argument` is what `interrupt` wants, and stays until
+            // SAFETY: The name is `'static`; `argument` is what `interrupt` wants, and stays until
             // the interrupt is unbound, and so does the device, as `request` says.
             let irq = unsafe {
                 bindings_ext::bind_interdomain_evtchn_to_irqhandler_lateeoi(
@@ -205,8 +208,8 @@ impl<T: Handler> EventChannel<T> {
         })
     }
 
-    /// Makes an `EventChannel` of what `bind` returns: an interrupt or a negative errno. There is nothing
-    /// to be undone after that.
+    /// Makes an `EventChannel` of what `bind` returns: an interrupt or a negative errno. There is
+    /// nothing to be undone after that.
     ///
     /// `bind` gets the argument for [`Self::interrupt`]. By the type invariants it stays while the
     /// interrupt is bound, and so does the device.
@@ -235,7 +238,7 @@ impl<T: Handler> EventChannel<T> {
         })
     }
 
-    /// Our port, for xenstore. An end made by [`Self::bind_interdomain`] may not know it.
+    /// Returns our port, for xenstore. An end made by [`Self::bind_interdomain`] may not know it.
     pub fn port(&self) -> Option<u32> {
         match self.notify {
             Notify::Port(port) => Some(port),
@@ -243,9 +246,9 @@ impl<T: Handler> EventChannel<T> {
         }
     }
 
-    /// Returns `true` if the interrupt is still bound to our port. After a restore it is not, from the
-    /// moment on at which this domain runs again; the other end has known nothing of the channel since
-    /// the domain was saved. Any context.
+    /// Returns `true` if the interrupt is still bound to our port. After a restore it is not, from
+    /// the moment on at which this domain runs again; the other end has known nothing of the
+    /// channel since the domain was saved. Any context.
     pub fn is_open(&self) -> bool {
         let Notify::Port(port) = self.notify else {
             return true;
@@ -256,7 +259,7 @@ impl<T: Handler> EventChannel<T> {
         unsafe { bindings_ext::irq_from_evtchn(port) == self.irq }
     }
 
-    /// What wakes the other domain without this, if our port is known.
+    /// Returns a handle that wakes the other domain without this, if our port is known.
     pub fn notifier(&self) -> Option<Notifier> {
         self.port().map(Notifier)
     }
@@ -266,7 +269,7 @@ impl<T: Handler> EventChannel<T> {
     pub fn notify(&self) {
         match self.notify {
             // SAFETY: A number. If the channel is gone, after a restore, then Xen refuses it, or
-            // somebody gets an event for nothing.
+            // another channel gets a spurious event.
             Notify::Port(port) => unsafe { bindings_ext::notify_remote_via_evtchn(port) },
             // SAFETY: The interrupt is bound by the type invariant.
             Notify::Irq => unsafe { bindings_ext::notify_remote_via_irq(self.irq as ffi::c_int) },
@@ -281,7 +284,7 @@ impl<T: Handler> EventChannel<T> {
         unsafe { self.shared.end(self.irq, spurious) };
     }
 
-    /// The number of the interrupt, as in `/proc/interrupts`.
+    /// Returns the number of the interrupt, as in `/proc/interrupts`.
     pub fn irq(&self) -> u32 {
         self.irq
     }
@@ -300,10 +303,10 @@ impl<T: Handler> EventChannel<T> {
         irq: ffi::c_int,
         shared: *mut ffi::c_void,
     ) -> bindings::irqreturn_t {
-        // SAFETY: By the requirements of this function; the `EventChannel` keeps it until the interrupt
-        // is unbound.
+        // SAFETY: By the requirements of this function; the `EventChannel` keeps it until the
+        // interrupt is unbound.
         let shared = unsafe { &*shared.cast::<Shared<T>>() };
-        // First, for the handler can wake somebody who ends the event before it returns.
+        // First, because the handler can wake a thread that ends the event before it returns.
         //
         // INVARIANT: An event has come.
         shared.open.store(1, Relaxed);
@@ -318,18 +321,18 @@ impl<T: Handler> EventChannel<T> {
     }
 }
 
-/// The port of an interrupt that is bound. The glue code tells only whose interrupt a port is, so they
-/// are looked through: that is done once, and an event sent by its port costs a look-up less.
+/// Returns the port of an interrupt that is bound. The glue code tells only whose interrupt a port
+/// is, so it is searched once; an event sent by its port costs a look-up less.
 fn port_of(irq: ffi::c_int) -> Option<bindings_ext::evtchn_port_t> {
     let irq = ffi::c_uint::try_from(irq).ok()?;
     // The glue code frees what it knows of a port after a grace period.
     let _guard = rcu::read_lock();
-    // SAFETY: The function takes any number. What it looks at of a port that somebody else closes at
-    // this moment stays until the guard is dropped.
+    // SAFETY: The function takes any number. Data of a port that is closed at this moment
+    // stays until the guard is dropped.
     (1..PORTS).find(|port| unsafe { bindings_ext::irq_from_evtchn(*port) } == irq)
 }
 
-/// What the interrupt of a channel gets.
+/// Returns the argument of the interrupt of a channel.
 fn argument<T>(shared: &Shared<T>) -> *mut ffi::c_void {
     core::ptr::from_ref(shared).cast_mut().cast()
 }

@@ -10,14 +10,14 @@
 //! - [`GrantReserve`]: references that are ours, so that starting an I/O cannot fail for want of
 //!   them,
 //! - [`GrantedPage`]: a page of our own that stays granted for long,
-//! - [`Granted`]: pages of somebody else, such as those of a block request, granted for one I/O.
+//! - [`Granted`]: pages of another owner, such as those of a block request, granted for one I/O.
 //!
 //! The side that uses the memory (the backend) has:
 //! - [`map`]: mapping foreign pages into our address space, and
 //! - [`copy`]: letting Xen copy between foreign pages and our own.
 //!
 //! The rule behind the first half (XSA-396): *access ends only when Xen says so*. Ending a grant
-//! that the other domain still maps fails, and then the page must go to nobody else. Here such a
+//! that the other domain still maps fails, and then the page must not be reused. Here such a
 //! page stays in quarantine, where the kernel tries again from time to time; a block request with
 //! such a page is not given back at all.
 //!
@@ -51,7 +51,7 @@ use super::DomId;
 /// The end of a private list of references, as grant-table.c has it.
 const LIST_END: bindings_ext::grant_ref_t = u32::MAX;
 
-/// What the other domain may do with a page.
+/// The access of the other domain to a page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum GrantAccess {
     /// Read it: the data of a disk write.
@@ -70,7 +70,7 @@ impl GrantRef {
         Self(reference)
     }
 
-    /// The number, for a ring or for xenstore.
+    /// Returns the number, for a ring or for xenstore.
     pub const fn value(self) -> u32 {
         self.0
     }
@@ -95,14 +95,14 @@ impl GrantStatus {
         Self(status)
     }
 
-    /// The number that Xen gave. Negative, except where Xen did not get to the operation at all.
+    /// Returns the number that Xen gave. Negative, except where Xen did not get to the operation at
+    /// all.
     pub const fn value(self) -> i16 {
         self.0
     }
 
-    /// Returns the errno for this status: `EAGAIN` for a page that is not in memory and `ENOSPC` where
-    /// no more mappings fit, which are nobody's fault; `EFAULT` if the other domain gave a bad
-    /// reference.
+    /// Returns the errno for this status: `EAGAIN` for a page that is not in memory and `ENOSPC`
+    /// where no more mappings fit; `EFAULT` if the other domain gave a bad reference.
     pub fn to_error(self) -> Error {
         match self {
             Self::EAGAIN => EAGAIN,
@@ -111,9 +111,9 @@ impl GrantStatus {
         }
     }
 
-    /// Returns `true` if Xen has no room for one more mapping: neither the caller nor the other domain
-    /// has made a mistake. The table of what a domain has mapped, its *maptrack*, is full, or an I/O
-    /// MMU; which status says which depends on the version of Xen.
+    /// Returns `true` if Xen has no room for one more mapping: neither the caller nor the other
+    /// domain has made a mistake. The table of what a domain has mapped, its *maptrack*, is full,
+    /// or an I/O MMU; which status says which depends on the version of Xen.
     pub fn is_no_space(self) -> bool {
         matches!(
             i32::from(self.0),
@@ -157,7 +157,7 @@ pub struct GrantReserve {
 }
 
 impl GrantReserve {
-    /// No reference.
+    /// Creates a reserve without references.
     pub const fn empty() -> Self {
         // INVARIANT: The empty list.
         Self {
@@ -181,12 +181,12 @@ impl GrantReserve {
         Ok(reserve)
     }
 
-    /// How many references are left.
+    /// Returns the number of references left.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether no reference is left.
+    /// Returns `true` if no reference is left.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -226,7 +226,7 @@ impl GrantReserve {
     ///
     /// # Safety
     ///
-    /// The page is valid, and goes to nobody else until the grant has been ended with success.
+    /// The page is valid, and is not reused until the grant has been ended with success.
     pub(super) unsafe fn grant(
         &mut self,
         domain: DomId,
@@ -304,19 +304,20 @@ impl GrantedPage {
         })
     }
 
-    /// The reference, to be told to the other domain.
+    /// Returns the reference, to be told to the other domain.
     #[inline]
     pub fn reference(&self) -> GrantRef {
         self.reference
     }
 
-    /// `len` bytes of the page from `offset` on, to copy from; `None` if they leave the page.
+    /// Returns `len` bytes of the page from `offset` on, to copy from; `None` if they leave the
+    /// page.
     #[inline]
     pub fn slice(&self, offset: usize, len: usize) -> Option<PageSlice<'_>> {
         PageSlice::new(&self.page, offset, len)
     }
 
-    /// `len` bytes of the page from `offset` on, to copy to; `None` if they leave the page.
+    /// Returns `len` bytes of the page from `offset` on, to copy to; `None` if they leave the page.
     #[inline]
     pub fn slice_mut(&self, offset: usize, len: usize) -> Option<PageSliceMut<'_>> {
         PageSliceMut::new(&self.page, offset, len)
@@ -347,10 +348,10 @@ pub type References = KVec<GrantRef>;
 
 /// Pages of an owner `S`, granted to another domain for as long as this exists.
 ///
-/// The owner is inside and comes out only when Xen says that the other domain has let go of all
+/// The owner is inside and is returned only when Xen reports that the other domain has unmapped all
 /// pages ([`Granted::try_end`]). So a block request cannot be ended while a backend could still
 /// write to its memory. If a `Granted` is dropped while the other domain holds a page, the owner is
-/// leaked: lost memory is better than memory that somebody else writes to.
+/// leaked: lost memory is better than memory that another domain writes to.
 ///
 /// # Invariants
 ///
@@ -402,7 +403,7 @@ impl<S: PageOwner> Granted<S> {
         })
     }
 
-    /// The owner of the pages.
+    /// Returns the owner of the pages.
     pub fn owner(&self) -> &S {
         &self.owner
     }
@@ -416,7 +417,7 @@ impl<S: PageOwner> Granted<S> {
         self.owner.data_mut()
     }
 
-    /// One reference for each slice of the owner, in order.
+    /// Returns one reference for each slice of the owner, in order.
     pub fn references(&self) -> &[GrantRef] {
         &self.references
     }

@@ -58,13 +58,13 @@ unsafe impl Send for SharedWords {}
 unsafe impl Sync for SharedWords {}
 
 impl SharedWords {
-    /// How many words there are.
+    /// Returns the number of words.
     #[inline]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there is no word; never so.
+    /// Returns `false`: there is at least a page of words.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.len == 0
@@ -90,13 +90,13 @@ impl SharedWords {
         unsafe { self.words.as_ptr().add(index).write_volatile(value) };
     }
 
-    /// What was loaded before is older than what is loaded after (`virt_rmb`).
+    /// Orders loads before it against loads after it (`virt_rmb`).
     #[inline]
     pub fn read_fence(&self) {
         fence::read();
     }
 
-    /// What is stored before is seen before what is stored after (`virt_wmb`).
+    /// Orders stores before it against stores after it (`virt_wmb`).
     #[inline]
     pub fn write_fence(&self) {
         fence::write();
@@ -109,7 +109,7 @@ impl SharedWords {
     }
 }
 
-/// What the rings of a protocol are made of. [`RingPages`] and [`MappedRing`] are such memory too, as
+/// The memory of the rings of a protocol. [`RingPages`] and [`MappedRing`] are such memory too, as
 /// they deref to this.
 impl xen_io::ring::SharedMemory for SharedWords {
     #[inline]
@@ -149,21 +149,22 @@ impl xen_io::ring::SharedMemory for SharedWords {
 mod fence {
     use core::arch::asm;
 
-    /// x86 orders loads by itself: only the compiler has to be told.
+    /// Orders loads: x86 does so itself, so this is only a compiler barrier.
     #[inline(always)]
     pub(super) fn read() {
         // SAFETY: No instruction.
         unsafe { asm!("", options(nostack, preserves_flags)) };
     }
 
-    /// x86 orders stores by itself: only the compiler has to be told.
+    /// Orders stores: x86 does so itself, so this is only a compiler barrier.
     #[inline(always)]
     pub(super) fn write() {
         // SAFETY: No instruction.
         unsafe { asm!("", options(nostack, preserves_flags)) };
     }
 
-    /// A locked instruction on the own stack, as the kernel does: cheaper than `mfence`.
+    /// Orders loads and stores by a locked instruction on the own stack, as the kernel does:
+    /// cheaper than `mfence`.
     #[inline(always)]
     pub(super) fn full() {
         // SAFETY: Adds 0 to a word below the stack pointer, where nothing lives in the kernel.
@@ -202,8 +203,8 @@ const NO_REFERENCE: u32 = u32::MAX;
 ///
 /// # Invariants
 ///
-/// `words` are the `pages` pages at an address from `alloc_pages_exact`, which are owned. Each of the
-/// first `pages` of `references` is ours and grants one of them, or is [`NO_REFERENCE`].
+/// `words` are the `pages` pages at an address from `alloc_pages_exact`, which are owned. Each of
+/// the first `pages` of `references` is ours and grants one of them, or is [`NO_REFERENCE`].
 pub struct RingPages {
     words: SharedWords,
     references: [u32; MAX_PAGES],
@@ -267,7 +268,7 @@ impl RingPages {
         all
     }
 
-    /// The references of the pages, in order, for xenstore.
+    /// Returns the references of the pages, in order, for xenstore.
     pub fn references(&self) -> impl Iterator<Item = GrantRef> + '_ {
         self.references
             .iter()
@@ -288,9 +289,9 @@ impl Deref for RingPages {
 impl Drop for RingPages {
     fn drop(&mut self) {
         let mut address = self.words.words.as_ptr().cast();
-        // SAFETY: By the type invariant; nobody uses the words after this. Pages that are still
-        // mapped over there get a reference of the grant table, so freeing them here does not give
-        // them to anybody. References that have ended are skipped.
+        // SAFETY: By the type invariant; the words are not used after this. Pages that are still
+        // mapped over there get a reference of the grant table, so freeing them here does not make
+        // them reusable. References that have ended are skipped.
         unsafe {
             bindings_ext::xenbus_teardown_ring(
                 &mut address,
@@ -316,12 +317,12 @@ pub struct MappedRing {
 impl MappedRing {
     /// Maps the pages that the other end of `device` has granted: 1 to [`MAX_PAGES`].
     ///
-    /// The references are data from the other domain, Xen checks them. `ENOSPC`: Xen lets this domain
-    /// map no more pages; `ENOMEM`: there is no memory. Both may work later. `EFAULT`: Xen refuses a
-    /// reference. Sleeps, for at most 32 s a page, if a page is not in memory over there.
+    /// The references are data from the other domain, Xen checks them. `ENOSPC`: Xen lets this
+    /// domain map no more pages; `ENOMEM`: there is no memory. Both may work later. `EFAULT`: Xen
+    /// refuses a reference. Sleeps, for at most 32 s a page, if a page is not in memory over there.
     ///
-    /// Unlike `xenbus_map_ring_valloc`, a failure does not switch the device to `Closing`. Call this only
-    /// where the state of the device is written.
+    /// Unlike `xenbus_map_ring_valloc`, a failure does not switch the device to `Closing`. Call
+    /// this only where the state of the device is written.
     pub fn new(device: &xenbus::Device, references: &[ForeignRef]) -> Result<Self> {
         let pages = references.len();
         if pages == 0 || pages > MAX_PAGES {
@@ -344,7 +345,8 @@ impl MappedRing {
             )
         };
         let result = to_result(device.without_fatal(map));
-        // Xen's status is not told. The pages could be mapped just before, so there is no room by now.
+        // Xen's status is not told. The pages could be mapped just before, so there is no room by
+        // now.
         result.map_err(|error| if error == ENOENT { ENOSPC } else { error })?;
         let words = NonNull::new(address.cast()).ok_or(ENOMEM)?;
         // INVARIANT: Mapped just above, until `drop`.
@@ -391,7 +393,7 @@ impl Drop for MappedRing {
     fn drop(&mut self) {
         // If it fails, the memory is leaked and xenbus has said so.
         //
-        // SAFETY: By the type invariant; nobody uses the words after this.
+        // SAFETY: By the type invariant; the words are not used after this.
         let _ = unsafe {
             bindings_ext::xenbus_unmap_ring_vfree(
                 self.device.as_raw(),

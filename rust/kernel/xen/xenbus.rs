@@ -2,10 +2,10 @@
 
 //! Xenbus: the bus of split drivers.
 //!
-//! Each half of a split device has a directory in xenstore, and the kernel makes a device of it. The
-//! *nodename* is the directory of our half, the *otherend* the one of the other half, the
-//! *otherend id* the domain that it is in. Each half writes a [`XenbusState`] to its directory, and the
-//! bus calls the driver when the state of the other half changes.
+//! Each half of a split device has a directory in xenstore, and the kernel makes a device of it.
+//! The *nodename* is the directory of our half, the *otherend* the one of the other half, the
+//! *otherend id* the domain that it is in. Each half writes a [`XenbusState`] to its directory, and
+//! the bus calls the driver when the state of the other half changes.
 //!
 //! A driver implements [`Driver`]; [`Adapter`] registers it, by [`module_xenbus_driver`] or as part
 //! of a module:
@@ -26,12 +26,12 @@
 //! }
 //! ```
 //!
-//! A module that is to be loaded for a device says so with `alias: ["xen:vbd"]` (a frontend) or
+//! A module that udev should load for a device has `alias: ["xen:vbd"]` (a frontend) or
 //! `alias: ["xen-backend:vbd"]` in its `module!`.
 //!
 //! Who calls what: `probe`, `remove`, `suspend` and `resume` run with the device locked.
 //! `otherend_changed` runs in the `xenwatch` thread, never before `probe` has returned nor during or
-//! after `remove` or `resume`. While it runs, no other device of this kernel hears anything.
+//! after `remove` or `resume`. While it runs, no other device of this kernel gets events.
 //!
 //! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
 
@@ -97,10 +97,10 @@ pub use xen_io::xenbus::{
     XenbusState, //
 };
 
-/// How long [`unregister_device`] waits for the thread of xenbus.
+/// Longest wait of [`unregister_device`] for the thread of xenbus.
 const UNREGISTER_MS: u32 = 60_000;
 
-/// How long [`unregister`] tries to lock a device that others may have locked for a moment.
+/// Number of attempts of [`unregister`] to lock a device that others may have locked for a moment.
 const LOCK_TRIES: usize = 50;
 const LOCK_SLEEP_MS: u32 = 20;
 
@@ -122,7 +122,7 @@ fn read_state(transaction: &Transaction, dir: &CStr) -> Result<OtherendState> {
 /// Returns `true` if a half that wrote `own` last and finds `found` in its node may write `state`
 /// there.
 ///
-/// Two states that somebody else has written stay: Closing, by which the toolstack asks for
+/// Two states that another writer has written stay: Closing, by which the toolstack asks for
 /// Closed and nothing but Closed, and Initialising, of which a new device is made. A directory
 /// that is gone is not made again.
 fn may_replace(state: XenbusState, found: XenbusState, own: XenbusState) -> bool {
@@ -148,9 +148,9 @@ pub enum Switched {
 
 /// A device of xenbus: our half of a split device.
 ///
-/// A thread that works for a device holds an `ARef<Device>`. With that it can do all that there is to
-/// do but read [`Device::otherend`]; writing the state of a device that is not bound any more is a
-/// bug in the driver's logic, without effect on memory.
+/// A thread that works for a device holds an `ARef<Device>`. With that it can do all that there is
+/// to do but read [`Device::otherend`]; writing the state of a device that is not bound any more is
+/// a bug in the driver's logic, without effect on memory.
 ///
 /// # Invariants
 ///
@@ -166,15 +166,15 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         self.0.get()
     }
 
-    /// The directory of this half, such as `device/vbd/51712` or `backend/vbd/1/51712`, below the
-    /// home of this domain.
+    /// Returns the directory of this half, such as `device/vbd/51712` or `backend/vbd/1/51712`,
+    /// below the home of this domain.
     pub fn nodename(&self) -> &CStr {
         // SAFETY: The bus sets the name before anybody gets to see the device, and frees it with it.
         unsafe { CStr::from_char_ptr((*self.as_raw()).nodename) }
     }
 
-    /// The number of the device among those of its type: what follows the last `/` of the nodename.
-    /// `None` if that is no number.
+    /// Returns the number of the device among those of its type: what follows the last `/` of the
+    /// nodename. `None` if that is no number.
     pub fn handle(&self) -> Option<u32> {
         let last = self
             .nodename()
@@ -184,30 +184,30 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         core::str::from_utf8(last).ok()?.parse().ok()
     }
 
-    /// The state that this half has written last.
+    /// Returns the state that this half has written last.
     pub fn state(&self) -> XenbusState {
         // SAFETY: The device is valid by the type invariant; a number that may change meanwhile.
         let number = unsafe { addr_of!((*self.as_raw()).state).read_volatile() };
         XenbusState::try_from(number).unwrap_or(XenbusState::Unknown)
     }
 
-    /// The domain of the other half.
+    /// Returns the domain of the other half.
     pub fn otherend_id(&self) -> DomId {
         // SAFETY: The device is valid by the type invariant; a number that changes after a restore.
         let id = unsafe { addr_of!((*self.as_raw()).otherend_id).read_volatile() };
         DomId::from_raw(id as u16)
     }
 
-    /// Writes the state of this half to xenstore, if it is another one than before and may replace the
-    /// one that is there (`xenbus_switch_state`). May sleep.
+    /// Writes the state of this half to xenstore, if it is another one than before and may replace
+    /// the one that is there (`xenbus_switch_state`). May sleep.
     ///
     /// What may replace what is said by `may_replace`. If xenstore fails, the error is logged.
     ///
-    /// A frontend switches to and from [`XenbusState::Initialising`] only in `otherend_changed`. The bus
-    /// watches for that state in the same thread; when it is switched elsewhere, the bus may find it
-    /// in xenstore but not in the device: then it takes the device for a new one, and replaces it, or
-    /// loses it. So such a driver sets [`Driver::ALLOW_REBIND`], and closes in `remove` only from
-    /// other states.
+    /// A frontend switches to and from [`XenbusState::Initialising`] only in `otherend_changed`.
+    /// The bus watches for that state in the same thread; when it is switched elsewhere, the bus
+    /// may find it in xenstore but not in the device: then it takes the device for a new one, and
+    /// replaces it, or loses it. So such a driver sets [`Driver::ALLOW_REBIND`], and closes in
+    /// `remove` only from other states.
     pub fn switch_state(&self, state: XenbusState) -> Switched {
         if state == self.state() {
             return Switched::Written;
@@ -218,8 +218,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         })
     }
 
-    /// Writes the state of this half, like [`Self::switch_state`], at once with what `body` writes. May
-    /// sleep. `body` may be run several times.
+    /// Writes the state of this half, like [`Self::switch_state`], at once with what `body` writes.
+    /// May sleep. `body` may be run several times.
     ///
     /// The state is written even if it is the one from before, so that the other half reads what has
     /// changed. Nothing is written if the state is refused, or if `body` fails.
@@ -240,7 +240,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         let own = self.state();
         // SAFETY: The device is valid by the type invariant; C reads it without a lock too.
         if unsafe { addr_of!((*self.as_raw()).vanished).read_volatile() } {
-            // The bus has found that a new device is to be made of the directory.
+            // The bus will make a new device of the directory.
             return Ok(Switched::Refused(XenbusState::Initialising));
         }
         let switched = xenstore::transaction(|transaction| {
@@ -280,7 +280,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         unsafe { addr_of_mut!((*self.as_raw()).state).write_volatile(state.number()) };
     }
 
-    /// The state in the directory `path` (`xenbus_read_driver_state`). May sleep.
+    /// Returns the state in the directory `path` (`xenbus_read_driver_state`). May sleep.
     pub fn read_driver_state(&self, path: &CStr) -> OtherendState {
         // SAFETY: The device is valid by the type invariant, `path` is zero-terminated.
         XenbusState::try_from(unsafe {
@@ -288,8 +288,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         })
     }
 
-    /// Whether the toolstack wants the device to stay when the frontend closes it: `online` in the
-    /// directory of a backend (`xenbus_dev_is_online`). May sleep.
+    /// Returns `true` if the toolstack wants the device to stay when the frontend closes it:
+    /// `online` in the directory of a backend (`xenbus_dev_is_online`). May sleep.
     pub fn is_online(&self) -> bool {
         // SAFETY: The device is valid by the type invariant.
         unsafe { bindings_ext::xenbus_dev_is_online(self.as_raw()) != 0 }
@@ -319,7 +319,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         };
     }
 
-    /// [`Self::dev_error`], and switches to [`XenbusState::Closing`], as `xenbus_dev_fatal` does. May sleep.
+    /// Logs an error by [`Self::dev_error`], and switches to [`XenbusState::Closing`], as
+    /// `xenbus_dev_fatal` does. May sleep.
     pub fn dev_fatal(&self, error: Error, message: fmt::Arguments<'_>) {
         self.dev_error(error, message);
         self.switch_state(XenbusState::Closing);
@@ -327,8 +328,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 }
 
 impl Device<device::Core<'_>> {
-    /// The directory of the other half, as an absolute path. `ENOENT` if it could not be read after
-    /// a restore.
+    /// Returns the directory of the other half, as an absolute path. `ENOENT` if it could not be
+    /// read after a restore.
     ///
     /// It changes with a restore; so copy it if it is needed outside of callbacks, and again in
     /// `resume`.
@@ -390,7 +391,7 @@ unsafe impl Sync for Device<device::Bound> {}
 pub struct DeviceId(bindings_ext::xenbus_device_id);
 
 impl DeviceId {
-    /// A type of device such as `vbd`; up to 31 characters, or it does not compile.
+    /// Creates the id of a type of device such as `vbd`; more than 31 characters do not compile.
     pub const fn new(devicetype: &'static CStr) -> Self {
         let bytes = devicetype.to_bytes_with_nul();
         let mut id = bindings_ext::xenbus_device_id {
@@ -413,7 +414,7 @@ pub struct IdArray<const N: usize> {
 }
 
 impl<const N: usize> IdArray<N> {
-    /// Of these.
+    /// Creates a table of these types.
     pub const fn new(ids: [DeviceId; N]) -> Self {
         Self {
             ids,
@@ -421,7 +422,7 @@ impl<const N: usize> IdArray<N> {
         }
     }
 
-    /// For [`Driver::ID_TABLE`].
+    /// Returns the table for [`Driver::ID_TABLE`].
     pub const fn as_table(&'static self) -> IdTable {
         // INVARIANT: The end follows the others.
         IdTable(core::ptr::from_ref(self).cast())
@@ -432,7 +433,7 @@ impl<const N: usize> IdArray<N> {
 ///
 /// # Invariants
 ///
-/// Points to a table that lives for ever, whose last entry is empty.
+/// Points to a `'static` table whose last entry is empty.
 #[derive(Clone, Copy)]
 pub struct IdTable(*const bindings_ext::xenbus_device_id);
 
@@ -445,7 +446,7 @@ pub enum Role {
     Backend,
 }
 
-/// What becomes of a device after [`Driver::otherend_changed`].
+/// The action for a device after [`Driver::otherend_changed`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
 pub enum DeviceAction {
@@ -476,44 +477,45 @@ pub trait Driver: Send + Sync + Sized + 'static {
     /// The boot of a domain need not wait for such a frontend.
     const NOT_ESSENTIAL: bool = false;
 
-    /// A device was found. The other half may be in any state; [`Driver::otherend_changed`] is
-    /// called with it soon after this has returned.
+    /// Called when a device was found. The other half may be in any state;
+    /// [`Driver::otherend_changed`] is called with it soon after this has returned.
     fn probe(dev: &Device<device::Core<'_>>) -> impl PinInit<Self, Error>;
 
-    /// The other half may have changed its state. May be called again with the same state, and states
-    /// may be missed.
+    /// Called when the state of the other half may have changed. May be called again with the same
+    /// state, and states may be missed.
     fn otherend_changed(
         self: Pin<&Self>,
         dev: &Device<device::Core<'_>>,
         state: OtherendState,
     ) -> DeviceAction;
 
-    /// The device is unbound: the driver goes, or the device. Must not wait for the other domain
-    /// without a deadline. What needs no device is better done in `Drop`.
+    /// Called when the device is unbound from the driver or removed. Must not wait for the other
+    /// domain without a deadline. What needs no device is better done in `Drop`.
     fn remove(self: Pin<&Self>, dev: &Device<device::Core<'_>>) {
         let _ = dev;
     }
 
-    /// The domain is about to be saved.
+    /// Called when the domain is about to be saved.
     fn suspend(self: Pin<&Self>, dev: &Device<device::Core<'_>>) -> Result {
         let _ = dev;
         Ok(())
     }
 
-    /// The domain was restored, maybe on another host: the other half is a new one, event channels
-    /// are closed and no grant is mapped.
+    /// Called when the domain was restored, maybe on another host: the other half is a new one,
+    /// event channels are closed and no grant is mapped.
     fn resume(self: Pin<&Self>, dev: &Device<device::Core<'_>>) -> Result {
         let _ = dev;
         Ok(())
     }
 
-    /// Memory is short: give back what is not needed. Backends only.
+    /// Called when memory is short, to free memory that is not needed. Backends only.
     ///
     /// Whoever allocates may call this, with any lock held: it must not wait for a lock, and not
     /// allocate.
     fn reclaim_memory(self: Pin<&Self>) {}
 
-    /// Whether a frontend that is Connected can be used. Boot waits for that, for up to 5 minutes.
+    /// Returns `true` if a frontend that is Connected can be used. Boot waits for that, for up to 5
+    /// minutes.
     fn is_ready(self: Pin<&Self>) -> bool {
         true
     }
@@ -521,8 +523,9 @@ pub trait Driver: Send + Sync + Sized + 'static {
 
 /// Registers a [`Driver`], by `kernel::driver::Registration<Adapter<T>>`.
 ///
-/// Registering fails with `ENODEV` outside of Xen, and with `EBUSY` and a message if there is a driver
-/// of the same name. A frontend waits up to 5 minutes for the devices that exist to be connected.
+/// Registering fails with `ENODEV` outside of Xen, and with `EBUSY` and a message if there is a
+/// driver of the same name. A frontend waits up to 5 minutes for the devices that exist to be
+/// connected.
 pub struct Adapter<T: Driver>(T);
 
 // SAFETY:
@@ -545,7 +548,7 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
         if !super::is_xen_domain() {
             return Err(ENODEV);
         }
-        // SAFETY: As the caller promises, the driver is valid; nobody else uses it before it is
+        // SAFETY: As the caller promises, the driver is valid; no other code uses it before it is
         // registered.
         unsafe {
             let driver = reg.get();
@@ -588,7 +591,7 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
 }
 
 impl<T: Driver> Adapter<T> {
-    /// The device, and its private data.
+    /// Returns the device, and its private data.
     ///
     /// # Safety
     ///
@@ -760,9 +763,9 @@ unsafe fn unregister(dev: *mut bindings::device) {
     }
 }
 
-/// Unregisters a device from the bus as [`DeviceAction::Unregister`] does, from any other thread than that of
-/// xenbus, which does it. Waits for that thread. Does nothing if the device is not registered any
-/// more. `ETIMEDOUT`: the thread was busy for too long.
+/// Unregisters a device from the bus as [`DeviceAction::Unregister`] does, from any other thread
+/// than that of xenbus, which does it. Waits for that thread. Does nothing if the device is not
+/// registered any more. `ETIMEDOUT`: the thread was busy for too long.
 ///
 /// Who calls it need not hold a reference to the module, if the module's exit waits for it.
 pub fn unregister_device(device: &Device) -> Result {
@@ -811,8 +814,8 @@ impl WatchHandler for Unregister {
     }
 }
 
-/// Whether a device is bound to the driver of this module with that name. On one bus there is but
-/// one.
+/// Returns `true` if a device is bound to the driver of this module with that name. On one bus
+/// there is but one.
 ///
 /// # Safety
 ///

@@ -49,7 +49,7 @@ use crate::{
 /// Longer ones are refused with `E2BIG`; nothing that a driver writes comes near.
 const TEXT_MAX: usize = 256;
 
-/// How often a transaction is tried while others keep changing what it read.
+/// Number of attempts at a transaction while others keep changing what it has read.
 const TRANSACTION_TRIES: usize = 32;
 
 /// A short zero-terminated text on the stack: writing to xenstore must not depend on free memory
@@ -64,13 +64,13 @@ impl NodeName {
         Ok(Self(text))
     }
 
-    /// The text up to the first zero.
+    /// Returns the text up to the first zero.
     fn as_cstr(&self) -> Result<&CStr> {
         CStr::from_bytes_until_nul(&self.0).map_err(|_| EINVAL)
     }
 }
 
-/// What a read belongs to: a [`Transaction`], or [`NoTransaction`].
+/// The transaction of a read: a [`Transaction`], or [`NoTransaction`].
 pub trait Context {
     #[doc(hidden)]
     fn id(&self) -> u32;
@@ -102,8 +102,8 @@ fn raw(context: &impl Context) -> bindings_ext::xenbus_transaction {
 
 /// Runs `body` in a transaction and commits it if `body` succeeds.
 ///
-/// When somebody else changed what `body` used, it is run again, at most 32 times (then `EAGAIN`).
-/// So it must not have other effects.
+/// If another writer has changed a node that `body` used, it is run again, at most 32 times (then
+/// `EAGAIN`). So it must not have other effects.
 pub fn transaction<R>(mut body: impl FnMut(&Transaction) -> Result<R>) -> Result<R> {
     for _ in 0..TRANSACTION_TRIES {
         let mut started = bindings_ext::xenbus_transaction { id: 0 };
@@ -143,7 +143,7 @@ unsafe impl Send for Value {}
 unsafe impl Sync for Value {}
 
 impl Value {
-    /// The bytes, without the zero at the end.
+    /// Returns the bytes, without the zero at the end.
     pub fn as_bytes(&self) -> &[u8] {
         // SAFETY: By the type invariant.
         unsafe { core::slice::from_raw_parts(self.bytes.as_ptr(), self.len) }
@@ -196,17 +196,18 @@ pub fn read(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> Res
     Ok(Value { bytes, len })
 }
 
-/// Whether a node exists and can be read.
+/// Returns `true` if a node exists and can be read.
 pub fn exists(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> bool {
     read(context, dir, node).is_ok()
 }
 
-/// What nodes a directory has: one question in place of one for each node that may be missing.
+/// The names of the nodes of a directory: one query in place of one for each node that may be
+/// missing.
 ///
 /// # Invariants
 ///
 /// If there are names, they come from `xenbus_directory`: one buffer of the slab allocator, owned by
-/// this, that begins with so many pointers to zero-terminated strings in it.
+/// this, that begins with as many pointers to zero-terminated strings in it.
 pub struct DirectoryListing(Option<(NonNull<*mut ffi::c_char>, usize)>);
 
 // SAFETY: A plain buffer that is owned.
@@ -218,7 +219,8 @@ impl DirectoryListing {
     /// Lists a directory. If that does not work, any node may be there.
     pub fn new(context: &impl Context, dir: &CStr) -> Self {
         let mut count = 0;
-        // SAFETY: Both strings are zero-terminated and outlive the call, `count` is valid for a write.
+        // SAFETY: Both strings are zero-terminated and outlive the call, `count` is valid for a
+        // write.
         let names = from_err_ptr(unsafe {
             bindings_ext::xenbus_directory(
                 raw(context),
@@ -236,7 +238,7 @@ impl DirectoryListing {
         )
     }
 
-    /// Whether a node may be there. `false`: it was not.
+    /// Returns `true` if a node may be there. `false`: it was not.
     pub fn may_have(&self, node: &str) -> bool {
         let Some((names, count)) = self.0 else {
             return true;
@@ -431,9 +433,9 @@ fn parse_value<T>(
     }
 }
 
-/// What a [`Watch`] calls.
+/// The callback of a [`Watch`].
 pub trait WatchHandler: Send + Sync + 'static {
-    /// Something at or below the node has changed, or the watch was just registered.
+    /// Called when a node at or below the watched one has changed, or the watch was just registered.
     ///
     /// Runs in the `xenwatch` thread, the one for all watches of the kernel: it may sleep, but while
     /// it does no other device hears anything. Events that come while one is still waiting to be
@@ -441,7 +443,7 @@ pub trait WatchHandler: Send + Sync + 'static {
     fn changed(&self);
 }
 
-/// What the watch and its callback share.
+/// Data shared by a watch and its callback.
 #[repr(C)]
 struct WatchInner<T> {
     /// First, so that the callback finds the rest behind the pointer that it gets.
@@ -476,7 +478,8 @@ impl<T: WatchHandler> Watch<T> {
         Self::register(dir, node, handler, Some(ModuleRef::new()?))
     }
 
-    /// As [`Self::new`]. Without a reference to the module, its exit waits for what drops the watch.
+    /// Registers a watch as [`Self::new`]. Without a reference to the module, its exit waits for
+    /// what drops the watch.
     pub(super) fn register(
         dir: &CStr,
         node: fmt::Arguments<'_>,

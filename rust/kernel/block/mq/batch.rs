@@ -23,7 +23,7 @@ use super::{
 pub struct EndBatch(bindings::io_comp_batch);
 
 impl EndBatch {
-    /// An empty batch.
+    /// Creates an empty batch.
     pub fn new() -> Self {
         // INVARIANT: The list is empty.
         Self(pin_init::zeroed())

@@ -69,7 +69,7 @@ pub struct Geometry {
     pub cylinders: u16,
 }
 
-/// Describes a disk that is to be made.
+/// A description of a disk to create.
 ///
 /// Without [`Self::device_numbers`] the block layer chooses a device number.
 pub struct GenDiskBuilder {
@@ -82,7 +82,7 @@ pub struct GenDiskBuilder {
 }
 
 impl GenDiskBuilder {
-    /// A disk with these limits, and without any capacity.
+    /// Creates a description of a disk with these limits and no capacity.
     pub fn new(limits: QueueLimits) -> Self {
         Self {
             limits,
@@ -94,29 +94,30 @@ impl GenDiskBuilder {
         }
     }
 
-    /// The disk has the first of these minors, and its partitions those that follow.
+    /// Sets the device numbers: the disk has the first of these minors, and its partitions those
+    /// that follow.
     ///
-    /// They are given back when the disk is dropped. Linux knows a file system by the device number of
-    /// its disk, and so do those who have the disk open: keep a removed disk until it has no
+    /// They are given back when the disk is dropped. Linux knows a file system by the device number
+    /// of its disk, and so do those who have the disk open: keep a removed disk until it has no
     /// [openers](GenDisk::openers).
     pub fn device_numbers(mut self, minors: Minors) -> Self {
         self.minors = Some(minors);
         self
     }
 
-    /// How large the disk is, in sectors of 512 bytes.
+    /// Sets the capacity, in sectors of 512 bytes.
     pub fn capacity(mut self, sectors: u64) -> Self {
         self.capacity = sectors;
         self
     }
 
-    /// Whether the disk can only be read.
+    /// Sets the disk read-only.
     pub fn read_only(mut self, read_only: bool) -> Self {
         self.read_only = read_only;
         self
     }
 
-    /// Whether the medium can be changed.
+    /// Marks the medium as removable.
     pub fn removable(mut self, removable: bool) -> Self {
         self.flags &= !bindings::GENHD_FL_REMOVABLE;
         if removable {
@@ -125,16 +126,16 @@ impl GenDiskBuilder {
         self
     }
 
-    /// Nobody looks for partitions on the disk. Whoever knows of some can still add them.
+    /// Disables the scan for partitions (`GD_SUPPRESS_PART_SCAN`). User space can still add them.
     pub fn no_partition_scan(mut self) -> Self {
         self.state |= 1 << bindings::GD_SUPPRESS_PART_SCAN;
         self
     }
 
-    /// Makes the disk. Nobody sees it before [`GenDisk::add`]. Sleeps.
+    /// Creates the disk, which is not visible before [`GenDisk::add`]. Sleeps.
     ///
-    /// `EINVAL`: the name is empty or longer than 31 bytes, or a number is out of range. `ENODEV`: the
-    /// module is being unloaded.
+    /// `EINVAL`: the name is empty or longer than 31 bytes, or a number is out of range. `ENODEV`:
+    /// the module is being unloaded.
     pub fn build<T: Operations>(
         mut self,
         name: fmt::Arguments<'_>,
@@ -159,7 +160,7 @@ impl GenDiskBuilder {
             )
         })
         .inspect_err(|_| {
-            // SAFETY: There is no disk, so nobody borrows the data.
+            // SAFETY: There is no disk, so the data is not borrowed.
             drop(unsafe { Arc::<T::QueueData>::from_foreign(queue_data) });
         })?;
 
@@ -174,7 +175,8 @@ impl GenDiskBuilder {
             _module: module,
         };
 
-        // SAFETY: The disk is valid by the type invariants. Nobody else uses it before it is added.
+        // SAFETY: The disk is valid by the type invariants. No other code uses it before it is
+        // added.
         let raw = unsafe { &mut *disk.disk };
         raw.fops = FileOperations::<T>::build();
         raw.private_data = queue_data;
@@ -224,8 +226,8 @@ const REMOVED: i32 = 4;
 ///   its queue's. One reference to it is owned.
 /// - `queue_data` came from `Arc::into_foreign`, and is taken back when this is dropped, after the
 ///   disk was removed.
-/// - `added` is [`ADDED`] if and only if it was added to the system and its removal has not begun. It
-///   is [`REMOVED`] only after the removal has ended.
+/// - `added` is [`ADDED`] if and only if it was added to the system and its removal has not begun.
+///   It is [`REMOVED`] only after the removal has ended.
 /// - `quiesced` is 1 if and only if this object has quiesced the queue.
 /// - `_module` keeps the module, whose functions the block layer calls for the disk.
 pub struct GenDisk<T: Operations> {
@@ -276,8 +278,8 @@ impl<T: Operations> GenDisk<T> {
     ///
     /// New openers are refused first. Then file systems on the disk and its page cache are written
     /// back, for which the driver serves requests as before, and only after that everything fails.
-    /// After [`Self::mark_dead`] nothing is written back. Waits for the requests in flight: the driver
-    /// ends them.
+    /// After [`Self::mark_dead`] nothing is written back. Waits for the requests in flight: the
+    /// driver ends them.
     ///
     /// Does nothing if the disk was not added, or if this was called before; that call may still be
     /// at work, see [`Self::is_removed`].
@@ -285,7 +287,7 @@ impl<T: Operations> GenDisk<T> {
         if self.added.cmpxchg(ADDED, REMOVING, Full).is_err() {
             return;
         }
-        // SAFETY: By the type invariants the disk was added, and nobody else removes it: only one
+        // SAFETY: By the type invariants the disk was added, and no other call removes it: only one
         // call gets from `ADDED` to `REMOVING`.
         unsafe { bindings::del_gendisk(self.disk) };
         if let Some(minors) = &self.minors {
@@ -307,8 +309,8 @@ impl<T: Operations> GenDisk<T> {
     ///
     /// Context: any.
     pub fn is_claimed(&self) -> bool {
-        // SAFETY: By the type invariants the disk is valid, and so is its whole device. A number that
-        // changes at any time.
+        // SAFETY: By the type invariants the disk is valid, and so is its whole device. A number
+        // that changes at any time.
         unsafe { (&raw const (*(*self.disk).part0).bd_holders).read_volatile() != 0 }
     }
 
@@ -323,12 +325,12 @@ impl<T: Operations> GenDisk<T> {
         unsafe { bindings_ext::disk_has_unaware_holder(self.disk) }
     }
 
-    /// The hardware queues and requests of this disk.
+    /// Returns the hardware queues and requests of this disk.
     pub fn tag_set(&self) -> &Arc<TagSet<T>> {
         &self.tag_set
     }
 
-    /// The driver's data.
+    /// Returns the driver's data.
     pub fn queue_data(&self) -> ArcBorrow<'_, T::QueueData> {
         // SAFETY: By the type invariants this is an `Arc`, which is taken back when `self` is
         // dropped.
@@ -340,7 +342,7 @@ impl<T: Operations> GenDisk<T> {
         unsafe { (*self.disk).queue }
     }
 
-    /// The capacity in sectors of 512 bytes. Does not sleep.
+    /// Returns the capacity in sectors of 512 bytes. Does not sleep.
     pub fn capacity(&self) -> u64 {
         // SAFETY: By the type invariants the disk is valid.
         unsafe { bindings_ext::get_capacity(self.disk) }
@@ -366,7 +368,7 @@ impl<T: Operations> GenDisk<T> {
 
     /// Changes the limits. The queue should be quiesced, or frozen, or not in use yet.
     ///
-    /// What `change` leaves alone stays as it is. `EBUSY`: somebody else is changing them, and may
+    /// What `change` leaves alone stays as it is. `EBUSY`: another task is changing them, and may
     /// wait for requests in flight before that is over.
     pub fn try_update_limits(&self, change: impl FnOnce(&mut QueueLimits)) -> Result {
         let mut limits = QueueLimits::new();
@@ -388,8 +390,8 @@ impl<T: Operations> GenDisk<T> {
         to_result(unsafe { bindings::queue_limits_commit_update(self.queue(), limits.as_raw()) })
     }
 
-    /// The disk is gone: all that is not in flight yet fails, and so does what comes. Requests in
-    /// flight are for the driver to end.
+    /// Marks the disk as dead: requests that are not in flight yet fail, and so do later ones.
+    /// Requests in flight are for the driver to end.
     pub fn mark_dead(&self) {
         // SAFETY: By the type invariants the disk is valid.
         unsafe { bindings::blk_mark_disk_dead(self.disk) };
@@ -446,8 +448,8 @@ impl<T: Operations> Drop for GenDisk<T> {
         self.start_stopped_hw_queues();
         self.kick_requeue_list();
         self.remove();
-        // The removal has waited for this work, but it may have been queued again since. Nobody else
-        // can queue it any more, for that takes a shared reference.
+        // The removal has waited for this work, but it may have been queued again since. Nothing
+        // can queue it any more, because that takes a shared reference.
         //
         // SAFETY: By the type invariants the queue is valid; the work was initialised with it.
         unsafe { bindings::cancel_delayed_work_sync(&raw mut (*self.queue()).requeue_work) };

@@ -40,14 +40,14 @@ impl<'q, T: Operations> HwQueue<'q, T> {
         }
     }
 
-    /// The number of this hardware queue, from 0 to one less than the tag set has.
+    /// Returns the number of this hardware queue, from 0 to one less than the tag set has.
     #[inline]
     pub fn index(&self) -> u32 {
         // SAFETY: By the type invariants the hardware queue is valid; the field does not change.
         unsafe { (*self.hctx.as_ptr()).queue_num }
     }
 
-    /// The driver's data of this hardware queue.
+    /// Returns the driver's data of this hardware queue.
     #[inline]
     pub fn data(&self) -> <T::HwQueueData as ForeignOwnable>::Borrowed<'q> {
         // SAFETY: By the type invariants the hardware queue is initialised, so `driver_data` comes
@@ -55,7 +55,7 @@ impl<'q, T: Operations> HwQueue<'q, T> {
         unsafe { T::HwQueueData::borrow((*self.hctx.as_ptr()).driver_data) }
     }
 
-    /// The driver's data of the disk.
+    /// Returns the driver's data of the disk.
     #[inline]
     pub fn queue_data(&self) -> ArcBorrow<'q, T::QueueData> {
         // SAFETY: By the type invariants the disk is initialised, so its queue's `queuedata` is an

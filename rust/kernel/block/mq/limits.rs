@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What a disk can do in one request.
+//! Queue limits: the limits of a request.
 //!
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
@@ -22,7 +22,7 @@ pub enum Feature {
     Fua = 1 << 1,
 }
 
-/// What a disk can do in one request: `struct queue_limits`.
+/// The limits of a request: `struct queue_limits`.
 ///
 /// What is not set is chosen by the block layer. Sectors are 512 bytes.
 #[repr(transparent)]
@@ -55,27 +55,28 @@ impl QueueLimits {
         set_io_min, io_min: u32;
         /// The size that does best, in bytes. 0: unknown.
         set_io_opt, io_opt: u32;
-        /// How long a request may be, in sectors. At least a page.
+        /// Sets the maximum length of a request, in sectors. At least a page.
         set_max_hw_sectors, max_hw_sectors: u32;
-        /// How many segments a request may have.
+        /// Sets the maximum number of segments of a request.
         set_max_segments, max_segments: u16;
-        /// How long a segment may be, in bytes. At least a page.
+        /// Sets the maximum length of a segment, in bytes. At least a page.
         set_max_segment_size, max_segment_size: u32;
         /// No segment crosses an address where these bits wrap: a page less one, or more.
         set_seg_boundary_mask, seg_boundary_mask: usize;
         /// Bits that are 0 in the address and the length of each segment.
         set_dma_alignment, dma_alignment: u32;
-        /// How much one discard may cover, in sectors. 0: there is no discard.
+        /// Sets the maximum length of a discard, in sectors. 0: there is no discard.
         set_max_discard_sectors, max_hw_discard_sectors: u32;
         /// The unit of discards, in bytes.
         set_discard_granularity, discard_granularity: u32;
-        /// Where the first unit of discards starts, in bytes.
+        /// Sets the offset of the first unit of discards, in bytes.
         set_discard_alignment, discard_alignment: u32;
-        /// How many ranges one discard may have.
+        /// Sets the maximum number of ranges of a discard.
         set_max_discard_segments, max_discard_segments: u16;
-        /// How much one secure erase may cover, in sectors. 0: there is none.
+        /// Sets the maximum length of a secure erase, in sectors. 0: there is none.
         set_max_secure_erase_sectors, max_secure_erase_sectors: u32;
-        /// How much may be zeroed at once, in sectors. 0: the block layer writes zeroes.
+        /// Sets the maximum length of a write of zeroes, in sectors. 0: the block layer writes
+        /// zeroes.
         set_max_write_zeroes_sectors, max_write_zeroes_sectors: u32;
     }
 
@@ -89,17 +90,17 @@ impl QueueLimits {
         self
     }
 
-    /// How long a request may be, in sectors.
+    /// Returns the maximum length of a request, in sectors.
     pub fn max_hw_sectors(&self) -> u32 {
         self.0.max_hw_sectors
     }
 
-    /// How many segments a request may have.
+    /// Returns the maximum number of segments of a request.
     pub fn max_segments(&self) -> u16 {
         self.0.max_segments
     }
 
-    /// The smallest unit that can be read or written, in bytes.
+    /// Returns the smallest unit that can be read or written, in bytes.
     pub fn logical_block_size(&self) -> u32 {
         self.0.logical_block_size
     }

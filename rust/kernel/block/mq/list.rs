@@ -36,7 +36,7 @@ pub struct RequestList<T: Operations, S: State> {
 }
 
 impl<T: Operations, S: State> RequestList<T, S> {
-    /// No request.
+    /// Creates an empty list.
     #[inline]
     pub const fn new() -> Self {
         // INVARIANT: The empty list.
@@ -67,7 +67,7 @@ impl<T: Operations, S: State> RequestList<T, S> {
         mem::replace(&mut self.list, Self::new().list)
     }
 
-    /// Whether there is none.
+    /// Returns `true` if there is none.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.list.head.is_null()
@@ -77,8 +77,8 @@ impl<T: Operations, S: State> RequestList<T, S> {
     #[inline]
     pub fn push(&mut self, rq: Request<T, S>) {
         let rq = rq.into_raw().as_ptr();
-        // SAFETY: The request was owned, so nobody else uses its link; so is the last one of the list
-        // by the type invariant.
+        // SAFETY: The request was owned, so its link has no other user; so is the last one of the
+        // list by the type invariant.
         //
         // INVARIANT: The list owns it now.
         unsafe {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What a driver does for its disks.
+//! The callbacks of a driver.
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
@@ -39,7 +39,7 @@ use super::{
     RequestList, //
 };
 
-/// What a driver does for its disks.
+/// The callbacks of a driver: `struct blk_mq_ops` and `struct block_device_operations`.
 ///
 /// `queue_rq`, `queue_rqs` and `commit_rqs` must not sleep. The file operations may.
 #[vtable]
@@ -82,7 +82,7 @@ pub trait Operations: Sized + 'static {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// No more requests follow, though the last one was offered with `last` false.
+    /// Called when no more requests follow, although the last one was offered with `last` false.
     fn commit_rqs(_hw_queue: HwQueue<'_, Self>) {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
@@ -92,8 +92,8 @@ pub trait Operations: Sized + 'static {
     /// Softirq, or the context of that call.
     fn complete(rq: Request<Self, Completed>);
 
-    /// A request is in flight for longer than the tag set's time-out. Called again each time that
-    /// the time-out has passed once more.
+    /// Called when a request is in flight for longer than the tag set's time-out, and again each
+    /// time that the time-out has passed again.
     ///
     /// The request stays where it is, and may be ending on another CPU at this moment. Process
     /// context.
@@ -101,37 +101,39 @@ pub trait Operations: Sized + 'static {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// The disk, or a partition of it, is being opened. Not called for disks that are being removed.
+    /// Called when the disk or a partition of it is opened. Not called for disks that are being
+    /// removed.
     fn open(_queue_data: ArcBorrow<'_, Self::QueueData>, _mode: OpenMode) -> Result {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// The disk, or a partition of it, was closed by one of its openers. Not called for disks that
-    /// were dropped.
+    /// Called when the disk or a partition of it was closed by one of its openers. Not called for
+    /// disks that were dropped.
     fn release(_queue_data: ArcBorrow<'_, Self::QueueData>) {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// A request of user space that the block layer does not know. `arg` is a number, or an address
-    /// in the memory of the caller. What is at that address is the same for 32-bit programs.
+    /// Handles a request of user space that the block layer does not know. `arg` is a number, or an
+    /// address in the memory of the caller. What is at that address is the same for 32-bit
+    /// programs.
     ///
     /// `ENOTTY`: the driver does not know it either.
     fn ioctl(_queue_data: ArcBorrow<'_, Self::QueueData>, _cmd: u32, _arg: usize) -> Result<c_int> {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// The geometry to show to those who still ask for one.
+    /// Returns the geometry to show to those who still ask for one.
     fn getgeo(_queue_data: ArcBorrow<'_, Self::QueueData>, _capacity: u64) -> Result<Geometry> {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 }
 
-/// How a disk is opened.
+/// The mode in which a disk is opened.
 #[derive(Clone, Copy, Debug)]
 pub struct OpenMode {
     /// The opener may write.
     pub write: bool,
-    /// The opener wants nobody else to open it like this: a mount, for instance.
+    /// The opener wants exclusive access: a mount, for instance.
     pub exclusive: bool,
 }
 
@@ -149,7 +151,7 @@ impl OpenMode {
     }
 }
 
-/// The driver's data of a disk.
+/// Returns the driver's data of a disk.
 ///
 /// # Safety
 ///
@@ -204,7 +206,8 @@ impl<T: Operations> OperationsVTable<T> {
         let mut left = RequestList::new();
         // SAFETY: By the requirements of this function; hardware queues stay as in `queue_rq`.
         while let Some((hw_queue, run)) = unsafe { offered.take_run() } {
-            // The lifetime of the requests is this call's alone, so what comes back are some of them.
+            // The lifetime of the requests is this call's alone, so what comes back are some of
+            // them.
             left.append(T::queue_rqs(hw_queue, run));
         }
         // SAFETY: As above. Those that are left go back to blk-mq.
@@ -252,7 +255,7 @@ impl<T: Operations> OperationsVTable<T> {
             // SAFETY: By the requirements of this function; a disk that is made is not removed yet.
             let queue_data = unsafe { queue_data::<T>((*hctx).queue) };
             let data = T::new_hw_queue_data(queue_data, index)?;
-            // SAFETY: By the requirements of this function `hctx` is valid, and nobody else uses it
+            // SAFETY: By the requirements of this function `hctx` is valid, and has no other user
             // yet.
             unsafe { (*hctx).driver_data = data.into_foreign() };
             Ok(0)
@@ -269,7 +272,7 @@ impl<T: Operations> OperationsVTable<T> {
         // SAFETY: `synchronize_rcu` wants a context that may sleep. blk-mq takes hardware queues
         // down in such.
         unsafe { bindings::synchronize_rcu() };
-        // SAFETY: `init_hctx` made the pointer, and nobody borrows it any more.
+        // SAFETY: `init_hctx` made the pointer, and it is not borrowed any more.
         drop(unsafe { T::HwQueueData::from_foreign((*hctx).driver_data) });
     }
 
@@ -306,7 +309,7 @@ impl<T: Operations> OperationsVTable<T> {
         rq: *mut bindings::request,
         _hw_queue: c_uint,
     ) {
-        // SAFETY: `init_request` initialised it, and nobody uses it any more.
+        // SAFETY: `init_request` initialised it, and it is not used any more.
         unsafe { core::ptr::drop_in_place(rq.add(1).cast::<T::RequestData>()) };
     }
 

@@ -35,7 +35,7 @@ mod private {
     pub trait Sealed {}
 }
 
-/// What may be done with a request. Sealed: [`Queued`], [`InFlight`] or [`Completed`].
+/// The state of a request. Sealed: [`Queued`], [`InFlight`] or [`Completed`].
 pub trait State: private::Sealed {}
 
 /// blk-mq offers the request to the driver, during one call of [`Operations::queue_rq`].
@@ -57,7 +57,7 @@ impl State for Queued<'_> {}
 impl State for InFlight {}
 impl State for Completed {}
 
-/// What a request asks for.
+/// The operation of a request (`REQ_OP_*`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Op {
     /// Read sectors.
@@ -115,7 +115,7 @@ impl RequestId {
 ///
 /// - The pointer is to a request of a disk of `T`. Behind it lies a `T::RequestData`, initialised
 ///   by `Operations` of `T`.
-/// - The driver owns the request: between `queue_rq` and the end of the request. Nobody but the
+/// - The driver owns the request: between `queue_rq` and the end of the request. Only the
 ///   holder of this value ends it, requeues it, or uses its driver data.
 /// - In state `InFlight` and `Completed`, it was started; in state `Queued` it was not.
 pub struct Request<T: Operations, S: State> {
@@ -163,7 +163,7 @@ impl<T: Operations, S: State> Request<T, S> {
         unsafe { (*self.as_raw()).cmd_flags }
     }
 
-    /// What the request asks for.
+    /// Returns the operation.
     #[inline]
     pub fn op(&self) -> Op {
         let op = self.cmd_flags() & ((1 << bindings::REQ_OP_BITS) - 1);
@@ -178,21 +178,22 @@ impl<T: Operations, S: State> Request<T, S> {
         }
     }
 
-    /// The first sector, in units of 512 bytes. A flush has none: all bits are set then.
+    /// Returns the first sector, in units of 512 bytes. A flush has none: all bits are set then.
     #[inline]
     pub fn sector(&self) -> u64 {
         // SAFETY: By the type invariants the request is valid, and the field does not change.
         unsafe { (*self.as_raw()).__sector }
     }
 
-    /// The length in bytes. For an operation without data, what it applies to. 0 for a flush.
+    /// Returns the length in bytes. For an operation without data, what it applies to. 0 for a
+    /// flush.
     #[inline]
     pub fn bytes(&self) -> u32 {
         // SAFETY: By the type invariants the request is valid, and the field does not change.
         unsafe { (*self.as_raw()).__data_len }
     }
 
-    /// The number of segments under the queue's limits, 0 for requests without data.
+    /// Returns the number of segments under the queue's limits, 0 for requests without data.
     #[inline]
     pub fn nr_segments(&self) -> u16 {
         if self.has_data() {
@@ -203,7 +204,7 @@ impl<T: Operations, S: State> Request<T, S> {
         }
     }
 
-    /// The hardware queue and the tag.
+    /// Returns the hardware queue and the tag.
     #[inline]
     pub fn id(&self) -> RequestId {
         // SAFETY: By the type invariants the request is valid; both fields do not change while the
@@ -216,7 +217,7 @@ impl<T: Operations, S: State> Request<T, S> {
         }
     }
 
-    /// The driver's data of the disk.
+    /// Returns the driver's data of the disk.
     ///
     /// A reference of its own: as soon as the request has ended, the disk may go.
     pub fn queue_data(&self) -> Arc<T::QueueData> {
@@ -229,8 +230,8 @@ impl<T: Operations, S: State> Request<T, S> {
         matches!(self.op(), Op::Read | Op::Write)
     }
 
-    /// The data, in pieces of one page at most: what a write takes from, or a read puts into,
-    /// memory. Empty for all other operations.
+    /// Returns the data, in pieces of one page at most: what a write takes from, or a read puts
+    /// into, memory. Empty for all other operations.
     #[inline]
     pub fn segments(&self) -> Segments<'_> {
         let bio = if self.has_data() {
@@ -239,12 +240,12 @@ impl<T: Operations, S: State> Request<T, S> {
         } else {
             core::ptr::null_mut()
         };
-        // SAFETY: By the type invariants nobody ends the request but the holder. It keeps its bios,
+        // SAFETY: By the type invariants only the holder ends the request. It keeps its bios,
         // and these their pages, until it ends; that takes it by value, which the borrow excludes.
         unsafe { Segments::new(bio) }
     }
 
-    /// The memory that a read puts its data into. Empty for all other operations.
+    /// Returns the memory that a read puts its data into. Empty for all other operations.
     ///
     /// The pieces are those of [`Self::segments`].
     #[inline]
@@ -263,21 +264,22 @@ impl<T: Operations, S: State> Request<T, S> {
         unsafe { self.as_raw().add(1).cast() }
     }
 
-    /// The driver's data of this request. It is what the last user of the tag left in it.
+    /// Returns the driver's data of this request. It is what the last user of the tag left in it.
     #[inline]
     pub fn data(&self) -> &T::RequestData {
         // SAFETY: By the type invariants it is initialised, and only the holder uses it.
         unsafe { &*self.data_ptr() }
     }
 
-    /// As [`Self::data`], to be changed.
+    /// Returns the driver's data as [`Self::data`], mutably.
     #[inline]
     pub fn data_mut(&mut self) -> &mut T::RequestData {
         // SAFETY: By the type invariants it is initialised, and only the holder uses it.
         unsafe { &mut *self.data_ptr() }
     }
 
-    /// The data as [`Self::segments`] gives it, and the driver's data of the request to be changed.
+    /// Returns the data as [`Self::segments`] gives it, and the driver's data of the request to be
+    /// changed.
     #[inline]
     pub fn segments_and_data(&mut self) -> (Segments<'_>, &mut T::RequestData) {
         let data = self.data_ptr();
@@ -286,7 +288,7 @@ impl<T: Operations, S: State> Request<T, S> {
         (self.segments(), unsafe { &mut *data })
     }
 
-    /// The memory as [`Self::segments_mut`] gives it, and the driver's data of the request.
+    /// Returns the memory as [`Self::segments_mut`] gives it, and the driver's data of the request.
     #[inline]
     pub fn segments_mut_and_data(
         &mut self,
@@ -305,14 +307,14 @@ impl<T: Operations, S: State> Request<T, S> {
     #[inline]
     pub fn end(self, status: BlkStatus) {
         let rq = self.into_raw();
-        // SAFETY: By the type invariants the driver owned the request, and nobody else ends it.
+        // SAFETY: By the type invariants the driver owned the request, and no other code ends it.
         unsafe { bindings::blk_mq_end_request(rq.as_ptr(), status.as_raw()) };
     }
 }
 
 impl<T: Operations, S: State> Drop for Request<T, S> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants the driver owned the request, and nobody else ends it.
+        // SAFETY: By the type invariants the driver owned the request, and no other code ends it.
         unsafe { bindings::blk_mq_end_request(self.as_raw(), BlkStatus::IOERR.as_raw()) };
     }
 }
@@ -349,8 +351,8 @@ impl<T: Operations> Rejected<'_, T> {
 }
 
 impl<T: Operations> Request<T, InFlight> {
-    /// Has [`Operations::complete`] end the request on the CPU that submitted it, if that is worth
-    /// while. It may be called before this returns.
+    /// Completes the request by [`Operations::complete`], possibly on the CPU that submitted it
+    /// (`blk_mq_complete_request()`). It may be called before this returns.
     ///
     /// Any context.
     pub fn complete(self) {
@@ -374,7 +376,7 @@ impl<T: Operations> Request<T, InFlight> {
 }
 
 impl<T: Operations> Request<T, Completed> {
-    /// As [`Request::<T, InFlight>::requeue`].
+    /// Requeues the request as [`Request::<T, InFlight>::requeue`].
     pub fn requeue(self) {
         let rq = self.into_raw();
         // SAFETY: By the type invariants the driver owns the request and started it.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! How a request ended.
+//! The status of a request.
 //!
 //! C header: [`include/linux/blk_types.h`](srctree/include/linux/blk_types.h)
 
@@ -9,7 +9,7 @@ use kernel::{
     error::Error, //
 };
 
-/// How a request ended: `blk_status_t`.
+/// The status of a request that has ended: `blk_status_t`.
 ///
 /// The values that mean "try again later" are missing. They can only be given by
 /// [`Request::reject`](super::Request::reject), for a request that was not started.
@@ -39,7 +39,7 @@ impl BlkStatus {
     /// The device is gone.
     pub const OFFLINE: Self = Self(16);
 
-    /// Whether the request was done.
+    /// Returns `true` if the request was done.
     pub fn is_ok(self) -> bool {
         self == Self::OK
     }

@@ -22,12 +22,12 @@ use super::{
     Operations, //
 };
 
-/// What a [`TagSet`] is to be like.
+/// The parameters of a [`TagSet`].
 pub struct TagSetParams {
-    /// How many hardware queues. blk-mq makes no more than there are CPUs: ask
+    /// Number of hardware queues. blk-mq creates no more than there are CPUs: see
     /// [`TagSet::nr_hw_queues`].
     pub nr_hw_queues: u32,
-    /// How many requests can be in flight in each.
+    /// Number of requests that can be in flight in each.
     pub queue_depth: u32,
     /// After what time a request counts as timed out, in jiffies. 0: 30 seconds.
     pub timeout: Jiffies,
@@ -97,19 +97,19 @@ impl<T: Operations> TagSet<T> {
         self.set.get()
     }
 
-    /// How many hardware queues there are.
+    /// Returns the number of hardware queues.
     pub fn nr_hw_queues(&self) -> u32 {
         // SAFETY: By the type invariant the set is valid; the field does not change.
         unsafe { (*self.as_raw()).nr_hw_queues }
     }
 
-    /// How many requests can be in flight in each hardware queue.
+    /// Returns the number of requests that can be in flight in each hardware queue.
     pub fn queue_depth(&self) -> u32 {
         // SAFETY: By the type invariant the set is valid; the field does not change.
         unsafe { (*self.as_raw()).queue_depth }
     }
 
-    /// The first CPU that is online now of those that use a hardware queue.
+    /// Returns the first CPU that is online now of those that use a hardware queue.
     pub fn cpu_of(&self, hw_queue: u32) -> Option<CpuId> {
         // SAFETY: By the type invariant the set is valid; its maps do not change.
         let map = unsafe { &(*self.as_raw()).map[bindings::hctx_type_HCTX_TYPE_DEFAULT as usize] };

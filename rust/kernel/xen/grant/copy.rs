@@ -29,7 +29,7 @@ use super::{
     GrantStatus, //
 };
 
-/// What the status of an operation says before Xen has got to it.
+/// The status of an operation before Xen has reached it.
 const NOT_REACHED: i16 = 1;
 
 /// Memory for copies, made once; one for each thread that copies.
@@ -43,7 +43,7 @@ unsafe impl Send for Copier {}
 unsafe impl Sync for Copier {}
 
 impl Copier {
-    /// For up to `capacity` copies at once.
+    /// Creates a copier for up to `capacity` copies at once.
     pub fn new(capacity: usize) -> Result<Self> {
         Ok(Self {
             ops: KVec::with_capacity(capacity, GFP_KERNEL)?,
@@ -72,12 +72,12 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// How many copies there are.
+    /// Returns the number of copies.
     pub fn len(&self) -> usize {
         self.ops.len()
     }
 
-    /// Whether there is no copy.
+    /// Returns `true` if there are no copies.
     pub fn is_empty(&self) -> bool {
         self.ops.is_empty()
     }
@@ -142,8 +142,8 @@ impl<'a> Batch<'a> {
     /// Makes all copies. Does not sleep.
     ///
     /// The result is that of the first copy that failed, with its place in the batch; the others
-    /// are made nevertheless. If it can be tried again, because a page is not in memory, the result is
-    /// [`GrantStatus::EAGAIN`], whatever else has failed.
+    /// are made nevertheless. If it can be tried again, because a page is not in memory, the result
+    /// is [`GrantStatus::EAGAIN`], whatever else has failed.
     pub fn run(&mut self) -> Result<(), CopyError> {
         // SAFETY: By the type invariant Xen reads and writes only memory that lives and may be
         // written; what it does in the other domain is checked by its grants.
@@ -173,8 +173,8 @@ pub enum CopyError {
 }
 
 impl CopyError {
-    /// Returns `true` if a page of the other domain is not in memory now, so that the batch can be run
-    /// again later.
+    /// Returns `true` if a page of the other domain is not in memory now, so that the batch can be
+    /// run again later.
     pub fn is_paged_out(&self) -> bool {
         matches!(self, CopyError::Refused(_, GrantStatus::EAGAIN))
     }
@@ -189,7 +189,7 @@ impl From<CopyError> for Error {
     }
 }
 
-/// The foreign side of a copy.
+/// Returns the foreign side of a copy.
 fn foreign(
     domain: DomId,
     reference: ForeignRef,
@@ -209,7 +209,7 @@ fn foreign(
     Ok(ptr)
 }
 
-/// Our side of a copy.
+/// Returns our side of a copy.
 fn local(slice: PageSlice<'_>) -> bindings_ext::gnttab_copy_gnttab_copy_ptr {
     let mut ptr = bindings_ext::gnttab_copy_gnttab_copy_ptr {
         domid: DomId::SELF.value(),

@@ -39,10 +39,10 @@ use super::{
     GrantStatus, //
 };
 
-/// What the status of an operation says before Xen has got to it.
+/// The status of an operation before Xen has reached it.
 const NOT_REACHED: i16 = 1;
 
-/// How long dropping a busy page waits for it, in tries of [`BUSY_SLEEP_MS`].
+/// Number of waits of [`BUSY_SLEEP_MS`] before a busy page that is dropped is leaked.
 const BUSY_TRIES: usize = 500;
 const BUSY_SLEEP_MS: u32 = 20;
 
@@ -51,7 +51,7 @@ const BUSY_SLEEP_MS: u32 = 20;
 /// # Invariants
 ///
 /// - `inner` is initialised and does not move.
-/// - Its pages come from `gnttab_page_cache_get`; nothing is mapped there, and nobody uses them.
+/// - Its pages come from `gnttab_page_cache_get`; nothing is mapped there, and they are not used.
 #[pin_data(PinnedDrop)]
 pub struct PageCache {
     #[pin]
@@ -64,7 +64,7 @@ unsafe impl Send for PageCache {}
 unsafe impl Sync for PageCache {}
 
 impl PageCache {
-    /// An empty cache. Pages are made when they are needed, and kept.
+    /// Creates an empty cache. Pages are allocated when they are needed, and kept.
     pub fn new() -> impl PinInit<Self> {
         // INVARIANT: Initialised here, without pages.
         pin_init!(Self {
@@ -106,7 +106,7 @@ impl PageCache {
     }
 
     /// Puts pages back that [`Self::get`] of some cache has given. Nothing is mapped there any
-    /// more, and nobody uses them.
+    /// more, and they are not used.
     fn put(&self, pages: &mut [*mut bindings::page]) {
         if pages.is_empty() {
             return;
@@ -138,7 +138,7 @@ impl PinnedDrop for PageCache {
 /// # Invariants
 ///
 /// - `page` came from a [`PageCache`] and is owned.
-/// - `handle` is a mapping of a foreign frame there, with `access`, that nobody else knows. It
+/// - `handle` is a mapping of a foreign frame there, with `access`, that no other code knows. It
 ///   stays until this is dropped or taken apart by a [`Mapper`].
 pub struct MappedPage {
     page: NonNull<bindings::page>,
@@ -153,26 +153,27 @@ unsafe impl Send for MappedPage {}
 unsafe impl Sync for MappedPage {}
 
 impl MappedPage {
-    /// What is mapped: the key under which a persistent grant is found again.
+    /// Returns the reference that is mapped: the key of a persistent grant.
     #[inline]
     pub fn reference(&self) -> ForeignRef {
         self.reference
     }
 
-    /// What may be done with it.
+    /// Returns the access of the mapping.
     #[inline]
     pub fn access(&self) -> GrantAccess {
         self.access
     }
 
-    /// `len` bytes of the page from `offset` on, to copy from; `None` if they leave the page.
+    /// Returns `len` bytes of the page from `offset` on, to copy from; `None` if they leave the
+    /// page.
     #[inline]
     pub fn slice(&self, offset: usize, len: usize) -> Option<PageSlice<'_>> {
         self.whole().get(offset, len)
     }
 
-    /// `len` bytes of the page from `offset` on, to copy to; `None` if they leave the page, or it is
-    /// mapped read-only.
+    /// Returns `len` bytes of the page from `offset` on, to copy to; `None` if they leave the page,
+    /// or it is mapped read-only.
     #[inline]
     pub fn slice_mut(&self, offset: usize, len: usize) -> Option<PageSliceMut<'_>> {
         if self.access == GrantAccess::ReadOnly {
@@ -188,7 +189,7 @@ impl MappedPage {
         unsafe { PageSlice::from_raw(self.page, 0, PAGE_SIZE) }
     }
 
-    /// Whether somebody else still uses the page.
+    /// Returns `true` if the page is still in use elsewhere.
     #[inline]
     pub fn is_busy(&self) -> bool {
         // SAFETY: The page is valid by the type invariant.
@@ -196,7 +197,7 @@ impl MappedPage {
     }
 }
 
-// SAFETY: By the type invariants the page stays mapped, and belongs to nobody else, until the
+// SAFETY: By the type invariants the page stays mapped, and has no other owner, until the
 // `MappedPage` is dropped or given to a `Mapper`. It can be written if it is mapped so.
 unsafe impl PageOwner for MappedPage {
     fn writable(&self) -> bool {
@@ -227,7 +228,7 @@ impl Drop for MappedPage {
         }
         let mut op = unmap_op(self);
         let mut page = self.page.as_ptr();
-        // SAFETY: By the type invariant the mapping is ours; nobody uses the page, and the handle is
+        // SAFETY: By the type invariant the mapping is ours; the page is not used, and the handle is
         // not used after this.
         unsafe {
             unmap_refs(
@@ -243,7 +244,7 @@ impl Drop for MappedPage {
     }
 }
 
-/// The operation that unmaps `page`.
+/// Returns the operation that unmaps `page`.
 fn unmap_op(page: &MappedPage) -> bindings_ext::gnttab_unmap_grant_ref {
     let mut op = bindings_ext::gnttab_unmap_grant_ref {
         status: NOT_REACHED,
@@ -262,12 +263,12 @@ fn unmap_op(page: &MappedPage) -> bindings_ext::gnttab_unmap_grant_ref {
     op
 }
 
-/// Unmaps; says so in the status of each operation.
+/// Unmaps, and reports the result in the status of each operation.
 ///
 /// # Safety
 ///
 /// Both slices are of the same length; each operation comes from [`unmap_op`] for the page at the
-/// same place, nobody uses that page, and its handle is not used again.
+/// same place, that page is not used, and its handle is not used again.
 unsafe fn unmap_refs(
     ops: &mut [bindings_ext::gnttab_unmap_grant_ref],
     pages: &mut [*mut bindings::page],
@@ -285,8 +286,8 @@ unsafe fn unmap_refs(
     };
 }
 
-/// Whether an operation that [`unmap_refs`] ran has worked. If not, something is badly wrong, and
-/// the page has to be leaked.
+/// Returns `true` if an operation that [`unmap_refs`] ran has worked. If not, something is badly
+/// wrong, and the page has to be leaked.
 fn is_unmapped(op: &bindings_ext::gnttab_unmap_grant_ref) -> bool {
     let status = GrantStatus::from_raw(op.status);
     if status != GrantStatus::OKAY {
@@ -298,7 +299,7 @@ fn is_unmapped(op: &bindings_ext::gnttab_unmap_grant_ref) -> bool {
     status == GrantStatus::OKAY
 }
 
-/// `count` operations that do nothing yet.
+/// Allocates `count` operations that do nothing yet.
 fn defaults<T: Default>(count: usize) -> Result<KVec<T>> {
     let mut ops = KVec::with_capacity(count, GFP_KERNEL)?;
     for _ in 0..count {
@@ -358,7 +359,7 @@ unsafe impl Send for Mapper {}
 unsafe impl Sync for Mapper {}
 
 impl Mapper {
-    /// For up to `capacity` pages at once.
+    /// Creates a mapper for up to `capacity` pages at once.
     pub fn new(capacity: usize) -> Result<Self> {
         let capacity = capacity.max(1);
         // INVARIANT: All of the same length.
@@ -515,7 +516,7 @@ impl Mapper {
                 return;
             };
             // SAFETY: Each operation was made just above for the page at the same place, which is
-            // not busy and which nobody owns any more.
+            // not busy and has no owner any more.
             unsafe { unmap_refs(ops, pages) };
             for (op, page) in ops.iter().zip(pages) {
                 if is_unmapped(op) {
