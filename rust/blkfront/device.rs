@@ -1,22 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The connection of a device, and its disk.
+//! The state of a device: its connection to the backend, and its disk.
 //!
-//! It follows [`blkif::state::FrontState`]: one step for each state of the backend that xenbus tells.
+//! A [`Device`] follows the state machine [`blkif::state::FrontState`]: it takes one step for each
+//! state of the backend that xenbus reports. `struct blkfront_info` and `blkback_changed()` of
+//! `xen-blkfront.c` have this role.
 //!
-//! Each question to xenstore takes a wake-up of its daemon and of the thread that asks, and nearly all
-//! of the time that it takes to connect. So the backend's state is not asked for again after a step.
-//! Nothing is lost by that. Xenbus watches the state, and reads it when it is told that it has changed,
-//! in its own thread, one change after the other. A state that comes and goes before it is read is
-//! missed, but the last one never is: what changes after the state was read, while we step or before,
-//! is told by a call that is still to come. After a restore xenbus watches the new backend, which makes
-//! a call too. And one step is all that a state can ask for: after it there is nothing to do but wait
-//! as long as the backend stays as it is.
+//! # Reading the backend's state
 //!
-//! The own state is written by xenbus's thread as far as it has to do with Initialising: the bus
-//! takes such a change by anybody else for a device that the toolstack made anew. So that thread
-//! does all the steps but one. To let a disk go takes time, and is left to the device's own thread,
-//! see [`worker`](crate::worker).
+//! Access to xenstore wakes its daemon and takes nearly all of the time of a connect, so the backend's
+//! state is not read again after a step. This is safe. Xenbus watches the state and reads it after
+//! each change, in its own thread, one change after the other. It may miss a state that is replaced
+//! before it is read, but never the last one: if the state changes after it was read, another call
+//! follows. After a restore xenbus watches the new backend, which causes a call too. And a state never
+//! requires more than one step: afterwards the device waits until the backend changes.
+//!
+//! # Threads
+//!
+//! States from and to Initialising are written by the thread of xenbus, because the bus takes such a
+//! change by another thread for a new device of the toolstack. So that thread takes all steps except
+//! the removal of the disk, which may wait and is done by the thread of the device, see
+//! [`worker`](crate::worker).
 
 use kernel::{
     prelude::*,
@@ -116,28 +120,28 @@ use crate::{
     }, //
 };
 
-/// What becomes of requests whose connection has ended.
+/// Treatment of requests whose connection has ended.
 #[derive(Clone, Copy)]
 pub(crate) enum Disposition {
-    /// They are offered to the queue again, for the next connection.
+    /// They are requeued for the next connection.
     Requeue,
     /// They end with an error.
     Fail,
 }
 
-/// How a disk ends.
+/// Reason for which a disk is removed.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Ending {
-    /// It does not end.
+    /// The disk is not removed.
     None,
-    /// The toolstack or the administrator takes it away. It is written back first, if there is a
-    /// backend to do it.
+    /// The toolstack or the administrator detaches it. It is written back first, if the backend still
+    /// serves it.
     Orderly,
-    /// There is no way on for its connection.
+    /// Its connection has failed.
     Failed,
 }
 
-/// A disk to be dropped, and the threads that may still use it.
+/// A disk that can be dropped, and the threads that may still use it.
 pub(crate) type DeadDisk = (
     Arc<GenDisk<BlkfrontOps>>,
     [Option<KThread>; 3],
@@ -150,55 +154,56 @@ impl Claimed for GenDisk<BlkfrontOps> {
     }
 }
 
-/// The connection of a device, and its disk.
+/// The connection of a device, and its disk. Protected by the mutex of the worker.
 pub(crate) struct Device {
     device: ARef<xenbus::Device>,
     vdev: VirtualDevice,
     events: Arc<DeviceEvents>,
     state: FrontState,
-    /// If the disk ends, no more steps are taken: the rest is done by the device's thread.
+    /// If the disk is removed, no more steps are taken: the thread of the device does the rest.
     ending: Ending,
-    /// The toolstack has been told that it has to wait until the disk is not in use.
+    /// `true` if the toolstack was told that the detach waits until the disk is not in use.
     detach_deferred: bool,
-    /// The backend's directory. Another one after a restore.
+    /// Directory of the backend in xenstore. A restore changes it.
     backend: CString,
-    /// The state that the backend was in when xenbus told of it.
+    /// State of the backend that xenbus has reported last.
     backend_state: xenbus::OtherendState,
     /// Attempts to connect.
     retry: Retry,
-    /// What is done about grants that are missing.
+    /// Requests to other devices for grants.
     shortage: Shortage,
-    /// What this side can do, as of the last offer.
+    /// The features that were offered last.
     offer: Option<FrontOffer>,
-    /// Nobody is to look for partitions.
+    /// `true` if the disk is not scanned for partitions.
     no_partition_scan: bool,
-    /// Those of a disk stay the same for as long as it is there.
+    /// The queues. They stay the same while there is a disk.
     queues: KVec<Arc<Queue>>,
-    /// How many of the queues have a ring.
+    /// Number of queues that have a ring.
     rings: usize,
     disk: Option<Arc<GenDisk<BlkfrontOps>>>,
     registered: Option<Registered>,
-    /// The logical block size of the disk. Its users rely on it.
+    /// Logical block size of the disk, which never changes.
     block_size: u32,
-    /// Segments of the largest request that the disk may have in flight.
+    /// Number of segments of the largest request that the disk may have in flight.
     largest: u16,
-    /// What the limits of the disk were made from.
+    /// The properties from which the current limits of the disk were computed.
     applied: Option<LimitInputs>,
-    /// What they are to be made from.
+    /// The properties for which the disk should have limits.
     desired: Option<LimitInputs>,
-    /// Looks for partitions on the disk.
+    /// Adds the disk, which scans it for partitions.
     scan_thread: Option<KThread>,
-    /// Tells the users of the disk that it is gone.
+    /// Tells the file systems of the disk that it is dead.
     mark_dead_thread: Option<KThread>,
     /// Writes the disk back and removes it.
     remove_thread: Option<KThread>,
-    /// Requests of which the backend still uses pages.
+    /// Requests of which the backend still has pages mapped.
     still_granted: KVVec<(PendingRequest, Disposition)>,
-    /// Counts the connections.
+    /// Number of the last connection.
     generation: u32,
 }
 
 impl Device {
+    /// Creates the state of a device without a connection.
     pub(crate) fn new(
         device: ARef<xenbus::Device>,
         vdev: VirtualDevice,
@@ -234,16 +239,21 @@ impl Device {
         }
     }
 
-    /// The name of the disk.
+    /// Returns the name of the disk.
     pub(crate) fn name(&self) -> &str {
         self.vdev.name.as_str()
     }
 
-    /// The backend has this state. Called once at least, after the device was bound.
+    /// Returns the device, for log messages.
+    pub(crate) fn xbdev(&self) -> &kernel::device::Device {
+        self.device.as_ref()
+    }
+
+    /// Handles a state of the backend. Called at least once after the device was bound.
     pub(crate) fn backend_changed(&mut self, state: xenbus::OtherendState) {
         if matches!(self.state, FrontState::Waiting | FrontState::Dead) {
-            // What stands there may be of an earlier life: a device that was bound before is Closed,
-            // and one that was restored is Initialising, also if its disk is dead.
+            // The node may be out of date: a device that was bound before is Closed, and one that was
+            // restored is Initialising, even if its disk is dead.
             self.write_state();
         }
         let was_connected = self.is_connected();
@@ -258,14 +268,16 @@ impl Device {
         ));
     }
 
-    /// Tries again to connect. Only in xenbus's thread, as all that has to do with Initialising.
+    /// Tries again to connect.
+    ///
+    /// Context: the thread of xenbus.
     pub(crate) fn retry(&mut self) {
         if self.state == FrontState::Waiting {
             self.backend_changed(self.backend_state);
         }
     }
 
-    /// Returns the time until the next attempt to connect, in milliseconds, if there is to be one.
+    /// Returns the time until the next attempt to connect, in milliseconds, if one is scheduled.
     pub(crate) fn retry_wait_ms(&self) -> Option<u64> {
         self.retry.wait_ms()
     }
@@ -275,12 +287,12 @@ impl Device {
         self.retry.take_due()
     }
 
-    /// The attempt to connect could not be made.
+    /// Schedules the next attempt to connect after one that could not be made.
     pub(crate) fn postpone_retry(&mut self, error: Error) {
         self.retry.postpone(error);
     }
 
-    /// The domain was restored, and this is the directory of its new backend.
+    /// Handles a restore of the domain. `backend` is the directory of the new backend.
     pub(crate) fn resume(&mut self, backend: &CStr) -> Result {
         self.backend_state = Ok(XenbusState::Unknown);
         self.handle_event(FrontEvent::Resume);
@@ -288,7 +300,7 @@ impl Device {
         Ok(())
     }
 
-    /// Does what an event asks for.
+    /// Takes the step of the state machine for an event.
     pub(crate) fn handle_event(&mut self, event: FrontEvent) {
         if self.ending != Ending::None {
             return;
@@ -322,14 +334,14 @@ impl Device {
             }
             Err(error) => {
                 self.device.dev_fatal(error, fmt!("{}", describe(action)));
-                // That leads to the end of the disk.
+                // This removes the disk.
                 self.handle_event(FrontEvent::Failed);
             }
         }
     }
 
-    /// Returns `true` if the toolstack has to wait, as the disk is in use by something that would lose
-    /// what it has there, and could not be told. The backend serves the disk meanwhile.
+    /// Returns `true` if the toolstack has to wait because the disk is in use by swap or by another
+    /// device, which would lose data and cannot be told. The backend serves the disk meanwhile.
     fn must_defer_detach(&mut self, event: FrontEvent) -> bool {
         let (Some(disk), FrontEvent::Backend { .. }) = (&self.disk, event) else {
             return false;
@@ -348,7 +360,7 @@ impl Device {
         true
     }
 
-    /// Detaches the disk if it had to wait and need not any more.
+    /// Detaches the disk if that was deferred and is possible now.
     pub(crate) fn retry_detach(&mut self) {
         if self.is_detach_deferred() {
             let state = self.device.read_driver_state(&self.backend);
@@ -360,9 +372,9 @@ impl Device {
         }
     }
 
-    /// A step has failed for now: it is tried again until the deadline of the outage.
+    /// Schedules another attempt at a step that has failed for now.
     fn postpone(&mut self, error: Error, action: FrontAction) {
-        // What was shared for it was not offered.
+        // The backend does not know yet what was shared.
         self.stop_sharing(Disposition::Requeue);
         if error == ENOSPC {
             self.shortage.ask();
@@ -372,18 +384,19 @@ impl Device {
                 .device
                 .dev_error(error, fmt!("{}: trying again", describe(action))));
         }
-        // The device's thread keeps the time.
+        // The thread of the device has to compute its time-out again.
         self.events.set(Event::Backend);
     }
 
+    /// Executes the action of a step.
     fn run_action(&mut self, action: FrontAction) -> Result {
         match action {
             FrontAction::Wait | FrontAction::Detach => Ok(()),
             FrontAction::Report => {
-                ratelimited!(pr_warn!(
-                    "{}: still waiting for {}\n",
-                    self.name(),
-                    &*self.backend
+                let (name, backend) = (self.name(), &*self.backend);
+                ratelimited!(dev_warn!(
+                    self.xbdev(),
+                    "{name}: still waiting for {backend}\n"
                 ));
                 Ok(())
             }
@@ -401,10 +414,10 @@ impl Device {
         }
     }
 
-    /// Writes the own state to xenstore.
+    /// Writes the state of the device to xenstore.
     fn write_state(&self) {
         match self.state.xenbus() {
-            // A shutdown waits for the first call of this, which is to be that of the end.
+            // A shutdown waits for the first call of this function.
             XenbusState::Closed if self.state == FrontState::Dead => self.device.frontend_closed(),
             state => {
                 self.device.switch_state(state);
@@ -412,7 +425,9 @@ impl Device {
         }
     }
 
-    /// Shares rings with the backend. `EBUSY`: it still uses memory of the last connection.
+    /// Creates rings and offers them to the backend.
+    ///
+    /// Fails with `EBUSY` while the backend still uses memory of the last connection.
     fn offer(&mut self) -> Result {
         if !self.end_stale_grants() {
             return Err(EBUSY);
@@ -433,8 +448,10 @@ impl Device {
         xenstore::publish(&self.device, &own, &rings, order, front.persistent)
     }
 
-    /// Makes the rings, of `1 << page_order` pages or, if there is not so much memory in a row, of
-    /// fewer: the backend takes any up to its offer. Returns the order and the nodes of the rings.
+    /// Creates rings of `1 << page_order` pages, or of fewer if there is not enough contiguous memory:
+    /// the backend accepts any size up to its offer.
+    ///
+    /// Returns the order and the nodes of the rings.
     fn make_rings(&mut self, page_order: u32) -> Result<(u32, KVec<RingNodes>)> {
         let mut order = page_order;
         loop {
@@ -458,7 +475,7 @@ impl Device {
             rings.push(RingNodes::new(&connection)?, GFP_KERNEL)?;
             connections.push(connection, GFP_KERNEL)?;
         }
-        // So that there is room for all requests, should the backend keep their pages.
+        // The backend may keep the pages of all requests mapped.
         self.still_granted.reserve(slots, GFP_KERNEL)?;
         for (queue, connection) in self.queues.iter().zip(connections) {
             queue.attach(connection)?;
@@ -466,6 +483,7 @@ impl Device {
         Ok(rings)
     }
 
+    /// Creates the queues.
     fn make_queues(&mut self, count: u32) -> Result {
         self.queues = KVec::new();
         let handle = self.device.handle().unwrap_or(0) as u16;
@@ -476,7 +494,7 @@ impl Device {
         Ok(())
     }
 
-    /// Serves requests: makes the disk, or goes on with the one that there is.
+    /// Connects: creates the disk, or resumes the one that exists.
     fn connect(&mut self) -> Result {
         let nodes = xenstore::disk(&self.backend)?;
         let back = xenstore::back_offer(&self.backend, &BackOffer::NODES)?;
@@ -515,7 +533,8 @@ impl Device {
         Ok(())
     }
 
-    /// Returns how much a slot can carry. The logical block is that of the disk, if there is one.
+    /// Returns the amount of data that a slot can carry, with the block size of the disk if there is
+    /// one.
     fn slot_limits(
         &self,
         nodes: &negotiate::DiskProperties,
@@ -526,15 +545,16 @@ impl Device {
             None => nodes.block_size,
         };
         SlotLimits::new(features.indirect_segments, block_size).ok_or_else(|| {
-            pr_err!(
-                "{}: a block of {} bytes does not fit into a request of the backend\n",
-                self.name(),
-                block_size
+            let name = self.name();
+            dev_err!(
+                self.xbdev(),
+                "{name}: a block of {block_size} bytes does not fit into a request of the backend\n"
             );
             EINVAL
         })
     }
 
+    /// Creates the disk and has it added.
     fn make_disk(
         &mut self,
         nodes: &negotiate::DiskProperties,
@@ -588,31 +608,30 @@ impl Device {
         Ok(())
     }
 
-    /// Reserves the minors of the virtual device number. `None`: a disk that was removed and is still
-    /// open has some of them, and the block layer chooses other numbers for the new disk. It would
-    /// be taken for the old one else.
+    /// Reserves the minors of the virtual device number.
+    ///
+    /// Returns `None` if a removed disk that is still open has some of them. Then the block layer
+    /// chooses other numbers, so that the new disk is not taken for the old one.
     fn reserve_minors(&self) -> Result<Option<Minors>> {
         match Minors::reserve(MAJOR, self.vdev.minor, self.vdev.minors) {
             Ok(minors) => Ok(Some(minors)),
             Err(EOPENSTALE) => {
-                pr_warn!(
-                    "{}: the disk that had this name before is still open and keeps its device number\n",
-                    self.name()
+                let name = self.name();
+                dev_warn!(
+                    self.xbdev(),
+                    "{name}: the disk that had this name before is still open and keeps its device number\n"
                 );
                 Ok(None)
             }
             Err(error) => {
-                pr_err!(
-                    "{}: another disk has minor {}\n",
-                    self.name(),
-                    self.vdev.minor
-                );
+                let (name, minor) = (self.name(), self.vdev.minor);
+                dev_err!(self.xbdev(), "{name}: another disk has minor {minor}\n");
                 Err(error)
             }
         }
     }
 
-    /// Shows the disk to the system, in a thread that may wait for the backend.
+    /// Starts a thread that adds the disk, which reads from it and so waits for the backend.
     fn add_disk(&mut self, disk: Arc<GenDisk<BlkfrontOps>>) -> Result {
         let device = self.device.clone();
         let events = self.events.clone();
@@ -631,7 +650,7 @@ impl Device {
         Ok(())
     }
 
-    /// Goes on with a disk after an outage.
+    /// Resumes a disk with a new connection.
     fn resume_disk(
         &mut self,
         disk: &GenDisk<BlkfrontOps>,
@@ -640,16 +659,15 @@ impl Device {
         slot: SlotLimits,
     ) -> Result {
         if nodes.block_size > self.block_size {
-            pr_err!(
-                "{}: sector-size = {} instead of {}: the users of the disk cannot follow\n",
-                self.name(),
-                nodes.block_size,
-                self.block_size
+            let (name, new, old) = (self.name(), nodes.block_size, self.block_size);
+            dev_err!(
+                self.xbdev(),
+                "{name}: cannot change the logical block size from {old} to {new}: removing the disk\n"
             );
             return Err(EINVAL);
         }
         disk.queue_data().set_rings(self.rings as u32);
-        // Whole blocks of the old size are whole blocks of a smaller one.
+        // A block of the old size consists of whole blocks of a smaller size.
         self.desired = Some(LimitInputs::new(self.block_size, nodes, features, slot));
         self.apply_limits()?;
         self.update_disk(disk, nodes)?;
@@ -658,12 +676,11 @@ impl Device {
         Ok(())
     }
 
-    /// Makes the limits of the disk from what they are to be made from.
+    /// Sets the desired limits of the disk.
     ///
-    /// Whoever changes limits through sysfs has them locked, and waits for requests, which wait for
-    /// the backend. So that lock is not waited for: the thread of the device tries again. Requests
-    /// within the old limits are served under the new ones too, and whether there is a write cache
-    /// never changes.
+    /// A writer to the limits in sysfs locks them and waits for requests, which wait for the backend.
+    /// So this does not wait for the lock: the thread of the device tries again. Requests within the
+    /// old limits are served under the new ones too, and the write cache never changes.
     fn apply_limits(&mut self) -> Result {
         let (Some(disk), Some(desired)) = (&self.disk, self.desired) else {
             return Ok(());
@@ -680,21 +697,22 @@ impl Device {
         Ok(())
     }
 
-    /// Tries again to make the limits of the disk from what they are to be made from.
+    /// Tries again to set the desired limits of the disk.
     pub(crate) fn retry_limits(&mut self) {
         if self.state != FrontState::Live {
-            // The next connection wants its own.
+            // The next connection sets limits of its own.
             return;
         }
         if let Err(error) = self.apply_limits() {
-            ratelimited!(pr_err!(
-                "{}: the limits of the disk stay: {:?}\n",
-                self.name(),
-                error
+            let name = self.name();
+            ratelimited!(dev_err!(
+                self.xbdev(),
+                "{name}: cannot change the limits of the disk: {error:?}\n"
             ));
         }
     }
 
+    /// Logs the features of the connection, in the words of `xen-blkfront.c`.
     fn log_features(&self, features: &Features) {
         let flush = match features.flush {
             Flush::Cache => "flush diskcache: enabled;",
@@ -703,30 +721,30 @@ impl Device {
             Flush::Unavailable => "flush: fails;",
         };
         let enabled = |on: bool| if on { "enabled" } else { "disabled" };
-        ratelimited!(pr_info!(
-            "{}: {} persistent grants: {}; indirect descriptors: {}; bounce buffer: {}\n",
-            self.name(),
-            flush,
-            enabled(features.persistent),
-            enabled(features.indirect_segments > 0),
-            enabled(features.bounce)
+        let name = self.name();
+        let persistent = enabled(features.persistent);
+        let indirect = enabled(features.indirect_segments > 0);
+        let bounce = enabled(features.bounce);
+        ratelimited!(dev_info!(
+            self.xbdev(),
+            "{name}: {flush} persistent grants: {persistent}; indirect descriptors: {indirect}; bounce buffer: {bounce}\n"
         ));
         if features.flush == Flush::Unavailable {
-            ratelimited!(pr_warn!(
-                "{}: the backend offers no flush, but an earlier one had a write cache: flushes fail until the disk is attached again\n",
-                self.name()
+            ratelimited!(dev_warn!(
+                self.xbdev(),
+                "{name}: the backend offers no flush, but an earlier one had a write cache: flushes fail until the disk is attached again\n"
             ));
         }
         if features.write_through {
-            ratelimited!(pr_warn!(
-                "{}: the backend has a write cache, and the first one had none: each write is flushed until the disk is attached again\n",
-                self.name()
+            ratelimited!(dev_warn!(
+                self.xbdev(),
+                "{name}: the backend has a write cache, and the first one had none: each write is flushed until the disk is attached again\n"
             ));
         }
     }
 
-    /// Has the events of each ring come to a CPU that uses it, so that a request ends where it was
-    /// made. Where that does not work, events come to any CPU.
+    /// Binds the event channel of each ring to a CPU that uses it, so that a request ends where it was
+    /// submitted. If that fails, events arrive on any CPU.
     fn set_event_affinity(&self) {
         let Some(disk) = &self.disk else { return };
         let rings = self.queues.iter().take(self.rings);
@@ -737,27 +755,26 @@ impl Device {
         }
     }
 
-    /// The disk may have another size, or refuse writes from now on. Nonsense changes nothing: the
-    /// disk is in use.
+    /// Reads the size and the write protection of the disk again. Invalid nodes change nothing,
+    /// because the disk is in use.
     fn refresh(&self) {
         let Some(disk) = &self.disk else { return };
         let Ok(nodes) = xenstore::disk(&self.backend) else {
             return;
         };
         if nodes.block_size != self.block_size {
-            ratelimited!(pr_warn!(
-                "{}: sector-size = {} instead of {}: ignored until the disk is attached anew\n",
-                self.name(),
-                nodes.block_size,
-                self.block_size
+            let (name, new, old) = (self.name(), nodes.block_size, self.block_size);
+            ratelimited!(dev_warn!(
+                self.xbdev(),
+                "{name}: sector-size = {new} instead of {old}: ignored until the disk is attached again\n"
             ));
         }
-        // What was read is in range.
+        // The size that was read is in range.
         let _ = self.update_disk(disk, &nodes);
     }
 
-    /// Takes over what may change while a disk is in use. Who is told of the new size finds the
-    /// write protection as it is to be with that.
+    /// Sets the properties that may change while a disk is in use. The write protection is set before
+    /// users are told of a new size.
     fn update_disk(
         &self,
         disk: &GenDisk<BlkfrontOps>,
@@ -765,36 +782,38 @@ impl Device {
     ) -> Result {
         disk.set_read_only(nodes.read_only());
         if disk.capacity() != nodes.sectors {
-            ratelimited!(pr_info!(
-                "{}: Setting capacity to {}\n",
-                self.name(),
-                nodes.sectors
+            let (name, sectors) = (self.name(), nodes.sectors);
+            ratelimited!(dev_info!(
+                self.xbdev(),
+                "{name}: Setting capacity to {sectors}\n"
             ));
             disk.set_capacity_and_notify(nodes.sectors)?;
         }
         Ok(())
     }
 
-    /// The backend cannot discard, though it had said so: nobody is to ask for it any more.
+    /// Disables discard after the backend has rejected one.
     pub(crate) fn withdraw_discard(&mut self) {
         if self.disk.is_none() {
             return;
         }
-        ratelimited!(pr_warn!(
-            "{}: the backend cannot discard, it is off\n",
-            self.name()
+        let name = self.name();
+        ratelimited!(dev_warn!(
+            self.xbdev(),
+            "{name}: the backend has rejected a discard: disabling discard\n"
         ));
         self.desired = self.desired.map(LimitInputs::without_discard);
         self.retry_limits();
     }
 
-    /// Returns the queue of a ring.
+    /// Returns the queue of ring `number`, if there is one.
     pub(crate) fn ring(&self, number: usize) -> Option<Arc<Queue>> {
         let mut rings = self.queues.iter().take(self.rings);
         rings.nth(number).cloned()
     }
 
-    /// Gives up a connection whose backend does not answer. One that is away has its own deadline.
+    /// Closes a connection whose backend does not answer. A backend that is not connected has a
+    /// deadline of its own.
     pub(crate) fn drop_stalled(&mut self) {
         let stalled = || self.queues.iter().any(|queue| queue.has_stalled());
         if !params::gives_up() || !self.is_connected() || !stalled() {
@@ -807,14 +826,14 @@ impl Device {
         self.handle_event(FrontEvent::Unusable);
     }
 
-    /// Returns `true` if the disk is served, as far as xenbus has told.
+    /// Returns `true` if both sides are connected, according to the state that xenbus has reported.
     fn is_connected(&self) -> bool {
         self.state
             .is_connected(self.backend_state.unwrap_or(XenbusState::Unknown))
     }
 
-    /// Ends event channels and requests. The backend may keep what it has mapped of the rings and
-    /// pools until [`Self::reclaim`] or [`Self::free_stale_grants`].
+    /// Closes event channels, and ends or requeues requests. The backend may have the rings and pools
+    /// mapped until [`Self::end_stale_grants`] or [`Self::free_stale_grants`].
     fn stop_sharing(&mut self, disposition: Disposition) {
         if let Some(disk) = &self.disk {
             disk.quiesce();
@@ -828,8 +847,8 @@ impl Device {
         self.rings = 0;
     }
 
-    /// Frees what the backend does not use any more of the last connection. Returns `true` if nothing
-    /// is left.
+    /// Ends grants of the last connection that the backend does not use any more. Returns `true` if
+    /// none is left.
     fn end_stale_grants(&self) -> bool {
         let mut all = true;
         for queue in &self.queues {
@@ -838,22 +857,23 @@ impl Device {
         all
     }
 
-    /// Gives back pages of the pools that no request uses at the moment.
+    /// Frees pages of the pools that no request uses now.
     pub(crate) fn trim_unused(&self) {
         for queue in &self.queues {
             queue.trim_unused();
         }
     }
 
-    /// Gives up what the backend has had mapped of rings and pools.
+    /// Leaves the stale grants of rings and pools to the kernel.
     pub(crate) fn free_stale_grants(&self) {
         for queue in &self.queues {
             queue.free_stale_grants();
         }
     }
 
-    /// Whether the backend still has to let go of rings and pools: it says by its state when it has.
-    /// Xenbus does not tell that of a device that is being unbound, so that is asked for.
+    /// Returns `true` if the backend may still have rings and pools mapped, according to its state.
+    ///
+    /// Xenbus reports no states to a device that is being unbound, so the state is read.
     pub(crate) fn is_mapped(&self) -> bool {
         if !self.queues.iter().any(|queue| queue.has_stale_grants()) {
             return false;
@@ -864,16 +884,16 @@ impl Device {
 
     /// Returns `true` if the backend serves the rings.
     ///
-    /// Xenbus does not tell the state of the backend of a device that is being unbound, so that is
-    /// asked for. The toolstack writes Closing itself, and the backend goes on until it hears Closed.
+    /// Xenbus reports no states to a device that is being unbound, so the state is read. The toolstack
+    /// writes Closing itself, and the backend serves the disk until the frontend is Closed.
     pub(crate) fn is_served(&self) -> bool {
         let backend = self.device.read_driver_state(&self.backend);
         self.state == FrontState::Live
             && matches!(backend, Ok(XenbusState::Connected | XenbusState::Closing))
     }
 
-    /// Takes no more steps. If the disk is to be written back before it goes, starts a thread that does
-    /// so and removes it: it waits for the backend.
+    /// Begins the removal of the disk; no more steps are taken. If the disk can be written back, starts
+    /// a thread that writes it back and removes it, because that waits for the backend.
     pub(crate) fn begin_remove(&mut self) -> Option<KThread> {
         if self.ending == Ending::None {
             self.ending = Ending::Orderly;
@@ -893,32 +913,32 @@ impl Device {
         );
         remove_thread
             .inspect_err(|error| {
-                pr_err!(
-                    "{}: the disk is not written back: {:?}\n",
-                    self.name(),
-                    error
+                let name = self.name();
+                dev_err!(
+                    self.xbdev(),
+                    "{name}: cannot start the thread that writes the disk back: {error:?}: data may be lost\n"
                 );
             })
             .ok()
     }
 
-    /// Returns `true` if the disk is to be detached when it is not in use any more.
+    /// Returns `true` if the disk is detached as soon as it is not in use.
     pub(crate) fn is_detach_deferred(&self) -> bool {
         self.detach_deferred && self.ending == Ending::None
     }
 
-    /// Keeps the thread that removes the disk until the disk is dropped.
+    /// Stores the thread that removes the disk until the disk is dropped.
     pub(crate) fn store_remove_thread(&mut self, remove_thread: KThread) {
         self.remove_thread = Some(remove_thread);
     }
 
-    /// Returns how many slots the backend has answered in all. Wraps around.
+    /// Returns the number of slots that the backend has answered, modulo 2^32.
     pub(crate) fn responses(&self) -> u32 {
         let queues = self.queues.iter();
         queues.fold(0, |sum, queue| sum.wrapping_add(queue.responses()))
     }
 
-    /// Has new requests fail. Returns `true` if there is a disk.
+    /// Makes new requests fail. Returns `true` if there is a disk.
     pub(crate) fn begin_close(&mut self) -> bool {
         let Some(disk) = &self.disk else { return false };
         if disk.is_removed() {
@@ -927,9 +947,8 @@ impl Device {
         if self.mark_dead_thread.is_some() {
             return true;
         }
-        // Another thread tells the file systems, for that waits for I/O: a mount or an unmount that is
-        // under way has the super block locked until its I/O ends. It may be in flight for ever, and
-        // fails only when this thread goes on.
+        // Another thread tells the file systems, because that waits for I/O: a mount or an unmount in
+        // progress has the super block locked until its I/O ends, which this thread has to fail.
         let dead = disk.clone();
         let name = self.vdev.name;
         let mark_dead_thread = KThread::spawn(
@@ -942,17 +961,19 @@ impl Device {
         );
         match mark_dead_thread {
             Ok(mark_dead_thread) => self.mark_dead_thread = Some(mark_dead_thread),
-            // Its requests fail all the same, one by one.
-            Err(error) => pr_err!(
-                "{}: the users of the disk cannot be told that it goes: {:?}\n",
-                self.name(),
-                error
-            ),
+            // Requests fail all the same, one by one.
+            Err(error) => {
+                let name = self.name();
+                dev_err!(
+                    self.xbdev(),
+                    "{name}: cannot start the thread that marks the disk dead: {error:?}\n"
+                );
+            }
         }
         true
     }
 
-    /// Ends everything but the disk itself, whose requests fail from now on.
+    /// Ends the connection for good. The disk stays, and its requests fail.
     pub(crate) fn finish_close(&mut self) {
         self.stop_sharing(Disposition::Fail);
         for (_, disposition) in self.still_granted.iter_mut() {
@@ -966,53 +987,52 @@ impl Device {
         self.state = FrontState::Dead;
         self.retry.finish();
         self.shortage.finish();
-        // To be unbound without ever having offered anything is nothing to tell: the device can be
-        // bound again. And the bus, which looks at Initialising in xenbus's thread, must not find
-        // that it has become something else in another.
+        // A device that is unbound before it has offered anything stays Initialising: it can be bound
+        // again. And no thread but that of xenbus may change Initialising.
         if connected || !self.events.is_removing() {
             self.write_state();
         }
     }
 
-    /// Whether the disk is to be let go, and that was not done yet.
+    /// Returns `true` if the connection has to be ended.
     pub(crate) fn must_close(&self) -> bool {
         self.ending != Ending::None && self.state != FrontState::Dead
     }
 
-    /// Whether no request waits for an answer that may still come.
+    /// Returns `true` if no request waits for a response that may still arrive.
     pub(crate) fn is_drained(&self) -> bool {
         let waits = |queue: &Arc<Queue>| !queue.is_idle() && !queue.is_broken();
         self.state != FrontState::Live || !self.queues.iter().any(waits)
     }
 
-    /// Whether requests are being served, or never will be again.
+    /// Returns `true` if requests are served, or will not be served any more.
     pub(crate) fn is_connected_or_dead(&self) -> bool {
         self.state == FrontState::Dead || self.is_connected()
     }
 
-    /// Gives back pages of the pools that nobody has needed since the last time.
+    /// Frees pages of the pools that were idle since the last call.
     pub(crate) fn trim_pool(&self) -> PoolTrim {
         self.queues
             .iter()
             .fold(PoolTrim::default(), |sum, queue| sum.and(queue.trim_pool()))
     }
 
-    /// Whether nothing will ever be served again.
+    /// Returns `true` if the connection has ended for good.
     pub(crate) fn is_dead(&self) -> bool {
         self.state == FrontState::Dead
     }
 
-    /// Whether there is a disk.
+    /// Returns `true` if there is a disk.
     pub(crate) fn has_disk(&self) -> bool {
         self.disk.is_some()
     }
 
-    /// Whether the backend still uses pages of requests.
+    /// Returns `true` if the backend still has pages of requests mapped.
     pub(crate) fn has_granted_requests(&self) -> bool {
         !self.still_granted.is_empty()
     }
 
-    /// Ends requests of which the backend has let go.
+    /// Ends requests whose pages the backend has unmapped.
     pub(crate) fn end_released(&mut self) {
         let count = self.still_granted.len();
         for index in (0..count).rev() {
@@ -1028,9 +1048,8 @@ impl Device {
         }
     }
 
-    /// Takes a dead disk whose requests have all ended.
-    ///
-    /// To be dropped without the lock: that waits.
+    /// Takes a dead disk whose requests have all ended. The caller drops it without the lock, because
+    /// that waits.
     pub(crate) fn take_disk(&mut self) -> Option<DeadDisk> {
         if self.state != FrontState::Dead || !self.still_granted.is_empty() {
             return None;
@@ -1044,7 +1063,7 @@ impl Device {
     }
 }
 
-/// What a step was for, in an error message.
+/// Returns the purpose of a step, for error messages.
 fn describe(action: FrontAction) -> &'static str {
     match action {
         FrontAction::Wait | FrontAction::Report => "waiting for the backend",
@@ -1052,18 +1071,19 @@ fn describe(action: FrontAction) -> &'static str {
         FrontAction::Connect => "connecting",
         FrontAction::Refresh => "reading the size of the disk",
         FrontAction::Reset | FrontAction::Restart => "closing the connection",
-        FrontAction::Detach => "letting the disk go",
+        FrontAction::Detach => "removing the disk",
     }
 }
 
-/// Requests that can be in flight in each hardware queue: as many as the smallest ring has slots.
+/// Returns the number of requests that can be in flight in each hardware queue: the number of slots of
+/// the smallest ring.
 fn queue_depth(queues: &[Arc<Queue>]) -> u32 {
     let depths = queues.iter().map(|queue| queue.capacity());
     depths.min().unwrap_or(0) as u32
 }
 
-/// Ends or requeues a request whose connection has ended, or keeps it while the backend uses its
-/// pages.
+/// Ends or requeues a request whose connection has ended, or stores it while the backend has its pages
+/// mapped.
 fn complete_or_requeue(
     still_granted: &mut KVVec<(PendingRequest, Disposition)>,
     pending: PendingRequest,
@@ -1078,18 +1098,19 @@ fn complete_or_requeue(
         }
         (Ok(rq), None, _) => end(rq, BlkStatus::IOERR),
         (Err(pending), _, _) => {
-            // There is room. If not, the pages are never used again.
+            // There is room for it. Without room, its pages would never be reused.
             let _ = still_granted.push_within_capacity((pending, disposition));
         }
     }
 }
 
-/// Has a request offered to the queue again. `stalled`: its connection was given up because of it.
+/// Requeues a request. If `stalled`, its connection was closed because of it.
 fn requeue(mut rq: InFlightRequest, stalled: bool) {
     rq.data_mut().stalled |= stalled;
     rq.requeue();
 }
 
+/// Ends a request.
 fn end(mut rq: InFlightRequest, status: BlkStatus) {
     rq.data_mut().stalled = false;
     rq.end(status);

@@ -34,7 +34,7 @@ pub(crate) struct PendingRequest {
     pub(crate) status: Status,
     /// Number of times that the request has timed out.
     pub(crate) timeouts: u8,
-    /// How to flush the written data before the request ends, if the disk is write-through.
+    /// Operation that flushes the written data before the request ends, if the disk is write-through.
     pub(crate) flush: Option<Flush>,
 }
 

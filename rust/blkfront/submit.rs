@@ -99,7 +99,7 @@ struct Batch<'q> {
     ended: QueuedList<'q>,
 }
 
-/// Where a request was written.
+/// Position of a request in the ring.
 #[derive(Clone, Copy)]
 struct Written {
     /// The first slot; `None` if one could not be written.

@@ -2,14 +2,14 @@
 
 //! Requests that are not answered in time.
 //!
-//! The block layer tells of a request that is in flight for longer than the time in
-//! `queue/io_timeout` in sysfs, each time that this has passed once more. Then the device's thread
-//! looks at the rings. A response that is there, though no event has told of it, is taken; a backend
-//! that has not noticed a request is notified again. So a lost event costs a delay, and no more.
+//! The block layer calls [`Queue::timed_out`] for a request that is in flight for longer than the time
+//! in `queue/io_timeout` in sysfs, and again whenever that time has passed. Then the thread of the
+//! device checks the rings. It takes responses for which no event has arrived, and notifies a backend
+//! that has not seen a request. So a lost event only causes a delay.
 //!
-//! When a request has timed out ten times, its connection is given up: the backend is
-//! asked to close, and the requests wait for another connection. One that is not answered there
-//! either fails. The module parameter `io_timeout` = 0 has a disk wait for its backend instead.
+//! When a request has timed out ten times, its connection is closed: the backend is asked to close,
+//! and the requests wait for another connection. A request that is not answered there either fails.
+//! With the module parameter `io_timeout` = 0, a disk waits for its backend instead.
 
 use kernel::{
     prelude::*,
@@ -31,15 +31,17 @@ use crate::{
     queue::Queue, //
 };
 
-/// How long an event may be on its way.
+/// Time within which an event arrives, in milliseconds.
 const EVENT_MS: i64 = 50;
-/// How long a backend that was notified again is given to answer.
+/// Time that a backend has for a response after it was notified again, in milliseconds.
 const ANSWER_MS: i64 = 2_000;
-/// How often is looked whether it has.
+/// Poll interval while waiting for that response, in milliseconds.
 const ANSWER_STEP_MS: i64 = 10;
 
 impl Queue {
-    /// Notes that a request has timed out once more.
+    /// Counts a time-out of a request, and has the rings checked.
+    ///
+    /// Context: any.
     pub(crate) fn timed_out(&self, id: RequestId) {
         self.inner.lock().slots.timed_out(id);
         self.events.set(Event::TimedOut);
@@ -51,25 +53,29 @@ impl Queue {
         inner.is_open() && inner.slots.has_stalled()
     }
 
-    /// The backend was away, and has had no chance to answer.
+    /// Resets the time-outs of all requests, because the backend could not answer.
     pub(crate) fn reset_timeouts(&self) {
         self.inner.lock().slots.reset_timeouts();
     }
 
-    /// Makes up for lost events. Sleeps.
+    /// Handles an event that was lost, if one was.
+    ///
+    /// Context: may sleep.
     pub(crate) fn check_ring(&self) {
         if self.has_missed_responses() {
             self.poll();
+            let name = self.name.as_str();
             ratelimited!(pr_warn!(
-                "{}: an event of the backend was lost: found responses after a time-out\n",
-                self.name.as_str()
+                "{name}: an event of the backend was lost: found responses after a time-out\n"
             ));
         } else {
             self.notify_again();
         }
     }
 
-    /// Returns `true` if there are responses for which no event has come in the time that one takes.
+    /// Returns `true` if there are responses for which no event arrives.
+    ///
+    /// Context: may sleep.
     fn has_missed_responses(&self) -> bool {
         let Some(before) = self.unseen_responses() else {
             return false;
@@ -78,7 +84,7 @@ impl Queue {
         self.unseen_responses() == Some(before)
     }
 
-    /// Returns how many responses were taken, if there are more.
+    /// Returns the number of responses that were taken, if there are more in the ring.
     fn unseen_responses(&self) -> Option<u32> {
         let inner = self.inner.lock();
         let connection = inner
@@ -89,9 +95,11 @@ impl Queue {
         ring.has_responses().then(|| ring.responses_taken())
     }
 
-    /// Notifies the backend of requests that it has not noticed, and sees whether that helps.
+    /// Notifies a backend that has not seen all requests, and reports if it answers then.
+    ///
+    /// Context: may sleep.
     fn notify_again(&self) {
-        let Some(before) = self.ring_again() else {
+        let Some(before) = self.resend_notification() else {
             return;
         };
         let start = Instant::<Monotonic>::now();
@@ -101,20 +109,21 @@ impl Queue {
             }
             fsleep(Delta::from_millis(ANSWER_STEP_MS));
         }
+        let name = self.name.as_str();
         ratelimited!(pr_warn!(
-            "{}: the backend answers after it was notified again: an event to it was lost\n",
-            self.name.as_str()
+            "{name}: the backend answers after it was notified again: an event to it was lost\n"
         ));
     }
 
+    /// Returns the number of responses that were taken from the ring.
     fn responses_taken(&self) -> Option<u32> {
         let inner = self.inner.lock();
         Some(inner.connection.as_ref()?.ring.responses_taken())
     }
 
-    /// Notifies a backend that has not noticed all requests. Returns how many responses were taken
-    /// until then.
-    fn ring_again(&self) -> Option<u32> {
+    /// Notifies a backend that has not seen all requests. Returns the number of responses that were
+    /// taken before.
+    fn resend_notification(&self) -> Option<u32> {
         let (notifier, taken) = {
             let inner = self.inner.lock();
             let connection = inner

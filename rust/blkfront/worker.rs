@@ -1,31 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The thread of a device: lets the disk go, keeps deadlines, gives back memory.
+//! The thread of a device: it removes the disk, checks deadlines, and frees memory.
 //!
-//! # What waits for whom
+//! # Deadlines
 //!
-//! - The device is not served: after the module parameter `reconnect_timeout` the disk is given up, and
-//!   what was in flight ends with an error.
+//! - The backend is not connected: after the module parameter `reconnect_timeout` the disk is removed,
+//!   and requests in flight fail.
 //! - The device cannot connect for now: it tries again until then, see [`retry`](crate::retry).
 //! - A request is not answered: see [`timeout`](crate::timeout).
-//! - A disk is detached or unbound while its backend serves it: it is written back first, file systems
-//!   and page cache. That ends when the backend leaves, or has answered nothing for the time that
-//!   the parameter `detach_timeout` says, and then what was not written fails. It does not end for a
-//!   backend that is slow and answers.
-//! - A disk is detached that is swapped to or part of another device, which could not be written back: the
-//!   toolstack waits until that has ended, or forces it.
-//! - A disk goes for another reason while requests are in flight: after [`DRAIN_MS`] they end with an
-//!   error, once their pages are ours again.
-//! - A backend still uses pages of a request: the request *lingers*. To end it would be to give its
-//!   pages to somebody else. It ends when the backend lets go, at the latest when its domain ends.
-//! - A disk that has gone is still mapped by the backend: the ring and the pages for data stay until
-//!   the backend says that it has closed too, if the device goes for [`UNMAP_MS`] at most. To give
-//!   them up earlier is safe, but slow, see [`Queue::free_stale_grants`](crate::queue::Queue::free_stale_grants).
-//! - The partitions of a new disk are looked for by another thread, it is written back by another
-//!   one, and its users are told of its end by a third: that waits for I/O, and a backend that does
-//!   not answer must not keep this thread from ending it.
-//! - A disk that was removed is still open: disk and device numbers stay until it is closed. The device
-//!   does not wait for that.
+//! - A disk is detached or unbound while its backend serves it: file systems and page cache are written
+//!   back first. This ends when the backend leaves, or has answered nothing for the time in the module
+//!   parameter `detach_timeout`; then the rest of the data is lost. It does not end for a slow backend.
+//! - A disk is detached that is used for swap or as part of another device: the toolstack waits until
+//!   that use has ended, or forces the detach.
+//! - A disk is removed for another reason while requests are in flight: after [`DRAIN_MS`] they fail,
+//!   once their pages are unmapped.
+//! - A backend still has pages of a request mapped: the request stays in flight, because its pages
+//!   would be reused otherwise. It ends when the backend unmaps them, at the latest when its domain
+//!   ends.
+//! - A removed disk is still mapped by the backend: the ring and the pool stay until the backend is
+//!   Closed too, or for [`UNMAP_MS`] if the device is unbound. It is safe to free them earlier, but
+//!   slow, see [`Queue::free_stale_grants`](crate::queue::Queue::free_stale_grants).
+//! - The disk is added, written back and marked dead by other threads, because that waits for I/O. So a
+//!   backend that does not answer cannot keep this thread from ending the I/O.
+//! - A removed disk is still open: its name and device numbers stay until it is closed. The device does
+//!   not wait for that.
 
 use kernel::{
     new_mutex,
@@ -69,51 +68,53 @@ use crate::{
     request_data::BlkfrontOps, //
 };
 
-/// How long a disk that goes waits for the answers to its last requests.
+/// Time that a removed disk waits for the responses to its last requests, in milliseconds.
 const DRAIN_MS: i64 = 5_000;
-/// How often is looked whether a drain is over.
+/// Poll interval while draining, in milliseconds.
 const DRAIN_STEP_MS: i64 = 5;
-/// How often the backend is looked at while a disk is written back.
+/// Poll interval while a disk is written back, in milliseconds.
 const SYNC_STEP_MS: u32 = 100;
-/// How long a device that goes waits until the backend has unmapped its pages.
+/// Time that a device waits until the backend has unmapped its pages, in milliseconds.
 const UNMAP_MS: i64 = 1_000;
-/// How often is looked whether it has.
+/// Poll interval while waiting for that, in milliseconds.
 const UNMAP_STEP_MS: i64 = 10;
-/// How often is tried to change limits that somebody else is changing.
+/// Interval between attempts to set limits that are locked, in milliseconds.
 const LIMITS_STEP_MS: i64 = 10;
-/// How often is looked whether the backend has let go of pages.
+/// Interval between checks for pages that the backend has unmapped, in milliseconds.
 const RELEASE_STEP_MS: u32 = 100;
-/// How often is looked whether a backend is away for too long, at least and at most.
+/// Longest interval between checks of deadlines, in milliseconds.
 const OUTAGE_STEP_MS: u32 = 10_000;
+/// Shortest interval between checks of `reconnect_timeout`, in milliseconds.
 const OUTAGE_MIN_STEP_MS: u32 = 100;
 
-/// How often pages that nobody needs are looked for, while there may be some.
+/// Interval between scans for idle pages of the pools, in milliseconds.
 const TRIM_INTERVAL_MS: u32 = 10_000;
-/// How often that is done in vain. A backend need not let go of pages that are granted to stay.
+/// Number of consecutive scans that free nothing after which scanning ends. A backend may keep
+/// persistent grants mapped.
 const MAX_IDLE_SCANS: u32 = 18;
 
-/// When to look for spare pages.
+/// Schedule of scans for idle pages.
 #[derive(Default)]
 struct TrimTimer {
-    /// The last look, or when the pool has grown; `None` if there is nothing to look for.
+    /// Time of the last scan, or when a pool has grown; `None` if no scan is scheduled.
     last: Option<Instant<Monotonic>>,
-    /// Looks in a row that have found nothing.
+    /// Number of consecutive scans that have freed nothing.
     idle_scans: u32,
 }
 
-/// A device, as its thread and xenbus share it.
+/// A device, shared by its thread and the xenbus driver.
 #[pin_data]
 pub(crate) struct DeviceWorker {
     events: Arc<DeviceEvents>,
     #[pin]
     pub(crate) device: Mutex<Device>,
-    /// Has xenbus's thread try to connect again.
+    /// Makes the thread of xenbus try to connect again.
     #[pin]
     retry_watch: Mutex<Option<Watch<DeviceWorker>>>,
 }
 
 impl WatchHandler for DeviceWorker {
-    /// Called once, in xenbus's thread, because the watch was made.
+    /// Tries to connect. A new watch fires once, in the thread of xenbus.
     fn changed(&self) {
         let _noio = NoioScope::new();
         self.device.lock().retry();
@@ -123,6 +124,7 @@ impl WatchHandler for DeviceWorker {
 }
 
 impl DeviceWorker {
+    /// Creates a worker, whose thread is not started.
     pub(crate) fn new(device: Device, events: Arc<DeviceEvents>) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
@@ -134,13 +136,14 @@ impl DeviceWorker {
         )
     }
 
-    /// The life of the device.
+    /// Runs the thread of the device.
     pub(crate) fn run(this: &Arc<Self>) {
         let mut open = None;
         this.live(&mut open);
         this.end(&mut open);
     }
 
+    /// Handles events until the device is unbound.
     fn live(self: &Arc<Self>, open: &mut Option<RemovedDisk>) {
         let mut disconnected_since = None;
         let mut trim = TrimTimer::default();
@@ -154,6 +157,7 @@ impl DeviceWorker {
         }
     }
 
+    /// Ends the connection, and waits until nothing uses the device.
     fn end(&self, open: &mut Option<RemovedDisk>) {
         self.close();
         while self.device.lock().has_granted_requests() {
@@ -169,8 +173,9 @@ impl DeviceWorker {
         }
     }
 
-    /// How long to sleep if nothing happens. `disconnected_since` is since when the backend is; `spares`: pages are
-    /// looked for that nobody needs.
+    /// Returns the time to sleep without an event.
+    ///
+    /// `trim` is `true` if a scan for idle pages is scheduled.
     fn wait_timeout(
         &self,
         disconnected_since: &Option<Instant<Monotonic>>,
@@ -193,14 +198,15 @@ impl DeviceWorker {
         times.into_iter().flatten().min().map(msecs_to_jiffies)
     }
 
-    /// Has xenbus's thread connect again, if it is time: it is the one that deals with Initialising.
+    /// Makes the thread of xenbus try to connect, if an attempt is due. Only that thread may change the
+    /// state Initialising.
     fn retry_connect(self: &Arc<Self>) {
         if !self.device.lock().take_retry() {
             return;
         }
         let mut retry_watch = self.retry_watch.lock();
         if retry_watch.is_some() {
-            // The last one was not made yet.
+            // The last attempt was not made yet.
             return;
         }
         match Watch::new(c"domid", fmt!(""), self.clone()) {
@@ -212,7 +218,7 @@ impl DeviceWorker {
         }
     }
 
-    /// Deals with what has happened.
+    /// Handles the events that are set.
     fn handle_events(&self, open: &mut Option<RemovedDisk>) {
         if self.events.take(Event::Failed) {
             self.device.lock().handle_event(FrontEvent::Failed);
@@ -230,7 +236,7 @@ impl DeviceWorker {
             fsleep(Delta::from_millis(LIMITS_STEP_MS));
             self.device.lock().retry_limits();
         }
-        // Whether that is so is found out by looking.
+        // These only wake the thread; the checks below find the work.
         self.events.take(Event::Backend);
         self.events.take(Event::Close);
         self.events.take(Event::Released);
@@ -244,7 +250,7 @@ impl DeviceWorker {
         self.free_stale_grants();
     }
 
-    /// Makes up for lost events, and gives up a connection without answers.
+    /// Handles lost events, and closes a connection whose backend does not answer.
     fn check_rings(&self) {
         for number in 0.. {
             let queue = self.device.lock().ring(number);
@@ -268,12 +274,16 @@ impl DeviceWorker {
         *disconnected_since = Some(Instant::now());
         let disk = device.has_disk();
         if disk {
-            pr_err!("{}: the backend is away for too long\n", device.name());
+            let name = device.name();
+            dev_err!(
+                device.xbdev(),
+                "{name}: the backend is away for too long: removing the disk (see reconnect_timeout)\n"
+            );
         }
         device.handle_event(FrontEvent::Deadline { disk });
     }
 
-    /// Gives back pages that nobody needs any more.
+    /// Frees idle pages of the pools, if a scan is due.
     fn trim_pools(&self, trim: &mut TrimTimer) {
         if self.events.take(Event::PoolGrown) {
             trim.idle_scans = 0;
@@ -293,7 +303,7 @@ impl DeviceWorker {
         trim.last = go_on.then(Instant::now);
     }
 
-    /// Ends the connection, and the disk with it.
+    /// Ends the connection for good.
     fn close(&self) {
         let patient = self.write_back();
         if self.device.lock().begin_close() && patient {
@@ -303,8 +313,8 @@ impl DeviceWorker {
         self.events.mark_ready();
     }
 
-    /// Has the disk written back and removed, if that is due. Returns `true` if requests that are still
-    /// in flight may be answered soon.
+    /// Has the disk written back and removed, if the backend serves it. Returns `true` if responses to
+    /// the requests in flight can be expected.
     fn write_back(&self) -> bool {
         let (served, remove_thread) = {
             let mut device = self.device.lock();
@@ -331,16 +341,18 @@ impl DeviceWorker {
                 last = (answered, Instant::now());
             }
             if !device.is_served() {
-                pr_err!(
-                    "{}: the backend left while the disk was written back: data may be lost\n",
-                    device.name()
+                let name = device.name();
+                dev_err!(
+                    device.xbdev(),
+                    "{name}: the backend left while the disk was written back: data may be lost\n"
                 );
                 return false;
             }
             if last.1.elapsed().as_millis() >= params::detach_timeout_ms() {
-                pr_err!(
-                    "{}: the backend does not answer while the disk is written back: data may be lost (see detach_timeout)\n",
-                    device.name()
+                let name = device.name();
+                dev_err!(
+                    device.xbdev(),
+                    "{name}: the backend does not answer while the disk is written back: data may be lost (see detach_timeout)\n"
                 );
                 return false;
             }
@@ -348,14 +360,16 @@ impl DeviceWorker {
         true
     }
 
+    /// Waits for the responses to the requests in flight.
     fn drain(&self) {
         let start = Instant::<Monotonic>::now();
         while !self.device.lock().is_drained() {
             if start.elapsed().as_millis() >= DRAIN_MS {
                 let device = self.device.lock();
-                pr_warn!(
-                    "{}: the backend does not answer, requests fail\n",
-                    device.name()
+                let name = device.name();
+                dev_warn!(
+                    device.xbdev(),
+                    "{name}: the backend does not answer, requests fail\n"
                 );
                 return;
             }
@@ -363,8 +377,8 @@ impl DeviceWorker {
         }
     }
 
-    /// Frees what the backend has had mapped of a disk that has gone, if it has let go of it. Whether
-    /// nothing is left.
+    /// Frees the rings and pools of a dead disk, if the backend has unmapped them. Returns `true` if
+    /// the backend has nothing mapped.
     fn free_stale_grants(&self) -> bool {
         let device = self.device.lock();
         let mapped = device.is_mapped();
@@ -374,7 +388,7 @@ impl DeviceWorker {
         !mapped
     }
 
-    /// Gives the backend the time to let go of what it has mapped.
+    /// Waits until the backend has unmapped rings and pools, for a limited time.
     fn await_unmap(&self) {
         let start = Instant::<Monotonic>::now();
         while !self.free_stale_grants() && start.elapsed().as_millis() < UNMAP_MS {
@@ -383,21 +397,22 @@ impl DeviceWorker {
         self.device.lock().free_stale_grants();
     }
 
-    /// Removes a disk that is dead, if all its requests have ended. Goes on in `open` if it is still
-    /// open.
+    /// Removes a dead disk if all its requests have ended, and stores it in `open` if it is still open.
     fn remove_disk(&self, open: &mut Option<RemovedDisk>) {
         let Some((disk, threads, registered)) = self.device.lock().take_disk() else {
             return;
         };
         for thread in threads.into_iter().flatten() {
             while !thread.join(msecs_to_jiffies(OUTAGE_STEP_MS)) {
-                pr_warn!(
-                    "{}: the disk is still being added or told to end\n",
-                    self.device.lock().name()
+                let device = self.device.lock();
+                let name = device.name();
+                dev_warn!(
+                    device.xbdev(),
+                    "{name}: still waiting for the thread that adds or removes the disk\n"
                 );
             }
         }
-        // Waits for the openers that are inside of the block layer, whose requests fail.
+        // This waits for tasks in the block layer, whose requests fail.
         disk.remove();
         disk.queue_data().notify_release();
         *open = Some((disk, registered));
@@ -405,10 +420,10 @@ impl DeviceWorker {
     }
 }
 
-/// A disk that was removed, and the place in the list of disks that it keeps.
+/// A removed disk, and its entry in the registry.
 type RemovedDisk = (Arc<GenDisk<BlkfrontOps>>, Option<Registered>);
 
-/// Drops a removed disk that is not open any more.
+/// Drops a removed disk if it is not open any more.
 fn drop_closed(open: &mut Option<RemovedDisk>) {
     if (open.as_ref()).is_some_and(|(disk, _)| disk.openers() == 0) {
         *open = None;
