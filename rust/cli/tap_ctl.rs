@@ -8,7 +8,7 @@
 //!
 //! | call | what it does |
 //! |---|---|
-//! | `list -t aio -f /path` | prints `pid=P minor=M state=0 args=aio:/path` for each disk on that image, the disk of `XENBUS_PATH` last; then the script checks whether another guest uses it, and is done |
+//! | `list -t aio -f /path` | prints `pid=P minor=M state=0 args=aio:/path` if the disk is served; then the script checks in xenstore that no other guest uses the image, and is done |
 //! | `allocate` | prints `/run/blktap-control/tapdisk/tapdisk-M` |
 //! | `spawn` | prints the process, or 0 if the disk was refused |
 //! | `attach -p P -m M` | nothing |
@@ -17,7 +17,7 @@
 //! | `destroy -p P -m M` | waits until nothing is left of the disk |
 //!
 //! P is the pid of `rblktap`, M is the virtual device number. The calls of `block-tap` have the
-//! variable `XENBUS_PATH`; without it, only `list` works.
+//! variable `XENBUS_PATH`. Without it, only `list` works, and lists all disks.
 
 use crate::exit::Error;
 use crate::outcome;
@@ -164,27 +164,25 @@ fn image(record: &Record) -> (&str, &str) {
         .unwrap_or(("aio", &record.image))
 }
 
-/// Lists the disks that are served, the script's own last: the script uses the last line.
+/// Lists the disks that are served: the script's own, or all if there is no script.
 fn list(
     run: &RunDir,
     own: Option<DiskId>,
     is_listed: impl Fn(&Record, u32) -> bool,
 ) -> Result<String, Failure> {
-    let mut records = run.records().map_err(|error| {
+    let records = run.records().map_err(|error| {
         let cause = format!("{}: {error}", run.path().display());
         Failure::new(FailureKind::NoAnswer, cause, "check that rblkd runs")
     })?;
-    records.sort_by_key(|record| (Some(record.disk) == own, record.disk));
-    let served = records
-        .iter()
-        .filter_map(|record| Some((record, record.phase.pid()?)));
-    let lines = served
-        .filter(|(record, pid)| is_listed(record, *pid))
-        .map(|(record, pid)| {
+    let lines = records.iter().filter_map(|record| {
+        let pid = record.phase.pid()?;
+        let is_own = own.is_none_or(|own| own == record.disk);
+        (is_own && is_listed(record, pid)).then(|| {
             let (scheme, path) = image(record);
             let minor = record.disk.devid;
             format!("pid={pid} minor={minor} state=0 args={scheme}:{path}\n")
-        });
+        })
+    });
     Ok(lines.collect())
 }
 
@@ -224,17 +222,29 @@ mod tests {
             },
         );
         let line = |pid| format!("pid={pid} minor=51712 state=0 args=aio:/srv/a.img\n");
-        let lines = line(8) + &line(7);
-        assert_eq!(call(&run, "list -t aio -f /srv/a.img"), Ok(lines.clone()));
-        assert_eq!(call(&run, "list"), Ok(lines));
+        assert_eq!(call(&run, "list -t aio -f /srv/a.img"), Ok(line(7)));
         assert_eq!(call(&run, "list -p 7 -m 51712"), Ok(line(7)));
         for other in [
             "list -t vhd -f /srv/a.img",
             "list -t aio -f /b",
-            "list -p 6",
+            "list -p 8",
         ] {
             assert_eq!(call(&run, other), Ok(String::new()), "{other}");
         }
+    }
+
+    #[test]
+    fn all_disks_are_listed_without_the_script() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        for (domid, pid) in [(5, 7), (9, 8)] {
+            let start_time = 1;
+            let phase = Phase::Running { pid, start_time };
+            record(&run, DiskId { domid, ..DISK }, phase);
+        }
+        let pids = |found: &str| list(&run, None, |_, pid| found.contains(&pid.to_string()));
+        assert_eq!(pids("7 8").unwrap().lines().count(), 2);
+        assert_eq!(pids("8").unwrap().lines().count(), 1);
     }
 
     #[test]
