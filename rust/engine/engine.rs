@@ -38,7 +38,7 @@
 //! # Requests
 //!
 //! A submitted request completes exactly once, with a result and with its buffers. Requests in
-//! flight may be carried out in any order, also if they overlap. A flush covers the writes that
+//! flight may be executed in any order, even if they overlap. A flush covers the writes that
 //! completed before it was submitted.
 //!
 //! Memory is safe whatever a caller does: the engine owns the buffers of a request until nothing
@@ -158,7 +158,7 @@ pub trait Queue: AsFd + Send {
     }
 }
 
-/// How long dropping a [`Queue`] waits for requests in flight.
+/// Time for which dropping a [`Queue`] waits for requests in flight.
 pub const DROP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Opens an image.

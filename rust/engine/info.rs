@@ -22,11 +22,11 @@ pub struct Info {
     pub buffer_alignment: usize,
     /// Writes, discards and write zeroes fail with `EROFS`.
     pub read_only: bool,
-    /// How discards are supported, if they are.
+    /// The support of discards; `None` if there is none.
     pub discard: Option<Discard>,
     /// Write zeroes are supported.
     pub write_zeroes: bool,
-    /// What a caller can rely on.
+    /// The guarantees of the engine.
     pub guarantees: Guarantees,
 }
 
@@ -39,7 +39,7 @@ pub struct Discard {
     pub alignment: u32,
 }
 
-/// What a caller can rely on.
+/// The guarantees that a caller can rely on.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Guarantees {
     /// Data survives a crash and a power failure of the host after a flush.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What no crate has a safe function for: open file description locks of byte ranges, and
-//! processes that are told when the thread that started them ends.
+//! Operations that no crate has a safe function for: open file description locks of byte ranges,
+//! and processes that get a signal when the thread that started them ends.
 //!
 //! All unsafe code for fcntl(2) and prctl(2).
 

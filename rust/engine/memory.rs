@@ -22,7 +22,7 @@ const MAX_SIZE: u64 = 1 << 32;
 const BLOCK_SIZE: u32 = 512;
 const PAGE_SIZE: usize = 4096;
 
-/// What happens to requests of an image in memory.
+/// Faults that are injected into requests of an image in memory.
 #[derive(Debug, Default)]
 pub struct Faults {
     /// The errors of the next requests, in order; [`None`] carries one out.

@@ -47,14 +47,14 @@ pub struct NbdEngine {
     shared: Arc<Shared>,
 }
 
-/// What the queues of an export share.
+/// The state that the queues of an export share.
 struct Shared {
     export: NbdExport,
     /// Starts the server if it does not run.
     ensure: Box<dyn Fn(bool) -> Result<()> + Send + Sync>,
     writes: Writes,
     reconnect_timeout: Duration,
-    /// What the server supports.
+    /// The features of the server.
     flags: u16,
     /// The geometry, with the size at the time of opening.
     info: Info,
@@ -68,7 +68,7 @@ struct Shared {
 #[derive(Default)]
 struct Writes {
     completed: AtomicU64,
-    /// How many of those were flushed.
+    /// Number of those that were flushed.
     flushed: AtomicU64,
 }
 

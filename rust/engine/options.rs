@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! How an image is opened.
+//! Options for opening an image.
 
 use std::env;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How an image is opened.
+/// Options for opening an image.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The image is opened for reading only.
@@ -16,16 +16,16 @@ pub struct Options {
     pub direct: Option<bool>,
     /// An image that another process has open for writing is refused.
     pub exclusive: bool,
-    /// How long opening waits for another process to release the image, and for I/O of a process
+    /// Time for which opening waits for another process to release the image, and for I/O of a process
     /// that was killed.
     pub lock_timeout: Duration,
-    /// How long a network engine tries to connect again before requests fail.
+    /// Time for which a network engine tries to connect again before requests fail.
     pub reconnect_timeout: Duration,
     /// The image was not closed: it is checked and repaired before it is opened.
     pub unclean: bool,
     /// The file with the passphrase of a LUKS container.
     pub key_file: Option<PathBuf>,
-    /// Where an engine creates a directory for sockets.
+    /// The directory in which an engine creates a directory for sockets.
     pub runtime_dir: PathBuf,
 }
 

@@ -28,7 +28,7 @@ pub struct RawEngine {
     image: Arc<Image>,
 }
 
-/// What the queues of an image share.
+/// The state that the queues of an image share.
 struct Image {
     fd: Arc<OwnedFd>,
     path: PathBuf,

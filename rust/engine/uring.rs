@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 /// `BLOCK_URING_CMD_DISCARD` of `include/uapi/linux/blkdev.h`: `_IO(0x12, 0)`.
 const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
 
-/// How long a start of operations is retried while the kernel has no memory for them.
+/// Time for which starting operations is retried while the kernel has no memory for them.
 const SUBMIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An operation on the file of a ring, with the memory that it uses.
@@ -153,9 +153,9 @@ impl Transfer {
 pub(crate) struct Finished<T> {
     /// The operation, with its memory.
     pub(crate) op: Op,
-    /// What the caller added to it.
+    /// The caller's data.
     pub(crate) context: T,
-    /// What the system call would have returned.
+    /// The result that the system call would have returned.
     pub(crate) result: std::result::Result<u32, Errno>,
 }
 
@@ -255,7 +255,7 @@ impl<T> Ring<T> {
             };
             match Errno::from_io_error(&error) {
                 Some(Errno::INTR) => {}
-                // The kernel lacks memory, or completions are to be read first.
+                // The kernel lacks memory, or completions must be read first.
                 Some(Errno::AGAIN | Errno::BUSY) if Instant::now() < deadline => {
                     if !self.ring.completion().is_empty() {
                         return Ok(());

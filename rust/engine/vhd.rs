@@ -53,7 +53,7 @@ struct Blocks {
     table: Vec<u32>,
 }
 
-/// What one file says about a range.
+/// The state of a range in one file.
 enum Extent {
     /// The range is in the file, at this offset.
     Data(u64),
@@ -111,7 +111,7 @@ const COPY_LEN: u64 = 1 << 20;
 /// The number of writes of a copy at the same time.
 const COPY_DEPTH: usize = 8;
 
-/// How long the writes of a copy may take together.
+/// Limit for all writes of a copy together.
 const COPY_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl VhdChain {

@@ -16,7 +16,7 @@ use std::fmt;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
-/// How the memory of a buffer is mapped.
+/// The access to the memory of a buffer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Access {
     /// Writes to the memory fault: a guest granted it for reading only.

@@ -74,7 +74,7 @@ fn read_choice(
     choice.check(limits).map_err(Error::Choice)
 }
 
-/// What the queues of a connection are made from.
+/// The parts that the queues of a connection are created from.
 pub(crate) struct Parts<'a> {
     pub(crate) xen: &'a Xen,
     pub(crate) engine: &'a dyn Engine,

@@ -20,13 +20,13 @@ use std::path::Path;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How long a client may take to send its request, and to read the answer.
+/// Limit for a client to send its request, and to read the answer.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Longest request in bytes.
 const MAX_REQUEST: u64 = 4096;
 
-/// What a client asks for.
+/// The command of a client.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Command {
     /// State and counters.

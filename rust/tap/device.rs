@@ -6,8 +6,8 @@
 //! hears of changes of the frontend's state, of the own directory, which the toolstack writes to, of
 //! its queues, and of `rblk` over the control socket.
 //!
-//! The threads of queues own their rings. When a connection ends, the main thread stops them and goes
-//! on when the last one has ended, which may take as long as the image takes to answer.
+//! The threads of queues own their rings. When a connection ends, the main thread stops them and
+//! continues when the last one has ended, which may take as long as the I/O of the image.
 //!
 //! # A successor of a process that was killed
 //!
@@ -76,13 +76,13 @@ const STACK: usize = 256 << 10;
 
 /// Xen, for the queues.
 pub struct Xen {
-    /// Where pages are mapped and copied.
+    /// Maps and copies pages.
     pub grants: Arc<dyn Grants>,
-    /// Where event channels are bound.
+    /// Binds event channels.
     pub events: Box<dyn Events>,
 }
 
-/// How a device is served.
+/// The configuration of a device.
 pub struct Config {
     /// Domain of the frontend.
     pub domain: u16,
@@ -90,15 +90,15 @@ pub struct Config {
     pub device: u32,
     /// Directory of the backend, relative to that of this domain.
     pub dir: String,
-    /// Where the record of requests in flight, and the control socket are.
+    /// The directory of the in-flight table and the control socket.
     pub state_dir: PathBuf,
-    /// Where the directory for `xentop` is created, if it is wanted.
+    /// The directory in which the statistics for `xentop` are created, if any.
     pub stats_root: Option<PathBuf>,
     /// Largest number of rings.
     pub max_queues: u32,
     /// Use persistent grants if the frontend does.
     pub persistent: bool,
-    /// How errors are dealt with.
+    /// The settings of error handling.
     pub settings: Settings,
 }
 
@@ -123,7 +123,7 @@ impl Config {
     }
 }
 
-/// What the nodes of the toolstack say about a disk.
+/// The nodes of the toolstack that describe a disk.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ToolstackNodes {
     /// The directory of the frontend.
@@ -312,7 +312,7 @@ impl Device {
         Ok(())
     }
 
-    /// Serves the device until it is gone. Returns an error if that cannot go on.
+    /// Serves the device until it is removed. Returns an error if it cannot be served any longer.
     pub fn run(mut self) -> Result<(), Error> {
         while self.state != BackState::Gone {
             while self.step()? == Next::Again {}

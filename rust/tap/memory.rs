@@ -41,10 +41,11 @@ const MAX_PERSISTENT: usize = 1056;
 /// A persistent grant that was not used for this long is unmapped (`persistent_grant_unused_seconds`).
 pub(crate) const UNUSED: Duration = Duration::from_secs(60);
 
-/// How long a full table has to be left alone before it is scanned for unused grants again.
+/// Time between two scans of a full table for unused grants.
 const SCAN_PERIOD: Duration = Duration::from_secs(1);
 
-/// How long copies are tried again while pages are not in memory over there: as long as Linux waits.
+/// Time for which copies are retried while the frontend's pages are paged out, in milliseconds: as
+/// long as Linux waits.
 const PAGED_OUT_MS: u32 = 32_000;
 
 /// Bytes of a segment in a page of segments.
@@ -104,7 +105,7 @@ pub(crate) enum Memory {
     Mapped(Vec<(u32, Arc<DataPages>)>),
 }
 
-/// What a queue needs to move data.
+/// The data path of a queue.
 pub(crate) struct DataPath {
     domain: u16,
     grants: Arc<dyn Grants>,

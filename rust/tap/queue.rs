@@ -83,17 +83,17 @@ const ERROR_RETRIES: Backoff = Backoff::new(10, 1000);
 const MESSAGES: u32 = 10;
 const MESSAGE_MS: u64 = 5000;
 
-/// How often a queue that cannot wait for events looks whether it is stopped.
+/// Poll interval of a queue that cannot wait for events.
 const BROKEN_PERIOD: Duration = Duration::from_millis(100);
 
-/// What an administrator may set.
+/// The settings of an administrator.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// How long a request is tried again after an error that may pass.
+    /// Time for which a request is retried after a temporary error.
     pub retry_time: Duration,
 }
 
-/// What a queue tells the main thread.
+/// An event that a queue reports to the main thread.
 pub(crate) enum QueueEvent {
     /// The frontend has broken the ring, or the image accepts no more requests.
     Broken(Error),
@@ -122,7 +122,7 @@ impl EventSender {
     }
 }
 
-/// What the main thread tells a queue.
+/// The requests of the main thread to a queue.
 pub(crate) struct QueueControl {
     stop: AtomicBool,
     pause: AtomicBool,
@@ -178,7 +178,7 @@ impl QueueControl {
     }
 }
 
-/// What a request does next.
+/// The next step of a request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Step {
     Read,
@@ -288,7 +288,7 @@ impl Requests {
     }
 }
 
-/// Where a barrier is.
+/// The state of a queue's barrier.
 enum Barrier {
     None,
     /// It waits for what came before, in all queues. Nothing is taken meanwhile.
@@ -297,7 +297,7 @@ enum Barrier {
     Running,
 }
 
-/// What a queue is made of.
+/// The parts of a queue.
 pub(crate) struct QueueConfig {
     /// For messages: domain, device and number of the queue.
     pub(crate) name: String,
@@ -321,7 +321,7 @@ pub(crate) struct QueueConfig {
     pub(crate) settings: Settings,
 }
 
-/// What the thread of a queue owns.
+/// A queue, owned by its thread.
 pub(crate) struct Queue {
     config: QueueConfig,
     requests: Requests,
@@ -329,7 +329,7 @@ pub(crate) struct Queue {
     backlog: VecDeque<(Entry, WireRequest)>,
     memory_retries: Backoff,
     barrier: Barrier,
-    /// Writes whose data is to be copied before they are submitted, and the number of their pieces.
+    /// Writes whose data has to be copied before they are submitted, and the number of their pieces.
     incoming: Vec<(PendingReq, Buffer)>,
     incoming_pieces: usize,
     /// Requests that are tried again at a time.
@@ -708,7 +708,7 @@ impl Queue {
             let result = if copied {
                 Ok(())
             } else {
-                // Once more by itself: its pages may not have been in memory.
+                // Copies it again by itself, because its pages may have been paged out.
                 self.config.data.copy_from(&mut buffer, &pending.pieces)
             };
             match result {

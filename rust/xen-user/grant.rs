@@ -264,7 +264,7 @@ impl Grants for GrantDevice {
 pub(crate) enum Unmapper {
     /// The device forgets them.
     Device {
-        /// Where the grants are.
+        /// The device that has mapped the grants.
         device: Arc<File>,
         /// Offset of the first one in the device.
         index: u64,

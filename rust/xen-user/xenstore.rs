@@ -38,10 +38,10 @@ pub(crate) const MAX_PAYLOAD: usize = 4096;
 /// Bytes of `struct xsd_sockmsg`.
 pub(crate) const HEADER: usize = 16;
 
-/// How long an answer may take.
+/// Limit for an answer, in seconds.
 const ANSWER_SECONDS: i64 = 30;
 
-/// How often a transaction is tried that others' changes have made void.
+/// Number of attempts at a transaction that conflicts with other changes.
 const TRANSACTION_TRIES: u32 = 64;
 
 /// Kind of a message (`enum xsd_sockmsg_type`).
@@ -175,7 +175,7 @@ impl Xenstore {
     /// Takes the next event, or `None` if there is none now. Does not wait.
     pub fn next_event(&mut self) -> io::Result<Option<WatchEvent>> {
         while self.events.is_empty() && is_readable(&self.file, 0)? {
-            // An answer that nobody waits for is one that came too late.
+            // An answer without a waiting request has come too late.
             self.receive()?;
         }
         Ok(self.events.pop_front())

@@ -18,13 +18,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// How long connecting, and each step of the negotiation, may take.
+/// Limit for connecting, and for each step of the negotiation.
 const STEP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a TCP connection may be silent before it is probed, and in between probes.
+/// Time without data after which a TCP connection is probed, and between probes.
 const KEEPALIVE: Duration = Duration::from_secs(5);
 
-/// How long sent data may be unacknowledged.
+/// Limit for the acknowledgement of sent data.
 const USER_TIMEOUT_MS: u32 = 20_000;
 
 /// The greatest length of a reply to an option.
@@ -116,7 +116,7 @@ impl AsFd for Stream {
     }
 }
 
-/// What the server says about an export.
+/// The properties of an export, as reported by the server.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct ExportInfo {
     pub(super) size: u64,

@@ -33,7 +33,7 @@ const CHUNK: usize = 256 << 10;
 /// The greatest range of one discard or write zeroes: a multiple of each block size.
 const MAX_RANGE: u64 = 1 << 30;
 
-/// How long to wait before the first and the later tries to connect again.
+/// Delays before the first and the later attempts to connect again.
 const BACKOFF: std::ops::Range<Duration> = Duration::from_millis(50)..Duration::from_secs(2);
 
 /// A queue of an export.
@@ -45,7 +45,7 @@ pub(super) struct NbdQueue {
     event: Arc<Event>,
     link: Link,
     requests: Requests,
-    /// Where bytes are received.
+    /// The memory that bytes are received in.
     scratch: Vec<u8>,
 }
 
@@ -91,7 +91,7 @@ struct Sender {
 /// The requests of a queue, by the cookie of their command.
 struct Requests {
     entries: BTreeMap<u64, Entry>,
-    /// The cookies of those that are to be sent, in order.
+    /// The cookies of the requests that were not sent yet, in order.
     unsent: VecDeque<u64>,
     next_cookie: u64,
     completed: Vec<Completion>,

@@ -15,7 +15,7 @@ const MAX_ERROR: u32 = 4096 + 14;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Violation(pub(super) &'static str);
 
-/// What replies are about.
+/// The requests that replies belong to.
 pub(super) trait Handler {
     /// Returns the number of bytes that a simple reply to the command carries, or [`None`] if no
     /// such command is in flight.
@@ -35,7 +35,7 @@ pub(super) trait Handler {
     fn done(&mut self, cookie: u64) -> Result<(), Violation>;
 }
 
-/// Where data of a read belongs.
+/// The place for the data of a read.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Position {
     /// An offset in the image.
@@ -51,7 +51,7 @@ impl Position {
     }
 }
 
-/// Where a reply continues.
+/// The state of a partly received reply.
 #[derive(Clone, Copy, Debug)]
 enum State {
     /// At the magic number of a reply.

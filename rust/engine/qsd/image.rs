@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 /// The greatest length of a message of QEMU's tools that is passed on.
 const MAX_MESSAGE: usize = 300;
 
-/// What `qemu-img check` exits with if the format has no check.
+/// Exit status of `qemu-img check` if the format has no check.
 const NO_CHECK: i32 = 63;
 
 /// The type of a differencing VHD, and where a footer has it.

@@ -24,19 +24,19 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// What the names of directories for sockets start with, before the id of the process.
+/// Prefix of the names of directories for sockets, before the id of the process.
 const PREFIX: &str = "rblk-qsd-";
 
-/// How long a daemon may take to open its image.
+/// Limit for a daemon to open its image.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a daemon may take to write its caches and end.
+/// Limit for a daemon to write its caches and end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How often a starting or ending daemon is looked at.
+/// Poll interval of a starting or ending daemon.
 const POLL: Duration = Duration::from_millis(5);
 
-/// How long to wait before the next try if the image is in use.
+/// Delay before the next attempt if the image is in use.
 const RETRY: Duration = Duration::from_millis(50);
 
 /// A daemon and the thread that owns it.
@@ -54,7 +54,7 @@ struct Order {
     result: Sender<Result<()>>,
 }
 
-/// What a daemon is started with.
+/// The parameters of a daemon.
 struct Config {
     format: Format,
     path: PathBuf,

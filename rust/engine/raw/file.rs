@@ -30,10 +30,10 @@ const MAX_TRANSFER: u64 = 32 << 20;
 /// The greatest number of buffers: `UIO_MAXIOV` of `include/uapi/linux/uio.h`.
 const MAX_BUFFERS: usize = 1024;
 
-/// How long to wait between two tries to open a device.
+/// Delay between two attempts to open a device.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// What holds the data of an image.
+/// The kind of storage of an image.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Kind {
     /// A regular file.
@@ -137,7 +137,7 @@ fn check_access(fd: &OwnedFd, path: &Path, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// What the storage requires of direct I/O, in bytes.
+/// The alignment in bytes that the storage requires for direct I/O.
 #[derive(Clone, Copy, Debug)]
 struct Alignment {
     memory: usize,

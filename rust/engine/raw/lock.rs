@@ -26,7 +26,7 @@ const READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
-/// How long to wait between two tries.
+/// Delay between two attempts.
 const RETRY: Duration = Duration::from_millis(20);
 
 /// Locks an image file as `options` say.

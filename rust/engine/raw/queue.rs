@@ -24,7 +24,7 @@ use std::sync::Arc;
 /// The length of one write of zeros, where the storage has no operation for it.
 const ZEROS: u64 = 1 << 20;
 
-/// How many times in a row the storage may transfer nothing.
+/// Number of consecutive transfers of nothing that are accepted.
 const MAX_STALLS: u8 = 8;
 
 /// A queue of an image.
@@ -49,7 +49,7 @@ struct Task {
     stalls: u8,
 }
 
-/// What a task does next.
+/// The next step of a task.
 enum Next {
     /// It starts an operation.
     Start(Op),

@@ -20,7 +20,7 @@ const PLATFORM_W2RU: u32 = u32::from_be_bytes(*b"W2ru");
 const PLATFORM_W2KU: u32 = u32::from_be_bytes(*b"W2ku");
 const PLATFORM_MACX: u32 = u32::from_be_bytes(*b"MacX");
 
-/// How the data of a VHD is stored.
+/// The type of a VHD.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) enum Kind {
     /// As it is.
@@ -79,7 +79,7 @@ pub(super) struct DynamicHeader {
     pub(super) parent_id: [u8; 16],
     /// The name of the parent.
     pub(super) parent_name: String,
-    /// Where there are further names of the parent.
+    /// The places of further names of the parent.
     pub(super) locators: Vec<Locator>,
 }
 
@@ -110,7 +110,7 @@ impl DynamicHeader {
     }
 }
 
-/// Where a name of the parent is in the file.
+/// The place of a name of the parent in the file.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Locator {
     platform: u32,

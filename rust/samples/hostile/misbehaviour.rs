@@ -7,7 +7,7 @@ use blkif::wire::{
     WireRequest, //
 };
 
-/// What the backend does wrong while the parameter selects it.
+/// A violation of the protocol, which the parameter of that name selects.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Misbehaviour {
     /// It does nothing wrong.

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! How a request is completed.
+//! The mode of completion of requests.
 
 use kernel_ext::block::mq::Op;
 
-/// How a request is completed: the parameter `mode`.
+/// The mode of completion of requests: the parameter `mode`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
     /// 0: it is done in `queue_rq`.

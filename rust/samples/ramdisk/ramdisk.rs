@@ -44,7 +44,7 @@ module_params! {
     static DEPTH("depth", 0o444): u32 = 32, "Number of requests in flight in a hardware queue";
     /// Block size.
     static BLOCK_SIZE("block_size", 0o444): u32 = 512, "Logical block size in bytes";
-    /// How requests are completed, see [`Mode`].
+    /// The mode of completion, see [`Mode`].
     static MODE("mode", 0o644): u32 = 0,
         "0: done at once, 1: by complete, 2: by a work item, 3: kept, 4: fail, 5: reject, 6: requeue, 7: refuse";
     /// The operations to which `mode` applies, as a mask.
@@ -60,7 +60,7 @@ module_params! {
     static FUA("fua", 0o444): bool = false, "Ask for FUA";
     /// The unit of discards.
     static DISCARD_GRANULARITY("discard_granularity", 0o444): u32 = 0, "Unit of discards in bytes";
-    /// Where the first unit starts.
+    /// The start of the first unit.
     static DISCARD_ALIGNMENT("discard_alignment", 0o444): u32 = 0,
         "Where the first unit of discards starts, in bytes";
     /// Set if the disk supports secure erase.

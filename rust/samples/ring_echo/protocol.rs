@@ -67,7 +67,7 @@ pub(crate) fn answer_word(count: Wrapping<u32>) -> usize {
     272 + 4 * (count.0 % SLOTS) as usize
 }
 
-/// How the backend accesses the page of a message.
+/// The backend's access to the page of a message.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
     /// Map it, and unmap it before the reply.

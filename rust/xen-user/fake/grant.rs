@@ -41,7 +41,7 @@ struct Memory {
 struct Grant {
     domain: u16,
     access: Access,
-    /// Where the page is in the memory.
+    /// The offset of the page in the memory.
     at: usize,
     /// For copies.
     page: Pages,

@@ -36,7 +36,7 @@ struct State {
     transactions: BTreeMap<u32, Transaction>,
     last_connection: u64,
     watches: Vec<Watch>,
-    /// Where answers and events are written.
+    /// The connections that answers and events are written to.
     connections: BTreeMap<u64, UnixStream>,
 }
 
