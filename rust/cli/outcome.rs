@@ -6,6 +6,7 @@
 //! disk, or why none does.
 
 use api::{DiskId, Failure, FailureKind, Phase, Record, RunDir};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -73,10 +74,10 @@ fn unknown(disk: DiskId) -> Failure {
     )
 }
 
-/// Waits until nothing is left of a disk that has been detached.
+/// Waits until no process has anything of a disk that has been detached.
 pub fn await_detached(run: &RunDir, disk: DiskId) -> Result<(), Failure> {
     let deadline = Instant::now() + DETACH_LIMIT;
-    while read(run, disk)?.is_some() {
+    while read(run, disk)?.is_some_and(|record| is_served(&record)) {
         if Instant::now() >= deadline {
             return Err(Failure::new(
                 FailureKind::NoAnswer,
@@ -87,6 +88,16 @@ pub fn await_detached(run: &RunDir, disk: DiskId) -> Result<(), Failure> {
         thread::sleep(POLL);
     }
     Ok(())
+}
+
+/// Returns `true` if a process serves a disk or is about to. A record may outlive its process while
+/// no `rblkd` runs.
+fn is_served(record: &Record) -> bool {
+    match record.phase {
+        Phase::Starting => true,
+        Phase::Running { pid, .. } => Path::new(&format!("/proc/{pid}")).exists(),
+        Phase::Failed { .. } => false,
+    }
 }
 
 fn read(run: &RunDir, disk: DiskId) -> Result<Option<Record>, Failure> {
@@ -150,6 +161,10 @@ pub(crate) mod tests {
             await_attached(&run, DISK).unwrap_err().text.cause,
             "no file"
         );
+        await_detached(&run, DISK).unwrap();
+        let phase = |pid| Phase::Running { pid, start_time: 1 };
+        record(&run, DISK, phase(u32::MAX));
+        await_detached(&run, DISK).unwrap();
         run.remove(DISK).unwrap();
         await_detached(&run, DISK).unwrap();
     }
