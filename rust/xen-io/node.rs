@@ -137,8 +137,10 @@ pub fn switch(node: &'static str, text: &[u8]) -> Result<bool, InvalidNode> {
     decimal_u32(node, text).map(|number| number != 0)
 }
 
-/// Parses digits to `base`, which is at most 16. The result is at most `limit`.
+/// Parses digits to `base`, which is between 2 and 16. The result is at most `limit`.
 pub fn parse_number(text: &[u8], base: u32, limit: u64) -> Result<u64, Reason> {
+    // So that the compiler sees that `to_digit` does not panic.
+    let base = base.clamp(2, 16);
     if text.is_empty() {
         return Err(Reason::NotANumber);
     }
