@@ -128,7 +128,7 @@ impl Driver for VbdDriver {
             if !synced && !syncing {
                 dev.dev_error(
                     ETIMEDOUT,
-                    fmt!("the backend still uses pages of requests: the disk stays until it does not"),
+                    fmt!("the backend still uses pages of requests: keeping the disk until it unmaps them"),
                 );
                 return;
             }

@@ -108,7 +108,7 @@ pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> 
     let own_major = matches!(vdev.format, NumberFormat::Xvd | NumberFormat::Extended);
     if xen::has_pv_and_emulated_disks() && !own_major {
         pr_info!(
-            "{}: {} is an emulated disk too, and left to that\n",
+            "{}: {} is also an emulated disk: ignoring the paravirtual one\n",
             dir,
             vdev.name.as_str()
         );
@@ -120,7 +120,7 @@ pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> 
         return Err(ENODEV);
     };
     if kind.as_bytes().starts_with(b"cdrom") {
-        pr_info!("{}: a CD-ROM drive, left to the emulated one\n", dir);
+        pr_info!("{}: ignoring a CD-ROM drive, which is emulated\n", dir);
         return Err(ENODEV);
     }
     Ok(())
