@@ -80,9 +80,12 @@ fn command() -> Command {
                 .help("Smallest logical block size"),
         )
         .arg(
-            option("persistent", "on|off", "on")
+            option("persistent", "on|off", "off")
                 .value_parser(["on", "off"])
-                .help("Use persistent grants if the frontend does"),
+                .help(
+                    "Use persistent grants if the frontend does. In a PV dom0 a kill during I/O \
+                     leaks such grants",
+                ),
         )
         .arg(
             option("retry-seconds", "N", "60")

@@ -2,7 +2,10 @@
 
 //! Moving data between the frontend's pages and the image.
 //!
-//! - *Persistent grants*: the frontend's pages stay mapped, and are the buffers of the I/O.
+//! - *Persistent grants*: the frontend's pages stay mapped, and are the buffers of the I/O. They are not
+//!   offered by default: if a process is killed during such I/O, the page tables that Xen knows the
+//!   mapping by are gone before a PV dom0 unmaps it (`__unmap_grant_pages_done` of gntdev.c warns), so
+//!   the grants leak.
 //! - *Copy*: the data goes through memory of our own. One call copies that of many requests, and
 //!   nothing is unmapped afterwards.
 //!
