@@ -8,11 +8,14 @@
 //! | `device` | the state of a device: its connection and its disk |
 //! | `worker` | the thread of a device: deadlines, removal of the disk, memory |
 //! | `xenstore` | the nodes that are read and written |
-//! | `disk` | the block device: limits, operations of blk-mq |
-//! | `queue` | a ring: the path of a request to the backend |
+//! | `mq_ops` | the operations of blk-mq |
+//! | `disk` | the block device: its data for the block layer, its limits |
+//! | `submit` | the path of requests to the backend |
+//! | `completion` | the path of responses back |
+//! | `queue` | a ring and its pool: connecting and disconnecting |
 //! | `slots` | maps responses to requests |
-//! | `completion` | the path of a response back |
-//! | `request_data` | what each request carries: fragments, granted pages |
+//! | `pending_request` | a request that is in the ring |
+//! | `request_data` | the driver's data of each request: fragments, granted pages |
 //! | `pool` | pages that stay granted |
 //! | `ring_connection` | a ring and its event channel |
 //! | `registry` | the disks of the guest, removed ones included |
@@ -22,13 +25,17 @@
 //! | `timeout` | requests that are not answered in time |
 //! | `params` | module parameters |
 //!
-//! # Who owns what
+//! # Locking
 //!
 //! The connection and the disk belong to [`device::Device`], under a mutex. The queues are shared by
 //! it, the block layer and the event handlers; each has a lock, under which nothing sleeps,
 //! allocates, or notifies.
 //!
-//! The order is: the mutex, quiescing the block layer's queue, the lock of a queue.
+//! Lock order:
+//!
+//! 1. the mutex of the device,
+//! 2. quiescing the block layer's queue,
+//! 3. the lock of a queue.
 
 #![deny(unsafe_code)]
 
@@ -86,10 +93,7 @@ fn register_major() -> Result<Major> {
     }
     params::check();
     Major::register(MAJOR, c"xvd").inspect_err(|_| {
-        pr_err!(
-            "major {} is taken: is xen_blkfront loaded? Unload it first\n",
-            MAJOR
-        );
+        pr_err!("major {MAJOR} is taken: is xen_blkfront loaded? Unload it first\n");
     })
 }
 

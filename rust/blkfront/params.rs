@@ -76,26 +76,18 @@ pub(crate) const MOST_PARTS: usize = 32;
 pub(crate) fn check() {
     let segments = MAX_INDIRECT_SEGMENTS.get();
     if segments > MOST_SEGMENTS {
-        pr_info!(
-            "max_indirect_segments = {}: using {}\n",
-            segments,
-            MOST_SEGMENTS
-        );
+        pr_info!("max_indirect_segments = {segments}: using {MOST_SEGMENTS}\n");
     }
     MAX_INDIRECT_SEGMENTS.set(max_segments().into());
     let order = MAX_RING_PAGE_ORDER.get();
     if !(0..=MAX_PAGE_ORDER as i32).contains(&order) {
-        pr_info!(
-            "max_ring_page_order = {}: using {}\n",
-            order,
-            MAX_PAGE_ORDER
-        );
+        pr_info!("max_ring_page_order = {order}: using {MAX_PAGE_ORDER}\n");
         MAX_RING_PAGE_ORDER.set(MAX_PAGE_ORDER as i32);
     }
     let queues = MAX_QUEUES.get();
     let cpus = cpu::online();
     if queues > cpus {
-        pr_info!("max_queues = {}: using {}, as many as CPUs\n", queues, cpus);
+        pr_info!("max_queues = {queues}: using {cpus}, the number of CPUs\n");
         MAX_QUEUES.set(cpus);
     }
 }
