@@ -289,7 +289,7 @@ fn random_requests_are_all_answered() {
             let operation = random.below(8) as u32;
             let count = random.below(14) as u32;
             let other = random.below(1 << 16) as u32;
-            memory.store(slot, operation | count << 8 | other << 16);
+            memory.store(slot, operation | (count << 8) | (other << 16));
             for word in 1..28 {
                 let value = match random.below(4) {
                     0 => random.below(1 << 31) as u32,
