@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What xenstore says about a disk: the directories `backend/vbd3/D/N`.
+//! The nodes of a disk in xenstore: the directories `backend/vbd3/D/N`.
 
 use api::DiskId;
 use blkif::vdev::VirtualDevice;
@@ -19,7 +19,7 @@ pub const CLOSING: u32 = 5;
 /// `Closed`: nothing of the guest is in use.
 pub const CLOSED: u32 = 6;
 
-/// What the directory of a disk says.
+/// The contents of the directory of a disk.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Backend {
     /// The node `state`.

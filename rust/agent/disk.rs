@@ -11,10 +11,10 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 use xen_user::xenstore::Xenstore;
 
-/// How long an image may take to open. libxl waits for 10 seconds.
+/// Limit for opening an image. libxl waits for 10 seconds.
 pub const OPEN_LIMIT: Duration = Duration::from_secs(8);
 
-/// How long a process may stay after its disk's directory is gone.
+/// Time after which a process is killed whose disk's directory was removed.
 const REMOVE_LIMIT: Duration = Duration::from_secs(10);
 
 /// A process that has lived for so long is replaced at once when it ends.
@@ -26,7 +26,7 @@ const MAX_DELAY: Duration = Duration::from_secs(5);
 /// Processes that may fail in a row to detach a disk, before it is detached without one.
 const CLOSING_TRIES: u32 = 2;
 
-/// What a disk's update needs.
+/// The context of an update of a disk.
 pub struct Context<'a> {
     /// A connection to xenstore.
     pub store: &'a mut Xenstore,
@@ -38,7 +38,7 @@ pub struct Context<'a> {
     pub now: Instant,
 }
 
-/// What is done next with a disk.
+/// The next step for a disk.
 #[derive(Debug, Eq, PartialEq)]
 pub enum Next {
     /// It is updated when something happens, or at a time.
@@ -53,7 +53,7 @@ struct Replacement {
     old_image: String,
     /// The new process was started.
     started: bool,
-    /// Where the reason is sent if the new process fails.
+    /// Receives the reason if the new process fails.
     failed: Sender<String>,
 }
 
@@ -138,7 +138,7 @@ impl Disk {
         self.replacement = None;
     }
 
-    /// Finds out how things are, and does what is to be done.
+    /// Checks the state of the disk, and takes the next step.
     pub fn update(&mut self, cx: &mut Context<'_>) -> io::Result<Next> {
         self.notice_end(cx)?;
         let disk = self.record.disk;

@@ -16,7 +16,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-/// How long a process waits for another user of its image: less than the time that it has to open it.
+/// Time for which a process waits for another user of its image: less than the limit for opening it.
 const LOCK_SECONDS: &str = "5";
 
 /// The greatest size of the messages of earlier processes that are kept, in bytes.
@@ -32,7 +32,7 @@ pub struct Process {
     fd: OwnedFd,
     /// Set if this `rblkd` has started it.
     child: Option<Child>,
-    /// Where its messages begin in the file of messages.
+    /// The start of its messages in the file of messages.
     log_start: u64,
 }
 

@@ -24,16 +24,16 @@ use std::time::{Duration, Instant};
 /// The greatest number of clients at the same time.
 const MAX_CLIENTS: usize = 32;
 
-/// How long a client may be silent.
+/// Limit for the next request of a client.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a process may take to answer.
+/// Limit for the answer of a process.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long requests in flight may take when a disk is paused.
+/// Limit for requests in flight when a disk is paused.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a new process may take to serve a disk.
+/// Limit for a new process to serve a disk.
 const START_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Time between two looks at a process.

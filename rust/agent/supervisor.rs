@@ -18,10 +18,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use xen_user::xenstore::Xenstore;
 
-/// How long to wait after an error before a disk is updated again.
+/// Delay after an error before a disk is updated again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What a client wants of a disk.
+/// A client's command for a disk.
 pub enum Command {
     /// Its process is replaced by one that uses `image`, or the same image.
     Replace {
@@ -29,7 +29,7 @@ pub enum Command {
         disk: DiskId,
         /// The URI of the new image.
         image: Option<String>,
-        /// Where the reason is sent if the new process fails.
+        /// Receives the reason if the new process fails.
         failed: Sender<String>,
     },
     /// The new process serves the disk.

@@ -55,13 +55,13 @@ pub enum AgentCall {
 /// A disk as `rblkd` lists it.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct DiskEntry {
-    /// What is recorded about the disk.
+    /// The record of the disk.
     pub record: Record,
     /// The answer of its process, unless it does not answer.
     pub status: Option<DiskStatus>,
 }
 
-/// What is recorded about a disk, in a file of its own in the [`RunDir`](crate::RunDir).
+/// The record of a disk, in a file of its own in the [`RunDir`](crate::RunDir).
 ///
 /// It is written before the process is started, so that a disk whose process runs always has one.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -76,11 +76,11 @@ pub struct Record {
     pub image: String,
     /// The number of processes that were started in place of one that died.
     pub restarts: u32,
-    /// Where the disk is in its life.
+    /// The phase of the disk's life.
     pub phase: Phase,
 }
 
-/// Where a disk is in its life.
+/// A phase of a disk's life.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(tag = "state")]
 pub enum Phase {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! How a disk is named, and the commands that its process `rblktap` answers.
+//! The name of a disk, and the commands that its process `rblktap` answers.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -62,7 +62,7 @@ impl From<DiskId> for String {
 pub enum DiskCommand {
     /// Returns a [`DiskStatus`].
     Stats,
-    /// Takes no more requests from the rings. Those in flight go on.
+    /// Takes no more requests from the rings. Those in flight continue.
     Pause,
     /// Takes requests again.
     Resume,
@@ -70,7 +70,7 @@ pub enum DiskCommand {
     Resize,
 }
 
-/// What a disk is, what it does now, and what it has done since its process was started.
+/// The properties and the state of a disk, and its counters since its process was started.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct DiskStatus {
     /// The process.
@@ -83,11 +83,11 @@ pub struct DiskStatus {
     pub paused: bool,
     /// The queues, of which there are none while no frontend is connected.
     pub queues: Vec<QueueStatus>,
-    /// What the disk has done.
+    /// The counters of the disk.
     pub counters: Counters,
 }
 
-/// What a queue does now.
+/// The state of a queue.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct QueueStatus {
     /// The number of requests in flight.
@@ -98,7 +98,7 @@ pub struct QueueStatus {
     pub paused: bool,
 }
 
-/// What a disk has done since its process was started.
+/// The counters of a disk since its process was started.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Counters {

@@ -34,9 +34,9 @@ pub struct Failure {
 /// The text of a failure, without a capital at the start and a full stop at the end.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct FailureText {
-    /// What failed and why.
+    /// The cause: the operation that failed, and why.
     pub cause: String,
-    /// What the administrator can do.
+    /// The remedy for the administrator.
     pub remedy: String,
 }
 

@@ -24,7 +24,7 @@ pub struct Rblk {
     pub command: Command,
 }
 
-/// What `rblk` is about.
+/// The objects of `rblk`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Disks of running guests
@@ -47,12 +47,12 @@ pub enum Command {
     /// Writes the man pages
     #[command(hide = true)]
     Man {
-        /// Where to
+        /// Directory for the pages
         directory: PathBuf,
     },
 }
 
-/// What can be done with a disk.
+/// The commands for a disk.
 #[derive(Debug, Subcommand)]
 pub enum DiskCommand {
     /// Lists the disks
@@ -94,7 +94,7 @@ pub enum DiskCommand {
     },
 }
 
-/// What can be done with an image. All but `info` needs an image that no guest uses.
+/// The commands for an image. All but `info` need an image that no guest uses.
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
     /// Creates an image; an existing file is not overwritten
@@ -141,7 +141,7 @@ pub enum ImageCommand {
     },
 }
 
-/// What can be done with snapshots.
+/// The commands for snapshots.
 #[derive(Debug, Subcommand)]
 pub enum SnapshotCommand {
     /// Lists the snapshots

@@ -13,7 +13,7 @@ use serde_json::Value;
 use std::thread;
 use std::time::Duration;
 
-/// How long `rblkd` may take for a reply. A pause waits for requests in flight.
+/// Limit for a reply of `rblkd`. A pause waits for requests in flight.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Runs a command.

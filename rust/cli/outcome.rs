@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! How the attachment of a disk has ended: what hotplug scripts wait for.
+//! The outcome of the attachment of a disk, which hotplug scripts wait for.
 //!
 //! They run when the state is InitWait. By then `rblkd` has recorded the process that serves the
 //! disk, or why none does.
@@ -10,10 +10,10 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long to wait for `rblkd`, which writes the record of a process right after its start.
+/// Limit for `rblkd`, which writes the record of a process right after its start.
 const ATTACH_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long to wait for the end of a process whose disk has been detached.
+/// Limit for the end of a process whose disk has been detached.
 const DETACH_LIMIT: Duration = Duration::from_secs(10);
 
 /// Time between two looks at the record.
