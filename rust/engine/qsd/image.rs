@@ -145,6 +145,8 @@ pub(super) fn qemu_error(message: &str, path: &Path) -> Error {
         .lines()
         .find(|line| !line.trim().is_empty())
         .unwrap_or("no message");
+    // The daemon repeats the argument, in JSON, before it says what is wrong with it.
+    let first = first.split_once("}: ").map_or(first, |(_, text)| text);
     let text: String = first
         .chars()
         .filter(|c| !c.is_control())
@@ -202,6 +204,9 @@ mod tests {
         ] {
             assert_eq!(qemu_error(message, path).errno(), errno);
         }
+        let message = "qemu-storage-daemon: --blockdev {\"driver\":\"luks\"}: No key";
+        let error = qemu_error(message, path);
+        assert_eq!(error.cause(), "/image cannot be opened: No key");
         let long = "a\u{1b}".repeat(1000);
         assert!(qemu_error(&long, path).cause().len() < 400);
     }
