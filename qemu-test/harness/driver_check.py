@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .pairs import TAP
+
 if TYPE_CHECKING:
     from .guest import Guest
     from .pairs import Driver
@@ -18,10 +20,12 @@ def assert_served_by_pair(
 ) -> None:
     """Checks that the loaded drivers are the files of this run's pair, and no others are present.
 
-    The backend is that of the host's server, of another `server`, or QEMU in dom0.
+    The backend is that of the host's server, of another `server`, or QEMU or rblktap in dom0.
     """
     server = server or host.server
-    if host.pair.back is None:
+    if host.pair.name.endswith(f"/{TAP}"):
+        _assert_served_by_rblktap(host, guest, vdev)
+    elif host.pair.back is None:
         _assert_served_by_qemu(host, guest, vdev)
     else:
         back = host.pair.back if server is host else host.pair.storage
@@ -50,6 +54,19 @@ def _assert_served_by_qemu(host: XenHost, guest: Guest, vdev: str) -> None:
     ).split()
     assert back.startswith(f"/local/domain/0/backend/qdisk/{guest.domid}/"), back
     assert seen == ["4", "/qemu/qemu"]
+
+
+def _assert_served_by_rblktap(host: XenHost, guest: Guest, vdev: str) -> None:
+    """Asserts that a process of rblktap serves the disk, and that there is no backend module."""
+    node = guest.sh(f"cat /sys/block/{vdev}/device/nodename")
+    back, *seen = host.sh(
+        f"back=$(xenstore-read /local/domain/{guest.domid}/{node}/backend); echo $back\n"
+        "xenstore-read $back/state\n"
+        "readlink /proc/$(xenstore-read $back/kthread-pid)/exe\n"
+        "find / -xdev -name '*blkback.ko*'; find /sys/module -maxdepth 1 -name '*blkback'"
+    ).split()
+    assert back.startswith(f"/local/domain/0/backend/vbd3/{guest.domid}/"), back
+    assert seen == ["4", "/payload/rblktap"]
 
 
 OTHER = {

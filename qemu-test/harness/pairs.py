@@ -3,7 +3,7 @@
 
 A pair is written FRONT/BACK with C for the kernel's own driver and R for the
 Rust driver. C/C is the reference run: it tests the scenario itself. As BACK, Q is QEMU
-in dom0, which is no module: see qdisk.py.
+in dom0, see qdisk.py, and T is rblktap, see rblktap.py; neither is a module.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ class Pair:
     name: str
     front: Driver
     back: Driver | None
-    """The backend in dom0; None if that is QEMU."""
+    """The backend in dom0; None if that is no module."""
     storage: Driver | None
     """The backend in a driver domain: the same, built for the guests' kernel."""
 
     @property
     def backend(self) -> Driver:
-        """Returns the backend in dom0; raises `ValueError` if that is QEMU."""
+        """Returns the backend in dom0; raises `ValueError` if that is no module."""
         if self.back is None:
             raise ValueError(f"the backend of {self.name} is no module")
         return self.back
 
 
 QDISK = "Q"
+TAP = "T"
 NAMES = {"C": ("xen-blkfront", "xen-blkback"), "R": ("rblkfront", "rblkback")}
 
 
@@ -62,7 +63,7 @@ def pair(
     """
     front, back = name.split("/")
     front_driver = _driver(NAMES[front][0], front, kernel, build)
-    if back == QDISK:
+    if back in (QDISK, TAP):
         return Pair(name, front_driver, None, None)
     return Pair(
         name,
