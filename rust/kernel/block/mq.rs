@@ -2,16 +2,68 @@
 
 //! Disks on the multi-queue block layer.
 //!
-//! A driver
+//! To implement a block device driver, a module must do the following:
 //!
-//! - implements [`Operations`] for a type `T`,
-//! - creates a [`TagSet<T>`]: the hardware queues and how many requests each may have in flight,
-//! - describes the disk with a [`GenDiskBuilder`] and its [`QueueLimits`],
-//! - builds the [`GenDisk<T>`] and adds it to the system.
+//! - Implement [`Operations`] for a type `T`. Only [`Operations::queue_rq`] and
+//!   [`Operations::complete`] are called for each request; neither may sleep.
+//! - Create a [`TagSet<T>`]: the hardware queues, and the number of requests that each may have in
+//!   flight.
+//! - Describe the disk with a [`GenDiskBuilder`] and its [`QueueLimits`].
+//! - Build the [`GenDisk<T>`], and add it to the system with [`GenDisk::add`].
+//! - End each request that it has started, and only then drop the [`GenDisk`].
+//!
+//! The types with direct C counterparts are:
+//!
+//! | type | C |
+//! |---|---|
+//! | [`Operations`] | `struct blk_mq_ops` and `struct block_device_operations` |
+//! | [`TagSet`], [`TagSetParams`] | `struct blk_mq_tag_set` |
+//! | [`GenDisk`] | `struct gendisk` and its `struct request_queue` |
+//! | [`QueueLimits`], [`Feature`] | `struct queue_limits`, `BLK_FEAT_*` |
+//! | [`HwQueue`] | `struct blk_mq_hw_ctx` |
+//! | [`Request`], [`Op`] | `struct request`, `REQ_OP_*` |
+//! | [`RequestList`], [`EndBatch`] | `struct rq_list`, `struct io_comp_batch` |
+//! | [`BlkStatus`] | `blk_status_t` |
+//!
+//! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
+//!
+//! # Examples
+//!
+//! A disk that completes each request at once, in `queue_rq`:
+//!
+//! ```ignore
+//! #[vtable]
+//! impl Operations for Null {
+//!     type RequestData = ();
+//!     type QueueData = ();
+//!     type HwQueueData = ();
+//!
+//!     fn new_request_data(_hw_queue: u32) -> Result {
+//!         Ok(())
+//!     }
+//!
+//!     fn new_hw_queue_data(_queue_data: ArcBorrow<'_, ()>, _hw_queue: u32) -> Result {
+//!         Ok(())
+//!     }
+//!
+//!     fn queue_rq<'q>(
+//!         _hw_queue: HwQueue<'q, Self>,
+//!         rq: Request<Self, Queued<'q>>,
+//!         _last: bool,
+//!     ) -> Result<(), Rejected<'q, Self>> {
+//!         rq.start().end(BlkStatus::OK);
+//!         Ok(())
+//!     }
+//!
+//!     fn complete(rq: Request<Self, Completed>) {
+//!         rq.end(BlkStatus::OK);
+//!     }
+//! }
+//! ```
 //!
 //! # Requests
 //!
-//! A [`Request<T, S>`] is *owned*. Its state `S` says what may be done with it:
+//! A [`Request<T, S>`] is *owned*. Its state `S` determines the functions that it has:
 //!
 //! ```text
 //!   blk-mq --queue_rq--> Request<T, Queued<'q>> --start--> Request<T, InFlight> --end--> blk-mq
@@ -24,22 +76,21 @@
 //! ```
 //!
 //! There is no second handle and no reference count, so a request cannot be ended twice, and not
-//! used after it has ended. What is lost is ended with an error: dropping a request is
-//! `end(BlkStatus::IOERR)`.
+//! used after it has ended. Dropping a request ends it with `BlkStatus::IOERR`, so none is lost.
 //!
 //! A driver that has a request in flight keeps the owned `Request<T, InFlight>` in a table of its
-//! own, under whatever id it gave to the device, and takes it out when the device answers. There is
-//! no way from a tag back to a request; an answer for a request that the table does not have finds
-//! nothing.
+//! own, under the id that it gave to the device, and takes it out when the device responds. There is
+//! no way from a tag back to a request; a response for a request that the table does not have has no
+//! effect.
 //!
 //! Time-outs ([`Operations::timed_out`]) give the [`RequestId`] only. The request may be completing
-//! on another CPU at the same moment; what to do is up to the driver, who looks it up in its table,
-//! under its lock.
+//! on another CPU at the same moment; the driver looks it up in its table, under its lock, and
+//! decides.
 //!
 //! # Lifetime
 //!
-//! A request in flight holds its disk's queue; removal of the disk waits for it. So a driver ends
-//! what is in flight before it drops the [`GenDisk`], or else the drop waits.
+//! A request in flight holds its disk's queue, and removal of the disk waits for it. So a driver
+//! ends all requests in flight before it drops the [`GenDisk`]; otherwise the drop waits.
 
 mod batch;
 mod gen_disk;

@@ -16,6 +16,14 @@
 //! - [`map`]: mapping foreign pages into our address space, and
 //! - [`copy`]: letting Xen copy between foreign pages and our own.
 //!
+//! | type | C |
+//! |---|---|
+//! | [`GrantReserve`] | `gnttab_alloc_grant_references()`, `gnttab_claim_grant_reference()` |
+//! | [`GrantedPage`], [`Granted`] | `gnttab_grant_foreign_access_ref()`, `gnttab_try_end_foreign_access()` |
+//! | [`map::Mapper`], [`map::MappedPage`] | `gnttab_map_refs()`, `gnttab_unmap_refs()` |
+//! | [`map::PageCache`] | `struct gnttab_page_cache` |
+//! | [`copy::Copier`] | `struct gnttab_copy`, `gnttab_batch_copy()` |
+//!
 //! The rule behind the first half (XSA-396): *access ends only when Xen says so*. Ending a grant
 //! that the other domain still maps fails, and then the page must not be reused. Here such a
 //! page stays in quarantine, where the kernel tries again from time to time; a block request with
@@ -436,7 +444,7 @@ impl<S: PageOwner> Granted<S> {
         Ok((owner, references))
     }
 
-    /// Ends what can be ended. Whether that is all.
+    /// Ends the grants that can be ended. Returns `true` if none is left.
     fn end_all(&mut self) -> bool {
         // INVARIANT: Those that have ended are removed.
         self.references.retain(|reference| {
@@ -456,7 +464,7 @@ impl<S: PageOwner> Drop for Granted<S> {
             unsafe { ManuallyDrop::drop(&mut self.references) };
         } else {
             ratelimited!(pr_warn!(
-                "the other domain still uses {} pages that it was lent: keeping them\n",
+                "the other domain still maps {} granted pages: leaking them\n",
                 self.references.len()
             ));
         }

@@ -7,7 +7,20 @@
 //! *otherend id* the domain that it is in. Each half writes a [`XenbusState`] to its directory, and
 //! the bus calls the driver when the state of the other half changes.
 //!
-//! A driver implements [`Driver`]; [`Adapter`] registers it, by [`module_xenbus_driver`] or as part
+//! To implement a split driver, a module must do the following:
+//!
+//! - Implement [`Driver`] for the data of a device: its role, its table of device types, and the
+//!   callbacks.
+//! - Register it with an [`Adapter`].
+//! - Read the nodes of the other half with a [`Reader`](super::xenstore::Reader), and write its own
+//!   with the state in one transaction ([`Device::switch_state_with`]).
+//! - Change its state in `otherend_changed`, and free what it shares in `remove`.
+//!
+//! The types with direct C counterparts are [`Device`] (`struct xenbus_device`), [`Driver`] (`struct
+//! xenbus_driver`), [`DeviceId`] (`struct xenbus_device_id`) and [`XenbusState`] (`enum
+//! xenbus_state`).
+//!
+//! [`Adapter`] registers the driver, by [`module_xenbus_driver`] or as part
 //! of a module:
 //!
 //! ```ignore
