@@ -47,3 +47,35 @@ def test_slow_open(xen):
     guest.wait_for_disk("xvdb", 300)
     assert_served_by_pair(host, guest, "xvdb")
     host.sh("kill $(cat /tmp/keeper)")
+
+
+@pytest.mark.feature("B-30")
+def test_detach_slow_open(xen):
+    """The toolstack detaches the disk while its backend waits for the page cache, before it connects.
+
+    The backend does not connect any more: what it would write for that is written together with
+    Connected, or not at all.
+    """
+    host = xen()
+    host.load_backend()
+    guest = host.start_guest(disks=[])
+    host.sh(FILL_CACHE)
+    host.machine.throttle_writes(1)
+    disk = ManualDisk(host, guest)
+    disk.offer()
+    disk.wait_for(front=3)
+    disk.give("/dev/vdb")
+    host.wait_for("set -- $(cat /sys/block/vdb/inflight) && [ $2 -gt 0 ]")
+    host.sh(f"xenstore-write {disk.back}/online 0 {disk.back}/state 5")
+    host.machine.throttle_writes(0)
+    disk.wait_for(back=6)
+    assert host.xenstore_read(f"{disk.back}/sectors") is None
+    disk.forget()
+    guest.wait_for("[ ! -e /sys/bus/xen/devices/vbd-51728 ]")
+    host.sh("kill $(cat /tmp/keeper)")
+
+    host.ram_disks()
+    disk.offer()
+    disk.give("/dev/ram0")
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
