@@ -13,7 +13,7 @@ use kernel_ext::base::page::PageSliceMut;
 fn misuse(names: &mut VVec<&'static str>) {
     for page in names.page_iter() {
         if let Some(bytes) = PageSliceMut::new(&page, 0, 16) {
-            bytes.zero();
+            bytes.write(&[0; 16]);
         }
     }
 }
