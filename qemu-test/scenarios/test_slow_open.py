@@ -54,7 +54,7 @@ def test_detach_slow_open(xen):
     """The toolstack detaches the disk while its backend waits for the page cache, before it connects.
 
     The backend does not connect any more: what it would write for that is written together with
-    Connected, or not at all.
+    Connected, or not at all. The guest is paused, so that the frontend still offers its rings.
     """
     host = xen()
     host.load_backend()
@@ -66,8 +66,10 @@ def test_detach_slow_open(xen):
     disk.wait_for(front=3)
     disk.give("/dev/vdb")
     host.wait_for("set -- $(cat /sys/block/vdb/inflight) && [ $2 -gt 0 ]")
+    host.sh(f"xl pause {guest.name}")
     host.sh(f"xenstore-write {disk.back}/online 0 {disk.back}/state 5")
     host.machine.throttle_writes(0)
+    host.sh(f"blockdev --flushbufs /dev/vdb && xl unpause {guest.name}")
     disk.wait_for(back=6)
     assert host.xenstore_read(f"{disk.back}/sectors") is None
     disk.forget()
