@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `driver` | the xenbus driver: probe, remove, resume, changes of the backend |
 //! | `device` | the state of a device: its connection and its disk |
-//! | `worker` | the thread of a device: deadlines, removal of the disk, memory |
+//! | `worker` | the kernel thread of a device: deadlines, removal of the disk, memory |
 //! | `xenstore` | the nodes that are read and written |
 //! | `mq_ops` | the operations of blk-mq |
 //! | `disk` | the block device: its data for the block layer, its limits |
@@ -14,12 +14,12 @@
 //! | `completion` | the path of responses back |
 //! | `queue` | a ring and its pool: connecting and disconnecting |
 //! | `slots` | maps responses to requests |
-//! | `pending_request` | a request that is in the ring |
+//! | `pending_request` | a request that waits for responses, or for the end of its grants |
 //! | `request_data` | the driver's data of each request: fragments, granted pages |
 //! | `pool` | pages that stay granted |
 //! | `ring_connection` | a ring and its event channel |
 //! | `registry` | the disks of the guest, removed ones included |
-//! | `events` | wakes the thread of a device |
+//! | `events` | wakes the device worker |
 //! | `retry` | when to connect again after a failure |
 //! | `shortage` | grants that a device needs and other devices hold |
 //! | `timeout` | requests that are not answered in time |
@@ -27,9 +27,9 @@
 //!
 //! # Locking
 //!
-//! The connection and the disk belong to [`device::Device`], under a mutex. The queues are shared by
-//! it, the block layer and the event handlers; each has a lock, under which nothing sleeps,
-//! allocates, or notifies.
+//! The connection and the disk belong to [`device::Device`], which a mutex protects. The queues are
+//! shared by the device, the block layer and the event handlers. Each queue has a spinlock; code
+//! that holds it does not sleep, allocate, or notify the backend.
 //!
 //! Lock order:
 //!
@@ -86,7 +86,7 @@ module! {
     alias: ["xen:vbd", "xenblk", "block-major-202-*"],
 }
 
-/// Takes the major of disks of other domains, if there can be any.
+/// Registers the major number of Xen disks. Fails with `ENODEV` if the domain cannot have any.
 fn register_major() -> Result<Major> {
     if !xen::has_pv_disks() {
         return Err(ENODEV);
@@ -97,7 +97,7 @@ fn register_major() -> Result<Major> {
     })
 }
 
-/// The module: a driver for all devices. Fields go in this order.
+/// The module: a driver for all devices. The fields are dropped in this order.
 #[pin_data]
 struct Blkfront {
     #[pin]

@@ -96,7 +96,7 @@ impl CompletedRequest {
         }
     }
 
-    /// Returns the data of the request.
+    /// Returns the request data.
     #[inline]
     fn data_mut(&mut self) -> &mut RequestData {
         match self {
@@ -124,7 +124,7 @@ struct CompletedBatch {
     responses: u32,
 }
 
-/// Reason for which no more responses were taken.
+/// Reason why no more responses were taken.
 enum ScanResult {
     /// The batch is full, or a response has just arrived.
     More,
@@ -134,7 +134,7 @@ enum ScanResult {
     Broken,
 }
 
-/// The backend violated the protocol, which was reported.
+/// A protocol violation of the backend, which has been reported.
 struct ProtocolViolation;
 
 impl CompletedBatch {
@@ -243,9 +243,10 @@ impl Inner {
 impl Queue {
     /// Takes responses without an event.
     ///
-    /// A backend can answer after the domain was saved. When the domain is restored, these responses
-    /// are in the ring and must not be taken, because the requests are made again. So the channel is
-    /// checked under the lock, where the domain cannot be saved.
+    /// A backend can still respond after the domain was saved. When the domain is restored, these
+    /// responses are in the ring and must not be taken, because the requests are issued again. So
+    /// this checks the event channel under the lock: the domain cannot be saved while interrupts
+    /// are disabled.
     pub(crate) fn poll(&self) {
         let mut batch = CompletedBatch::new();
         loop {
@@ -355,7 +356,7 @@ impl Queue {
 
     /// Copies the data of a bounced read, and ends the request.
     ///
-    /// Context: softirq, or any other.
+    /// Context: any, usually softirq.
     pub(crate) fn complete_read(&self, mut rq: Request<BlkfrontOps, Completed>) {
         copy_read(&mut rq);
         let data = rq.data_mut();
@@ -383,7 +384,7 @@ impl Queue {
         }
     }
 
-    /// Marks the ring broken, and has the device closed.
+    /// Marks the ring broken, and makes the device worker close the device.
     #[cold]
     fn set_broken(&self, inner: &mut Inner) -> ScanResult {
         inner.broken = true;
@@ -411,8 +412,8 @@ impl Queue {
         ));
     }
 
-    /// Reports a request that the backend has answered while it has pages of the request mapped, and
-    /// has the device closed.
+    /// Reports a request that the backend has answered while it still has pages of the request
+    /// mapped, and makes the device worker close the device.
     #[cold]
     fn report_kept_pages(&self, pending: PendingRequest) {
         let name = self.name.as_str();

@@ -17,10 +17,10 @@
 //!
 //! # Threads
 //!
-//! States from and to Initialising are written by the thread of xenbus, because the bus takes such a
-//! change by another thread for a new device of the toolstack. So that thread takes all steps except
-//! the removal of the disk, which may wait and is done by the thread of the device, see
-//! [`worker`](crate::worker).
+//! The state is changed from and to Initialising only in the `xenwatch` thread, because xenbus
+//! would take such a change by another thread for a new device of the toolstack. So the `xenwatch`
+//! thread takes all steps except the removal of the disk, which may wait and is done by the device
+//! worker, see [`worker`](crate::worker).
 
 use kernel::{
     prelude::*,
@@ -129,7 +129,7 @@ pub(crate) enum Disposition {
     Fail,
 }
 
-/// Reason for which a disk is removed.
+/// Reason why a disk is removed.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Ending {
     /// The disk is not removed.
@@ -141,7 +141,7 @@ enum Ending {
     Failed,
 }
 
-/// A disk that can be dropped, and the threads that may still use it.
+/// A disk without requests in flight, the threads that may still use it, and its registration.
 pub(crate) type DeadDisk = (
     Arc<GenDisk<BlkfrontOps>>,
     [Option<KThread>; 3],
@@ -154,13 +154,14 @@ impl Claimed for GenDisk<BlkfrontOps> {
     }
 }
 
-/// The connection of a device, and its disk. Protected by the mutex of the worker.
+/// The connection of a device, and its disk. Protected by the mutex in
+/// [`DeviceWorker`](crate::worker::DeviceWorker).
 pub(crate) struct Device {
     device: ARef<xenbus::Device>,
     vdev: VirtualDevice,
     events: Arc<DeviceEvents>,
     state: FrontState,
-    /// If the disk is removed, no more steps are taken: the thread of the device does the rest.
+    /// Unless this is `None`, no more steps are taken: the device worker removes the disk.
     ending: Ending,
     /// `true` if the toolstack was told that the detach waits until the disk is not in use.
     detach_deferred: bool,
@@ -168,11 +169,11 @@ pub(crate) struct Device {
     backend: CString,
     /// State of the backend that xenbus has reported last.
     backend_state: xenbus::OtherendState,
-    /// Attempts to connect.
+    /// Schedule of the attempts to connect.
     retry: Retry,
-    /// Requests to other devices for grants.
+    /// The wait for grants that other devices hold.
     shortage: Shortage,
-    /// The features that were offered last.
+    /// The offer that was written last.
     offer: Option<FrontOffer>,
     /// `true` if the disk is not scanned for partitions.
     no_partition_scan: bool,
@@ -184,11 +185,12 @@ pub(crate) struct Device {
     registered: Option<Registered>,
     /// Logical block size of the disk, which never changes.
     block_size: u32,
-    /// Number of segments of the largest request that the disk may have in flight.
+    /// Number of fragments of the largest request that the disk may have in flight.
     largest: u16,
     /// The properties from which the current limits of the disk were computed.
     applied: Option<LimitInputs>,
-    /// The properties for which the disk should have limits.
+    /// The properties from which the limits should be computed. They differ from `applied` while
+    /// the limits are locked.
     desired: Option<LimitInputs>,
     /// Adds the disk, which scans it for partitions.
     scan_thread: Option<KThread>,
@@ -270,7 +272,7 @@ impl Device {
 
     /// Tries again to connect.
     ///
-    /// Context: the thread of xenbus.
+    /// Context: the `xenwatch` thread.
     pub(crate) fn retry(&mut self) {
         if self.state == FrontState::Waiting {
             self.backend_changed(self.backend_state);
@@ -340,8 +342,9 @@ impl Device {
         }
     }
 
-    /// Returns `true` if the toolstack has to wait because the disk is in use by swap or by another
-    /// device, which would lose data and cannot be told. The backend serves the disk meanwhile.
+    /// Returns `true` if the toolstack has to wait because the disk is in use as swap space or by
+    /// another device. Such a user would lose data, and cannot be told to stop. The backend serves
+    /// the disk meanwhile.
     fn must_defer_detach(&mut self, event: FrontEvent) -> bool {
         let (Some(disk), FrontEvent::Backend { .. }) = (&self.disk, event) else {
             return false;
@@ -372,9 +375,10 @@ impl Device {
         }
     }
 
-    /// Schedules another attempt at a step that has failed for now.
+    /// Schedules another attempt at a step that has failed temporarily.
     fn postpone(&mut self, error: Error, action: FrontAction) {
-        // The backend does not know yet what was shared.
+        // No request was sent. A backend that is connected may have mapped the rings, which become
+        // stale grants.
         self.stop_sharing(Disposition::Requeue);
         if error == ENOSPC {
             self.shortage.ask();
@@ -384,7 +388,7 @@ impl Device {
                 .device
                 .dev_error(error, fmt!("{}: trying again", describe(action))));
         }
-        // The thread of the device has to compute its time-out again.
+        // The device worker has to compute again how long it sleeps.
         self.events.set(Event::Backend);
     }
 
@@ -554,7 +558,7 @@ impl Device {
         })
     }
 
-    /// Creates the disk and has it added.
+    /// Creates the disk, and starts the thread that adds it.
     fn make_disk(
         &mut self,
         nodes: &negotiate::DiskProperties,
@@ -571,7 +575,7 @@ impl Device {
                 nr_hw_queues: queues.len() as u32,
                 queue_depth: queue_depth(&self.queues),
                 timeout: msecs_to_jiffies(params::io_timeout_ms()),
-                // The backend's domain schedules for the device; doing it twice only costs.
+                // The backend's domain has an I/O scheduler; a second one would only take time.
                 no_scheduler: true,
             }),
             GFP_KERNEL,
@@ -678,9 +682,9 @@ impl Device {
 
     /// Sets the desired limits of the disk.
     ///
-    /// A writer to the limits in sysfs locks them and waits for requests, which wait for the backend.
-    /// So this does not wait for the lock: the thread of the device tries again. Requests within the
-    /// old limits are served under the new ones too, and the write cache never changes.
+    /// A writer to the limits in sysfs locks them and waits for requests, which wait for the
+    /// backend. So this does not wait for the lock: the device worker tries again. Requests within
+    /// the old limits are served under the new ones too, and the write cache never changes.
     fn apply_limits(&mut self) -> Result {
         let (Some(disk), Some(desired)) = (&self.disk, self.desired) else {
             return Ok(());
@@ -712,7 +716,7 @@ impl Device {
         }
     }
 
-    /// Logs the features of the connection, in the words of `xen-blkfront.c`.
+    /// Logs the features of the connection, with the text that `xen-blkfront.c` has for them.
     fn log_features(&self, features: &Features) {
         let flush = match features.flush {
             Flush::Cache => "flush diskcache: enabled;",
@@ -743,8 +747,8 @@ impl Device {
         }
     }
 
-    /// Binds the event channel of each ring to a CPU that uses it, so that a request ends where it was
-    /// submitted. If that fails, events arrive on any CPU.
+    /// Binds the event channel of each ring to a CPU that submits to it, so that a request
+    /// completes where it was submitted. If that fails, events arrive on any CPU.
     fn set_event_affinity(&self) {
         let Some(disk) = &self.disk else { return };
         let rings = self.queues.iter().take(self.rings);
@@ -769,7 +773,7 @@ impl Device {
                 "{name}: sector-size = {new} instead of {old}: ignored until the disk is attached again\n"
             ));
         }
-        // The size that was read is in range.
+        // Cannot fail: the size was checked when it was read.
         let _ = self.update_disk(disk, &nodes);
     }
 
@@ -864,7 +868,7 @@ impl Device {
         }
     }
 
-    /// Leaves the stale grants of rings and pools to the kernel.
+    /// Drops the stale grants of rings and pools. The kernel frees each page when it is unmapped.
     pub(crate) fn free_stale_grants(&self) {
         for queue in &self.queues {
             queue.free_stale_grants();
@@ -927,12 +931,12 @@ impl Device {
         self.detach_deferred && self.ending == Ending::None
     }
 
-    /// Stores the thread that removes the disk until the disk is dropped.
+    /// Stores the thread that removes the disk; it is joined before the disk is dropped.
     pub(crate) fn store_remove_thread(&mut self, remove_thread: KThread) {
         self.remove_thread = Some(remove_thread);
     }
 
-    /// Returns the number of slots that the backend has answered, modulo 2^32.
+    /// Returns the number of responses of the backend so far, modulo 2^32.
     pub(crate) fn responses(&self) -> u32 {
         let queues = self.queues.iter();
         queues.fold(0, |sum, queue| sum.wrapping_add(queue.responses()))
@@ -947,8 +951,9 @@ impl Device {
         if self.mark_dead_thread.is_some() {
             return true;
         }
-        // Another thread tells the file systems, because that waits for I/O: a mount or an unmount in
-        // progress has the super block locked until its I/O ends, which this thread has to fail.
+        // Another thread marks the disk dead. That calls the file systems and may wait for I/O: a
+        // mount or an unmount in progress has the super block locked until its I/O ends, which this
+        // thread has to fail.
         let dead = disk.clone();
         let name = self.vdev.name;
         let mark_dead_thread = KThread::spawn(
@@ -961,7 +966,7 @@ impl Device {
         );
         match mark_dead_thread {
             Ok(mark_dead_thread) => self.mark_dead_thread = Some(mark_dead_thread),
-            // Requests fail all the same, one by one.
+            // Requests still fail, one by one.
             Err(error) => {
                 let name = self.name();
                 dev_err!(
@@ -987,8 +992,8 @@ impl Device {
         self.state = FrontState::Dead;
         self.retry.finish();
         self.shortage.finish();
-        // A device that is unbound before it has offered anything stays Initialising: it can be bound
-        // again. And no thread but that of xenbus may change Initialising.
+        // A device that is unbound before it has made an offer stays Initialising: it can be bound
+        // again, and only the `xenwatch` thread may change Initialising.
         if connected || !self.events.is_removing() {
             self.write_state();
         }
@@ -1010,7 +1015,7 @@ impl Device {
         self.state == FrontState::Dead || self.is_connected()
     }
 
-    /// Frees pages of the pools that were idle since the last call.
+    /// Frees pages of the pools that have been idle since the last call.
     pub(crate) fn trim_pool(&self) -> PoolTrim {
         self.queues
             .iter()
@@ -1098,7 +1103,8 @@ fn complete_or_requeue(
         }
         (Ok(rq), None, _) => end(rq, BlkStatus::IOERR),
         (Err(pending), _, _) => {
-            // There is room for it. Without room, its pages would never be reused.
+            // There is room for it. If there were none, the request would never end, and its pages
+            // would never be reused.
             let _ = still_granted.push_within_capacity((pending, disposition));
         }
     }

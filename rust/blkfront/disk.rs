@@ -54,7 +54,7 @@ pub(crate) struct Disk {
     name: DiskName,
     serial: Serial,
     events: Arc<DeviceEvents>,
-    /// 1 if the device's thread waits until the disk is closed.
+    /// 1 if the device worker waits until the disk is closed.
     notify_on_release: Atomic<i32>,
 }
 
@@ -82,7 +82,7 @@ impl Disk {
         self.name
     }
 
-    /// Returns the number that tells the disk from others with its name.
+    /// Returns the number that distinguishes the disk from others with its name.
     pub(crate) fn serial(&self) -> Serial {
         self.serial
     }
@@ -92,8 +92,8 @@ impl Disk {
         self.cdrom
     }
 
-    /// Has [`Event::Released`] set from now on when an opener closes the disk. The caller checks for
-    /// openers afterwards.
+    /// Makes each later close of the disk by an opener set [`Event::Released`]. The caller has to
+    /// check for openers afterwards.
     pub(crate) fn notify_release(&self) {
         self.notify_on_release.xchg(1, Full);
     }
@@ -105,7 +105,7 @@ impl Disk {
         }
     }
 
-    /// Sets the number of queues that have a ring. No request is being queued.
+    /// Sets the number of queues that have a ring. The block layer's queue is quiesced.
     pub(crate) fn set_rings(&self, rings: u32) {
         self.rings.store(rings, Relaxed);
     }

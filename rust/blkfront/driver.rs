@@ -2,8 +2,8 @@
 
 //! The xenbus driver.
 //!
-//! Xenbus calls it in a thread that all devices of the guest share (`xenwatch`). Everything that
-//! may wait for the backend is done by the worker thread of the device.
+//! Xenbus calls it in the `xenwatch` thread, which all devices of the guest share. Everything that
+//! may wait for the backend is done by the device worker.
 //!
 //! `struct xenbus_driver blkfront_driver` of `xen-blkfront.c` has this role.
 
@@ -48,9 +48,9 @@ use crate::{
     xenstore, //
 };
 
-/// Time for which an unbind waits for the worker after the disk was written back, in milliseconds.
-/// The worker gives the backend half of that for its last responses, and a second to unmap. All
-/// other devices of the guest may have to wait that long.
+/// Time for which an unbind waits for the device worker after the disk was written back, in
+/// milliseconds. The worker gives the backend half of that for its last responses, and a second to
+/// unmap. All other devices of the guest may have to wait that long.
 const REMOVE_MS: u32 = 10_000;
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
@@ -75,7 +75,8 @@ impl VbdDriver {
         let worker = DeviceWorker::new(device_state, events.clone())?;
         let subscriber = ShortageSubscriber::new(events.clone())?;
 
-        // Memory may be reclaimed by writing to this disk.
+        // Reclaim may write to this disk: the thread must not be frozen, and must not start I/O to
+        // allocate memory.
         let kind = KThreadOptions { freezable: false };
         let runner = worker.clone();
         let thread = KThread::spawn(fmt!("rblkfront/{}", vdev.name.as_str()), kind, move |_| {
@@ -123,7 +124,8 @@ impl Driver for VbdDriver {
         self.events.set(Event::Remove);
         let mut syncing = false;
         while !self.events.await_finish(msecs_to_jiffies(REMOVE_MS)) {
-            // A backend that responds gets all the time that it needs.
+            // No limit while the disk is written back: the worker ends that if the backend does not
+            // respond.
             let synced = core::mem::replace(&mut syncing, self.events.is_syncing());
             if !synced && !syncing {
                 dev.dev_error(

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Events that wake the worker thread of a device.
+//! Events that wake the device worker. They are not those of event channels.
 
 use kernel::{
     prelude::*,
@@ -22,14 +22,15 @@ use kernel_ext::{
     new_wait_queue, //
 };
 
-/// A reason to wake the thread.
+/// A reason to wake the device worker.
 #[derive(Clone, Copy)]
 pub(crate) enum Event {
     /// The backend may have disconnected or come back.
     Backend,
     /// The disk has to be removed.
     Close,
-    /// The backend broke a ring, or the disk could not be added: the device cannot recover.
+    /// The backend violated the protocol, or the disk could not be added: the device cannot
+    /// recover.
     Failed,
     /// A pool has grown, and has to be trimmed until it has its minimum size.
     PoolGrown,
@@ -49,7 +50,7 @@ pub(crate) enum Event {
 
 const EVENTS: usize = 10;
 
-/// The pending events of a device, and the wait queue of its thread.
+/// The pending events of a device, and the wait queue of its worker.
 ///
 /// Context: any, unless a method says otherwise.
 #[pin_data]
@@ -97,7 +98,7 @@ impl DeviceEvents {
             .is_some_and(|flag| flag.xchg(0, Full) != 0)
     }
 
-    /// Returns `true` if the device is being unbound. It then stays `true`.
+    /// Returns `true` if the device is being unbound, which cannot be undone.
     pub(crate) fn is_removing(&self) -> bool {
         self.is_set(Event::Remove)
     }

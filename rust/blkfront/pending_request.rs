@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Requests that are in the ring, or have left it with grants that have not ended.
+//! Block requests that wait for responses, or for the end of their grants.
 //!
 //! A [`PendingRequest`] is created when its request is written to the ring, and is stored in the first
 //! of its [`slots`](crate::slots) until the backend has answered all of them. In `xen-blkfront.c`,
@@ -39,7 +39,7 @@ pub(crate) struct PendingRequest {
 }
 
 impl PendingRequest {
-    /// Creates the state of a request that waits for `parts` responses.
+    /// Creates a pending request that waits for `parts` responses.
     #[inline]
     pub(crate) fn new(issued: IssuedRequest, parts: u16) -> Self {
         Self {
@@ -62,8 +62,8 @@ impl PendingRequest {
         self.flush.is_some()
     }
 
-    /// Returns `true` if the request was successful, has no pages of its own granted, and nothing to
-    /// flush.
+    /// Returns `true` if the request was successful, none of its own pages are granted, and there
+    /// is nothing to flush.
     #[inline]
     pub(crate) fn is_plain(&self) -> bool {
         self.status == Status::Okay

@@ -33,7 +33,7 @@ use crate::shortage;
 /// Granted pages that no request uses.
 pub(crate) struct Pool {
     pages: KVVec<GrantedPage>,
-    /// Number of pages that the pool keeps.
+    /// Number of pages below which the pool is not trimmed.
     min: usize,
     /// Lowest number of pages since the last scan for idle pages.
     low_watermark: usize,
@@ -79,7 +79,7 @@ impl Pool {
         self.low_watermark = self.low_watermark.min(self.pages.len());
     }
 
-    /// Returns pages to the pool. Pages without space in it are freed.
+    /// Puts pages into the pool. Pages for which it has no room are freed.
     #[inline]
     pub(crate) fn put(&mut self, from: &mut KVec<GrantedPage>) {
         if from.is_empty() {
@@ -109,8 +109,8 @@ impl Pool {
         core::array::from_fn(|_| self.pages.pop())
     }
 
-    /// Removes up to [`TRIM_BATCH`] idle pages, those unused for longest first, which the backend
-    /// is least likely to have mapped.
+    /// Removes up to [`TRIM_BATCH`] idle pages, the longest unused first: the backend is least
+    /// likely to have those mapped.
     pub(crate) fn take_idle(&mut self) -> [Option<GrantedPage>; TRIM_BATCH] {
         let count = self.low_watermark.saturating_sub(self.min).min(TRIM_BATCH);
         if count <= self.pages.len() {
@@ -126,7 +126,7 @@ impl Pool {
         })
     }
 
-    /// Returns an idle page that the backend has mapped.
+    /// Puts back a page that the backend still has mapped.
     pub(crate) fn put_back(&mut self, page: GrantedPage) {
         let _ = self.pages.push_within_capacity(page);
     }

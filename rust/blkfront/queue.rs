@@ -2,9 +2,10 @@
 
 //! A queue: a ring with its slots and its pool of granted pages.
 //!
-//! This file has the life cycle of a queue: [`Queue::attach`] gives it a ring, [`Queue::serve`] lets
-//! requests in, and [`Queue::detach`] ends the connection. Requests go to the backend in
-//! [`submit`](crate::submit) and come back in [`completion`](crate::completion).
+//! This file contains the life cycle of a queue: [`Queue::attach`] gives it a ring,
+//! [`Queue::serve`] makes it accept requests, and [`Queue::detach`] ends the connection. Requests
+//! are written to the ring in [`submit`](crate::submit), and their responses are taken in
+//! [`completion`](crate::completion).
 //!
 //! `struct blkfront_ring_info` of `xen-blkfront.c` has this role.
 
@@ -50,17 +51,17 @@ use crate::{
     slots::Slots, //
 };
 
-/// The terms of a connection. They change only while no request is being queued.
+/// The parameters of a connection. They change only while no request is being queued.
 #[derive(Clone, Copy)]
 pub(crate) struct ConnectionConfig {
-    /// The domain that may use our pages.
+    /// The backend's domain, to which pages are granted.
     pub(crate) domain: DomId,
     /// The amount of data that a slot can carry.
     pub(crate) limits: SlotLimits,
     /// `true` if data is bounced.
     pub(crate) bounce: bool,
-    /// Number of fragments of the largest request that the disk may have in flight. More than `limits`
-    /// allows if an earlier backend took more.
+    /// Number of fragments of the largest request that the disk may have in flight: more than
+    /// `limits` allows if an earlier backend allowed more.
     pub(crate) largest: u16,
     /// The operation that flushes the disk.
     pub(crate) flush: Flush,
@@ -79,9 +80,10 @@ impl ConnectionConfig {
         Resources::new(self.limits, self.bounce, fragments)
     }
 
-    /// Returns the status of a request that is completed without the backend.
+    /// Returns the status of a request that is completed without the backend, or `None` if the
+    /// backend is needed.
     ///
-    /// Such a request was queued for an earlier connection, whose backend could do more.
+    /// Such a request was queued for an earlier connection, whose backend supported it.
     #[inline]
     pub(crate) fn complete_locally(&self, kind: RequestKind) -> Option<BlkStatus> {
         match kind {
@@ -120,9 +122,9 @@ pub(crate) struct Inner {
     /// Completed requests of which the backend still has pages mapped.
     pub(crate) still_granted: KVVec<PendingRequest>,
     pub(crate) pool: Pool,
-    /// The backend violated the protocol: its responses are ignored.
+    /// `true` if the backend violated the protocol: its responses are ignored.
     pub(crate) broken: bool,
-    /// Flushes were written to the ring and not published.
+    /// `true` if flushes were written to the ring and not published.
     pub(crate) unpublished_flushes: bool,
     /// Grants of the last connection that have not ended.
     stale: Option<StaleGrants>,
@@ -131,10 +133,10 @@ pub(crate) struct Inner {
 /// Memory that the backend of a closed connection may still have mapped: the ring, and the pages of
 /// the pool and of the requests that were in flight.
 ///
-/// A page whose grant is still mapped is freed later by the kernel's deferred list, ten entries per
-/// second. A backend that never unmaps could thus hold the memory of one connection after the other.
-/// So a queue has the stale grants of one connection at most, and there is no new connection before
-/// they have ended.
+/// A page whose grant is still mapped could be left to the kernel's deferred list, which frees ten
+/// entries per second. But then a backend that never unmaps could hold the memory of any number of
+/// connections. So a queue has the stale grants of at most one connection, and there is no new
+/// connection before they have ended.
 struct StaleGrants {
     ring: RingPages,
     pool: Pool,
@@ -147,9 +149,9 @@ pub(crate) struct Queue {
     pub(crate) name: DiskName,
     /// Number of the queue.
     pub(crate) index: u16,
-    /// Number of the device, which every request repeats.
+    /// Handle of the device, which each request contains.
     pub(crate) handle: u16,
-    /// Wakes the thread of the device.
+    /// Wakes the device worker.
     pub(crate) events: Arc<DeviceEvents>,
     #[pin]
     pub(crate) inner: SpinLockIrqSave<Inner>,
@@ -165,7 +167,7 @@ pub(crate) struct PoolTrim {
 }
 
 impl PoolTrim {
-    /// Returns the result of trimming two pools.
+    /// Combines the results of trimming two pools.
     pub(crate) fn and(self, other: Self) -> Self {
         Self {
             freed: self.freed || other.freed,
@@ -209,7 +211,7 @@ impl Inner {
         Some(pending)
     }
 
-    /// Adds pages of a closed connection to the stale grants.
+    /// Adds pages of a closed connection to the stale grants, or frees them if there are none.
     pub(crate) fn stash_pages(&mut self, pages: &mut KVec<GrantedPage>) {
         match &mut self.stale {
             Some(stale) => stale.pool.put(pages),
@@ -247,7 +249,7 @@ impl Queue {
         )
     }
 
-    /// Gives the queue a ring. The queue has no requests.
+    /// Gives the queue a ring. The queue must have no requests.
     ///
     /// Context: may sleep.
     pub(crate) fn attach(&self, connection: RingConnection<Self>) -> Result {
@@ -269,7 +271,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Lets requests in.
+    /// Makes the queue accept requests.
     ///
     /// Context: may sleep.
     pub(crate) fn serve(&self, config: ConnectionConfig) -> Result {
@@ -286,8 +288,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Ends the connection: closes the event channel and gives the requests that wait for responses to
-    /// `dispose`. No request is being queued.
+    /// Ends the connection: closes the event channel and passes the requests that wait for
+    /// responses to `dispose`. The block layer's queue must be quiesced.
     ///
     /// The ring and the pages of the pool stay granted until [`Self::end_stale_grants`] or
     /// [`Self::free_stale_grants`]. If `dead`, requests fail from now on.
@@ -373,8 +375,7 @@ impl Queue {
         true
     }
 
-    /// Leaves the stale grants to the kernel, which frees each page when the backend does not use it
-    /// any more.
+    /// Drops the stale grants. The kernel frees each page when the backend has unmapped it.
     ///
     /// Context: may sleep.
     pub(crate) fn free_stale_grants(&self) {
@@ -387,7 +388,8 @@ impl Queue {
         self.inner.lock().stale.is_some()
     }
 
-    /// Frees pages of the pool that were idle since the last call, unless the backend has them mapped.
+    /// Frees pages of the pool that have been idle since the last call, unless the backend has them
+    /// mapped.
     pub(crate) fn trim_pool(&self) -> PoolTrim {
         let mut freed = false;
         loop {
@@ -435,7 +437,7 @@ impl Queue {
         self.inner.lock().slots.is_idle()
     }
 
-    /// Returns the number of slots that the backend has answered, modulo 2^32.
+    /// Returns the number of responses of the backend so far, modulo 2^32.
     pub(crate) fn responses(&self) -> u32 {
         self.inner.lock().slots.responses()
     }

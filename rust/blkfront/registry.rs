@@ -26,7 +26,7 @@ use kernel_ext::base::global_mutex::GlobalMutex;
 
 use blkif::vdev::DiskName;
 
-/// A disk that can be open for exclusive use.
+/// A disk that may be open for exclusive use.
 pub(crate) trait Claimed: Send + Sync {
     /// Returns `true` if the disk is open for exclusive use.
     fn is_claimed(&self) -> bool;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The driver's data of each block request.
+//! The request data: what the driver keeps for each block request.
 //!
-//! The data of a request reaches the backend in one of two ways. *Direct*: the pages of the request
-//! are granted until it is complete. *Bounced*: the data is copied to or from pages of a
+//! What a request reads or writes is transferred in one of two ways. *Direct*: the pages of the
+//! request are granted until it is complete. *Bounced*: the data is copied to or from pages of a
 //! [`pool`](crate::pool), which contain nothing else and stay granted.
 //!
-//! The driver data that `xen-blkfront.c` has in `struct blk_shadow` and `struct grant` is here.
+//! In `xen-blkfront.c`, `struct blk_shadow` and `struct grant` have this role.
 
 use kernel::{
     page::PAGE_SIZE,
@@ -91,8 +91,8 @@ impl RequestKind {
     }
 }
 
-/// Data of a request. Each tag has one, which is used again by each request with that tag: nothing is
-/// allocated while a request is submitted.
+/// Driver data of a block request. blk-mq has one for each of its tags, and each request with that
+/// tag reuses it. So its vectors are not allocated while a request is submitted.
 pub(crate) struct RequestData {
     /// Kind of the request.
     pub(crate) kind: RequestKind,
@@ -102,7 +102,7 @@ pub(crate) struct RequestData {
     pub(crate) status: BlkStatus,
     /// Number of the connection that the pages below belong to.
     pub(crate) generation: u32,
-    /// The data, in fragments of sectors.
+    /// The data that is read or written, as fragments.
     pub(crate) fragments: KVec<PageFragment>,
     /// Pages for the data, if it is bounced.
     pub(crate) bounce_pages: KVec<GrantedPage>,
@@ -115,7 +115,7 @@ pub(crate) struct RequestData {
 }
 
 impl RequestData {
-    /// Allocates the data for requests of the largest size.
+    /// Allocates request data with room for a request of the largest size.
     pub(crate) fn new() -> Result<Self> {
         let segments = usize::from(params::max_segments());
         Ok(Self {
@@ -175,13 +175,13 @@ impl IssuedRequest {
         }
     }
 
-    /// Returns the data of the request.
+    /// Returns the request data.
     #[inline]
     pub(crate) fn data(&self) -> &RequestData {
         self.request().data()
     }
 
-    /// Returns the data of the request for changing it.
+    /// Returns the request data, mutably.
     #[inline]
     pub(crate) fn data_mut(&mut self) -> &mut RequestData {
         match self {

@@ -4,7 +4,7 @@
 //!
 //! A shortage is temporary, so a device retries: soon at first, later once a second. A backend can
 //! also make a device connect again and again, so the rate of offers is limited. In both cases the
-//! deadline of the outage ends the attempts, see [`worker`](crate::worker).
+//! attempts end after `reconnect_timeout`, see [`worker`](crate::worker).
 
 use kernel::{
     prelude::*,
@@ -21,13 +21,13 @@ use blkif::{
 
 /// Number of offers that a device may make in a burst.
 const OFFERS: u32 = 8;
-/// Time after which it may make another offer, in milliseconds.
+/// Time after which a device may make another offer, in milliseconds.
 const OFFER_PERIOD_MS: u64 = 1_000;
 /// Time to the first retry in milliseconds; it doubles with each further one.
 const FIRST_MS: u32 = 20;
 /// Longest time between two retries, in milliseconds.
 const LAST_MS: u32 = 1_000;
-/// A failure is reported if the next retry is at least this far away, in milliseconds, which is
+/// A failure is reported if the time to the next retry is at least this, in milliseconds. It is
 /// longer than a backend normally takes to close.
 const REPORT_MS: u32 = 300;
 

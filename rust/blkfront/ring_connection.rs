@@ -23,8 +23,8 @@ use blkif::{
     wire::Abi, //
 };
 
-/// A ring and its event channel, whose events a handler `H` gets. Dropping it ends both, and may
-/// sleep.
+/// A ring and its event channel, whose events `H` handles. Dropping it frees the ring and closes
+/// the channel, and may sleep.
 pub(crate) struct RingConnection<H: Handler> {
     pub(crate) ring: FrontRing<RingPages>,
     pub(crate) channel: Arc<EventChannel<H>>,
@@ -46,7 +46,7 @@ impl<H: Handler> RingConnection<H> {
         })
     }
 
-    /// Closes the event channel, after its handler has returned. Returns the memory of the ring.
+    /// Closes the event channel and waits for its handler. Returns the memory of the ring.
     ///
     /// Context: may sleep.
     pub(crate) fn disconnect(self) -> RingPages {

@@ -2,10 +2,11 @@
 
 //! The slots of a ring: which request a response belongs to.
 //!
-//! A request takes one slot, or several if it is larger than the backend accepts at once. The number
-//! of the slot is part of the id that the backend repeats in its response; the whole id is stored and
-//! compared, see [`blkif::id`]. The request itself is stored in the first of its slots, which is not
-//! free before the backend has answered all of them.
+//! A block request takes one slot, or several if it is larger than the backend accepts at once. A
+//! slot here is an entry of the slot table; its number is not a position in the ring. The number is
+//! part of the id that the backend repeats in its response; the whole id is stored and compared,
+//! see [`blkif::id`]. The request itself is stored in the first of its slots, which is not free
+//! before the backend has answered all of them.
 //!
 //! In `xen-blkfront.c`, `blkfront_ring_info.shadow` and `get_id_from_freelist()` have this role.
 
@@ -32,13 +33,13 @@ use crate::{
     },
 };
 
-/// A slot.
+/// An entry of the slot table.
 struct Slot {
     /// The id that the response must repeat; `None` if no response is expected.
     id: Option<RingId>,
     /// The operation that the response must name.
     operation: u8,
-    /// The slot that has the request.
+    /// Number of the slot that stores the request.
     first: u16,
     /// The request, if this is its first slot.
     pending: Option<PendingRequest>,
@@ -57,14 +58,14 @@ pub(crate) enum SlotCompletion {
 /// A response that does not belong to any request.
 pub(crate) struct UnknownResponse;
 
-/// The slots of a queue.
+/// The slot table of a queue.
 pub(crate) struct Slots {
     slots: KVVec<Slot>,
     /// Numbers of free slots.
     free: KVVec<u16>,
     /// Free slots that are reserved for requests that are being prepared.
     reservations: Reservations,
-    /// Number of times that a slot was allocated.
+    /// Number of allocations of slots, in this table and earlier ones, modulo 2^32.
     epoch: u32,
 }
 
@@ -79,7 +80,7 @@ impl Slots {
         }
     }
 
-    /// Creates a table of `capacity` free slots. `epoch` is that of the last table.
+    /// Creates a table of `capacity` free slots. `epoch` is that of the previous table.
     ///
     /// Context: may sleep.
     pub(crate) fn new(capacity: u16, epoch: u32) -> Result<Self> {
@@ -103,7 +104,7 @@ impl Slots {
         })
     }
 
-    /// Returns the number of times that a slot was allocated, modulo 2^32.
+    /// Returns the number of allocations of slots, in this table and earlier ones, modulo 2^32.
     pub(crate) fn epoch(&self) -> u32 {
         self.epoch
     }
@@ -118,7 +119,7 @@ impl Slots {
         self.reservations.reserved() == 0 && self.free.len() == self.slots.len()
     }
 
-    /// Returns the number of slots that were answered, of this table and those before, modulo 2^32.
+    /// Returns the number of slots that were freed, in this table and earlier ones, modulo 2^32.
     pub(crate) fn responses(&self) -> u32 {
         let used = self.slots.len().saturating_sub(self.free.len());
         self.epoch.wrapping_sub(used as u32)
@@ -222,8 +223,8 @@ impl Slots {
                 Ok(SlotCompletion::Plain(rq))
             }
             other => {
-                // Not reachable. Only without a destructor here does the compiler move nothing but
-                // the request above.
+                // Not reachable. Without a destructor here, the compiler moves only the request out
+                // of `pending` above.
                 mem::forget(other);
                 Err(UnknownResponse)
             }
@@ -238,12 +239,12 @@ impl Slots {
         pending
     }
 
-    /// Takes any request, whatever responses are missing. The ring is not used any more.
+    /// Takes any request, even if responses are missing. The ring must not be in use any more.
     pub(crate) fn take_pending(&mut self) -> Option<PendingRequest> {
         self.slots.iter_mut().find_map(|slot| slot.pending.take())
     }
 
-    /// Counts a time-out of a request, if it is stored here.
+    /// Counts a timeout of a request, if it is stored here.
     pub(crate) fn timed_out(&mut self, id: RequestId) {
         let mut pending = self.pending_mut();
         if let Some(pending) = pending.find(|pending| pending.issued.request().id() == id) {
@@ -257,7 +258,7 @@ impl Slots {
         pending.any(PendingRequest::has_stalled)
     }
 
-    /// Resets the number of time-outs of all requests.
+    /// Resets the number of timeouts of all requests.
     pub(crate) fn reset_timeouts(&mut self) {
         for pending in self.pending_mut() {
             pending.timeouts = 0;

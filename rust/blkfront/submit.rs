@@ -2,15 +2,15 @@
 
 //! The path of requests to the backend.
 //!
-//! Requests that blk-mq offers together pass together; a single request is a batch of one. They pass
-//! five phases, in the order of the functions below:
+//! Requests that blk-mq queues together are submitted as a batch; a single request is a batch of
+//! one. A batch goes through five phases, in the order of the functions below:
 //!
-//! 1. *Collect*: the fragments of the data, without a lock.
-//! 2. *Reserve*, under the lock of the queue: the slots of each request, and pages of the pool as far
-//!    as it has some. What the request takes is computed here, once, and stored in its
-//!    [`RequestData`](crate::request_data::RequestData).
-//! 3. *Prepare*, without the lock: pages that the pool did not have, and grant references. Data of a
-//!    bounced write is copied.
+//! 1. *Collect*, without a lock: the fragments of the data are stored.
+//! 2. *Reserve*, under the lock of the queue: the slots of each request are reserved, and pages are
+//!    taken from the pool as long as it has some. What the request takes is computed here, once,
+//!    and stored in its [`RequestData`](crate::request_data::RequestData).
+//! 3. *Prepare*, without the lock: pages that the pool did not have are allocated, and grant
+//!    references are reserved. Data of a bounced write is copied.
 //! 4. *Grant*: the request is started, and its own pages are granted unless its data is bounced.
 //! 5. *Write to the ring*, under the lock. The backend sees the requests when they are published, and
 //!    is notified once for the batch, without the lock.
@@ -76,7 +76,7 @@ use crate::{
     shortage, //
 };
 
-/// Requests that blk-mq has offered and that were not started.
+/// Requests that blk-mq has queued and that were not started.
 type QueuedList<'q> = RequestList<BlkfrontOps, Queued<'q>>;
 
 /// Outcome of the attempt to reserve what a request takes.
@@ -99,7 +99,7 @@ struct Batch<'q> {
     ended: QueuedList<'q>,
 }
 
-/// Position of a request in the ring.
+/// The slots of a request that was written to the ring.
 #[derive(Clone, Copy)]
 struct Written {
     /// The first slot; `None` if one could not be written.
@@ -108,7 +108,7 @@ struct Written {
     parts: u16,
 }
 
-/// Collects the fragments of the requests. Ends those that the backend could not be asked for.
+/// Collects the fragments of the requests. Ends requests that cannot be expressed in the protocol.
 fn collect(mut requests: QueuedList<'_>) -> QueuedList<'_> {
     let mut collected = RequestList::new();
     while let Some(mut rq) = requests.pop() {
@@ -154,9 +154,9 @@ impl Queue {
         batch.busy
     }
 
-    /// Reserves slots, and pages as far as the pool has some, for the requests of a batch.
+    /// Reserves slots for the requests of a batch, and takes pages as long as the pool has some.
     ///
-    /// Returns the terms of the connection if there is one.
+    /// Returns the parameters of the connection if there is one.
     #[inline]
     fn reserve_all<'q>(
         &self,
@@ -191,7 +191,7 @@ impl Queue {
         Some(config)
     }
 
-    /// Reserves slots, and pages as far as the pool has some, for a request.
+    /// Reserves slots for a request, and takes pages as long as the pool has some.
     #[inline(always)]
     fn reserve(
         &self,
@@ -238,7 +238,8 @@ impl Queue {
     /// Prepares, starts and writes the requests that have their slots.
     #[inline]
     fn issue_all(&self, batch: &mut Batch<'_>, config: &ConnectionConfig, last: bool) {
-        // Requests that only take a slot are written under one lock.
+        // Requests that take a slot and nothing else are written together, with the lock taken
+        // once.
         let mut small: RequestList<BlkfrontOps, InFlight> = RequestList::new();
         while let Some(mut rq) = batch.reserved.pop() {
             let Ok(reserve) = self.prepare(&mut rq, config) else {
@@ -316,7 +317,7 @@ impl Queue {
         inner.pool.put(&mut data.indirect_pages);
     }
 
-    /// Writes requests to the ring, and publishes it if `publish`.
+    /// Writes requests to the ring, and publishes them if `publish`.
     #[inline(always)]
     fn write_all(
         &self,
@@ -532,7 +533,7 @@ fn grant_request(
         return Ok(IssuedRequest::Bounced(rq));
     }
     let references = core::mem::take(&mut rq.data_mut().references);
-    // Pages that the backend may only read are granted read-only all the same.
+    // The pages of a write are granted read-only in spite of `ReadWrite`.
     match Granted::new(
         rq,
         GrantAccess::ReadWrite,

@@ -2,14 +2,14 @@
 
 //! Requests that are not answered in time.
 //!
-//! The block layer calls [`Queue::timed_out`] for a request that is in flight for longer than the time
-//! in `queue/io_timeout` in sysfs, and again whenever that time has passed. Then the thread of the
-//! device checks the rings. It takes responses for which no event has arrived, and notifies a backend
-//! that has not seen a request. So a lost event only causes a delay.
+//! The block layer calls [`Queue::timed_out`] for a request that is in flight for longer than the
+//! time in `queue/io_timeout` in sysfs, and again each time that much time has passed. Then the
+//! device worker checks the rings. It takes responses for which no event has arrived, and notifies
+//! a backend that has not seen a request. So a lost event only causes a delay.
 //!
 //! When a request has timed out ten times, its connection is closed: the backend is asked to close,
-//! and the requests wait for another connection. A request that is not answered there either fails.
-//! With the module parameter `io_timeout` = 0, a disk waits for its backend instead.
+//! and the requests wait for another connection. If a request is not answered there either, it
+//! fails. With the module parameter `io_timeout` = 0, a disk waits for its backend instead.
 
 use kernel::{
     prelude::*,
@@ -39,7 +39,7 @@ const ANSWER_MS: i64 = 2_000;
 const ANSWER_STEP_MS: i64 = 10;
 
 impl Queue {
-    /// Counts a time-out of a request, and has the rings checked.
+    /// Counts a timeout of a request, and makes the device worker check the rings.
     ///
     /// Context: any.
     pub(crate) fn timed_out(&self, id: RequestId) {
@@ -53,12 +53,13 @@ impl Queue {
         inner.is_open() && inner.slots.has_stalled()
     }
 
-    /// Resets the time-outs of all requests, because the backend could not answer.
+    /// Resets the timeouts of all requests. Called when the backend connects: before that it could
+    /// not respond.
     pub(crate) fn reset_timeouts(&self) {
         self.inner.lock().slots.reset_timeouts();
     }
 
-    /// Handles an event that was lost, if one was.
+    /// Checks the ring for a lost event, and handles it.
     ///
     /// Context: may sleep.
     pub(crate) fn check_ring(&self) {
@@ -73,7 +74,7 @@ impl Queue {
         }
     }
 
-    /// Returns `true` if there are responses for which no event arrives.
+    /// Returns `true` if there are responses for which no event has arrived in time.
     ///
     /// Context: may sleep.
     fn has_missed_responses(&self) -> bool {
@@ -95,7 +96,8 @@ impl Queue {
         ring.has_responses().then(|| ring.responses_taken())
     }
 
-    /// Notifies a backend that has not seen all requests, and reports if it answers then.
+    /// Notifies a backend that has not seen all requests, and logs a lost event if it then
+    /// responds.
     ///
     /// Context: may sleep.
     fn notify_again(&self) {

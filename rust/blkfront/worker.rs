@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The thread of a device: it removes the disk, checks deadlines, and frees memory.
+//! The device worker: the kernel thread of a device, which removes the disk, enforces deadlines,
+//! and frees memory.
 //!
 //! # Deadlines
 //!
-//! - The backend is not connected: after the module parameter `reconnect_timeout` the disk is removed,
-//!   and requests in flight fail.
-//! - The device cannot connect for now: it tries again until then, see [`retry`](crate::retry).
+//! - The backend is not connected: after the time in the module parameter `reconnect_timeout` the
+//!   disk is removed, and requests in flight fail.
+//! - The device cannot connect for now: it tries again during that time, see
+//!   [`retry`](crate::retry).
 //! - A request is not answered: see [`timeout`](crate::timeout).
-//! - A disk is detached or unbound while its backend serves it: file systems and page cache are written
-//!   back first. This ends when the backend leaves, or has answered nothing for the time in the module
-//!   parameter `detach_timeout`; then the rest of the data is lost. It does not end for a slow backend.
+//! - A disk is detached or unbound while its backend serves it: file systems and page cache are
+//!   written back first. This is given up when the backend disconnects, or has sent no response for
+//!   the time in the module parameter `detach_timeout`; then the rest of the data is lost. A
+//!   slow backend gets all the time that it needs.
 //! - A disk is detached that is used for swap or as part of another device: the toolstack waits until
 //!   that use has ended, or forces the detach.
 //! - A disk is removed for another reason while requests are in flight: after [`DRAIN_MS`] they fail,
@@ -108,13 +111,13 @@ pub(crate) struct DeviceWorker {
     events: Arc<DeviceEvents>,
     #[pin]
     pub(crate) device: Mutex<Device>,
-    /// Makes the thread of xenbus try to connect again.
+    /// Makes the `xenwatch` thread try to connect again.
     #[pin]
     retry_watch: Mutex<Option<Watch<DeviceWorker>>>,
 }
 
 impl WatchHandler for DeviceWorker {
-    /// Tries to connect. A new watch fires once, in the thread of xenbus.
+    /// Tries to connect. A new watch fires once, in the `xenwatch` thread.
     fn changed(&self) {
         let _noio = NoioScope::new();
         self.device.lock().retry();
@@ -136,7 +139,7 @@ impl DeviceWorker {
         )
     }
 
-    /// Runs the thread of the device.
+    /// Runs the device worker.
     pub(crate) fn run(this: &Arc<Self>) {
         let mut open = None;
         this.live(&mut open);
@@ -198,15 +201,15 @@ impl DeviceWorker {
         times.into_iter().flatten().min().map(msecs_to_jiffies)
     }
 
-    /// Makes the thread of xenbus try to connect, if an attempt is due. Only that thread may change the
-    /// state Initialising.
+    /// Makes the `xenwatch` thread try to connect, if an attempt is due. Only that thread may
+    /// change the state Initialising.
     fn retry_connect(self: &Arc<Self>) {
         if !self.device.lock().take_retry() {
             return;
         }
         let mut retry_watch = self.retry_watch.lock();
         if retry_watch.is_some() {
-            // The last attempt was not made yet.
+            // The watch of the last attempt has not fired yet.
             return;
         }
         match Watch::new(c"domid", fmt!(""), self.clone()) {
@@ -260,7 +263,8 @@ impl DeviceWorker {
         self.device.lock().drop_stalled();
     }
 
-    /// Gives up a disk that is not served for too long. `disconnected_since` is since when it is not.
+    /// Gives up a disk that has not been served for too long. `disconnected_since` is
+    /// the time when the backend was found disconnected, or `None`.
     fn check_outage(&self, disconnected_since: &mut Option<Instant<Monotonic>>) {
         let mut device = self.device.lock();
         if device.is_connected_or_dead() {
@@ -313,8 +317,8 @@ impl DeviceWorker {
         self.events.mark_ready();
     }
 
-    /// Has the disk written back and removed, if the backend serves it. Returns `true` if responses to
-    /// the requests in flight can be expected.
+    /// Writes the disk back and removes it, in another thread, if the backend serves it. Returns
+    /// `true` if responses to the requests in flight can be expected.
     fn write_back(&self) -> bool {
         let (served, remove_thread) = {
             let mut device = self.device.lock();

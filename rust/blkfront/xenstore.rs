@@ -2,7 +2,7 @@
 
 //! The xenstore nodes of a device that are read and written.
 //!
-//! A missing or invalid node is reported with its name and its text.
+//! A missing or invalid node is reported with its name and its value.
 
 use kernel::{
     fmt,
@@ -62,13 +62,14 @@ fn warn_bad_node(reader: &Reader<'_>, invalid: &InvalidNode) {
     ratelimited!(pr_warn!("{}/{}\n", reader.dir(), AsKernelDisplay(invalid)));
 }
 
-/// Logs that a node is invalid without which the disk cannot be used, and returns `EINVAL`.
+/// Logs that a required node is missing or invalid, and returns `EINVAL`.
 fn bad_node(reader: &Reader<'_>, invalid: InvalidNode) -> Error {
     warn_bad_node(reader, &invalid);
     EINVAL
 }
 
-/// Reads a switch: `None` if there is none, and `invalid` if it is no number, which is logged.
+/// Reads a boolean node. Returns `None` if there is no such node, and `invalid` if its value is not
+/// a number, which is logged.
 fn switch(reader: &Reader<'_>, node: &'static str, invalid: bool) -> Result<Option<bool>> {
     match reader.parse(node, node::switch) {
         Ok(on) => Ok(on),
@@ -131,8 +132,8 @@ pub(crate) fn path(path: &CStr) -> Result<CString> {
     CString::try_from_fmt(fmt!("{}", path))
 }
 
-/// Returns the event for a state of the backend. `disk`: there is a disk from an earlier
-/// connection.
+/// Returns the event for a state of the backend. `disk` is `true` if there is a disk from an
+/// earlier connection.
 pub(crate) fn backend_event(
     backend: &CStr,
     state: xenbus::OtherendState,
@@ -169,13 +170,14 @@ fn has_wrong_state(backend: &CStr) -> bool {
     }
 }
 
-/// Returns `true` if the backend is online, which is also the case without the node.
+/// Returns `true` if the backend is online, or has no node `online`.
 fn is_online(backend: &CStr) -> bool {
     let online = switch(&Reader::new(backend), "online", true);
     online.ok().flatten().unwrap_or(true)
 }
 
-/// Reads this side's part of the offer. `own` lists the device's directory, also below.
+/// Returns this side's offer. `own` is the listing of the device's directory, here and in the
+/// functions below.
 pub(crate) fn front_offer(device: &xenbus::Device, own: &DirectoryListing) -> Result<FrontOffer> {
     let reader = Reader::listed(device.nodename(), own);
     // An invalid value means untrusted.
@@ -183,14 +185,14 @@ pub(crate) fn front_offer(device: &xenbus::Device, own: &DirectoryListing) -> Re
     Ok(params::front_offer(trusted))
 }
 
-/// Returns `true` if partitions must not be scanned for. The node is that of the toolstack, like
-/// `trusted`, and not of the backend.
+/// Returns `true` if the disk must not be scanned for partitions. Like `trusted`, the node is one
+/// that the toolstack writes to the device's directory.
 pub(crate) fn no_partition_scan(device: &xenbus::Device, own: &DirectoryListing) -> Result<bool> {
     let reader = Reader::listed(device.nodename(), own);
     Ok(switch(&reader, "no-part-scan", true)?.unwrap_or(false))
 }
 
-/// Reads the backend's part of the offer from `nodes`. Invalid nodes count as missing.
+/// Reads the backend's offer from `nodes`. Invalid nodes count as missing.
 pub(crate) fn back_offer(backend: &CStr, nodes: &[&'static str]) -> Result<BackOffer> {
     let reader = Reader::new(backend);
     let mut offer = BackOffer::default();
