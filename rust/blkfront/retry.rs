@@ -65,14 +65,14 @@ impl Retry {
         self.pace.take(now).map_err(|_| EAGAIN)
     }
 
-    /// Schedules a retry. Returns `true` if `obstacle` should be reported.
-    pub(crate) fn postpone(&mut self, obstacle: Error) -> bool {
+    /// Schedules a retry. Returns `true` if `error` should be reported.
+    pub(crate) fn postpone(&mut self, error: Error) -> bool {
         let delay = self.backoff.next_delay();
         self.due = Some(self.now().saturating_add(delay.into()));
-        if delay < REPORT_MS || self.reported == Some(obstacle) {
+        if delay < REPORT_MS || self.reported == Some(error) {
             return false;
         }
-        self.reported = Some(obstacle);
+        self.reported = Some(error);
         true
     }
 

@@ -303,14 +303,14 @@ impl DeviceWorker {
         } else {
             trim.idle_scans.wrapping_add(1)
         };
-        let go_on = found.grown && trim.idle_scans < MAX_IDLE_SCANS;
-        trim.last = go_on.then(Instant::now);
+        let scheduled = found.grown && trim.idle_scans < MAX_IDLE_SCANS;
+        trim.last = scheduled.then(Instant::now);
     }
 
     /// Ends the connection for good.
     fn close(&self) {
-        let patient = self.write_back();
-        if self.device.lock().begin_close() && patient {
+        let responsive = self.write_back();
+        if self.device.lock().begin_close() && responsive {
             self.drain();
         }
         self.device.lock().finish_close();
