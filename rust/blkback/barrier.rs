@@ -7,10 +7,10 @@
 //! backend takes them, so the order in which they are taken counts. `xen-blkback` drains one ring only
 //! (`xen_blk_drain_io()`).
 //!
-//! The queue that has taken a barrier *closes* the gate. The other queues see that, take no more
-//! requests, and are *quiesced* once they have none in flight. Then the barrier runs, and its queue
-//! *opens* the gate. A queue that gets a barrier of its own meanwhile waits until it may own the gate,
-//! and counts as quiesced.
+//! A [`BarrierGate`] does this. The queue that has taken a barrier *closes* the gate. The other
+//! queues see that, take no more requests, and are *quiesced* once they have none in flight. Then
+//! the barrier runs, and its queue *opens* the gate. A queue that gets a barrier of its own
+//! meanwhile waits until it may own the gate, and counts as quiesced.
 //!
 //! A queue leaves the gate when its thread ends, so that no queue waits for it.
 
@@ -32,8 +32,9 @@ use crate::events::QueueEvents;
 /// The barrier gate of a connection.
 #[pin_data]
 pub(crate) struct BarrierGate {
-    /// A queue has a barrier. A copy of `queues.owner.is_some()` for the check before each request; a
-    /// queue that sees it late is waited for.
+    /// A queue has a barrier. A copy of `queues.owner.is_some()` for the check before each request;
+    /// a queue that sees a new value late takes a few more requests, and the barrier waits for
+    /// these.
     closed: Atomic<bool>,
     #[pin]
     queues: Mutex<Queues>,
@@ -41,12 +42,12 @@ pub(crate) struct BarrierGate {
 
 /// The queues of a connection.
 struct Queues {
-    /// The queue whose barrier is next.
+    /// The queue whose barrier waits or runs.
     owner: Option<u32>,
     members: KVec<Member>,
 }
 
-/// A queue as the gate knows it.
+/// The gate's record of a queue.
 struct Member {
     index: u32,
     events: Arc<QueueEvents>,
@@ -94,7 +95,7 @@ impl BarrierGate {
         })
     }
 
-    /// Makes a queue the owner, which closes the gate, or opens the gate.
+    /// Sets the owner: a queue closes the gate, `None` opens it.
     ///
     /// Wakes the other queues.
     fn set_owner(&self, queues: &mut Queues, owner: Option<u32>) {
@@ -145,7 +146,7 @@ impl GateMember {
 
     /// Notes that this queue has no request in flight.
     ///
-    /// It takes none while the gate is closed.
+    /// It takes no new one while the gate is closed.
     pub(crate) fn set_quiesced(&self) {
         let mut queues = self.gate.queues.lock();
         if queues.owner.is_some() {
@@ -154,7 +155,7 @@ impl GateMember {
     }
 
     /// Returns `true` if the barrier of this queue may run now; otherwise the queue is woken when
-    /// to ask again.
+    /// it has to ask again.
     ///
     /// `idle` is `true` if the queue has no other request in flight.
     pub(crate) fn may_run(&self, idle: bool) -> bool {

@@ -3,14 +3,15 @@
 //! Backend of the Xen virtual block device: serves disks of this domain to other domains
 //! (`drivers/block/xen-blkback`).
 //!
-//! `Documentation/terminology.rst` defines the terms. From the top:
+//! `Documentation/terminology.rst` defines the terms. The files, from the highest level to the
+//! lowest:
 //!
 //! | file | content | in `xen-blkback` |
 //! |---|---|---|
 //! | `driver` | callbacks of the bus | `xen_blkbk_driver` |
 //! | `device` | the state machine of a device, from probe to removal | `struct backend_info` |
 //! | `connect` | negotiation: what is read from and written to xenstore | `connect_ring()`, `connect()` |
-//! | `queue` | a ring's kernel thread: its loop, its sleep | `struct xen_blkif_ring` |
+//! | `queue` | a ring's kernel thread: its main loop, how it sleeps | `struct xen_blkif_ring` |
 //! | `submit` | from requests in the ring to I/O in flight | `dispatch_rw_block_io()` |
 //! | `completion` | from completed I/O to responses in the ring | `end_block_io_op()` |
 //! | `handoff` | lending the ring to I/O completion | none |
@@ -19,7 +20,7 @@
 //! | `data_path` | grant copy, mapping, persistent grants | `xen_blkbk_map()` |
 //! | `persistent` | pages that stay mapped | `struct persistent_gnt` |
 //! | `barrier` | barriers, which order the requests of all queues | `xen_blk_drain_io()` |
-//! | `domain` | quotas of the pages that a frontend's domain may have mapped | none |
+//! | `domain` | quotas for the pages that a frontend's domain may have mapped | none |
 //! | `disk` | the block device that is served | `struct xen_vbd` |
 //! | `io_accounting` | cgroup and priority of the I/O | none |
 //! | `ring_connection` | a mapped ring with its event channel | `xen_blkif_map()` |
@@ -28,7 +29,8 @@
 //! | `stats`, `params` | counters in sysfs, module parameters | |
 //! | `list` | linked list of requests | |
 //!
-//! Imports have no cycles. Decisions that need no kernel are in the crate [`blkif`].
+//! Imports have no cycles. The crate [`blkif`] has the parts of the protocol that need no kernel
+//! code.
 
 #![deny(unsafe_code)]
 

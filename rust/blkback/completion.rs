@@ -24,7 +24,7 @@ use crate::{
 };
 
 impl Queue {
-    /// Completes all requests that the disk is done with.
+    /// Completes all requests whose I/O has completed.
     ///
     /// Returns `true` if there were any.
     pub(crate) fn complete_all(&mut self) -> bool {
@@ -65,7 +65,7 @@ impl Queue {
 
     /// Releases the pages of a request, and responds to it.
     ///
-    /// Returns `false` if its pages are busy.
+    /// Returns `false` if its pages are busy, so that it has to wait.
     pub(crate) fn complete(&mut self, mut req: KBox<PendingReq>) -> bool {
         if !self.data_path.release(&mut req) {
             self.busy.push(req);

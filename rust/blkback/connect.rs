@@ -3,9 +3,10 @@
 //! Connecting to a frontend: what is read from its directory and written to the backend's
 //! (`connect_ring()`, `read_per_ring_refs()`, `connect()` of `xen-blkback`).
 //!
-//! [`Connection::new`] reads what the frontend has chosen, [`Connection::connect_ring`] maps each of its
-//! rings and creates the queue, and [`Connection::describe_disk`] writes what the disk is, with the state
-//! Connected. What is read is checked by [`blkif::negotiate`] and [`blkif::node`].
+//! [`Connection::new`] reads what the frontend has chosen, [`Connection::connect_ring`] maps each
+//! of its rings and creates the queue, and [`Connection::describe_disk`] writes the properties of
+//! the disk, with the state Connected. What is read is checked by [`blkif::negotiate`] and
+//! [`blkif::node`].
 
 use kernel::{
     fmt,
@@ -101,9 +102,9 @@ pub(crate) enum ConnectOutcome {
 
 /// Opens the disk that the hotplug script has named.
 ///
-/// Returns `None` if it has named none, or if `disk` is open already.
+/// Returns `None` if it has named none, or if a `disk` is open already.
 ///
-/// Context: may sleep for as long as the disk takes.
+/// Context: may sleep until I/O on the disk completes, possibly forever.
 pub(crate) fn open_disk(
     xbdev: &xenbus::Device,
     disk: Option<&Disk>,
@@ -222,7 +223,7 @@ impl<'a> Connection<'a> {
         })
     }
 
-    /// Logs what was agreed on.
+    /// Logs the result of the negotiation.
     pub(crate) fn report(&self) {
         let Accepted {
             abi,
@@ -347,8 +348,8 @@ impl<'a> Connection<'a> {
 
     /// Returns `true` if the frontend still offers the rings that are mapped.
     ///
-    /// Other rings have other references, because the reference of a mapped page is not used for
-    /// another one.
+    /// Other rings would have other references, because a reference is not reused while its page is
+    /// mapped.
     fn is_offered(&self, transaction: &Transaction) -> bool {
         let reader = Reader::within(transaction, self.frontend);
         let state = reader.parse("state", node::decimal_u32).ok().flatten();
@@ -359,8 +360,9 @@ impl<'a> Connection<'a> {
         ) && self.read_first_ring_ref(transaction).ok() == self.first_ring_ref
     }
 
-    /// Writes the properties and features of the disk, and Connected, unless the toolstack or the frontend
-    /// has changed its state since the rings were mapped (`connect()` of `xen-blkback`).
+    /// Writes the properties and features of the disk, and Connected, unless the state of the
+    /// backend or of the frontend was changed since the rings were mapped (`connect()` of
+    /// `xen-blkback`).
     pub(crate) fn describe_disk(&self) -> Result<ConnectOutcome, ConnectError> {
         let cdrom = reader(self.frontend)
             .value("device-type")

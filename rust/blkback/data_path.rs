@@ -5,7 +5,8 @@
 //!
 //! A [`DataPath`] uses the cheapest of three ways:
 //!
-//! - *Persistent grants*: if the frontend uses them, its pages stay mapped, see [`PersistentGrants`].
+//! - *Persistent grants*: if the frontend uses them, its pages stay mapped, see
+//!   [`PersistentGrants`]. A page in that table, which no request uses, is called *cached*.
 //! - *Grant copy*: Xen copies the data of a small request between the frontend's pages and pages of this
 //!   domain. One hypercall does that for several requests, and there is nothing to unmap.
 //! - *Mapping*: the pages of a large request are mapped with one hypercall, and unmapped together with
@@ -106,7 +107,7 @@ use crate::{
 /// Largest number of segments of a request whose data is copied.
 const COPIED_SEGMENTS: usize = 8;
 
-/// Copies in one hypercall.
+/// Largest number of copies in one hypercall.
 const COPIES: usize = 256;
 
 /// Time for which a copy is retried while the frontend's page is paged out: as long as Linux retries to
@@ -116,7 +117,7 @@ const PAGED_OUT_MS: u32 = 32_000;
 /// Size of a segment in a page of segments, in bytes.
 const SEGMENT_BYTES: usize = 8;
 
-/// Segments that are read from a page of segments at once.
+/// Number of segments that are read from a page of segments at a time.
 const SEGMENTS_AT_ONCE: usize = 32;
 
 /// The reason why the data of a request is not accessible.
@@ -143,7 +144,7 @@ impl DataError {
         }
     }
 
-    /// Returns `true` if Xen lets this domain map no more pages of other domains.
+    /// Returns `true` if Xen refuses further mappings, because the maptrack of this domain is full.
     pub(crate) fn lacks_mappings(&self) -> bool {
         matches!(self, DataError::Map(MapError::Refused(_, status)) if status.is_no_space())
     }
@@ -238,7 +239,8 @@ impl CopyBatch {
 /// Resources of grant copies.
 struct GrantCopy {
     copier: Copier,
-    /// Pages of this domain to copy to. Only data of this frontend was ever in them.
+    /// Pages of this domain that data is copied to or from. They were zeroed, and have held data of
+    /// this frontend only, so a frontend cannot read data of another one.
     buffers: KVec<Page>,
     /// Private copy of a page of segments.
     descriptors: Page,
@@ -267,7 +269,7 @@ impl GrantCopy {
         Ok(PageSlice::new(&self.descriptors, 0, len).ok_or(EINVAL)?)
     }
 
-    /// Takes a page to copy to, or allocates one.
+    /// Takes a page of `buffers`, or allocates one.
     fn take(&mut self) -> Result<Page> {
         match self.buffers.pop() {
             Some(page) => Ok(page),
@@ -287,7 +289,7 @@ impl GrantCopy {
 pub(crate) struct DataPath {
     xbdev: ARef<xenbus::Device>,
     domain: DomId,
-    /// Addresses to map to.
+    /// Pages without memory, which grants are mapped to.
     cache: Pin<KBox<PageCache>>,
     mapper: Mapper,
     /// Pages that stay mapped; `None` if the frontend does not use persistent grants.
@@ -302,20 +304,21 @@ pub(crate) struct DataPath {
     descriptor_page: KVec<MappedPage>,
     /// Pages of completed requests, to be unmapped together.
     to_unmap: KVec<MappedPage>,
-    /// Pages were unmapped since the last check for unneeded addresses.
+    /// Pages were unmapped since `cache` was last shrunk.
     has_unmapped: bool,
     /// Number of pages that are mapped, for requests or as persistent grants.
     mapped_now: usize,
-    /// Share of the pages of requests in flight, beyond [`MAX_PAGES`] for one request.
+    /// Share of the quota for pages in flight. The first [`MAX_PAGES`] pages, which are enough for
+    /// one request, are not counted.
     quota: QuotaShare,
 }
 
 impl DataPath {
     /// Creates the data path of a queue of `domain`.
     ///
-    /// It has addresses for [`MAX_PAGES`] pages, as many as one request uses at a time. So memory and
-    /// quotas suffice for one request whatever others use, once unused persistent grants were unmapped.
-    /// The maptrack belongs to Xen and may be full.
+    /// It can map [`MAX_PAGES`] pages, as many as one request uses at a time. So there are always
+    /// memory and quota for one request, once unused persistent grants were unmapped. The maptrack
+    /// may still be full, because other domains' pages are in it too.
     pub(crate) fn new(
         xbdev: &ARef<xenbus::Device>,
         domain: &Arc<Domain>,
@@ -374,7 +377,8 @@ impl DataPath {
         checker.finish().map_err(DataError::Refused)
     }
 
-    /// Calls `push` with each of the first `segments` of a page of segments, which is read once.
+    /// Calls `push` with each of the first `segments` segments of a page of segments, which is read
+    /// once.
     fn read_segments(
         &mut self,
         reference: ForeignRef,
@@ -453,7 +457,8 @@ impl DataPath {
         if self.copy_all(reqs).is_ok() {
             return;
         }
-        // One by one, to find those that fail. Pages that were paged out were waited for above.
+        // Copy one by one, to find those that fail. `copy_all` has already waited for pages that
+        // were paged out.
         let mut all = reqs.take();
         while let Some(mut req) = all.pop() {
             if let Err(error) = self.copy_one(&req) {
@@ -640,7 +645,8 @@ impl DataPath {
     /// The pages are unmapped by the next [`DataPath::unmap_released`].
     pub(crate) fn release(&mut self, req: &mut PendingReq) -> bool {
         let ((pages, own), _) = req.split_mut();
-        // A page that stays mapped anyway may be busy: its frontend does not revoke the grant.
+        // A busy page must not be unmapped. With persistent grants it stays mapped, so it does not
+        // matter.
         if self.persistent_grants.is_none() && pages.iter().any(MappedPage::is_busy) {
             return false;
         }
@@ -708,7 +714,7 @@ impl DataPath {
         self.unmap_released();
     }
 
-    /// Returns the pages that other queues of the domain may need.
+    /// Unmaps the pages beyond the queue's guarantee, which other queues of the domain may need.
     pub(crate) fn return_excess(&mut self) {
         while let Some(page) = self
             .persistent_grants
@@ -734,7 +740,7 @@ impl DataPath {
         self.mapped_now != before
     }
 
-    /// Frees what an idle queue does not need; when memory is `short`, all that it can spare.
+    /// Frees what an idle queue does not need, and all that it can spare if memory is `short`.
     pub(crate) fn trim(&mut self, short: bool) {
         self.return_excess();
         if short {
@@ -747,7 +753,7 @@ impl DataPath {
         }
     }
 
-    /// Frees unused addresses, except `keep` of them and those that one request needs.
+    /// Frees unused pages of `cache`, except `keep` of them and those that one request needs.
     fn shrink_cache(&self, keep: usize) {
         let keep = keep.max(MAX_PAGES);
         self.cache.shrink(u32::try_from(keep).unwrap_or(u32::MAX));
@@ -758,14 +764,15 @@ impl DataPath {
         self.persistent_grants.is_some()
     }
 
-    /// Unmaps the persistent grants that were not used for the time that the module parameter says.
+    /// Unmaps the persistent grants that were not used for the time that is set by the module
+    /// parameter.
     pub(crate) fn purge_unused(&mut self) {
         if let Some(time) = unused_timeout() {
             self.unmap_older(time);
         }
     }
 
-    /// Returns the time after which to call [`Self::purge_unused`], if there are such pages, or will be
+    /// Returns the time after which to call [`Self::purge_unused`], if pages are cached, or will be
     /// when the requests `in_flight` have completed.
     pub(crate) fn purge_delay(&self, in_flight: usize) -> Option<Jiffies> {
         let grants = self.persistent_grants.as_ref()?;
@@ -790,7 +797,7 @@ impl Drop for DataPath {
 
 /// Runs the copies of a batch.
 ///
-/// Waits for pages of the frontend that are paged out.
+/// Tries again while a page of the frontend is paged out (`GNTST_eagain`).
 fn run_with_retries(batch: &mut Batch<'_>) -> Result<(), DataError> {
     let sleep = |ms: u32| fsleep(Delta::from_millis(ms.into()));
     let delays = Backoff::new(1, 256);
@@ -822,7 +829,8 @@ fn add_copies<'a>(batch: &mut Batch<'a>, domain: DomId, req: &'a PendingReq) -> 
 
 /// Calls `push` with each segment of a page of segments.
 ///
-/// Segments are copied from there before they are decoded, because the page may be the frontend's.
+/// Segments are copied from there before they are decoded, because the page may be mapped from the
+/// frontend, which can change it.
 fn for_each_segment(
     descriptors: PageSlice<'_>,
     mut push: impl FnMut(WireSegment) -> Result<(), DataError>,

@@ -9,48 +9,51 @@
 //!
 //! # The work item
 //!
-//! All devices of this domain share the `xenwatch` thread. So callbacks only note that there is something
-//! to do, and a work item of the device does it ([`Device::schedule_work`], [`Device::handle_events`]).
-//! Opening and closing a disk, writing back its page cache and waiting for its I/O take as long as the
-//! disk takes, possibly forever. None of that is done with [`Device::inner`] locked, so an unbind and the
-//! files in sysfs do not wait for it.
+//! All devices of this domain share the `xenwatch` thread. So callbacks only record what has
+//! happened, and a work item of the device does the work ([`Device::schedule_work`],
+//! [`Device::handle_events`]). Opening and closing a disk, writing back its page cache and waiting
+//! for its I/O take as long as the disk takes, possibly forever. None of that is done with
+//! [`Device::inner`] locked, so an unbind and the files in sysfs do not wait for it.
 //!
-//! - [`Device::next_step`] decides under the lock, and does what is quick. It returns what is not.
+//! - [`Device::next_step`] decides under the lock. It carries out quick operations itself, and
+//!   returns a [`Step`] for those that may sleep for long.
 //! - An event that comes meanwhile makes the work item run again.
-//! - An operation that failed for a reason of this domain is retried by a timer and at each event.
+//! - An operation that failed for a reason that may go away is retried by a timer and at each
+//!   event.
 //! - If the work item has stopped waiting for queue threads, the last of them schedules it.
 //! - Only the `xenwatch` thread may unregister a device, so the work item asks it to.
 //!
 //! # Ownership
 //!
-//! At whatever point a device ends, each thing has one owner and ends with it:
+//! Each resource has one owner and is released with it, whenever the device goes away:
 //!
 //! - A queue thread owns its ring, its event channel, the pages that it has mapped and the requests that
 //!   it has taken. It returns when none is in flight, and then drops them in the order of the fields of
 //!   [`Queue`].
 //! - A request in flight is owned by the block layer, and keeps the disk open; see
 //!   [`kernel_ext::block::bio`].
-//! - A [`DeviceHandle`] exists as long as its thread, or as the attempt to start it. It keeps the
-//!   [`Device`], and counts: the count is 0 only when all queues are gone.
+//! - A [`DeviceHandle`] exists until its thread ends or fails to start. It holds a reference to the
+//!   [`Device`], and is counted in `live_threads`: that is 0 only when all queues are gone.
 //! - The watch, the timers and the files in sysfs are dropped when the driver is unbound. Dropping each
 //!   waits for its running callback, so none is dropped under a lock that the callback takes.
-//! - The work item keeps the [`Device`] while it is scheduled or runs. Unbinding the driver hands the disk
-//!   to it and waits until it has closed the disk, but not for long: a disk that hangs does not block
-//!   anything else.
-//! - A queue thread, and the work item while it runs, hold a reference to the module. So neither an unbind
-//!   nor the loss of the device's directory waits for a disk that does not answer.
+//! - The work item holds a reference to the [`Device`] while it is scheduled or runs. Unbinding the
+//!   driver hands the disk to it and waits until it has closed the disk, up to a timeout: a disk
+//!   that hangs blocks nothing else.
+//! - A queue thread, and the work item while it runs, hold a reference to the module. So neither an
+//!   unbind nor the removal of the device's directory waits for a disk that hangs.
 //!
 //! Unbinding the driver tells the frontend nothing: the rings stay as they are, with the requests that
 //! were not taken, and the next driver continues with them.
 //!
-//! # Resources that a frontend can use
+//! # Limits on what a frontend can consume
 //!
-//! A queue thread takes from a ring what the frontend has put there and no more, calls `cond_resched()`,
-//! and ends an event as spurious if there was no request. So the event channel slows down a frontend that
-//! only sends events, or that moves its request index back and forth. The backend never reads back its
-//! own indices, which the frontend may overwrite. Connections and attempts to open a disk are limited by
-//! a [`TokenBucket`]. Other changes of the frontend's state cost a few reads of xenstore each, and a rate-limited
-//! message; the frontend has to write to xenstore for each.
+//! A queue thread takes from a ring what the frontend has put there and no more, calls
+//! `cond_resched()`, and ends an event as spurious if there was no request. So the event channel
+//! driver slows down a frontend that only sends events, or that moves its request index back and
+//! forth. The backend never reads back its own indices, which the frontend may overwrite.
+//! Connections and attempts to open a disk are limited by a [`TokenBucket`]. Each other change of
+//! the frontend's state costs a few reads of xenstore and a rate-limited message, and the frontend
+//! has to write to xenstore for it.
 
 use core::fmt::Write;
 
@@ -150,12 +153,12 @@ use crate::{
 
 /// Longest wait of an unbind for requests in flight.
 ///
-/// After that the queue threads are orphaned.
+/// After that, the device is orphaned.
 const DRAIN_MS: u32 = 30_000;
 
-/// The same for the `xenwatch` thread, in which all other devices wait, and for the work item.
+/// Longest wait of the work item, and of the `xenwatch` thread, which blocks all other devices.
 ///
-/// The last queue thread continues what takes longer.
+/// After that, the last queue thread that ends schedules the work item.
 const SHORT_DRAIN_MS: u32 = 500;
 
 /// Delay of the first retry after a failure.
@@ -166,7 +169,7 @@ const RETRY_MS: u32 = 100;
 /// Longest delay of a retry.
 const MAX_RETRY_MS: u32 = 10_000;
 
-/// Connections that a frontend may make at once.
+/// Number of connections that a frontend may make in a row without a delay.
 const CONNECTIONS: u32 = 16;
 
 /// Time after which a frontend may make one more connection.
@@ -300,7 +303,8 @@ impl WorkItem for Device {
     type Pointer = Arc<Self>;
 
     fn run(device: Arc<Self>) {
-        // In this order, so that `close` sees one of the two. Pairs with the acquires there.
+        // In this order, so that `close` sees at least one of the two set. Pairs with the acquires
+        // there.
         device.work_running.store(true, Release);
         device.work_queued.store(false, Release);
         // The module is in use while a disk hangs, so that unloading it does not wait here.
@@ -317,9 +321,9 @@ impl WorkItem for Device {
 }
 
 impl Device {
-    /// Creates a device in the state of its directory.
+    /// Creates a device, whose state follows from the node `state` of the backend.
     ///
-    /// [`Self::start`] completes it.
+    /// [`Self::start`] has to be called next.
     pub(crate) fn new(xbdev: &xenbus::Device<Core<'_>>) -> Result<Arc<Self>> {
         let frontend = CString::try_from_fmt(fmt!("{}", xbdev.otherend()?))?;
         let stats = Arc::pin_init(Stats::new(), GFP_KERNEL)?;
@@ -411,7 +415,7 @@ impl Device {
     ///
     /// Returns `true` if the device is closed and has to be unregistered.
     ///
-    /// Context: the work item. May sleep for as long as the disk takes.
+    /// Context: the work item. May sleep until I/O on the disk completes, possibly forever.
     fn handle_events(self: &Arc<Self>) -> bool {
         let mut step = Step::Again;
         loop {
@@ -438,7 +442,7 @@ impl Device {
 
     /// Decides what has to be done.
     ///
-    /// Does what is quick, and returns what is not.
+    /// Carries out what is quick, and returns what may sleep for long.
     fn next_step(self: &Arc<Self>) -> Step {
         let mut inner = self.inner.lock();
         if let Some(disk) = inner.to_close.take() {
@@ -469,9 +473,9 @@ impl Device {
         }
     }
 
-    /// Returns `true` if the frontend connects more often than it may.
+    /// Returns `true` if the frontend connects too often and has to wait.
     ///
-    /// The work item is scheduled when it may connect again.
+    /// The work item is scheduled for when it may connect again.
     fn throttle(&self, inner: &mut Inner) -> bool {
         let Err(ticks) = inner.connect_limit.take(jiffies::now() as u64) else {
             inner.throttled = false;
@@ -490,7 +494,7 @@ impl Device {
         true
     }
 
-    /// Reads the states of the frontend and of the toolstack.
+    /// Reads the state of the frontend, and whether the toolstack wants the device to stay.
     fn read_event(&self, inner: &Inner) -> BackEvent {
         match self.xbdev.read_driver_state(&self.frontend) {
             Err(UnknownState(_)) => BackEvent::BadState,
@@ -519,7 +523,7 @@ impl Device {
         }
     }
 
-    /// Sets a state and writes it, unless the toolstack wants another one.
+    /// Writes a state to xenstore and enters it, unless another state is found there.
     fn set_state(&self, inner: &mut Inner, next: BackState) -> Step {
         let switched = match next.xenbus() {
             Some(state) => self.xbdev.switch_state(state),
@@ -535,7 +539,7 @@ impl Device {
         }
     }
 
-    /// Continues in a state that was written.
+    /// Enters a state that was written to xenstore.
     fn state_written(&self, inner: &mut Inner, next: BackState) -> Step {
         inner.back = next;
         if next == BackState::Gone {
@@ -555,7 +559,7 @@ impl Device {
             };
         }
         match next {
-            // The directory is gone, or is that of a new device: the bus will remove this one.
+            // The directory is gone, or belongs to a new device: the bus will remove this one.
             BackState::Closing | BackState::Closed | BackState::Gone => {
                 self.state_written(inner, next)
             }
@@ -577,7 +581,7 @@ impl Device {
         self.set_state(inner, next)
     }
 
-    /// Reports a failure, unless it is the last one again, and schedules a retry.
+    /// Reports a failure, unless it is the one reported last, and schedules a retry.
     fn schedule_retry(&self, inner: &mut Inner, error: &ConnectError) {
         if inner.reported != Some(error.error()) {
             inner.reported = Some(error.error());
@@ -588,14 +592,14 @@ impl Device {
         let time = RETRY_MS
             .checked_shl(inner.failures)
             .map_or(MAX_RETRY_MS, |time| time.min(MAX_RETRY_MS));
-        // No more failures than the longest delay needs.
+        // A larger count changes nothing: the delay has reached its maximum.
         inner.failures = inner.failures.saturating_add(1).min(u32::BITS / 4);
         if let Some(timer) = &inner.retry_timer {
             timer.mod_timer_after(msecs_to_jiffies(time));
         }
     }
 
-    /// Removes the report of a failure, because the operation has succeeded.
+    /// Resets the count of failures, and removes the error from xenstore, after a success.
     fn clear_failures(&self, inner: &mut Inner) {
         inner.failures = 0;
         if inner.reported.take().is_some() {
@@ -631,7 +635,7 @@ impl Device {
         }
     }
 
-    /// Keeps the disk that was opened, if there is one.
+    /// Stores the disk that was opened, if there is one.
     fn disk_opened(
         &self,
         inner: &mut Inner,
@@ -651,7 +655,7 @@ impl Device {
 
     /// Connects to the frontend.
     ///
-    /// Its rings are served when this returns.
+    /// If it succeeds, the rings are served when this returns.
     fn attach(self: &Arc<Self>, disk: &Arc<Disk>) -> Step {
         if let Err(error) = self.drop_page_cache(disk) {
             let error = ConnectError::Local("writing back the page cache of the disk", error);
@@ -665,8 +669,8 @@ impl Device {
             Ok(ConnectOutcome::Connected) => {
                 inner.back = BackState::Live;
                 self.clear_failures(&mut inner);
-                // Later changes of the frontend's state cause events, and the toolstack has to wait for
-                // this one.
+                // Nothing has to be read again: each later change of the frontend's state causes an
+                // event. If the toolstack detaches the disk, the frontend closes.
                 Step::None
             }
             Ok(ConnectOutcome::Withdrawn) => Step::Again,
@@ -681,7 +685,8 @@ impl Device {
         if live {
             self.start_serving(disk, connection);
         } else {
-            // Threads that were started have taken nothing, and have to end before the next ones start.
+            // Threads that were started have taken no request. They have to end before others
+            // start.
             self.drain(SHORT_DRAIN_MS);
         }
         step
@@ -689,7 +694,8 @@ impl Device {
 
     /// Lets the threads of a connection take requests.
     fn start_serving(&self, disk: &Disk, connection: u64) {
-        // Again, for what was written to the disk before the frontend saw Connected.
+        // A second time, for what programs of this domain have written before the frontend saw
+        // Connected.
         if let Err(error) = self.drop_page_cache(disk) {
             dev_err!(
                 self.xbdev.as_ref(),
@@ -701,7 +707,7 @@ impl Device {
         self.wait.wake_up();
     }
 
-    /// Writes the page cache of the disk back and drops it.
+    /// Writes back the page cache of the disk and drops it.
     fn drop_page_cache(&self, disk: &Disk) -> Result {
         self.waits_for_disk.store(true, Relaxed);
         let result = disk.drop_page_cache();
@@ -737,7 +743,7 @@ impl Device {
                 (index, connection.connect_ring(index, &self.stats)?),
             )?;
         }
-        // If a thread does not start, those that did are dropped, and end.
+        // If a thread fails to start, dropping the others ends them.
         let mut queue_threads = KVec::new();
         for (index, queue) in queues {
             push(
@@ -754,7 +760,7 @@ impl Device {
         // `served_connection` is set.
         let outcome = connection.describe_disk()?;
         if matches!(outcome, ConnectOutcome::Connected) {
-            // Nothing may fail any more, because the frontend was told that it is connected.
+            // Nothing may fail from here on, because Connected was written.
             if let Some(timer) = &size_poll {
                 timer.mod_timer_after(SizePoll::period());
             }
@@ -827,7 +833,8 @@ impl Device {
 
     /// Waits until all queue threads have ended.
     ///
-    /// Returns `false` after a timeout; a thread owns its ring and memory, and ends alone.
+    /// Returns `false` after a timeout; a thread owns its ring and memory, and needs nothing of the
+    /// device to end.
     fn drain(&self, time_ms: u32) -> bool {
         let time = msecs_to_jiffies(time_ms);
         let drained = self.wait.wait_timeout(time, || !self.has_threads());
@@ -841,9 +848,9 @@ impl Device {
         drained
     }
 
-    /// Ends the device, because the driver is unbound.
+    /// Stops and closes the device, because the driver is unbound.
     ///
-    /// Has no effect the second time.
+    /// A second call has no effect.
     pub(crate) fn detach(self: &Arc<Self>) {
         let mut inner = self.inner.lock();
         let Some(timer) = inner.retry_timer.take() else {
@@ -864,7 +871,7 @@ impl Device {
         self.close(time_ms);
     }
 
-    /// Makes the work item close the disk, and waits for that, but not for a disk that does not answer.
+    /// Makes the work item close the disk, and waits for that, up to a timeout.
     fn close(self: &Arc<Self>, time_ms: u32) {
         let mut inner = self.inner.lock();
         if let Some(disk) = inner.disk.take() {
@@ -900,7 +907,7 @@ impl Device {
         }
     }
 
-    /// Notes that queue threads run without a driver, so that no other driver may use their rings.
+    /// Records that queue threads run without a driver, so that no other driver uses their rings.
     fn mark_orphaned(&self) {
         // A full barrier between this store and the load of the count: either the last thread clears
         // the flag, or its end is seen here. Pairs with the decrement in `DeviceHandle::drop`.
@@ -910,7 +917,7 @@ impl Device {
         }
     }
 
-    /// Notes that no queue thread runs without a driver.
+    /// Records that no queue thread runs without a driver.
     fn clear_orphaned(&self) {
         self.registration.orphaned().xchg(false, Full);
     }
@@ -932,7 +939,7 @@ impl Device {
     }
 }
 
-/// Handle of a queue thread to its device.
+/// A queue thread's reference to its device.
 struct DeviceHandle {
     device: Arc<Device>,
     index: u32,
@@ -993,7 +1000,7 @@ impl QueueOwner for DeviceHandle {
 }
 
 impl Drop for DeviceHandle {
-    /// Notes that the thread has ended, and that all that it had is gone.
+    /// Records that the thread has ended and has released all that it owned.
     fn drop(&mut self) {
         let device = &self.device;
         // A full barrier between the decrement and the load of `draining`. Pairs with the exchanges in

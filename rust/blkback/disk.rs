@@ -75,10 +75,10 @@ pub(crate) struct Disk {
     /// The node `mode`.
     pub(crate) mode: CString,
     pub(crate) bdev: Arc<BlockDevice>,
-    /// Discard as it is offered; `None` if the toolstack forbids it.
+    /// Discard as it is offered; `None` if it is not.
     pub(crate) discard: Option<DiscardSupport>,
     block_size: u32,
-    /// Size in sectors that the frontend was told.
+    /// Size in sectors that was last written to xenstore.
     reported_sectors: Atomic<u64>,
 }
 
@@ -87,7 +87,7 @@ impl Disk {
     ///
     /// `discard` is `true` unless the toolstack forbids discard.
     ///
-    /// Context: may sleep for as long as the disk takes.
+    /// Context: may sleep until I/O on the disk completes, possibly forever.
     pub(crate) fn open(
         number: DeviceNumber,
         access: Access,
@@ -116,7 +116,7 @@ impl Disk {
     /// Returns `false` if programs of this domain keep using pages of a disk that is served for
     /// writing.
     ///
-    /// Context: may sleep for as long as the disk takes.
+    /// Context: may sleep until I/O on the disk completes, possibly forever.
     pub(crate) fn drop_page_cache(&self) -> Result<bool> {
         let empty = self.bdev.sync_and_forget_cache()?;
         Ok(empty || self.read_only())
@@ -127,9 +127,10 @@ impl Disk {
         self.bdev.access() == Access::ReadOnly || self.bdev.read_only()
     }
 
-    /// Returns the length of the first piece of a discard of `left` sectors: what the device discards at
-    /// once, up to the end of a granule, so that no granule is kept because its two halves were
-    /// discarded separately.
+    /// Returns the length of the first piece of a discard of `left` sectors.
+    ///
+    /// It is at most what the device discards at once. The piece ends at a multiple of the discard
+    /// granularity: a device may ignore the parts of a unit that is split over two pieces.
     pub(crate) fn discard_piece(&self, sector: u64, left: u64) -> u64 {
         let Some(discard) = self.discard else {
             return left.min(DISCARD_PIECE);
@@ -148,7 +149,7 @@ impl Disk {
         }
     }
 
-    /// Returns what requests are checked against, with the current size.
+    /// Returns the limits that requests are checked against, with the current size.
     #[inline]
     pub(crate) fn limits(&self) -> DiskLimits {
         DiskLimits {
@@ -161,7 +162,7 @@ impl Disk {
         }
     }
 
-    /// Returns `true` if the size is not the one that the frontend was told.
+    /// Returns `true` if the size is not the one last reported to the frontend.
     ///
     /// Context: any.
     #[inline]
@@ -169,7 +170,7 @@ impl Disk {
         self.bdev.sectors() != self.reported_sectors.load(Relaxed)
     }
 
-    /// Notes that the frontend was told this size.
+    /// Records the size that was reported to the frontend.
     pub(crate) fn set_reported(&self, sectors: u64) {
         self.reported_sectors.store(sectors, Relaxed);
     }
@@ -195,7 +196,7 @@ pub(crate) struct SizePoll {
 impl SizePoll {
     /// Creates the timer, which has to be started once, after [`Self::period`].
     ///
-    /// `events` belong to the queue that has to tell the frontend.
+    /// `events` belong to the queue that has to report a new size.
     pub(crate) fn timer(
         disk: Arc<Disk>,
         events: Arc<QueueEvents>,

@@ -2,23 +2,24 @@
 
 //! Frontend domains: how many of a domain's pages all its disks may have mapped.
 //!
-//! Each domain has two quotas: one for the pages of requests in flight, one for persistent grants. Each
-//! queue of the domain adds its guarantee to both, according to the module parameters
-//! `max_buffer_pages` and `max_persistent_grants`, and reserves from them what it needs. So a busy queue
-//! may have more than its guarantee as long as other queues do not need theirs, and a domain with many
-//! disks has no more than a domain with as many queues on one disk. When a queue does not get its
-//! guarantee, all queues are woken, and those that have more than theirs return the rest.
+//! Each domain has two quotas: one for the pages of requests in flight, one for persistent grants.
+//! Each queue of the domain has a *guarantee* in both, which follows from the module parameters
+//! `max_buffer_pages` and `max_persistent_grants`. A quota is the sum of the guarantees, and the
+//! queues reserve from it what they need. So a busy queue may have more than its guarantee as long
+//! as other queues do not need theirs, and a domain may have the same number of pages, however its
+//! queues are spread over disks. When a queue does not get its guarantee, a *shortage* begins: all
+//! queues are woken, and those that have more than their guarantee return the rest.
 //!
 //! The quotas always leave room for one request of each queue, with the pages of its segments: see
 //! [`MAX_PAGES`](crate::disk::MAX_PAGES).
 //!
 //! # A full maptrack
 //!
-//! Xen limits how many pages of all other domains together this domain may have mapped (its
+//! Xen limits how many pages of other domains this domain may have mapped in total (its
 //! *maptrack*). When Xen refuses to map a page for that reason, [`reclaim_mappings`] suspends the
 //! guarantees of all queues of all domains for a while. So each queue unmaps its unused persistent
-//! grants, keeps no more of them, and has no more pages in flight than its largest request needs. The
-//! request that could not be mapped waits and is tried again; it does not fail.
+//! grants, keeps no more of them, and has no more pages in flight than its largest request needs.
+//! The request that could not be mapped waits and is tried again; it does not fail.
 //!
 //! # Locking
 //!
@@ -67,7 +68,7 @@ const SHORTAGE_MS: u32 = 10_000;
 /// Largest number of pages that a queue adds to a quota.
 const MAX_GUARANTEE: usize = 1 << 20;
 
-/// Pages that are reserved and returned at once.
+/// Number of pages that are reserved or returned at a time.
 const RESERVE_BATCH: usize = 64;
 
 /// All devices that the driver is bound to, or was bound to and whose queue threads still run.
@@ -112,7 +113,7 @@ impl DeviceRegistration {
         &self.0.domain
     }
 
-    /// Returns the flag that queue threads run without a driver.
+    /// Returns the flag that is set while queue threads run without a driver.
     pub(crate) fn orphaned(&self) -> &Atomic<bool> {
         &self.0.orphaned
     }
@@ -166,8 +167,8 @@ impl Domain {
         })
     }
 
-    /// Returns `true` if a queue did not get its guarantee a while ago, so that each queue has to return
-    /// what it has beyond its own.
+    /// Returns `true` during a shortage, in which each queue has to return what it has beyond its
+    /// guarantee.
     #[inline]
     pub(crate) fn is_short(&self) -> bool {
         self.in_flight.is_short() || self.persistent.is_short()
@@ -210,7 +211,7 @@ impl ShortageSubscriber {
         })
     }
 
-    /// Returns [`Domain::is_short`] of the domain.
+    /// Returns `true` during a shortage, see [`Domain::is_short`].
     #[inline]
     pub(crate) fn is_short(&self) -> bool {
         self.domain.is_short()
@@ -224,7 +225,7 @@ impl Drop for ShortageSubscriber {
     }
 }
 
-/// A number of pages that the queues of a domain share.
+/// A limit on the number of pages that the queues of a domain have in total.
 pub(crate) struct PageQuota {
     /// Sum of the guarantees.
     limit: Atomic<usize>,
@@ -267,7 +268,7 @@ impl PageQuota {
         enough
     }
 
-    /// Notes that a queue did not get its guarantee.
+    /// Begins or extends a shortage, because a queue did not get its guarantee.
     ///
     /// Returns `true` if the queues have to be woken.
     fn mark_exhausted(&self) -> bool {
@@ -285,8 +286,8 @@ impl PageQuota {
 
 /// Sets the end of a shortage to [`SHORTAGE_MS`] from now.
 ///
-/// Returns `true` if the queues have to be woken: not while they know of the shortage, but well
-/// before it ends.
+/// Returns `true` if the queues have to be woken. They do not while more than half of an earlier
+/// shortage is left, for which they were woken already.
 fn extend_shortage(until: &Atomic<Jiffies>) -> bool {
     let half = msecs_to_jiffies(SHORTAGE_MS / 2);
     let known = !jiffies::is_past(until.load(Relaxed).wrapping_sub(half));
@@ -335,7 +336,7 @@ impl QuotaShare {
         }
     }
 
-    /// Reserves pages such that the queue has `pages` in total.
+    /// Reserves pages so that the queue has `pages` in total.
     ///
     /// Returns `true` if it has them.
     #[inline]
@@ -386,7 +387,8 @@ impl QuotaShare {
         pages.saturating_sub(guaranteed)
     }
 
-    /// Returns what is not needed for `pages` to the quota, if that is much.
+    /// Gives back to the quota what is not needed for `pages`, if that is at least
+    /// [`RESERVE_BATCH`].
     #[inline]
     pub(crate) fn trim(&mut self, pages: usize) {
         if self.taken.saturating_sub(pages) >= RESERVE_BATCH {

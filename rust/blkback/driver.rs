@@ -2,8 +2,8 @@
 
 //! The xenbus driver: callbacks of the bus for a [`Device`] (`xen_blkbk_driver`).
 //!
-//! The callbacks run in the `xenwatch` thread, which all devices of this domain share. So they only note
-//! what has happened and schedule the work item of the device.
+//! The callbacks run in the `xenwatch` thread, which all devices of this domain share. So they only
+//! record what has happened and schedule the work item of the device.
 
 use kernel::{
     device::Core,
@@ -103,9 +103,9 @@ impl Driver for VbdDriver {
 }
 
 impl VbdDriver {
-    /// Checks that rings in use can be taken over.
+    /// Checks that the driver may take over rings that are in use.
     ///
-    /// If not, the frontend is told nothing, so that the device can be bound later.
+    /// If not, it writes no state, so that the device can be bound later.
     fn check_take_over(xbdev: &xenbus::Device<Core<'_>>) -> Result {
         let otherend = xbdev.otherend()?;
         if domain::is_orphaned(xbdev.nodename())
@@ -142,9 +142,10 @@ impl VbdDriver {
 
     /// Removes the watch, and detaches the device.
     fn detach(&self) {
-        // Removing the watch waits for the `xenwatch` thread, with the device locked. It comes before
-        // the long wait for the disk: after that, the `xenwatch` thread might wait for the lock to
-        // remove the device.
+        // Removing the watch waits for the `xenwatch` thread, while the driver core holds the lock
+        // of the device. It comes before the long wait for the disk: during that, the `xenwatch`
+        // thread may begin to wait for the same lock, to remove the device, and removing the watch
+        // would then never end.
         let watch = self.watch.lock().take();
         drop(watch);
         self.device.detach();

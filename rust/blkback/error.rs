@@ -32,14 +32,14 @@ pub(crate) enum ConnectError {
     Choice(InvalidChoice),
     /// The indices in a ring are not valid.
     Ring(u32, RingError),
-    /// Xen refuses a number that the frontend has written for a queue: queue, node, number.
+    /// Xen refuses a number that the frontend has written for a queue: queue, node, number, error.
     Refused(u32, &'static str, u32, Error),
-    /// The frontend's state is not one, or not allowed by the protocol now.
+    /// The frontend's node `state` holds no state, or one that the protocol does not allow now.
     State(InvalidNode),
     /// The disk cannot be opened.
     Disk(DeviceNumber, Access, Error),
-    /// The disk has another sequence number than the toolstack says, so it is another disk: number,
-    /// expected sequence number, actual one.
+    /// The disk does not have the sequence number that the toolstack has written, so its device
+    /// number now belongs to another disk: device number, expected sequence number, actual one.
     WrongSequence(DeviceNumber, u64, u64),
     /// An operation of this domain has failed.
     Local(&'static str, Error),
@@ -97,7 +97,7 @@ impl ConnectError {
         }
     }
 
-    /// Returns what the error means for the connection.
+    /// Returns the kind of failure, which decides whether the connection is closed or retried.
     ///
     /// `connected` tells whether a frontend has been connected to the device before.
     pub(crate) fn failure(&self, connected: impl FnOnce() -> bool) -> Failure {
@@ -119,7 +119,7 @@ fn is_transient(error: Error) -> bool {
     [ENOMEM, EAGAIN, ENOSPC, EINTR].contains(&error)
 }
 
-/// Adds to an error what was being done.
+/// Adds the name of the failed operation to an error.
 pub(crate) trait ResultExt<T> {
     /// Converts an error to [`ConnectError::Local`].
     ///

@@ -11,7 +11,7 @@
 //! | `pending`, `memory_pressure` | the shrinker of the bus | the thread frees the memory that it can spare |
 //! | `pending` | another queue of the disk | the barrier gate has closed or opened, or a barrier may run |
 //! | `pending` | another queue of the domain | pages are short: the thread returns those beyond its guarantee |
-//! | `pending` | [`PurgeTimer`] | persistent grants may have been unused for long |
+//! | `pending` | [`PurgeTimer`] | persistent grants may have to be purged |
 //! | `pending` | [`SizePoll`](crate::disk::SizePoll) | the size of the disk has changed |
 //! | `completed` | [`Handoff`](crate::handoff::Handoff) | a request has completed that needs the thread |
 //!
@@ -23,8 +23,8 @@
 //!
 //! The thread checks the ring whenever it wakes up, for whatever reason, and each event wakes it. A
 //! frontend that notifies again because a response is overdue is therefore served. Events without
-//! requests are ended as spurious, which makes Xen's driver delay the next one by up to one second; the
-//! first event with a request ends the delay.
+//! requests are ended as spurious, which makes the event channel driver of Linux delay the next one
+//! by up to one second; the first event with a request ends the delay.
 //!
 //! No timer polls the ring for a frontend that does not notify again, so that an idle disk causes no
 //! wake-ups. Only the frontend can know that it has sent a request without an event.
@@ -62,7 +62,7 @@ use kernel_ext::{
 pub(crate) struct QueueEvents {
     /// The thread has to check `event`, `memory_pressure`, or state outside of the queue.
     pending: Atomic<bool>,
-    /// The frontend has sent an event, which was not ended yet.
+    /// The frontend has sent an event, which the thread has not taken yet.
     event: Atomic<bool>,
     /// Memory is short, and the thread has not reacted yet.
     memory_pressure: Atomic<bool>,
@@ -88,7 +88,7 @@ impl QueueEvents {
     ///
     /// Context: any.
     pub(crate) fn kick(&self) {
-        // Release: what the caller has changed comes before. Pairs with the exchange in
+        // Release: orders what the caller has changed before the flag. Pairs with the exchange in
         // `clear_pending`.
         self.pending.store(true, Release);
         self.wake();
@@ -107,7 +107,7 @@ impl QueueEvents {
 
     /// Returns `true` if the frontend has sent an event since the last call.
     ///
-    /// The caller may end the event: it sees the channel's note that an event is open.
+    /// If so, the caller also sees that the channel has marked an event as open, so it can end it.
     pub(crate) fn take_event(&self) -> bool {
         // Acquire: pairs with the release in `handle`.
         self.event.load(Acquire) && {
@@ -138,7 +138,7 @@ impl QueueEvents {
         self.completed.load(Relaxed)
     }
 
-    /// Notes that the handoff has completed requests, or has none.
+    /// Records whether the handoff has completed requests for the thread.
     ///
     /// Context: under the lock of the handoff.
     #[inline]
@@ -146,7 +146,7 @@ impl QueueEvents {
         self.completed.store(completed, Relaxed);
     }
 
-    /// Wakes the thread if it sleeps, once a flag is set.
+    /// Wakes the thread if it sleeps. A flag has to be set before.
     ///
     /// Context: any.
     #[inline]
@@ -160,7 +160,8 @@ impl QueueEvents {
     ///
     /// With `until_stop`, a request to stop the thread ends the sleep too.
     pub(crate) fn wait(&self, thread: &Current, until_stop: bool, timeout: Option<Jiffies>) {
-        // Called with the task marked as sleeping and a full barrier after that. Pairs with `wake`.
+        // This is called after the task was marked as sleeping and a full barrier. Pairs with
+        // `wake`.
         let condition = || {
             self.pending.load(Relaxed)
                 || self.completed.load(Relaxed)
@@ -175,7 +176,7 @@ impl QueueEvents {
     }
 }
 
-/// Timer that wakes a queue thread to unmap persistent grants that were not used for long.
+/// Timer that wakes a queue thread to purge persistent grants.
 pub(crate) struct PurgeTimer(pub(crate) Arc<QueueEvents>);
 
 impl TimerCallback for PurgeTimer {
@@ -187,7 +188,7 @@ impl TimerCallback for PurgeTimer {
 
 impl Handler for QueueEvents {
     fn handle(&self) -> Eoi {
-        // Release: the channel has noted before that an event is open. Pairs with the acquire in
+        // Release: the channel has marked an event as open before. Pairs with the acquire in
         // `take_event`.
         self.event.store(true, Release);
         self.kick();

@@ -2,10 +2,10 @@
 
 //! Handoff of a ring between its queue thread and I/O completion.
 //!
-//! A queue thread that sleeps lends its ring. I/O completion then writes the response of a request that
-//! needs nothing else and notifies the frontend itself, as `end_block_io_op()` of `xen-blkback` does,
-//! without waking the thread. The pages of such a request are released when the thread wakes up for
-//! another reason.
+//! A queue thread that sleeps lends its ring. I/O completion then writes the response of a request
+//! that needs nothing but a response, and notifies the frontend itself, as `end_block_io_op()` of
+//! `xen-blkback` does, without waking the thread. The pages of such a request are released when the
+//! thread wakes up for another reason.
 //!
 //! One lock protects all of [`State`]; it is held for a few instructions and never across a
 //! notification or a wake-up. [`RingOwner`] says who has the ring:
@@ -19,13 +19,13 @@
 //! | the thread wakes up, for any reason | thread, lock held | no change | `Thread`; takes `responded` |
 //! | the thread takes `completed` | thread, lock held | `completed` is empty | not possible: it reclaims first |
 //! | an event, a barrier, a shortage, a timer, a new size | any | wakes the thread | wakes the thread, which reclaims the ring |
-//! | the thread is asked to stop | any | wakes the thread; the ring is lent no more | wakes the thread, which reclaims the ring |
+//! | the thread is asked to stop | any | wakes the thread; the ring is not lent again | wakes the thread, which reclaims the ring |
 //! | the thread ends | thread | nothing is in flight; notifies again, drops the ring | not possible: it reclaims first |
 //!
 //! A request is in one place at any time: with the disk, in `completed`, in `responded`, or with the
 //! thread. A thread ends only when it has got back all of them.
 //!
-//! `Documentation/ring-handoff.rst` has the memory ordering, and why nothing is lost.
+//! `Documentation/ring-handoff.rst` describes the memory ordering, and why nothing is lost.
 //! `rust/blkif/concurrency/handoff.rs` checks a model of it with the same steps.
 
 use kernel::{
@@ -60,16 +60,16 @@ pub(crate) type Ring = BackRing<MappedRing>;
 
 /// A request that I/O completion may respond to.
 pub(crate) trait Respond: Linked {
-    /// Returns the response, if the request needs nothing else.
+    /// Returns the response, if the request needs nothing but a response.
     ///
     /// With `persistent`, its pages stay mapped and need not be unmapped before the response.
     fn response_alone(&self, persistent: bool) -> Option<Response>;
 
-    /// Notes that the response was written.
+    /// Records that the response was written.
     fn set_responded(&mut self);
 }
 
-/// A ring that is lent, with what it takes to respond.
+/// A ring that is lent, with all that is needed to respond.
 pub(crate) struct LentRing {
     pub(crate) ring: KBox<Ring>,
     /// Notifies the frontend.
@@ -79,9 +79,10 @@ pub(crate) struct LentRing {
 }
 
 impl LentRing {
-    /// Writes and publishes the response of a request that needs nothing else.
+    /// Writes and publishes the response of a request that needs nothing but a response.
     ///
-    /// Returns `None` if it does, and otherwise `true` if the frontend has to be notified.
+    /// Returns `None` if the request needs the thread, and otherwise whether the frontend has to be
+    /// notified.
     fn respond(&mut self, req: &mut impl Respond) -> Option<bool> {
         let response = req.response_alone(self.persistent)?;
         self.ring.put(&response).ok()?;
@@ -98,7 +99,7 @@ enum RingOwner {
     Completion(LentRing),
 }
 
-/// State under the lock.
+/// State that the lock protects.
 struct State<R: Respond> {
     owner: RingOwner,
     /// Requests that the disk has completed, for the thread.
@@ -169,7 +170,7 @@ impl<R: Respond> Handoff<R> {
 
     /// Lends the ring of a thread that is about to sleep.
     ///
-    /// Returns the ring if completed requests need the thread.
+    /// Fails, with the ring, if completed requests need the thread.
     pub(crate) fn lend(&self, lent: LentRing) -> Result<(), LentRing> {
         let mut state = self.state.lock();
         if !state.completed.is_empty() {

@@ -5,8 +5,8 @@
 //!
 //! - `cgroup`: I/O is charged to this cgroup of version 2, a path below the root of the hierarchy, so
 //!   that its limits, weights and counters (`io.max`, `io.weight`, `io.stat`) apply to the guest.
-//! - `io-priority`: `realtime/N`, `best-effort/N` or `idle`, as of `ionice`, for I/O schedulers that use
-//!   priorities.
+//! - `io-priority`: `realtime/N`, `best-effort/N` or `idle`, as for `ionice`, for I/O schedulers
+//!   that use priorities.
 //!
 //! The kernel does not let modules charge a cgroup for the CPU time or the memory of a kernel thread.
 //! For these, and to choose CPUs, an administrator can move the queue threads (`cgroup.procs`,

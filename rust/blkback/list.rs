@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Singly linked list of requests, whose links are in the requests: adding one allocates nothing.
+//! Singly linked list of requests, whose links are in the requests: adding one needs no allocation.
 //!
 //! C header: [`include/linux/llist.h`](srctree/include/linux/llist.h), without its atomics.
 

@@ -10,11 +10,11 @@ use blkif::{
 };
 
 module_params! {
-    /// Unused addresses for mapped pages that a ring keeps.
+    /// Largest number of unused pages that a ring keeps to map grants to.
     pub(crate) static MAX_BUFFER_PAGES("max_buffer_pages", 0o644): i32 = 1024,
         "Maximum number of free pages to keep in each ring";
 
-    /// Persistent grants that a ring keeps mapped.
+    /// Largest number of persistent grants that a ring keeps mapped.
     pub(crate) static MAX_PERSISTENT_GRANTS("max_persistent_grants", 0o644): i32 = 1056,
         "Maximum number of grants to keep mapped in each ring";
 
@@ -23,7 +23,7 @@ module_params! {
         u32 = 60,
         "Seconds after which an unused persistent grant is unmapped; 0: never";
 
-    /// Rings that a frontend may have; 0 is one for each CPU that is online.
+    /// Largest number of rings of a frontend; 0 is one for each CPU that is online.
     pub(crate) static MAX_QUEUES("max_queues", 0o644): u32 = 0,
         "Maximum number of rings of a disk; 0: one for each CPU that is online";
 
@@ -44,7 +44,7 @@ module_params! {
         "Print statistics of each ring every 10 seconds";
 }
 
-/// Returns what a frontend may choose, according to the current parameters.
+/// Returns the limits of what a frontend may choose, from the current parameters.
 pub(crate) fn limits() -> BackLimits {
     let queues = match MAX_QUEUES.get() {
         0 => kernel_ext::base::cpu::online(),

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Pending requests: taken from a ring and not answered yet (`struct pending_req`).
+//! Pending requests: requests that were taken from a ring and whose responses are not written yet
+//! (`struct pending_req`).
 //!
-//! A [`PendingReq`] is allocated once and used again: it is unused in its [`ReqPool`], set up with a
-//! request and its pages, owned by the block layer, and returned through the
-//! [`Handoff`] to the queue thread, which completes it. So each is in one place at
-//! any time, and a request that finds an unused one allocates nothing.
+//! A [`PendingReq`] is allocated once and reused. While unused, it is in the [`ReqPool`]. It is set
+//! up with a request and its pages, is owned by the block layer during I/O, and comes back through
+//! the [`Handoff`] to the queue thread, which completes it. So each has one owner at any time, and
+//! nothing is allocated for a request while there is an unused one.
 
 use kernel::{
     alloc::Flags,
@@ -50,8 +51,8 @@ use crate::{
 /// Number of features that [`ReqContext::rejected_feature`] may name.
 pub(crate) const REJECTABLE_FEATURES: usize = 2;
 
-/// The pages of a request, one for each segment: those of the frontend, mapped, or pages of this
-/// domain that data is copied to.
+/// The pages of a request, one for each segment: mapped pages of the frontend, or pages of this
+/// domain that data is copied to or from.
 pub(crate) type RequestPages = (KVec<MappedPage>, KVec<Page>);
 
 /// A request with its pages.
@@ -69,8 +70,8 @@ pub(crate) enum ReqOp {
     Write,
     /// Makes completed writes durable. No data.
     Flush,
-    /// Alone on the disk: all earlier requests complete and become durable, then the data, if any, is
-    /// written and becomes durable.
+    /// Runs alone on the disk: all earlier requests complete and become durable, then the data, if
+    /// any, is written and becomes durable.
     Barrier,
     /// Discards sectors, piece by piece.
     Discard {
@@ -99,7 +100,7 @@ pub(crate) struct ReqContext {
     /// The frontend has its response: only the pages are left to release.
     pub(crate) responded: bool,
     handoff: Arc<Handoff<PendingReq>>,
-    /// The rest of the list that the request is in.
+    /// The requests behind this one in the list that it is in.
     next: ReqList,
 }
 
@@ -127,7 +128,7 @@ impl ReqContext {
 
     /// Sets up an unused request.
     ///
-    /// Its segments follow, see [`Self::set_extent`].
+    /// The caller then adds the segments, and calls [`Self::set_extent`].
     #[inline]
     pub(crate) fn set_up(&mut self, op: ReqOp, response: Response) {
         self.response = response;
@@ -137,7 +138,7 @@ impl ReqContext {
         self.segments.clear();
     }
 
-    /// Sets the sectors of the data; `None` without data.
+    /// Sets the sectors of the data; `None` if there is no data.
     #[inline]
     pub(crate) fn set_extent(&mut self, extent: Option<Extent>) {
         (self.sector, self.sectors) =
@@ -256,7 +257,7 @@ impl ReqPool {
 
     /// Returns a request with space for `segments`, or `None` if there is no memory.
     ///
-    /// In that case other requests are in use.
+    /// `None` is only possible while another request uses the reserve.
     pub(crate) fn alloc(&mut self, segments: usize) -> Option<KBox<PendingReq>> {
         let req = match self.unused.pop() {
             Some(req) => Ok(req),

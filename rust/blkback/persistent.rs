@@ -2,10 +2,11 @@
 
 //! Persistent grants: pages of a frontend that stay mapped between requests (`struct persistent_gnt`).
 //!
-//! A frontend that uses persistent grants copies its data to and from pages that stay granted, always
-//! the same ones, so it is enough to map them once. [`PersistentGrants`] has those that no request uses
-//! now. A request takes its pages out and owns them; they are put back when it has completed. So a page
-//! is never unmapped under a request, and no use count is needed. The entry of a page stays meanwhile.
+//! A frontend that uses persistent grants copies its data to and from pages that stay granted. It
+//! always uses the same ones, so it is enough to map them once. [`PersistentGrants`] has those that
+//! no request uses. A request takes its pages out and owns them; they are put back when it has
+//! completed. So a page is never unmapped while a request uses it, and no use count is needed. Its
+//! entry stays in the table meanwhile.
 //!
 //! The number of pages is limited by a [`QuotaShare`]. At the limit, a page that is put back replaces one
 //! that was unused for a while; if there is none, it is rejected. Otherwise, with a set of pages slightly
@@ -29,7 +30,7 @@ use crate::domain::QuotaShare;
 /// Time without use after which a page may be replaced.
 const EVICT_AGE_MS: u32 = 1000;
 
-/// Entries that are scanned for a page to replace.
+/// Number of entries that are scanned for a page to replace.
 ///
 /// The next scan starts behind them.
 const SCAN_LIMIT: usize = 32;
@@ -37,7 +38,7 @@ const SCAN_LIMIT: usize = 32;
 /// Largest number of buckets.
 const MAX_BUCKETS: usize = 1 << 16;
 
-/// Index of no entry.
+/// Index that marks the end of a chain of entries.
 const NONE: u32 = u32::MAX;
 
 /// A hash table of mapped pages by grant reference.
@@ -59,7 +60,7 @@ pub(crate) struct PersistentGrants {
     quota: QuotaShare,
 }
 
-/// An entry, of a page that is cached or used by a request.
+/// The entry of a page that is cached or used by a request.
 struct Entry {
     reference: ForeignRef,
     /// Next entry of the same bucket, or next free entry.
@@ -97,7 +98,7 @@ impl PersistentGrants {
 
     /// Takes out the page of a reference.
     ///
-    /// It has to be put back, or [`Self::remove_entry`] called.
+    /// The caller has to put it back, or to call [`Self::remove_entry`].
     #[inline]
     pub(crate) fn take(&mut self, reference: ForeignRef) -> Option<MappedPage> {
         let index = self.find(reference)?;
@@ -119,7 +120,7 @@ impl PersistentGrants {
         }
     }
 
-    /// Puts back a page that has no entry, or at the limit of pages.
+    /// Puts back a page that has no entry, or when the number of pages is at its limit.
     fn insert_slow(&mut self, found: Option<u32>, page: MappedPage) -> Option<MappedPage> {
         let reference = page.reference();
         let Some(index) = found.or_else(|| self.add_entry(reference)) else {

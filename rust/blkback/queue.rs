@@ -6,12 +6,12 @@
 //! The thread owns the [`Queue`], so there is no lock. It runs in passes, see [`Queue::run_once`]:
 //!
 //! 1. `submit` takes all requests from the ring and starts their I/O under one plug.
-//! 2. `completion` completes the requests that the disk is done with.
+//! 2. `completion` completes the requests whose I/O has completed.
 //! 3. The pages of these are unmapped together, all responses are published at once, and the frontend
 //!    is notified at most once.
 //!
-//! When there is nothing to do, the thread sleeps until an event or the completion of an I/O wakes it;
-//! no timer is set for that. While it sleeps, it lends the ring to I/O completion, see
+//! When there is nothing to do, the thread sleeps until an event or the completion of an I/O wakes
+//! it; it does not poll. While it sleeps, it lends the ring to I/O completion, see
 //! [`handoff`](crate::handoff).
 //!
 //! Each request that was started gets a response: the thread ends only when none is in flight.
@@ -137,8 +137,8 @@ pub(crate) struct QueueConfig {
 
 /// A queue, owned by its thread.
 ///
-/// No request is in flight when it is dropped. The fields are dropped in their order: the ring is
-/// unmapped and the channel closed before the pages are unmapped.
+/// No request is in flight when it is dropped. The fields are dropped in the order of their
+/// declaration: the ring is unmapped and the channel closed before the pages are unmapped.
 pub(crate) struct Queue {
     pub(crate) xbdev: ARef<xenbus::Device>,
     pub(crate) name: CString,
@@ -162,14 +162,15 @@ pub(crate) struct Queue {
     pub(crate) barrier: BarrierState,
     /// Writes whose data has to be copied before they are submitted.
     pub(crate) writes: CopyBatch,
-    /// Requests that were started and have no response: to be copied, submitted, or busy.
+    /// Number of requests that were started and that the thread has not completed, including those
+    /// that I/O completion has responded to.
     pub(crate) in_flight: usize,
     pub(crate) rejected: RejectedFeatures,
     pub(crate) ring_status: RingStatus,
-    /// End of the memory pressure.
+    /// Time until which the queue keeps no unused memory, after memory was short.
     short_until: Option<Jiffies>,
     shortage: ShortageSubscriber,
-    /// Time at which to unmap persistent grants that were not used for long, if there may be any.
+    /// Time of the next purge of persistent grants, if there may be any.
     purge_at: Option<Jiffies>,
     /// Wakes the thread at that time.
     purge_timer: Pin<KBox<Timer<PurgeTimer>>>,
@@ -235,7 +236,7 @@ impl Queue {
         &self.name
     }
 
-    /// Returns what wakes the thread.
+    /// Returns the wake-up conditions of the thread.
     pub(crate) fn events(&self) -> Arc<QueueEvents> {
         self.events.clone()
     }
@@ -247,7 +248,8 @@ impl Queue {
         let _accounted = self.io_accounting.apply(thread, &self.xbdev);
         loop {
             self.events.clear_pending();
-            // An event that comes at the end is left to the next driver that opens the channel.
+            // An event that comes while the thread stops is not ended: the next driver that binds
+            // the channel looks at the ring anyway.
             let event = !thread.should_stop() && self.events.take_event();
             let took = self.run_once(thread);
             // The event of a broken ring is never ended, so that no more come.
@@ -284,7 +286,8 @@ impl Queue {
 
     /// Does all that can be done now.
     ///
-    /// Returns `true` if a request was taken from the ring, or could not be taken yet.
+    /// Returns `true` if a request was taken from the ring, or if a barrier holds requests back:
+    /// then the event was not spurious.
     fn run_once(&mut self, thread: &Current) -> bool {
         let mut took_any = self.is_gated();
         loop {
@@ -311,8 +314,8 @@ impl Queue {
         !matches!(self.barrier, BarrierState::None) || self.gate.is_closed()
     }
 
-    /// Returns `true` if something has to happen, here or in another queue, before more is taken from
-    /// the ring.
+    /// Returns `true` if a stalled request, or a barrier of this or another queue, holds back the
+    /// requests in the ring.
     pub(crate) fn is_blocked(&self) -> bool {
         self.stalled.is_some() || self.is_gated()
     }
@@ -325,7 +328,7 @@ impl Queue {
 
     /// Returns `true` if requests have come since the ring was found empty.
     ///
-    /// Otherwise the next one sends an event.
+    /// Otherwise the frontend sends an event with the next one.
     fn has_more_requests(&mut self, stopping: bool) -> bool {
         self.accepts_requests(stopping) && self.ring.as_mut().is_some_and(|ring| ring.final_check())
     }
@@ -348,7 +351,7 @@ impl Queue {
         Some(msecs_to_jiffies(self.retries.next_delay()))
     }
 
-    /// Frees what is not needed now, and returns what others need.
+    /// Frees what is not needed now, and unmaps pages that other queues need.
     fn trim(&mut self) {
         if self.events.take_memory_pressure() {
             let time = msecs_to_jiffies(BUFFER_SQUEEZE_DURATION_MS.get());
@@ -392,7 +395,8 @@ impl Queue {
         }
     }
 
-    /// Returns `true` if something waits for what the thread does when an I/O completes.
+    /// Returns `true` if the thread has to run when an I/O completes, because something waits for
+    /// it.
     fn needs_thread(&self, stopping: bool) -> bool {
         stopping
             || !self.ring_status.is_usable()
@@ -414,7 +418,7 @@ impl Queue {
         }
     }
 
-    /// Logs what was done so far, if the module parameter asks for it.
+    /// Logs the counters, if the module parameter asks for it.
     fn log_stats(&mut self) {
         let seconds = LOG_STATS_SECONDS;
         if LOG_STATS.get() != 0 && jiffies::since(self.logged) >= msecs_to_jiffies(seconds * 1000) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Reports of a queue thread to its device, each once.
+//! Reports of a queue thread to its device. Each is made once.
 
 use kernel::prelude::*;
 
@@ -11,7 +11,7 @@ pub(crate) trait QueueOwner {
     /// Withdraws a feature that the disk does not support: writes 0 to its node.
     fn withdraw_feature(&self, node: &str);
 
-    /// Closes the device, because the frontend has broken the ring.
+    /// Closes the device, because the frontend has written an invalid index to the ring.
     fn ring_broken(&self, error: RingError);
 
     /// Tells the frontend the new size of the disk.
@@ -22,7 +22,7 @@ pub(crate) trait QueueOwner {
 pub(crate) enum RingStatus {
     /// Requests may be taken.
     Usable,
-    /// The frontend has broken the ring. Nothing is taken from it any more.
+    /// The frontend has written an invalid index. No more requests are taken from the ring.
     Broken(RingError),
     /// The ring is broken, and the device knows.
     Reported,
@@ -63,10 +63,10 @@ impl RejectedFeatures {
         })
     }
 
-    /// Adds a feature, unless it is there.
+    /// Adds a feature, unless the list has it.
     pub(crate) fn add(&mut self, node: &'static str) {
         if !self.nodes.contains(&node) {
-            // There is space, because there are no other features.
+            // There is space for all features that can be rejected.
             let _ = self.nodes.push_within_capacity(node);
         }
     }
@@ -79,7 +79,7 @@ impl RejectedFeatures {
     }
 }
 
-/// Reports what has changed to the device of a queue.
+/// Reports to the device of a queue what has changed.
 pub(crate) fn report(
     owner: &impl QueueOwner,
     ring: &mut RingStatus,

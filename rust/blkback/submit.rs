@@ -64,7 +64,7 @@ impl Queue {
         took
     }
 
-    /// Takes the stalled request and all requests in the ring, as far as there is memory.
+    /// Takes the stalled request and all requests in the ring, until one stalls.
     fn take_requests(&mut self, stopping: bool, limits: &DiskLimits) -> bool {
         let mut took = false;
         if let Some(wire) = self.stalled.take() {
@@ -74,7 +74,7 @@ impl Queue {
             self.retries.reset();
             took = true;
         }
-        // One buffer for all, because a request is large.
+        // One buffer is reused for all requests, because a request is large.
         let mut wire = WireRequest::EMPTY;
         while self.accepts_requests(stopping) {
             let Some(ring) = self.ring.as_mut() else {
@@ -170,7 +170,7 @@ impl Queue {
         }
     }
 
-    /// Keeps a request until there may be the memory that it lacks.
+    /// Keeps a request, which is tried again when there may be the memory that it lacks.
     ///
     /// Returns `false`.
     fn stall(&mut self, wire: &WireRequest) -> bool {
@@ -277,8 +277,8 @@ impl Queue {
         }
     }
 
-    /// Submits the barrier if all earlier requests have completed, or helps that of another queue to
-    /// start.
+    /// Submits the barrier if all earlier requests have completed, or lets the barrier of another
+    /// queue run.
     fn advance_barrier(&mut self) {
         let idle = self.in_flight == 0 && self.stalled.is_none();
         match core::mem::replace(&mut self.barrier, BarrierState::None) {

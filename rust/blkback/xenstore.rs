@@ -41,7 +41,7 @@ use crate::{
     error::ConnectError, //
 };
 
-/// Operation that has failed, in the error of a read.
+/// Name of the operation in the error of a failed read.
 pub(crate) const READING: &str = "reading xenstore";
 
 /// Creates a reader of a directory.
@@ -57,8 +57,10 @@ pub(crate) fn is_online(xbdev: &xenbus::Device, frontend: XenbusState) -> bool {
     state::is_online(value.as_ref().map(|value| value.as_bytes()), frontend)
 }
 
-/// Returns `true` if a frontend has been connected to the device before, also to a driver that was
-/// unbound: that has described the disk.
+/// Returns `true` if a frontend has been connected to the device before.
+///
+/// It may have been connected to a driver that was unbound since: the nodes that this has written
+/// for the disk are still there.
 pub(crate) fn was_connected(xbdev: &xenbus::Device) -> bool {
     xenstore::exists(&NoTransaction, xbdev.nodename(), fmt!("sectors"))
 }
@@ -69,7 +71,7 @@ pub(crate) fn has_invalid_state(frontend: &CStr) -> bool {
     matches!(state, Err(NodeError::Invalid(_)))
 }
 
-/// Returns the error for the state of a frontend.
+/// Returns the error for an invalid state of a frontend.
 pub(crate) fn bad_state_error(frontend: &CStr) -> ConnectError {
     match reader(frontend).value("state") {
         Ok(Some(value)) => {
@@ -86,7 +88,7 @@ pub(crate) fn clear_error(xbdev: &xenbus::Device) -> Result {
     xenstore::remove(&NoTransaction, &dir, fmt!("error"))
 }
 
-/// Writes what any frontend may choose from.
+/// Writes the limits that frontends choose within, which do not depend on the disk.
 pub(crate) fn write_features(dir: &CStr, limits: &BackLimits) -> Result {
     let write = |node: &str, value: u32| {
         xenstore::write(&NoTransaction, dir, fmt!("{node}"), fmt!("{value}"))

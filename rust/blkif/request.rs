@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Checking: from the wire form to a valid request.
+//! Checks of requests: from the wire form to a valid request.
 //!
-//! [`check`] looks at what a frontend wrote and either refuses it with the one reason why, or gives
-//! a [`Request`]. What has this type is valid for the disk: in range, aligned, allowed. No later
+//! [`check`] looks at what a frontend wrote, and returns either the reason why it is refused, or a
+//! [`Request`]. A value of this type is valid for the disk: in range, aligned, allowed. No later
 //! code checks again.
 //!
 //! A request that moves data carries [`Data`]. If the segments are in the slot, they are checked
 //! with the rest. If they are in pages of their own ([`Unfetched`]), nothing is known about them
-//! until these pages were fetched and each segment went through a [`SegmentChecker`], which gives
-//! the [`Extent`] of the transfer at its end. An `Extent` and a [`Segment`] cannot be made in
-//! another way, so code that asks for them cannot be given unchecked numbers.
+//! until these pages were fetched and each segment went through a [`SegmentChecker`], which returns
+//! the [`Extent`] of the transfer at the end. An `Extent` and a [`Segment`] cannot be created in
+//! another way, so code that takes them as arguments never gets unchecked numbers.
 
 use core::fmt;
 
@@ -32,7 +32,7 @@ pub struct DiskLimits {
     pub sectors: u64,
     /// Logical block size in bytes: a power of two, at least 512.
     pub block_size: u32,
-    /// Nothing may change.
+    /// The disk must not be written to.
     pub read_only: bool,
     /// Discard was offered to the frontend.
     pub discard: bool,
@@ -43,13 +43,13 @@ pub struct DiskLimits {
 }
 
 impl DiskLimits {
-    /// Sectors in a logical block, at least 1.
+    /// Returns the number of sectors in a logical block, at least 1.
     #[inline]
     fn block_sectors(&self) -> u32 {
         (self.block_size / SECTOR_SIZE).max(1)
     }
 
-    /// Returns `true` if a sector number or count is not a multiple of the logical block.
+    /// Returns `true` if a sector number or count is not a multiple of the logical block size.
     #[inline]
     fn misaligned(&self, sectors: u64) -> bool {
         sectors & u64::from(self.block_sectors().wrapping_sub(1)) != 0
@@ -81,10 +81,10 @@ impl DiskLimits {
     }
 }
 
-/// Why a request is refused.
+/// The reason why a request is refused.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum InvalidRequest {
-    /// The operation is none of the protocol's, or was not offered.
+    /// The operation is not defined by the protocol, or was not offered.
     UnknownOperation(u8),
     /// An indirect request came although none were offered.
     IndirectNotOffered,
@@ -106,7 +106,7 @@ pub enum InvalidRequest {
         /// Last sector as written.
         last: u8,
     },
-    /// Fewer segments were fetched than the request has, or more. A mistake of the backend.
+    /// Fewer segments were fetched than the request has, or more. A bug of the backend.
     SegmentCount {
         /// Segments that the request has.
         expected: u16,
@@ -127,7 +127,7 @@ pub enum InvalidRequest {
         /// Logical block size in bytes.
         block_size: u32,
     },
-    /// The range goes beyond the end of the disk, or its end is not a number.
+    /// The range goes beyond the end of the disk, or its end overflows.
     OutOfRange {
         /// First sector as written.
         sector: u64,
@@ -140,8 +140,8 @@ pub enum InvalidRequest {
     ReadOnly,
     /// A discard came although none was offered.
     DiscardNotOffered,
-    /// A secure discard came although none was offered. To do a plain one instead would leave data
-    /// readable that the frontend believes gone.
+    /// A secure discard came although none was offered. An ordinary one instead would leave data
+    /// readable that the frontend believes to be erased.
     SecureNotOffered,
     /// A discard of no sectors.
     EmptyDiscard,
@@ -149,7 +149,7 @@ pub enum InvalidRequest {
 
 impl InvalidRequest {
     /// Returns the status of the response: [`Status::NotSupported`] for what was not offered, so
-    /// that a frontend stops to use it, and [`Status::Error`] for what is wrong.
+    /// that a frontend stops using it, and [`Status::Error`] for what is wrong.
     pub const fn status(&self) -> Status {
         match self {
             InvalidRequest::UnknownOperation(_)
@@ -240,9 +240,9 @@ impl Segment {
         Segment { gref, first, last }
     }
 
-    /// Checks a segment by itself. It need not be whole blocks of the disk: a frontend with direct
-    /// I/O from memory that is aligned to 512 bytes writes a block as parts of two pages, and the
-    /// block layer takes that, as long as the request as a whole is whole blocks.
+    /// Checks a segment by itself. It need not consist of whole blocks of the disk: with direct I/O
+    /// from memory that is aligned to 512 bytes, a block may be in parts of two pages. The block
+    /// layer accepts that, as long as the request as a whole consists of whole blocks.
     #[inline]
     fn check(wire: WireSegment) -> Result<Self, InvalidRequest> {
         let WireSegment { first, last, .. } = wire;
@@ -306,15 +306,15 @@ impl Extent {
 /// Checked data of a read, write or barrier.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Data<'a> {
-    /// The segments stood in the slot and are checked.
+    /// The segments were in the slot and are checked.
     Direct(Direct<'a>),
-    /// The segments stand in pages that have not been fetched.
+    /// The segments are in pages that have not been fetched.
     Indirect(Unfetched<'a>),
 }
 
-/// Checked segments that stood in the slot, and the range of the disk that they are for.
+/// Checked segments that were in the slot, and the range of the disk that they are for.
 ///
-/// They stay in the request, which is private memory and cannot change while this is there.
+/// They stay in the request, which is in private memory and cannot change while this borrows it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Direct<'a> {
     extent: Extent,
@@ -337,7 +337,7 @@ impl<'a> Direct<'a> {
         Ok(Direct { extent, segments })
     }
 
-    /// Returns the range of the disk; as long as the segments together.
+    /// Returns the range of the disk, which is as long as all segments together.
     #[inline]
     pub fn extent(&self) -> Extent {
         self.extent
@@ -433,13 +433,13 @@ pub enum Request<'a> {
     Read(Data<'a>),
     /// Write from the segments.
     Write(Data<'a>),
-    /// Make durable what was answered before.
+    /// Make the writes durable whose responses were written before.
     Flush,
     /// Everything that came before is done and durable; then write the data, if any, and make it
-    /// durable; nothing that came after starts before that. A flush that carries data is served as
-    /// one, which promises more.
+    /// durable; nothing that came after starts before that. A flush with data is executed as a
+    /// barrier, which guarantees more.
     Barrier(Option<Direct<'a>>),
-    /// Forget the content of a range.
+    /// Discard the data in a range.
     Discard {
         /// The range.
         extent: Extent,
@@ -475,12 +475,12 @@ pub const fn max_pages_per_request(indirect_segments: u16) -> usize {
     at_least_direct((segments as usize).saturating_add(wire::indirect_pages(segments)))
 }
 
-/// Returns how many segments one request has, at most, as [`max_pages_per_request`].
+/// Returns how many segments one request has, at most, see [`max_pages_per_request`].
 pub const fn max_segments_per_request(indirect_segments: u16) -> usize {
     at_least_direct(indirect_limit(indirect_segments) as usize)
 }
 
-/// Returns the larger one of a number and [`DIRECT_SEGMENTS`]: `max` is not `const`.
+/// Returns the larger of a number and [`DIRECT_SEGMENTS`]: `max` is not `const`.
 const fn at_least_direct(number: usize) -> usize {
     DIRECT_SEGMENTS.saturating_add(number.saturating_sub(DIRECT_SEGMENTS))
 }

@@ -25,24 +25,25 @@
 //! | 3 | `rsp_event` | frontend | notify me when `rsp_prod` passes this |
 //!
 //! Indices count from the first use of the ring and wrap at 32 bits; the low bits select the slot.
-//! All arithmetic on them is wrapping, because the other side may write anything. An index that
-//! cannot be is a [`RingError`]: the ring must not be used after that.
+//! All arithmetic on them is wrapping, because the other side may write anything. An impossible
+//! index is a [`RingError`]: the ring must not be used after that.
 //!
 //! # Handshake
 //!
 //! A producer fills slots, then makes them visible (*publishes*) by moving its index, then looks at
 //! the consumer's event index to decide whether to send a notification. A consumer takes what is
-//! there; before it sleeps, it moves its event index and then checks again for new entries
-//! (*final check*). A full barrier between the write and the look on both sides means that at
-//! least one of them sees the other's write, so no wake-up is lost.
+//! there; before it sleeps, it moves its event index and then checks again for new entries (*final
+//! check*). A full barrier between the store and the load on both sides means that at least one of
+//! them sees the other's store, so no wake-up is lost.
 //!
 //! # Trust
 //!
 //! Own indices are kept in private memory and never read back from the ring. Slots are written and
-//! not read back; what the other side wrote is fetched once, word by word, after its index was
-//! fetched and a read barrier was passed.
+//! not read back; what the other side wrote is fetched once, word by word, after its index and a
+//! read barrier.
 //!
-//! Neither [`FrontRing`] nor [`BackRing`] locks: the caller holds its ring lock, or owns it.
+//! Neither [`FrontRing`] nor [`BackRing`] takes a lock: the caller owns the ring, or holds the lock
+//! that protects it.
 
 use core::fmt;
 
@@ -72,7 +73,7 @@ const HEADER_WORDS: u32 = 16;
 /// An error in a ring. All but `Memory` mean that the other side broke the protocol.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum RingError {
-    /// The memory is not 1 to 16 whole pages. Words given.
+    /// The memory is not 1 to 16 whole pages; its size in words.
     Memory(usize),
     /// The frontend claims more requests than the ring has free slots.
     Requests {
@@ -112,7 +113,7 @@ impl fmt::Display for RingError {
     }
 }
 
-/// A put found no slot to write to. Ask for the space before: this is a mistake of the caller.
+/// There was no free slot to write to. The caller has to check for one before, so this is a bug.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct RingFull;
 
@@ -200,7 +201,7 @@ impl<M: SharedMemory> Slots<M> {
         Response::decode(words)
     }
 
-    /// Moves a producer index and says whether the other side asked to be notified of it.
+    /// Moves a producer index. Returns `true` if the other side asked to be notified of that.
     #[inline]
     fn publish(&self, prod_word: usize, event_word: usize, old: u32, new: u32) -> bool {
         if old == new {
@@ -212,7 +213,7 @@ impl<M: SharedMemory> Slots<M> {
         crosses_event(self.memory.load(event_word), old, new)
     }
 
-    /// Asks to be notified when a producer passes `event`, and says whether it has already moved
+    /// Asks to be notified when a producer passes `event`. Returns `true` if it has already moved
     /// away from `cons`.
     #[inline]
     fn final_check(&self, prod_word: usize, event_word: usize, cons: u32, event: u32) -> bool {
@@ -234,12 +235,12 @@ pub struct FrontRing<M> {
     req_prod: u32,
     /// Responses taken.
     rsp_cons: u32,
-    /// Responses known to be there: `rsp_prod` when it was last looked at.
+    /// `rsp_prod` as it was last read: the responses before it are there.
     rsp_seen: u32,
 }
 
 impl<M: SharedMemory> FrontRing<M> {
-    /// Makes a new ring of `memory`, which no backend uses yet: sets the header.
+    /// Initialises `memory`, which no backend uses yet, as an empty ring.
     pub fn new(memory: M, abi: Abi) -> Result<Self, RingError> {
         let slots = Slots::new(memory, abi)?;
         slots.memory.store(REQ_PROD, 0);
@@ -265,19 +266,19 @@ impl<M: SharedMemory> FrontRing<M> {
         self.slots.memory
     }
 
-    /// Slots of the ring.
+    /// Returns the number of slots of the ring.
     #[inline]
     pub fn capacity(&self) -> u32 {
         self.slots.capacity
     }
 
-    /// Requests put and not answered yet.
+    /// Returns the number of requests that were put and whose responses were not taken.
     #[inline]
     pub fn in_flight(&self) -> u32 {
         self.req_prod_pvt.wrapping_sub(self.rsp_cons)
     }
 
-    /// Requests that can be put now.
+    /// Returns the number of requests that can be put now.
     #[inline]
     pub fn free_slots(&self) -> u32 {
         self.slots.capacity.saturating_sub(self.in_flight())
@@ -295,7 +296,7 @@ impl<M: SharedMemory> FrontRing<M> {
         Ok(())
     }
 
-    /// Shows the backend all requests put so far. `true`: send it a notification.
+    /// Publishes all requests put so far. Returns `true` if the backend must be notified.
     #[inline]
     #[must_use = "a backend that sleeps must be notified"]
     pub fn publish(&mut self) -> bool {
@@ -316,13 +317,13 @@ impl<M: SharedMemory> FrontRing<M> {
         Ok(Some(response))
     }
 
-    /// Requests a notification when [`FrontRing::take_response`] has returned `None`: asks for one
-    /// after `threshold` more responses. `true`: some have come in the meantime and may not be
-    /// notified, take them now.
+    /// Asks for a notification after `threshold` more responses, once [`FrontRing::take_response`]
+    /// has returned `None`. Returns `true` if responses have come in the meantime: take them now,
+    /// because there may be no notification of them.
     ///
-    /// `threshold` is brought between 1 and the number of published requests without an answer, so
-    /// that the notification does come when all of them are answered. With more than 1, a response
-    /// waits until those before the threshold are there, however long they take.
+    /// `threshold` is limited to between 1 and the number of published requests without a response,
+    /// so that the notification comes at the latest with the last of these responses. If it is more
+    /// than 1, a response is not noticed before as many have come, however long that takes.
     #[inline]
     #[must_use = "responses that came before the event index was set are not notified"]
     pub fn final_check(&mut self, threshold: u32) -> bool {
@@ -332,7 +333,7 @@ impl<M: SharedMemory> FrontRing<M> {
             .final_check(RSP_PROD, RSP_EVENT, self.rsp_cons, event)
     }
 
-    /// Returns how many responses were taken since the ring was made, modulo 2^32.
+    /// Returns the number of responses that were taken since the ring was created, modulo 2^32.
     pub fn responses_taken(&self) -> u32 {
         self.rsp_cons
     }
@@ -342,14 +343,14 @@ impl<M: SharedMemory> FrontRing<M> {
         self.slots.memory.load(RSP_PROD) != self.rsp_cons
     }
 
-    /// Returns `true` if the backend has asked to be notified of a request that is published: it was
-    /// notified, and has not looked at the ring since.
+    /// Returns `true` if the backend has asked to be notified of a request that is published: it
+    /// was notified, and has not asked again since.
     pub fn is_unnoticed(&self) -> bool {
         let event = self.slots.memory.load(REQ_EVENT);
         self.req_prod.wrapping_sub(event) < self.slots.capacity
     }
 
-    /// Reads the backend's index. `true`: there are new responses.
+    /// Reads the backend's index. Returns `true` if there are new responses.
     #[inline]
     fn check_producer(&mut self) -> Result<bool, RingError> {
         let rsp_prod = self.slots.memory.load(RSP_PROD);
@@ -371,7 +372,7 @@ pub struct BackRing<M> {
     slots: Slots<M>,
     /// Requests taken.
     req_cons: u32,
-    /// Requests known to be there: `req_prod` when it was last looked at.
+    /// `req_prod` as it was last read: the requests before it are there.
     req_seen: u32,
     /// Responses put, published or not.
     rsp_prod_pvt: u32,
@@ -381,9 +382,9 @@ pub struct BackRing<M> {
 
 impl<M: SharedMemory> BackRing<M> {
     /// Attaches to a frontend's ring where its last backend left off: at the number of responses
-    /// published. That is 0 on a ring never served. The last backend must have answered all that
-    /// it took: responses overwrite requests in the order of their completion, so a request that
-    /// was taken and not answered may be nowhere in the ring any more.
+    /// published. That is 0 on a ring never served. The last backend must have responded to all
+    /// requests that it took: responses overwrite requests in the order of their completion, so a
+    /// request that was taken and has no response may have been overwritten.
     pub fn attach(memory: M, abi: Abi) -> Result<Self, RingError> {
         let slots = Slots::new(memory, abi)?;
         let at = slots.memory.load(RSP_PROD);
@@ -398,9 +399,10 @@ impl<M: SharedMemory> BackRing<M> {
         Ok(ring)
     }
 
-    /// Attaches to a ring whose last backend has died with requests in flight, of which there is a
-    /// record. It had taken the requests before `req_cons`, and had answered as many as it has
-    /// published responses. The others have to be answered with [`BackRing::put`], from the record.
+    /// Attaches to a ring whose last backend has crashed with requests in flight, of which there is
+    /// a record. It had taken the requests before `req_cons`, and had responded to as many as it
+    /// has published responses. The caller has to respond to the others with [`BackRing::put`],
+    /// from the record.
     pub fn adopt(memory: M, abi: Abi, req_cons: u32) -> Result<Self, RingError> {
         let mut ring = BackRing::attach(memory, abi)?;
         if req_cons.wrapping_sub(ring.rsp_prod) > ring.slots.capacity {
@@ -420,13 +422,13 @@ impl<M: SharedMemory> BackRing<M> {
         &self.slots.memory
     }
 
-    /// Slots of the ring.
+    /// Returns the number of slots of the ring.
     #[inline]
     pub fn capacity(&self) -> u32 {
         self.slots.capacity
     }
 
-    /// Requests taken and not answered yet.
+    /// Returns the number of requests that were taken and have no response yet.
     #[inline]
     pub fn in_flight(&self) -> u32 {
         self.req_cons.wrapping_sub(self.rsp_prod_pvt)
@@ -441,8 +443,8 @@ impl<M: SharedMemory> BackRing<M> {
         Ok(took.then_some(request))
     }
 
-    /// Takes a request as [`BackRing::take_request`], to a place that is reused. `false` if there is
-    /// none now.
+    /// Takes a request like [`BackRing::take_request`], into `place`, which can be reused. Returns
+    /// `false` if there is none now.
     #[inline]
     pub fn take_request_to(&mut self, place: &mut WireRequest) -> Result<bool, RingError> {
         if self.req_cons == self.req_seen && !self.check_producer()? {
@@ -453,8 +455,9 @@ impl<M: SharedMemory> BackRing<M> {
         Ok(true)
     }
 
-    /// Requests a notification when [`BackRing::take_request`] has returned `None`: asks for one of
-    /// the next request. `true`: one has come in the meantime and may not be notified, take it now.
+    /// Asks for a notification of the next request, once [`BackRing::take_request`] has returned
+    /// `None`. Returns `true` if one has come in the meantime: take it now, because there may be no
+    /// notification of it.
     #[inline]
     #[must_use = "requests that came before the event index was set are not notified"]
     pub fn final_check(&mut self) -> bool {
@@ -475,7 +478,7 @@ impl<M: SharedMemory> BackRing<M> {
         Ok(())
     }
 
-    /// Shows the frontend all responses put so far. `true`: send it a notification.
+    /// Publishes all responses put so far. Returns `true` if the frontend must be notified.
     #[inline]
     #[must_use = "a frontend that sleeps must be notified"]
     pub fn publish(&mut self) -> bool {
@@ -484,7 +487,7 @@ impl<M: SharedMemory> BackRing<M> {
         self.slots.publish(RSP_PROD, RSP_EVENT, old, self.rsp_prod)
     }
 
-    /// Reads the frontend's index. `true`: there are new requests.
+    /// Reads the frontend's index. Returns `true` if there are new requests.
     #[inline]
     fn check_producer(&mut self) -> Result<bool, RingError> {
         let req_prod = self.slots.memory.load(REQ_PROD);

@@ -4,9 +4,9 @@
 //!
 //! Both sides of a device show their state in a xenstore node and watch the other's. [`FrontState`]
 //! and [`BackState`] are what a side knows about itself; `step` says what it must do when something
-//! happens. A driver does what the action says, takes over the state that the action leads to,
-//! writes that state to its node, and asks again with the other side's state as it is then, until
-//! the answer is to wait:
+//! happens. A driver does what the action says, enters the state that the action leads to, writes
+//! that state to its node, and calls `step` again with the present state of the other side, until
+//! no action changes the state:
 //!
 //! ```
 //! # use blkif::state::{BackState, BackAction, BackEvent, XenbusState};
@@ -26,43 +26,45 @@
 //! # assert_eq!(own, BackState::Live);
 //! ```
 //!
-//! A driver that is told of each change of the other side need not read again. A frontend has no
-//! more to do after one step. A backend reads again unless it is [`BackState::Live`], because no
-//! event reports that the toolstack wants the device back.
+//! A driver that gets an event for each change of the other side need not read the other state
+//! again. For a frontend, one step is always enough. A backend reads again unless it is
+//! [`BackState::Live`], because no event reports that the toolstack is detaching the device.
 //!
 //! # Who writes a state
 //!
 //! A side writes its own node, and so does the toolstack: it writes Closing to the backend's, and
-//! waits for Closed. A state that a backend wants to write replaces the one that it wrote before and
-//! no other, in one transaction. When it finds Closing in its place, it writes nothing but Closed
-//! from then on, see [`BackEvent::ToolstackClosing`]. To a frontend that has closed, InitWait and
-//! Connected would look like a new life of the backend: `xen-blkfront` then offers its rings again
-//! while it still has the old ones, and crashes.
+//! waits for Closed. A backend writes a state in a transaction, and only over the state that it
+//! wrote before. When it finds Closing in its place, it writes nothing but Closed from then on, see
+//! [`BackEvent::ToolstackClosing`]. To a frontend that has closed, InitWait and Connected would
+//! look like a backend that has started again: `xen-blkfront` then offers its rings again while it
+//! still has the old ones, and crashes.
 //!
-//! # An ordinary life
+//! # From attach to detach
 //!
 //! | frontend | backend | |
 //! |---|---|---|
 //! | Initialising | Initialising | the toolstack has created both |
-//! | | InitWait | the backend has written what it can do |
+//! | | InitWait | the backend has written its features |
 //! | Initialised | | the frontend has chosen and offers its rings |
 //! | | Connected | the backend serves the rings and has described the disk |
 //! | Connected | | the disk is in use |
-//! | | Closing | the toolstack wants the disk back and has cleared `online` |
-//! | Closed | | the frontend has ended everything |
+//! | | Closing | the toolstack detaches the disk and has cleared `online` |
+//! | Closed | | the frontend has removed the disk and uses the rings no more |
 //! | | Closed | so has the backend; the toolstack removes the nodes |
 //!
 //! # Outage
 //!
-//! The node `online` of the backend tells a detach from an outage. As long as it is 1, a backend
-//! that closes or disappears is expected to come back: the frontend keeps the disk and what is in
-//! flight, and connects again. A backend that comes back while the frontend is still Connected
-//! continues with the same rings. The frontend waits for no longer than a deadline, which runs from
-//! when [`FrontState::is_connected`] ends to be true until it is true again.
+//! An *outage* is the time during which a disk in use has no connected backend, although the
+//! toolstack does not detach it. The node `online` of the backend tells the two apart. As long as
+//! it is 1, a backend that closes or disappears is expected to come back: the frontend keeps the
+//! disk and what is in flight, and connects again. A backend that comes back while the frontend is
+//! still Connected continues with the same rings. The frontend waits for no longer than a deadline,
+//! which starts when [`FrontState::is_connected`] becomes false, and is cancelled when it is true
+//! again.
 //!
 //! A side looks only at the present state of the other: several changes may be seen as one. The
-//! steps are made such that no order of changes leaves both sides waiting for each other, even if
-//! one of them is the C driver. A test searches all of them.
+//! steps are chosen so that no order of changes leaves both sides waiting for each other, even if
+//! one of them is the C driver. `rust/blkif/tests/states.rs` tries all orders.
 
 use xen_io::node;
 
@@ -77,14 +79,14 @@ pub enum FrontState {
     Waiting,
     /// Rings are shared and their nodes written; the backend has not said that it serves them.
     Offered,
-    /// The disk is in use. The backend may be away for a while; it will find the rings as they are.
+    /// The disk is in use. During an outage, the rings stay as they are for the next backend.
     Live,
     /// An earlier connection is over, and the backend must get to Closed before a new one can
     /// begin. The disk and its requests are kept. To the backend this looks as if the frontend had
     /// closed.
     Reset,
-    /// The disk is gone: what was in flight has ended with an error. Only the toolstack can make a
-    /// new device of this one.
+    /// The disk is gone: what was in flight has ended with an error. Only the toolstack can create
+    /// a new device.
     Dead,
 }
 
@@ -95,8 +97,8 @@ pub enum FrontEvent {
     Backend {
         /// Present state of the backend.
         state: XenbusState,
-        /// False if its node `online` is 0: the toolstack wants the disk back. A backend without
-        /// this node is online.
+        /// False if its node `online` is 0: the toolstack detaches the disk. A backend without this
+        /// node is online.
         online: bool,
         /// There is a disk, kept from an earlier connection.
         disk: bool,
@@ -105,10 +107,10 @@ pub enum FrontEvent {
     BadState,
     /// A step could not be carried out, and never can be: bad nodes, a broken ring.
     Failed,
-    /// A step could not be carried out for now, for want of memory or grants, or the backend does
-    /// not answer requests: another connection may do better.
+    /// A step could not be carried out for lack of memory or grants, or the backend does not
+    /// respond to requests: another connection may succeed.
     Unusable,
-    /// The connection has not been whole for too long.
+    /// [`FrontState::is_connected`] has been false for too long.
     Deadline {
         /// There is a disk that may have waiting users.
         disk: bool,
@@ -118,6 +120,8 @@ pub enum FrontEvent {
 }
 
 /// An action that a frontend must take.
+///
+/// The xenbus state at the end of a description is the one that is written after the action.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum FrontAction {
     /// Nothing.
@@ -135,7 +139,7 @@ pub enum FrontAction {
     Reset,
     /// Stop sharing, keep the requests; Initialising.
     Restart,
-    /// Stop sharing, end all requests with an error, let the disk go; Closed.
+    /// Stop sharing, end all requests with an error, remove the disk; Closed.
     Detach,
 }
 
@@ -192,7 +196,7 @@ impl FrontState {
         }
     }
 
-    /// Returns the action without a connection.
+    /// Returns the action while there is no connection.
     ///
     /// A backend that is Connected or Closing belongs to a connection of which this driver knows
     /// nothing, as after a crash of the frontend: it must close first. One that is Closed sees that
@@ -210,7 +214,7 @@ impl FrontState {
     /// Returns the action after an offer.
     ///
     /// A backend that answers the first offer with Closing has refused it. One that refuses a disk
-    /// that was connected before may take it later: the disk is in use, and the deadline ends the
+    /// that was connected before may accept it later: the disk is in use, and the deadline ends the
     /// attempts.
     const fn offered(backend: XenbusState, disk: bool) -> FrontAction {
         match backend {
@@ -284,22 +288,22 @@ impl FrontState {
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum BackState {
     /// A driver was bound and has written nothing yet. The frontend may be in any state, even
-    /// Connected: rings of the driver before this one are taken over.
+    /// Connected: rings of the previous driver are taken over.
     Starting,
-    /// As `Starting`, but the driver before this one has left Closing or Closed, and a frontend that
-    /// has not closed yet is about to.
+    /// As `Starting`, but the previous driver has left Closing or Closed, and a frontend that has
+    /// not closed yet is about to.
     StartingClosed,
     /// Its features have been written.
     Waiting,
     /// The rings are served.
     Live,
-    /// The frontend has announced that it will close, or something is wrong and it should. Rings
-    /// that are there are still served.
+    /// The frontend has announced that it will close, or has to close because of an error. Mapped
+    /// rings are still served.
     Closing,
     /// All requests taken from the rings have responses, and the rings are unmapped. The node still
     /// holds the state from before; the next step, which comes at once, decides on another.
     Detached,
-    /// The frontend has closed. It may come back.
+    /// The frontend has closed. It may connect again.
     Closed,
     /// The device is being removed.
     Gone,
@@ -308,7 +312,7 @@ pub enum BackState {
 /// An event that a backend reacts to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum BackEvent {
-    /// The frontend's state may have changed, or the physical device is there now.
+    /// The frontend's state may have changed, or the physical device may have appeared.
     Frontend {
         /// Present state of the frontend.
         state: XenbusState,
@@ -319,13 +323,13 @@ pub enum BackEvent {
     },
     /// The frontend's node `state` holds no number of a state.
     BadState,
-    /// Closing was found in the own node, where the toolstack has written it.
+    /// Closing was found in the backend's own node, where the toolstack has written it.
     ToolstackClosing,
     /// A step could not be carried out.
     Failed(Failure),
 }
 
-/// Says why a backend could not carry out a step.
+/// The reason why a backend could not carry out a step.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Failure {
     /// The frontend has written invalid nodes or broken the rules of the ring.
@@ -351,28 +355,32 @@ pub fn is_online(node: Option<&[u8]>, frontend: XenbusState) -> bool {
 }
 
 /// An action that a backend must take.
+///
+/// The xenbus state at the end of a description is the one that is written after the action.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum BackAction {
     /// Nothing.
     Wait,
     /// Look for the physical device again, since a frontend waits for it, and take another step if
-    /// it is open now. One that is not there yet is waited for; one that is wrong is a failure.
+    /// it is open now. If it is not there yet, the backend waits for it; if it cannot be used, that
+    /// is a failure.
     Open,
-    /// Map the rings at the position where they are, describe the disk, start to serve; Connected.
+    /// Map the rings, continue at their present indices, describe the disk, start to serve;
+    /// Connected.
     Attach,
-    /// Report the failure, and look again after a while, or when something changes. The frontend
+    /// Report the failure, and try again after a while, or when something changes. The frontend
     /// keeps waiting, and a disk in use stays in use.
     Retry,
     /// Show that the frontend's wish to close was seen; Closing.
     Close,
     /// Write the error to xenstore; Closing.
     Fail,
-    /// Answer what was taken from the rings, take no more, unmap. Then ask again; no state is
-    /// written yet.
+    /// Respond to the requests that were taken from the rings, take no more, unmap. No state is
+    /// written: the next step, which comes at once, decides on one.
     Drain,
-    /// Write what it can do; InitWait.
+    /// Write the features; InitWait.
     Restart,
-    /// Closed.
+    /// Nothing but the state; Closed.
     Finish,
     /// Remove the device.
     Forget,
@@ -394,7 +402,7 @@ impl BackAction {
 }
 
 impl BackState {
-    /// Returns the value of the backend's node `state`, if this state of the connection decides it.
+    /// Returns the value of the backend's node `state`, or `None` if the node keeps its value.
     pub const fn xenbus(self) -> Option<XenbusState> {
         match self {
             BackState::Starting | BackState::StartingClosed | BackState::Detached => None,
@@ -449,8 +457,8 @@ impl BackState {
 
     /// Returns the action of a driver that was bound to a device that was closing.
     ///
-    /// A frontend that is Initialised or Connected has not seen yet what the driver before this one
-    /// has left. To offer it anything now would be to race with it.
+    /// A frontend that is Initialised or Connected has not seen yet what the previous driver has
+    /// left. Writing InitWait now would race with it.
     const fn starting_closed(frontend: XenbusState) -> BackAction {
         match frontend {
             XenbusState::Initialising => BackAction::Restart,
@@ -464,8 +472,9 @@ impl BackState {
 
     /// Returns the action while waiting for a frontend.
     ///
-    /// A device that was wrong while no frontend waited may have been forgotten since, by a frontend
-    /// that closed and came back. It must be found wrong again, or the frontend would wait forever.
+    /// Opening the device may have failed before this frontend began to wait, and that failure was
+    /// dropped when an earlier frontend closed. The device must be opened again, so that the
+    /// failure is reported again; otherwise the frontend would wait forever.
     const fn waiting(frontend: XenbusState, ready: bool) -> BackAction {
         match (frontend, ready) {
             (XenbusState::Initialised | XenbusState::Connected, true) => BackAction::Attach,
@@ -494,8 +503,8 @@ impl BackState {
 
     /// Returns the action while closing.
     ///
-    /// Every frontend answers Closing with Closed, or the toolstack removes it. To return to
-    /// InitWait before that would be to race with it.
+    /// Every frontend answers Closing with Closed, or the toolstack removes it. Returning to
+    /// InitWait before that would race with it.
     const fn closing(frontend: XenbusState) -> BackAction {
         match frontend {
             XenbusState::Closed | XenbusState::Unknown => BackAction::Drain,
@@ -532,7 +541,7 @@ impl BackState {
         }
     }
 
-    /// Returns the action when the toolstack wants the device back.
+    /// Returns the action when the toolstack detaches the device.
     ///
     /// The toolstack has written Closing to the backend's node itself,
     /// and this state may have been overwritten since.
@@ -559,8 +568,8 @@ impl BackState {
 
     /// Returns the action after a failure that may be temporary.
     ///
-    /// To close would be to end a disk that may have a root file system on it, for something that
-    /// may be over in a moment.
+    /// Closing would remove a disk that may hold the root file system, because of a problem that
+    /// may be short.
     const fn retry(self) -> BackAction {
         match self {
             BackState::Starting | BackState::StartingClosed | BackState::Waiting => {
