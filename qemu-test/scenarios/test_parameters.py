@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Module parameters and the node `trusted` select the data path; data is right on all of them.
 
-Names, permissions and defaults are those of xen-blkfront; the time-outs are our own.
+Names, permissions and defaults are those of xen-blkfront; the timeouts are our own.
 """
 
 import pytest

@@ -174,12 +174,12 @@ impl fmt::Display for DataError {
                 write!(f, "no page to map to: {error:?}")
             }
             DataError::Copy(CopyError::Refused(index, status)) => {
-                f.write_fmt(fmt!("Xen refuses copy {index}: {status}"))
+                f.write_fmt(fmt!("Xen refuses grant copy {index}: {status}"))
             }
             DataError::Copy(CopyError::Hypercall(error)) => {
                 write!(f, "cannot copy: {error:?}")
             }
-            DataError::Local(error) => write!(f, "no memory: {error:?}"),
+            DataError::Local(error) => write!(f, "cannot prepare the request: {error:?}"),
         }
     }
 }

@@ -699,7 +699,7 @@ impl Device {
         if let Err(error) = self.drop_page_cache(disk) {
             dev_err!(
                 self.xbdev.as_ref(),
-                "cannot write back the page cache of the disk, its guest may read old data: {error:?}\n"
+                "cannot write back the page cache of the disk, the guest may read stale data: {error:?}\n"
             );
         }
         // Release: pairs with the acquire in `wait_until_served`.
@@ -842,7 +842,7 @@ impl Device {
             let threads = self.live_threads.load(Relaxed);
             ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
-                "{threads} queues still wait for the disk after {time_ms} ms: they end when it answers\n"
+                "{threads} queues still wait for the disk after {time_ms} ms: they end when its I/O completes\n"
             ));
         }
         drained
@@ -892,7 +892,7 @@ impl Device {
         if !self.wait.wait_timeout(msecs_to_jiffies(time_ms), idle) {
             ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
-                "the disk is still being opened or closed after {time_ms} ms: that ends when it answers\n"
+                "the disk is still being opened or closed after {time_ms} ms: this ends when the disk responds\n"
             ));
         }
     }
@@ -974,7 +974,7 @@ impl QueueOwner for DeviceHandle {
         let xbdev = &self.device.xbdev;
         dev_info!(
             xbdev.as_ref(),
-            "the disk does not support it: writing {node} = 0\n"
+            "the disk does not support {node}: writing 0\n"
         );
         if let Err(error) = xenstore::withdraw_feature(xbdev, node) {
             dev_warn!(xbdev.as_ref(), "cannot write {node} = 0: {error:?}\n");

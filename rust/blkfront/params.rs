@@ -27,14 +27,14 @@ module_params! {
         "Maximum order of pages to be used for the shared ring (default is 0, at most 4)";
     /// `false`: data is always copied to pages that contain nothing else.
     static TRUSTED("trusted", 0o644): bool = true,
-        "Is the backend trusted with the pages of requests? Else all data is copied (default is Y)";
+        "Is the backend trusted with the pages of requests? If not, all data is bounced (default is Y)";
     /// `true`: persistent grants are used if the backend offers them.
     static FEATURE_PERSISTENT("feature_persistent", 0o644): bool = true,
-        "Use grants that stay with the backend, if it wants that (default is Y)";
+        "Use persistent grants if the backend supports them (default is Y)";
     /// Time without a response after which a disk that is detached is no longer written back, in
     /// seconds.
     static DETACH_TIMEOUT("detach_timeout", 0o644): u32 = 8,
-        "Seconds without an answer after which a disk that is detached is written back no more (default is 8)";
+        "Seconds without a response after which a detached disk is no longer written back (default is 8)";
     /// Time after which a request times out, in seconds.
     static IO_TIMEOUT("io_timeout", 0o644): u32 = 30,
         "Seconds after which the ring is checked for a request without an answer; the connection is closed after ten times that; 0: never (default is 30)";

@@ -67,7 +67,7 @@ impl Queue {
             self.poll();
             let name = self.name.as_str();
             ratelimited!(pr_warn!(
-                "{name}: an event of the backend was lost: found responses after a time-out\n"
+                "{name}: an event of the backend was lost: found responses after a timeout\n"
             ));
         } else {
             self.notify_again();
