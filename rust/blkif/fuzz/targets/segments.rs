@@ -16,7 +16,7 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
     let disk = input.disk();
-    let request = WireRequest::Indirect(Indirect {
+    let request = WireRequest::Indirect(IndirectRequest {
         operation: op::READ,
         nr_segments: input.u16(),
         handle: 0,
