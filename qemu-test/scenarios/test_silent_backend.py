@@ -94,6 +94,6 @@ def test_silent_backend(xen, record_property):
     assert guest.run("[ -s /tmp/ended ]")[0] == 1
     write_nodes(host, back, {"sector-size": 4096, "state": 4})
     guest.wait_for('[ "$(cat /tmp/ended)" = failed ]')
-    assert "sector-size = 4096 instead of 512" in guest.sh("dmesg | tail")
+    assert "logical block size from 512 to 4096" in guest.sh("dmesg | tail")
     guest.wait_for("[ -e /tmp/changed ]")
     remove_devices(host, guest, [XVDB])
