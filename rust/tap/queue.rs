@@ -55,6 +55,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::AcqRel;
 use std::sync::atomic::Ordering::Acquire;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::Ordering::Release;
@@ -126,6 +127,8 @@ impl EventSender {
 pub(crate) struct QueueControl {
     stop: AtomicBool,
     pause: AtomicBool,
+    /// The main thread waits for [`QueueEvent::Paused`].
+    report_pause: AtomicBool,
     /// Requests in flight, and when the oldest was taken, in milliseconds since the queue was created.
     in_flight: AtomicU64,
     oldest: AtomicU64,
@@ -138,6 +141,7 @@ impl QueueControl {
         Self {
             stop: AtomicBool::new(false),
             pause: AtomicBool::new(false),
+            report_pause: AtomicBool::new(false),
             in_flight: AtomicU64::new(0),
             oldest: AtomicU64::new(0),
             created: Instant::now(),
@@ -152,8 +156,12 @@ impl QueueControl {
     }
 
     /// Has the thread take no more requests, or take them again.
+    ///
+    /// After each call with `true` it sends [`QueueEvent::Paused`] when nothing is in flight, even if it
+    /// was paused before.
     pub(crate) fn pause(&self, pause: bool) {
         self.pause.store(pause, Release);
+        self.report_pause.store(pause, Release);
         self.wakeup.set();
     }
 
@@ -344,8 +352,6 @@ pub(crate) struct Queue {
     submitted: bool,
     /// Nothing more is taken from the ring.
     broken: bool,
-    /// It was reported that the queue is paused.
-    paused: bool,
     /// Nodes that were withdrawn.
     withdrawn: Vec<&'static str>,
     purge_at: Option<Instant>,
@@ -371,7 +377,6 @@ impl Queue {
             pages: 0,
             submitted: false,
             broken: false,
-            paused: false,
             withdrawn: Vec::new(),
             purge_at: None,
             messages: TokenBucket::new(MESSAGES, MESSAGE_MS, 0),
@@ -417,11 +422,10 @@ impl Queue {
 
     fn report_pause(&mut self) {
         let paused = self.is_pausing() && self.is_drained();
-        if paused && !self.paused {
+        if paused && self.config.control.report_pause.swap(false, AcqRel) {
             let index = self.config.index;
             self.config.events.send(QueueEvent::Paused(index));
         }
-        self.paused = paused;
     }
 
     /// Reports what makes the ring or the image unusable, once, and takes nothing more.
