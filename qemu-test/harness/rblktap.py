@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 TREE = Path(__file__).resolve().parents[2]
 TARGET = "x86_64-unknown-linux-gnu"
+PACKAGES = ("rblktap", "agent", "cli")
 PROGRAM = "/payload/rblktap"
 PLACE = "/tap"
 """Mount point in dom0."""
@@ -48,16 +49,17 @@ done
 """
 
 
-def program() -> bytes:
-    """Builds the program and returns it."""
-    command = ["cargo", "build", "--locked", "--release", "--package=rblktap", f"--target={TARGET}"]
+def program(name: str = "rblktap") -> bytes:
+    """Builds the programs of user space, all in one go, and returns one of them."""
+    packages = [f"--package={package}" for package in PACKAGES]
+    command = ["cargo", "build", "--locked", "--release", f"--target={TARGET}", *packages]
     subprocess.run(
         command,
         cwd=TREE,
         env={**os.environ, "RUSTFLAGS": "-Ctarget-feature=+crt-static"},
         check=True,
     )
-    return (TREE / "target" / TARGET / "release" / "rblktap").read_bytes()
+    return (TREE / "target" / TARGET / "release" / name).read_bytes()
 
 
 def disk(images: Sequence[tuple[str, int]]) -> Path:
