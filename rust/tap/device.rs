@@ -171,13 +171,6 @@ impl ToolstackNodes {
     }
 }
 
-/// A queue that is served.
-struct ServedQueue {
-    control: Arc<QueueControl>,
-    index: u32,
-    paused: bool,
-}
-
 /// A device.
 pub struct Device {
     config: Config,
@@ -194,7 +187,7 @@ pub struct Device {
     limits: BackLimits,
     /// A predecessor may have left requests in flight.
     may_adopt: bool,
-    queues: Vec<ServedQueue>,
+    queues: Vec<Arc<QueueControl>>,
     inflight: Option<InflightFile>,
     /// Threads that have not ended, of all connections.
     threads: usize,
@@ -373,12 +366,6 @@ impl Device {
                 let written = write(&mut self.store, &self.config.dir, node, 0);
                 written.during("writing xenstore")?;
             }
-            QueueEvent::Paused(index) if current => {
-                let mut queues = self.queues.iter_mut();
-                if let Some(queue) = queues.find(|queue| queue.index == index) {
-                    queue.paused = true;
-                }
-            }
             _ => {}
         }
         Ok(())
@@ -535,7 +522,7 @@ impl Device {
 
     fn serve(&mut self, connection: Connection) -> Result<(), Error> {
         self.inflight = Some(connection.inflight);
-        for (index, (queue, control)) in (0..).zip(connection.queues) {
+        for (index, (queue, control)) in connection.queues.into_iter().enumerate() {
             if self.paused {
                 control.pause(true);
             }
@@ -547,11 +534,7 @@ impl Device {
                 .spawn(move || queue.serve())
                 .during("starting a thread")?;
             self.threads = self.threads.saturating_add(1);
-            self.queues.push(ServedQueue {
-                control,
-                index,
-                paused: false,
-            });
+            self.queues.push(control);
         }
         Ok(())
     }
@@ -559,7 +542,7 @@ impl Device {
     /// Has the queues end what they have taken from their rings. Returns `true` if some have not.
     fn stop(&mut self) -> bool {
         for queue in self.queues.drain(..) {
-            queue.control.stop();
+            queue.stop();
         }
         self.draining = self.threads != 0;
         self.draining
@@ -694,9 +677,9 @@ impl Device {
     fn stats_json(&self) -> Value {
         let queues = self.queues.iter().map(|queue| {
             json!({
-                "in_flight": queue.control.in_flight(),
-                "oldest_ms": queue.control.oldest().map(|time| time.as_millis() as u64),
-                "paused": queue.paused && self.paused,
+                "in_flight": queue.in_flight(),
+                "oldest_ms": queue.oldest().map(|time| time.as_millis() as u64),
+                "paused": queue.is_paused(),
             })
         });
         json!({
@@ -714,9 +697,8 @@ impl Device {
 
     fn set_paused(&mut self, paused: bool) -> Value {
         self.paused = paused;
-        for queue in &mut self.queues {
-            queue.paused = false;
-            queue.control.pause(paused);
+        for queue in &self.queues {
+            queue.pause(paused);
         }
         json!({ "paused": paused })
     }

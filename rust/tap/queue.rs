@@ -55,7 +55,6 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::AcqRel;
 use std::sync::atomic::Ordering::Acquire;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::Ordering::Release;
@@ -100,8 +99,6 @@ pub(crate) enum QueueEvent {
     Broken(Error),
     /// The image has refused what a node has offered.
     Withdraw(&'static str),
-    /// It is paused, and nothing is in flight.
-    Paused(u32),
     /// The thread ends: nothing is in flight, and it has given up the ring.
     Ended,
 }
@@ -127,8 +124,8 @@ impl EventSender {
 pub(crate) struct QueueControl {
     stop: AtomicBool,
     pause: AtomicBool,
-    /// The main thread waits for [`QueueEvent::Paused`].
-    report_pause: AtomicBool,
+    /// It is paused, and nothing is in flight.
+    paused: AtomicBool,
     /// Requests in flight, and when the oldest was taken, in milliseconds since the queue was created.
     in_flight: AtomicU64,
     oldest: AtomicU64,
@@ -141,7 +138,7 @@ impl QueueControl {
         Self {
             stop: AtomicBool::new(false),
             pause: AtomicBool::new(false),
-            report_pause: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
             in_flight: AtomicU64::new(0),
             oldest: AtomicU64::new(0),
             created: Instant::now(),
@@ -156,13 +153,16 @@ impl QueueControl {
     }
 
     /// Has the thread take no more requests, or take them again.
-    ///
-    /// After each call with `true` it sends [`QueueEvent::Paused`] when nothing is in flight, even if it
-    /// was paused before.
     pub(crate) fn pause(&self, pause: bool) {
+        self.paused.store(false, Release);
         self.pause.store(pause, Release);
-        self.report_pause.store(pause, Release);
         self.wakeup.set();
+    }
+
+    /// Returns `true` if the queue was paused by the last call of [`Self::pause`] and nothing is in
+    /// flight.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.pause.load(Acquire) && self.paused.load(Acquire)
     }
 
     /// Returns the number of requests in flight.
@@ -420,12 +420,9 @@ impl Queue {
         self.in_flight == 0 && matches!(self.barrier, Barrier::None)
     }
 
-    fn report_pause(&mut self) {
+    fn report_pause(&self) {
         let paused = self.is_pausing() && self.is_drained();
-        if paused && self.config.control.report_pause.swap(false, AcqRel) {
-            let index = self.config.index;
-            self.config.events.send(QueueEvent::Paused(index));
-        }
+        self.config.control.paused.store(paused, Release);
     }
 
     /// Reports what makes the ring or the image unusable, once, and takes nothing more.
