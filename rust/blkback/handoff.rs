@@ -8,7 +8,7 @@
 //! thread wakes up for another reason.
 //!
 //! One lock protects all of [`State`]; it is held for a few instructions and never across a
-//! notification or a wake-up. [`RingOwner`] says who has the ring:
+//! notification or a wakeup. [`RingOwner`] is the current owner of the ring:
 //!
 //! | event | context | [`RingOwner::Thread`] | [`RingOwner::Completion`] |
 //! |---|---|---|---|

@@ -220,7 +220,7 @@ fn try_direct_read(fd: &OwnedFd) -> rustix::io::Result<Alignment> {
 
 /// Returns the size of the image in bytes, a multiple of a sector.
 ///
-/// What is missing of the last sector of a file reads as zeros.
+/// The part of the last sector that a file does not have reads as zeros.
 pub(super) fn size(fd: &OwnedFd, path: &Path) -> Result<u64> {
     let size = seek(fd, SeekFrom::End(0)).map_err(|errno| open_error(errno, path))?;
     match size.checked_next_multiple_of(SECTOR) {

@@ -426,7 +426,7 @@ impl Drop for Bio {
 
 /// Ends a bio, where the block layer says so.
 ///
-/// What runs here may be the last of the module: the completion may end the thread that holds it.
+/// This may be the last code of the module that runs: the completion may end the thread that holds it.
 /// Where bios end in interrupts, the kernel does not free a module's code before it has returned,
 /// because it waits for a grace period of RCU. Others end in threads that can be preempted (`loop`,
 /// `dm-crypt`), so all of it is a read-side section. Its end is the last call, which the compiler

@@ -278,7 +278,7 @@ pub(super) unsafe fn try_end(reference: GrantRef) -> bool {
 
 /// A page of our own that is granted to another domain.
 ///
-/// What is in it can change at any time if the access is [`GrantAccess::ReadWrite`]; it can only be
+/// Its content can change at any time if the access is [`GrantAccess::ReadWrite`]; it can only be
 /// copied out. When dropped, the grant ends and the page is freed; if the other domain still uses
 /// it, both stay in quarantine until it does not.
 ///

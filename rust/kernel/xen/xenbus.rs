@@ -214,7 +214,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     /// Writes the state of this half to xenstore, if it is another one than before and may replace
     /// the one that is there (`xenbus_switch_state`). May sleep.
     ///
-    /// What may replace what is said by `may_replace`. If xenstore fails, the error is logged.
+    /// `may_replace` says which state may replace which. If xenstore fails, the error is logged.
     ///
     /// A frontend switches to and from [`XenbusState::Initialising`] only in `otherend_changed`.
     /// The bus watches for that state in the same thread; when it is switched elsewhere, the bus

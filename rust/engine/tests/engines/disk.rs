@@ -7,7 +7,7 @@ use std::time::Duration;
 
 pub const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How the memory of a request is cut into buffers.
+/// The division of the memory of a request into buffers.
 #[derive(Clone, Copy, Debug)]
 pub enum Cut {
     /// One aligned buffer.

@@ -104,7 +104,7 @@ mod qcow2 {
     conformance!(super::Image::with_backing_file());
 }
 
-/// What differs between formats.
+/// The differences between formats.
 macro_rules! image_format {
     ($name:ident, $format:expr, $options:expr) => {
         mod $name {

@@ -368,7 +368,7 @@ impl<T: Operations> GenDisk<T> {
 
     /// Changes the limits. The queue should be quiesced, or frozen, or not in use yet.
     ///
-    /// What `change` leaves alone stays as it is. `EBUSY`: another task is changing them, and may
+    /// Limits that `change` does not set stay as they are. `EBUSY`: another task is changing them, and may
     /// wait for requests in flight before that is over.
     pub fn try_update_limits(&self, change: impl FnOnce(&mut QueueLimits)) -> Result {
         let mut limits = QueueLimits::new();

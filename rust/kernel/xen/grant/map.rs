@@ -131,7 +131,7 @@ impl PinnedDrop for PageCache {
 
 /// A page of another domain, mapped.
 ///
-/// What is in it can change at any time; it can only be copied. Dropping one unmaps it; that sleeps
+/// Its content can change at any time; it can only be copied. Dropping one unmaps it; that sleeps
 /// up to ten seconds if the page is busy, and then leaks the page. So give pages back through
 /// [`Mapper::unmap`], and drop what is left only from a thread.
 ///

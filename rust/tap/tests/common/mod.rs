@@ -103,7 +103,7 @@ impl Toolstack {
     }
 }
 
-/// How a disk is served.
+/// The configuration of a served disk.
 pub struct Options<'a> {
     pub state_dir: &'a Path,
     pub persistent: bool,
