@@ -4,7 +4,6 @@
 
 use crate::barrier::BarrierGate;
 use crate::barrier::GateMember;
-use crate::device::Xen;
 use crate::disk::Disk;
 use crate::disk::MAX_INDIRECT_SEGMENTS;
 use crate::error::During;
@@ -72,6 +71,14 @@ fn read_choice(
         }
     }
     choice.check(limits).map_err(Error::Choice)
+}
+
+/// Xen's devices, as the queues use them.
+pub struct Xen {
+    /// Maps and copies pages.
+    pub grants: Arc<dyn Grants>,
+    /// Binds event channels.
+    pub events: Box<dyn Events>,
 }
 
 /// The parts that the queues of a connection are created from.

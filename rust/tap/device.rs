@@ -17,6 +17,7 @@
 use crate::connect;
 use crate::connect::Connection;
 use crate::connect::Parts;
+pub use crate::connect::Xen;
 use crate::control::Command;
 use crate::control::ControlSocket;
 use crate::disk::Disk;
@@ -58,8 +59,6 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 use std::time::Instant;
-use xen_user::event::Events;
-use xen_user::grant::Grants;
 use xen_user::xenstore::Nodes;
 use xen_user::xenstore::Transaction;
 use xen_user::xenstore::Xenstore;
@@ -73,14 +72,6 @@ const RETRIES: Backoff = Backoff::new(100, 10_000);
 
 /// Stack of a queue's thread.
 const STACK: usize = 256 << 10;
-
-/// Xen, for the queues.
-pub struct Xen {
-    /// Maps and copies pages.
-    pub grants: Arc<dyn Grants>,
-    /// Binds event channels.
-    pub events: Box<dyn Events>,
-}
 
 /// The configuration of a device.
 pub struct Config {

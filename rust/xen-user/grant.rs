@@ -10,6 +10,7 @@ use crate::ioctl::Argument;
 use crate::memory;
 use crate::memory::Pages;
 use crate::memory::PAGE_SIZE;
+use crate::unmapper::Unmapper;
 use io_buffer::Access;
 use io_buffer::Buffer;
 use rustix::mm;
@@ -260,45 +261,6 @@ impl Grants for GrantDevice {
     }
 }
 
-/// Ends mappings of grants when it is dropped.
-pub(crate) enum Unmapper {
-    /// The device forgets them.
-    Device {
-        /// The device that has mapped the grants.
-        device: Arc<File>,
-        /// Offset of the first one in the device.
-        index: u64,
-        /// Number of pages.
-        count: u32,
-    },
-    /// Counts for the fake.
-    #[cfg(feature = "fake")]
-    Fake(Box<dyn Fn() + Send + Sync>),
-}
-
-impl Drop for Unmapper {
-    fn drop(&mut self) {
-        match self {
-            Unmapper::Device {
-                device,
-                index,
-                count,
-            } => {
-                let mut unmap = UnmapGrants {
-                    index: *index,
-                    count: *count,
-                    pad: 0,
-                };
-                // SAFETY: There are no pointers in the structure. The device refuses what it does not
-                // know.
-                let _ = unsafe { ioctl::call(device, &mut unmap) };
-            }
-            #[cfg(feature = "fake")]
-            Unmapper::Fake(unmap) => unmap(),
-        }
-    }
-}
-
 const COPY_SOURCE_GRANT: u16 = 1;
 const COPY_DEST_GRANT: u16 = 2;
 
@@ -351,19 +313,6 @@ unsafe impl Argument for MapGrants {
     const REQUEST: libc::Ioctl = ioctl::request(b'G', 0, 24);
 }
 
-/// `struct ioctl_gntdev_unmap_grant_ref`.
-#[repr(C)]
-struct UnmapGrants {
-    index: u64,
-    count: u32,
-    pad: u32,
-}
-
-// SAFETY: The kernel only reads the structure, which is its own.
-unsafe impl Argument for UnmapGrants {
-    const REQUEST: libc::Ioctl = ioctl::request(b'G', 1, size_of::<Self>());
-}
-
 /// `struct ioctl_gntdev_grant_copy`.
 #[repr(C)]
 struct GrantCopy {
@@ -409,7 +358,6 @@ mod tests {
     #[test]
     fn structures_are_those_of_the_header() {
         assert_eq!(MapGrants::REQUEST, 0x18_4700);
-        assert_eq!(UnmapGrants::REQUEST, 0x10_4701);
         assert_eq!(GrantCopy::REQUEST, 0x10_4708);
         assert_eq!(size_of::<CopySegment>(), 24);
     }

@@ -5,7 +5,7 @@
 //! [`Pages`] owns a mapping. No reference to its content ever exists; it is accessed by word and by
 //! copies. [`DataPages`] are lent to I/O, as a [`Buffer`].
 
-use crate::grant::Unmapper;
+use crate::unmapper::Unmapper;
 use io_buffer::Access;
 use io_buffer::Buffer;
 use rustix::mm;

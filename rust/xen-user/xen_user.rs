@@ -17,7 +17,7 @@
 //!
 //! # Safety
 //!
-//! All `unsafe` code is in `grant`, `event` and `memory`. No argument of a safe function, and nothing
+//! All `unsafe` code is in `grant`, `unmapper`, `event` and `memory`. No argument of a safe function, and nothing
 //! that another domain does, leads to undefined behaviour: memory that is shared is never borrowed,
 //! only read and written by atomic accesses of at most 8 bytes, or by the kernel.
 
@@ -31,4 +31,5 @@ pub mod fake;
 pub mod grant;
 mod ioctl;
 pub mod memory;
+mod unmapper;
 pub mod xenstore;

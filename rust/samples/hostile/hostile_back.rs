@@ -3,10 +3,11 @@
 //! A backend that breaks the protocol, to test what a frontend must withstand.
 //!
 //! It binds to one virtual block device, needs no disk for it, and serves it correctly until the
-//! parameter `misbehaviour` selects a [`Misbehaviour`].
+//! parameter `misbehaviour` selects a [`misbehaviour`].
 
 #![deny(unsafe_code)]
 
+mod back_params;
 mod misbehaviour;
 mod server;
 
@@ -22,21 +23,18 @@ use kernel::{
     }, //
 };
 
-use kernel_ext::{
-    base::module_param::module_params,
-    xen::{
-        xenbus::{
-            self,
-            DeviceAction,
-            DeviceId,
-            IdArray,
-            IdTable,
-            OtherendState,
-            Role,
-            XenbusState, //
-        },
-        xenstore, //
+use kernel_ext::xen::{
+    xenbus::{
+        self,
+        DeviceAction,
+        DeviceId,
+        IdArray,
+        IdTable,
+        OtherendState,
+        Role,
+        XenbusState, //
     },
+    xenstore, //
 };
 
 use crate::server::{
@@ -50,21 +48,6 @@ kernel_ext::module_xenbus_driver! {
     authors: ["The rblkif developers"],
     description: "Backend that breaks the rules, to test frontends",
     license: "GPL",
-}
-
-module_params! {
-    /// The device to bind to.
-    static DEVICE("device", 0o644): u32 = 51728,
-        "Virtual device number of the one device to take";
-    /// The [`Misbehaviour`].
-    static MISBEHAVIOUR("misbehaviour", 0o644): u32 = 0,
-        "0: nothing; 1, 2, 3: status of a write, a write, a flush; 4, 5, 6: id, id twice, operation; 7, 8: too many, too few answers; 9: keep pages; 10: silence; 11: peek; 12: lose an event; 13: miss an event; 14: lag";
-    /// Keeps pages of ended connections mapped.
-    static HOARD("hoard", 0o644): bool = false, "Keep the pages of connections that have ended mapped";
-    /// Number of such connections.
-    static HOARDED("hoarded", 0o444): u32 = 0, "Connections that have ended and are mapped";
-    /// The feature that it offers in place of flush.
-    static BARRIER("barrier", 0o644): bool = false, "Offer a barrier, and no flush";
 }
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
@@ -104,7 +87,7 @@ fn describe_disk(device: &xenbus::Device) -> Result {
         write("sectors", SECTORS)?;
         write("sector-size", 512)?;
         write("info", 0)?;
-        let offered = if BARRIER.get() {
+        let offered = if back_params::BARRIER.get() {
             "feature-barrier"
         } else {
             "feature-flush-cache"
@@ -120,10 +103,10 @@ impl xenbus::Driver for Back {
 
     fn probe(dev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
         let device: ARef<xenbus::Device> = dev.into();
-        if !HOARD.get() {
+        if !back_params::HOARD.get() {
             server::release_hoard();
         }
-        let wanted = dev.handle() == Some(DEVICE.get());
+        let wanted = dev.handle() == Some(back_params::DEVICE.get());
         if wanted {
             dev.switch_state(XenbusState::InitWait);
         }

@@ -80,13 +80,11 @@ use blkif::{
 };
 
 use crate::{
+    back_params,
     misbehaviour::{
         Misbehaviour,
         HONEST, //
     },
-    HOARD,
-    HOARDED,
-    MISBEHAVIOUR, //
 };
 
 /// Size of the disk in sectors.
@@ -209,7 +207,7 @@ static ENDED: GlobalMutex<KVec<Server>> = GlobalMutex::new(KVec::new());
 /// Unmaps the pages of connections that have ended.
 pub(crate) fn release_hoard() {
     let ended = core::mem::replace(&mut *ENDED.lock(), KVec::new());
-    HOARDED.set(0);
+    back_params::HOARDED.set(0);
     for server in ended {
         server.unmap();
     }
@@ -234,7 +232,7 @@ impl Server {
             while self.serve() {}
             self.channel.eoi(false);
         }
-        if HOARD.get() {
+        if back_params::HOARD.get() {
             self.hoard();
         } else {
             self.unmap();
@@ -245,12 +243,12 @@ impl Server {
     ///
     /// The next event makes up for it.
     fn misses(&self, event: bool, missed: &mut bool) -> bool {
-        if Misbehaviour::from_number(MISBEHAVIOUR.get()) != Misbehaviour::MissEvent {
+        if Misbehaviour::from_number(back_params::MISBEHAVIOUR.get()) != Misbehaviour::MissEvent {
             *missed = false;
             return false;
         }
         if event && *missed {
-            MISBEHAVIOUR.set(HONEST);
+            back_params::MISBEHAVIOUR.set(HONEST);
             return false;
         }
         if event {
@@ -263,7 +261,7 @@ impl Server {
     fn hoard(self) {
         let mut ended = ENDED.lock();
         if ended.push(self, GFP_KERNEL).is_ok() {
-            HOARDED.set(ended.len() as u32);
+            back_params::HOARDED.set(ended.len() as u32);
         }
     }
 
@@ -283,7 +281,7 @@ impl Server {
 
     /// Completes all requests in the ring. Returns `true` if there may be more.
     fn serve(&mut self) -> bool {
-        let misbehaviour = Misbehaviour::from_number(MISBEHAVIOUR.get());
+        let misbehaviour = Misbehaviour::from_number(back_params::MISBEHAVIOUR.get());
         let mut claim = None;
         while let Ok(Some(request)) = self.ring.take_request() {
             let suits = misbehaviour.suits(&request);

@@ -55,6 +55,7 @@ use crate::{
         concerns,
         Mode, //
     },
+    params,
     store::Store, //
 };
 
@@ -85,9 +86,9 @@ pub(crate) struct Control {
 
 impl Control {
     pub(crate) fn new() -> Result<Arc<Self>> {
-        let store = Store::new(crate::MAX_MIB.get())?;
-        let in_flight = (crate::QUEUES.get() as usize)
-            .checked_mul(crate::DEPTH.get() as usize)
+        let store = Store::new(params::MAX_MIB.get())?;
+        let in_flight = (params::QUEUES.get() as usize)
+            .checked_mul(params::DEPTH.get() as usize)
             .ok_or(EINVAL)?;
         let mut slots = KVec::with_capacity(in_flight, GFP_KERNEL)?;
         for _ in 0..in_flight {
@@ -111,9 +112,9 @@ impl Control {
     pub(crate) fn make_disk(this: &Arc<Self>) -> Result {
         let tag_set = Arc::pin_init(
             TagSet::new(TagSetParams {
-                nr_hw_queues: crate::QUEUES.get(),
-                queue_depth: crate::DEPTH.get(),
-                timeout: msecs_to_jiffies(crate::TIMEOUT_MS.get()),
+                nr_hw_queues: params::QUEUES.get(),
+                queue_depth: params::DEPTH.get(),
+                timeout: msecs_to_jiffies(params::TIMEOUT_MS.get()),
                 no_scheduler: false,
             }),
             GFP_KERNEL,
@@ -121,24 +122,24 @@ impl Control {
 
         let mut limits = QueueLimits::new();
         limits
-            .set_logical_block_size(crate::BLOCK_SIZE.get())
+            .set_logical_block_size(params::BLOCK_SIZE.get())
             .set_max_hw_sectors(256)
             .set_max_segments(32)
             .set_max_discard_sectors(u32::MAX)
-            .set_discard_granularity(crate::DISCARD_GRANULARITY.get())
-            .set_discard_alignment(crate::DISCARD_ALIGNMENT.get())
-            .set_max_secure_erase_sectors(if crate::SECURE_ERASE.get() {
+            .set_discard_granularity(params::DISCARD_GRANULARITY.get())
+            .set_discard_alignment(params::DISCARD_ALIGNMENT.get())
+            .set_max_secure_erase_sectors(if params::SECURE_ERASE.get() {
                 u32::MAX
             } else {
                 0
             })
             .set_max_write_zeroes_sectors(u32::MAX)
-            .set_feature(Feature::WriteCache, crate::WRITE_CACHE.get())
-            .set_feature(Feature::Fua, crate::FUA.get());
+            .set_feature(Feature::WriteCache, params::WRITE_CACHE.get())
+            .set_feature(Feature::Fua, params::FUA.get());
 
         let disk = GenDiskBuilder::new(limits)
             .capacity(Self::capacity())
-            .read_only(crate::READ_ONLY.get())
+            .read_only(params::READ_ONLY.get())
             .build(fmt!("rblk0"), tag_set, this.clone())?;
         let disk = Arc::new(disk, GFP_KERNEL)?;
         *this.disk.lock() = Some(disk);
@@ -164,7 +165,7 @@ impl Control {
     }
 
     fn capacity() -> u64 {
-        u64::from(crate::SIZE_MIB.get().min(crate::MAX_MIB.get())).wrapping_mul(SECTORS_PER_MIB)
+        u64::from(params::SIZE_MIB.get().min(params::MAX_MIB.get())).wrapping_mul(SECTORS_PER_MIB)
     }
 
     /// Ends the held requests for which `f` returns a status.
@@ -203,12 +204,12 @@ impl Control {
 
     /// Returns the mode for the next request.
     fn next_mode(&self, op: Op) -> Mode {
-        if !concerns(crate::ONLY.get(), op) {
+        if !concerns(params::ONLY.get(), op) {
             return Mode::Now;
         }
         let count = self.count.fetch_add(1, Relaxed);
-        if count.checked_rem(crate::EVERY.get()).unwrap_or(0) == 0 {
-            Mode::new(crate::MODE.get())
+        if count.checked_rem(params::EVERY.get()).unwrap_or(0) == 0 {
+            Mode::new(params::MODE.get())
         } else {
             Mode::Now
         }
@@ -221,7 +222,7 @@ impl Control {
 
     /// Runs the thread of the disk until the disk is removed.
     pub(crate) fn run(&self, current: &Current) {
-        while !current.should_stop() && !crate::GONE.get() {
+        while !current.should_stop() && !params::GONE.get() {
             self.wait
                 .wait_idle(|| current.should_stop() || self.scheduled.xchg(0, Full) != 0);
             self.work();
@@ -230,11 +231,11 @@ impl Control {
     }
 
     fn work(&self) {
-        let now = Mode::new(crate::MODE.get());
+        let now = Mode::new(params::MODE.get());
         self.end_parked(|mode, rq| match (mode, now) {
             (Mode::Keep, Mode::Keep) => None,
             (Mode::Keep, Mode::Fail) => Some(BlkStatus::IOERR),
-            _ => Some(self.store.serve(rq)),
+            _ => Some(self.store.execute(rq)),
         });
 
         let disk = self.disk.lock().clone();
@@ -273,7 +274,7 @@ impl Operations for Control {
         match this.next_mode(rq.op()) {
             Mode::Now => {
                 let mut rq = rq.start();
-                let status = this.store.serve(&mut rq);
+                let status = this.store.execute(&mut rq);
                 rq.end(status);
             }
             Mode::Complete => rq.start().complete(),
@@ -301,7 +302,7 @@ impl Operations for Control {
 
     fn complete(mut rq: Request<Self, Completed>) {
         let this = rq.queue_data();
-        let status = this.store.serve(&mut rq);
+        let status = this.store.execute(&mut rq);
         rq.end(status);
     }
 

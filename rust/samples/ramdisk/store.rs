@@ -15,13 +15,12 @@ use kernel_ext::{
     block::mq::{
         BlkStatus,
         Op,
+        Operations,
         Request,
         State,
         SECTOR_SIZE, //
     },
 };
-
-use crate::disk::Control;
 
 /// The memory that stores the data of the disk.
 pub(crate) struct Store {
@@ -42,7 +41,7 @@ impl Store {
     }
 
     /// Executes a request.
-    pub(crate) fn serve<S: State>(&self, rq: &mut Request<Control, S>) -> BlkStatus {
+    pub(crate) fn execute<D: Operations, S: State>(&self, rq: &mut Request<D, S>) -> BlkStatus {
         // A flush has no position: its sector is all ones.
         let position = rq.sector().wrapping_mul(u64::from(SECTOR_SIZE));
         let result = match rq.op() {
@@ -60,7 +59,11 @@ impl Store {
         }
     }
 
-    fn read<S: State>(&self, mut position: u64, rq: &mut Request<Control, S>) -> Option<()> {
+    fn read<D: Operations, S: State>(
+        &self,
+        mut position: u64,
+        rq: &mut Request<D, S>,
+    ) -> Option<()> {
         for segment in rq.segments_mut() {
             let mut done = 0;
             while done < segment.len() {
@@ -73,7 +76,7 @@ impl Store {
         Some(())
     }
 
-    fn write<S: State>(&self, mut position: u64, rq: &Request<Control, S>) -> Option<()> {
+    fn write<D: Operations, S: State>(&self, mut position: u64, rq: &Request<D, S>) -> Option<()> {
         for segment in rq.segments() {
             let mut done = 0;
             while done < segment.len() {
