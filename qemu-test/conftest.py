@@ -68,8 +68,12 @@ def scenario_of(function: Callable[..., object]) -> str:
     return function.__name__.removeprefix("test_")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs a scenario once for each kernel and pair of its entry in the matrix."""
+    """Runs a scenario once for each kernel and pair of its entry in the matrix.
+
+    Its name ends with these, behind parameters of the scenario's own.
+    """
     scenario = scenario_of(metafunc.function)
     if scenario not in MATRIX and NAME in scenario:
         raise pytest.UsageError(f"{scenario} is not in {matrix.FILE}")
@@ -143,7 +147,7 @@ def kernel(run: matrix.Run) -> Kernel:
 
 @pytest.fixture
 def other_kernel(kernel: Kernel) -> Kernel:
-    """Returns another kernel that our modules are built for; without one the scenario is dropped."""
+    """Returns another kernel that our modules are built for; else the scenario is dropped."""
     return kernel_in(next(path for path in kernels().values() if kernel_in(path) is not kernel))
 
 
@@ -181,10 +185,11 @@ def logs(request: pytest.FixtureRequest) -> Path:
 def xen(
     request: pytest.FixtureRequest, kernel: Kernel, dom0_kernel: Kernel, pair: Pair, logs: Path
 ) -> Iterator[Callable[..., XenHost]]:
-    """Yields a function that starts a Xen host: `host = xen()`; at the end its consoles must be clean.
+    """Yields a function that starts a Xen host: `host = xen()`; at the end its consoles must be
+    clean.
 
-    A guest of the kind `waiting` has booted there, unless that is `None`. With `icount` the clock of
-    the machine is the number of its instructions, see snapshot.py; dom0 does not boot there with
+    A guest of the kind `waiting` has booted there, unless that is `None`. With `icount` the clock
+    of the machine is the number of its instructions, see snapshot.py; dom0 does not boot there with
     more than one of the `vcpus`, and has one.
     """
     with _machines(request) as boot:

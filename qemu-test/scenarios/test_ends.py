@@ -3,13 +3,17 @@
 serving."""
 
 import time
+from collections.abc import Callable
 
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
 from harness.leak_counts import xen_counts
 from harness.manual_toolstack import ManualDisk
+from harness.shell import Target
 from harness.toolstack import error_node
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
@@ -24,54 +28,54 @@ HANGS = "pidof dd && grep -q freeze $(grep -lx xenwatch /proc/[0-9]*/comm | sed 
 """The thread that removes devices waits for requests on a disk."""
 
 
-def offered(disk):
+def offered(disk: ManualDisk) -> None:
     """The toolstack has created the device; the disk is not known yet."""
     disk.offer()
     disk.wait_for(back=2)
 
 
-def named(disk):
+def named(disk: ManualDisk) -> None:
     """The disk is open; there is no frontend."""
     offered(disk)
     disk.give("/dev/ram0")
     disk.server.wait_for(f"grep -q 1:0 {disk.device}/physical_device")
 
 
-def front_first(disk):
+def front_first(disk: ManualDisk) -> None:
     """The frontend says that it has written its rings; there is no disk."""
     offered(disk)
     disk.host.sh(f"xenstore-write {disk.front}/state 3")
 
 
-def no_rings(disk):
+def no_rings(disk: ManualDisk) -> None:
     """The frontend says that it has written its rings, and has not."""
     front_first(disk)
     disk.give("/dev/ram0")
     disk.wait_for(back=5)
 
 
-def closing(disk):
+def closing(disk: ManualDisk) -> None:
     """The frontend closes before it was connected."""
     named(disk)
     disk.host.sh(f"xenstore-write {disk.front}/state 5")
     disk.wait_for(back=5)
 
 
-def closed(disk):
+def closed(disk: ManualDisk) -> None:
     """The frontend has closed, and may come back."""
     closing(disk)
     disk.host.sh(f"xenstore-write {disk.front}/state 6")
     disk.wait_for(back=6)
 
 
-def connected(disk):
+def connected(disk: ManualDisk) -> None:
     """The guest has the disk, and does nothing with it."""
     disk.guest.load_frontend()
     named(disk)
     disk.guest.wait_for_disk("xvdb")
 
 
-def in_use(disk):
+def in_use(disk: ManualDisk) -> None:
     """The guest writes to the disk all the time."""
     connected(disk)
     assert_served_by_pair(disk.host, disk.guest, "xvdb")
@@ -83,10 +87,13 @@ STEPS = (offered, named, front_first, no_rings, closing, closed, connected, in_u
 
 
 @pytest.mark.feature("BE-05", "B-01", "B-18", "B-23")
-def test_end_at_each_step(xen, record_property):
-    """The backend is unbound, unloaded and loaded at each step; then the device is removed.
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
+def test_end_at_each_step(
+    xen: StartHost, record_property: RecordProperty, step: Callable[[ManualDisk], None]
+) -> None:
+    """The backend is unbound, unloaded and loaded at a step; then the device is removed.
 
-    A connected frontend continues in between. Nothing is left at the end, and the disk works.
+    A connected frontend continues in between. Nothing is left at the end, and the next disk works.
 
     The C backend warns, with a stack trace, of rings that it could not connect to,
     and else does the same. The C frontend, removed in use after its backend, waits
@@ -96,7 +103,7 @@ def test_end_at_each_step(xen, record_property):
     server = host.start_server()
     server.load_backend()
     server.ram_disks()
-    ours = host.pair.back.name == "rblkback"
+    ours = host.pair.backend.name == "rblkback"
     if not ours:
         host.machine.allow(WARNS)
         host.machine.allow("Call Trace")
@@ -105,38 +112,40 @@ def test_end_at_each_step(xen, record_property):
     guest.allow("I/O error, dev xvdb")
     before = xen_counts(host)
     disk = ManualDisk(host, guest)
-    name = disk.device.split("/")[-1]
-    for step in STEPS:
-        print(step.__name__)
-        step(disk)
-        server.sh(f"echo {name} > {DRIVER}/unbind")
-        server.unload_backend()
-        server.load_backend()
-        server.wait_for(f"[ -e {DRIVER}/{name} ]")
-        if step is in_use:
-            guest.sh("rm /tmp/rounds")
-            guest.wait_for("[ -s /tmp/rounds ]")
-        host.sh(f"xenstore-rm {disk.back}; xenstore-rm {disk.front}")
-        server.wait_for(f"[ ! -e {disk.device} ] && ! grep -q xvdb /proc/[0-9]*/comm")
-        if step is no_rings:
-            assert (WARNS in host.sh("dmesg")) != ours
-        if step is in_use and guest.front == "xen-blkfront":
-            guest.wait_for(HANGS)
-            record_property("c_fails", "F-04, B-23")
-            record_property("c_not_asked", "B-01, B-18")
-            guest.destroy()
-            return
-        if step in (connected, in_use):
-            guest.wait_for("[ ! -b /dev/xvdb ] && ! pidof dd")
-            guest.unload_frontend()
+    step(disk)
+    restart_backend(disk)
+    if step is in_use:
+        guest.sh("rm /tmp/rounds")
+        guest.wait_for("[ -s /tmp/rounds ]")
+    host.sh(f"xenstore-rm {disk.back}; xenstore-rm {disk.front}")
+    server.wait_for(f"[ ! -e {disk.device} ] && ! grep -q xvdb /proc/[0-9]*/comm")
+    assert (WARNS in host.sh("dmesg")) == (step is no_rings and not ours)
+    if step is in_use and guest.front == "xen-blkfront":
+        guest.wait_for(HANGS)
+        record_property("c_fails", "F-04, B-23")
+        record_property("c_not_asked", "B-01, B-18")
+        guest.destroy()
+        return
+    if step in (connected, in_use):
+        guest.wait_for("[ ! -b /dev/xvdb ] && ! pidof dd")
+        guest.unload_frontend()
     after = xen_counts(host)
     kept = ("grants", "events")
     assert [after[key] for key in kept] == [before[key] for key in kept]
     in_use(disk)
 
 
+def restart_backend(disk: ManualDisk) -> None:
+    """Unbinds the device from its backend, and unloads and loads that, which binds it again."""
+    name = disk.device.split("/")[-1]
+    disk.server.sh(f"echo {name} > {DRIVER}/unbind")
+    disk.server.unload_backend()
+    disk.server.load_backend()
+    disk.server.wait_for(f"[ -e {DRIVER}/{name} ]")
+
+
 @pytest.mark.feature("F-42")
-def test_shutdown_after_outage(xen):
+def test_shutdown_after_outage(xen: StartHost) -> None:
     """A guest that is powered off closes its disk first, although the disk had an outage before.
 
     The C frontend has none that it survives, and is powered off without.
@@ -186,9 +195,10 @@ It waits without a program, for none would start; so it sees nothing but the sta
 
 
 @pytest.mark.feature("B-16")
-def test_thread_limit(xen):
-    """The kernel refuses the thread of the first queue, or of the second: the toolstack is told, the
-    frontend waits, and nothing is left of the attempt. When there are threads again, it is connected.
+def test_thread_limit(xen: StartHost) -> None:
+    """The kernel refuses the thread of the first queue, or of the second: the toolstack is told,
+    the frontend waits, and nothing is left of the attempt. When there are threads again, it is
+    connected.
 
     The C backend is no reference: the frontend has been told by then that it is connected, and
     reads. Neither half gets away from that, and the backend does not close.
@@ -214,7 +224,7 @@ def test_thread_limit(xen):
 REFUSALS = "dmesg | grep -c 'starting a thread' || true"
 
 
-def is_refused(disk, spare):
+def is_refused(disk: ManualDisk, spare: int) -> bool:
     """Returns `True` if the backend could not start its threads with this limit.
 
     The device goes after that.
@@ -239,8 +249,8 @@ def is_refused(disk, spare):
     return refused
 
 
-def wait_for_threads(machine):
-    """Waits until a machine may start any number of threads again; until then it may fail to look."""
+def wait_for_threads(machine: Target) -> None:
+    """Waits until a machine may start any number of threads again."""
     deadline = time.monotonic() + 300
     while machine.run("[ ! -e /tmp/limited ]")[0] != 0:
         assert time.monotonic() < deadline, "the backend did not close"
