@@ -73,7 +73,8 @@ if TYPE_CHECKING:
 MEGABYTES = 64
 FLUSHED = "/run/flushed"
 BASELINES = {"xvda": "/dev/ram0", "xvdc": "/dev/nullb0"}
-"""Disks of the guest with a baseline, and the device of the same kind that is used without the pair."""
+"""Disks of the guest with a baseline, and the device of the same kind that is used without the
+pair."""
 DOM0_WINDOW = 1000
 """Number of the window in which dom0 sleeps for a second, which identifies its slot."""
 PARAMETERS = {

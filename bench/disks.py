@@ -135,7 +135,9 @@ def _measure(host: XenHost, load: str, kind: str, number: int) -> dict[str, Any]
 
 
 def _connect(guest: Guest, disks: list[str]) -> int:
-    """Microseconds from the first disk that is bound until the frontend has said of all what they are."""
+    """Microseconds from the first disk that is bound until the frontend has said of all what they
+    are.
+    """
     guest.wait_for(f"[ $(ls -d {BUS}/devices/vbd-* | wc -l) = {len(disks)} ]")
     guest.sh(
         f"dmesg -c >/dev/null; echo start > /dev/kmsg; for disk in $(ls {BUS}/devices | grep vbd); do "
@@ -150,7 +152,9 @@ def _connect(guest: Guest, disks: list[str]) -> int:
 
 
 def _boot(host: XenHost, kind: str, number: int) -> tuple[float, float]:
-    """Milliseconds from the start of a guest's kernel until the last disk is there, and to its root."""
+    """Milliseconds from the start of a guest's kernel until the last disk is there, and to its
+    root.
+    """
     disks = [Disk("xvda", "/dev/vdb")]
     for place, letter in enumerate(ascii_lowercase[1:number]):
         disks.append(Disk(f"xvd{letter}", f"/dev/ram{place}"))

@@ -38,7 +38,8 @@ def measured(
 ) -> Result:
     """Returns the costs of one I/O of a window.
 
-    `dom0` is the slot of dom0; `where` the workload ran is pair, guest (baseline) or dom0 (baseline).
+    `dom0` is the slot of dom0; `where` the workload ran is pair, guest (baseline) or dom0
+    (baseline).
     """
     named = window.places(dom0)
     instructions, profile = _instructions(window, named, symbols, modules)

@@ -199,7 +199,7 @@ class Window:
     events: list[tuple[Any, ...]]
 
     def places(self, dom0: int) -> dict[int, str]:
-        """Returns who runs in each slot: guest, dom0 or idle. `dom0` is the slot of its only CPU."""
+        """Returns who runs in each slot: guest, dom0 or idle. `dom0` is the slot of its CPU."""
         outside = {slot for address, _, slot in self.blocks if not XEN_TEXT <= address < XEN_END}
         return {
             slot: "idle" if slot not in outside else "dom0" if slot == dom0 else "guest"

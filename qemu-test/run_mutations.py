@@ -162,7 +162,7 @@ def store(mutant: Mutation, outcome: str, failure: str, seconds: int) -> None:
 
 
 def selected(names: list[str]) -> list[Mutation]:
-    """Returns the mutations with these names, drivers, scenarios or features; all if none is given."""
+    """Returns the mutations with these names, drivers, scenarios or features, or all."""
     mutants = mutation.mutations()
     unknown = set(names).difference(*(mutant.labels for mutant in mutants))
     if unknown:

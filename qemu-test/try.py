@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Boots a machine, runs a shell script in it, prints what came out.
 
-For development, before there is a scenario:
-    scripts/in-root qemu-test/try.py plain --kernel DIR --module x.ko 'insmod /modules/x.ko; ls /sys/block'
-    scripts/in-root qemu-test/try.py xen --kernel DIR --pair R/C 'cat /proc/partitions'
+For development, before there is a scenario: scripts/in-root qemu-test/try.py plain --kernel DIR
+--module x.ko 'insmod /modules/x.ko; ls /sys/block' scripts/in-root qemu-test/try.py xen
+--kernel DIR --pair R/C 'cat /proc/partitions'
 """
 
 import argparse

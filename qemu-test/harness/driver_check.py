@@ -44,7 +44,7 @@ def assert_front_of_pair(host: XenHost, guest: Guest) -> None:
 
 
 def _assert_served_by_qemu(host: XenHost, guest: Guest, vdev: str) -> None:
-    """Asserts that the guest's QEMU process serves the disk, and that there is no backend module."""
+    """Asserts that the guest's QEMU process serves the disk, and that no backend is loaded."""
     domain = f"/local/domain/{guest.domid}"
     node = guest.sh(f"cat /sys/block/{vdev}/device/nodename")
     back, *seen = host.sh(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A disk of the server that completes no I/O until a scenario tells it to: rblk_ramdisk's /dev/rblk0."""
+"""A disk of the server that completes no I/O until a scenario tells it to: rblk_ramdisk's
+/dev/rblk0."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from .xenhost import XenHost
 
 DISK = "size_mib=64 depth=128 discard_granularity=4096 timeout_ms=1200000 only=7"
-"""Parameters: it holds reads, writes and flushes, but no discard, whose task would delay a suspend."""
+"""Parameters: it holds reads, writes and flushes, but no discard, whose task would delay a suspend.
+"""
 MODE = "/sys/module/rblk_ramdisk/parameters/mode"
 STOP_S = 600
 """How long I/O is held at most, in seconds."""
@@ -30,7 +32,7 @@ LOOK_S = 10
 def start(
     xen: Callable[..., XenHost], test_modules: Path, waiting: Kind = TWO_VCPUS
 ) -> tuple[XenHost, Guest]:
-    """Starts a host whose server has such a disk, and a guest that uses it through two large rings."""
+    """Starts a host with such a disk, and a guest that uses it through two large rings."""
     host = xen(
         waiting=waiting,
         front_parameters="max_ring_page_order=1 max_indirect_segments=64",

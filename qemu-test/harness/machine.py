@@ -38,13 +38,13 @@ PORT = (
     "-device", "virtserialport,chardev=agent",
     "-serial", "unix:{serial},server=on,wait=off",
 )  # fmt: skip
-"""The agent's line where the kernel has virtio_console: /dev/vportNp1. In a PV domain each byte of a
-serial line is an instruction that Xen has to do for it; a port takes all of them at once. The second
-serial line is there too, for another agent."""
+"""The agent's line where the kernel has virtio_console: /dev/vportNp1. In a PV domain each byte of
+a serial line is an instruction that Xen has to do for it; a port takes all of them at once. The
+second serial line is there too, for another agent."""
 
 
 def _typed(data: bytes) -> bytes:
-    """Passes on what was typed; raises `EOFError` if the terminal is gone, which pexpect ignores."""
+    """Returns what was typed; raises `EOFError`, which pexpect ignores, at its end."""
     if not data:
         raise EOFError
     return data

@@ -57,7 +57,8 @@ class ManualDisk:
         return f"/sys/bus/xen-backend/devices/vbd-{self.guest.domid}-{self.code}"
 
     def offer(self, mode: str = "w", kind: str = "disk", state: int = 1, **nodes: object) -> None:
-        """Writes the toolstack's nodes before the hotplug script runs; `nodes` are more of the backend.
+        """Writes the toolstack's nodes before the hotplug script runs; `nodes` are more of the
+        backend.
 
         `kind` is disk or cdrom. No driver binds to a backend whose `state` is not 1.
         """
@@ -88,7 +89,7 @@ class ManualDisk:
         )
 
     def play(self, state: int, **nodes: object) -> None:
-        """Writes nodes of a backend, its state last. No driver is bound to the device, see `offer`."""
+        """Writes nodes of a backend without a driver, its state last, see `offer`."""
         nodes = {name.replace("_", "-"): value for name, value in nodes.items()}
         self.host.sh(_writing(self.back, {**nodes, "state": state}))
 
@@ -115,7 +116,7 @@ class ManualDisk:
         self.forget()
 
     def forget(self) -> None:
-        """Removes the nodes once the backend is closed, and waits until it has nothing of the disk."""
+        """Waits for the backend to close, removes the nodes, and waits for its device to go."""
         self.wait_for(back=6)
         self.host.sh(f"xenstore-rm {self.back}; xenstore-rm {self.front}")
         self.server.wait_for(f"[ ! -e {self.device} ]")

@@ -186,7 +186,7 @@ def until(condition: str, seconds: int, otherwise: str, pause_us: int = 800000) 
 
 
 def announcement(logs: Path) -> str:
-    """Returns a shell command that writes the name of a test, that of its logs, to the kernel log."""
+    """Returns a shell command that writes the name of a test to the kernel log."""
     return f"echo 'rblkif-test: {logs.name}' > /dev/kmsg"
 
 

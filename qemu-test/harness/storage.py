@@ -70,8 +70,8 @@ class Storage(Guest):
     def stop_devd(self) -> None:
         """Stops `xl devd`, so that only the scenario writes nodes of disks.
 
-        `xl devd` assumes that each disk is one of xl's: it removes the nodes of one that has closed,
-        even if they belong to the next disk of that name by then.
+        `xl devd` assumes that each disk is one of xl's: it removes the nodes of one that has
+        closed, even if they belong to the next disk of that name by then.
         """
         if self._devd_runs:
             pid = self.sh(f"cat {DEVD_PID}")

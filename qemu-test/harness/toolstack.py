@@ -63,7 +63,7 @@ def create_device(
 
 
 def connect_disks(host: XenHost, guest: Guest, disks: Mapping[int, tuple[Nodes, Nodes]]) -> None:
-    """Connects disks; for each number, the backend's features and the toolstack's nodes are given."""
+    """Connects disks: by number, the features of the backend and the nodes of the toolstack."""
     script = _WAIT
     for code, (_offers, nodes) in disks.items():
         script += _creating(guest.domid, code, 2, nodes)

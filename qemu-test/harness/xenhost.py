@@ -83,9 +83,19 @@ class XenHost:
     name, domid = "Domain-0", 0
 
     def __init__(
-        self, snapshot: Snapshot, pair: Pair | None, logs: str | Path, modules: Sequence[str | Path]=(), image: Path | Callable[[bytes], Path] | None=None, front_parameters: str="", log_writes: bool=False,
-        programs: Sequence[str | Path]=(), extra: Sequence[str]=(), tools: Sequence[str]=(), files: Mapping[str, str | bytes] | None=None,
-    ) -> None:  # fmt: skip
+        self,
+        snapshot: Snapshot,
+        pair: Pair | None,
+        logs: str | Path,
+        modules: Sequence[str | Path] = (),
+        image: Path | Callable[[bytes], Path] | None = None,
+        front_parameters: str = "",
+        log_writes: bool = False,
+        programs: Sequence[str | Path] = (),
+        extra: Sequence[str] = (),
+        tools: Sequence[str] = (),
+        files: Mapping[str, str | bytes] | None = None,
+    ) -> None:
         self.logs = Path(logs).resolve()
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
@@ -108,9 +118,12 @@ class XenHost:
         if image:
             shutil.copy(image, self.disk)
         blank(self.disk, DISK_SIZES["disk"])
-        self.write_log = self.logs / "writes" if log_writes else None
+        self.write_log = self.logs / "writes"
         self.machine = snapshot.start(
-            self.logs, {"payload": payload, "disk": self.disk}, self.write_log, extra
+            self.logs,
+            {"payload": payload, "disk": self.disk},
+            self.write_log if log_writes else None,
+            extra,
         )
 
     @property
@@ -209,8 +222,15 @@ class XenHost:
         self.insmod("brd", f"rd_nr={count} rd_size={megabytes * 1024}")
 
     def start_guest(
-        self, name: str="guest", disks: Iterable[Disk]=(Disk(),), root: str | None=None, settings: str="", loader: str | None=None, initramfs: str | None=None, **kind: Any
-    ) -> Guest:  # fmt: skip
+        self,
+        name: str = "guest",
+        disks: Iterable[Disk] = (Disk(),),
+        root: str | None = None,
+        settings: str = "",
+        loader: str | None = None,
+        initramfs: str | None = None,
+        **kind: Any,
+    ) -> Guest:
         """Starts a DomU and waits until its agent answers; `kind` are the fields of `Kind`.
 
         If a guest waits, the first one is that: it booted before the scenario, and

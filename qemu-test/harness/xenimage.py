@@ -178,7 +178,7 @@ def grub(name: str) -> bytes:
 
 
 def grub_disk(linux: Path, initrd: bytes) -> Path:
-    """Returns a raw image with a kernel, the file `linux`, and a GRUB configuration that starts it."""
+    """Returns a raw image with the kernel `linux` and a GRUB configuration that starts it."""
     parts = {
         "linux": linux.read_bytes(),
         "initrd": initrd,

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The backend has the same interfaces in sysfs, xenstore and the log as the C module."""
 
+from collections.abc import Mapping
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
+from harness.guest import Guest
 from harness.manual_toolstack import ManualDisk
 from harness.toolstack import CODES
 from harness.xenhost import Disk
+from harness.xenhost import Server
+from harness.xenhost import XenHost
 
 XENTOP = "/usr/lib/xen-4.20/bin/xentop"
 PARAMETERS = """\
@@ -30,8 +36,8 @@ DESCRIPTION = {
     "sector-size": "512",
     "physical-sector-size": "4096",
 }
-"""What is written of a read-only RAM disk that is a CD-ROM drive to the guest, with what the parameters
-allow by then."""
+"""What is written of a read-only RAM disk that is a CD-ROM drive to the guest, with what the
+parameters allow by then."""
 STATISTICS = "ds_req f_req oo_req rd_req rd_sect wr_req wr_sect"
 
 READER = (
@@ -60,7 +66,7 @@ LOGGED = "oo .*rd .*wr .*f .*ds "
     "BE-37",
     "BE-41",
 )
-def test_backend_interface(xen):
+def test_backend_interface(xen: StartHost) -> None:
     """Parameters, files in sysfs, nodes, names of threads, and the numbers of xentop.
 
     Writable parameters apply to the next disk. A new device number of a disk in use is ignored.
@@ -71,7 +77,7 @@ def test_backend_interface(xen):
     server.ram_disks(2)
     guest = host.start_guest(disks=[Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/ram1", mode="r")])
     assert_served_by_pair(host, guest)
-    parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
+    parameters = f"/sys/module/{host.pair.backend.name.replace('-', '_')}/parameters"
     look = f"cd {parameters}; for name in *; do echo $name $(stat -c %a $name) $(cat $name); done"
     assert server.sh(look) == PARAMETERS
     prefix = f"/sys/bus/xen-backend/devices/vbd-{guest.domid}-"
@@ -92,7 +98,7 @@ def test_backend_interface(xen):
     guest.sh("touch /tmp/stop")
 
 
-def look_at_names(server, guest, devices):
+def look_at_names(server: Server, guest: Guest, devices: Mapping[str, str]) -> None:
     """What is in the files of two disks, and the names of files and threads."""
     assert server.sh(f"cat {devices['xvda']}/physical_device {devices['xvda']}/mode") == "1:0\nw"
     assert server.sh(f"cat {devices['xvdb']}/physical_device {devices['xvdb']}/mode") == "1:1\nr"
@@ -101,7 +107,7 @@ def look_at_names(server, guest, devices):
     assert threads == [f"{guest.domid}.{vdev}-{queue}" for vdev in devices for queue in (0, 1)]
 
 
-def look_at_numbers(host, guest, devices):
+def look_at_numbers(host: XenHost, guest: Guest, devices: Mapping[str, str]) -> None:
     """Checks that reads and writes of the guest are counted, and that xentop shows them."""
     server = host.server
     before = statistics(server, devices["xvda"])
@@ -121,7 +127,7 @@ def look_at_numbers(host, guest, devices):
         ]
 
 
-def take_a_drive(host, guest):
+def take_a_drive(host: XenHost, guest: Guest) -> None:
     """Checks that a disk that is a CD-ROM drive uses the current parameters."""
     disk = ManualDisk(host, guest, "xvdc")
     disk.offer(mode="r")
@@ -134,14 +140,14 @@ def take_a_drive(host, guest):
     assert host.sh(nodes).split() == list(DESCRIPTION.values())
 
 
-def statistics(server, device):
+def statistics(server: Server, device: str) -> dict[str, int]:
     """The numbers of a disk, by name."""
     names = STATISTICS.split()
     values = server.sh(f"cd {device}/statistics; cat {STATISTICS}").split()
     return dict(zip(names, map(int, values), strict=True))
 
 
-def xentop(host, guest):
+def xentop(host: XenHost, guest: Guest) -> list[int]:
     """What xentop shows of a guest's disks: requests that waited, read, written; sectors."""
     places = "find /payload -name '*.so*' | sed 's,/[^/]*$,,' | sort -u | tr '\\n' ':'"
     lines = host.sh(f"LD_LIBRARY_PATH=$({places}) /payload{XENTOP} -b -i 1").splitlines()

@@ -5,18 +5,27 @@ The device is the RAM disk of rust/samples/ramdisk, whose parameters say how req
 completed.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.leak_counts import KEEPS_PAGES
 from harness.leak_counts import assert_idle
 from harness.leak_counts import xen_counts
 from harness.manual_toolstack import ManualDisk
 from harness.ramdisk import unload
+from harness.storage import Storage
 from harness.toolstack import CODES
 from harness.toolstack import directories
 from harness.toolstack import error_node
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 XVDB_THREADS = "grep -q xvdb /proc/[0-9]*/comm"
@@ -28,12 +37,12 @@ KEEP = 3
 
 
 @pytest.fixture
-def ramdisk_host(xen, test_modules):
+def ramdisk_host(xen: StartHost, test_modules: Path) -> StartHost:
     """Makes a Xen host whose server has the backend and /dev/rblk0:
     `host = ramdisk_host(PARAMETERS)`.
     """
 
-    def start(parameters, backend="", **options):
+    def start(parameters: str, backend: str = "", **options: Any) -> XenHost:
         host = xen(modules=[test_modules / "rblk_ramdisk.ko"], **options)
         server = host.start_server()
         server.load_backend(backend)
@@ -43,19 +52,19 @@ def ramdisk_host(xen, test_modules):
     return start
 
 
-def set_parameter(host, **values):
+def set_parameter(host: XenHost, **values: object) -> None:
     """Writes parameters of the RAM disk, and opens it, which gives them effect."""
     lines = [f"echo {value} > {PARAMETERS}/{name}" for name, value in values.items()]
     host.server.sh(" && ".join([*lines, "blockdev --getsz /dev/rblk0"]))
 
 
-def device(guest, vdev="xvda"):
+def device(guest: Guest, vdev: str = "xvda") -> str:
     """The backend's device in the server's sysfs."""
     return f"/sys/bus/xen-backend/devices/vbd-{guest.domid}-{CODES[vdev]}"
 
 
 @pytest.mark.feature("BE-25", "BE-51", "B-13")
-def test_resize_idle(ramdisk_host, record_property):
+def test_resize_idle(ramdisk_host: StartHost, record_property: RecordProperty) -> None:
     """A resize is noticed with and without I/O, and an idle disk causes no wakeups to look for it.
 
     The C backend wakes each thread ten times a second.
@@ -77,7 +86,7 @@ def test_resize_idle(ramdisk_host, record_property):
 
 
 @pytest.mark.feature("FE-11", "FE-44", "BE-23", "BE-47", "B-08")
-def test_discard(ramdisk_host, record_property):
+def test_discard(ramdisk_host: StartHost, record_property: RecordProperty) -> None:
     """Discards reach the device, and other I/O continues during a long one.
 
     The C backend waits for a discard before it does anything else.
@@ -105,7 +114,7 @@ def test_discard(ramdisk_host, record_property):
         "(dd if=/dev/xvda of=/tmp/read bs=4k count=1 iflag=direct; touch /tmp/has-read) "
         "> /dev/null 2>&1 &"
     )
-    if host.pair.back.name == "rblkback":
+    if host.pair.backend.name == "rblkback":
         guest.wait_for("[ -e /tmp/has-read ]")
     else:
         record_property("c_fails", "B-08")
@@ -120,7 +129,7 @@ def test_discard(ramdisk_host, record_property):
 
 
 @pytest.mark.feature("BE-04", "BE-43", "B-09")
-def test_discard_forbidden(ramdisk_host, record_property):
+def test_discard_forbidden(ramdisk_host: StartHost, record_property: RecordProperty) -> None:
     """A discard that the toolstack has forbidden is refused, even if the frontend sends one.
 
     The guest is paused while dom0 adds the offer that the backend did not make.
@@ -144,14 +153,14 @@ def test_discard_forbidden(ramdisk_host, record_property):
     assert disk.statistic("ds_req") <= 1
     first = host.server.sh("dd if=/dev/rblk0 count=1 iflag=direct 2>/dev/null | head -c 8")
     kept = first == "precious"
-    ours = host.pair.back.name == "rblkback"
+    ours = host.pair.backend.name == "rblkback"
     assert kept == ours
     if not ours:
         record_property("c_fails", "B-09")
 
 
 @pytest.mark.feature("BE-01", "BE-52", "B-20")
-def test_disk_sequence(xen):
+def test_disk_sequence(xen: StartHost) -> None:
     """A device number that was reused for another disk is not served.
 
     The C backend is no reference: it does not know sequence numbers.
@@ -172,13 +181,13 @@ def test_disk_sequence(xen):
     assert_served_by_pair(host, guest, "xvdc")
     node = error_node(wrong.back)
     host.wait_for(f"xenstore-exists {node}")
-    error = host.xenstore_read(node)
+    error = host.xenstore_read(node) or ""
     assert f"{sequence + 1:x}@{number}" in error and "another disk" in error
     assert guest.run("[ -b /dev/xvdb ]")[0] != 0
 
 
 @pytest.mark.feature("B-01")
-def test_stuck_disk(ramdisk_host):
+def test_stuck_disk(ramdisk_host: StartHost) -> None:
     """A disk that does not complete I/O blocks its own guest only.
 
     The C backend is no reference: it frees the device while the disk still has its
@@ -209,7 +218,7 @@ def test_stuck_disk(ramdisk_host):
 
 
 @pytest.mark.feature("B-01")
-def test_stuck_unbind(ramdisk_host):
+def test_stuck_unbind(ramdisk_host: StartHost) -> None:
     """A backend is unbound from a disk that does not complete I/O; its requests are executed once.
 
     The backend stops waiting after half a minute. Nothing else uses the rings until the disk has
@@ -238,7 +247,7 @@ def test_stuck_unbind(ramdisk_host):
     assert_served_by_pair(host, guest)
 
 
-def detach_dirty(host, guest, timeout):
+def detach_dirty(host: XenHost, guest: Guest, timeout: float) -> ManualDisk:
     """Begins to detach a mounted xvdb, which stops to answer with a file still to be written.
 
     The guest waits up to `timeout` seconds.
@@ -263,7 +272,7 @@ def detach_dirty(host, guest, timeout):
 
 
 @pytest.mark.feature("F-40")
-def test_detach_slow_disk(ramdisk_host):
+def test_detach_slow_disk(ramdisk_host: StartHost) -> None:
     """A mounted disk that does not complete I/O is detached.
 
     The guest waits for it up to the configured limit, and nothing is lost if it completes in time.
@@ -301,11 +310,11 @@ def test_detach_slow_disk(ramdisk_host):
     guest.sh("umount /disk")
 
 
-def idle(host, guest):
+def idle(host: XenHost, guest: Guest) -> None:
     """The disk has nothing."""
 
 
-def in_flight(host, guest):
+def in_flight(host: XenHost, guest: Guest) -> None:
     """The disk has a write."""
     guest.sh(
         "(dd if=/dev/zero of=/dev/xvdb bs=4k count=1 oflag=direct || echo > /tmp/failed) "
@@ -314,7 +323,7 @@ def in_flight(host, guest):
     host.server.wait_for(f"[ $(cat {device(guest, 'xvdb')}/statistics/wr_req) -ge 1 ]")
 
 
-def closing(host, guest):
+def closing(host: XenHost, guest: Guest) -> None:
     """The disk has a write, and both halves of the device have begun to close."""
     in_flight(host, guest)
     front, back = directories(guest.domid, CODES["xvdb"], host.server)
@@ -322,7 +331,7 @@ def closing(host, guest):
     host.wait_for(f"[ $(xenstore-read {front}/state) -ge 5 ]")
 
 
-def attach_stuck(host, guest, step):
+def attach_stuck(host: XenHost, guest: Guest, step: Callable[[XenHost, Guest], None]) -> None:
     """Attaches xvdb, which stops to answer before `step`."""
     set_parameter(host, mode=0)
     host.attach(guest, Disk("xvdb", "/dev/rblk0"))
@@ -333,10 +342,10 @@ def attach_stuck(host, guest, step):
     step(host, guest)
 
 
-def assert_only_threads_wait(host, guest):
+def assert_only_threads_wait(host: XenHost, guest: Guest) -> None:
     """Of the device the thread is left, which has the request and the module; dmesg says so."""
     server = host.server
-    if server is not host:
+    if isinstance(server, Storage):
         # With the guest, xl leaves them to the driver domain, which waits for a closed disk.
         back = directories(guest.domid, CODES["xvdb"], server)[1]
         host.sh(f"xenstore-rm {back} || ! xenstore-exists {back}")
@@ -344,11 +353,11 @@ def assert_only_threads_wait(host, guest):
     server.wait_for(f"[ ! -e {device(guest, 'xvdb')} ]")
     assert "still wait for the disk" in server.sh("dmesg")
     server.sh(XVDB_THREADS)
-    assert server.run(f"rmmod {host.pair.back.name}")[0] != 0
+    assert server.run(f"rmmod {host.pair.backend.name}")[0] != 0
 
 
 @pytest.mark.feature("FE-65", "B-01")
-def test_stuck_removal(ramdisk_host, record_property):
+def test_stuck_removal(ramdisk_host: StartHost, record_property: RecordProperty) -> None:
     """A disk that does not complete I/O is detached by force, and finally with its domain.
 
     The device is gone at once, and the guest's request fails. Pages that the disk still has to
@@ -361,7 +370,7 @@ def test_stuck_removal(ramdisk_host, record_property):
     host = ramdisk_host(f"only={WRITE} timeout_ms=600000")
     guest = host.start_guest(disks=[])
     guest.allow("xvdb")
-    ours = host.pair.back.name == "rblkback"
+    ours = host.pair.backend.name == "rblkback"
     before = xen_counts(host)
     for step in (idle, in_flight, closing):
         print(step.__name__)

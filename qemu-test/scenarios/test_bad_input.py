@@ -5,10 +5,16 @@ Dom0's shell plays the peer: it writes the nodes that a backend or a frontend wo
 each invalid node a valid disk must work.
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
 from harness.guest import DRIVER
+from harness.guest import Guest
 from harness.toolstack import PLAIN
 from harness.toolstack import connect_disks
 from harness.toolstack import create_device
@@ -17,6 +23,7 @@ from harness.toolstack import error_node
 from harness.toolstack import remove_devices
 from harness.toolstack import write_nodes
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 CODE = 51728
 """Virtual device number of xvdb."""
@@ -96,7 +103,7 @@ AT_ONCE, A_SECOND = 16, 2
 """How often our backend lets a frontend connect: so often, and then so often in a second."""
 
 
-def refuse(host, guest, bad):
+def refuse(host: XenHost, guest: Guest, bad: Sequence[tuple[str, object]]) -> None:
     """Invalid disks: each is closed with a message that names the node and its value."""
     codes = [CODE + 16 * number for number in range(len(bad))]
     guest.sh("dmesg -c > /dev/null")
@@ -116,17 +123,17 @@ def refuse(host, guest, bad):
     remove_devices(host, guest, codes)
 
 
-def message(directory, node, value):
+def message(directory: str, node: str, value: object) -> str:
     """What the guest's log has about a node."""
     return f"{directory}/{complaint(node, value)}"
 
 
-def complaint(node, value):
+def complaint(node: str, value: object) -> str:
     """What our drivers say of a node that they cannot use."""
     return f"{node}: missing" if value is None else f'{node} = "{value}"'
 
 
-def take(host, guest, offers):
+def take(host: XenHost, guest: Guest, offers: Mapping[str, object]) -> None:
     """Invalid nodes that are optional: they are named and treated as missing."""
     guest.sh("dmesg -c > /dev/null")
     connect_disks(host, guest, {CODE: (offers, NONSENSE_OF_TOOLSTACK)})
@@ -141,7 +148,7 @@ def take(host, guest, offers):
     remove_devices(host, guest, [CODE])
 
 
-def lose_way(host, guest):
+def lose_way(host: XenHost, guest: Guest) -> None:
     """The backend writes unknown states: the device is closed with a message."""
     for state in WRONG_STATES:
         front, back = create_device(host, guest.domid, CODE)
@@ -152,7 +159,7 @@ def lose_way(host, guest):
         remove_devices(host, guest, [CODE])
 
 
-def flicker(host, guest):
+def flicker(host: XenHost, guest: Guest) -> None:
     """Nodes change while they are read: the device connects or is closed, and can be removed."""
     for _ in range(2):
         back = create_device(host, guest.domid, CODE)[1]
@@ -165,7 +172,7 @@ def flicker(host, guest):
 
 
 @pytest.mark.feature("FE-07", "FE-26", "F-09", "F-11")
-def test_bad_offers(xen, record_property):
+def test_bad_offers(xen: StartHost, record_property: RecordProperty) -> None:
     """Invalid nodes of the backend: the frontend names them, and closes or ignores them.
 
     xen-blkfront reads a block size of 65536 as 0, and its default is 512.
@@ -175,7 +182,7 @@ def test_bad_offers(xen, record_property):
     refuse(host, guest, REFUSED)
     if guest.front == "rblkfront":
         refuse(host, guest, REFUSED_BY_OURS)
-        create_device(host, guest.domid, CODE, **{"virtual-device": "many"})
+        create_device(host, guest.domid, CODE, 2, **{"virtual-device": "many"})
         guest.wait_for("dmesg | grep -q 'virtual-device = \"many\"'")
         remove_devices(host, guest, [CODE])
         # Messages of one kind are limited to ten in five seconds.
@@ -184,8 +191,8 @@ def test_bad_offers(xen, record_property):
             take(host, guest, offers)
         lose_way(host, guest)
         flicker(host, guest)
-    offers = {"sector-size": 65536, "feature-max-indirect-segments": 32}
-    connect_disks(host, guest, {CODE: (offers, {})})
+    large = {"sector-size": 65536, "feature-max-indirect-segments": 32}
+    connect_disks(host, guest, {CODE: (large, {})})
     guest.wait_for("[ -b /dev/xvdb ]")
     seen = guest.sh("cat /sys/block/xvdb/queue/logical_block_size")
     if guest.front == "xen-blkfront":
@@ -204,7 +211,7 @@ def test_bad_offers(xen, record_property):
 
 
 @pytest.mark.feature("BE-07", "BE-09", "BE-10", "BE-11", "B-18")
-def test_bad_frontend(host):
+def test_bad_frontend(host: XenHost) -> None:
     """Invalid nodes of the frontend: the error is in xenstore, and the next frontend connects.
 
     The error names the node and its value. The backend has not said what the disk is
@@ -223,7 +230,7 @@ def test_bad_frontend(host):
         host.attach(guest, Disk("xvdb", "/dev/ram0"))
         write_nodes(host, front, nodes)
         host.wait_for(f"xenstore-exists {error}")
-        assert complaint(node, value) in host.xenstore_read(error)
+        assert complaint(node, value) in (host.xenstore_read(error) or "")
         assert host.xenstore_read(f"{back}/sectors") is None
         host.sh(f"xl block-detach --force {guest.name} xvdb; xenstore-rm {error}")
         host.wait_for(f"! xenstore-exists {back}")
@@ -235,7 +242,7 @@ def test_bad_frontend(host):
 
 
 @pytest.mark.feature("B-24")
-def test_eager_frontend(xen, record_property):
+def test_eager_frontend(xen: StartHost, record_property: RecordProperty) -> None:
     """A frontend that reconnects permanently is slowed down; other disks are not. In the end it
     is served.
 
@@ -252,7 +259,7 @@ def test_eager_frontend(xen, record_property):
     host.wait_for(f"[ $(xenstore-read {back}/state) = 6 ]")
     write_nodes(host, front, {"protocol": "pdp11-abi"})
     attempt = ATTEMPT.format(front=front, back=back)
-    ours = host.pair.back.name == "rblkback"
+    ours = host.pair.backend.name == "rblkback"
     assert must_wait(host, attempt) == ours
     if ours:
         assert "connects too often" in server.sh("dmesg")
@@ -266,7 +273,7 @@ def test_eager_frontend(xen, record_property):
     guest.sh("dd if=/dev/zero of=/dev/xvdb bs=64k count=16 oflag=direct")
 
 
-def must_wait(host, attempt):
+def must_wait(host: XenHost, attempt: str) -> bool:
     """Returns `True` if a frontend cannot connect more often than our backend allows."""
     uptime = "cut -d' ' -f1 /proc/uptime"
     times = host.sh(
@@ -277,7 +284,7 @@ def must_wait(host, attempt):
     return ATTEMPTS <= AT_ONCE + A_SECOND * (end - start) + 1
 
 
-def use_another_disk(host, guest, attempt):
+def use_another_disk(host: XenHost, guest: Guest, attempt: str) -> None:
     """Attaches and writes another disk while this frontend keeps reconnecting."""
     host.sh(f"(until [ -e /tmp/stop ]; do {attempt} done; rm /tmp/stop) > /dev/null 2>&1 &")
     host.attach(guest, Disk("xvdc", "/dev/ram1"))

@@ -4,10 +4,14 @@
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.manual_toolstack import ManualDisk
 from harness.toolstack import directories
 from harness.toolstack import error_node
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 NONSENSE = {"xen-blkback": ("fff:ffff",), "rblkback": ("fff:ffff", "nonsense", "1:zz")}
 """What does not look like a device number at all, the C backend waits for to become one."""
@@ -18,7 +22,7 @@ SWAP = (
 )
 
 
-def error_of(host, guest, code):
+def error_of(host: XenHost, guest: Guest, code: int) -> str:
     """What the backend says is wrong with a disk; nothing if it serves it."""
     back = directories(guest.domid, code, host.server)[1]
     node = error_node(back)
@@ -26,15 +30,15 @@ def error_of(host, guest, code):
     return host.xenstore_read(node) or ""
 
 
-def offer_mode(host, guest):
-    """A disk that is neither to be read nor to be written. The C backend takes that for read-only."""
+def offer_mode(host: XenHost, guest: Guest) -> ManualDisk:
+    """Offers a disk with the mode "x". The C backend takes that for read-only."""
     disk = ManualDisk(host, guest)
     host.sh(f"xenstore-rm {error_node(disk.back)} || true")
     disk.offer(mode="x")
     return disk
 
 
-def assert_refused(host, guest, disk):
+def assert_refused(host: XenHost, guest: Guest, disk: ManualDisk) -> None:
     """Both sides close, and the error says why."""
     assert 'mode = "x"' in error_of(host, guest, disk.code)
     disk.wait_for(front=6)
@@ -42,7 +46,7 @@ def assert_refused(host, guest, disk):
     disk.forget()
 
 
-def refuse_to_one_who_waits(host, guest):
+def refuse_to_one_who_waits(host: XenHost, guest: Guest) -> None:
     """The backend notices the error after the frontend has offered its rings."""
     disk = offer_mode(host, guest)
     disk.wait_for(front=3)
@@ -50,7 +54,7 @@ def refuse_to_one_who_waits(host, guest):
     assert_refused(host, guest, disk)
 
 
-def refuse_to_one_who_comes_late(host, guest):
+def refuse_to_one_who_comes_late(host: XenHost, guest: Guest) -> None:
     """The backend has failed before the frontend looks, which takes that for an earlier connection.
 
     It closes, comes back and offers its rings, and hears of it then.
@@ -65,18 +69,18 @@ def refuse_to_one_who_comes_late(host, guest):
 
 
 @pytest.mark.feature("BE-01", "BE-52", "B-22")
-def test_bad_physical_device(host, record_property):
+def test_bad_physical_device(host: XenHost, record_property: RecordProperty) -> None:
     """A disk that does not exist, or that dom0 itself uses. The C backend serves the latter."""
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
-    for number, nonsense in enumerate(NONSENSE[host.pair.back.name]):
+    for number, nonsense in enumerate(NONSENSE[host.pair.backend.name]):
         vdev, code = f"xvd{'bcd'[number]}", 51728 + 16 * number
         disk = Disk(vdev, nonsense).specification(host.server)
         host.run(f"xl block-attach {guest.name} '{disk}'")
         assert error_of(host, guest, code)
         assert guest.run(f"[ -b /dev/{vdev} ]")[0] != 0
         host.sh(f"xl block-detach --force {guest.name} {vdev}")
-    if host.pair.back.name == "rblkback":
+    if host.pair.backend.name == "rblkback":
         refuse_to_one_who_waits(host, guest)
         refuse_to_one_who_comes_late(host, guest)
     guest.sh("dd if=/dev/zero of=/dev/xvda bs=64k count=16 conv=fsync")
@@ -86,7 +90,7 @@ def test_bad_physical_device(host, record_property):
     server = host.server
     server.sh(SWAP)
     host.attach(guest, Disk("xvdf", "/dev/loop0"))
-    if host.pair.back.name == "rblkback":
+    if host.pair.backend.name == "rblkback":
         assert "in use here" in error_of(host, guest, 51792)
         host.sh(f"xl block-detach --force {guest.name} xvdf")
         server.sh("swapoff /dev/loop0")
@@ -100,8 +104,9 @@ def test_bad_physical_device(host, record_property):
 
 
 @pytest.mark.feature("BE-56")
-def test_unclaimed_disk(xen):
-    """A disk that dom0 has mounted is served with mode "w!", as by Xen's own scripts, to two guests.
+def test_unclaimed_disk(xen: StartHost) -> None:
+    """A disk that dom0 has mounted is served with mode "w!", as by Xen's own scripts, to two
+    guests.
 
     With mode "w" it is refused; the C backend takes the two for the same.
     """
@@ -115,7 +120,7 @@ def test_unclaimed_disk(xen):
     disk.offer(mode="w")
     disk.give("/dev/ram0")
     refused = "in use here" in error_of(host, guest, disk.code)
-    assert refused == (host.pair.back.name == "rblkback")
+    assert refused == (host.pair.backend.name == "rblkback")
     if refused:
         disk.forget()
     else:

@@ -11,9 +11,13 @@ paused while the node is rewritten.
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
+from harness.guest import Guest
 from harness.manual_toolstack import ManualDisk
 from harness.writelog import read_log
+from harness.xenhost import XenHost
 
 BLOCK = "/usr/bin/dd of=/dev/xvdb bs=4k conv=notrunc 2>/dev/null"
 APART = (0, 2, 4)
@@ -21,18 +25,18 @@ APART = (0, 2, 4)
 FLUSH = "/usr/bin/dd if=/dev/null of=/dev/xvdb conv=notrunc,fsync 2>/dev/null"
 
 
-def write(letter, seek, flags="direct"):
+def write(letter: str, seek: int, flags: str = "direct") -> str:
     """A shell command that writes one block full of a letter."""
     block = f"{BLOCK} iflag=fullblock count=1 seek={seek} oflag={flags}"
     return f"tr '\\0' {letter} < /dev/zero | {block}"
 
 
-def on_cpu(cpu, command):
+def on_cpu(cpu: int, command: str) -> str:
     """The command on one CPU, which has a ring of its own."""
     return f'taskset -c {cpu} sh -c "{command}"'
 
 
-def connect_with_barrier_only(host, guest):
+def connect_with_barrier_only(host: XenHost, guest: Guest) -> ManualDisk:
     """A disk that offers barriers and no flush."""
     disk = ManualDisk(host, guest)
     disk.offer()
@@ -49,7 +53,7 @@ def connect_with_barrier_only(host, guest):
 
 
 @pytest.mark.feature("BE-22", "BE-46", "B-02", "B-03")
-def test_barrier(xen, record_property):
+def test_barrier(xen: StartHost, record_property: RecordProperty) -> None:
     """The C backend waits for its own ring alone, and flushes only before the data."""
     host = xen(waiting=TWO_VCPUS, log_writes=True)
     host.load_backend("max_queues=2")
@@ -76,7 +80,7 @@ def test_barrier(xen, record_property):
     # The guest flushes after such a write too; the other flush is the barrier's.
     flushes = order[order.index("x") : order.index("e")].count("F")
     durable = flushes == 2 or (guest.front == "rblkfront" and flushes == 1)
-    ours = host.pair.back.name == "rblkback"
+    ours = host.pair.backend.name == "rblkback"
     assert ordered == durable == ours, order
     if not ours:
         record_property("c_fails", "B-02, B-03")

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A domain is destroyed at each step of its disk's connection; nothing of it is left."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.guest import Guest
 from harness.leak_counts import kernel_counts
 from harness.leak_counts import xen_counts
 from harness.manual_toolstack import ManualDisk
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 IMAGE = "/dev/vdb"
 BESIDE = "(touch /tmp/beside; xl {command}; rm /tmp/beside) > /dev/null 2>&1 &"
@@ -23,26 +28,26 @@ SLACK_KB = 512
 """Memory of the server may differ by this much, caches of the rest of the system."""
 
 
-def held(disk):
+def held(disk: ManualDisk) -> None:
     """The device exists, and the disk is not known yet."""
     disk.server.sh(f"touch {HOLD}")
     disk.host.attach(disk.guest, Disk("xvda"))
 
 
-def stopped(disk):
+def stopped(disk: ManualDisk) -> None:
     """The guest does not run, and so has not seen its device."""
     disk.host.sh(f"xl pause {disk.guest.domid}")
     held(disk)
     disk.wait_for(front=1, back=2)
 
 
-def offered(disk):
+def offered(disk: ManualDisk) -> None:
     """The frontend has offered its rings; there is no disk."""
     held(disk)
     disk.wait_for(front=3, back=2)
 
 
-def half_connected(disk):
+def half_connected(disk: ManualDisk) -> None:
     """The backend serves the rings of a guest that has been stopped meanwhile."""
     offered(disk)
     disk.host.sh(f"xl pause {disk.guest.domid}")
@@ -50,20 +55,20 @@ def half_connected(disk):
     disk.wait_for(front=3, back=4)
 
 
-def connected(disk):
+def connected(disk: ManualDisk) -> None:
     """The guest has the disk."""
     disk.host.attach(disk.guest, Disk("xvda"))
     disk.guest.wait_for_disk("xvda")
 
 
-def in_use(disk):
+def in_use(disk: ManualDisk) -> None:
     """The guest writes to the disk all the time."""
     connected(disk)
     disk.guest.sh(WRITER)
     disk.guest.wait_for("[ -s /tmp/rounds ]")
 
 
-def half_closed(disk):
+def half_closed(disk: ManualDisk) -> None:
     """The toolstack wants the disk back, and the guest does not run."""
     in_use(disk)
     disk.host.sh(f"xl pause {disk.guest.domid}")
@@ -71,7 +76,7 @@ def half_closed(disk):
     disk.wait_for(front=4, back=5)
 
 
-def at_once(disk):
+def at_once(disk: ManualDisk) -> None:
     """The toolstack has just written the nodes."""
     disk.server.start_devd()
     specification = Disk("xvda").specification(disk.server)
@@ -82,7 +87,7 @@ def at_once(disk):
 STEPS = (stopped, offered, half_connected, connected, in_use, half_closed, at_once)
 
 
-def life(host, guest, step):
+def life(host: XenHost, guest: Guest, step: Callable[[ManualDisk], None]) -> None:
     """Creates the domain, and destroys it at this step."""
     print(step.__name__)
     guest.restore(IMAGE)
@@ -96,7 +101,7 @@ def life(host, guest, step):
 
 
 @pytest.mark.feature("BE-11")
-def test_destroyed(host):
+def test_destroyed(host: XenHost) -> None:
     """A domain is destroyed at each step; nothing is left, and the next one gets its disk."""
     guest = host.start_guest(disks=[])
     server = host.server
@@ -104,7 +109,7 @@ def test_destroyed(host):
     guest.save(IMAGE)
     life(host, guest, in_use)
 
-    def counts():
+    def counts() -> tuple[dict[str, object], dict[str, Any]]:
         server.take_back_memory()
         return xen_counts(host), kernel_counts(server)
 

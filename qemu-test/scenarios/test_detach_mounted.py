@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A disk is detached without force while it has dirty data.
 
-`xl block-detach` without --force asks the guest to close the disk, and the backend serves it
-until the guest has done so. So there is time for writeback. The same holds for a disk that is unbound
+`xl block-detach` without --force asks the guest to close the disk, and the backend serves it until
+the guest has done so. So there is time for writeback. The same holds for a disk that is unbound
 from its driver.
 """
 
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.guest import Guest
 from harness.toolstack import CODES
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 NO_WRITEBACK = "echo 0 > /proc/sys/vm/dirty_writeback_centisecs"
 MOUNT = "mount -t ext4 -o commit=300"
 """Nothing is written to a file system but what something asks for."""
 
 
-def attach(host, guest):
+def attach(host: XenHost, guest: Guest) -> None:
     """Attaches /dev/ram0 as xvdb; the guest's kernel does not write back by itself."""
     host.attach(guest, Disk("xvdb"))
     guest.wait_for_disk("xvdb")
@@ -25,7 +27,7 @@ def attach(host, guest):
     guest.sh(f"{NO_WRITEBACK}; mkdir -p /disk /other")
 
 
-def detach(host, guest, mounts):
+def detach(host: XenHost, guest: Guest, mounts: str) -> None:
     """Detaches xvdb, after what is mounted of it was unmounted if the guest refuses."""
     if host.run(f"xl block-detach {guest.name} xvdb")[0] != 0:
         guest.sh(f"umount {mounts}")
@@ -35,7 +37,7 @@ def detach(host, guest, mounts):
 
 
 @pytest.mark.feature("FE-64", "F-40")
-def test_detach_mounted(host):
+def test_detach_mounted(host: XenHost) -> None:
     """Either the guest refuses while the disk is mounted, or what its programs have written to
     files is on the disk afterwards.
 
@@ -56,7 +58,7 @@ def test_detach_mounted(host):
 
 
 @pytest.mark.feature("F-40")
-def test_detach_partitions(host):
+def test_detach_partitions(host: XenHost) -> None:
     """A file system on one partition, and the page cache of another one that a program has open.
 
     The C frontend loses both.
@@ -80,7 +82,7 @@ def test_detach_partitions(host):
 
 
 @pytest.mark.feature("F-40")
-def test_detach_swap(host):
+def test_detach_swap(host: XenHost) -> None:
     """A disk that is swap space is not detached: xl fails with a message.
 
     It is removed as soon as the guest stops swapping to it. What xl leaves is removed by force.
@@ -101,7 +103,7 @@ def test_detach_swap(host):
 
 
 @pytest.mark.feature("FE-65")
-def test_unbind_in_use(host):
+def test_unbind_in_use(host: XenHost) -> None:
     """A disk is unbound while it is open and while it is mounted: written data is there after it is
     bound again.
     """

@@ -6,18 +6,24 @@ because nothing would complete reads of a partition table.
 """
 
 import errno
+from collections.abc import Iterator
 
 import pytest
 
 from harness.driver_check import assert_front_of_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
 from harness.guest import DRIVER
+from harness.guest import Guest
 from harness.image import compiled
 from harness.toolstack import PLAIN
+from harness.toolstack import Nodes
 from harness.toolstack import connect_disks
 from harness.toolstack import create_device
 from harness.toolstack import directories
 from harness.toolstack import remove_devices
 from harness.toolstack import write_nodes
+from harness.xenhost import XenHost
 
 FEATURES = {
     "feature-max-indirect-segments": 256,
@@ -61,7 +67,7 @@ ASKED = [
 """Disk, ioctl, and how the answer begins: what it returns, the error, its first bytes."""
 
 
-def disks(rust):
+def disks(rust: bool) -> Iterator[tuple[str, int, Nodes, Nodes, dict[str, str]]]:
     """Name, number, features, the toolstack's nodes, and the expected properties."""
     # A barrier flushes before its data, not after: only C takes it for more than a flush.
     fua = {} if rust else {"queue/fua": "1"}
@@ -105,7 +111,7 @@ def disks(rust):
     "F-08",
     "F-20",
 )
-def test_disk_facts(xen, record_property):
+def test_disk_facts(xen: StartHost, record_property: RecordProperty) -> None:
     """Features in sysfs while disks connect and later; names and numbers of disks."""
     host = xen(programs=[compiled("ioctl")])
     guest = host.start_guest(disks=[])
@@ -137,7 +143,7 @@ def test_disk_facts(xen, record_property):
     refuse_name(host, guest, record_property)
 
 
-def follow_changes(host, guest, rust):
+def follow_changes(host: XenHost, guest: Guest, rust: bool) -> None:
     """Changes size and write protection of a connected disk; invalid values change nothing."""
     back = directories(guest.domid, XVDF)[1]
     for sectors in (8192, 6144, 0):
@@ -174,7 +180,7 @@ NOWHERE = [9 << 8, 3 << 28, (1 << 28) + (1 << 20)]
 """Virtual device numbers of no disk."""
 
 
-def follow_another_backend(host, guest, code):
+def follow_another_backend(host: XenHost, guest: Guest, code: int) -> None:
     """Gives the device another backend; nodes of the old one have no effect any more."""
     front, old = directories(guest.domid, code)
     new = f"{old}0"
@@ -195,12 +201,12 @@ def follow_another_backend(host, guest, code):
     host.sh(f"xenstore-rm {new}")
 
 
-def number_of(code):
+def number_of(code: int) -> Nodes:
     """The node that has the number of a disk, if it is not that of all others."""
     return {"virtual-device": None, "virtual-device-ext": code} if code >> 28 else {}
 
 
-def follow_names(host, guest):
+def follow_names(host: XenHost, guest: Guest) -> None:
     """Checks name and minors of each form of virtual device number; duplicates are refused."""
     for names in NAMES:
         connect_disks(host, guest, {code: ({}, number_of(code)) for code in names})
@@ -211,7 +217,7 @@ def follow_names(host, guest):
         remove_devices(host, guest, names)
 
 
-def refuse_what_is_no_disk(host, guest):
+def refuse_what_is_no_disk(host: XenHost, guest: Guest) -> None:
     """Checks that a number that is no disk's creates none."""
     for code in NOWHERE:
         create_device(host, guest.domid, code)
@@ -220,7 +226,7 @@ def refuse_what_is_no_disk(host, guest):
     remove_devices(host, guest, NOWHERE)
 
 
-def refuse_clash(host, guest):
+def refuse_clash(host: XenHost, guest: Guest) -> None:
     """51712 and 768 are both xvda: the second is closed, the first stays."""
     front, back = create_device(host, guest.domid, 51712)
     host.wait_for(f"[ $(xenstore-read {front}/state) = 3 ]")
@@ -230,7 +236,7 @@ def refuse_clash(host, guest):
     remove_devices(host, guest, [51712])
 
 
-def rebind_before_the_backend(host, guest):
+def rebind_before_the_backend(host: XenHost, guest: Guest) -> None:
     """Checks that a device that is unbound and bound while it waits for its backend still waits."""
     front, back = create_device(host, guest.domid, 51712, backend_state=1)
     guest.wait_for(f"[ -e {DRIVER}/vbd-51712 ]")
@@ -241,7 +247,7 @@ def rebind_before_the_backend(host, guest):
     remove_devices(host, guest, [51712])
 
 
-def refuse_name(host, guest, record_property):
+def refuse_name(host: XenHost, guest: Guest, record_property: RecordProperty) -> None:
     """Two forms of number give the name xvdb, with minors of their own: the second is closed.
 
     xen-blkfront continues to use a disk that it has freed.

@@ -4,6 +4,7 @@
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.job import Job
 from harness.xenhost import Disk
 
@@ -15,7 +16,7 @@ WORK = (
 
 
 @pytest.mark.feature("BE-41")
-def test_dom0_sleep(xen):
+def test_dom0_sleep(xen: StartHost) -> None:
     """The device below is one that sleeps too: QEMU's disk, not memory."""
     host = xen()
     host.load_backend()

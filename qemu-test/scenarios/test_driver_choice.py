@@ -6,16 +6,23 @@ a driver is the device that the toolstack makes. The scenario makes it, because 
 seconds only, which is not much for udevd and kmod on a busy machine.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from harness.cpio import Archive
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.image import add_built_module
 from harness.image import add_program
+from harness.kernel import Kernel
 from harness.manual_toolstack import ManualDisk
 from harness.pairs import NAMES
+from harness.pairs import Pair
+from harness.shell import Target
+from harness.xenhost import XenHost
 
 MODPROBE_D = Path(__file__).parents[2] / "packaging/modprobe.d"
 SYSTEM = "/payload/system"
@@ -24,7 +31,7 @@ LIBKMOD = "/usr/lib/x86_64-linux-gnu/libkmod.so.2"
 """Opened by udevd by its name."""
 
 
-def system(kernel, build):
+def system(kernel: Kernel, build: Path) -> bytes:
     """An archive with kmod, udevd, and both pairs below /lib/modules, as bytes; our files are in
     /packaging.
     """
@@ -53,14 +60,14 @@ def system(kernel, build):
 class Machine:
     """A guest or dom0 with such a system, and the names of both drivers for its devices."""
 
-    def __init__(self, machine, half, release):
+    def __init__(self, machine: Target, half: int, release: str) -> None:
         self.machine = machine
         self.c_driver, self.ours = (names[half] for names in (NAMES["C"], NAMES["R"]))
         self._updates = f"/lib/modules/{release}/updates"
         machine.sh(f"mkdir -p {self._updates} /etc/modprobe.d && /sbin/depmod && {UDEVD} --daemon")
 
-    def install(self, change=""):
-        """Installs our module and its file as the documentation says; `change` alters the module."""
+    def install(self, change: str = "") -> None:
+        """Installs our module and its file as documented; `change` alters the module."""
         file = f"{self._updates}/{self.ours}.ko"
         self.machine.sh(
             f"cp /packaging/{self.ours}.ko {file} && cp /packaging/{self.ours}.conf /etc/modprobe.d/\n"
@@ -68,34 +75,38 @@ class Machine:
         )
         self._changed()
 
-    def configure(self, lines):
+    def configure(self, lines: str) -> None:
         """Writes another file of modprobe.d."""
         self.machine.sh(f"printf '{lines}\\n' > /etc/modprobe.d/local.conf")
         self._changed()
 
-    def remove_module(self):
+    def remove_module(self) -> None:
         """As a kernel that our module was never installed for; the file stays."""
         self.machine.sh(f"rm {self._updates}/{self.ours}.ko")
         self._changed()
 
-    def _changed(self):
+    def _changed(self) -> None:
         # udevd looks for changes of these files every few seconds only.
         self.machine.sh("/sbin/depmod && udevadm control --reload")
 
-    def loaded(self):
+    def loaded(self) -> list[str]:
         """Which of the two drivers are loaded."""
         names = (self.c_driver, self.ours)
         text = self.machine.sh("cut -d ' ' -f 1 /proc/modules").split()
         return [name for name in names if name.replace("-", "_") in text]
 
-    def unload(self):
+    def unload(self) -> None:
         """Unloads the driver that is loaded."""
         for name in self.loaded():
             self.machine.sh(f"rmmod {name}")
 
 
+Machines = tuple[XenHost, Guest, list[Machine]]
+"""The host, its guest, and both as `Machine`."""
+
+
 @pytest.fixture
-def machines(xen, kernel, build):
+def machines(xen: StartHost, kernel: Kernel, build: Path) -> Machines:
     """The host, its guest, and both as `Machine`."""
     host = xen(waiting=None, files={"system": system(kernel, build)})
     host.sh(f"cd / && cpio -id < {SYSTEM} 2> /dev/null")
@@ -105,7 +116,7 @@ def machines(xen, kernel, build):
 
 
 @contextmanager
-def attached(host, guest):
+def attached(host: XenHost, guest: Guest) -> Iterator[None]:
     """The guest has a disk meanwhile."""
     disk = ManualDisk(host, guest)
     disk.offer()
@@ -116,7 +127,7 @@ def attached(host, guest):
     guest.wait_for(f"[ ! -b /dev/{disk.vdev} ]")
 
 
-def driven_by(host, guest, machines):
+def driven_by(host: XenHost, guest: Guest, machines: list[Machine]) -> list[str]:
     """Attaches a disk; returns the names of the drivers that this has loaded, and unloads them."""
     with attached(host, guest):
         loaded = [name for machine in machines for name in machine.loaded()]
@@ -125,47 +136,47 @@ def driven_by(host, guest, machines):
     return loaded
 
 
-def test_driver_choice(machines, pair):
+def test_driver_choice(machines: Machines, pair: Pair) -> None:
     """Our driver is loaded if it is installed and can be loaded, otherwise the C driver.
 
     In a reference run nothing of ours is installed.
     """
-    host, guest, machines = machines
+    host, guest, both = machines
     if pair.name == "C/C":
-        assert driven_by(host, guest, machines) == list(NAMES["C"])
+        assert driven_by(host, guest, both) == list(NAMES["C"])
         return
 
-    for machine in machines:
+    for machine in both:
         machine.install()
         machine.configure(f"options {machine.c_driver} max_ring_page_order=1")
     with attached(host, guest):
-        for machine in machines:
+        for machine in both:
             assert machine.loaded() == [machine.ours]
             # What is configured for the C driver is meant for its replacement too.
             order = f"/sys/module/{machine.ours}/parameters/max_ring_page_order"
             assert machine.machine.sh(f"cat {order}") == "1"
-    for machine in machines:
+    for machine in both:
         machine.unload()
         # By name, as Xen's scripts do it.
         machine.machine.sh(f"/sbin/modprobe {machine.c_driver}")
         assert machine.loaded() == [machine.ours]
         machine.unload()
 
-    for machine in machines:
+    for machine in both:
         machine.configure(f"blacklist {machine.ours}")
-    assert driven_by(host, guest, machines) == list(NAMES["C"])
+    assert driven_by(host, guest, both) == list(NAMES["C"])
 
-    for machine in machines:
+    for machine in both:
         machine.configure("")
         machine.install(change="sed -i s/vermagic=7/vermagic=6/ {file}")
-    assert driven_by(host, guest, machines) == list(NAMES["C"])
-    for machine in machines:
+    assert driven_by(host, guest, both) == list(NAMES["C"])
+    for machine in both:
         assert "version magic" in machine.machine.sh("dmesg")
 
-    for machine in machines:
+    for machine in both:
         machine.remove_module()
-    assert driven_by(host, guest, machines) == list(NAMES["C"])
-    for machine in machines:
+    assert driven_by(host, guest, both) == list(NAMES["C"])
+    for machine in both:
         machine.machine.sh(f"/sbin/modprobe {machine.c_driver}")
         assert machine.loaded() == [machine.c_driver]
         machine.unload()

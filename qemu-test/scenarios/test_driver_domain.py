@@ -6,9 +6,13 @@ kmemleak, so this scenario does most of what can be done with a disk.
 """
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.job import Job
 from harness.leak_counts import xen_counts
+from harness.storage import Storage
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 TRANSFERS = ("512 96", "4096 96", "28672 48", "1048576 2")
@@ -22,7 +26,7 @@ WRITER = (
 """Writes from 24 MiB on until it is stopped or the disk is gone."""
 
 
-def in_each_part(script):
+def in_each_part(script: str) -> str:
     """A script that does this for each kind of transfer, all at the same time."""
     kinds = " ".join(f"'{number} {kind}'" for number, kind in enumerate(TRANSFERS))
     return (
@@ -42,7 +46,7 @@ COMPARE = in_each_part(
 )
 
 
-def life_of_a_disk(host, storage, guest):
+def life_of_a_disk(host: XenHost, storage: Storage, guest: Guest) -> None:
     """Attached, written, both drivers replaced, compared, taken away in use."""
     device = f"vbd-{guest.domid}-51728"
     host.attach(guest, Disk("xvdb", backend="storage"))
@@ -74,7 +78,7 @@ def life_of_a_disk(host, storage, guest):
     guest.wait_for("! pidof dd")
 
 
-def test_driver_domain(xen):
+def test_driver_domain(xen: StartHost) -> None:
     """The second cycle leaves no more behind than the first, by Xen's counts.
 
     There is only one cycle on the debug kernel, which is slow.
@@ -92,7 +96,7 @@ def test_driver_domain(xen):
     assert xen_counts(host) == before
 
 
-def attach_from_new_domain(host, guest):
+def attach_from_new_domain(host: XenHost, guest: Guest) -> Storage:
     """Starts a driver domain and attaches xvdb, which it serves. Returns the domain."""
     storage = host.start_storage()
     storage.load_backend()
@@ -103,7 +107,7 @@ def attach_from_new_domain(host, guest):
     return storage
 
 
-def test_driver_domain_replaced(xen):
+def test_driver_domain_replaced(xen: StartHost) -> None:
     """The driver domain is destroyed under I/O, and another one takes its place.
 
     The guest's other disk continues. When the toolstack detaches the disk whose backend is gone,

@@ -4,13 +4,18 @@
 Dom0's shell plays the backends. They have no ring, so a flush that is sent to one stays in flight.
 """
 
+from collections.abc import Mapping
+
 import pytest
 
 from harness.driver_check import assert_front_of_pair
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.toolstack import connect_disks
 from harness.toolstack import directories
 from harness.toolstack import remove_devices
 from harness.toolstack import write_nodes
+from harness.xenhost import XenHost
 
 XVDB, XVDC = 51728, 51744
 CACHE, NO_CACHE = {"feature-flush-cache": 1}, {"feature-flush-cache": 0}
@@ -25,13 +30,13 @@ rm -f /tmp/ended
 IN_FLIGHT = "grep -q '^State:.D' /proc/$(pidof dd)/status"
 
 
-def start_flush(guest, vdev):
+def start_flush(guest: Guest, vdev: str) -> None:
     """A flush is in flight."""
     guest.sh(FLUSHER.format(vdev))
     guest.wait_for(IN_FLIGHT)
 
 
-def replace_backend(host, guest, code, offers):
+def replace_backend(host: XenHost, guest: Guest, code: int, offers: Mapping[str, object]) -> None:
     """The backend closes, and one with these offers takes its place."""
     front, back = directories(guest.domid, code)
     for state, expected in ((6, 1), (2, 3)):
@@ -41,13 +46,13 @@ def replace_backend(host, guest, code, offers):
     host.wait_for(f"[ $(xenstore-read {front}/state) = 4 ]")
 
 
-def has_cache(guest, vdev):
+def has_cache(guest: Guest, vdev: str) -> bool:
     """Returns `True` if the block layer sends flushes."""
     return guest.sh(f"cat /sys/block/{vdev}/queue/write_cache") == "write back"
 
 
 @pytest.mark.feature("F-26")
-def test_flush_lost(xen):
+def test_flush_lost(xen: StartHost) -> None:
     """A flush that was in flight, and one after the reconnect, fail; with a backend that can flush
     again they are sent to it. A disk that never had a cache has nothing to flush.
 

@@ -10,6 +10,7 @@ before the second was even written.
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.writelog import read_log
 from harness.xenhost import Disk
 
@@ -17,7 +18,7 @@ STEPS = 20
 
 
 @pytest.mark.feature("FE-10", "FE-42", "BE-22", "BE-46")
-def test_flush_ordering(xen):
+def test_flush_ordering(xen: StartHost) -> None:
     host = xen(log_writes=True)
     host.load_backend()
     guest = host.start_guest(disks=[Disk("xvda", "/dev/vdb")])

@@ -8,13 +8,17 @@ flush is rebuilt from the log, the journals are replayed, and the file systems a
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from harness import xfs
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
+from harness.kernel import Kernel
 from harness.writelog import read_log
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 EXT4_START, EXT4_SIZE = 1 << 20, 24 << 20
 POINTS, XFS_POINTS = 12, 4
@@ -35,7 +39,7 @@ change ext4 xvda & change xfs xvdb & wait
 
 
 @pytest.mark.feature("BE-46")
-def test_flush_points(xen, kernel, tmp_path):
+def test_flush_points(xen: StartHost, kernel: Kernel, tmp_path: Path) -> None:
     image = xfs.partitioned_disk((EXT4_START, EXT4_SIZE))
     module = kernel.module("xfs")
     # A loop device has whole sectors.
@@ -72,7 +76,7 @@ def test_flush_points(xen, kernel, tmp_path):
     assert "Ending recovery" in host.sh("dmesg")
 
 
-def check_ext4(disk, where):
+def check_ext4(disk: Path, where: str) -> None:
     """Replays the journal, then looks for anything that is wrong."""
     image = disk.with_name("ext4")
     with open(disk, "rb") as file:
@@ -86,7 +90,7 @@ def check_ext4(disk, where):
         assert replayed or result.returncode == 0, f"{where}:\n{result.stdout}"
 
 
-def check_xfs(host, disk, where):
+def check_xfs(host: XenHost, disk: Path, where: str) -> None:
     """The same; dom0, whose disk has that content for a while, replays the journal."""
     subprocess.run(["cp", "--sparse=always", disk, host.disk], check=True)
     status, output = host.run("mount -t xfs /dev/vdb2 /mnt && umount /mnt || (dmesg | tail; false)")

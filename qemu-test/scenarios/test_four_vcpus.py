@@ -8,10 +8,12 @@ QEMU's, which is enough for this test. A driver domain has one CPU.
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.guest import FOUR_VCPUS
 from harness.job import Job
 from harness.toolstack import CODES
 from harness.toolstack import directories
+from harness.xenhost import XenHost
 
 FIO = (
     "fio --filename=/dev/xvda --ioengine=libaio --iodepth=8 --direct=1 --rw=randwrite --bsrange=4k-64k "
@@ -40,7 +42,7 @@ CPU1 = "/sys/devices/system/cpu/cpu1/online"
 
 
 @pytest.mark.feature("FE-06", "FE-23", "FE-50", "BE-09", "BE-21", "BE-41")
-def test_four_vcpus(xen):
+def test_four_vcpus(xen: StartHost) -> None:
     host = xen(vcpus=2, waiting=FOUR_VCPUS)
     server = host.start_server()
     server.load_backend("max_queues=4")
@@ -67,7 +69,7 @@ def test_four_vcpus(xen):
     job.stop()
 
 
-def move_backend(host, job):
+def move_backend(host: XenHost, job: Job) -> None:
     """To another CPU of dom0, which leaves and comes back."""
     host.sh(BACKEND_TO_CPU1)
     for cpus in (EVENT_CPUS, THREAD_CPUS):

@@ -5,15 +5,22 @@ The program hold-grants takes what is free of a table that is small from the
 start.
 """
 
+from pathlib import Path
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.image import compiled
 from harness.job import Job
 from harness.job import wait_for_passes
+from harness.kernel import Kernel
 from harness.toolstack import CODES
 from harness.toolstack import directories
 from harness.xenhost import Disk
+from harness.xenhost import Server
+from harness.xenhost import XenHost
 
 FRONT = "trusted=0 feature_persistent=0"
 """Each request needs grants of a pool, and no backend keeps them mapped."""
@@ -29,7 +36,7 @@ LEFT = 50
 
 
 @pytest.fixture
-def gntalloc(kernel, tmp_path):
+def gntalloc(kernel: Kernel, tmp_path: Path) -> list[Path]:
     """The module of /dev/xen/gntalloc, if the kernel has not built it in."""
     try:
         content = kernel.module("xen-gntalloc")
@@ -40,19 +47,19 @@ def gntalloc(kernel, tmp_path):
     return [file]
 
 
-def hold_grants(guest, left, name):
+def hold_grants(guest: Guest, left: int, name: str) -> None:
     """Takes all free entries of the grant table but `left`, for as long as it runs."""
     guest.sh(f"/programs/hold-grants {left} > /tmp/{name}.held & echo $! > /tmp/{name}.pid")
     guest.wait_for(f"[ -s /tmp/{name}.held ]")
 
 
-def release_grants(guest, name):
+def release_grants(guest: Guest, name: str) -> None:
     """Ends the program."""
     guest.sh(f"kill $(cat /tmp/{name}.pid)")
 
 
 @pytest.mark.feature("F-32", "F-33")
-def test_grant_shortage(xen, gntalloc):
+def test_grant_shortage(xen: StartHost, gntalloc: list[Path]) -> None:
     """A disk connects while another one uses up the grants, and again after grants came back.
 
     With xen-blkfront the disk never appears.
@@ -87,7 +94,7 @@ def test_grant_shortage(xen, gntalloc):
     guest.unload_frontend()
 
 
-def come_back_without_grants(host, server, guest):
+def come_back_without_grants(host: XenHost, server: Server, guest: Guest) -> None:
     """The backend of xvdb is bound again, and there are no grants for a connection with it."""
     device = f"vbd-{guest.domid}-{CODES['xvdb']}"
     driver = "/sys/bus/xen-backend/drivers/vbd"

@@ -6,10 +6,17 @@ a misbehaviour. The pair's own backend serves xvda
 meanwhile.
 """
 
+from pathlib import Path
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.xenhost import Disk
+from harness.xenhost import Server
+from harness.xenhost import XenHost
 
 CODE = 51728
 """Virtual device number of xvdb."""
@@ -26,8 +33,8 @@ BREAKS = {
     8: "broke a ring",
     KEEP: "still uses its pages",
 }
-"""Misbehaviours that end the disk: unknown id, id twice, operation, too many and too few answers, pages
-kept; and what the frontend says."""
+"""Misbehaviours that end the disk: unknown id, id twice, operation, too many and too few answers,
+pages kept; and what the frontend says."""
 
 ERRORS = ("Input/output error", "No space left on device")
 """What a write ends with that was not done; the second is that of a disk that is gone."""
@@ -36,7 +43,7 @@ WRITE = "/usr/bin/dd if=/dev/zero of=/dev/xvdb bs=4k count=2"
 WRITE_BEHIND = f"({WRITE} oflag=direct && echo done > /tmp/end || echo failed > /tmp/end) &"
 
 
-def write(server, guest, misbehaviour, how="oflag=direct"):
+def write(server: Server, guest: Guest, misbehaviour: int, how: str = "oflag=direct") -> bool:
     """Writes to xvdb under a misbehaviour. Whether that was done; if not, dd says why."""
     server.sh(f"echo {misbehaviour} > {MISBEHAVIOUR}")
     status, output = guest.run(f"{WRITE} {how} 2>&1")
@@ -45,8 +52,8 @@ def write(server, guest, misbehaviour, how="oflag=direct"):
     return status == 0
 
 
-def renew(host, server, guest):
-    """Checks that xvdb was closed by its frontend, and works when the toolstack creates it again."""
+def renew(host: XenHost, server: Server, guest: Guest) -> None:
+    """Checks that the frontend has closed xvdb, and that a new xvdb works."""
     back = f"/local/domain/{server.domid}/backend/vbd/{guest.domid}/{CODE}"
     guest.wait_for("[ ! -b /dev/xvdb ]")
     host.wait_for(f"[ $(xenstore-read {back}/state) = 6 ]")
@@ -55,7 +62,9 @@ def renew(host, server, guest):
     assert write(server, guest, HONEST)
 
 
-def refuse_barrier(host, server, guest, record_property):
+def refuse_barrier(
+    host: XenHost, server: Server, guest: Guest, record_property: RecordProperty
+) -> None:
     """A backend has barriers only, and refuses them: the write fails.
 
     xen-blkfront sends data with the barrier, and reports what was refused as done.
@@ -72,7 +81,7 @@ def refuse_barrier(host, server, guest, record_property):
     server.sh("echo N > /sys/module/rblk_hostile_back/parameters/barrier")
 
 
-def park(server, guest, record_property):
+def park(server: Server, guest: Guest, record_property: RecordProperty) -> None:
     """What xen-blkfront makes of a broken ring: a request that never ends."""
     server.sh(f"echo {next(iter(BREAKS))} > {MISBEHAVIOUR}")
     guest.sh(f"dmesg -c > /dev/null\n{WRITE_BEHIND}")
@@ -84,7 +93,9 @@ def park(server, guest, record_property):
 
 
 @pytest.mark.feature("FE-64", "F-02", "F-03", "F-19")
-def test_hostile_backend(xen, test_modules, record_property):
+def test_hostile_backend(
+    xen: StartHost, test_modules: Path, record_property: RecordProperty
+) -> None:
     """Requests with invalid responses fail, and a broken ring stops its own disk only.
 
     xen-blkfront takes a flush for done that was refused. Of what breaks the ring

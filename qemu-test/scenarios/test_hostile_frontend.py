@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A frontend that breaks the ring protocol, beside a disk that must not be affected.
 
-The frontend is the module rblk_hostile_front, which binds to xvdb and runs lists of cases. Its report
-has a line for each: the case, its result, and that of the valid requests that followed. The pair's own
-frontend serves xvda meanwhile, on a ring of 16 pages, and what is written there
-is read back all the time.
+The frontend is the module rblk_hostile_front, which binds to xvdb and runs lists of cases. Its
+report has a line for each: the case, its result, and that of the valid requests that followed. The
+pair's own frontend serves xvda meanwhile, on a ring of 16 pages, and what is written there is read
+back all the time.
 """
 
+from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.leak_counts import backend_switches
 from harness.leak_counts import xen_counts
 from harness.xenhost import Disk
+from harness.xenhost import Server
+from harness.xenhost import XenHost
 
 CODE = 51728
 """Virtual device number of xvdb."""
@@ -57,7 +65,7 @@ CLOSED = {"req-prod-ahead", "req-prod-far", "req-prod-back", "born-broken"}
 MOST_LINES = 200
 """Lines that may be printed for a list, with some 700 wrong requests and 40 connections in it."""
 
-PATIENCE_MS = 2000
+TIMEOUT_MS = 2000
 """How long the module waits for a backend that takes no notice of a broken ring."""
 
 WORK_ON_XVDA = """
@@ -70,8 +78,11 @@ while [ ! -e /tmp/stop ]; do
 done
 """
 
+Report = dict[str, tuple[str, str]]
+"""For each script, by name: the outcome, and that of a good request after it."""
 
-def start(xen, test_modules):
+
+def start(xen: StartHost, test_modules: Path) -> tuple[XenHost, Server, Guest, dict[str, object]]:
     """A host, who serves its two RAM disks, and a guest whose xvda works without end."""
     host = xen(modules=[test_modules / "rblk_hostile_front.ko"])
     server = host.start_server()
@@ -79,7 +90,7 @@ def start(xen, test_modules):
     server.ram_disks(2, megabytes=16)
     guest = host.start_guest(disks=[])
     guest.unload_frontend()
-    guest.sh(f"insmod /modules/rblk_hostile_front.ko device={CODE} patience_ms={PATIENCE_MS}")
+    guest.sh(f"insmod /modules/rblk_hostile_front.ko device={CODE} timeout_ms={TIMEOUT_MS}")
     guest.load_frontend("max_ring_page_order=4")
     before = xen_counts(host)
     host.attach(guest, Disk("xvda", "/dev/ram0"))
@@ -92,7 +103,7 @@ def start(xen, test_modules):
     return host, server, guest, before
 
 
-def remove(host, server, guest, vdev, code):
+def remove(host: XenHost, server: Server, guest: Guest, vdev: str, code: int) -> None:
     """Detaches a disk; nothing of it stays."""
     host.detach(guest, vdev)
     back = f"/local/domain/{server.domid}/backend/vbd/{guest.domid}/{code}"
@@ -101,9 +112,11 @@ def remove(host, server, guest, vdev, code):
 
 
 @contextmanager
-def playing(host, server, guest, number, mode="rw"):
-    """Plays a list on a fresh xvdb; gives its report, {case: (outcome, after)}, at its end, when the
-    disk is still connected.
+def playing(
+    host: XenHost, server: Server, guest: Guest, number: int, mode: str = "rw"
+) -> Iterator[Report]:
+    """Plays a list on a fresh xvdb; gives its report, {case: (outcome, after)}, at its end, when
+    the disk is still connected.
     """
     guest.sh(f"echo {number} > {PARAMETERS}/list; rm -f /tmp/rounds")
     lines = int(server.sh("dmesg | wc -l"))
@@ -117,13 +130,13 @@ def playing(host, server, guest, number, mode="rw"):
     assert printed <= MOST_LINES, server.sh("dmesg | tail -n 60")
 
 
-def play(*arguments):
+def play(host: XenHost, server: Server, guest: Guest, number: int, mode: str = "rw") -> Report:
     """Like `playing`, but only checks the report."""
-    with playing(*arguments) as report:
+    with playing(host, server, guest, number, mode) as report:
         return report
 
 
-def assert_answers(report, excused=()):
+def assert_answers(report: Report, excused: Sequence[str] = ()) -> None:
     """Checks that each request is completed as blkif.h says, and affects nothing else."""
     for case, (outcome, after) in report.items():
         wanted = "notsupp" if case in NOT_SUPPORTED else "okay" if case in OKAY else "error"
@@ -131,7 +144,7 @@ def assert_answers(report, excused=()):
         assert after == "okay", (case, after)
 
 
-def trouble(host, server, guest):
+def trouble(host: XenHost, server: Server, guest: Guest) -> int:
     """Wrong requests, then events alone; how often the backend slept at the former.
 
     Linux counts the events that brought nothing, as a driver says when it gives them back, and
@@ -148,13 +161,15 @@ def trouble(host, server, guest):
     return slept
 
 
-def event_counts(guest, code):
+def event_counts(guest: Guest, code: int) -> str:
     """Where Linux shows what it counts of the events of a backend's device."""
     return f"/sys/bus/xen-backend/devices/vbd-{guest.domid}-{code}/xenbus"
 
 
 @pytest.mark.feature("BE-07", "BE-10", "BE-40", "BE-42", "BE-43", "BE-49", "BE-50", "B-10", "B-19")
-def test_hostile_frontend(xen, test_modules, record_property):
+def test_hostile_frontend(
+    xen: StartHost, test_modules: Path, record_property: RecordProperty
+) -> None:
     """Every invalid request is completed with an error, and a broken ring stops its own disk only.
 
     The C backend is the reference for what a request must be answered by. It takes
@@ -164,7 +179,7 @@ def test_hostile_frontend(xen, test_modules, record_property):
     the Arm layout. It sleeps at each wrong request.
     """
     host, server, guest, before = start(xen, test_modules)
-    ours = host.pair.back.name == "rblkback"
+    ours = host.pair.backend.name == "rblkback"
     if not ours:
         record_property("c_fails", "B-10, B-19")
 

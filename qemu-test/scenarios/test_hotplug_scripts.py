@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
+from harness.guest import Guest
+from harness.xenhost import XenHost
 
 SCRIPTS = Path("/etc/xen/scripts")
 NAMES = (
@@ -31,14 +35,16 @@ SWAP = (
 )
 
 
-def attach(host, guest, vdev, target, script="block"):
+def attach(
+    host: XenHost, guest: Guest, vdev: str, target: str, script: str = "block"
+) -> tuple[int, str]:
     """xl block-attach: its status and what it prints."""
     disk = f"format=raw,vdev={vdev},access=rw,script={script},target={target}"
     return host.run(f"xl block-attach {guest.name} '{disk}'")
 
 
 @pytest.mark.feature("BE-01", "BE-52", "B-22")
-def test_hotplug_scripts(xen, record_property):
+def test_hotplug_scripts(xen: StartHost, record_property: RecordProperty) -> None:
     """A block device and a file are served; a device that dom0 uses itself is not, and xl says so.
 
     Xen's script looks only whether it is mounted, and the C module does not look.
@@ -64,7 +70,7 @@ def test_hotplug_scripts(xen, record_property):
 
     host.sh(SWAP)
     status, output = attach(host, guest, "xvdc", "/dev/loop7", "block-checked")
-    if host.pair.back.name == "rblkback":
+    if host.pair.backend.name == "rblkback":
         assert status != 0 and "script: " in output and "in use here" in output, output
         assert guest.run("[ -b /dev/xvdc ]")[0] != 0
     else:

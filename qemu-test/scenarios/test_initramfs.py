@@ -7,16 +7,21 @@ Xen disk asks for, and the system has both drivers where it can.
 All names have "initramfs" in them, because `make test T=NAME` makes the initramfs for those only.
 """
 
+from pathlib import Path
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
+from harness.guest import Guest
+from harness.pairs import Pair
 from harness.xenhost import Disk
 from harness.xenimage import root_disk
 
 
-def boot(xen, initramfs):
-    """Boots a guest whose root disk the initramfs has to find; the pair's frontend must serve it. Returns the
-    guest.
+def boot(xen: StartHost, initramfs: Path) -> Guest:
+    """Boots a guest whose root disk the initramfs has to find; the pair's frontend must serve it.
+    Returns the guest.
     """
     host = xen(waiting=None, image=root_disk(), files={"initramfs": initramfs.read_bytes()})
     host.load_backend()
@@ -29,19 +34,19 @@ def boot(xen, initramfs):
 
 
 @pytest.mark.feature("FE-60", "FE-62")
-def test_initramfs(xen, pair, build):
+def test_initramfs(xen: StartHost, pair: Pair, build: Path) -> None:
     """Made as the documentation says; for the reference run, of a system without our files."""
     guest = boot(xen, build / f"initramfs-{pair.front.name}")
     # Written by udev below the /run that the initramfs hands over; dracut clears it.
     assert "E:ID_FS_TYPE=ext4" in guest.sh("cat /run/udev/data/b202:0")
 
 
-def test_initramfs_dracut(xen, pair, build):
+def test_initramfs_dracut(xen: StartHost, pair: Pair, build: Path) -> None:
     """The same, made by dracut."""
     boot(xen, build / f"dracut-{pair.front.name}")
 
 
-def test_initramfs_kernel_upgrade(xen, build):
+def test_initramfs_kernel_upgrade(xen: StartHost, build: Path) -> None:
     """Made by a system with our files for a kernel that rblkfront is not installed for.
 
     The guest boots with xen-blkfront: the frontend of the pair is the C driver.
@@ -49,6 +54,6 @@ def test_initramfs_kernel_upgrade(xen, build):
     boot(xen, build / "initramfs-kernel-upgrade")
 
 
-def test_initramfs_dracut_kernel_upgrade(xen, build):
+def test_initramfs_dracut_kernel_upgrade(xen: StartHost, build: Path) -> None:
     """The same, made by dracut."""
     boot(xen, build / "dracut-kernel-upgrade")

@@ -4,10 +4,16 @@
 The disk of 3 TiB is a RAM disk, which takes memory for what is written alone.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
 from harness.image import compiled
+from harness.shell import Target
 from harness.xenhost import Disk
 
 FILE_SYSTEM = """
@@ -40,13 +46,13 @@ PARTITION_START = (BOUNDARY + 16) * 2048
 PARTITION_TABLE = f"label: gpt\\nstart={PARTITION_START},size=131072\\n"
 
 
-def sums(machine, disk, places):
+def sums(machine: Target, disk: str, places: Iterable[int]) -> list[str]:
     """The sum of the MiB at each of these places."""
     return machine.sh("\n".join(SUM.format(disk=disk, mib=mib) for mib in places)).split("\n")
 
 
 @pytest.mark.feature("FE-07", "F-27")
-def test_large_blocks(xen, test_modules, record_property):
+def test_large_blocks(xen: StartHost, test_modules: Path, record_property: RecordProperty) -> None:
     """Partitions, a file system, and direct I/O from memory that is aligned as statx says.
 
     blkif.h asks for whole blocks in each segment. xen-blkfront has the block layer align memory to
@@ -77,7 +83,7 @@ def test_large_blocks(xen, test_modules, record_property):
 
 
 @pytest.mark.feature("FE-07", "FE-11", "BE-23")
-def test_large_disk(xen):
+def test_large_disk(xen: StartHost) -> None:
     """Written at both sides of 2 TiB and at the end, discarded, partitioned, with a file system."""
     host = xen()
     server = host.start_server()

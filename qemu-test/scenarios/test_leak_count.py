@@ -2,20 +2,26 @@
 """Attach, use and detach leave nothing behind, by the counts of Xen and of the kernels."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.leak_counts import kernel_counts
 from harness.leak_counts import xen_counts
 from harness.manual_toolstack import ManualDisk
+from harness.shell import Target
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 CYCLES = int(os.environ.get("RBLKIF_CYCLES", "20"))
 """How often the disk is attached and detached between the two counts."""
 SLACK_KB = 256
-"""Memory may differ by this much, caches of the rest of the system; dom0's by twice as much, as it keeps
-what the consoles said.
+"""Memory may differ by this much, caches of the rest of the system; dom0's by twice as much, as it
+keeps what the consoles said.
 """
 
 SLOW_DISK = "irqmode=2 completion_nsec=50000000 gb=1"
@@ -32,7 +38,7 @@ done) > /dev/null 2>&1 &"""
 """Reads and writes the disk whenever there is one."""
 
 
-def cycle(disk):
+def cycle(disk: ManualDisk) -> None:
     """Attaches a disk, and detaches it while it is in use."""
     disk.offer()
     disk.give("/dev/nullb0")
@@ -41,7 +47,7 @@ def cycle(disk):
     disk.guest.wait_for("[ ! -b /dev/xvdb ] && ! pidof dd")
 
 
-def reload(host, guest):
+def reload(host: XenHost, guest: Guest) -> None:
     """Unloads both drivers and loads them again."""
     guest.unload_frontend()
     host.server.unload_backend()
@@ -49,7 +55,7 @@ def reload(host, guest):
     guest.load_frontend()
 
 
-def counts(host, machines):
+def counts(host: XenHost, machines: Mapping[str, Target]) -> dict[str, dict[str, Any]]:
     """Returns the counts of Xen and of the kernels."""
     host.server.take_back_memory()
     return {"Xen": xen_counts(host)} | {
@@ -58,7 +64,7 @@ def counts(host, machines):
 
 
 @pytest.mark.feature("FE-65", "FE-68")
-def test_leak_count(xen):
+def test_leak_count(xen: StartHost) -> None:
     host = xen()
     server = host.start_server()
     server.load_backend()
@@ -71,7 +77,7 @@ def test_leak_count(xen):
     for _ in range(2):
         cycle(disk)
         reload(host, guest)
-    machines = {machine.name: machine for machine in (host, server, guest)}
+    machines: dict[str, Target] = {machine.name: machine for machine in (host, server, guest)}
     before = counts(host, machines)
     for _ in range(CYCLES):
         cycle(disk)

@@ -2,13 +2,16 @@
 """A disk reconnects to a backend with fewer or other features.
 
 The first one is played by the shell and has no ring: requests stay in flight. The second one is
-rblk_hostile_back, which has one ring of 32 slots, no indirect requests, and a write cache. xen-blkfront
-is not asked: it ends the disk when the backend closes.
+rblk_hostile_back, which has one ring of 32 slots, no indirect requests, and a write cache.
+xen-blkfront is not asked: it ends the disk when the backend closes.
 """
+
+from pathlib import Path
 
 import pytest
 
 from harness.driver_check import assert_front_of_pair
+from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
 from harness.manual_toolstack import ManualDisk
 
@@ -32,7 +35,7 @@ LARGE = 2
 
 
 @pytest.fixture
-def disk(xen, test_modules):
+def disk(xen: StartHost, test_modules: Path) -> ManualDisk:
     """xvdb, whose backend is played; rblk_hostile_back is loaded and has nothing to do yet."""
     host = xen(
         modules=[test_modules / "rblk_hostile_back.ko"],
@@ -48,12 +51,12 @@ def disk(xen, test_modules):
     return disk
 
 
-def set_misbehaviour(disk, misbehaviour):
+def set_misbehaviour(disk: ManualDisk, misbehaviour: int) -> None:
     """What the backend does wrong from now on."""
     disk.server.sh(f"echo {misbehaviour} > {MISBEHAVIOUR}")
 
 
-def connect(disk, **offers):
+def connect(disk: ManualDisk, **offers: object) -> None:
     """The disk is there, without partitions, and nothing of it is answered."""
     disk.play_until_connected(**offers)
     disk.guest.wait_for_disk("xvdb")
@@ -62,13 +65,13 @@ def connect(disk, **offers):
 
 
 @pytest.mark.feature("F-06")
-def test_large_among_small(disk):
-    """A write of 1 MiB that was one request takes 24 slots of 32. It ends although small writes want
-    each slot that gets free, and these go on.
+def test_large_among_small(disk: ManualDisk) -> None:
+    """A write of 1 MiB that was one request takes 24 slots of 32. It ends although small writes
+    want each slot that gets free, and these go on.
 
-    Each size has a hardware queue of its own, as blk-mq dispatches nothing of a queue before a request
-    of it that was refused. The backend leaves the last 16 writes unanswered until no more follow, so
-    24 slots are free only if the driver refuses small writes.
+    Each size has a hardware queue of its own, as blk-mq dispatches nothing of a queue before a
+    request of it that was refused. The backend leaves the last 16 writes unanswered until no more
+    follow, so 24 slots are free only if the driver refuses small writes.
     """
     guest = disk.guest
     connect(disk, feature_max_indirect_segments=256, multi_queue_max_queues=2)
@@ -92,7 +95,7 @@ def test_large_among_small(disk):
 
 
 @pytest.mark.feature("F-26")
-def test_gained_cache(disk):
+def test_gained_cache(disk: ManualDisk) -> None:
     """The first backend had no write cache, and the second one has: each write is flushed before it
     is reported done. The block layer has dropped FUA from what was in flight.
     """

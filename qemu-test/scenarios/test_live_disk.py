@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A disk is resized under I/O, and its memory follows its use."""
 
+from pathlib import Path
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
 from harness.job import Job
 from harness.leak_counts import KEEPS_PAGES
@@ -30,7 +34,7 @@ WORK = (
 
 
 @pytest.mark.feature("FE-63", "FE-55")
-def test_resize(xen, test_modules):
+def test_resize(xen: StartHost, test_modules: Path) -> None:
     """Up and down under I/O; what lies within both sizes is untouched."""
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"])
     server = host.start_server()
@@ -53,7 +57,7 @@ def test_resize(xen, test_modules):
 
 
 @pytest.mark.feature("F-14")
-def test_idle_memory(xen, record_property):
+def test_idle_memory(xen: StartHost, record_property: RecordProperty) -> None:
     """An idle disk costs little, before and after it had much to do.
 
     xen-blkfront allocates at once for the largest load.
@@ -96,7 +100,7 @@ FILL = "dd if=/dev/vdb of=/dev/null bs=1M count=320 2> /dev/null"
 
 
 @pytest.mark.feature("BE-36")
-def test_short_memory(xen):
+def test_short_memory(xen: StartHost) -> None:
     """Dom0 gets back the memory that the backend has allocated for many requests at once.
 
     Requests in flight are completed as usual. The C module has taken all
@@ -121,5 +125,5 @@ def test_short_memory(xen):
     host.sh(FILL)
     kept = idle - free_kb(host, drop=1)
     print(f"dom0's memory in KiB: taken {taken}, kept when it is short {kept}")
-    assert (taken > DEEP_KB) == (host.pair.back.name == "rblkback")
+    assert (taken > DEEP_KB) == (host.pair.backend.name == "rblkback")
     assert kept < DEEP_KB // 2

@@ -10,6 +10,7 @@ import pytest
 from harness.driver_check import assert_served_by_pair
 from harness.job import Job
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 DEVICE = "/sys/kernel/config/nullb/lost"
 NODE = "/dev/lost"
@@ -29,7 +30,7 @@ WRITE = "dd if=/dev/zero of=/dev/{} bs=64k count=64 oflag=direct conv=notrunc,fs
 
 
 @pytest.mark.feature("B-01", "BE-50")
-def test_lost_device(host):
+def test_lost_device(host: XenHost) -> None:
     """The guest gets errors for its requests, and its other disk continues.
 
     The disk can be detached then, and the device can come back and be attached.

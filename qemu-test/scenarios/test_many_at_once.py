@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Several disks are attached at the same moment, and detached, while another one is in use."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
+from harness.guest import Guest
 from harness.job import wait_for_passes
 from harness.leak_counts import xen_counts
 from harness.verify import start_jobs
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 NAMES = [f"xvd{letter}" for letter in "bcdefg"]
 WORK = """
@@ -24,13 +29,13 @@ done
 """Writes all of them, each with its own name, and compares."""
 
 
-def beside_each_other(commands):
+def beside_each_other(commands: Sequence[str]) -> str:
     """A script that runs commands at the same time; it fails if one of them does."""
     started = "\n".join(f"({command}) || touch /tmp/failed &" for command in commands)
     return f"rm -f /tmp/failed\n{started}\nwait; [ ! -e /tmp/failed ]"
 
 
-def come_and_go(host, guest):
+def come_and_go(host: XenHost, guest: Guest) -> None:
     """All come, are written, compared, and go."""
     disks = {vdev: Disk(vdev, f"/dev/ram{number}") for number, vdev in enumerate(NAMES, start=1)}
     attached = [
@@ -49,7 +54,7 @@ def come_and_go(host, guest):
 
 
 @pytest.mark.feature("FE-60", "FE-65")
-def test_many_at_once(xen):
+def test_many_at_once(xen: StartHost) -> None:
     """The second time leaves no more behind than the first, and the disk in use sees no error.
 
     By the clock of a busy host several xl at once would miss their deadlines.

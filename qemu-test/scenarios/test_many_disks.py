@@ -5,15 +5,21 @@ The log has a table of the memory that they cost the server.
 """
 
 import os
+from collections.abc import Sequence
 
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
 from harness.guest import FOUR_VCPUS
+from harness.guest import Guest
 from harness.leak_counts import KEEPS_PAGES
 from harness.leak_counts import assert_idle
 from harness.leak_counts import free_kb
 from harness.xenhost import Disk
+from harness.xenhost import Server
+from harness.xenhost import XenHost
 
 DISKS = int(os.environ.get("RBLKIF_DISKS", 4))
 QUEUES = FOUR_VCPUS.vcpus
@@ -21,7 +27,8 @@ RING_KB = 400
 """What a ring may cost the server at most; it takes some 130, and 1340 of the C module."""
 GUESTS = int(os.environ.get("RBLKIF_GUESTS", 3))
 GUEST_MB = min(128, 900 // GUESTS)
-"""Memory of a guest. There are 900 MiB for all of them; one with 100 may find none when it boots."""
+"""Memory of a guest. There are 900 MiB for all of them; one with 100 may find none when it boots.
+"""
 
 WORK = """
 yes "$NAME" | dd of=/tmp/data bs=32k count=8 iflag=fullblock 2> /dev/null
@@ -42,13 +49,13 @@ MORE_THAN_LETTERS = 28
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def names(count):
+def names(count: int) -> list[str]:
     """The names of the first disks of a guest: xvda to xvdz, then xvdaa and on."""
     letters = [*LETTERS, *(first + second for first in LETTERS for second in LETTERS)]
     return [f"xvd{name}" for name in letters[:count]]
 
 
-def attach_all(host, guest, vdevs):
+def attach_all(host: XenHost, guest: Guest, vdevs: Sequence[str]) -> None:
     """Attaches a RAM disk for each name."""
     host.sh(
         "\n".join(
@@ -61,7 +68,7 @@ def attach_all(host, guest, vdevs):
     guest.wait_for(" && ".join(f"[ -b /dev/{vdev} ]" for vdev in vdevs))
 
 
-def filled_disks(server, count):
+def filled_disks(server: Server, count: int) -> None:
     """Makes RAM disks of a megabyte, all of whose memory is there already."""
     server.ram_disks(count, megabytes=1)
     server.sh(
@@ -70,7 +77,7 @@ def filled_disks(server, count):
     )
 
 
-def show_memory(rows, disks, rings):
+def show_memory(rows: Sequence[tuple[str, int]], disks: int, rings: int) -> None:
     """Prints what the server had free, as a table."""
     print(f"{disks} disks, {rings} rings: the server's memory in KiB")
     print(f"{'':20}{'free':>10}{'used':>10}{'a disk':>10}{'a ring':>10}")
@@ -81,7 +88,7 @@ def show_memory(rows, disks, rings):
 
 
 @pytest.mark.feature("BE-09", "BE-21", "BE-41", "BE-53", "B-13", "B-15")
-def test_many_disks(xen, record_property):
+def test_many_disks(xen: StartHost, record_property: RecordProperty) -> None:
     """One guest with disks of four queues: data is right, and idle threads do not wake up.
 
     RBLKIF_DISKS says how many. The C module takes its memory when it connects, for
@@ -114,15 +121,15 @@ def test_many_disks(xen, record_property):
         # They take memory too.
         return
     small = free["before"] - free["connected"] < RING_KB * DISKS * QUEUES
-    assert small == (host.pair.back.name == "rblkback")
+    assert small == (host.pair.backend.name == "rblkback")
     if not small:
         record_property("c_fails", "B-13, B-15")
 
 
 @pytest.mark.feature("FE-01")
-def test_more_disks_than_letters(xen):
-    """One guest has more than 26 disks: the 17th has a number of the extended form, the 27th has two
-    letters, and each is the disk that it is named after.
+def test_more_disks_than_letters(xen: StartHost) -> None:
+    """One guest has more than 26 disks: the 17th has a number of the extended form, the 27th has
+    two letters, and each is the disk that it is named after.
     """
     host = xen()
     server = host.start_server()
@@ -144,7 +151,7 @@ def test_more_disks_than_letters(xen):
 
 
 @pytest.mark.feature("BE-41", "B-13")
-def test_many_guests(xen, record_property):
+def test_many_guests(xen: StartHost, record_property: RecordProperty) -> None:
     """Several guests with a disk each; RBLKIF_GUESTS says how many."""
     host = xen(waiting=None)
     server = host.start_server()

@@ -4,17 +4,23 @@
 Each program checks what it reads; none may see an error.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from harness import held_disk
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.guest import LOG
 from harness.guest import TWO_VCPUS
+from harness.guest import Guest
+from harness.job import Job
 from harness.job import wait_for_passes
 from harness.verify import JOBS
 from harness.verify import start_jobs
+from harness.xenhost import XenHost
 
 IMAGE = "/dev/vdb"
 PVH = replace(TWO_VCPUS, type="pvh")
@@ -22,7 +28,7 @@ PVH = replace(TWO_VCPUS, type="pvh")
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 
 
-def migrate(guest):
+def migrate(guest: Guest) -> None:
     """Migrates the guest to the same host, where it continues as another domain with new backends.
 
     xenconsoled names the log of a domain by the name that this has when it is created.
@@ -34,22 +40,23 @@ def migrate(guest):
     guest.find_waiting()
 
 
-def checkpoint(guest):
+def checkpoint(guest: Guest) -> None:
     """Saves the guest with `xl save -c`, after which it continues as the same domain."""
     domid = guest.domid
     guest.host.sh(f"xl save -c {guest.name} {IMAGE}", timeout=600)
     assert guest.host.sh(f"xl domid {guest.name}") == str(domid)
 
 
-def go_on(host, guest, jobs):
+def go_on(host: XenHost, guest: Guest, jobs: Sequence[Job]) -> None:
     """What the guest had asked for is done, and so is what it asks for now."""
     wait_for_passes(jobs, 2)
     assert_served_by_pair(host, guest)
 
 
 @pytest.mark.feature("FE-20", "FE-66")
-def test_migrate(xen, test_modules):
-    """First with I/O all the time; then with requests in flight, which fail when the guest has stopped.
+def test_migrate(xen: StartHost, test_modules: Path) -> None:
+    """First with I/O all the time; then with requests in flight, which fail when the guest has
+    stopped.
 
     Xen-blkfront has no writes with a flush after them here: it makes a BUG of one in flight, as
     save_restore shows.
@@ -70,7 +77,7 @@ def test_migrate(xen, test_modules):
 
 
 @pytest.mark.feature("FE-66")
-def test_checkpoint(xen, test_modules):
+def test_checkpoint(xen: StartHost, test_modules: Path) -> None:
     """The same backend serves the same rings: with I/O all the time, with requests in flight until
     the guest continues, and with a backend that is replaced meanwhile.
     """

@@ -4,12 +4,19 @@
 Names, permissions and defaults are those of xen-blkfront; the timeouts are our own.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
+from harness.guest import Guest
 from harness.manual_toolstack import ManualDisk
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 PARAMETERS = {
     "feature_persistent": ("644", "Y"),
@@ -53,7 +60,7 @@ ONE_RING = {
 }
 
 SAID = "persistent grants: {}; indirect descriptors: {}; bounce buffer: {}"
-WAYS = [
+WAYS: list[tuple[str, int, dict[str, str | None], int, tuple[str, str, str]]] = [
     ("", 1, TWO_RINGS, 32, ("enabled", "enabled", "enabled")),
     (
         "feature_persistent=0 max_ring_page_order=2 max_indirect_segments=64",
@@ -94,7 +101,7 @@ dd if=/dev/xvda bs=1M count=5 iflag=direct | head -c 4194816 | cmp - /tmp/data
 """
 
 
-def nodes_written(host, directory, names):
+def nodes_written(host: XenHost, directory: str, names: Iterable[str]) -> dict[str, str | None]:
     """What the frontend has written, numbers that differ each time as "number"."""
     script = "".join(f"xenstore-read {directory}/{name} 2>/dev/null || echo -\n" for name in names)
     values = dict(zip(names, host.sh(script).splitlines(), strict=True))
@@ -104,7 +111,7 @@ def nodes_written(host, directory, names):
     }
 
 
-def forget(host, directory):
+def forget(host: XenHost, directory: str) -> None:
     """Removes what tells of several rings: xen-blkfront leaves it there when it has but one."""
     for name in ("multi-queue-num-queues", "ring-page-order"):
         host.run(f"xenstore-rm {directory}/{name}")
@@ -114,7 +121,8 @@ TAGS = "cd /sys/block/xvda/mq; for queue in *; do cat $queue/nr_tags; done"
 """How many requests each queue of the disk can have."""
 
 PEEK = 11
-"""The misbehaviour of rblk_hostile_back that refuses a write whose pages show more than its data."""
+"""The misbehaviour of rblk_hostile_back that refuses a write whose pages show more than its data.
+"""
 NEIGHBOURS = (
     "fio --name=neighbours --filename=/dev/xvdb --ioengine=libaio --direct=1 --rw=randwrite --bs=512 "
     "--iodepth=8 --iodepth_batch=8 --number_ios=8 --randseed=7 --output-format=terse"
@@ -122,7 +130,7 @@ NEIGHBOURS = (
 """Eight writes at once, whose data stands side by side in one page of fio's."""
 
 
-def show_the_data_alone(host, guest, parameters):
+def show_the_data_alone(host: XenHost, guest: Guest, parameters: str) -> None:
     """A backend that is not trusted sees nothing else of the pages that contain data."""
     guest.allow("error, dev xvdb")
     for trusted in "YN":
@@ -134,7 +142,7 @@ def show_the_data_alone(host, guest, parameters):
         host.detach_and_wait(guest, "xvdb")
 
 
-def take_what_was_offered(host, guest, record_property):
+def take_what_was_offered(host: XenHost, guest: Guest, record_property: RecordProperty) -> None:
     """A frontend may use a feature that was offered, even if the parameter was lowered afterwards.
 
     The C backend refuses it.
@@ -143,11 +151,11 @@ def take_what_was_offered(host, guest, record_property):
     guest.unload_frontend()
     host.attach(guest, Disk("xvdc", "/dev/ram1"))
     disk.wait_for(back=2)
-    backend = host.pair.back.name.replace("-", "_")
+    backend = host.pair.backend.name.replace("-", "_")
     server.sh(f"echo 1 > /sys/module/{backend}/parameters/max_queues")
     guest.load_frontend()
     host.wait_for(f"[ $(xenstore-read {disk.back}/state) -ge 4 ]")
-    if host.pair.back.name == "rblkback":
+    if host.pair.backend.name == "rblkback":
         guest.wait_for_disk("xvdc")
         guest.sh(DATA.replace("xvda", "xvdc"))
     else:
@@ -187,7 +195,7 @@ def take_what_was_offered(host, guest, record_property):
     "BE-48",
     "B-17",
 )
-def test_parameters(xen, test_modules, record_property):
+def test_parameters(xen: StartHost, test_modules: Path, record_property: RecordProperty) -> None:
     host = xen(waiting=TWO_VCPUS, modules=[test_modules / "rblk_hostile_back.ko"])
     server = host.start_server()
     server.insmod("rblk_hostile_back", f"misbehaviour={PEEK}")
@@ -196,8 +204,8 @@ def test_parameters(xen, test_modules, record_property):
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
     parameters = f"/sys/module/{guest.front.replace('-', '_')}/parameters"
-    shown = guest.sh(f"cd {parameters}; for p in *; do echo $p $(stat -c %a $p) $(cat $p); done")
-    shown = {name: (mode, value) for name, mode, value in map(str.split, shown.splitlines())}
+    listed = guest.sh(f"cd {parameters}; for p in *; do echo $p $(stat -c %a $p) $(cat $p); done")
+    shown = {name: (mode, value) for name, mode, value in map(str.split, listed.splitlines())}
     own = OWN_PARAMETERS if guest.front == "rblkfront" else {}
     assert shown == PARAMETERS | own
     if sorted(guest.sh(IRQ_CPUS).split()) != ["0", "1"]:

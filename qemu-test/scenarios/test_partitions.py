@@ -4,13 +4,15 @@
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 FILL = "mkfs.ext4 -q {0} && mount {0} /mnt && echo kept > /mnt/file && umount /mnt"
 
 
 @pytest.mark.feature("FE-62", "F-23")
-def test_partition_table(host, record_property):
+def test_partition_table(host: XenHost, record_property: RecordProperty) -> None:
     """Partitions are found, unless the toolstack disables the scan."""
     guest = host.start_guest()
     assert_served_by_pair(host, guest)
@@ -35,7 +37,7 @@ def test_partition_table(host, record_property):
 
 
 @pytest.mark.feature("FE-01")
-def test_partition_vbd(host):
+def test_partition_vbd(host: XenHost) -> None:
     guest = host.start_guest(disks=[Disk("xvda1", "/dev/ram0")])
     guest.wait_for_disk("xvda1")
     assert_served_by_pair(host, guest, "xvda1")

@@ -4,6 +4,7 @@
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.guest import READY
 from harness.guest import TWO_VCPUS
 from harness.job import wait_for_passes
@@ -18,8 +19,8 @@ SUM = "dd if=/dev/xvda bs=4k count=256 iflag=direct 2> /dev/null | sha256sum"
 
 
 @pytest.mark.feature("FE-50")
-def test_paused(xen):
-    """The guest is paused, then the driver domain; the guest loses a virtual CPU and gets it back."""
+def test_paused(xen: StartHost) -> None:
+    """Pause the guest, then the driver domain; take a virtual CPU from the guest."""
     host = xen(waiting=TWO_VCPUS)
     storage = host.start_storage()
     storage.load_backend("max_queues=2")
@@ -50,7 +51,7 @@ def test_paused(xen):
 
 
 @pytest.mark.feature("FE-26")
-def test_restarted(xen):
+def test_restarted(xen: StartHost) -> None:
     """The guest reboots with I/O in flight, and xl starts it again: what was written is there."""
     host = xen(waiting=None)
     server = host.start_server()

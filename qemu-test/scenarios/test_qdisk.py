@@ -8,13 +8,20 @@ way through the xenbus states.
 import hashlib
 import secrets
 import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness import qdisk
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.job import Job
 from harness.qdisk import QemuDisk
+from harness.xenhost import Disk
+from harness.xenhost import XenHost
 from harness.xenimage import file_in_image
 from harness.xenimage import root_disk
 
@@ -36,7 +43,9 @@ WRITE = (
 SAVED = f"{qdisk.PLACE}/saved"
 
 
-def start(xen, images, disks, **options):
+def start(
+    xen: StartHost, images: Sequence[tuple[str, str | Path]], disks: Sequence[Disk], **options: Any
+) -> tuple[XenHost, Guest]:
     """Starts a host with `images` for QEMU, and a guest with `disks`."""
     host = xen(waiting=None, image=qdisk.disk(images))
     qdisk.mount(host)
@@ -46,7 +55,7 @@ def start(xen, images, disks, **options):
     return host, guest
 
 
-def assert_flush_is_durable(host, guest, vdev):
+def assert_flush_is_durable(host: XenHost, guest: Guest, vdev: str) -> None:
     """Written data stays in dom0's page cache; an fsync in the guest brings it to dom0's disk.
 
     Writeback is off in dom0, and the block is allocated already.
@@ -63,7 +72,7 @@ def assert_flush_is_durable(host, guest, vdev):
     host.sh("echo 500 > /proc/sys/vm/dirty_writeback_centisecs")
 
 
-def verify_and_discard(host, guest, vdev, image):
+def verify_and_discard(host: XenHost, guest: Guest, vdev: str, image: str) -> None:
     """Verifies what fio writes, and that a discard frees the blocks of the image."""
     guest.sh(VERIFY.format(vdev=vdev), timeout=600)
     assert qdisk.allocated_kb(host, image) >= VERIFIED_KB
@@ -75,9 +84,9 @@ def verify_and_discard(host, guest, vdev, image):
 @pytest.mark.feature(
     "FE-07", "FE-10", "FE-11", "FE-24", "FE-40", "FE-42", "FE-44", "FE-60", "FE-61", "FE-62"
 )
-def test_qdisk(xen):
+def test_qdisk(xen: StartHost) -> None:
     """The root disk is a qcow2 image, a second disk a raw one."""
-    images = [("root.qcow2", root_disk()), ("data.raw", "64M")]
+    images: list[tuple[str, str | Path]] = [("root.qcow2", root_disk()), ("data.raw", "64M")]
     disks = [QemuDisk("xvda", "root.qcow2"), QemuDisk("xvdb", "data.raw")]
     host, guest = start(xen, images, disks, root="xvda")
     assert "/dev/xvda / ext4 rw" in guest.sh("cat /proc/mounts")
@@ -93,8 +102,8 @@ def test_qdisk(xen):
 
 
 @pytest.mark.feature("FE-05", "FE-20", "FE-21", "FE-63", "FE-64", "FE-65", "FE-68")
-def test_qdisk_changes(xen):
-    """Resize a disk under I/O, attach and detach another one, reload the frontend with large rings."""
+def test_qdisk_changes(xen: StartHost) -> None:
+    """Resize a disk under I/O, attach and detach another one, use large rings."""
     images = [("data.qcow2", "64M"), ("data.raw", "64M")]
     host, guest = start(xen, images, [QemuDisk("xvda", "data.qcow2")], fio=True)
     verify_and_discard(host, guest, "xvda", "data.qcow2")
@@ -127,7 +136,7 @@ def test_qdisk_changes(xen):
 
 
 @pytest.mark.feature("FE-66")
-def test_qdisk_save(xen):
+def test_qdisk_save(xen: StartHost) -> None:
     """Save and restore a guest that writes: another QEMU serves it afterwards."""
     images = [("data.qcow2", "64M")]
     host, guest = start(xen, images, [QemuDisk("xvda", "data.qcow2")])
@@ -141,7 +150,7 @@ def test_qdisk_save(xen):
     job.stop()
 
 
-def test_qdisk_dies(xen):
+def test_qdisk_dies(xen: StartHost) -> None:
     """Kill QEMU while the guest writes: requests fail when the disk is detached, nothing hangs.
 
     The C frontend waits for the responses without a limit.

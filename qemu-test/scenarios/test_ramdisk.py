@@ -5,10 +5,14 @@ Its module parameters choose how requests are completed; see
 rust/samples/ramdisk/ramdisk.rs.
 """
 
+from pathlib import Path
+
 import pytest
 
+from harness.fixtures import StartVm
 from harness.guest import wait_in
 from harness.leak_counts import assert_no_lost_memory
+from harness.native import NativeVm
 from harness.ramdisk import DISK
 from harness.ramdisk import pull_out
 from harness.ramdisk import unload
@@ -21,12 +25,12 @@ FIO = (
 
 
 @pytest.fixture
-def vm(native_vm, test_modules):
+def vm(native_vm: StartVm, test_modules: Path) -> NativeVm:
     """A machine that has the module, not loaded yet."""
     return native_vm(modules=[test_modules / "rblk_ramdisk.ko"], shared=True)
 
 
-def test_ramdisk_data(vm):
+def test_ramdisk_data(vm: NativeVm) -> None:
     """Data is right in each mode of completion and with any number of queues."""
     for mode in (0, 1, 2, 5, 6):
         vm.insmod("rblk_ramdisk", f"queues=2 every=3 mode={mode}")
@@ -36,7 +40,7 @@ def test_ramdisk_data(vm):
         assert vm.run(f"[ -e {DISK} ]")[0] == 1
 
 
-def test_ramdisk_flush(vm):
+def test_ramdisk_flush(vm: NativeVm) -> None:
     """fsync reaches the driver as a flush if and only if the disk has a write cache."""
     flushes = "awk '{print $16}' /sys/block/rblk0/stat"
     for cache, expected in ((1, 5), (0, 0)):
@@ -48,7 +52,7 @@ def test_ramdisk_flush(vm):
         unload(vm)
 
 
-def test_ramdisk_timeout(vm):
+def test_ramdisk_timeout(vm: NativeVm) -> None:
     """A request that is not completed times out with an error."""
     vm.machine.allow("error, dev rblk0")
     vm.machine.allow("Buffer I/O error on dev")
@@ -61,7 +65,7 @@ def test_ramdisk_timeout(vm):
     unload(vm)
 
 
-def test_ramdisk_resize(vm):
+def test_ramdisk_resize(vm: NativeVm) -> None:
     """The disk grows and shrinks while it is open."""
     vm.insmod("rblk_ramdisk")
     for size in (32, 8, 64):
@@ -71,7 +75,7 @@ def test_ramdisk_resize(vm):
     unload(vm)
 
 
-def test_ramdisk_removal(vm):
+def test_ramdisk_removal(vm: NativeVm) -> None:
     """The disk is removed with requests in flight, which fail."""
     vm.machine.allow("error, dev rblk0")
     vm.machine.allow("Buffer I/O error on dev")
@@ -87,7 +91,7 @@ def test_ramdisk_removal(vm):
     unload(vm)
 
 
-def test_ramdisk_busy(vm):
+def test_ramdisk_busy(vm: NativeVm) -> None:
     """The module cannot be unloaded while it has a disk, or while a removed disk is open."""
     vm.insmod("rblk_ramdisk")
     assert vm.run("rmmod rblk_ramdisk")[0] != 0
@@ -98,7 +102,7 @@ def test_ramdisk_busy(vm):
     unload(vm)
 
 
-def test_ramdisk_lost_memory(vm):
+def test_ramdisk_lost_memory(vm: NativeVm) -> None:
     """Leaked memory is found by the check at the end of each scenario on this kernel."""
     vm.insmod("rblk_ramdisk")
     assert_no_lost_memory(vm)

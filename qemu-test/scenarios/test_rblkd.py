@@ -4,16 +4,21 @@
 from harness import rblkd
 from harness import rblktap
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
+from harness.guest import Guest
 from harness.rblkd import RblkDisk
 from harness.verify import start_jobs
+from harness.xenhost import XenHost
 
 XVDA = 51712
 CYCLES = 3
 
 
-def refused(host, guest, disk):
-    """Attaches a disk, which must fail, and removes what libxl leaves of it. Returns what xl prints."""
+def refused(host: XenHost, guest: Guest, disk: RblkDisk) -> str:
+    """Attaches a disk, which must fail, and removes what libxl leaves of it. Returns what xl
+    prints.
+    """
     status, output = rblkd.attach(host, guest, disk)
     assert status != 0
     host.run(f"xl block-detach {guest.name} {disk.vdev}")
@@ -21,7 +26,7 @@ def refused(host, guest, disk):
     return output
 
 
-def test_rblkd(xen):
+def test_rblkd(xen: StartHost) -> None:
     """Kill rblkd and rblktap under verified I/O; attach by both scripts; errors; rblk."""
     images = rblktap.disk([("a.raw", 64), ("b.raw", 32), ("c.raw", 64)])
     host = xen(waiting=TWO_VCPUS, image=images, tools=rblkd.TOOLS, files=rblkd.files())

@@ -5,13 +5,14 @@ import pytest
 
 from harness.driver_check import assert_served_by_pair
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 SUM = "head -c 4M /dev/ram0 | sha256sum"
 """Of what there is to read; the guest tries to write to the first pages."""
 
 
 @pytest.mark.feature("FE-54", "BE-02")
-def test_read_only_disk(host):
+def test_read_only_disk(host: XenHost) -> None:
     server = host.server
     server.sh("yes precious | dd of=/dev/ram0 bs=1M count=4 iflag=fullblock conv=fsync")
     before = server.sh(SUM)

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The device under the backend fails flushes, although it has a write cache.
 
-It is unknown then whether data is durable: each fsync in the guest fails, the backend withdraws
-the feature, and other I/O continues. xen-blkfront completes them as done. Our backend alone serves this: xen-blkback sleeps where it must not when a
-flush is refused.
+It is unknown then whether data is durable: each fsync in the guest fails, the backend withdraws the
+feature, and other I/O continues. xen-blkfront completes them as done. Our backend alone serves
+this: xen-blkback sleeps where it must not when a flush is refused.
 """
+
+from pathlib import Path
 
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
 from harness.toolstack import CODES
 from harness.toolstack import directories
 from harness.xenhost import Disk
@@ -19,7 +23,7 @@ SYNC = "dd if=/dev/zero of=/dev/xvda bs=4k count=1 conv=fsync,notrunc"
 
 
 @pytest.mark.feature("FE-42", "F-22", "BE-22", "BE-50", "B-04")
-def test_refused_flush(xen, test_modules, record_property):
+def test_refused_flush(xen: StartHost, test_modules: Path, record_property: RecordProperty) -> None:
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"])
     server = host.start_server()
     server.load_backend()

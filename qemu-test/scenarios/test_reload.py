@@ -2,13 +2,20 @@
 """A driver is replaced on a running system without a change of the disk."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.job import Job
+from harness.kernel import Kernel
+from harness.pairs import Driver
+from harness.pairs import Pair
 from harness.pairs import other_driver
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 SUM = "dd if=/dev/xvda bs=4k count=256 iflag=direct 2>/dev/null | sha256sum"
@@ -23,17 +30,17 @@ LOST = {
 
 
 @pytest.fixture
-def others(pair, kernel, build):
+def others(pair: Pair, kernel: Kernel, build: Path) -> list[Driver]:
     """The drivers that could be in place of the pair's, built for the guests' kernel; none of
     them in a reference run.
     """
     if pair.name == "C/C":
         return []
-    return [other_driver(driver, kernel, build) for driver in (pair.front, pair.back)]
+    return [other_driver(driver, kernel, build) for driver in (pair.front, pair.backend)]
 
 
 @pytest.fixture
-def host(xen, others, tmp_path):
+def host(xen: StartHost, others: list[Driver], tmp_path: Path) -> XenHost:
     """As every `host`, with the others as other-NAME.ko."""
     files = [shutil.copy(other.file, tmp_path / f"other-{other.name}.ko") for other in others]
     host = xen(modules=files)
@@ -43,7 +50,7 @@ def host(xen, others, tmp_path):
     return host
 
 
-def refuse(host, guest, others):
+def refuse(host: XenHost, guest: Guest, others: list[Driver]) -> None:
     """A second driver for the same devices is refused, and says why."""
     for machine, other in zip((guest, host.server), others, strict=False):
         file = f"/modules/other-{other.name}.ko"
@@ -53,7 +60,7 @@ def refuse(host, guest, others):
 
 
 @pytest.mark.feature("FE-60", "FE-64", "FE-65", "FE-68")
-def test_reload_frontend(host, others):
+def test_reload_frontend(host: XenHost, others: list[Driver]) -> None:
     """Unloaded and loaded; then unbound and bound through sysfs while the disk is open.
 
     Other drivers for the same devices are refused meanwhile.
@@ -76,7 +83,7 @@ def test_reload_frontend(host, others):
     assert_served_by_pair(host, guest)
 
 
-def test_reload_backend(host, others):
+def test_reload_backend(host: XenHost, others: list[Driver]) -> None:
     """The guest continues to write: it sees a pause and no error.
 
     Other drivers for the same devices are refused meanwhile.
@@ -113,7 +120,7 @@ UNLOADS = 10
 
 
 @pytest.mark.feature("B-01")
-def test_unload_over_loop(xen):
+def test_unload_over_loop(xen: StartHost) -> None:
     """The backend is unloaded repeatedly during I/O that is completed in a thread of the disk.
 
     Such a thread can be preempted anywhere, in the end of an I/O too, where it runs

@@ -12,6 +12,7 @@ from harness.job import Job
 from harness.toolstack import CODES
 from harness.toolstack import directories
 from harness.toolstack import error_node
+from harness.xenhost import XenHost
 
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 WRITE = (
@@ -22,7 +23,7 @@ WRITE = (
 
 
 @pytest.mark.feature("BE-55")
-def test_reload_in_use(host):
+def test_reload_in_use(host: XenHost) -> None:
     """The guest sees a longer pause, and no error: the disk that it has is still there.
 
     The C backend serves the disk meanwhile. A backend that does not must not end the guest's disk

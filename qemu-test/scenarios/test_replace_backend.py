@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.job import Job
+from harness.pairs import Pair
 from harness.xenhost import Disk
+from harness.xenhost import Server
+from harness.xenhost import XenHost
 
 COMMAND = Path(__file__).parents[2] / "packaging/sbin/rblkback-replace"
 PLACE = "/run/rblkback-replace"
@@ -44,7 +49,7 @@ CHECK = """
 
 
 @pytest.fixture
-def make_host(xen, pair, build, tmp_path):
+def make_host(xen: StartHost, pair: Pair, build: Path, tmp_path: Path) -> StartHost:
     """Makes a host whose server has the backend, the command with all it takes, and RAM disks.
 
     Beside the backend there is one for another kernel, and one that needs a function that no kernel
@@ -54,9 +59,9 @@ def make_host(xen, pair, build, tmp_path):
     other, broken = tmp_path / "other-kernel.ko", tmp_path / "broken.ko"
     other.write_bytes(backend.replace(b"vermagic=7", b"vermagic=6"))
     broken.write_bytes(backend.replace(b"\0bdev_file_open_by_dev\0", b"\0bdev_file_open_by_dew\0"))
-    is_ours = pair.back.name == "rblkback"
+    is_ours = pair.backend.name == "rblkback"
 
-    def make(parameters="", **ram_disks):
+    def make(parameters: str = "", **ram_disks: int) -> XenHost:
         host = xen(modules=[build / "rblkclaim.ko", other, broken] if is_ours else [])
         server = host.start_server()
         server.load_backend(parameters)
@@ -69,8 +74,10 @@ def make_host(xen, pair, build, tmp_path):
     return make
 
 
-def replace(server, module, status, parameters=""):
-    """Runs the command with a file of the payload; it must end with that status. Returns its output."""
+def replace(server: Server, module: str, status: int, parameters: str = "") -> str:
+    """Runs the command with a file of the payload; it must end with that status. Returns its
+    output.
+    """
     arguments = (
         f"--timeout {TIMEOUT_S} --old $modules/rblkback.ko $modules/{module}.ko {parameters}"
     )
@@ -85,7 +92,7 @@ def replace(server, module, status, parameters=""):
 
 
 @pytest.mark.feature("BE-52", "B-22")
-def test_replace_backend(make_host):
+def test_replace_backend(make_host: StartHost) -> None:
     """A guest sees a pause and no error. Other programs cannot claim the device meanwhile.
 
     A module that the kernel does not take leaves everything as it is, and one that turns out to be
@@ -120,9 +127,9 @@ def test_replace_backend(make_host):
     assert_served_by_pair(host, guest)
 
 
-def exchange(host, guest):
-    """Replaces the backend by itself: with the command, or by hand, which the C driver takes too."""
-    if host.pair.back.name == "rblkback":
+def exchange(host: XenHost, guest: Guest) -> None:
+    """Replaces the backend by itself, with the command or, the C driver, by hand."""
+    if host.pair.backend.name == "rblkback":
         replace(host.server, "rblkback", REPLACED)
         return
     server, device = host.server, f"vbd-{guest.domid}-51712"
@@ -132,8 +139,8 @@ def exchange(host, guest):
     server.wait_for(f"[ -e {DRIVER}/{device} ] || echo {device} > {DRIVER}/bind")
 
 
-def test_replace_swap(make_host):
-    """The disk is swap space of a guest that runs out of memory, and reads back what it has stored."""
+def test_replace_swap(make_host: StartHost) -> None:
+    """The disk is the swap space of a guest that runs out of memory."""
     host = make_host(megabytes=160)
     guest = host.start_guest()
     assert_served_by_pair(host, guest)

@@ -10,6 +10,13 @@ as Xen counts it: grants, event channels, pages.
 import random
 import re
 import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from harness.fixtures import StartHost
+from harness.guest import Guest
+from harness.shell import Target
+from harness.xenhost import XenHost
 
 ROUNDS = 5
 UNBINDS = 20
@@ -19,13 +26,13 @@ FRONT = "/sys/bus/xen/drivers/recho"
 BACK = "/sys/bus/xen-backend/drivers/recho"
 
 
-def directories(host, domid):
+def directories(host: XenHost, domid: int) -> tuple[str, str]:
     """The frontend's and the backend's directory."""
     back = f"/local/domain/{host.server.domid}/backend/recho/{domid}/0"
     return f"/local/domain/{domid}/device/recho/0", back
 
 
-def create_device(host, domid):
+def create_device(host: XenHost, domid: int) -> None:
     """What a toolstack writes for a device: the state last."""
     front, back = directories(host, domid)
     server = host.server.domid
@@ -38,7 +45,7 @@ def create_device(host, domid):
     )
 
 
-def comes_and_goes(chance, driver, device):
+def comes_and_goes(chance: random.Random, driver: str, device: str) -> str:
     """A script that unbinds and binds, with pauses of 0 to 0.2 s."""
     pauses = " ".join(str(chance.randrange(200_000)) for _ in range(UNBINDS))
     return (
@@ -47,7 +54,7 @@ def comes_and_goes(chance, driver, device):
     )
 
 
-def wait_until_it_echoes(guest):
+def wait_until_it_echoes(guest: Guest) -> None:
     """Waits until the pair works: the number of right replies grows, and none is wrong."""
     for _ in range(2):
         now = "$(cat /sys/bus/xen/devices/recho-0/echoed)"
@@ -56,7 +63,7 @@ def wait_until_it_echoes(guest):
     assert guest.sh("cat /sys/bus/xen/devices/recho-0/errors") == "0"
 
 
-def count_by_xen(host, domid):
+def count_by_xen(host: XenHost, domid: int) -> dict[str, object]:
     """Returns the numbers of grants, mappings, event channels and pages of the domains."""
     grants = host.xen_messages("g")
     channels = host.xen_messages("e")
@@ -68,13 +75,15 @@ def count_by_xen(host, domid):
     }
 
 
-def free_kilobytes(machine):
+def free_kilobytes(machine: Target) -> int:
     """Returns the available memory without caches."""
     machine.sh("sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1")
     return int(machine.sh("sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo"))
 
 
-def assert_nothing_left(host, guest, before, free):
+def assert_nothing_left(
+    host: XenHost, guest: Guest, before: dict[str, object], free: Mapping[Target, int]
+) -> None:
     """Checks that Xen's counts are as before; deferred grants are freed within seconds."""
     deadline = time.monotonic() + 30
     while (now := count_by_xen(host, guest.domid)) != before:
@@ -85,19 +94,19 @@ def assert_nothing_left(host, guest, before, free):
         assert lost < 4096 or host.has_checks, f"{lost} KiB less than before"
 
 
-def load(host, guest):
+def load(host: XenHost, guest: Guest) -> None:
     """Both modules; they find the device by themselves."""
     host.server.insmod("rblk_echo_back")
     guest.sh("insmod /modules/rblk_echo_front.ko")
 
 
-def unload(host, guest, domid):
+def unload(host: XenHost, guest: Guest, domid: int) -> None:
     """Unbinds both halves and removes both modules."""
     guest.sh(f"echo recho-0 > {FRONT}/unbind; rmmod rblk_echo_front")
     host.server.sh(f"echo recho-{domid}-0 > {BACK}/unbind; rmmod rblk_echo_back")
 
 
-def detach(host, guest, domid):
+def detach(host: XenHost, guest: Guest, domid: int) -> None:
     """Removes the device as a toolstack does, and waits for both drivers."""
     front, back = directories(host, domid)
     host.sh(f"xenstore-write {back}/online 0 {back}/state 5")
@@ -109,7 +118,7 @@ def detach(host, guest, domid):
     host.server.sh("rmmod rblk_echo_back")
 
 
-def test_ring_echo(xen, test_modules):
+def test_ring_echo(xen: StartHost, test_modules: Path) -> None:
     chance = random.Random(20)
     host = xen(modules=[test_modules / "rblk_echo_front.ko", test_modules / "rblk_echo_back.ko"])
     server = host.start_server()
@@ -120,7 +129,7 @@ def test_ring_echo(xen, test_modules):
     wait_until_it_echoes(guest)
     unload(host, guest, domid)
     before = count_by_xen(host, domid)
-    free = {machine: free_kilobytes(machine) for machine in (server, guest)}
+    free: dict[Target, int] = {machine: free_kilobytes(machine) for machine in (server, guest)}
 
     for _ in range(ROUNDS):
         load(host, guest)

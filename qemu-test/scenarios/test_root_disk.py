@@ -7,14 +7,17 @@ import subprocess
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.guest import DRIVER
+from harness.guest import Guest
 from harness.manual_toolstack import ManualDisk
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 from harness.xenimage import file_in_image
 from harness.xenimage import root_disk
 
 
-def live_on_root_disk(xen, type):
+def live_on_root_disk(xen: StartHost, type: str) -> None:
     """Boots from the disk, writes, powers off; then the host looks at the image."""
     host = xen(waiting=None, image=root_disk())
     host.load_backend()
@@ -39,11 +42,11 @@ def live_on_root_disk(xen, type):
 
 
 @pytest.mark.feature("FE-24", "FE-60", "FE-61", "FE-62")
-def test_root_disk_pv(xen):
+def test_root_disk_pv(xen: StartHost) -> None:
     live_on_root_disk(xen, "pv")
 
 
-def leave_drive_alone(host, guest):
+def leave_drive_alone(host: XenHost, guest: Guest) -> None:
     """A CD-ROM drive is left to the emulated one, as in any guest that could have one."""
     drive, disk = ManualDisk(host, guest, "xvdb"), ManualDisk(host, guest, "xvdc")
     drive.offer(kind="cdrom")
@@ -58,5 +61,5 @@ def leave_drive_alone(host, guest):
 
 
 @pytest.mark.feature("FE-02")
-def test_root_disk_pvh(xen):
+def test_root_disk_pvh(xen: StartHost) -> None:
     live_on_root_disk(xen, "pvh")

@@ -8,7 +8,10 @@ the old one, whose dead file system is still mounted.
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 DISKS = {"first": "/dev/ram0", "second": "/dev/ram1"}
 WHICH = "which"
@@ -16,20 +19,20 @@ WHICH = "which"
 READ = f"cat /new/{WHICH} 2>&1 || true"
 
 
-def attach(host, guest, name):
+def attach(host: XenHost, guest: Guest, name: str) -> None:
     """Attaches one of the disks as xvdb."""
     host.attach(guest, Disk("xvdb", DISKS[name]))
     guest.wait_for_disk("xvdb")
     assert_served_by_pair(host, guest, "xvdb")
 
 
-def number(guest):
+def number(guest: Guest) -> str:
     """The device number of xvdb."""
     return guest.sh("stat -c %t:%T /dev/xvdb")
 
 
 @pytest.mark.feature("F-41")
-def test_same_name_mounted(xen):
+def test_same_name_mounted(xen: StartHost) -> None:
     """Mounting the new disk mounts that one, or fails.
 
     It must not show the files of the old one. The old one can be unmounted, and then the number is

@@ -7,10 +7,16 @@ program checks what it reads; none may see an error. A discard cannot be in flig
 waits for the task that has asked for it before it stops.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 
 from harness import held_disk
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.job import PASS_S
 from harness.job import Job
 from harness.job import wait_for_passes
@@ -18,6 +24,7 @@ from harness.manual_toolstack import ManualDisk
 from harness.verify import FIO
 from harness.verify import JOBS
 from harness.verify import start_jobs
+from harness.xenhost import XenHost
 
 IMAGE = "/dev/vdb"
 LESS = "max_queues=1 max_ring_page_order=0 feature_persistent=0"
@@ -38,7 +45,7 @@ LIVES_ON = 300
 """Number of writes of a restored guest after which no older one is in flight."""
 
 
-def save_in_use(host, guest):
+def save_in_use(host: XenHost, guest: Guest) -> None:
     """Saves the guest with requests in flight, which fail when it has stopped."""
     held_disk.hold(host.server, guest)
     held_disk.fail_when_stopped(host, guest)
@@ -46,7 +53,7 @@ def save_in_use(host, guest):
     held_disk.assert_failed(host.server)
 
 
-def load_lesser_backend(host, guest):
+def load_lesser_backend(host: XenHost, guest: Guest) -> None:
     """The guest is gone: another backend takes the place of the one that it had."""
     server = host.server
     server.wait_for(f"[ ! -e /sys/bus/xen-backend/devices/vbd-{guest.domid}-51712 ]")
@@ -57,7 +64,7 @@ def load_lesser_backend(host, guest):
     )
 
 
-def stop(host, guest, jobs):
+def stop(host: XenHost, guest: Guest, jobs: Sequence[Job]) -> None:
     """The jobs end, with what they have read being right, and nothing is in flight."""
     for job in jobs:
         job.stop()
@@ -65,7 +72,7 @@ def stop(host, guest, jobs):
     assert_served_by_pair(host, guest)
 
 
-def crash(host, guest, record_property):
+def crash(host: XenHost, guest: Guest, record_property: RecordProperty) -> None:
     """Checks what xen-blkfront does with a write in flight that a flush follows.
 
     Now and then all that was written has arrived, and only the flush is in flight. Then the guest
@@ -89,7 +96,7 @@ def crash(host, guest, record_property):
 
 
 @pytest.mark.feature("FE-20", "FE-21", "FE-42", "FE-44", "FE-66", "F-06", "F-10", "F-24")
-def test_save_restore(xen, test_modules, record_property):
+def test_save_restore(xen: StartHost, test_modules: Path, record_property: RecordProperty) -> None:
     """To a backend that is as good as the old one; then to one with one ring of one page, no
     indirect requests, no persistent grants, no discard.
 

@@ -6,6 +6,7 @@ import pytest
 from harness.driver_check import assert_served_by_pair
 from harness.toolstack import CODES
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 WRITER = (
     "while /usr/bin/dd if=/dev/zero of=/dev/xvdb bs=64k count=64 oflag=direct conv=nocreat,notrunc; "
@@ -15,7 +16,7 @@ WRITER = (
 
 
 @pytest.mark.feature("FE-43", "FE-60", "FE-62", "FE-64", "FE-65")
-def test_second_disk(host):
+def test_second_disk(host: XenHost) -> None:
     """The disk has no write cache, so no flush reaches the backend."""
     guest = host.start_guest(disks=[])
     for cycle in range(10):

@@ -2,14 +2,20 @@
 """The page quota of a domain's disks, and the accounting of their I/O."""
 
 import time
+from pathlib import Path
 
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.leak_counts import mapped_pages
 from harness.manual_toolstack import ManualDisk
 from harness.toolstack import error_node
 from harness.xenhost import Disk
+from harness.xenhost import Server
+from harness.xenhost import XenHost
 
 PART = 32
 """Pages that a queue adds to the budget of its domain."""
@@ -43,18 +49,18 @@ echo +io > guests/cgroup.subtree_control
 """
 
 
-def mapped(host, guest):
+def mapped(host: XenHost, guest: Guest) -> int:
     """How many pages of a guest the backend has mapped, as Xen counts them."""
     return sum(mapped_pages(host, guest))
 
 
 @pytest.mark.feature("BE-08", "BE-30", "BE-31", "BE-32", "BE-44", "BE-45", "B-11", "B-12", "B-15")
-def test_budget(xen, test_modules, record_property):
+def test_budget(xen: StartHost, test_modules: Path, record_property: RecordProperty) -> None:
     """A busy disk may have the pages that other disks of its domain do not use now.
 
-    They get them back when they need them, and together never have more. Pages that are not used for
-    as long as the parameter says are unmapped. Requests beyond the quota wait. In the C module each queue has a limit of its own, and it maps pages to be
-    written whose data it only reads.
+    They get them back when they need them, and together never have more. Pages that are not used
+    for as long as the parameter says are unmapped. Requests beyond the quota wait. In the C module
+    each queue has a limit of its own, and it maps pages to be written whose data it only reads.
     """
     front = "max_indirect_segments=128"
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"], front_parameters=front)
@@ -67,7 +73,7 @@ def test_budget(xen, test_modules, record_property):
     disks = [Disk(vdev, target) for vdev, target in DISKS.items()]
     guest = host.start_guest(disks=disks)
     assert_served_by_pair(host, guest)
-    ours = host.pair.back.name == "rblkback"
+    ours = host.pair.backend.name == "rblkback"
     idle = mapped(host, guest)
     guest.sh(ONLY_WRITE)
     read_only, writable = mapped_pages(host, guest)
@@ -90,8 +96,8 @@ def test_budget(xen, test_modules, record_property):
     wait_for_pages(host, guest, front)
 
 
-def wait_for_pages(host, guest, front):
-    """A disk that does not complete I/O holds all pages of the quota: a request waits until then."""
+def wait_for_pages(host: XenHost, guest: Guest, front: str) -> None:
+    """Checks that a request waits for pages while a disk that completes no I/O has them all."""
     server = host.server
     guest.unload_frontend()
     guest.load_frontend(f"feature_persistent=0 {front}")
@@ -109,9 +115,9 @@ def wait_for_pages(host, guest, front):
     guest.wait_for("[ -e /tmp/good ]")
 
 
-def assert_unused_let_go(host, guest):
+def assert_unused_let_go(host: XenHost, guest: Guest) -> None:
     """The backend is told for how long to keep pages: those that no disk uses are unmapped."""
-    parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
+    parameters = f"/sys/module/{host.pair.backend.name.replace('-', '_')}/parameters"
     kept = mapped(host, guest)
     host.server.sh(f"echo 1 > {parameters}/persistent_grant_unused_seconds")
     guest.sh(f"DISKS='{' '.join(DISKS)}'\n{WORK}")
@@ -120,14 +126,14 @@ def assert_unused_let_go(host, guest):
         assert time.monotonic() < deadline, f"pages mapped: {now}, and {kept} before"
 
 
-def written(server, group):
+def written(server: Server, group: str) -> int:
     """Bytes that are charged to a cgroup as written."""
     text = server.sh(f"cat /sys/fs/cgroup/guests/{group}/io.stat")
     return sum(int(word[7:]) for word in text.split() if word.startswith("wbytes="))
 
 
 @pytest.mark.feature("B-14")
-def test_io_owner(xen, record_property):
+def test_io_owner(xen: StartHost, record_property: RecordProperty) -> None:
     """I/O is charged to the cgroup that the script names, with the priority that it names.
 
     One that is not there is an error. A person may also move a thread of the
@@ -156,7 +162,7 @@ def test_io_owner(xen, record_property):
     for vdev in threads:
         guest.sh(f"dd if=/dev/zero of=/dev/{vdev} bs=64k count=16 oflag=direct")
     assert written(server, "moved") == 16 << 16
-    if host.pair.back.name != "rblkback":
+    if host.pair.backend.name != "rblkback":
         assert written(server, "named") == 0
         record_property("c_fails", "B-14")
         return
@@ -164,5 +170,5 @@ def test_io_owner(xen, record_property):
     assert server.sh(f"ionice -p {threads['xvdb']}") == "best-effort: prio 7"
     error = error_node(lost.back)
     host.wait_for(f"xenstore-exists {error}")
-    assert 'cgroup = "/guests/nowhere"' in host.xenstore_read(error)
+    assert 'cgroup = "/guests/nowhere"' in (host.xenstore_read(error) or "")
     assert guest.run("[ -b /dev/xvdd ]")[0] != 0

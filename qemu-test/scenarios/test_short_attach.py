@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Disks are attached while their server is short of memory."""
 
+from collections.abc import Callable
+
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
+from harness.guest import Guest
 from harness.job import wait_for_passes
 from harness.leak_counts import xen_counts
 from harness.toolstack import CODES
 from harness.toolstack import directories
 from harness.verify import start_jobs
 from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 EXHAUST = """
 (while [ ! -e /tmp/enough ]; do
@@ -23,8 +28,8 @@ MEGABYTES = 8
 ATTEMPTS = 4
 
 
-def attach_if_possible(host, guest):
-    """Attaches the second disk; returns `False` if xl has failed, and what it had written is removed."""
+def attach_if_possible(host: XenHost, guest: Guest) -> bool:
+    """Attaches the second disk. Returns `False` if xl has failed, and removes what it has left."""
     back = directories(guest.domid, CODES[SECOND.vdev])[1]
     status, said = host.run(f"xl block-attach {guest.name} '{SECOND.specification(host.server)}'")
     if status == 0:
@@ -35,7 +40,7 @@ def attach_if_possible(host, guest):
     return False
 
 
-def life_of_two_disks(host, guest, between):
+def life_of_two_disks(host: XenHost, guest: Guest, between: Callable[[], None]) -> None:
     """Attaches both disks, does something, and detaches them."""
     host.attach(guest, FIRST)
     host.attach(guest, SECOND)
@@ -47,7 +52,7 @@ def life_of_two_disks(host, guest, between):
     host.detach_and_wait(guest, FIRST.vdev)
 
 
-def attach_without_memory(host, guest):
+def attach_without_memory(host: XenHost, guest: Guest) -> None:
     """Attaches the second disk while dom0 is short of memory, and the first one is in use."""
     jobs = start_jobs(guest, ["data"])
     host.sh(EXHAUST)
@@ -68,7 +73,7 @@ def attach_without_memory(host, guest):
         job.stop()
 
 
-def test_short_attach(xen):
+def test_short_attach(xen: StartHost) -> None:
     """Each attach succeeds, or xl reports a failure and nothing of the disk is left.
 
     The other disk of the guest sees no error, and an attach succeeds when there is memory again.

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The backend lacks pages or mappings: requests wait for them, and do not fail."""
 
+from pathlib import Path
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.leak_counts import KEEPS_PAGES
 from harness.manual_toolstack import ManualDisk
 from harness.xenhost import Disk
@@ -21,7 +24,8 @@ dd if=/dev/$DISK bs=1M count=4 iflag=direct | cmp - /tmp/data
 BUDGET = 32
 """Pages that a queue adds to the budget of its domain."""
 STUCK = 32
-"""Requests of 11 pages, not beside each other: more than two queues' budget and the pages of one request together."""
+"""Requests of 11 pages, not beside each other: more than two queues' budget and the pages of one
+request together."""
 GET_STUCK = f"""
 for at in $(seq {STUCK}); do
 	dd if=/dev/zero of=/dev/xvdb bs=44k seek=$((2 * at)) count=1 oflag=direct 2> /tmp/error$at &
@@ -32,7 +36,7 @@ cat /tmp/error* | grep -c '^1+0 records out' > /tmp/written
 
 
 @pytest.mark.feature("BE-54")
-def test_largest_request(xen, test_modules):
+def test_largest_request(xen: StartHost, test_modules: Path) -> None:
     """A request of 256 segments uses 257 pages, and is served whatever other requests use.
 
     First the parameters allow no page but those of one request. Then the disk shares
@@ -52,7 +56,7 @@ def test_largest_request(xen, test_modules):
     # Each disk of the C frontend takes a quarter of the guest's memory.
     host.detach_and_wait(guest, "xvda")
 
-    parameters = f"/sys/module/{host.pair.back.name.replace('-', '_')}/parameters"
+    parameters = f"/sys/module/{host.pair.backend.name.replace('-', '_')}/parameters"
     server.sh(f"echo {BUDGET} > {parameters}/max_buffer_pages")
     host.attach(guest, Disk("xvdb", "/dev/rblk0"))
     host.attach(guest, Disk("xvdc", "/dev/ram1"))
@@ -80,7 +84,7 @@ done
 
 
 @pytest.mark.feature("B-25")
-def test_mapping_limit(xen):
+def test_mapping_limit(xen: StartHost) -> None:
     """Xen lets the backend map no more pages: the I/O of all guests waits, and has no error.
 
     The pages of one guest's two disks stay mapped, and are three quarters of what Xen

@@ -7,10 +7,14 @@ Dom0's shell plays the backend, which has no ring.
 import pytest
 
 from harness.driver_check import assert_front_of_pair
+from harness.fixtures import RecordProperty
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.toolstack import connect_disks
 from harness.toolstack import directories
 from harness.toolstack import remove_devices
 from harness.toolstack import write_nodes
+from harness.xenhost import XenHost
 
 XVDB = 51728
 OFFERS = {"feature-persistent": 1, "feature-flush-cache": 1}
@@ -26,8 +30,8 @@ until [ "$(awk '{print $9}' /sys/block/xvdb/stat)" -ge 1 ]; do usleep 100000; do
 """Reads, and waits until that is in flight."""
 
 
-def start_reader(host, guest):
-    """Attaches a disk with a request in flight without a response; returns the backend's directory."""
+def start_reader(host: XenHost, guest: Guest) -> str:
+    """Attaches a disk and starts a read without a response; returns the backend's directory."""
     connect_disks(host, guest, {XVDB: (OFFERS, {})})
     guest.wait_for_disk("xvdb")
     back = directories(guest.domid, XVDB)[1]
@@ -37,15 +41,15 @@ def start_reader(host, guest):
     return back
 
 
-def wait_for_front(host, guest, state):
+def wait_for_front(host: XenHost, guest: Guest, state: int) -> None:
     """Waits for a state of the frontend."""
     front = directories(guest.domid, XVDB)[0]
     host.wait_for(f"[ $(xenstore-read {front}/state) = {state} ]")
 
 
-def come_back_while_limits_change(host, guest, back):
-    """A program changes queue limits and waits for the request in flight; the backend reconnects with other
-    limits: the disk continues without them.
+def come_back_while_limits_change(host: XenHost, guest: Guest, back: str) -> None:
+    """A program changes queue limits and waits for the request in flight; the backend reconnects
+    with other limits: the disk continues without them.
     """
     guest.sh(
         "(echo 8 > /sys/block/xvdb/queue/max_sectors_kb; touch /tmp/changed) > /dev/null 2>&1 & "
@@ -62,7 +66,7 @@ def come_back_while_limits_change(host, guest, back):
 
 
 @pytest.mark.feature("F-04", "F-05")
-def test_silent_backend(xen, record_property):
+def test_silent_backend(xen: StartHost, record_property: RecordProperty) -> None:
     """Detached with a request in flight; and back with blocks that the disk's users cannot follow.
 
     xen-blkfront waits forever in the first case, and does not continue in the second.

@@ -8,6 +8,7 @@ to a slow disk, a thin volume that is being filled or a server that does not ans
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.manual_toolstack import ManualDisk
 from harness.xenhost import Disk
 
@@ -21,7 +22,7 @@ DEADLINE_S = 30
 
 
 @pytest.mark.feature("B-31")
-def test_slow_open(xen):
+def test_slow_open(xen: StartHost) -> None:
     """The second disk is connected at once: the xenwatch thread does not wait for the first.
 
     The C backend waits in that thread too, when it connects.
@@ -50,8 +51,9 @@ def test_slow_open(xen):
 
 
 @pytest.mark.feature("B-30")
-def test_detach_slow_open(xen):
-    """The toolstack detaches the disk while its backend waits for the page cache, before it connects.
+def test_detach_slow_open(xen: StartHost) -> None:
+    """The toolstack detaches the disk while its backend waits for the page cache, before it
+    connects.
 
     The backend does not connect any more: what it would write for that is written together with
     Connected, or not at all. The guest is paused, so that the frontend still offers its rings.

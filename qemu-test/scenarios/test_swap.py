@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The disk is swap space of a guest that has run out of memory.
 
-Memory is freed by writing to the disk, so neither driver may wait for memory to write. The C pair passes as well; a
-driver that allocates for each request without GFP_NOIO hangs here.
+Memory is freed by writing to the disk, so neither driver may wait for memory to write. The C pair
+passes as well; a driver that allocates for each request without GFP_NOIO hangs here.
 """
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 
 MORE_MIB = 64
 """What the guest stores beyond the memory that it has for it."""
@@ -20,7 +21,7 @@ done > /sums
 """
 
 
-def test_swap(xen):
+def test_swap(xen: StartHost) -> None:
     host = xen()
     server = host.start_server()
     server.load_backend()

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """rblktap in dom0 is the backend, on the slot of blktap: vbd3."""
 
+from collections.abc import Sequence
+
 from harness import rblktap
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
+from harness.guest import Guest
 from harness.job import wait_for_passes
 from harness.rblktap import TapDisk
 from harness.verify import start_jobs
+from harness.xenhost import Disk
+from harness.xenhost import XenHost
 
 VERIFY = (
     "fio --name=part --filename=/dev/{vdev} --ioengine=libaio --iodepth=16 --direct=1 "
@@ -21,7 +27,7 @@ XVDA, XVDB = 51712, 51728
 KILLS = 3
 
 
-def start(xen, disks):
+def start(xen: StartHost, disks: Sequence[Disk]) -> tuple[XenHost, Guest]:
     """Starts a host whose dom0 serves `disks` with rblktap, and a guest with them."""
     images = rblktap.disk([("a.raw", 64), ("b.raw", 32)])
     host = xen(waiting=TWO_VCPUS, image=images, files=rblktap.files())
@@ -32,7 +38,7 @@ def start(xen, disks):
     return host, guest
 
 
-def verify_and_discard(host, guest, vdev, image):
+def verify_and_discard(host: XenHost, guest: Guest, vdev: str, image: str) -> None:
     """Verifies what fio writes, and that a discard frees the blocks of the image."""
     guest.sh(VERIFY.format(vdev=vdev), timeout=600)
     assert rblktap.allocated_kb(host, image) >= VERIFIED_KB
@@ -41,7 +47,7 @@ def verify_and_discard(host, guest, vdev, image):
     assert rblktap.allocated_kb(host, image) < METADATA_KB
 
 
-def test_tap(xen):
+def test_tap(xen: StartHost) -> None:
     """Write and verify, flush, discard, attach and detach, a read-only disk."""
     host, guest = start(xen, [TapDisk("xvda", "a.raw")])
     assert "write back" in guest.sh("cat /sys/block/xvda/queue/write_cache")
@@ -65,7 +71,7 @@ def test_tap(xen):
     host.detach(guest, "xvdb")
 
 
-def test_tap_killed(xen):
+def test_tap_killed(xen: StartHost) -> None:
     """Kill the process while the guest verifies what it writes: a successor takes over the ring.
 
     Writes of the dead process stay in dom0's kernel until the successor waits for them.

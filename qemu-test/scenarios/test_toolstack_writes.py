@@ -6,10 +6,15 @@ closed, takes Connected for a new life of the backend and crashes. rblkfront rea
 and does not show it.
 """
 
+from pathlib import Path
+
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.manual_toolstack import ManualDisk
+from harness.xenhost import Server
+from harness.xenhost import XenHost
 
 SIZE = "/sys/module/rblk_ramdisk/parameters/size_mib"
 TURNS = 6
@@ -17,12 +22,12 @@ STEPS_MS = 4
 DISKS = 40
 
 
-def detach(disk):
+def detach(disk: ManualDisk) -> str:
     """A shell command that does what `xl block-detach` does first."""
     return f"xenstore-write {disk.back}/online 0 {disk.back}/state 5"
 
 
-def keep_resizing(server):
+def keep_resizing(server: Server) -> None:
     """Changes the size of the disk again and again, from before this returns on.
 
     A new size takes effect when the device is opened.
@@ -35,18 +40,18 @@ def keep_resizing(server):
     server.wait_for("[ -e /tmp/resized ]")
 
 
-def stop_resizing(server):
+def stop_resizing(server: Server) -> None:
     """Ends the changes that keep_resizing() has begun."""
     server.sh("rm /tmp/resizing")
     server.wait_for("[ ! -e /tmp/resized ]")
 
 
 @pytest.mark.feature("B-30")
-def test_resize_detach(xen, test_modules):
+def test_resize_detach(xen: StartHost, test_modules: Path) -> None:
     """A disk is detached while it is being resized.
 
-    The C backend writes its state again to tell of the size, whatever it finds: with the C frontend,
-    the guest's xenwatch thread dies of it in one of the turns.
+    The C backend writes its state again to tell of the size, whatever it finds: with the C
+    frontend, the guest's xenwatch thread dies of it in one of the turns.
     """
     host = xen(modules=[test_modules / "rblk_ramdisk.ko"])
     server = host.start_server()
@@ -68,7 +73,7 @@ def test_resize_detach(xen, test_modules):
 
 
 @pytest.mark.feature("B-30")
-def test_detach_while_connecting(host):
+def test_detach_while_connecting(host: XenHost) -> None:
     """Disks are detached a little later each time after their backend was told to connect.
 
     With both C drivers the guest dies of it too.
@@ -93,7 +98,7 @@ def test_detach_while_connecting(host):
 
 
 @pytest.mark.feature("BE-57")
-def test_no_online_node(host):
+def test_no_online_node(host: XenHost) -> None:
     """A toolstack that writes no node `online` can attach and detach a disk."""
     guest = host.start_guest(disks=[])
     disk = ManualDisk(host, guest)

@@ -5,14 +5,20 @@ The backend is the module rblk_hostile_back, which serves xvdb, or dom0's shell,
 which has no ring.
 """
 
+from pathlib import Path
+
 import pytest
 
 from harness.driver_check import assert_front_of_pair
+from harness.fixtures import StartHost
+from harness.guest import Guest
 from harness.toolstack import connect_disks
 from harness.toolstack import directories
 from harness.toolstack import remove_devices
 from harness.toolstack import write_nodes
 from harness.xenhost import Disk
+from harness.xenhost import Server
+from harness.xenhost import XenHost
 
 XVDB = 51728
 PARAMETERS = "/sys/module/rblk_hostile_back/parameters"
@@ -30,7 +36,9 @@ SHORT_TIMEOUT = "echo 1000 > /sys/block/xvdb/queue/io_timeout"
 """A request times out each second, and its connection is given up after ten."""
 
 
-def hostile_disk(xen, test_modules, front_parameters=""):
+def hostile_disk(
+    xen: StartHost, test_modules: Path, front_parameters: str = ""
+) -> tuple[XenHost, Server, Guest]:
     """A guest whose xvdb is served by the module; gives the host, the server and the guest."""
     host = xen(modules=[test_modules / "rblk_hostile_back.ko"], front_parameters=front_parameters)
     server = host.start_server()
@@ -43,18 +51,18 @@ def hostile_disk(xen, test_modules, front_parameters=""):
     return host, server, guest
 
 
-def play(server, misbehaviour):
+def play(server: Server, misbehaviour: int) -> None:
     """Has the module play a misbehaviour from now on."""
     server.sh(f"echo {misbehaviour} > {PARAMETERS}/misbehaviour")
 
 
-def messages(guest, text):
+def messages(guest: Guest, text: str) -> list[str]:
     """The kernel's messages that contain a text."""
     return [line for line in guest.sh("dmesg").splitlines() if text in line]
 
 
 @pytest.mark.feature("F-30")
-def test_lost_event(xen, test_modules):
+def test_lost_event(xen: StartHost, test_modules: Path) -> None:
     """A lost event, in either direction, causes a delay and a message.
 
     xen-blkfront waits for the next event, which never comes if there is one request at a time.
@@ -74,7 +82,7 @@ def test_lost_event(xen, test_modules):
 
 
 @pytest.mark.feature("F-31")
-def test_no_answer(xen, test_modules):
+def test_no_answer(xen: StartHost, test_modules: Path) -> None:
     """A request without a response is sent again on another connection, and fails after that.
 
     xen-blkfront waits without end.
@@ -99,7 +107,7 @@ def test_no_answer(xen, test_modules):
 
 
 @pytest.mark.feature("F-31")
-def test_no_answer_and_no_end(xen):
+def test_no_answer_and_no_end(xen: StartHost) -> None:
     """A backend neither responds nor closes: the request fails after `reconnect_timeout`.
 
     xen-blkfront waits without end.
@@ -124,15 +132,15 @@ def test_no_answer_and_no_end(xen):
     assert host.xenstore_read(f"{front}/state") == "4"
     guest.sh(f"echo 30 > {FRONT_PARAMETERS}/io_timeout")
     guest.wait_for('[ "$(cat /tmp/end)" = failed ]')
-    assert "does not answer" in host.xenstore_read(
-        front.replace("/device/", "/error/device/") + "/error"
+    assert "does not answer" in (
+        host.xenstore_read(front.replace("/device/", "/error/device/") + "/error") or ""
     )
     assert host.xenstore_read(f"{front}/state") == "6"
     remove_devices(host, guest, [XVDB])
 
 
 @pytest.mark.feature("F-34")
-def test_returning_backend(xen, test_modules):
+def test_returning_backend(xen: StartHost, test_modules: Path) -> None:
     """A backend that reconnects and keeps old mappings sees no new data of the guest.
 
     xen-blkfront closes the device when the backend closes.
@@ -166,7 +174,7 @@ def test_returning_backend(xen, test_modules):
 
 
 @pytest.mark.feature("F-35")
-def test_talkative_backend(xen):
+def test_talkative_backend(xen: StartHost) -> None:
     """Repeated changes by the backend are logged at a limited rate.
 
     xen-blkfront reports each new capacity.

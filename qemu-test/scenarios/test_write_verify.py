@@ -4,6 +4,7 @@
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
 
 FIO = (
@@ -14,7 +15,7 @@ FIO = (
 
 
 @pytest.mark.feature("FE-12", "FE-40", "FE-41", "BE-44", "BE-46")
-def test_write_verify(xen):
+def test_write_verify(xen: StartHost) -> None:
     host = xen(waiting=TWO_VCPUS)
     server = host.start_server()
     server.load_backend()

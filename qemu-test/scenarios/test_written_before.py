@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The backend's domain has dirty data of a disk in its page cache when the guest connects.
 
-A toolstack that fills a volume, an emulated disk before the PV one, or an administrator with dd: what
-they have written is in the page cache of the backend's domain. The backend goes past that cache.
+A toolstack that fills a volume, an emulated disk before the PV one, or an administrator with dd:
+what they have written is in the page cache of the backend's domain. The backend goes past that
+cache.
 """
 
 import pytest
 
 from harness.driver_check import assert_served_by_pair
+from harness.guest import Guest
 from harness.manual_toolstack import ManualDisk
+from harness.shell import Target
+from harness.xenhost import XenHost
 
 DISK = "/dev/ram0"
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
@@ -24,12 +28,12 @@ NO_WRITEBACK = "echo 0 > /proc/sys/vm/dirty_writeback_centisecs"
 """Dirty pages stay in the page cache until they are synced."""
 
 
-def put(machine, disk, word, how):
+def put(machine: Target, disk: str, word: str, how: str) -> None:
     """Writes the first block of a disk."""
     machine.sh(f"printf {word} | dd of={disk} bs=4k conv=sync,notrunc{how} 2> /dev/null")
 
 
-def word_of(guest, skip=0):
+def word_of(guest: Guest, skip: int = 0) -> str:
     """What the guest reads of that block, or of another one, without a cache of its own."""
     return guest.sh(
         f"dd if=/dev/xvdb bs=4k count=1 skip={skip} iflag=direct 2> /dev/null | head -c 3"
@@ -37,7 +41,7 @@ def word_of(guest, skip=0):
 
 
 @pytest.mark.feature("BE-58")
-def test_written_before(host):
+def test_written_before(host: XenHost) -> None:
     """The guest reads the last data, and its own writes are not overwritten.
 
     The C backend syncs and forgets the cache when the frontend connects; a backend that has done
@@ -66,8 +70,9 @@ def test_written_before(host):
 
 
 @pytest.mark.feature("BE-58")
-def test_written_between(host):
-    """The same holds for each later connection: the frontend reconnects, or the backend is replaced.
+def test_written_between(host: XenHost) -> None:
+    """The same holds for each later connection: the frontend reconnects, or the backend is
+    replaced.
 
     A disk that is only read is no exception.
     """
@@ -105,7 +110,7 @@ def test_written_between(host):
 
 
 @pytest.mark.feature("BE-58")
-def test_written_by_other_names(host):
+def test_written_by_other_names(host: XenHost) -> None:
     """The backend's domain has written to a partition of the disk, or to the disk of the partition.
 
     Each has a page cache of its own, of which the C backend knows that of the disk that it serves.

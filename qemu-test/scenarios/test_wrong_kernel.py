@@ -7,10 +7,13 @@ does not arise for them.
 
 from conftest import BUILD
 
+from harness.fixtures import StartVm
+from harness.kernel import Kernel
+
 MODULES = ("rblkfront", "rblkback")
 
 
-def test_wrong_kernel(native_vm, kernel, other_kernel):
+def test_wrong_kernel(native_vm: StartVm, kernel: Kernel, other_kernel: Kernel) -> None:
     other = other_kernel.release
     vm = native_vm(modules=[BUILD / other / f"{name}.ko" for name in MODULES])
     for name in MODULES:

@@ -112,7 +112,7 @@ module_params! {
     static GENTLE("gentle", 0o644): bool = false,
         "Leave out rings that are broken or gone before a backend can connect to them";
     /// Time for a backend to close a broken ring, in milliseconds.
-    static PATIENCE_MS("timeout_ms", 0o644): u32 = 60_000,
+    static TIMEOUT_MS("timeout_ms", 0o644): u32 = 60_000,
         "How long to wait for a backend to close after its ring was broken";
 }
 
@@ -193,7 +193,7 @@ impl Front {
             raw_ring: RawRing::new(ring, script.abi),
             channel,
             pages: Pages::new(device)?,
-            timeout_ms: PATIENCE_MS.get(),
+            timeout_ms: TIMEOUT_MS.get(),
         })
     }
 
