@@ -26,12 +26,12 @@ MISBEHAVIOUR = "/sys/module/rblk_hostile_back/parameters/misbehaviour"
 HONEST, UNKNOWN_STATUS, UNSUPPORTED_WRITE, UNSUPPORTED_FLUSH = range(4)
 KEEP, SILENCE = 9, 10
 BREAKS = {
-    4: "which no request has",
-    5: "which no request has",
-    6: "which no request has",
+    4: "unexpected response",
+    5: "unexpected response",
+    6: "unexpected response",
     7: "broke a ring",
     8: "broke a ring",
-    KEEP: "still uses its pages",
+    KEEP: "still has the pages of a completed request",
 }
 """Misbehaviours that end the disk: unknown id, id twice, operation, too many and too few answers,
 pages kept; and what the frontend says."""

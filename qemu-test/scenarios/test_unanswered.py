@@ -71,7 +71,7 @@ def test_lost_event(xen: StartHost, test_modules: Path) -> None:
     guest.sh(SHORT_TIMEOUT)
     for misbehaviour, said in (
         (LOSE_EVENT, "xvdb: an event of the backend was lost"),
-        (MISS_EVENT, "xvdb: the backend answers after it was notified again"),
+        (MISS_EVENT, "xvdb: the backend responds after it was notified again"),
     ):
         play(server, misbehaviour)
         guest.sh(WRITE)

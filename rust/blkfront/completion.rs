@@ -398,7 +398,7 @@ impl Queue {
         let name = self.name.as_str();
         let Response { id, operation, .. } = *response;
         ratelimited!(pr_err!(
-            "{name}: the backend has answered id {id:#x} operation {operation}, which no request has; closing the device\n"
+            "{name}: unexpected response: id {id:#x}, operation {operation}; closing the device\n"
         ));
     }
 
@@ -418,7 +418,7 @@ impl Queue {
     fn report_kept_pages(&self, pending: PendingRequest) {
         let name = self.name.as_str();
         ratelimited!(pr_err!(
-            "{name}: the backend has answered a request and still uses its pages; closing the device\n"
+            "{name}: the backend still has the pages of a completed request mapped; closing the device\n"
         ));
         let rejected = {
             let mut inner = self.inner.lock();

@@ -113,7 +113,7 @@ impl Queue {
         }
         let name = self.name.as_str();
         ratelimited!(pr_warn!(
-            "{name}: the backend answers after it was notified again: an event to it was lost\n"
+            "{name}: the backend responds after it was notified again: an event to it was lost\n"
         ));
     }
 

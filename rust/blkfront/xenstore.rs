@@ -143,7 +143,7 @@ pub(crate) fn backend_event(
         Ok(state) => state,
         Err(UnknownState(number)) => {
             let number = number as i32;
-            ratelimited!(pr_err!("{backend}/state = \"{number}\": no state\n"));
+            ratelimited!(pr_err!("{backend}/state = \"{number}\": not a xenbus state\n"));
             return FrontEvent::BadState;
         }
     };
