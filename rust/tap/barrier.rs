@@ -2,13 +2,13 @@
 
 //! Barriers, which order the requests of all rings of a disk.
 //!
-//! What was taken from any ring before a barrier completes before it, and nothing is taken from any
-//! ring until the barrier has completed. What a frontend puts into one ring and what it puts into
-//! another has no order before the backend takes it.
+//! Requests that were taken from any ring before a barrier complete before it, and no request is
+//! taken from any ring until it has completed. Requests in different rings have no order until the
+//! backend takes them.
 //!
-//! The queue that has taken a barrier *closes* the gate. The others see that, take nothing more, and
-//! are *quiesced* when nothing of theirs is in flight. Then the barrier runs, and its queue *opens* the
-//! gate. A queue that has a barrier of its own meanwhile waits for its turn and counts as quiesced.
+//! The queue that has taken a barrier *closes* the gate. The others take no more requests, and are
+//! *quiesced* when they have none in flight. Then the barrier is executed, and its queue *opens*
+//! the gate. A queue that has taken a barrier meanwhile waits for its turn and counts as quiesced.
 //! A queue leaves when its thread ends, so that no queue waits for it.
 
 use crate::wakeup::Wakeup;
@@ -22,8 +22,8 @@ use std::sync::PoisonError;
 /// The gate of a connection.
 #[derive(Default)]
 pub(crate) struct BarrierGate {
-    /// Some queue has a barrier. A copy of `members.owner.is_some()` that is read for each request; a
-    /// queue that sees it late is waited for.
+    /// A queue has a barrier. A copy of `members.owner.is_some()` that is read for each request.
+    /// The barrier waits for a queue that sees it late.
     closed: AtomicBool,
     members: Mutex<Members>,
 }
@@ -49,7 +49,7 @@ impl Members {
             .all(|member| member.quiesced || self.owner == Some(member.index))
     }
 
-    /// Notes that a queue is quiesced, and wakes the owner if it was the last one.
+    /// Marks a queue quiesced, and wakes the owner if it was the last one.
     fn quiesce(&mut self, index: u32) {
         let mut own = self.all.iter_mut().filter(|member| member.index == index);
         if own.all(|member| std::mem::replace(&mut member.quiesced, true)) {
@@ -102,13 +102,14 @@ impl GateMember {
         }
     }
 
-    /// Returns `true` if some queue has a barrier, so that nothing may be taken.
+    /// Returns `true` if a queue has a barrier, so that no request may be taken.
     #[inline]
     pub(crate) fn is_closed(&self) -> bool {
         self.gate.closed.load(Relaxed)
     }
 
-    /// Notes that this queue has nothing in flight, and takes nothing while the gate is closed.
+    /// Marks this queue quiesced if the gate is closed: it has nothing in flight, and takes no
+    /// request.
     pub(crate) fn quiesce(&self) {
         let mut members = self.gate.lock();
         if members.owner.is_some() {
@@ -116,8 +117,8 @@ impl GateMember {
         }
     }
 
-    /// Returns `true` if the barrier of this queue may run now; if not, the queue is woken when it has
-    /// to ask again. `idle`: nothing else of the queue is in flight.
+    /// Returns `true` if the barrier of this queue may be executed now. If not, the queue is woken
+    /// when it has to call this again. `idle`: the queue has nothing else in flight.
     pub(crate) fn may_run(&self, idle: bool) -> bool {
         let mut members = self.gate.lock();
         if members.owner.is_none() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Connecting to a frontend: what is read from its directory and written to ours.
+//! The connection to a frontend: reads its nodes, writes ours, and maps its rings.
 
 use crate::barrier::BarrierGate;
 use crate::barrier::GateMember;
@@ -41,7 +41,7 @@ use xen_user::grant::Grants;
 use xen_user::xenstore::Nodes;
 use xen_user::xenstore::Xenstore;
 
-/// Writes what any frontend may choose from.
+/// Writes the offers that do not depend on the disk.
 pub(crate) fn write_offers(
     nodes: &mut impl Nodes,
     dir: &str,
@@ -58,7 +58,7 @@ pub(crate) fn write_offers(
     )
 }
 
-/// Reads what the frontend has chosen.
+/// Reads the choice of the frontend and checks it.
 fn read_choice(
     nodes: &mut impl Nodes,
     frontend: &str,
@@ -102,7 +102,7 @@ pub(crate) struct Connection {
     pub(crate) accepted: Accepted,
     pub(crate) queues: Vec<(Queue, Arc<QueueControl>)>,
     pub(crate) inflight: InflightFile,
-    /// Number of requests that a predecessor had taken.
+    /// Number of requests that were adopted.
     pub(crate) adopted: usize,
     /// First page of the first ring.
     first_reference: u32,
@@ -117,8 +117,8 @@ struct MappedRing {
 }
 
 impl Connection {
-    /// Maps the rings of a frontend that has written what it wants. If `adopt`, a predecessor may have
-    /// left requests in flight.
+    /// Maps the rings that the frontend has offered. `adopt`: a predecessor may have left requests
+    /// in flight.
     pub(crate) fn new(store: &mut Xenstore, parts: &Parts<'_>, adopt: bool) -> Result<Self, Error> {
         let accepted = read_choice(store, parts.frontend, parts.limits)?;
         let mut rings = Vec::new();
@@ -138,7 +138,7 @@ impl Connection {
         let first_reference = rings.first().map_or(0, |ring| ring.first_reference);
         let found = if adopt {
             InflightFile::open(parts.inflight, identity.clone())
-                .during("reading requests in flight")?
+                .during("reading the in-flight table")?
         } else {
             None
         };
@@ -146,7 +146,7 @@ impl Connection {
         let inflight = match found {
             Some(file) => file,
             None => InflightFile::create(parts.inflight, identity)
-                .during("creating the record of requests in flight")?,
+                .during("creating the in-flight table")?,
         };
         let gate = Arc::new(BarrierGate::default());
         let mut connection = Self {
@@ -226,8 +226,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Returns `true` if the frontend still offers the rings that are mapped. Others have other
-    /// references, because those of a page that is mapped are not used again.
+    /// Returns `true` if the frontend still offers the rings that are mapped. New rings would have
+    /// other grant references: a reference is not reused while its page is mapped.
     pub(crate) fn is_offered(&self, nodes: &mut impl Nodes, frontend: &str) -> bool {
         let state = read_state(nodes, frontend);
         let waits = matches!(
@@ -246,7 +246,7 @@ impl Connection {
     }
 }
 
-/// Writes what the disk is and can do.
+/// Writes the properties and features of the disk.
 pub(crate) fn write_disk(
     nodes: &mut impl Nodes,
     dir: &str,

@@ -2,7 +2,8 @@
 
 //! The socket for `rblk`: one request and one answer for each connection, a line of JSON each.
 //!
-//! A request is `{"command": "stats"}`; the commands are those of [`Command`]. Only root may connect.
+//! A request is `{"command": "stats"}`; the commands are those of [`Command`]. Only root may
+//! connect.
 
 use serde_json::Value;
 use std::fs;

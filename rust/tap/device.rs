@@ -2,17 +2,17 @@
 
 //! The life of a disk in xenstore, from the start of the process to the end of the device.
 //!
-//! [`blkif::state`] decides what has to be done; this carries it out, in the main thread. The thread
-//! hears of changes of the frontend's state, of the own directory, which the toolstack writes to, of
-//! its queues, and of `rblk` over the control socket.
+//! [`blkif::state`] decides what has to be done, and [`Device`] does it, in the main thread. The
+//! thread is woken by changes of the frontend's state and of the backend's own directory, which the
+//! toolstack writes to, by its queues, and by `rblk` over the control socket.
 //!
 //! The threads of queues own their rings. When a connection ends, the main thread stops them and
 //! continues when the last one has ended, which may take as long as the I/O of the image.
 //!
 //! # A successor of a process that was killed
 //!
-//! Both states are Connected then, and the rings are as they were. If there is a record of requests in
-//! flight for exactly these rings, they are taken over without a change that the frontend would see.
+//! Both states are Connected then, and the rings are unchanged. If there is an in-flight table for
+//! exactly these rings, they are taken over without a change that the frontend notices.
 
 use crate::connect;
 use crate::connect::Connection;
@@ -67,7 +67,7 @@ use xen_user::xenstore::Xenstore;
 const CONNECTIONS: u32 = 16;
 const CONNECTION_MS: u64 = 500;
 
-/// Delays between tries after a failure that may pass, in milliseconds.
+/// Delays between attempts after a temporary failure, in milliseconds.
 const RETRIES: Backoff = Backoff::new(100, 10_000);
 
 /// Stack of a queue's thread.
@@ -94,7 +94,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// Returns the path of the record of requests in flight.
+    /// Returns the path of the in-flight table.
     pub fn inflight_path(&self) -> PathBuf {
         self.path("inflight")
     }
@@ -188,7 +188,7 @@ pub struct Device {
     connects: TokenBucket,
     started: Instant,
     retries: Backoff,
-    /// When it is tried again.
+    /// Time of the next attempt after a failure.
     retry_at: Option<Instant>,
     /// The last error that was reported.
     reported: Option<String>,
@@ -198,7 +198,7 @@ pub struct Device {
     events: Receiver<(u64, QueueEvent)>,
 }
 
-/// Says what became of the attempt to write a state.
+/// The result of writing a state.
 #[derive(Debug, Eq, PartialEq)]
 enum Switched {
     Written,
@@ -208,12 +208,12 @@ enum Switched {
     Withdrawn,
 }
 
-/// Says what is done next.
+/// What to do after a step.
 #[derive(Debug, Eq, PartialEq)]
 enum Next {
-    /// Something else may have to be done.
+    /// Take another step.
     Again,
-    /// Nothing, until something happens.
+    /// Wait for an event.
     Wait,
 }
 
@@ -300,7 +300,7 @@ impl Device {
     pub fn run(mut self) -> Result<(), Error> {
         while self.state != BackState::Gone {
             while self.step()? == Next::Again {}
-            // An event that came with an answer is not seen by `poll`.
+            // An event may have been read along with a reply; `poll` does not report it.
             if self.state != BackState::Gone && !self.take_events()? {
                 self.wait()?;
                 self.take_events()?;
@@ -331,8 +331,8 @@ impl Device {
         Ok(())
     }
 
-    /// Takes what has happened, and returns `true` if there was anything. What is in xenstore is read when
-    /// it is decided on.
+    /// Takes all pending events. Returns `true` if there were any. An event of xenstore is only
+    /// taken; [`Self::read_event`] reads the nodes.
     fn take_events(&mut self) -> Result<bool, Error> {
         let mut any = false;
         while let Some(_event) = self.store.next_event().during("reading xenstore")? {
@@ -409,7 +409,7 @@ impl Device {
         }
     }
 
-    /// Returns what is in xenstore now.
+    /// Returns the states in xenstore, as an event.
     fn read_event(&mut self) -> Result<BackEvent, Error> {
         let state = read_state(&mut self.store, &self.nodes.frontend).during("reading xenstore")?;
         let Some(state) = state else {
@@ -426,7 +426,8 @@ impl Device {
         })
     }
 
-    /// Returns `true` if the frontend connects more often than it may, or a failure was just now.
+    /// Returns `true` if the frontend connects too often, or if the delay after a failure has not
+    /// passed.
     fn has_to_wait(&mut self) -> bool {
         if self.retry_at.is_some() {
             return true;
@@ -484,8 +485,8 @@ impl Device {
         Connection::new(&mut self.store, &parts, self.may_adopt)
     }
 
-    /// Writes what the disk is, and Connected, unless the toolstack or the frontend have changed their
-    /// minds since the rings were mapped.
+    /// Writes the properties of the disk, and Connected. Writes nothing if the toolstack has
+    /// written another state, or if the frontend has withdrawn its rings since they were mapped.
     fn describe(&mut self, connection: &Connection) -> Result<Switched, Error> {
         let (disk, frontend) = (self.disk.clone(), self.nodes.frontend.clone());
         let (persistent, cdrom) = (connection.accepted.persistent, self.nodes.cdrom);
@@ -520,7 +521,7 @@ impl Device {
             let thread = thread::Builder::new()
                 .name(format!("{}-{index}", self.name()))
                 .stack_size(STACK);
-            // It says when it ends.
+            // The thread sends `QueueEvent::Ended` when it ends.
             thread
                 .spawn(move || queue.serve())
                 .during("starting a thread")?;
@@ -530,7 +531,7 @@ impl Device {
         Ok(())
     }
 
-    /// Has the queues end what they have taken from their rings. Returns `true` if some have not.
+    /// Makes the queues complete their requests and end. Returns `true` if some have not ended yet.
     fn stop(&mut self) -> bool {
         for queue in self.queues.drain(..) {
             queue.stop();
@@ -554,7 +555,7 @@ impl Device {
         }
     }
 
-    /// Another state was found where a state was to be written.
+    /// Handles a state that was not written because another one was found.
     fn refused(&mut self, next: BackState, found: XenbusState) -> Result<Next, Error> {
         if found == XenbusState::Closing {
             let action = self.state.step(BackEvent::ToolstackClosing);
@@ -573,7 +574,7 @@ impl Device {
         }
     }
 
-    /// Writes a state in place of the one that was written before, with what `body` writes.
+    /// Replaces the state that was written last, in one transaction with the writes of `body`.
     fn switch_with(
         &mut self,
         state: XenbusState,
@@ -602,7 +603,7 @@ impl Device {
         Ok(switched)
     }
 
-    /// Deals with a failure: the frontend is to close, or it is tried again after a while.
+    /// Handles a failure: closes the connection, or schedules another attempt.
     fn fail(&mut self, error: &Error) -> Result<Next, Error> {
         let connected = read(&mut self.store, &self.config.dir, "sectors")?.is_some();
         let failure = error.failure(connected);

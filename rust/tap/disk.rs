@@ -25,8 +25,8 @@ pub struct Disk {
 impl Disk {
     /// Returns the disk for an open image.
     ///
-    /// `block_size` replaces the image's logical block size if it is larger. `discard` is `false` if the
-    /// toolstack forbids it.
+    /// `block_size` replaces the image's logical block size if it is larger. `discard` is `false`
+    /// if the toolstack forbids it.
     pub fn new(info: Info, block_size: u32, discard: bool, removable: bool) -> Self {
         Self {
             block_size: info.logical_block_size.max(block_size),
@@ -43,8 +43,8 @@ impl Disk {
         self
     }
 
-    /// Sets the size in bytes. What is not a whole block is not offered. Returns `true` if the frontend
-    /// has to be told.
+    /// Sets the size in bytes. What is not a whole block is not offered. Returns `true` if the
+    /// frontend has to be told.
     pub(crate) fn set_size(&self, size: u64) -> bool {
         let blocks = size.checked_div(self.block_size.into()).unwrap_or(0);
         let sectors = blocks.saturating_mul(u64::from(self.block_size / SECTOR_SIZE));

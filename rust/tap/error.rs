@@ -33,8 +33,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// Returns what the error is to the connection. `connected`: a frontend has been connected to the
-    /// device before.
+    /// Returns what the error is to the connection. `connected`: a frontend has been connected to
+    /// the device before.
     pub(crate) fn failure(&self, connected: bool) -> Failure {
         match self {
             Error::Node(_) | Error::Queue(..) | Error::Choice(_) => Failure::Frontend,
@@ -71,7 +71,7 @@ impl fmt::Display for Error {
             ),
             Error::State(bad) => write!(
                 f,
-                "state = \"{}\": no state that a frontend may have now",
+                "state = \"{}\": not a state that a frontend may have now",
                 bad.text()
             ),
             Error::Image(error) => write!(f, "{error}"),

@@ -1,25 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Requests in flight, recorded in a file, so that a successor completes them after a kill.
+//! The in-flight table: a file with the requests in flight, so that a successor completes them
+//! after a kill.
 //!
-//! A response may overwrite the request of another one that is still in flight, so the ring alone does
-//! not say which requests were taken and not answered. The file does. It is mapped: what is written to
-//! it stays when the process is killed, and costs no system call.
+//! A response may overwrite a request that is still in flight, so the ring alone does not say which
+//! requests were taken and have no response. The file does. It is mapped, so its contents survive
+//! the process, and writing to it costs no system call.
 //!
 //! # Order of writes
 //!
 //! 1. A request is recorded as taken, then the consumer index is moved.
-//! 2. It is recorded as answered, with the index of its response, before the response is published.
-//! 3. After that the record is free.
+//! 2. It is recorded as answered, with the index of its response; then the response is published.
+//! 3. The entry is free.
 //!
 //! A successor starts each request again that is recorded as taken below the consumer index, or as
-//! answered with an index that was not published. I/O of the dead process may still be under way in the
-//! kernel: the engine waits for its end when it opens the image, as the lock of an image is held by
-//! each I/O on it.
+//! answered with an index that was not published. I/O of the dead process may still be in the
+//! kernel. It holds the lock of the image, so the engine cannot open the image before that I/O has
+//! ended.
 //!
 //! # Layout
 //!
-//! 32-bit words: a header of 16, and for each queue a header of 16 and 32 for each slot of the ring.
+//! 32-bit words: a header of 16, and for each queue a header of 16 and 32 for each slot of the
+//! ring.
 
 use blkif::wire::Abi;
 use blkif::wire::WireRequest;
@@ -58,7 +60,7 @@ const FREE: u32 = 0;
 const TAKEN: u32 = 1;
 const ANSWERED: u32 = 2;
 
-/// The rings of a connection: those of another one have other numbers.
+/// The identity of the rings of a connection; those of other connections differ.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct Identity {
     pub(crate) abi: Abi,
@@ -102,7 +104,7 @@ impl Identity {
     }
 }
 
-/// The file of a connection.
+/// The in-flight table of a connection.
 pub(crate) struct InflightFile {
     pages: Arc<Pages>,
     identity: Identity,
@@ -110,7 +112,7 @@ pub(crate) struct InflightFile {
 }
 
 impl InflightFile {
-    /// Creates a file without requests, in place of one that is there.
+    /// Creates a table without requests; replaces an existing file.
     pub(crate) fn create(path: &Path, identity: Identity) -> io::Result<Self> {
         remove(path)?;
         let file = OpenOptions::new()
@@ -134,7 +136,8 @@ impl InflightFile {
         })
     }
 
-    /// Opens the file that a predecessor has left for the same rings. Returns `None` if there is none.
+    /// Opens the table that a predecessor has left for the same rings. Returns `None` if there is
+    /// none.
     pub(crate) fn open(path: &Path, identity: Identity) -> io::Result<Option<Self>> {
         let file = match OpenOptions::new().read(true).write(true).open(path) {
             Ok(file) => file,
@@ -160,7 +163,8 @@ impl InflightFile {
         }))
     }
 
-    /// Returns the part of a queue whose ring is attached at an index, with no requests.
+    /// Returns the part of a queue, without requests. `consumer` is the index at which its ring was
+    /// attached.
     pub(crate) fn queue(&self, index: usize, consumer: u32) -> InflightQueue {
         let queue = self.part(index);
         queue.set_consumer(consumer);
@@ -183,9 +187,9 @@ impl InflightFile {
         }
     }
 
-    /// Removes the file: nothing is in flight, and the rings are given up.
+    /// Removes the file. No request may be in flight.
     pub(crate) fn remove(self) {
-        // One that stays is of rings that no one has.
+        // A file that remains belongs to no rings, so a successor ignores it.
         let _ = remove(&self.path);
     }
 }
@@ -202,7 +206,7 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Number of a record.
+/// The number of an entry.
 pub(crate) type Entry = usize;
 
 /// Requests that a predecessor has taken.
@@ -210,7 +214,7 @@ pub(crate) type Entry = usize;
 pub(crate) struct Adopted {
     /// Its consumer index.
     pub(crate) consumer: u32,
-    /// Those without a published response, in the order in which they were taken.
+    /// The requests without a published response, in the order in which they were taken.
     pub(crate) requests: Vec<(Entry, WireRequest)>,
 }
 
@@ -219,13 +223,13 @@ pub(crate) struct InflightQueue {
     pages: Arc<Pages>,
     abi: Abi,
     start: usize,
-    /// Records without a request.
+    /// Entries without a request.
     free: Vec<Entry>,
 }
 
 impl InflightQueue {
-    /// Records that a request was taken at an index. Returns `None` if there is no record left, which
-    /// means that more requests are in flight than the ring has slots.
+    /// Records that a request was taken at an index. Returns `None` if there is no free entry: more
+    /// requests would be in flight than the ring has slots.
     pub(crate) fn take(&mut self, index: u32, request: &WireRequest) -> Option<Entry> {
         let entry = self.free.pop()?;
         for (word, value) in request.encode(self.abi).into_iter().enumerate() {
@@ -239,7 +243,7 @@ impl InflightQueue {
         Some(entry)
     }
 
-    /// Records that a request has a response at an index, which was not published.
+    /// Records the index of the response to a request. The response must not be published yet.
     pub(crate) fn answer(&self, entry: Entry, response: u32) {
         self.store(entry, RESPONSE, response);
         fence(Release);
@@ -247,7 +251,7 @@ impl InflightQueue {
         fence(Release);
     }
 
-    /// Frees a record whose response was published.
+    /// Frees an entry whose response was published.
     pub(crate) fn release(&mut self, entry: Entry) {
         self.store(entry, STATE, FREE);
         self.free.push(entry);

@@ -67,7 +67,7 @@ fn command() -> Command {
         .arg(
             option("state-dir", "DIR", "/run/rblk/tap")
                 .value_parser(value_parser!(PathBuf))
-                .help("Where the control socket and the record of requests in flight are"),
+                .help("Directory of the control socket and the in-flight table"),
         )
         .arg(
             option("max-queues", "N", "4")
@@ -90,7 +90,7 @@ fn command() -> Command {
         .arg(
             option("retry-seconds", "N", "60")
                 .value_parser(value_parser!(u32))
-                .help("How long requests are tried again after an error that may pass"),
+                .help("How long requests are retried after a temporary error"),
         )
         .arg(
             option("lock-seconds", "N", "10")

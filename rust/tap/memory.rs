@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Moving data between the frontend's pages and the image.
+//! The data path: moves data between the frontend's pages and the image.
 //!
-//! - *Persistent grants*: the frontend's pages stay mapped, and are the buffers of the I/O. They are not
-//!   offered by default: if a process is killed during such I/O, the page tables that Xen knows the
-//!   mapping by are gone before a PV dom0 unmaps it (`__unmap_grant_pages_done` of gntdev.c warns), so
-//!   the grants leak.
-//! - *Copy*: the data goes through memory of our own. One call copies that of many requests, and
-//!   nothing is unmapped afterwards.
+//! - *Persistent grants*: the frontend's pages stay mapped, and are the buffers of the I/O. They
+//!   are not offered by default: if a process is killed during such I/O, the page tables that Xen
+//!   knows the mapping by are gone before a PV dom0 unmaps it (`__unmap_grant_pages_done` of
+//!   gntdev.c warns), so the grants leak.
+//! - *Grant copy*: Xen copies the data from or to memory of this process. One call copies the data
+//!   of many requests, and nothing has to be unmapped.
 //!
-//! The segments of an indirect request are copied before they are checked, so that the frontend cannot
-//! change them in between.
+//! The segments of an indirect request are copied before they are checked, so that the frontend
+//! cannot change them in between.
 
 use blkif::backoff::Backoff;
 use blkif::request::DiskLimits;
@@ -41,7 +41,8 @@ use xen_user::memory::PAGE_SIZE;
 /// Persistent grants of a queue, at most (`max_persistent_grants` of xen-blkback).
 const MAX_PERSISTENT: usize = 1056;
 
-/// A persistent grant that was not used for this long is unmapped (`persistent_grant_unused_seconds`).
+/// A persistent grant that was not used for this long is unmapped
+/// (`persistent_grant_unused_seconds`).
 pub(crate) const UNUSED: Duration = Duration::from_secs(60);
 
 /// Time between two scans of a full table for unused grants.
@@ -60,7 +61,7 @@ const SIZES: usize = 9;
 /// Pages that the pool keeps.
 const MAX_POOL_PAGES: usize = 256;
 
-/// Why the data of a request cannot be moved.
+/// The reason why the data of a request cannot be moved.
 #[derive(Debug)]
 pub(crate) enum DataError {
     /// The segments, once fetched, are not valid.
@@ -96,15 +97,15 @@ impl From<io::Error> for DataError {
     }
 }
 
-/// The memory of a request's data, with what it takes to give it back.
+/// The memory of a request's data.
 #[derive(Default)]
 pub(crate) enum Memory {
     /// There is no data.
     #[default]
     None,
-    /// Our own: the data is copied.
+    /// Memory of this process: the data is copied.
     Own(Arc<DataPages>),
-    /// The frontend's, by grant references.
+    /// Pages of the frontend, with their grant references.
     Mapped(Vec<(u32, Arc<DataPages>)>),
 }
 
@@ -163,8 +164,8 @@ impl DataPath {
         Ok(bytes)
     }
 
-    /// Returns memory for segments: mapped pages if the frontend uses persistent grants and all of them
-    /// can be mapped, else our own.
+    /// Returns memory for segments: mapped pages if the frontend uses persistent grants and all of
+    /// them can be mapped, else our own.
     pub(crate) fn prepare(
         &mut self,
         segments: &[Segment],
@@ -280,8 +281,8 @@ pub(crate) fn piece(segment: &Segment) -> Piece {
 
 /// Pages of the frontend that stay mapped.
 ///
-/// A request takes its pages out and puts them back when it has ended, so no page is unmapped that is in
-/// use.
+/// A request takes its pages out and puts them back when it has ended, so no page is unmapped that
+/// is in use.
 #[derive(Default)]
 struct PersistentGrants {
     /// Those that no request uses, by grant reference, with the time of the last use.
@@ -296,8 +297,8 @@ struct PersistentGrants {
 type Taken = (Vec<(u32, Arc<DataPages>)>, Vec<Buffer>);
 
 impl PersistentGrants {
-    /// Takes out the pages of segments, and maps those that are missing. Returns `None` if that is not
-    /// possible: data has to be copied then.
+    /// Takes out the pages of segments, and maps those that are missing. Returns `None` if that is
+    /// not possible: data has to be copied then.
     fn take(
         &mut self,
         grants: &dyn Grants,

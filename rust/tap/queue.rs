@@ -2,17 +2,17 @@
 
 //! A queue: one ring, and the thread that serves it.
 //!
-//! The thread owns all of it, so there is no lock: it takes what waits in the ring, starts the I/O of
-//! all of it at once, completes what the image is done with, and then publishes all responses and
-//! notifies the frontend at most once. When there is nothing to do, it waits for an event, a completion
-//! or the main thread.
+//! The thread owns the queue, so there is no lock. It takes the waiting requests from the ring,
+//! starts their I/O together, completes the requests whose I/O has ended, publishes all responses,
+//! and notifies the frontend at most once. Then it waits for an event, a completion or the main
+//! thread.
 //!
-//! A request that was started is answered, whatever happens: the thread ends only when nothing is in
-//! flight. Requests that were not started stay in the ring for the next backend. A request for which
-//! there is no memory now waits, and so does what is behind it in the ring.
+//! Each request that was started gets a response: the thread ends only when nothing is in flight.
+//! Requests that were not started stay in the ring for the next backend. A request for which there
+//! is no memory waits, and so do those behind it in the ring.
 //!
-//! An error of the image that passes is not told to the frontend: the request is tried again, up to
-//! [`Settings::retry_time`] after it was taken.
+//! After a temporary error of the image the request is retried, up to [`Settings::retry_time`]
+//! after it was taken; the frontend does not see the error.
 
 use crate::barrier::GateMember;
 use crate::disk::Disk;
@@ -67,16 +67,16 @@ use xen_user::event::Channel;
 use xen_user::grant::Copies;
 use xen_user::grant::Piece;
 
-/// Pages that the requests of a queue may use at a time; a single request may always be served.
+/// Limit on the pages of the requests of a queue. A single request is always served.
 const MAX_PAGES: usize = 4096;
 
-/// Copies that are made at once.
+/// Number of copies in one call.
 const COPIES: usize = 256;
 
-/// Delays between the tries of a request that lacks memory, in milliseconds.
+/// Delays between attempts to get memory for a request, in milliseconds.
 const MEMORY_RETRIES: Backoff = Backoff::new(10, 500);
 
-/// Delays between the tries of a request after an error that passes, in milliseconds.
+/// Delays between attempts after a temporary error of the image, in milliseconds.
 const ERROR_RETRIES: Backoff = Backoff::new(10, 1000);
 
 /// Messages that a frontend may cause at once, and how long each one more takes, in milliseconds.
@@ -97,7 +97,7 @@ pub struct Settings {
 pub(crate) enum QueueEvent {
     /// The frontend has broken the ring, or the image accepts no more requests.
     Broken(Error),
-    /// The image has refused what a node has offered.
+    /// The image does not support the feature of a node.
     Withdraw(&'static str),
     /// The thread ends: nothing is in flight, and it has given up the ring.
     Ended,
@@ -126,7 +126,8 @@ pub(crate) struct QueueControl {
     pause: AtomicBool,
     /// It is paused, and nothing is in flight.
     paused: AtomicBool,
-    /// Requests in flight, and when the oldest was taken, in milliseconds since the queue was created.
+    /// Requests in flight, and when the oldest was taken, in milliseconds since the queue was
+    /// created.
     in_flight: AtomicU64,
     oldest: AtomicU64,
     created: Instant,
@@ -146,13 +147,13 @@ impl QueueControl {
         }
     }
 
-    /// Has the thread end when nothing is in flight.
+    /// Makes the thread end when nothing is in flight.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Release);
         self.wakeup.set();
     }
 
-    /// Has the thread take no more requests, or take them again.
+    /// Makes the thread take no more requests, or take requests again.
     pub(crate) fn pause(&self, pause: bool) {
         self.paused.store(false, Release);
         self.pause.store(pause, Release);
@@ -192,16 +193,16 @@ enum Step {
     Read,
     Write,
     Flush,
-    /// A barrier: what came before becomes durable.
+    /// A barrier, first step: the requests before it become durable.
     BarrierFlush,
-    /// A barrier, after that: its data is written and becomes durable.
+    /// A barrier, second step: its data is written and becomes durable.
     BarrierWrite,
     Discard,
 }
 
-/// A request that was taken and not answered (`struct pending_req`).
+/// A request that was taken and has no response yet (`struct pending_req`).
 struct PendingReq {
-    /// The response, if all goes well.
+    /// The response without an error.
     response: Response,
     step: Step,
     /// The range of the image in bytes.
@@ -232,7 +233,7 @@ impl PendingReq {
         }
     }
 
-    /// Returns what the image is asked for, without a tag.
+    /// Returns the request to the image, without a tag.
     fn request(&self, buffers: Vec<Buffer>) -> engine::Request {
         let (offset, length) = match self.operation() {
             Operation::Flush => (0, 0),
@@ -261,7 +262,7 @@ impl PendingReq {
         }
     }
 
-    /// Returns the node that has offered what the image has refused, if it has.
+    /// Returns the node of the feature that the image does not support, if that is the error.
     fn refused_node(&self, errno: Errno) -> Option<&'static str> {
         match (self.step, self.response.operation) {
             _ if errno != Errno::OPNOTSUPP => None,
@@ -273,7 +274,7 @@ impl PendingReq {
     }
 }
 
-/// Requests that the image works on, by their tags.
+/// Requests that were submitted to the image, by their tags.
 #[derive(Default)]
 struct Requests {
     pending: HashMap<u64, PendingReq>,
@@ -299,9 +300,9 @@ impl Requests {
 /// The state of a queue's barrier.
 enum Barrier {
     None,
-    /// It waits for what came before, in all queues. Nothing is taken meanwhile.
+    /// It waits for the requests before it, in all queues. No request is taken meanwhile.
     Waiting(Box<PendingReq>),
-    /// It is under way, alone.
+    /// It is being executed, alone.
     Running,
 }
 
@@ -337,20 +338,21 @@ pub(crate) struct Queue {
     backlog: VecDeque<(Entry, WireRequest)>,
     memory_retries: Backoff,
     barrier: Barrier,
-    /// Writes whose data has to be copied before they are submitted, and the number of their pieces.
+    /// Writes whose data has to be copied before they are submitted, and the number of their
+    /// pieces.
     incoming: Vec<(PendingReq, Buffer)>,
     incoming_pieces: usize,
-    /// Requests that are tried again at a time.
+    /// Requests that are retried, with their times.
     delayed: Vec<(Instant, PendingReq, Vec<Buffer>)>,
     completions: Vec<Completion>,
-    /// Records of requests whose responses are not published.
+    /// Entries of the in-flight table whose responses are not published.
     answered: Vec<Entry>,
-    /// Requests that were started and not answered, and their pages.
+    /// Requests that were started and have no response, and their pages.
     in_flight: usize,
     pages: usize,
     /// Some requests were submitted and not started.
     submitted: bool,
-    /// Nothing more is taken from the ring.
+    /// No request is taken from the ring any more.
     broken: bool,
     /// Nodes that were withdrawn.
     withdrawn: Vec<&'static str>,
@@ -402,7 +404,7 @@ impl Queue {
             }
         }
         let events = self.config.events.clone();
-        // Gives up the ring, the event channel and all pages.
+        // Unmaps the ring and all pages, and unbinds the event channel.
         drop(self);
         events.send(QueueEvent::Ended);
     }
@@ -425,14 +427,14 @@ impl Queue {
         self.config.control.paused.store(paused, Release);
     }
 
-    /// Reports what makes the ring or the image unusable, once, and takes nothing more.
+    /// Reports that the ring or the image is unusable, once, and takes no more requests.
     fn break_down(&mut self, error: Error) {
         if !std::mem::replace(&mut self.broken, true) {
             self.config.events.send(QueueEvent::Broken(error));
         }
     }
 
-    /// Does all that there is to do now.
+    /// Does all pending work.
     fn run_once(&mut self) {
         self.now = Instant::now();
         loop {
@@ -460,8 +462,8 @@ impl Queue {
         !self.is_stopping() && !self.is_pausing() && !self.broken && !self.is_blocked()
     }
 
-    /// Returns `true` if requests have come since the ring was found empty. If not, the next one will
-    /// send an event.
+    /// Returns `true` if requests have come since the ring was found empty. If not, the next one
+    /// will send an event.
     fn has_more_requests(&mut self) -> bool {
         self.accepts_requests() && self.config.ring.final_check()
     }
@@ -537,7 +539,7 @@ impl Queue {
         }
     }
 
-    /// Prints a message that the frontend may have caused, unless there were too many.
+    /// Prints a message that the frontend can cause, rate-limited.
     fn warn(&mut self, message: fmt::Arguments<'_>) {
         let time = self
             .now
@@ -548,7 +550,7 @@ impl Queue {
         }
     }
 
-    /// Answers a request that is not valid.
+    /// Writes the response to an invalid request.
     fn refuse(&mut self, entry: Entry, response: Response, why: &dyn fmt::Display) {
         self.config.stats.add(Counter::Refused, 1);
         self.warn(format_args!("refused a request: {why}"));
@@ -585,7 +587,7 @@ impl Queue {
         true
     }
 
-    /// Makes a pending request of a valid one, with its memory.
+    /// Creates the pending request of a valid request, with its memory.
     fn prepare(
         &mut self,
         entry: Entry,
@@ -709,7 +711,7 @@ impl Queue {
             let result = if copied {
                 Ok(())
             } else {
-                // Copies it again by itself, because its pages may have been paged out.
+                // Copies it by itself, because its pages may have been paged out.
                 self.config.data.copy_from(&mut buffer, &pending.pieces)
             };
             match result {
@@ -723,8 +725,8 @@ impl Queue {
     /// Starts a barrier if everything that came before has completed, or lets that of another queue
     /// start.
     fn run_barrier(&mut self) {
-        // What waits in the backlog was taken after a barrier of this queue, and was not started before
-        // that of another one.
+        // The requests in the backlog were taken after the barrier if it is of this queue, and were
+        // not started before it if it is of another queue.
         let idle = self.in_flight == 0;
         match std::mem::replace(&mut self.barrier, Barrier::None) {
             Barrier::None if idle && self.config.gate.is_closed() => self.config.gate.quiesce(),
@@ -745,7 +747,7 @@ impl Queue {
         self.submitted = true;
     }
 
-    /// Submits requests again whose time has come.
+    /// Submits the requests whose retry is due.
     fn resubmit_delayed(&mut self) {
         if self.delayed.is_empty() {
             return;
@@ -770,7 +772,7 @@ impl Queue {
         }
     }
 
-    /// Completes all requests that the image is done with. Returns `true` if there were any.
+    /// Completes all requests whose I/O has ended. Returns `true` if there were any.
     fn complete_all(&mut self) -> bool {
         if self.config.image.in_flight() == 0 {
             return false;
@@ -821,7 +823,7 @@ impl Queue {
         }
     }
 
-    /// Tries a request again, or answers it with an error.
+    /// Schedules a retry of a request, or writes its response with an error.
     fn image_failed(
         &mut self,
         mut pending: PendingReq,
@@ -850,7 +852,7 @@ impl Queue {
         self.finish(pending, response);
     }
 
-    /// Has an offer taken back that the image has refused, once.
+    /// Makes the main thread withdraw a feature that the image does not support, once.
     fn withdraw(&mut self, node: &'static str) {
         if !self.withdrawn.contains(&node) {
             self.withdrawn.push(node);
@@ -858,7 +860,7 @@ impl Queue {
         }
     }
 
-    /// Copies what reads have brought to the frontend, and answers them.
+    /// Copies the data of reads to the frontend, and writes their responses.
     fn copy_outgoing(&mut self, outgoing: Vec<(PendingReq, Buffer)>) {
         if outgoing.is_empty() {
             return;
@@ -892,7 +894,7 @@ impl Queue {
         }
     }
 
-    /// Answers a request whose data cannot be moved.
+    /// Writes the response to a request whose data cannot be moved.
     fn fail(&mut self, pending: PendingReq, error: &DataError) {
         self.warn(format_args!("failed a request: {error}"));
         self.config.stats.add(Counter::Errors, 1);
@@ -903,7 +905,7 @@ impl Queue {
         self.finish(pending, response);
     }
 
-    /// Gives up the memory of a request, and answers it.
+    /// Releases the memory of a request, and writes its response.
     fn finish(&mut self, pending: PendingReq, response: Response) {
         let PendingReq {
             step,
@@ -934,7 +936,7 @@ impl Queue {
         self.config.inflight.answer(entry, self.config.responses);
         self.config.responses = self.config.responses.wrapping_add(1);
         self.answered.push(entry);
-        // Each request that was taken is answered once, so there is a slot.
+        // Each request that was taken gets one response, so there is a slot.
         let _ = self.config.ring.put(&response);
     }
 
@@ -979,7 +981,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Returns after which time something has to be done without an event.
+    /// Returns the time until the next work that no event announces.
     fn timeout(&mut self) -> Option<Duration> {
         let now = Instant::now();
         let mut next = self.delayed.iter().map(|(time, ..)| *time).min();
@@ -994,7 +996,7 @@ impl Queue {
         next.map(|time| time.saturating_duration_since(now))
     }
 
-    /// Gives up memory that has not been used for a while.
+    /// Frees memory that has not been used for a while.
     fn purge(&mut self) {
         let now = Instant::now();
         if self.purge_at.is_some_and(|time| time <= now) {

@@ -2,9 +2,8 @@
 
 //! `rblktap`: serves one disk of a Xen guest from an image, in user space.
 //!
-//! It is to `blkif` and the engines what `rblkback` is to `blkif` and the block layer, and
-//! corresponds to blktap's `tapdisk` and QEMU's `hw/block/xen-block.c`. The meaning of bytes, the
-//! checks of requests, the negotiation and the connection states are those of [`blkif`].
+//! It corresponds to `rblkback` in the kernel, blktap's `tapdisk` and QEMU's `hw/block/xen-block.c`.
+//! Wire layouts, checks of requests, negotiation and connection states are those of [`blkif`].
 //!
 //! | module | |
 //! |---|---|
@@ -13,13 +12,13 @@
 //! | `queue` | serves one ring, in a thread of its own |
 //! | `memory` | moves data between the frontend's pages and the image |
 //! | `barrier` | orders the requests of all rings around a barrier |
-//! | `inflight` | records requests in a file, so that a successor completes them after a kill |
+//! | `inflight` | the in-flight table, from which a successor completes requests after a kill |
 //! | `control` | the socket for `rblk` |
 //! | `stats` | counters, as JSON and for `xentop` |
 //!
 //! The main thread and each queue wait in one `poll` without a timeout: an idle disk causes no
-//! wakeups. The only exceptions are a retry that is due, and one scan a minute after the last request
-//! for pages that are still mapped.
+//! wakeups. The only exceptions are a retry that is due, and one scan a minute after the last
+//! request for pages that are still mapped.
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]

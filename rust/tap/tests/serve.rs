@@ -362,7 +362,7 @@ fn a_state_that_is_none_is_reported() {
     assert!(error
         .unwrap()
         .unwrap()
-        .contains("state = \"4?[2J\": no state"));
+        .contains("state = \"4?[2J\": not a state"));
     finish(toolstack, front, served);
 }
 
