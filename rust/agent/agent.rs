@@ -3,8 +3,8 @@
 //! `rblkd`: starts, adopts and restarts the processes that serve disks.
 //!
 //! It corresponds to blktap's `tapback`, without the I/O: each disk has a process `rblktap` of its
-//! own, which does not depend on `rblkd`. When `rblkd` is killed, disks are served as before, and the
-//! next `rblkd` adopts their processes; only new disks have to wait for it.
+//! own, which does not depend on `rblkd`. When `rblkd` is killed, disks are served as before, and
+//! the next `rblkd` adopts their processes; only new disks have to wait for it.
 //!
 //! | module | contents |
 //! |---|---|
@@ -24,9 +24,9 @@
 //!
 //! # End of a process
 //!
-//! A process that ends while its disk is attached is replaced. The new one takes over the rings, and
-//! the requests in flight from the table of the old one; the guest sees a delay. A process that fails
-//! again and again is started every 5 seconds.
+//! A process that ends while its disk is attached is replaced. The new one takes over the rings,
+//! and the requests in flight from the table of the old one; the guest sees a delay. A process that
+//! fails again and again is started every 5 seconds.
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]

@@ -196,8 +196,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Uses the old image again if the process has failed that was to use another one. Returns where
-    /// the reason is sent.
+    /// Uses the old image again if the process has failed that was to use another one. Returns
+    /// where the reason is sent.
     fn undo_replacement(&mut self) -> Option<Sender<String>> {
         let replacement = self
             .replacement

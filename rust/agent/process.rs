@@ -16,7 +16,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-/// Time for which a process waits for another user of its image: less than the limit for opening it.
+/// Time for which a process waits for another user of its image: less than the limit for opening
+/// it.
 const LOCK_SECONDS: &str = "5";
 
 /// The greatest size of the messages of earlier processes that are kept, in bytes.

@@ -36,7 +36,8 @@ pub enum AgentCall {
         /// The disk.
         disk: DiskId,
     },
-    /// Replaces the process of a disk by a new one, which uses another image, and returns its number.
+    /// Replaces the process of a disk by a new one, which uses another image, and returns its
+    /// number.
     #[serde(rename = "rblkd.Retarget")]
     Retarget {
         /// The disk.
@@ -90,7 +91,8 @@ pub enum Phase {
     Running {
         /// The process.
         pid: u32,
-        /// Its start time in clock ticks after boot, which tells it from a later one of that number.
+        /// Its start time in clock ticks after boot, which tells it from a later one of that
+        /// number.
         start_time: u64,
     },
     /// No process serves the disk.

@@ -2,8 +2,8 @@
 
 //! The protocol of the sockets of `rblkd` and `rblktap`.
 //!
-//! Both are stream sockets in the [`RunDir`]. A request is one line of JSON, and so is its reply. The
-//! calls of `rblkd` have the shape of [Varlink](https://varlink.org/Method-Call):
+//! Both are stream sockets in the [`RunDir`]. A request is one line of JSON, and so is its reply.
+//! The calls of `rblkd` have the shape of [Varlink](https://varlink.org/Method-Call):
 //!
 //! ```text
 //! {"method":"rblkd.Pause","parameters":{"disk":"5/51712"}}

@@ -2,9 +2,9 @@
 
 //! Keeps block devices claimed while the backend module is replaced.
 //!
-//! `rblkback` claims the devices that it serves for writing, so that nothing else in its domain uses
-//! them. Once it is unloaded, a volume manager, a mount or `swapon` could claim them. This module claims
-//! them for the same holder as `rblkback` while it is loaded, and does nothing else.
+//! `rblkback` claims the devices that it serves for writing, so that nothing else in its domain
+//! uses them. Once it is unloaded, a volume manager, a mount or `swapon` could claim them. This
+//! module claims them for the same holder as `rblkback` while it is loaded, and does nothing else.
 //! `packaging/sbin/rblkback-replace` loads and unloads it.
 //!
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h) (`bdev_file_open_by_dev()`)

@@ -4,8 +4,8 @@
 //!
 //! libxl calls it as `block-rblk add` and `block-rblk remove`, with the directory of the backend in
 //! `XENBUS_PATH`. `add` says how the attachment has ended: it writes `physical-device-path` and
-//! `hotplug-status`, or `hotplug-error`, which `xl` prints. `physical-device-path` is the NBD socket
-//! that a device model opens. See `docs/misc/block-scripts.txt` of Xen.
+//! `hotplug-status`, or `hotplug-error`, which `xl` prints. `physical-device-path` is the NBD
+//! socket that a device model opens. See `docs/misc/block-scripts.txt` of Xen.
 
 use crate::exit::{io_failure, Error};
 use crate::outcome;

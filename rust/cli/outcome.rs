@@ -58,7 +58,8 @@ pub fn await_attached(run: &RunDir, disk: DiskId) -> Result<(Record, u32), Failu
     }
 }
 
-/// Returns the failure for a recorded reason, which has the form "cause; remedy" if it has a remedy.
+/// Returns the failure for a recorded reason, which has the form "cause; remedy" if it has a
+/// remedy.
 fn refused(reason: &str) -> Failure {
     let (cause, remedy) = reason
         .rsplit_once("; ")

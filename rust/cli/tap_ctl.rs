@@ -2,9 +2,9 @@
 
 //! `tap-ctl`, as Xen's hotplug script `block-tap` calls it.
 //!
-//! libxl runs `block-tap` for each disk with `backendtype=tap` and without `script=`, when the state
-//! is InitWait. `rblkd` has attached the disk by then, so that nothing is left to start: the calls
-//! tell the script what has happened. In the order of `block-tap` of Xen 4.20:
+//! libxl runs `block-tap` for each disk with `backendtype=tap` and without `script=`, when the
+//! state is InitWait. `rblkd` has attached the disk by then, so that nothing is left to start: the
+//! calls tell the script what has happened. In the order of `block-tap` of Xen 4.20:
 //!
 //! | call | what it does |
 //! |---|---|

@@ -16,8 +16,8 @@ pub struct Options {
     pub direct: Option<bool>,
     /// An image that another process has open for writing is refused.
     pub exclusive: bool,
-    /// Time for which opening waits for another process to release the image, and for I/O of a process
-    /// that was killed.
+    /// Time for which opening waits for another process to release the image, and for I/O of a
+    /// process that was killed.
     pub lock_timeout: Duration,
     /// Time for which a network engine tries to connect again before requests fail.
     pub reconnect_timeout: Duration,

@@ -2,8 +2,8 @@
 
 //! The memory of rings that two domains share.
 //!
-//! Header: `xen/include/public/io/ring.h`, whose macros work on such memory. The layout of a ring is
-//! up to the protocol; that of block devices is in `blkif::ring`.
+//! Header: `xen/include/public/io/ring.h`, whose macros work on such memory. The layout of a ring
+//! is up to the protocol; that of block devices is in `blkif::ring`.
 
 use core::ops::Deref;
 

@@ -3,8 +3,8 @@
 //! Event channels: `/dev/xen/evtchn`, `include/uapi/xen/evtchn.h`.
 //!
 //! Each channel has a descriptor of its own, which is readable after the other side has notified.
-//! [`Channel::take`] is called before one looks for what the notification was about, so that none is
-//! lost.
+//! [`Channel::take`] is called before one looks for what the notification was about, so that none
+//! is lost.
 
 use crate::ioctl;
 use crate::ioctl::Argument;
@@ -19,8 +19,8 @@ use std::os::unix::fs::OpenOptionsExt;
 
 /// Binds event channels of other domains.
 pub trait Events: Send + Sync {
-    /// Binds an event channel that a domain has allocated for this one. It is closed when the result
-    /// is dropped.
+    /// Binds an event channel that a domain has allocated for this one. It is closed when the
+    /// result is dropped.
     fn bind(&self, domain: u16, port: u32) -> io::Result<Box<dyn Channel>>;
 }
 

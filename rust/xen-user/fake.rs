@@ -3,8 +3,8 @@
 //! Xen in one process, for tests on a machine without it.
 //!
 //! A [`Host`] has one memory, whose pages other domains grant, event channels made of pairs of
-//! `eventfd`s, and a xenstore that speaks the protocol of `xs_wire.h` over sockets. A test plays the
-//! other domain: it allocates pages and channels and writes to xenstore.
+//! `eventfd`s, and a xenstore that speaks the protocol of `xs_wire.h` over sockets. A test plays
+//! the other domain: it allocates pages and channels and writes to xenstore.
 
 mod event;
 mod grant;

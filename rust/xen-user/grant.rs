@@ -2,8 +2,8 @@
 
 //! Granted pages of other domains: `/dev/xen/gntdev`, `include/uapi/xen/gntdev.h`.
 //!
-//! A page is mapped, and is then [`Pages`] until it is dropped, or data is copied from or to it, which
-//! takes one hypercall for many pieces and leaves nothing to undo.
+//! A page is mapped, and is then [`Pages`] until it is dropped, or data is copied from or to it,
+//! which takes one hypercall for many pieces and leaves nothing to undo.
 
 use crate::ioctl;
 use crate::ioctl::Argument;
@@ -62,8 +62,8 @@ pub struct Piece {
 ///
 /// # Invariants
 ///
-/// The addresses of this process in `segments` are within buffers that are borrowed for `'a`: mutably,
-/// if the copy is to the buffer, which is not read-only then.
+/// The addresses of this process in `segments` are within buffers that are borrowed for `'a`:
+/// mutably, if the copy is to the buffer, which is not read-only then.
 pub struct Copies<'a> {
     domain: u16,
     segments: Vec<CopySegment>,
@@ -86,8 +86,8 @@ impl<'a> Copies<'a> {
         self.segments.is_empty()
     }
 
-    /// Adds copies from granted pages to a buffer, one piece behind the other. Returns their numbers,
-    /// or `None`, if a piece is not within its page or the buffer; then none is added.
+    /// Adds copies from granted pages to a buffer, one piece behind the other. Returns their
+    /// numbers, or `None`, if a piece is not within its page or the buffer; then none is added.
     pub fn fetch(
         &mut self,
         buffer: &'a mut Buffer,
@@ -196,8 +196,8 @@ pub trait Grants: Send + Sync {
     /// Maps 1 to [`MAX_MAPPED`] granted pages of a domain, one behind the other.
     fn map(&self, domain: u16, references: &[u32], access: Access) -> io::Result<Pages>;
 
-    /// Makes copies. How each one went is in [`Copies::status`]; an error means that none of them is
-    /// known to have been made.
+    /// Makes copies. How each one went is in [`Copies::status`]; an error means that none of them
+    /// is known to have been made.
     fn copy(&self, copies: &mut Copies<'_>) -> io::Result<()>;
 }
 
@@ -254,8 +254,8 @@ impl Grants for GrantDevice {
             count: u32::try_from(copies.segments.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
             segments: copies.segments.as_mut_ptr(),
         };
-        // SAFETY: `segments` has `count` elements. By the type invariants of `Copies` the kernel may read
-        // and write our memory as they say.
+        // SAFETY: `segments` has `count` elements. By the type invariants of `Copies` the kernel
+        // may read and write our memory as they say.
         unsafe { ioctl::call(&self.file, &mut request) }?;
         Ok(())
     }

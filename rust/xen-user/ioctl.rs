@@ -10,9 +10,9 @@ use std::os::fd::AsRawFd;
 ///
 /// # Safety
 ///
-/// The kernel reads and writes no more than the structure's own bytes for `REQUEST`, and memory that
-/// pointers in it lead to, which [`call`]'s caller answers for. Each pattern of bytes that the kernel
-/// writes is a value of the type.
+/// The kernel reads and writes no more than the structure's own bytes for `REQUEST`, and memory
+/// that pointers in it lead to, which [`call`]'s caller answers for. Each pattern of bytes that the
+/// kernel writes is a value of the type.
 pub(crate) unsafe trait Argument {
     /// Number of the request.
     const REQUEST: libc::Ioctl;
@@ -27,11 +27,12 @@ pub(crate) const fn request(kind: u8, number: u8, size: usize) -> libc::Ioctl {
 ///
 /// # Safety
 ///
-/// Pointers in `argument` must lead to memory that the kernel may read and write as the request says.
+/// Pointers in `argument` must lead to memory that the kernel may read and write as the request
+/// says.
 pub(crate) unsafe fn call<A: Argument>(file: &File, argument: &mut A) -> io::Result<u32> {
     let argument: *mut A = argument;
-    // SAFETY: By the requirements of `Argument` the kernel stays within the structure, and by those of
-    // this function within what it points to.
+    // SAFETY: By the requirements of `Argument` the kernel stays within the structure, and by those
+    // of this function within what it points to.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), A::REQUEST, argument) };
     u32::try_from(result).map_err(|_| io::Error::last_os_error())
 }

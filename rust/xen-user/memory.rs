@@ -28,8 +28,8 @@ pub const PAGE_SIZE: usize = 4096;
 ///
 /// # Invariants
 ///
-/// - The `len` bytes from `start` are mapped for reading until this is dropped, and no one else unmaps
-///   them; for writing too if `writable`.
+/// - The `len` bytes from `start` are mapped for reading until this is dropped, and no one else
+///   unmaps them; for writing too if `writable`.
 /// - `start` is a multiple of [`PAGE_SIZE`], and so is `len`, which is not 0.
 /// - There is no reference to any of these bytes, but to atomics for the time of one access.
 pub struct Pages {
@@ -58,8 +58,8 @@ impl Pages {
         unsafe { Self::from_raw(start, len, true, None) }
     }
 
-    /// Maps a file from its start, after setting its size to that of the pages. Each process that maps
-    /// it shares them, and what is written stays in the file when a process is killed.
+    /// Maps a file from its start, after setting its size to that of the pages. Each process that
+    /// maps it shares them, and what is written stays in the file when a process is killed.
     ///
     /// If another process makes the file smaller, an access ends this one by a signal.
     pub fn of_file(file: &File, count: usize) -> io::Result<Self> {
@@ -77,8 +77,8 @@ impl Pages {
     ///
     /// # Safety
     ///
-    /// The type invariants must hold for the arguments, except that `start` may be null, which is an
-    /// error.
+    /// The type invariants must hold for the arguments, except that `start` may be null, which is
+    /// an error.
     pub(crate) unsafe fn from_raw(
         start: *mut libc::c_void,
         len: usize,
@@ -124,19 +124,20 @@ impl Pages {
         }
     }
 
-    /// Adds to a 64-bit number at a multiple of 8 bytes, in one access. Elsewhere, and beyond the end, it
-    /// has no effect.
+    /// Adds to a 64-bit number at a multiple of 8 bytes, in one access. Elsewhere, and beyond the
+    /// end, it has no effect.
     #[inline]
     pub fn add(&self, at: usize, value: u64) {
         let address = self.address(at, 8).filter(|_| self.writable && at % 8 == 0);
         if let Some(address) = address {
-            // SAFETY: The address is aligned, as `start` is, and 8 bytes from it are within the mapping,
-            // which is writable; the reference ends with the access.
+            // SAFETY: The address is aligned, as `start` is, and 8 bytes from it are within the
+            // mapping, which is writable; the reference ends with the access.
             unsafe { AtomicU64::from_ptr(address.cast()) }.fetch_add(value, Relaxed);
         }
     }
 
-    /// Copies bytes from the memory. Returns `false`, and copies nothing, if they are not all in it.
+    /// Copies bytes from the memory. Returns `false`, and copies nothing, if they are not all in
+    /// it.
     pub fn read(&self, at: usize, to: &mut [u8]) -> bool {
         let Some(mut address) = self.address(at, to.len()) else {
             return false;
@@ -157,8 +158,8 @@ impl Pages {
         true
     }
 
-    /// Copies bytes to the memory. Returns `false`, and copies nothing, if they do not all fit, or if
-    /// it is not writable.
+    /// Copies bytes to the memory. Returns `false`, and copies nothing, if they do not all fit, or
+    /// if it is not writable.
     pub fn write(&self, at: usize, from: &[u8]) -> bool {
         let Some(mut address) = self.address(at, from.len()).filter(|_| self.writable) else {
             return false;
@@ -183,8 +184,9 @@ impl Pages {
     #[inline]
     fn word(&self, word: usize) -> Option<&AtomicU32> {
         let address = self.address(word.checked_mul(4)?, 4)?;
-        // SAFETY: The address is a multiple of 4, as `start` is one of `PAGE_SIZE`, and 4 bytes from it
-        // are within the mapping, which lives as long as `self`. A read-only one is only loaded from.
+        // SAFETY: The address is a multiple of 4, as `start` is one of `PAGE_SIZE`, and 4 bytes
+        // from it are within the mapping, which lives as long as `self`. A read-only one is only
+        // loaded from.
         Some(unsafe { AtomicU32::from_ptr(address.cast()) })
     }
 
@@ -237,8 +239,8 @@ pub(crate) fn size(count: usize) -> io::Result<usize> {
 ///
 /// # Invariants
 ///
-/// Nothing accesses the memory but a [`Buffer`], which shares the ownership, so that there is none if
-/// there is one owner.
+/// Nothing accesses the memory but a [`Buffer`], which shares the ownership, so that there is none
+/// if there is one owner.
 pub struct DataPages(Pages);
 
 impl DataPages {
@@ -252,8 +254,8 @@ impl DataPages {
         false
     }
 
-    /// Returns a range of the pages for I/O. Returns `None` if it is not within them, or if there is
-    /// another owner: a buffer of an earlier call.
+    /// Returns a range of the pages for I/O. Returns `None` if it is not within them, or if there
+    /// is another owner: a buffer of an earlier call.
     pub fn lend(this: &mut Arc<Self>, at: usize, len: usize) -> Option<Buffer> {
         let pages = &Arc::get_mut(this)?.0;
         let start = NonNull::new(pages.address(at, len)?)?;
@@ -262,8 +264,8 @@ impl DataPages {
         } else {
             Access::ReadOnly
         };
-        // SAFETY: The range is in the mapping, which the new owner keeps. There was no buffer, because
-        // there was no other owner, and there is no other one before this one is dropped.
+        // SAFETY: The range is in the mapping, which the new owner keeps. There was no buffer,
+        // because there was no other owner, and there is no other one before this one is dropped.
         Some(unsafe { Buffer::from_raw_parts(start, len, access, this.clone()) })
     }
 }

@@ -36,8 +36,8 @@ impl Drop for Unmapper {
                     count: *count,
                     pad: 0,
                 };
-                // SAFETY: There are no pointers in the structure. The device refuses what it does not
-                // know.
+                // SAFETY: There are no pointers in the structure. The device refuses what it does
+                // not know.
                 let _ = unsafe { ioctl::call(device, &mut unmap) };
             }
             #[cfg(feature = "fake")]

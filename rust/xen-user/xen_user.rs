@@ -17,9 +17,10 @@
 //!
 //! # Safety
 //!
-//! All `unsafe` code is in `grant`, `unmapper`, `event` and `memory`. No argument of a safe function, and nothing
-//! that another domain does, leads to undefined behaviour: memory that is shared is never borrowed,
-//! only read and written by atomic accesses of at most 8 bytes, or by the kernel.
+//! All `unsafe` code is in `grant`, `unmapper`, `event` and `memory`. No argument of a safe
+//! function, and nothing that another domain does, leads to undefined behaviour: memory that is
+//! shared is never borrowed, only read and written by atomic accesses of at most 8 bytes, or by the
+//! kernel.
 
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]

@@ -2,8 +2,8 @@
 
 //! Xenstore: `/dev/xen/xenbus`, `xen/include/public/io/xs_wire.h`.
 //!
-//! A [`Xenstore`] is a connection of its own: watches belong to it and end with it. It is used by one
-//! thread, which polls [`Xenstore::fd`] and then takes all events:
+//! A [`Xenstore`] is a connection of its own: watches belong to it and end with it. It is used by
+//! one thread, which polls [`Xenstore::fd`] and then takes all events:
 //!
 //! ```
 //! # use xen_user::fake::Host;
@@ -154,8 +154,8 @@ impl Xenstore {
     }
 
     /// Returns the descriptor that is readable when an event has come. Events that came between a
-    /// request and its answer have been read from it already: call [`Self::next_event`] after requests,
-    /// before polling.
+    /// request and its answer have been read from it already: call [`Self::next_event`] after
+    /// requests, before polling.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
@@ -181,9 +181,9 @@ impl Xenstore {
         Ok(self.events.pop_front())
     }
 
-    /// Runs a transaction: what `body` reads does not change meanwhile, and what it writes is seen by
-    /// others at once. It is run again if others have changed what it is about. If it fails, nothing is
-    /// written.
+    /// Runs a transaction: what `body` reads does not change meanwhile, and what it writes is seen
+    /// by others at once. It is run again if others have changed what it is about. If it fails,
+    /// nothing is written.
     pub fn transaction<T>(
         &mut self,
         mut body: impl FnMut(&mut Transaction<'_>) -> io::Result<T>,

@@ -224,8 +224,8 @@ fn put_reads(session: &mut Session<'_>) {
     session.publish();
 }
 
-/// Fills the ring with writes. Their pages may be withdrawn: if the guest uses a grant reference for
-/// something else then, a write does no harm to it.
+/// Fills the ring with writes. Their pages may be withdrawn: if the guest uses a grant reference
+/// for something else then, a write does no harm to it.
 fn put_writes(session: &mut Session<'_>) {
     for index in 0..session.parts.raw_ring.slots() {
         let write = session.rw(op::WRITE, ELSEWHERE, &[session.many(index)]);

@@ -205,7 +205,8 @@ impl<'a> Session<'a> {
         self.current.should_stop() || !self.parts.session_state.backend_is(XenbusState::Connected)
     }
 
-    /// Waits for a condition. Returns `false` after the time limit, or if the connection closes first.
+    /// Waits for a condition. Returns `false` after the time limit, or if the connection closes
+    /// first.
     pub(crate) fn wait(&self, milliseconds: u32, mut condition: impl FnMut() -> bool) -> bool {
         let end = jiffies::now().wrapping_add(msecs_to_jiffies(milliseconds));
         loop {

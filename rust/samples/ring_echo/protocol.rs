@@ -15,8 +15,8 @@
 //! | 16 + 4 i | message `i`: number, reference of the page, [`Way`] |
 //! | 272 + 4 i | reply `i`: number, sum, 0 or an errno |
 //!
-//! The frontend's directory has `ring-page-order`, `ring-ref0` and on, `event-channel`, and `epoch`,
-//! which differs for each connection.
+//! The frontend's directory has `ring-page-order`, `ring-ref0` and on, `event-channel`, and
+//! `epoch`, which differs for each connection.
 
 use core::num::Wrapping;
 

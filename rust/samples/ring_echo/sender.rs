@@ -59,7 +59,8 @@ use crate::protocol::{
 
 /// Limit of messages without a reply.
 const WINDOW: usize = 8;
-/// Limit of pages that the backend still maps; then the oldest is left to the kernel's deferred list.
+/// Limit of pages that the backend still maps; then the oldest is left to the kernel's deferred
+/// list.
 const KEPT: usize = 16;
 /// Pause between two rounds in milliseconds, which leaves CPU time to the backend.
 const PAUSE_MS: u32 = 2;

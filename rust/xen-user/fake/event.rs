@@ -64,7 +64,8 @@ impl Ports {
         Ok((channel, self.last))
     }
 
-    /// Frees all channels for another process to bind. Those that have them are not notified any more.
+    /// Frees all channels for another process to bind. Those that have them are not notified any
+    /// more.
     pub(super) fn unbind(&mut self) -> io::Result<()> {
         for port in self.ports.values_mut() {
             let [_, end] = &port.ends;

@@ -98,9 +98,9 @@ impl GrantTable {
             return CopyStatus::PERMISSION_DENIED;
         };
         let (from, to) = if to_grant { (own, page) } else { (page, own) };
-        // SAFETY: By the type invariants of `Copies` our bytes are within a buffer, which is writable if
-        // it is written to; `address` has checked those of the page. They do not overlap: pages of
-        // grants are in no buffer of this mapping.
+        // SAFETY: By the type invariants of `Copies` our bytes are within a buffer, which is
+        // writable if it is written to; `address` has checked those of the page. They do not
+        // overlap: pages of grants are in no buffer of this mapping.
         unsafe { ptr::copy_nonoverlapping(from, to, len) };
         CopyStatus::OKAY
     }
@@ -193,8 +193,8 @@ fn map_range(
             at as u64,
         )
     }?;
-    // SAFETY: This was mapped just now, as `writable` says, and no one else has it. It is within the
-    // file, or becomes so with pages that replace it: the file only grows.
+    // SAFETY: This was mapped just now, as `writable` says, and no one else has it. It is within
+    // the file, or becomes so with pages that replace it: the file only grows.
     unsafe { Pages::from_raw(start, len, writable, unmapper) }
 }
 

@@ -237,8 +237,8 @@ fn absolute(path: &str) -> String {
     }
 }
 
-/// Returns the path of a changed node as a watch sees it, or `None` if it does not. The removal of a
-/// directory is seen by the watches below it.
+/// Returns the path of a changed node as a watch sees it, or `None` if it does not. The removal of
+/// a directory is seen by the watches below it.
 fn seen_as(watch: &str, changed: &str) -> Option<String> {
     let whole = absolute(watch);
     let below = |path: &str, dir: &str| {
