@@ -143,7 +143,9 @@ pub(crate) fn backend_event(
         Ok(state) => state,
         Err(UnknownState(number)) => {
             let number = number as i32;
-            ratelimited!(pr_err!("{backend}/state = \"{number}\": not a xenbus state\n"));
+            ratelimited!(pr_err!(
+                "{backend}/state = \"{number}\": not a xenbus state\n"
+            ));
             return FrontEvent::BadState;
         }
     };

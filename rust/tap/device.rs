@@ -208,7 +208,7 @@ enum Switched {
     Withdrawn,
 }
 
-/// What to do after a step.
+/// The work after a step.
 #[derive(Debug, Eq, PartialEq)]
 enum Next {
     /// Take another step.
