@@ -149,9 +149,14 @@ impl Queue {
 
     /// Unmaps persistent grants that are not in use, if a request lacks pages.
     ///
+    /// Logs that Xen allows no more mappings, even if the next attempt succeeds: other disks have
+    /// lost their persistent grants.
+    ///
     /// Returns `true` if the request may be tried again at once.
     fn reclaim_pages(&mut self, error: &DataError) -> bool {
         if error.lacks_mappings() {
+            let name = &*self.name;
+            ratelimited!(dev_warn!(self.xbdev.as_ref(), "{name}: {error}\n"));
             domain::reclaim_mappings();
         } else if self.in_flight != 0 || !error.is_shortage() {
             return false;
@@ -160,8 +165,10 @@ impl Queue {
     }
 
     /// Logs why a request waits, unless it only waits for another request of the queue.
+    ///
+    /// `reclaim_pages` has logged that Xen allows no more mappings.
     fn report_shortage(&self, error: &DataError) {
-        if self.in_flight == 0 || error.lacks_mappings() {
+        if self.in_flight == 0 && !error.lacks_mappings() {
             let name = &*self.name;
             ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
