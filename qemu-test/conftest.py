@@ -4,9 +4,10 @@
 The environment says where things are: RBLKIF_KERNELS is a list of NAME=DIRECTORY
 of prepared kernels, RBLKIF_BUILD the directory with a directory of our modules
 for each kernel release, RBLKIF_DOM0_KERNEL a kernel for dom0 where that of the
-run cannot be it, RBLKIF_LOGS where logs go if not to test-logs there, RBLKIF_TIERS
-the tiers of the matrix that are run, see harness/matrix.py, RBLKIF_NAME a part of the
-names of the scenarios that are run, all if it is empty.
+run cannot be it, RBLKIF_MODPROBE_D a directory in place of packaging/modprobe.d,
+RBLKIF_LOGS where logs go if not to test-logs there, RBLKIF_TIERS the tiers of the
+matrix that are run, see harness/matrix.py, RBLKIF_NAME a part of the names of the
+scenarios that are run, all if it is empty.
 """
 
 import os
@@ -161,6 +162,12 @@ def build(kernel: Kernel) -> Path:
 def test_modules(build: Path) -> Path:
     """Returns the same directory, for a scenario that loads modules of rust/samples."""
     return build
+
+
+@pytest.fixture
+def modprobe_d() -> Path:
+    """Returns the directory with our files for modprobe."""
+    return Path(os.environ.get("RBLKIF_MODPROBE_D", features.TREE / "packaging/modprobe.d"))
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ from harness.mutation import Mutation
 
 SPACE = TREE / "build" / "mutations"
 COPY = SPACE / "tree"
-SOURCES = ("Kbuild", "rust")
-"""What modules are built from."""
+SOURCES = ("Kbuild", "rust", "packaging/modprobe.d")
+"""What modules are built from, and what decides which module is loaded."""
 COMMENTARY = re.compile(r"Omitting|Differing items|Use -v|Full diff")
 """Lines of pytest about a failure that do not describe it."""
 CHAINED = re.compile(r"^(?:During handling of the|The) above exception.*:$", re.MULTILINE)
@@ -45,7 +45,7 @@ class NotRun(Exception):
 
 
 def sources(root: Path) -> set[Path]:
-    """Returns the path below `root` of each file that modules are built from."""
+    """Returns the path below `root` of each file that can be changed."""
     tops = [root / name for name in SOURCES]
     files = [file for top in tops for file in (top, *top.rglob("*")) if file.is_file()]
     return {file.relative_to(root) for file in files}
@@ -108,6 +108,7 @@ def run_scenario(scenario: str, pair: str, kernel: Path) -> str:
     environment = os.environ | {
         "RBLKIF_KERNELS": f"{mutation.KERNEL}={kernel}",
         "RBLKIF_BUILD": str(SPACE),
+        "RBLKIF_MODPROBE_D": str(COPY / "packaging/modprobe.d"),
         "RBLKIF_TIERS": "daily full",
     }
     with (SPACE / "scenario.log").open("w") as log:
@@ -189,7 +190,8 @@ def main() -> int:
         seconds = round(time.monotonic() - start)
         store(mutant, outcome, failure, seconds)
         counts[outcome] += 1
-        print(f"{outcome:8} {mutant.name} ({', '.join(mutant.features)}), {seconds} s")
+        rows = ", ".join(mutant.features) or "no row"
+        print(f"{outcome:8} {mutant.name} ({rows}), {seconds} s")
         print(f"         {failure}", flush=True)
     print("mutations:", ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return int(counts["detected"] != sum(counts.values()))

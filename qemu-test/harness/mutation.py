@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Mutations of the drivers: patch files in qemu-test/mutations, and the results of their last runs.
 
-A mutation removes what some features of Documentation/feature-rows.txt describe, and names the
-scenario that has to detect it. Its file, NAME.patch, is a patch for `git apply` under these lines:
+A mutation removes what some features of Documentation/feature-rows.txt describe, or what a file of
+packaging/modprobe.d does, and names the scenario that has to detect it. Its file, NAME.patch, is a patch for `git apply` under these lines:
 
     # SPDX-License-Identifier: GPL-2.0-only
     Driver: rblkfront
@@ -10,7 +10,8 @@ scenario that has to detect it. Its file, NAME.patch, is a patch for `git apply`
     Scenario: disk_facts
     Pair: C/R
 
-`Pair` is for a feature that our pair does not use; R/R is the default.
+`Pair` is for a feature that our pair does not use; R/R is the default. `Features` is left out where no
+row describes what is removed.
 """
 
 import json
@@ -85,13 +86,13 @@ def _parse(path: Path) -> Mutation:
     text = path.read_text()
     head = text.partition("\n--- ")[0]
     fields = dict(re.findall(r"^([A-Z]\w+): (.*)$", head, re.MULTILINE))
-    missing = {"Driver", "Features", "Scenario"} - set(fields)
+    missing = {"Driver", "Scenario"} - set(fields)
     if missing or set(fields) - set(FIELDS):
         raise ValueError(f"{path}: the lines of its head must be {', '.join(FIELDS)}")
     return Mutation(
         name=path.stem,
         driver=fields["Driver"],
-        features=tuple(fields["Features"].replace(",", " ").split()),
+        features=tuple(fields.get("Features", "").replace(",", " ").split()),
         scenario=fields["Scenario"],
         pair=fields.get("Pair", PAIR),
         text=text,

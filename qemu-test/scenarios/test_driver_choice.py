@@ -24,14 +24,13 @@ from harness.pairs import Pair
 from harness.shell import Target
 from harness.xenhost import XenHost
 
-MODPROBE_D = Path(__file__).parents[2] / "packaging/modprobe.d"
 SYSTEM = "/payload/system"
 UDEVD = "/usr/lib/systemd/systemd-udevd"
 LIBKMOD = "/usr/lib/x86_64-linux-gnu/libkmod.so.2"
 """Opened by udevd by its name."""
 
 
-def system(kernel: Kernel, build: Path) -> bytes:
+def system(kernel: Kernel, build: Path, modprobe_d: Path) -> bytes:
     """An archive with kmod, udevd, and both pairs below /lib/modules, as bytes; our files are in
     /packaging.
     """
@@ -53,7 +52,7 @@ def system(kernel: Kernel, build: Path) -> bytes:
         archive.data(f"{directory}/{place}", kernel.module(name))
     for name in NAMES["R"]:
         add_built_module(archive, f"/packaging/{name}.ko", build / f"{name}.ko")
-        archive.file(f"/packaging/{name}.conf", MODPROBE_D / f"{name}.conf")
+        archive.file(f"/packaging/{name}.conf", modprobe_d / f"{name}.conf")
     return archive.to_bytes()
 
 
@@ -106,9 +105,9 @@ Machines = tuple[XenHost, Guest, list[Machine]]
 
 
 @pytest.fixture
-def machines(xen: StartHost, kernel: Kernel, build: Path) -> Machines:
+def machines(xen: StartHost, kernel: Kernel, build: Path, modprobe_d: Path) -> Machines:
     """The host, its guest, and both as `Machine`."""
-    host = xen(waiting=None, files={"system": system(kernel, build)})
+    host = xen(waiting=None, files={"system": system(kernel, build, modprobe_d)})
     host.sh(f"cd / && cpio -id < {SYSTEM} 2> /dev/null")
     host.ram_disks()
     guest = host.start_guest(disks=[], initramfs=f"/guest/initrd {SYSTEM}")
