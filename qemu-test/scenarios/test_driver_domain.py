@@ -110,8 +110,9 @@ def attach_from_new_domain(host: XenHost, guest: Guest) -> Storage:
 def test_driver_domain_replaced(xen: StartHost) -> None:
     """The driver domain is destroyed under I/O, and another one takes its place.
 
-    The guest's other disk continues. When the toolstack detaches the disk whose backend is gone,
-    requests in flight fail; then the disk is attached again. With xen-blkfront the disk stays.
+    The guest's other disk continues. xl does not give the disk whose backend is gone to another
+    domain. When it detaches that disk, requests in flight fail; then the disk is attached again.
+    With xen-blkfront the disk stays.
     """
     write = "dd if=/dev/zero of=/dev/{} bs=64k count=64 oflag=direct conv=notrunc,fsync"
     host = xen()
@@ -126,6 +127,8 @@ def test_driver_domain_replaced(xen: StartHost) -> None:
     storage.destroy()
     other.wait_for_pass(2)
     assert guest.run(f"[ -e {lost.files}.ended ]")[0] != 0
+    status, said = host.run(f"xl block-attach {guest.name} '{Disk('xvdb').specification(host)}'")
+    assert status != 0 and "already exists" in said
     for text in ("error, dev xvdb", "I/O error"):
         guest.allow(text)
     host.sh(f"xl block-detach {guest.name} xvdb")
