@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Mutations of the drivers: patch files in qemu-test/mutations, and the results of their last runs.
 
-A mutation removes what some features of Documentation/feature-rows.txt describe, or what a file of
-packaging/modprobe.d does, and names the scenario that has to detect it. Its file, NAME.patch, is a patch for `git apply` under these lines:
+A mutation removes what some features of Documentation/feature-rows.txt describe, or what a file
+of packaging/modprobe.d does, and names the scenario that has to detect it. Its file, NAME.patch,
+is a patch for `git apply` under these lines:
 
     # SPDX-License-Identifier: GPL-2.0-only
     Driver: rblkfront
@@ -10,8 +11,8 @@ packaging/modprobe.d does, and names the scenario that has to detect it. Its fil
     Scenario: disk_facts
     Pair: C/R
 
-`Pair` is for a feature that our pair does not use; R/R is the default. `Features` is left out where no
-row describes what is removed.
+`Pair` is for a feature that our pair does not use; R/R is the default. `Features` is left out
+where no row describes what is removed.
 """
 
 import json
