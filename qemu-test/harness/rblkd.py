@@ -10,10 +10,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from typing import Any
 
 from . import rblktap
 from .rblktap import PLACE
 from .rblktap import TapDisk
+from .toolstack import CODES
 
 if TYPE_CHECKING:
     from .guest import Guest
@@ -30,7 +32,7 @@ NAMES = (
 LOG = "/tmp/rblkd.log"
 
 _INSTALL = f"""
-mkdir -p {PLACE} /dev/shm && mount -t ext4 /dev/vdb {PLACE}
+mkdir -p /dev/shm && chmod 755 {rblktap.PROGRAM}
 cd /payload/dom0 && find * -type f | while read -r file; do
 	[ -e /$file ] || {{ mkdir -p /${{file%/*}} && cp $file /$file && chmod 755 /$file; }}
 done
@@ -40,7 +42,7 @@ done
 for library in $(cd /payload && find lib* usr/lib* -type f 2>/dev/null); do
 	[ -e /$library ] || {{ mkdir -p /${{library%/*}} && cp /payload/$library /$library; }}
 done
-chmod 755 {rblktap.PROGRAM} && ln -s /usr/bin/rblk /usr/sbin/tap-ctl
+ln -s /usr/bin/rblk /usr/sbin/tap-ctl
 ln -s /usr/bin/rblk /etc/xen/scripts/block-rblk
 busybox --install -s
 ln -s /proc/self/fd /dev/fd; ln -s fd/0 /dev/stdin
@@ -62,7 +64,10 @@ def files() -> dict[str, str | bytes]:
 
 @dataclass
 class RblkDisk(TapDisk):
-    """A disk that rblkd serves; `target` is an image of `rblktap.disk`, or an absolute path."""
+    """A disk that rblkd serves.
+
+    `target` is the name of an image of `rblktap.disk`, the path of a device, or a URI.
+    """
 
     script: str | None = "block-rblk"
     """None for Xen's own script."""
@@ -70,15 +75,27 @@ class RblkDisk(TapDisk):
     def specification(self, _server: Server) -> str:
         """Returns the disk in xl's syntax."""
         script = f"script={self.script}," if self.script else ""
-        uri = "raw:" if self.script else ""
         return (
             f"format=raw,vdev={self.vdev},access={self.mode},backendtype=tap,"
-            f"{script}target={uri}{PLACE}/{self.target}"
+            f"{script}target={self.uri() if self.script else self.path()}"
         )
 
+    def path(self) -> str:
+        """Returns the path of the image."""
+        return self.target if self.target.startswith("/") else f"{PLACE}/{self.target}"
 
-def install(host: XenHost) -> None:
-    """Installs the programs and mounts the images."""
+    def uri(self) -> str:
+        """Returns the URI of the image, whose format is the suffix of its name."""
+        if ":" in self.target:
+            return self.target
+        suffix = self.target.split(".")[-1]
+        return f"{'raw' if '/' in suffix else suffix}:{self.path()}"
+
+
+def install(host: XenHost, mount: bool = True) -> None:
+    """Installs the programs, and mounts the images."""
+    if mount:
+        rblktap.mount(host)
     host.sh(_INSTALL)
 
 
@@ -101,6 +118,39 @@ def rblk(host: XenHost, command: str) -> object:
     return json.loads(host.sh(f"rblk --json {command}"))
 
 
+def options() -> dict[str, Any]:
+    """Returns the options of a host with these programs."""
+    return {"tools": TOOLS, "files": files()}
+
+
 def attach(host: XenHost, guest: Guest, disk: RblkDisk) -> tuple[int, str]:
     """Runs xl block-attach; returns status and output."""
     return host.run(f"xl block-attach {guest.name} '{disk.specification(host)}'")
+
+
+def refused(host: XenHost, guest: Guest, disk: RblkDisk) -> str:
+    """Attaches a disk, which must fail, and removes what libxl leaves of it.
+
+    Returns what xl prints.
+    """
+    status, output = attach(host, guest, disk)
+    assert status != 0
+    host.run(f"xl block-detach {guest.name} {disk.vdev}")
+    host.wait_for(f'[ -z "$(ls /run/rblk | grep {CODES[disk.vdev]})" ]')
+    return output
+
+
+def replaced(host: XenHost, guest: Guest, device: int, process: int) -> str:
+    """Returns a shell condition: another process than `process` serves a disk."""
+    directory = f"backend/vbd3/{guest.domid}/{device}"
+    return (
+        f'[ "$(xenstore-read {directory}/kthread-pid)" != {process} ] && '
+        f"[ -S /run/rblk/{guest.domid}-{device}.sock ]"
+    )
+
+
+def kill_rblktap(host: XenHost, guest: Guest, device: int) -> None:
+    """Kills the process of a disk, and waits for its successor."""
+    process = rblktap.pid(host, guest, device)
+    host.sh(f"kill -9 {process}")
+    host.wait_for(replaced(host, guest, device, process))

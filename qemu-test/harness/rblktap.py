@@ -2,14 +2,16 @@
 """rblktap in dom0 as the backend of a guest's disks: xl's backend type tap.
 
 The program is linked statically and comes with the payload. The disk images are in a file
-system on dom0's /dev/vdb, mounted at /tap. A shell loop in dom0 stands in for the agent: it starts
-a process for each directory below backend/vbd3.
+system on dom0's /dev/vdb, mounted at /tap, with the programs that some kinds of images need. A
+shell loop in dom0 stands in for the agent: it starts a process for each directory below
+backend/vbd3.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +21,10 @@ from typing import TYPE_CHECKING
 from .cache import CACHE
 from .cache import key_of
 from .cache import made_once
+from .image import libraries_of
 from .xenhost import Disk
 from .xenimage import ext4_image
+from .xenimage import file_in_image
 
 if TYPE_CHECKING:
     from .guest import Guest
@@ -35,6 +39,8 @@ PLACE = "/tap"
 """Mount point in dom0."""
 SIZE = "256M"
 """Size of the file system."""
+QEMU_TOOLS = ("/usr/bin/qemu-storage-daemon", "/usr/bin/qemu-img")
+"""Serve and check images with a format."""
 SERVED = "requests adopted"
 """Printed when a frontend is connected, behind the number of requests of a predecessor."""
 AGENT = f"""
@@ -52,7 +58,9 @@ done
 def program(name: str = "rblktap") -> bytes:
     """Builds the programs of user space, all in one go, and returns one of them."""
     packages = [f"--package={package}" for package in PACKAGES]
-    command = ["cargo", "build", "--locked", "--release", f"--target={TARGET}", *packages]
+    command = [
+        "cargo", "build", "--quiet", "--locked", "--release", f"--target={TARGET}", *packages,
+    ]  # fmt: skip
     subprocess.run(
         command,
         cwd=TREE,
@@ -62,16 +70,74 @@ def program(name: str = "rblktap") -> bytes:
     return (TREE / "target" / TARGET / "release" / name).read_bytes()
 
 
-def disk(images: Sequence[tuple[str, int]]) -> Path:
-    """Returns an ext4 image for dom0's /dev/vdb with raw `images`: names, and sizes in MiB."""
+@dataclass(frozen=True)
+class Image:
+    """An image in dom0; the suffix of its name (raw, qcow2) is the format."""
+
+    name: str
+    mib: int = 0
+    source: Path | None = None
+    """The raw image that it is copied from; an image without one is empty."""
+
+    @property
+    def format(self) -> str:
+        """Returns QEMU's name of the format."""
+        return self.name.split(".")[-1]
+
+    def make(self, directory: Path) -> None:
+        """Creates the file in a directory."""
+        path = directory / self.name
+        if self.source:
+            qemu_img("convert", "-O", self.format, self.source, path)
+        else:
+            qemu_img("create", "-q", "-f", self.format, path, f"{self.mib}M")
+
+
+def qemu_img(*arguments: str | Path) -> str:
+    """Runs qemu-img in the build root; returns its output."""
+    result = subprocess.run(
+        ["qemu-img", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if result.returncode != 0:
+        raise RuntimeError(f"qemu-img {' '.join(map(str, arguments))} failed:\n{result.stdout}")
+    return result.stdout
+
+
+def disk(images: Sequence[Image], tools: Sequence[str] = (), size: str = SIZE) -> Path:
+    """Returns an ext4 image for dom0's /dev/vdb with `images` and the programs `tools`."""
 
     def fill(directory: Path) -> None:
-        for name, mib in images:
-            with open(directory / name, "wb") as file:
-                file.truncate(mib << 20)
+        for name in ("bin", "lib"):
+            (directory / name).mkdir()
+        for tool in tools:
+            shutil.copy(tool, directory / "bin")
+            for library in libraries_of(tool):
+                shutil.copy(library, directory / "lib")
+        for image in images:
+            image.make(directory)
 
-    key = key_of(*(f"{name} {mib}" for name, mib in images), SIZE)
-    return made_once(CACHE / "images" / f"tap-{key}.img", lambda path: ext4_image(path, SIZE, fill))
+    key = key_of(*map(repr, images), *tools, size)
+    return made_once(CACHE / "images" / f"tap-{key}.img", lambda path: ext4_image(path, size, fill))
+
+
+def mount(host: XenHost) -> None:
+    """Mounts the images, and installs the programs beside them."""
+    host.sh(
+        f"mkdir -p {PLACE} /dev/shm && mount -t ext4 /dev/vdb {PLACE} && chmod 755 {PROGRAM} && "
+        f"for tool in {PLACE}/bin/*; do [ ! -e $tool ] || ln -s $tool /usr/bin/; done && "
+        f"for library in {PLACE}/lib/*; do name=/lib/x86_64-linux-gnu/${{library##*/}}; "
+        "[ ! -e $library ] || [ -e $name ] || ln -s $library $name; done"
+    )
+
+
+def take_out(host: XenHost, name: str, directory: Path) -> Path:
+    """Unmounts the images, which no process uses, and copies one of them into `directory`."""
+    host.wait_for(f"! grep -q ' {PLACE} ' /proc/mounts || umount {PLACE}")
+    host.sh("blockdev --flushbufs /dev/vdb")
+    path = directory / name
+    path.write_bytes(file_in_image(host.disk, f"/{name}"))
+    return path
 
 
 @dataclass
@@ -93,10 +159,8 @@ def files() -> dict[str, str | bytes]:
 
 def start_agent(host: XenHost) -> None:
     """Mounts the images, and starts processes for disks from now on."""
-    host.sh(
-        f"mkdir -p {PLACE} /dev/shm && mount -t ext4 /dev/vdb {PLACE} && chmod 755 {PROGRAM} && "
-        "setsid sh /payload/tap-agent > /tmp/tap-agent.log 2>&1 < /dev/null &"
-    )
+    mount(host)
+    host.sh("setsid sh /payload/tap-agent > /tmp/tap-agent.log 2>&1 < /dev/null &")
 
 
 def pid(host: XenHost, guest: Guest, device: int) -> int:

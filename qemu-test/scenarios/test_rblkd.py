@@ -6,30 +6,18 @@ from harness import rblktap
 from harness.driver_check import assert_served_by_pair
 from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
-from harness.guest import Guest
 from harness.rblkd import RblkDisk
+from harness.rblktap import Image
 from harness.verify import start_jobs
-from harness.xenhost import XenHost
 
 XVDA = 51712
 CYCLES = 3
 
 
-def refused(host: XenHost, guest: Guest, disk: RblkDisk) -> str:
-    """Attaches a disk, which must fail, and removes what libxl leaves of it. Returns what xl
-    prints.
-    """
-    status, output = rblkd.attach(host, guest, disk)
-    assert status != 0
-    host.run(f"xl block-detach {guest.name} {disk.vdev}")
-    host.wait_for('[ -z "$(ls /run/rblk | grep 51728)" ]')
-    return output
-
-
 def test_rblkd(xen: StartHost) -> None:
     """Kill rblkd and rblktap under verified I/O; attach by both scripts; errors; rblk."""
-    images = rblktap.disk([("a.raw", 64), ("b.raw", 32), ("c.raw", 64)])
-    host = xen(waiting=TWO_VCPUS, image=images, tools=rblkd.TOOLS, files=rblkd.files())
+    images = rblktap.disk([Image("a.raw", 64), Image("b.raw", 32), Image("c.raw", 64)])
+    host = xen(waiting=TWO_VCPUS, image=images, **rblkd.options())
     rblkd.install(host)
     rblkd.start(host)
     guest = host.start_guest(disks=[RblkDisk("xvda", "a.raw")])
@@ -54,9 +42,9 @@ def test_rblkd(xen: StartHost) -> None:
         job.stop()
     assert "I/O error" not in guest.sh("dmesg")
 
-    output = refused(host, guest, RblkDisk("xvdb", "missing.raw"))
+    output = rblkd.refused(host, guest, RblkDisk("xvdb", "missing.raw"))
     assert "script: " in output and "/tap/missing.raw" in output, output
-    output = refused(host, guest, RblkDisk("xvdb", "a.raw"))
+    output = rblkd.refused(host, guest, RblkDisk("xvdb", "a.raw"))
     assert "script: " in output and "/tap/a.raw" in output, output
 
     assert rblkd.attach(host, guest, RblkDisk("xvdb", "b.raw", script=None)) == (0, "")
@@ -66,7 +54,7 @@ def test_rblkd(xen: StartHost) -> None:
     assert host.sh("head -n 1 /tap/b.raw").strip() == "data"
     host.detach(guest, "xvdb")
     host.wait_for('[ -z "$(ls /run/rblk | grep 51728)" ]')
-    output = refused(host, guest, RblkDisk("xvdb", "missing.raw", script=None))
+    output = rblkd.refused(host, guest, RblkDisk("xvdb", "missing.raw", script=None))
     assert "Could not open" in output, output
 
     host.sh(f"rblk disk pause {guest.name}/xvda && cp /tap/a.raw /tap/c.raw")

@@ -9,6 +9,7 @@ from harness.fixtures import StartHost
 from harness.guest import TWO_VCPUS
 from harness.guest import Guest
 from harness.job import wait_for_passes
+from harness.rblktap import Image
 from harness.rblktap import TapDisk
 from harness.verify import start_jobs
 from harness.xenhost import Disk
@@ -29,7 +30,7 @@ KILLS = 3
 
 def start(xen: StartHost, disks: Sequence[Disk]) -> tuple[XenHost, Guest]:
     """Starts a host whose dom0 serves `disks` with rblktap, and a guest with them."""
-    images = rblktap.disk([("a.raw", 64), ("b.raw", 32)])
+    images = rblktap.disk([Image("a.raw", 64), Image("b.raw", 32)])
     host = xen(waiting=TWO_VCPUS, image=images, files=rblktap.files())
     rblktap.start_agent(host)
     guest = host.start_guest(disks=disks)
