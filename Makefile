@@ -5,12 +5,15 @@
 KREL ?= 7.3
 export KDIR
 
-.PHONY: all demo test test-all test-debug mutation-test bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install install-tap clean distclean help
+.PHONY: all demo demo-tap test test-all test-debug mutation-test bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install install-tap clean distclean help
 all: ## builds the modules, for KREL= (a series or release, 7.3) or KDIR= (a build directory)
 	@built=$$(scripts/build-modules $(KREL)) && ls -1 "$${built#$(CURDIR)/}"/rblk*.ko
 
 demo: ## runs a guest whose root disk our pair serves, and checks the disk from outside
 	@scripts/demo
+
+demo-tap: ## runs a guest whose root disk is a qcow2 image served by rblktap, which is killed meanwhile
+	@scripts/demo tap
 
 test: ## runs what a change must pass: lint, tests on the host, daily scenarios; T=<name> for all scenarios with that name
 	@scripts/run-tests $(T)

@@ -12,6 +12,7 @@ import hashlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,6 +54,12 @@ class Progress:
     def total(self) -> float:
         """Returns the seconds since the beginning."""
         return time.monotonic() - self.start
+
+
+Summary = list[tuple[str, str]]
+"""What a demonstration has done: titles and texts."""
+Start = Callable[[argparse.Namespace, Kernel, Progress], tuple[XenHost, Guest]]
+Work = Callable[[XenHost, Guest, Progress], Summary]
 
 
 def unpack_packages(guest: Guest, progress: Progress) -> str:
@@ -150,7 +157,7 @@ def start(options: argparse.Namespace, kernel: Kernel, progress: Progress) -> tu
     return host, guest
 
 
-def work(host: XenHost, guest: Guest, progress: Progress) -> list[tuple[str, str]]:
+def work(host: XenHost, guest: Guest, progress: Progress) -> Summary:
     """Runs the demonstration."""
     mount = guest.sh("grep ' / ' /proc/mounts | tail -n 1")
     front = loaded_build_id(guest, host.pair.front.name)
@@ -174,15 +181,42 @@ def work(host: XenHost, guest: Guest, progress: Progress) -> list[tuple[str, str
     ]
 
 
-def play(host: XenHost) -> None:
+def play(host: XenHost, _guest: Guest, _progress: Progress) -> Summary:
     """Gives the terminal to dom0's shell until the person leaves it."""
     print("\n  This is dom0. Try: xl list; xenstore-ls; xl console guest (leave with Ctrl-]).")
     print("  `exit` ends it all.\n", flush=True)
     host.machine.interact("PS1='dom0# ' HOME=/root sh -i")
+    return []
+
+
+def run(options: argparse.Namespace, start: Start, work: Work) -> int:
+    """Runs a demonstration and says how it went. Returns the exit status."""
+    kernel, progress = Kernel(options.kernel), Progress()
+    try:
+        host, guest = start(options, kernel, progress)
+        try:
+            summary = work(host, guest, progress)
+        except BaseException:
+            host.collect()
+            raise
+        finally:
+            host.close()
+    except (AssertionError, OSError, RuntimeError, subprocess.CalledProcessError) as problem:
+        print(f"\nThe demonstration failed: {problem}\n\nLogs: {options.logs}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if not summary:
+        return 0
+    print(f"\n  {'kernel':10} {kernel.release}{', stock Debian' * kernel.is_stock}")
+    for name, text in summary:
+        print(f"  {name:10} {text}")
+    print(f"  {'time':10} {progress.total():.0f} s\n")
+    return 0
 
 
 def main() -> int:
-    """Runs the demonstration and says how it went."""
+    """Runs the demonstration, or gives a shell."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -195,29 +229,7 @@ def main() -> int:
     if options.shell and not sys.stdin.isatty():
         parser.error("a shell needs a terminal")
     options.logs = Path(options.logs)
-    kernel, progress = Kernel(options.kernel), Progress()
-    try:
-        host, guest = start(options, kernel, progress)
-        try:
-            if options.shell:
-                play(host)
-                return 0
-            summary = work(host, guest, progress)
-        except BaseException:
-            host.collect()
-            raise
-        finally:
-            host.close()
-    except (AssertionError, OSError, RuntimeError, subprocess.CalledProcessError) as problem:
-        print(f"\nThe demonstration failed: {problem}\n\nLogs: {options.logs}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    print(f"\n  {'kernel':10} {kernel.release}{', stock Debian' * kernel.is_stock}")
-    for name, text in summary:
-        print(f"  {name:10} {text}")
-    print(f"  {'time':10} {progress.total():.0f} s\n")
-    return 0
+    return run(options, start, play if options.shell else work)
 
 
 if __name__ == "__main__":

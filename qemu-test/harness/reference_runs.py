@@ -32,6 +32,7 @@ PLACES = (
 HARNESS = PIECES.parent
 BOOKKEEPING = (
     "demo.py",
+    "demo_tap.py",
     "features.py",
     "matrix.py",
     "mutation.py",
