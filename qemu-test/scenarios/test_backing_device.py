@@ -297,7 +297,7 @@ def test_detach_slow_disk(ramdisk_host: StartHost) -> None:
 
     disk = detach_dirty(host, guest, timeout=1)
     disk.wait_for(front=6)
-    assert "the backend does not answer while the disk is written back" in guest.sh("dmesg")
+    assert "the backend does not respond while the disk is written back" in guest.sh("dmesg")
     set_parameter(host, mode=0)
     disk.forget()
     guest.sh("umount /disk")

@@ -62,7 +62,7 @@ OKAY = {
 CLOSED = {"req-prod-ahead", "req-prod-far", "req-prod-back", "born-broken"}
 """What makes a backend close the disk."""
 
-MOST_LINES = 200
+MAX_LINES = 200
 """Lines that may be printed for a list, with some 700 wrong requests and 40 connections in it."""
 
 TIMEOUT_MS = 2000
@@ -127,7 +127,7 @@ def playing(
     yield {case: (outcome, after) for case, outcome, after in map(str.split, report.splitlines())}
     remove(host, server, guest, "xvdb", CODE)
     printed = int(server.sh("dmesg | wc -l")) - lines
-    assert printed <= MOST_LINES, server.sh("dmesg | tail -n 60")
+    assert printed <= MAX_LINES, server.sh("dmesg | tail -n 60")
 
 
 def play(host: XenHost, server: Server, guest: Guest, number: int, mode: str = "rw") -> Report:

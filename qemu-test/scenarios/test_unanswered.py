@@ -89,9 +89,9 @@ def test_no_answer(xen: StartHost, test_modules: Path) -> None:
     """
     _host, server, guest = hostile_disk(xen, test_modules)
     guest.allow("error, dev xvdb")
-    guest.allow("the backend does not answer")
+    guest.allow("the backend does not respond")
     guest.sh(SHORT_TIMEOUT)
-    said = "xvdb.*does not answer|vbd-51728: .*the backend does not answer"
+    said = "xvdb.*does not respond|vbd-51728: .*the backend does not respond"
     play(server, SILENCE)
     guest.sh(WRITER)
     guest.wait_for(f"dmesg | grep -Eq '{said}'")
@@ -117,7 +117,7 @@ def test_no_answer_and_no_end(xen: StartHost) -> None:
     assert_front_of_pair(host, guest)
     guest.allow("I/O error, dev xvdb")
     guest.allow("rror on dev xvdb")
-    guest.allow("the backend does not answer")
+    guest.allow("the backend does not respond")
     guest.allow("the backend is away for too long")
     guest.sh(f"echo 2 > {FRONT_PARAMETERS}/reconnect_timeout")
     front, back = directories(guest.domid, XVDB)
@@ -132,7 +132,7 @@ def test_no_answer_and_no_end(xen: StartHost) -> None:
     assert host.xenstore_read(f"{front}/state") == "4"
     guest.sh(f"echo 30 > {FRONT_PARAMETERS}/io_timeout")
     guest.wait_for('[ "$(cat /tmp/end)" = failed ]')
-    assert "does not answer" in (
+    assert "does not respond" in (
         host.xenstore_read(front.replace("/device/", "/error/device/") + "/error") or ""
     )
     assert host.xenstore_read(f"{front}/state") == "6"

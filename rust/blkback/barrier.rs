@@ -2,10 +2,10 @@
 
 //! Barriers, which order the requests of all rings of a disk.
 //!
-//! All requests that were taken from any ring before a barrier complete before it, and none is taken
-//! from any ring until the barrier has completed. Requests in different rings have no order before the
-//! backend takes them, so the order in which they are taken counts. `xen-blkback` drains one ring only
-//! (`xen_blk_drain_io()`).
+//! All requests that were taken from any ring before a barrier complete before it, and none is
+//! taken from any ring until the barrier has completed. Requests in different rings have no order
+//! before the backend takes them, so the order in which they are taken counts. `xen-blkback` drains
+//! one ring only (`xen_blk_drain_io()`).
 //!
 //! A [`BarrierGate`] does this. The queue that has taken a barrier *closes* the gate. The other
 //! queues see that, take no more requests, and are *quiesced* once they have none in flight. Then

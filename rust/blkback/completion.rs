@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Completion: from completed I/O to responses in the ring (`end_block_io_op()`, `make_response()`).
+//! Completion: from completed I/O to responses in the ring (`end_block_io_op()`,
+//! `make_response()`).
 //!
-//! [`Queue::complete_all`] runs in the queue thread. Most requests get their response before that, where
-//! their I/O completes, see [`handoff`](crate::handoff).
+//! [`Queue::complete_all`] runs in the queue thread. Most requests get their response before that,
+//! where their I/O completes, see [`handoff`](crate::handoff).
 
 use kernel::prelude::*;
 
@@ -94,8 +95,8 @@ impl Queue {
         let _ = self.ring.as_mut().map(|ring| ring.put(&response));
     }
 
-    /// Unmaps the pages of completed requests, publishes the responses, and notifies the frontend if it
-    /// waits for them.
+    /// Unmaps the pages of completed requests, publishes the responses, and notifies the frontend
+    /// if it waits for them.
     pub(crate) fn push_responses(&mut self) {
         self.data_path.unmap_released();
         if self.ring.as_mut().is_some_and(|ring| ring.publish()) {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Devices: the state machine of a virtual block device, from probe to removal (`struct backend_info`,
-//! `frontend_changed()`).
+//! Devices: the state machine of a virtual block device, from probe to removal
+//! (`struct backend_info`, `frontend_changed()`).
 //!
-//! [`blkif::state`] decides what to do in which state; a [`Device`] does it. It learns of two things in
-//! the `xenwatch` thread: the frontend's state has changed, or the hotplug script has written
-//! `physical-device`. Either may come first.
+//! [`blkif::state`] decides what to do in which state; a [`Device`] does it. Two kinds of events
+//! arrive in the `xenwatch` thread: the frontend's state has changed, or the hotplug script has
+//! written `physical-device`. Either may come first.
 //!
 //! # The work item
 //!
@@ -15,8 +15,8 @@
 //! for its I/O take as long as the disk takes, possibly forever. None of that is done with
 //! [`Device::inner`] locked, so an unbind and the files in sysfs do not wait for it.
 //!
-//! - [`Device::next_step`] decides under the lock. It carries out quick operations itself, and
-//!   returns a [`Step`] for those that may sleep for long.
+//! - [`Device::next_step`] decides under the lock. It executes quick actions, and returns a
+//!   [`Step`] for those that may sleep for long.
 //! - An event that comes meanwhile makes the work item run again.
 //! - An operation that failed for a reason that may go away is retried by a timer and at each
 //!   event.
@@ -27,22 +27,22 @@
 //!
 //! Each resource has one owner and is released with it, whenever the device goes away:
 //!
-//! - A queue thread owns its ring, its event channel, the pages that it has mapped and the requests that
-//!   it has taken. It returns when none is in flight, and then drops them in the order of the fields of
-//!   [`Queue`].
+//! - A queue thread owns its ring, its event channel, the pages that it has mapped and the requests
+//!   that it has taken. It returns when none is in flight, and then drops them in the order of the
+//!   fields of [`Queue`].
 //! - A request in flight is owned by the block layer, and keeps the disk open; see
 //!   [`kernel_ext::block::bio`].
 //! - A [`DeviceHandle`] exists until its thread ends or fails to start. It holds a reference to the
 //!   [`Device`], and is counted in `live_threads`: that is 0 only when all queues are gone.
-//! - The watch, the timers and the files in sysfs are dropped when the driver is unbound. Dropping each
-//!   waits for its running callback, so none is dropped under a lock that the callback takes.
+//! - The watch, the timers and the files in sysfs are dropped when the driver is unbound. Dropping
+//!   each waits for its running callback, so none is dropped under a lock that the callback takes.
 //! - The work item holds a reference to the [`Device`] while it is scheduled or runs. Unbinding the
 //!   driver hands the disk to it and waits until it has closed the disk, up to a timeout: a disk
 //!   that hangs blocks nothing else.
 //! - A queue thread, and the work item while it runs, hold a reference to the module. So neither an
 //!   unbind nor the removal of the device's directory waits for a disk that hangs.
 //!
-//! Unbinding the driver tells the frontend nothing: the rings stay as they are, with the requests that
+//! The frontend does not notice an unbind: the rings stay as they are, with the requests that
 //! were not taken, and the next driver continues with them.
 //!
 //! # Limits on what a frontend can consume
@@ -154,12 +154,12 @@ use crate::{
 /// Longest wait of an unbind for requests in flight.
 ///
 /// After that, the device is orphaned.
-const DRAIN_MS: u32 = 30_000;
+const DRAIN_TIMEOUT_MS: u32 = 30_000;
 
 /// Longest wait of the work item, and of the `xenwatch` thread, which blocks all other devices.
 ///
 /// After that, the last queue thread that ends schedules the work item.
-const SHORT_DRAIN_MS: u32 = 500;
+const SHORT_DRAIN_TIMEOUT_MS: u32 = 500;
 
 /// Delay of the first retry after a failure.
 ///
@@ -175,7 +175,8 @@ const CONNECTIONS: u32 = 16;
 /// Time after which a frontend may make one more connection.
 const CONNECTION_MS: u32 = 500;
 
-/// The workqueue of all devices; `None` before the driver is registered and after it is unregistered.
+/// The workqueue of all devices; `None` before the driver is registered and after it is
+/// unregistered.
 static WORKQUEUE: GlobalMutex<Option<Arc<OwnedQueue>>> = GlobalMutex::new(None);
 
 /// Owner of the devices' workqueue.
@@ -195,8 +196,8 @@ impl WorkQueue {
 impl Drop for WorkQueue {
     fn drop(&mut self) {
         *WORKQUEUE.lock() = None;
-        // After this no device has a reference to the workqueue, so none of its work items drops the
-        // last one.
+        // After this no device has a reference to the workqueue, so none of its work items drops
+        // the last one.
         self.0.flush();
     }
 }
@@ -259,15 +260,16 @@ struct Inner {
     failures: u32,
     /// The last of these failures that was reported.
     reported: Option<Error>,
-    /// Number of connections, so that a thread of an earlier connection does not affect a later one.
+    /// Number of connections, so that a thread of an earlier connection does not affect a later
+    /// one.
     connection: u64,
 }
 
 /// An operation that is done without the lock.
 enum Step {
-    /// Nothing, until something happens.
+    /// Wait for an event.
     None,
-    /// Decide again.
+    /// Take another step.
     Again,
     /// Wait for the queue threads.
     Drain,
@@ -393,7 +395,7 @@ impl Device {
         let _ = self.workqueue.enqueue(self.clone());
     }
 
-    /// Notes that the hotplug script has written `physical-device`.
+    /// Records that the hotplug script has written `physical-device`.
     pub(crate) fn disk_named(self: &Arc<Self>) {
         self.disk_named.store(true, Relaxed);
         self.schedule_work();
@@ -411,7 +413,7 @@ impl Device {
         }
     }
 
-    /// Does all that can be done now.
+    /// Does all pending work.
     ///
     /// Returns `true` if the device is closed and has to be unregistered.
     ///
@@ -422,7 +424,7 @@ impl Device {
             step = match step {
                 Step::None => return false,
                 Step::Again => self.next_step(),
-                Step::Drain if self.drain(SHORT_DRAIN_MS) => Step::Again,
+                Step::Drain if self.drain(SHORT_DRAIN_TIMEOUT_MS) => Step::Again,
                 // The last queue thread schedules the work item.
                 Step::Drain => Step::None,
                 Step::Open => self.open_disk(),
@@ -442,7 +444,7 @@ impl Device {
 
     /// Decides what has to be done.
     ///
-    /// Carries out what is quick, and returns what may sleep for long.
+    /// Executes quick actions, and returns those that may sleep for long.
     fn next_step(self: &Arc<Self>) -> Step {
         let mut inner = self.inner.lock();
         if let Some(disk) = inner.to_close.take() {
@@ -613,7 +615,7 @@ impl Device {
         }
     }
 
-    /// Writes what a frontend may choose from.
+    /// Writes the limits within which a frontend chooses.
     fn write_features(&self, inner: &mut Inner) -> Result {
         inner.limits = params::limits();
         xenstore::write_features(self.xbdev.nodename(), &inner.limits)
@@ -687,15 +689,15 @@ impl Device {
         } else {
             // Threads that were started have taken no request. They have to end before others
             // start.
-            self.drain(SHORT_DRAIN_MS);
+            self.drain(SHORT_DRAIN_TIMEOUT_MS);
         }
         step
     }
 
     /// Lets the threads of a connection take requests.
     fn start_serving(&self, disk: &Disk, connection: u64) {
-        // A second time, for what programs of this domain have written before the frontend saw
-        // Connected.
+        // A second time, because programs of this domain may have written to the disk before the
+        // frontend saw Connected.
         if let Err(error) = self.drop_page_cache(disk) {
             dev_err!(
                 self.xbdev.as_ref(),
@@ -707,7 +709,7 @@ impl Device {
         self.wait.wake_up();
     }
 
-    /// Writes back the page cache of the disk and drops it.
+    /// Writes back and drops the page cache of the disk.
     fn drop_page_cache(&self, disk: &Disk) -> Result {
         self.waits_for_disk.store(true, Relaxed);
         let result = disk.drop_page_cache();
@@ -864,7 +866,11 @@ impl Device {
         drop(timer);
         // Without its directory the device is gone for good: no other driver will serve its rings.
         let gone = self.xbdev.read_driver_state(self.xbdev.nodename()) == Ok(XenbusState::Unknown);
-        let time_ms = if gone { SHORT_DRAIN_MS } else { DRAIN_MS };
+        let time_ms = if gone {
+            SHORT_DRAIN_TIMEOUT_MS
+        } else {
+            DRAIN_TIMEOUT_MS
+        };
         if !self.drain(time_ms) && !gone {
             self.mark_orphaned();
         }
@@ -880,7 +886,7 @@ impl Device {
         }
         drop(inner);
         let time_ms = if self.waits_for_disk.load(Relaxed) {
-            SHORT_DRAIN_MS
+            SHORT_DRAIN_TIMEOUT_MS
         } else {
             time_ms
         };
@@ -909,8 +915,9 @@ impl Device {
 
     /// Records that queue threads run without a driver, so that no other driver uses their rings.
     fn mark_orphaned(&self) {
-        // A full barrier between this store and the load of the count: either the last thread clears
-        // the flag, or its end is seen here. Pairs with the decrement in `DeviceHandle::drop`.
+        // A full barrier between this store and the load of the count: either the last thread
+        // clears the flag, or its end is seen here. Pairs with the decrement in
+        // `DeviceHandle::drop`.
         self.registration.orphaned().xchg(true, Full);
         if !self.has_threads() {
             self.clear_orphaned();
@@ -1003,8 +1010,8 @@ impl Drop for DeviceHandle {
     /// Records that the thread has ended and has released all that it owned.
     fn drop(&mut self) {
         let device = &self.device;
-        // A full barrier between the decrement and the load of `draining`. Pairs with the exchanges in
-        // `stop_queues` and `mark_orphaned`.
+        // A full barrier between the decrement and the load of `draining`. Pairs with the exchanges
+        // in `stop_queues` and `mark_orphaned`.
         if device.live_threads.fetch_sub(1, Full) == 1 {
             device.wait.wake_up();
             device.clear_orphaned();

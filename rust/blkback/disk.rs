@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Disks: the block device that a hotplug script has written to `physical-device` (`struct xen_vbd`).
+//! Disks: the block device that a hotplug script has written to `physical-device`
+//! (`struct xen_vbd`).
 //!
-//! The kernel does not notify users of a block device when its size changes, so the size is polled: a
-//! queue checks it in each pass; for a disk without I/O there is a [`SizePoll`], which wakes no idle CPU.
-//! The hotplug script may write `physical-device` again to have the size checked at once.
+//! The kernel does not notify users of a block device when its size changes, so the size is polled:
+//! a queue checks it in each pass; for a disk without I/O there is a [`SizePoll`], which wakes no
+//! idle CPU. The hotplug script may write `physical-device` again to have the size checked at once.
 
 use kernel::{
     prelude::*,

@@ -77,8 +77,8 @@ impl Driver for VbdDriver {
 
     fn probe(xbdev: &xenbus::Device<Core<'_>>) -> impl PinInit<Self, Error> {
         Self::check_take_over(xbdev).and_then(|()| {
-            // The error does not close the device: a connected frontend stays connected, and the device
-            // can be bound again.
+            // The error does not close the device: a connected frontend stays connected, and the
+            // device can be bound again.
             Self::new(xbdev)
                 .inspect_err(|error| xbdev.dev_error(*error, fmt!("creating the device")))
         })

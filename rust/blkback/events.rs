@@ -2,8 +2,8 @@
 
 //! Wake-up conditions of a queue thread.
 //!
-//! [`QueueEvents`] has the flags that the thread checks before it sleeps, and the wait queue on which
-//! it sleeps (`waiting_reqs` and `wq` of `struct xen_blkif_ring`).
+//! [`QueueEvents`] has the flags that the thread checks before it sleeps, and the wait queue on
+//! which it sleeps (`waiting_reqs` and `wq` of `struct xen_blkif_ring`).
 //!
 //! | flag | set by | reason |
 //! |---|---|---|
@@ -26,8 +26,8 @@
 //! requests are ended as spurious, which makes the event channel driver of Linux delay the next one
 //! by up to one second; the first event with a request ends the delay.
 //!
-//! No timer polls the ring for a frontend that does not notify again, so that an idle disk causes no
-//! wake-ups. Only the frontend can know that it has sent a request without an event.
+//! No timer polls the ring for a frontend that does not notify again, so that an idle disk causes
+//! no wake-ups. Only the frontend can know that it has sent a request without an event.
 
 use kernel::{
     prelude::*,
@@ -99,8 +99,8 @@ impl QueueEvents {
     /// Must be called before the thread checks what may have changed.
     pub(crate) fn clear_pending(&self) {
         if self.pending.load(Relaxed) {
-            // A full barrier: the checks that follow see what was changed before the flag was set. A
-            // change after this sets the flag again. Pairs with the release in `kick`.
+            // A full barrier: the checks that follow see what was changed before the flag was set.
+            // A change after this sets the flag again. Pairs with the release in `kick`.
             self.pending.xchg(false, Full);
         }
     }

@@ -22,8 +22,8 @@
 //! | the thread is asked to stop | any | wakes the thread; the ring is not lent again | wakes the thread, which reclaims the ring |
 //! | the thread ends | thread | nothing is in flight; notifies again, drops the ring | not possible: it reclaims first |
 //!
-//! A request is in one place at any time: with the disk, in `completed`, in `responded`, or with the
-//! thread. A thread ends only when it has got back all of them.
+//! A request is in one place at any time: with the disk, in `completed`, in `responded`, or with
+//! the thread. A thread ends only when it has got back all of them.
 //!
 //! `Documentation/ring-handoff.rst` describes the memory ordering, and why nothing is lost.
 //! `rust/blkif/concurrency/handoff.rs` checks a model of it with the same steps.
@@ -138,8 +138,8 @@ impl<R: Respond> Handoff<R> {
         })
     }
 
-    /// Takes a request that the disk has completed: responds to it if the ring is lent and nothing else
-    /// has to be done, and otherwise passes it to the thread.
+    /// Takes a request that the disk has completed: responds to it if the ring is lent and nothing
+    /// else has to be done, and otherwise passes it to the thread.
     ///
     /// Context: any.
     pub(crate) fn complete(&self, mut req: KBox<R>) {

@@ -3,14 +3,15 @@
 //! I/O accounting: the cgroup and the priority that the toolstack has written to the backend's
 //! directory.
 //!
-//! - `cgroup`: I/O is charged to this cgroup of version 2, a path below the root of the hierarchy, so
-//!   that its limits, weights and counters (`io.max`, `io.weight`, `io.stat`) apply to the guest.
+//! - `cgroup`: I/O is charged to this cgroup of version 2, a path below the root of the hierarchy,
+//!   so that its limits, weights and counters (`io.max`, `io.weight`, `io.stat`) apply to the
+//!   guest.
 //! - `io-priority`: `realtime/N`, `best-effort/N` or `idle`, as for `ionice`, for I/O schedulers
 //!   that use priorities.
 //!
-//! The kernel does not let modules charge a cgroup for the CPU time or the memory of a kernel thread.
-//! For these, and to choose CPUs, an administrator can move the queue threads (`cgroup.procs`,
-//! `taskset`), which have names and exist while the frontend is connected.
+//! The kernel does not let modules charge a cgroup for the CPU time or the memory of a kernel
+//! thread. For these, and to choose CPUs, an administrator can move the queue threads
+//! (`cgroup.procs`, `taskset`), which have names and exist while the frontend is connected.
 
 use kernel::{
     prelude::*,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Persistent grants: pages of a frontend that stay mapped between requests (`struct persistent_gnt`).
+//! Persistent grants: pages of a frontend that stay mapped between requests
+//! (`struct persistent_gnt`).
 //!
 //! A frontend that uses persistent grants copies its data to and from pages that stay granted. It
 //! always uses the same ones, so it is enough to map them once. [`PersistentGrants`] has those that
@@ -8,9 +9,10 @@
 //! completed. So a page is never unmapped while a request uses it, and no use count is needed. Its
 //! entry stays in the table meanwhile.
 //!
-//! The number of pages is limited by a [`QuotaShare`]. At the limit, a page that is put back replaces one
-//! that was unused for a while; if there is none, it is rejected. Otherwise, with a set of pages slightly
-//! larger than the limit, each page would be unmapped just before it is needed again.
+//! The number of pages is limited by a [`QuotaShare`]. At the limit, a page that is put back
+//! replaces one that was unused for a while; if there is none, it is rejected. Otherwise, with a
+//! set of pages slightly larger than the limit, each page would be unmapped just before it is
+//! needed again.
 
 use kernel::prelude::*;
 
@@ -46,8 +48,8 @@ const NONE: u32 = u32::MAX;
 /// All links are indices into `entries`.
 pub(crate) struct PersistentGrants {
     entries: KVec<Entry>,
-    /// First entry of each bucket; the low bits of a reference select the bucket. The number of buckets
-    /// is a power of two.
+    /// First entry of each bucket; the low bits of a reference select the bucket. The number of
+    /// buckets is a power of two.
     buckets: KVec<u32>,
     /// First of the entries that are in no bucket.
     free: u32,

@@ -7,8 +7,8 @@
 //!
 //! 1. `submit` takes all requests from the ring and starts their I/O under one plug.
 //! 2. `completion` completes the requests whose I/O has completed.
-//! 3. The pages of these are unmapped together, all responses are published at once, and the frontend
-//!    is notified at most once.
+//! 3. The pages of these are unmapped together, all responses are published at once, and the
+//!    frontend is notified at most once.
 //!
 //! When there is nothing to do, the thread sleeps until an event or the completion of an I/O wakes
 //! it; it does not poll. While it sleeps, it lends the ring to I/O completion, see
@@ -17,9 +17,9 @@
 //! Each request that was started gets a response: the thread ends only when none is in flight.
 //! Requests that were not started stay in the ring for the next backend.
 //!
-//! A request that lacks memory or mappings stalls, and so does what is behind it in the ring. It is
-//! tried again when a request of the queue has completed, when other queues have returned pages, and by
-//! a timer. It never fails for that reason; it waits until the shortage or the connection ends.
+//! A request that lacks memory or mappings stalls, and the requests behind it stay in the ring. It
+//! is retried when a request of the queue has completed, when other queues have returned pages, and
+//! by a timer. It never fails for that reason; it waits until the shortage or the connection ends.
 
 use kernel::{
     prelude::*,
@@ -266,9 +266,9 @@ impl Queue {
             self.log_stats();
             let stopping = thread.should_stop();
             if stopping && self.is_drained() {
-                // I/O completion may have published a response and not notified yet. Its notification
-                // is lost once the channel is closed, and the next backend does not notify of old
-                // responses.
+                // I/O completion may have published a response and not notified yet. Its
+                // notification is lost once the channel is closed, and the next backend does not
+                // notify of old responses.
                 self.channel.notify();
                 return;
             }
@@ -284,7 +284,7 @@ impl Queue {
         self.in_flight == 0 && matches!(self.barrier, BarrierState::None)
     }
 
-    /// Does all that can be done now.
+    /// Does all pending work.
     ///
     /// Returns `true` if a request was taken from the ring, or if a barrier holds requests back:
     /// then the event was not spurious.
@@ -296,8 +296,8 @@ impl Queue {
             let completed = self.complete_all();
             self.push_responses();
             took_any |= took;
-            // A stalled request or a barrier may continue after a completion, or with memory that was
-            // freed for it.
+            // A stalled request or a barrier may continue after a completion, or with memory that
+            // was freed for it.
             let unblocked = (took || completed) && self.is_blocked();
             if !unblocked && !self.has_more_requests(stopping) {
                 return took_any;
@@ -333,7 +333,7 @@ impl Queue {
         self.accepts_requests(stopping) && self.ring.as_mut().is_some_and(|ring| ring.final_check())
     }
 
-    /// Sleeps until there is something to do.
+    /// Sleeps until there is work.
     fn sleep(&mut self, thread: &Current, stopping: bool) {
         self.trim();
         self.lend_ring(stopping);
@@ -342,7 +342,7 @@ impl Queue {
         self.reclaim_ring();
     }
 
-    /// Returns the time after which something has to be tried again.
+    /// Returns the time until the next retry or check.
     fn timeout(&mut self) -> Option<Jiffies> {
         if !self.busy.is_empty() {
             return Some(msecs_to_jiffies(BUSY_WAIT_MS));
@@ -377,7 +377,8 @@ impl Queue {
         }
     }
 
-    /// Lends the ring to I/O completion, if requests are in flight and none of them needs the thread.
+    /// Lends the ring to I/O completion, if requests are in flight and none of them needs the
+    /// thread.
     fn lend_ring(&mut self, stopping: bool) {
         if self.in_flight == 0 || self.needs_thread(stopping) {
             return;
@@ -406,7 +407,8 @@ impl Queue {
             || self.shortage.is_short()
     }
 
-    /// Takes the ring back, if it is lent, and completes the requests that were responded to meanwhile.
+    /// Takes the ring back, if it is lent, and completes the requests that were responded to
+    /// meanwhile.
     fn reclaim_ring(&mut self) {
         if self.ring.is_some() {
             return;

@@ -51,7 +51,8 @@ pub(crate) fn reader(dir: &CStr) -> Reader<'_> {
     Reader::new(dir).ignore_empty()
 }
 
-/// Returns `true` if the toolstack wants the device to stay when a frontend in this state closes it.
+/// Returns `true` if the toolstack wants the device to stay when a frontend in this state closes
+/// it.
 pub(crate) fn is_online(xbdev: &xenbus::Device, frontend: XenbusState) -> bool {
     let value = reader(xbdev.nodename()).value("online").ok().flatten();
     state::is_online(value.as_ref().map(|value| value.as_bytes()), frontend)

@@ -22,7 +22,7 @@
 //! | `events` | wakes the device worker |
 //! | `retry` | when to connect again after a failure |
 //! | `shortage` | grants that a device needs and other devices hold |
-//! | `timeout` | requests that are not answered in time |
+//! | `timeout` | requests that get no response in time |
 //! | `params` | module parameters |
 //!
 //! # Locking

@@ -8,12 +8,13 @@
 //!
 //! # Reading the backend's state
 //!
-//! Access to xenstore wakes its daemon and takes nearly all of the time of a connect, so the backend's
-//! state is not read again after a step. This is safe. Xenbus watches the state and reads it after
-//! each change, in its own thread, one change after the other. It may miss a state that is replaced
-//! before it is read, but never the last one: if the state changes after it was read, another call
-//! follows. After a restore xenbus watches the new backend, which causes a call too. And a state never
-//! requires more than one step: afterwards the device waits until the backend changes.
+//! Access to xenstore wakes its daemon and takes nearly all of the time of a connect, so the
+//! backend's state is not read again after a step. This is safe. Xenbus watches the state and reads
+//! it after each change, in its own thread, one change after the other. It may miss a state that is
+//! replaced before it is read, but never the last one: if the state changes after it was read,
+//! another call follows. After a restore xenbus watches the new backend, which causes a call too.
+//! And a state never requires more than one step: afterwards the device waits until the backend
+//! changes.
 //!
 //! # Threads
 //!
@@ -134,8 +135,8 @@ pub(crate) enum Disposition {
 enum Ending {
     /// The disk is not removed.
     None,
-    /// The toolstack or the administrator detaches it. It is written back first, if the backend still
-    /// serves it.
+    /// The toolstack or the administrator detaches it. It is written back first, if the backend
+    /// still serves it.
     Orderly,
     /// Its connection has failed.
     Failed,
@@ -254,8 +255,8 @@ impl Device {
     /// Handles a state of the backend. Called at least once after the device was bound.
     pub(crate) fn backend_changed(&mut self, state: xenbus::OtherendState) {
         if matches!(self.state, FrontState::Waiting | FrontState::Dead) {
-            // The node may be out of date: a device that was bound before is Closed, and one that was
-            // restored is Initialising, even if its disk is dead.
+            // The node may be out of date: a device that was bound before is Closed, and one that
+            // was restored is Initialising, even if its disk is dead.
             self.write_state();
         }
         let was_connected = self.is_connected();
@@ -443,20 +444,20 @@ impl Device {
         let back = xenstore::back_offer(&self.backend, &BackOffer::RING_NODES)?;
         let shape = RingShape::choose(&front, &back);
         if self.disk.is_none() {
-            self.make_queues(shape.queues)?;
+            self.create_queues(shape.queues)?;
         }
 
         self.rings = self.queues.len().min(shape.queues as usize);
-        let (order, rings) = self.make_rings(shape.page_order)?;
+        let (order, rings) = self.create_rings(shape.page_order)?;
         self.offer = Some(front);
         xenstore::publish(&self.device, &own, &rings, order, front.persistent)
     }
 
-    /// Creates rings of `1 << page_order` pages, or of fewer if there is not enough contiguous memory:
-    /// the backend accepts any size up to its offer.
+    /// Creates rings of `1 << page_order` pages, or of fewer if there is not enough contiguous
+    /// memory: the backend accepts any size up to its offer.
     ///
     /// Returns the order and the nodes of the rings.
-    fn make_rings(&mut self, page_order: u32) -> Result<(u32, KVec<RingNodes>)> {
+    fn create_rings(&mut self, page_order: u32) -> Result<(u32, KVec<RingNodes>)> {
         let mut order = page_order;
         loop {
             match self.attach_rings(order) {
@@ -488,7 +489,7 @@ impl Device {
     }
 
     /// Creates the queues.
-    fn make_queues(&mut self, count: u32) -> Result {
+    fn create_queues(&mut self, count: u32) -> Result {
         self.queues = KVec::new();
         let handle = self.device.handle().unwrap_or(0) as u16;
         for index in 0..count {
@@ -500,7 +501,7 @@ impl Device {
 
     /// Connects: creates the disk, or resumes the one that exists.
     fn connect(&mut self) -> Result {
-        let nodes = xenstore::disk(&self.backend)?;
+        let nodes = xenstore::disk_properties(&self.backend)?;
         let back = xenstore::back_offer(&self.backend, &BackOffer::NODES)?;
         let front = self.offer.ok_or(EINVAL)?;
         let features = negotiate(&front, &back);
@@ -526,7 +527,7 @@ impl Device {
             queue.serve(config)?;
         }
         match self.disk.clone() {
-            None => self.make_disk(&nodes, &features, limits)?,
+            None => self.create_disk(&nodes, &features, limits)?,
             Some(disk) => self.resume_disk(&disk, &nodes, &features, limits)?,
         }
         self.largest = largest;
@@ -537,8 +538,8 @@ impl Device {
         Ok(())
     }
 
-    /// Returns the amount of data that a slot can carry, with the block size of the disk if there is
-    /// one.
+    /// Returns the amount of data that a slot can carry, with the block size of the disk if there
+    /// is one.
     fn slot_limits(
         &self,
         nodes: &negotiate::DiskProperties,
@@ -559,7 +560,7 @@ impl Device {
     }
 
     /// Creates the disk, and starts the thread that adds it.
-    fn make_disk(
+    fn create_disk(
         &mut self,
         nodes: &negotiate::DiskProperties,
         features: &Features,
@@ -763,7 +764,7 @@ impl Device {
     /// because the disk is in use.
     fn refresh(&self) {
         let Some(disk) = &self.disk else { return };
-        let Ok(nodes) = xenstore::disk(&self.backend) else {
+        let Ok(nodes) = xenstore::disk_properties(&self.backend) else {
             return;
         };
         if nodes.block_size != self.block_size {
@@ -777,8 +778,8 @@ impl Device {
         let _ = self.update_disk(disk, &nodes);
     }
 
-    /// Sets the properties that may change while a disk is in use. The write protection is set before
-    /// users are told of a new size.
+    /// Sets the properties that may change while a disk is in use. The write protection is set
+    /// before users are told of a new size.
     fn update_disk(
         &self,
         disk: &GenDisk<BlkfrontOps>,
@@ -816,16 +817,16 @@ impl Device {
         rings.nth(number).cloned()
     }
 
-    /// Closes a connection whose backend does not answer. A backend that is not connected has a
+    /// Closes a connection whose backend does not respond. A backend that is not connected has a
     /// deadline of its own.
-    pub(crate) fn drop_stalled(&mut self) {
+    pub(crate) fn close_stalled(&mut self) {
         let stalled = || self.queues.iter().any(|queue| queue.has_stalled());
         if !params::gives_up() || !self.is_connected() || !stalled() {
             return;
         }
         ratelimited!(self.device.dev_error(
             ETIMEDOUT,
-            fmt!("the backend does not answer: closing the connection, requests wait for another one"),
+            fmt!("the backend does not respond: closing the connection, requests wait for another one"),
         ));
         self.handle_event(FrontEvent::Unusable);
     }
@@ -836,8 +837,8 @@ impl Device {
             .is_connected(self.backend_state.unwrap_or(XenbusState::Unknown))
     }
 
-    /// Closes event channels, and ends or requeues requests. The backend may have the rings and pools
-    /// mapped until [`Self::end_stale_grants`] or [`Self::free_stale_grants`].
+    /// Closes event channels, and ends or requeues requests. The backend may have the rings and
+    /// pools mapped until [`Self::end_stale_grants`] or [`Self::free_stale_grants`].
     fn stop_sharing(&mut self, disposition: Disposition) {
         if let Some(disk) = &self.disk {
             disk.quiesce();
@@ -888,16 +889,17 @@ impl Device {
 
     /// Returns `true` if the backend serves the rings.
     ///
-    /// Xenbus reports no states to a device that is being unbound, so the state is read. The toolstack
-    /// writes Closing itself, and the backend serves the disk until the frontend is Closed.
+    /// Xenbus reports no states to a device that is being unbound, so the state is read. The
+    /// toolstack writes Closing itself, and the backend serves the disk until the frontend is
+    /// Closed.
     pub(crate) fn is_served(&self) -> bool {
         let backend = self.device.read_driver_state(&self.backend);
         self.state == FrontState::Live
             && matches!(backend, Ok(XenbusState::Connected | XenbusState::Closing))
     }
 
-    /// Begins the removal of the disk; no more steps are taken. If the disk can be written back, starts
-    /// a thread that writes it back and removes it, because that waits for the backend.
+    /// Begins the removal of the disk; no more steps are taken. If the disk can be written back,
+    /// starts a thread that writes it back and removes it, because that waits for the backend.
     pub(crate) fn begin_remove(&mut self) -> Option<KThread> {
         if self.ending == Ending::None {
             self.ending = Ending::Orderly;
@@ -1053,8 +1055,8 @@ impl Device {
         }
     }
 
-    /// Takes a dead disk whose requests have all ended. The caller drops it without the lock, because
-    /// that waits.
+    /// Takes a dead disk whose requests have all ended. The caller drops it without the lock,
+    /// because that waits.
     pub(crate) fn take_disk(&mut self) -> Option<DeadDisk> {
         if self.state != FrontState::Dead || !self.still_granted.is_empty() {
             return None;
@@ -1080,15 +1082,15 @@ fn describe(action: FrontAction) -> &'static str {
     }
 }
 
-/// Returns the number of requests that can be in flight in each hardware queue: the number of slots of
-/// the smallest ring.
+/// Returns the number of requests that can be in flight in each hardware queue: the number of slots
+/// of the smallest ring.
 fn queue_depth(queues: &[Arc<Queue>]) -> u32 {
     let depths = queues.iter().map(|queue| queue.capacity());
     depths.min().unwrap_or(0) as u32
 }
 
-/// Ends or requeues a request whose connection has ended, or stores it while the backend has its pages
-/// mapped.
+/// Ends or requeues a request whose connection has ended, or stores it while the backend has its
+/// pages mapped.
 fn complete_or_requeue(
     still_granted: &mut KVVec<(PendingRequest, Disposition)>,
     pending: PendingRequest,

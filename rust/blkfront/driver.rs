@@ -51,7 +51,7 @@ use crate::{
 /// Time for which an unbind waits for the device worker after the disk was written back, in
 /// milliseconds. The worker gives the backend half of that for its last responses, and a second to
 /// unmap. All other devices of the guest may have to wait that long.
-const REMOVE_MS: u32 = 10_000;
+const REMOVE_TIMEOUT_MS: u32 = 10_000;
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 
@@ -123,7 +123,10 @@ impl Driver for VbdDriver {
     fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {
         self.events.set(Event::Remove);
         let mut syncing = false;
-        while !self.events.await_finish(msecs_to_jiffies(REMOVE_MS)) {
+        while !self
+            .events
+            .await_finish(msecs_to_jiffies(REMOVE_TIMEOUT_MS))
+        {
             // No limit while the disk is written back: the worker ends that if the backend does not
             // respond.
             let synced = core::mem::replace(&mut syncing, self.events.is_syncing());

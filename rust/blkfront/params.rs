@@ -37,7 +37,7 @@ module_params! {
         "Seconds without a response after which a detached disk is no longer written back (default is 8)";
     /// Time after which a request times out, in seconds.
     static IO_TIMEOUT("io_timeout", 0o644): u32 = 30,
-        "Seconds after which the ring is checked for a request without an answer; the connection is closed after ten times that; 0: never (default is 30)";
+        "Seconds after which the ring is checked for a request without a response; the connection is closed after ten times that; 0: never (default is 30)";
     /// Time for which a disk waits for a disconnected backend, in seconds.
     static RECONNECT_TIMEOUT("reconnect_timeout", 0o644): u32 = 300,
         "Seconds that a disk waits for a backend that is away, before its requests fail (default is 300)";
@@ -65,7 +65,7 @@ pub(crate) fn reconnect_timeout_ms() -> i64 {
 /// Largest number of segments of a block request: as many as fit into the smallest ring without
 /// indirect requests. A backend without indirect requests can replace one that had them, and a
 /// request must still fit then.
-const MOST_SEGMENTS: u32 = MOST_PARTS as u32 * DIRECT_SEGMENTS as u32;
+const MAX_SEGMENTS: u32 = MOST_PARTS as u32 * DIRECT_SEGMENTS as u32;
 
 /// Largest number of slots of a block request: those of the smallest ring.
 pub(crate) const MOST_PARTS: usize = 32;
@@ -75,8 +75,8 @@ pub(crate) const MOST_PARTS: usize = 32;
 /// Context: once, when the module is loaded.
 pub(crate) fn check() {
     let segments = MAX_INDIRECT_SEGMENTS.get();
-    if segments > MOST_SEGMENTS {
-        pr_info!("max_indirect_segments = {segments}: using {MOST_SEGMENTS}\n");
+    if segments > MAX_SEGMENTS {
+        pr_info!("max_indirect_segments = {segments}: using {MAX_SEGMENTS}\n");
     }
     MAX_INDIRECT_SEGMENTS.set(max_segments().into());
     let order = MAX_RING_PAGE_ORDER.get();
@@ -107,7 +107,7 @@ pub(crate) fn front_offer(trusted: bool) -> FrontOffer {
 pub(crate) fn max_segments() -> u16 {
     MAX_INDIRECT_SEGMENTS
         .get()
-        .clamp(DIRECT_SEGMENTS as u32, MOST_SEGMENTS) as u16
+        .clamp(DIRECT_SEGMENTS as u32, MAX_SEGMENTS) as u16
 }
 
 /// Returns the time without a response after which a disk that is being removed is no longer

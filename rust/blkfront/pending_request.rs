@@ -2,9 +2,9 @@
 
 //! Block requests that wait for responses, or for the end of their grants.
 //!
-//! A [`PendingRequest`] is created when its request is written to the ring, and is stored in the first
-//! of its [`slots`](crate::slots) until the backend has answered all of them. In `xen-blkfront.c`,
-//! `struct blk_shadow` has this role.
+//! A [`PendingRequest`] is created when its request is written to the ring, and is stored in the
+//! first of its [`slots`](crate::slots) until the backend has responded to all of them. In
+//! `xen-blkfront.c`, `struct blk_shadow` has this role.
 
 use kernel_ext::block::mq::{
     BlkStatus,
@@ -34,7 +34,8 @@ pub(crate) struct PendingRequest {
     pub(crate) status: Status,
     /// Number of times that the request has timed out.
     pub(crate) timeouts: u8,
-    /// Operation that flushes the written data before the request ends, if the disk is write-through.
+    /// Operation that flushes the written data before the request ends, if the disk is
+    /// write-through.
     pub(crate) flush: Option<Flush>,
 }
 

@@ -24,17 +24,17 @@ const OFFERS: u32 = 8;
 /// Time after which a device may make another offer, in milliseconds.
 const OFFER_PERIOD_MS: u64 = 1_000;
 /// Time to the first retry in milliseconds; it doubles with each further one.
-const FIRST_MS: u32 = 20;
+const FIRST_DELAY_MS: u32 = 20;
 /// Longest time between two retries, in milliseconds.
-const LAST_MS: u32 = 1_000;
+const MAX_DELAY_MS: u32 = 1_000;
 /// A failure is reported if the time to the next retry is at least this, in milliseconds. It is
 /// longer than a backend normally takes to close.
-const REPORT_MS: u32 = 300;
+const MIN_REPORT_DELAY_MS: u32 = 300;
 
 /// The attempts of a device to connect.
 pub(crate) struct Retry {
     created: Instant<Monotonic>,
-    pace: TokenBucket,
+    offers: TokenBucket,
     /// Times between retries.
     backoff: Backoff,
     /// Time of the next retry, in milliseconds since `created`.
@@ -48,8 +48,8 @@ impl Retry {
     pub(crate) fn new() -> Self {
         Self {
             created: Instant::now(),
-            pace: TokenBucket::new(OFFERS, OFFER_PERIOD_MS, 0),
-            backoff: Backoff::new(FIRST_MS, LAST_MS),
+            offers: TokenBucket::new(OFFERS, OFFER_PERIOD_MS, 0),
+            backoff: Backoff::new(FIRST_DELAY_MS, MAX_DELAY_MS),
             due: None,
             reported: None,
         }
@@ -62,14 +62,14 @@ impl Retry {
     /// Counts an offer. Returns `EAGAIN` if there were too many.
     pub(crate) fn try_offer(&mut self) -> Result {
         let now = self.now();
-        self.pace.take(now).map_err(|_| EAGAIN)
+        self.offers.take(now).map_err(|_| EAGAIN)
     }
 
     /// Schedules a retry. Returns `true` if `error` should be reported.
     pub(crate) fn postpone(&mut self, error: Error) -> bool {
         let delay = self.backoff.next_delay();
         self.due = Some(self.now().saturating_add(delay.into()));
-        if delay < REPORT_MS || self.reported == Some(error) {
+        if delay < MIN_REPORT_DELAY_MS || self.reported == Some(error) {
             return false;
         }
         self.reported = Some(error);

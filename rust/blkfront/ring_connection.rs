@@ -32,7 +32,8 @@ pub(crate) struct RingConnection<H: Handler> {
 }
 
 impl<H: Handler> RingConnection<H> {
-    /// Creates a ring of `1 << page_order` pages and an event channel, for the backend of the device.
+    /// Creates a ring of `1 << page_order` pages and an event channel, for the backend of the
+    /// device.
     ///
     /// Context: may sleep.
     pub(crate) fn new(device: &xenbus::Device, page_order: u32, handler: &Arc<H>) -> Result<Self> {

@@ -31,9 +31,9 @@ use crate::events::{
 };
 
 /// Time for which the other disks are throttled, in milliseconds.
-const ACTIVE_MS: i64 = 5_000;
+const THROTTLE_MS: i64 = 5_000;
 /// Time after which they may be throttled again, in milliseconds.
-const PAUSE_MS: i64 = 30_000;
+const THROTTLE_INTERVAL_MS: i64 = 30_000;
 
 /// The devices of this guest.
 static DEVICES: GlobalMutex<KVec<Arc<DeviceEvents>>> = GlobalMutex::new(KVec::new());
@@ -100,7 +100,7 @@ impl Shortage {
     pub(crate) fn ask(&mut self) {
         let over = |since: &Instant<Monotonic>, limit| since.elapsed().as_millis() >= limit;
         match &self.active {
-            Some(active) if over(&active.0, ACTIVE_MS) => {
+            Some(active) if over(&active.0, THROTTLE_MS) => {
                 self.active = None;
                 self.ended = Some(Instant::now());
             }
@@ -108,7 +108,7 @@ impl Shortage {
             None if self
                 .ended
                 .as_ref()
-                .is_none_or(|ended| over(ended, PAUSE_MS)) =>
+                .is_none_or(|ended| over(ended, THROTTLE_INTERVAL_MS)) =>
             {
                 self.active = Some(ActiveShortage::new());
             }

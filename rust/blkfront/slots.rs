@@ -140,8 +140,8 @@ impl Slots {
 
     /// Allocates a slot for a request.
     ///
-    /// `first` is the first slot of the request, or `None` if that is this one. `queue` and `part` are
-    /// stored in the id.
+    /// `first` is the first slot of the request, or `None` if that is this one. `queue` and `part`
+    /// are stored in the id.
     #[inline]
     pub(crate) fn alloc_slot(
         &mut self,
@@ -286,8 +286,8 @@ pub(crate) struct SlotId {
     pub(crate) id: RingId,
 }
 
-/// Returns the worse of two statuses: an error is worse than an operation that is not supported, and
-/// that is worse than success.
+/// Returns the worse of two statuses: an error is worse than an operation that is not supported,
+/// and that is worse than success.
 #[inline]
 fn worse(one: Status, other: Status) -> Status {
     match (one, other) {

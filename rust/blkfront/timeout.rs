@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Requests that are not answered in time.
+//! Requests that get no response in time.
 //!
 //! The block layer calls [`Queue::timed_out`] for a request that is in flight for longer than the
 //! time in `queue/io_timeout` in sysfs, and again each time that much time has passed. Then the
@@ -8,7 +8,7 @@
 //! a backend that has not seen a request. So a lost event only causes a delay.
 //!
 //! When a request has timed out ten times, its connection is closed: the backend is asked to close,
-//! and the requests wait for another connection. If a request is not answered there either, it
+//! and the requests wait for another connection. If a request gets no response there either, it
 //! fails. With the module parameter `io_timeout` = 0, a disk waits for its backend instead.
 
 use kernel::{
@@ -32,11 +32,11 @@ use crate::{
 };
 
 /// Time within which an event arrives, in milliseconds.
-const EVENT_MS: i64 = 50;
+const EVENT_TIMEOUT_MS: i64 = 50;
 /// Time that a backend has for a response after it was notified again, in milliseconds.
-const ANSWER_MS: i64 = 2_000;
+const RESPONSE_TIMEOUT_MS: i64 = 2_000;
 /// Poll interval while waiting for that response, in milliseconds.
-const ANSWER_STEP_MS: i64 = 10;
+const RESPONSE_POLL_MS: i64 = 10;
 
 impl Queue {
     /// Counts a timeout of a request, and makes the device worker check the rings.
@@ -81,7 +81,7 @@ impl Queue {
         let Some(before) = self.unseen_responses() else {
             return false;
         };
-        fsleep(Delta::from_millis(EVENT_MS));
+        fsleep(Delta::from_millis(EVENT_TIMEOUT_MS));
         self.unseen_responses() == Some(before)
     }
 
@@ -106,10 +106,10 @@ impl Queue {
         };
         let start = Instant::<Monotonic>::now();
         while self.responses_taken() == Some(before) {
-            if self.events.is_removing() || start.elapsed().as_millis() >= ANSWER_MS {
+            if self.events.is_removing() || start.elapsed().as_millis() >= RESPONSE_TIMEOUT_MS {
                 return;
             }
-            fsleep(Delta::from_millis(ANSWER_STEP_MS));
+            fsleep(Delta::from_millis(RESPONSE_POLL_MS));
         }
         let name = self.name.as_str();
         ratelimited!(pr_warn!(

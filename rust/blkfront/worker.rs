@@ -9,25 +9,25 @@
 //!   disk is removed, and requests in flight fail.
 //! - The device cannot connect for now: it tries again during that time, see
 //!   [`retry`](crate::retry).
-//! - A request is not answered: see [`timeout`](crate::timeout).
+//! - A request gets no response: see [`timeout`](crate::timeout).
 //! - A disk is detached or unbound while its backend serves it: file systems and page cache are
 //!   written back first. This is given up when the backend disconnects, or has sent no response for
 //!   the time in the module parameter `detach_timeout`; then the rest of the data is lost. A
 //!   slow backend gets all the time that it needs.
-//! - A disk is detached that is used for swap or as part of another device: the toolstack waits until
-//!   that use has ended, or forces the detach.
-//! - A disk is removed for another reason while requests are in flight: after [`DRAIN_MS`] they fail,
-//!   once their pages are unmapped.
+//! - A disk is detached that is used for swap or as part of another device: the toolstack waits
+//!   until that use has ended, or forces the detach.
+//! - A disk is removed for another reason while requests are in flight: after [`DRAIN_TIMEOUT_MS`]
+//!   they fail, once their pages are unmapped.
 //! - A backend still has pages of a request mapped: the request stays in flight, because its pages
 //!   would be reused otherwise. It ends when the backend unmaps them, at the latest when its domain
 //!   ends.
 //! - A removed disk is still mapped by the backend: the ring and the pool stay until the backend is
-//!   Closed too, or for [`UNMAP_MS`] if the device is unbound. It is safe to free them earlier, but
-//!   slow, see [`Queue::free_stale_grants`](crate::queue::Queue::free_stale_grants).
-//! - The disk is added, written back and marked dead by other threads, because that waits for I/O. So a
-//!   backend that does not answer cannot keep this thread from ending the I/O.
-//! - A removed disk is still open: its name and device numbers stay until it is closed. The device does
-//!   not wait for that.
+//!   Closed too, or for [`UNMAP_TIMEOUT_MS`] if the device is unbound. It is safe to free them
+//!   earlier, but slow, see [`Queue::free_stale_grants`](crate::queue::Queue::free_stale_grants).
+//! - The disk is added, written back and marked dead by other threads, because that waits for I/O.
+//!   So a backend that does not respond cannot keep this thread from ending the I/O.
+//! - A removed disk is still open: its name and device numbers stay until it is closed. The device
+//!   does not wait for that.
 
 use kernel::{
     new_mutex,
@@ -72,23 +72,23 @@ use crate::{
 };
 
 /// Time that a removed disk waits for the responses to its last requests, in milliseconds.
-const DRAIN_MS: i64 = 5_000;
+const DRAIN_TIMEOUT_MS: i64 = 5_000;
 /// Poll interval while draining, in milliseconds.
-const DRAIN_STEP_MS: i64 = 5;
+const DRAIN_POLL_MS: i64 = 5;
 /// Poll interval while a disk is written back, in milliseconds.
-const SYNC_STEP_MS: u32 = 100;
+const SYNC_POLL_MS: u32 = 100;
 /// Time that a device waits until the backend has unmapped its pages, in milliseconds.
-const UNMAP_MS: i64 = 1_000;
+const UNMAP_TIMEOUT_MS: i64 = 1_000;
 /// Poll interval while waiting for that, in milliseconds.
-const UNMAP_STEP_MS: i64 = 10;
+const UNMAP_POLL_MS: i64 = 10;
 /// Interval between attempts to set limits that are locked, in milliseconds.
-const LIMITS_STEP_MS: i64 = 10;
+const LIMITS_POLL_MS: i64 = 10;
 /// Interval between checks for pages that the backend has unmapped, in milliseconds.
-const RELEASE_STEP_MS: u32 = 100;
+const RELEASE_POLL_MS: u32 = 100;
 /// Longest interval between checks of deadlines, in milliseconds.
-const OUTAGE_STEP_MS: u32 = 10_000;
+const OUTAGE_POLL_MS: u32 = 10_000;
 /// Shortest interval between checks of `reconnect_timeout`, in milliseconds.
-const OUTAGE_MIN_STEP_MS: u32 = 100;
+const OUTAGE_MIN_POLL_MS: u32 = 100;
 
 /// Interval between scans for idle pages of the pools, in milliseconds.
 const TRIM_INTERVAL_MS: u32 = 10_000;
@@ -146,7 +146,7 @@ impl DeviceWorker {
         this.end(&mut open);
     }
 
-    /// Handles events until the device is unbound.
+    /// Works until the device is unbound.
     fn live(self: &Arc<Self>, open: &mut Option<RemovedDisk>) {
         let mut disconnected_since = None;
         let mut trim = TrimTimer::default();
@@ -164,7 +164,7 @@ impl DeviceWorker {
     fn end(&self, open: &mut Option<RemovedDisk>) {
         self.close();
         while self.device.lock().has_granted_requests() {
-            fsleep(Delta::from_millis(RELEASE_STEP_MS.into()));
+            fsleep(Delta::from_millis(RELEASE_POLL_MS.into()));
             self.device.lock().end_released();
         }
         self.await_unmap();
@@ -187,16 +187,16 @@ impl DeviceWorker {
         let device = self.device.lock();
         let left = |since: &Instant<Monotonic>| {
             let left = params::reconnect_timeout_ms().saturating_sub(since.elapsed().as_millis());
-            left.clamp(OUTAGE_MIN_STEP_MS.into(), OUTAGE_STEP_MS.into()) as u32
+            left.clamp(OUTAGE_MIN_POLL_MS.into(), OUTAGE_POLL_MS.into()) as u32
         };
         let times = [
-            device.has_granted_requests().then_some(RELEASE_STEP_MS),
+            device.has_granted_requests().then_some(RELEASE_POLL_MS),
             device
                 .retry_wait_ms()
-                .map(|wait| wait.min(OUTAGE_STEP_MS.into()) as u32),
+                .map(|wait| wait.min(OUTAGE_POLL_MS.into()) as u32),
             disconnected_since.as_ref().map(left),
             trim.then_some(TRIM_INTERVAL_MS),
-            device.is_detach_deferred().then_some(OUTAGE_STEP_MS),
+            device.is_detach_deferred().then_some(OUTAGE_POLL_MS),
         ];
         times.into_iter().flatten().min().map(msecs_to_jiffies)
     }
@@ -236,7 +236,7 @@ impl DeviceWorker {
             self.device.lock().trim_unused();
         }
         if self.events.take(Event::Limits) {
-            fsleep(Delta::from_millis(LIMITS_STEP_MS));
+            fsleep(Delta::from_millis(LIMITS_POLL_MS));
             self.device.lock().retry_limits();
         }
         // These only wake the thread; the checks below find the work.
@@ -253,14 +253,14 @@ impl DeviceWorker {
         self.free_stale_grants();
     }
 
-    /// Handles lost events, and closes a connection whose backend does not answer.
+    /// Handles lost events, and closes a connection whose backend does not respond.
     fn check_rings(&self) {
         for number in 0.. {
             let queue = self.device.lock().ring(number);
             let Some(queue) = queue else { break };
             queue.check_ring();
         }
-        self.device.lock().drop_stalled();
+        self.device.lock().close_stalled();
     }
 
     /// Gives up a disk that has not been served for too long. `disconnected_since` is
@@ -334,11 +334,11 @@ impl DeviceWorker {
         removed
     }
 
-    /// Waits until the disk is written back and removed. Returns `false` if the backend does not serve
-    /// the disk any more.
+    /// Waits until the disk is written back and removed. Returns `false` if the backend does not
+    /// serve the disk any more.
     fn await_removal(&self, remove_thread: &KThread) -> bool {
         let mut last = (self.device.lock().responses(), Instant::<Monotonic>::now());
-        while !remove_thread.join(msecs_to_jiffies(SYNC_STEP_MS)) {
+        while !remove_thread.join(msecs_to_jiffies(SYNC_POLL_MS)) {
             let device = self.device.lock();
             let answered = device.responses();
             if answered != last.0 {
@@ -356,7 +356,7 @@ impl DeviceWorker {
                 let name = device.name();
                 dev_err!(
                     device.xbdev(),
-                    "{name}: the backend does not answer while the disk is written back: data may be lost (see detach_timeout)\n"
+                    "{name}: the backend does not respond while the disk is written back: data may be lost (see detach_timeout)\n"
                 );
                 return false;
             }
@@ -368,21 +368,21 @@ impl DeviceWorker {
     fn drain(&self) {
         let start = Instant::<Monotonic>::now();
         while !self.device.lock().is_drained() {
-            if start.elapsed().as_millis() >= DRAIN_MS {
+            if start.elapsed().as_millis() >= DRAIN_TIMEOUT_MS {
                 let device = self.device.lock();
                 let name = device.name();
                 dev_warn!(
                     device.xbdev(),
-                    "{name}: the backend does not answer, requests fail\n"
+                    "{name}: the backend does not respond, requests fail\n"
                 );
                 return;
             }
-            fsleep(Delta::from_millis(DRAIN_STEP_MS));
+            fsleep(Delta::from_millis(DRAIN_POLL_MS));
         }
     }
 
-    /// Frees the rings and pools of a dead disk, if the backend has unmapped them. Returns `true` if
-    /// the backend has nothing mapped.
+    /// Frees the rings and pools of a dead disk, if the backend has unmapped them. Returns `true`
+    /// if the backend has nothing mapped.
     fn free_stale_grants(&self) -> bool {
         let device = self.device.lock();
         let mapped = device.is_mapped();
@@ -395,19 +395,20 @@ impl DeviceWorker {
     /// Waits until the backend has unmapped rings and pools, for a limited time.
     fn await_unmap(&self) {
         let start = Instant::<Monotonic>::now();
-        while !self.free_stale_grants() && start.elapsed().as_millis() < UNMAP_MS {
-            fsleep(Delta::from_millis(UNMAP_STEP_MS));
+        while !self.free_stale_grants() && start.elapsed().as_millis() < UNMAP_TIMEOUT_MS {
+            fsleep(Delta::from_millis(UNMAP_POLL_MS));
         }
         self.device.lock().free_stale_grants();
     }
 
-    /// Removes a dead disk if all its requests have ended, and stores it in `open` if it is still open.
+    /// Removes a dead disk if all its requests have ended, and stores it in `open` if it is still
+    /// open.
     fn remove_disk(&self, open: &mut Option<RemovedDisk>) {
         let Some((disk, threads, registered)) = self.device.lock().take_disk() else {
             return;
         };
         for thread in threads.into_iter().flatten() {
-            while !thread.join(msecs_to_jiffies(OUTAGE_STEP_MS)) {
+            while !thread.join(msecs_to_jiffies(OUTAGE_POLL_MS)) {
                 let device = self.device.lock();
                 let name = device.name();
                 dev_warn!(

@@ -209,7 +209,7 @@ pub(crate) fn back_offer(backend: &CStr, nodes: &[&'static str]) -> Result<BackO
 }
 
 /// Reads the properties of the disk.
-pub(crate) fn disk(backend: &CStr) -> Result<DiskProperties> {
+pub(crate) fn disk_properties(backend: &CStr) -> Result<DiskProperties> {
     let reader = Reader::new(backend);
     let mut nodes = DiskNodes::default();
     for node in DiskNodes::NODES {

@@ -67,7 +67,7 @@ use crate::{
 };
 
 /// Time limit for a response, in milliseconds.
-const ANSWER_MS: u32 = 60_000;
+const RESPONSE_TIMEOUT_MS: u32 = 60_000;
 
 /// Sector that no valid request writes, and that a refused write must not change.
 pub(crate) const VICTIM: u64 = 8;
@@ -76,7 +76,7 @@ pub(crate) const SCRATCH: u64 = 64;
 /// Sector to which valid requests write poison.
 pub(crate) const ELSEWHERE: u64 = 128;
 /// Number of segments of the largest indirect request that backends support.
-const MOST_INDIRECT: usize = 256;
+const MAX_INDIRECT: usize = 256;
 /// Pages for many requests at once.
 const MANY: usize = 8;
 /// The byte that refused writes contain.
@@ -189,7 +189,7 @@ impl<'a> Session<'a> {
 
     /// Waits until the backend is connected. Returns `false` if it does not connect.
     pub(crate) fn await_connection(&self) -> bool {
-        let end = jiffies::now().wrapping_add(msecs_to_jiffies(ANSWER_MS));
+        let end = jiffies::now().wrapping_add(msecs_to_jiffies(RESPONSE_TIMEOUT_MS));
         let session_state = &self.parts.session_state;
         while session_state.backend_is(XenbusState::InitWait) {
             if self.current.should_stop() || jiffies::is_past(end) {
@@ -269,7 +269,7 @@ impl<'a> Session<'a> {
             self.ring().full_fence();
             count.wrapping_sub(self.responses()) as i32 <= 0
         };
-        if self.wait(ANSWER_MS, enough) {
+        if self.wait(RESPONSE_TIMEOUT_MS, enough) {
             self.ring().read_fence();
             Outcome::Okay
         } else if self.is_closing() {
@@ -431,7 +431,7 @@ impl<'a> Session<'a> {
         for page in &self.parts.pages.many {
             write(page, |index| pattern(seed, index));
         }
-        let out: [_; MOST_INDIRECT] = core::array::from_fn(|index| self.many(index as u32));
+        let out: [_; MAX_INDIRECT] = core::array::from_fn(|index| self.many(index as u32));
         let request = self.indirect(op::WRITE, ELSEWHERE, &out);
         let outcome = self.ask(WireRequest::Indirect(request));
         if outcome != Outcome::Okay {
@@ -440,7 +440,7 @@ impl<'a> Session<'a> {
 
         write(&self.parts.pages.back, |_| POISON);
         let back = whole(self.parts.pages.back.reference().value());
-        let last = ELSEWHERE + (MOST_INDIRECT as u64 - 1) * u64::from(SECTORS_PER_PAGE);
+        let last = ELSEWHERE + (MAX_INDIRECT as u64 - 1) * u64::from(SECTORS_PER_PAGE);
         let request = self.indirect(op::READ, last, &[back]);
         match self.ask(WireRequest::Indirect(request)) {
             Outcome::Okay if !self.back_holds(|index, byte| byte == pattern(seed, index)) => {

@@ -109,7 +109,7 @@ impl Control {
     }
 
     /// Creates the disk.
-    pub(crate) fn make_disk(this: &Arc<Self>) -> Result {
+    pub(crate) fn create_disk(this: &Arc<Self>) -> Result {
         let tag_set = Arc::pin_init(
             TagSet::new(TagSetParams {
                 nr_hw_queues: params::QUEUES.get(),

@@ -39,7 +39,7 @@ struct Ramdisk {
 impl kernel::Module for Ramdisk {
     fn init(_module: &'static ThisModule) -> Result<Self> {
         let control = Control::new()?;
-        Control::make_disk(&control)?;
+        Control::create_disk(&control)?;
         let runner = control.clone();
         // Nothing fails after this: a module whose `init` fails is freed whatever references there
         // are.
