@@ -19,8 +19,8 @@
 //! libxl creates the directory `backend/vbd3/D/N` with state Initialising and waits 10 seconds for
 //! InitWait, then runs the hotplug script. `rblkd` writes the disk's record, then starts
 //! `rblktap D N IMAGE`, which opens the image and writes features and InitWait. If that fails, or
-//! takes more than 8 seconds, `rblkd` writes the reason to the record and InitWait to the state: the
-//! script reads the record and fails with the reason, which `xl` prints.
+//! takes more than 8 seconds, `rblkd` writes the reason to the record and InitWait to the state.
+//! The script reads the record and fails with the reason, which `xl` prints.
 //!
 //! # End of a process
 //!

@@ -40,8 +40,8 @@ pub struct PageFragment {
 }
 
 impl PageFragment {
-    /// Creates a fragment of `len` bytes from byte `offset` of a page. Returns `None` if that is not
-    /// whole sectors, is nothing, or does not end in the page.
+    /// Creates a fragment of `len` bytes from byte `offset` of a page. Returns `None` if that is
+    /// not whole sectors, is nothing, or does not end in the page.
     #[inline]
     pub const fn new(offset: u32, len: u32) -> Option<Self> {
         let end = match offset.checked_add(len) {

@@ -468,8 +468,8 @@ impl Request<'_> {
 /// may have `indirect_segments` segments.
 ///
 /// A backend that has this number of pages, addresses and mappings can serve each request, if it
-/// serves one after another. The pages of segments count too: they may still be mapped when the data
-/// is.
+/// serves one after another. The pages of segments count too: they may still be mapped when the
+/// data is.
 pub const fn max_pages_per_request(indirect_segments: u16) -> usize {
     let segments = indirect_limit(indirect_segments);
     at_least_direct((segments as usize).saturating_add(wire::indirect_pages(segments)))

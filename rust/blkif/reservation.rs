@@ -2,13 +2,13 @@
 
 //! Slots that are set aside for requests while they are prepared.
 //!
-//! A request takes all its slots at once or none. Nearly all take one. After a reconnect to a lesser
-//! backend some take more, up to all slots of the ring, which are never free at the same time as
-//! long as small requests take each slot that gets free. So while a request of several slots waits,
-//! smaller ones are refused: the ring drains until the large one fits.
+//! A request takes all its slots at once or none. Nearly all take one. After a reconnect to a
+//! lesser backend some take more, up to all slots of the ring, which are never free at the same
+//! time as long as small requests take each slot that gets free. So while a request of several
+//! slots waits, smaller ones are refused: the ring drains until the large one fits.
 //!
-//! Which request was refused is not remembered, only how many slots it takes. The block layer offers
-//! each refused request again until it is taken, so one of that size always comes back.
+//! Which request was refused is not remembered, only how many slots it takes. The block layer
+//! offers each refused request again until it is taken, so one of that size always comes back.
 
 /// Reserved slots of a ring.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]

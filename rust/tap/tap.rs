@@ -2,8 +2,9 @@
 
 //! `rblktap`: serves one disk of a Xen guest from an image, in user space.
 //!
-//! It corresponds to `rblkback` in the kernel, blktap's `tapdisk` and QEMU's `hw/block/xen-block.c`.
-//! Wire layouts, checks of requests, negotiation and connection states are those of [`blkif`].
+//! It corresponds to `rblkback` in the kernel, blktap's `tapdisk` and QEMU's
+//! `hw/block/xen-block.c`. Wire layouts, checks of requests, negotiation and connection states are
+//! those of [`blkif`].
 //!
 //! | module | |
 //! |---|---|

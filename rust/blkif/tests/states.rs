@@ -481,8 +481,8 @@ impl World {
         Some(())
     }
 
-    /// A backend that is unbound finishes what it took. It says nothing to the frontend, but the bus
-    /// writes Closed if it finds Closing.
+    /// A backend that is unbound finishes what it took. It says nothing to the frontend, but the
+    /// bus writes Closed if it finds Closing.
     fn back_rebind(&mut self) -> Option<()> {
         let c_would_be_lost = matches!(self.back, BackSide::C(_)) && !self.online;
         let at_rest = self.back != BackSide::Gone && self.back_write.is_none();

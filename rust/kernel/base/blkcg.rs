@@ -3,8 +3,8 @@
 //! I/O accounting of kernel threads: cgroup and priority.
 //!
 //! A kernel thread that does I/O for others can have it charged to a cgroup ([`BlkcgCss`],
-//! [`Current::charge`]) and give it a priority ([`Current::set_io_priority`]). The block layer looks
-//! at both when a bio is made or submitted, in the thread that does so.
+//! [`Current::charge`]) and give it a priority ([`Current::set_io_priority`]). The block layer
+//! looks at both when a bio is made or submitted, in the thread that does so.
 //!
 //! C headers: [`include/linux/cgroup.h`](srctree/include/linux/cgroup.h),
 //! [`include/linux/kthread.h`](srctree/include/linux/kthread.h),
@@ -43,7 +43,8 @@ unsafe impl Send for BlkcgCss {}
 unsafe impl Sync for BlkcgCss {}
 
 impl BlkcgCss {
-    /// Finds a cgroup by its path below the root of the hierarchy, such as `/guests/web`. May sleep.
+    /// Finds a cgroup by its path below the root of the hierarchy, such as `/guests/web`. May
+    /// sleep.
     ///
     /// `ENOENT`: there is none. `EOPNOTSUPP`: the kernel does not control I/O by cgroup.
     pub fn find(path: &CStr) -> Result<Self> {

@@ -142,8 +142,8 @@ impl KThread {
                 return Err(error);
             }
         };
-        // SAFETY: The task is valid until the thread ends, and that has not started yet. `Task` is a
-        // transparent wrapper.
+        // SAFETY: The task is valid until the thread ends, and that has not started yet. `Task` is
+        // a transparent wrapper.
         let task: ARef<Task> = unsafe { &*task.cast::<Task>() }.into();
         task.wake_up();
         Ok(Self { task, shared })

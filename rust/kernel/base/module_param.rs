@@ -190,8 +190,8 @@ impl KernelParamList {
 
 /// Declares module parameters as `module_param()` and `MODULE_PARM_DESC()` do.
 ///
-/// Each becomes a static [`Param`]. In parentheses stand its name and the mode of its file in sysfs,
-/// where 0 means none. Types are `u32`, `i32` and `bool`.
+/// Each becomes a static [`Param`]. In parentheses stand its name and the mode of its file in
+/// sysfs, where 0 means none. Types are `u32`, `i32` and `bool`.
 ///
 /// ```ignore
 /// module_params! {

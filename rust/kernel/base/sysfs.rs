@@ -97,7 +97,8 @@ struct Group<T: Send + Sync + 'static> {
     _module: ModuleRef,
 }
 
-// SAFETY: The pointers are to memory that the group owns; `T` may be used and dropped by any thread.
+// SAFETY: The pointers are to memory that the group owns; `T` may be used and dropped by any
+// thread.
 unsafe impl<T: Send + Sync> Send for Group<T> {}
 
 impl<T: Send + Sync> Group<T> {
@@ -156,8 +157,8 @@ impl<T: Send + Sync> Group<T> {
 
 impl<T: Send + Sync> Drop for Group<T> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant, the group is registered for this device. The function waits
-        // for readers that are in a show function.
+        // SAFETY: By the type invariant, the group is registered for this device. The function
+        // waits for readers that are in a show function.
         unsafe { bindings::sysfs_remove_group(kobject(&self.device), self.group.get()) };
     }
 }

@@ -39,8 +39,8 @@ pub trait TimerCallback: Send + Sync + 'static {
     fn expired(&self) -> Option<Jiffies>;
 }
 
-/// A timer, not set at first. Dropping it waits for a call that is running, so not to be done with a
-/// lock that the target takes, nor in an interrupt.
+/// A timer, not set at first. Dropping it waits for a call that is running, so not to be done with
+/// a lock that the target takes, nor in an interrupt.
 ///
 /// # Invariants
 ///

@@ -42,8 +42,8 @@ pub use new_wait_queue;
 enum Sleep {
     /// Until woken. Counts as load, and the system can't be suspended meanwhile.
     Uninterruptible,
-    /// Until woken, for a kernel thread with nothing to do: no load, and if the thread is freezable,
-    /// it may be frozen here.
+    /// Until woken, for a kernel thread with nothing to do: no load, and if the thread is
+    /// freezable, it may be frozen here.
     Idle,
 }
 
@@ -147,8 +147,8 @@ impl WaitQueue {
         // SAFETY: `entry` is memory for an entry, and stays where it is until it is off the queue.
         unsafe { bindings::init_wait_entry(entry, 0) };
         let holds = loop {
-            // SAFETY: The head is initialised by the type invariant, the entry just above. The entry
-            // is on no other queue.
+            // SAFETY: The head is initialised by the type invariant, the entry just above. The
+            // entry is on no other queue.
             unsafe { bindings::prepare_to_wait_event(self.head.get(), entry, sleep.state()) };
             if condition() {
                 break true;
@@ -162,8 +162,8 @@ impl WaitQueue {
                 break true;
             }
         };
-        // SAFETY: The entry was queued above, if at all, on this queue. After this it is on none, so
-        // that it may go out of scope.
+        // SAFETY: The entry was queued above, if at all, on this queue. After this it is on none,
+        // so that it may go out of scope.
         unsafe { bindings::finish_wait(self.head.get(), entry) };
         holds
     }

@@ -79,9 +79,9 @@
 //! used after it has ended. Dropping a request ends it with `BlkStatus::IOERR`, so none is lost.
 //!
 //! A driver that has a request in flight keeps the owned `Request<T, InFlight>` in a table of its
-//! own, under the id that it gave to the device, and takes it out when the device responds. There is
-//! no way from a tag back to a request; a response for a request that the table does not have has no
-//! effect.
+//! own, under the id that it gave to the device, and takes it out when the device responds. There
+//! is no way from a tag back to a request; a response for a request that the table does not have
+//! has no effect.
 //!
 //! Time-outs ([`Operations::timed_out`]) give the [`RequestId`] only. The request may be completing
 //! on another CPU at the same moment; the driver looks it up in its table, under its lock, and

@@ -3,8 +3,8 @@
 //! Event channels: waking the other domain, and being woken.
 //!
 //! A channel has two ends. The frontend makes an end that a certain domain may connect to
-//! ([`EventChannel::alloc_unbound`]) and tells its number, the *port*, through xenstore; the backend
-//! connects ([`EventChannel::bind_interdomain`]). Each end is an interrupt of its domain.
+//! ([`EventChannel::alloc_unbound`]) and tells its number, the *port*, through xenstore; the
+//! backend connects ([`EventChannel::bind_interdomain`]). Each end is an interrupt of its domain.
 //!
 //! An event that has arrived is *pending* until it is ended (EOI), and no other one comes before
 //! that. So ending events late slows a domain down that sends too many (XSA-332, XSA-391): all
@@ -105,8 +105,8 @@ impl<T: Handler> Shared<T> {
         } else {
             0
         };
-        // SAFETY: By the requirements of this function. By the type invariant no other code ends the
-        // event, and no other one comes before this.
+        // SAFETY: By the requirements of this function. By the type invariant no other code ends
+        // the event, and no other one comes before this.
         unsafe { bindings_ext::xen_irq_lateeoi(irq, flags) };
     }
 }
@@ -130,8 +130,8 @@ impl Notifier {
 
 /// Our end of an event channel, with its interrupt and handler.
 ///
-/// Dropping it closes the channel, and waits until the handler is not running on any CPU; after that
-/// it is never called again. So do not drop it while holding a lock that the handler takes.
+/// Dropping it closes the channel, and waits until the handler is not running on any CPU; after
+/// that it is never called again. So do not drop it while holding a lock that the handler takes.
 ///
 /// # Invariants
 ///
@@ -149,8 +149,8 @@ pub struct EventChannel<T: Handler> {
 impl<T: Handler> EventChannel<T> {
     /// Makes an end that the other end's domain of `device` may connect to.
     ///
-    /// `name` is shown in `/proc/interrupts`. The port, for xenstore, is [`Self::port`]. The handler
-    /// may be called before this returns.
+    /// `name` is shown in `/proc/interrupts`. The port, for xenstore, is [`Self::port`]. The
+    /// handler may be called before this returns.
     pub fn alloc_unbound(
         device: &xenbus::Device,
         name: &'static CStr,
@@ -162,9 +162,10 @@ impl<T: Handler> EventChannel<T> {
             to_result(unsafe {
                 bindings_ext::evtchn_alloc_unbound(device.otherend_id().value(), &mut port)
             })?;
-            // Of what can fail here, most closes the port. Only if there is no memory for the number
-            // of the interrupt, it stays open and unused until the domain ends: the error does not
-            // tell, and closing it twice could close another channel that got the port meanwhile.
+            // Of what can fail here, most closes the port. Only if there is no memory for the
+            // number of the interrupt, it stays open and unused until the domain ends: the error
+            // does not tell, and closing it twice could close another channel that got the port
+            // meanwhile.
             //
             // SAFETY: The name is `'static`; `argument` is what `interrupt` wants, and stays until
             // the interrupt is unbound, as `request` says.

@@ -198,8 +198,8 @@ const NO_REFERENCE: u32 = u32::MAX;
 
 /// A ring of our own, granted to the other end of a device for reading and writing.
 ///
-/// When dropped, the grants end and the pages are freed; those that the other end still maps stay in
-/// quarantine until it does not (XSA-396).
+/// When dropped, the grants end and the pages are freed; those that the other end still maps stay
+/// in quarantine until it does not (XSA-396).
 ///
 /// # Invariants
 ///
@@ -212,8 +212,8 @@ pub struct RingPages {
 }
 
 impl RingPages {
-    /// Allocates `1 << order` pages filled with zeroes, and grants them. At most [`MAX_PAGES`]; they
-    /// are contiguous, so more than one may be hard to get. May sleep; does no I/O.
+    /// Allocates `1 << order` pages filled with zeroes, and grants them. At most [`MAX_PAGES`];
+    /// they are contiguous, so more than one may be hard to get. May sleep; does no I/O.
     ///
     /// `ENOMEM`: there is no memory. `ENOSPC`: the grant table has no more entries. Unlike
     /// `xenbus_setup_ring`, a shortage does not switch the device to `Closing`.
@@ -249,8 +249,8 @@ impl RingPages {
         Ok(ring)
     }
 
-    /// Ends the grants of those pages that the other end does not use any more. Returns `true` if no
-    /// grant is left.
+    /// Ends the grants of those pages that the other end does not use any more. Returns `true` if
+    /// no grant is left.
     pub fn try_end(&mut self) -> bool {
         let mut all = true;
         for reference in self.references.iter_mut().take(self.pages) {
@@ -334,8 +334,8 @@ impl MappedRing {
             *raw = reference.0;
         }
         let mut address = core::ptr::null_mut();
-        // SAFETY: The device is valid; `raw` has at least `pages` references, `address` is valid for
-        // a write.
+        // SAFETY: The device is valid; `raw` has at least `pages` references, `address` is valid
+        // for a write.
         let map = || unsafe {
             bindings_ext::xenbus_map_ring_valloc(
                 device.as_raw(),

@@ -16,9 +16,9 @@
 //!   with the state in one transaction ([`Device::switch_state_with`]).
 //! - Change its state in `otherend_changed`, and free what it shares in `remove`.
 //!
-//! The types with direct C counterparts are [`Device`] (`struct xenbus_device`), [`Driver`] (`struct
-//! xenbus_driver`), [`DeviceId`] (`struct xenbus_device_id`) and [`XenbusState`] (`enum
-//! xenbus_state`).
+//! The types with direct C counterparts are [`Device`] (`struct xenbus_device`), [`Driver`]
+//! (`struct xenbus_driver`), [`DeviceId`] (`struct xenbus_device_id`) and [`XenbusState`]
+//! (`enum xenbus_state`).
 //!
 //! [`Adapter`] registers the driver, by [`module_xenbus_driver`] or as part
 //! of a module:
@@ -43,8 +43,8 @@
 //! `alias: ["xen-backend:vbd"]` in its `module!`.
 //!
 //! Who calls what: `probe`, `remove`, `suspend` and `resume` run with the device locked.
-//! `otherend_changed` runs in the `xenwatch` thread, never before `probe` has returned nor during or
-//! after `remove` or `resume`. While it runs, no other device of this kernel gets events.
+//! `otherend_changed` runs in the `xenwatch` thread, never before `probe` has returned nor during
+//! or after `remove` or `resume`. While it runs, no other device of this kernel gets events.
 //!
 //! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
 
@@ -182,7 +182,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     /// Returns the directory of this half, such as `device/vbd/51712` or `backend/vbd/1/51712`,
     /// below the home of this domain.
     pub fn nodename(&self) -> &CStr {
-        // SAFETY: The bus sets the name before anybody gets to see the device, and frees it with it.
+        // SAFETY: The bus sets the name before anybody gets to see the device, and frees it with
+        // it.
         unsafe { CStr::from_char_ptr((*self.as_raw()).nodename) }
     }
 
@@ -234,8 +235,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     /// Writes the state of this half, like [`Self::switch_state`], at once with what `body` writes.
     /// May sleep. `body` may be run several times.
     ///
-    /// The state is written even if it is the one from before, so that the other half reads what has
-    /// changed. Nothing is written if the state is refused, or if `body` fails.
+    /// The state is written even if it is the one from before, so that the other half reads what
+    /// has changed. Nothing is written if the state is refused, or if `body` fails.
     pub fn switch_state_with(
         &self,
         state: XenbusState,
@@ -347,8 +348,8 @@ impl Device<device::Core<'_>> {
     /// It changes with a restore; so copy it if it is needed outside of callbacks, and again in
     /// `resume`.
     pub fn otherend(&self) -> Result<&CStr> {
-        // SAFETY: The device is valid by the type invariant. The path is replaced before `resume` is
-        // called and freed after `remove`, and neither happens while a callback runs.
+        // SAFETY: The device is valid by the type invariant. The path is replaced before `resume`
+        // is called and freed after `remove`, and neither happens while a callback runs.
         let path = unsafe { (*self.as_raw()).otherend };
         if path.is_null() {
             return Err(ENOENT);
@@ -358,8 +359,8 @@ impl Device<device::Core<'_>> {
     }
 }
 
-// SAFETY: `Device` is a transparent wrapper of `struct xenbus_device`, and the offset is that of its
-// `struct device`.
+// SAFETY: `Device` is a transparent wrapper of `struct xenbus_device`, and the offset is that of
+// its `struct device`.
 unsafe impl<Ctx: device::DeviceContext> device::AsBusDevice<Ctx> for Device<Ctx> {
     const OFFSET: usize = offset_of!(bindings_ext::xenbus_device, dev);
 }
@@ -608,8 +609,8 @@ impl<T: Driver> Adapter<T> {
     ///
     /// # Safety
     ///
-    /// `device` is bound to this driver, `probe` has succeeded, and the device is not unbound during
-    /// `'a`.
+    /// `device` is bound to this driver, `probe` has succeeded, and the device is not unbound
+    /// during `'a`.
     unsafe fn bound<'a>(
         device: *mut bindings_ext::xenbus_device,
     ) -> (&'a Device<device::CoreInternal<'a>>, Pin<&'a T>) {

@@ -206,8 +206,8 @@ pub fn exists(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> b
 ///
 /// # Invariants
 ///
-/// If there are names, they come from `xenbus_directory`: one buffer of the slab allocator, owned by
-/// this, that begins with as many pointers to zero-terminated strings in it.
+/// If there are names, they come from `xenbus_directory`: one buffer of the slab allocator, owned
+/// by this, that begins with as many pointers to zero-terminated strings in it.
 pub struct DirectoryListing(Option<(NonNull<*mut ffi::c_char>, usize)>);
 
 // SAFETY: A plain buffer that is owned.
@@ -435,11 +435,12 @@ fn parse_value<T>(
 
 /// The callback of a [`Watch`].
 pub trait WatchHandler: Send + Sync + 'static {
-    /// Called when a node at or below the watched one has changed, or the watch was just registered.
+    /// Called when a node at or below the watched one has changed, or the watch was just
+    /// registered.
     ///
-    /// Runs in the `xenwatch` thread, the one for all watches of the kernel: it may sleep, but while
-    /// it does no other device hears anything. Events that come while one is still waiting to be
-    /// delivered are merged into it, so look at the tree and not at a history.
+    /// Runs in the `xenwatch` thread, the one for all watches of the kernel: it may sleep, but
+    /// while it does no other device hears anything. Events that come while one is still waiting to
+    /// be delivered are merged into it, so look at the tree and not at a history.
     fn changed(&self);
 }
 

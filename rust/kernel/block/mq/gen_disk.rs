@@ -213,12 +213,12 @@ const REMOVED: i32 = 4;
 
 /// A disk of the driver `T`.
 ///
-/// Dropping it [removes](Self::remove) it from the system, and waits for the requests in flight: the
-/// driver has to end them. Those who still have the disk open get errors from then on. All functions
-/// sleep, unless they say otherwise.
+/// Dropping it [removes](Self::remove) it from the system, and waits for the requests in flight:
+/// the driver has to end them. Those who still have the disk open get errors from then on. All
+/// functions sleep, unless they say otherwise.
 ///
-/// It holds a reference to the module: a disk that is forgotten keeps the module loaded. So a module
-/// does not leave the end of its disks to its own unloading, which would never come.
+/// It holds a reference to the module: a disk that is forgotten keeps the module loaded. So a
+/// module does not leave the end of its disks to its own unloading, which would never come.
 ///
 /// # Invariants
 ///
@@ -304,8 +304,8 @@ impl<T: Operations> GenDisk<T> {
         self.added.load(kernel::sync::atomic::Acquire) == REMOVED
     }
 
-    /// Returns `true` if the disk, or a partition of it, is open for exclusive use: mounted, swapped
-    /// to, or part of another device.
+    /// Returns `true` if the disk, or a partition of it, is open for exclusive use: mounted,
+    /// swapped to, or part of another device.
     ///
     /// Context: any.
     pub fn is_claimed(&self) -> bool {
@@ -314,8 +314,9 @@ impl<T: Operations> GenDisk<T> {
         unsafe { (&raw const (*(*self.disk).part0).bd_holders).read_volatile() != 0 }
     }
 
-    /// Returns `true` if the disk, or a partition of it, is open for exclusive use by something that
-    /// cannot be told that the disk goes: swap, or another device. A file system can, and is synced.
+    /// Returns `true` if the disk, or a partition of it, is open for exclusive use by something
+    /// that cannot be told that the disk goes: swap, or another device. A file system can, and is
+    /// synced.
     ///
     /// While a claim is just being made the answer may be that of either.
     ///
@@ -368,8 +369,8 @@ impl<T: Operations> GenDisk<T> {
 
     /// Changes the limits. The queue should be quiesced, or frozen, or not in use yet.
     ///
-    /// Limits that `change` does not set stay as they are. `EBUSY`: another task is changing them, and may
-    /// wait for requests in flight before that is over.
+    /// Limits that `change` does not set stay as they are. `EBUSY`: another task is changing them,
+    /// and may wait for requests in flight before that is over.
     pub fn try_update_limits(&self, change: impl FnOnce(&mut QueueLimits)) -> Result {
         let mut limits = QueueLimits::new();
         // SAFETY: By the type invariants the queue is valid. The limits are valid for a write, and

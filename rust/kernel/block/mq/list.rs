@@ -130,9 +130,9 @@ impl<'q, T: Operations> RequestList<T, Queued<'q>> {
     pub(super) unsafe fn take_run(&mut self) -> Option<(HwQueue<'q, T>, Self)> {
         let first = NonNull::new(self.list.head)?;
         let mut last = first;
-        // SAFETY: All requests of the list are valid and ours by the type invariant, and their links
-        // are those of the list. The hardware queue of a request does not change, and stays as long
-        // as blk-mq offers the request.
+        // SAFETY: All requests of the list are valid and ours by the type invariant, and their
+        // links are those of the list. The hardware queue of a request does not change, and stays
+        // as long as blk-mq offers the request.
         unsafe {
             let hctx = (*first.as_ptr()).mq_hctx;
             while let Some(next) = NonNull::new((*last.as_ptr()).__bindgen_anon_1.rq_next) {

@@ -457,7 +457,8 @@ impl<'a> Iterator for Segments<'a> {
             self.iter = unsafe { (*self.bio).bi_iter };
         }
 
-        // SAFETY: By the type invariants `bio` is valid and `iter` a position in it; bytes are left.
+        // SAFETY: By the type invariants `bio` is valid and `iter` a position in it; bytes are
+        // left.
         let bvec = unsafe { bindings_ext::bio_data_next(self.bio, &mut self.iter) };
         let page = NonNull::new(bvec.bv_page)?;
         // SAFETY: `bio_data_next` gives a piece within one page. By the type invariants the bio

@@ -64,8 +64,8 @@ impl Copier {
 ///
 /// # Invariants
 ///
-/// The local side of each operation is within a page that lives during `'a`, and that may be written
-/// if it is the destination.
+/// The local side of each operation is within a page that lives during `'a`, and that may be
+/// written if it is the destination.
 pub struct Batch<'a> {
     ops: &'a mut KVec<bindings_ext::gnttab_copy>,
     _pages: PhantomData<PageSliceMut<'a>>,

@@ -3,9 +3,9 @@
 //! Mapping the pages of another domain.
 //!
 //! A page of another domain needs a page of our own address space without memory behind it; a
-//! [`PageCache`] has some. A [`Mapper`] maps and unmaps many at once, one hypercall for all. What it
-//! has mapped is a list of [`MappedPage`]s, owned values: each is unmapped once. A page that is part
-//! of an I/O is owned by the I/O meanwhile ([`PageOwner`]), so it cannot be unmapped under it.
+//! [`PageCache`] has some. A [`Mapper`] maps and unmaps many at once, one hypercall for all. What
+//! it has mapped is a list of [`MappedPage`]s, owned values: each is unmapped once. A page that is
+//! part of an I/O is owned by the I/O meanwhile ([`PageOwner`]), so it cannot be unmapped under it.
 //!
 //! Others may hold on to a page for longer than the I/O: a network card that sends it does. Such a
 //! page is *busy*. [`Mapper::unmap`] leaves busy pages in the list, for the caller to try later.
@@ -228,8 +228,8 @@ impl Drop for MappedPage {
         }
         let mut op = unmap_op(self);
         let mut page = self.page.as_ptr();
-        // SAFETY: By the type invariant the mapping is ours; the page is not used, and the handle is
-        // not used after this.
+        // SAFETY: By the type invariant the mapping is ours; the page is not used, and the handle
+        // is not used after this.
         unsafe {
             unmap_refs(
                 core::slice::from_mut(&mut op),
@@ -482,8 +482,8 @@ impl Mapper {
         result
     }
 
-    /// Unmaps the pages of `list` that are not busy, and puts them to `cache`. Busy ones stay in the
-    /// list, first in it. Does not sleep; any context but hard interrupts.
+    /// Unmaps the pages of `list` that are not busy, and puts them to `cache`. Busy ones stay in
+    /// the list, first in it. Does not sleep; any context but hard interrupts.
     pub fn unmap(&mut self, cache: &PageCache, list: &mut KVec<MappedPage>) {
         let mut busy = 0usize;
         for index in 0..list.len() {
