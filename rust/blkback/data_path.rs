@@ -7,13 +7,13 @@
 //!
 //! - *Persistent grants*: if the frontend uses them, its pages stay mapped, see
 //!   [`PersistentGrants`]. A page in that table, which no request uses, is called *cached*.
-//! - *Grant copy*: Xen copies the data of a small request between the frontend's pages and pages of this
-//!   domain. One hypercall does that for several requests, and there is nothing to unmap.
-//! - *Mapping*: the pages of a large request are mapped with one hypercall, and unmapped together with
-//!   those of other requests before the responses are published.
+//! - *Grant copy*: Xen copies the data of a small request between the frontend's pages and pages of
+//!   this domain. One hypercall does that for several requests, and there is nothing to unmap.
+//! - *Mapping*: the pages of a large request are mapped with one hypercall, and unmapped together
+//!   with those of other requests before the responses are published.
 //!
-//! The segments of an indirect request are copied to private memory before they are checked, so that
-//! the frontend cannot change them in between.
+//! The segments of an indirect request are copied to private memory before they are checked, so
+//! that the frontend cannot change them in between.
 
 use kernel::{
     fmt,
@@ -110,8 +110,8 @@ const COPIED_SEGMENTS: usize = 8;
 /// Largest number of copies in one hypercall.
 const COPIES: usize = 256;
 
-/// Time for which a copy is retried while the frontend's page is paged out: as long as Linux retries to
-/// map such a page.
+/// Time for which a copy is retried while the frontend's page is paged out: as long as Linux
+/// retries to map such a page.
 const PAGED_OUT_MS: u32 = 32_000;
 
 /// Size of a segment in a page of segments, in bytes.
@@ -134,8 +134,8 @@ pub(crate) enum DataError {
 }
 
 impl DataError {
-    /// Returns `true` if the request may succeed when other requests, of this queue or of others, have
-    /// completed.
+    /// Returns `true` if the request may succeed when other requests, of this queue or of others,
+    /// have completed.
     pub(crate) fn is_shortage(&self) -> bool {
         match self {
             DataError::Local(error) => *error == ENOMEM,
@@ -355,8 +355,8 @@ impl DataPath {
         })
     }
 
-    /// Fetches the segments of an indirect request into an empty list with space for them, and checks
-    /// them.
+    /// Fetches the segments of an indirect request into an empty list with space for them, and
+    /// checks them.
     pub(crate) fn fetch(
         &mut self,
         unfetched: &Unfetched<'_>,

@@ -23,8 +23,8 @@
 //!
 //! # Locking
 //!
-//! `DEVICES` is taken before a domain's `queues`. Under both, memory is allocated without I/O, because
-//! queue threads take them.
+//! `DEVICES` is taken before a domain's `queues`. Under both, memory is allocated without I/O,
+//! because queue threads take them.
 
 use kernel::{
     new_mutex,
@@ -78,8 +78,8 @@ static DEVICES: GlobalMutex<KVec<Arc<DeviceEntry>>> = GlobalMutex::new(KVec::new
 struct DeviceEntry {
     nodename: CString,
     domain: Arc<Domain>,
-    /// The driver was unbound while queue threads still wait for the disk. They will write responses
-    /// into rings that the next driver of the device would use.
+    /// The driver was unbound while queue threads still wait for the disk. They will write
+    /// responses into rings that the next driver of the device would use.
     orphaned: Atomic<bool>,
 }
 
@@ -137,7 +137,8 @@ pub(crate) fn is_orphaned(nodename: &CStr) -> bool {
     same.any(|entry| entry.orphaned.load(Acquire))
 }
 
-/// Makes all queues of all domains unmap pages that they can do without, because the maptrack is full.
+/// Makes all queues of all domains unmap pages that they can do without, because the maptrack is
+/// full.
 pub(crate) fn reclaim_mappings() {
     for entry in DEVICES.lock().iter() {
         entry.domain.reclaim_mappings();

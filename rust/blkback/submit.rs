@@ -4,9 +4,9 @@
 //! `dispatch_rw_block_io()`).
 //!
 //! [`Queue::start_requests`] takes requests from the ring. Each is checked
-//! ([`Queue::handle_request`]), gets a [`PendingReq`] with segments and pages ([`Queue::prepare`]), and is
-//! submitted, after a copy if it is a small write ([`Queue::issue`]). A barrier waits for all queues
-//! first.
+//! ([`Queue::handle_request`]), gets a [`PendingReq`] with segments and pages ([`Queue::prepare`]),
+//! and is submitted, after a copy if it is a small write ([`Queue::issue`]). A barrier waits for
+//! all queues first.
 
 use kernel::prelude::*;
 

@@ -65,8 +65,8 @@ const MAX_INLINE_COPY: usize = 2;
 
 /// A request whose responses have all arrived.
 ///
-/// Nearly all are plain. They are a variant of their own because a [`PendingRequest`] is expensive to
-/// move.
+/// Nearly all are plain. They are a variant of their own because a [`PendingRequest`] is expensive
+/// to move.
 enum CompletedRequest {
     /// A [plain](PendingRequest::is_plain) request.
     Plain(InFlightRequest),

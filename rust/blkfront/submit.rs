@@ -12,8 +12,8 @@
 //! 3. *Prepare*, without the lock: pages that the pool did not have are allocated, and grant
 //!    references are reserved. Data of a bounced write is copied.
 //! 4. *Grant*: the request is started, and its own pages are granted unless its data is bounced.
-//! 5. *Write to the ring*, under the lock. The backend sees the requests when they are published, and
-//!    is notified once for the batch, without the lock.
+//! 5. *Write to the ring*, under the lock. The backend sees the requests when they are published,
+//!    and is notified once for the batch, without the lock.
 //!
 //! In `xen-blkfront.c`, `blkif_queue_rq()` and `blkif_queue_rw_req()` have this role.
 
@@ -267,8 +267,8 @@ impl Queue {
         }
     }
 
-    /// Allocates pages that the pool did not have, reserves grant references, and copies the data of
-    /// a bounced write.
+    /// Allocates pages that the pool did not have, reserves grant references, and copies the data
+    /// of a bounced write.
     #[inline(always)]
     fn prepare(
         &self,

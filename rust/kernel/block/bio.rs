@@ -193,9 +193,9 @@ pub fn is_unsupported(error: Error) -> bool {
 
 /// Starts an I/O at a sector (of 512 bytes) of a device. May sleep.
 ///
-/// On an error it has not started, and is given back. `EINVAL`: the ranges do not lie in the slices,
-/// are too many, or do not fit the operation, or no sectors are discarded. `EACCES`: the device is
-/// not open for writing, or memory that must not change is read into.
+/// On an error it has not started, and is given back. `EINVAL`: the ranges do not lie in the
+/// slices, are too many, or do not fit the operation, or no sectors are discarded. `EACCES`: the
+/// device is not open for writing, or memory that must not change is read into.
 pub fn submit<D: PageOwner + Send + 'static, C: BioContext<D>>(
     device: &Arc<BlockDevice>,
     operation: Operation,
@@ -226,8 +226,8 @@ pub fn submit<D: PageOwner + Send + 'static, C: BioContext<D>>(
 ///
 /// # Safety
 ///
-/// `io` is valid. Until the bio has ended or was dropped it stays where it is, and is left alone but
-/// for reading.
+/// `io` is valid. Until the bio has ended or was dropped it stays where it is, and is left alone
+/// but for reading.
 unsafe fn prepare<D: PageOwner, C: BioContext<D>>(
     device: &BlockDevice,
     operation: Operation,
@@ -371,8 +371,8 @@ impl Bio {
         // Adjacent pages, which are rare among those of another domain, are put together further
         // down, where the limits of the device are known.
         //
-        // SAFETY: The bio is valid by the type invariant, and has room; the bytes lie in the page by
-        // the invariant of `PageSlice`.
+        // SAFETY: The bio is valid by the type invariant, and has room; the bytes lie in the page
+        // by the invariant of `PageSlice`.
         unsafe { bindings::__bio_add_page(self.0, slice.page().as_ptr(), len, offset) };
         Ok(())
     }
@@ -426,12 +426,12 @@ impl Drop for Bio {
 
 /// Ends a bio, where the block layer says so.
 ///
-/// This may be the last code of the module that runs: the completion may end the thread that holds it.
-/// Where bios end in interrupts, the kernel does not free a module's code before it has returned,
-/// because it waits for a grace period of RCU. Others end in threads that can be preempted (`loop`,
-/// `dm-crypt`), so all of it is a read-side section. Its end is the last call, which the compiler
-/// makes a jump: nothing of the module runs after that. `scripts/lib/check-objects` looks whether
-/// it is one.
+/// This may be the last code of the module that runs: the completion may end the thread that holds
+/// it. Where bios end in interrupts, the kernel does not free a module's code before it has
+/// returned, because it waits for a grace period of RCU. Others end in threads that can be
+/// preempted (`loop`, `dm-crypt`), so all of it is a read-side section. Its end is the last call,
+/// which the compiler makes a jump: nothing of the module runs after that.
+/// `scripts/lib/check-objects` looks whether it is one.
 ///
 /// # Safety
 ///
