@@ -3,8 +3,8 @@
 //! The socket for `rblk`.
 //!
 //! Each connection has a thread of its own, which reads the records of disks and calls their
-//! processes. A process that does not answer delays only the client that asks for it. What changes a
-//! disk is sent to the [`Supervisor`](crate::supervisor::Supervisor).
+//! processes. A process that does not answer delays only the client that asks for it. What changes
+//! a disk is sent to the [`Supervisor`](crate::supervisor::Supervisor).
 
 use crate::process::Process;
 use crate::supervisor::{Command, Commands};

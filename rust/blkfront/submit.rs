@@ -339,7 +339,8 @@ impl Queue {
         }
     }
 
-    /// Writes a request into its reserved slots, and stores it there until the backend has answered.
+    /// Writes a request into its reserved slots, and stores it there until the backend has
+    /// answered.
     ///
     /// Inlined where it is known whether the pages of `issued` are granted, so that only the fields
     /// of that variant are moved.

@@ -59,6 +59,36 @@
 //!         rq.end(BlkStatus::OK);
 //!     }
 //! }
+//!
+//! /// Creates the disk `/dev/null0` of 1 MiB.
+//! fn create() -> Result<GenDisk<Null>> {
+//!     let tag_set = Arc::pin_init(
+//!         TagSet::new(TagSetParams {
+//!             nr_hw_queues: 1,
+//!             queue_depth: 256,
+//!             timeout: msecs_to_jiffies(30_000),
+//!             no_scheduler: true,
+//!         }),
+//!         GFP_KERNEL,
+//!     )?;
+//!     let disk = GenDiskBuilder::new(QueueLimits::new())
+//!         .capacity((1 << 20) / u64::from(SECTOR_SIZE))
+//!         .build(fmt!("null0"), tag_set, Arc::new((), GFP_KERNEL)?)?;
+//!     disk.add(None)?;
+//!     Ok(disk)
+//! }
+//! ```
+//!
+//! The data of a request is in its segments. This completes a read with data from memory:
+//!
+//! ```ignore
+//! fn complete_read(mut rq: Request<Null, InFlight>, mut data: &[u8]) {
+//!     for segment in rq.segments_mut() {
+//!         let len = segment.write(data);
+//!         data = data.get(len..).unwrap_or_default();
+//!     }
+//!     rq.end(BlkStatus::OK);
+//! }
 //! ```
 //!
 //! # Requests
