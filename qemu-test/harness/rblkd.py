@@ -140,6 +140,16 @@ def refused(host: XenHost, guest: Guest, disk: RblkDisk) -> str:
     return output
 
 
+def detach(host: XenHost, guest: Guest, vdev: str) -> None:
+    """Detaches a disk, and waits until nothing of it is left."""
+    host.detach(guest, vdev)
+    guest.wait_for(f"[ ! -b /dev/{vdev} ]")
+    host.wait_for(
+        f'[ -z "$(ls /run/rblk | grep {CODES[vdev]})" ] && '
+        f"! xenstore-exists backend/vbd3/{guest.domid}/{CODES[vdev]}"
+    )
+
+
 def replaced(host: XenHost, guest: Guest, device: int, process: int) -> str:
     """Returns a shell condition: another process than `process` serves a disk."""
     directory = f"backend/vbd3/{guest.domid}/{device}"
