@@ -10,16 +10,24 @@ from pathlib import Path
 
 import pytest
 
+from harness import held_disk
 from harness.driver_check import assert_served_by_pair
 from harness.fixtures import StartHost
 from harness.manual_toolstack import ManualDisk
+from harness.shell import until
 from harness.xenhost import Server
 from harness.xenhost import XenHost
 
 SIZE = "/sys/module/rblk_ramdisk/parameters/size_mib"
 TURNS = 6
-STEPS_MS = 4
-DISKS = 40
+WRITER = """
+(dd if=/dev/zero bs=4k count=1; exec sleep 1200) > /dev/rblk0 2> /dev/null &
+echo $! > /tmp/writer
+"""
+"""Writes to the disk, and keeps it open, so that nothing is written back yet."""
+END_WRITER = "kill $(cat /tmp/writer)"
+DECIDES_S = 5
+"""Time for the backend to write Connected, in seconds, which it must not."""
 
 
 def detach(disk: ManualDisk) -> str:
@@ -72,26 +80,48 @@ def test_resize_detach(xen: StartHost, test_modules: Path) -> None:
         stop_resizing(server)
 
 
-@pytest.mark.feature("B-30")
-def test_detach_while_connecting(host: XenHost) -> None:
-    """Disks are detached a little later each time after their backend was told to connect.
-
-    With both C drivers the guest dies of it too.
+def begin_to_connect(disk: ManualDisk) -> None:
+    """Makes the backend connect to a waiting frontend. First it writes back what was written to the
+    disk in its domain, which does not complete.
     """
+    server = disk.server
+    disk.offer()
+    disk.wait_for(front=3)
+    server.sh(f"echo 3 > {held_disk.MODE}\n{WRITER}")
+    disk.give("/dev/rblk0")
+    server.wait_for("! grep -q '^ *0 *0$' /sys/block/rblk0/inflight")
+
+
+@pytest.mark.feature("B-30")
+def test_detach_while_connecting(xen: StartHost, test_modules: Path) -> None:
+    """A disk is detached after its backend has begun to connect, and before it writes Connected.
+
+    First the guest does not run, so only the node of the backend tells that the disk is detached.
+    Then the frontend has closed.
+    """
+    host = xen(modules=[test_modules / "rblk_ramdisk.ko"])
+    server = host.start_server()
+    server.load_backend()
+    server.insmod("rblk_ramdisk", held_disk.DISK)
     guest = host.start_guest(disks=[])
     disk = ManualDisk(host, guest)
-    for turn in range(DISKS):
-        disk.offer()
-        disk.wait_for(front=3)
-        number = host.server.sh("stat -L -c %t:%T /dev/ram0")
-        pause = turn * STEPS_MS / 1000
-        host.sh(
-            f"xenstore-write {disk.back}/physical-device {number}; sleep {pause}; {detach(disk)}"
-        )
+    for runs in (False, True):
+        begin_to_connect(disk)
+        if not runs:
+            host.sh(f"xl pause {guest.domid}")
+        host.sh(detach(disk))
+        if runs:
+            disk.wait_for(front=6)
+        held_disk.release(server)
+        server.sh(END_WRITER)
+        connected = f'[ "$(xenstore-read {disk.back}/state)" = 4 ]'
+        assert host.run(until(connected, DECIDES_S, "exit 9"))[0] == 9
+        if not runs:
+            host.sh(f"xl unpause {guest.domid}")
         disk.forget()
         guest.wait_for("[ ! -b /dev/xvdb ] && [ ! -e /sys/bus/xen/devices/vbd-51728 ]")
     disk.offer()
-    disk.give("/dev/ram0")
+    disk.give("/dev/rblk0")
     guest.wait_for_disk("xvdb")
     assert_served_by_pair(host, guest, "xvdb")
     guest.sh("dd if=/dev/xvdb of=/dev/null bs=64k count=16 iflag=direct")
