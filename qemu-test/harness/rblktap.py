@@ -10,6 +10,7 @@ backend/vbd3.
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -41,6 +42,8 @@ SIZE = "256M"
 """Size of the file system."""
 QEMU_TOOLS = ("/usr/bin/qemu-storage-daemon", "/usr/bin/qemu-img")
 """Serve and check images with a format."""
+FORMATS = {"vhd": "vpc"}
+"""QEMU's names of formats, where they differ from the suffix of an image."""
 SERVED = "requests adopted"
 """Printed when a frontend is connected, behind the number of requests of a predecessor."""
 AGENT = f"""
@@ -72,23 +75,32 @@ def program(name: str = "rblktap") -> bytes:
 
 @dataclass(frozen=True)
 class Image:
-    """An image in dom0; the suffix of its name (raw, qcow2) is the format."""
+    """An image in dom0; the suffix of its name (raw, qcow2, vhd) is the format."""
 
     name: str
     mib: int = 0
     source: Path | None = None
     """The raw image that it is copied from; an image without one is empty."""
+    backing: str | None = None
+    """The name of an image before it in the list, whose size it has."""
 
     @property
     def format(self) -> str:
         """Returns QEMU's name of the format."""
-        return self.name.split(".")[-1]
+        suffix = self.name.split(".")[-1]
+        return FORMATS.get(suffix, suffix)
 
     def make(self, directory: Path) -> None:
-        """Creates the file in a directory."""
+        """Creates the file in a directory, which has the backing image."""
         path = directory / self.name
         if self.source:
             qemu_img("convert", "-O", self.format, self.source, path)
+        elif self.backing:
+            backing = Image(self.backing)
+            qemu_img(
+                "create", "-q", "-f", self.format,
+                "-b", backing.name, "-F", backing.format, path,
+            )  # fmt: skip
         else:
             qemu_img("create", "-q", "-f", self.format, path, f"{self.mib}M")
 
@@ -128,6 +140,20 @@ def mount(host: XenHost) -> None:
         f"for tool in {PLACE}/bin/*; do [ ! -e $tool ] || ln -s $tool /usr/bin/; done && "
         f"for library in {PLACE}/lib/*; do name=/lib/x86_64-linux-gnu/${{library##*/}}; "
         "[ ! -e $library ] || [ -e $name ] || ln -s $library $name; done"
+    )
+
+
+def pattern(mib: int) -> Path:
+    """Returns a file of random bytes, the same each time."""
+    path = CACHE / "images" / f"pattern-{mib}"
+    return made_once(path, lambda path: path.write_bytes(random.Random(mib).randbytes(mib << 20)))
+
+
+def sum_of(host: XenHost, image: Image, mib: int) -> str:
+    """Returns the checksum of the first bytes of an image, as QEMU reads it."""
+    return host.sh(
+        f"qemu-img dd -f {image.format} -O raw bs=1M count={mib} if={PLACE}/{image.name} "
+        "of=/tmp/part > /dev/null && sha256sum < /tmp/part && rm /tmp/part"
     )
 
 

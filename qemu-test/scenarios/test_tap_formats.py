@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""rblktap serves images of several formats: what a guest writes is what is in the image."""
+
+from harness import rblkd
+from harness import rblktap
+from harness.driver_check import assert_served_by_pair
+from harness.fixtures import StartHost
+from harness.guest import TWO_VCPUS
+from harness.guest import Guest
+from harness.rblkd import RblkDisk
+from harness.rblktap import Image
+from harness.xenhost import XenHost
+
+MIB = 32
+WRITTEN_MIB = 8
+"""The area that `VERIFY` writes."""
+VERIFY = (
+    "fio --name=part --filename=/dev/xvdb --ioengine=libaio --iodepth=16 --direct=1 "
+    "--rw=randwrite --norandommap=0 --bsrange=512-256k --blockalign=512 --size=8M "
+    "--verify=crc32c --verify_fatal=1 --do_verify=1 --randseed={seed} --output-format=terse"
+)
+SUM = "dd if=/dev/xvdb bs=1M count={count} iflag=direct 2> /dev/null | sha256sum"
+METADATA_KB = 1024
+"""More than an image without data occupies."""
+
+PLAIN = Image("plain.raw", MIB)
+BASE = Image("base.raw", MIB, source=rblktap.pattern(MIB))
+TOP = Image("top.qcow2", backing=BASE.name)
+DYNAMIC = Image("dynamic.vhd", MIB)
+
+
+def attach(host: XenHost, guest: Guest, target: str) -> None:
+    """Attaches an image as xvdb."""
+    host.attach(guest, RblkDisk("xvdb", target))
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+
+
+def verify(host: XenHost, guest: Guest, image: Image) -> None:
+    """Verifies random writes from inside and outside, and that a discard frees blocks of the image.
+
+    QEMU completes a discard on a VHD without effect.
+    """
+    attach(host, guest, image.name)
+    for seed in (3, 4):
+        guest.sh(VERIFY.format(seed=seed), timeout=600)
+    inside = guest.sh(SUM.format(count=WRITTEN_MIB))
+    rblkd.detach(host, guest, "xvdb")
+    assert rblktap.sum_of(host, image, WRITTEN_MIB) == inside
+    assert rblktap.allocated_kb(host, image.name) >= WRITTEN_MIB << 10
+    if image.format != "raw":
+        check(host, image)
+    attach(host, guest, image.name)
+    guest.sh("blkdiscard /dev/xvdb")
+    rblkd.detach(host, guest, "xvdb")
+    if image.format != "vpc":
+        assert rblktap.allocated_kb(host, image.name) < METADATA_KB
+
+
+def check(host: XenHost, image: Image) -> None:
+    """Checks an image; vpc has no check."""
+    status, output = host.run(f"qemu-img check -f {image.format} {rblktap.PLACE}/{image.name}")
+    assert status == 0 or (image.format == "vpc" and "not support checks" in output), output
+
+
+def verify_backing(host: XenHost, guest: Guest) -> None:
+    """What was not written is read from the backing file, which does not change."""
+    base = rblktap.sum_of(host, BASE, MIB)
+    attach(host, guest, TOP.name)
+    assert guest.sh(SUM.format(count=MIB)) == base
+    rblkd.detach(host, guest, "xvdb")
+    verify(host, guest, TOP)
+    assert rblktap.sum_of(host, BASE, MIB) == base
+
+
+def test_tap_formats(xen: StartHost) -> None:
+    """Raw, qcow2 with a backing file, and dynamic VHD."""
+    images = [PLAIN, BASE, TOP, DYNAMIC]
+    disk = rblktap.disk(images, rblktap.QEMU_TOOLS)
+    host = xen(waiting=TWO_VCPUS, image=disk, **rblkd.options())
+    rblkd.install(host)
+    rblkd.start(host)
+    guest = host.start_guest(disks=[])
+    verify(host, guest, PLAIN)
+    verify_backing(host, guest)
+    verify(host, guest, DYNAMIC)
