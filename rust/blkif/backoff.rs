@@ -5,6 +5,22 @@
 //! Some operations fail only for the moment: a page of the other domain is paged out, or Xen or the
 //! kernel has run out of something that others will give back. They are tried again, less and less
 //! often. Time is in milliseconds; the caller sleeps.
+//!
+//! # Examples
+//!
+//! ```
+//! use blkif::backoff::{retry, Backoff};
+//!
+//! let (mut slept, mut failures) = (0, 3);
+//! let result = retry(
+//!     Backoff::new(1, 256),
+//!     32_000,
+//!     |milliseconds| slept += milliseconds,
+//!     |error| *error == "busy",
+//!     || if failures == 0 { Ok(()) } else { failures -= 1; Err("busy") },
+//! );
+//! assert_eq!((result, slept), (Ok(()), 1 + 2 + 4));
+//! ```
 
 /// Delays between tries: each is twice as long as the one before, up to the longest.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

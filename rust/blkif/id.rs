@@ -13,6 +13,17 @@
 //! | 16..28 | part | which slot of a request that needs several |
 //! | 28..40 | queue | hardware queue |
 //! | 40..64 | epoch | count of uses; an answer to an older use has another one |
+//!
+//! # Examples
+//!
+//! ```
+//! use blkif::id::RingId;
+//!
+//! let id = RingId::new(5, 1, 0, 31).unwrap();
+//! assert_eq!(RingId::from_wire(id.to_wire()), id);
+//! // The next use of the same slot.
+//! assert_ne!(RingId::new(6, 1, 0, 31), Some(id));
+//! ```
 
 const PART_SHIFT: u32 = 16;
 const QUEUE_SHIFT: u32 = 28;

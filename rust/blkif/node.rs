@@ -1,6 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Values of xenstore nodes that only block devices have.
+//!
+//! # Examples
+//!
+//! ```
+//! use blkif::node::physical_device;
+//!
+//! let device = physical_device("physical-device", b"fe:3")?;
+//! assert_eq!((device.major, device.minor), (254, 3));
+//! # Ok::<(), blkif::node::InvalidNode>(())
+//! ```
 
 use xen_io::node::parse_number;
 

@@ -12,6 +12,32 @@
 //! none is larger than the limits allow. A part is whole logical blocks if the request is, for a
 //! backend refuses any other: the frontend has the block layer align each fragment to the block, or
 //! to the page if a block is larger, and [`SlotLimits`] ends a part between two blocks.
+//!
+//! # Examples
+//!
+//! A read of 64 KiB, on a backend without indirect requests, takes two slots:
+//!
+//! ```
+//! use blkif::plan::{PageFragment, Plan, SegmentPlacement, SlotLimits};
+//!
+//! let limits = SlotLimits::new(0, 512).unwrap();
+//! let fragments = [PageFragment::new(0, 4096).unwrap(); 16];
+//! let plan = Plan::new(2048, fragments.into_iter(), 16, limits).unwrap();
+//! assert_eq!((plan.slots(), plan.grants()), (2, 16));
+//!
+//! let parts: Vec<_> = plan.collect();
+//! assert_eq!((parts[0].sector, parts[0].sectors, parts[0].count), (2048, 88, 11));
+//! assert_eq!((parts[1].sector, parts[1].sectors, parts[1].count), (2136, 40, 5));
+//! assert_eq!(parts[1].placement, SegmentPlacement::Direct);
+//! ```
+//!
+//! With indirect requests it takes one, and a grant more for the page with the segments:
+//!
+//! ```
+//! # use blkif::plan::SlotLimits;
+//! let limits = SlotLimits::new(32, 512).unwrap();
+//! assert_eq!((limits.slots(16), limits.grants(16)), (1, 17));
+//! ```
 
 use core::num::NonZeroU32;
 

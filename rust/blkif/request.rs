@@ -11,6 +11,40 @@
 //! until these pages were fetched and each segment went through a [`SegmentChecker`], which returns
 //! the [`Extent`] of the transfer at the end. An `Extent` and a [`Segment`] cannot be created in
 //! another way, so code that takes them as arguments never gets unchecked numbers.
+//!
+//! # Examples
+//!
+//! ```
+//! use blkif::request::{check, Data, DiskLimits, InvalidRequest, Request};
+//! use blkif::wire::{op, RwRequest, WireRequest, WireSegment};
+//!
+//! let limits = DiskLimits {
+//!     sectors: 1 << 20,
+//!     block_size: 512,
+//!     read_only: true,
+//!     discard: false,
+//!     secure_discard: false,
+//!     indirect_segments: 32,
+//! };
+//! let mut rw = RwRequest {
+//!     operation: op::READ,
+//!     nr_segments: 1,
+//!     handle: 0,
+//!     id: 1,
+//!     sector: 8,
+//!     segments: [WireSegment { gref: 9, first: 2, last: 5 }; 11],
+//! };
+//! let wire = WireRequest::Rw(rw);
+//! let Ok(Request::Read(Data::Direct(data))) = check(&wire, &limits) else {
+//!     panic!("refused");
+//! };
+//! assert_eq!((data.extent().sector(), data.extent().sectors()), (8, 4));
+//! let segment = data.segments().next().unwrap();
+//! assert_eq!((segment.gref(), segment.offset(), segment.len()), (9, 1024, 2048));
+//!
+//! rw.operation = op::WRITE;
+//! assert_eq!(check(&WireRequest::Rw(rw), &limits), Err(InvalidRequest::ReadOnly));
+//! ```
 
 use core::fmt;
 

@@ -9,6 +9,19 @@
 //!
 //! Which request was refused is not remembered, only how many slots it takes. The block layer
 //! offers each refused request again until it is taken, so one of that size always comes back.
+//!
+//! # Examples
+//!
+//! With 4 free slots, a request of 5 slots waits, and smaller ones wait behind it:
+//!
+//! ```
+//! use blkif::reservation::Reservations;
+//!
+//! let mut reservations = Reservations::new();
+//! assert!(!reservations.reserve(5, 4));
+//! assert!(!reservations.reserve(1, 4));
+//! assert!(reservations.reserve(5, 5));
+//! ```
 
 /// Reserved slots of a ring.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]

@@ -44,6 +44,43 @@
 //!
 //! Neither [`FrontRing`] nor [`BackRing`] takes a lock: the caller owns the ring, or holds the lock
 //! that protects it.
+//!
+//! # Examples
+//!
+//! A flush on its way from a frontend to a backend and back. Each side notifies the other one if
+//! `publish` returns `true`.
+//!
+//! ```
+//! # use core::cell::Cell;
+//! # use blkif::plan::flush;
+//! # use blkif::ring::{BackRing, FrontRing};
+//! # use blkif::wire::{op, Abi, Status};
+//! # use xen_io::ring::SharedMemory;
+//! # struct Page([Cell<u32>; 1024]);
+//! # impl SharedMemory for &Page {
+//! #     fn words(&self) -> usize { 1024 }
+//! #     fn load(&self, word: usize) -> u32 { self.0.get(word).map_or(0, Cell::get) }
+//! #     fn store(&self, word: usize, value: u32) { self.0[word].set(value) }
+//! #     fn rmb(&self) {}
+//! #     fn wmb(&self) {}
+//! #     fn mb(&self) {}
+//! # }
+//! # let page = Page([const { Cell::new(0) }; 1024]);
+//! let mut front = FrontRing::new(&page, Abi::X86_64).unwrap();
+//! let mut back = BackRing::attach(&page, Abi::X86_64).unwrap();
+//!
+//! front.put(flush(op::FLUSH_DISKCACHE, 0, 7)).unwrap();
+//! assert!(front.publish());
+//!
+//! let request = back.take_request().unwrap().unwrap();
+//! assert_eq!(back.take_request(), Ok(None));
+//! assert!(!back.final_check());
+//! back.put(&request.response(Status::Okay)).unwrap();
+//! assert!(back.publish());
+//!
+//! let response = front.take_response().unwrap().unwrap();
+//! assert_eq!((response.id, response.status), (7, Status::Okay));
+//! ```
 
 use core::fmt;
 

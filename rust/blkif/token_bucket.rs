@@ -3,6 +3,19 @@
 //! A limit on the rate of actions that the other side causes.
 //!
 //! Time is a number of ticks that wraps; the caller says what a tick is.
+//!
+//! # Examples
+//!
+//! Two actions at once, then one in 10 ticks:
+//!
+//! ```
+//! use blkif::token_bucket::TokenBucket;
+//!
+//! let mut bucket = TokenBucket::new(2, 10, 0);
+//! assert_eq!((bucket.take(0), bucket.take(0)), (Ok(()), Ok(())));
+//! assert_eq!(bucket.take(4), Err(6));
+//! assert_eq!(bucket.take(10), Ok(()));
+//! ```
 
 /// Turns to do something: a few at once, and then one in each period.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -16,6 +16,18 @@
 //! All become disks of major 202 named `xvda`, `xvdb`, ... as `xen-blkfront` names them. A number
 //! that names a partition becomes a disk of one minor with the partition in its name (`xvda1`). Of
 //! an hd number the partition has never had an effect.
+//!
+//! # Examples
+//!
+//! ```
+//! use blkif::vdev::VirtualDevice;
+//!
+//! let disk = VirtualDevice::new(51728)?;
+//! assert_eq!((disk.name.as_str(), disk.minor, disk.minors), ("xvdb", 16, 16));
+//! let partition = VirtualDevice::new(202 << 8 | 1)?;
+//! assert_eq!((partition.name.as_str(), partition.minors), ("xvda1", 1));
+//! # Ok::<(), blkif::vdev::InvalidNumber>(())
+//! ```
 
 use core::{
     fmt,
