@@ -37,6 +37,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use xen_user::event::Channel;
+use xen_user::event::Events;
 use xen_user::grant::Grants;
 use xen_user::xenstore::Nodes;
 use xen_user::xenstore::Xenstore;
