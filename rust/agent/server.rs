@@ -253,6 +253,7 @@ mod tests {
     use std::io::{BufRead, BufReader, Write};
     use xen_user::fake::Host;
     use xen_user::xenstore::Nodes;
+    use xen_user::xenstore::Xenstore;
 
     const DISK: DiskId = DiskId {
         domid: 5,
@@ -320,10 +321,8 @@ mod tests {
         });
     }
 
-    #[test]
-    fn a_process_is_replaced() {
-        let dir = tempfile::tempdir().unwrap();
-        let run = RunDir::new(dir.path());
+    /// Starts a supervisor and a server for one disk. Returns a connection to its xenstore.
+    fn start(run: &RunDir) -> Xenstore {
         let host = Host::new();
         let mut store = host.xenstore().unwrap();
         store.write("backend/vbd3/5/51712/params", "serve").unwrap();
@@ -333,6 +332,14 @@ mod tests {
             Supervisor::new(connection, run.clone(), PROGRAM.into()).unwrap();
         thread::spawn(move || supervisor.run());
         Server::start(run.clone(), commands).unwrap();
+        store
+    }
+
+    #[test]
+    fn a_process_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let mut store = start(&run);
         let pid = || run.read_record(DISK).unwrap()?.phase.pid();
         wait_until("no process", || pid().is_some());
         store.write("backend/vbd3/5/51712/state", "4").unwrap();
@@ -367,14 +374,7 @@ mod tests {
     fn clients_are_answered() {
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::new(dir.path());
-        let host = Host::new();
-        let mut store = host.xenstore().unwrap();
-        store.write("backend/vbd3/5/51712/params", "serve").unwrap();
-        store.write("backend/vbd3/5/51712/state", "1").unwrap();
-        let store = host.xenstore().unwrap();
-        let (supervisor, commands) = Supervisor::new(store, run.clone(), PROGRAM.into()).unwrap();
-        thread::spawn(move || supervisor.run());
-        Server::start(run.clone(), commands).unwrap();
+        let _store = start(&run);
         let call = |call: &AgentCall| -> Result<Vec<DiskEntry>, Failure> {
             socket::call(&run.agent_socket(), call, Duration::from_secs(60))
         };

@@ -29,40 +29,8 @@ pub enum XenbusState {
 }
 
 impl XenbusState {
-    /// Returns the number of the state, as in xenstore.
-    pub const fn number(self) -> u32 {
-        self as u32
-    }
-}
-
-impl TryFrom<u32> for XenbusState {
-    type Error = UnknownState;
-
-    fn try_from(number: u32) -> Result<Self, UnknownState> {
-        Ok(match number {
-            0 => XenbusState::Unknown,
-            1 => XenbusState::Initialising,
-            2 => XenbusState::InitWait,
-            3 => XenbusState::Initialised,
-            4 => XenbusState::Connected,
-            5 => XenbusState::Closing,
-            6 => XenbusState::Closed,
-            7 => XenbusState::Reconfiguring,
-            8 => XenbusState::Reconfigured,
-            _ => return Err(UnknownState(number)),
-        })
-    }
-}
-
-/// A number that is no [`XenbusState`].
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct UnknownState(pub u32);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const STATES: [XenbusState; 9] = [
+    /// All states, in the order of their numbers.
+    pub const ALL: [Self; 9] = [
         XenbusState::Unknown,
         XenbusState::Initialising,
         XenbusState::InitWait,
@@ -74,9 +42,34 @@ mod tests {
         XenbusState::Reconfigured,
     ];
 
+    /// Returns the number of the state, as in xenstore.
+    pub const fn number(self) -> u32 {
+        self as u32
+    }
+}
+
+impl TryFrom<u32> for XenbusState {
+    type Error = UnknownState;
+
+    fn try_from(number: u32) -> Result<Self, UnknownState> {
+        let state = usize::try_from(number)
+            .ok()
+            .and_then(|number| Self::ALL.get(number));
+        state.copied().ok_or(UnknownState(number))
+    }
+}
+
+/// A number that is no [`XenbusState`].
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct UnknownState(pub u32);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
     #[test]
     fn numbers_of_states() {
-        for (number, state) in STATES.into_iter().enumerate() {
+        for (number, state) in XenbusState::ALL.into_iter().enumerate() {
             assert_eq!(XenbusState::try_from(number as u32), Ok(state));
             assert_eq!(state.number(), number as u32);
         }

@@ -14,9 +14,12 @@ use blkif::wire::WireSegment;
 use common::*;
 use engine::memory::MemoryEngine;
 use engine::Errno;
+use serde_json::Value;
 use std::fs;
 use std::thread;
+use std::thread::JoinHandle;
 use std::time::Duration;
+use tempfile::TempDir;
 use xen_user::event::Channel;
 use xen_user::xenstore::Nodes;
 
@@ -27,10 +30,57 @@ fn image() -> Box<MemoryEngine> {
     Box::new(MemoryEngine::open(SECTORS * 512, &options).unwrap())
 }
 
+/// A disk that is served, and a frontend that is connected to it.
+struct TestDisk {
+    dir: TempDir,
+    toolstack: Toolstack,
+    front: Front,
+    server: JoinHandle<Result<(), rblktap::Error>>,
+}
+
+impl TestDisk {
+    /// Serves an image and connects a frontend.
+    fn connect(image: Box<MemoryEngine>, choice: Choice) -> Self {
+        Self::with(Toolstack::new("w"), image, choice, 512)
+    }
+
+    fn with(
+        mut toolstack: Toolstack,
+        image: Box<MemoryEngine>,
+        choice: Choice,
+        block_size: u32,
+    ) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let options = Options {
+            persistent: choice.persistent,
+            block_size,
+            ..Options::new(dir.path())
+        };
+        let server = serve(&mut toolstack, image, &options);
+        let front = Front::connect(&mut toolstack, choice);
+        Self {
+            dir,
+            toolstack,
+            front,
+            server,
+        }
+    }
+
+    /// Detaches the disk, and checks that nothing of it is left.
+    fn finish(self) {
+        finish(self.toolstack, self.front, self.server);
+        assert_eq!(fs::read_dir(self.dir.path()).unwrap().count(), 0);
+    }
+
+    fn stats(&self) -> Value {
+        control(self.dir.path(), "stats")
+    }
+}
+
 fn finish(
     mut toolstack: Toolstack,
     mut front: Front,
-    served: thread::JoinHandle<Result<(), rblktap::Error>>,
+    served: JoinHandle<Result<(), rblktap::Error>>,
 ) {
     toolstack.start_detach();
     front.set_state("5");
@@ -87,20 +137,18 @@ fn write_read_verify(front: &mut Front, random: &mut Random, rounds: u64) {
 }
 
 fn verify(choice: Choice) {
-    let dir = tempfile::tempdir().unwrap();
-    let mut toolstack = Toolstack::new("w");
-    let mut options = Options::new(dir.path());
-    options.persistent = choice.persistent;
-    let served = serve(&mut toolstack, image(), &options);
-    let mut front = Front::connect(&mut toolstack, choice);
-    let offer = front.offers();
+    let mut disk = TestDisk::connect(image(), choice);
+    let offer = disk.front.offers();
     assert!(offer.flush_cache && offer.barrier && offer.discard);
     assert_eq!(offer.persistent, choice.persistent);
-    assert_eq!(toolstack.node("sectors").unwrap(), SECTORS.to_string());
-    write_read_verify(&mut front, &mut Random::new(u64::from(choice.order)), 200);
-    okay(front.rings[0].call(flush(9)));
-    finish(toolstack, front, served);
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    assert_eq!(disk.toolstack.node("sectors").unwrap(), SECTORS.to_string());
+    write_read_verify(
+        &mut disk.front,
+        &mut Random::new(u64::from(choice.order)),
+        200,
+    );
+    okay(disk.front.rings[0].call(flush(9)));
+    disk.finish();
 }
 
 #[test]
@@ -135,23 +183,22 @@ fn data_is_right_with_large_rings_and_several_queues() {
 
 #[test]
 fn a_disk_of_4096_byte_blocks_refuses_parts_of_blocks() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut toolstack = Toolstack::new("w");
-    let mut options = Options::new(dir.path());
-    options.block_size = 4096;
-    let served = serve(&mut toolstack, image(), &options);
-    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
-    assert_eq!(toolstack.node("sector-size").unwrap(), "4096");
-    let whole = front.request(op::WRITE, 1, 8, &[front.segment(0, 0, 7)]);
-    okay(front.rings[0].call(whole));
-    let part = front.request(op::WRITE, 2, 8, &[front.segment(0, 0, 3)]);
-    assert_eq!(front.rings[0].call(part).status, Status::Error);
-    finish(toolstack, front, served);
+    let toolstack = Toolstack::new("w");
+    let mut disk = TestDisk::with(toolstack, image(), Choice::PLAIN, 4096);
+    assert_eq!(disk.toolstack.node("sector-size").unwrap(), "4096");
+    let whole = disk
+        .front
+        .request(op::WRITE, 1, 8, &[disk.front.segment(0, 0, 7)]);
+    okay(disk.front.rings[0].call(whole));
+    let part = disk
+        .front
+        .request(op::WRITE, 2, 8, &[disk.front.segment(0, 0, 3)]);
+    assert_eq!(disk.front.rings[0].call(part).status, Status::Error);
+    disk.finish();
 }
 
 #[test]
 fn a_read_only_removable_disk_refuses_writes() {
-    let dir = tempfile::tempdir().unwrap();
     let mut toolstack = Toolstack::new("r");
     toolstack
         .store
@@ -162,29 +209,25 @@ fn a_read_only_removable_disk_refuses_writes() {
         ..engine::Options::default()
     };
     let image = Box::new(MemoryEngine::open(SECTORS * 512, &options).unwrap());
-    let served = serve(&mut toolstack, image, &Options::new(dir.path()));
-    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    let mut disk = TestDisk::with(toolstack, image, Choice::PLAIN, 512);
     let flags = info::READONLY | info::REMOVABLE;
-    assert_eq!(toolstack.node("info").unwrap(), flags.to_string());
-    assert_eq!(toolstack.node("feature-discard"), None);
-    let segment = front.segment(0, 0, 0);
-    okay(front.rings[0].call(direct(op::READ, 1, 0, &[segment])));
+    assert_eq!(disk.toolstack.node("info").unwrap(), flags.to_string());
+    assert_eq!(disk.toolstack.node("feature-discard"), None);
+    let segment = disk.front.segment(0, 0, 0);
+    okay(disk.front.rings[0].call(direct(op::READ, 1, 0, &[segment])));
     for operation in [op::WRITE, op::WRITE_BARRIER] {
-        let response = front.rings[0].call(direct(operation, 2, 0, &[segment]));
+        let response = disk.front.rings[0].call(direct(operation, 2, 0, &[segment]));
         assert_eq!(response.status, Status::Error);
     }
-    finish(toolstack, front, served);
+    disk.finish();
 }
 
 #[test]
 fn discarded_sectors_are_forgotten() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut toolstack = Toolstack::new("w");
-    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
-    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
-    front.data.write(0, &[7; 512]);
-    let segment = front.segment(0, 0, 0);
-    okay(front.rings[0].call(direct(op::WRITE, 1, 16, &[segment])));
+    let mut disk = TestDisk::connect(image(), Choice::PLAIN);
+    disk.front.data.write(0, &[7; 512]);
+    let segment = disk.front.segment(0, 0, 0);
+    okay(disk.front.rings[0].call(direct(op::WRITE, 1, 16, &[segment])));
     let discard = |flag| {
         WireRequest::Discard(DiscardRequest {
             flag,
@@ -194,41 +237,36 @@ fn discarded_sectors_are_forgotten() {
             nr_sectors: 8,
         })
     };
-    okay(front.rings[0].call(discard(0)));
-    let secure = front.rings[0].call(discard(1));
+    okay(disk.front.rings[0].call(discard(0)));
+    let secure = disk.front.rings[0].call(discard(1));
     assert_eq!(secure.status, Status::NotSupported);
-    okay(front.rings[0].call(direct(op::READ, 3, 16, &[segment])));
+    okay(disk.front.rings[0].call(direct(op::READ, 3, 16, &[segment])));
     let mut data = [1; 512];
-    front.data.read(0, &mut data);
+    disk.front.data.read(0, &mut data);
     assert_eq!(data, [0; 512]);
-    finish(toolstack, front, served);
+    disk.finish();
 }
 
 #[test]
 fn hostile_requests_are_answered_and_do_no_harm() {
     for persistent in [false, true] {
-        let dir = tempfile::tempdir().unwrap();
-        let mut toolstack = Toolstack::new("w");
-        let mut options = Options::new(dir.path());
-        options.persistent = persistent;
-        let served = serve(&mut toolstack, image(), &options);
         let choice = Choice {
             persistent,
             ..Choice::PLAIN
         };
-        let mut front = Front::connect(&mut toolstack, choice);
-        let good = front.segment(0, 0, 7);
+        let mut disk = TestDisk::connect(image(), choice);
+        let good = disk.front.segment(0, 0, 7);
         let bad_grant = WireSegment { gref: 1, ..good };
         let too_many = vec![good; 257];
         let mut many = direct(op::READ, 5, 0, &[good; 11]);
         if let WireRequest::Rw(rw) = &mut many {
             rw.nr_segments = 12;
         }
-        let mut no_list = front.request(op::READ, 6, 0, &[good; 12]);
+        let mut no_list = disk.front.request(op::READ, 6, 0, &[good; 12]);
         if let WireRequest::Indirect(indirect) = &mut no_list {
             indirect.grefs[0] = 1;
         }
-        let mut wrong_operation = front.request(op::READ, 7, 0, &[good; 12]);
+        let mut wrong_operation = disk.front.request(op::READ, 7, 0, &[good; 12]);
         if let WireRequest::Indirect(indirect) = &mut wrong_operation {
             indirect.operation = op::FLUSH_DISKCACHE;
         }
@@ -239,11 +277,11 @@ fn hostile_requests_are_answered_and_do_no_harm() {
         let cases = [
             (direct(op::READ, 1, 0, &[]), Status::Error),
             (
-                direct(op::READ, 1, 0, &[front.segment(0, 5, 4)]),
+                direct(op::READ, 1, 0, &[disk.front.segment(0, 5, 4)]),
                 Status::Error,
             ),
             (
-                direct(op::WRITE, 2, 0, &[front.segment(0, 0, 8)]),
+                direct(op::WRITE, 2, 0, &[disk.front.segment(0, 0, 8)]),
                 Status::Error,
             ),
             (direct(op::READ, 3, SECTORS - 7, &[good]), Status::Error),
@@ -254,34 +292,29 @@ fn hostile_requests_are_answered_and_do_no_harm() {
             (many, Status::Error),
             (no_list, Status::Error),
             (wrong_operation, Status::Error),
-            (front.request(op::READ, 9, 0, &too_many), Status::Error),
+            (disk.front.request(op::READ, 9, 0, &too_many), Status::Error),
             (unknown, Status::NotSupported),
         ];
         for (request, status) in cases {
-            let response = front.rings[0].call(request);
+            let response = disk.front.rings[0].call(request);
             assert_eq!(response.status, status, "{request:?}");
             assert_eq!(response.operation, request.response_operation());
         }
         let last = direct(op::WRITE, 10, SECTORS - 8, &[good]);
-        okay(front.rings[0].call(last));
-        finish(toolstack, front, served);
+        okay(disk.front.rings[0].call(last));
+        disk.finish();
     }
 }
 
 #[test]
 fn random_requests_are_all_answered() {
     for persistent in [false, true] {
-        let dir = tempfile::tempdir().unwrap();
-        let mut toolstack = Toolstack::new("w");
-        let mut options = Options::new(dir.path());
-        options.persistent = persistent;
-        let served = serve(&mut toolstack, image(), &options);
         let choice = Choice {
             persistent,
             ..Choice::PLAIN
         };
-        let front = Front::connect(&mut toolstack, choice);
-        let (memory, channel) = (&front.rings[0].memory, &front.rings[0].channel);
+        let mut disk = TestDisk::connect(image(), choice);
+        let (memory, channel) = (&disk.front.rings[0].memory, &disk.front.rings[0].channel);
         let mut random = Random::new(3);
         for round in 0..1000u32 {
             // A slot is 28 words behind the 16 of the header.
@@ -293,7 +326,7 @@ fn random_requests_are_all_answered() {
             for word in 1..28 {
                 let value = match random.below(4) {
                     0 => random.below(1 << 31) as u32,
-                    1 => front.references[random.below(512) as usize],
+                    1 => disk.front.references[random.below(512) as usize],
                     2 => random.below(0x0808) as u32,
                     _ => 0,
                 };
@@ -303,23 +336,23 @@ fn random_requests_are_all_answered() {
             channel.notify().unwrap();
             wait_for("a response", || memory.load(2) == round + 1);
         }
-        assert_eq!(toolstack.state(), "4");
-        finish(toolstack, front, served);
+        assert_eq!(disk.toolstack.state(), "4");
+        disk.finish();
     }
 }
 
 #[test]
 fn an_impossible_index_ends_the_connection() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut toolstack = Toolstack::new("w");
-    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
-    let front = Front::connect(&mut toolstack, Choice::PLAIN);
-    front.rings[0].memory.store(0, 33);
-    front.rings[0].channel.notify().unwrap();
-    toolstack.wait_state("5");
-    let error = toolstack.store.read_text(&format!("error/{BACK}/error"));
+    let mut disk = TestDisk::connect(image(), Choice::PLAIN);
+    disk.front.rings[0].memory.store(0, 33);
+    disk.front.rings[0].channel.notify().unwrap();
+    disk.toolstack.wait_state("5");
+    let error = disk
+        .toolstack
+        .store
+        .read_text(&format!("error/{BACK}/error"));
     assert!(error.unwrap().unwrap().contains("req_prod 33"));
-    finish(toolstack, front, served);
+    disk.finish();
 }
 
 #[test]
@@ -352,18 +385,18 @@ fn nodes_that_make_no_sense_are_reported() {
 
 #[test]
 fn a_state_that_is_none_is_reported() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut toolstack = Toolstack::new("w");
-    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
-    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
-    front.set_state("4\x1b[2J");
-    toolstack.wait_state("5");
-    let error = toolstack.store.read_text(&format!("error/{BACK}/error"));
+    let mut disk = TestDisk::connect(image(), Choice::PLAIN);
+    disk.front.set_state("4\x1b[2J");
+    disk.toolstack.wait_state("5");
+    let error = disk
+        .toolstack
+        .store
+        .read_text(&format!("error/{BACK}/error"));
     assert!(error
         .unwrap()
         .unwrap()
         .contains("state = \"4?[2J\": not a state"));
-    finish(toolstack, front, served);
+    disk.finish();
 }
 
 #[test]
@@ -387,8 +420,6 @@ fn a_frontend_may_connect_again() {
 
 #[test]
 fn errors_of_the_image_that_pass_are_tried_again() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut toolstack = Toolstack::new("w");
     let image = image();
     let passing = [Errno::AGAIN, Errno::BUSY, Errno::TIMEDOUT];
     image.set_faults(|faults| {
@@ -398,61 +429,54 @@ fn errors_of_the_image_that_pass_are_tried_again() {
             .chain([None, Some(Errno::IO)])
             .collect();
     });
-    let served = serve(&mut toolstack, image, &Options::new(dir.path()));
-    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
-    let segment = front.segment(0, 0, 7);
-    okay(front.rings[0].call(direct(op::WRITE, 1, 0, &[segment])));
-    let failed = front.rings[0].call(direct(op::WRITE, 2, 0, &[segment]));
+    let mut disk = TestDisk::connect(image, Choice::PLAIN);
+    let segment = disk.front.segment(0, 0, 7);
+    okay(disk.front.rings[0].call(direct(op::WRITE, 1, 0, &[segment])));
+    let failed = disk.front.rings[0].call(direct(op::WRITE, 2, 0, &[segment]));
     assert_eq!(failed.status, Status::Error);
-    let stats = control(dir.path(), "stats");
+    let stats = disk.stats();
     assert_eq!(stats["counters"]["retries"], 3);
     assert_eq!(stats["counters"]["errors"], 1);
-    finish(toolstack, front, served);
+    disk.finish();
 }
 
 #[test]
 fn a_refused_flush_is_withdrawn() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut toolstack = Toolstack::new("w");
     let image = image();
     image.set_faults(|faults| faults.errors = [Some(Errno::OPNOTSUPP)].into());
-    let served = serve(&mut toolstack, image, &Options::new(dir.path()));
-    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
-    let response = front.rings[0].call(flush(1));
+    let mut disk = TestDisk::connect(image, Choice::PLAIN);
+    let response = disk.front.rings[0].call(flush(1));
     assert_eq!(response.status, Status::NotSupported);
     wait_for("feature-flush-cache = 0", || {
-        toolstack.node("feature-flush-cache").as_deref() == Some("0")
+        disk.toolstack.node("feature-flush-cache").as_deref() == Some("0")
     });
-    finish(toolstack, front, served);
+    disk.finish();
 }
 
 #[test]
 fn barriers_order_all_queues() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut toolstack = Toolstack::new("w");
-    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
     let choice = Choice {
         queues: 3,
         ..Choice::PLAIN
     };
-    let mut front = Front::connect(&mut toolstack, choice);
+    let mut disk = TestDisk::connect(image(), choice);
     for round in 0..50u64 {
         for ring in 0..3 {
-            let segment = front.segment(ring, 0, 7);
+            let segment = disk.front.segment(ring, 0, 7);
             let first = direct(op::WRITE, round, 8 * ring as u64, &[segment]);
             let barrier = direct(op::WRITE_BARRIER, 1000 + round, 8 * ring as u64, &[segment]);
-            front.rings[ring].put(first);
-            front.rings[ring].put(barrier);
-            front.rings[ring].put(direct(op::WRITE_BARRIER, 2000, 0, &[]));
-            front.rings[ring].put(first);
+            disk.front.rings[ring].put(first);
+            disk.front.rings[ring].put(barrier);
+            disk.front.rings[ring].put(direct(op::WRITE_BARRIER, 2000, 0, &[]));
+            disk.front.rings[ring].put(first);
         }
         for ring in 0..3 {
-            front.rings[ring].publish();
+            disk.front.rings[ring].publish();
         }
         for ring in 0..3 {
             let ids: Vec<u64> = (0..4)
                 .map(|_| {
-                    let response = front.rings[ring].response();
+                    let response = disk.front.rings[ring].response();
                     okay(response);
                     response.id
                 })
@@ -460,53 +484,47 @@ fn barriers_order_all_queues() {
             assert_eq!(ids, [round, 1000 + round, 2000, round]);
         }
     }
-    finish(toolstack, front, served);
+    disk.finish();
 }
 
 #[test]
 fn more_requests_than_there_is_memory_for_wait() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut toolstack = Toolstack::new("w");
-    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
     let choice = Choice {
         order: 4,
         ..Choice::PLAIN
     };
-    let mut front = Front::connect(&mut toolstack, choice);
-    let segments: Vec<_> = (0..256).map(|page| front.segment(page, 0, 7)).collect();
+    let mut disk = TestDisk::connect(image(), choice);
+    let segments: Vec<_> = (0..256)
+        .map(|page| disk.front.segment(page, 0, 7))
+        .collect();
     for id in 0..40 {
-        let request = front.request(op::WRITE, id, 0, &segments);
-        front.rings[0].put(request);
+        let request = disk.front.request(op::WRITE, id, 0, &segments);
+        disk.front.rings[0].put(request);
     }
-    front.rings[0].publish();
+    disk.front.rings[0].publish();
     for _ in 0..40 {
-        okay(front.rings[0].response());
+        okay(disk.front.rings[0].response());
     }
-    let counters = &control(dir.path(), "stats")["counters"];
+    let counters = &disk.stats()["counters"];
     assert_eq!(counters["writes"], 40);
     assert!(counters["waited"].as_u64().unwrap() > 0);
-    finish(toolstack, front, served);
+    disk.finish();
 }
 
 #[test]
 fn a_paused_disk_starts_nothing() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut toolstack = Toolstack::new("w");
-    let served = serve(&mut toolstack, image(), &Options::new(dir.path()));
-    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    let mut disk = TestDisk::connect(image(), Choice::PLAIN);
     // The second one finds the disk paused.
     for _ in 0..2 {
-        control(dir.path(), "pause");
-        wait_for("the pause", || {
-            control(dir.path(), "stats")["queues"][0]["paused"] == true
-        });
+        control(disk.dir.path(), "pause");
+        wait_for("the pause", || disk.stats()["queues"][0]["paused"] == true);
     }
-    let segment = front.segment(0, 0, 7);
-    front.rings[0].put(direct(op::WRITE, 1, 0, &[segment]));
-    front.rings[0].publish();
+    let segment = disk.front.segment(0, 0, 7);
+    disk.front.rings[0].put(direct(op::WRITE, 1, 0, &[segment]));
+    disk.front.rings[0].publish();
     thread::sleep(Duration::from_millis(50));
-    assert_eq!(front.rings[0].try_response(), None);
-    control(dir.path(), "resume");
-    okay(front.rings[0].response());
-    finish(toolstack, front, served);
+    assert_eq!(disk.front.rings[0].try_response(), None);
+    control(disk.dir.path(), "resume");
+    okay(disk.front.rings[0].response());
+    disk.finish();
 }

@@ -316,6 +316,19 @@ fn owner() {
     std::thread::sleep(crate::disk::TIMEOUT);
 }
 
+/// Opens an image that was not closed; it must have the write of `pattern(1)`, and be clean then.
+fn assert_repaired(image: &Image) {
+    let options = Options {
+        lock_timeout: crate::disk::TIMEOUT,
+        unclean: true,
+        ..Options::default()
+    };
+    let mut disk = Disk::new(image.open(&options).unwrap());
+    assert!(disk.read(0, 65536, Cut::Whole) == pattern(1, 65536));
+    disk.close();
+    assert!(image.is_clean());
+}
+
 #[test]
 fn no_completed_write_is_lost_when_the_owner_is_killed() {
     let Some(image) = Image::new("qcow2", &[]) else {
@@ -335,15 +348,7 @@ fn no_completed_write_is_lost_when_the_owner_is_killed() {
     assert!(written);
     owner.kill().unwrap();
     owner.wait().unwrap();
-    let options = Options {
-        lock_timeout: crate::disk::TIMEOUT,
-        unclean: true,
-        ..Options::default()
-    };
-    let mut disk = Disk::new(image.open(&options).unwrap());
-    assert!(disk.read(0, 65536, Cut::Whole) == pattern(1, 65536));
-    disk.close();
-    assert!(image.is_clean());
+    assert_repaired(&image);
 }
 
 #[test]
@@ -369,14 +374,7 @@ fn an_unclean_image_is_repaired() {
     file.write_all_at(&[0, 1], unused).unwrap();
     file.set_len(41 << 16).unwrap();
     assert!(!image.is_clean());
-    let options = Options {
-        unclean: true,
-        ..Options::default()
-    };
-    let mut disk = Disk::new(image.open(&options).unwrap());
-    assert!(disk.read(0, 65536, Cut::Whole) == pattern(1, 65536));
-    disk.close();
-    assert!(image.is_clean());
+    assert_repaired(&image);
 }
 
 #[test]
