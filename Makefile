@@ -5,7 +5,7 @@
 KREL ?= 7.3
 export KDIR
 
-.PHONY: all demo demo-tap test test-all test-debug mutation-test bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install install-tap clean distclean help
+.PHONY: all demo demo-tap test test-all test-debug test-cluster mutation-test bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install install-tap clean distclean help
 all: ## builds the modules, for KREL= (a series or release, 7.3) or KDIR= (a build directory)
 	@built=$$(scripts/build-modules $(KREL)) && ls -1 "$${built#$(CURDIR)/}"/rblk*.ko
 
@@ -23,6 +23,9 @@ test-all: ## runs all tests on Debian's kernels and the daily ones on the debug 
 
 test-debug: ## runs all scenarios of the debug kernel; T=<name> for those with that name
 	@KERNEL=debug RBLKIF_TIERS="daily debug" scripts/run-tests $(T)
+
+test-cluster: ## runs the tests of cluster storage, with Ceph and GlusterFS; T=<name> for those with that name
+	@scripts/cluster-tests $(T)
 
 mutation-test: ## removes features from our drivers, and checks that scenarios fail; NAMES="..." for some
 	@scripts/mutation-test $(NAMES)

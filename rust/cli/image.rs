@@ -205,7 +205,7 @@ fn check(image: &Uri, repair: bool, json: bool) -> Result<(), Error> {
 fn format(image: &Uri) -> &'static str {
     match image {
         Uri::Image { format, .. } => format.qemu_name(),
-        Uri::Nbd(_) | Uri::Memory { .. } => Format::Raw.qemu_name(),
+        Uri::Nbd(_) | Uri::Rbd(_) | Uri::Gluster(_) | Uri::Memory { .. } => Format::Raw.qemu_name(),
     }
 }
 
@@ -214,6 +214,11 @@ fn file(image: &Uri) -> Result<String, Failure> {
     match image {
         Uri::Image { path, .. } => Ok(path.to_string_lossy().into_owned()),
         Uri::Nbd(export) => Ok(export.to_string()),
+        Uri::Rbd(_) | Uri::Gluster(_) => Err(Failure::new(
+            FailureKind::Refused,
+            format!("{image} is on cluster storage"),
+            "use the tools of Ceph or GlusterFS",
+        )),
         Uri::Memory { .. } => Err(Failure::new(
             FailureKind::Refused,
             format!("{image} is memory of another process"),

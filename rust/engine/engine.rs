@@ -45,9 +45,11 @@
 //! in the kernel or in another process can access them.
 
 mod bounce;
+mod callback;
 mod check;
 mod error;
 mod event;
+pub mod gluster;
 mod info;
 mod linux;
 pub mod memory;
@@ -55,6 +57,7 @@ pub mod nbd;
 mod options;
 pub mod qsd;
 pub mod raw;
+pub mod rbd;
 mod request;
 mod uri;
 mod uring;
@@ -66,7 +69,9 @@ pub use io_buffer::{Access, Buffer};
 pub use options::Options;
 pub use request::{Completion, Operation, Request};
 pub use rustix::io::Errno;
-pub use uri::{Format, NbdAddress, NbdExport, Uri};
+pub use uri::{
+    Format, GlusterFile, GlusterVolume, NbdAddress, NbdExport, RbdAddress, RbdImageName, Uri,
+};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -173,6 +178,8 @@ pub fn open(uri: &Uri, options: &Options) -> Result<Box<dyn Engine>> {
             path,
         } => Ok(Box::new(raw::RawEngine::open(path, options)?)),
         Uri::Nbd(export) => Ok(Box::new(nbd::NbdEngine::open(export, options)?)),
+        Uri::Rbd(image) => Ok(Box::new(rbd::RbdEngine::open(image, options)?)),
+        Uri::Gluster(file) => Ok(Box::new(gluster::GlusterEngine::open(file, options)?)),
         Uri::Image { format, path } => Ok(Box::new(qsd::QsdEngine::open(*format, path, options)?)),
     }
 }

@@ -7,10 +7,16 @@
 //! | `raw:/path`, `aio:/path`, `/path` | a file or block device without a format |
 //! | `qcow2:/path`, `vhd:/path`, `vpc:/path`, `vhdx:/path`, `vmdk:/path`, `luks:/path` | a file with a format |
 //! | `nbd://host[:port]/export`, `nbd+unix:///export?socket=/path` | an NBD export |
+//! | `rbd:pool[/namespace]/image[@snapshot][?conf=/path][&id=client]` | an image of a Ceph cluster |
+//! | `gluster://host[:port]/volume/path[?unsafe=on]` | a file of a Gluster volume |
 //! | `memory:SIZE` | memory of this process, for tests; `SIZE` in bytes, or with suffix K, M or G |
 //!
 //! `aio:` and `vhd:` are what libxl writes to the node `params`. NBD URIs are those of the NBD
 //! protocol's `uri.md`.
+
+mod cluster;
+
+pub use cluster::{GlusterFile, GlusterVolume, RbdAddress, RbdImageName};
 
 use crate::error::{Error, Result};
 use percent_encoding::{percent_decode_str, utf8_percent_encode, AsciiSet, CONTROLS};
@@ -114,6 +120,10 @@ pub enum Uri {
     },
     /// An NBD export.
     Nbd(NbdExport),
+    /// An image of a Ceph cluster.
+    Rbd(RbdImageName),
+    /// A file of a Gluster volume.
+    Gluster(GlusterFile),
     /// Memory of this process.
     Memory {
         /// The size in bytes.
@@ -140,6 +150,8 @@ impl FromStr for Uri {
         match scheme {
             "nbd" => parse_nbd_tcp(text, rest),
             "nbd+unix" => parse_nbd_unix(text, rest),
+            "rbd" => rest.parse().map(Self::Rbd),
+            "gluster" => rest.parse().map(Self::Gluster),
             "memory" => parse_size(rest)
                 .map(|size| Self::Memory { size })
                 .ok_or_else(|| invalid(text, "the size is no number with suffix K, M or G")),
@@ -196,8 +208,14 @@ fn parse_nbd_unix(text: &str, rest: &str) -> Result<Uri> {
     }))
 }
 
-/// Splits `host:port`, `[address]:port`, or either without a port.
+/// Splits `host:port`, `[address]:port`, or either without a port, which is that of NBD.
 fn split_port(authority: &str) -> Option<(&str, u16)> {
+    let (host, port) = split_host(authority)?;
+    Some((host, port.unwrap_or(NBD_PORT)))
+}
+
+/// Splits `host:port`, `[address]:port`, or either without a port.
+fn split_host(authority: &str) -> Option<(&str, Option<u16>)> {
     let (host, port) = match authority.strip_prefix('[') {
         Some(rest) => {
             let (host, port) = rest.split_once(']')?;
@@ -212,8 +230,8 @@ fn split_port(authority: &str) -> Option<(&str, u16)> {
         },
     };
     match port {
-        Some(port) => Some((host, port.parse().ok()?)),
-        None => Some((host, NBD_PORT)),
+        Some(port) => Some((host, Some(port.parse().ok()?))),
+        None => Some((host, None)),
     }
 }
 
@@ -258,6 +276,8 @@ impl fmt::Display for Uri {
                 write!(f, "{scheme}:{}", path.display())
             }
             Self::Nbd(export) => export.fmt(f),
+            Self::Rbd(image) => image.fmt(f),
+            Self::Gluster(file) => file.fmt(f),
             Self::Memory { size } => write!(f, "memory:{size}"),
         }
     }
@@ -324,6 +344,19 @@ mod tests {
     }
 
     #[test]
+    fn clusters() {
+        for text in [
+            "rbd:pool/image",
+            "rbd:pool/space/image@snap?conf=/etc/c.conf&id=rblk",
+            "rbd:pool/image?id=rblk",
+            "gluster://host/volume/dir/a.raw",
+            "gluster://[::1]:24007/volume/a?unsafe=on",
+        ] {
+            assert_eq!(parse(text).to_string(), text);
+        }
+    }
+
+    #[test]
     fn memory() {
         assert_eq!(parse("memory:512"), Uri::Memory { size: 512 });
         assert_eq!(parse("memory:3M"), Uri::Memory { size: 3 << 20 });
@@ -349,6 +382,21 @@ mod tests {
             "nbd+unix:///a",
             "nbd+unix://a?socket=/b",
             "nbd+unix:///?socket=b",
+            "rbd:pool",
+            "rbd:",
+            "rbd:/image",
+            "rbd:pool/",
+            "rbd:pool/a/b/c",
+            "rbd:pool/image@",
+            "rbd:pool/image?size=1",
+            "rbd:pool/image?conf=ceph.conf",
+            "gluster:host/volume/a",
+            "gluster://host/volume",
+            "gluster://host/volume/",
+            "gluster:///volume/a",
+            "gluster://host:x/volume/a",
+            "gluster://host/volume/../a",
+            "gluster://host/volume/a?unsafe=off",
             "nbd+unix:///%ff?socket=/b",
             "nbd+unix:///%00?socket=/b",
             "memory:",
@@ -363,7 +411,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_parsed_or_refused(text in "[a-z+]{0,8}:?[/?]{0,3}.{0,20}") {
+        fn any_text_is_parsed_or_refused(text in "([a-z+]{0,8}|rbd|gluster):?[/?]{0,3}.{0,20}") {
             if let Ok(uri) = text.parse::<Uri>() {
                 prop_assert_eq!(uri.to_string().parse::<Uri>().unwrap(), uri);
             }

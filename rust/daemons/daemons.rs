@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Storage daemons that tests start: Ceph and GlusterFS.
+//!
+//! They run on the loopback device, without systemd and without block devices, in a namespace of
+//! `scripts/in-root --cluster`, and end with it. Their files and logs are in [`work_dir`].
+//!
+//! All functions panic if a daemon does not do what a test needs.
+
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+mod ceph;
+mod daemon;
+mod gluster;
+
+pub use ceph::Ceph;
+pub use daemon::{wait_until, Daemon};
+pub use gluster::{Gluster, Replicas};
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process;
+
+/// Returns the directory of this process's daemons, which `RBLKIF_CLUSTER_DIR` contains.
+pub fn work_dir(name: &str) -> PathBuf {
+    let parent = std::env::var_os("RBLKIF_CLUSTER_DIR").unwrap_or_else(|| "/tmp".into());
+    let dir = Path::new(&parent).join(format!("{}-{name}", process::id()));
+    fs::create_dir_all(&dir).unwrap();
+    dir
+}

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Files of a GlusterFS volume, through libgfapi.
+//!
+//! It corresponds to QEMU's `block/gluster.c`. A volume whose options lose acknowledged writes is
+//! refused, unless the URI says `unsafe=on`. While too few bricks are reachable requests fail with
+//! `ENOTCONN`, which the caller retries.
+//!
+//! A file that is open for writing is locked. The bricks release the lock when they lose the
+//! connection to its owner.
+//!
+//! [`GlusterDir`] creates, resizes and removes files.
+
+mod library;
+mod volfile;
+
+use crate::callback::{self, CallbackQueue, Task};
+use crate::error::{Error, Result};
+use crate::info::{Discard, Guarantees, Info};
+use crate::memory::{allocate, in_use};
+use crate::options::Options;
+use crate::request::Request;
+use crate::uri::{GlusterFile, GlusterVolume};
+use crate::{Engine, Queue};
+use io_buffer::Buffer;
+use library::{File, Volume};
+use rustix::io::Errno;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const BLOCK_SIZE: u32 = 512;
+const PAGE_SIZE: usize = 4096;
+
+/// The port of `glusterd`.
+const PORT: u16 = 24007;
+
+/// Time between two attempts to lock the file.
+const LOCK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// A file of a volume.
+pub struct GlusterEngine {
+    image: Arc<Image>,
+}
+
+/// The state that the queues of a file share.
+struct Image {
+    file: File,
+    name: String,
+    info: Info,
+    size: AtomicU64,
+}
+
+impl GlusterEngine {
+    /// Opens a file.
+    pub fn open(name: &GlusterFile, options: &Options) -> Result<Self> {
+        let volume = connect(&name.volume)?;
+        let failed = |errno| file_error("opening", &name.to_string(), errno);
+        let file = File::open(volume, &name.path, options.read_only).map_err(failed)?;
+        let locks = !options.read_only && options.exclusive;
+        if locks {
+            lock(&file, name, options.lock_timeout)?;
+        }
+        let size = whole_blocks(file.size().map_err(failed)?);
+        Ok(Self {
+            image: Arc::new(Image {
+                file,
+                name: name.to_string(),
+                info: info(size, options.read_only, locks),
+                size: AtomicU64::new(size),
+            }),
+        })
+    }
+}
+
+fn info(size: u64, read_only: bool, exclusive: bool) -> Info {
+    Info {
+        size,
+        logical_block_size: BLOCK_SIZE,
+        physical_block_size: 4096,
+        max_transfer: 32 << 20,
+        max_buffers: 1024,
+        max_queues: 64,
+        buffer_alignment: 1,
+        read_only,
+        discard: Some(Discard {
+            granularity: 4096,
+            alignment: 0,
+        }),
+        write_zeroes: true,
+        guarantees: Guarantees {
+            durable: true,
+            direct: true,
+            exclusive: exclusive || read_only,
+        },
+    }
+}
+
+/// Returns the part of a size that is whole blocks.
+fn whole_blocks(size: u64) -> u64 {
+    size & !u64::from(BLOCK_SIZE - 1)
+}
+
+/// Returns the connection to a volume, which the first call establishes.
+///
+/// It is kept until the process ends, as in QEMU.
+fn connect(address: &GlusterVolume) -> Result<&'static Volume> {
+    static CONNECTIONS: Mutex<Vec<(GlusterVolume, &Volume)>> = Mutex::new(Vec::new());
+    // The list is valid between any two statements that change it.
+    let mut connections = CONNECTIONS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, volume)) = connections.iter().find(|(known, _)| known == address) {
+        return Ok(volume);
+    }
+    let volume: &'static Volume = Box::leak(Box::new(new_connection(address)?));
+    connections.push((address.clone(), volume));
+    Ok(volume)
+}
+
+/// Connects to a volume, and checks its options.
+fn new_connection(address: &GlusterVolume) -> Result<Volume> {
+    let volume = Volume::new(&address.volume)?;
+    let connected = volume.connect(&address.host, address.port.unwrap_or(PORT));
+    connected.map_err(|errno| connect_error(errno, address))?;
+    let description = volume.description();
+    let description = description.map_err(|errno| connect_error(errno, address))?;
+    match volfile::loses_writes(&description) {
+        Some(reason) if !address.allows_loss => Err(unsafe_volume(address, reason)),
+        _ => Ok(volume),
+    }
+}
+
+fn connect_error(errno: Errno, address: &GlusterVolume) -> Error {
+    Error::new(
+        errno,
+        format!("connecting to {address}: {errno}"),
+        "check host and volume, and that the volume is started: gluster volume info",
+    )
+}
+
+fn unsafe_volume(address: &GlusterVolume, reason: &str) -> Error {
+    let volume = &address.volume;
+    Error::new(
+        Errno::PERM,
+        format!("the Gluster volume {volume} may lose acknowledged writes: {reason}"),
+        format!(
+            "use three replicas, gluster volume set {volume} group virt, and gluster volume set \
+             {volume} performance.write-behind off; or accept the loss with ?unsafe=on"
+        ),
+    )
+}
+
+/// Locks a file, for which it waits up to `timeout`.
+fn lock(file: &File, name: &GlusterFile, timeout: Duration) -> Result<()> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        match file.lock() {
+            Ok(()) => return Ok(()),
+            Err(Errno::AGAIN | Errno::ACCESS) if Instant::now() < deadline => {
+                thread::sleep(LOCK_INTERVAL);
+            }
+            Err(Errno::AGAIN | Errno::ACCESS) => {
+                return Err(Error::new(
+                    Errno::BUSY,
+                    format!("{name} is in use by another process or host"),
+                    "detach it there first",
+                ));
+            }
+            Err(errno) => return Err(file_error("locking", &name.to_string(), errno)),
+        }
+    }
+}
+
+fn file_error(doing: &str, name: &str, errno: Errno) -> Error {
+    let remedy = match errno {
+        Errno::NOENT => "check the path inside the volume",
+        Errno::NOTCONN => "check that enough bricks run: gluster volume status",
+        Errno::NOSPC | Errno::DQUOT => "free some space on the bricks",
+        _ => "see gluster volume status and the logs of the bricks",
+    };
+    Error::new(errno, format!("{doing} {name}: {errno}"), remedy)
+}
+
+impl callback::Image for Image {
+    fn info(&self) -> Info {
+        Info {
+            size: self.size.load(Ordering::Relaxed),
+            ..self.info
+        }
+    }
+
+    fn start(&self, task: Task) {
+        self.file.start(task);
+    }
+}
+
+impl Engine for GlusterEngine {
+    fn info(&self) -> Info {
+        callback::Image::info(&*self.image)
+    }
+
+    fn refresh(&self) -> Result<Info> {
+        let size = self.image.file.size();
+        let size = size.map_err(|errno| file_error("reading the size of", &self.image.name, errno));
+        self.image
+            .size
+            .store(whole_blocks(size?), Ordering::Relaxed);
+        Ok(self.info())
+    }
+
+    fn queue(&self, depth: u32) -> Result<Box<dyn Queue>> {
+        Ok(Box::new(CallbackQueue::new(self.image.clone(), depth)?))
+    }
+
+    fn allocate(&self, len: usize) -> Result<Buffer> {
+        allocate(len, PAGE_SIZE)
+    }
+
+    fn close(self: Box<Self>) -> Result<()> {
+        let image = Arc::into_inner(self.image).ok_or_else(in_use)?;
+        if image.info.read_only {
+            return Ok(());
+        }
+        let synced = image.file.sync();
+        synced.map_err(|errno| file_error("flushing", &image.name, errno))
+    }
+}
+
+/// Returns the error of a request that failed.
+fn io_error(errno: Errno, request: &Request) -> Error {
+    let what = format!("{:?} of {} bytes at", request.operation, request.length);
+    // A file that was opened again by the library while too few bricks were reachable.
+    let errno = if errno == Errno::BADFD {
+        Errno::NOTCONN
+    } else {
+        errno
+    };
+    file_error(&what, &request.offset.to_string(), errno)
+}
+
+/// A directory of a volume, for the administration of the files in it.
+pub struct GlusterDir {
+    volume: &'static Volume,
+    dir: String,
+}
+
+impl GlusterDir {
+    /// Connects to a volume, and creates the directory if there is none.
+    pub fn connect(address: &GlusterVolume, dir: &str) -> Result<Self> {
+        let volume = connect(address)?;
+        let created = volume.create_dir(dir);
+        created.map_err(|errno| file_error("creating the directory", dir, errno))?;
+        Ok(Self {
+            volume,
+            dir: dir.to_owned(),
+        })
+    }
+
+    /// Lists the names of the files.
+    pub fn list(&self) -> Result<Vec<String>> {
+        let mut names = self.volume.list(&self.dir);
+        if let Ok(names) = &mut names {
+            names.retain(|name| name != "." && name != "..");
+        }
+        names.map_err(|errno| file_error("listing", &self.dir, errno))
+    }
+
+    /// Creates a file of a size. The error is `EEXIST` if there is one of the name.
+    pub fn create(&self, name: &str, size: u64) -> Result<()> {
+        let path = self.path(name);
+        let created = File::create(self.volume, &path).and_then(|file| {
+            file.resize(size)?;
+            file.sync()
+        });
+        created.map_err(|errno| file_error("creating", &path, errno))
+    }
+
+    /// Changes the size of a file.
+    pub fn resize(&self, name: &str, size: u64) -> Result<()> {
+        let path = self.path(name);
+        let resized = File::open(self.volume, &path, false).and_then(|file| file.resize(size));
+        resized.map_err(|errno| file_error("resizing", &path, errno))
+    }
+
+    /// Removes a file.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        let path = self.path(name);
+        let removed = self.volume.remove(&path);
+        removed.map_err(|errno| file_error("removing", &path, errno))
+    }
+
+    fn path(&self, name: &str) -> String {
+        format!("{}/{name}", self.dir)
+    }
+}

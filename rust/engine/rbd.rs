@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Images of a Ceph cluster, through librbd.
+//!
+//! It corresponds to QEMU's `block/rbd.c`. An image that is open for writing has the exclusive lock
+//! of RBD, so that no other client writes to it. When the lock of a dead client is broken, the
+//! storage daemons no longer accept requests of that client.
+//!
+//! [`RbdPool`] creates, resizes, copies and removes images.
+
+mod library;
+
+use crate::callback::{self, CallbackQueue, Task};
+use crate::error::{Error, Result};
+use crate::info::{Discard, Guarantees, Info};
+use crate::memory::{allocate, in_use};
+use crate::options::Options;
+use crate::request::Request;
+use crate::uri::{RbdAddress, RbdImageName};
+use crate::{Engine, Queue};
+use io_buffer::Buffer;
+use library::{ConnectError, Pool, RbdImage};
+use rustix::io::Errno;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+const BLOCK_SIZE: u32 = 512;
+const PAGE_SIZE: usize = 4096;
+
+/// Settings of each connection. Without librbd's cache a completed write is durable. A cluster that
+/// cannot be reached is an error before the limit of `rblkd` for opening an image.
+const SETTINGS: [(&str, &str); 2] = [("rbd_cache", "false"), ("client_mount_timeout", "6")];
+
+/// Settings of a connection for administration, whose operations fail when the storage daemons do
+/// not answer. Those of a disk wait.
+const ADMIN_SETTINGS: [(&str, &str); 3] =
+    [SETTINGS[0], SETTINGS[1], ("rados_osd_op_timeout", "20")];
+
+/// Time between two attempts to acquire the lock.
+const LOCK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// An image of a Ceph cluster.
+pub struct RbdEngine {
+    image: Arc<Image>,
+}
+
+/// The state that the queues of an image share.
+struct Image {
+    rbd: RbdImage,
+    name: String,
+    info: Info,
+    size: AtomicU64,
+    /// The file with the address of this client, which has the lock.
+    owner_file: Option<PathBuf>,
+}
+
+impl RbdEngine {
+    /// Opens an image.
+    pub fn open(name: &RbdImageName, options: &Options) -> Result<Self> {
+        let pool = Arc::new(connect(&name.address, &SETTINGS)?);
+        let read_only = options.read_only || name.snapshot.is_some();
+        if !options.read_only && read_only {
+            return Err(Error::new(
+                Errno::ROFS,
+                format!("{name} is a snapshot"),
+                "open it for reading only, or clone it",
+            ));
+        }
+        let rbd = RbdImage::open(pool, &name.image, name.snapshot.as_deref(), read_only)
+            .map_err(|errno| open_error(errno, name))?;
+        let owner_file = match read_only || !options.exclusive {
+            true => None,
+            false => Some(acquire_lock(&rbd, name, options)?),
+        };
+        let size = rbd.size().map_err(|errno| open_error(errno, name))?;
+        let exclusive = owner_file.is_some();
+        Ok(Self {
+            image: Arc::new(Image {
+                rbd,
+                name: name.to_string(),
+                info: info(size, read_only, exclusive),
+                size: AtomicU64::new(size),
+                owner_file,
+            }),
+        })
+    }
+}
+
+fn info(size: u64, read_only: bool, exclusive: bool) -> Info {
+    Info {
+        size,
+        logical_block_size: BLOCK_SIZE,
+        physical_block_size: 4096,
+        max_transfer: 32 << 20,
+        max_buffers: 8192,
+        max_queues: 64,
+        buffer_alignment: 1,
+        read_only,
+        discard: Some(Discard {
+            granularity: 64 << 10,
+            alignment: 0,
+        }),
+        write_zeroes: true,
+        guarantees: Guarantees {
+            durable: true,
+            direct: true,
+            exclusive: exclusive || read_only,
+        },
+    }
+}
+
+/// Connects to a pool.
+fn connect(address: &RbdAddress, settings: &[(&str, &str)]) -> Result<Pool> {
+    let conf = address.conf.as_deref();
+    let id = address.id.as_deref();
+    let namespace = address.namespace.as_deref().unwrap_or_default();
+    Pool::connect(id, conf, settings, &address.pool, namespace)
+        .map_err(|error| connect_error(error, address))
+}
+
+fn connect_error(error: ConnectError, address: &RbdAddress) -> Error {
+    let conf = address.conf.as_deref().unwrap_or("/etc/ceph/ceph.conf");
+    match error {
+        ConnectError::Library(error) => error,
+        ConnectError::Configuration(errno) => Error::new(
+            errno,
+            format!("reading {conf}: {errno}"),
+            "check the path and the contents of Ceph's configuration file",
+        ),
+        ConnectError::Cluster(errno @ (Errno::TIMEDOUT | Errno::NOENT)) => Error::new(
+            errno,
+            format!("the Ceph cluster of {conf} does not answer: {errno}"),
+            "check mon_host, the monitors and the network",
+        ),
+        ConnectError::Cluster(errno) => Error::new(
+            errno,
+            format!("the Ceph cluster of {conf} refuses the connection: {errno}"),
+            "check the keyring and the capabilities of the client",
+        ),
+        ConnectError::Pool(errno) => Error::new(
+            errno,
+            format!("opening the pool {}: {errno}", address.pool),
+            "see ceph osd pool ls",
+        ),
+    }
+}
+
+fn open_error(errno: Errno, name: &RbdImageName) -> Error {
+    let remedy = match errno {
+        Errno::NOENT => "see rbd ls",
+        Errno::PERM | Errno::ACCESS => "check the capabilities of the client",
+        _ => "check the state of the cluster: ceph -s",
+    };
+    Error::new(errno, format!("opening {name}: {errno}"), remedy)
+}
+
+/// Acquires the exclusive lock, and returns the file with the address of this client.
+///
+/// If the image was not closed, the lock of the process before this one is broken first, by the
+/// address that it has written on this host.
+fn acquire_lock(rbd: &RbdImage, name: &RbdImageName, options: &Options) -> Result<PathBuf> {
+    let file = owner_file(name, options);
+    let former = fs::read_to_string(&file).unwrap_or_default();
+    let failed = |errno| {
+        Error::new(
+            errno,
+            format!("locking {name}: {errno}"),
+            "check the state of the cluster: ceph -s",
+        )
+    };
+    let deadline = Instant::now() + options.lock_timeout;
+    loop {
+        let owner = rbd.lock_owner().map_err(failed)?;
+        let is_dead = |owner: &&String| options.unclean && **owner == former;
+        match owner.as_ref().filter(is_dead) {
+            Some(dead) => match rbd.break_lock(dead) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(errno) => return Err(failed(errno)),
+            },
+            None if owner.is_some() && Instant::now() < deadline => {
+                thread::sleep(LOCK_INTERVAL);
+                continue;
+            }
+            None if owner.is_some() => return Err(locked(name, owner.unwrap_or_default())),
+            None => {}
+        }
+        match rbd.acquire_lock() {
+            Ok(()) => break,
+            // Another client was faster.
+            Err(Errno::ROFS | Errno::BUSY) => {}
+            Err(errno) => return Err(failed(errno)),
+        }
+    }
+    let owner = rbd.lock_owner().map_err(failed)?.unwrap_or_default();
+    fs::write(&file, owner).map_err(|error| {
+        Error::from_io(&error, file.display(), "check the directory of sockets")
+    })?;
+    Ok(file)
+}
+
+fn locked(name: &RbdImageName, owner: String) -> Error {
+    Error::new(
+        Errno::BUSY,
+        format!("{name} is in use by the client with the address {owner}"),
+        "detach it there first; the lock of a client that died is released after 30 seconds",
+    )
+}
+
+/// Returns the path of the file with the address of the client that has the lock of an image.
+fn owner_file(name: &RbdImageName, options: &Options) -> PathBuf {
+    let name: String = format!("{}-{}", name.address.pool, name.image)
+        .chars()
+        .map(|char| if char == '/' { '_' } else { char })
+        .collect();
+    options.runtime_dir.join(format!("rbd-{name}.owner"))
+}
+
+impl callback::Image for Image {
+    fn info(&self) -> Info {
+        Info {
+            size: self.size.load(Ordering::Relaxed),
+            ..self.info
+        }
+    }
+
+    fn start(&self, task: Task) {
+        self.rbd.start(task);
+    }
+}
+
+impl Engine for RbdEngine {
+    fn info(&self) -> Info {
+        callback::Image::info(&*self.image)
+    }
+
+    fn refresh(&self) -> Result<Info> {
+        let size = self.image.rbd.size().map_err(|errno| {
+            let cause = format!("reading the size of {}: {errno}", self.image.name);
+            Error::new(errno, cause, "check the state of the cluster: ceph -s")
+        })?;
+        self.image.size.store(size, Ordering::Relaxed);
+        Ok(self.info())
+    }
+
+    fn queue(&self, depth: u32) -> Result<Box<dyn Queue>> {
+        Ok(Box::new(CallbackQueue::new(self.image.clone(), depth)?))
+    }
+
+    fn allocate(&self, len: usize) -> Result<Buffer> {
+        allocate(len, PAGE_SIZE)
+    }
+
+    fn close(self: Box<Self>) -> Result<()> {
+        let image = Arc::into_inner(self.image).ok_or_else(in_use)?;
+        if !image.info.read_only {
+            image.rbd.flush().map_err(|errno| {
+                Error::new(
+                    errno,
+                    format!("flushing {}: {errno}", image.name),
+                    "check the state of the cluster: the last writes may be lost",
+                )
+            })?;
+        }
+        match image.owner_file.as_ref().map(fs::remove_file) {
+            Some(Err(error)) if error.kind() != ErrorKind::NotFound => Err(Error::from_io(
+                &error,
+                "removing the owner of the lock",
+                "remove it",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Returns the error of a request that failed.
+fn io_error(errno: Errno, request: &Request) -> Error {
+    let remedy = match errno {
+        Errno::NOSPC | Errno::DQUOT => "add storage to the cluster or raise the quota of the pool",
+        Errno::SHUTDOWN => "another host has taken the image over: detach the disk here",
+        Errno::ROFS => "the lock was lost: detach the disk",
+        _ => "check the state of the cluster: ceph -s",
+    };
+    Error::new(
+        errno,
+        format!(
+            "{:?} of {} bytes at {}: {errno}",
+            request.operation, request.length, request.offset
+        ),
+        remedy,
+    )
+}
+
+/// A pool of a Ceph cluster, for the administration of its images.
+///
+/// An operation fails when the cluster does not answer for 20 seconds.
+pub struct RbdPool {
+    pool: Arc<Pool>,
+    address: RbdAddress,
+}
+
+impl RbdPool {
+    /// Connects to a pool.
+    pub fn connect(address: &RbdAddress) -> Result<Self> {
+        Ok(Self {
+            pool: Arc::new(connect(address, &ADMIN_SETTINGS)?),
+            address: address.clone(),
+        })
+    }
+
+    /// Lists the names of the images.
+    pub fn list(&self) -> Result<Vec<String>> {
+        self.pool
+            .list()
+            .map_err(|errno| self.error("listing", "the images", errno))
+    }
+
+    /// Creates an image. The error is `EEXIST` if there is one of the name.
+    pub fn create(&self, image: &str, size: u64) -> Result<()> {
+        let created = self.pool.create(image, size);
+        created.map_err(|errno| self.error("creating", image, errno))
+    }
+
+    /// Creates an image with the contents of a snapshot.
+    pub fn clone_image(&self, parent: &str, snapshot: &str, image: &str) -> Result<()> {
+        let cloned = self.pool.clone_image(parent, snapshot, image);
+        cloned.map_err(|errno| self.error("cloning", parent, errno))
+    }
+
+    /// Removes an image and the snapshots that `snapshots` names.
+    ///
+    /// The error is `EBUSY` or `ENOTEMPTY` while it is open for writing or has a clone.
+    pub fn remove(&self, image: &str, snapshots: &[String]) -> Result<()> {
+        for snapshot in snapshots {
+            self.remove_snapshot(image, snapshot)?;
+        }
+        let removed = self.pool.remove(image);
+        removed.map_err(|errno| self.error("removing", image, errno))
+    }
+
+    /// Changes the size of an image, which may be open.
+    pub fn resize(&self, image: &str, size: u64) -> Result<()> {
+        let resized = self.open(image)?.resize(size);
+        resized.map_err(|errno| self.error("resizing", image, errno))
+    }
+
+    /// Creates a snapshot, unless there is one of the name.
+    pub fn snapshot(&self, image: &str, name: &str) -> Result<()> {
+        let created = self.open(image)?.create_snapshot(name);
+        created.map_err(|errno| self.error("creating a snapshot of", image, errno))
+    }
+
+    /// Removes a snapshot, if there is one. The error is `EBUSY` if it has clones.
+    pub fn remove_snapshot(&self, image: &str, name: &str) -> Result<()> {
+        let removed = self.open(image)?.remove_snapshot(name);
+        removed.map_err(|errno| self.error("removing a snapshot of", image, errno))
+    }
+
+    fn open(&self, image: &str) -> Result<RbdImage> {
+        RbdImage::open(self.pool.clone(), image, None, false)
+            .map_err(|errno| self.error("opening", image, errno))
+    }
+
+    fn error(&self, doing: &str, image: &str, errno: Errno) -> Error {
+        let remedy = match errno {
+            Errno::NOSPC | Errno::DQUOT => "add storage or raise the quota of the pool",
+            Errno::PERM | Errno::ACCESS => "check the capabilities of the client",
+            Errno::BUSY | Errno::NOTEMPTY => "detach it, and remove its clones first",
+            _ => "check the state of the cluster: ceph -s",
+        };
+        let pool = &self.address.pool;
+        Error::new(errno, format!("{doing} {image} in {pool}: {errno}"), remedy)
+    }
+}
