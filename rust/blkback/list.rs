@@ -4,6 +4,8 @@
 //!
 //! C header: [`include/linux/llist.h`](srctree/include/linux/llist.h), without its atomics.
 
+use core::mem;
+
 use kernel::prelude::*;
 
 /// An element of a [`List`].
@@ -33,16 +35,26 @@ impl<R: Linked> List<R> {
     /// Adds an element at the front.
     #[inline]
     pub(crate) fn push(&mut self, mut element: KBox<R>) {
-        element.next_mut().0 = self.0.take();
-        self.0 = Some(element);
+        element.next_mut().set_first(self.0.take());
+        self.set_first(Some(element));
     }
 
     /// Removes the element at the front: the one that was added last.
     #[inline]
     pub(crate) fn pop(&mut self) -> Option<KBox<R>> {
         let mut element = self.0.take()?;
-        self.0 = element.next_mut().0.take();
+        self.set_first(element.next_mut().0.take());
         Some(element)
+    }
+
+    /// Sets the first element of a list that is empty, as is the list behind an element that is in
+    /// no list.
+    ///
+    /// An assignment would call the destructor of the old value, here several times for each
+    /// request, because the compiler does not see that there is no old value.
+    #[inline]
+    fn set_first(&mut self, first: Option<KBox<R>>) {
+        mem::forget(mem::replace(&mut self.0, first));
     }
 
     /// Returns the elements from the front to the back.
