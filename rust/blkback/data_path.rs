@@ -89,6 +89,7 @@ use crate::{
     },
     domain::{
         Domain,
+        PageKind,
         QuotaShare, //
     },
     params::{
@@ -329,7 +330,7 @@ impl DataPath {
         let in_flight = usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0);
         let persistent_pages = usize::try_from(MAX_PERSISTENT_GRANTS.get()).unwrap_or(0);
         let (persistent_grants, grant_copy) = if persistent {
-            let quota = QuotaShare::new(domain, |domain| &domain.persistent, persistent_pages);
+            let quota = QuotaShare::new(domain, PageKind::Persistent, persistent_pages);
             (Some(PersistentGrants::new(quota, persistent_pages)?), None)
         } else {
             (None, Some(GrantCopy::new()?))
@@ -349,7 +350,7 @@ impl DataPath {
             mapped_now: 0,
             quota: QuotaShare::new(
                 domain,
-                |domain| &domain.in_flight,
+                PageKind::InFlight,
                 in_flight.saturating_add(persistent_pages),
             ),
         })

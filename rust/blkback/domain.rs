@@ -150,9 +150,9 @@ pub(crate) fn reclaim_mappings() {
 pub(crate) struct Domain {
     pub(crate) id: DomId,
     /// Quota of the pages of requests in flight.
-    pub(crate) in_flight: PageQuota,
+    in_flight: PageQuota,
     /// Quota of persistent grants.
-    pub(crate) persistent: PageQuota,
+    persistent: PageQuota,
     /// The queues, which are woken when a shortage begins.
     #[pin]
     queues: Mutex<KVec<Arc<QueueEvents>>>,
@@ -173,6 +173,15 @@ impl Domain {
     #[inline]
     pub(crate) fn is_short(&self) -> bool {
         self.in_flight.is_short() || self.persistent.is_short()
+    }
+
+    /// Returns the quota of a kind of pages.
+    #[inline]
+    fn quota(&self, kind: PageKind) -> &PageQuota {
+        match kind {
+            PageKind::InFlight => &self.in_flight,
+            PageKind::Persistent => &self.persistent,
+        }
     }
 
     /// Suspends the guarantees of all queues of the domain for a while, and wakes them.
@@ -227,7 +236,7 @@ impl Drop for ShortageSubscriber {
 }
 
 /// A limit on the number of pages that the queues of a domain have in total.
-pub(crate) struct PageQuota {
+struct PageQuota {
     /// Sum of the guarantees.
     limit: Atomic<usize>,
     /// Sum of what the queues have reserved.
@@ -297,10 +306,19 @@ fn extend_shortage(until: &Atomic<Jiffies>) -> bool {
     !known
 }
 
+/// A kind of pages that has a quota of its own.
+#[derive(Clone, Copy)]
+pub(crate) enum PageKind {
+    /// Pages of requests in flight.
+    InFlight,
+    /// Persistent grants.
+    Persistent,
+}
+
 /// A queue's share of a quota.
 pub(crate) struct QuotaShare {
     domain: Arc<Domain>,
-    which: fn(&Domain) -> &PageQuota,
+    kind: PageKind,
     /// Pages that the queue has added to the quota.
     guarantee: usize,
     /// Pages that the queue has reserved.
@@ -309,23 +327,20 @@ pub(crate) struct QuotaShare {
 
 impl QuotaShare {
     /// Creates the share of a queue that adds `guarantee` pages.
-    pub(crate) fn new(
-        domain: &Arc<Domain>,
-        which: fn(&Domain) -> &PageQuota,
-        guarantee: usize,
-    ) -> Self {
+    pub(crate) fn new(domain: &Arc<Domain>, kind: PageKind, guarantee: usize) -> Self {
         let guarantee = guarantee.min(MAX_GUARANTEE);
-        which(domain).limit.fetch_add(guarantee, Relaxed);
+        domain.quota(kind).limit.fetch_add(guarantee, Relaxed);
         Self {
             domain: domain.clone(),
-            which,
+            kind,
             guarantee,
             taken: 0,
         }
     }
 
+    #[inline]
     fn quota(&self) -> &PageQuota {
-        (self.which)(&self.domain)
+        self.domain.quota(self.kind)
     }
 
     /// Returns how many pages the queue is guaranteed now.
