@@ -27,8 +27,12 @@ use blkif::{
         Request, //
     },
     wire::{
+        op,
+        RwRequest,
         Status,
-        WireRequest, //
+        WireRequest,
+        WireSegment,
+        DIRECT_SEGMENTS, //
     },
 };
 
@@ -48,6 +52,17 @@ use crate::{
     },
     reports::RingStatus, //
 };
+
+/// Placeholder to read a request into. Nearly all requests are reads and writes, and a buffer with
+/// one is not cleared before the next is read into it.
+const READ_WITHOUT_DATA: WireRequest = WireRequest::Rw(RwRequest {
+    operation: op::READ,
+    nr_segments: 0,
+    handle: 0,
+    id: 0,
+    sector: 0,
+    segments: [WireSegment::EMPTY; DIRECT_SEGMENTS],
+});
 
 impl Queue {
     /// Starts all requests that can be started now.
@@ -75,7 +90,7 @@ impl Queue {
             took = true;
         }
         // One buffer is reused for all requests, because a request is large.
-        let mut wire = WireRequest::EMPTY;
+        let mut wire = READ_WITHOUT_DATA;
         while self.accepts_requests(stopping) {
             let Some(ring) = self.ring.as_mut() else {
                 break;
