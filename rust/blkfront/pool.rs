@@ -69,7 +69,11 @@ impl Pool {
     }
 
     /// Moves pages to `to` until it has `count` or the pool is empty.
+    #[inline]
     pub(crate) fn fill(&mut self, to: &mut KVec<GrantedPage>, count: usize) {
+        if to.len() >= count {
+            return;
+        }
         while to.len() < count {
             let Some(page) = self.pages.pop() else { break };
             if to.push_within_capacity(page).is_err() {

@@ -22,6 +22,7 @@ use kernel_ext::{
         Segments, //
     },
     xen::grant::{
+        GrantRef,
         Granted,
         GrantedPage,
         References, //
@@ -189,76 +190,88 @@ impl IssuedRequest {
             IssuedRequest::Direct(granted) => granted.data_mut(),
         }
     }
-
-    /// Returns the grant reference of a fragment.
-    #[inline]
-    fn reference(&self, fragment: usize) -> u32 {
-        let reference = match self {
-            IssuedRequest::Bounced(rq) => rq
-                .data()
-                .bounce_pages
-                .get(fragment)
-                .map(GrantedPage::reference),
-            IssuedRequest::Direct(granted) => granted.references().get(fragment).copied(),
-        };
-        reference.map_or(NO_GRANT, |reference| reference.value())
-    }
 }
 
 /// The segments of a request, as they are written to the ring.
+#[derive(Clone, Copy)]
 pub(crate) struct RequestSegments<'a> {
-    issued: &'a IssuedRequest,
+    rq: &'a InFlightRequest,
+    /// Grant references of the request's own pages; `None` if its data is bounced.
+    own: Option<&'a [GrantRef]>,
 }
 
 impl<'a> RequestSegments<'a> {
     /// Returns the segments of a request.
     #[inline]
     pub(crate) fn new(issued: &'a IssuedRequest) -> Self {
-        Self { issued }
+        match issued {
+            IssuedRequest::Bounced(rq) => Self::bounced(rq),
+            IssuedRequest::Direct(granted) => Self {
+                rq: granted.owner(),
+                own: Some(granted.references()),
+            },
+        }
+    }
+
+    /// Returns the segments of a request whose data is bounced.
+    #[inline]
+    pub(crate) fn bounced(rq: &'a InFlightRequest) -> Self {
+        Self { rq, own: None }
+    }
+
+    /// Returns the request data.
+    #[inline]
+    pub(crate) fn data(&self) -> &'a RequestData {
+        self.rq.data()
     }
 
     /// Returns the first sector of the request.
     #[inline]
     pub(crate) fn sector(&self) -> u64 {
-        self.issued.request().sector()
+        self.rq.sector()
     }
 
     /// Returns the length of the request in sectors.
     pub(crate) fn sectors(&self) -> u64 {
-        u64::from(self.issued.request().bytes() >> 9)
+        u64::from(self.rq.bytes() >> 9)
     }
 
     /// Returns the number of fragments.
     pub(crate) fn count(&self) -> u32 {
-        self.issued.data().resources.fragments
+        self.data().resources.fragments
     }
 
     /// Returns the fragments of the data.
     pub(crate) fn fragments(&self) -> impl Iterator<Item = PageFragment> + 'a {
-        self.issued.request().data().fragments.iter().copied()
+        self.data().fragments.iter().copied()
+    }
+
+    /// Returns the grant reference of a fragment.
+    #[inline]
+    fn reference(&self, fragment: usize) -> u32 {
+        let reference = match self.own {
+            Some(references) => references.get(fragment).copied(),
+            None => (self.data().bounce_pages.get(fragment)).map(GrantedPage::reference),
+        };
+        reference.map_or(NO_GRANT, |reference| reference.value())
     }
 
     /// Returns all segments.
     #[inline]
     pub(crate) fn all(&self) -> impl ExactSizeIterator<Item = WireSegment> + 'a {
-        let issued = self.issued;
-        let fragments = issued.request().data().fragments.iter().enumerate();
-        fragments.map(move |(index, fragment)| fragment.segment(issued.reference(index)))
+        let segments = *self;
+        let fragments = self.data().fragments.iter().enumerate();
+        fragments.map(move |(index, fragment)| fragment.segment(segments.reference(index)))
     }
 
     /// Returns the segments of a part.
     pub(crate) fn of_part(&self, part: &Part) -> impl ExactSizeIterator<Item = WireSegment> + 'a {
-        let issued = self.issued;
+        let segments = *self;
         let first = part.first as usize;
-        let fragments = issued
-            .request()
-            .data()
-            .fragments
-            .get(first..)
-            .unwrap_or(&[]);
+        let fragments = self.data().fragments.get(first..).unwrap_or(&[]);
         let fragments = fragments.get(..part.count.into()).unwrap_or(fragments);
         fragments.iter().enumerate().map(move |(index, fragment)| {
-            fragment.segment(issued.reference(first.wrapping_add(index)))
+            fragment.segment(segments.reference(first.wrapping_add(index)))
         })
     }
 
@@ -275,7 +288,7 @@ impl<'a> RequestSegments<'a> {
 
     /// Writes the segments of all indirect parts to their pages.
     pub(crate) fn fill_indirect_pages(&self, limits: SlotLimits) {
-        if self.issued.data().indirect_pages.is_empty() {
+        if self.data().indirect_pages.is_empty() {
             return;
         }
         let Some(plan) = Plan::new(self.sector(), self.fragments(), self.count(), limits) else {
@@ -296,12 +309,7 @@ impl<'a> RequestSegments<'a> {
     fn part_pages(&self, part: &Part, limits: SlotLimits) -> &'a [GrantedPage] {
         let each = indirect_pages(limits.segments());
         let first = each.wrapping_mul(part.index.into());
-        let pages = self
-            .issued
-            .data()
-            .indirect_pages
-            .get(first..)
-            .unwrap_or(&[]);
+        let pages = self.data().indirect_pages.get(first..).unwrap_or(&[]);
         pages.get(..indirect_pages(part.count)).unwrap_or(pages)
     }
 }

@@ -17,8 +17,6 @@
 //!
 //! In `xen-blkfront.c`, `blkif_queue_rq()` and `blkif_queue_rw_req()` have this role.
 
-use core::iter;
-
 use kernel::prelude::*;
 
 use kernel_ext::{
@@ -45,7 +43,8 @@ use blkif::{
         self,
         Direction,
         Plan,
-        SegmentPlacement, //
+        SegmentPlacement,
+        SlotLimits, //
     },
     resources::is_small,
     wire::{
@@ -251,10 +250,7 @@ impl Queue {
                 Ok(IssuedRequest::Bounced(rq)) if is_small(rq.data().resources.fragments) => {
                     small.push(rq);
                 }
-                Ok(issued) => {
-                    RequestSegments::new(&issued).fill_indirect_pages(config.limits);
-                    self.write_all(config, iter::once(issued), false);
-                }
+                Ok(issued) => self.write_large(config, issued),
                 Err(mut rq) => {
                     self.cancel_reservation(rq.data_mut());
                     rq.end(BlkStatus::RESOURCE);
@@ -262,8 +258,7 @@ impl Queue {
             }
         }
         if last || !small.is_empty() {
-            let small = iter::from_fn(|| small.pop().map(IssuedRequest::Bounced));
-            self.write_all(config, small, last);
+            self.write_small(config, small, last);
         }
     }
 
@@ -317,17 +312,19 @@ impl Queue {
         inner.pool.put(&mut data.indirect_pages);
     }
 
-    /// Writes requests to the ring, and publishes them if `publish`.
+    /// Writes bounced requests of one slot each to the ring, and publishes them if `publish`.
     #[inline(always)]
-    fn write_all(
+    fn write_small(
         &self,
         config: &ConnectionConfig,
-        requests: impl Iterator<Item = IssuedRequest>,
+        mut small: RequestList<BlkfrontOps, InFlight>,
         publish: bool,
     ) {
         let mut inner = self.inner.lock();
-        for issued in requests {
-            if let Err(pending) = self.write_to_ring(&mut inner, config, issued) {
+        while let Some(rq) = small.pop() {
+            let written = self.write_to_ring(&mut inner, config, RequestSegments::bounced(&rq));
+            let issued = IssuedRequest::Bounced(rq);
+            if let Err(pending) = store(&mut inner, config, written, issued) {
                 self.mark_broken(inner, pending);
                 return;
             }
@@ -339,23 +336,33 @@ impl Queue {
         }
     }
 
-    /// Writes a request into its reserved slots, and stores it there until the backend has
-    /// answered.
+    /// Writes any other request to the ring.
+    #[inline(always)]
+    fn write_large(&self, config: &ConnectionConfig, issued: IssuedRequest) {
+        let segments = RequestSegments::new(&issued);
+        segments.fill_indirect_pages(config.limits);
+        let mut inner = self.inner.lock();
+        let written = self.write_to_ring(&mut inner, config, segments);
+        if let Err(pending) = store(&mut inner, config, written, issued) {
+            self.mark_broken(inner, pending);
+        }
+    }
+
+    /// Writes a request into its reserved slots.
     ///
-    /// Inlined where it is known whether the pages of `issued` are granted, so that only the fields
-    /// of that variant are moved.
+    /// Inlined where it is known whether the data is bounced, which saves a check for each segment.
     #[inline(always)]
     fn write_to_ring(
         &self,
         inner: &mut Inner,
         config: &ConnectionConfig,
-        issued: IssuedRequest,
-    ) -> Result<(), PendingRequest> {
-        let kind = issued.data().kind;
-        let resources = issued.data().resources;
+        segments: RequestSegments<'_>,
+    ) -> Written {
+        let RequestData {
+            kind, resources, ..
+        } = *segments.data();
         inner.slots.unreserve(resources.slots);
-        let segments = RequestSegments::new(&issued);
-        let written = match kind {
+        match kind {
             RequestKind::Transfer(direction) if is_small(resources.fragments) => {
                 self.write_single(inner, |id| {
                     plan::direct(
@@ -367,13 +374,8 @@ impl Queue {
                     )
                 })
             }
-            _ => self.write_other(inner, config, kind, &segments),
-        };
-        let mut pending = PendingRequest::new(issued, written.parts);
-        if config.write_through {
-            pending.flush = kind.is_write().then_some(config.flush);
+            _ => self.write_other(inner, config.limits, config.flush, kind, segments),
         }
-        inner.slots.store(written.first, pending)
     }
 
     /// Writes a request that is not a small transfer.
@@ -381,15 +383,16 @@ impl Queue {
     fn write_other(
         &self,
         inner: &mut Inner,
-        config: &ConnectionConfig,
+        limits: SlotLimits,
+        flush: Flush,
         kind: RequestKind,
-        segments: &RequestSegments<'_>,
+        segments: RequestSegments<'_>,
     ) -> Written {
         match kind {
             RequestKind::Transfer(direction) => {
-                self.write_parts(inner, config, direction, segments)
+                self.write_parts(inner, limits, direction, segments)
             }
-            RequestKind::Flush => self.write_flush(inner, config.flush),
+            RequestKind::Flush => self.write_flush(inner, flush),
             RequestKind::Discard { secure } => self.write_single(inner, |id| {
                 let (sector, sectors) = (segments.sector(), segments.sectors());
                 plan::discard(self.handle, id, sector, sectors, secure)
@@ -401,15 +404,14 @@ impl Queue {
     fn write_parts(
         &self,
         inner: &mut Inner,
-        config: &ConnectionConfig,
+        limits: SlotLimits,
         direction: Direction,
-        segments: &RequestSegments<'_>,
+        segments: RequestSegments<'_>,
     ) -> Written {
         let failed = Written {
             first: None,
             parts: 0,
         };
-        let limits = config.limits;
         let count = segments.count();
         let Some(plan) = Plan::new(segments.sector(), segments.fragments(), count, limits) else {
             return failed;
@@ -511,6 +513,22 @@ impl Queue {
             notifier.notify();
         }
     }
+}
+
+/// Stores a request that was written to the ring in its first slot, until the backend has answered.
+#[inline(always)]
+fn store(
+    inner: &mut Inner,
+    config: &ConnectionConfig,
+    written: Written,
+    issued: IssuedRequest,
+) -> Result<(), PendingRequest> {
+    let kind = issued.data().kind;
+    let mut pending = PendingRequest::new(issued, written.parts);
+    if config.write_through {
+        pending.flush = kind.is_write().then_some(config.flush);
+    }
+    inner.slots.store(written.first, pending)
 }
 
 /// Copies the data of a write to the pages that the backend may use.

@@ -175,11 +175,17 @@ impl GrantReserve {
     }
 
     /// Reserves `count` references. `ENOSPC`: the table has no more. Any context.
+    #[inline]
     pub fn new(count: u16) -> Result<Self> {
-        let mut reserve = Self::empty();
         if count == 0 {
-            return Ok(reserve);
+            return Ok(Self::empty());
         }
+        Self::alloc(count)
+    }
+
+    /// Reserves `count` references, at least one.
+    fn alloc(count: u16) -> Result<Self> {
+        let mut reserve = Self::empty();
         // SAFETY: `head` is valid for a write.
         to_result(unsafe {
             bindings_ext::gnttab_alloc_grant_references(count, &mut reserve.head)
@@ -258,6 +264,7 @@ impl GrantReserve {
 }
 
 impl Drop for GrantReserve {
+    #[inline]
     fn drop(&mut self) {
         if self.len != 0 {
             // SAFETY: By the type invariant the list is ours.
