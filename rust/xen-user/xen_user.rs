@@ -10,6 +10,7 @@
 //! | [`grant`] | maps pages of other domains, and copies from and to them |
 //! | [`event`] | binds event channels, notifies, and says which have been notified |
 //! | [`xenstore`] | reads and writes xenstore, and watches it |
+//! | [`proxy`] | restricts a connection to xenstore, for a process that is not trusted |
 //! | [`memory`] | memory that others may change at any time |
 //!
 //! Each device is a trait, implemented by the device of Linux and, with the feature `fake`, by
@@ -32,5 +33,6 @@ pub mod fake;
 pub mod grant;
 mod ioctl;
 pub mod memory;
+pub mod proxy;
 mod unmapper;
 pub mod xenstore;

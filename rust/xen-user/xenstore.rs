@@ -59,6 +59,24 @@ pub enum Kind {
     Remove = 13,
 }
 
+impl Kind {
+    const ALL: [Self; 8] = [
+        Self::Directory,
+        Self::Read,
+        Self::Watch,
+        Self::Unwatch,
+        Self::TransactionStart,
+        Self::TransactionEnd,
+        Self::Write,
+        Self::Remove,
+    ];
+
+    /// Returns the kind with a number.
+    pub(crate) fn of(number: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| *kind as u32 == number)
+    }
+}
+
 pub(crate) const KIND_WATCH_EVENT: u32 = 15;
 pub(crate) const KIND_ERROR: u32 = 16;
 
@@ -151,6 +169,11 @@ impl Xenstore {
             events: VecDeque::new(),
             last_id: 0,
         }
+    }
+
+    /// Returns the file of the connection, which forgets events that have come.
+    pub(crate) fn into_file(self) -> File {
+        self.file
     }
 
     /// Returns the descriptor that is readable when an event has come. Events that came between a
@@ -262,7 +285,6 @@ pub(crate) struct Message {
     pub(crate) kind: u32,
     pub(crate) id: u32,
     /// Number of the transaction, 0 for none.
-    #[cfg_attr(not(feature = "fake"), allow(dead_code))]
     pub(crate) transaction: u32,
     pub(crate) payload: Vec<u8>,
 }
@@ -288,6 +310,16 @@ impl Message {
             transaction,
             payload,
         })
+    }
+
+    /// Returns the bytes of the message.
+    pub(crate) fn encode(&self) -> io::Result<Vec<u8>> {
+        encode(self.kind, self.id, self.transaction, &[&self.payload])
+    }
+
+    /// Returns the bytes of an answer that refuses the request.
+    pub(crate) fn refusal(&self) -> io::Result<Vec<u8>> {
+        encode(KIND_ERROR, self.id, self.transaction, &[b"EACCES\0"])
     }
 
     fn result(self) -> io::Result<Vec<u8>> {

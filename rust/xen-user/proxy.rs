@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A connection to xenstore for a process that may use few nodes.
+//!
+//! A connection of domain 0 has access to all of xenstore, and xenstored cannot restrict one. A
+//! process that must not have that gets the [`Xenstore`] of [`Proxy::new`] in place of a connection
+//! of its own: a socket. Its messages are checked and passed on by a process that it does not
+//! control.
+//!
+//! A request that is not allowed is answered with `EACCES`.
+
+use crate::xenstore;
+use crate::xenstore::Kind;
+use crate::xenstore::Message;
+use crate::xenstore::Xenstore;
+use rustix::event::poll;
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+/// Watches that a process may have at a time.
+const MAX_WATCHES: usize = 16;
+
+/// Transactions that a process may have at a time.
+const MAX_TRANSACTIONS: usize = 4;
+
+/// The nodes that a process may use, by their paths as it writes them.
+#[derive(Clone, Debug, Default)]
+pub struct Permissions {
+    /// Directories that it may read and watch, with all below them.
+    pub readable: Vec<String>,
+    /// Nodes that it may write and remove.
+    pub writable: Vec<String>,
+}
+
+impl Permissions {
+    fn may_read(&self, path: &str) -> bool {
+        self.readable.iter().any(|dir| {
+            let rest = path.strip_prefix(dir.as_str());
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        })
+    }
+
+    fn may_write(&self, path: &str) -> bool {
+        self.writable.iter().any(|node| node == path)
+    }
+}
+
+/// A connection to xenstore, and the socket of the process that uses it.
+pub struct Proxy {
+    store: File,
+    client: UnixStream,
+    permissions: Permissions,
+    watches: usize,
+    transactions: usize,
+}
+
+impl Proxy {
+    /// Restricts a connection that has not been used, or has no watches. Returns the socket for the
+    /// process, which is for [`Xenstore::from_fd`].
+    pub fn new(store: Xenstore, permissions: Permissions) -> io::Result<(Self, OwnedFd)> {
+        let (client, other) = UnixStream::pair()?;
+        let proxy = Self {
+            store: store.into_file(),
+            client,
+            permissions,
+            watches: 0,
+            transactions: 0,
+        };
+        Ok((proxy, other.into()))
+    }
+
+    /// Passes messages on until the process has closed its socket.
+    pub fn run(mut self) -> io::Result<()> {
+        loop {
+            let (from_store, from_client) = self.wait()?;
+            if from_store {
+                self.answer()?;
+            }
+            if from_client && !self.request()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits until there are messages, and returns from where.
+    fn wait(&self) -> io::Result<(bool, bool)> {
+        let mut fds = [
+            PollFd::new(&self.store, PollFlags::IN),
+            PollFd::new(&self.client, PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {
+                let [store, client] = fds.map(|fd| !fd.revents().is_empty());
+                Ok((store, client))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Passes an answer or an event to the process.
+    fn answer(&mut self) -> io::Result<()> {
+        let message = Message::read(&mut self.store)?;
+        // One that has ended is noticed by `request`.
+        let _ = self.client.write_all(&message.encode()?);
+        Ok(())
+    }
+
+    /// Passes on or refuses a request of the process. Returns `false` if there are no more.
+    fn request(&mut self) -> io::Result<bool> {
+        let Ok(message) = Message::read(&mut self.client) else {
+            return Ok(false);
+        };
+        if self.allows(&message) {
+            self.count(&message);
+            self.store.write_all(&message.encode()?)?;
+        } else {
+            // One that has ended is noticed with the next request.
+            let _ = self.client.write_all(&message.refusal()?);
+        }
+        Ok(true)
+    }
+
+    fn allows(&self, message: &Message) -> bool {
+        let Some(kind) = Kind::of(message.kind) else {
+            return false;
+        };
+        let parts = xenstore::strings(&message.payload);
+        let path = parts.first().map(String::as_str).unwrap_or_default();
+        match kind {
+            Kind::Read | Kind::Directory => self.permissions.may_read(path),
+            Kind::Watch => self.permissions.may_read(path) && self.watches < MAX_WATCHES,
+            Kind::Unwatch => self.permissions.may_read(path),
+            Kind::Write | Kind::Remove => self.permissions.may_write(path),
+            Kind::TransactionStart => self.transactions < MAX_TRANSACTIONS,
+            Kind::TransactionEnd => true,
+        }
+    }
+
+    fn count(&mut self, message: &Message) {
+        match Kind::of(message.kind) {
+            Some(Kind::Watch) => self.watches = self.watches.saturating_add(1),
+            Some(Kind::Unwatch) => self.watches = self.watches.saturating_sub(1),
+            Some(Kind::TransactionStart) => {
+                self.transactions = self.transactions.saturating_add(1);
+            }
+            Some(Kind::TransactionEnd) => {
+                self.transactions = self.transactions.saturating_sub(1);
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::Host;
+    use crate::xenstore::Nodes;
+    use std::thread;
+
+    fn permissions() -> Permissions {
+        Permissions {
+            readable: vec!["backend/vbd3/5/51712".into(), "/local/domain/5/a".into()],
+            writable: vec!["backend/vbd3/5/51712/state".into()],
+        }
+    }
+
+    #[test]
+    fn a_process_uses_the_nodes_that_it_may_use() {
+        let host = Host::new();
+        let mut other = host.xenstore().unwrap();
+        other.write("/local/domain/5/a/state", "3").unwrap();
+        other.write("/local/domain/5/ab", "3").unwrap();
+        let (proxy, client) = Proxy::new(host.xenstore().unwrap(), permissions()).unwrap();
+        let thread = thread::spawn(move || proxy.run());
+        let mut store = Xenstore::from_fd(client);
+        let read = |store: &mut Xenstore, path| store.read_text(path).map_err(|e| e.kind());
+        assert_eq!(
+            read(&mut store, "/local/domain/5/a/state"),
+            Ok(Some("3".into()))
+        );
+        let denied = Err(io::ErrorKind::PermissionDenied);
+        for path in ["/local/domain/5/ab", "/local", "", "backend/vbd3/6/51712"] {
+            assert_eq!(read(&mut store, path), denied, "{path}");
+        }
+        store.write("backend/vbd3/5/51712/state", "2").unwrap();
+        for path in ["backend/vbd3/5/51712/params", "backend/vbd3/5/51712"] {
+            assert!(store.write(path, "/etc/shadow").is_err(), "{path}");
+            assert!(store.remove(path).is_err(), "{path}");
+        }
+        let written = store.transaction(|transaction| {
+            transaction.write("backend/vbd3/5/51712/state", "4")?;
+            Ok(transaction.write("/a", "1").is_err())
+        });
+        assert!(written.unwrap());
+        let state = other.read_text("backend/vbd3/5/51712/state").unwrap();
+        assert_eq!(state.as_deref(), Some("4"));
+        drop(store);
+        thread.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn watches_are_limited_and_events_passed_on() {
+        let host = Host::new();
+        let (proxy, client) = Proxy::new(host.xenstore().unwrap(), permissions()).unwrap();
+        let thread = thread::spawn(move || proxy.run());
+        let mut store = Xenstore::from_fd(client);
+        assert!(store.watch("/local/domain/6", "token").is_err());
+        for number in 0..MAX_WATCHES {
+            let token = number.to_string();
+            store.watch("/local/domain/5/a", &token).unwrap();
+        }
+        assert!(store.watch("/local/domain/5/a", "more").is_err());
+        store.unwatch("/local/domain/5/a", "0").unwrap();
+        store.watch("/local/domain/5/a", "more").unwrap();
+        let mut events = 0;
+        while events <= MAX_WATCHES {
+            store.read("/local/domain/5/a").unwrap();
+            while store.next_event().unwrap().is_some() {
+                events += 1;
+            }
+        }
+        drop(store);
+        thread.join().unwrap().unwrap();
+    }
+}
