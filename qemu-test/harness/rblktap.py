@@ -44,6 +44,8 @@ QEMU_TOOLS = ("/usr/bin/qemu-storage-daemon", "/usr/bin/qemu-img")
 """Serve and check images with a format."""
 FORMATS = {"vhd": "vpc"}
 """QEMU's names of formats, where they differ from the suffix of an image."""
+UID_BASE = 1895825408
+"""The user of the process that serves a disk of domain 0."""
 SERVED = "requests adopted"
 """Printed when a frontend is connected, behind the number of requests of a predecessor."""
 AGENT = f"""
@@ -197,6 +199,21 @@ def pid(host: XenHost, guest: Guest, device: int) -> int:
     """Returns the process that serves a disk."""
     path = f"/local/domain/0/backend/vbd3/{guest.domid}/{device}/kthread-pid"
     return int(host.sh(f"xenstore-read {path}"))
+
+
+def assert_confined(host: XenHost, guest: Guest, device: int) -> None:
+    """Checks that the process that serves a disk has its own user, and can do little else."""
+    parent = f"'^PPid:[[:space:]]*{pid(host, guest, device)}$'"
+    file = host.sh(f"grep -ls {parent} /proc/[0-9]*/status || :").strip()
+    lines = host.sh(f"cat {file}").splitlines()
+    status = {name: text.split() for name, _, text in (line.partition(":") for line in lines)}
+    user = str(UID_BASE + guest.domid)
+    assert status["Uid"] == status["Gid"] == [user] * 4
+    assert status["CapEff"] == status["CapPrm"] == ["0" * 16]
+    assert (status["NoNewPrivs"], status["Seccomp"]) == (["1"], ["2"])
+    process = file.removesuffix("/status")
+    assert host.sh(f"ls {process}/root/") == ""
+    assert host.sh(f"readlink {process}/ns/net") != host.sh("readlink /proc/1/ns/net")
 
 
 def wait_in_flight(host: XenHost, guest: Guest, device: int) -> None:

@@ -49,8 +49,9 @@ def verify_and_discard(host: XenHost, guest: Guest, vdev: str, image: str) -> No
 
 
 def test_tap(xen: StartHost) -> None:
-    """Write and verify, flush, discard, attach and detach, a read-only disk."""
+    """Confinement; write and verify, flush, discard, attach and detach, a read-only disk."""
     host, guest = start(xen, [TapDisk("xvda", "a.raw")])
+    rblktap.assert_confined(host, guest, XVDA)
     assert "write back" in guest.sh("cat /sys/block/xvda/queue/write_cache")
     verify_and_discard(host, guest, "xvda", "a.raw")
     version, _, _, reads, _, _, _, writes, *_ = rblktap.xentop_counters(host, guest, XVDA)

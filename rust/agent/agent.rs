@@ -10,6 +10,7 @@
 //! |---|---|
 //! | [`backend`] | what xenstore says about a disk |
 //! | [`process`] | a process `rblktap` |
+//! | [`options`] | the options of these processes, and what each disk may use |
 //! | [`disk`] | one disk: which process it has, and what is done next |
 //! | [`supervisor`] | all disks: waits for events and updates the disks that they are about |
 //! | [`server`] | the socket for `rblk` |
@@ -33,6 +34,7 @@
 
 pub mod backend;
 pub mod disk;
+pub mod options;
 pub mod process;
 pub mod server;
 pub mod supervisor;

@@ -3,6 +3,7 @@
 //! One disk: which process it has, and what is done next.
 
 use crate::backend::{self, Backend};
+use crate::options::TapOptions;
 use crate::process::Process;
 use api::{DiskId, Phase, Record, RunDir};
 use std::io;
@@ -34,6 +35,10 @@ pub struct Context<'a> {
     pub run: &'a RunDir,
     /// The program `rblktap`.
     pub program: &'a Path,
+    /// The options of processes.
+    pub options: &'a TapOptions,
+    /// The number of disks of the domain.
+    pub disks_of_domain: usize,
     /// The time.
     pub now: Instant,
 }
@@ -262,7 +267,8 @@ impl Disk {
         cx.run.write_record(&self.record)?;
         self.started = cx.now;
         let Record { disk, image, .. } = &self.record;
-        match Process::start(cx.program, cx.run, *disk, image) {
+        let options = cx.options.arguments(cx.disks_of_domain);
+        match Process::start(cx.program, cx.run, *disk, image, &options) {
             Ok(process) => {
                 self.record.phase = Phase::Running {
                     pid: process.pid(),

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+use agent::options::TapOptions;
 use agent::server::Server;
 use agent::supervisor::Supervisor;
 use api::RunDir;
@@ -23,6 +24,8 @@ struct Args {
     /// The program that serves a disk
     #[arg(long, value_name = "FILE", default_value = "/usr/libexec/rblktap")]
     program: PathBuf,
+    #[command(flatten)]
+    options: TapOptions,
 }
 
 fn run(args: Args) -> Result<(), String> {
@@ -32,7 +35,7 @@ fn run(args: Args) -> Result<(), String> {
         let path = Xenstore::PATH;
         format!("{path}: {error}; run rblkd as root in a domain of Xen with xenfs mounted")
     })?;
-    let supervisor = Supervisor::new(store, run.clone(), args.program);
+    let supervisor = Supervisor::new(store, run.clone(), args.program, args.options);
     let (supervisor, commands) = supervisor.map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => format!("another rblkd uses {dir}; stop it first"),
         _ => format!("{dir}: {error}"),

@@ -38,13 +38,20 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts the process of a disk.
-    pub fn start(program: &Path, run: &RunDir, disk: DiskId, image: &str) -> io::Result<Self> {
+    /// Starts the process of a disk, with these options.
+    pub fn start(
+        program: &Path,
+        run: &RunDir,
+        disk: DiskId,
+        image: &str,
+        options: &[String],
+    ) -> io::Result<Self> {
         let (log, log_start) = open_log(run, disk)?;
         let mut child = Command::new(program)
             .arg("--state-dir")
             .arg(run.path())
             .args(["--lock-seconds", LOCK_SECONDS])
+            .args(options)
             .args([disk.domid.to_string(), disk.devid.to_string()])
             .arg("--")
             .arg(image)
@@ -149,7 +156,9 @@ impl AsFd for Process {
 fn serves(line: &[u8], program: &Path, disk: DiskId) -> bool {
     let line = String::from_utf8_lossy(line);
     let words: Vec<&str> = line.split('\0').collect();
-    let [called, "--state-dir", _, "--lock-seconds", _, domid, devid, "--", ..] = *words else {
+    let end = words.iter().position(|word| *word == "--");
+    let Some([called, "--state-dir", .., domid, devid]) = end.and_then(|end| words.get(..end))
+    else {
         return false;
     };
     let numbers = format!("{domid}/{devid}").parse();
@@ -204,7 +213,8 @@ pub(crate) mod tests {
     };
 
     fn start(run: &RunDir, image: &str) -> Process {
-        Process::start(Path::new(PROGRAM), run, DISK, image).unwrap()
+        let options = ["--pages".to_owned(), "8".to_owned()];
+        Process::start(Path::new(PROGRAM), run, DISK, image, &options).unwrap()
     }
 
     fn wait(process: &Process) {
@@ -223,7 +233,7 @@ pub(crate) mod tests {
         wait(&process);
         assert_eq!(process.reason(&run, DISK), "no file");
         let log = fs::read_to_string(run.log(DISK)).unwrap();
-        assert!(log.contains(" 5 51712 -- fail:no file"), "{log}");
+        assert!(log.contains(" --pages 8 5 51712 -- fail:no file"), "{log}");
     }
 
     #[test]
@@ -255,12 +265,15 @@ pub(crate) mod tests {
     #[test]
     fn a_command_line_says_which_disk_a_process_serves() {
         let program = Path::new("/usr/libexec/rblktap");
-        let line = "/opt/rblktap --state-dir /run/rblk --lock-seconds 5 5 51712 -- aio:/a";
+        let line =
+            "/opt/rblktap --state-dir /run/rblk --lock-seconds 5 --pages 8 5 51712 -- aio:/a";
         let line = line.replace(' ', "\0");
         assert!(serves(line.as_bytes(), program, DISK));
         let other = DiskId { domid: 6, ..DISK };
         assert!(!serves(line.as_bytes(), program, other));
         assert!(!serves(line.as_bytes(), Path::new("/bin/sh"), DISK));
+        let server = line.replacen("--state-dir", "--confined\0--state-dir", 1);
+        assert!(!serves(server.as_bytes(), program, DISK));
         assert!(!serves(b"rblktap", program, DISK));
         assert!(!serves(b"", program, DISK));
     }

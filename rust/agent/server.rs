@@ -105,7 +105,7 @@ impl Server {
         match call {
             AgentCall::List => Ok(json!(self.list()?)),
             AgentCall::Stats { disk } => Ok(json!(self.status(disk)?)),
-            AgentCall::Pause { disk } => self.pause(disk),
+            AgentCall::Pause { disk } => self.quiesce(disk, DiskCommand::Pause),
             AgentCall::Resume { disk } => self.send(disk, DiskCommand::Resume),
             AgentCall::Resize { disk } => self.send(disk, DiskCommand::Resize),
             AgentCall::Retarget { disk, image } => self.replace(disk, Some(image)),
@@ -154,9 +154,10 @@ impl Server {
         socket::command(&self.run.control_socket(disk), command, ANSWER_TIMEOUT)
     }
 
-    /// Pauses a disk and waits until no request is in flight. If that takes too long it is resumed.
-    fn pause(&self, disk: DiskId) -> Result<Value, Failure> {
-        self.send(disk, DiskCommand::Pause)?;
+    /// Pauses or drains a disk and waits until no request is in flight. If that takes too long it
+    /// is resumed.
+    fn quiesce(&self, disk: DiskId, command: DiskCommand) -> Result<Value, Failure> {
+        self.send(disk, command)?;
         let deadline = Instant::now() + PAUSE_TIMEOUT;
         while !is_quiet(&self.status(disk)?) {
             if Instant::now() >= deadline {
@@ -174,10 +175,13 @@ impl Server {
         Ok(Value::Null)
     }
 
-    /// Replaces the process of a disk, which is paused meanwhile. Returns the new process.
+    /// Replaces the process of a disk, which is drained before. Returns the new process.
+    ///
+    /// A disk that was paused stays paused, unless it gets another image.
     fn replace(&self, disk: DiskId, image: Option<String>) -> Result<Value, Failure> {
         let old = self.running(disk)?;
-        self.pause(disk)?;
+        let has_new_image = image.is_some();
+        self.quiesce(disk, DiskCommand::Drain)?;
         let (failed, failures) = channel();
         let command = Command::Replace {
             disk,
@@ -187,6 +191,9 @@ impl Server {
         self.tell(command)?;
         let pid = self.await_process(disk, &old, &failures)?;
         self.tell(Command::Confirm { disk })?;
+        if has_new_image {
+            self.send(disk, DiskCommand::Resume)?;
+        }
         Ok(json!(pid))
     }
 
@@ -247,9 +254,10 @@ fn is_quiet(status: &DiskStatus) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::options::tests::options;
     use crate::process::tests::PROGRAM;
     use crate::supervisor::Supervisor;
-    use api::{Counters, QueueStatus};
+    use api::{Counters, QueueStatus, Quota};
     use std::io::{BufRead, BufReader, Write};
     use xen_user::fake::Host;
     use xen_user::xenstore::Nodes;
@@ -258,6 +266,11 @@ mod tests {
     const DISK: DiskId = DiskId {
         domid: 5,
         devid: 51712,
+    };
+
+    const QUOTA: Quota = Quota {
+        pages: 8,
+        requests: 4,
     };
 
     fn wait_until(what: &str, mut is_done: impl FnMut() -> bool) {
@@ -275,10 +288,12 @@ mod tests {
             sectors: 8,
             block_size: 512,
             paused: true,
+            stays_paused: true,
+            quota: QUOTA,
             queues: vec![
                 QueueStatus {
                     in_flight: 0,
-                    oldest_ms: None,
+                    oldest: None,
                     paused: true,
                 };
                 2
@@ -302,9 +317,9 @@ mod tests {
                 let mut line = String::new();
                 BufReader::new(&stream).read_line(&mut line).unwrap();
                 match serde_json::from_str(&line).unwrap() {
-                    DiskCommand::Pause => paused = true,
+                    DiskCommand::Pause | DiskCommand::Drain => paused = true,
                     DiskCommand::Resume => paused = false,
-                    DiskCommand::Stats | DiskCommand::Resize => {}
+                    DiskCommand::Stats | DiskCommand::Resize | DiskCommand::SetQuota(_) => {}
                 }
                 let record = run.read_record(DISK).unwrap().unwrap();
                 let pid = match record.phase.pid() {
@@ -313,8 +328,8 @@ mod tests {
                 };
                 let answer = json!({
                     "pid": pid, "sectors": 8, "block_size": 512, "paused": paused,
-                    "queues": [{"in_flight": 0, "oldest_ms": null, "paused": paused}],
-                    "counters": {},
+                    "queues": [{"in_flight": 0, "oldest": null, "paused": paused}],
+                    "quota": QUOTA, "counters": {},
                 });
                 writeln!(stream, "{answer}").unwrap();
             }
@@ -329,7 +344,7 @@ mod tests {
         store.write("backend/vbd3/5/51712/state", "1").unwrap();
         let connection = host.xenstore().unwrap();
         let (supervisor, commands) =
-            Supervisor::new(connection, run.clone(), PROGRAM.into()).unwrap();
+            Supervisor::new(connection, run.clone(), PROGRAM.into(), options(&[])).unwrap();
         thread::spawn(move || supervisor.run());
         Server::start(run.clone(), commands).unwrap();
         store

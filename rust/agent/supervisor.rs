@@ -4,6 +4,7 @@
 
 use crate::backend;
 use crate::disk::{Context, Disk, Next};
+use crate::options::TapOptions;
 use api::{DiskId, RunDir};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{flock, FlockOperation};
@@ -66,6 +67,7 @@ pub struct Supervisor {
     store: Xenstore,
     run: RunDir,
     program: PathBuf,
+    options: TapOptions,
     disks: BTreeMap<DiskId, Entry>,
     commands: Receiver<Command>,
     wakeup: UnixStream,
@@ -75,7 +77,12 @@ pub struct Supervisor {
 
 impl Supervisor {
     /// Watches xenstore, and adopts the disks of an earlier `rblkd`.
-    pub fn new(mut store: Xenstore, run: RunDir, program: PathBuf) -> io::Result<(Self, Commands)> {
+    pub fn new(
+        mut store: Xenstore,
+        run: RunDir,
+        program: PathBuf,
+        options: TapOptions,
+    ) -> io::Result<(Self, Commands)> {
         fs::create_dir_all(run.path())?;
         fs::set_permissions(run.path(), fs::Permissions::from_mode(0o755))?;
         let lock = File::create(run.path().join("lock"))?;
@@ -98,6 +105,7 @@ impl Supervisor {
             store,
             run,
             program,
+            options,
             commands,
             wakeup,
             _lock: lock,
@@ -173,7 +181,11 @@ impl Supervisor {
                     entry.due = due;
                 }
             }
-            Ok(Next::Forget) => drop(self.disks.remove(&disk)),
+            Ok(Next::Forget) => {
+                if self.disks.remove(&disk).is_some() {
+                    self.share_quota(disk.domid, None);
+                }
+            }
             Err(error) => {
                 eprintln!("{disk}: {error}; it is tried again");
                 if let Some(entry) = self.disks.get_mut(&disk) {
@@ -183,21 +195,46 @@ impl Supervisor {
         }
     }
 
-    fn try_update(&mut self, disk: DiskId, now: Instant) -> io::Result<Next> {
-        if !self.disks.contains_key(&disk) {
-            match backend::read(&mut self.store, disk)? {
-                Some(backend) if backend.state != backend::CLOSED => {
-                    let due = None;
-                    let disk = (disk, Disk::new(disk, &backend, now));
-                    self.disks.insert(disk.0, Entry { disk: disk.1, due });
-                }
-                _ => return Ok(Next::Forget),
-            }
+    /// Returns the disks of a domain.
+    fn disks_of(&self, domid: u16) -> impl Iterator<Item = DiskId> + '_ {
+        let disks = self.disks.keys().copied();
+        disks.filter(move |disk| disk.domid == domid)
+    }
+
+    /// Tells the processes of a domain, but that of a new disk, what each of them may use now.
+    fn share_quota(&self, domid: u16, new: Option<DiskId>) {
+        let disks: Vec<_> = self.disks_of(domid).collect();
+        if disks.iter().any(|disk| Some(*disk) != new) {
+            self.options.share_quota(&self.run, disks);
         }
+    }
+
+    /// Adds a disk that is being attached. Returns `false` if it is not.
+    fn add(&mut self, disk: DiskId, now: Instant) -> io::Result<bool> {
+        let backend = match backend::read(&mut self.store, disk)? {
+            Some(backend) if backend.state != backend::CLOSED => backend,
+            _ => return Ok(false),
+        };
+        let entry = Entry {
+            disk: Disk::new(disk, &backend, now),
+            due: None,
+        };
+        self.disks.insert(disk, entry);
+        self.share_quota(disk.domid, Some(disk));
+        Ok(true)
+    }
+
+    fn try_update(&mut self, disk: DiskId, now: Instant) -> io::Result<Next> {
+        if !self.disks.contains_key(&disk) && !self.add(disk, now)? {
+            return Ok(Next::Forget);
+        }
+        let disks_of_domain = self.disks_of(disk.domid).count();
         let mut context = Context {
             store: &mut self.store,
             run: &self.run,
             program: &self.program,
+            options: &self.options,
+            disks_of_domain,
             now,
         };
         match self.disks.get_mut(&disk) {
@@ -238,6 +275,7 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::options::tests::options;
     use crate::process::tests::PROGRAM;
     use crate::process::Process;
     use api::{Phase, Record};
@@ -329,7 +367,7 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             let store = host.xenstore().unwrap();
-            match Supervisor::new(store, RunDir::new(dir.path()), PROGRAM.into()) {
+            match Supervisor::new(store, RunDir::new(dir.path()), PROGRAM.into(), options(&[])) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     assert!(Instant::now() < deadline);
                 }
@@ -472,7 +510,7 @@ mod tests {
 
     fn host_supervisor_error(rig: &Rig) -> io::ErrorKind {
         let store = rig.host.xenstore().unwrap();
-        let second = Supervisor::new(store, rig.run(), PROGRAM.into());
+        let second = Supervisor::new(store, rig.run(), PROGRAM.into(), options(&[]));
         second
             .err()
             .map_or(io::ErrorKind::Other, |error| error.kind())

@@ -37,6 +37,7 @@ pub mod run_dir;
 pub mod socket;
 
 pub use agent::{AgentCall, DiskEntry, Phase, Record};
-pub use disk::{Counters, DiskCommand, DiskId, DiskStatus, QueueStatus};
+pub use disk::{Counters, DiskAnswer, DiskCommand, DiskId, DiskStatus};
+pub use disk::{OldestRequest, Operation, QueueStatus, Quota};
 pub use failure::{Failure, FailureKind};
 pub use run_dir::RunDir;

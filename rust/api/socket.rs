@@ -2,10 +2,11 @@
 
 //! Both ends of a connection.
 //!
-//! A client uses [`call`] or [`command`]; `rblkd` answers a connection with [`serve`].
+//! A client uses [`call`] or [`command`]. `rblkd` answers a connection with [`serve`], `rblktap`
+//! with [`read_command`] and [`answer_command`].
 
 use crate::agent::AgentCall;
-use crate::disk::DiskCommand;
+use crate::disk::{DiskAnswer, DiskCommand};
 use crate::failure::{Failure, FailureKind};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -26,7 +27,7 @@ enum Reply<T> {
 }
 
 /// An answer of `rblktap` on the wire.
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(untagged)]
 enum Answer<T> {
     Failure { error: String },
@@ -129,6 +130,24 @@ pub fn serve<R: Serialize>(
     Ok(())
 }
 
+/// Reads the command of a client of `rblktap`. Returns [`None`] if it sends none; a line that is no
+/// command is an error for [`answer_command`].
+pub fn read_command(stream: &UnixStream) -> Option<Result<DiskCommand, String>> {
+    let line = read_line(&mut BufReader::new(stream)).ok().flatten()?;
+    let command = serde_json::from_str(&line);
+    Some(command.map_err(|error| format!("the request is no command: {error}")))
+}
+
+/// Answers the command of a client of `rblktap`.
+pub fn answer_command(mut stream: &UnixStream, answer: Result<DiskAnswer, String>) {
+    let answer = match answer {
+        Ok(answer) => Answer::Success(answer),
+        Err(error) => Answer::Failure { error },
+    };
+    // A client that has left does not need it.
+    let _ = stream.write_all(encode(&answer).as_bytes());
+}
+
 /// Returns the reply to a line, with its line end. A line that is no call gets an error.
 fn answer<R: Serialize>(
     line: &str,
@@ -209,6 +228,27 @@ mod tests {
         assert_eq!(resize().unwrap_err().text.cause, "no");
         assert_eq!(resize().unwrap_err().kind, FailureKind::NoAnswer);
         server.join().unwrap();
+    }
+
+    #[test]
+    fn rblktap_reads_one_command_and_answers() {
+        for (line, read) in [
+            ("{\"command\":\"drain\"}\n", Some(Ok(DiskCommand::Drain))),
+            ("{\"command\":\"stop\"}\n", Some(Err(()))),
+            ("{}\n", Some(Err(()))),
+            ("", None),
+        ] {
+            let (mut client, server) = UnixStream::pair().unwrap();
+            client.write_all(line.as_bytes()).unwrap();
+            client.shutdown(std::net::Shutdown::Write).unwrap();
+            let command = read_command(&server);
+            assert_eq!(command.map(|command| command.map_err(drop)), read);
+            answer_command(&server, Err("no".to_owned()));
+            drop(server);
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert_eq!(answer, "{\"error\":\"no\"}\n");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use crate::args::{DiskCommand, DiskName};
 use crate::exit::Error;
 use crate::table;
-use api::{AgentCall, Counters, DiskEntry, DiskId, DiskStatus, Phase, Record, RunDir};
+use api::{AgentCall, Counters, DiskEntry, DiskId, DiskStatus, Phase, QueueStatus, Record, RunDir};
 use api::{Failure, FailureKind};
 use serde::de::DeserializeOwned;
 use serde::Serialize;
@@ -158,8 +158,10 @@ fn difference(now: &DiskStatus, before: &DiskStatus) -> Counters {
     }
     let (now, before) = (&now.counters, &before.counters);
     Counters {
+        reads_started: now.reads_started.saturating_sub(before.reads_started),
         reads: now.reads.saturating_sub(before.reads),
         sectors_read: now.sectors_read.saturating_sub(before.sectors_read),
+        writes_started: now.writes_started.saturating_sub(before.writes_started),
         writes: now.writes.saturating_sub(before.writes),
         sectors_written: now.sectors_written.saturating_sub(before.sectors_written),
         flushes: now.flushes.saturating_sub(before.flushes),
@@ -167,6 +169,10 @@ fn difference(now: &DiskStatus, before: &DiskStatus) -> Counters {
         errors: now.errors.saturating_sub(before.errors),
         refused: now.refused.saturating_sub(before.refused),
         retries: now.retries.saturating_sub(before.retries),
+        waited: now.waited.saturating_sub(before.waited),
+        stuck: now.stuck.saturating_sub(before.stuck),
+        read_us: now.read_us.saturating_sub(before.read_us),
+        write_us: now.write_us.saturating_sub(before.write_us),
         adopted: now.adopted.saturating_sub(before.adopted),
     }
 }
@@ -191,22 +197,33 @@ fn stats_table(status: &DiskStatus) -> String {
         let data = sectors.map_or_else(|| "-".to_owned(), |sectors| table::size(bytes(sectors)));
         rows.push([name.to_owned(), requests.to_string(), data]);
     }
-    let queues = status.queues.iter();
-    let in_flight: u64 = queues.map(|queue| u64::from(queue.in_flight)).sum();
-    let oldest = status
-        .queues
-        .iter()
-        .filter_map(|queue| queue.oldest_ms)
-        .max();
     format!(
-        "{}errors {}, refused {}, retries {}, adopted {}\nin flight {in_flight}, the oldest for {} ms\n",
+        "{}errors {}, refused {}, retries {}, waited {}, stuck {}, adopted {}\n\
+         quota {} pages and {} requests\n{}",
         table::align(&rows),
         counters.errors,
         counters.refused,
         counters.retries,
+        counters.waited,
+        counters.stuck,
         counters.adopted,
-        oldest.unwrap_or_default(),
+        status.quota.pages,
+        status.quota.requests,
+        in_flight(&status.queues),
     )
+}
+
+/// Describes the requests in flight, and the oldest one.
+fn in_flight(queues: &[QueueStatus]) -> String {
+    let count: u64 = queues.iter().map(|queue| queue.in_flight).sum();
+    let oldest = queues.iter().filter_map(|queue| queue.oldest);
+    match oldest.max_by_key(|request| request.age_ms) {
+        None => format!("in flight {count}\n"),
+        Some(oldest) => format!(
+            "in flight {count}, the oldest for {} ms: {} of sectors {}+{}, retries {}\n",
+            oldest.age_ms, oldest.operation, oldest.sector, oldest.sectors, oldest.retries,
+        ),
+    }
 }
 
 fn print_json(value: &impl Serialize) -> Result<(), Error> {
@@ -220,7 +237,7 @@ fn print_json(value: &impl Serialize) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use api::QueueStatus;
+    use api::{OldestRequest, Operation, Quota};
     use std::os::unix::net::UnixListener;
 
     fn entry(phase: Phase) -> DiskEntry {
@@ -253,11 +270,22 @@ mod tests {
             sectors: 2048,
             block_size: 512,
             paused: false,
+            stays_paused: false,
             queues: vec![QueueStatus {
                 in_flight: 2,
-                oldest_ms: Some(3),
+                oldest: Some(OldestRequest {
+                    operation: Operation::Write,
+                    sector: 64,
+                    sectors: 8,
+                    retries: 1,
+                    age_ms: 3,
+                }),
                 paused: false,
             }],
+            quota: Quota {
+                pages: 8,
+                requests: 4,
+            },
             counters: Counters {
                 reads: 4,
                 sectors_read: 32,
@@ -306,8 +334,9 @@ mod tests {
              write      0         0 B\n\
              flush      0         -\n\
              discard    0         -\n\
-             errors 0, refused 0, retries 0, adopted 0\n\
-             in flight 2, the oldest for 3 ms\n"
+             errors 0, refused 0, retries 0, waited 0, stuck 0, adopted 0\n\
+             quota 8 pages and 4 requests\n\
+             in flight 2, the oldest for 3 ms: write of sectors 64+8, retries 1\n"
         );
     }
 

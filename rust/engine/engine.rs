@@ -47,6 +47,7 @@
 mod bounce;
 mod callback;
 mod check;
+mod connect;
 mod error;
 mod event;
 pub mod gluster;
@@ -59,23 +60,26 @@ pub mod qsd;
 pub mod raw;
 pub mod rbd;
 mod request;
+mod server;
 mod uri;
 mod uring;
 pub mod vhd;
 
+pub use connect::Connect;
 pub use error::{Error, Result};
 pub use info::{Discard, Guarantees, Info};
 pub use io_buffer::{Access, Buffer};
 pub use options::Options;
 pub use request::{Completion, Operation, Request};
 pub use rustix::io::Errno;
+pub use server::Server;
 pub use uri::{
     Format, GlusterFile, GlusterVolume, NbdAddress, NbdExport, RbdAddress, RbdImageName, Uri,
 };
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// One open image.
@@ -98,14 +102,6 @@ pub trait Engine: Send + Sync {
 
     /// Allocates zeroed memory that this engine's I/O uses without a copy.
     fn allocate(&self, len: usize) -> Result<Buffer>;
-
-    /// Returns the path of a unix socket where an NBD server exports the image under the empty
-    /// name, if there is one, for the device model of an HVM guest.
-    ///
-    /// It exists until the engine is closed.
-    fn nbd_socket(&self) -> Option<PathBuf> {
-        None
-    }
 
     /// Flushes the image and releases it.
     ///
@@ -171,16 +167,33 @@ pub const DROP_TIMEOUT: Duration = Duration::from_secs(30);
 /// An image that cannot be opened as the options say is refused with an error that names the
 /// cause.
 pub fn open(uri: &Uri, options: &Options) -> Result<Box<dyn Engine>> {
-    match uri {
-        Uri::Memory { size } => Ok(Box::new(memory::MemoryEngine::open(*size, options)?)),
-        Uri::Image {
-            format: Format::Raw,
-            path,
-        } => Ok(Box::new(raw::RawEngine::open(path, options)?)),
-        Uri::Nbd(export) => Ok(Box::new(nbd::NbdEngine::open(export, options)?)),
-        Uri::Rbd(image) => Ok(Box::new(rbd::RbdEngine::open(image, options)?)),
-        Uri::Gluster(file) => Ok(Box::new(gluster::GlusterEngine::open(file, options)?)),
-        Uri::Image { format, path } => Ok(Box::new(qsd::QsdEngine::open(*format, path, options)?)),
+    let server = Server::start(uri, options)?;
+    let server = server.map(|server| -> Arc<dyn Connect> { Arc::new(server) });
+    open_with(uri, options, server)
+}
+
+/// Opens an image whose server, if it has one, was started with [`Server::start`].
+pub fn open_with(
+    uri: &Uri,
+    options: &Options,
+    server: Option<Arc<dyn Connect>>,
+) -> Result<Box<dyn Engine>> {
+    match (uri, server) {
+        (Uri::Memory { size }, _) => Ok(Box::new(memory::MemoryEngine::open(*size, options)?)),
+        (Uri::Nbd(export), Some(server)) => {
+            Ok(Box::new(nbd::NbdEngine::open(export, options, server)?))
+        }
+        (Uri::Image { path, .. }, None) => Ok(Box::new(raw::RawEngine::open(path, options)?)),
+        (Uri::Image { path, .. }, Some(server)) => {
+            Ok(Box::new(qsd::QsdEngine::open(path, options, server)?))
+        }
+        (Uri::Rbd(image), _) => Ok(Box::new(rbd::RbdEngine::open(image, options)?)),
+        (Uri::Gluster(file), _) => Ok(Box::new(gluster::GlusterEngine::open(file, options)?)),
+        (Uri::Nbd(export), None) => Err(Error::new(
+            Errno::NOTCONN,
+            format!("{export} has no server"),
+            "this is an error of the program, report it",
+        )),
     }
 }
 

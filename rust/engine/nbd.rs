@@ -13,13 +13,15 @@ mod protocol;
 mod queue;
 mod reply;
 
+use crate::connect::Connect;
 use crate::error::{Error, Result};
 use crate::info::{Discard, Guarantees, Info};
 use crate::memory::{allocate, in_use};
 use crate::options::Options;
 use crate::uri::NbdExport;
 use crate::{Engine, Queue};
-use connect::{connect, ExportInfo, Stream};
+pub(crate) use connect::connect_to;
+use connect::{negotiate, ExportInfo, Stream};
 use io_buffer::Buffer;
 use protocol::{
     FLAG_CAN_MULTI_CONN, FLAG_READ_ONLY, FLAG_SEND_FLUSH, FLAG_SEND_TRIM, FLAG_SEND_WRITE_ZEROES,
@@ -50,8 +52,7 @@ pub struct NbdEngine {
 /// The state that the queues of an export share.
 struct Shared {
     export: NbdExport,
-    /// Starts the server if it does not run.
-    ensure: Box<dyn Fn(bool) -> Result<()> + Send + Sync>,
+    server: Arc<dyn Connect>,
     writes: Writes,
     reconnect_timeout: Duration,
     /// The features of the server.
@@ -94,25 +95,14 @@ impl Writes {
 }
 
 impl NbdEngine {
-    /// Connects to `export`.
-    pub fn open(export: &NbdExport, options: &Options) -> Result<Self> {
-        Self::open_served(export, options, |_| Ok(()))
-    }
-
-    /// Connects to `export`, whose server `ensure` starts if it does not run.
-    ///
-    /// The argument of `ensure` tells if there are completed writes that were not flushed.
-    pub(crate) fn open_served(
-        export: &NbdExport,
-        options: &Options,
-        ensure: impl Fn(bool) -> Result<()> + Send + Sync + 'static,
-    ) -> Result<Self> {
-        let (stream, found) = connect(export)?;
+    /// Opens `export` over connections that `server` makes.
+    pub fn open(export: &NbdExport, options: &Options, server: Arc<dyn Connect>) -> Result<Self> {
+        let (stream, found) = negotiate(export, server.connect(false)?)?;
         let info = info(export, &found, options)?;
         Ok(Self {
             shared: Arc::new(Shared {
                 export: export.clone(),
-                ensure: Box::new(ensure),
+                server,
                 writes: Writes::default(),
                 reconnect_timeout: options.reconnect_timeout,
                 flags: found.flags,
@@ -202,8 +192,8 @@ impl Shared {
     ///
     /// The export must be at least as large as before and support the same.
     fn reconnect(&self) -> Result<Stream> {
-        (self.ensure)(self.writes.is_dirty())?;
-        let (stream, found) = connect(&self.export)?;
+        let stream = self.server.connect(self.writes.is_dirty())?;
+        let (stream, found) = negotiate(&self.export, stream)?;
         if found.size < self.info().size || found.flags != self.flags {
             return Err(Error::new(
                 Errno::NOTRECOVERABLE,
@@ -222,7 +212,8 @@ impl Engine for NbdEngine {
 
     fn refresh(&self) -> Result<Info> {
         // The protocol tells the size at the start of a connection only.
-        let (_, found) = connect(&self.shared.export)?;
+        let stream = self.shared.server.connect(self.shared.writes.is_dirty())?;
+        let (_, found) = negotiate(&self.shared.export, stream)?;
         let block = u64::from(self.shared.info.logical_block_size);
         let size = found.size.saturating_sub(found.size % block);
         self.shared.size.store(size, Ordering::Relaxed);

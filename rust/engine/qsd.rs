@@ -11,46 +11,40 @@
 //! it is started again, after a check and repair of the image, and the requests in flight are sent
 //! again. Otherwise all further requests fail with `ENOTRECOVERABLE`.
 //!
-//! The daemon exports the image over NBD, under the empty name, on a socket in a private
-//! directory. QEMU's device model can use the same export, see [`Engine::nbd_socket`].
+//! The daemon exports the image over NBD, under the empty name, on a socket in a private directory.
+//! QEMU's device model can use the same export, see [`Server::nbd_socket`](crate::Server).
 
 mod image;
-mod process;
+pub(crate) mod process;
 
+use crate::connect::Connect;
 use crate::error::Result;
 use crate::info::{Guarantees, Info};
 use crate::nbd::NbdEngine;
 use crate::options::Options;
-use crate::uri::{Format, NbdAddress, NbdExport};
 use crate::{Engine, Queue};
 use io_buffer::Buffer;
-use process::Daemon;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 /// An image that a `qemu-storage-daemon` serves.
 pub struct QsdEngine {
     nbd: Box<NbdEngine>,
-    daemon: Arc<Daemon>,
+    daemon: Arc<dyn Connect>,
     guarantees: Guarantees,
 }
 
 impl QsdEngine {
-    /// Opens the image file at `path`.
-    pub fn open(format: Format, path: &Path, options: &Options) -> Result<Self> {
-        let daemon = Arc::new(Daemon::start(format, path, options)?);
-        let export = NbdExport {
-            address: NbdAddress::Unix(daemon.socket()),
-            name: String::new(),
-        };
-        let restart = daemon.clone();
-        let nbd =
-            NbdEngine::open_served(&export, options, move |is_dirty| restart.ensure(is_dirty))?;
+    /// Opens the image file at `path`, which `daemon` serves.
+    pub fn open(path: &Path, options: &Options, daemon: Arc<dyn Connect>) -> Result<Self> {
+        // Only for messages: where the daemon's socket is, is known to the one who connects.
+        let export = process::export(path);
+        let nbd = NbdEngine::open(&export, options, daemon.clone())?;
         Ok(Self {
             nbd: Box::new(nbd),
             guarantees: Guarantees {
                 durable: true,
-                direct: daemon.is_direct(),
+                direct: process::is_direct(path, options)?,
                 exclusive: options.exclusive,
             },
             daemon,
@@ -77,10 +71,6 @@ impl Engine for QsdEngine {
 
     fn allocate(&self, len: usize) -> Result<Buffer> {
         self.nbd.allocate(len)
-    }
-
-    fn nbd_socket(&self) -> Option<PathBuf> {
-        Some(self.daemon.socket())
     }
 
     fn close(self: Box<Self>) -> Result<()> {

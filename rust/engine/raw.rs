@@ -54,14 +54,6 @@ impl RawEngine {
         Ok(Self::new(file::open_path(path, options)?, path))
     }
 
-    /// Uses a file or block device that another process has opened.
-    ///
-    /// `path` is its name in messages. An exclusive block device must have been opened with
-    /// `O_EXCL`.
-    pub fn from_fd(fd: OwnedFd, path: &Path, options: &Options) -> Result<Self> {
-        Ok(Self::new(file::prepare(fd, path, options)?, path))
-    }
-
     fn new(storage: Storage, path: &Path) -> Self {
         Self {
             image: Arc::new(Image {

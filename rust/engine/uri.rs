@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use percent_encoding::{percent_decode_str, utf8_percent_encode, AsciiSet, CONTROLS};
 use rustix::io::Errno;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// The port of the NBD protocol.
@@ -129,6 +129,42 @@ pub enum Uri {
         /// The size in bytes.
         size: u64,
     },
+}
+
+impl Uri {
+    /// Returns `true` if the image has a [`Server`](crate::Server).
+    pub fn has_server(&self) -> bool {
+        match self {
+            Self::Image { format, .. } => *format != Format::Raw,
+            Self::Nbd(_) => true,
+            Self::Rbd(_) | Self::Gluster(_) | Self::Memory { .. } => false,
+        }
+    }
+
+    /// Returns `true` if the engine needs no other files and connections once the image is open, or
+    /// gets them from the image's server.
+    ///
+    /// The libraries of Ceph and GlusterFS connect to daemons as the cluster changes.
+    pub fn can_be_confined(&self) -> bool {
+        !matches!(self, Self::Rbd(_) | Self::Gluster(_))
+    }
+
+    /// Returns the file in `dir` with the passphrase of a LUKS container, or [`None`] for other
+    /// images.
+    ///
+    /// Its name is that of the container with the suffix `.key`.
+    pub fn key_file(&self, dir: &Path) -> Option<PathBuf> {
+        let Self::Image {
+            format: Format::Luks,
+            path,
+        } = self
+        else {
+            return None;
+        };
+        let mut name = path.file_name()?.to_owned();
+        name.push(".key");
+        Some(dir.join(name))
+    }
 }
 
 impl FromStr for Uri {
@@ -354,6 +390,15 @@ mod tests {
         ] {
             assert_eq!(parse(text).to_string(), text);
         }
+    }
+
+    #[test]
+    fn luks_containers_have_key_files() {
+        let key = |text| parse(text).key_file(Path::new("/keys"));
+        assert_eq!(key("luks:/srv/a.luks"), Some("/keys/a.luks.key".into()));
+        assert_eq!(key("luks:/srv/.."), None);
+        assert_eq!(key("qcow2:/srv/a.qcow2"), None);
+        assert_eq!(key("nbd://host/a"), None);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::error::During;
 use crate::error::Error;
 use crate::inflight::Identity;
 use crate::inflight::InflightFile;
+use crate::inflight::InflightTable;
 use crate::memory::DataPath;
 use crate::queue::EventSender;
 use crate::queue::Queue;
@@ -22,6 +23,7 @@ use crate::wakeup::Wakeup;
 use crate::xenstore::read;
 use crate::xenstore::read_state;
 use crate::xenstore::write;
+use api::Quota;
 use blkif::negotiate::Accepted;
 use blkif::negotiate::BackLimits;
 use blkif::negotiate::FrontChoice;
@@ -34,7 +36,6 @@ use blkif::state::XenbusState;
 use engine::Access;
 use engine::Engine;
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use xen_user::event::Channel;
 use xen_user::event::Events;
@@ -93,16 +94,18 @@ pub(crate) struct Parts<'a> {
     pub(crate) domain: u16,
     pub(crate) name: &'a str,
     pub(crate) limits: &'a BackLimits,
-    pub(crate) inflight: &'a Path,
+    pub(crate) inflight: &'a InflightFile,
     pub(crate) events: EventSender,
     pub(crate) settings: Settings,
+    /// The pages and requests that the disk may use.
+    pub(crate) quota: Quota,
 }
 
 /// A connection whose rings are mapped.
 pub(crate) struct Connection {
     pub(crate) accepted: Accepted,
     pub(crate) queues: Vec<(Queue, Arc<QueueControl>)>,
-    pub(crate) inflight: InflightFile,
+    pub(crate) inflight: InflightTable,
     /// Number of requests that were adopted.
     pub(crate) adopted: usize,
     /// First page of the first ring.
@@ -138,16 +141,18 @@ impl Connection {
         };
         let first_reference = rings.first().map_or(0, |ring| ring.first_reference);
         let found = if adopt {
-            InflightFile::open(parts.inflight, identity.clone())
-                .during("reading the in-flight table")?
+            let found = parts.inflight.find(identity.clone());
+            found.during("reading the in-flight table")?
         } else {
             None
         };
         let is_adopted = found.is_some();
         let inflight = match found {
-            Some(file) => file,
-            None => InflightFile::create(parts.inflight, identity)
-                .during("creating the in-flight table")?,
+            Some(table) => table,
+            None => {
+                let created = parts.inflight.create(identity);
+                created.during("creating the in-flight table")?
+            }
         };
         let gate = Arc::new(BarrierGate::default());
         let mut connection = Self {
@@ -196,8 +201,10 @@ impl Connection {
         };
         let (ring, channel) = ring.map_err(|error| Error::Ring(index, error))?;
         self.adopted = self.adopted.saturating_add(adopted.len());
+        let queues = usize::try_from(self.accepted.rings.queues).unwrap_or(usize::MAX);
+        let quota = parts.quota.share(queues);
         let wakeup = Arc::new(Wakeup::new().during("creating a queue")?);
-        let control = Arc::new(QueueControl::new(wakeup.clone()));
+        let control = Arc::new(QueueControl::new(wakeup.clone(), quota));
         let depth = ring.capacity();
         let data = DataPath::new(
             parts.domain,

@@ -18,16 +18,17 @@ use crate::connect;
 use crate::connect::Connection;
 use crate::connect::Parts;
 pub use crate::connect::Xen;
-use crate::control::Command;
 use crate::control::ControlSocket;
 use crate::disk::Disk;
 use crate::error::During;
 use crate::error::Error;
 use crate::inflight::InflightFile;
+use crate::inflight::InflightTable;
 use crate::queue::EventSender;
 use crate::queue::QueueControl;
 use crate::queue::QueueEvent;
 pub use crate::queue::Settings;
+use crate::stats;
 use crate::stats::Stats;
 use crate::wakeup;
 use crate::wakeup::Wakeup;
@@ -35,6 +36,10 @@ use crate::xenstore::read;
 use crate::xenstore::read_state;
 use crate::xenstore::require;
 use crate::xenstore::write;
+use api::DiskAnswer;
+use api::DiskCommand;
+use api::DiskStatus;
+use api::Quota;
 use blkif::backoff::Backoff;
 use blkif::negotiate::BackLimits;
 use blkif::node::InvalidNode;
@@ -47,8 +52,7 @@ use blkif::state::BackState;
 use blkif::state::XenbusState;
 use blkif::token_bucket::TokenBucket;
 use engine::Engine;
-use serde_json::json;
-use serde_json::Value;
+use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -59,6 +63,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 use std::time::Instant;
+use xen_user::proxy::Permissions;
 use xen_user::xenstore::Nodes;
 use xen_user::xenstore::Transaction;
 use xen_user::xenstore::Xenstore;
@@ -74,11 +79,14 @@ const RETRIES: Backoff = Backoff::new(100, 10_000);
 const STACK: usize = 256 << 10;
 
 /// The configuration of a device.
+#[derive(Clone)]
 pub struct Config {
     /// Domain of the frontend.
     pub domain: u16,
     /// Number of the virtual device.
     pub device: u32,
+    /// The process that `rblkd` and `xentop` know.
+    pub pid: u32,
     /// Directory of the backend, relative to that of this domain.
     pub dir: String,
     /// The directory of the in-flight table and the control socket.
@@ -91,6 +99,8 @@ pub struct Config {
     pub persistent: bool,
     /// The settings of error handling.
     pub settings: Settings,
+    /// The pages and requests that the disk may use at first: its share of those of its domain.
+    pub quota: Quota,
 }
 
 impl Config {
@@ -108,9 +118,54 @@ impl Config {
         self.path("sock")
     }
 
+    fn stats_dir(&self) -> Option<PathBuf> {
+        let root = self.stats_root.as_ref();
+        root.map(|root| stats::directory(root, self.pid))
+    }
+
+    /// Removes the files of the device, which has ended.
+    pub fn remove_files(&self) {
+        // Those that stay are replaced or overwritten by those of the next process.
+        let _ = fs::remove_file(self.control_path());
+        let _ = fs::remove_file(self.nbd_path());
+        let _ = fs::remove_file(self.inflight_path());
+        if let Some(dir) = self.stats_dir() {
+            let _ = fs::remove_dir_all(dir);
+        }
+    }
+
     fn path(&self, extension: &str) -> PathBuf {
         let name = format!("{}-{}.{extension}", self.domain, self.device);
         self.state_dir.join(name)
+    }
+}
+
+/// The nodes that a device writes to its directory.
+const WRITTEN: [&str; 16] = [
+    "state",
+    "kthread-pid",
+    "feature-max-indirect-segments",
+    "multi-queue-max-queues",
+    "max-ring-page-order",
+    "feature-flush-cache",
+    "feature-barrier",
+    "feature-discard",
+    "discard-granularity",
+    "discard-alignment",
+    "discard-secure",
+    "feature-persistent",
+    "sectors",
+    "info",
+    "sector-size",
+    "physical-sector-size",
+];
+
+/// Returns what a device uses of xenstore: `dir` is its directory, `frontend` that of its frontend.
+pub fn permissions(dir: &str, frontend: &str) -> Permissions {
+    let own = WRITTEN.iter().map(|node| format!("{dir}/{node}"));
+    Permissions {
+        readable: vec![dir.to_owned(), frontend.to_owned()],
+        writable: own.chain([format!("error/{dir}/error")]).collect(),
     }
 }
 
@@ -179,12 +234,16 @@ pub struct Device {
     /// A predecessor may have left requests in flight.
     may_adopt: bool,
     queues: Vec<Arc<QueueControl>>,
-    inflight: Option<InflightFile>,
+    inflight: InflightFile,
+    /// The table of the connection.
+    table: Option<InflightTable>,
     /// Threads that have not ended, of all connections.
     threads: usize,
     /// The queues were stopped; the next step is taken when all have ended.
     draining: bool,
+    /// No requests are taken.
     paused: bool,
+    quota: Quota,
     connects: TokenBucket,
     started: Instant,
     retries: Backoff,
@@ -218,7 +277,7 @@ enum Next {
 }
 
 impl Device {
-    /// Starts to serve a device, whose image is open.
+    /// Creates a device, whose image is open, with all files that it will use.
     pub fn new(
         config: Config,
         nodes: ToolstackNodes,
@@ -231,12 +290,14 @@ impl Device {
         let written = read_state(&mut store, &config.dir)
             .during("reading xenstore")?
             .unwrap_or(XenbusState::Unknown);
-        let stats = match &config.stats_root {
-            Some(root) => Stats::in_file(root, config.domain, config.device),
+        let stats = match &config.stats_dir() {
+            Some(dir) => Stats::in_file(dir, config.domain, config.device),
             None => Stats::private(),
         };
         let path = config.control_path();
-        let mut device = Self {
+        let inflight = InflightFile::open(&config.inflight_path());
+        let inflight = inflight.during("opening the in-flight table")?;
+        Ok(Self {
             disk: Arc::new(disk),
             stats: Arc::new(stats.during("creating the file for xentop")?),
             control: ControlSocket::new(&path).during("creating the control socket")?,
@@ -252,10 +313,12 @@ impl Device {
             },
             may_adopt: false,
             queues: Vec::new(),
-            inflight: None,
+            table: None,
             threads: 0,
             draining: false,
-            paused: false,
+            paused: inflight.is_paused(),
+            inflight,
+            quota: config.quota,
             connects: TokenBucket::new(CONNECTIONS, CONNECTION_MS, 0),
             started: Instant::now(),
             retries: RETRIES,
@@ -270,9 +333,7 @@ impl Device {
             store,
             xen,
             engine,
-        };
-        device.start().during("watching xenstore")?;
-        Ok(device)
+        })
     }
 
     fn start(&mut self) -> io::Result<()> {
@@ -282,12 +343,11 @@ impl Device {
         self.store.watch(&format!("{dir}/state"), "state")?;
         self.store.watch(&format!("{dir}/online"), "online")?;
         // xentop finds the statistics by it.
-        let pid = std::process::id();
-        write(&mut self.store, dir, "kthread-pid", pid)?;
+        write(&mut self.store, dir, "kthread-pid", self.config.pid)?;
         let frontend = read_state(&mut self.store, &self.nodes.frontend)?;
         let connected = self.written == XenbusState::Connected
             && frontend == Some(XenbusState::Connected)
-            && self.config.inflight_path().exists();
+            && self.inflight.has_table();
         if connected {
             // The offer is that of the predecessor.
             self.may_adopt = true;
@@ -298,6 +358,7 @@ impl Device {
 
     /// Serves the device until it is removed. Returns an error if it cannot be served any longer.
     pub fn run(mut self) -> Result<(), Error> {
+        self.start().during("watching xenstore")?;
         while self.state != BackState::Gone {
             while self.step()? == Next::Again {}
             // An event may have been read along with a reply; `poll` does not report it.
@@ -306,8 +367,8 @@ impl Device {
                 self.take_events()?;
             }
         }
-        if let Some(inflight) = self.inflight.take() {
-            inflight.remove();
+        if let Some(table) = self.table.take() {
+            table.end();
         }
         self.engine.close()?;
         Ok(())
@@ -398,8 +459,8 @@ impl Device {
             BackAction::Drain => {
                 self.draining = false;
                 self.may_adopt = false;
-                if let Some(inflight) = self.inflight.take() {
-                    inflight.remove();
+                if let Some(table) = self.table.take() {
+                    table.end();
                 }
                 self.enter(BackState::Detached)
             }
@@ -474,13 +535,14 @@ impl Device {
             domain: self.config.domain,
             name: &self.name(),
             limits: &self.limits,
-            inflight: &self.config.inflight_path(),
+            inflight: &self.inflight,
             events: EventSender {
                 sender: self.sender.clone(),
                 wakeup: self.wakeup.clone(),
                 connection: self.connection,
             },
             settings: self.config.settings,
+            quota: self.quota,
         };
         Connection::new(&mut self.store, &parts, self.may_adopt)
     }
@@ -513,7 +575,7 @@ impl Device {
     }
 
     fn serve(&mut self, connection: Connection) -> Result<(), Error> {
-        self.inflight = Some(connection.inflight);
+        self.table = Some(connection.inflight);
         for (index, (queue, control)) in connection.queues.into_iter().enumerate() {
             if self.paused {
                 control.pause(true);
@@ -644,55 +706,57 @@ impl Device {
     }
 
     fn serve_control(&mut self) {
-        let Some((command, connection)) = self.control.accept() else {
-            return;
-        };
-        let answer = match command {
-            Ok(command) => self.command(command),
-            Err(error) => json!({ "error": error }),
-        };
-        connection.answer(&answer);
+        if let Some(client) = self.control.accept() {
+            client.answer(|command| self.command(command));
+        }
     }
 
-    fn command(&mut self, command: Command) -> Value {
+    fn command(&mut self, command: DiskCommand) -> Result<DiskAnswer, String> {
         match command {
-            Command::Stats => self.stats_json(),
-            Command::Pause => self.set_paused(true),
-            Command::Resume => self.set_paused(false),
-            Command::Resize => match self.resize() {
-                Ok(sectors) => json!({ "sectors": sectors }),
-                Err(error) => json!({ "error": error.to_string() }),
+            DiskCommand::Stats => Ok(DiskAnswer::Status(Box::new(self.status()))),
+            DiskCommand::Pause => {
+                self.inflight.set_paused(true);
+                Ok(self.set_paused(true))
+            }
+            DiskCommand::Drain => Ok(self.set_paused(true)),
+            DiskCommand::Resume => {
+                self.inflight.set_paused(false);
+                Ok(self.set_paused(false))
+            }
+            DiskCommand::SetQuota(quota) => Ok(self.set_quota(quota)),
+            DiskCommand::Resize => match self.resize() {
+                Ok(sectors) => Ok(DiskAnswer::Resized { sectors }),
+                Err(error) => Err(error.to_string()),
             },
         }
     }
 
-    fn stats_json(&self) -> Value {
-        let queues = self.queues.iter().map(|queue| {
-            json!({
-                "in_flight": queue.in_flight(),
-                "oldest_ms": queue.oldest().map(|time| time.as_millis() as u64),
-                "paused": queue.is_paused(),
-            })
-        });
-        json!({
-            "domain": self.config.domain,
-            "device": self.config.device,
-            "pid": std::process::id(),
-            "state": self.written.number(),
-            "sectors": self.disk.sectors(),
-            "block_size": self.disk.block_size(),
-            "paused": self.paused,
-            "queues": queues.collect::<Vec<_>>(),
-            "counters": self.stats.to_json(),
-        })
+    fn status(&self) -> DiskStatus {
+        DiskStatus {
+            pid: self.config.pid,
+            sectors: self.disk.sectors(),
+            block_size: self.disk.block_size(),
+            paused: self.paused,
+            stays_paused: self.inflight.is_paused(),
+            quota: self.quota,
+            queues: self.queues.iter().map(|queue| queue.status()).collect(),
+            counters: self.stats.counters(),
+        }
     }
 
-    fn set_paused(&mut self, paused: bool) -> Value {
+    fn set_quota(&mut self, quota: Quota) -> DiskAnswer {
+        self.quota = quota;
+        let share = quota.share(self.queues.len());
+        self.queues.iter().for_each(|queue| queue.set_quota(share));
+        DiskAnswer::Quota(quota)
+    }
+
+    fn set_paused(&mut self, paused: bool) -> DiskAnswer {
         self.paused = paused;
         for queue in &self.queues {
             queue.pause(paused);
         }
-        json!({ "paused": paused })
+        DiskAnswer::Paused { paused }
     }
 
     /// Reads the size of the image again, and tells the frontend of a new one.

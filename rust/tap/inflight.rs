@@ -20,18 +20,16 @@
 //!
 //! # Layout
 //!
-//! 32-bit words: a header of 16, and for each queue a header of 16 and 32 for each slot of the
-//! ring.
+//! 32-bit words: a header of 16, in which the state of the disk is that a successor continues with,
+//! and for each queue a header of 16 and 32 for each slot of the ring.
 
 use blkif::wire::Abi;
 use blkif::wire::WireRequest;
 use blkif::wire::REQUEST_WORDS;
-use std::fs;
 use std::fs::File;
 use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
-use std::path::PathBuf;
 use std::sync::atomic::fence;
 use std::sync::atomic::Ordering::Release;
 use std::sync::Arc;
@@ -43,6 +41,12 @@ const MAGIC: u32 = u32::from_le_bytes(*b"RBL1");
 
 const HEADER_WORDS: usize = 16;
 const ENTRY_WORDS: usize = 32;
+
+/// Word of the header with flags of the disk, behind those of the identity.
+const FLAGS: usize = 4;
+
+/// The disk is paused.
+const PAUSED: u32 = 1;
 
 /// Words of a queue's header.
 const FIRST_REFERENCE: usize = 0;
@@ -104,23 +108,51 @@ impl Identity {
     }
 }
 
-/// The in-flight table of a connection.
+/// The file of a disk.
+///
+/// It stays open, so that it can be used by a process that cannot open files.
 pub(crate) struct InflightFile {
-    pages: Arc<Pages>,
-    identity: Identity,
-    path: PathBuf,
+    file: File,
+    /// The first page, which has the header. The file never becomes smaller than that.
+    header: Pages,
 }
 
 impl InflightFile {
-    /// Creates a table without requests; replaces an existing file.
-    pub(crate) fn create(path: &Path, identity: Identity) -> io::Result<Self> {
-        remove(path)?;
+    /// Opens the file of a disk, which is created if it does not exist.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
-            .create_new(true)
+            .create(true)
+            .truncate(false)
             .open(path)?;
-        let pages = Pages::of_file(&file, identity.pages())?;
+        let len = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
+        let header = Pages::of_file(&file, len.div_ceil(PAGE_SIZE).max(1))?;
+        Ok(Self { file, header })
+    }
+
+    /// Returns `true` if a predecessor has left a table.
+    pub(crate) fn has_table(&self) -> bool {
+        self.header.load(0) == MAGIC
+    }
+
+    /// Returns `true` if the disk is paused.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.header.load(FLAGS) & PAUSED != 0
+    }
+
+    /// Records if the disk is paused, for a successor.
+    pub(crate) fn set_paused(&self, paused: bool) {
+        self.header.store(FLAGS, if paused { PAUSED } else { 0 });
+    }
+
+    /// Creates a table without requests, in place of one that is there.
+    pub(crate) fn create(&self, identity: Identity) -> io::Result<InflightTable> {
+        self.header.store(0, 0);
+        let pages = Pages::of_file(&self.file, identity.pages())?;
+        for word in HEADER_WORDS..pages.len() / 4 {
+            pages.store(word, 0);
+        }
         for (index, (reference, port)) in identity.rings.iter().enumerate() {
             let queue = identity.queue(index);
             pages.store(queue.saturating_add(FIRST_REFERENCE), *reference);
@@ -129,25 +161,18 @@ impl InflightFile {
         for (word, value) in identity.words().into_iter().enumerate().rev() {
             pages.store(word, value);
         }
-        Ok(Self {
+        Ok(InflightTable {
             pages: Arc::new(pages),
             identity,
-            path: path.to_owned(),
         })
     }
 
-    /// Opens the table that a predecessor has left for the same rings. Returns `None` if there is
-    /// none.
-    pub(crate) fn open(path: &Path, identity: Identity) -> io::Result<Option<Self>> {
-        let file = match OpenOptions::new().read(true).write(true).open(path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        if !has_size(&file, identity.pages())? {
+    /// Returns the table that a predecessor has left for the same rings, if there is one.
+    pub(crate) fn find(&self, identity: Identity) -> io::Result<Option<InflightTable>> {
+        if !has_size(&self.file, identity.pages())? {
             return Ok(None);
         }
-        let pages = Pages::of_file(&file, identity.pages())?;
+        let pages = Pages::of_file(&self.file, identity.pages())?;
         let mut same = (0..)
             .zip(identity.words())
             .all(|(word, value)| pages.load(word) == value);
@@ -156,15 +181,21 @@ impl InflightFile {
             same &= pages.load(queue.saturating_add(FIRST_REFERENCE)) == *reference
                 && pages.load(queue.saturating_add(PORT)) == *port;
         }
-        Ok(same.then(|| Self {
+        Ok(same.then(|| InflightTable {
             pages: Arc::new(pages),
             identity,
-            path: path.to_owned(),
         }))
     }
+}
 
-    /// Returns the part of a queue, without requests. `consumer` is the index at which its ring was
-    /// attached.
+/// The table of a connection.
+pub(crate) struct InflightTable {
+    pages: Arc<Pages>,
+    identity: Identity,
+}
+
+impl InflightTable {
+    /// Returns the part of a queue whose ring is attached at an index, with no requests.
     pub(crate) fn queue(&self, index: usize, consumer: u32) -> InflightQueue {
         let queue = self.part(index);
         queue.set_consumer(consumer);
@@ -187,23 +218,15 @@ impl InflightFile {
         }
     }
 
-    /// Removes the file. No request may be in flight.
-    pub(crate) fn remove(self) {
-        // A file that remains belongs to no rings, so a successor ignores it.
-        let _ = remove(&self.path);
+    /// Ends the table: nothing is in flight, and the rings are given up.
+    pub(crate) fn end(self) {
+        self.pages.store(0, 0);
     }
 }
 
 fn has_size(file: &File, pages: usize) -> io::Result<bool> {
     let len = pages.saturating_mul(PAGE_SIZE);
     Ok(u64::try_from(len).is_ok_and(|len| file.metadata().is_ok_and(|data| data.len() == len)))
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 /// The number of an entry.
@@ -344,7 +367,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("1-51712.inflight");
         let start = u32::MAX - 1;
-        let file = InflightFile::create(&path, identity()).unwrap();
+        let file = InflightFile::open(&path).unwrap();
+        assert!(!file.has_table());
+        let file = file.create(identity()).unwrap();
         file.queue(0, 0);
         let mut queue = file.queue(1, start);
         let entries: Vec<_> = (0..5)
@@ -361,7 +386,9 @@ mod tests {
         queue.answer(entries[1], start.wrapping_add(2));
         drop((file, queue));
 
-        let file = InflightFile::open(&path, identity()).unwrap().unwrap();
+        let whole = InflightFile::open(&path).unwrap();
+        assert!(whole.has_table());
+        let file = whole.find(identity()).unwrap().unwrap();
         let (mut queue, adopted) = file.adopt(1, start.wrapping_add(2));
         assert_eq!(adopted.consumer, start.wrapping_add(5));
         assert_eq!(ids(&adopted), [1, 2, 4]);
@@ -374,15 +401,21 @@ mod tests {
         }
         assert!(queue.take(0, &request(9)).is_none());
         assert_eq!(ids(&file.adopt(0, 0).1), [0; 0]);
-        file.remove();
-        assert!(!path.exists());
+        file.end();
+        assert!(!whole.has_table());
+        assert!(whole.find(identity()).unwrap().is_none());
+        assert_eq!(
+            ids(&whole.create(identity()).unwrap().adopt(1, 0).1),
+            [0; 0]
+        );
     }
 
     #[test]
     fn a_request_before_the_consumer_index_moved_is_still_in_the_ring() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
-        let file = InflightFile::create(&path, identity()).unwrap();
+        let file = InflightFile::open(&path).unwrap();
+        let file = file.create(identity()).unwrap();
         let mut queue = file.queue(0, 7);
         queue.take(7, &request(1)).unwrap();
         queue.set_consumer(7);
@@ -394,17 +427,43 @@ mod tests {
     fn the_file_of_other_rings_is_not_used() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
-        assert!(InflightFile::open(&path, identity()).unwrap().is_none());
-        drop(InflightFile::create(&path, identity()).unwrap());
-        assert!(InflightFile::open(&path, identity()).unwrap().is_some());
+        let file = InflightFile::open(&path).unwrap();
+        assert!(file.find(identity()).unwrap().is_none());
+        drop(file.create(identity()).unwrap());
+        assert!(file.find(identity()).unwrap().is_some());
         let mut other = identity();
         other.rings[1].1 = 5;
-        assert!(InflightFile::open(&path, other).unwrap().is_none());
+        assert!(file.find(other).unwrap().is_none());
         let mut other = identity();
         other.capacity = 64;
-        assert!(InflightFile::open(&path, other).unwrap().is_none());
-        fs::write(&path, b"short").unwrap();
-        assert!(InflightFile::open(&path, identity()).unwrap().is_none());
-        assert_eq!(fs::read(&path).unwrap(), b"short");
+        assert!(file.find(other).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_pause_outlives_processes_and_connections() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let file = InflightFile::open(&path).unwrap();
+        assert!(!file.is_paused());
+        file.set_paused(true);
+        drop(file);
+        let file = InflightFile::open(&path).unwrap();
+        assert!(file.is_paused() && !file.has_table());
+        file.create(identity()).unwrap().end();
+        assert!(file.is_paused());
+        file.set_paused(false);
+        assert!(!InflightFile::open(&path).unwrap().is_paused());
+    }
+
+    #[test]
+    fn a_file_of_any_size_is_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        for len in [0, 1, 5000] {
+            std::fs::write(&path, vec![7; len]).unwrap();
+            let file = InflightFile::open(&path).unwrap();
+            assert!(!file.has_table());
+            assert!(file.find(identity()).unwrap().is_none());
+        }
     }
 }

@@ -1,34 +1,52 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! `rblktap DOMAIN DEVICE URI`: serves one disk of a Xen guest until it is detached.
+//!
+//! The program is started twice: as the monitor, and by it as the process that serves the guest,
+//! see [`rblktap::monitor`].
 
 #![forbid(unsafe_code)]
 
+use api::Quota;
 use clap::value_parser;
 use clap::Arg;
+use clap::ArgAction;
 use clap::ArgMatches;
 use clap::Command;
+use engine::Connect;
+use engine::Engine;
 use engine::Options;
+use engine::Server;
 use engine::Uri;
+use rblktap::confine::confine;
+use rblktap::device;
 use rblktap::device::Config;
 use rblktap::device::Device;
 use rblktap::device::Settings;
 use rblktap::device::ToolstackNodes;
 use rblktap::device::Xen;
+use rblktap::monitor;
+use rblktap::monitor::Monitor;
 use rblktap::Disk;
+use std::env;
 use std::error::Error;
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 use xen_user::event::EventDevice;
 use xen_user::grant::GrantDevice;
 use xen_user::xenstore::Nodes;
 use xen_user::xenstore::Xenstore;
+
+/// The start of the range of users: not used by other software that allocates users without names.
+const UID_BASE: &str = "1895825408";
 
 fn command() -> Command {
     let option = |name: &'static str, value: &'static str, default: &'static str| {
@@ -93,6 +111,45 @@ fn command() -> Command {
                 .help("How long requests are retried after a temporary error"),
         )
         .arg(
+            option("no-space", "wait|fail", "wait")
+                .value_parser(["wait", "fail"])
+                .help(
+                    "What happens to a write for which the storage has no space: it is retried as \
+                     after an error that may pass, or it fails",
+                ),
+        )
+        .arg(
+            option("stuck-seconds", "N", "10")
+                .value_parser(value_parser!(u32))
+                .help("When a request that does not complete is reported"),
+        )
+        .arg(
+            option("pages", "N", "16384")
+                .value_parser(value_parser!(u32).range(1..))
+                .help("Pages of 4 KiB that the data of the disk's requests may use"),
+        )
+        .arg(
+            option("requests", "N", "2048")
+                .value_parser(value_parser!(u32).range(1..))
+                .help("Requests of the disk that may be in flight"),
+        )
+        .arg(
+            option("key-dir", "DIR", "/etc/cryptsetup-keys.d")
+                .value_parser(value_parser!(PathBuf))
+                .help("Where the passphrases of LUKS containers are, as NAME.key"),
+        )
+        .arg(
+            option("uid-base", "N", UID_BASE)
+                .value_parser(value_parser!(u32).range(1..0x7fff_0000))
+                .help("The process runs as user and group N + DOMAIN"),
+        )
+        .arg(
+            Arg::new("confined")
+                .long("confined")
+                .hide(true)
+                .action(ArgAction::SetTrue),
+        )
+        .arg(
             option("lock-seconds", "N", "10")
                 .value_parser(value_parser!(u32))
                 .help("How long to wait for another user of the image"),
@@ -108,13 +165,14 @@ fn text<'a>(matches: &'a ArgMatches, name: &str) -> &'a str {
     matches.get_one::<String>(name).map_or("", String::as_str)
 }
 
-fn config(matches: &ArgMatches) -> Config {
+fn config(matches: &ArgMatches, pid: u32) -> Config {
     let domain = matches.get_one("domain").copied().unwrap_or_default();
     let device = matches.get_one("device").copied().unwrap_or_default();
     let kind = text(matches, "backend-kind");
     Config {
         domain,
         device,
+        pid,
         dir: format!("backend/{kind}/{domain}/{device}"),
         state_dir: matches.get_one("state-dir").cloned().unwrap_or_default(),
         stats_root: Some(PathBuf::from("/dev/shm")),
@@ -122,21 +180,21 @@ fn config(matches: &ArgMatches) -> Config {
         persistent: text(matches, "persistent") == "on",
         settings: Settings {
             retry_time: seconds(matches, "retry-seconds"),
+            wait_for_space: text(matches, "no-space") == "wait",
+            stuck_time: seconds(matches, "stuck-seconds"),
+        },
+        quota: Quota {
+            pages: matches.get_one("pages").copied().unwrap_or(1),
+            requests: matches.get_one("requests").copied().unwrap_or(1),
         },
     }
 }
 
-/// Opens the image and Xen's devices.
-fn open(
-    matches: &ArgMatches,
-    config: Config,
-    mut store: Xenstore,
-) -> Result<Device, Box<dyn Error>> {
-    fs::create_dir_all(&config.state_dir)
-        .map_err(|error| format!("{}: {error}", config.state_dir.display()))?;
-    let nodes = ToolstackNodes::read(&mut store, &config.dir, config.domain)?;
-    let uri: Uri = text(matches, "uri").parse()?;
-    let options = Options {
+/// Returns how the image is opened.
+fn options(matches: &ArgMatches, config: &Config, nodes: &ToolstackNodes, uri: &Uri) -> Options {
+    let keys: Option<&PathBuf> = matches.get_one("key-dir");
+    Options {
+        key_file: keys.and_then(|keys| uri.key_file(keys)),
         read_only: nodes.read_only,
         exclusive: !nodes.shared,
         lock_timeout: seconds(matches, "lock-seconds"),
@@ -144,17 +202,116 @@ fn open(
         unclean: config.inflight_path().exists(),
         runtime_dir: config.state_dir.clone(),
         ..Options::default()
-    };
-    let image = engine::open(&uri, &options)?;
-    link_nbd_socket(&config.nbd_path(), image.nbd_socket().as_deref())?;
+    }
+}
+
+/// Returns the empty directory that is the root of processes that serve guests.
+fn empty_root(config: &Config) -> PathBuf {
+    config.state_dir.join("empty")
+}
+
+/// Runs the monitor: starts the process that serves the guest, and waits for its end.
+fn watch(matches: &ArgMatches) -> Result<ExitStatus, Box<dyn Error>> {
+    let config = config(matches, std::process::id());
+    let started = start(matches, &config);
+    let (store, nodes, image) = started.inspect_err(|error| report(&config, &**error))?;
+    let mut server = std::process::Command::new("/proc/self/exe");
+    server.arg("--confined").args(env::args_os().skip(1));
+    let permissions = device::permissions(&config.dir, &nodes.frontend);
+    let status = monitor::run(server, store, permissions, image.clone())?;
+    if let Some(image) = image {
+        image.stop()?;
+    }
+    if status.success() {
+        config.remove_files();
+    }
+    Ok(status)
+}
+
+/// The result of opening for the monitor: xenstore, and the server of the image.
+type Started = (Xenstore, ToolstackNodes, Option<Arc<Server>>);
+
+fn start(matches: &ArgMatches, config: &Config) -> Result<Started, Box<dyn Error>> {
+    let root = empty_root(config);
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(&root)
+        .map_err(|error| format!("{}: {error}", root.display()))?;
+    let mut store = connect()?;
+    let nodes = ToolstackNodes::read(&mut store, &config.dir, config.domain)?;
+    let uri: Uri = text(matches, "uri").parse()?;
+    let image = Server::start(&uri, &options(matches, config, &nodes, &uri))?;
+    let socket = image.as_ref().and_then(Server::nbd_socket);
+    link_nbd_socket(&config.nbd_path(), socket.as_deref())?;
+    Ok((store, nodes, image.map(Arc::new)))
+}
+
+/// Writes an error for the hotplug script, which prints it.
+fn report(config: &Config, error: &dyn Error) {
+    let written = connect().and_then(|mut store| Ok(report_to(&mut store, config, error)?));
+    if let Err(other) = written {
+        eprintln!("rblktap: {other}");
+    }
+}
+
+fn report_to(store: &mut Xenstore, config: &Config, error: &dyn Error) -> io::Result<()> {
+    store.write(&format!("error/{}/error", config.dir), &error.to_string())
+}
+
+/// Serves the guest, after having opened all that this takes and given up the rest.
+fn serve(matches: &ArgMatches) -> Result<(), Box<dyn Error>> {
+    let monitor = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
+    let config = config(matches, monitor.unwrap_or_default());
+    let (monitor, mut store) = Monitor::attach()?;
+    rustix::thread::set_name(c"rblktap")?;
+    let opened = open(matches, &config, monitor, &mut store);
+    let (nodes, xen, image, disk) =
+        opened.map_err(|error| match report_to(&mut store, &config, &*error) {
+            Ok(()) => error,
+            Err(other) => format!("{error}; {other}").into(),
+        })?;
+    let user = matches.get_one::<u32>("uid-base").copied();
+    let user = user
+        .unwrap_or_default()
+        .saturating_add(config.domain.into());
+    let root = empty_root(&config);
+    let device = Device::new(config, nodes, store, xen, image, disk)?;
+    let uri: Uri = text(matches, "uri").parse()?;
+    if uri.can_be_confined() {
+        confine(user, &root)?;
+    }
+    Ok(device.run()?)
+}
+
+/// The result of opening for the process that serves the guest.
+type Opened = (ToolstackNodes, Xen, Box<dyn Engine>, Disk);
+
+/// Opens the image and Xen's devices.
+fn open(
+    matches: &ArgMatches,
+    config: &Config,
+    monitor: Monitor,
+    store: &mut Xenstore,
+) -> Result<Opened, Box<dyn Error>> {
+    let nodes = ToolstackNodes::read(store, &config.dir, config.domain)?;
+    let uri: Uri = text(matches, "uri").parse()?;
+    let options = options(matches, config, &nodes, &uri);
+    let server = uri
+        .has_server()
+        .then(|| -> Arc<dyn Connect> { Arc::new(monitor) });
+    let image = engine::open_with(&uri, &options, server)?;
     let block_size = text(matches, "block-size").parse()?;
     let disk = Disk::new(image.info(), block_size, nodes.discard, nodes.removable);
     let grants = GrantDevice::open().map_err(|error| format!("{}: {error}", GrantDevice::PATH))?;
+    let channels = usize::try_from(config.max_queues)?;
+    let events = EventDevice::open(config.domain, channels);
+    let events = events.map_err(|error| format!("{}: {error}", EventDevice::PATH))?;
     let xen = Xen {
         grants: Arc::new(grants),
-        events: Box::new(EventDevice),
+        events: Box::new(events),
     };
-    Ok(Device::new(config, nodes, store, xen, image, disk)?)
+    Ok((nodes, xen, image, disk))
 }
 
 /// Makes the NBD socket of the image known to the toolstack, which passes it to the device model.
@@ -174,22 +331,19 @@ fn connect() -> Result<Xenstore, Box<dyn Error>> {
     Xenstore::open().map_err(|error| format!("{}: {error}", Xenstore::PATH).into())
 }
 
-fn run(matches: &ArgMatches) -> Result<(), Box<dyn Error>> {
-    let config = config(matches);
-    let error_node = format!("error/{}/error", config.dir);
-    match open(matches, config, connect()?) {
-        Ok(device) => Ok(device.run()?),
-        Err(error) => {
-            // For the hotplug script, which prints it.
-            connect()?.write(&error_node, &error.to_string())?;
-            Err(error)
-        }
-    }
-}
-
 fn main() -> ExitCode {
     let matches = command().get_matches();
-    match run(&matches) {
+    let ended = if matches.get_flag("confined") {
+        serve(&matches)
+    } else {
+        watch(&matches).and_then(|status| match status.code() {
+            Some(0) => Ok(()),
+            // It has said why.
+            Some(_) => std::process::exit(1),
+            None => Err(format!("the process that serves the guest has ended: {status}").into()),
+        })
+    };
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("rblktap: {error}");

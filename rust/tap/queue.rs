@@ -29,6 +29,9 @@ use crate::stats::Counter;
 use crate::stats::Stats;
 use crate::wakeup;
 use crate::wakeup::Wakeup;
+use api::OldestRequest;
+use api::QueueStatus;
+use api::Quota;
 use blkif::backoff::Backoff;
 use blkif::request;
 use blkif::request::Data;
@@ -54,21 +57,21 @@ use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::AtomicBool;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Acquire;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::Ordering::Release;
 use std::sync::mpsc::Sender;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
 use std::thread;
 use std::time::Duration;
 use std::time::Instant;
 use xen_user::event::Channel;
 use xen_user::grant::Copies;
 use xen_user::grant::Piece;
-
-/// Limit on the pages of the requests of a queue. A single request is always served.
-const MAX_PAGES: usize = 4096;
 
 /// Number of copies in one call.
 const COPIES: usize = 256;
@@ -91,6 +94,21 @@ const BROKEN_PERIOD: Duration = Duration::from_millis(100);
 pub struct Settings {
     /// Time for which a request is retried after a temporary error.
     pub retry_time: Duration,
+    /// A write that the storage has no space for is retried too.
+    pub wait_for_space: bool,
+    /// Age at which a request in flight is reported.
+    pub stuck_time: Duration,
+}
+
+impl Settings {
+    /// Returns `true` if a request that has failed with an error may succeed later.
+    fn is_temporary(&self, errno: Errno) -> bool {
+        match errno {
+            Errno::AGAIN | Errno::BUSY | Errno::INTR | Errno::NOTCONN | Errno::TIMEDOUT => true,
+            Errno::NOSPC | Errno::DQUOT => self.wait_for_space,
+            _ => false,
+        }
+    }
 }
 
 /// An event that a queue reports to the main thread.
@@ -126,25 +144,47 @@ pub(crate) struct QueueControl {
     pause: AtomicBool,
     /// It is paused, and nothing is in flight.
     paused: AtomicBool,
-    /// Requests in flight, and when the oldest was taken, in milliseconds since the queue was
-    /// created.
-    in_flight: AtomicU64,
-    oldest: AtomicU64,
-    created: Instant,
+    report: Mutex<Report>,
+    /// Pages and requests that the queue may use at a time; a single request may always be served.
+    max_pages: AtomicU32,
+    max_requests: AtomicU32,
     wakeup: Arc<Wakeup>,
 }
 
+/// The requests in flight when a queue last began to wait.
+#[derive(Clone, Copy, Default)]
+struct Report {
+    in_flight: u64,
+    /// The oldest one, whose age is 0 here, and when it was taken.
+    oldest: Option<(OldestRequest, Instant)>,
+}
+
 impl QueueControl {
-    pub(crate) fn new(wakeup: Arc<Wakeup>) -> Self {
+    pub(crate) fn new(wakeup: Arc<Wakeup>, quota: Quota) -> Self {
         Self {
             stop: AtomicBool::new(false),
             pause: AtomicBool::new(false),
             paused: AtomicBool::new(false),
-            in_flight: AtomicU64::new(0),
-            oldest: AtomicU64::new(0),
-            created: Instant::now(),
+            report: Mutex::default(),
+            max_pages: AtomicU32::new(quota.pages),
+            max_requests: AtomicU32::new(quota.requests),
             wakeup,
         }
+    }
+
+    /// Changes what the queue may use.
+    pub(crate) fn set_quota(&self, quota: Quota) {
+        self.max_pages.store(quota.pages, Relaxed);
+        self.max_requests.store(quota.requests, Relaxed);
+        self.wakeup.set();
+    }
+
+    /// Returns `true` if the queue may use more than these pages and requests.
+    fn allows(&self, pages: usize, requests: usize) -> bool {
+        let below = |value: usize, limit: &AtomicU32| {
+            u32::try_from(value).is_ok_and(|value| value <= limit.load(Relaxed))
+        };
+        below(pages, &self.max_pages) && below(requests, &self.max_requests)
     }
 
     /// Makes the thread end when nothing is in flight.
@@ -166,24 +206,23 @@ impl QueueControl {
         self.pause.load(Acquire) && self.paused.load(Acquire)
     }
 
-    /// Returns the number of requests in flight.
-    pub(crate) fn in_flight(&self) -> u64 {
-        self.in_flight.load(Relaxed)
-    }
-
-    /// Returns for how long the oldest request has been in flight.
-    pub(crate) fn oldest(&self) -> Option<Duration> {
-        let since = Duration::from_millis(self.oldest.load(Relaxed));
-        (self.in_flight() != 0).then(|| self.created.elapsed().saturating_sub(since))
-    }
-
-    fn report(&self, in_flight: usize, oldest: Option<Instant>) {
-        self.in_flight.store(in_flight as u64, Relaxed);
-        let oldest = oldest.map_or(Duration::ZERO, |time| {
-            time.saturating_duration_since(self.created)
+    /// Returns the state of the queue for `rblk`.
+    pub(crate) fn status(&self) -> QueueStatus {
+        let report = *self.lock_report();
+        let oldest = report.oldest.map(|(request, taken)| OldestRequest {
+            age_ms: u64::try_from(taken.elapsed().as_millis()).unwrap_or(u64::MAX),
+            ..request
         });
-        let milliseconds = u64::try_from(oldest.as_millis()).unwrap_or(u64::MAX);
-        self.oldest.store(milliseconds, Relaxed);
+        QueueStatus {
+            in_flight: report.in_flight,
+            oldest,
+            paused: self.is_paused(),
+        }
+    }
+
+    fn lock_report(&self) -> MutexGuard<'_, Report> {
+        // The report is valid at any time.
+        self.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -216,6 +255,10 @@ struct PendingReq {
     entry: Entry,
     taken: Instant,
     retries: Backoff,
+    /// Number of tries after an error of the image that may pass.
+    tries: u32,
+    /// It was reported because it takes too long.
+    reported: bool,
 }
 
 impl PendingReq {
@@ -230,6 +273,23 @@ impl PendingReq {
             Step::BarrierWrite => Operation::Write { fua: true },
             Step::Flush | Step::BarrierFlush => Operation::Flush,
             Step::Discard => Operation::Discard,
+        }
+    }
+
+    /// Describes the request for `rblk`.
+    fn describe(&self) -> OldestRequest {
+        OldestRequest {
+            operation: match self.step {
+                Step::Read => api::Operation::Read,
+                Step::Write => api::Operation::Write,
+                Step::Flush => api::Operation::Flush,
+                Step::BarrierFlush | Step::BarrierWrite => api::Operation::Barrier,
+                Step::Discard => api::Operation::Discard,
+            },
+            sector: self.offset / u64::from(SECTOR_SIZE),
+            sectors: self.length / u64::from(SECTOR_SIZE),
+            retries: self.tries,
+            age_ms: 0,
         }
     }
 
@@ -290,10 +350,6 @@ impl Requests {
 
     fn remove(&mut self, tag: u64) -> Option<PendingReq> {
         self.pending.remove(&tag)
-    }
-
-    fn oldest(&self) -> Option<Instant> {
-        self.pending.values().map(|pending| pending.taken).min()
     }
 }
 
@@ -357,7 +413,10 @@ pub(crate) struct Queue {
     /// Nodes that were withdrawn.
     withdrawn: Vec<&'static str>,
     purge_at: Option<Instant>,
+    /// When a request in flight has to be reported, if none completes before.
+    stuck_at: Option<Instant>,
     messages: TokenBucket,
+    started: Instant,
     now: Instant,
 }
 
@@ -381,7 +440,9 @@ impl Queue {
             broken: false,
             withdrawn: Vec::new(),
             purge_at: None,
+            stuck_at: None,
             messages: TokenBucket::new(MESSAGES, MESSAGE_MS, 0),
+            started: Instant::now(),
             now: Instant::now(),
         }
     }
@@ -541,9 +602,7 @@ impl Queue {
 
     /// Prints a message that the frontend can cause, rate-limited.
     fn warn(&mut self, message: fmt::Arguments<'_>) {
-        let time = self
-            .now
-            .saturating_duration_since(self.config.control.created);
+        let time = self.now.saturating_duration_since(self.started);
         let time = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         if self.messages.take(time).is_ok() {
             eprintln!("{}: {message}", self.config.name);
@@ -565,7 +624,8 @@ impl Queue {
         limits: &DiskLimits,
     ) -> bool {
         let pages = self.pages.saturating_add(request.segments());
-        if pages > MAX_PAGES && self.in_flight != 0 {
+        let requests = self.in_flight.saturating_add(1);
+        if self.in_flight != 0 && !self.config.control.allows(pages, requests) {
             return false;
         }
         match self.prepare(entry, wire, request, limits) {
@@ -632,6 +692,8 @@ impl Queue {
             entry,
             taken: self.now,
             retries: ERROR_RETRIES,
+            tries: 0,
+            reported: false,
         })
     }
 
@@ -782,6 +844,9 @@ impl Queue {
             self.break_down(Error::Image(error));
         }
         let ended = !completions.is_empty();
+        if ended {
+            self.now = Instant::now();
+        }
         let mut outgoing = Vec::new();
         for completion in completions.drain(..) {
             let Some(pending) = self.requests.remove(completion.tag) else {
@@ -830,14 +895,11 @@ impl Queue {
         buffers: Vec<Buffer>,
         error: &engine::Error,
     ) {
-        let passes = matches!(
-            error.errno(),
-            Errno::AGAIN | Errno::BUSY | Errno::INTR | Errno::NOTCONN | Errno::TIMEDOUT
-        );
-        self.now = Instant::now();
-        let deadline = pending.taken + self.config.settings.retry_time;
-        if passes && self.now < deadline {
+        let settings = self.config.settings;
+        let deadline = pending.taken + settings.retry_time;
+        if settings.is_temporary(error.errno()) && self.now < deadline {
             self.config.stats.add(Counter::Retries, 1);
+            pending.tries = pending.tries.saturating_add(1);
             let delay = Duration::from_millis(pending.retries.next_delay().into());
             let time = (self.now + delay).min(deadline);
             return self.delayed.push((time, pending, buffers));
@@ -913,6 +975,7 @@ impl Queue {
             memory,
             buffers,
             entry,
+            taken,
             ..
         } = pending;
         drop(buffers);
@@ -920,8 +983,8 @@ impl Queue {
         self.in_flight = self.in_flight.saturating_sub(1);
         self.pages = self.pages.saturating_sub(pieces.len());
         match step {
-            Step::Read => self.config.stats.add(Counter::Reads, 1),
-            Step::Write => self.config.stats.add(Counter::Writes, 1),
+            Step::Read => self.count_end(taken, Counter::Reads, Counter::ReadTime),
+            Step::Write => self.count_end(taken, Counter::Writes, Counter::WriteTime),
             Step::BarrierFlush | Step::BarrierWrite => {
                 self.barrier = Barrier::None;
                 self.config.gate.open();
@@ -929,6 +992,13 @@ impl Queue {
             Step::Flush | Step::Discard => {}
         }
         self.answer(entry, response);
+    }
+
+    fn count_end(&self, taken: Instant, requests: Counter, time: Counter) {
+        let elapsed = self.now.saturating_duration_since(taken).as_micros();
+        let elapsed = u64::try_from(elapsed).unwrap_or(u64::MAX);
+        self.config.stats.add(requests, 1);
+        self.config.stats.add(time, elapsed);
     }
 
     /// Writes a response, which the frontend sees after [`Queue::publish`].
@@ -961,8 +1031,7 @@ impl Queue {
 
     /// Waits until there is something to do.
     fn sleep(&mut self) -> io::Result<()> {
-        let oldest = self.requests.oldest();
-        self.config.control.report(self.in_flight, oldest);
+        self.report_requests();
         let timeout = self.timeout();
         let wakeup = self.config.control.wakeup.clone();
         let fds = [
@@ -977,14 +1046,73 @@ impl Queue {
         if event {
             self.config.channel.take()?;
         }
-        self.purge();
+        let now = Instant::now();
+        self.purge(now);
+        self.report_stuck(now);
         Ok(())
+    }
+
+    /// Returns all requests in flight.
+    fn pending(&self) -> impl Iterator<Item = &PendingReq> {
+        let delayed = self.delayed.iter().map(|(_, pending, _)| pending);
+        let barrier = match &self.barrier {
+            Barrier::Waiting(pending) => Some(&**pending),
+            Barrier::None | Barrier::Running => None,
+        };
+        self.requests.pending.values().chain(delayed).chain(barrier)
+    }
+
+    /// Tells the main thread what is in flight, and finds out when to report a request.
+    fn report_requests(&mut self) {
+        let oldest = self.pending().min_by_key(|pending| pending.taken);
+        let unreported = self.pending().filter(|pending| !pending.reported);
+        let unreported = unreported.map(|pending| pending.taken).min();
+        let limit = self.config.settings.stuck_time;
+        *self.config.control.lock_report() = Report {
+            in_flight: self.in_flight as u64,
+            oldest: oldest.map(|pending| (pending.describe(), pending.taken)),
+        };
+        self.stuck_at = unreported.and_then(|taken| taken.checked_add(limit));
+    }
+
+    /// Reports each request that takes too long, once.
+    fn report_stuck(&mut self, now: Instant) {
+        if self.stuck_at.is_none_or(|time| time > now) {
+            return;
+        }
+        let limit = self.config.settings.stuck_time;
+        let is_stuck = |pending: &PendingReq| {
+            !pending.reported && now.saturating_duration_since(pending.taken) >= limit
+        };
+        let mut reports = Vec::new();
+        let mut report = |pending: &mut PendingReq| {
+            if is_stuck(pending) {
+                pending.reported = true;
+                reports.push(pending.describe());
+            }
+        };
+        self.requests.pending.values_mut().for_each(&mut report);
+        let delayed = self.delayed.iter_mut().map(|(_, pending, _)| pending);
+        delayed.for_each(&mut report);
+        if let Barrier::Waiting(pending) = &mut self.barrier {
+            report(pending);
+        }
+        for request in reports {
+            self.config.stats.add(Counter::Stuck, 1);
+            let (seconds, tries) = (limit.as_secs(), request.retries);
+            self.warn(format_args!(
+                "{} of sectors {}+{} has not completed in {seconds} seconds, {tries} retries; \
+                 check the storage of the image",
+                request.operation, request.sector, request.sectors
+            ));
+        }
     }
 
     /// Returns the time until the next work that no event announces.
     fn timeout(&mut self) -> Option<Duration> {
         let now = Instant::now();
-        let mut next = self.delayed.iter().map(|(time, ..)| *time).min();
+        let delayed = self.delayed.iter().map(|(time, ..)| *time);
+        let mut next = delayed.chain(self.stuck_at).min();
         let mut at = |time: Instant| next = Some(next.map_or(time, |next| next.min(time)));
         if self.in_flight == 0 && !self.backlog.is_empty() && !self.is_pausing() {
             let delay = self.memory_retries.next_delay();
@@ -997,8 +1125,7 @@ impl Queue {
     }
 
     /// Frees memory that has not been used for a while.
-    fn purge(&mut self) {
-        let now = Instant::now();
+    fn purge(&mut self, now: Instant) {
         if self.purge_at.is_some_and(|time| time <= now) {
             self.purge_at = None;
             self.config.data.purge(now);

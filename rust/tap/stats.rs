@@ -5,8 +5,7 @@
 //! The layout is that of `struct stats` of blktap's `drivers/tapdisk-stats.h`, which
 //! `tools/libs/stat/xenstat_linux.c` of Xen reads from `/dev/shm/td3-PID/vbd-DOMAIN-DEVICE`.
 
-use serde_json::json;
-use serde_json::Value;
+use api::Counters;
 use std::fs;
 use std::fs::OpenOptions;
 use std::io;
@@ -18,7 +17,7 @@ use xen_user::memory::Pages;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(usize)]
 pub(crate) enum Counter {
-    /// Requests that had to wait for memory.
+    /// Requests that had to wait for memory, or for others of the domain.
     Waited = 8,
     /// Reads that were started.
     ReadsStarted = 16,
@@ -26,12 +25,16 @@ pub(crate) enum Counter {
     Reads = 24,
     /// Sectors of reads.
     SectorsRead = 32,
+    /// Microseconds that reads have taken.
+    ReadTime = 40,
     /// Writes that were started.
     WritesStarted = 48,
     /// Writes that were answered.
     Writes = 56,
     /// Sectors of writes.
     SectorsWritten = 64,
+    /// Microseconds that writes have taken.
+    WriteTime = 72,
     /// Requests that were answered with an error.
     Errors = 80,
     // Behind what xentop reads.
@@ -45,35 +48,23 @@ pub(crate) enum Counter {
     Retries = 120,
     /// Requests that a killed process had taken and this one has started again.
     Adopted = 128,
+    /// Requests that were reported because they took too long.
+    Stuck = 136,
 }
 
-const ALL: [(&str, Counter); 13] = [
-    ("waited", Counter::Waited),
-    ("reads_started", Counter::ReadsStarted),
-    ("reads", Counter::Reads),
-    ("sectors_read", Counter::SectorsRead),
-    ("writes_started", Counter::WritesStarted),
-    ("writes", Counter::Writes),
-    ("sectors_written", Counter::SectorsWritten),
-    ("errors", Counter::Errors),
-    ("flushes", Counter::Flushes),
-    ("discards", Counter::Discards),
-    ("refused", Counter::Refused),
-    ("retries", Counter::Retries),
-    ("adopted", Counter::Adopted),
-];
+/// Counters of a disk.
+pub(crate) struct Stats(Pages);
 
-/// Counters of a disk. Dropping them removes the file.
-pub(crate) struct Stats {
-    counters: Pages,
-    dir: Option<PathBuf>,
+/// Returns the directory below `root`, which is `/dev/shm`, that `xentop` looks for by the number
+/// of the process.
+pub(crate) fn directory(root: &Path, pid: u32) -> PathBuf {
+    root.join(format!("td3-{pid}"))
 }
 
 impl Stats {
-    /// Creates the file in a directory below `root`, which is `/dev/shm`.
-    pub(crate) fn in_file(root: &Path, domain: u16, device: u32) -> io::Result<Self> {
-        let dir = root.join(format!("td3-{}", std::process::id()));
-        fs::create_dir_all(&dir)?;
+    /// Creates the file of a disk in a directory, which is created.
+    pub(crate) fn in_file(dir: &Path, domain: u16, device: u32) -> io::Result<Self> {
+        fs::create_dir_all(dir)?;
         let path = dir.join(format!("vbd-{domain}-{device}"));
         let file = OpenOptions::new()
             .read(true)
@@ -84,44 +75,44 @@ impl Stats {
         let counters = Pages::of_file(&file, 1)?;
         // The version of the layout.
         counters.store(0, 1);
-        Ok(Self {
-            counters,
-            dir: Some(dir),
-        })
+        Ok(Self(counters))
     }
 
     /// Returns counters without a file.
     pub(crate) fn private() -> io::Result<Self> {
-        Ok(Self {
-            counters: Pages::anonymous(1)?,
-            dir: None,
-        })
+        Ok(Self(Pages::anonymous(1)?))
     }
 
     #[inline]
     pub(crate) fn add(&self, counter: Counter, value: u64) {
-        self.counters.add(counter as usize, value);
+        self.0.add(counter as usize, value);
     }
 
     fn get(&self, counter: Counter) -> u64 {
         let mut bytes = [0; 8];
-        self.counters.read(counter as usize, &mut bytes);
+        self.0.read(counter as usize, &mut bytes);
         u64::from_ne_bytes(bytes)
     }
 
-    /// Returns all counters by their names.
-    pub(crate) fn to_json(&self) -> Value {
-        let all = ALL.iter();
-        let object = all.map(|(name, counter)| (name.to_string(), json!(self.get(*counter))));
-        Value::Object(object.collect())
-    }
-}
-
-impl Drop for Stats {
-    fn drop(&mut self) {
-        if let Some(dir) = &self.dir {
-            // A file that stays does no harm: its process is gone.
-            let _ = fs::remove_dir_all(dir);
+    /// Returns the counters for `rblk`.
+    pub(crate) fn counters(&self) -> Counters {
+        Counters {
+            reads_started: self.get(Counter::ReadsStarted),
+            reads: self.get(Counter::Reads),
+            sectors_read: self.get(Counter::SectorsRead),
+            writes_started: self.get(Counter::WritesStarted),
+            writes: self.get(Counter::Writes),
+            sectors_written: self.get(Counter::SectorsWritten),
+            flushes: self.get(Counter::Flushes),
+            discards: self.get(Counter::Discards),
+            errors: self.get(Counter::Errors),
+            refused: self.get(Counter::Refused),
+            retries: self.get(Counter::Retries),
+            waited: self.get(Counter::Waited),
+            stuck: self.get(Counter::Stuck),
+            read_us: self.get(Counter::ReadTime),
+            write_us: self.get(Counter::WriteTime),
+            adopted: self.get(Counter::Adopted),
         }
     }
 }
@@ -133,16 +124,18 @@ mod tests {
     #[test]
     fn the_file_has_the_layout_that_xentop_reads() {
         let root = tempfile::tempdir().unwrap();
-        let stats = Stats::in_file(root.path(), 5, 51712).unwrap();
+        let dir = directory(root.path(), 7);
+        assert_eq!(dir.file_name().unwrap(), "td3-7");
+        let stats = Stats::in_file(&dir, 5, 51712).unwrap();
         stats.add(Counter::Reads, 2);
         stats.add(Counter::Reads, 1);
         stats.add(Counter::SectorsWritten, 8);
-        let dir = root.path().join(format!("td3-{}", std::process::id()));
+        stats.add(Counter::ReadTime, 50);
+        stats.add(Counter::WriteTime, 70);
         let bytes = fs::read(dir.join("vbd-5-51712")).unwrap();
         let number = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
         assert_eq!((number(0), number(24), number(64)), (1, 3, 8));
-        assert_eq!(stats.to_json()["reads"], 3);
-        drop(stats);
-        assert!(!dir.exists());
+        assert_eq!((number(40), number(72)), (50, 70));
+        assert_eq!(stats.counters().reads, 3);
     }
 }

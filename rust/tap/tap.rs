@@ -9,12 +9,14 @@
 //! | module | |
 //! |---|---|
 //! | [`device`] | the life of the disk in xenstore, in the main thread |
+//! | [`confine`] | takes away from the process what serving a guest does not take |
+//! | [`monitor`] | the process beside it, which does the little that it cannot do |
 //! | `connect` | reads what the frontend has chosen and maps its rings |
 //! | `queue` | serves one ring, in a thread of its own |
 //! | `memory` | moves data between the frontend's pages and the image |
 //! | `barrier` | orders the requests of all rings around a barrier |
 //! | `inflight` | the in-flight table, from which a successor completes requests after a kill |
-//! | `control` | the socket for `rblk` |
+//! | `control` | the socket for `rblkd` |
 //! | `stats` | counters, as JSON and for `xentop` |
 //!
 //! The main thread and each queue wait in one `poll` without a timeout: an idle disk causes no
@@ -25,13 +27,16 @@
 #![deny(missing_docs)]
 
 mod barrier;
+pub mod confine;
 mod connect;
 mod control;
 pub mod device;
 mod disk;
 mod error;
+mod handover;
 mod inflight;
 mod memory;
+pub mod monitor;
 mod queue;
 mod ring;
 mod stats;

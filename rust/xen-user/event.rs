@@ -16,6 +16,10 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
 
 /// Binds event channels of other domains.
 pub trait Events: Send + Sync {
@@ -36,30 +40,68 @@ pub trait Channel: Send {
     fn notify(&self) -> io::Result<()>;
 }
 
-/// The device `/dev/xen/evtchn`, opened once for each channel.
-pub struct EventDevice;
+/// Open files of the device.
+type Files = Arc<Mutex<Vec<Arc<File>>>>;
+
+/// The numbers of the `ioctl`s of an [`EventDevice`] after it was opened.
+pub const REQUESTS: [libc::Ioctl; 3] = [BindInterdomain::REQUEST, Unbind::REQUEST, Notify::REQUEST];
+
+/// The device `/dev/xen/evtchn`, opened once for each channel that can be bound at the same time.
+///
+/// It binds channels of one domain only, and needs no access to the file system after it was
+/// opened.
+pub struct EventDevice {
+    /// Open files that no channel uses.
+    unused: Files,
+}
 
 impl EventDevice {
     /// Path of the device.
     pub const PATH: &'static str = "/dev/xen/evtchn";
+
+    /// Opens the device for up to `count` channels of a domain.
+    pub fn open(domain: u16, count: usize) -> io::Result<Self> {
+        let files = (0..count).map(|_| {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(Self::PATH)?;
+            restrict(&file, domain)?;
+            Ok(Arc::new(file))
+        });
+        Ok(Self {
+            unused: Arc::new(Mutex::new(files.collect::<io::Result<_>>()?)),
+        })
+    }
 }
 
 impl Events for EventDevice {
     fn bind(&self, domain: u16, port: u32) -> io::Result<Box<dyn Channel>> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(Self::PATH)?;
-        restrict(&file, domain)?;
+        let file = lock(&self.unused).pop();
+        let file = file.ok_or(io::ErrorKind::ResourceBusy)?;
         let mut bind = BindInterdomain {
             domain: domain.into(),
             port,
         };
         // SAFETY: There are no pointers in the structure.
-        let port = unsafe { ioctl::call(&file, &mut bind) }?;
-        Ok(Box::new(BoundChannel { file, port }))
+        match unsafe { ioctl::call(&file, &mut bind) } {
+            Ok(port) => Ok(Box::new(BoundChannel {
+                file,
+                port,
+                unused: self.unused.clone(),
+            })),
+            Err(error) => {
+                lock(&self.unused).push(file);
+                Err(error)
+            }
+        }
     }
+}
+
+/// Locks a list of files, which is valid at any time.
+fn lock(files: &Mutex<Vec<Arc<File>>>) -> MutexGuard<'_, Vec<Arc<File>>> {
+    files.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Has the device bind channels of one domain only.
@@ -70,9 +112,11 @@ fn restrict(file: &File, domain: u16) -> io::Result<()> {
 }
 
 struct BoundChannel {
-    file: File,
+    file: Arc<File>,
     /// Number of the port here.
     port: u32,
+    /// Receives the file when the channel is closed.
+    unused: Files,
 }
 
 impl Channel for BoundChannel {
@@ -82,10 +126,11 @@ impl Channel for BoundChannel {
 
     fn take(&mut self) -> io::Result<bool> {
         let mut port = [0; 4];
-        match self.file.read(&mut port) {
+        let mut file = &*self.file;
+        match file.read(&mut port) {
             Ok(4) => {
                 // Events of the port are masked until it is written back.
-                self.file.write_all(&port)?;
+                file.write_all(&port)?;
                 Ok(true)
             }
             Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -101,6 +146,19 @@ impl Channel for BoundChannel {
     }
 }
 
+impl Drop for BoundChannel {
+    fn drop(&mut self) {
+        let mut unbind = Unbind { port: self.port };
+        // SAFETY: There are no pointers in the structure.
+        let unbound = unsafe { ioctl::call(&self.file, &mut unbind) };
+        // It fails only for a port that is not bound, and a file whose port is bound is not used
+        // again.
+        if unbound.is_ok() {
+            lock(&self.unused).push(self.file.clone());
+        }
+    }
+}
+
 /// `struct ioctl_evtchn_bind_interdomain`.
 #[repr(C)]
 struct BindInterdomain {
@@ -111,6 +169,17 @@ struct BindInterdomain {
 // SAFETY: The kernel only reads the structure, which is its own.
 unsafe impl Argument for BindInterdomain {
     const REQUEST: libc::Ioctl = ioctl::request(b'E', 1, size_of::<Self>());
+}
+
+/// `struct ioctl_evtchn_unbind`.
+#[repr(C)]
+struct Unbind {
+    port: u32,
+}
+
+// SAFETY: The kernel only reads the structure, which is its own.
+unsafe impl Argument for Unbind {
+    const REQUEST: libc::Ioctl = ioctl::request(b'E', 3, size_of::<Self>());
 }
 
 /// `struct ioctl_evtchn_notify`.
@@ -142,7 +211,9 @@ mod tests {
     #[test]
     fn numbers_are_those_of_the_header() {
         assert_eq!(BindInterdomain::REQUEST, 0x8_4501);
+        assert_eq!(Unbind::REQUEST, 0x4_4503);
         assert_eq!(Notify::REQUEST, 0x4_4504);
+        assert_eq!(REQUESTS, [0x8_4501, 0x4_4503, 0x4_4504]);
         assert_eq!(RestrictDomain::REQUEST, 0x2_4506);
     }
 }

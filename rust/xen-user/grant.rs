@@ -10,6 +10,7 @@ use crate::ioctl::Argument;
 use crate::memory;
 use crate::memory::Pages;
 use crate::memory::PAGE_SIZE;
+use crate::unmapper::UnmapGrants;
 use crate::unmapper::Unmapper;
 use io_buffer::Access;
 use io_buffer::Buffer;
@@ -200,6 +201,10 @@ pub trait Grants: Send + Sync {
     /// is known to have been made.
     fn copy(&self, copies: &mut Copies<'_>) -> io::Result<()>;
 }
+
+/// The numbers of the `ioctl`s of a [`GrantDevice`].
+pub const REQUESTS: [libc::Ioctl; 3] =
+    [MapGrants::REQUEST, UnmapGrants::REQUEST, GrantCopy::REQUEST];
 
 /// The device `/dev/xen/gntdev`.
 pub struct GrantDevice {

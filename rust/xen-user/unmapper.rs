@@ -48,7 +48,7 @@ impl Drop for Unmapper {
 
 /// `struct ioctl_gntdev_unmap_grant_ref`.
 #[repr(C)]
-struct UnmapGrants {
+pub(crate) struct UnmapGrants {
     index: u64,
     count: u32,
     pad: u32,

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt;
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -45,9 +45,9 @@ pub(super) enum Stream {
 }
 
 impl Stream {
-    fn connect(address: &NbdAddress) -> io::Result<Self> {
+    fn connect(address: &NbdAddress) -> io::Result<OwnedFd> {
         match address {
-            NbdAddress::Unix(path) => UnixStream::connect(path).map(Self::Unix),
+            NbdAddress::Unix(path) => UnixStream::connect(path).map(OwnedFd::from),
             NbdAddress::Tcp { host, port } => {
                 let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
                 for address in (host.as_str(), *port).to_socket_addrs()? {
@@ -58,13 +58,21 @@ impl Stream {
                             sockopt::set_tcp_keepidle(&stream, KEEPALIVE)?;
                             sockopt::set_tcp_keepintvl(&stream, KEEPALIVE)?;
                             sockopt::set_tcp_user_timeout(&stream, USER_TIMEOUT_MS)?;
-                            return Ok(Self::Tcp(stream));
+                            return Ok(stream.into());
                         }
                         Err(error) => last = error,
                     }
                 }
                 Err(last)
             }
+        }
+    }
+
+    /// Takes a connection that [`connect_to`] has made.
+    fn new(address: &NbdAddress, fd: OwnedFd) -> Self {
+        match address {
+            NbdAddress::Unix(_) => Self::Unix(fd.into()),
+            NbdAddress::Tcp { .. } => Self::Tcp(fd.into()),
         }
     }
 
@@ -126,17 +134,22 @@ pub(super) struct ExportInfo {
     pub(super) blocks: Option<(u32, u32, u32)>,
 }
 
-/// Connects to a server and enters the transmission phase.
-///
-/// The stream is blocking, with a timeout.
-pub(super) fn connect(export: &NbdExport) -> Result<(Stream, ExportInfo)> {
-    let mut stream = Stream::connect(&export.address).map_err(|error| {
+/// Connects to the server of an export.
+pub(crate) fn connect_to(export: &NbdExport) -> Result<OwnedFd> {
+    Stream::connect(&export.address).map_err(|error| {
         Error::from_io(
             &error,
             format_args!("connecting to {export}"),
             "check that the NBD server runs and can be reached",
         )
-    })?;
+    })
+}
+
+/// Enters the transmission phase of a new connection.
+///
+/// The stream is blocking, with a timeout.
+pub(super) fn negotiate(export: &NbdExport, stream: OwnedFd) -> Result<(Stream, ExportInfo)> {
+    let mut stream = Stream::new(&export.address, stream);
     stream
         .set_timeout(Some(STEP_TIMEOUT))
         .map_err(|error| negotiation_error(export, &error))?;

@@ -8,7 +8,7 @@ use super::image::{prepare, qemu_error};
 use crate::error::{Error, Result};
 use crate::linux::terminate_with_thread;
 use crate::options::Options;
-use crate::uri::Format;
+use crate::uri::{Format, NbdAddress, NbdExport};
 use rustix::fs::{open, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{kill_process, Pid, Signal};
@@ -40,9 +40,8 @@ const POLL: Duration = Duration::from_millis(5);
 const RETRY: Duration = Duration::from_millis(50);
 
 /// A daemon and the thread that owns it.
-pub(super) struct Daemon {
+pub(crate) struct Daemon {
     dir: TempDir,
-    is_direct: bool,
     orders: Mutex<Option<Sender<Order>>>,
     thread: Mutex<Option<JoinHandle<Result<()>>>>,
 }
@@ -65,7 +64,7 @@ struct Config {
 
 impl Daemon {
     /// Checks the image and starts a daemon for it.
-    pub(super) fn start(format: Format, path: &Path, options: &Options) -> Result<Self> {
+    pub(crate) fn start(format: Format, path: &Path, options: &Options) -> Result<Self> {
         remove_stale(&options.runtime_dir);
         let prefix = format!("{PREFIX}{}-", std::process::id());
         let dir = TempDir::with_prefix_in(prefix, &options.runtime_dir).map_err(|error| {
@@ -92,7 +91,6 @@ impl Daemon {
             })?;
         let daemon = Self {
             dir,
-            is_direct,
             orders: Mutex::new(Some(orders)),
             thread: Mutex::new(Some(thread)),
         };
@@ -101,20 +99,20 @@ impl Daemon {
     }
 
     /// Returns the path of the NBD socket.
-    pub(super) fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.dir.path().join("nbd.sock")
     }
 
-    /// Returns `true` if the daemon bypasses the page cache.
-    pub(super) fn is_direct(&self) -> bool {
-        self.is_direct
+    /// Returns the export of the daemon.
+    pub(crate) fn export(&self) -> NbdExport {
+        export(&self.socket())
     }
 
     /// Starts the daemon if it does not run, and waits until it serves the image.
     ///
     /// The error is `ENOTRECOVERABLE` if it has ended while the image `is_dirty`: there were
     /// completed writes that were not flushed.
-    pub(super) fn ensure(&self, is_dirty: bool) -> Result<()> {
+    pub(crate) fn ensure(&self, is_dirty: bool) -> Result<()> {
         let (sender, result) = channel();
         let sent = self
             .orders
@@ -136,7 +134,7 @@ impl Daemon {
     }
 
     /// Ends the daemon and waits until it has written its caches.
-    pub(super) fn stop(&self) -> Result<()> {
+    pub(crate) fn stop(&self) -> Result<()> {
         let orders = self
             .orders
             .lock()
@@ -370,8 +368,16 @@ fn text(path: &Path) -> Result<&str> {
         })
 }
 
+/// Returns the export of a daemon with a socket at `path`.
+pub(super) fn export(path: &Path) -> NbdExport {
+    NbdExport {
+        address: NbdAddress::Unix(path.to_owned()),
+        name: String::new(),
+    }
+}
+
 /// Returns `true` if the page cache can and shall be bypassed.
-fn is_direct(path: &Path, options: &Options) -> Result<bool> {
+pub(super) fn is_direct(path: &Path, options: &Options) -> Result<bool> {
     if options.direct == Some(false) {
         return Ok(false);
     }

@@ -78,7 +78,7 @@ pub(super) fn open_path(path: &Path, options: &Options) -> Result<Storage> {
 }
 
 /// Locks an image that is open, and reads its geometry.
-pub(super) fn prepare(fd: OwnedFd, path: &Path, options: &Options) -> Result<Storage> {
+fn prepare(fd: OwnedFd, path: &Path, options: &Options) -> Result<Storage> {
     let stat = fstat(&fd).map_err(|errno| open_error(errno, path))?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => Kind::File,
@@ -91,7 +91,6 @@ pub(super) fn prepare(fd: OwnedFd, path: &Path, options: &Options) -> Result<Sto
             ));
         }
     };
-    check_access(&fd, path, options)?;
     if kind == Kind::File {
         lock::lock(fd.as_fd(), path, options)?;
     }
@@ -121,20 +120,6 @@ pub(super) fn prepare(fd: OwnedFd, path: &Path, options: &Options) -> Result<Sto
         },
     };
     Ok(Storage { fd, kind, info })
-}
-
-/// Checks that an open file can be used as `options` say.
-fn check_access(fd: &OwnedFd, path: &Path, options: &Options) -> Result<()> {
-    let flags = fcntl_getfl(fd).map_err(|errno| open_error(errno, path))?;
-    let writable = flags & OFlags::RWMODE == OFlags::RDWR;
-    if !writable && !options.read_only {
-        return Err(Error::new(
-            Errno::ACCESS,
-            format!("{} was opened for reading only", path.display()),
-            "open it for reading and writing",
-        ));
-    }
-    Ok(())
 }
 
 /// The alignment in bytes that the storage requires for direct I/O.

@@ -147,6 +147,65 @@ fn a_successor_waits_for_what_the_killed_process_still_has() {
 }
 
 #[test]
+fn the_oldest_request_is_described() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    serve_until_killed(&mut toolstack, dir.path(), Choice::PLAIN, |front| {
+        for id in 0..WRITES {
+            let request = write(front, id);
+            front.rings[0].put(request);
+            front.rings[0].publish();
+        }
+        let mut queue = serde_json::Value::Null;
+        wait_for("all writes in flight", || {
+            queue = control(dir.path(), "stats")["queues"][0].clone();
+            queue["in_flight"] == WRITES
+        });
+        let oldest = &queue["oldest"];
+        assert_eq!(oldest["operation"], "write");
+        assert_eq!(oldest["sectors"], 8);
+        assert_eq!(oldest["retries"], 0);
+    });
+}
+
+#[test]
+fn a_paused_disk_stays_paused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let write_all = |front: &mut Front| {
+        for id in 0..WRITES {
+            let request = write(front, id);
+            front.rings[0].put(request);
+        }
+        front.rings[0].publish();
+    };
+    let mut front = serve_until_killed(&mut toolstack, dir.path(), Choice::PLAIN, |front| {
+        write_all(front);
+        wait_for("all writes in flight", || {
+            control(dir.path(), "stats")["counters"]["writes_started"] == WRITES
+        });
+        assert_eq!(control(dir.path(), "pause")["paused"], true);
+    });
+    let served = serve(&mut toolstack, image(false), &Options::new(dir.path()));
+    wait_for("the takeover", || {
+        control(dir.path(), "stats")["queues"][0]["paused"] == true
+    });
+    let status = control(dir.path(), "stats");
+    assert_eq!(
+        (&status["paused"], &status["stays_paused"]),
+        (&true.into(), &true.into())
+    );
+    assert_eq!(front.rings[0].try_response(), None);
+    control(dir.path(), "resume");
+    for _ in 0..WRITES {
+        okay(front.rings[0].response());
+    }
+    toolstack.start_detach();
+    front.set_state("6");
+    served.join().unwrap().unwrap();
+}
+
+#[test]
 fn a_disk_that_was_detached_without_a_process_is_finished() {
     let dir = tempfile::tempdir().unwrap();
     let mut toolstack = Toolstack::new("w");

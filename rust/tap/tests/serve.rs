@@ -441,6 +441,81 @@ fn errors_of_the_image_that_pass_are_tried_again() {
 }
 
 #[test]
+fn a_write_without_space_waits_or_fails() {
+    for (wait_for_space, status, retries) in [(true, Status::Okay, 2), (false, Status::Error, 0)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut toolstack = Toolstack::new("w");
+        let image = image();
+        let full = [Some(Errno::NOSPC), Some(Errno::DQUOT)];
+        image.set_faults(|faults| faults.errors = full.into());
+        let options = Options {
+            wait_for_space,
+            ..Options::new(dir.path())
+        };
+        let served = serve(&mut toolstack, image, &options);
+        let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+        let segment = front.segment(0, 0, 7);
+        let response = front.rings[0].call(direct(op::WRITE, 1, 0, &[segment]));
+        assert_eq!(response.status, status);
+        let stats = control(dir.path(), "stats");
+        assert_eq!(stats["counters"]["retries"], retries);
+        finish(toolstack, front, served);
+    }
+}
+
+#[test]
+fn a_request_that_takes_too_long_is_reported_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let image = image();
+    image.set_faults(|faults| faults.errors = [Some(Errno::AGAIN); 7].into());
+    let options = Options {
+        stuck_time: Duration::from_millis(20),
+        ..Options::new(dir.path())
+    };
+    let served = serve(&mut toolstack, image, &options);
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    let segment = front.segment(0, 0, 7);
+    front.rings[0].put(direct(op::WRITE, 1, 8, &[segment]));
+    front.rings[0].publish();
+    wait_for("the report", || {
+        control(dir.path(), "stats")["counters"]["stuck"] == 1
+    });
+    okay(front.rings[0].response());
+    assert_eq!(control(dir.path(), "stats")["counters"]["stuck"], 1);
+    finish(toolstack, front, served);
+}
+
+#[test]
+fn a_disk_keeps_to_its_quota() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let mut options = Options::new(dir.path());
+    options.quota.requests = 1;
+    let served = serve(&mut toolstack, image(), &options);
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    let mut write_all = |waits: bool| {
+        let counters = |name: &str| control(dir.path(), "stats")["counters"][name].as_u64();
+        let waited = counters("waited");
+        for id in 0..16 {
+            let segment = front.segment(id, 0, 7);
+            let request = front.request(op::WRITE, id as u64, 8 * id as u64, &[segment]);
+            front.rings[0].put(request);
+        }
+        front.rings[0].publish();
+        for _ in 0..16 {
+            okay(front.rings[0].response());
+        }
+        assert_eq!(counters("waited") != waited, waits);
+    };
+    write_all(true);
+    let quota = r#"set-quota","pages":64,"requests":16,"other":""#;
+    assert_eq!(control(dir.path(), quota)["pages"], 64);
+    write_all(false);
+    finish(toolstack, front, served);
+}
+
+#[test]
 fn a_refused_flush_is_withdrawn() {
     let image = image();
     image.set_faults(|faults| faults.errors = [Some(Errno::OPNOTSUPP)].into());

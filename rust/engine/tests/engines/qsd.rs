@@ -5,12 +5,13 @@
 use crate::disk::{buffers, pattern, read_only, Cut, Disk};
 use crate::server::is_installed;
 use crate::suite::{Target, SIZE};
-use engine::{Engine, Errno, Options, Request};
+use engine::{Engine, Errno, Options, Request, Server};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use tempfile::TempDir;
 
 /// An image file in a directory of its own.
@@ -382,15 +383,20 @@ fn a_device_model_can_use_the_same_image() {
     let Some(image) = Image::new("qcow2", &[]) else {
         return;
     };
-    let mut disk = image.disk();
+    let options = Options::default();
+    let uri = format!("qcow2:{}", image.path().display()).parse().unwrap();
+    let server = Arc::new(Server::start(&uri, &options).unwrap().unwrap());
+    let engine = engine::open_with(&uri, &options, Some(server.clone()));
+    let mut disk = Disk::new(engine.unwrap());
     disk.write(0, &pattern(1, 4096), Cut::Whole);
-    let socket = disk.engine.nbd_socket().unwrap();
+    let socket = server.nbd_socket().unwrap();
     let uri = format!("nbd+unix:///?socket={}", socket.display());
-    let other = engine::open(&uri.parse().unwrap(), &Options::default());
+    let other = engine::open(&uri.parse().unwrap(), &options);
     let mut other = Disk::new(other.unwrap());
     assert_eq!(other.read(0, 4096, Cut::Whole), pattern(1, 4096));
     other.close();
     disk.close();
+    drop(server);
     assert!(!socket.exists());
 }
 

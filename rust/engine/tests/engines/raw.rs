@@ -4,9 +4,7 @@
 
 use crate::disk::{buffers, pattern, read_only, Cut, Disk};
 use crate::suite::{Target, SIZE};
-use engine::raw::RawEngine;
 use engine::{Engine, Errno, Options, Request, Uri};
-use rustix::fs::{open, Mode, OFlags};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
@@ -205,22 +203,6 @@ fn images_that_cannot_be_opened() {
     assert_eq!(errno("/nonexistent"), Errno::NOENT);
     assert_eq!(errno("/dev/null"), Errno::INVAL);
     assert!(matches!(errno("/"), Errno::ISDIR | Errno::INVAL));
-    let fd = open(image.path(), OFlags::RDONLY, Mode::empty()).unwrap();
-    let error = RawEngine::from_fd(fd, &image.path(), &Options::default());
-    assert_eq!(error.err().unwrap().errno(), Errno::ACCESS);
-}
-
-#[test]
-fn an_open_file_is_used_as_it_is() {
-    let image = Image::on_disk(SIZE);
-    let fd = open(image.path(), OFlags::RDWR, Mode::empty()).unwrap();
-    fs::remove_file(image.path()).unwrap();
-    let engine = RawEngine::from_fd(fd, &image.path(), &Options::default()).unwrap();
-    let mut disk = Disk::new(Box::new(engine));
-    let data = pattern(1, 4096);
-    disk.write(0, &data, Cut::Whole);
-    assert_eq!(disk.read(0, 4096, Cut::Whole), data);
-    disk.close();
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 #![allow(dead_code)]
 
+use api::Quota;
 use blkif::negotiate::BackOffer;
 use blkif::ring::FrontRing;
 use blkif::ring::SharedMemory;
@@ -19,6 +20,7 @@ use blkif::wire::DIRECT_SEGMENTS;
 use blkif::wire::INDIRECT_PAGES;
 use engine::Access;
 use engine::Engine;
+use rblktap::device;
 use rblktap::device::Config;
 use rblktap::device::Device;
 use rblktap::device::Settings;
@@ -42,6 +44,7 @@ use xen_user::event::Channel;
 use xen_user::fake::FakeChannel;
 use xen_user::fake::Host;
 use xen_user::memory::Pages;
+use xen_user::proxy::Proxy;
 use xen_user::xenstore::Nodes;
 use xen_user::xenstore::Xenstore;
 
@@ -109,6 +112,9 @@ pub struct Options<'a> {
     pub persistent: bool,
     pub block_size: u32,
     pub retry_time: Duration,
+    pub wait_for_space: bool,
+    pub stuck_time: Duration,
+    pub quota: Quota,
 }
 
 impl<'a> Options<'a> {
@@ -118,17 +124,26 @@ impl<'a> Options<'a> {
             persistent: false,
             block_size: 512,
             retry_time: Duration::from_secs(10),
+            wait_for_space: false,
+            stuck_time: Duration::from_secs(10),
+            quota: Quota {
+                pages: 4096,
+                requests: 1024,
+            },
         }
     }
 }
 
-/// Serves the disk in a thread.
+/// Serves the disk in a thread, with what a confined process may use of xenstore.
 pub fn serve(
     toolstack: &mut Toolstack,
     engine: Box<dyn Engine>,
     options: &Options<'_>,
 ) -> JoinHandle<Result<(), Error>> {
     let store = toolstack.host.xenstore().unwrap();
+    let (proxy, client) = Proxy::new(store, device::permissions(BACK, FRONT)).unwrap();
+    thread::spawn(move || proxy.run());
+    let store = Xenstore::from_fd(client);
     serve_with(toolstack, store, engine, options)
 }
 
@@ -139,11 +154,23 @@ pub fn serve_with(
     engine: Box<dyn Engine>,
     options: &Options<'_>,
 ) -> JoinHandle<Result<(), Error>> {
+    serve_after(toolstack, store, engine, options, || {})
+}
+
+/// Serves the disk in a thread that does something else first.
+pub fn serve_after(
+    toolstack: &mut Toolstack,
+    store: Xenstore,
+    engine: Box<dyn Engine>,
+    options: &Options<'_>,
+    first: impl FnOnce() + Send + 'static,
+) -> JoinHandle<Result<(), Error>> {
     let nodes = ToolstackNodes::read(&mut toolstack.store, BACK, DOMAIN).unwrap();
     let host = &toolstack.host;
     let config = Config {
         domain: DOMAIN,
         device: DEVICE,
+        pid: std::process::id(),
         dir: BACK.to_string(),
         state_dir: options.state_dir.to_owned(),
         stats_root: None,
@@ -151,7 +178,10 @@ pub fn serve_with(
         persistent: options.persistent,
         settings: Settings {
             retry_time: options.retry_time,
+            wait_for_space: options.wait_for_space,
+            stuck_time: options.stuck_time,
         },
+        quota: options.quota,
     };
     let xen = Xen {
         grants: Arc::new(host.clone()),
@@ -163,8 +193,11 @@ pub fn serve_with(
         nodes.discard,
         nodes.removable,
     );
-    let device = Device::new(config, nodes, store, xen, engine, disk).unwrap();
-    thread::spawn(move || device.run())
+    let device = Device::new(config.clone(), nodes, store, xen, engine, disk).unwrap();
+    thread::spawn(move || {
+        first();
+        device.run().inspect(|()| config.remove_files())
+    })
 }
 
 /// Asks the process over its control socket.

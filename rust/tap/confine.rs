@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Confinement of the process that serves a guest.
+//!
+//! The process keeps what it has opened: the image or a connection to its server,
+//! `/dev/xen/gntdev`, `/dev/xen/evtchn` restricted to the guest, the control socket, the in-flight
+//! table, the statistics, its messages, and a socket to its [`monitor`](crate::monitor). Everything
+//! else is taken away, in layers that do not depend on each other:
+//!
+//! | layer | effect |
+//! |---|---|
+//! | a user and a group of its own, no capabilities | no access to other processes |
+//! | an empty root directory | no files, devices and sockets, also for requests of io_uring |
+//! | a network namespace of its own | no network, also for requests of io_uring |
+//! | `no_new_privs` | no privileges from programs |
+//! | seccomp | only the system calls that serving a disk takes; the others fail with `EPERM` |
+//! | resource limits | a bounded number of descriptors, no core files |
+
+use nix::sched::unshare;
+use nix::sched::CloneFlags;
+use rustix::process::chdir;
+use rustix::process::chroot;
+use rustix::process::setrlimit;
+use rustix::process::DumpableBehavior;
+use rustix::process::Gid;
+use rustix::process::Resource;
+use rustix::process::Rlimit;
+use rustix::process::Signal;
+use rustix::process::Uid;
+use rustix::thread;
+use seccompiler::apply_filter;
+use seccompiler::BpfProgram;
+use seccompiler::SeccompAction;
+use seccompiler::SeccompCmpArgLen::Dword;
+use seccompiler::SeccompCmpArgLen::Qword;
+use seccompiler::SeccompCmpOp;
+use seccompiler::SeccompCondition;
+use seccompiler::SeccompFilter;
+use seccompiler::SeccompRule;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+use xen_user::event;
+use xen_user::grant;
+
+/// Descriptors that a process may have.
+const MAX_DESCRIPTORS: u64 = 256;
+
+/// The numbers of `ioctl`s of files and block devices: `BLKDISCARD`, `BLKZEROOUT` and `FIONBIO`.
+const FILE_REQUESTS: [libc::Ioctl; 3] = [0x1277, 0x127f, libc::FIONBIO];
+
+/// System calls that are allowed with all arguments.
+const SYSTEM_CALLS: &[libc::c_long] = &[
+    // I/O on open files.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_lseek,
+    libc::SYS_fstat,
+    libc::SYS_statx,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_close,
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    // Sockets that exist.
+    libc::SYS_accept4,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_setsockopt,
+    libc::SYS_getsockopt,
+    libc::SYS_shutdown,
+    // Waiting.
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_eventfd2,
+    libc::SYS_futex,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_gettimeofday,
+    libc::SYS_restart_syscall,
+    // Memory.
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    // Threads, and the end of the process.
+    libc::SYS_clone3,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_getrandom,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// The step of the confinement that has failed, and why.
+#[derive(Debug)]
+pub struct Error(&'static str, String);
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(step, why) = self;
+        write!(
+            f,
+            "the process cannot be confined: {step}: {why}; \
+             use a kernel with seccomp and network namespaces"
+        )
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Says which step of the confinement an error is from.
+trait Step<T> {
+    fn step(self, step: &'static str) -> Result<T, Error>;
+}
+
+impl<T, E: fmt::Display> Step<T> for Result<T, E> {
+    fn step(self, step: &'static str) -> Result<T, Error> {
+        self.map_err(|error| Error(step, error.to_string()))
+    }
+}
+
+/// Confines the calling thread and all that it starts.
+///
+/// `user` becomes the number of its user and its group, and `root`, an empty directory, its root.
+/// It is killed when the thread that has started its process ends.
+///
+/// Context: the process has no other thread, and is root.
+pub fn confine(user: u32, root: &Path) -> Result<(), Error> {
+    limit_resources()?;
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC).step("unshare")?;
+    chroot(root).step("chroot")?;
+    chdir("/").step("chdir")?;
+    set_user(user).step("setuid")?;
+    thread::set_no_new_privs(true).step("no_new_privs")?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).step("dumpable")?;
+    // Changing the user has ended the effect of an earlier call.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step("prctl")?;
+    filter_system_calls()
+}
+
+fn limit_resources() -> Result<(), Error> {
+    for (resource, limit) in [(Resource::Core, 0), (Resource::Nofile, MAX_DESCRIPTORS)] {
+        let limits = Rlimit {
+            current: Some(limit),
+            maximum: Some(limit),
+        };
+        setrlimit(resource, limits).step("setrlimit")?;
+    }
+    Ok(())
+}
+
+/// Changes user and group, which drops all capabilities.
+fn set_user(user: u32) -> rustix::io::Result<()> {
+    let (uid, gid) = (Uid::from_raw(user), Gid::from_raw(user));
+    thread::set_thread_groups(&[])?;
+    thread::set_thread_res_gid(gid, gid, gid)?;
+    thread::set_thread_res_uid(uid, uid, uid)
+}
+
+fn filter_system_calls() -> Result<(), Error> {
+    let errno = |errno: i32| SeccompAction::Errno(errno.unsigned_abs());
+    // Has glibc use clone, whose flags can be checked.
+    let clone3 = [(libc::SYS_clone3, Vec::new())].into();
+    install(clone3, SeccompAction::Allow, errno(libc::ENOSYS))?;
+    let rules = rules().step("seccomp")?;
+    install(rules, errno(libc::EPERM), SeccompAction::Allow)
+}
+
+fn install(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    action: SeccompAction,
+) -> Result<(), Error> {
+    let arch = std::env::consts::ARCH.try_into().step("seccomp")?;
+    let filter = SeccompFilter::new(rules, otherwise, action, arch).step("seccomp")?;
+    let program: BpfProgram = filter.try_into().step("seccomp")?;
+    apply_filter(&program).step("seccomp")
+}
+
+type Rules = Result<Vec<SeccompRule>, seccompiler::BackendError>;
+
+fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
+    let mut rules: BTreeMap<_, _> = SYSTEM_CALLS.iter().map(|call| (*call, vec![])).collect();
+    let requests = event::REQUESTS.iter().chain(&grant::REQUESTS);
+    rules.insert(
+        libc::SYS_ioctl,
+        one_of(1, requests.chain(&FILE_REQUESTS).copied())?,
+    );
+    let commands = [
+        libc::F_DUPFD_CLOEXEC,
+        libc::F_GETFD,
+        libc::F_SETFD,
+        libc::F_GETFL,
+        libc::F_SETFL,
+    ];
+    rules.insert(
+        libc::SYS_fcntl,
+        one_of(1, commands.map(i64::from).map(i64::unsigned_abs))?,
+    );
+    rules.insert(libc::SYS_prctl, one_of(0, [libc::PR_SET_NAME as u64])?);
+    // For abort.
+    let own = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, one_of(0, [own])?);
+    let thread = libc::CLONE_THREAD.unsigned_abs().into();
+    rules.insert(libc::SYS_clone, masked(0, thread, thread)?);
+    let executable = libc::PROT_EXEC.unsigned_abs().into();
+    rules.insert(libc::SYS_mmap, masked(2, executable, 0)?);
+    rules.insert(libc::SYS_mprotect, masked(2, executable, 0)?);
+    Ok(rules)
+}
+
+/// Allows calls with one of these values of an argument.
+fn one_of(argument: u8, values: impl IntoIterator<Item = u64>) -> Rules {
+    let rule = |value| {
+        let condition = SeccompCondition::new(argument, Dword, SeccompCmpOp::Eq, value)?;
+        SeccompRule::new(vec![condition])
+    };
+    values.into_iter().map(rule).collect()
+}
+
+/// Allows calls with this value of an argument in the bits of a mask.
+fn masked(argument: u8, mask: u64, value: u64) -> Rules {
+    let operator = SeccompCmpOp::MaskedEq(mask);
+    let condition = SeccompCondition::new(argument, Qword, operator, value)?;
+    Ok(vec![SeccompRule::new(vec![condition])?])
+}

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The privileged process of a disk, which does for the confined one what that cannot do.
+//!
+//! A disk has two processes, as `sshd` has for a connection. The *monitor* is root. It is the
+//! process that is started, and that `rblkd` and `xentop` know. It never sees data of the guest.
+//! The *server*, its child, serves the guest, and is [confined](crate::confine). When one of them
+//! ends, so does the other.
+//!
+//! The server asks the monitor for two things only: access to its nodes in xenstore, through a
+//! [`Proxy`], and connections to the server of its image.
+
+use crate::handover::Handover;
+use engine::Connect;
+use engine::Errno;
+use engine::Server;
+use serde::Deserialize;
+use serde::Serialize;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
+use std::process::Command;
+use std::process::ExitStatus;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::thread;
+use xen_user::proxy::Permissions;
+use xen_user::proxy::Proxy;
+use xen_user::xenstore::Xenstore;
+
+/// The message with which the server gets its connection to xenstore.
+#[derive(Deserialize, Serialize)]
+struct Start;
+
+/// Asks for a connection to the server of the image.
+#[derive(Deserialize, Serialize)]
+struct ConnectCall {
+    is_dirty: bool,
+}
+
+/// An error of an engine.
+#[derive(Deserialize, Serialize)]
+struct Failure {
+    errno: i32,
+    cause: String,
+    remedy: String,
+}
+
+impl From<engine::Error> for Failure {
+    fn from(error: engine::Error) -> Self {
+        Self {
+            errno: error.errno().raw_os_error(),
+            cause: error.cause().to_owned(),
+            remedy: error.remedy().to_owned(),
+        }
+    }
+}
+
+impl From<Failure> for engine::Error {
+    fn from(failure: Failure) -> Self {
+        let errno = Errno::from_raw_os_error(failure.errno);
+        Self::new(errno, failure.cause, failure.remedy)
+    }
+}
+
+/// Starts the server with `command`, and serves it until it has ended.
+pub fn run(
+    mut command: Command,
+    store: Xenstore,
+    permissions: Permissions,
+    image: Option<Arc<Server>>,
+) -> io::Result<ExitStatus> {
+    let (handover, other) = Handover::pair()?;
+    let (proxy, client) = Proxy::new(store, permissions)?;
+    let mut child = command.stdin(Stdio::from(other)).spawn()?;
+    // The command has a copy of the other end.
+    drop(command);
+    handover.send(&Start, Some(client.as_fd()))?;
+    drop(client);
+    let connections = thread::Builder::new().name("connections".to_owned());
+    let connections = connections.spawn(move || pass_connections(&handover, image.as_deref()))?;
+    let proxied = proxy.run();
+    let status = child.wait()?;
+    // It ends with the server, as it waits for nothing else.
+    let _ = connections.join();
+    proxied?;
+    Ok(status)
+}
+
+/// Makes connections for the server until it has ended.
+fn pass_connections(handover: &Handover, image: Option<&Server>) {
+    while let Ok(Some((call, _))) = handover.receive::<ConnectCall>() {
+        let connected = match image {
+            Some(image) => image.connect(call.is_dirty),
+            None => Err(engine::Error::new(
+                Errno::OPNOTSUPP,
+                "the image has no server",
+                "this is an error of the program, report it",
+            )),
+        };
+        let fd = connected.as_ref().ok().map(AsFd::as_fd);
+        let reply = match &connected {
+            Ok(_) => Ok(()),
+            Err(error) => Err(Failure::from(error.clone())),
+        };
+        // A server that has ended is noticed by `receive`.
+        let _ = handover.send(&reply, fd);
+    }
+}
+
+/// The monitor, as the server sees it.
+pub struct Monitor(Mutex<Handover>);
+
+impl Monitor {
+    /// Returns the monitor of this process, and the connection to xenstore that it gives.
+    pub fn attach() -> io::Result<(Self, Xenstore)> {
+        let socket = io::stdin().as_fd().try_clone_to_owned()?;
+        Self::from_socket(socket)
+    }
+
+    fn from_socket(socket: OwnedFd) -> io::Result<(Self, Xenstore)> {
+        let handover = Handover::new(socket);
+        match handover.receive::<Start>()? {
+            Some((Start, Some(store))) => {
+                Ok((Self(Mutex::new(handover)), Xenstore::from_fd(store)))
+            }
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    fn call(&self, call: &ConnectCall) -> io::Result<(Result<(), Failure>, Option<OwnedFd>)> {
+        let handover = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        handover.send(call, None)?;
+        let reply = handover.receive()?;
+        reply.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+}
+
+impl Connect for Monitor {
+    fn connect(&self, is_dirty: bool) -> engine::Result<OwnedFd> {
+        match self.call(&ConnectCall { is_dirty }) {
+            Ok((Ok(()), Some(fd))) => Ok(fd),
+            Ok((Err(failure), _)) => Err(failure.into()),
+            Ok((Ok(()), None)) | Err(_) => Err(engine::Error::new(
+                Errno::NOTCONN,
+                "the monitor of the disk has ended",
+                "see the messages of rblktap",
+            )),
+        }
+    }
+
+    fn stop(&self) -> engine::Result<()> {
+        // The monitor does it when this process has ended.
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::io::Read;
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+    use std::os::unix::net::UnixStream;
+
+    /// Returns both ends of a handover, after the message of the start.
+    fn attach() -> (Handover, Monitor) {
+        let (handover, other) = Handover::pair().unwrap();
+        let (store, _) = UnixStream::pair().unwrap();
+        handover.send(&Start, Some(store.as_fd())).unwrap();
+        let (monitor, _) = Monitor::from_socket(other).unwrap();
+        (handover, monitor)
+    }
+
+    #[test]
+    fn the_server_gets_connections_and_errors() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let uri = format!("nbd+unix:///?socket={}", path.display());
+        let image = Server::start(&uri.parse().unwrap(), &engine::Options::default());
+        let image = image.unwrap().unwrap();
+        let (handover, monitor) = attach();
+        let thread = thread::spawn(move || pass_connections(&handover, Some(&image)));
+        let mut stream = UnixStream::from(monitor.connect(false).unwrap());
+        let (mut accepted, _) = listener.accept().unwrap();
+        accepted.write_all(b"data").unwrap();
+        let mut data = [0; 4];
+        stream.read_exact(&mut data).unwrap();
+        assert_eq!(&data, b"data");
+        fs::remove_file(&path).unwrap();
+        let error = monitor.connect(true).unwrap_err();
+        assert_eq!(error.errno(), Errno::NOENT);
+        assert!(error.cause().starts_with("connecting to"), "{error}");
+        drop(monitor);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_monitor_that_has_ended_is_an_error() {
+        let (handover, monitor) = attach();
+        drop(handover);
+        let error = monitor.connect(false).unwrap_err();
+        assert_eq!(error.errno(), Errno::NOTCONN);
+    }
+}

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A confined thread can do nothing but serve its disk. Run by root only.
+//!
+//! In a process of its own, without the threads of a test harness: it changes its limits.
+
+mod common;
+
+use blkif::wire::op;
+use common::*;
+use engine::Uri;
+use nix::sched::unshare;
+use nix::sched::CloneFlags;
+use nix::sys::ptrace;
+use rustix::process::test_kill_process;
+use rustix::process::Pid;
+use rustix::thread::gettid;
+use std::fs;
+use std::fs::File;
+use std::io;
+use std::net::TcpListener;
+use std::net::TcpStream;
+use std::os::unix::net::UnixListener;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::mpsc;
+
+/// The user of the confined thread.
+const USER: u32 = 1_895_825_413;
+
+const SIZE: u64 = 8 << 20;
+
+/// The results of what a confined thread has tried, by what it was.
+type Tried = Vec<(&'static str, io::Result<()>)>;
+
+/// Tries what a process that was taken over would try.
+fn try_all(socket: &Path, port: u16) -> Tried {
+    let no_children = || Command::new("/bin/true").spawn().map(drop);
+    let signal = || Ok(test_kill_process(Pid::INIT)?);
+    let user = rustix::process::Uid::ROOT;
+    let root = || Ok(rustix::thread::set_thread_uid(user)?);
+    let trace = || Ok(ptrace::attach(nix::unistd::Pid::parent())?);
+    vec![
+        ("open a file", File::open("/etc/passwd").map(drop)),
+        ("create a file", File::create("/file").map(drop)),
+        ("list a directory", fs::read_dir("/").map(drop)),
+        ("connect to a socket", UnixStream::connect(socket).map(drop)),
+        (
+            "connect to a port",
+            TcpStream::connect(("127.0.0.1", port)).map(drop),
+        ),
+        ("listen", TcpListener::bind("127.0.0.1:0").map(drop)),
+        ("run a program", no_children()),
+        ("send a signal", signal()),
+        ("become root", root()),
+        ("trace a process", trace()),
+    ]
+}
+
+/// Returns a line of `/proc/PID/status` of a thread.
+fn status(thread: Pid, name: &str) -> String {
+    let path = task(thread).join("status");
+    let text = fs::read_to_string(path).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    line.unwrap()
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+fn task(thread: Pid) -> PathBuf {
+    Path::new("/proc/self/task").join(thread.to_string())
+}
+
+fn check_layers(thread: Pid, root: &Path) {
+    let user = vec![USER.to_string(); 4].join(" ");
+    assert_eq!(status(thread, "Uid:"), user);
+    assert_eq!(status(thread, "Gid:"), user);
+    assert_eq!(status(thread, "Groups:"), "");
+    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+        assert_eq!(status(thread, set), "0000000000000000", "{set}");
+    }
+    assert_eq!(status(thread, "NoNewPrivs:"), "1");
+    assert_eq!(status(thread, "Seccomp:"), "2");
+    let link = |name: &str| fs::read_link(task(thread).join(name)).unwrap();
+    assert_eq!(link("root"), root);
+    let own = fs::read_link("/proc/self/ns/net").unwrap();
+    assert_ne!(link("ns/net"), own);
+}
+
+/// Writes, reads and verifies, with all kinds of requests.
+fn verify(front: &mut Front) {
+    for id in 0..16 {
+        let pages = [1, 8, 11, 40][id % 4];
+        let ring = id % front.rings.len();
+        let segments: Vec<_> = (0..pages).map(|page| front.segment(page, 0, 7)).collect();
+        let data = vec![id as u8 + 1; pages * 4096];
+        front.data.write(0, &data);
+        let sector = id as u64 * 320;
+        let mut call = |operation| {
+            let request = front.request(operation, id as u64, sector, &segments);
+            okay(front.rings[ring].call(request));
+        };
+        call(op::WRITE);
+        call(op::READ);
+        let mut read = vec![0; data.len()];
+        front.data.read(0, &mut read);
+        assert!(read == data);
+        okay(front.rings[ring].call(flush(99)));
+    }
+    let discard = blkif::wire::WireRequest::Discard(blkif::wire::DiscardRequest {
+        flag: 0,
+        handle: 0,
+        id: 7,
+        sector: 0,
+        nr_sectors: 320,
+    });
+    if front.offers().discard {
+        okay(front.rings[0].call(discard));
+    }
+}
+
+fn serve_confined(dir: &Path) {
+    let image = dir.join("image");
+    File::create(&image).unwrap().set_len(SIZE).unwrap();
+    let uri: Uri = format!("raw:{}", image.display()).parse().unwrap();
+    let engine = engine::open(&uri, &engine::Options::default()).unwrap();
+    let root = dir.join("empty");
+    fs::create_dir(&root).unwrap();
+    let socket = dir.join("socket");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap();
+    let number = port.local_addr().unwrap().port();
+    let mut toolstack = Toolstack::new("w");
+    let store = toolstack.host.xenstore().unwrap();
+    let (sender, tried) = mpsc::channel();
+    let empty = root.clone();
+    let first = move || {
+        // The root directory of the other threads stays.
+        unshare(CloneFlags::CLONE_FS).unwrap();
+        rblktap::confine::confine(USER, &empty).unwrap();
+        sender.send((gettid(), try_all(&socket, number))).unwrap();
+    };
+    let served = serve_after(&mut toolstack, store, engine, &Options::new(dir), first);
+    let (thread, tried) = tried.recv().unwrap();
+    for (what, result) in tried {
+        let error = result.expect_err(what);
+        assert_eq!(
+            error.kind(),
+            io::ErrorKind::PermissionDenied,
+            "{what}: {error}"
+        );
+    }
+    check_layers(thread, &root);
+
+    let choice = Choice {
+        queues: 4,
+        order: 2,
+        ..Choice::PLAIN
+    };
+    let mut front = Front::connect(&mut toolstack, choice);
+    verify(&mut front);
+    let answers: [(&str, &str, serde_json::Value); 3] = [
+        ("pause", "paused", true.into()),
+        ("resume", "paused", false.into()),
+        ("resize", "sectors", (SIZE / 256).into()),
+    ];
+    for (command, name, value) in answers {
+        File::options()
+            .write(true)
+            .open(&image)
+            .unwrap()
+            .set_len(SIZE * 2)
+            .unwrap();
+        assert_eq!(control(dir, command)[name], value);
+    }
+    verify(&mut front);
+    // Connects again.
+    front.set_state("5");
+    toolstack.wait_state("5");
+    front.set_state("6");
+    toolstack.wait_state("6");
+    front.set_state("1");
+    let mut front = Front::connect(&mut toolstack, choice);
+    verify(&mut front);
+    assert_eq!(control(dir, "stats")["counters"]["errors"], 0);
+    toolstack.start_detach();
+    front.set_state("6");
+    served.join().unwrap().unwrap();
+}
+
+fn main() {
+    if !rustix::process::getuid().is_root() {
+        println!("skipped: only root can confine a process");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    serve_confined(dir.path());
+    println!("a confined process serves its disk, and can do nothing else");
+}
