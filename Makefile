@@ -5,7 +5,7 @@
 KREL ?= 7.3
 export KDIR
 
-.PHONY: all demo demo-tap test test-all test-debug test-cluster mutation-test bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install install-tap clean distclean help
+.PHONY: all demo demo-tap test test-all test-debug test-cluster mutation-test bench bench-page bench-disks bench-queues profile shell lint doc kernel kernel-debug install install-tap deb test-packages clean distclean help
 all: ## builds the modules, for KREL= (a series or release, 7.3) or KDIR= (a build directory)
 	@built=$$(scripts/build-modules $(KREL)) && ls -1 "$${built#$(CURDIR)/}"/rblk*.ko
 
@@ -68,6 +68,12 @@ install: ## installs the modules for modprobe: of the running kernel, or KREL= o
 
 install-tap: ## installs rblktap, rblkd and rblk, which serve disks from user space, below DESTDIR=
 	@scripts/install-tap
+
+deb: ## builds the Debian packages rblk, rblkd and rblkif-doc, in build/deb
+	@scripts/deb
+
+test-packages: ## builds the Debian packages twice, and installs and purges them in a throw-away system
+	@scripts/lib/package-tests
 
 clean: ## removes what was built in the tree
 	rm -rf build target
