@@ -265,7 +265,8 @@ fn serve(matches: &ArgMatches) -> Result<(), Box<dyn Error>> {
     let config = config(matches, monitor.unwrap_or_default());
     let (monitor, mut store) = Monitor::attach()?;
     rustix::thread::set_name(c"rblktap")?;
-    let opened = open(matches, &config, monitor, &mut store);
+    let uri: Uri = text(matches, "uri").parse()?;
+    let opened = open(matches, &config, &uri, monitor, &mut store);
     let (nodes, xen, image, disk) =
         opened.map_err(|error| match report_to(&mut store, &config, &*error) {
             Ok(()) => error,
@@ -277,7 +278,6 @@ fn serve(matches: &ArgMatches) -> Result<(), Box<dyn Error>> {
         .saturating_add(config.domain.into());
     let root = empty_root(&config);
     let device = Device::new(config, nodes, store, xen, image, disk)?;
-    let uri: Uri = text(matches, "uri").parse()?;
     if uri.can_be_confined() {
         confine(user, &root)?;
     }
@@ -291,16 +291,16 @@ type Opened = (ToolstackNodes, Xen, Box<dyn Engine>, Disk);
 fn open(
     matches: &ArgMatches,
     config: &Config,
+    uri: &Uri,
     monitor: Monitor,
     store: &mut Xenstore,
 ) -> Result<Opened, Box<dyn Error>> {
     let nodes = ToolstackNodes::read(store, &config.dir, config.domain)?;
-    let uri: Uri = text(matches, "uri").parse()?;
-    let options = options(matches, config, &nodes, &uri);
+    let options = options(matches, config, &nodes, uri);
     let server = uri
         .has_server()
         .then(|| -> Arc<dyn Connect> { Arc::new(monitor) });
-    let image = engine::open_with(&uri, &options, server)?;
+    let image = engine::open_with(uri, &options, server)?;
     let block_size = text(matches, "block-size").parse()?;
     let disk = Disk::new(image.info(), block_size, nodes.discard, nodes.removable);
     let grants = GrantDevice::open().map_err(|error| format!("{}: {error}", GrantDevice::PATH))?;

@@ -17,6 +17,7 @@ use rustix::event::poll;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::io::Write;
@@ -56,8 +57,12 @@ pub struct Proxy {
     store: File,
     client: UnixStream,
     permissions: Permissions,
-    watches: usize,
-    transactions: usize,
+    /// The watches that the process has, as in the requests: path and token.
+    watches: BTreeSet<Vec<u8>>,
+    /// The identifiers of requests for a transaction that have no answer.
+    starting: BTreeSet<u32>,
+    /// The transactions that the process has.
+    transactions: BTreeSet<u32>,
 }
 
 impl Proxy {
@@ -69,8 +74,9 @@ impl Proxy {
             store: store.into_file(),
             client,
             permissions,
-            watches: 0,
-            transactions: 0,
+            watches: BTreeSet::new(),
+            starting: BTreeSet::new(),
+            transactions: BTreeSet::new(),
         };
         Ok((proxy, other.into()))
     }
@@ -106,6 +112,9 @@ impl Proxy {
     /// Passes an answer or an event to the process.
     fn answer(&mut self) -> io::Result<()> {
         let message = Message::read(&mut self.store)?;
+        if message.kind != xenstore::KIND_WATCH_EVENT {
+            self.record_transaction(&message);
+        }
         // One that has ended is noticed by `request`.
         let _ = self.client.write_all(&message.encode()?);
         Ok(())
@@ -117,7 +126,7 @@ impl Proxy {
             return Ok(false);
         };
         if self.allows(&message) {
-            self.count(&message);
+            self.record(&message);
             self.store.write_all(&message.encode()?)?;
         } else {
             // One that has ended is noticed with the next request.
@@ -134,25 +143,46 @@ impl Proxy {
         let path = parts.first().map(String::as_str).unwrap_or_default();
         match kind {
             Kind::Read | Kind::Directory => self.permissions.may_read(path),
-            Kind::Watch => self.permissions.may_read(path) && self.watches < MAX_WATCHES,
-            Kind::Unwatch => self.permissions.may_read(path),
+            Kind::Watch => self.permissions.may_read(path) && self.watches.len() < MAX_WATCHES,
+            Kind::Unwatch => self.watches.contains(&message.payload),
             Kind::Write | Kind::Remove => self.permissions.may_write(path),
-            Kind::TransactionStart => self.transactions < MAX_TRANSACTIONS,
-            Kind::TransactionEnd => true,
+            Kind::TransactionStart => self.may_start(message.id),
+            Kind::TransactionEnd => self.transactions.contains(&message.transaction),
         }
     }
 
-    fn count(&mut self, message: &Message) {
+    fn may_start(&self, id: u32) -> bool {
+        let transactions = self.transactions.len().saturating_add(self.starting.len());
+        transactions < MAX_TRANSACTIONS && !self.starting.contains(&id)
+    }
+
+    /// Records what an allowed request changes.
+    fn record(&mut self, message: &Message) {
         match Kind::of(message.kind) {
-            Some(Kind::Watch) => self.watches = self.watches.saturating_add(1),
-            Some(Kind::Unwatch) => self.watches = self.watches.saturating_sub(1),
+            Some(Kind::Watch) => {
+                self.watches.insert(message.payload.clone());
+            }
+            Some(Kind::Unwatch) => {
+                self.watches.remove(&message.payload);
+            }
             Some(Kind::TransactionStart) => {
-                self.transactions = self.transactions.saturating_add(1);
+                self.starting.insert(message.id);
             }
             Some(Kind::TransactionEnd) => {
-                self.transactions = self.transactions.saturating_sub(1);
+                self.transactions.remove(&message.transaction);
             }
             _ => {}
+        }
+    }
+
+    /// Records the transaction that an answer gives to the process.
+    fn record_transaction(&mut self, answer: &Message) {
+        if !self.starting.remove(&answer.id) || answer.kind != Kind::TransactionStart as u32 {
+            return;
+        }
+        let parts = xenstore::strings(&answer.payload);
+        if let Some(transaction) = parts.first().and_then(|text| text.parse().ok()) {
+            self.transactions.insert(transaction);
         }
     }
 }
@@ -217,6 +247,9 @@ mod tests {
             store.watch("/local/domain/5/a", &token).unwrap();
         }
         assert!(store.watch("/local/domain/5/a", "more").is_err());
+        // The end of a watch that does not exist makes no room.
+        assert!(store.unwatch("/local/domain/5/a", "more").is_err());
+        assert!(store.watch("/local/domain/5/a", "more").is_err());
         store.unwatch("/local/domain/5/a", "0").unwrap();
         store.watch("/local/domain/5/a", "more").unwrap();
         let mut events = 0;
@@ -226,6 +259,22 @@ mod tests {
                 events += 1;
             }
         }
+        drop(store);
+        thread.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn transactions_are_limited() {
+        let host = Host::new();
+        let (proxy, client) = Proxy::new(host.xenstore().unwrap(), permissions()).unwrap();
+        let thread = thread::spawn(move || proxy.run());
+        let mut store = Xenstore::from_fd(client);
+        for _ in 0..MAX_TRANSACTIONS {
+            store.exchange(Kind::TransactionStart, &[b"\0"]).unwrap();
+        }
+        // The end of a transaction that does not exist makes no room.
+        assert!(store.exchange(Kind::TransactionEnd, &[b"F\0"]).is_err());
+        assert!(store.exchange(Kind::TransactionStart, &[b"\0"]).is_err());
         drop(store);
         thread.join().unwrap().unwrap();
     }

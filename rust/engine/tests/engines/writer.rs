@@ -24,7 +24,7 @@ const BLOCK: usize = 4096;
 const BLOCKS: u64 = SIZE / BLOCK as u64;
 const BATCH: u64 = 16;
 
-/// How long an error that may pass is retried, as `rblktap` does.
+/// Time for which a temporary error is retried, as by `rblktap`.
 const RETRY: Duration = Duration::from_secs(60);
 
 /// The process.
