@@ -1,85 +1,35 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A frontend that breaks the ring protocol, beside a disk that must not be affected.
 
-The frontend is the module rblk_hostile_front, which binds to xvdb and runs lists of cases. Its
-report has a line for each: the case, its result, and that of the valid requests that followed. The
-pair's own frontend serves xvda meanwhile, on a ring of 16 pages, and what is written there is read
-back all the time.
+See harness/hostile.py. The pair's own frontend serves xvda meanwhile, on a ring of 16 pages.
 """
 
 from collections.abc import Iterator
-from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from harness import hostile
 from harness.driver_check import assert_served_by_pair
 from harness.fixtures import RecordProperty
 from harness.fixtures import StartHost
 from harness.guest import Guest
+from harness.hostile import ALL
+from harness.hostile import CLOSED
+from harness.hostile import CODE
+from harness.hostile import FLOOD
+from harness.hostile import MOST_LINES
+from harness.hostile import PARAMETERS
+from harness.hostile import READ_ONLY
+from harness.hostile import TROUBLE
+from harness.hostile import Report
+from harness.hostile import assert_answers
 from harness.leak_counts import backend_switches
 from harness.leak_counts import xen_counts
 from harness.xenhost import Disk
 from harness.xenhost import Server
 from harness.xenhost import XenHost
-
-CODE = 51728
-"""Virtual device number of xvdb."""
-
-REPORT = f"/sys/bus/xen/devices/vbd-{CODE}/report"
-PARAMETERS = "/sys/module/rblk_hostile_front/parameters"
-
-ALL, READ_ONLY, TROUBLE = range(3)
-"""Lists of the module."""
-
-FLOOD = 512
-"""Wrong requests in a row."""
-
-NOT_SUPPORTED = {
-    "unknown-operation-4",
-    "unknown-operation-255",
-    "discard-secure",
-    "flood",
-}
-OKAY = {
-    "valid",
-    "write-from-read-only-grant",
-    "same-grant-twice",
-    "same-id-twice",
-    "answer-in-a-full-slot",
-    "indirect",
-    "flush",
-    "flush-with-data",
-    "discard",
-    "discard-unknown-flag",
-    "read-only-flush",
-    "read-only-read",
-    "end",
-}
-"""Cases whose answer is another one than an error."""
-
-CLOSED = {"req-prod-ahead", "req-prod-far", "req-prod-back", "born-broken"}
-"""What makes a backend close the disk."""
-
-MAX_LINES = 200
-"""Lines that may be printed for a list, with some 700 wrong requests and 40 connections in it."""
-
-TIMEOUT_MS = 2000
-"""How long the module waits for a backend that takes no notice of a broken ring."""
-
-WORK_ON_XVDA = """
-dd if=/dev/urandom of=/tmp/data bs=64k count=4 2>/dev/null
-while [ ! -e /tmp/stop ]; do
-    dd if=/tmp/data of=/dev/xvda bs=64k oflag=direct 2>/dev/null &&
-    dd if=/dev/xvda bs=64k count=4 iflag=direct 2>/dev/null | cmp -s - /tmp/data || exit 1
-    echo x >> /tmp/rounds
-    usleep 1000000
-done
-"""
-
-Report = dict[str, tuple[str, str]]
-"""For each script, by name: the outcome, and that of a good request after it."""
 
 
 def start(xen: StartHost, test_modules: Path) -> tuple[XenHost, Server, Guest, dict[str, object]]:
@@ -89,17 +39,14 @@ def start(xen: StartHost, test_modules: Path) -> tuple[XenHost, Server, Guest, d
     server.load_backend()
     server.ram_disks(2, megabytes=16)
     guest = host.start_guest(disks=[])
-    guest.unload_frontend()
-    guest.sh(f"insmod /modules/rblk_hostile_front.ko device={CODE} timeout_ms={TIMEOUT_MS}")
-    guest.load_frontend("max_ring_page_order=4")
+    hostile.load(guest)
     before = xen_counts(host)
     host.attach(guest, Disk("xvda", "/dev/ram0"))
     guest.wait_for_disk("xvda")
     assert_served_by_pair(host, guest)
     order = f"/local/domain/{guest.domid}/device/vbd/51712/ring-page-order"
     assert host.xenstore_read(order) == "4"
-    work = f"(sh -c '{WORK_ON_XVDA}' && echo good > /tmp/end || echo bad > /tmp/end)"
-    guest.sh(f"{work} > /dev/null 2>&1 &")
+    hostile.work_on_xvda(guest)
     return host, server, guest, before
 
 
@@ -118,30 +65,19 @@ def playing(
     """Plays a list on a fresh xvdb; gives its report, {case: (outcome, after)}, at its end, when
     the disk is still connected.
     """
-    guest.sh(f"echo {number} > {PARAMETERS}/list; rm -f /tmp/rounds")
+    hostile.choose(guest, number)
     lines = int(server.sh("dmesg | wc -l"))
     host.attach(guest, Disk("xvdb", "/dev/ram1", mode))
-    guest.wait_for(f"grep -q '^end ' {REPORT} && grep -q x /tmp/rounds", timeout=300)
-    report = guest.sh(f"cat {REPORT}")
-    print(report)
-    yield {case: (outcome, after) for case, outcome, after in map(str.split, report.splitlines())}
+    yield hostile.report_of(guest)
     remove(host, server, guest, "xvdb", CODE)
     printed = int(server.sh("dmesg | wc -l")) - lines
-    assert printed <= MAX_LINES, server.sh("dmesg | tail -n 60")
+    assert printed <= MOST_LINES, server.sh("dmesg | tail -n 60")
 
 
 def play(host: XenHost, server: Server, guest: Guest, number: int, mode: str = "rw") -> Report:
     """Like `playing`, but only checks the report."""
     with playing(host, server, guest, number, mode) as report:
         return report
-
-
-def assert_answers(report: Report, excused: Sequence[str] = ()) -> None:
-    """Checks that each request is completed as blkif.h says, and affects nothing else."""
-    for case, (outcome, after) in report.items():
-        wanted = "notsupp" if case in NOT_SUPPORTED else "okay" if case in OKAY else "error"
-        assert outcome == wanted or case in excused, (case, outcome)
-        assert after == "okay", (case, after)
 
 
 def trouble(host: XenHost, server: Server, guest: Guest) -> int:
@@ -185,8 +121,7 @@ def test_hostile_frontend(
 
     guest.sh(f"echo {int(not ours)} > {PARAMETERS}/gentle")
     report = play(host, server, guest, ALL)
-    end = list(report).index("flood") + 1
-    requests, rest = dict(list(report.items())[:end]), dict(list(report.items())[end:])
+    requests, rest = hostile.split(report)
     assert_answers(requests, () if ours else ("discard-secure",))
     assert_answers(play(host, server, guest, READ_ONLY, "r"), () if ours else ("read-only-flush",))
     closing = {case for case in rest if rest[case][0] == "closing"} - {"toggle"}
@@ -199,9 +134,7 @@ def test_hostile_frontend(
 
     assert (trouble(host, server, guest) >= FLOOD) != ours
 
-    guest.sh("touch /tmp/stop")
-    guest.wait_for("[ -s /tmp/end ]")
-    assert guest.sh("cat /tmp/end") == "good"
+    hostile.assert_work_is_good(guest)
     remove(host, server, guest, "xvda", 51712)
     server.take_back_memory()
     after = xen_counts(host)
