@@ -24,10 +24,11 @@ JOBS = {
 }
 
 
-def start_jobs(guest: Guest, names: Sequence[str] = tuple(JOBS)) -> list[Job]:
+def start_jobs(guest: Guest, names: Sequence[str] = tuple(JOBS), vdev: str = "xvda") -> list[Job]:
     """Starts jobs, each with its own part of the disk, which write other blocks in each pass."""
+    fio = FIO.replace("/dev/xvda", f"/dev/{vdev}")
     jobs = [
-        Job(guest, FIO.format(name=name, offset=16 * number) + JOBS[name], name)
+        Job(guest, fio.format(name=name, offset=16 * number) + JOBS[name], f"{vdev}-{name}")
         for number, name in enumerate(JOBS)
         if name in names
     ]
