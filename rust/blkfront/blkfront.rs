@@ -13,7 +13,7 @@
 //! | `submit` | the path of requests to the backend |
 //! | `completion` | the path of responses back |
 //! | `queue` | a ring and its pool: connecting and disconnecting |
-//! | `slots` | maps responses to requests |
+//! | `shadow` | maps responses to requests |
 //! | `pending_request` | a request that waits for responses, or for the end of its grants |
 //! | `request_data` | the driver's data of each request: fragments, granted pages |
 //! | `pool` | pages that stay granted |
@@ -54,7 +54,7 @@ mod request_data;
 mod retry;
 mod ring_connection;
 mod shortage;
-mod slots;
+mod shadow;
 mod submit;
 mod timeout;
 mod worker;

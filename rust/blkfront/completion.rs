@@ -3,7 +3,7 @@
 //! The completion path: from responses in the ring to finished requests.
 //!
 //! The event handler takes all responses of the ring. It copies each one once, and compares it with
-//! the [`slots`](crate::slots). Requests end in batches, without the lock, after their grants have
+//! the [`shadow`](crate::shadow) table. Requests end in batches, without the lock, after their grants have
 //! ended. Data of a bounced read is copied by the handler if it is small, because completing the
 //! request on the CPU that submitted it would cost more; otherwise it is copied there, with
 //! interrupts enabled.
@@ -54,7 +54,7 @@ use crate::{
         BlkfrontOps,
         InFlightRequest, //
     },
-    slots::SlotCompletion, //
+    shadow::ShadowCompletion, //
 };
 
 /// Number of requests that are completed at once.
@@ -294,10 +294,10 @@ impl Queue {
         inner: &mut Inner,
         response: &Response,
     ) -> Result<Option<CompletedRequest>, ProtocolViolation> {
-        match inner.slots.complete_slot(response) {
-            Ok(SlotCompletion::Plain(rq)) => Ok(Some(CompletedRequest::Plain(rq))),
-            Ok(SlotCompletion::Incomplete) => Ok(None),
-            Ok(SlotCompletion::Other(first)) => {
+        match inner.shadow.complete_id(response) {
+            Ok(ShadowCompletion::Plain(rq)) => Ok(Some(CompletedRequest::Plain(rq))),
+            Ok(ShadowCompletion::Incomplete) => Ok(None),
+            Ok(ShadowCompletion::Other(first)) => {
                 Ok(self.take_other(inner, first).map(CompletedRequest::Other))
             }
             Err(_) => {
@@ -310,7 +310,7 @@ impl Queue {
     /// Takes a complete request, unless the data that it has written has to be flushed first.
     #[inline]
     fn take_other(&self, inner: &mut Inner, first: u16) -> Option<PendingRequest> {
-        let pending = inner.slots.take(first)?;
+        let pending = inner.shadow.take(first)?;
         if pending.needs_flush() {
             return self.flush_written(inner, pending);
         }

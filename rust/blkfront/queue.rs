@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A queue: a ring with its slots and its pool of granted pages.
+//! A queue: a ring with its shadow table and its pool of granted pages.
 //!
 //! This file contains the life cycle of a queue: [`Queue::attach`] gives it a ring,
 //! [`Queue::serve`] makes it accept requests, and [`Queue::detach`] ends the connection. Requests
@@ -48,7 +48,7 @@ use crate::{
         RequestKind, //
     },
     ring_connection::RingConnection,
-    slots::Slots, //
+    shadow::ShadowTable, //
 };
 
 /// The parameters of a connection. They change only while no request is being queued.
@@ -118,7 +118,7 @@ pub(crate) enum QueueState {
 pub(crate) struct Inner {
     pub(crate) state: QueueState,
     pub(crate) connection: Option<RingConnection<Queue>>,
-    pub(crate) slots: Slots,
+    pub(crate) shadow: ShadowTable,
     /// Completed requests of which the backend still has pages mapped.
     pub(crate) still_granted: KVVec<PendingRequest>,
     pub(crate) pool: Pool,
@@ -203,7 +203,7 @@ impl Inner {
     /// Pages that the backend of its connection may have mapped are added to the stale grants.
     fn take_pending(&mut self) -> Option<PendingRequest> {
         let granted = self.still_granted.pop();
-        let mut pending = granted.or_else(|| self.slots.take_pending())?;
+        let mut pending = granted.or_else(|| self.shadow.take_pending())?;
         self.stash_pages(&mut pending.issued.data_mut().indirect_pages);
         if let IssuedRequest::Bounced(rq) = &mut pending.issued {
             self.stash_pages(&mut rq.data_mut().bounce_pages);
@@ -237,7 +237,7 @@ impl Queue {
                 inner <- new_spinlock_irqsave!(Inner {
                     state: QueueState::Disconnected,
                     connection: None,
-                    slots: Slots::empty(),
+                    shadow: ShadowTable::empty(),
                     still_granted: KVVec::new(),
                     pool: Pool::empty(),
                     broken: false,
@@ -253,9 +253,9 @@ impl Queue {
     ///
     /// Context: may sleep.
     pub(crate) fn attach(&self, connection: RingConnection<Self>) -> Result {
-        let epoch = self.inner.lock().slots.epoch();
+        let epoch = self.inner.lock().shadow.epoch();
         let capacity = connection.ring.capacity();
-        let slots = Slots::new(capacity as u16, epoch)?;
+        let shadow = ShadowTable::new(capacity as u16, epoch)?;
         let still_granted = KVVec::with_capacity(capacity as usize, GFP_KERNEL)?;
 
         // The old values are freed without the lock.
@@ -263,7 +263,7 @@ impl Queue {
             let mut inner = self.inner.lock();
             inner.broken = false;
             (
-                core::mem::replace(&mut inner.slots, slots),
+                core::mem::replace(&mut inner.shadow, shadow),
                 core::mem::replace(&mut inner.still_granted, still_granted),
                 inner.connection.replace(connection),
             )
@@ -277,7 +277,7 @@ impl Queue {
     pub(crate) fn serve(&self, config: ConnectionConfig) -> Result {
         let largest = config.resources(config.largest.into());
         let min = largest.pages();
-        let capacity = self.inner.lock().slots.capacity();
+        let capacity = self.inner.lock().shadow.capacity();
         let pool = Pool::new(config.domain, min, min.saturating_mul(capacity))?;
 
         let _old = {
@@ -429,17 +429,17 @@ impl Queue {
 
     /// Returns the number of slots of the ring.
     pub(crate) fn capacity(&self) -> usize {
-        self.inner.lock().slots.capacity()
+        self.inner.lock().shadow.capacity()
     }
 
     /// Returns `true` if no request waits for a response.
     pub(crate) fn is_idle(&self) -> bool {
-        self.inner.lock().slots.is_idle()
+        self.inner.lock().shadow.is_idle()
     }
 
     /// Returns the number of responses of the backend so far, modulo 2^32.
     pub(crate) fn responses(&self) -> u32 {
-        self.inner.lock().slots.responses()
+        self.inner.lock().shadow.responses()
     }
 
     /// Returns `true` if the backend violated the protocol.

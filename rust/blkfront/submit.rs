@@ -203,7 +203,7 @@ impl Queue {
             return Reservation::Ended(status);
         }
         let resources = config.resources(data.fragments.len() as u32);
-        if !inner.slots.reserve(resources.slots) {
+        if !inner.shadow.reserve(resources.slots) {
             return self.no_slots(inner, resources.slots);
         }
         data.resources = resources;
@@ -223,7 +223,7 @@ impl Queue {
     /// Returns what to do with a request for which there are not `slots` slots now.
     #[cold]
     fn no_slots(&self, inner: &Inner, slots: usize) -> Reservation {
-        let capacity = inner.slots.capacity();
+        let capacity = inner.shadow.capacity();
         if slots <= capacity {
             return Reservation::Busy;
         }
@@ -307,7 +307,7 @@ impl Queue {
     #[cold]
     fn cancel_reservation(&self, data: &mut RequestData) {
         let mut inner = self.inner.lock();
-        inner.slots.unreserve(data.resources.slots);
+        inner.shadow.unreserve(data.resources.slots);
         inner.pool.put(&mut data.bounce_pages);
         inner.pool.put(&mut data.indirect_pages);
     }
@@ -361,7 +361,7 @@ impl Queue {
         let RequestData {
             kind, resources, ..
         } = *segments.data();
-        inner.slots.unreserve(resources.slots);
+        inner.shadow.unreserve(resources.slots);
         match kind {
             RequestKind::Transfer(direction) if is_small(resources.fragments) => {
                 self.write_single(inner, |id| {
@@ -466,12 +466,12 @@ impl Queue {
         make: impl FnOnce(u64) -> R,
     ) -> Option<u16> {
         let ring = &mut inner.connection.as_mut()?.ring;
-        let slot = inner.slots.alloc_slot(first, self.index, part)?;
-        let request = make(slot.id.to_wire());
+        let shadow = inner.shadow.alloc_id(first, self.index, part)?;
+        let request = make(shadow.id.to_wire());
         let operation = request.response_operation();
         ring.put(request).ok()?;
-        inner.slots.expect_response(&slot, operation);
-        Some(slot.number)
+        inner.shadow.expect_response(&shadow, operation);
+        Some(shadow.number)
     }
 
     /// Writes a flush of the data that a completed request has written; the request ends when the
@@ -492,7 +492,7 @@ impl Queue {
         pending.missing = written.parts;
         inner.unpublished_flushes = true;
         // The slots of the write have just become free.
-        let stored = inner.slots.store(written.first, pending);
+        let stored = inner.shadow.store(written.first, pending);
         stored.err().map(PendingRequest::failed)
     }
 
@@ -528,7 +528,7 @@ fn store(
     if config.write_through {
         pending.flush = kind.is_write().then_some(config.flush);
     }
-    inner.slots.store(written.first, pending)
+    inner.shadow.store(written.first, pending)
 }
 
 /// Copies the data of a write to the pages that the backend may use.

@@ -43,20 +43,20 @@ impl Queue {
     ///
     /// Context: any.
     pub(crate) fn timed_out(&self, id: RequestId) {
-        self.inner.lock().slots.timed_out(id);
+        self.inner.lock().shadow.timed_out(id);
         self.events.set(Event::TimedOut);
     }
 
     /// Returns `true` if a request has timed out too often.
     pub(crate) fn has_stalled(&self) -> bool {
         let inner = self.inner.lock();
-        inner.is_open() && inner.slots.has_stalled()
+        inner.is_open() && inner.shadow.has_stalled()
     }
 
     /// Resets the timeouts of all requests. Called when the backend connects: before that it could
     /// not respond.
     pub(crate) fn reset_timeouts(&self) {
-        self.inner.lock().slots.reset_timeouts();
+        self.inner.lock().shadow.reset_timeouts();
     }
 
     /// Checks the ring for a lost event, and handles it.

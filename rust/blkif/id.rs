@@ -9,7 +9,7 @@
 //!
 //! | bits | field | meaning |
 //! |---|---|---|
-//! | 0..16 | tag | number of the slot in the frontend's slot table |
+//! | 0..16 | tag | number of the entry in the frontend's shadow table |
 //! | 16..28 | part | which slot of a request that needs several |
 //! | 28..40 | queue | hardware queue |
 //! | 40..64 | epoch | count of uses; an answer to an older use has another one |
