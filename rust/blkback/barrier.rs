@@ -27,7 +27,7 @@ use kernel::{
     }, //
 };
 
-use crate::events::QueueEvents;
+use crate::wakeup::QueueWakeup;
 
 /// The barrier gate of a connection.
 #[pin_data]
@@ -50,7 +50,7 @@ struct Queues {
 /// The gate's record of a queue.
 struct Member {
     index: u32,
-    events: Arc<QueueEvents>,
+    wakeup: Arc<QueueWakeup>,
     quiesced: bool,
 }
 
@@ -72,13 +72,13 @@ impl Queues {
             return;
         }
         if self.all_quiesced() {
-            self.kick(|member| self.owner == Some(member.index));
+            self.wake(|member| self.owner == Some(member.index));
         }
     }
 
-    fn kick(&self, which: impl Fn(&Member) -> bool) {
+    fn wake(&self, which: impl Fn(&Member) -> bool) {
         let members = self.members.iter().filter(|member| which(member));
-        members.for_each(|member| member.events.kick());
+        members.for_each(|member| member.wakeup.set_pending());
     }
 }
 
@@ -105,7 +105,7 @@ impl BarrierGate {
             .members
             .iter_mut()
             .for_each(|member| member.quiesced = false);
-        queues.kick(|member| owner != Some(member.index));
+        queues.wake(|member| owner != Some(member.index));
     }
 }
 
@@ -120,15 +120,15 @@ pub(crate) struct GateMember {
 impl GateMember {
     /// Adds the queue with this index.
     ///
-    /// It is woken through `events`.
+    /// It is woken through `wakeup`.
     pub(crate) fn new(
         gate: &Arc<BarrierGate>,
         index: u32,
-        events: &Arc<QueueEvents>,
+        wakeup: &Arc<QueueWakeup>,
     ) -> Result<Self> {
         let member = Member {
             index,
-            events: events.clone(),
+            wakeup: wakeup.clone(),
             quiesced: false,
         };
         gate.queues.lock().members.push(member, GFP_KERNEL)?;
@@ -183,7 +183,7 @@ impl Drop for GateMember {
         if queues.owner == Some(self.index) {
             self.gate.set_owner(&mut queues, None);
         } else if queues.all_quiesced() {
-            queues.kick(|member| queues.owner == Some(member.index));
+            queues.wake(|member| queues.owner == Some(member.index));
         }
     }
 }

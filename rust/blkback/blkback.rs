@@ -15,7 +15,7 @@
 //! | `submit` | from requests in the ring to I/O in flight | `dispatch_rw_block_io()` |
 //! | `completion` | from completed I/O to responses in the ring | `end_block_io_op()` |
 //! | `handoff` | lending the ring to I/O completion | none |
-//! | `events` | what wakes a queue thread | `waiting_reqs` |
+//! | `wakeup` | what wakes a queue thread | `waiting_reqs` |
 //! | `pending_req` | a request from the ring to its response | `struct pending_req` |
 //! | `data_path` | grant copy, mapping, persistent grants | `xen_blkbk_map()` |
 //! | `persistent` | pages that stay mapped | `struct persistent_gnt` |
@@ -50,7 +50,7 @@ mod disk;
 mod domain;
 mod driver;
 mod error;
-mod events;
+mod wakeup;
 mod handoff;
 mod io_accounting;
 mod list;

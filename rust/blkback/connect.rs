@@ -277,7 +277,7 @@ impl<'a> Connection<'a> {
         Queue::new(QueueConfig {
             xbdev: ARef::from(self.xbdev),
             name: CString::try_from_fmt(fmt!("{}.{}-{index}", domain.id, *self.name))?,
-            gate: GateMember::new(&self.gate, index, &connection.events)?,
+            gate: GateMember::new(&self.gate, index, &connection.wakeup)?,
             connection,
             io_accounting: self.io_accounting.clone(),
             disk: self.disk.clone(),

@@ -143,7 +143,7 @@ use crate::{
         ConnectError,
         ResultExt, //
     },
-    events::QueueEvents,
+    wakeup::QueueWakeup,
     params,
     queue::Queue,
     reports::QueueOwner,
@@ -287,7 +287,7 @@ enum Step {
 struct QueueThread {
     /// Dropping it stops the thread.
     _thread: KThread,
-    events: Arc<QueueEvents>,
+    wakeup: Arc<QueueWakeup>,
 }
 
 impl TimerCallback for RetryTimer {
@@ -409,7 +409,7 @@ impl Device {
             inner
                 .queue_threads
                 .iter()
-                .for_each(|thread| thread.events.set_memory_pressure());
+                .for_each(|thread| thread.wakeup.set_memory_pressure());
         }
     }
 
@@ -755,7 +755,7 @@ impl Device {
         }
         let size_poll = queue_threads
             .first()
-            .map(|first| SizePoll::timer(disk.clone(), first.events.clone()))
+            .map(|first| SizePoll::timer(disk.clone(), first.wakeup.clone()))
             .transpose()
             .during("creating a timer")?;
         // The frontend may send requests as soon as this is written. The threads take none before
@@ -783,7 +783,7 @@ impl Device {
         let name =
             CString::try_from_fmt(fmt!("rblkback {}", queue.name())).during("naming a thread")?;
         let kind = KThreadOptions { freezable: true };
-        let events = queue.events();
+        let wakeup = queue.wakeup();
         KThread::spawn(fmt!("{}", *name), kind, move |thread| {
             // Reclaim may write to the disk, so allocations must not wait for it.
             let _noio = NoioScope::new();
@@ -791,7 +791,7 @@ impl Device {
             queue.serve(thread, &handle);
             drop(handle);
         })
-        .map(|_thread| QueueThread { _thread, events })
+        .map(|_thread| QueueThread { _thread, wakeup })
         .during("starting a thread")
     }
 

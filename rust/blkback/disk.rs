@@ -55,7 +55,7 @@ use blkif::{
     },
 };
 
-use crate::events::QueueEvents;
+use crate::wakeup::QueueWakeup;
 
 /// Largest number of segments of an indirect request (`MAX_INDIRECT_SEGMENTS` of `xen-blkback`).
 pub(crate) const MAX_INDIRECT_SEGMENTS: u16 = 256;
@@ -191,18 +191,18 @@ const SIZE_POLL_MS: u32 = 1000;
 /// Timer that polls the size of a disk without I/O.
 pub(crate) struct SizePoll {
     disk: Arc<Disk>,
-    events: Arc<QueueEvents>,
+    wakeup: Arc<QueueWakeup>,
 }
 
 impl SizePoll {
     /// Creates the timer, which has to be started once, after [`Self::period`].
     ///
-    /// `events` belong to the queue that has to report a new size.
+    /// `wakeup` belong to the queue that has to report a new size.
     pub(crate) fn timer(
         disk: Arc<Disk>,
-        events: Arc<QueueEvents>,
+        wakeup: Arc<QueueWakeup>,
     ) -> Result<Pin<KBox<Timer<Self>>>> {
-        Timer::new(TimerFlags::Deferrable, Self { disk, events })
+        Timer::new(TimerFlags::Deferrable, Self { disk, wakeup })
     }
 
     /// Returns the interval of the poll.
@@ -214,7 +214,7 @@ impl SizePoll {
 impl TimerCallback for SizePoll {
     fn expired(&self) -> Option<Jiffies> {
         if self.disk.size_changed() {
-            self.events.kick();
+            self.wakeup.set_pending();
         }
         Some(Self::period())
     }

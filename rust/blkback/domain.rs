@@ -60,7 +60,7 @@ use kernel_ext::{
     },
 };
 
-use crate::events::QueueEvents;
+use crate::wakeup::QueueWakeup;
 
 /// Time after a refused reservation for which no queue may exceed its guarantee.
 const SHORTAGE_MS: u32 = 10_000;
@@ -155,7 +155,7 @@ pub(crate) struct Domain {
     persistent: PageQuota,
     /// The queues, which are woken when a shortage begins.
     #[pin]
-    queues: Mutex<KVec<Arc<QueueEvents>>>,
+    queues: Mutex<KVec<Arc<QueueWakeup>>>,
 }
 
 impl Domain {
@@ -197,7 +197,7 @@ impl Domain {
 
     /// Wakes the queues, which then check for a shortage.
     fn notify_queues(&self) {
-        self.queues.lock().iter().for_each(|events| events.kick());
+        self.queues.lock().iter().for_each(|wakeup| wakeup.set_pending());
     }
 }
 
@@ -206,18 +206,18 @@ impl Domain {
 /// Dropping it removes the queue.
 pub(crate) struct ShortageSubscriber {
     domain: Arc<Domain>,
-    events: Arc<QueueEvents>,
+    wakeup: Arc<QueueWakeup>,
 }
 
 impl ShortageSubscriber {
     /// Adds a queue to its domain.
-    pub(crate) fn new(domain: &Arc<Domain>, events: &Arc<QueueEvents>) -> Result<Self> {
+    pub(crate) fn new(domain: &Arc<Domain>, wakeup: &Arc<QueueWakeup>) -> Result<Self> {
         // As in `DeviceRegistration::new`.
         let _noio = NoioScope::new();
-        domain.queues.lock().push(events.clone(), GFP_KERNEL)?;
+        domain.queues.lock().push(wakeup.clone(), GFP_KERNEL)?;
         Ok(Self {
             domain: domain.clone(),
-            events: events.clone(),
+            wakeup: wakeup.clone(),
         })
     }
 
@@ -231,7 +231,7 @@ impl ShortageSubscriber {
 impl Drop for ShortageSubscriber {
     fn drop(&mut self) {
         let mut queues = self.domain.queues.lock();
-        queues.retain(|events| !Arc::ptr_eq(events, &self.events));
+        queues.retain(|wakeup| !Arc::ptr_eq(wakeup, &self.wakeup));
     }
 }
 

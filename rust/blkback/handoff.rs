@@ -48,7 +48,7 @@ use blkif::{
 };
 
 use crate::{
-    events::QueueEvents,
+    wakeup::QueueWakeup,
     list::{
         Linked,
         List, //
@@ -118,7 +118,7 @@ pub(crate) struct Reclaimed<R: Respond> {
 /// The handoff of one queue.
 #[pin_data]
 pub(crate) struct Handoff<R: Respond> {
-    events: Arc<QueueEvents>,
+    wakeup: Arc<QueueWakeup>,
     #[pin]
     state: SpinLockIrqSave<State<R>>,
 }
@@ -127,9 +127,9 @@ impl<R: Respond> Handoff<R> {
     /// Creates the handoff of the queue with these events.
     ///
     /// The thread owns the ring.
-    pub(crate) fn new(events: Arc<QueueEvents>) -> impl PinInit<Self> {
+    pub(crate) fn new(wakeup: Arc<QueueWakeup>) -> impl PinInit<Self> {
         pin_init!(Self {
-            events,
+            wakeup,
             state <- new_spinlock_irqsave!(State {
                 owner: RingOwner::Thread,
                 completed: List::new(),
@@ -160,11 +160,11 @@ impl<R: Respond> Handoff<R> {
         let first = state.completed.is_empty();
         state.completed.push(req);
         if first {
-            self.events.set_completed(true);
+            self.wakeup.set_completed(true);
         }
         drop(state);
         if first {
-            self.events.wake();
+            self.wakeup.wake();
         }
     }
 
@@ -196,11 +196,11 @@ impl<R: Respond> Handoff<R> {
 
     /// Takes the completed requests that need the thread.
     pub(crate) fn take_completed(&self) -> List<R> {
-        if !self.events.has_completed() {
+        if !self.wakeup.has_completed() {
             return List::new();
         }
         let mut state = self.state.lock();
-        self.events.set_completed(false);
+        self.wakeup.set_completed(false);
         state.completed.take()
     }
 }

@@ -71,9 +71,9 @@ use crate::{
         Domain,
         ShortageSubscriber, //
     },
-    events::{
+    wakeup::{
         PurgeTimer,
-        QueueEvents, //
+        QueueWakeup, //
     },
     handoff::{
         Handoff,
@@ -144,8 +144,8 @@ pub(crate) struct Queue {
     pub(crate) name: CString,
     /// `None` while it is lent.
     pub(crate) ring: Option<KBox<Ring>>,
-    pub(crate) channel: EventChannel<QueueEvents>,
-    events: Arc<QueueEvents>,
+    pub(crate) channel: EventChannel<QueueWakeup>,
+    wakeup: Arc<QueueWakeup>,
     pub(crate) handoff: Arc<Handoff<PendingReq>>,
     io_accounting: Arc<IoAccounting>,
     pub(crate) disk: Arc<Disk>,
@@ -195,19 +195,19 @@ impl Queue {
         let RingConnection {
             ring,
             channel,
-            events,
+            wakeup,
         } = connection;
-        let handoff = Arc::pin_init(Handoff::new(events.clone()), GFP_KERNEL)?;
+        let handoff = Arc::pin_init(Handoff::new(wakeup.clone()), GFP_KERNEL)?;
         let data_path = DataPath::new(&xbdev, &domain, persistent)?;
         let pool = ReqPool::new(&handoff, MAX_SEGMENTS)?;
-        let shortage = ShortageSubscriber::new(&domain, &events)?;
-        let purge_timer = Timer::new(TimerFlags::Default, PurgeTimer(events.clone()))?;
+        let shortage = ShortageSubscriber::new(&domain, &wakeup)?;
+        let purge_timer = Timer::new(TimerFlags::Default, PurgeTimer(wakeup.clone()))?;
         Ok(Self {
             xbdev,
             name,
             ring: Some(KBox::new(ring, GFP_KERNEL)?),
             channel,
-            events,
+            wakeup,
             handoff,
             io_accounting,
             disk,
@@ -237,8 +237,8 @@ impl Queue {
     }
 
     /// Returns the wake-up conditions of the thread.
-    pub(crate) fn events(&self) -> Arc<QueueEvents> {
-        self.events.clone()
+    pub(crate) fn wakeup(&self) -> Arc<QueueWakeup> {
+        self.wakeup.clone()
     }
 
     /// Serves the ring until the thread has to stop and no request is in flight.
@@ -247,10 +247,10 @@ impl Queue {
     pub(crate) fn serve(mut self, thread: &Current, owner: &impl QueueOwner) {
         let _accounted = self.io_accounting.apply(thread, &self.xbdev);
         loop {
-            self.events.clear_pending();
+            self.wakeup.clear_pending();
             // An event that comes while the thread stops is not ended: the next driver that binds
             // the channel looks at the ring anyway.
-            let event = !thread.should_stop() && self.events.take_event();
+            let event = !thread.should_stop() && self.wakeup.take_event();
             let took = self.run_once(thread);
             // The event of a broken ring is never ended, so that no more come.
             if event && self.ring_status.is_usable() {
@@ -338,7 +338,7 @@ impl Queue {
         self.trim();
         self.lend_ring(stopping);
         let timeout = self.timeout();
-        self.events.wait(thread, !stopping, timeout);
+        self.wakeup.wait(thread, !stopping, timeout);
         self.reclaim_ring();
     }
 
@@ -353,7 +353,7 @@ impl Queue {
 
     /// Frees what is not needed now, and unmaps pages that other queues need.
     fn trim(&mut self) {
-        if self.events.take_memory_pressure() {
+        if self.wakeup.take_memory_pressure() {
             let time = msecs_to_jiffies(BUFFER_SQUEEZE_DURATION_MS.get());
             self.short_until = Some(jiffies::now().wrapping_add(time));
         }

@@ -22,16 +22,16 @@ use crate::{
         ConnectError,
         ResultExt, //
     },
-    events::QueueEvents,
+    wakeup::QueueWakeup,
     handoff::Ring, //
 };
 
 /// A mapped ring with its event channel.
 pub(crate) struct RingConnection {
     pub(crate) ring: Ring,
-    pub(crate) channel: EventChannel<QueueEvents>,
+    pub(crate) channel: EventChannel<QueueWakeup>,
     /// The flags that events of the channel set.
-    pub(crate) events: Arc<QueueEvents>,
+    pub(crate) wakeup: Arc<QueueWakeup>,
 }
 
 impl RingConnection {
@@ -51,13 +51,13 @@ impl RingConnection {
             ConnectError::Refused(index, "ring-ref", first, error)
         })?;
         let ring = Ring::attach(ring, abi).map_err(|error| ConnectError::Ring(index, error))?;
-        let events = Arc::pin_init(QueueEvents::new(), GFP_KERNEL).during("allocating a queue")?;
-        let channel = EventChannel::bind_interdomain(xbdev, port, c"blkif-backend", events.clone())
+        let wakeup = Arc::pin_init(QueueWakeup::new(), GFP_KERNEL).during("allocating a queue")?;
+        let channel = EventChannel::bind_interdomain(xbdev, port, c"blkif-backend", wakeup.clone())
             .map_err(|error| ConnectError::Refused(index, "event-channel", port, error))?;
         Ok(Self {
             ring,
             channel,
-            events,
+            wakeup,
         })
     }
 }

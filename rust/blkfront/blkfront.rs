@@ -19,7 +19,7 @@
 //! | `pool` | pages that stay granted |
 //! | `ring_connection` | a ring and its event channel |
 //! | `registry` | the disks of the guest, removed ones included |
-//! | `events` | wakes the device worker |
+//! | `wakeup` | wakes the device worker |
 //! | `retry` | when to connect again after a failure |
 //! | `shortage` | grants that a device needs and other devices hold |
 //! | `timeout` | requests that get no response in time |
@@ -43,7 +43,7 @@ mod completion;
 mod device;
 mod disk;
 mod driver;
-mod events;
+mod wakeup;
 mod mq_ops;
 mod params;
 mod pending_request;

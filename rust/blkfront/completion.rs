@@ -43,7 +43,7 @@ use blkif::{
 };
 
 use crate::{
-    events::Event,
+    wakeup::WakeReason,
     pending_request::PendingRequest,
     queue::{
         Inner,
@@ -393,7 +393,7 @@ impl Queue {
                     "{name}: the backend has refused a flush: data may be lost\n"
                 ));
             }
-            Op::Discard | Op::SecureErase => self.events.set(Event::NoDiscard),
+            Op::Discard | Op::SecureErase => self.wakeup.set(WakeReason::NoDiscard),
             Op::Read | Op::Write | Op::WriteZeroes | Op::Other(_) => {}
         }
     }
@@ -402,7 +402,7 @@ impl Queue {
     #[cold]
     fn set_broken(&self, inner: &mut Inner) -> ScanResult {
         inner.broken = true;
-        self.events.set(Event::Failed);
+        self.wakeup.set(WakeReason::Failed);
         ScanResult::Broken
     }
 
@@ -442,7 +442,7 @@ impl Queue {
         // The list has room for all slots. Without room, the request would never end, and its pages
         // would never be reused.
         drop(rejected);
-        self.events.set(Event::Failed);
+        self.wakeup.set(WakeReason::Failed);
     }
 }
 

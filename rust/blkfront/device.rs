@@ -90,9 +90,9 @@ use crate::{
         Disk,
         LimitInputs, //
     },
-    events::{
-        DeviceEvents,
-        Event, //
+    wakeup::{
+        DeviceWakeup,
+        WakeReason, //
     },
     params,
     pending_request::PendingRequest,
@@ -160,7 +160,7 @@ impl Claimed for GenDisk<BlkfrontOps> {
 pub(crate) struct Device {
     device: ARef<xenbus::Device>,
     vdev: VirtualDevice,
-    events: Arc<DeviceEvents>,
+    wakeup: Arc<DeviceWakeup>,
     state: FrontState,
     /// Unless this is `None`, no more steps are taken: the device worker removes the disk.
     ending: Ending,
@@ -210,13 +210,13 @@ impl Device {
     pub(crate) fn new(
         device: ARef<xenbus::Device>,
         vdev: VirtualDevice,
-        events: Arc<DeviceEvents>,
+        wakeup: Arc<DeviceWakeup>,
         backend: CString,
     ) -> Self {
         Self {
             device,
             vdev,
-            events,
+            wakeup,
             state: FrontState::Waiting,
             ending: Ending::None,
             detach_deferred: false,
@@ -321,7 +321,7 @@ impl Device {
                 | FrontEvent::Deadline { .. }
                 | FrontEvent::Resume => Ending::Failed,
             };
-            self.events.set(Event::Close);
+            self.wakeup.set(WakeReason::Close);
             return;
         }
         match self.run_action(action) {
@@ -390,7 +390,7 @@ impl Device {
                 .dev_error(error, fmt!("{}: trying again", describe(action))));
         }
         // The device worker has to compute again how long it sleeps.
-        self.events.set(Event::Backend);
+        self.wakeup.set(WakeReason::Backend);
     }
 
     /// Executes the action of a step.
@@ -493,7 +493,7 @@ impl Device {
         self.queues = KVec::new();
         let handle = self.device.handle().unwrap_or(0) as u16;
         for index in 0..count {
-            let queue = Queue::new(self.vdev.name, index as u16, handle, self.events.clone())?;
+            let queue = Queue::new(self.vdev.name, index as u16, handle, self.wakeup.clone())?;
             self.queues.push(queue, GFP_KERNEL)?;
         }
         Ok(())
@@ -595,7 +595,7 @@ impl Device {
         if let Some(minors) = minors {
             builder = builder.device_numbers(minors);
         }
-        let data = Disk::new(queues, nodes.cdrom(), self.vdev.name, self.events.clone());
+        let data = Disk::new(queues, nodes.cdrom(), self.vdev.name, self.wakeup.clone());
         let serial = data.serial();
         let disk = builder.build(
             fmt!("{}", self.name()),
@@ -639,7 +639,7 @@ impl Device {
     /// Starts a thread that adds the disk, which reads from it and so waits for the backend.
     fn add_disk(&mut self, disk: Arc<GenDisk<BlkfrontOps>>) -> Result {
         let device = self.device.clone();
-        let events = self.events.clone();
+        let wakeup = self.wakeup.clone();
         let name = self.vdev.name;
         let kind = KThreadOptions::default();
         let scan_thread =
@@ -647,9 +647,9 @@ impl Device {
                 let parent: &xenbus::Device = &device;
                 if let Err(error) = disk.add(Some(parent.as_ref())) {
                     device.dev_fatal(error, fmt!("adding disk {}", name.as_str()));
-                    events.set(Event::Failed);
+                    wakeup.set(WakeReason::Failed);
                 }
-                events.mark_ready();
+                wakeup.mark_ready();
             })?;
         self.scan_thread = Some(scan_thread);
         Ok(())
@@ -697,7 +697,7 @@ impl Device {
         match disk.try_update_limits(|limits| desired.apply(limits)) {
             Ok(()) => self.applied = Some(desired),
             Err(error) if error != EBUSY => return Err(error),
-            Err(_) => self.events.set(Event::Limits),
+            Err(_) => self.wakeup.set(WakeReason::Limits),
         }
         Ok(())
     }
@@ -996,7 +996,7 @@ impl Device {
         self.shortage.finish();
         // A device that is unbound before it has made an offer stays Initialising: it can be bound
         // again, and only the `xenwatch` thread may change Initialising.
-        if connected || !self.events.is_removing() {
+        if connected || !self.wakeup.is_removing() {
             self.write_state();
         }
     }

@@ -35,9 +35,9 @@ use blkif::{
 };
 
 use crate::{
-    events::{
-        DeviceEvents,
-        Event, //
+    wakeup::{
+        DeviceWakeup,
+        WakeReason, //
     },
     params,
     queue::Queue,
@@ -53,7 +53,7 @@ pub(crate) struct Disk {
     cdrom: bool,
     name: DiskName,
     serial: Serial,
-    events: Arc<DeviceEvents>,
+    wakeup: Arc<DeviceWakeup>,
     /// 1 if the device worker waits until the disk is closed.
     notify_on_release: Atomic<i32>,
 }
@@ -64,7 +64,7 @@ impl Disk {
         queues: KVec<Arc<Queue>>,
         cdrom: bool,
         name: DiskName,
-        events: Arc<DeviceEvents>,
+        wakeup: Arc<DeviceWakeup>,
     ) -> Self {
         Self {
             rings: Atomic::new(queues.len() as u32),
@@ -72,7 +72,7 @@ impl Disk {
             cdrom,
             name,
             serial: Serial::new(),
-            events,
+            wakeup,
             notify_on_release: Atomic::new(0),
         }
     }
@@ -92,7 +92,7 @@ impl Disk {
         self.cdrom
     }
 
-    /// Makes each later close of the disk by an opener set [`Event::Released`]. The caller has to
+    /// Makes each later close of the disk by an opener set [`WakeReason::Released`]. The caller has to
     /// check for openers afterwards.
     pub(crate) fn notify_release(&self) {
         self.notify_on_release.xchg(1, Full);
@@ -101,7 +101,7 @@ impl Disk {
     /// Handles an opener that closes the disk.
     pub(crate) fn released(&self) {
         if self.notify_on_release.load(Relaxed) != 0 {
-            self.events.set(Event::Released);
+            self.wakeup.set(WakeReason::Released);
         }
     }
 

@@ -39,9 +39,9 @@ use kernel_ext::{
 
 use crate::{
     device::Device,
-    events::{
-        DeviceEvents,
-        Event, //
+    wakeup::{
+        DeviceWakeup,
+        WakeReason, //
     },
     shortage::ShortageSubscriber,
     worker::DeviceWorker,
@@ -57,7 +57,7 @@ static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
 
 /// The driver's data of a bound device.
 pub(crate) struct VbdDriver {
-    events: Arc<DeviceEvents>,
+    wakeup: Arc<DeviceWakeup>,
     worker: Arc<DeviceWorker>,
     _thread: KThread,
     _subscriber: ShortageSubscriber,
@@ -69,11 +69,11 @@ impl VbdDriver {
         let vdev = xenstore::virtual_device(&device)
             .inspect_err(|error| dev.dev_fatal(*error, fmt!("reading virtual-device")))?;
         xenstore::refuse_emulated(&device, &vdev)?;
-        let events = DeviceEvents::new()?;
+        let wakeup = DeviceWakeup::new()?;
         let backend = xenstore::path(dev.otherend()?)?;
-        let device_state = Device::new(device, vdev, events.clone(), backend);
-        let worker = DeviceWorker::new(device_state, events.clone())?;
-        let subscriber = ShortageSubscriber::new(events.clone())?;
+        let device_state = Device::new(device, vdev, wakeup.clone(), backend);
+        let worker = DeviceWorker::new(device_state, wakeup.clone())?;
+        let subscriber = ShortageSubscriber::new(wakeup.clone())?;
 
         // Reclaim may write to this disk: the thread must not be frozen, and must not start I/O to
         // allocate memory.
@@ -84,7 +84,7 @@ impl VbdDriver {
             DeviceWorker::run(&runner);
         })?;
         Ok(Self {
-            events,
+            wakeup,
             worker,
             _thread: thread,
             _subscriber: subscriber,
@@ -95,7 +95,7 @@ impl VbdDriver {
 impl Drop for VbdDriver {
     fn drop(&mut self) {
         // The thread has to end even if the device could not be bound.
-        self.events.set(Event::Remove);
+        self.wakeup.set(WakeReason::Remove);
     }
 }
 
@@ -116,20 +116,20 @@ impl Driver for VbdDriver {
     ) -> DeviceAction {
         let _noio = NoioScope::new();
         self.worker.device.lock().backend_changed(state);
-        self.events.set(Event::Backend);
+        self.wakeup.set(WakeReason::Backend);
         DeviceAction::Keep
     }
 
     fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {
-        self.events.set(Event::Remove);
+        self.wakeup.set(WakeReason::Remove);
         let mut syncing = false;
         while !self
-            .events
+            .wakeup
             .await_finish(msecs_to_jiffies(REMOVE_TIMEOUT_MS))
         {
             // No limit while the disk is written back: the worker ends that if the backend does not
             // respond.
-            let synced = core::mem::replace(&mut syncing, self.events.is_syncing());
+            let synced = core::mem::replace(&mut syncing, self.wakeup.is_syncing());
             if !synced && !syncing {
                 dev.dev_error(
                     ETIMEDOUT,
@@ -143,11 +143,11 @@ impl Driver for VbdDriver {
     fn resume(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) -> Result {
         let _noio = NoioScope::new();
         let resumed = self.worker.device.lock().resume(dev.otherend()?);
-        self.events.set(Event::Backend);
+        self.wakeup.set(WakeReason::Backend);
         resumed
     }
 
     fn is_ready(self: Pin<&Self>) -> bool {
-        self.events.is_ready()
+        self.wakeup.is_ready()
     }
 }

@@ -40,7 +40,7 @@ use blkif::{
 };
 
 use crate::{
-    events::DeviceEvents,
+    wakeup::DeviceWakeup,
     pending_request::PendingRequest,
     pool::Pool,
     request_data::{
@@ -152,7 +152,7 @@ pub(crate) struct Queue {
     /// Handle of the device, which each request contains.
     pub(crate) handle: u16,
     /// Wakes the device worker.
-    pub(crate) events: Arc<DeviceEvents>,
+    pub(crate) wakeup: Arc<DeviceWakeup>,
     #[pin]
     pub(crate) inner: SpinLockIrqSave<Inner>,
 }
@@ -226,14 +226,14 @@ impl Queue {
         name: DiskName,
         index: u16,
         handle: u16,
-        events: Arc<DeviceEvents>,
+        wakeup: Arc<DeviceWakeup>,
     ) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
                 name,
                 index,
                 handle,
-                events,
+                wakeup,
                 inner <- new_spinlock_irqsave!(Inner {
                     state: QueueState::Disconnected,
                     connection: None,

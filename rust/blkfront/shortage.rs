@@ -25,9 +25,9 @@ use kernel::{
 
 use kernel_ext::base::global_mutex::GlobalMutex;
 
-use crate::events::{
-    DeviceEvents,
-    Event, //
+use crate::wakeup::{
+    DeviceWakeup,
+    WakeReason, //
 };
 
 /// Time for which the other disks are throttled, in milliseconds.
@@ -36,7 +36,7 @@ const THROTTLE_MS: i64 = 5_000;
 const THROTTLE_INTERVAL_MS: i64 = 30_000;
 
 /// The devices of this guest.
-static DEVICES: GlobalMutex<KVec<Arc<DeviceEvents>>> = GlobalMutex::new(KVec::new());
+static DEVICES: GlobalMutex<KVec<Arc<DeviceWakeup>>> = GlobalMutex::new(KVec::new());
 
 /// Number of devices that wait for grants.
 static ACTIVE: Atomic<i32> = Atomic::new(0);
@@ -50,20 +50,20 @@ pub(crate) fn is_active() -> bool {
 }
 
 /// The registration of a device that is asked to free unused grants; it ends when it is dropped.
-pub(crate) struct ShortageSubscriber(Arc<DeviceEvents>);
+pub(crate) struct ShortageSubscriber(Arc<DeviceWakeup>);
 
 impl ShortageSubscriber {
     /// Registers a device.
-    pub(crate) fn new(events: Arc<DeviceEvents>) -> Result<Self> {
-        DEVICES.lock().push(events.clone(), GFP_KERNEL)?;
-        Ok(Self(events))
+    pub(crate) fn new(wakeup: Arc<DeviceWakeup>) -> Result<Self> {
+        DEVICES.lock().push(wakeup.clone(), GFP_KERNEL)?;
+        Ok(Self(wakeup))
     }
 }
 
 impl Drop for ShortageSubscriber {
     fn drop(&mut self) {
         let mut devices = DEVICES.lock();
-        devices.retain(|events| !Arc::ptr_eq(events, &self.0));
+        devices.retain(|wakeup| !Arc::ptr_eq(wakeup, &self.0));
         if devices.is_empty() {
             // A static is not dropped when the module is unloaded, so free its memory.
             *devices = KVec::new();
@@ -114,8 +114,8 @@ impl Shortage {
             }
             None => {}
         }
-        for events in DEVICES.lock().iter() {
-            events.set(Event::Shortage);
+        for wakeup in DEVICES.lock().iter() {
+            wakeup.set(WakeReason::Shortage);
         }
     }
 

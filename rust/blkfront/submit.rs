@@ -55,7 +55,7 @@ use blkif::{
 };
 
 use crate::{
-    events::Event,
+    wakeup::WakeReason,
     pending_request::PendingRequest,
     pool,
     queue::{
@@ -289,7 +289,7 @@ impl Queue {
         if data.bounce_pages.len() < resources.data
             || data.indirect_pages.len() < resources.indirect
         {
-            self.events.set(Event::PoolGrown);
+            self.wakeup.set(WakeReason::PoolGrown);
             pool::grow(config.domain, &mut data.bounce_pages, resources.data)?;
             pool::grow(config.domain, &mut data.indirect_pages, resources.indirect)?;
         }
@@ -502,7 +502,7 @@ impl Queue {
     fn mark_broken(&self, mut inner: SpinLockIrqSaveGuard<'_, Inner>, pending: PendingRequest) {
         inner.broken = true;
         drop(inner);
-        self.events.set(Event::Failed);
+        self.wakeup.set(WakeReason::Failed);
         drop(pending);
     }
 

@@ -27,7 +27,7 @@ use kernel_ext::{
 };
 
 use crate::{
-    events::Event,
+    wakeup::WakeReason,
     queue::Queue, //
 };
 
@@ -44,7 +44,7 @@ impl Queue {
     /// Context: any.
     pub(crate) fn timed_out(&self, id: RequestId) {
         self.inner.lock().shadow.timed_out(id);
-        self.events.set(Event::TimedOut);
+        self.wakeup.set(WakeReason::TimedOut);
     }
 
     /// Returns `true` if a request has timed out too often.
@@ -106,7 +106,7 @@ impl Queue {
         };
         let start = Instant::<Monotonic>::now();
         while self.responses_taken() == Some(before) {
-            if self.events.is_removing() || start.elapsed().as_millis() >= RESPONSE_TIMEOUT_MS {
+            if self.wakeup.is_removing() || start.elapsed().as_millis() >= RESPONSE_TIMEOUT_MS {
                 return;
             }
             fsleep(Delta::from_millis(RESPONSE_POLL_MS));

@@ -62,9 +62,9 @@ use blkif::state::FrontEvent;
 
 use crate::{
     device::Device,
-    events::{
-        DeviceEvents,
-        Event, //
+    wakeup::{
+        DeviceWakeup,
+        WakeReason, //
     },
     params,
     registry::Registered,
@@ -108,7 +108,7 @@ struct TrimTimer {
 /// A device, shared by its thread and the xenbus driver.
 #[pin_data]
 pub(crate) struct DeviceWorker {
-    events: Arc<DeviceEvents>,
+    wakeup: Arc<DeviceWakeup>,
     #[pin]
     pub(crate) device: Mutex<Device>,
     /// Makes the `xenwatch` thread try to connect again.
@@ -128,10 +128,10 @@ impl WatchHandler for DeviceWorker {
 
 impl DeviceWorker {
     /// Creates a worker, whose thread is not started.
-    pub(crate) fn new(device: Device, events: Arc<DeviceEvents>) -> Result<Arc<Self>> {
+    pub(crate) fn new(device: Device, wakeup: Arc<DeviceWakeup>) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
-                events,
+                wakeup,
                 device <- new_mutex!(device),
                 retry_watch <- new_mutex!(None),
             }),
@@ -150,12 +150,12 @@ impl DeviceWorker {
     fn live(self: &Arc<Self>, open: &mut Option<RemovedDisk>) {
         let mut disconnected_since = None;
         let mut trim = TrimTimer::default();
-        while !self.events.is_removing() {
+        while !self.wakeup.is_removing() {
             self.handle_events(open);
             self.retry_connect();
             self.check_outage(&mut disconnected_since);
             self.trim_pools(&mut trim);
-            self.events
+            self.wakeup
                 .wait(self.wait_timeout(&disconnected_since, trim.last.is_some()));
         }
     }
@@ -169,9 +169,9 @@ impl DeviceWorker {
         }
         self.await_unmap();
         self.remove_disk(open);
-        self.events.finish();
+        self.wakeup.finish();
         while open.is_some() {
-            self.events.wait_for(Event::Released);
+            self.wakeup.wait_for(WakeReason::Released);
             drop_closed(open);
         }
     }
@@ -223,26 +223,26 @@ impl DeviceWorker {
 
     /// Handles the events that are set.
     fn handle_events(&self, open: &mut Option<RemovedDisk>) {
-        if self.events.take(Event::Failed) {
+        if self.wakeup.take(WakeReason::Failed) {
             self.device.lock().handle_event(FrontEvent::Failed);
         }
-        if self.events.take(Event::NoDiscard) {
+        if self.wakeup.take(WakeReason::NoDiscard) {
             self.device.lock().withdraw_discard();
         }
-        if self.events.take(Event::TimedOut) {
+        if self.wakeup.take(WakeReason::TimedOut) {
             self.check_rings();
         }
-        if self.events.take(Event::Shortage) {
+        if self.wakeup.take(WakeReason::Shortage) {
             self.device.lock().trim_unused();
         }
-        if self.events.take(Event::Limits) {
+        if self.wakeup.take(WakeReason::Limits) {
             fsleep(Delta::from_millis(LIMITS_POLL_MS));
             self.device.lock().retry_limits();
         }
         // These only wake the thread; the checks below find the work.
-        self.events.take(Event::Backend);
-        self.events.take(Event::Close);
-        self.events.take(Event::Released);
+        self.wakeup.take(WakeReason::Backend);
+        self.wakeup.take(WakeReason::Close);
+        self.wakeup.take(WakeReason::Released);
         self.device.lock().retry_detach();
         if self.device.lock().must_close() {
             self.close();
@@ -289,7 +289,7 @@ impl DeviceWorker {
 
     /// Frees idle pages of the pools, if a scan is due.
     fn trim_pools(&self, trim: &mut TrimTimer) {
-        if self.events.take(Event::PoolGrown) {
+        if self.wakeup.take(WakeReason::PoolGrown) {
             trim.idle_scans = 0;
             trim.last.get_or_insert_with(Instant::now);
         }
@@ -314,7 +314,7 @@ impl DeviceWorker {
             self.drain();
         }
         self.device.lock().finish_close();
-        self.events.mark_ready();
+        self.wakeup.mark_ready();
     }
 
     /// Writes the disk back and removes it, in another thread, if the backend serves it. Returns
@@ -327,9 +327,9 @@ impl DeviceWorker {
         let Some(remove_thread) = remove_thread else {
             return served;
         };
-        self.events.set_syncing(true);
+        self.wakeup.set_syncing(true);
         let removed = self.await_removal(&remove_thread);
-        self.events.set_syncing(false);
+        self.wakeup.set_syncing(false);
         self.device.lock().store_remove_thread(remove_thread);
         removed
     }

@@ -24,7 +24,7 @@ use kernel_ext::{
 
 /// A reason to wake the device worker.
 #[derive(Clone, Copy)]
-pub(crate) enum Event {
+pub(crate) enum WakeReason {
     /// The backend may have disconnected or come back.
     Backend,
     /// The disk has to be removed.
@@ -54,7 +54,7 @@ const EVENTS: usize = 10;
 ///
 /// Context: any, unless a method says otherwise.
 #[pin_data]
-pub(crate) struct DeviceEvents {
+pub(crate) struct DeviceWakeup {
     set: [Atomic<i32>; EVENTS],
     ready: Atomic<i32>,
     /// [`WORKING`], [`SYNCING`] or [`DONE`].
@@ -70,7 +70,7 @@ const SYNCING: i32 = 1;
 /// The thread no longer needs the device.
 const DONE: i32 = 2;
 
-impl DeviceEvents {
+impl DeviceWakeup {
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
@@ -84,23 +84,23 @@ impl DeviceEvents {
     }
 
     /// Sets `event` and wakes the thread.
-    pub(crate) fn set(&self, event: Event) {
-        if let Some(flag) = self.set.get(event as usize) {
+    pub(crate) fn set(&self, reason: WakeReason) {
+        if let Some(flag) = self.set.get(reason as usize) {
             flag.xchg(1, Full);
         }
         self.wait.wake_up();
     }
 
     /// Clears `event`. Returns `true` if it was set.
-    pub(crate) fn take(&self, event: Event) -> bool {
+    pub(crate) fn take(&self, reason: WakeReason) -> bool {
         self.set
-            .get(event as usize)
+            .get(reason as usize)
             .is_some_and(|flag| flag.xchg(0, Full) != 0)
     }
 
     /// Returns `true` if the device is being unbound, which cannot be undone.
     pub(crate) fn is_removing(&self) -> bool {
-        self.is_set(Event::Remove)
+        self.is_set(WakeReason::Remove)
     }
 
     /// Marks the device as ready: the disk can be used, or there will be none.
@@ -142,14 +142,14 @@ impl DeviceEvents {
     /// Waits until `event` is set, and clears it.
     ///
     /// Context: sleeps.
-    pub(crate) fn wait_for(&self, event: Event) {
+    pub(crate) fn wait_for(&self, reason: WakeReason) {
         self.wait.wait_idle(|| self.is_set(event));
         self.take(event);
     }
 
-    fn is_set(&self, event: Event) -> bool {
+    fn is_set(&self, reason: WakeReason) -> bool {
         self.set
-            .get(event as usize)
+            .get(reason as usize)
             .is_some_and(|flag| flag.load(Relaxed) != 0)
     }
 

@@ -2,7 +2,7 @@
 
 //! Wake-up conditions of a queue thread.
 //!
-//! [`QueueEvents`] has the flags that the thread checks before it sleeps, and the wait queue on
+//! [`QueueWakeup`] has the flags that the thread checks before it sleeps, and the wait queue on
 //! which it sleeps (`waiting_reqs` and `wq` of `struct xen_blkif_ring`).
 //!
 //! | flag | set by | reason |
@@ -59,7 +59,7 @@ use kernel_ext::{
 
 /// The wake-up conditions of a queue thread.
 #[pin_data]
-pub(crate) struct QueueEvents {
+pub(crate) struct QueueWakeup {
     /// The thread has to check `event`, `memory_pressure`, or state outside of the queue.
     pending: Atomic<bool>,
     /// The frontend has sent an event, which the thread has not taken yet.
@@ -72,7 +72,7 @@ pub(crate) struct QueueEvents {
     wait: WaitQueue,
 }
 
-impl QueueEvents {
+impl QueueWakeup {
     /// Creates events none of which is pending.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
@@ -87,7 +87,7 @@ impl QueueEvents {
     /// Wakes the thread, which then checks all that may have changed.
     ///
     /// Context: any.
-    pub(crate) fn kick(&self) {
+    pub(crate) fn set_pending(&self) {
         // Release: orders what the caller has changed before the flag. Pairs with the exchange in
         // `clear_pending`.
         self.pending.store(true, Release);
@@ -100,7 +100,7 @@ impl QueueEvents {
     pub(crate) fn clear_pending(&self) {
         if self.pending.load(Relaxed) {
             // A full barrier: the checks that follow see what was changed before the flag was set.
-            // A change after this sets the flag again. Pairs with the release in `kick`.
+            // A change after this sets the flag again. Pairs with the release in `set_pending`.
             self.pending.xchg(false, Full);
         }
     }
@@ -121,7 +121,7 @@ impl QueueEvents {
     /// Context: any.
     pub(crate) fn set_memory_pressure(&self) {
         self.memory_pressure.store(true, Relaxed);
-        self.kick();
+        self.set_pending();
     }
 
     /// Returns `true` if memory was short since the last call.
@@ -177,21 +177,21 @@ impl QueueEvents {
 }
 
 /// Timer that wakes a queue thread to purge persistent grants.
-pub(crate) struct PurgeTimer(pub(crate) Arc<QueueEvents>);
+pub(crate) struct PurgeTimer(pub(crate) Arc<QueueWakeup>);
 
 impl TimerCallback for PurgeTimer {
     fn expired(&self) -> Option<Jiffies> {
-        self.0.kick();
+        self.0.set_pending();
         None
     }
 }
 
-impl Handler for QueueEvents {
+impl Handler for QueueWakeup {
     fn handle(&self) -> Eoi {
         // Release: the channel has marked an event as open before. Pairs with the acquire in
         // `take_event`.
         self.event.store(true, Release);
-        self.kick();
+        self.set_pending();
         Eoi::Later
     }
 }
