@@ -68,7 +68,7 @@ impl Queue {
     ///
     /// Returns `false` if its pages are busy, so that it has to wait.
     pub(crate) fn complete(&mut self, mut req: KBox<PendingReq>) -> bool {
-        if !self.data_path.release(&mut req) {
+        if !self.data_path.put_pages(&mut req) {
             self.busy.push(req);
             return false;
         }
@@ -98,7 +98,7 @@ impl Queue {
     /// Unmaps the pages of completed requests, publishes the responses, and notifies the frontend
     /// if it waits for them.
     pub(crate) fn push_responses(&mut self) {
-        self.data_path.unmap_released();
+        self.data_path.unmap_queued();
         if self.ring.as_mut().is_some_and(|ring| ring.publish()) {
             self.channel.notify();
         }

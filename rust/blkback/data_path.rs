@@ -113,7 +113,7 @@ const COPIES: usize = 256;
 
 /// Time for which a copy is retried while the frontend's page is paged out: as long as Linux
 /// retries to map such a page.
-const PAGED_OUT_MS: u32 = 32_000;
+const PAGED_OUT_TIMEOUT_MS: u32 = 32_000;
 
 /// Size of a segment in a page of segments, in bytes.
 const SEGMENT_BYTES: usize = 8;
@@ -271,14 +271,14 @@ impl GrantCopy {
     }
 
     /// Takes a page of `buffers`, or allocates one.
-    fn take(&mut self) -> Result<Page> {
+    fn get_buffer(&mut self) -> Result<Page> {
         match self.buffers.pop() {
             Some(page) => Ok(page),
             None => Ok(Page::alloc_page(GFP_NOWAIT | __GFP_ZERO)?),
         }
     }
 
-    fn give_back(&mut self, own: &mut KVec<Page>) {
+    fn put_buffers(&mut self, own: &mut KVec<Page>) {
         while let Some(page) = own.pop() {
             // A page for which there is no space is freed.
             let _ = self.buffers.push_within_capacity(page);
@@ -402,7 +402,7 @@ impl DataPath {
             Some(segments) => for_each_segment(segments, push),
             None => Err(DataError::Local(EINVAL)),
         };
-        self.release_page(page);
+        self.put_mapped_page(page);
         result
     }
 
@@ -427,22 +427,22 @@ impl DataPath {
     pub(crate) fn attach_pages(&mut self, req: &mut PendingReq) -> Result<(), DataError> {
         let (_, ctx) = req.split_mut();
         let small = ctx.segments.len() <= COPIED_SEGMENTS && ctx.op != ReqOp::Barrier;
-        if small && self.grant_copy.is_some() && self.take_buffers(req).is_ok() {
+        if small && self.grant_copy.is_some() && self.attach_buffers(req).is_ok() {
             return Ok(());
         }
         self.map(req)
     }
 
     /// Attaches pages of this domain to a request.
-    fn take_buffers(&mut self, req: &mut PendingReq) -> Result {
+    fn attach_buffers(&mut self, req: &mut PendingReq) -> Result {
         let grant_copy = self.grant_copy.as_mut().ok_or(EINVAL)?;
         let ((_, own), ctx) = req.split_mut();
         own.reserve(ctx.segments.len(), GFP_NOWAIT)?;
         for _ in &ctx.segments {
-            match grant_copy.take() {
+            match grant_copy.get_buffer() {
                 Ok(page) => own.push_within_capacity(page).map_err(|_| ENOMEM)?,
                 Err(error) => {
-                    grant_copy.give_back(own);
+                    grant_copy.put_buffers(own);
                     return Err(error);
                 }
             }
@@ -506,7 +506,7 @@ impl DataPath {
             Ok(())
         });
         if result.is_err() {
-            self.release_pages(pages);
+            self.put_mapped_pages(pages);
         }
         result
     }
@@ -583,7 +583,7 @@ impl DataPath {
         let page = grants.take(reference)?;
         if access == GrantAccess::ReadWrite && page.access() == GrantAccess::ReadOnly {
             grants.remove_entry(reference);
-            self.unmap_later(page);
+            self.queue_unmap(page);
             return None;
         }
         Some(page)
@@ -601,7 +601,7 @@ impl DataPath {
         }
         let mut result = self.try_map(count, access, pages);
         // Pages of completed requests count until they are unmapped, for the quota and for Xen.
-        if result.as_ref().is_err_and(DataError::is_shortage) && self.unmap_released() {
+        if result.as_ref().is_err_and(DataError::is_shortage) && self.unmap_queued() {
             result = self.try_map(count, access, pages);
         }
         result
@@ -643,42 +643,42 @@ impl DataPath {
     ///
     /// Returns `false` if a page is still in use elsewhere, so that the request has to wait.
     ///
-    /// The pages are unmapped by the next [`DataPath::unmap_released`].
-    pub(crate) fn release(&mut self, req: &mut PendingReq) -> bool {
+    /// The pages are unmapped by the next [`DataPath::unmap_queued`].
+    pub(crate) fn put_pages(&mut self, req: &mut PendingReq) -> bool {
         let ((pages, own), _) = req.split_mut();
         // A busy page must not be unmapped. With persistent grants it stays mapped, so it does not
         // matter.
         if self.persistent_grants.is_none() && pages.iter().any(MappedPage::is_busy) {
             return false;
         }
-        self.release_pages(pages);
+        self.put_mapped_pages(pages);
         if let Some(grant_copy) = &mut self.grant_copy {
-            grant_copy.give_back(own);
+            grant_copy.put_buffers(own);
         }
         true
     }
 
-    fn release_pages(&mut self, pages: &mut KVec<MappedPage>) {
+    fn put_mapped_pages(&mut self, pages: &mut KVec<MappedPage>) {
         while let Some(page) = pages.pop() {
-            self.release_page(page);
+            self.put_mapped_page(page);
         }
     }
 
-    /// Caches a page, or has it unmapped by the next [`DataPath::unmap_released`].
+    /// Caches a page, or has it unmapped by the next [`DataPath::unmap_queued`].
     #[inline]
-    fn release_page(&mut self, page: MappedPage) {
+    fn put_mapped_page(&mut self, page: MappedPage) {
         let rejected = match &mut self.persistent_grants {
             Some(grants) => grants.insert(page),
             None => Some(page),
         };
         if let Some(page) = rejected {
-            self.unmap_later(page);
+            self.queue_unmap(page);
         }
     }
 
-    fn unmap_later(&mut self, page: MappedPage) {
+    fn queue_unmap(&mut self, page: MappedPage) {
         if self.to_unmap.len() == self.to_unmap.capacity() {
-            self.unmap_released();
+            self.unmap_queued();
         }
         if self.to_unmap.push_within_capacity(page).is_err() {
             // All are busy, and there is no space: the page is dropped, which unmaps it once it is
@@ -691,7 +691,7 @@ impl DataPath {
     ///
     /// Must be called before their responses are published. Returns `true` if a page was
     /// unmapped.
-    pub(crate) fn unmap_released(&mut self) -> bool {
+    pub(crate) fn unmap_queued(&mut self) -> bool {
         let before = self.to_unmap.len();
         if before == 0 {
             return false;
@@ -704,27 +704,27 @@ impl DataPath {
     }
 
     /// Unmaps the cached pages that were not used for `time`.
-    fn unmap_older(&mut self, time: Jiffies) {
+    fn unmap_unused_for(&mut self, time: Jiffies) {
         while let Some(page) = self
             .persistent_grants
             .as_mut()
             .and_then(|grants| grants.take_unused(time))
         {
-            self.unmap_later(page);
+            self.queue_unmap(page);
         }
-        self.unmap_released();
+        self.unmap_queued();
     }
 
     /// Unmaps the pages beyond the queue's guarantee, which other queues of the domain may need.
-    pub(crate) fn return_excess(&mut self) {
+    pub(crate) fn unmap_excess(&mut self) {
         while let Some(page) = self
             .persistent_grants
             .as_mut()
             .and_then(PersistentGrants::take_excess)
         {
-            self.unmap_later(page);
+            self.queue_unmap(page);
         }
-        self.unmap_released();
+        self.unmap_queued();
         if let Some(grants) = &mut self.persistent_grants {
             grants.trim();
         }
@@ -737,13 +737,13 @@ impl DataPath {
     /// Returns `true` if there were any.
     pub(crate) fn unmap_all_cached(&mut self) -> bool {
         let before = self.mapped_now;
-        self.unmap_older(0);
+        self.unmap_unused_for(0);
         self.mapped_now != before
     }
 
     /// Frees what an idle queue does not need, and all that it can spare if memory is `short`.
     pub(crate) fn trim(&mut self, short: bool) {
-        self.return_excess();
+        self.unmap_excess();
         if short {
             self.shrink_cache(0);
             if let Some(grant_copy) = &mut self.grant_copy {
@@ -769,7 +769,7 @@ impl DataPath {
     /// parameter.
     pub(crate) fn purge_unused(&mut self) {
         if let Some(time) = unused_timeout() {
-            self.unmap_older(time);
+            self.unmap_unused_for(time);
         }
     }
 
@@ -792,7 +792,7 @@ fn unused_timeout() -> Option<Jiffies> {
 
 impl Drop for DataPath {
     fn drop(&mut self) {
-        self.unmap_older(0);
+        self.unmap_unused_for(0);
     }
 }
 
@@ -802,7 +802,7 @@ impl Drop for DataPath {
 fn run_with_retries(batch: &mut Batch<'_>) -> Result<(), DataError> {
     let sleep = |ms: u32| fsleep(Delta::from_millis(ms.into()));
     let delays = Backoff::new(1, 256);
-    backoff::retry(delays, PAGED_OUT_MS, sleep, CopyError::is_paged_out, || {
+    backoff::retry(delays, PAGED_OUT_TIMEOUT_MS, sleep, CopyError::is_paged_out, || {
         batch.run()
     })
     .map_err(DataError::Copy)

@@ -391,7 +391,7 @@ impl QuotaShare {
     /// need them.
     ///
     /// Gives back what is reserved and not used.
-    pub(crate) fn over_quota(&mut self, pages: usize) -> usize {
+    pub(crate) fn over_guarantee(&mut self, pages: usize) -> usize {
         if !self.quota().is_short() {
             return 0;
         }

@@ -177,7 +177,7 @@ impl PersistentGrants {
 
     /// Takes out a page if there are more than the quota allows now.
     pub(crate) fn take_excess(&mut self) -> Option<MappedPage> {
-        if self.quota.over_quota(self.len) == 0 {
+        if self.quota.over_guarantee(self.len) == 0 {
             return None;
         }
         self.take_unused(0)

@@ -104,7 +104,7 @@ use crate::{
 /// Poll interval while pages of a completed request are still in use elsewhere.
 const BUSY_WAIT_MS: u32 = 5;
 
-/// Delays between attempts to start a stalled request, in milliseconds.
+/// Delays between attempts to start a deferred request, in milliseconds.
 const RETRIES: Backoff = Backoff::new(10, 500);
 
 /// Interval of the statistics in the log.
@@ -156,8 +156,8 @@ pub(crate) struct Queue {
     /// Requests whose I/O has completed, and whose pages are still in use elsewhere.
     pub(crate) busy: ReqList,
     /// A request that was taken from the ring and lacks memory or mappings. It was not started.
-    pub(crate) stalled: Option<WireRequest>,
-    /// Delay until the stalled request is tried again.
+    pub(crate) deferred: Option<WireRequest>,
+    /// Delay until the deferred request is tried again.
     pub(crate) retries: Backoff,
     pub(crate) barrier: BarrierState,
     /// Writes whose data has to be copied before they are submitted.
@@ -216,7 +216,7 @@ impl Queue {
             data_path,
             pool,
             busy: ReqList::new(),
-            stalled: None,
+            deferred: None,
             retries: RETRIES,
             barrier: BarrierState::None,
             writes: CopyBatch::new(),
@@ -278,7 +278,7 @@ impl Queue {
 
     /// Returns `true` if each request that was started has its response.
     ///
-    /// A stalled request is the last one that was taken, behind the last response: the next backend
+    /// A deferred request is the last one that was taken, behind the last response: the next backend
     /// takes it again.
     fn is_drained(&self) -> bool {
         self.in_flight == 0 && matches!(self.barrier, BarrierState::None)
@@ -296,14 +296,14 @@ impl Queue {
             let completed = self.complete_all();
             self.push_responses();
             took_any |= took;
-            // A stalled request or a barrier may continue after a completion, or with memory that
+            // A deferred request or a barrier may continue after a completion, or with memory that
             // was freed for it.
             let unblocked = (took || completed) && self.is_blocked();
             if !unblocked && !self.has_more_requests(stopping) {
                 return took_any;
             }
             if self.shortage.is_short() {
-                self.data_path.return_excess();
+                self.data_path.unmap_excess();
             }
             thread.cond_resched();
         }
@@ -314,10 +314,10 @@ impl Queue {
         !matches!(self.barrier, BarrierState::None) || self.gate.is_closed()
     }
 
-    /// Returns `true` if a stalled request, or a barrier of this or another queue, holds back the
+    /// Returns `true` if a deferred request, or a barrier of this or another queue, holds back the
     /// requests in the ring.
     pub(crate) fn is_blocked(&self) -> bool {
-        self.stalled.is_some() || self.is_gated()
+        self.deferred.is_some() || self.is_gated()
     }
 
     /// Returns `true` if requests are taken from the ring.
@@ -347,7 +347,7 @@ impl Queue {
         if !self.busy.is_empty() {
             return Some(msecs_to_jiffies(BUSY_WAIT_MS));
         }
-        self.stalled.as_ref()?;
+        self.deferred.as_ref()?;
         Some(msecs_to_jiffies(self.retries.next_delay()))
     }
 

@@ -79,10 +79,10 @@ impl Queue {
         took
     }
 
-    /// Takes the stalled request and all requests in the ring, until one stalls.
+    /// Takes the deferred request and all requests in the ring, until one is deferred.
     fn take_requests(&mut self, stopping: bool, limits: &DiskLimits) -> bool {
         let mut took = false;
-        if let Some(wire) = self.stalled.take() {
+        if let Some(wire) = self.deferred.take() {
             if !self.handle_request(&wire, limits) {
                 return false;
             }
@@ -111,7 +111,7 @@ impl Queue {
 
     /// Checks a request and starts it.
     ///
-    /// Returns `false` if it has stalled.
+    /// Returns `false` if it is deferred.
     fn handle_request(&mut self, wire: &WireRequest, limits: &DiskLimits) -> bool {
         match request::check(wire, limits) {
             Ok(request) => self.dispatch(wire, request, limits),
@@ -130,10 +130,10 @@ impl Queue {
 
     /// Starts a request that is valid.
     ///
-    /// Returns `false` if it has stalled.
+    /// Returns `false` if it is deferred.
     fn dispatch(&mut self, wire: &WireRequest, request: Request<'_>, limits: &DiskLimits) -> bool {
         let Some(mut req) = self.pool.alloc(request.segments()) else {
-            return self.stall(wire);
+            return self.defer(wire);
         };
         let mut prepared = self.prepare(&mut req, wire, request, limits);
         if prepared
@@ -147,7 +147,7 @@ impl Queue {
             Err(error) if error.is_shortage() => {
                 self.pool.free(req);
                 self.report_shortage(&error);
-                return self.stall(wire);
+                return self.defer(wire);
             }
             Err(error) => {
                 let name = &*self.name;
@@ -195,9 +195,9 @@ impl Queue {
     /// Keeps a request, which is tried again when there may be the memory that it lacks.
     ///
     /// Returns `false`.
-    fn stall(&mut self, wire: &WireRequest) -> bool {
+    fn defer(&mut self, wire: &WireRequest) -> bool {
         self.counters.out_of_memory.add(1);
-        self.stalled = Some(*wire);
+        self.deferred = Some(*wire);
         false
     }
 
@@ -302,7 +302,7 @@ impl Queue {
     /// Submits the barrier if all earlier requests have completed, or lets the barrier of another
     /// queue run.
     fn advance_barrier(&mut self) {
-        let idle = self.in_flight == 0 && self.stalled.is_none();
+        let idle = self.in_flight == 0 && self.deferred.is_none();
         match core::mem::replace(&mut self.barrier, BarrierState::None) {
             BarrierState::None if idle && self.gate.is_closed() => self.gate.set_quiesced(),
             BarrierState::Waiting(req) if self.gate.may_run(idle) => {

@@ -164,7 +164,7 @@ impl LimitInputs {
     /// Each segment is aligned to the logical block, or to the page if a block is larger: blkif.h
     /// requires whole blocks, and backends reject others.
     pub(crate) fn apply(&self, limits: &mut QueueLimits) {
-        let most = max_fragments(self.block_size, params::MOST_PARTS as u32);
+        let most = max_fragments(self.block_size, params::MAX_PARTS as u32);
         let segments = u32::from(self.slot.segments()).min(most) as u16;
         limits
             .set_logical_block_size(self.block_size)

@@ -65,10 +65,10 @@ pub(crate) fn reconnect_timeout_ms() -> i64 {
 /// Largest number of segments of a block request: as many as fit into the smallest ring without
 /// indirect requests. A backend without indirect requests can replace one that had them, and a
 /// request must still fit then.
-const MAX_SEGMENTS: u32 = MOST_PARTS as u32 * DIRECT_SEGMENTS as u32;
+const MAX_SEGMENTS: u32 = MAX_PARTS as u32 * DIRECT_SEGMENTS as u32;
 
 /// Largest number of slots of a block request: those of the smallest ring.
-pub(crate) const MOST_PARTS: usize = 32;
+pub(crate) const MAX_PARTS: usize = 32;
 
 /// Replaces invalid values, so that sysfs shows the values that are used.
 ///

@@ -132,7 +132,7 @@ impl RequestData {
             generation: 0,
             fragments: KVec::with_capacity(segments, GFP_KERNEL)?,
             bounce_pages: KVec::with_capacity(segments, GFP_KERNEL)?,
-            indirect_pages: KVec::with_capacity(params::MOST_PARTS, GFP_KERNEL)?,
+            indirect_pages: KVec::with_capacity(params::MAX_PARTS, GFP_KERNEL)?,
             references: References::with_capacity(segments, GFP_KERNEL)?,
             stalled: false,
         })
