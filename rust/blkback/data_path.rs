@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Data path: how data gets between the frontend's pages and the disk (`xen_blkbk_map()`,
-//! `xen_blkbk_unmap()`).
+//! The data path: moves data between the frontend's pages and the disk (`xen_blkbk_map()`, `xen_blkbk_unmap()`).
 //!
 //! A [`DataPath`] uses the cheapest of three ways:
 //!
@@ -639,7 +638,7 @@ impl DataPath {
         self.mapped_now.saturating_sub(cached)
     }
 
-    /// Releases the pages of a completed request.
+    /// Puts the pages of a completed request.
     ///
     /// Returns `false` if a page is still in use elsewhere, so that the request has to wait.
     ///
@@ -664,7 +663,7 @@ impl DataPath {
         }
     }
 
-    /// Caches a page, or has it unmapped by the next [`DataPath::unmap_queued`].
+    /// Caches a page, or queues it for the next [`DataPath::unmap_queued`].
     #[inline]
     fn put_mapped_page(&mut self, page: MappedPage) {
         let rejected = match &mut self.persistent_grants {
@@ -687,7 +686,7 @@ impl DataPath {
         }
     }
 
-    /// Unmaps the pages of completed requests.
+    /// Unmaps the pages that were queued for that.
     ///
     /// Must be called before their responses are published. Returns `true` if a page was
     /// unmapped.

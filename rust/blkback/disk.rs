@@ -197,7 +197,7 @@ pub(crate) struct SizePoll {
 impl SizePoll {
     /// Creates the timer, which has to be started once, after [`Self::period`].
     ///
-    /// `wakeup` belong to the queue that has to report a new size.
+    /// `wakeup` wakes the queue thread that has to report a new size.
     pub(crate) fn timer(
         disk: Arc<Disk>,
         wakeup: Arc<QueueWakeup>,

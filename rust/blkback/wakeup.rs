@@ -73,7 +73,7 @@ pub(crate) struct QueueWakeup {
 }
 
 impl QueueWakeup {
-    /// Creates events none of which is pending.
+    /// Creates wake-up conditions, none of which is set.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             pending: Atomic::new(false),
@@ -84,7 +84,7 @@ impl QueueWakeup {
         })
     }
 
-    /// Wakes the thread, which then checks all that may have changed.
+    /// Sets the pending flag and wakes the thread, which then checks all that may have changed.
     ///
     /// Context: any.
     pub(crate) fn set_pending(&self) {

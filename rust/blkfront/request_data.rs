@@ -111,7 +111,7 @@ pub(crate) struct RequestData {
     pub(crate) indirect_pages: KVec<GrantedPage>,
     /// Memory for the grant references of the request's own pages.
     pub(crate) references: References,
-    /// `true` if a connection was closed because this request was not answered.
+    /// `true` if a connection was closed because this request got no response.
     pub(crate) stalled: bool,
 }
 

@@ -164,7 +164,7 @@ impl ShadowTable {
         }
     }
 
-    /// Stores a request in its first shadow until all its shadows are answered. Returns the request if
+    /// Stores a request in its first shadow until there is a response for each of its shadows. Returns the request if
     /// there is no such shadow.
     #[inline]
     pub(crate) fn store(

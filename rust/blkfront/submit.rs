@@ -474,8 +474,7 @@ impl Queue {
         Some(shadow.number)
     }
 
-    /// Writes a flush of the data that a completed request has written; the request ends when the
-    /// backend has answered it.
+    /// Writes a flush of the data that a completed request has written; the request ends when the backend has responded.
     ///
     /// Returns the request if there is nothing to flush, or if there is no slot.
     #[cold]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Events that wake the device worker. They are not those of event channels.
+//! The reasons to wake the device worker.
 
 use kernel::{
     prelude::*,
@@ -48,14 +48,14 @@ pub(crate) enum WakeReason {
     TimedOut,
 }
 
-const EVENTS: usize = 10;
+const REASONS: usize = 10;
 
-/// The pending events of a device, and the wait queue of its worker.
+/// The pending wake reasons of a device, and the wait queue of its worker.
 ///
 /// Context: any, unless a method says otherwise.
 #[pin_data]
 pub(crate) struct DeviceWakeup {
-    set: [Atomic<i32>; EVENTS],
+    set: [Atomic<i32>; REASONS],
     ready: Atomic<i32>,
     /// [`WORKING`], [`SYNCING`] or [`DONE`].
     progress: Atomic<i32>,
@@ -74,7 +74,7 @@ impl DeviceWakeup {
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
-                set: [const { Atomic::new(0) }; EVENTS],
+                set: [const { Atomic::new(0) }; REASONS],
                 ready: Atomic::new(0),
                 progress: Atomic::new(WORKING),
                 wait <- new_wait_queue!(),
@@ -83,7 +83,7 @@ impl DeviceWakeup {
         )
     }
 
-    /// Sets `event` and wakes the thread.
+    /// Sets a reason and wakes the thread.
     pub(crate) fn set(&self, reason: WakeReason) {
         if let Some(flag) = self.set.get(reason as usize) {
             flag.xchg(1, Full);
@@ -91,7 +91,7 @@ impl DeviceWakeup {
         self.wait.wake_up();
     }
 
-    /// Clears `event`. Returns `true` if it was set.
+    /// Clears a reason. Returns `true` if it was set.
     pub(crate) fn take(&self, reason: WakeReason) -> bool {
         self.set
             .get(reason as usize)
@@ -139,12 +139,12 @@ impl DeviceWakeup {
             .wait_timeout(timeout, || self.progress.load(Acquire) == DONE)
     }
 
-    /// Waits until `event` is set, and clears it.
+    /// Waits until a reason is set, and clears it.
     ///
     /// Context: sleeps.
     pub(crate) fn wait_for(&self, reason: WakeReason) {
-        self.wait.wait_idle(|| self.is_set(event));
-        self.take(event);
+        self.wait.wait_idle(|| self.is_set(reason));
+        self.take(reason);
     }
 
     fn is_set(&self, reason: WakeReason) -> bool {
@@ -153,13 +153,13 @@ impl DeviceWakeup {
             .is_some_and(|flag| flag.load(Relaxed) != 0)
     }
 
-    /// Waits until any event is set, or until the timeout.
+    /// Waits until any reason is set, or until the timeout.
     ///
     /// Context: sleeps.
     pub(crate) fn wait(&self, timeout: Option<Jiffies>) {
         let any = || self.set.iter().any(|flag| flag.load(Relaxed) != 0);
         match timeout {
-            // The caller checks the events after a timeout, too.
+            // The caller checks the reasons after a timeout, too.
             Some(timeout) => {
                 let _ = self.wait.wait_timeout(timeout, any);
             }

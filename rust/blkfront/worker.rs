@@ -221,7 +221,7 @@ impl DeviceWorker {
         }
     }
 
-    /// Handles the events that are set.
+    /// Handles the wake reasons that are set.
     fn handle_events(&self, open: &mut Option<RemovedDisk>) {
         if self.wakeup.take(WakeReason::Failed) {
             self.device.lock().handle_event(FrontEvent::Failed);
