@@ -50,7 +50,6 @@ mod disk;
 mod domain;
 mod driver;
 mod error;
-mod wakeup;
 mod handoff;
 mod io_accounting;
 mod list;
@@ -62,6 +61,7 @@ mod reports;
 mod ring_connection;
 mod stats;
 mod submit;
+mod wakeup;
 mod xenstore;
 
 module! {

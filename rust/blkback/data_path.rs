@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The data path: moves data between the frontend's pages and the disk (`xen_blkbk_map()`, `xen_blkbk_unmap()`).
+//! The data path: moves data between the frontend's pages and the disk (`xen_blkbk_map()`,
+//! `xen_blkbk_unmap()`).
 //!
 //! A [`DataPath`] uses the cheapest of three ways:
 //!
@@ -801,9 +802,13 @@ impl Drop for DataPath {
 fn run_with_retries(batch: &mut Batch<'_>) -> Result<(), DataError> {
     let sleep = |ms: u32| fsleep(Delta::from_millis(ms.into()));
     let delays = Backoff::new(1, 256);
-    backoff::retry(delays, PAGED_OUT_TIMEOUT_MS, sleep, CopyError::is_paged_out, || {
-        batch.run()
-    })
+    backoff::retry(
+        delays,
+        PAGED_OUT_TIMEOUT_MS,
+        sleep,
+        CopyError::is_paged_out,
+        || batch.run(),
+    )
     .map_err(DataError::Copy)
 }
 

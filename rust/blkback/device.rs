@@ -143,11 +143,11 @@ use crate::{
         ConnectError,
         ResultExt, //
     },
-    wakeup::QueueWakeup,
     params,
     queue::Queue,
     reports::QueueOwner,
     stats::Stats,
+    wakeup::QueueWakeup,
     xenstore, //
 };
 

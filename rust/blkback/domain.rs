@@ -197,7 +197,10 @@ impl Domain {
 
     /// Wakes the queues, which then check for a shortage.
     fn notify_queues(&self) {
-        self.queues.lock().iter().for_each(|wakeup| wakeup.set_pending());
+        self.queues
+            .lock()
+            .iter()
+            .for_each(|wakeup| wakeup.set_pending());
     }
 }
 

@@ -48,11 +48,11 @@ use blkif::{
 };
 
 use crate::{
-    wakeup::QueueWakeup,
     list::{
         Linked,
         List, //
     },
+    wakeup::QueueWakeup, //
 };
 
 /// The ring of a queue.

@@ -17,9 +17,10 @@
 //! Each request that was started gets a response: the thread ends only when none is in flight.
 //! Requests that were not started stay in the ring for the next backend.
 //!
-//! A request that lacks memory or mappings stalls, and the requests behind it stay in the ring. It
-//! is retried when a request of the queue has completed, when other queues have returned pages, and
-//! by a timer. It never fails for that reason; it waits until the shortage or the connection ends.
+//! A request that lacks memory or mappings is deferred, and the requests behind it stay in the
+//! ring. It is retried when a request of the queue has completed, when other queues have returned
+//! pages, and by a timer. It never fails for that reason; it waits until the shortage or the
+//! connection ends.
 
 use kernel::{
     prelude::*,
@@ -71,10 +72,6 @@ use crate::{
         Domain,
         ShortageSubscriber, //
     },
-    wakeup::{
-        PurgeTimer,
-        QueueWakeup, //
-    },
     handoff::{
         Handoff,
         LentRing,
@@ -98,7 +95,11 @@ use crate::{
         RingStatus, //
     },
     ring_connection::RingConnection,
-    stats::Counters, //
+    stats::Counters,
+    wakeup::{
+        PurgeTimer,
+        QueueWakeup, //
+    }, //
 };
 
 /// Poll interval while pages of a completed request are still in use elsewhere.
@@ -278,8 +279,8 @@ impl Queue {
 
     /// Returns `true` if each request that was started has its response.
     ///
-    /// A deferred request is the last one that was taken, behind the last response: the next backend
-    /// takes it again.
+    /// A deferred request is the last one that was taken, behind the last response: the next
+    /// backend takes it again.
     fn is_drained(&self) -> bool {
         self.in_flight == 0 && matches!(self.barrier, BarrierState::None)
     }

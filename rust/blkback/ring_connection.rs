@@ -22,8 +22,8 @@ use crate::{
         ConnectError,
         ResultExt, //
     },
-    wakeup::QueueWakeup,
-    handoff::Ring, //
+    handoff::Ring,
+    wakeup::QueueWakeup, //
 };
 
 /// A mapped ring with its event channel.

@@ -3,10 +3,10 @@
 //! The completion path: from responses in the ring to finished requests.
 //!
 //! The event handler takes all responses of the ring. It copies each one once, and compares it with
-//! the [`shadow`](crate::shadow) table. Requests end in batches, without the lock, after their grants have
-//! ended. Data of a bounced read is copied by the handler if it is small, because completing the
-//! request on the CPU that submitted it would cost more; otherwise it is copied there, with
-//! interrupts enabled.
+//! the [`shadow`](crate::shadow) table. Requests end in batches, without the lock, after their
+//! grants have ended. Data of a bounced read is copied by the handler if it is small, because
+//! completing the request on the CPU that submitted it would cost more; otherwise it is copied
+//! there, with interrupts enabled.
 //!
 //! In `xen-blkfront.c`, `blkif_interrupt()` and `blkif_completion()` have this role.
 
@@ -43,7 +43,6 @@ use blkif::{
 };
 
 use crate::{
-    wakeup::WakeReason,
     pending_request::PendingRequest,
     queue::{
         Inner,
@@ -54,7 +53,8 @@ use crate::{
         BlkfrontOps,
         InFlightRequest, //
     },
-    shadow::ShadowCompletion, //
+    shadow::ShadowCompletion,
+    wakeup::WakeReason, //
 };
 
 /// Number of requests that are completed at once.

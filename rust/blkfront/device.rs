@@ -90,10 +90,6 @@ use crate::{
         Disk,
         LimitInputs, //
     },
-    wakeup::{
-        DeviceWakeup,
-        WakeReason, //
-    },
     params,
     pending_request::PendingRequest,
     queue::{
@@ -115,6 +111,10 @@ use crate::{
     },
     ring_connection::RingConnection,
     shortage::Shortage,
+    wakeup::{
+        DeviceWakeup,
+        WakeReason, //
+    },
     xenstore::{
         self,
         RingNodes, //

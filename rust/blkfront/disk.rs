@@ -35,13 +35,13 @@ use blkif::{
 };
 
 use crate::{
+    params,
+    queue::Queue,
+    registry::Serial,
     wakeup::{
         DeviceWakeup,
         WakeReason, //
-    },
-    params,
-    queue::Queue,
-    registry::Serial, //
+    }, //
 };
 
 /// A disk: the queue data of blk-mq.
@@ -92,8 +92,8 @@ impl Disk {
         self.cdrom
     }
 
-    /// Makes each later close of the disk by an opener set [`WakeReason::Released`]. The caller has to
-    /// check for openers afterwards.
+    /// Makes each later close of the disk by an opener set [`WakeReason::Released`]. The caller has
+    /// to check for openers afterwards.
     pub(crate) fn notify_release(&self) {
         self.notify_on_release.xchg(1, Full);
     }

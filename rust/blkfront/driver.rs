@@ -39,11 +39,11 @@ use kernel_ext::{
 
 use crate::{
     device::Device,
+    shortage::ShortageSubscriber,
     wakeup::{
         DeviceWakeup,
         WakeReason, //
     },
-    shortage::ShortageSubscriber,
     worker::DeviceWorker,
     xenstore, //
 };

@@ -3,8 +3,8 @@
 //! Block requests that wait for responses, or for the end of their grants.
 //!
 //! A [`PendingRequest`] is created when its request is written to the ring, and is stored in the
-//! first of its shadows ([`shadow`](crate::shadow)) until the backend has responded to all of them. In
-//! `xen-blkfront.c`, `struct blk_shadow` has this role.
+//! first of its shadows ([`shadow`](crate::shadow)) until the backend has responded to all of them.
+//! In `xen-blkfront.c`, `struct blk_shadow` has this role.
 
 use kernel_ext::block::mq::{
     BlkStatus,

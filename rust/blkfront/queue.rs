@@ -40,7 +40,6 @@ use blkif::{
 };
 
 use crate::{
-    wakeup::DeviceWakeup,
     pending_request::PendingRequest,
     pool::Pool,
     request_data::{
@@ -48,7 +47,8 @@ use crate::{
         RequestKind, //
     },
     ring_connection::RingConnection,
-    shadow::ShadowTable, //
+    shadow::ShadowTable,
+    wakeup::DeviceWakeup, //
 };
 
 /// The parameters of a connection. They change only while no request is being queued.

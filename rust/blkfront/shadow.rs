@@ -2,11 +2,12 @@
 
 //! The shadow table of a ring: which request a response belongs to.
 //!
-//! A block request takes one slot of the ring, or several if it is larger than the backend accepts at
-//! once. The table has a shadow for each slot, as `shadow[]` of `struct blkfront_ring_info`; the
-//! number of a shadow is not a position in the ring. It is part of the id that the backend repeats in
-//! its response. The whole id is stored and compared, see [`blkif::id`]. The request itself is stored
-//! in the first of its shadows, which is not free before the backend has responded to all of them.
+//! A block request takes one slot of the ring, or several if it is larger than the backend accepts
+//! at once. The table has a shadow for each slot, as `shadow[]` of `struct blkfront_ring_info`; the
+//! number of a shadow is not a position in the ring. It is part of the id that the backend repeats
+//! in its response. The whole id is stored and compared, see [`blkif::id`]. The request itself is
+//! stored in the first of its shadows, which is not free before the backend has responded to all of
+//! them.
 
 use core::mem;
 
@@ -123,8 +124,8 @@ impl ShadowTable {
         self.epoch.wrapping_sub(used as u32)
     }
 
-    /// Reserves `count` shadows. Returns `false` if there are fewer, or if a larger request waits for
-    /// them.
+    /// Reserves `count` shadows. Returns `false` if there are fewer, or if a larger request waits
+    /// for them.
     #[inline]
     pub(crate) fn reserve(&mut self, count: usize) -> bool {
         self.reservations.reserve(count, self.free.len())
@@ -138,8 +139,8 @@ impl ShadowTable {
 
     /// Allocates a shadow for a request (`get_id_from_freelist()`).
     ///
-    /// `first` is the first shadow of the request, or `None` if that is this one. `queue` and `part`
-    /// are stored in the id.
+    /// `first` is the first shadow of the request, or `None` if that is this one. `queue` and
+    /// `part` are stored in the id.
     #[inline]
     pub(crate) fn alloc_id(
         &mut self,
@@ -164,8 +165,8 @@ impl ShadowTable {
         }
     }
 
-    /// Stores a request in its first shadow until there is a response for each of its shadows. Returns the request if
-    /// there is no such shadow.
+    /// Stores a request in its first shadow until there is a response for each of its shadows.
+    /// Returns the request if there is no such shadow.
     #[inline]
     pub(crate) fn store(
         &mut self,
@@ -239,7 +240,9 @@ impl ShadowTable {
 
     /// Takes any request, even if responses are missing. The ring must not be in use any more.
     pub(crate) fn take_pending(&mut self) -> Option<PendingRequest> {
-        self.shadows.iter_mut().find_map(|shadow| shadow.pending.take())
+        self.shadows
+            .iter_mut()
+            .find_map(|shadow| shadow.pending.take())
     }
 
     /// Counts a timeout of a request, if it is stored here.
@@ -265,7 +268,9 @@ impl ShadowTable {
 
     /// Iterates over the stored requests.
     fn pending_mut(&mut self) -> impl Iterator<Item = &mut PendingRequest> {
-        self.shadows.iter_mut().flat_map(|shadow| &mut shadow.pending)
+        self.shadows
+            .iter_mut()
+            .flat_map(|shadow| &mut shadow.pending)
     }
 
     /// Frees a shadow (`add_id_to_freelist()`).

@@ -55,7 +55,6 @@ use blkif::{
 };
 
 use crate::{
-    wakeup::WakeReason,
     pending_request::PendingRequest,
     pool,
     queue::{
@@ -72,7 +71,8 @@ use crate::{
         RequestKind,
         RequestSegments, //
     },
-    shortage, //
+    shortage,
+    wakeup::WakeReason, //
 };
 
 /// Requests that blk-mq has queued and that were not started.
@@ -474,7 +474,8 @@ impl Queue {
         Some(shadow.number)
     }
 
-    /// Writes a flush of the data that a completed request has written; the request ends when the backend has responded.
+    /// Writes a flush of the data that a completed request has written; the request ends when the
+    /// backend has responded.
     ///
     /// Returns the request if there is nothing to flush, or if there is no slot.
     #[cold]

@@ -27,8 +27,8 @@ use kernel_ext::{
 };
 
 use crate::{
-    wakeup::WakeReason,
-    queue::Queue, //
+    queue::Queue,
+    wakeup::WakeReason, //
 };
 
 /// Time within which an event arrives, in milliseconds.

@@ -62,13 +62,13 @@ use blkif::state::FrontEvent;
 
 use crate::{
     device::Device,
+    params,
+    registry::Registered,
+    request_data::BlkfrontOps,
     wakeup::{
         DeviceWakeup,
         WakeReason, //
-    },
-    params,
-    registry::Registered,
-    request_data::BlkfrontOps, //
+    }, //
 };
 
 /// Time that a removed disk waits for the responses to its last requests, in milliseconds.
