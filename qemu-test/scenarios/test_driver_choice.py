@@ -63,7 +63,8 @@ class Machine:
         self.machine = machine
         self.c_driver, self.ours = (names[half] for names in (NAMES["C"], NAMES["R"]))
         self._updates = f"/lib/modules/{release}/updates"
-        machine.sh(f"mkdir -p {self._updates} /etc/modprobe.d && /sbin/depmod && {UDEVD} --daemon")
+        machine.sh(f"mkdir -p {self._updates} /etc/modprobe.d")
+        self._restart_udevd()
 
     def install(self, change: str = "") -> None:
         """Installs our module and its file as documented; `change` alters the module."""
@@ -72,21 +73,32 @@ class Machine:
             f"cp /packaging/{self.ours}.ko {file} && cp /packaging/{self.ours}.conf /etc/modprobe.d/\n"
             f"{change.format(file=file)}"
         )
-        self._changed()
+        self._restart_udevd()
 
     def configure(self, lines: str) -> None:
         """Writes another file of modprobe.d."""
         self.machine.sh(f"printf '{lines}\\n' > /etc/modprobe.d/local.conf")
-        self._changed()
+        self._restart_udevd()
 
     def remove_module(self) -> None:
         """As a kernel that our module was never installed for; the file stays."""
         self.machine.sh(f"rm {self._updates}/{self.ours}.ko")
-        self._changed()
+        self._restart_udevd()
 
-    def _changed(self) -> None:
-        # udevd looks for changes of these files every few seconds only.
-        self.machine.sh("/sbin/depmod && udevadm control --reload")
+    def _restart_udevd(self) -> None:
+        """Starts a udevd that has read the files.
+
+        A running one may ignore a request to reload: it wants to know the user who sent it, but the
+        kernel tells that only to a socket with SO_PASSCRED, which udevd sets after accept().
+        """
+        self.machine.sh(
+            "/sbin/depmod\n"
+            "for pid in $(pidof systemd-udevd); do kill $pid; done\n"
+            "rm -f /run/udev/control"
+        )
+        self.machine.wait_for("[ -z \"$(pidof systemd-udevd)\" ]")
+        self.machine.sh(f"{UDEVD} --daemon")
+        self.machine.wait_for("udevadm control --ping")
 
     def loaded(self) -> list[str]:
         """Which of the two drivers are loaded."""
