@@ -305,7 +305,7 @@ def test_detach_slow_disk(ramdisk_host: StartHost) -> None:
     disk = detach_dirty(host, guest, timeout=600)
     host.sh(f"xenstore-rm {disk.back}; xenstore-rm {disk.front}")
     guest.wait_for("[ ! -b /dev/xvdb ]")
-    assert "the backend left while the disk was written back" in guest.sh("dmesg")
+    assert "the backend has disconnected while the disk was written back" in guest.sh("dmesg")
     set_parameter(host, mode=0)
     guest.sh("umount /disk")
 

@@ -94,7 +94,7 @@ def test_detach_swap(host: XenHost) -> None:
     guest.sh("mkswap /dev/xvdb && swapon /dev/xvdb")
     assert host.run(f"xl block-detach {guest.name} xvdb")[0] != 0
     guest.sh("grep -q xvdb /proc/swaps && dd if=/dev/xvdb of=/dev/null bs=4k count=1 iflag=direct")
-    assert "swap space or part of another device" in guest.sh("dmesg")
+    assert "the disk is used as swap space or by another device" in guest.sh("dmesg")
     guest.sh("swapoff /dev/xvdb")
     guest.wait_for("[ ! -b /dev/xvdb ]")
     host.run(f"xl block-detach --force {guest.name} xvdb")

@@ -29,8 +29,8 @@ BREAKS = {
     4: "unexpected response",
     5: "unexpected response",
     6: "unexpected response",
-    7: "broke a ring",
-    8: "broke a ring",
+    7: "has broken the ring",
+    8: "has broken the ring",
     KEEP: "still has the pages of a completed request",
 }
 """Misbehaviours that end the disk: unknown id, id twice, operation, too many and too few answers,

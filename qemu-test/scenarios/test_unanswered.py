@@ -118,7 +118,7 @@ def test_no_answer_and_no_end(xen: StartHost) -> None:
     guest.allow("I/O error, dev xvdb")
     guest.allow("rror on dev xvdb")
     guest.allow("the backend does not respond")
-    guest.allow("the backend is away for too long")
+    guest.allow("the backend has been disconnected for too long")
     guest.sh(f"echo 2 > {FRONT_PARAMETERS}/reconnect_timeout")
     front, back = directories(guest.domid, XVDB)
     connect_disks(host, guest, {XVDB: ({}, {})})

@@ -13,7 +13,7 @@
 //! | `submit` | the path of requests to the backend |
 //! | `completion` | the path of responses back |
 //! | `queue` | a ring and its pool: connecting and disconnecting |
-//! | `shadow` | maps responses to requests |
+//! | `shadow` | the shadow table: maps responses to requests |
 //! | `pending_request` | a request that waits for responses, or for the end of its grants |
 //! | `request_data` | the driver's data of each request: fragments, granted pages |
 //! | `pool` | pages that stay granted |
@@ -86,7 +86,9 @@ module! {
     alias: ["xen:vbd", "xenblk", "block-major-202-*"],
 }
 
-/// Registers the major number of Xen disks. Fails with `ENODEV` if the domain cannot have any.
+/// Registers the major number of Xen disks.
+///
+/// Fails with `ENODEV` if the domain cannot have Xen disks.
 fn register_major() -> Result<Major> {
     if !xen::has_pv_disks() {
         return Err(ENODEV);

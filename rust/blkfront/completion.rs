@@ -65,8 +65,8 @@ const MAX_INLINE_COPY: usize = 2;
 
 /// A request whose responses have all arrived.
 ///
-/// Nearly all are plain. They are a variant of their own because a [`PendingRequest`] is expensive
-/// to move.
+/// Plain requests, which nearly all are, have a variant of their own because a [`PendingRequest`]
+/// is expensive to move.
 enum CompletedRequest {
     /// A [plain](PendingRequest::is_plain) request.
     Plain(InFlightRequest),
@@ -220,7 +220,8 @@ impl Inner {
         }
     }
 
-    /// Returns pages of a plain request to the pool, unless they are still needed.
+    /// Returns the pages of a plain request to the pool, except those from which data is copied
+    /// later.
     #[inline]
     fn recycle_pages(&mut self, rq: &mut InFlightRequest) {
         let deferred = defers_copy(rq);
@@ -232,8 +233,9 @@ impl Inner {
         }
     }
 
-    /// Returns pages of another completed request to the pool. None is still needed: a bounced read
-    /// that has succeeded is plain.
+    /// Returns pages of a completed request that is not plain to the pool.
+    ///
+    /// No page is still needed: a bounced read that has succeeded is plain.
     #[inline]
     fn recycle_pages_of_other(&mut self, pending: &mut PendingRequest) {
         let data = pending.issued.data_mut();
@@ -275,7 +277,7 @@ impl Queue {
         }
     }
 
-    /// Takes the next response, or returns `None` if there is none.
+    /// Takes the next response of the ring, if there is one.
     #[inline]
     fn next_response(&self, inner: &mut Inner) -> Result<Option<Response>, ProtocolViolation> {
         let Some(connection) = &mut inner.connection else {
@@ -381,7 +383,7 @@ impl Queue {
         rq.end(BlkStatus::OK);
     }
 
-    /// Handles the rejection of an operation that the backend has offered.
+    /// Handles the rejection of an operation whose feature the backend has offered.
     ///
     /// Flushes stay enabled and fail each time: if they were disabled, the block layer would report
     /// success for flushes that data may depend on.
@@ -390,7 +392,7 @@ impl Queue {
             Op::Flush => {
                 let name = self.name.as_str();
                 ratelimited!(pr_err!(
-                    "{name}: the backend has refused a flush: data may be lost\n"
+                    "{name}: the backend has rejected a flush: data may be lost\n"
                 ));
             }
             Op::Discard | Op::SecureErase => self.wakeup.set(WakeReason::NoDiscard),
@@ -398,7 +400,7 @@ impl Queue {
         }
     }
 
-    /// Marks the ring broken, and makes the device worker close the device.
+    /// Marks the ring broken, and makes the device worker remove the disk.
     #[cold]
     fn set_broken(&self, inner: &mut Inner) -> ScanResult {
         inner.broken = true;
@@ -412,7 +414,7 @@ impl Queue {
         let name = self.name.as_str();
         let Response { id, operation, .. } = *response;
         ratelimited!(pr_err!(
-            "{name}: unexpected response: id {id:#x}, operation {operation}; closing the device\n"
+            "{name}: unexpected response: id {id:#x}, operation {operation}: removing the disk\n"
         ));
     }
 
@@ -422,17 +424,17 @@ impl Queue {
         let name = self.name.as_str();
         let error = AsKernelDisplay(error);
         ratelimited!(pr_err!(
-            "{name}: the backend broke a ring: {error}; closing the device\n"
+            "{name}: the backend has broken the ring: {error}: removing the disk\n"
         ));
     }
 
-    /// Reports a request that the backend has answered while it still has pages of the request
-    /// mapped, and makes the device worker close the device.
+    /// Reports that the backend has responded to a request while it still has pages of the request
+    /// mapped, and makes the device worker remove the disk.
     #[cold]
     fn report_kept_pages(&self, pending: PendingRequest) {
         let name = self.name.as_str();
         ratelimited!(pr_err!(
-            "{name}: the backend still has the pages of a completed request mapped; closing the device\n"
+            "{name}: the backend still has the pages of a completed request mapped: removing the disk\n"
         ));
         let rejected = {
             let mut inner = self.inner.lock();

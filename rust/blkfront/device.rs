@@ -130,9 +130,9 @@ pub(crate) enum Disposition {
     Fail,
 }
 
-/// Reason why a disk is removed.
+/// Reason for removing the disk of a device.
 #[derive(Clone, Copy, Eq, PartialEq)]
-enum Ending {
+enum Removal {
     /// The disk is not removed.
     None,
     /// The toolstack or the administrator detaches it. It is written back first, if the backend
@@ -162,13 +162,13 @@ pub(crate) struct Device {
     vdev: VirtualDevice,
     wakeup: Arc<DeviceWakeup>,
     state: FrontState,
-    /// Unless this is `None`, no more steps are taken: the device worker removes the disk.
-    ending: Ending,
-    /// `true` if the toolstack was told that the detach waits until the disk is not in use.
+    /// If this is not `None`, no more steps are taken, and the device worker removes the disk.
+    removal: Removal,
+    /// `true` if the toolstack was told that the disk is detached when it is no longer in use.
     detach_deferred: bool,
     /// Directory of the backend in xenstore. A restore changes it.
     backend: CString,
-    /// State of the backend that xenbus has reported last.
+    /// The last state of the backend that xenbus has reported.
     backend_state: xenbus::OtherendState,
     /// Schedule of the attempts to connect.
     retry: Retry,
@@ -218,7 +218,7 @@ impl Device {
             vdev,
             wakeup,
             state: FrontState::Waiting,
-            ending: Ending::None,
+            removal: Removal::None,
             detach_deferred: false,
             backend,
             backend_state: Ok(XenbusState::Unknown),
@@ -252,7 +252,9 @@ impl Device {
         self.device.as_ref()
     }
 
-    /// Handles a state of the backend. Called at least once after the device was bound.
+    /// Handles a state of the backend.
+    ///
+    /// Called at least once after the device was bound.
     pub(crate) fn backend_changed(&mut self, state: xenbus::OtherendState) {
         if matches!(self.state, FrontState::Waiting | FrontState::Dead) {
             // The node may be out of date: a device that was bound before is Closed, and one that
@@ -290,12 +292,14 @@ impl Device {
         self.retry.take_due()
     }
 
-    /// Schedules the next attempt to connect after one that could not be made.
+    /// Schedules the next attempt to connect, after a due one could not be started.
     pub(crate) fn postpone_retry(&mut self, error: Error) {
         self.retry.postpone(error);
     }
 
-    /// Handles a restore of the domain. `backend` is the directory of the new backend.
+    /// Handles a restore of the domain.
+    ///
+    /// `backend` is the directory of the new backend.
     pub(crate) fn resume(&mut self, backend: &CStr) -> Result {
         self.backend_state = Ok(XenbusState::Unknown);
         self.handle_event(FrontEvent::Resume);
@@ -305,7 +309,7 @@ impl Device {
 
     /// Takes the step of the state machine for an event.
     pub(crate) fn handle_event(&mut self, event: FrontEvent) {
-        if self.ending != Ending::None {
+        if self.removal != Removal::None {
             return;
         }
         let action = self.state.step(event);
@@ -313,13 +317,13 @@ impl Device {
             if self.must_defer_detach(event) {
                 return;
             }
-            self.ending = match event {
-                FrontEvent::Backend { .. } => Ending::Orderly,
+            self.removal = match event {
+                FrontEvent::Backend { .. } => Removal::Orderly,
                 FrontEvent::BadState
                 | FrontEvent::Failed
                 | FrontEvent::Unusable
                 | FrontEvent::Deadline { .. }
-                | FrontEvent::Resume => Ending::Failed,
+                | FrontEvent::Resume => Removal::Failed,
             };
             self.wakeup.set(WakeReason::Close);
             return;
@@ -343,9 +347,11 @@ impl Device {
         }
     }
 
-    /// Returns `true` if the toolstack has to wait because the disk is in use as swap space or by
-    /// another device. Such a user would lose data, and cannot be told to stop. The backend serves
-    /// the disk meanwhile.
+    /// Returns `true` if a detach has to wait because the disk is in use as swap space or by
+    /// another device.
+    ///
+    /// Such a user would lose data, and cannot be told to stop. The backend serves the disk
+    /// meanwhile.
     fn must_defer_detach(&mut self, event: FrontEvent) -> bool {
         let (Some(disk), FrontEvent::Backend { .. }) = (&self.disk, event) else {
             return false;
@@ -358,13 +364,13 @@ impl Device {
             self.detach_deferred = true;
             self.device.dev_error(
                 EBUSY,
-                fmt!("swap space or part of another device: it is detached when that has ended"),
+                fmt!("the disk is used as swap space or by another device: detaching it when that use ends"),
             );
         }
         true
     }
 
-    /// Detaches the disk if that was deferred and is possible now.
+    /// Detaches the disk if the detach was deferred and is possible now.
     pub(crate) fn retry_detach(&mut self) {
         if self.is_detach_deferred() {
             let state = self.device.read_driver_state(&self.backend);
@@ -378,8 +384,8 @@ impl Device {
 
     /// Schedules another attempt at a step that has failed temporarily.
     fn postpone(&mut self, error: Error, action: FrontAction) {
-        // No request was sent. A backend that is connected may have mapped the rings, which become
-        // stale grants.
+        // No request was sent. The rings become stale grants, because a connected backend may have
+        // mapped them.
         self.stop_sharing(Disposition::Requeue);
         if error == ENOSPC {
             self.shortage.ask();
@@ -453,10 +459,10 @@ impl Device {
         xenstore::publish(&self.device, &own, &rings, order, front.persistent)
     }
 
-    /// Creates rings of `1 << page_order` pages, or of fewer if there is not enough contiguous
+    /// Creates rings of `1 << page_order` pages, or smaller ones if there is not enough contiguous
     /// memory: the backend accepts any size up to its offer.
     ///
-    /// Returns the order and the nodes of the rings.
+    /// Returns the page order and the nodes of the rings.
     fn create_rings(&mut self, page_order: u32) -> Result<(u32, KVec<RingNodes>)> {
         let mut order = page_order;
         loop {
@@ -499,7 +505,7 @@ impl Device {
         Ok(())
     }
 
-    /// Connects: creates the disk, or resumes the one that exists.
+    /// Connects to the backend: creates the disk, or resumes the existing one.
     fn connect(&mut self) -> Result {
         let nodes = xenstore::disk_properties(&self.backend)?;
         let back = xenstore::back_offer(&self.backend, &BackOffer::NODES)?;
@@ -576,7 +582,7 @@ impl Device {
                 nr_hw_queues: queues.len() as u32,
                 queue_depth: queue_depth(&self.queues),
                 timeout: msecs_to_jiffies(params::io_timeout_ms()),
-                // The backend's domain has an I/O scheduler; a second one would only take time.
+                // The backend's domain has an I/O scheduler; a second one would only cost time.
                 no_scheduler: true,
             }),
             GFP_KERNEL,
@@ -616,7 +622,7 @@ impl Device {
     /// Reserves the minors of the virtual device number.
     ///
     /// Returns `None` if a removed disk that is still open has some of them. Then the block layer
-    /// chooses other numbers, so that the new disk is not taken for the old one.
+    /// chooses other device numbers, so that the new disk is not mistaken for the old one.
     fn reserve_minors(&self) -> Result<Option<Minors>> {
         match Minors::reserve(MAJOR, self.vdev.minor, self.vdev.minors) {
             Ok(minors) => Ok(Some(minors)),
@@ -630,7 +636,10 @@ impl Device {
             }
             Err(error) => {
                 let (name, minor) = (self.name(), self.vdev.minor);
-                dev_err!(self.xbdev(), "{name}: another disk has minor {minor}\n");
+                dev_err!(
+                    self.xbdev(),
+                    "{name}: another disk has minor {minor}: this disk cannot be added\n"
+                );
                 Err(error)
             }
         }
@@ -641,16 +650,19 @@ impl Device {
         let device = self.device.clone();
         let wakeup = self.wakeup.clone();
         let name = self.vdev.name;
-        let kind = KThreadOptions::default();
-        let scan_thread =
-            KThread::spawn(fmt!("rblkfront-scan/{}", name.as_str()), kind, move |_| {
+        let options = KThreadOptions::default();
+        let scan_thread = KThread::spawn(
+            fmt!("rblkfront-scan/{}", name.as_str()),
+            options,
+            move |_| {
                 let parent: &xenbus::Device = &device;
                 if let Err(error) = disk.add(Some(parent.as_ref())) {
                     device.dev_fatal(error, fmt!("adding disk {}", name.as_str()));
                     wakeup.set(WakeReason::Failed);
                 }
                 wakeup.mark_ready();
-            })?;
+            },
+        )?;
         self.scan_thread = Some(scan_thread);
         Ok(())
     }
@@ -690,7 +702,7 @@ impl Device {
         let (Some(disk), Some(desired)) = (&self.disk, self.desired) else {
             return Ok(());
         };
-        // Most backends come back as they were.
+        // Most backends offer the same as before.
         if self.applied == Some(desired) {
             return Ok(());
         }
@@ -717,7 +729,7 @@ impl Device {
         }
     }
 
-    /// Logs the features of the connection, with the text that `xen-blkfront.c` has for them.
+    /// Logs the features of the connection, in the format of `xen-blkfront.c`.
     fn log_features(&self, features: &Features) {
         let flush = match features.flush {
             Flush::Cache => "flush diskcache: enabled;",
@@ -749,7 +761,9 @@ impl Device {
     }
 
     /// Binds the event channel of each ring to a CPU that submits to it, so that a request
-    /// completes where it was submitted. If that fails, events arrive on any CPU.
+    /// completes where it was submitted.
+    ///
+    /// If that fails, events arrive on any CPU.
     fn set_event_affinity(&self) {
         let Some(disk) = &self.disk else { return };
         let rings = self.queues.iter().take(self.rings);
@@ -760,8 +774,9 @@ impl Device {
         }
     }
 
-    /// Reads the size and the write protection of the disk again. Invalid nodes change nothing,
-    /// because the disk is in use.
+    /// Reads the size and the write protection of the disk again.
+    ///
+    /// Invalid nodes change nothing, because the disk is in use.
     fn refresh(&self) {
         let Some(disk) = &self.disk else { return };
         let Ok(nodes) = xenstore::disk_properties(&self.backend) else {
@@ -778,8 +793,9 @@ impl Device {
         let _ = self.update_disk(disk, &nodes);
     }
 
-    /// Sets the properties that may change while a disk is in use. The write protection is set
-    /// before users are told of a new size.
+    /// Sets the properties that may change while a disk is in use.
+    ///
+    /// The write protection is set before users are notified of a new size.
     fn update_disk(
         &self,
         disk: &GenDisk<BlkfrontOps>,
@@ -817,8 +833,9 @@ impl Device {
         rings.nth(number).cloned()
     }
 
-    /// Closes a connection whose backend does not respond. A backend that is not connected has a
-    /// deadline of its own.
+    /// Closes a connection whose backend does not respond.
+    ///
+    /// A disconnected backend has another deadline, `reconnect_timeout`.
     pub(crate) fn close_stalled(&mut self) {
         let stalled = || self.queues.iter().any(|queue| queue.has_stalled());
         if !params::gives_up() || !self.is_connected() || !stalled() {
@@ -826,7 +843,7 @@ impl Device {
         }
         ratelimited!(self.device.dev_error(
             ETIMEDOUT,
-            fmt!("the backend does not respond: closing the connection, requests wait for another one"),
+            fmt!("the backend does not respond: closing the connection, requests wait for the next one"),
         ));
         self.handle_event(FrontEvent::Unusable);
     }
@@ -837,8 +854,10 @@ impl Device {
             .is_connected(self.backend_state.unwrap_or(XenbusState::Unknown))
     }
 
-    /// Closes event channels, and ends or requeues requests. The backend may have the rings and
-    /// pools mapped until [`Self::end_stale_grants`] or [`Self::free_stale_grants`].
+    /// Closes event channels, and ends or requeues requests.
+    ///
+    /// The rings and pools stay granted until [`Self::end_stale_grants`] or
+    /// [`Self::free_stale_grants`].
     fn stop_sharing(&mut self, disposition: Disposition) {
         if let Some(disk) = &self.disk {
             disk.quiesce();
@@ -852,8 +871,9 @@ impl Device {
         self.rings = 0;
     }
 
-    /// Ends grants of the last connection that the backend does not use any more. Returns `true` if
-    /// none is left.
+    /// Ends the grants of the last connection whose pages the backend has unmapped.
+    ///
+    /// Returns `true` if none is left.
     fn end_stale_grants(&self) -> bool {
         let mut all = true;
         for queue in &self.queues {
@@ -862,14 +882,16 @@ impl Device {
         all
     }
 
-    /// Frees pages of the pools that no request uses now.
+    /// Frees the pages of the pools that no request uses now.
     pub(crate) fn trim_unused(&self) {
         for queue in &self.queues {
             queue.trim_unused();
         }
     }
 
-    /// Drops the stale grants of rings and pools. The kernel frees each page when it is unmapped.
+    /// Drops the stale grants of rings and pools.
+    ///
+    /// The kernel frees each page when it is unmapped.
     pub(crate) fn free_stale_grants(&self) {
         for queue in &self.queues {
             queue.free_stale_grants();
@@ -898,14 +920,16 @@ impl Device {
             && matches!(backend, Ok(XenbusState::Connected | XenbusState::Closing))
     }
 
-    /// Begins the removal of the disk; no more steps are taken. If the disk can be written back,
-    /// starts a thread that writes it back and removes it, because that waits for the backend.
+    /// Begins the removal of the disk; no more steps are taken.
+    ///
+    /// If the disk can be written back, starts a thread that writes it back and removes it, because
+    /// writing back waits for the backend.
     pub(crate) fn begin_remove(&mut self) -> Option<KThread> {
-        if self.ending == Ending::None {
-            self.ending = Ending::Orderly;
+        if self.removal == Removal::None {
+            self.removal = Removal::Orderly;
         }
         let disk = self.disk.clone()?;
-        if self.ending != Ending::Orderly || !self.is_served() {
+        if self.removal != Removal::Orderly || !self.is_served() {
             return None;
         }
         let name = self.vdev.name;
@@ -928,9 +952,9 @@ impl Device {
             .ok()
     }
 
-    /// Returns `true` if the disk is detached as soon as it is not in use.
+    /// Returns `true` if a detach waits until the disk is no longer in use.
     pub(crate) fn is_detach_deferred(&self) -> bool {
-        self.detach_deferred && self.ending == Ending::None
+        self.detach_deferred && self.removal == Removal::None
     }
 
     /// Stores the thread that removes the disk; it is joined before the disk is dropped.
@@ -944,7 +968,9 @@ impl Device {
         queues.fold(0, |sum, queue| sum.wrapping_add(queue.responses()))
     }
 
-    /// Makes new requests fail. Returns `true` if there is a disk.
+    /// Makes new requests fail.
+    ///
+    /// Returns `true` if there is a disk.
     pub(crate) fn begin_close(&mut self) -> bool {
         let Some(disk) = &self.disk else { return false };
         if disk.is_removed() {
@@ -953,9 +979,9 @@ impl Device {
         if self.mark_dead_thread.is_some() {
             return true;
         }
-        // Another thread marks the disk dead. That calls the file systems and may wait for I/O: a
-        // mount or an unmount in progress has the super block locked until its I/O ends, which this
-        // thread has to fail.
+        // Another thread marks the disk dead, because that calls the file systems and may wait for
+        // I/O: a mount or an unmount in progress has the super block locked until its I/O ends.
+        // This thread has to fail that I/O.
         let dead = disk.clone();
         let name = self.vdev.name;
         let mark_dead_thread = KThread::spawn(
@@ -980,7 +1006,7 @@ impl Device {
         true
     }
 
-    /// Ends the connection for good. The disk stays, and its requests fail.
+    /// Ends the connection permanently. The disk stays, and its requests fail.
     pub(crate) fn finish_close(&mut self) {
         self.stop_sharing(Disposition::Fail);
         for (_, disposition) in self.still_granted.iter_mut() {
@@ -1003,7 +1029,7 @@ impl Device {
 
     /// Returns `true` if the connection has to be ended.
     pub(crate) fn must_close(&self) -> bool {
-        self.ending != Ending::None && self.state != FrontState::Dead
+        self.removal != Removal::None && self.state != FrontState::Dead
     }
 
     /// Returns `true` if no request waits for a response that may still arrive.
@@ -1024,7 +1050,7 @@ impl Device {
             .fold(PoolTrim::default(), |sum, queue| sum.and(queue.trim_pool()))
     }
 
-    /// Returns `true` if the connection has ended for good.
+    /// Returns `true` if the connection has ended permanently.
     pub(crate) fn is_dead(&self) -> bool {
         self.state == FrontState::Dead
     }
@@ -1055,8 +1081,9 @@ impl Device {
         }
     }
 
-    /// Takes a dead disk whose requests have all ended. The caller drops it without the lock,
-    /// because that waits.
+    /// Takes a dead disk whose requests have all ended.
+    ///
+    /// The caller drops it without the lock, because the drop waits.
     pub(crate) fn take_disk(&mut self) -> Option<DeadDisk> {
         if self.state != FrontState::Dead || !self.still_granted.is_empty() {
             return None;
@@ -1096,23 +1123,25 @@ fn complete_or_requeue(
     pending: PendingRequest,
     disposition: Disposition,
 ) {
-    let answer = pending.final_status();
+    let status = pending.final_status();
     let stalled = pending.has_stalled();
-    match (pending.end_grants(), answer, disposition) {
+    match (pending.end_grants(), status, disposition) {
         (Ok(rq), Some(status), _) => end(rq, status),
         (Ok(rq), None, Disposition::Requeue) if !(stalled && rq.data().stalled) => {
             requeue(rq, stalled);
         }
         (Ok(rq), None, _) => end(rq, BlkStatus::IOERR),
         (Err(pending), _, _) => {
-            // There is room for it. If there were none, the request would never end, and its pages
+            // There is space for it. Without space, the request would never end, and its pages
             // would never be reused.
             let _ = still_granted.push_within_capacity((pending, disposition));
         }
     }
 }
 
-/// Requeues a request. If `stalled`, its connection was closed because of it.
+/// Requeues a request.
+///
+/// `stalled` is `true` if its connection was closed because of this request.
 fn requeue(mut rq: InFlightRequest, stalled: bool) {
     rq.data_mut().stalled |= stalled;
     rq.requeue();

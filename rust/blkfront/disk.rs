@@ -92,20 +92,23 @@ impl Disk {
         self.cdrom
     }
 
-    /// Makes each later close of the disk by an opener set [`WakeReason::Released`]. The caller has
-    /// to check for openers afterwards.
+    /// Makes each later close of the disk set [`WakeReason::Released`].
+    ///
+    /// The caller has to check for openers afterwards.
     pub(crate) fn notify_release(&self) {
         self.notify_on_release.xchg(1, Full);
     }
 
-    /// Handles an opener that closes the disk.
+    /// Handles a close of the disk.
     pub(crate) fn released(&self) {
         if self.notify_on_release.load(Relaxed) != 0 {
             self.wakeup.set(WakeReason::Released);
         }
     }
 
-    /// Sets the number of queues that have a ring. The block layer's queue is quiesced.
+    /// Sets the number of queues that have a ring.
+    ///
+    /// Context: the block layer's queue is quiesced.
     pub(crate) fn set_rings(&self, rings: u32) {
         self.rings.store(rings, Relaxed);
     }

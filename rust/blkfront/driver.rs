@@ -49,8 +49,10 @@ use crate::{
 };
 
 /// Time for which an unbind waits for the device worker after the disk was written back, in
-/// milliseconds. The worker gives the backend half of that for its last responses, and a second to
-/// unmap. All other devices of the guest may have to wait that long.
+/// milliseconds.
+///
+/// The worker waits half of that time for the last responses of the backend, and a second for it to
+/// unmap pages. All other devices of the guest may have to wait that long.
 const REMOVE_TIMEOUT_MS: u32 = 10_000;
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
@@ -77,12 +79,16 @@ impl VbdDriver {
 
         // Reclaim may write to this disk: the thread must not be frozen, and must not start I/O to
         // allocate memory.
-        let kind = KThreadOptions { freezable: false };
+        let options = KThreadOptions { freezable: false };
         let runner = worker.clone();
-        let thread = KThread::spawn(fmt!("rblkfront/{}", vdev.name.as_str()), kind, move |_| {
-            let _noio = NoioScope::new();
-            DeviceWorker::run(&runner);
-        })?;
+        let thread = KThread::spawn(
+            fmt!("rblkfront/{}", vdev.name.as_str()),
+            options,
+            move |_| {
+                let _noio = NoioScope::new();
+                DeviceWorker::run(&runner);
+            },
+        )?;
         Ok(Self {
             wakeup,
             worker,
@@ -127,8 +133,8 @@ impl Driver for VbdDriver {
             .wakeup
             .await_finish(msecs_to_jiffies(REMOVE_TIMEOUT_MS))
         {
-            // No limit while the disk is written back: the worker ends that if the backend does not
-            // respond.
+            // There is no limit while the disk is written back: the worker stops that if the
+            // backend does not respond.
             let synced = core::mem::replace(&mut syncing, self.wakeup.is_syncing());
             if !synced && !syncing {
                 dev.dev_error(

@@ -40,7 +40,7 @@ module_params! {
         "Seconds after which the ring is checked for a request without a response; the connection is closed after ten times that; 0: never (default is 30)";
     /// Time for which a disk waits for a disconnected backend, in seconds.
     static RECONNECT_TIMEOUT("reconnect_timeout", 0o644): u32 = 300,
-        "Seconds that a disk waits for a backend that is away, before its requests fail (default is 300)";
+        "Seconds that a disk waits for a disconnected backend, before its requests fail (default is 300)";
 }
 
 /// Longest timeout that the block layer accepts, in seconds.
@@ -67,7 +67,7 @@ pub(crate) fn reconnect_timeout_ms() -> i64 {
 /// request must still fit then.
 const MAX_SEGMENTS: u32 = MAX_PARTS as u32 * DIRECT_SEGMENTS as u32;
 
-/// Largest number of slots of a block request: those of the smallest ring.
+/// Largest number of slots of a block request: all slots of the smallest ring.
 pub(crate) const MAX_PARTS: usize = 32;
 
 /// Replaces invalid values, so that sysfs shows the values that are used.

@@ -21,10 +21,10 @@ use crate::request_data::{
     IssuedRequest, //
 };
 
-/// Number of time-outs of a request after which its connection is closed.
+/// Number of timeouts of a request after which its connection is closed.
 const GIVE_UP_AFTER: u8 = 10;
 
-/// A request that waits for responses, or has got them.
+/// A request that waits for responses, or has received them.
 pub(crate) struct PendingRequest {
     /// The request.
     pub(crate) issued: IssuedRequest,
@@ -34,8 +34,7 @@ pub(crate) struct PendingRequest {
     pub(crate) status: Status,
     /// Number of times that the request has timed out.
     pub(crate) timeouts: u8,
-    /// Operation that flushes the written data before the request ends, if the disk is
-    /// write-through.
+    /// Operation that flushes the written data before the request ends, if each write is flushed.
     pub(crate) flush: Option<Flush>,
 }
 

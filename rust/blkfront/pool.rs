@@ -3,8 +3,8 @@
 //! A pool of pages that stay granted to the backend and are reused (persistent grants).
 //!
 //! Bounced data and the segments of indirect requests are in such pages. A queue starts with the
-//! pages for one request of any size, so that one request can always proceed, and allocates more as
-//! they are needed. Pages that were idle for a while are freed, down to the initial number.
+//! pages for one request of any size, so that one request can always proceed, and allocates more
+//! when they are needed. Pages that were idle for a while are freed, down to the initial number.
 //!
 //! `struct grant` and `rinfo->grants` of `xen-blkfront.c` have this role.
 
@@ -83,7 +83,9 @@ impl Pool {
         self.low_watermark = self.low_watermark.min(self.pages.len());
     }
 
-    /// Puts pages into the pool. Pages for which it has no room are freed.
+    /// Puts pages into the pool.
+    ///
+    /// Pages for which the pool has no room are freed.
     #[inline]
     pub(crate) fn put(&mut self, from: &mut KVec<GrantedPage>) {
         if from.is_empty() {
@@ -97,7 +99,7 @@ impl Pool {
         }
     }
 
-    /// Frees pages beyond the minimum during a shortage, except those that the backend uses.
+    /// Frees pages beyond the minimum during a shortage, except those that the backend has mapped.
     #[cold]
     fn free_excess(&mut self, from: &mut KVec<GrantedPage>) {
         while self.pages.len() >= self.min {

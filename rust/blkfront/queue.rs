@@ -51,7 +51,7 @@ use crate::{
     wakeup::DeviceWakeup, //
 };
 
-/// The parameters of a connection. They change only while no request is being queued.
+/// The parameters of a connection, which change only while no request is being queued.
 #[derive(Clone, Copy)]
 pub(crate) struct ConnectionConfig {
     /// The backend's domain, to which pages are granted.
@@ -74,7 +74,7 @@ pub(crate) struct ConnectionConfig {
 }
 
 impl ConnectionConfig {
-    /// Returns what a request of `fragments` fragments takes.
+    /// Returns the resources that a request of `fragments` fragments needs.
     #[inline]
     pub(crate) fn resources(&self, fragments: u32) -> Resources {
         Resources::new(self.limits, self.bounce, fragments)
@@ -110,7 +110,7 @@ pub(crate) enum QueueState {
     Disconnected,
     /// Requests are sent to the backend.
     Live(ConnectionConfig),
-    /// There will be no connection any more: requests fail.
+    /// There will be no other connection: requests fail.
     Dead,
 }
 
@@ -124,7 +124,7 @@ pub(crate) struct Inner {
     pub(crate) pool: Pool,
     /// `true` if the backend violated the protocol: its responses are ignored.
     pub(crate) broken: bool,
-    /// `true` if flushes were written to the ring and not published.
+    /// `true` if flushes were written to the ring and are not published yet.
     pub(crate) unpublished_flushes: bool,
     /// Grants of the last connection that have not ended.
     stale: Option<StaleGrants>,
@@ -142,7 +142,7 @@ struct StaleGrants {
     pool: Pool,
 }
 
-/// A ring with its slots.
+/// A queue: a ring with its shadow table and its pool.
 #[pin_data]
 pub(crate) struct Queue {
     /// Name of the disk.
@@ -211,7 +211,8 @@ impl Inner {
         Some(pending)
     }
 
-    /// Adds pages of a closed connection to the stale grants, or frees them if there are none.
+    /// Adds pages of a closed connection to the stale grants, or frees them if there are no stale
+    /// grants.
     pub(crate) fn stash_pages(&mut self, pages: &mut KVec<GrantedPage>) {
         match &mut self.stale {
             Some(stale) => stale.pool.put(pages),

@@ -32,7 +32,7 @@ pub(crate) trait Claimed: Send + Sync {
     fn is_claimed(&self) -> bool;
 }
 
-/// A number that orders the disks of one name: later disks have higher numbers.
+/// A number that orders disks with the same name: later disks have higher numbers.
 #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) struct Serial(u64);
 

@@ -2,8 +2,8 @@
 
 //! The request data: what the driver keeps for each block request.
 //!
-//! What a request reads or writes is transferred in one of two ways. *Direct*: the pages of the
-//! request are granted until it is complete. *Bounced*: the data is copied to or from pages of a
+//! The data of a request is transferred in one of two ways. *Direct*: the pages of the request are
+//! granted until it is complete. *Bounced*: the data is copied to or from pages of a
 //! [`pool`](crate::pool), which contain nothing else and stay granted.
 //!
 //! In `xen-blkfront.c`, `struct blk_shadow` and `struct grant` have this role.
@@ -97,7 +97,7 @@ impl RequestKind {
 pub(crate) struct RequestData {
     /// Kind of the request.
     pub(crate) kind: RequestKind,
-    /// The slots, pages and grants that the request takes; set when its slots are reserved.
+    /// The slots, pages and grants that the request needs; set when its slots are reserved.
     pub(crate) resources: Resources,
     /// Status of a request that ends without the backend.
     pub(crate) status: BlkStatus,
@@ -160,7 +160,7 @@ impl RequestData {
 
 /// A started request whose data the backend may use.
 pub(crate) enum IssuedRequest {
-    /// The data is in the bounce pages of its [`RequestData`], or there is none.
+    /// The data is in the bounce pages of its [`RequestData`], or the request has no data.
     Bounced(InFlightRequest),
     /// The pages of the request are granted.
     Direct(Granted<InFlightRequest>),

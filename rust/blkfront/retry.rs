@@ -2,9 +2,9 @@
 
 //! The schedule of connection attempts after a temporary failure.
 //!
-//! A shortage is temporary, so a device retries: soon at first, later once a second. A backend can
-//! also make a device connect again and again, so the rate of offers is limited. In both cases the
-//! attempts end after `reconnect_timeout`, see [`worker`](crate::worker).
+//! A shortage is temporary, so a device retries: after 20 ms at first, later once a second. A
+//! backend can also make a device connect repeatedly, so the rate of offers is limited. In both
+//! cases the attempts end after `reconnect_timeout`, see [`worker`](crate::worker).
 
 use kernel::{
     prelude::*,
@@ -59,7 +59,9 @@ impl Retry {
         self.created.elapsed().as_millis().max(0) as u64
     }
 
-    /// Counts an offer. Returns `EAGAIN` if there were too many.
+    /// Counts an offer.
+    ///
+    /// Fails with `EAGAIN` if there were too many.
     pub(crate) fn try_offer(&mut self) -> Result {
         let now = self.now();
         self.offers.take(now).map_err(|_| EAGAIN)
@@ -76,7 +78,7 @@ impl Retry {
         true
     }
 
-    /// Ends the retries: the device is connected, or will never be.
+    /// Ends the retries, because the device is connected, or will never be.
     pub(crate) fn finish(&mut self) {
         self.backoff.reset();
         self.due = None;

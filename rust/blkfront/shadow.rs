@@ -118,20 +118,22 @@ impl ShadowTable {
         self.reservations.reserved() == 0 && self.free.len() == self.shadows.len()
     }
 
-    /// Returns the number of shadows that were freed, in this table and earlier ones, modulo 2^32.
+    /// Returns the number of responses so far, modulo 2^32: shadows that were freed, in this table
+    /// and earlier ones.
     pub(crate) fn responses(&self) -> u32 {
         let used = self.shadows.len().saturating_sub(self.free.len());
         self.epoch.wrapping_sub(used as u32)
     }
 
-    /// Reserves `count` shadows. Returns `false` if there are fewer, or if a larger request waits
-    /// for them.
+    /// Reserves `count` shadows.
+    ///
+    /// Returns `false` if fewer are free, or if a larger request waits for them.
     #[inline]
     pub(crate) fn reserve(&mut self, count: usize) -> bool {
         self.reservations.reserve(count, self.free.len())
     }
 
-    /// Ends a reservation: the shadows are allocated now, or not needed.
+    /// Ends a reservation, because the shadows are about to be allocated or are not needed.
     #[inline]
     pub(crate) fn unreserve(&mut self, count: usize) {
         self.reservations.unreserve(count);
@@ -166,6 +168,7 @@ impl ShadowTable {
     }
 
     /// Stores a request in its first shadow until there is a response for each of its shadows.
+    ///
     /// Returns the request if there is no such shadow.
     #[inline]
     pub(crate) fn store(
@@ -238,7 +241,9 @@ impl ShadowTable {
         pending
     }
 
-    /// Takes any request, even if responses are missing. The ring must not be in use any more.
+    /// Takes any request, even if responses are missing.
+    ///
+    /// The ring must no longer be in use.
     pub(crate) fn take_pending(&mut self) -> Option<PendingRequest> {
         self.shadows
             .iter_mut()
@@ -289,8 +294,7 @@ pub(crate) struct ShadowId {
     pub(crate) id: RingId,
 }
 
-/// Returns the worse of two statuses: an error is worse than an operation that is not supported,
-/// and that is worse than success.
+/// Returns the worse of two statuses: `Error`, then `NotSupported`, then `Okay`.
 #[inline]
 fn worse(one: Status, other: Status) -> Status {
     match (one, other) {

@@ -119,7 +119,7 @@ impl Shortage {
         }
     }
 
-    /// Ends the shortage: the device has its grants, or no longer needs them.
+    /// Ends the shortage, because the device has its grants or no longer needs them.
     pub(crate) fn finish(&mut self) {
         *self = Self::default();
     }

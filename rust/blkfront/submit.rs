@@ -7,8 +7,8 @@
 //!
 //! 1. *Collect*, without a lock: the fragments of the data are stored.
 //! 2. *Reserve*, under the lock of the queue: the slots of each request are reserved, and pages are
-//!    taken from the pool as long as it has some. What the request takes is computed here, once,
-//!    and stored in its [`RequestData`](crate::request_data::RequestData).
+//!    taken from the pool as long as it has some. The resources that a request needs are computed
+//!    here, once, and stored in its [`RequestData`](crate::request_data::RequestData).
 //! 3. *Prepare*, without the lock: pages that the pool did not have are allocated, and grant
 //!    references are reserved. Data of a bounced write is copied.
 //! 4. *Grant*: the request is started, and its own pages are granted unless its data is bounced.
@@ -78,7 +78,7 @@ use crate::{
 /// Requests that blk-mq has queued and that were not started.
 type QueuedList<'q> = RequestList<BlkfrontOps, Queued<'q>>;
 
-/// Outcome of the attempt to reserve what a request takes.
+/// Outcome of the attempt to reserve the slots of a request.
 enum Reservation {
     /// The request has its slots.
     Reserved,
@@ -98,17 +98,19 @@ struct Batch<'q> {
     ended: QueuedList<'q>,
 }
 
-/// The slots of a request that was written to the ring.
+/// The shadows of a request that was written to the ring, one for each of its slots.
 #[derive(Clone, Copy)]
 struct Written {
-    /// The first slot; `None` if one could not be written.
+    /// The first shadow; `None` if a slot could not be written.
     first: Option<u16>,
-    /// Number of slots.
+    /// Number of shadows.
     parts: u16,
 }
 
-/// Collects the fragments of the requests. Ends requests that cannot be expressed in the protocol.
-fn collect(mut requests: QueuedList<'_>) -> QueuedList<'_> {
+/// Collects the fragments of the requests.
+///
+/// Ends requests that cannot be expressed in the protocol.
+fn collect<'q>(queue: &Queue, mut requests: QueuedList<'q>) -> QueuedList<'q> {
     let mut collected = RequestList::new();
     while let Some(mut rq) = requests.pop() {
         let Some(kind) = RequestKind::new(rq.op()) else {
@@ -120,8 +122,9 @@ fn collect(mut requests: QueuedList<'_>) -> QueuedList<'_> {
         if data.collect_fragments(segments) {
             collected.push(rq);
         } else {
+            let name = queue.name.as_str();
             ratelimited!(pr_err!(
-                "a request is too large or not made of whole sectors: failing it\n"
+                "{name}: a request is too large or not made of whole sectors: failing it\n"
             ));
             rq.end(BlkStatus::IOERR);
         }
@@ -132,7 +135,7 @@ fn collect(mut requests: QueuedList<'_>) -> QueuedList<'_> {
 impl Queue {
     /// Submits requests and returns those for which there is no room now.
     ///
-    /// If `last`, everything that was written to the ring is published.
+    /// If `last`, all requests that were written to the ring are published.
     ///
     /// Context: process or softirq; does not sleep.
     pub(crate) fn submit<'q>(&self, requests: QueuedList<'q>, last: bool) -> QueuedList<'q> {
@@ -141,7 +144,7 @@ impl Queue {
             busy: RequestList::new(),
             ended: RequestList::new(),
         };
-        match self.reserve_all(&mut batch, collect(requests)) {
+        match self.reserve_all(&mut batch, collect(self, requests)) {
             Some(config) => self.issue_all(&mut batch, &config, last),
             None if last => self.commit(),
             None => {}
@@ -220,7 +223,7 @@ impl Queue {
         Reservation::Reserved
     }
 
-    /// Returns what to do with a request for which there are not `slots` slots now.
+    /// Returns the outcome for a request that needs more slots than are free: `slots`.
     #[cold]
     fn no_slots(&self, inner: &Inner, slots: usize) -> Reservation {
         let capacity = inner.shadow.capacity();
@@ -237,8 +240,8 @@ impl Queue {
     /// Prepares, starts and writes the requests that have their slots.
     #[inline]
     fn issue_all(&self, batch: &mut Batch<'_>, config: &ConnectionConfig, last: bool) {
-        // Requests that take a slot and nothing else are written together, with the lock taken
-        // once.
+        // Requests that need one slot and no grants of their own are written together, with the
+        // lock taken once.
         let mut small: RequestList<BlkfrontOps, InFlight> = RequestList::new();
         while let Some(mut rq) = batch.reserved.pop() {
             let Ok(reserve) = self.prepare(&mut rq, config) else {
@@ -336,7 +339,7 @@ impl Queue {
         }
     }
 
-    /// Writes any other request to the ring.
+    /// Writes a request to the ring that [`Self::write_small`] does not write.
     #[inline(always)]
     fn write_large(&self, config: &ConnectionConfig, issued: IssuedRequest) {
         let segments = RequestSegments::new(&issued);
@@ -454,9 +457,9 @@ impl Queue {
         }
     }
 
-    /// Writes one slot and returns its number.
+    /// Writes one slot and returns the number of its shadow.
     ///
-    /// `first` is the first slot of the request, if this is part `part` of several.
+    /// `first` is the first shadow of the request, if this is part `part` of several.
     #[inline(always)]
     fn write_slot<R: Encode>(
         &self,
@@ -506,7 +509,8 @@ impl Queue {
         drop(pending);
     }
 
-    /// Publishes what was written to the ring, and notifies the backend if it asks for that.
+    /// Publishes the requests that were written to the ring, and notifies the backend if it asks
+    /// for that.
     pub(crate) fn commit(&self) {
         let notifier = self.inner.lock().publish();
         if let Some(notifier) = notifier {
@@ -515,7 +519,8 @@ impl Queue {
     }
 }
 
-/// Stores a request that was written to the ring in its first slot, until the backend has answered.
+/// Stores a request that was written to the ring in its first shadow, until the backend has
+/// responded.
 #[inline(always)]
 fn store(
     inner: &mut Inner,

@@ -31,7 +31,7 @@ use crate::{
     wakeup::WakeReason, //
 };
 
-/// Time within which an event arrives, in milliseconds.
+/// Time after which an event that has not arrived counts as lost, in milliseconds.
 const EVENT_TIMEOUT_MS: i64 = 50;
 /// Time that a backend has for a response after it was notified again, in milliseconds.
 const RESPONSE_TIMEOUT_MS: i64 = 2_000;
@@ -53,8 +53,9 @@ impl Queue {
         inner.is_open() && inner.shadow.has_stalled()
     }
 
-    /// Resets the timeouts of all requests. Called when the backend connects: before that it could
-    /// not respond.
+    /// Resets the timeouts of all requests.
+    ///
+    /// Called when the backend connects: before that it could not respond.
     pub(crate) fn reset_timeouts(&self) {
         self.inner.lock().shadow.reset_timeouts();
     }
@@ -85,7 +86,7 @@ impl Queue {
         self.unseen_responses() == Some(before)
     }
 
-    /// Returns the number of responses that were taken, if there are more in the ring.
+    /// Returns the number of responses that were taken, if the ring has others.
     fn unseen_responses(&self) -> Option<u32> {
         let inner = self.inner.lock();
         let connection = inner

@@ -25,7 +25,7 @@ use kernel_ext::{
 /// A reason to wake the device worker.
 #[derive(Clone, Copy)]
 pub(crate) enum WakeReason {
-    /// The backend may have disconnected or come back.
+    /// The backend may have disconnected or reconnected.
     Backend,
     /// The disk has to be removed.
     Close,
@@ -38,7 +38,7 @@ pub(crate) enum WakeReason {
     Limits,
     /// The backend has rejected a discard.
     NoDiscard,
-    /// An opener of the disk has closed it.
+    /// A program has closed the disk.
     Released,
     /// The device is being unbound.
     Remove,
@@ -98,7 +98,7 @@ impl DeviceWakeup {
             .is_some_and(|flag| flag.xchg(0, Full) != 0)
     }
 
-    /// Returns `true` if the device is being unbound, which cannot be undone.
+    /// Returns `true` if the device is being unbound; this never becomes `false` again.
     pub(crate) fn is_removing(&self) -> bool {
         self.is_set(WakeReason::Remove)
     }

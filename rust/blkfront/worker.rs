@@ -11,8 +11,8 @@
 //!   [`retry`](crate::retry).
 //! - A request gets no response: see [`timeout`](crate::timeout).
 //! - A disk is detached or unbound while its backend serves it: file systems and page cache are
-//!   written back first. This is given up when the backend disconnects, or has sent no response for
-//!   the time in the module parameter `detach_timeout`; then the rest of the data is lost. A
+//!   written back first. Writing back ends when the backend disconnects, or has sent no response
+//!   for the time in the module parameter `detach_timeout`; then the rest of the data is lost. A
 //!   slow backend gets all the time that it needs.
 //! - A disk is detached that is used for swap or as part of another device: the toolstack waits
 //!   until that use has ended, or forces the detach.
@@ -24,8 +24,8 @@
 //! - A removed disk is still mapped by the backend: the ring and the pool stay until the backend is
 //!   Closed too, or for [`UNMAP_TIMEOUT_MS`] if the device is unbound. It is safe to free them
 //!   earlier, but slow, see [`Queue::free_stale_grants`](crate::queue::Queue::free_stale_grants).
-//! - The disk is added, written back and marked dead by other threads, because that waits for I/O.
-//!   So a backend that does not respond cannot keep this thread from ending the I/O.
+//! - The disk is added, written back and marked dead by other threads, because these operations
+//!   wait for I/O. So a backend that does not respond cannot keep this thread from ending the I/O.
 //! - A removed disk is still open: its name and device numbers stay until it is closed. The device
 //!   does not wait for that.
 
@@ -71,13 +71,13 @@ use crate::{
     }, //
 };
 
-/// Time that a removed disk waits for the responses to its last requests, in milliseconds.
+/// Time for which a removed disk waits for the responses to its last requests, in milliseconds.
 const DRAIN_TIMEOUT_MS: i64 = 5_000;
 /// Poll interval while draining, in milliseconds.
 const DRAIN_POLL_MS: i64 = 5;
 /// Poll interval while a disk is written back, in milliseconds.
 const SYNC_POLL_MS: u32 = 100;
-/// Time that a device waits until the backend has unmapped its pages, in milliseconds.
+/// Time for which a device waits until the backend has unmapped its pages, in milliseconds.
 const UNMAP_TIMEOUT_MS: i64 = 1_000;
 /// Poll interval while waiting for that, in milliseconds.
 const UNMAP_POLL_MS: i64 = 10;
@@ -142,16 +142,16 @@ impl DeviceWorker {
     /// Runs the device worker.
     pub(crate) fn run(this: &Arc<Self>) {
         let mut open = None;
-        this.live(&mut open);
-        this.end(&mut open);
+        this.run_until_unbound(&mut open);
+        this.shut_down(&mut open);
     }
 
-    /// Works until the device is unbound.
-    fn live(self: &Arc<Self>, open: &mut Option<RemovedDisk>) {
+    /// Handles wake reasons and deadlines until the device is unbound.
+    fn run_until_unbound(self: &Arc<Self>, open: &mut Option<RemovedDisk>) {
         let mut disconnected_since = None;
         let mut trim = TrimTimer::default();
         while !self.wakeup.is_removing() {
-            self.handle_events(open);
+            self.handle_wakeups(open);
             self.retry_connect();
             self.check_outage(&mut disconnected_since);
             self.trim_pools(&mut trim);
@@ -161,7 +161,7 @@ impl DeviceWorker {
     }
 
     /// Ends the connection, and waits until nothing uses the device.
-    fn end(&self, open: &mut Option<RemovedDisk>) {
+    fn shut_down(&self, open: &mut Option<RemovedDisk>) {
         self.close();
         while self.device.lock().has_granted_requests() {
             fsleep(Delta::from_millis(RELEASE_POLL_MS.into()));
@@ -201,8 +201,9 @@ impl DeviceWorker {
         times.into_iter().flatten().min().map(msecs_to_jiffies)
     }
 
-    /// Makes the `xenwatch` thread try to connect, if an attempt is due. Only that thread may
-    /// change the state Initialising.
+    /// Makes the `xenwatch` thread try to connect, if an attempt is due.
+    ///
+    /// Only that thread may change the state Initialising.
     fn retry_connect(self: &Arc<Self>) {
         if !self.device.lock().take_retry() {
             return;
@@ -222,7 +223,7 @@ impl DeviceWorker {
     }
 
     /// Handles the wake reasons that are set.
-    fn handle_events(&self, open: &mut Option<RemovedDisk>) {
+    fn handle_wakeups(&self, open: &mut Option<RemovedDisk>) {
         if self.wakeup.take(WakeReason::Failed) {
             self.device.lock().handle_event(FrontEvent::Failed);
         }
@@ -263,8 +264,9 @@ impl DeviceWorker {
         self.device.lock().close_stalled();
     }
 
-    /// Gives up a disk that has not been served for too long. `disconnected_since` is
-    /// the time when the backend was found disconnected, or `None`.
+    /// Removes a disk whose backend has been disconnected for too long.
+    ///
+    /// `disconnected_since` is the time when the backend was found disconnected, or `None`.
     fn check_outage(&self, disconnected_since: &mut Option<Instant<Monotonic>>) {
         let mut device = self.device.lock();
         if device.is_connected_or_dead() {
@@ -281,7 +283,7 @@ impl DeviceWorker {
             let name = device.name();
             dev_err!(
                 device.xbdev(),
-                "{name}: the backend is away for too long: removing the disk (see reconnect_timeout)\n"
+                "{name}: the backend has been disconnected for too long: removing the disk (see reconnect_timeout)\n"
             );
         }
         device.handle_event(FrontEvent::Deadline { disk });
@@ -307,7 +309,7 @@ impl DeviceWorker {
         trim.last = scheduled.then(Instant::now);
     }
 
-    /// Ends the connection for good.
+    /// Ends the connection permanently.
     fn close(&self) {
         let responsive = self.write_back();
         if self.device.lock().begin_close() && responsive {
@@ -317,8 +319,9 @@ impl DeviceWorker {
         self.wakeup.mark_ready();
     }
 
-    /// Writes the disk back and removes it, in another thread, if the backend serves it. Returns
-    /// `true` if responses to the requests in flight can be expected.
+    /// Writes the disk back and removes it, in another thread, if the backend serves it.
+    ///
+    /// Returns `true` if responses to the requests in flight can be expected.
     fn write_back(&self) -> bool {
         let (served, remove_thread) = {
             let mut device = self.device.lock();
@@ -334,21 +337,22 @@ impl DeviceWorker {
         removed
     }
 
-    /// Waits until the disk is written back and removed. Returns `false` if the backend does not
-    /// serve the disk any more.
+    /// Waits until the disk is written back and removed.
+    ///
+    /// Returns `false` if the backend no longer serves the disk.
     fn await_removal(&self, remove_thread: &KThread) -> bool {
         let mut last = (self.device.lock().responses(), Instant::<Monotonic>::now());
         while !remove_thread.join(msecs_to_jiffies(SYNC_POLL_MS)) {
             let device = self.device.lock();
-            let answered = device.responses();
-            if answered != last.0 {
-                last = (answered, Instant::now());
+            let responses = device.responses();
+            if responses != last.0 {
+                last = (responses, Instant::now());
             }
             if !device.is_served() {
                 let name = device.name();
                 dev_err!(
                     device.xbdev(),
-                    "{name}: the backend left while the disk was written back: data may be lost\n"
+                    "{name}: the backend has disconnected while the disk was written back: data may be lost\n"
                 );
                 return false;
             }
@@ -373,7 +377,7 @@ impl DeviceWorker {
                 let name = device.name();
                 dev_warn!(
                     device.xbdev(),
-                    "{name}: the backend does not respond, requests fail\n"
+                    "{name}: the backend does not respond: requests fail\n"
                 );
                 return;
             }
@@ -381,8 +385,9 @@ impl DeviceWorker {
         }
     }
 
-    /// Frees the rings and pools of a dead disk, if the backend has unmapped them. Returns `true`
-    /// if the backend has nothing mapped.
+    /// Frees the rings and pools of a dead disk, if the backend has unmapped them.
+    ///
+    /// Returns `true` if the backend has nothing mapped.
     fn free_stale_grants(&self) -> bool {
         let device = self.device.lock();
         let mapped = device.is_mapped();
@@ -417,7 +422,7 @@ impl DeviceWorker {
                 );
             }
         }
-        // This waits for tasks in the block layer, whose requests fail.
+        // This waits for tasks in the block layer. Their requests fail, so the wait ends.
         disk.remove();
         disk.queue_data().notify_release();
         *open = Some((disk, registered));
@@ -428,7 +433,7 @@ impl DeviceWorker {
 /// A removed disk, and its entry in the registry.
 type RemovedDisk = (Arc<GenDisk<BlkfrontOps>>, Option<Registered>);
 
-/// Drops a removed disk if it is not open any more.
+/// Drops a removed disk if it is no longer open.
 fn drop_closed(open: &mut Option<RemovedDisk>) {
     if (open.as_ref()).is_some_and(|(disk, _)| disk.openers() == 0) {
         *open = None;

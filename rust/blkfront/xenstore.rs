@@ -68,8 +68,10 @@ fn bad_node(reader: &Reader<'_>, invalid: InvalidNode) -> Error {
     EINVAL
 }
 
-/// Reads a boolean node. Returns `None` if there is no such node, and `invalid` if its value is not
-/// a number, which is logged.
+/// Reads a boolean node.
+///
+/// Returns `None` if there is no such node, and `invalid` if its value is not a number, which is
+/// logged.
 fn switch(reader: &Reader<'_>, node: &'static str, invalid: bool) -> Result<Option<bool>> {
     match reader.parse(node, node::switch) {
         Ok(on) => Ok(on),
@@ -100,7 +102,7 @@ pub(crate) fn virtual_device(device: &xenbus::Device) -> Result<VirtualDevice> {
     })
 }
 
-/// Refuses a device that is also emulated, because a write to one would change the other.
+/// Refuses a device whose disk is also emulated, because a write to one would change the other.
 pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> Result {
     if !xen::is_hvm_domain() {
         return Ok(());
@@ -132,8 +134,9 @@ pub(crate) fn path(path: &CStr) -> Result<CString> {
     CString::try_from_fmt(fmt!("{}", path))
 }
 
-/// Returns the event for a state of the backend. `disk` is `true` if there is a disk from an
-/// earlier connection.
+/// Returns the event for a state of the backend.
+///
+/// `disk` is `true` if there is a disk from an earlier connection.
 pub(crate) fn backend_event(
     backend: &CStr,
     state: xenbus::OtherendState,
@@ -159,8 +162,8 @@ pub(crate) fn backend_event(
     }
 }
 
-/// Returns `true` if the node `state` is not a number, which xenbus reads as Unknown, and reports
-/// it.
+/// Returns `true` if the node `state` is not a number, which xenbus reads as Unknown, and logs
+/// that.
 fn has_wrong_state(backend: &CStr) -> bool {
     let reader = Reader::new(backend).ignore_empty();
     match reader.parse("state", node::decimal_u32) {
@@ -178,8 +181,9 @@ fn is_online(backend: &CStr) -> bool {
     online.ok().flatten().unwrap_or(true)
 }
 
-/// Returns this side's offer. `own` is the listing of the device's directory, here and in the
-/// functions below.
+/// Returns this side's offer.
+///
+/// `own` is the listing of the device's directory, here and in the functions below.
 pub(crate) fn front_offer(device: &xenbus::Device, own: &DirectoryListing) -> Result<FrontOffer> {
     let reader = Reader::listed(device.nodename(), own);
     // An invalid value means untrusted.
@@ -187,14 +191,17 @@ pub(crate) fn front_offer(device: &xenbus::Device, own: &DirectoryListing) -> Re
     Ok(params::front_offer(trusted))
 }
 
-/// Returns `true` if the disk must not be scanned for partitions. Like `trusted`, the node is one
-/// that the toolstack writes to the device's directory.
+/// Returns `true` if the disk must not be scanned for partitions.
+///
+/// The toolstack writes this node to the device's directory, as it does `trusted`.
 pub(crate) fn no_partition_scan(device: &xenbus::Device, own: &DirectoryListing) -> Result<bool> {
     let reader = Reader::listed(device.nodename(), own);
     Ok(switch(&reader, "no-part-scan", true)?.unwrap_or(false))
 }
 
-/// Reads the backend's offer from `nodes`. Invalid nodes count as missing.
+/// Reads the backend's offer from `nodes`.
+///
+/// Invalid nodes count as missing.
 pub(crate) fn back_offer(backend: &CStr, nodes: &[&'static str]) -> Result<BackOffer> {
     let reader = Reader::new(backend);
     let mut offer = BackOffer::default();
@@ -224,7 +231,8 @@ pub(crate) fn disk_properties(backend: &CStr) -> Result<DiskProperties> {
     nodes.disk().map_err(|error| bad_node(&reader, error))
 }
 
-/// The directory of a ring's nodes: that of the device, or `queue-N` if there are several rings.
+/// The directory of a ring's nodes, relative to that of the device: empty, or `queue-N` if there
+/// are several rings.
 #[derive(Clone, Copy)]
 struct Prefix(Option<usize>);
 
