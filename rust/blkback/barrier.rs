@@ -32,9 +32,9 @@ use crate::wakeup::QueueWakeup;
 /// The barrier gate of a connection.
 #[pin_data]
 pub(crate) struct BarrierGate {
-    /// A queue has a barrier. A copy of `queues.owner.is_some()` for the check before each request;
-    /// a queue that sees a new value late takes a few more requests, and the barrier waits for
-    /// these.
+    /// `true` if a queue has a barrier: a copy of `queues.owner.is_some()` for the check before
+    /// each request. A queue that sees a new value late takes a few more requests, and the barrier
+    /// waits for these.
     closed: Atomic<bool>,
     #[pin]
     queues: Mutex<Queues>,
@@ -95,9 +95,9 @@ impl BarrierGate {
         })
     }
 
-    /// Sets the owner: a queue closes the gate, `None` opens it.
+    /// Sets the owner, and wakes the other queues.
     ///
-    /// Wakes the other queues.
+    /// A queue as the owner closes the gate, `None` opens it.
     fn set_owner(&self, queues: &mut Queues, owner: Option<u32>) {
         queues.owner = owner;
         self.closed.store(owner.is_some(), Relaxed);
@@ -118,9 +118,7 @@ pub(crate) struct GateMember {
 }
 
 impl GateMember {
-    /// Adds the queue with this index.
-    ///
-    /// It is woken through `wakeup`.
+    /// Adds the queue with this index, which is woken through `wakeup`.
     pub(crate) fn new(
         gate: &Arc<BarrierGate>,
         index: u32,
@@ -144,9 +142,8 @@ impl GateMember {
         self.gate.closed.load(Relaxed)
     }
 
-    /// Notes that this queue has no request in flight.
-    ///
-    /// It takes no new one while the gate is closed.
+    /// Marks this queue as quiesced, if the gate is closed: it has no request in flight, and takes
+    /// no new one.
     pub(crate) fn set_quiesced(&self) {
         let mut queues = self.gate.queues.lock();
         if queues.owner.is_some() {

@@ -10,12 +10,12 @@
 //! |---|---|---|
 //! | `driver` | callbacks of the bus | `xen_blkbk_driver` |
 //! | `device` | the state machine of a device, from probe to removal | `struct backend_info` |
-//! | `connect` | negotiation: what is read from and written to xenstore | `connect_ring()`, `connect()` |
+//! | `connect` | negotiation: reads the frontend's nodes, writes the backend's | `connect_ring()`, `connect()` |
 //! | `queue` | a ring's kernel thread: its main loop, how it sleeps | `struct xen_blkif_ring` |
 //! | `submit` | from requests in the ring to I/O in flight | `dispatch_rw_block_io()` |
 //! | `completion` | from completed I/O to responses in the ring | `end_block_io_op()` |
 //! | `handoff` | lending the ring to I/O completion | none |
-//! | `wakeup` | what wakes a queue thread | `waiting_reqs` |
+//! | `wakeup` | the flags that wake a queue thread | `waiting_reqs` |
 //! | `pending_req` | a request from the ring to its response | `struct pending_req` |
 //! | `data_path` | grant copy, mapping, persistent grants | `xen_blkbk_map()` |
 //! | `persistent` | pages that stay mapped | `struct persistent_gnt` |
@@ -25,7 +25,7 @@
 //! | `io_accounting` | cgroup and priority of the I/O | none |
 //! | `ring_connection` | a mapped ring with its event channel | `xen_blkif_map()` |
 //! | `xenstore`, `error` | nodes of a device, errors of a connection | |
-//! | `reports` | what a queue thread reports to its device | |
+//! | `reports` | reports of a queue thread to its device | |
 //! | `stats`, `params` | counters in sysfs, module parameters | |
 //! | `list` | linked list of requests | |
 //!

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Connecting to a frontend: what is read from its directory and written to the backend's
-//! (`connect_ring()`, `read_per_ring_refs()`, `connect()` of `xen-blkback`).
+//! Connecting to a frontend: reads its directory, and writes to the backend's (`connect_ring()`,
+//! `read_per_ring_refs()`, `connect()` of `xen-blkback`).
 //!
 //! [`Connection::new`] reads what the frontend has chosen, [`Connection::connect_ring`] maps each
 //! of its rings and creates the queue, and [`Connection::describe_disk`] writes the properties of
-//! the disk, with the state Connected. What is read is checked by [`blkif::negotiate`] and
-//! [`blkif::node`].
+//! the disk, with the state Connected. [`blkif::negotiate`] and [`blkif::node`] check the values
+//! that are read.
 
 use kernel::{
     fmt,
@@ -102,7 +102,7 @@ pub(crate) enum ConnectOutcome {
 
 /// Opens the disk that the hotplug script has named.
 ///
-/// Returns `None` if it has named none, or if a `disk` is open already.
+/// Returns `None` if the script has not named a disk, or if a `disk` is open already.
 ///
 /// Context: may sleep until I/O on the disk completes, possibly forever.
 pub(crate) fn open_disk(
@@ -156,7 +156,7 @@ pub(crate) fn open_disk(
     Ok(Some(disk))
 }
 
-/// Reads what the frontend has chosen.
+/// Reads the choice of the frontend.
 fn read_choice(frontend: &CStr, limits: &BackLimits) -> Result<Accepted, ConnectError> {
     let mut choice = FrontChoice::default();
     let listing = DirectoryListing::new(&NoTransaction, frontend);
@@ -171,7 +171,7 @@ fn read_choice(frontend: &CStr, limits: &BackLimits) -> Result<Accepted, Connect
     choice.check(limits).map_err(ConnectError::Choice)
 }
 
-/// A connection to a frontend: what its queues have in common.
+/// A connection to a frontend: the data that its queues share.
 pub(crate) struct Connection<'a> {
     xbdev: &'a xenbus::Device,
     frontend: &'a CStr,
@@ -187,7 +187,7 @@ pub(crate) struct Connection<'a> {
 }
 
 impl<'a> Connection<'a> {
-    /// Creates a connection to a frontend that has written what it has chosen.
+    /// Creates a connection to a frontend that has written its choice.
     pub(crate) fn new(
         xbdev: &'a xenbus::Device,
         frontend: &'a CStr,
@@ -304,7 +304,7 @@ impl<'a> Connection<'a> {
         Ok((references, pages))
     }
 
-    /// Reads a number in the directory of a queue.
+    /// Reads a number from the directory of a queue.
     fn number(
         &self,
         index: u32,
@@ -360,9 +360,11 @@ impl<'a> Connection<'a> {
         ) && self.read_first_ring_ref(transaction).ok() == self.first_ring_ref
     }
 
-    /// Writes the properties and features of the disk, and Connected, unless the state of the
-    /// backend or of the frontend was changed since the rings were mapped (`connect()` of
+    /// Writes the properties and features of the disk, and Connected (`connect()` of
     /// `xen-blkback`).
+    ///
+    /// Writes nothing if the state of the backend or of the frontend has changed since the rings
+    /// were mapped.
     pub(crate) fn describe_disk(&self) -> Result<ConnectOutcome, ConnectError> {
         let cdrom = reader(self.frontend)
             .value("device-type")

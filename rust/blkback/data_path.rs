@@ -290,8 +290,8 @@ impl GrantCopy {
 pub(crate) struct DataPath {
     xbdev: ARef<xenbus::Device>,
     domain: DomId,
-    /// Pages without memory, which grants are mapped to.
-    cache: Pin<KBox<PageCache>>,
+    /// Pages without memory to map grants to (`free_pages` of `struct xen_blkif_ring`).
+    free_pages: Pin<KBox<PageCache>>,
     mapper: Mapper,
     /// Pages that stay mapped; `None` if the frontend does not use persistent grants.
     persistent_grants: Option<PersistentGrants>,
@@ -305,7 +305,7 @@ pub(crate) struct DataPath {
     descriptor_page: KVec<MappedPage>,
     /// Pages of completed requests, to be unmapped together.
     to_unmap: KVec<MappedPage>,
-    /// Pages were unmapped since `cache` was last shrunk.
+    /// `true` if pages were unmapped since `free_pages` was last shrunk.
     has_unmapped: bool,
     /// Number of pages that are mapped, for requests or as persistent grants.
     mapped_now: usize,
@@ -318,15 +318,15 @@ impl DataPath {
     /// Creates the data path of a queue of `domain`.
     ///
     /// It can map [`MAX_PAGES`] pages, as many as one request uses at a time. So there are always
-    /// memory and quota for one request, once unused persistent grants were unmapped. The maptrack
-    /// may still be full, because other domains' pages are in it too.
+    /// memory and quota for one request, once unused persistent grants have been unmapped. The
+    /// maptrack may still be full, because it has other domains' pages too.
     pub(crate) fn new(
         xbdev: &ARef<xenbus::Device>,
         domain: &Arc<Domain>,
         persistent: bool,
     ) -> Result<Self> {
-        let cache = KBox::pin_init(PageCache::new(), GFP_KERNEL)?;
-        cache.fill(MAX_PAGES)?;
+        let free_pages = KBox::pin_init(PageCache::new(), GFP_KERNEL)?;
+        free_pages.fill(MAX_PAGES)?;
         let in_flight = usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0);
         let persistent_pages = usize::try_from(MAX_PERSISTENT_GRANTS.get()).unwrap_or(0);
         let (persistent_grants, grant_copy) = if persistent {
@@ -338,7 +338,7 @@ impl DataPath {
         Ok(Self {
             xbdev: xbdev.clone(),
             domain: domain.id,
-            cache,
+            free_pages,
             mapper: Mapper::new(MAX_SEGMENTS)?,
             persistent_grants,
             grant_copy,
@@ -465,7 +465,7 @@ impl DataPath {
             if let Err(error) = self.copy_one(&req) {
                 ratelimited!(dev_warn!(
                     self.xbdev.as_ref(),
-                    "failed a request, its data cannot be copied: {error}\n"
+                    "failed a request: its data cannot be copied: {error}\n"
                 ));
                 req.context.result = Err(EIO);
             }
@@ -487,7 +487,7 @@ impl DataPath {
         batch.run().map_err(DataError::Copy)
     }
 
-    /// Attaches the frontend's pages to a request, mapping those that are not cached.
+    /// Attaches the frontend's pages to a request, and maps those that are not cached.
     fn map(&mut self, req: &mut PendingReq) -> Result<(), DataError> {
         let ((pages, _), ctx) = req.split_mut();
         let access = match ctx.op {
@@ -618,7 +618,13 @@ impl DataPath {
             return Err(DataError::Local(ENOMEM));
         }
         self.mapper
-            .map(&self.cache, self.domain, &self.references, access, pages)
+            .map(
+                &self.free_pages,
+                self.domain,
+                &self.references,
+                access,
+                pages,
+            )
             .map_err(DataError::Map)?;
         self.mapped_now = self.mapped_now.wrapping_add(count);
         Ok(())
@@ -696,7 +702,7 @@ impl DataPath {
         if before == 0 {
             return false;
         }
-        self.mapper.unmap(&self.cache, &mut self.to_unmap);
+        self.mapper.unmap(&self.free_pages, &mut self.to_unmap);
         let unmapped = before.wrapping_sub(self.to_unmap.len());
         self.mapped_now = self.mapped_now.wrapping_sub(unmapped);
         self.has_unmapped = true;
@@ -741,23 +747,25 @@ impl DataPath {
         self.mapped_now != before
     }
 
-    /// Frees what an idle queue does not need, and all that it can spare if memory is `short`.
+    /// Frees memory that an idle queue does not need, and if memory is `short`, all that it does
+    /// not need to serve one request.
     pub(crate) fn trim(&mut self, short: bool) {
         self.unmap_excess();
         if short {
-            self.shrink_cache(0);
+            self.shrink_free_pages(0);
             if let Some(grant_copy) = &mut self.grant_copy {
                 grant_copy.buffers.clear();
             }
         } else if core::mem::take(&mut self.has_unmapped) {
-            self.shrink_cache(usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0));
+            self.shrink_free_pages(usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0));
         }
     }
 
-    /// Frees unused pages of `cache`, except `keep` of them and those that one request needs.
-    fn shrink_cache(&self, keep: usize) {
+    /// Frees unused pages of `free_pages`, except `keep` of them and those that one request needs.
+    fn shrink_free_pages(&self, keep: usize) {
         let keep = keep.max(MAX_PAGES);
-        self.cache.shrink(u32::try_from(keep).unwrap_or(u32::MAX));
+        self.free_pages
+            .shrink(u32::try_from(keep).unwrap_or(u32::MAX));
     }
 
     /// Returns `true` if pages stay mapped when a request has completed.
@@ -765,16 +773,18 @@ impl DataPath {
         self.persistent_grants.is_some()
     }
 
-    /// Unmaps the persistent grants that were not used for the time that is set by the module
-    /// parameter.
+    /// Unmaps the persistent grants that were not used for the time in the module parameter
+    /// `persistent_grant_unused_seconds`.
     pub(crate) fn purge_unused(&mut self) {
         if let Some(time) = unused_timeout() {
             self.unmap_unused_for(time);
         }
     }
 
-    /// Returns the time after which to call [`Self::purge_unused`], if pages are cached, or will be
-    /// when the requests `in_flight` have completed.
+    /// Returns the time after which to call [`Self::purge_unused`].
+    ///
+    /// Returns `None` if no page is cached, and none will be when the `in_flight` requests have
+    /// completed.
     pub(crate) fn purge_delay(&self, in_flight: usize) -> Option<Jiffies> {
         let grants = self.persistent_grants.as_ref()?;
         if grants.is_empty() && in_flight == 0 {
@@ -784,7 +794,7 @@ impl DataPath {
     }
 }
 
-/// Returns how long an unused page stays mapped; `None` if forever.
+/// Returns the time for which an unused page stays mapped; `None` if there is no limit.
 fn unused_timeout() -> Option<Jiffies> {
     let seconds = PERSISTENT_GRANT_UNUSED_SECONDS.get();
     (seconds != 0).then(|| jiffies::msecs_to_jiffies(seconds.saturating_mul(1000)))

@@ -151,28 +151,29 @@ use crate::{
     xenstore, //
 };
 
-/// Longest wait of an unbind for requests in flight.
+/// Longest wait of an unbind for requests in flight, in milliseconds.
 ///
 /// After that, the device is orphaned.
 const DRAIN_TIMEOUT_MS: u32 = 30_000;
 
-/// Longest wait of the work item, and of the `xenwatch` thread, which blocks all other devices.
+/// Longest wait of the work item, and of the `xenwatch` thread, which blocks all other devices, in
+/// milliseconds.
 ///
 /// After that, the last queue thread that ends schedules the work item.
 const SHORT_DRAIN_TIMEOUT_MS: u32 = 500;
 
-/// Delay of the first retry after a failure.
+/// Delay of the first retry after a failure, in milliseconds.
 ///
 /// It doubles with each failure.
 const RETRY_MS: u32 = 100;
 
-/// Longest delay of a retry.
+/// Longest delay of a retry, in milliseconds.
 const MAX_RETRY_MS: u32 = 10_000;
 
 /// Number of connections that a frontend may make in a row without a delay.
 const CONNECTIONS: u32 = 16;
 
-/// Time after which a frontend may make one more connection.
+/// Time after which a frontend may make another connection, in milliseconds.
 const CONNECTION_MS: u32 = 500;
 
 /// The workqueue of all devices; `None` before the driver is registered and after it is
@@ -214,19 +215,19 @@ pub(crate) struct Device {
     stats: Arc<Stats>,
     /// Queue threads that have not ended, including those of earlier connections.
     live_threads: Atomic<u32>,
-    /// The queue threads were told to stop; the state machine waits for the last of them.
+    /// `true` if the queue threads were told to stop; the state machine waits for the last of them.
     draining: Atomic<bool>,
-    /// The connection whose threads may take requests.
+    /// Number of the connection whose threads may take requests.
     served_connection: Atomic<u64>,
-    /// `physical-device` was written and has to be read.
+    /// `true` if `physical-device` was written and has to be read.
     disk_named: Atomic<bool>,
-    /// The work item is scheduled.
+    /// `true` if the work item is scheduled.
     work_queued: Atomic<bool>,
-    /// The work item runs.
+    /// `true` while the work item runs.
     work_running: Atomic<bool>,
-    /// The work item has closed the disk and waits for the device to be unregistered.
+    /// `true` if the work item has closed the disk and waits for the device to be unregistered.
     unregistering: Atomic<bool>,
-    /// The work item opens the disk, or writes back its page cache.
+    /// `true` while the work item opens the disk, or writes back its page cache.
     waits_for_disk: Atomic<bool>,
     workqueue: Arc<OwnedQueue>,
     #[pin]
@@ -252,7 +253,7 @@ struct Inner {
     queue_threads: KVec<QueueThread>,
     size_poll: Option<Pin<KBox<Timer<SizePoll>>>>,
     connect_limit: TokenBucket,
-    /// The frontend has connected too often and has to wait.
+    /// `true` if the frontend has connected too often and has to wait.
     throttled: bool,
     /// `None` once the driver is being unbound.
     retry_timer: Option<Pin<KBox<Timer<RetryTimer>>>>,
@@ -374,7 +375,7 @@ impl Device {
         Arc::pin_init(device, GFP_KERNEL)
     }
 
-    /// Creates the retry timer, which [`Self::detach`] drops.
+    /// Creates the retry timer, which [`Self::shut_down`] drops.
     pub(crate) fn start(self: &Arc<Self>) -> Result {
         let timer = Timer::new(TimerFlags::Default, RetryTimer(self.clone()))?;
         self.inner.lock().retry_timer = Some(timer);
@@ -401,7 +402,7 @@ impl Device {
         self.schedule_work();
     }
 
-    /// Makes the queue threads free the memory that they can spare.
+    /// Makes the queue threads free the memory that they do not need to serve one request each.
     ///
     /// Context: the shrinker of the bus. Does nothing if the device is locked.
     pub(crate) fn set_memory_pressure(&self) {
@@ -496,7 +497,7 @@ impl Device {
         true
     }
 
-    /// Reads the state of the frontend, and whether the toolstack wants the device to stay.
+    /// Reads the state of the frontend, and the node `online`.
     fn read_event(&self, inner: &Inner) -> BackEvent {
         match self.xbdev.read_driver_state(&self.frontend) {
             Err(UnknownState(_)) => BackEvent::BadState,
@@ -694,7 +695,7 @@ impl Device {
         step
     }
 
-    /// Lets the threads of a connection take requests.
+    /// Allows the threads of a connection to take requests.
     fn start_serving(&self, disk: &Disk, connection: u64) {
         // A second time, because programs of this domain may have written to the disk before the
         // frontend saw Connected.
@@ -717,8 +718,8 @@ impl Device {
         if !result? {
             ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
-                "programs of this domain use the page cache of the disk: what they write overwrites the \
-                 data of its guest\n"
+                "programs of this domain use the page cache of the disk: their writes overwrite the data \
+                 of the guest\n"
             ));
         }
         Ok(())
@@ -782,9 +783,9 @@ impl Device {
         let handle = DeviceHandle::new(self, index, connection);
         let name =
             CString::try_from_fmt(fmt!("rblkback {}", queue.name())).during("naming a thread")?;
-        let kind = KThreadOptions { freezable: true };
+        let options = KThreadOptions { freezable: true };
         let wakeup = queue.wakeup();
-        KThread::spawn(fmt!("{}", *name), kind, move |thread| {
+        KThread::spawn(fmt!("{}", *name), options, move |thread| {
             // Reclaim may write to the disk, so allocations must not wait for it.
             let _noio = NoioScope::new();
             handle.wait_until_served(thread);
@@ -795,7 +796,7 @@ impl Device {
         .during("starting a thread")
     }
 
-    /// Tells the frontend the size of the disk, if it has changed.
+    /// Writes the size of the disk for the frontend, if it has changed.
     fn report_size(&self, inner: &Inner) {
         let Some(disk) = inner.disk.as_ref().filter(|disk| disk.size_changed()) else {
             return;
@@ -835,8 +836,8 @@ impl Device {
 
     /// Waits until all queue threads have ended.
     ///
-    /// Returns `false` after a timeout; a thread owns its ring and memory, and needs nothing of the
-    /// device to end.
+    /// Returns `false` after a timeout. A thread owns its ring and memory, so it can end without
+    /// the device.
     fn drain(&self, time_ms: u32) -> bool {
         let time = msecs_to_jiffies(time_ms);
         let drained = self.wait.wait_timeout(time, || !self.has_threads());
@@ -853,7 +854,7 @@ impl Device {
     /// Stops and closes the device, because the driver is unbound.
     ///
     /// A second call has no effect.
-    pub(crate) fn detach(self: &Arc<Self>) {
+    pub(crate) fn shut_down(self: &Arc<Self>) {
         let mut inner = self.inner.lock();
         let Some(timer) = inner.retry_timer.take() else {
             return;
@@ -864,7 +865,7 @@ impl Device {
         self.draining.store(false, Relaxed);
         drop(inner);
         drop(timer);
-        // Without its directory the device is gone for good: no other driver will serve its rings.
+        // A device without a directory cannot be bound again: no other driver will serve its rings.
         let gone = self.xbdev.read_driver_state(self.xbdev.nodename()) == Ok(XenbusState::Unknown);
         let time_ms = if gone {
             SHORT_DRAIN_TIMEOUT_MS
@@ -908,7 +909,7 @@ impl Device {
         if let Err(error) = xenbus::unregister_device(&self.xbdev) {
             dev_warn!(
                 self.xbdev.as_ref(),
-                "cannot be unregistered before its directory is removed: {error:?}\n"
+                "the device cannot be unregistered before its directory is removed: {error:?}\n"
             );
         }
     }

@@ -76,7 +76,7 @@ pub(crate) struct Disk {
     /// The node `mode`.
     pub(crate) mode: CString,
     pub(crate) bdev: Arc<BlockDevice>,
-    /// Discard as it is offered; `None` if it is not.
+    /// The discard support that is offered; `None` if discard is not offered.
     pub(crate) discard: Option<DiscardSupport>,
     block_size: u32,
     /// Size in sectors that was last written to xenstore.

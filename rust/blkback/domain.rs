@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Frontend domains: how many of a domain's pages all its disks may have mapped.
+//! Frontend domains: limits on the pages of a domain that the queues of all its disks have mapped.
 //!
 //! Each domain has two quotas: one for the pages of requests in flight, one for persistent grants.
 //! Each queue of the domain has a *guarantee* in both, which follows from the module parameters
@@ -78,8 +78,8 @@ static DEVICES: GlobalMutex<KVec<Arc<DeviceEntry>>> = GlobalMutex::new(KVec::new
 struct DeviceEntry {
     nodename: CString,
     domain: Arc<Domain>,
-    /// The driver was unbound while queue threads still wait for the disk. They will write
-    /// responses into rings that the next driver of the device would use.
+    /// `true` if the driver was unbound while queue threads still wait for the disk. They will
+    /// write responses into rings that the next driver of the device would use.
     orphaned: Atomic<bool>,
 }
 
@@ -124,7 +124,7 @@ impl Drop for DeviceRegistration {
         let mut devices = DEVICES.lock();
         devices.retain(|entry| !Arc::ptr_eq(entry, &self.0));
         if devices.is_empty() {
-            // A static is not dropped at the end of the module.
+            // A static is not dropped when the module is unloaded, so free its memory.
             *devices = KVec::new();
         }
     }
@@ -137,8 +137,8 @@ pub(crate) fn is_orphaned(nodename: &CStr) -> bool {
     same.any(|entry| entry.orphaned.load(Acquire))
 }
 
-/// Makes all queues of all domains unmap pages that they can do without, because the maptrack is
-/// full.
+/// Makes all queues of all domains unmap pages that they do not need to serve one request each,
+/// because the maptrack is full.
 pub(crate) fn reclaim_mappings() {
     for entry in DEVICES.lock().iter() {
         entry.domain.reclaim_mappings();
@@ -242,11 +242,11 @@ impl Drop for ShortageSubscriber {
 struct PageQuota {
     /// Sum of the guarantees.
     limit: Atomic<usize>,
-    /// Sum of what the queues have reserved.
+    /// Number of pages that the queues have reserved.
     used: Atomic<usize>,
-    /// End of the shortage.
+    /// Time until which a shortage lasts.
     short_until: Atomic<Jiffies>,
-    /// End of the time without guarantees.
+    /// Time until which no queue has a guarantee.
     suspended_until: Atomic<Jiffies>,
 }
 
@@ -264,9 +264,7 @@ impl PageQuota {
         !jiffies::is_past(self.short_until.load(Relaxed))
     }
 
-    /// Returns `true` if no queue has a guarantee now.
-    ///
-    /// The quota is short then, too.
+    /// Returns `true` if no queue has a guarantee now. There is a shortage then, too.
     fn guarantees_suspended(&self) -> bool {
         !jiffies::is_past(self.suspended_until.load(Relaxed))
     }
@@ -299,8 +297,8 @@ impl PageQuota {
 
 /// Sets the end of a shortage to [`SHORTAGE_MS`] from now.
 ///
-/// Returns `true` if the queues have to be woken. They do not while more than half of an earlier
-/// shortage is left, for which they were woken already.
+/// Returns `true` if the queues have to be woken. That is not necessary while more than half of the
+/// time of an earlier shortage is left, for which they were woken already.
 fn extend_shortage(until: &Atomic<Jiffies>) -> bool {
     let half = msecs_to_jiffies(SHORTAGE_MS / 2);
     let known = !jiffies::is_past(until.load(Relaxed).wrapping_sub(half));
@@ -346,7 +344,7 @@ impl QuotaShare {
         self.domain.quota(self.kind)
     }
 
-    /// Returns how many pages the queue is guaranteed now.
+    /// Returns the number of pages that the queue is guaranteed now.
     fn guaranteed(&self) -> usize {
         if self.quota().guarantees_suspended() {
             0
@@ -390,10 +388,10 @@ impl QuotaShare {
         }
     }
 
-    /// Returns how many of its `pages` the queue has to give up, because other queues of the domain
-    /// need them.
+    /// Returns the number of its `pages` that the queue has to unmap, because other queues of the
+    /// domain need them.
     ///
-    /// Gives back what is reserved and not used.
+    /// Gives reserved pages that are not used back to the quota.
     pub(crate) fn over_guarantee(&mut self, pages: usize) -> usize {
         if !self.quota().is_short() {
             return 0;
@@ -406,7 +404,7 @@ impl QuotaShare {
         pages.saturating_sub(guaranteed)
     }
 
-    /// Gives back to the quota what is not needed for `pages`, if that is at least
+    /// Gives the reserved pages beyond `pages` back to the quota, if there are at least
     /// [`RESERVE_BATCH`].
     #[inline]
     pub(crate) fn trim(&mut self, pages: usize) {

@@ -94,7 +94,7 @@ impl Driver for VbdDriver {
     }
 
     fn remove(self: Pin<&Self>, _xbdev: &xenbus::Device<Core<'_>>) {
-        self.detach();
+        self.shut_down();
     }
 
     fn reclaim_memory(self: Pin<&Self>) {
@@ -140,21 +140,21 @@ impl VbdDriver {
         Ok(driver)
     }
 
-    /// Removes the watch, and detaches the device.
-    fn detach(&self) {
+    /// Removes the watch, and shuts the device down.
+    fn shut_down(&self) {
         // Removing the watch waits for the `xenwatch` thread, while the driver core holds the lock
         // of the device. It comes before the long wait for the disk: during that, the `xenwatch`
         // thread may begin to wait for the same lock, to remove the device, and removing the watch
         // would then never end.
         let watch = self.watch.lock().take();
         drop(watch);
-        self.device.detach();
+        self.device.shut_down();
     }
 }
 
 impl Drop for VbdDriver {
     fn drop(&mut self) {
-        self.detach();
+        self.shut_down();
     }
 }
 

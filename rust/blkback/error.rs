@@ -28,13 +28,13 @@ pub(crate) enum ConnectError {
     Toolstack(InvalidNode),
     /// A node of one queue is missing or not valid.
     Queue(u32, InvalidNode),
-    /// The frontend has chosen what was not offered.
+    /// The frontend has chosen a value that was not offered.
     Choice(InvalidChoice),
     /// The indices in a ring are not valid.
     Ring(u32, RingError),
     /// Xen refuses a number that the frontend has written for a queue: queue, node, number, error.
     Refused(u32, &'static str, u32, Error),
-    /// The frontend's node `state` holds no state, or one that the protocol does not allow now.
+    /// The frontend's node `state` contains no state, or one that the protocol does not allow now.
     State(InvalidNode),
     /// The disk cannot be opened.
     Disk(DeviceNumber, Access, Error),

@@ -69,19 +69,19 @@ pub(crate) trait Respond: Linked {
     fn set_responded(&mut self);
 }
 
-/// A ring that is lent, with all that is needed to respond.
+/// A ring that is lent, with the notifier of its frontend.
 pub(crate) struct LentRing {
     pub(crate) ring: KBox<Ring>,
     /// Notifies the frontend.
     pub(crate) notifier: Notifier,
-    /// The frontend uses persistent grants.
+    /// `true` if the frontend uses persistent grants.
     pub(crate) persistent: bool,
 }
 
 impl LentRing {
     /// Writes and publishes the response of a request that needs nothing but a response.
     ///
-    /// Returns `None` if the request needs the thread, and otherwise whether the frontend has to be
+    /// Returns `None` if the request needs the thread, and `Some(true)` if the frontend has to be
     /// notified.
     fn respond(&mut self, req: &mut impl Respond) -> Option<bool> {
         let response = req.response_alone(self.persistent)?;
@@ -138,8 +138,8 @@ impl<R: Respond> Handoff<R> {
         })
     }
 
-    /// Takes a request that the disk has completed: responds to it if the ring is lent and nothing
-    /// else has to be done, and otherwise passes it to the thread.
+    /// Handles a request that the disk has completed: responds to it if the ring is lent and the
+    /// request needs nothing else, and otherwise passes it to the thread.
     ///
     /// Context: any.
     pub(crate) fn complete(&self, mut req: KBox<R>) {

@@ -64,11 +64,11 @@ pub(crate) type ReqList = List<PendingReq>;
 /// Operation of a request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum ReqOp {
-    /// From the disk to the frontend's pages.
+    /// Reads from the disk to the frontend's pages.
     Read,
-    /// From the frontend's pages to the disk.
+    /// Writes from the frontend's pages to the disk.
     Write,
-    /// Makes completed writes durable. No data.
+    /// Makes completed writes durable. It has no data.
     Flush,
     /// Runs alone on the disk: all earlier requests complete and become durable, then the data, if
     /// any, is written and becomes durable.
@@ -77,9 +77,9 @@ pub(crate) enum ReqOp {
     Discard {
         /// Start of the next piece.
         sector: u64,
-        /// Sectors that are left, without the piece in flight.
+        /// Number of sectors that are left, without the piece in flight.
         left: u64,
-        /// The sectors must not be recoverable.
+        /// `true` if the data must not be readable afterwards.
         secure: bool,
     },
 }
@@ -97,7 +97,7 @@ pub(crate) struct ReqContext {
     pub(crate) segments: KVec<Segment>,
     /// The result of the I/O.
     pub(crate) result: Result,
-    /// The frontend has its response: only the pages are left to release.
+    /// `true` if the response was written: only the pages have to be released.
     pub(crate) responded: bool,
     handoff: Arc<Handoff<PendingReq>>,
     /// The requests behind this one in the list that it is in.

@@ -69,7 +69,7 @@ struct Entry {
     next: u32,
     /// `None` while a request uses the page.
     page: Option<MappedPage>,
-    /// Time at which the page was put here.
+    /// Time at which the page was put into the table.
     since: Jiffies,
 }
 

@@ -102,13 +102,13 @@ use crate::{
     }, //
 };
 
-/// Poll interval while pages of a completed request are still in use elsewhere.
-const BUSY_WAIT_MS: u32 = 5;
+/// Poll interval while pages of a completed request are still in use elsewhere, in milliseconds.
+const BUSY_POLL_MS: u32 = 5;
 
 /// Delays between attempts to start a deferred request, in milliseconds.
 const RETRIES: Backoff = Backoff::new(10, 500);
 
-/// Interval of the statistics in the log.
+/// Interval of the statistics in the log, in seconds.
 const LOG_STATS_SECONDS: u32 = 10;
 
 /// State of a queue's barrier.
@@ -132,7 +132,7 @@ pub(crate) struct QueueConfig {
     pub(crate) counters: Arc<Counters>,
     pub(crate) gate: GateMember,
     pub(crate) domain: Arc<Domain>,
-    /// The frontend uses persistent grants.
+    /// `true` if the frontend uses persistent grants.
     pub(crate) persistent: bool,
 }
 
@@ -237,7 +237,7 @@ impl Queue {
         &self.name
     }
 
-    /// Returns the wake-up conditions of the thread.
+    /// Returns the wakeup flags of the thread.
     pub(crate) fn wakeup(&self) -> Arc<QueueWakeup> {
         self.wakeup.clone()
     }
@@ -346,13 +346,13 @@ impl Queue {
     /// Returns the time until the next retry or check.
     fn timeout(&mut self) -> Option<Jiffies> {
         if !self.busy.is_empty() {
-            return Some(msecs_to_jiffies(BUSY_WAIT_MS));
+            return Some(msecs_to_jiffies(BUSY_POLL_MS));
         }
         self.deferred.as_ref()?;
         Some(msecs_to_jiffies(self.retries.next_delay()))
     }
 
-    /// Frees what is not needed now, and unmaps pages that other queues need.
+    /// Frees memory that is not needed now, and unmaps pages that other queues need.
     fn trim(&mut self) {
         if self.wakeup.take_memory_pressure() {
             let time = msecs_to_jiffies(BUFFER_SQUEEZE_DURATION_MS.get());
@@ -397,8 +397,8 @@ impl Queue {
         }
     }
 
-    /// Returns `true` if the thread has to run when an I/O completes, because something waits for
-    /// it.
+    /// Returns `true` if the thread has to run when an I/O completes, because other work waits for
+    /// that.
     fn needs_thread(&self, stopping: bool) -> bool {
         stopping
             || !self.ring_status.is_usable()

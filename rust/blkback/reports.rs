@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Reports of a queue thread to its device. Each is made once.
+//! Reports of a queue thread to its device, each of which is made once.
 
 use kernel::prelude::*;
 
@@ -14,7 +14,7 @@ pub(crate) trait QueueOwner {
     /// Closes the device, because the frontend has written an invalid index to the ring.
     fn ring_broken(&self, error: RingError);
 
-    /// Tells the frontend the new size of the disk.
+    /// Writes the new size of the disk for the frontend.
     fn size_changed(&self);
 }
 
@@ -24,7 +24,7 @@ pub(crate) enum RingStatus {
     Usable,
     /// The frontend has written an invalid index. No more requests are taken from the ring.
     Broken(RingError),
-    /// The ring is broken, and the device knows.
+    /// The ring is broken, and this was reported to the device.
     Reported,
 }
 
@@ -50,7 +50,7 @@ impl RingStatus {
 /// Each is withdrawn once, however often the frontend asks for it.
 pub(crate) struct RejectedFeatures {
     nodes: KVec<&'static str>,
-    /// Number of them that were withdrawn.
+    /// Number of features that were withdrawn, from the first on.
     withdrawn: usize,
 }
 

@@ -30,7 +30,7 @@ use crate::{
 pub(crate) struct RingConnection {
     pub(crate) ring: Ring,
     pub(crate) channel: EventChannel<QueueWakeup>,
-    /// The wake-up conditions, one of which events of the channel set.
+    /// The wakeup flags, which events of the channel set.
     pub(crate) wakeup: Arc<QueueWakeup>,
 }
 

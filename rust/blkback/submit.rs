@@ -192,7 +192,7 @@ impl Queue {
         }
     }
 
-    /// Keeps a request, which is tried again when there may be the memory that it lacks.
+    /// Stores a request, which is tried again when memory or mappings may be available.
     ///
     /// Returns `false`.
     fn defer(&mut self, wire: &WireRequest) -> bool {
@@ -244,7 +244,8 @@ impl Queue {
         }
     }
 
-    /// Submits a prepared request, or adds it to the writes to be copied, or makes it the barrier.
+    /// Submits a prepared request, or adds it to the writes to be copied, or makes it the queue's
+    /// barrier.
     fn issue(&mut self, req: KBox<PendingReq>) {
         self.count(&req);
         if req.context.op == ReqOp::Barrier {
@@ -299,8 +300,8 @@ impl Queue {
         }
     }
 
-    /// Submits the barrier if all earlier requests have completed, or lets the barrier of another
-    /// queue run.
+    /// Submits the barrier if all earlier requests have completed, or marks the queue as quiesced
+    /// for the barrier of another queue.
     fn advance_barrier(&mut self) {
         let idle = self.in_flight == 0 && self.deferred.is_none();
         match core::mem::replace(&mut self.barrier, BarrierState::None) {
@@ -314,7 +315,7 @@ impl Queue {
         }
     }
 
-    /// Submits a request, or its next piece, to the disk.
+    /// Submits a request to the disk, or the next piece of a discard.
     pub(crate) fn submit(&mut self, mut req: KBox<PendingReq>) {
         let (operation, sector) = next_bio(&self.disk, &mut req);
         if let Err((error, mut req)) = bio::submit(&self.disk.bdev, operation, sector, req) {

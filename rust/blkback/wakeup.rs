@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Wake-up conditions of a queue thread.
+//! Wakeup flags of a queue thread.
 //!
 //! [`QueueWakeup`] has the flags that the thread checks before it sleeps, and the wait queue on
 //! which it sleeps (`waiting_reqs` and `wq` of `struct xen_blkif_ring`).
@@ -8,7 +8,7 @@
 //! | flag | set by | reason |
 //! |---|---|---|
 //! | `pending`, `event` | the interrupt handler | the frontend has notified: there may be requests |
-//! | `pending`, `memory_pressure` | the shrinker of the bus | the thread frees the memory that it can spare |
+//! | `pending`, `memory_pressure` | the shrinker of the bus | memory is short: the thread frees unused memory |
 //! | `pending` | another queue of the disk | the barrier gate has closed or opened, or a barrier may run |
 //! | `pending` | another queue of the domain | pages are short: the thread returns those beyond its guarantee |
 //! | `pending` | [`PurgeTimer`] | persistent grants may have to be purged |
@@ -17,7 +17,7 @@
 //!
 //! A thread that has to stop is woken by `kthread_stop()`.
 //!
-//! `Documentation/ring-handoff.rst` shows that no wake-up is lost.
+//! `Documentation/ring-handoff.rst` shows that no wakeup is lost.
 //!
 //! # Lost events
 //!
@@ -27,7 +27,7 @@
 //! by up to one second; the first event with a request ends the delay.
 //!
 //! No timer polls the ring for a frontend that does not notify again, so that an idle disk causes
-//! no wake-ups. Only the frontend can know that it has sent a request without an event.
+//! no wakeups. Only the frontend can know that it has sent a request without an event.
 
 use kernel::{
     prelude::*,
@@ -57,23 +57,24 @@ use kernel_ext::{
     },
 };
 
-/// The wake-up conditions of a queue thread.
+/// The wakeup flags of a queue thread, and the wait queue on which it sleeps.
 #[pin_data]
 pub(crate) struct QueueWakeup {
-    /// The thread has to check `event`, `memory_pressure`, or state outside of the queue.
+    /// `true` if the thread has to check `event`, `memory_pressure`, or state outside of the queue.
     pending: Atomic<bool>,
-    /// The frontend has sent an event, which the thread has not taken yet.
+    /// `true` if the frontend has sent an event that the thread has not taken yet.
     event: Atomic<bool>,
-    /// Memory is short, and the thread has not reacted yet.
+    /// `true` if memory is short, and the thread has not reacted yet.
     memory_pressure: Atomic<bool>,
-    /// The handoff has completed requests for the thread. Changes under the lock of the handoff.
+    /// `true` if the handoff has completed requests for the thread. Changes under the lock of the
+    /// handoff.
     completed: Atomic<bool>,
     #[pin]
     wait: WaitQueue,
 }
 
 impl QueueWakeup {
-    /// Creates wake-up conditions, none of which is set.
+    /// Creates wakeup flags, none of which is set.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             pending: Atomic::new(false),
@@ -84,11 +85,11 @@ impl QueueWakeup {
         })
     }
 
-    /// Sets the pending flag and wakes the thread, which then checks all that may have changed.
+    /// Sets the pending flag, and wakes the thread to check all state that may have changed.
     ///
     /// Context: any.
     pub(crate) fn set_pending(&self) {
-        // Release: orders what the caller has changed before the flag. Pairs with the exchange in
+        // Release: orders the caller's changes before the flag. Pairs with the exchange in
         // `clear_pending`.
         self.pending.store(true, Release);
         self.wake();
@@ -96,7 +97,7 @@ impl QueueWakeup {
 
     /// Clears the pending flag.
     ///
-    /// Must be called before the thread checks what may have changed.
+    /// Must be called before the thread checks the state that may have changed.
     pub(crate) fn clear_pending(&self) {
         if self.pending.load(Relaxed) {
             // A full barrier: the checks that follow see what was changed before the flag was set.
@@ -116,7 +117,7 @@ impl QueueWakeup {
         }
     }
 
-    /// Makes the thread free the memory that it can spare.
+    /// Makes the thread free the memory that it does not need to serve one request.
     ///
     /// Context: any.
     pub(crate) fn set_memory_pressure(&self) {

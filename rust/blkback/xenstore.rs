@@ -60,8 +60,8 @@ pub(crate) fn is_online(xbdev: &xenbus::Device, frontend: XenbusState) -> bool {
 
 /// Returns `true` if a frontend has been connected to the device before.
 ///
-/// It may have been connected to a driver that was unbound since: the nodes that this has written
-/// for the disk are still there.
+/// It may have been connected to a driver that was unbound since: the nodes of the disk that this
+/// driver has written are still there.
 pub(crate) fn was_connected(xbdev: &xenbus::Device) -> bool {
     xenstore::exists(&NoTransaction, xbdev.nodename(), fmt!("sectors"))
 }
@@ -89,7 +89,7 @@ pub(crate) fn clear_error(xbdev: &xenbus::Device) -> Result {
     xenstore::remove(&NoTransaction, &dir, fmt!("error"))
 }
 
-/// Writes the limits that frontends choose within, which do not depend on the disk.
+/// Writes the limits for the choice of a frontend, which do not depend on the disk.
 pub(crate) fn write_features(dir: &CStr, limits: &BackLimits) -> Result {
     let write = |node: &str, value: u32| {
         xenstore::write(&NoTransaction, dir, fmt!("{node}"), fmt!("{value}"))
