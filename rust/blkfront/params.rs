@@ -52,7 +52,7 @@ pub(crate) fn io_timeout_ms() -> u32 {
     IO_TIMEOUT.get().min(MAX_IO_TIMEOUT).saturating_mul(1_000)
 }
 
-/// Returns `true` if a connection is given up when requests get no response.
+/// Returns `true` if a connection is closed when requests get no response.
 pub(crate) fn gives_up() -> bool {
     IO_TIMEOUT.get() != 0
 }
