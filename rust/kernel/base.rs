@@ -4,22 +4,22 @@
 //!
 //! - [`cpu`]: the CPUs of the machine.
 //! - [`global_mutex`]: mutexes in statics.
-//! - [`blkcg`]: who the I/O of a thread counts for.
+//! - [`blkcg`]: the cgroup and priority of a thread's I/O.
 //! - [`spinlock_irqsave`]: a lock for data that an interrupt handler uses too.
 //! - [`jiffies`]: the kernel's coarse clock.
 //! - [`kthread`]: kernel threads that run a closure.
-//! - [`module_param`]: module parameters that show in sysfs.
+//! - [`module_param`]: module parameters that are visible in sysfs.
 //! - [`module_ref`]: references to the module.
 //! - [`memalloc`]: scopes in which allocations start no I/O.
-//! - [`page`]: bytes of pages that others may change at any time.
-//! - [`page_owner`]: owners of pages, made of other owners.
-//! - [`ratelimit`]: messages that others can cause.
-//! - [`fmt`](mod@fmt): messages with values of crates that do not know the kernel.
+//! - [`page`]: bytes of pages that may change at any time.
+//! - [`page_owner`]: owners of pages that consist of other owners.
+//! - [`ratelimit`]: rate limits of messages.
+//! - [`fmt`](mod@fmt): formatting of values of crates that do not use the kernel.
 //! - [`sysfs`]: read-only attributes of a device.
 //! - [`this_module`]: the module that this crate is linked into.
-//! - [`timer`]: calls at a later time.
+//! - [`timer`]: timers.
 //! - [`wait`]: wait queues.
-//! - [`workqueue`]: work queues that end with their owner.
+//! - [`workqueue`]: workqueues that end with their owner.
 
 pub mod blkcg;
 pub mod cpu;

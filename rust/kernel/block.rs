@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Disks and their requests. Knows nothing of Xen.
+//! Disks and their requests, independent of Xen.
 //!
 //! - [`bdev`]: open block devices.
 //! - [`bio`]: I/O on them.
-//! - [`mq`]: for drivers that offer a disk.
+//! - [`mq`]: drivers of disks.
 //! - [`major`]: ownership of a block major number and of minors.
 
 pub mod bdev;

@@ -2,20 +2,20 @@
 
 //! Abstractions that the stock `kernel` crate lacks.
 //!
-//! Layer 2, beside `kernel`, shaped like the kernel's own
-//! `rust/kernel/` so that its parts can go there one day. It holds mechanisms,
-//! no policy, and all the `unsafe` code of the project: **no safe function
-//! here can be driven to undefined behaviour by any argument.**
+//! This crate is layer 2, beside `kernel`. It has the style of the kernel's own `rust/kernel/`, so
+//! that its parts can move there. It contains mechanisms, no policy, and all the `unsafe` code of
+//! the drivers: **no safe function here causes undefined behaviour, whatever its arguments.**
 //!
-//! What the kernel may call back into holds a reference to the module, see
+//! Each object with callbacks from the kernel holds a reference to the module, see
 //! [`module_ref`](base::module_ref), so leaking it keeps the module loaded. There are two
-//! exceptions. The end of an I/O of [`bio`](block::bio) runs code of the module: who submits one
-//! waits for its end before the module can be unloaded. A [`workqueue`](base::workqueue) is dropped
-//! by the module that created it, which waits for its work.
+//! exceptions. The completion of an I/O of [`bio`](block::bio) runs code of the module: the
+//! submitter waits for the completion before the module can be unloaded. A
+//! [`workqueue`](base::workqueue) is dropped by the module that created it, which waits for its
+//! work.
 //!
-//! - [`base`]: what any driver may need.
-//! - [`block`]: disks and requests. Knows nothing of Xen.
-//! - [`xen`]: xenbus, grants, event channels. Knows nothing of disks.
+//! - [`base`]: abstractions for any driver.
+//! - [`block`]: disks and requests. Independent of Xen.
+//! - [`xen`]: xenbus, grants, event channels. Independent of disks.
 
 pub mod base;
 pub mod block;

@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Xen: talking to drivers in other domains.
+//! Xen: communication with drivers in other domains.
 //!
 //! A split driver has a *frontend* in one domain and a *backend* in another. They find each other
-//! and negotiate in [`xenstore`], a tree of small strings that a daemon keeps; the kernel makes a
-//! device of each half ([`xenbus`]). Then they share memory: the frontend *grants* pages, the
-//! backend maps or copies them ([`grant`]); the page with the requests is the *ring* ([`ring`]).
-//! They wake each other through *event channels* ([`events`]).
+//! and negotiate in [`xenstore`], a tree of small strings that a daemon stores; the kernel creates
+//! a device for each side ([`xenbus`]). Then they share memory: the frontend *grants* pages, and
+//! the backend maps or copies them ([`grant`]); the pages with the requests are the *ring*
+//! ([`ring`]). They notify each other through *event channels* ([`events`]).
 //!
-//! Data that the other domain writes is hostile until checked. Nothing here relies on it for memory
-//! safety: foreign numbers are data that Xen itself checks, shared memory is only ever copied word
-//! by word or byte by byte, and memory that is shared goes back to the allocator only when Xen says
-//! that the other domain has unmapped it.
+//! Data from the other domain is untrusted until it is checked. Memory safety does not depend on
+//! it: Xen checks grant references and ports, shared memory is only copied, by words or bytes, and
+//! shared memory is freed only when Xen reports that the other domain has unmapped it.
 //!
 //! C headers: [`include/xen`](srctree/include/xen)
 
@@ -58,21 +57,24 @@ pub fn is_xen_domain() -> bool {
     unsafe { bindings_ext::xen_domain() }
 }
 
-/// Returns `true` if this kernel runs on virtual hardware, and not as a PV guest. It can have
-/// emulated devices then, and a PV device can stand for the same thing as one of these.
+/// Returns `true` if this kernel runs on virtual hardware, and not as a PV guest.
+///
+/// Such a guest can have emulated devices, and a PV device can be the same disk as one of these.
 pub fn is_hvm_domain() -> bool {
     // SAFETY: Only reads a variable that is set at boot.
     unsafe { bindings_ext::xen_hvm_domain() }
 }
 
-/// Returns `true` if disks of other domains may be used: not if the command line says `xen_nopv`,
-/// or if emulated disks stand for them (`xen_emul_unplug`).
+/// Returns `true` if disks of other domains may be used.
+///
+/// They may not if the kernel command line has `xen_nopv`, or if emulated disks are used instead
+/// (`xen_emul_unplug`).
 pub fn has_pv_disks() -> bool {
     // SAFETY: Only reads variables that are set at boot.
     unsafe { bindings_ext::xen_has_pv_disk_devices() }
 }
 
-/// Returns `true` if emulated disks were left in place beside those of other domains.
+/// Returns `true` if emulated disks were not unplugged and exist beside those of other domains.
 pub fn has_pv_and_emulated_disks() -> bool {
     // SAFETY: Only reads variables that are set at boot.
     unsafe { bindings_ext::xen_has_pv_and_legacy_disk_devices() }

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Event channels: waking the other domain, and being woken.
+//! Event channels: notifications between two domains.
 //!
-//! A channel has two ends. The frontend makes an end that a certain domain may connect to
-//! ([`EventChannel::alloc_unbound`]) and tells its number, the *port*, through xenstore; the
-//! backend connects ([`EventChannel::bind_interdomain`]). Each end is an interrupt of its domain.
+//! A channel has two ends. The frontend creates an end for one other domain
+//! ([`EventChannel::alloc_unbound`]) and writes its number, the *port*, to xenstore; the backend
+//! connects to it ([`EventChannel::bind_interdomain`]). Each end is an interrupt of its domain.
 //!
-//! An event that has arrived is *pending* until it is ended (EOI), and no other one comes before
-//! that. So ending events late slows a domain down that sends too many (XSA-332, XSA-391): all
-//! channels here are of the `lateeoi` kind. An event for which there was nothing to do is
-//! *spurious*; after spurious events Xen's glue code delays the next one, up to a second.
+//! An event that has arrived is *pending* until it is ended (EOI), and no other event arrives
+//! before that. So ending events late slows down a domain that sends too many (XSA-332, XSA-391):
+//! all channels here are of the `lateeoi` kind. An event for which there was nothing to do is
+//! *spurious*; after spurious events the event channel driver of Linux delays the next one, by up
+//! to a second.
 //!
 //! C header: [`include/xen/events.h`](srctree/include/xen/events.h)
 
@@ -39,29 +40,29 @@ const IRQ_HANDLED: bindings::irqreturn_t = bindings::irqreturn::IRQ_HANDLED;
 #[cfg(not(irqreturn_is_newtype))]
 const IRQ_HANDLED: bindings::irqreturn_t = bindings::irqreturn_IRQ_HANDLED;
 
-/// As many ports as a domain can have.
+/// Largest number of ports that a domain can have.
 const PORTS: bindings_ext::evtchn_port_t = bindings_ext::EVTCHN_FIFO_NR_CHANNELS;
 
 /// The result of a [`Handler`] for an event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
 pub enum Eoi {
-    /// There was work, and it is done: the next event may come.
+    /// There was work, and it is done: the next event may arrive.
     Done,
-    /// There was nothing to do: the next event may come, later if there are more of these.
+    /// There was nothing to do: the next event may arrive, later if there are many of these.
     Spurious,
-    /// [`EventChannel::eoi`] will end the event. Without that no further event comes, which
-    /// silences a domain that breaks the rules.
+    /// [`EventChannel::eoi`] will end the event. Without that call no further event arrives, which
+    /// is intended for a domain that violates the protocol.
     ///
-    /// The handler must notify the caller of `eoi` with a release, which pairs with an acquire
-    /// there. A wake-up alone is not enough, because a thread that is awake does not need it.
-    /// Otherwise `eoi` may not see the event yet, and does nothing.
+    /// The handler must tell the caller of `eoi` by a store with release ordering, which pairs with
+    /// an acquire there. Otherwise `eoi` may not see the event yet, and do nothing. A wakeup alone
+    /// is not enough, because it orders nothing if the thread is already awake.
     Later,
 }
 
-/// Is called when an event has arrived.
+/// The handler of the events of a channel.
 pub trait Handler: Send + Sync + 'static {
-    /// Handles an event.
+    /// Handles an event that has arrived.
     ///
     /// Context: hard interrupt, on one CPU at a time.
     fn handle(&self) -> Eoi;
@@ -70,9 +71,9 @@ pub trait Handler: Send + Sync + 'static {
 /// The way to notify the other end.
 #[derive(Clone, Copy)]
 enum Notify {
-    /// By the port, known from the start.
+    /// By the port, which is known from the start.
     Port(bindings_ext::evtchn_port_t),
-    /// By the interrupt, whose port only Xen's glue code knows.
+    /// By the interrupt, whose port only the event channel driver knows.
     Irq,
 }
 
@@ -80,9 +81,9 @@ enum Notify {
 ///
 /// # Invariants
 ///
-/// `open` is 1 while an event has come and was not ended: whoever makes it 0 ends the event. The
-/// glue code must be told once of each end: it puts the event to a list, without checking
-/// whether other code does so at the same time.
+/// `open` is 1 while an event has arrived and was not ended: the code that sets it to 0 ends the
+/// event. Each event must be ended once, because the event channel driver adds it to a list without
+/// a check for a concurrent call.
 struct Shared<T> {
     handler: Arc<T>,
     open: Atomic<i32>,
@@ -111,16 +112,18 @@ impl<T: Handler> Shared<T> {
     }
 }
 
-/// A handle that wakes the other domain of a channel, without the channel
+/// A handle that notifies the other domain of a channel, without the channel
 /// (`notify_remote_via_evtchn()`).
 ///
-/// It is a number, which costs nothing to keep or copy. Once the channel is closed, Xen refuses the
-/// notification, or another channel gets a spurious event.
+/// It is a number, so it can be copied. Once the channel is closed, Xen refuses the notification,
+/// or another channel gets a spurious event.
 #[derive(Clone, Copy)]
 pub struct Notifier(bindings_ext::evtchn_port_t);
 
 impl Notifier {
-    /// Wakes the other domain. Any context.
+    /// Notifies the other domain.
+    ///
+    /// Context: any.
     #[inline]
     pub fn notify(self) {
         // SAFETY: A number, which Xen checks.
@@ -128,7 +131,7 @@ impl Notifier {
     }
 }
 
-/// Our end of an event channel, with its interrupt and handler.
+/// This end of an event channel, with its interrupt and handler.
 ///
 /// Dropping it closes the channel, and waits until the handler is not running on any CPU; after
 /// that it is never called again. So do not drop it while holding a lock that the handler takes.
@@ -137,7 +140,8 @@ impl Notifier {
 ///
 /// - `irq` is bound to an event channel of the `lateeoi` kind, with [`Self::interrupt`] as handler
 ///   and `shared` as its argument, which does not move.
-/// - `device` is what the interrupt was bound for: the glue code may use it while `irq` is bound.
+/// - `device` is the device that the interrupt was bound for: the event channel driver may use it
+///   while `irq` is bound.
 pub struct EventChannel<T: Handler> {
     irq: ffi::c_uint,
     notify: Notify,
@@ -147,9 +151,9 @@ pub struct EventChannel<T: Handler> {
 }
 
 impl<T: Handler> EventChannel<T> {
-    /// Makes an end that the other end's domain of `device` may connect to.
+    /// Creates an end that the domain on the other side of `device` may connect to.
     ///
-    /// `name` is shown in `/proc/interrupts`. The port, for xenstore, is [`Self::port`]. The
+    /// `name` is the name in `/proc/interrupts`. [`Self::port`] returns the port, for xenstore. The
     /// handler may be called before this returns.
     pub fn alloc_unbound(
         device: &xenbus::Device,
@@ -162,10 +166,10 @@ impl<T: Handler> EventChannel<T> {
             to_result(unsafe {
                 bindings_ext::evtchn_alloc_unbound(device.otherend_id().value(), &mut port)
             })?;
-            // Of what can fail here, most closes the port. Only if there is no memory for the
+            // After most failures here the port is closed. Only if there is no memory for the
             // number of the interrupt, it stays open and unused until the domain ends: the error
-            // does not tell, and closing it twice could close another channel that got the port
-            // meanwhile.
+            // does not tell which case it is, and closing the port twice could close another
+            // channel that got it meanwhile.
             //
             // SAFETY: The name is `'static`; `argument` is what `interrupt` wants, and stays until
             // the interrupt is unbound, as `request` says.
@@ -182,10 +186,11 @@ impl<T: Handler> EventChannel<T> {
         })
     }
 
-    /// Connects to the port that the other end's domain of `device` has made for us.
+    /// Connects to the port that the domain on the other side of `device` has created for this
+    /// domain.
     ///
-    /// The port is data from the other domain; Xen refuses one that is not meant for us. `name` is
-    /// shown in `/proc/interrupts`. The handler may be called before this returns.
+    /// The port is untrusted data; Xen refuses one that is not for this domain. `name` is the name
+    /// in `/proc/interrupts`. The handler may be called before this returns.
     pub fn bind_interdomain(
         device: &xenbus::Device,
         remote_port: u32,
@@ -209,11 +214,11 @@ impl<T: Handler> EventChannel<T> {
         })
     }
 
-    /// Makes an `EventChannel` of what `bind` returns: an interrupt or a negative errno. There is
-    /// nothing to be undone after that.
+    /// Creates an `EventChannel` from the result of `bind`, which is an interrupt or a negative
+    /// errno. It cannot fail after `bind` has succeeded.
     ///
-    /// `bind` gets the argument for [`Self::interrupt`]. By the type invariants it stays while the
-    /// interrupt is bound, and so does the device.
+    /// `bind` gets the argument for [`Self::interrupt`]. By the type invariants the argument and
+    /// the device exist while the interrupt is bound.
     fn request(
         device: &xenbus::Device,
         handler: Arc<T>,
@@ -239,7 +244,9 @@ impl<T: Handler> EventChannel<T> {
         })
     }
 
-    /// Returns our port, for xenstore. An end made by [`Self::bind_interdomain`] may not know it.
+    /// Returns the port of this end, for xenstore, if it is known.
+    ///
+    /// The port of an end from [`Self::bind_interdomain`] may not be known.
     pub fn port(&self) -> Option<u32> {
         match self.notify {
             Notify::Port(port) => Some(port),
@@ -247,25 +254,30 @@ impl<T: Handler> EventChannel<T> {
         }
     }
 
-    /// Returns `true` if the interrupt is still bound to our port. After a restore it is not, from
-    /// the moment on at which this domain runs again; the other end has known nothing of the
-    /// channel since the domain was saved. Any context.
+    /// Returns `true` if the interrupt is still bound to the port of this end.
+    ///
+    /// After a restore it is not, as soon as this domain runs again; the channel has had no other
+    /// end since the domain was saved.
+    ///
+    /// Context: any.
     pub fn is_open(&self) -> bool {
         let Notify::Port(port) = self.notify else {
             return true;
         };
-        // The glue code frees what it knows of a port after a grace period.
+        // The event channel driver frees its data of a port after a grace period.
         let _guard = rcu::read_lock();
         // SAFETY: The function takes any number. What it looks at stays until the guard is dropped.
         unsafe { bindings_ext::irq_from_evtchn(port) == self.irq }
     }
 
-    /// Returns a handle that wakes the other domain without this, if our port is known.
+    /// Returns a handle that notifies the other domain without this, if the port is known.
     pub fn notifier(&self) -> Option<Notifier> {
         self.port().map(Notifier)
     }
 
-    /// Wakes the other domain. Any context.
+    /// Notifies the other domain.
+    ///
+    /// Context: any.
     #[inline]
     pub fn notify(&self) {
         match self.notify {
@@ -277,8 +289,9 @@ impl<T: Handler> EventChannel<T> {
         }
     }
 
-    /// Ends the event for which the handler has said [`Eoi::Later`]. Any context; does nothing if
-    /// there is no such event.
+    /// Ends the event for which the handler has returned [`Eoi::Later`], if there is one.
+    ///
+    /// Context: any.
     #[inline]
     pub fn eoi(&self, spurious: bool) {
         // SAFETY: The interrupt is bound, with `shared`, by the type invariant.
@@ -290,7 +303,7 @@ impl<T: Handler> EventChannel<T> {
         self.irq
     }
 
-    /// Lets the interrupt, and so the events, come to one CPU.
+    /// Binds the interrupt, and so the events, to a CPU.
     pub fn set_affinity(&self, cpu: kernel::cpu::CpuId) -> Result {
         // SAFETY: The interrupt is bound by the type invariant; `cpu` is in range by that of
         // `CpuId`.
@@ -322,11 +335,13 @@ impl<T: Handler> EventChannel<T> {
     }
 }
 
-/// Returns the port of an interrupt that is bound. The glue code tells only whose interrupt a port
-/// is, so it is searched once; an event sent by its port costs a look-up less.
+/// Returns the port of an interrupt that is bound.
+///
+/// The event channel driver only has a lookup of the interrupt of a port, so all ports are
+/// searched, once. Notifying by the port saves a lookup each time.
 fn port_of(irq: ffi::c_int) -> Option<bindings_ext::evtchn_port_t> {
     let irq = ffi::c_uint::try_from(irq).ok()?;
-    // The glue code frees what it knows of a port after a grace period.
+    // The event channel driver frees its data of a port after a grace period.
     let _guard = rcu::read_lock();
     // SAFETY: The function takes any number. Data of a port that is closed at this moment
     // stays until the guard is dropped.
@@ -340,8 +355,8 @@ fn argument<T>(shared: &Shared<T>) -> *mut ffi::c_void {
 
 impl<T: Handler> Drop for EventChannel<T> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant; waits until the handler has returned everywhere, so that
-        // `shared` can go.
+        // SAFETY: By the type invariant; waits until the handler has returned on all CPUs, so that
+        // `shared` can be freed.
         unsafe { bindings_ext::unbind_from_irqhandler(self.irq, argument(&self.shared)) };
     }
 }

@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Grants: memory that one domain lets another one use.
+//! Grants: memory of a domain that another domain may use.
 //!
 //! A domain has a table of *grant entries*; an entry names a page, a domain that may use it, and
-//! whether it may write. The number of the entry, the *grant reference*, is what the other domain
-//! gets to know. A reference that the table has free for us to use is *reserved*.
+//! whether it may write. The other domain uses the number of the entry, the *grant reference*. A
+//! free reference that belongs to this code is *reserved*.
 //!
 //! The side that owns the memory (for disks, the frontend) uses:
-//! - [`GrantReserve`]: references that are ours, so that starting an I/O cannot fail for want of
-//!   them,
-//! - [`GrantedPage`]: a page of our own that stays granted for long,
+//! - [`GrantReserve`]: reserved references, so that starting an I/O cannot fail for lack of them,
+//! - [`GrantedPage`]: a page of our own that stays granted for a long time,
 //! - [`Granted`]: pages of another owner, such as those of a block request, granted for one I/O.
 //!
 //! The side that uses the memory (the backend) has:
-//! - [`map`]: mapping foreign pages into our address space, and
-//! - [`copy`]: letting Xen copy between foreign pages and our own.
+//! - [`map`]: maps foreign pages into this domain's address space,
+//! - [`copy`]: has Xen copy between foreign pages and pages of this domain.
 //!
 //! | type | C |
 //! |---|---|
@@ -24,10 +23,10 @@
 //! | [`map::PageCache`] | `struct gnttab_page_cache` |
 //! | [`copy::Copier`] | `struct gnttab_copy`, `gnttab_batch_copy()` |
 //!
-//! The rule behind the first half (XSA-396): *access ends only when Xen says so*. Ending a grant
-//! that the other domain still maps fails, and then the page must not be reused. Here such a
-//! page stays in quarantine, where the kernel tries again from time to time; a block request with
-//! such a page is not given back at all.
+//! The side that owns the memory relies on one rule (XSA-396): *access ends only when Xen reports
+//! that*. Ending a grant fails while the other domain has the page mapped, and the page must not be
+//! reused then. Such a page is put on the kernel's deferred list, which retries periodically; a
+//! block request with such a page is not completed.
 //!
 //! C header: [`include/xen/grant_table.h`](srctree/include/xen/grant_table.h)
 
@@ -56,20 +55,21 @@ use crate::{
 
 use super::DomId;
 
-/// The end of a private list of references, as grant-table.c has it.
+/// The end of a private list of references (`GNTTAB_LIST_END` of `grant-table.c`).
 const LIST_END: bindings_ext::grant_ref_t = u32::MAX;
 
 /// The access of the other domain to a page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum GrantAccess {
-    /// Read it: the data of a disk write.
+    /// Read only: the data of a disk write.
     ReadOnly,
-    /// Read and write it: the data of a disk read, a ring.
+    /// Read and write: the data of a disk read, a ring.
     ReadWrite,
 }
 
-/// A reference to one of our own pages, to be told to the other domain. Plain data: whoever knows
-/// the number gains nothing by it.
+/// A reference to a page of this domain, for the other domain.
+///
+/// It is plain data: knowing the number gives no access.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct GrantRef(u32);
 
@@ -84,12 +84,13 @@ impl GrantRef {
     }
 }
 
-/// A reference that the other domain has told us. Plain data from a hostile place: Xen checks it
-/// when it is used.
+/// A reference from the other domain.
+///
+/// It is untrusted data, which Xen checks when it is used.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct ForeignRef(pub u32);
 
-/// The answer of Xen to one grant operation that failed (`GNTST_*`).
+/// The status of a grant operation that failed (`GNTST_*`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct GrantStatus(i16);
 
@@ -103,14 +104,13 @@ impl GrantStatus {
         Self(status)
     }
 
-    /// Returns the number that Xen gave. Negative, except where Xen did not get to the operation at
-    /// all.
+    /// Returns the status as a number: negative, or positive if Xen did not reach the operation.
     pub const fn value(self) -> i16 {
         self.0
     }
 
-    /// Returns the errno for this status: `EAGAIN` for a page that is not in memory and `ENOSPC`
-    /// where no more mappings fit; `EFAULT` if the other domain gave a bad reference.
+    /// Returns the errno for this status: `EAGAIN` for a page that is not in memory, `ENOSPC` if no
+    /// more mappings are possible, `EFAULT` if the reference is invalid.
     pub fn to_error(self) -> Error {
         match self {
             Self::EAGAIN => EAGAIN,
@@ -119,9 +119,11 @@ impl GrantStatus {
         }
     }
 
-    /// Returns `true` if Xen has no room for one more mapping: neither the caller nor the other
-    /// domain has made a mistake. The table of what a domain has mapped, its *maptrack*, is full,
-    /// or an I/O MMU; which status says which depends on the version of Xen.
+    /// Returns `true` if Xen has no space for another mapping, which is not an error of the caller
+    /// or the other domain.
+    ///
+    /// The table of the pages that a domain has mapped (its *maptrack*), or that of an IOMMU, is
+    /// full. The status for each depends on the version of Xen.
     pub fn is_no_space(self) -> bool {
         matches!(
             i32::from(self.0),
@@ -153,7 +155,7 @@ impl fmt::Display for GrantStatus {
     }
 }
 
-/// References that are ours to use, but do not grant anything yet.
+/// Reserved references, which do not grant any page yet.
 ///
 /// # Invariants
 ///
@@ -174,7 +176,11 @@ impl GrantReserve {
         }
     }
 
-    /// Reserves `count` references. `ENOSPC`: the table has no more. Any context.
+    /// Reserves `count` references.
+    ///
+    /// Fails with `ENOSPC` if the grant table is full.
+    ///
+    /// Context: any.
     #[inline]
     pub fn new(count: u16) -> Result<Self> {
         if count == 0 {
@@ -205,7 +211,7 @@ impl GrantReserve {
         self.len == 0
     }
 
-    /// Reserves more, until there are `count`.
+    /// Reserves more references, until there are `count`.
     pub fn fill(&mut self, count: u16) -> Result {
         let missing = usize::from(count).saturating_sub(self.len);
         let mut more = Self::new(missing as u16)?;
@@ -215,7 +221,8 @@ impl GrantReserve {
         Ok(())
     }
 
-    /// Takes a reference off the list; it must be granted, or put back by [`Self::release`].
+    /// Takes a reference from the list, which the caller has to grant, or to put back by
+    /// [`Self::release`].
     fn claim(&mut self) -> Option<bindings_ext::grant_ref_t> {
         if self.len == 0 {
             return None;
@@ -227,7 +234,7 @@ impl GrantReserve {
         u32::try_from(reference).ok()
     }
 
-    /// Puts a reference back that [`Self::claim`] has taken off a list, and that grants nothing.
+    /// Puts back a reference that [`Self::claim`] has taken, and that grants no page.
     fn release(&mut self, reference: bindings_ext::grant_ref_t) {
         // SAFETY: By the type invariant the list is private to us. What `claim` gives is ours, and
         // was not granted.
@@ -236,7 +243,9 @@ impl GrantReserve {
         self.len = self.len.wrapping_add(1);
     }
 
-    /// Grants a page to `domain`. `ENOSPC`: no reference is left.
+    /// Grants a page to `domain`.
+    ///
+    /// Fails with `ENOSPC` if no reference is left.
     ///
     /// # Safety
     ///
@@ -273,21 +282,21 @@ impl Drop for GrantReserve {
     }
 }
 
-/// Ends a grant if the other domain does not use it any more, and frees its reference.
+/// Ends a grant if the other domain no longer uses it, and frees its reference.
 ///
 /// # Safety
 ///
-/// The reference is ours and granted; on `true` it is not ours any more.
+/// The reference is ours and granted; if this returns `true`, it is no longer ours.
 pub(super) unsafe fn try_end(reference: GrantRef) -> bool {
     // SAFETY: By the requirements of this function.
     unsafe { bindings_ext::gnttab_try_end_foreign_access(reference.0) != 0 }
 }
 
-/// A page of our own that is granted to another domain.
+/// A page of this domain that is granted to another domain.
 ///
 /// Its content can change at any time if the access is [`GrantAccess::ReadWrite`]; it can only be
-/// copied out. When dropped, the grant ends and the page is freed; if the other domain still uses
-/// it, both stay in quarantine until it does not.
+/// copied out. Dropping it ends the grant and frees the page; while the other domain uses the page,
+/// both stay on the kernel's deferred list.
 ///
 /// # Invariants
 ///
@@ -299,10 +308,12 @@ pub struct GrantedPage {
 }
 
 impl GrantedPage {
-    /// Grants `page` to `domain`, with a reference of `reserve`. Whatever the page contains can be
-    /// read there: give a page that was zeroed, or whose contents are meant for the other domain.
+    /// Grants `page` to `domain`, with a reference of `reserve`.
     ///
-    /// `ENOSPC`: the reserve is empty; the page is freed.
+    /// The other domain can read the whole page, so it must have been zeroed, or contain data for
+    /// that domain only.
+    ///
+    /// Fails with `ENOSPC` if the reserve is empty; the page is freed then.
     pub fn new(
         reserve: &mut GrantReserve,
         domain: DomId,
@@ -319,26 +330,27 @@ impl GrantedPage {
         })
     }
 
-    /// Returns the reference, to be told to the other domain.
+    /// Returns the reference, for the other domain.
     #[inline]
     pub fn reference(&self) -> GrantRef {
         self.reference
     }
 
-    /// Returns `len` bytes of the page from `offset` on, to copy from; `None` if they leave the
+    /// Returns `len` bytes of the page from `offset` on, to copy from; `None` if they exceed the
     /// page.
     #[inline]
     pub fn slice(&self, offset: usize, len: usize) -> Option<PageSlice<'_>> {
         PageSlice::new(&self.page, offset, len)
     }
 
-    /// Returns `len` bytes of the page from `offset` on, to copy to; `None` if they leave the page.
+    /// Returns `len` bytes of the page from `offset` on, to copy to; `None` if they exceed the
+    /// page.
     #[inline]
     pub fn slice_mut(&self, offset: usize, len: usize) -> Option<PageSliceMut<'_>> {
         PageSliceMut::new(&self.page, offset, len)
     }
 
-    /// Ends the grant and gives the page back, unless the other domain still uses it.
+    /// Ends the grant and returns the page, unless the other domain still uses it.
     pub fn try_end(self) -> Result<Page, Self> {
         // SAFETY: By the type invariant. If it is ended, it is not ended again: `self` goes below.
         if !unsafe { try_end(self.reference) } {
@@ -358,31 +370,33 @@ impl Drop for GrantedPage {
     }
 }
 
-/// References of one [`Granted`]: memory that is allocated once and goes from I/O to I/O.
+/// The references of a [`Granted`]: memory that is allocated once and reused for each I/O.
 pub type References = KVec<GrantRef>;
 
 /// Pages of an owner `S`, granted to another domain for as long as this exists.
 ///
 /// The owner is inside and is returned only when Xen reports that the other domain has unmapped all
 /// pages ([`Granted::try_end`]). So a block request cannot be ended while a backend could still
-/// write to its memory. If a `Granted` is dropped while the other domain holds a page, the owner is
-/// leaked: lost memory is better than memory that another domain writes to.
+/// write to its memory. If a `Granted` is dropped while the other domain uses a page, the owner is
+/// leaked, because another domain could write to the memory.
 ///
 /// # Invariants
 ///
-/// - Each of `references` is ours and grants a page of `owner`. No other grant made here is left.
-/// - `owner` is dropped or given away only when there is no reference left.
+/// - Each of `references` is ours and grants a page of `owner`. All other grants made here have
+///   ended.
+/// - `owner` is dropped or moved out only when no reference is left.
 pub struct Granted<S: PageOwner> {
     owner: ManuallyDrop<S>,
     references: ManuallyDrop<References>,
 }
 
 impl<S: PageOwner> Granted<S> {
-    /// Grants the page of each slice of `owner` to `domain`, one reference a slice, in order:
-    /// read-only unless `access` says otherwise and the owner's memory is writable.
+    /// Grants the page of each slice of `owner` to `domain`, in order, with a reference for each.
     ///
-    /// `references` is cleared; its capacity must be enough, nothing is allocated. Fails with
-    /// `ENOSPC` if it is not, or if `reserve` has too few references, and gives all back.
+    /// The grants are read-only unless `access` is `ReadWrite` and the owner's memory is writable.
+    ///
+    /// `references` is cleared; it is not reallocated. Fails with `ENOSPC` if its capacity is too
+    /// small, or if `reserve` has too few references, and returns all arguments.
     pub fn new(
         owner: S,
         access: GrantAccess,
@@ -403,8 +417,8 @@ impl<S: PageOwner> Granted<S> {
 
         for slice in owner.slices() {
             // SAFETY: By the promise of `PageOwner` the page stays with the owner. That is inside
-            // of the `Granted` below until the grant has ended, by the type invariant; there is no
-            // way out of this function before that, for there are references and space for all
+            // of the `Granted` below until the grant has ended, by the type invariant; this
+            // function does not return early, because there are references and space for all
             // slices.
             let granted = unsafe { reserve.grant(domain, slice.page().as_ptr(), access) };
             let Ok(reference) = granted else { break };
@@ -423,7 +437,7 @@ impl<S: PageOwner> Granted<S> {
         &self.owner
     }
 
-    /// Returns the data that the owner carries beside the pages.
+    /// Returns the data that the owner stores with the pages.
     #[inline]
     pub fn data_mut(&mut self) -> &mut S::Data
     where
@@ -432,13 +446,14 @@ impl<S: PageOwner> Granted<S> {
         self.owner.data_mut()
     }
 
-    /// Returns one reference for each slice of the owner, in order.
+    /// Returns the references, one for each slice of the owner, in order.
     pub fn references(&self) -> &[GrantRef] {
         &self.references
     }
 
-    /// Ends the grants and gives the owner back, unless the other domain still uses a page. Then
-    /// those that could be ended are ended, and it can be tried again.
+    /// Ends the grants and returns the owner, unless the other domain still uses a page.
+    ///
+    /// Then the other grants have ended, and the caller can try again.
     pub fn try_end(mut self) -> Result<(S, References), Self> {
         if !self.end_all() {
             return Err(self);
@@ -451,7 +466,9 @@ impl<S: PageOwner> Granted<S> {
         Ok((owner, references))
     }
 
-    /// Ends the grants that can be ended. Returns `true` if none is left.
+    /// Ends the grants that can be ended.
+    ///
+    /// Returns `true` if none is left.
     fn end_all(&mut self) -> bool {
         // INVARIANT: Those that have ended are removed.
         self.references.retain(|reference| {

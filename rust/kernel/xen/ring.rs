@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The memory of a ring: pages that both domains read and write all the time.
+//! The memory of a ring: pages that both domains may read and write at any time.
 //!
 //! The frontend allocates and grants it ([`RingPages`]), the backend maps it ([`MappedRing`]). Both
-//! deref to [`SharedWords`], which is all that one can do with such memory: load and store words of
-//! 32 bits, and order that by fences. What it means is the business of the protocol on top.
+//! deref to [`SharedWords`], whose functions are the only access: loads and stores of 32-bit words,
+//! and fences. The protocol defines the meaning of the words.
 //!
 //! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
 
@@ -35,18 +35,18 @@ use super::{
     xenbus, //
 };
 
-/// Most pages of a ring (`XENBUS_MAX_RING_GRANTS`).
+/// Largest number of pages of a ring (`XENBUS_MAX_RING_GRANTS`).
 pub const MAX_PAGES: usize = bindings_ext::XENBUS_MAX_RING_GRANTS as usize;
 
 const WORDS_PER_PAGE: usize = PAGE_SIZE / size_of::<u32>();
 
-/// Words of 32 bits that another domain reads and writes at the same time.
+/// Words of 32 bits that another domain may read and write at any time.
 ///
-/// There is no order between accesses but that of the fences.
+/// Accesses are ordered only by the fences.
 ///
 /// # Invariants
 ///
-/// `words` points to `len` words of shared memory that stay as long as this.
+/// `words` points to `len` words of shared memory that outlive this.
 pub struct SharedWords {
     words: NonNull<u32>,
     len: usize,
@@ -64,23 +64,23 @@ impl SharedWords {
         self.len
     }
 
-    /// Returns `false`: there is at least a page of words.
+    /// Returns `false`, because there is at least one page of words.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Reads a word once (`READ_ONCE`). One that does not exist is 0.
+    /// Reads a word once (`READ_ONCE`), or returns 0 if there is no such word.
     #[inline]
     pub fn load(&self, index: usize) -> u32 {
         if index >= self.len {
             return 0;
         }
-        // SAFETY: In range, and by the type invariant valid; volatile, for it may change.
+        // SAFETY: In range, and by the type invariant valid; volatile, because it may change.
         unsafe { self.words.as_ptr().add(index).read_volatile() }
     }
 
-    /// Writes a word once (`WRITE_ONCE`). One that does not exist is not written.
+    /// Writes a word once (`WRITE_ONCE`), if there is such a word.
     #[inline]
     pub fn store(&self, index: usize, value: u32) {
         if index >= self.len {
@@ -109,8 +109,9 @@ impl SharedWords {
     }
 }
 
-/// The memory of the rings of a protocol. [`RingPages`] and [`MappedRing`] are such memory too, as
-/// they deref to this.
+/// The memory of the rings of a protocol.
+///
+/// [`RingPages`] and [`MappedRing`] are such memory too, because they deref to this.
 impl xen_io::ring::SharedMemory for SharedWords {
     #[inline]
     fn words(&self) -> usize {
@@ -143,31 +144,31 @@ impl xen_io::ring::SharedMemory for SharedWords {
     }
 }
 
-/// The `virt_*` barriers. They exist on kernels for one CPU too, because the other domain has a CPU
-/// of its own.
+/// The `virt_*` barriers, which kernels for one CPU have too, because the other domain has a CPU of
+/// its own.
 #[cfg(target_arch = "x86_64")]
 mod fence {
     use core::arch::asm;
 
-    /// Orders loads: x86 does so itself, so this is only a compiler barrier.
+    /// Orders loads: a compiler barrier, because x86 does not reorder loads.
     #[inline(always)]
     pub(super) fn read() {
         // SAFETY: No instruction.
         unsafe { asm!("", options(nostack, preserves_flags)) };
     }
 
-    /// Orders stores: x86 does so itself, so this is only a compiler barrier.
+    /// Orders stores: a compiler barrier, because x86 does not reorder stores.
     #[inline(always)]
     pub(super) fn write() {
         // SAFETY: No instruction.
         unsafe { asm!("", options(nostack, preserves_flags)) };
     }
 
-    /// Orders loads and stores by a locked instruction on the own stack, as the kernel does:
+    /// Orders loads and stores by a locked instruction on the stack, as the kernel does, which is
     /// cheaper than `mfence`.
     #[inline(always)]
     pub(super) fn full() {
-        // SAFETY: Adds 0 to a word below the stack pointer, where nothing lives in the kernel.
+        // SAFETY: Adds 0 to a word below the stack pointer, where the kernel stores nothing.
         unsafe { asm!("lock add dword ptr [rsp - 4], 0") };
     }
 }
@@ -193,13 +194,13 @@ mod fence {
     }
 }
 
-/// No reference, as `xenbus_teardown_ring` has it.
+/// The value of `xenbus_teardown_ring()` for no reference.
 const NO_REFERENCE: u32 = u32::MAX;
 
-/// A ring of our own, granted to the other end of a device for reading and writing.
+/// A ring of this domain, granted to the other side of a device for reading and writing.
 ///
-/// When dropped, the grants end and the pages are freed; those that the other end still maps stay
-/// in quarantine until it does not (XSA-396).
+/// Dropping it ends the grants and frees the pages; those that the other side still maps stay on
+/// the kernel's deferred list (XSA-396).
 ///
 /// # Invariants
 ///
@@ -212,11 +213,14 @@ pub struct RingPages {
 }
 
 impl RingPages {
-    /// Allocates `1 << order` pages filled with zeroes, and grants them. At most [`MAX_PAGES`];
-    /// they are contiguous, so more than one may be hard to get. May sleep; does no I/O.
+    /// Allocates `1 << order` zeroed pages, at most [`MAX_PAGES`], and grants them.
     ///
-    /// `ENOMEM`: there is no memory. `ENOSPC`: the grant table has no more entries. Unlike
-    /// `xenbus_setup_ring`, a shortage does not switch the device to `Closing`.
+    /// The pages are contiguous, so allocating more than one may fail although memory is free.
+    ///
+    /// Fails with `ENOMEM` if there is no memory, and with `ENOSPC` if the grant table is full.
+    /// Unlike `xenbus_setup_ring()`, this does not switch the device to `Closing` then.
+    ///
+    /// Context: may sleep; does no I/O.
     pub fn new(device: &xenbus::Device, order: u32) -> Result<Self> {
         let pages = 1usize.checked_shl(order).ok_or(EINVAL)?;
         if pages > MAX_PAGES {
@@ -249,8 +253,9 @@ impl RingPages {
         Ok(ring)
     }
 
-    /// Ends the grants of those pages that the other end does not use any more. Returns `true` if
-    /// no grant is left.
+    /// Ends the grants of those pages that the other side no longer uses.
+    ///
+    /// Returns `true` if no grant is left.
     pub fn try_end(&mut self) -> bool {
         let mut all = true;
         for reference in self.references.iter_mut().take(self.pages) {
@@ -289,9 +294,9 @@ impl Deref for RingPages {
 impl Drop for RingPages {
     fn drop(&mut self) {
         let mut address = self.words.words.as_ptr().cast();
-        // SAFETY: By the type invariant; the words are not used after this. Pages that are still
-        // mapped over there get a reference of the grant table, so freeing them here does not make
-        // them reusable. References that have ended are skipped.
+        // SAFETY: By the type invariant; the words are not used after this. For pages that the
+        // other domain still maps, the grant table takes a page reference, so freeing them here
+        // does not make them reusable. References that have ended are skipped.
         unsafe {
             bindings_ext::xenbus_teardown_ring(
                 &mut address,
@@ -302,9 +307,9 @@ impl Drop for RingPages {
     }
 }
 
-/// A ring of the other domain, mapped.
+/// A mapped ring of the other domain.
 ///
-/// Unmapped when dropped, which may sleep.
+/// Dropping it unmaps the ring, and may sleep.
 ///
 /// # Invariants
 ///
@@ -315,14 +320,16 @@ pub struct MappedRing {
 }
 
 impl MappedRing {
-    /// Maps the pages that the other end of `device` has granted: 1 to [`MAX_PAGES`].
+    /// Maps the pages that the other side of `device` has granted: 1 to [`MAX_PAGES`].
     ///
-    /// The references are data from the other domain, Xen checks them. `ENOSPC`: Xen lets this
-    /// domain map no more pages; `ENOMEM`: there is no memory. Both may work later. `EFAULT`: Xen
-    /// refuses a reference. Sleeps, for at most 32 s a page, if a page is not in memory over there.
+    /// The references are untrusted data, which Xen checks. Fails with `ENOSPC` if Xen allows this
+    /// domain no more mappings, with `ENOMEM` if there is no memory (both may succeed later), and
+    /// with `EFAULT` if Xen refuses a reference.
     ///
-    /// Unlike `xenbus_map_ring_valloc`, a failure does not switch the device to `Closing`. Call
-    /// this only where the state of the device is written.
+    /// Unlike `xenbus_map_ring_valloc()`, a failure does not switch the device to `Closing`. Call
+    /// this only in a context in which the state of the device may be written.
+    ///
+    /// Context: may sleep, for up to 32 s for each page that is not in memory in the other domain.
     pub fn new(device: &xenbus::Device, references: &[ForeignRef]) -> Result<Self> {
         let pages = references.len();
         if pages == 0 || pages > MAX_PAGES {
@@ -345,8 +352,8 @@ impl MappedRing {
             )
         };
         let result = to_result(device.without_fatal(map));
-        // Xen's status is not told. The pages could be mapped just before, so there is no room by
-        // now.
+        // The function does not return Xen's status. The pages could be mapped just before, so now
+        // there is no space for mappings.
         result.map_err(|error| if error == ENOENT { ENOSPC } else { error })?;
         let words = NonNull::new(address.cast()).ok_or(ENOMEM)?;
         // INVARIANT: Mapped just above, until `drop`.
@@ -362,7 +369,7 @@ impl MappedRing {
 }
 
 impl MappedRing {
-    /// Maps the pages for a moment, to learn Xen's status if that does not work.
+    /// Maps and unmaps the pages, to get Xen's status if that fails.
     fn probe(device: &xenbus::Device, references: &[ForeignRef]) -> Result {
         let cache = KBox::pin_init(PageCache::new(), GFP_KERNEL)?;
         let mut mapper = Mapper::new(references.len())?;
@@ -391,7 +398,7 @@ impl Deref for MappedRing {
 
 impl Drop for MappedRing {
     fn drop(&mut self) {
-        // If it fails, the memory is leaked and xenbus has said so.
+        // If it fails, the memory is leaked, and xenbus has logged that.
         //
         // SAFETY: By the type invariant; the words are not used after this.
         let _ = unsafe {

@@ -2,17 +2,17 @@
 
 //! Xenbus: the bus of split drivers.
 //!
-//! Each half of a split device has a directory in xenstore, and the kernel makes a device of it.
-//! The *nodename* is the directory of our half, the *otherend* the one of the other half, the
-//! *otherend id* the domain that it is in. Each half writes a [`XenbusState`] to its directory, and
-//! the bus calls the driver when the state of the other half changes.
+//! Each side of a split device has a directory in xenstore, for which the kernel creates a device.
+//! The *nodename* is the directory of this side, the *otherend* that of the other side, the
+//! *otherend id* the domain of the other side. Each side writes a [`XenbusState`] to its directory,
+//! and the bus calls the driver when the state of the other side changes.
 //!
 //! To implement a split driver, a module must do the following:
 //!
 //! - Implement [`Driver`] for the data of a device: its role, its table of device types, and the
 //!   callbacks.
 //! - Register it with an [`Adapter`].
-//! - Read the nodes of the other half with a [`Reader`](super::xenstore::Reader), and write its own
+//! - Read the nodes of the other side with a [`Reader`](super::xenstore::Reader), and write its own
 //!   with the state in one transaction ([`Device::switch_state_with`]).
 //! - Change its state in `otherend_changed`, and free what it shares in `remove`.
 //!
@@ -42,9 +42,11 @@
 //! A module that udev should load for a device has `alias: ["xen:vbd"]` (a frontend) or
 //! `alias: ["xen-backend:vbd"]` in its `module!`.
 //!
-//! Who calls what: `probe`, `remove`, `suspend` and `resume` run with the device locked.
-//! `otherend_changed` runs in the `xenwatch` thread, never before `probe` has returned nor during
-//! or after `remove` or `resume`. While it runs, no other device of this kernel gets events.
+//! # Context
+//!
+//! `probe`, `remove`, `suspend` and `resume` run with the device locked. `otherend_changed` runs in
+//! the `xenwatch` thread, never before `probe` has returned nor during or after `remove` or
+//! `resume`. While it runs, no other device of this kernel is notified of changes.
 //!
 //! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
 
@@ -110,17 +112,17 @@ pub use xen_io::xenbus::{
     XenbusState, //
 };
 
-/// Longest wait of [`unregister_device`] for the thread of xenbus.
+/// Longest wait of [`unregister_device`] for the `xenwatch` thread.
 const UNREGISTER_MS: u32 = 60_000;
 
-/// Number of attempts of [`unregister`] to lock a device that others may have locked for a moment.
+/// Number of attempts of [`unregister`] to lock a device, which other code may lock briefly.
 const LOCK_TRIES: usize = 50;
 const LOCK_SLEEP_MS: u32 = 20;
 
-/// The state of the other half: an error if its node has a number that is no state.
+/// The state of the other side: an error if the number in its node is not a state.
 pub type OtherendState = Result<XenbusState, UnknownState>;
 
-/// Reads the state in a directory. Text that is no number is no state either.
+/// Reads the state in a directory. A text that is not a number is not a state either.
 fn read_state(transaction: &Transaction, dir: &CStr) -> Result<OtherendState> {
     match xenstore::read(transaction, dir, fmt!("state")) {
         Ok(value) => Ok(match node::decimal_u32("state", value.as_bytes()) {
@@ -132,12 +134,11 @@ fn read_state(transaction: &Transaction, dir: &CStr) -> Result<OtherendState> {
     }
 }
 
-/// Returns `true` if a half that wrote `own` last and finds `found` in its node may write `state`
-/// there.
+/// Returns `true` if a side whose last state was `own` may replace `found` in its node by `state`.
 ///
-/// Two states that another writer has written stay: Closing, by which the toolstack asks for
-/// Closed and nothing but Closed, and Initialising, of which a new device is made. A directory
-/// that is gone is not made again.
+/// Two states of another writer stay: Closing, after which the toolstack accepts only Closed, and
+/// Initialising, for which the bus creates a new device. A directory that was removed is not
+/// created again.
 fn may_replace(state: XenbusState, found: XenbusState, own: XenbusState) -> bool {
     match found {
         XenbusState::Unknown => false,
@@ -148,26 +149,26 @@ fn may_replace(state: XenbusState, found: XenbusState, own: XenbusState) -> bool
     }
 }
 
-/// Says what became of a state that was to be written.
+/// The result of writing a state.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Switched {
-    /// It is in xenstore.
+    /// The state is in xenstore.
     Written,
-    /// Another state was found there, which it must not replace. Nothing was written.
+    /// Another state is in xenstore that must not be replaced. Nothing was written.
     Refused(XenbusState),
     /// Xenstore has failed. Nothing was written.
     Failed(Error),
 }
 
-/// A device of xenbus: our half of a split device.
+/// A device of xenbus: this side of a split device.
 ///
-/// A thread that works for a device holds an `ARef<Device>`. With that it can do all that there is
-/// to do but read [`Device::otherend`]; writing the state of a device that is not bound any more is
-/// a bug in the driver's logic, without effect on memory.
+/// A thread of a driver holds an `ARef<Device>`. All functions but [`Device::otherend`] can be used
+/// with that; to write the state of a device that is no longer bound is a bug in the driver's
+/// logic, without effect on memory safety.
 ///
 /// # Invariants
 ///
-/// A `Device` is a valid `struct xenbus_device` that the bus has made.
+/// A `Device` is a valid `struct xenbus_device` that the bus has created.
 #[repr(transparent)]
 pub struct Device<Ctx: device::DeviceContext = device::Normal>(
     Opaque<bindings_ext::xenbus_device>,
@@ -179,16 +180,18 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         self.0.get()
     }
 
-    /// Returns the directory of this half, such as `device/vbd/51712` or `backend/vbd/1/51712`,
-    /// below the home of this domain.
+    /// Returns the directory of this side, such as `device/vbd/51712` or `backend/vbd/1/51712`,
+    /// below the home directory of this domain.
     pub fn nodename(&self) -> &CStr {
-        // SAFETY: The bus sets the name before anybody gets to see the device, and frees it with
-        // it.
+        // SAFETY: The bus sets the name before the device is visible to any other code, and frees
+        // both together.
         unsafe { CStr::from_char_ptr((*self.as_raw()).nodename) }
     }
 
-    /// Returns the number of the device among those of its type: what follows the last `/` of the
-    /// nodename. `None` if that is no number.
+    /// Returns the number of the device among those of its type: the part of the nodename after the
+    /// last `/`.
+    ///
+    /// Returns `None` if that is not a number.
     pub fn handle(&self) -> Option<u32> {
         let last = self
             .nodename()
@@ -198,30 +201,32 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         core::str::from_utf8(last).ok()?.parse().ok()
     }
 
-    /// Returns the state that this half has written last.
+    /// Returns the last state that this side has written.
     pub fn state(&self) -> XenbusState {
         // SAFETY: The device is valid by the type invariant; a number that may change meanwhile.
         let number = unsafe { addr_of!((*self.as_raw()).state).read_volatile() };
         XenbusState::try_from(number).unwrap_or(XenbusState::Unknown)
     }
 
-    /// Returns the domain of the other half.
+    /// Returns the domain of the other side.
     pub fn otherend_id(&self) -> DomId {
         // SAFETY: The device is valid by the type invariant; a number that changes after a restore.
         let id = unsafe { addr_of!((*self.as_raw()).otherend_id).read_volatile() };
         DomId::from_raw(id as u16)
     }
 
-    /// Writes the state of this half to xenstore, if it is another one than before and may replace
-    /// the one that is there (`xenbus_switch_state`). May sleep.
+    /// Writes the state of this side to xenstore, if it differs from the last one and may replace
+    /// the one in xenstore (`xenbus_switch_state()`).
     ///
-    /// `may_replace` says which state may replace which. If xenstore fails, the error is logged.
+    /// `may_replace` tells which state may replace which. If xenstore fails, the error is logged.
     ///
     /// A frontend switches to and from [`XenbusState::Initialising`] only in `otherend_changed`.
-    /// The bus watches for that state in the same thread; when it is switched elsewhere, the bus
-    /// may find it in xenstore but not in the device: then it takes the device for a new one, and
-    /// replaces it, or loses it. So such a driver sets [`Driver::ALLOW_REBIND`], and closes in
+    /// The bus watches for that state in the same thread; if another thread switches it, the bus
+    /// may find it in xenstore but not in the device. Then the bus takes the device for a new one,
+    /// and replaces or loses it. So such a driver sets [`Driver::ALLOW_REBIND`], and closes in
     /// `remove` only from other states.
+    ///
+    /// Context: may sleep.
     pub fn switch_state(&self, state: XenbusState) -> Switched {
         if state == self.state() {
             return Switched::Written;
@@ -232,11 +237,14 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         })
     }
 
-    /// Writes the state of this half, like [`Self::switch_state`], at once with what `body` writes.
-    /// May sleep. `body` may be run several times.
+    /// Writes the state of this side, like [`Self::switch_state`], in one transaction with the
+    /// nodes that `body` writes.
     ///
-    /// The state is written even if it is the one from before, so that the other half reads what
-    /// has changed. Nothing is written if the state is refused, or if `body` fails.
+    /// The state is written even if it has not changed, so that the other side reads the nodes
+    /// again. Nothing is written if the state is refused, or if `body` fails. `body` may be called
+    /// several times.
+    ///
+    /// Context: may sleep.
     pub fn switch_state_with(
         &self,
         state: XenbusState,
@@ -254,7 +262,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         let own = self.state();
         // SAFETY: The device is valid by the type invariant; C reads it without a lock too.
         if unsafe { addr_of!((*self.as_raw()).vanished).read_volatile() } {
-            // The bus will make a new device of the directory.
+            // The bus will create a new device for the directory.
             return Ok(Switched::Refused(XenbusState::Initialising));
         }
         let switched = xenstore::transaction(|transaction| {
@@ -262,7 +270,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
                 Ok(found) if !may_replace(state, found, own) => {
                     return Ok(Switched::Refused(found));
                 }
-                // The toolstack has written it. To write it again would wake the other half.
+                // The toolstack has written it. Writing it again would wake the other side.
                 Ok(found) if found == state && found != own => return Ok(Switched::Written),
                 Ok(_) | Err(UnknownState(_)) => {}
             }
@@ -277,8 +285,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         Ok(switched)
     }
 
-    /// Calls a C function that reports errors by `xenbus_dev_fatal`, and keeps that from writing
-    /// Closing, whatever is in xenstore: what becomes of an error is for the caller to decide.
+    /// Calls a C function that reports errors by `xenbus_dev_fatal()`, without the state Closing
+    /// that this would write: the caller decides about the error.
     pub(super) fn without_fatal<R>(&self, function: impl FnOnce() -> R) -> R {
         let own = self.state();
         self.set_state(XenbusState::Closing);
@@ -287,14 +295,16 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         result
     }
 
-    /// Takes a state for the one that this half has written last.
+    /// Records a state as the last one that this side has written.
     fn set_state(&self, state: XenbusState) {
         // SAFETY: The device is valid by the type invariant; a number, which C reads and writes
         // without a lock too.
         unsafe { addr_of_mut!((*self.as_raw()).state).write_volatile(state.number()) };
     }
 
-    /// Returns the state in the directory `path` (`xenbus_read_driver_state`). May sleep.
+    /// Returns the state in the directory `path` (`xenbus_read_driver_state()`).
+    ///
+    /// Context: may sleep.
     pub fn read_driver_state(&self, path: &CStr) -> OtherendState {
         // SAFETY: The device is valid by the type invariant, `path` is zero-terminated.
         XenbusState::try_from(unsafe {
@@ -302,25 +312,32 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         })
     }
 
-    /// Returns `true` if the toolstack wants the device to stay when the frontend closes it:
-    /// `online` in the directory of a backend (`xenbus_dev_is_online`). May sleep.
+    /// Returns `true` if the toolstack wants the device to stay when the frontend closes it: the
+    /// node `online` of a backend (`xenbus_dev_is_online()`).
+    ///
+    /// Context: may sleep.
     pub fn is_online(&self) -> bool {
         // SAFETY: The device is valid by the type invariant.
         unsafe { bindings_ext::xenbus_dev_is_online(self.as_raw()) != 0 }
     }
 
-    /// Switches a frontend to [`XenbusState::Closed`], and ends the wait of a shutdown for that
-    /// (`xenbus_frontend_closed`). May sleep.
+    /// Switches a frontend to [`XenbusState::Closed`], for which a shutdown waits
+    /// (`xenbus_frontend_closed()`).
+    ///
+    /// Context: may sleep.
     pub fn frontend_closed(&self) {
         self.switch_state(XenbusState::Closed);
-        // Always 0. It writes the state that is there by now, if any.
+        // Always returns 0. It writes the current state again, if any.
         //
         // SAFETY: The device is valid by the type invariant.
         let _ = unsafe { bindings_ext::xenbus_frontend_closed(self.as_raw()) };
     }
 
-    /// Logs an error and writes it to `error/<nodename>/error` in xenstore (`xenbus_dev_error`). Up
-    /// to 4 KB. May sleep. Limit the rate of what the other domain can cause.
+    /// Logs an error and writes it to `error/<nodename>/error` in xenstore (`xenbus_dev_error()`).
+    ///
+    /// The text is cut after 4 KB. Limit the rate of errors that the other domain can cause.
+    ///
+    /// Context: may sleep.
     pub fn dev_error(&self, error: Error, message: fmt::Arguments<'_>) {
         // SAFETY: The device is valid by the type invariant; `%pA` takes a pointer to `Arguments`.
         unsafe {
@@ -334,7 +351,9 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     }
 
     /// Logs an error by [`Self::dev_error`], and switches to [`XenbusState::Closing`], as
-    /// `xenbus_dev_fatal` does. May sleep.
+    /// `xenbus_dev_fatal()` does.
+    ///
+    /// Context: may sleep.
     pub fn dev_fatal(&self, error: Error, message: fmt::Arguments<'_>) {
         self.dev_error(error, message);
         self.switch_state(XenbusState::Closing);
@@ -342,10 +361,11 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 }
 
 impl Device<device::Core<'_>> {
-    /// Returns the directory of the other half, as an absolute path. `ENOENT` if it could not be
-    /// read after a restore.
+    /// Returns the directory of the other side, as an absolute path.
     ///
-    /// It changes with a restore; so copy it if it is needed outside of callbacks, and again in
+    /// Fails with `ENOENT` if it could not be read after a restore.
+    ///
+    /// A restore changes the path; so copy it if it is needed outside of callbacks, and again in
     /// `resume`.
     pub fn otherend(&self) -> Result<&CStr> {
         // SAFETY: The device is valid by the type invariant. The path is replaced before `resume`
@@ -354,7 +374,7 @@ impl Device<device::Core<'_>> {
         if path.is_null() {
             return Err(ENOENT);
         }
-        // SAFETY: A zero-terminated string, which stays as said above.
+        // SAFETY: A zero-terminated string, valid as said above.
         Ok(unsafe { CStr::from_char_ptr(path) })
     }
 }
@@ -399,13 +419,13 @@ unsafe impl Sync for Device {}
 // SAFETY: As above; the two differ in nothing.
 unsafe impl Sync for Device<device::Bound> {}
 
-/// One type of device that a driver drives.
+/// A type of device that a driver supports.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
 pub struct DeviceId(bindings_ext::xenbus_device_id);
 
 impl DeviceId {
-    /// Creates the id of a type of device such as `vbd`; more than 31 characters do not compile.
+    /// Creates the id of a type of device such as `vbd`, which has at most 31 characters.
     pub const fn new(devicetype: &'static CStr) -> Self {
         let bytes = devicetype.to_bytes_with_nul();
         let mut id = bindings_ext::xenbus_device_id {
@@ -420,7 +440,7 @@ impl DeviceId {
     }
 }
 
-/// A table of `N` types of devices, with an end.
+/// A table of `N` types of devices, with an empty last entry.
 #[repr(C)]
 pub struct IdArray<const N: usize> {
     ids: [DeviceId; N],
@@ -451,12 +471,12 @@ impl<const N: usize> IdArray<N> {
 #[derive(Clone, Copy)]
 pub struct IdTable(*const bindings_ext::xenbus_device_id);
 
-/// Which half of a device a driver drives.
+/// The side of a device that a driver is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Role {
-    /// Devices that others serve: bus `xen`.
+    /// The driver of devices that another domain serves: bus `xen`.
     Frontend,
-    /// Devices that we serve: bus `xen-backend`.
+    /// The driver of devices that this domain serves: bus `xen-backend`.
     Backend,
 }
 
@@ -464,17 +484,17 @@ pub enum Role {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
 pub enum DeviceAction {
-    /// It stays.
+    /// The device stays.
     Keep,
-    /// It is unbound from the driver and unregistered from the bus. For a backend whose device is
-    /// not to be used again.
+    /// The device is unbound from the driver and unregistered from the bus. For a backend whose
+    /// device will not be used again.
     Unregister,
 }
 
-/// A driver of one half of a split device.
+/// A driver of one side of a split device.
 ///
-/// The implementing type is the private data of a bound device: made by [`Driver::probe`], given to
-/// the other callbacks, and dropped when the device is unbound, after [`Driver::remove`].
+/// The implementing type is the private data of a bound device: created by [`Driver::probe`],
+/// passed to the other callbacks, and dropped when the device is unbound, after [`Driver::remove`].
 pub trait Driver: Send + Sync + Sized + 'static {
     /// Frontend or backend.
     const ROLE: Role;
@@ -485,26 +505,32 @@ pub trait Driver: Send + Sync + Sized + 'static {
     /// The types of devices.
     const ID_TABLE: IdTable;
 
-    /// The driver can be bound again, so the state is not set to Closed when it is unbound.
+    /// `true` if the device can be bound again, so that unbinding it does not set the state to
+    /// Closed.
     const ALLOW_REBIND: bool = false;
 
-    /// The boot of a domain need not wait for such a frontend.
+    /// `true` if the boot of a domain need not wait for such a frontend.
     const NOT_ESSENTIAL: bool = false;
 
-    /// Called when a device was found. The other half may be in any state;
-    /// [`Driver::otherend_changed`] is called with it soon after this has returned.
+    /// Called when a device was found.
+    ///
+    /// The other side may be in any state; [`Driver::otherend_changed`] is called with that state
+    /// soon after this has returned.
     fn probe(dev: &Device<device::Core<'_>>) -> impl PinInit<Self, Error>;
 
-    /// Called when the state of the other half may have changed. May be called again with the same
-    /// state, and states may be missed.
+    /// Called when the state of the other side may have changed.
+    ///
+    /// It may be called again with the same state, and states may be missed.
     fn otherend_changed(
         self: Pin<&Self>,
         dev: &Device<device::Core<'_>>,
         state: OtherendState,
     ) -> DeviceAction;
 
-    /// Called when the device is unbound from the driver or removed. Must not wait for the other
-    /// domain without a deadline. What needs no device is better done in `Drop`.
+    /// Called when the device is unbound from the driver or removed.
+    ///
+    /// It must not wait for the other domain without a deadline. Cleanup that needs no device
+    /// belongs in `Drop`.
     fn remove(self: Pin<&Self>, dev: &Device<device::Core<'_>>) {
         let _ = dev;
     }
@@ -515,31 +541,33 @@ pub trait Driver: Send + Sync + Sized + 'static {
         Ok(())
     }
 
-    /// Called when the domain was restored, maybe on another host: the other half is a new one,
-    /// event channels are closed and no grant is mapped.
+    /// Called when the domain was restored, possibly on another host.
+    ///
+    /// The other side is a new one, event channels are closed and no grant is mapped.
     fn resume(self: Pin<&Self>, dev: &Device<device::Core<'_>>) -> Result {
         let _ = dev;
         Ok(())
     }
 
-    /// Called when memory is short, to free memory that is not needed. Backends only.
+    /// Called when memory is short, to free memory that is not needed. Only for backends.
     ///
-    /// Whoever allocates may call this, with any lock held: it must not wait for a lock, and not
-    /// allocate.
+    /// Context: any allocation may call this, with any lock held. It must not wait for a lock, and
+    /// not allocate.
     fn reclaim_memory(self: Pin<&Self>) {}
 
-    /// Returns `true` if a frontend that is Connected can be used. Boot waits for that, for up to 5
-    /// minutes.
+    /// Returns `true` if a frontend that is Connected can be used.
+    ///
+    /// Boot waits for that, for up to 5 minutes.
     fn is_ready(self: Pin<&Self>) -> bool {
         true
     }
 }
 
-/// Registers a [`Driver`], by `kernel::driver::Registration<Adapter<T>>`.
+/// An adapter that registers a [`Driver`], by `kernel::driver::Registration<Adapter<T>>`.
 ///
 /// Registering fails with `ENODEV` outside of Xen, and with `EBUSY` and a message if there is a
-/// driver of the same name. A frontend waits up to 5 minutes for the devices that exist to be
-/// connected.
+/// driver of the same name. Registering a frontend driver waits up to 5 minutes until the existing
+/// devices are connected.
 pub struct Adapter<T: Driver>(T);
 
 // SAFETY:
@@ -647,14 +675,15 @@ impl<T: Driver> Adapter<T> {
         state: bindings_ext::xenbus_state,
     ) {
         let after = {
-            // SAFETY: By the requirements of this function; who unregisters the watch waits for it.
+            // SAFETY: By the requirements of this function; the code that unregisters the watch
+            // waits for it.
             let (device, data) = unsafe { Self::bound(device) };
             T::otherend_changed(data, device, XenbusState::try_from(state))
         };
         if after == DeviceAction::Unregister {
-            // SAFETY: By the requirements of this function this is the thread of xenbus, and the
-            // device is registered: who unregisters it waits for this function, in all threads but
-            // this. The references from above are gone.
+            // SAFETY: By the requirements of this function this is the `xenwatch` thread, and the
+            // device is registered: code that unregisters it waits for this function, in all
+            // threads but this one. The references from above no longer exist.
             unsafe { unregister(addr_of_mut!((*device).dev)) };
         }
     }
@@ -709,7 +738,8 @@ impl<T: Driver> Adapter<T> {
     unsafe extern "C" fn reclaim_memory(device: *mut bindings_ext::xenbus_device) {
         // SAFETY: By the requirements of this function.
         let dev = unsafe { addr_of_mut!((*device).dev) };
-        // Being probed or unbound, it has little to give; the caller may even hold the lock.
+        // While the device is probed or unbound, it has little memory to free; the caller may even
+        // hold the lock.
         //
         // SAFETY: The device is valid.
         if unsafe { bindings_ext::device_trylock(dev) } == 0 {
@@ -734,7 +764,7 @@ impl<T: Driver> Adapter<T> {
     unsafe extern "C" fn is_ready(device: *mut bindings_ext::xenbus_device) -> ffi::c_int {
         // SAFETY: By the requirements of this function.
         let dev = unsafe { addr_of_mut!((*device).dev) };
-        // The bus asks without any lock; this keeps the device bound meanwhile.
+        // The bus calls this without a lock; locking keeps the device bound meanwhile.
         //
         // SAFETY: By the requirements of this function.
         unsafe { bindings_ext::device_lock(dev) };
@@ -756,13 +786,13 @@ impl<T: Driver> Adapter<T> {
 
 /// Unregisters a device, unless it is being unbound.
 ///
-/// Whoever unbinds it holds its lock, and waits for the thread of xenbus to return from
-/// `otherend_changed`; to wait for that lock here would stop both, and all other devices with them.
-/// What is unbound is unregistered when the toolstack removes its directory.
+/// The thread that unbinds it holds its lock, and waits for the `xenwatch` thread to return from
+/// `otherend_changed`. Waiting for that lock here would be a deadlock, which would stop all other
+/// devices too. A device that is unbound is unregistered when the toolstack removes its directory.
 ///
 /// # Safety
 ///
-/// In the thread of xenbus, with a device that is registered.
+/// The caller is the `xenwatch` thread, and the device is registered.
 unsafe fn unregister(dev: *mut bindings::device) {
     for _ in 0..LOCK_TRIES {
         // SAFETY: The device is valid.
@@ -777,11 +807,15 @@ unsafe fn unregister(dev: *mut bindings::device) {
     }
 }
 
-/// Unregisters a device from the bus as [`DeviceAction::Unregister`] does, from any other thread
-/// than that of xenbus, which does it. Waits for that thread. Does nothing if the device is not
-/// registered any more. `ETIMEDOUT`: the thread was busy for too long.
+/// Makes the `xenwatch` thread unregister a device from the bus, as [`DeviceAction::Unregister`]
+/// does, and waits for that.
 ///
-/// Who calls it need not hold a reference to the module, if the module's exit waits for it.
+/// Does nothing if the device is no longer registered. Fails with `ETIMEDOUT` if the thread is busy
+/// for 60 seconds.
+///
+/// Context: sleeps; any thread but the `xenwatch` thread.
+///
+/// The caller need not hold a reference to the module if the module's exit waits for it.
 pub fn unregister_device(device: &Device) -> Result {
     let request = Arc::pin_init(
         pin_init!(Unregister {
@@ -791,7 +825,7 @@ pub fn unregister_device(device: &Device) -> Result {
         }),
         GFP_KERNEL,
     )?;
-    // A watch that is registered is called at once, in the thread of xenbus. Any node will do.
+    // A new watch is called at once, in the `xenwatch` thread. The node does not matter.
     let watch = Watch::register(c"domid", fmt!(""), request.clone(), None)?;
     let timeout = msecs_to_jiffies(UNREGISTER_MS);
     let done = request
@@ -801,7 +835,7 @@ pub fn unregister_device(device: &Device) -> Result {
     done.then_some(()).ok_or(ETIMEDOUT)
 }
 
-/// A device that the thread of xenbus is to unregister.
+/// A request to the `xenwatch` thread to unregister a device.
 #[pin_data]
 struct Unregister {
     device: ARef<Device>,
@@ -819,8 +853,8 @@ impl WatchHandler for Unregister {
         let dev = unsafe { addr_of_mut!((*self.device.as_raw()).dev) };
         // SAFETY: As above.
         if unsafe { bindings_ext::device_is_registered(dev) } {
-            // SAFETY: This is the thread of xenbus, the only one that unregisters devices, and this
-            // one is registered.
+            // SAFETY: This is the `xenwatch` thread, the only one that unregisters devices, and
+            // this one is registered.
             unsafe { unregister(dev) };
         }
         self.done.store(true, Release);
@@ -828,8 +862,8 @@ impl WatchHandler for Unregister {
     }
 }
 
-/// Returns `true` if a device is bound to the driver of this module with that name. On one bus
-/// there is but one.
+/// Returns `true` if a device is bound to the driver of this module with that name, which is unique
+/// on its bus.
 ///
 /// # Safety
 ///

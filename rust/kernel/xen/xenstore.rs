@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Xenstore: the tree of strings in which the halves of a driver meet.
+//! Xenstore: the tree of strings through which the two sides of a device negotiate.
 //!
-//! A *node* has a path, a value and children; a *watch* is called when something at or below a path
-//! changes. All functions here sleep until the daemon answers. Both the daemon's tree and what the
-//! other domain writes into it are input: values come as bounded bytes and are parsed strictly, and
-//! an error names the node.
+//! A *node* has a path, a value and children; a *watch* calls its handler when a node at or below a
+//! path changes. All functions here sleep until the daemon replies. The values are untrusted input:
+//! they have a bounded length and are parsed strictly, and an error names the node.
 //!
 //! C header: [`include/xen/xenbus.h`](srctree/include/xen/xenbus.h)
 
@@ -46,14 +45,15 @@ use crate::{
 };
 
 /// Longest value that is written, and longest node name below a directory, in bytes with the zero.
-/// Longer ones are refused with `E2BIG`; nothing that a driver writes comes near.
+///
+/// Longer ones fail with `E2BIG`; drivers write much shorter ones.
 const TEXT_MAX: usize = 256;
 
-/// Number of attempts at a transaction while others keep changing what it has read.
+/// Number of attempts at a transaction while other writers change nodes that it has read.
 const TRANSACTION_TRIES: usize = 32;
 
-/// A short zero-terminated text on the stack: writing to xenstore must not depend on free memory
-/// when the disk that memory is swapped to is the one that reconnects.
+/// A short zero-terminated text on the stack: writing to xenstore must not allocate memory, because
+/// the disk that reconnects may be the swap disk.
 struct NodeName([u8; TEXT_MAX]);
 
 impl NodeName {
@@ -70,13 +70,13 @@ impl NodeName {
     }
 }
 
-/// The transaction of a read: a [`Transaction`], or [`NoTransaction`].
+/// The transaction of an access: a [`Transaction`], or [`NoTransaction`].
 pub trait Context {
     #[doc(hidden)]
     fn id(&self) -> u32;
 }
 
-/// Outside of any transaction (`XBT_NIL`).
+/// No transaction (`XBT_NIL`).
 pub struct NoTransaction;
 
 impl Context for NoTransaction {
@@ -85,9 +85,10 @@ impl Context for NoTransaction {
     }
 }
 
-/// A transaction: its reads see one state of the tree, its writes happen at once or not at all.
+/// A transaction: its reads see one state of the tree, and its writes take effect together or not
+/// at all.
 ///
-/// Only [`transaction`] makes one.
+/// Only [`transaction`] creates one.
 pub struct Transaction(u32);
 
 impl Context for Transaction {
@@ -102,8 +103,8 @@ fn raw(context: &impl Context) -> bindings_ext::xenbus_transaction {
 
 /// Runs `body` in a transaction and commits it if `body` succeeds.
 ///
-/// If another writer has changed a node that `body` used, it is run again, at most 32 times (then
-/// `EAGAIN`). So it must not have other effects.
+/// If another writer has changed a node that `body` has used, `body` is called again, so it must
+/// not have other effects. Fails with `EAGAIN` after 32 attempts.
 pub fn transaction<R>(mut body: impl FnMut(&Transaction) -> Result<R>) -> Result<R> {
     for _ in 0..TRANSACTION_TRIES {
         let mut started = bindings_ext::xenbus_transaction { id: 0 };
@@ -126,12 +127,12 @@ pub fn transaction<R>(mut body: impl FnMut(&Transaction) -> Result<R>) -> Result
     Err(EAGAIN)
 }
 
-/// The value of a node: up to 4096 bytes, never with a zero among them.
+/// The value of a node: up to 4096 bytes, none of which is zero.
 ///
 /// # Invariants
 ///
-/// The pointer comes from `xenbus_read`: a buffer of the slab allocator, owned by this, that holds
-/// `len` bytes without a zero, and one zero after them.
+/// The pointer comes from `xenbus_read`: a buffer of the slab allocator, owned by this, that
+/// contains `len` bytes without a zero, and a zero after them.
 pub struct Value {
     bytes: NonNull<u8>,
     len: usize,
@@ -171,7 +172,9 @@ impl Drop for Value {
     }
 }
 
-/// Reads a node. `ENOENT`: there is none, or the daemon does not show it to us.
+/// Reads a node.
+///
+/// Fails with `ENOENT` if there is no such node, or if this domain may not read it.
 pub fn read(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> Result<Value> {
     let node = NodeName::new(node)?;
     let mut len = 0;
@@ -201,8 +204,7 @@ pub fn exists(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> b
     read(context, dir, node).is_ok()
 }
 
-/// The names of the nodes of a directory: one query in place of one for each node that may be
-/// missing.
+/// The names of the nodes of a directory, which saves a query for each node that does not exist.
 ///
 /// # Invariants
 ///
@@ -216,7 +218,7 @@ unsafe impl Send for DirectoryListing {}
 unsafe impl Sync for DirectoryListing {}
 
 impl DirectoryListing {
-    /// Lists a directory. If that does not work, any node may be there.
+    /// Lists a directory. If that fails, [`Self::may_have`] returns `true` for all nodes.
     pub fn new(context: &impl Context, dir: &CStr) -> Self {
         let mut count = 0;
         // SAFETY: Both strings are zero-terminated and outlive the call, `count` is valid for a
@@ -238,7 +240,7 @@ impl DirectoryListing {
         )
     }
 
-    /// Returns `true` if a node may be there. `false`: it was not.
+    /// Returns `true` if a node may exist, and `false` if it did not exist.
     pub fn may_have(&self, node: &str) -> bool {
         let Some((names, count)) = self.0 else {
             return true;
@@ -262,7 +264,7 @@ impl Drop for DirectoryListing {
     }
 }
 
-/// Writes a node, and makes it and its parents if they do not exist.
+/// Writes a node, and creates it and its parents if they do not exist.
 pub fn write(
     context: &impl Context,
     dir: &CStr,
@@ -282,7 +284,9 @@ pub fn write(
     })
 }
 
-/// Removes a node and all below it. `ENOENT`: there is none.
+/// Removes a node and all nodes below it.
+///
+/// Fails with `ENOENT` if there is no such node.
 pub fn remove(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> Result {
     let node = NodeName::new(node)?;
     // SAFETY: Both strings are zero-terminated and outlive the call.
@@ -295,12 +299,12 @@ pub fn remove(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> R
     })
 }
 
-/// Why [`Reader`] has no value of a node.
+/// The reason why a [`Reader`] has no value of a node.
 #[derive(Clone, Copy, Debug)]
 pub enum NodeError {
-    /// The node has a text that is not a value of it.
+    /// The text of the node is not valid.
     Invalid(InvalidNode),
-    /// Xenstore has failed.
+    /// The access to xenstore has failed.
     Xenstore(Error),
 }
 
@@ -315,7 +319,7 @@ impl From<NodeError> for Error {
 
 /// Reads nodes of one directory (`xenbus_scanf`, `xenbus_gather`).
 ///
-/// A node that is missing is `None`. The functions of [`xen_io::node`] parse the others.
+/// A missing node is `None`. The functions of [`xen_io::node`] parse the others.
 #[derive(Clone, Copy)]
 pub struct Reader<'a, C: Context = NoTransaction> {
     context: &'a C,
@@ -330,7 +334,7 @@ impl<'a> Reader<'a> {
         Self::within(&NoTransaction, dir)
     }
 
-    /// Creates a reader of `dir`, which asks only for nodes that `listing` may have.
+    /// Creates a reader of `dir` that reads only nodes that `listing` may have.
     pub fn listed(dir: &'a CStr, listing: &'a DirectoryListing) -> Self {
         Self {
             listing: Some(listing),
@@ -350,7 +354,7 @@ impl<'a, C: Context> Reader<'a, C> {
         }
     }
 
-    /// Takes nodes that are empty for missing, as `xenbus_scanf` does.
+    /// Treats empty nodes as missing, as `xenbus_scanf()` does.
     pub fn ignore_empty(self) -> Self {
         Self {
             ignores_empty: true,
@@ -363,7 +367,7 @@ impl<'a, C: Context> Reader<'a, C> {
         self.dir
     }
 
-    /// Reads a node of the directory, or returns `None` if there is none.
+    /// Reads a node of the directory. A missing node is `None`.
     pub fn value(&self, node: &str) -> Result<Option<Value>> {
         if self.listing.is_some_and(|listing| !listing.may_have(node)) {
             return Ok(None);
@@ -371,7 +375,7 @@ impl<'a, C: Context> Reader<'a, C> {
         self.value_at(fmt!("{node}"))
     }
 
-    /// Reads a node at a path below the directory, or returns `None` if there is none.
+    /// Reads a node at a path below the directory. A missing node is `None`.
     pub fn value_at(&self, path: fmt::Arguments<'_>) -> Result<Option<Value>> {
         match read(self.context, self.dir, path) {
             Ok(value) if self.ignores_empty && value.as_bytes().is_empty() => Ok(None),
@@ -397,12 +401,14 @@ impl<'a, C: Context> Reader<'a, C> {
         parse_value(name, self.value_at(path), parse)
     }
 
-    /// Reads a decimal number that has to be there. `EINVAL` if it is not; that is logged.
+    /// Reads a decimal number.
+    ///
+    /// Fails with `EINVAL`, and logs that, if the node is missing or invalid.
     pub fn number(&self, node: &'static str) -> Result<u32> {
         self.number_at(fmt!("{node}"), node)
     }
 
-    /// Reads a decimal number that has to be at a path below the directory, as [`Self::number`].
+    /// Reads a decimal number at a path below the directory, like [`Self::number`].
     pub fn number_at(&self, path: fmt::Arguments<'_>, name: &'static str) -> Result<u32> {
         let number = self.parse_at(path, name, node::decimal_u32);
         let number = number.and_then(|number| {
@@ -417,7 +423,7 @@ impl<'a, C: Context> Reader<'a, C> {
     }
 }
 
-/// Parses the text of a node, whose name is for the error.
+/// Parses the text of a node. The name is for the error.
 pub type Parser<T> = fn(&'static str, &[u8]) -> Result<T, InvalidNode>;
 
 fn parse_value<T>(
@@ -435,19 +441,21 @@ fn parse_value<T>(
 
 /// The callback of a [`Watch`].
 pub trait WatchHandler: Send + Sync + 'static {
-    /// Called when a node at or below the watched one has changed, or the watch was just
+    /// Called when a node at or below the watched one has changed, and once after the watch was
     /// registered.
     ///
-    /// Runs in the `xenwatch` thread, the one for all watches of the kernel: it may sleep, but
-    /// while it does no other device hears anything. Events that come while one is still waiting to
-    /// be delivered are merged into it, so look at the tree and not at a history.
+    /// Changes that happen before the call are merged into one call, so read the current state of
+    /// the nodes.
+    ///
+    /// Context: the `xenwatch` thread, which calls all watches of the kernel. It may sleep, but
+    /// delays all other devices meanwhile.
     fn changed(&self);
 }
 
 /// Data shared by a watch and its callback.
 #[repr(C)]
 struct WatchInner<T> {
-    /// First, so that the callback finds the rest behind the pointer that it gets.
+    /// The first field, so that the callback finds the others at the pointer that it gets.
     watch: Opaque<bindings_ext::xenbus_watch>,
     node: CString,
     handler: Arc<T>,
@@ -455,15 +463,15 @@ struct WatchInner<T> {
 
 /// A registered watch on a node, until it is dropped.
 ///
-/// Dropping waits for a callback that is running, unless it happens in the callback itself. So do
-/// not drop it while holding a lock that the callback takes.
+/// Dropping it waits for a running callback, unless the callback itself drops it. So do not drop it
+/// while holding a lock that the callback takes.
 ///
 /// # Invariants
 ///
 /// `inner` is registered with xenbus as a watch, and does not move.
 pub struct Watch<T: WatchHandler> {
     inner: Pin<KBox<WatchInner<T>>>,
-    /// None if the module's exit waits for the watch to be dropped.
+    /// `None` if the module's exit waits for the watch to be dropped.
     _module: Option<ModuleRef>,
 }
 
@@ -474,13 +482,15 @@ unsafe impl<T: WatchHandler> Send for Watch<T> {}
 unsafe impl<T: WatchHandler> Sync for Watch<T> {}
 
 impl<T: WatchHandler> Watch<T> {
-    /// Watches `dir`/`node`, or `dir` itself if `node` is empty. The handler is called once soon.
+    /// Watches `dir`/`node`, or `dir` itself if `node` is empty.
+    ///
+    /// The handler is called once, soon.
     pub fn new(dir: &CStr, node: fmt::Arguments<'_>, handler: Arc<T>) -> Result<Self> {
         Self::register(dir, node, handler, Some(ModuleRef::new()?))
     }
 
-    /// Registers a watch as [`Self::new`]. Without a reference to the module, its exit waits for
-    /// what drops the watch.
+    /// Registers a watch like [`Self::new`]. Without a reference to the module, the module's exit
+    /// must wait for the drop of the watch.
     pub(super) fn register(
         dir: &CStr,
         node: fmt::Arguments<'_>,
@@ -509,7 +519,7 @@ impl<T: WatchHandler> Watch<T> {
             GFP_KERNEL,
         )?;
         // SAFETY: The watch is initialised, does not move, and stays until it is unregistered in
-        // `drop`; its node is a zero-terminated string that lives as long.
+        // `drop`; its node is a zero-terminated string that exists as long.
         to_result(unsafe { bindings_ext::register_xenbus_watch(inner.watch.get()) })?;
         // INVARIANT: Registered just above.
         Ok(Self {
@@ -518,7 +528,9 @@ impl<T: WatchHandler> Watch<T> {
         })
     }
 
-    /// Merges events: one that waits is enough. Runs under a spin lock of xenbus.
+    /// Returns `true` if the event has to be queued: not if one is queued already.
+    ///
+    /// Context: under a spinlock of xenbus.
     ///
     /// # Safety
     ///
@@ -560,8 +572,8 @@ impl<T: WatchHandler> Drop for Watch<T> {
 
 /// Waits until every callback of the `xenwatch` thread that is running now has returned.
 ///
-/// For code that goes away after having been called there. Does nothing useful in that thread, nor
-/// where there is no memory for a watch or xenstore takes no more.
+/// For code that was called there and will be freed. It does not wait if the caller is that thread,
+/// or if no watch can be registered, for lack of memory or because of xenstore's limit.
 pub(crate) fn synchronize() {
     struct Nothing;
     impl WatchHandler for Nothing {
@@ -571,6 +583,6 @@ pub(crate) fn synchronize() {
     let Ok(handler) = Arc::new(Nothing, GFP_KERNEL) else {
         return;
     };
-    // Unregistering a watch waits; there is no other way to be had.
+    // Unregistering a watch waits; the kernel has no other function for that.
     let _ = Watch::register(c"domid", fmt!(""), handler, None);
 }

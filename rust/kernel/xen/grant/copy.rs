@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Letting Xen copy between pages of another domain and our own.
+//! Grant copy: Xen copies between pages of another domain and pages of this domain.
 //!
-//! For little data this is cheaper than to map a page: there is no address space to change, and the
-//! other domain's pages are never seen by anybody else. Many copies are made by one hypercall.
+//! For small data this is cheaper than mapping a page, because no page tables change, and no other
+//! code has access to the other domain's pages. One hypercall makes many copies.
 //!
-//! The hypercall is made by this module itself: `gnttab_batch_copy` stops the kernel when it fails,
-//! and sleeps for long when a page of the other domain is not in memory.
+//! This module makes the hypercall itself, because `gnttab_batch_copy()` stops the kernel when the
+//! hypercall fails, and sleeps for a long time when a page of the other domain is not in memory.
 
 use core::marker::PhantomData;
 
@@ -32,12 +32,12 @@ use super::{
 /// The status of an operation before Xen has reached it.
 const NOT_REACHED: i16 = 1;
 
-/// Memory for copies, made once; one for each thread that copies.
+/// Memory for the operations of copies, allocated once for each thread that copies.
 pub struct Copier {
     ops: KVec<bindings_ext::gnttab_copy>,
 }
 
-// SAFETY: The addresses in the operations mean nothing between two batches.
+// SAFETY: The addresses in the operations are not used between two batches.
 unsafe impl Send for Copier {}
 // SAFETY: There is nothing to do with a shared reference.
 unsafe impl Sync for Copier {}
@@ -50,7 +50,7 @@ impl Copier {
         })
     }
 
-    /// Starts a batch, with no copy in it.
+    /// Starts an empty batch.
     pub fn batch(&mut self) -> Batch<'_> {
         self.ops.clear();
         Batch {
@@ -60,7 +60,7 @@ impl Copier {
     }
 }
 
-/// Copies to be made at once. Nothing happens before [`Batch::run`].
+/// Copies that [`Batch::run`] makes at once.
 ///
 /// # Invariants
 ///
@@ -82,9 +82,9 @@ impl<'a> Batch<'a> {
         self.ops.is_empty()
     }
 
-    /// Adds a copy of `to.len()` bytes at `offset` in a page of `domain`, to our memory.
+    /// Adds a copy of `to.len()` bytes at `offset` in a page of `domain` to `to`.
     ///
-    /// `EINVAL`: that leaves the page. `ENOSPC`: the batch is full.
+    /// Fails with `EINVAL` if the bytes exceed the page, and with `ENOSPC` if the batch is full.
     pub fn read(
         &mut self,
         domain: DomId,
@@ -101,9 +101,9 @@ impl<'a> Batch<'a> {
         )
     }
 
-    /// Adds a copy of `from`, to `offset` in a page of `domain`.
+    /// Adds a copy of `from` to `offset` in a page of `domain`.
     ///
-    /// `EINVAL`: that leaves the page. `ENOSPC`: the batch is full.
+    /// Fails with `EINVAL` if the bytes exceed the page, and with `ENOSPC` if the batch is full.
     pub fn write(
         &mut self,
         domain: DomId,
@@ -139,11 +139,13 @@ impl<'a> Batch<'a> {
         self.ops.push_within_capacity(op).map_err(|_| ENOSPC)
     }
 
-    /// Makes all copies. Does not sleep.
+    /// Makes all copies.
     ///
-    /// The result is that of the first copy that failed, with its place in the batch; the others
-    /// are made nevertheless. If it can be tried again, because a page is not in memory, the result
-    /// is [`GrantStatus::EAGAIN`], whatever else has failed.
+    /// The error is that of the first copy that failed, with its index in the batch; all other
+    /// copies are made nevertheless. If the batch can be run again, because a page is not in
+    /// memory, the error is [`GrantStatus::EAGAIN`], even if other copies failed otherwise.
+    ///
+    /// Context: does not sleep.
     pub fn run(&mut self) -> Result<(), CopyError> {
         // SAFETY: By the type invariant Xen reads and writes only memory that lives and may be
         // written; what it does in the other domain is checked by its grants.
@@ -163,18 +165,18 @@ impl<'a> Batch<'a> {
     }
 }
 
-/// Why a batch did not work.
+/// The reason why a batch failed.
 #[derive(Clone, Copy, Debug)]
 pub enum CopyError {
-    /// Xen did not look at the batch.
+    /// The hypercall failed.
     Hypercall(Error),
-    /// The copy at this place in the batch was refused.
+    /// Xen has refused the copy with this index in the batch.
     Refused(usize, GrantStatus),
 }
 
 impl CopyError {
-    /// Returns `true` if a page of the other domain is not in memory now, so that the batch can be
-    /// run again later.
+    /// Returns `true` if a page of the other domain is not in memory now: the batch can be run
+    /// again later.
     pub fn is_paged_out(&self) -> bool {
         matches!(self, CopyError::Refused(_, GrantStatus::EAGAIN))
     }
@@ -189,7 +191,7 @@ impl From<CopyError> for Error {
     }
 }
 
-/// Returns the foreign side of a copy.
+/// Returns the operand of a copy in the other domain.
 fn foreign(
     domain: DomId,
     reference: ForeignRef,
@@ -209,7 +211,7 @@ fn foreign(
     Ok(ptr)
 }
 
-/// Returns our side of a copy.
+/// Returns the operand of a copy in this domain.
 fn local(slice: PageSlice<'_>) -> bindings_ext::gnttab_copy_gnttab_copy_ptr {
     let mut ptr = bindings_ext::gnttab_copy_gnttab_copy_ptr {
         domid: DomId::SELF.value(),

@@ -2,13 +2,14 @@
 
 //! Mapping the pages of another domain.
 //!
-//! A page of another domain needs a page of our own address space without memory behind it; a
-//! [`PageCache`] has some. A [`Mapper`] maps and unmaps many at once, one hypercall for all. What
-//! it has mapped is a list of [`MappedPage`]s, owned values: each is unmapped once. A page that is
-//! part of an I/O is owned by the I/O meanwhile ([`PageOwner`]), so it cannot be unmapped under it.
+//! A page of another domain is mapped to a page of this kernel that has no memory of its own; a
+//! [`PageCache`] has such pages. A [`Mapper`] maps and unmaps many pages with one hypercall. The
+//! result is a list of [`MappedPage`]s: owned values, each of which is unmapped once. During an
+//! I/O, the I/O owns its pages ([`PageOwner`]), so they cannot be unmapped.
 //!
-//! Others may hold on to a page for longer than the I/O: a network card that sends it does. Such a
-//! page is *busy*. [`Mapper::unmap`] leaves busy pages in the list, for the caller to try later.
+//! Other parts of the kernel may use a page for longer than the I/O, for instance a network card
+//! that sends it. Such a page is *busy*. [`Mapper::unmap`] leaves busy pages in the list, for the
+//! caller to try later.
 
 use core::{
     mem::ManuallyDrop,
@@ -46,7 +47,7 @@ const NOT_REACHED: i16 = 1;
 const BUSY_TRIES: usize = 500;
 const BUSY_SLEEP_MS: u32 = 20;
 
-/// Pages without memory behind them (`gnttab_page_cache`).
+/// Pages without memory of their own (`struct gnttab_page_cache`).
 ///
 /// # Invariants
 ///
@@ -64,7 +65,7 @@ unsafe impl Send for PageCache {}
 unsafe impl Sync for PageCache {}
 
 impl PageCache {
-    /// Creates an empty cache. Pages are allocated when they are needed, and kept.
+    /// Creates an empty cache, which allocates pages when they are needed and keeps them.
     pub fn new() -> impl PinInit<Self> {
         // INVARIANT: Initialised here, without pages.
         pin_init!(Self {
@@ -75,14 +76,18 @@ impl PageCache {
         })
     }
 
-    /// Frees all but `keep` pages. May sleep.
+    /// Frees all but `keep` pages.
+    ///
+    /// Context: may sleep.
     pub fn shrink(&self, keep: u32) {
         // SAFETY: By the type invariants all pages in the cache may be freed.
         unsafe { bindings_ext::gnttab_page_cache_shrink(self.inner.get(), keep) };
     }
 
-    /// Makes pages until the cache has at least `count` of them, so that many can be taken without
-    /// fail. May sleep.
+    /// Allocates pages until the cache has at least `count`, so that taking `count` pages cannot
+    /// fail.
+    ///
+    /// Context: may sleep.
     pub fn fill(&self, count: usize) -> Result {
         let mut pages = KVec::with_capacity(count, GFP_KERNEL)?;
         let mut result = Ok(());
@@ -96,8 +101,8 @@ impl PageCache {
         result
     }
 
-    /// Takes a page; makes one if there is none, which may sleep. It belongs to the caller alone,
-    /// and has an address of its own.
+    /// Takes a page, or allocates one if the cache is empty, which may sleep. The page belongs to
+    /// the caller alone, and has an address of its own.
     fn get(&self) -> Result<NonNull<bindings::page>> {
         let mut page = core::ptr::null_mut();
         // SAFETY: By the type invariant; `page` is valid for a write.
@@ -105,7 +110,7 @@ impl PageCache {
         NonNull::new(page).ok_or(ENOMEM)
     }
 
-    /// Puts pages back that [`Self::get`] of some cache has given. Nothing is mapped there any
+    /// Puts back pages that [`Self::get`] of any cache has returned. Nothing is mapped there any
     /// more, and they are not used.
     fn put(&self, pages: &mut [*mut bindings::page]) {
         if pages.is_empty() {
@@ -129,17 +134,17 @@ impl PinnedDrop for PageCache {
     }
 }
 
-/// A page of another domain, mapped.
+/// A mapped page of another domain.
 ///
-/// Its content can change at any time; it can only be copied. Dropping one unmaps it; that sleeps
-/// up to ten seconds if the page is busy, and then leaks the page. So give pages back through
-/// [`Mapper::unmap`], and drop what is left only from a thread.
+/// Its content can change at any time; it can only be copied. Dropping it unmaps the page; if the
+/// page is busy, that sleeps for up to ten seconds, and then leaks the page. So unmap pages by
+/// [`Mapper::unmap`], and drop the remaining ones only in a thread.
 ///
 /// # Invariants
 ///
 /// - `page` came from a [`PageCache`] and is owned.
-/// - `handle` is a mapping of a foreign frame there, with `access`, that no other code knows. It
-///   stays until this is dropped or taken apart by a [`Mapper`].
+/// - `handle` is a mapping of a foreign frame to that page, with `access`, which no other code
+///   uses. The mapping exists until this is dropped or consumed by a [`Mapper`].
 pub struct MappedPage {
     page: NonNull<bindings::page>,
     handle: bindings_ext::grant_handle_t,
@@ -165,15 +170,15 @@ impl MappedPage {
         self.access
     }
 
-    /// Returns `len` bytes of the page from `offset` on, to copy from; `None` if they leave the
+    /// Returns `len` bytes of the page from `offset` on, to copy from; `None` if they exceed the
     /// page.
     #[inline]
     pub fn slice(&self, offset: usize, len: usize) -> Option<PageSlice<'_>> {
         self.whole().get(offset, len)
     }
 
-    /// Returns `len` bytes of the page from `offset` on, to copy to; `None` if they leave the page,
-    /// or it is mapped read-only.
+    /// Returns `len` bytes of the page from `offset` on, to copy to; `None` if they exceed the
+    /// page, or if it is mapped read-only.
     #[inline]
     pub fn slice_mut(&self, offset: usize, len: usize) -> Option<PageSliceMut<'_>> {
         if self.access == GrantAccess::ReadOnly {
@@ -198,7 +203,7 @@ impl MappedPage {
 }
 
 // SAFETY: By the type invariants the page stays mapped, and has no other owner, until the
-// `MappedPage` is dropped or given to a `Mapper`. It can be written if it is mapped so.
+// `MappedPage` is dropped or passed to a `Mapper`. It can be written if it is mapped for that.
 unsafe impl PageOwner for MappedPage {
     fn writable(&self) -> bool {
         self.access == GrantAccess::ReadWrite
@@ -263,7 +268,7 @@ fn unmap_op(page: &MappedPage) -> bindings_ext::gnttab_unmap_grant_ref {
     op
 }
 
-/// Unmaps, and reports the result in the status of each operation.
+/// Unmaps pages, and stores the result in the status of each operation.
 ///
 /// # Safety
 ///
@@ -286,8 +291,9 @@ unsafe fn unmap_refs(
     };
 }
 
-/// Returns `true` if an operation that [`unmap_refs`] ran has worked. If not, something is badly
-/// wrong, and the page has to be leaked.
+/// Returns `true` if an operation of [`unmap_refs`] has succeeded.
+///
+/// If not, the state of the mapping is unknown, and the page has to be leaked.
 fn is_unmapped(op: &bindings_ext::gnttab_unmap_grant_ref) -> bool {
     let status = GrantStatus::from_raw(op.status);
     if status != GrantStatus::OKAY {
@@ -299,7 +305,7 @@ fn is_unmapped(op: &bindings_ext::gnttab_unmap_grant_ref) -> bool {
     status == GrantStatus::OKAY
 }
 
-/// Allocates `count` operations that do nothing yet.
+/// Allocates `count` zeroed operations.
 fn defaults<T: Default>(count: usize) -> Result<KVec<T>> {
     let mut ops = KVec::with_capacity(count, GFP_KERNEL)?;
     for _ in 0..count {
@@ -308,19 +314,19 @@ fn defaults<T: Default>(count: usize) -> Result<KVec<T>> {
     Ok(ops)
 }
 
-/// Why pages could not be mapped.
+/// The reason why pages could not be mapped.
 #[derive(Clone, Copy, Debug)]
 pub enum MapError {
-    /// There are more references than places in the mapper or in the list.
+    /// There are more references than the capacity of the mapper or of the list.
     TooMany,
     /// There is no page to map to.
     NoPage(Error),
-    /// Xen did not map this one.
+    /// Xen has refused to map this reference.
     Refused(ForeignRef, GrantStatus),
 }
 
 impl MapError {
-    /// Returns `true` if it may work later, when others have given back memory or mappings.
+    /// Returns `true` if mapping may succeed later, when memory or mappings were freed.
     pub fn is_shortage(&self) -> bool {
         match self {
             MapError::TooMany => false,
@@ -342,7 +348,7 @@ impl From<MapError> for Error {
 
 /// Maps and unmaps many pages with one hypercall.
 ///
-/// Memory for the operations, made once; one for each thread that maps.
+/// It has the memory for the operations, which is allocated once for each thread that maps.
 ///
 /// # Invariants
 ///
@@ -353,7 +359,7 @@ pub struct Mapper {
     pages: KVec<*mut bindings::page>,
 }
 
-// SAFETY: The pointers mean nothing between two calls.
+// SAFETY: The pointers are not used between two calls.
 unsafe impl Send for Mapper {}
 // SAFETY: There is nothing to do with a shared reference.
 unsafe impl Sync for Mapper {}
@@ -370,11 +376,12 @@ impl Mapper {
         })
     }
 
-    /// Maps pages that `domain` has granted, and appends them to `list` in order; all, or none.
+    /// Maps pages that `domain` has granted, and appends them to `list` in order: all, or none.
     ///
-    /// There have to be places for all in the mapper and in the capacity of `list`; nothing is
-    /// allocated but pages that the cache lacks. Sleeps, if a page is not in memory over there, for
-    /// at most 32 s each.
+    /// The capacities of the mapper and of `list` must suffice; only pages that the cache lacks are
+    /// allocated.
+    ///
+    /// Context: may sleep, for up to 32 s for each page that is not in memory in the other domain.
     pub fn map(
         &mut self,
         cache: &PageCache,
@@ -448,8 +455,10 @@ impl Mapper {
         Ok(())
     }
 
-    /// Looks at the status of each operation. What was mapped goes to `list`, the pages of the
-    /// others go back; the error is that of the first.
+    /// Checks the status of each operation: adds mapped pages to `list`, and puts the others back
+    /// to the cache.
+    ///
+    /// Returns the first error.
     fn collect(
         &mut self,
         cache: &PageCache,
@@ -465,7 +474,7 @@ impl Mapper {
                 continue;
             };
             if status == GrantStatus::OKAY {
-                // INVARIANT: The hypercall has just mapped it, and given the handle to us alone.
+                // INVARIANT: The hypercall has just mapped it, and the handle is ours alone.
                 let page = MappedPage {
                     page,
                     handle: op.handle,
@@ -482,8 +491,10 @@ impl Mapper {
         result
     }
 
-    /// Unmaps the pages of `list` that are not busy, and puts them to `cache`. Busy ones stay in
-    /// the list, first in it. Does not sleep; any context but hard interrupts.
+    /// Unmaps the pages of `list` that are not busy, and puts them into `cache`. Busy ones stay at
+    /// the front of the list.
+    ///
+    /// Context: any but hard interrupts; does not sleep.
     pub fn unmap(&mut self, cache: &PageCache, list: &mut KVec<MappedPage>) {
         let mut busy = 0usize;
         for index in 0..list.len() {
@@ -495,7 +506,7 @@ impl Mapper {
         self.unmap_beyond(cache, list, busy);
     }
 
-    /// Unmaps all but the first `keep` pages. None of them is busy.
+    /// Unmaps all but the first `keep` pages. The others are not busy.
     fn unmap_beyond(&mut self, cache: &PageCache, list: &mut KVec<MappedPage>, keep: usize) {
         while list.len() > keep {
             let mut count = 0usize;
