@@ -2,9 +2,9 @@
 
 //! I/O accounting of kernel threads: cgroup and priority.
 //!
-//! A kernel thread that does I/O for others can have it charged to a cgroup ([`BlkcgCss`],
-//! [`Current::charge`]) and give it a priority ([`Current::set_io_priority`]). The block layer
-//! looks at both when a bio is made or submitted, in the thread that does so.
+//! A kernel thread that does I/O for others can charge it to a cgroup ([`BlkcgCss`],
+//! [`Current::charge`]) and set its priority ([`Current::set_io_priority`]). The block layer reads
+//! both when the thread creates or submits a bio.
 //!
 //! C headers: [`include/linux/cgroup.h`](srctree/include/linux/cgroup.h),
 //! [`include/linux/kthread.h`](srctree/include/linux/kthread.h),
@@ -29,12 +29,12 @@ use kernel::{
 
 use super::kthread::Current;
 
-/// A cgroup that I/O can be charged to: one of the hierarchy of version 2, or the nearest one above
-/// it that controls I/O.
+/// A cgroup to which I/O can be charged: a cgroup of version 2, or its nearest ancestor that
+/// controls I/O.
 ///
 /// # Invariants
 ///
-/// Points to the I/O controller's part of a cgroup, with a reference of ours.
+/// Points to the state of the I/O controller in a cgroup, and owns a reference to it.
 pub struct BlkcgCss(NonNull<c_void>);
 
 // SAFETY: A cgroup belongs to no thread.
@@ -43,14 +43,16 @@ unsafe impl Send for BlkcgCss {}
 unsafe impl Sync for BlkcgCss {}
 
 impl BlkcgCss {
-    /// Finds a cgroup by its path below the root of the hierarchy, such as `/guests/web`. May
-    /// sleep.
+    /// Finds a cgroup by its path below the root of the hierarchy, such as `/guests/web`.
     ///
-    /// `ENOENT`: there is none. `EOPNOTSUPP`: the kernel does not control I/O by cgroup.
+    /// Fails with `ENOENT` if there is no such cgroup, and with `EOPNOTSUPP` if the kernel does not
+    /// control I/O by cgroup.
+    ///
+    /// Context: may sleep.
     pub fn find(path: &CStr) -> Result<Self> {
         // SAFETY: The path is a string.
         let css = from_err_ptr(unsafe { bindings_ext::io_css_get_from_path(path.as_char_ptr()) })?;
-        // INVARIANT: What is no error comes with a reference.
+        // INVARIANT: A result that is not an error comes with a reference.
         NonNull::new(css).map(Self).ok_or(ENODEV)
     }
 }
@@ -66,7 +68,7 @@ impl Drop for BlkcgCss {
 ///
 /// # Invariants
 ///
-/// The current task is the kernel thread whose I/O is charged: this cannot leave it.
+/// The current task is the kernel thread whose I/O is charged; this is not `Send`.
 #[must_use]
 pub struct BlkcgGuard<'a> {
     _thread: &'a Current,
@@ -80,14 +82,14 @@ impl Drop for BlkcgGuard<'_> {
     }
 }
 
-/// The priority of I/O, as set by `ionice`. Some I/O schedulers respect it.
+/// The priority of I/O, as set by `ionice`. Some I/O schedulers use it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum IoPriority {
-    /// Before all others: level 0 to 7, 0 is the most urgent.
+    /// Before all other I/O: level 0 to 7, of which 0 is the most urgent.
     RealTime(u8),
-    /// The usual: level 0 to 7.
+    /// The default: level 0 to 7.
     BestEffort(u8),
-    /// When there is no other I/O.
+    /// Only when there is no other I/O.
     Idle,
 }
 
@@ -107,13 +109,15 @@ impl IoPriority {
 
 impl Current {
     /// Charges the I/O of this thread to `group` until the result is dropped
-    /// (`kthread_associate_blkcg()`). Only the last call counts.
+    /// (`kthread_associate_blkcg()`).
+    ///
+    /// A later call replaces an earlier one.
     pub fn charge(&self, group: &BlkcgCss) -> BlkcgGuard<'_> {
         // SAFETY: The current task is a kernel thread, by the invariant of `Current`; the cgroup is
         // valid, by that of `BlkcgCss`. The kernel takes a reference of its own, which `BlkcgGuard`
-        // gives back.
+        // puts.
         unsafe { bindings_ext::kthread_associate_io_css(group.0.as_ptr()) };
-        // INVARIANT: BlkcgGuard just now.
+        // INVARIANT: The I/O of the current thread is charged from now on.
         BlkcgGuard {
             _thread: self,
             _not_send: PhantomData,

@@ -12,6 +12,6 @@ pub fn online() -> u32 {
 
 /// Returns `true` if a CPU is online now.
 pub fn is_online(cpu: CpuId) -> bool {
-    // SAFETY: `cpu_online` wants a number in range, which it is by the invariant of `CpuId`.
+    // SAFETY: `cpu_online` requires a number in range, which it is by the invariant of `CpuId`.
     unsafe { bindings_ext::cpu_online(cpu.as_u32()) }
 }

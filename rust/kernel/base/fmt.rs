@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Messages with values of crates that do not know the kernel.
+//! Formatting of values of crates that do not use the kernel.
 //!
-//! The kernel's formatting macros want [`kernel::fmt::Display`], which such crates cannot
+//! The kernel's formatting macros require [`kernel::fmt::Display`], which such crates cannot
 //! implement.
 
 use kernel::fmt;

@@ -2,8 +2,8 @@
 
 //! Mutexes in statics.
 //!
-//! The kernel's `global_lock!` has to be initialised once, before its first use, which only unsafe
-//! code can promise. A [`GlobalMutex`] sees to that itself.
+//! The kernel's `global_lock!` has to be initialised once before its first use, which is an unsafe
+//! operation. A [`GlobalMutex`] initialises itself at its first use.
 
 use core::{
     marker::PhantomData,
@@ -40,7 +40,7 @@ const BUSY: u32 = 1;
 /// It is initialised.
 const READY: u32 = 2;
 
-/// The backend of the lock. No other code can name it, so its locks guard nothing else.
+/// The backend of the lock. It is private, so its locks protect nothing else.
 struct Backend<T>(PhantomData<T>);
 
 impl<T: 'static> GlobalLockBackend for Backend<T> {
@@ -53,15 +53,17 @@ impl<T: 'static> GlobalLockBackend for Backend<T> {
     }
 }
 
-/// A mutex for a static. All of them are of one lock class: do not hold two.
+/// A mutex for a static.
 ///
-/// What is in it is not dropped when the module goes.
+/// All of them have one lock class: do not hold two.
+///
+/// The data is not dropped when the module is unloaded.
 ///
 /// # Invariants
 ///
 /// - `lock` is initialised when `state` is [`READY`], and not used before.
-/// - `state` becomes [`BUSY`] once, and never [`FRESH`] again; the one who made it so initialises
-///   `lock`.
+/// - `state` becomes [`BUSY`] once, and never [`FRESH`] again; the caller that has set it to
+///   [`BUSY`] initialises `lock`.
 pub struct GlobalMutex<T: 'static> {
     state: Atomic<u32>,
     lock: GlobalLock<Backend<T>>,
@@ -80,17 +82,19 @@ impl<T: 'static> GlobalMutex<T> {
         }
     }
 
-    /// Takes the mutex. May sleep.
+    /// Takes the mutex.
+    ///
+    /// Context: may sleep.
     pub fn lock(&'static self) -> Guard<T> {
         while self.state.load(Acquire) != READY {
             if self.state.cmpxchg(FRESH, BUSY, Full).is_ok() {
-                // SAFETY: Only one gets here, once, by the type invariant.
+                // SAFETY: Only one caller gets here, once, by the type invariant.
                 unsafe { self.lock.init() };
                 // INVARIANT: It is initialised now.
                 self.state.store(READY, Release);
             } else {
-                // SAFETY: `cond_resched` wants a context that may sleep, as the lock below does; in
-                // another one it does no harm to memory.
+                // SAFETY: `cond_resched` requires a context that may sleep, as the lock below does;
+                // in other contexts it does not affect memory safety.
                 unsafe { bindings_ext::cond_resched() };
             }
         }
@@ -98,7 +102,7 @@ impl<T: 'static> GlobalMutex<T> {
     }
 }
 
-/// Gives access to what is in a mutex, and releases it when dropped.
+/// The guard of a mutex: gives access to the data, and releases the mutex when dropped.
 #[must_use = "the mutex is released when the guard is dropped"]
 pub struct Guard<T: 'static>(GlobalGuard<Backend<T>>);
 

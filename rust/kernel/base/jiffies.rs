@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The kernel's coarse clock, which costs a load from memory.
+//! The kernel's coarse clock, which is read by a load from memory.
 //!
 //! C header: [`include/linux/jiffies.h`](srctree/include/linux/jiffies.h)
 
@@ -11,10 +11,10 @@ pub use kernel::time::{
     Jiffies, //
 };
 
-/// Returns the number of ticks since some time ago. Wraps.
+/// Returns the current number of ticks, which wraps.
 #[inline]
 pub fn now() -> Jiffies {
-    // SAFETY: A word that is only read here; volatile, for interrupts change it.
+    // SAFETY: A word that is only read here; volatile, because interrupts change it.
     unsafe { (&raw const bindings::jiffies).read_volatile() }
 }
 
@@ -24,7 +24,8 @@ pub fn since(then: Jiffies) -> Jiffies {
     now().wrapping_sub(then)
 }
 
-/// Returns `true` if `end`, a value computed from [`now`] not too long ago, has passed.
+/// Returns `true` if the time `end` has passed, which must be less than half the range of
+/// [`Jiffies`] away.
 #[inline]
 pub fn is_past(end: Jiffies) -> bool {
     now().wrapping_sub(end) as isize >= 0

@@ -3,10 +3,10 @@
 //! Kernel threads that run a closure.
 //!
 //! The closure gets a [`Current`] and returns when [`Current::should_stop`] says so. Stopping has
-//! two halves, so that several threads can be stopped at once and no caller waits forever:
-//! [`KThread::stop`] asks, [`KThread::join`] waits with a deadline. A thread that is still busy at
-//! the deadline can be left to itself by dropping the [`KThread`]: it owns what it uses, it holds a
-//! reference to the module, and it frees both when it is done.
+//! two steps, so that several threads can be stopped at once and no caller waits forever:
+//! [`KThread::stop`] requests it, [`KThread::join`] waits with a deadline. If the thread is still
+//! busy then, the [`KThread`] can be dropped: the thread owns its data and a reference to the
+//! module, and frees both when it ends.
 //!
 //! C header: [`include/linux/kthread.h`](srctree/include/linux/kthread.h)
 
@@ -40,9 +40,9 @@ use super::{
 /// Data shared by a thread and its [`KThread`].
 #[pin_data]
 struct Shared {
-    /// The thread was asked to stop.
+    /// `true` if the thread was asked to stop.
     stop: Atomic<bool>,
-    /// The closure has returned and is dropped.
+    /// `true` if the closure has returned and was dropped.
     done: Atomic<bool>,
     #[pin]
     wait: WaitQueue,
@@ -51,14 +51,15 @@ struct Shared {
 /// Options of a thread.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct KThreadOptions {
-    /// The thread is frozen on suspend, in [`WaitQueue::wait_idle`]. Others keep running.
+    /// `true` if the thread is frozen on suspend, in [`WaitQueue::wait_idle`]; other threads keep
+    /// running.
     pub freezable: bool,
 }
 
 /// The argument of a new thread.
 struct Start<F> {
     main: F,
-    kind: KThreadOptions,
+    options: KThreadOptions,
     shared: Arc<Shared>,
     module: ModuleRef,
 }
@@ -67,25 +68,26 @@ struct Start<F> {
 ///
 /// # Invariants
 ///
-/// The current task is the kernel thread that this was made for: it cannot leave it.
+/// The current task is the kernel thread that this was created for; this is not `Send`.
 pub struct Current {
     shared: Arc<Shared>,
     _not_send: NotThreadSafe,
 }
 
 impl Current {
-    /// Returns `true` if the closure should return. May be part of a condition to wait for: the
-    /// thread is woken when it changes.
+    /// Returns `true` if the closure should return.
+    ///
+    /// It can be part of a condition to wait for: the thread is woken when the value changes.
     #[inline]
     pub fn should_stop(&self) -> bool {
         self.shared.stop.load(Relaxed)
     }
 
-    /// Lets other tasks run, if it is their turn. For loops that may run for long.
+    /// Allows other tasks to run, in loops that may run for a long time.
     #[inline]
     pub fn cond_resched(&self) {
-        // SAFETY: A thread that runs a closure may sleep; a closure that holds a spin lock here
-        // makes a mistake that lockdep reports, without effect on memory.
+        // SAFETY: A thread that runs a closure may sleep; a closure that holds a spinlock here has
+        // a bug that lockdep reports, without effect on memory safety.
         unsafe { bindings_ext::cond_resched() };
     }
 }
@@ -101,8 +103,8 @@ pub struct KThread {
 impl KThread {
     /// Starts a thread that runs `main`.
     ///
-    /// `name` is shown by `ps`; the kernel cuts it for other uses.
-    pub fn spawn<F>(name: fmt::Arguments<'_>, kind: KThreadOptions, main: F) -> Result<Self>
+    /// `name` is the name in `ps`; the kernel truncates it for other uses.
+    pub fn spawn<F>(name: fmt::Arguments<'_>, options: KThreadOptions, main: F) -> Result<Self>
     where
         F: FnOnce(&Current) + Send + 'static,
     {
@@ -117,14 +119,14 @@ impl KThread {
         )?;
         let start = Start {
             main,
-            kind,
+            options,
             shared: shared.clone(),
             module: ModuleRef::new()?,
         };
         let start = KBox::into_raw(KBox::new(start, GFP_KERNEL)?);
 
         // SAFETY: `run` takes over `start`, once; the format takes one string. The thread is never
-        // stopped by `kthread_stop`, so it is certain to run once it is woken.
+        // stopped by `kthread_stop`, so it runs once it is woken.
         let task = unsafe {
             bindings::kthread_create_on_node(
                 Some(run::<F>),
@@ -149,14 +151,15 @@ impl KThread {
         Ok(Self { task, shared })
     }
 
-    /// Asks the thread to stop. Does not wait.
+    /// Asks the thread to stop, and does not wait.
     pub fn stop(&self) {
         self.shared.stop.store(true, Release);
         self.task.wake_up();
     }
 
-    /// Waits until the closure has returned and all that it owned is dropped. `false`: the time is
-    /// over, the thread still runs.
+    /// Waits until the closure has returned and all its data is dropped.
+    ///
+    /// Returns `false` if the thread still runs after `timeout`.
     #[must_use = "the thread may still run"]
     pub fn join(&self, timeout: Jiffies) -> bool {
         self.shared
@@ -175,17 +178,17 @@ impl Drop for KThread {
 ///
 /// # Safety
 ///
-/// `start` comes from `KBox::<Start<F>>::into_raw`, and the caller gives it away.
+/// `start` comes from `KBox::<Start<F>>::into_raw`, and the caller passes its ownership.
 unsafe extern "C" fn run<F: FnOnce(&Current)>(start: *mut ffi::c_void) -> ffi::c_int {
     // SAFETY: By the requirements of this function.
     let start = unsafe { KBox::from_raw(start.cast::<Start<F>>()) };
     let Start {
         main,
-        kind,
+        options,
         shared,
         module,
     } = KBox::into_inner(start);
-    if kind.freezable {
+    if options.freezable {
         // SAFETY: Only touches the current task.
         unsafe { bindings::set_freezable() };
     }
@@ -199,6 +202,6 @@ unsafe extern "C" fn run<F: FnOnce(&Current)>(start: *mut ffi::c_void) -> ffi::c
     shared.done.store(true, Release);
     shared.wait.wake_up();
     drop(shared);
-    // SAFETY: This is the first function of a kernel thread, and all that it owned is gone.
+    // SAFETY: This is the first function of a kernel thread, and all its data was dropped.
     unsafe { module.put_and_exit_thread() }
 }

@@ -2,8 +2,8 @@
 
 //! Scopes of memory allocation flags.
 //!
-//! A thread that disks depend on creates a [`NoioScope`] first and keeps it to its end: its
-//! allocations must not wait for I/O that it has to do itself.
+//! A thread that does the I/O of disks creates a [`NoioScope`] first and keeps it until it ends:
+//! its allocations must not wait for I/O that the thread itself has to do.
 //!
 //! C header: [`include/linux/sched/mm.h`](srctree/include/linux/sched/mm.h)
 
@@ -21,7 +21,7 @@ use kernel::{
 ///
 /// # Invariants
 ///
-/// `flags` is what the current thread had before: this cannot leave it.
+/// `flags` are the flags that the current thread had before; this is not `Send`.
 #[must_use]
 pub struct NoioScope {
     flags: c_uint,
@@ -31,7 +31,7 @@ pub struct NoioScope {
 impl NoioScope {
     /// Begins a scope.
     pub fn new() -> Self {
-        // INVARIANT: The call returns what the thread had before.
+        // INVARIANT: The call returns the flags that the thread had before.
         Self {
             // SAFETY: Changes a flag of the current thread.
             flags: unsafe { bindings_ext::memalloc_noio_save() },
@@ -48,7 +48,7 @@ impl Default for NoioScope {
 
 impl Drop for NoioScope {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant this gives the thread what it had.
+        // SAFETY: By the type invariant this restores the flags of the thread.
         unsafe { bindings_ext::memalloc_noio_restore(self.flags) };
     }
 }

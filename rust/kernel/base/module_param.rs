@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Module parameters that show in sysfs.
+//! Module parameters that are visible in sysfs.
 //!
-//! The `params` of [`kernel::prelude::module`] can be set at load time only, and never show under
-//! `/sys/module/<module>/parameters/`. [`module_params`] makes the entries that the C macro
-//! `module_param()` makes.
+//! The `params` of [`kernel::prelude::module`] can be set at load time only, and are not visible in
+//! `/sys/module/<module>/parameters/`. [`module_params`] creates the entries that the C macro
+//! `module_param()` creates.
 //!
 //! C header: [`include/linux/moduleparam.h`](srctree/include/linux/moduleparam.h)
 
@@ -45,7 +45,7 @@ unsafe impl ParamType for bool {
     const OPS: *const bindings::kernel_param_ops = &raw const bindings::param_ops_bool;
 }
 
-/// A module parameter. Made by [`module_params`].
+/// A module parameter, created by [`module_params`].
 #[repr(transparent)]
 pub struct Param<T: ParamType>(UnsafeCell<T>);
 
@@ -59,7 +59,7 @@ impl<T: ParamType> Param<T> {
         Self(UnsafeCell::new(default))
     }
 
-    /// Returns the value now. A parameter that is writable in sysfs can change at any time.
+    /// Returns the current value. A parameter that is writable in sysfs can change at any time.
     pub fn get(&self) -> T {
         // SAFETY: The pointer is valid. By the promise of `ParamType`, a write at the same time is
         // one of a word that is valid for `T`, and a volatile read of one word sees the old or the
@@ -67,7 +67,7 @@ impl<T: ParamType> Param<T> {
         unsafe { ptr::read_volatile(self.0.get()) }
     }
 
-    /// Replaces a value that makes no sense, before anybody relies on it.
+    /// Replaces an invalid value, before it is used.
     pub fn set(&self, value: T) {
         // SAFETY: As in `get`: a write of one word that is valid for `T`.
         unsafe { ptr::write_volatile(self.0.get(), value) }
@@ -100,7 +100,7 @@ impl KernelParam {
         Self::entry(name, T::OPS, perm, value)
     }
 
-    /// Creates an entry for a list, which shows in no file: only the kernel's loader writes it.
+    /// Creates an entry for a list, which has no file in sysfs: only the module loader writes it.
     #[doc(hidden)]
     #[inline]
     pub const fn new_list(name: &'static [u8], list: &'static KernelParamList) -> Self {
@@ -134,12 +134,12 @@ impl KernelParam {
     }
 }
 
-/// A module parameter that is a list of at most `N` values. Made by [`module_param_lists`].
+/// A module parameter that is a list of at most `N` values, created by [`module_param_lists`].
 ///
 /// # Invariants
 ///
-/// Only the kernel's loader writes it, before any code of the module runs. The first `len` values
-/// are set then, and `len` is at most `N`.
+/// Only the module loader writes it, before any code of the module runs. It sets the first `len`
+/// values, and `len` is at most `N`.
 #[repr(C)]
 pub struct ParamList<T: ParamType, const N: usize> {
     len: UnsafeCell<ffi::c_uint>,
@@ -150,7 +150,7 @@ pub struct ParamList<T: ParamType, const N: usize> {
 unsafe impl<T: ParamType, const N: usize> Sync for ParamList<T, N> {}
 
 impl<T: ParamType, const N: usize> ParamList<T, N> {
-    /// Creates a parameter that was not set. `filler` is no part of the list.
+    /// Creates a parameter that was not set. `filler` is not part of the list.
     pub const fn new(filler: T) -> Self {
         // INVARIANT: No value is set.
         Self {
@@ -190,12 +190,11 @@ impl KernelParamList {
 
 /// Declares module parameters as `module_param()` and `MODULE_PARM_DESC()` do.
 ///
-/// Each becomes a static [`Param`]. In parentheses stand its name and the mode of its file in
-/// sysfs, where 0 means none. Types are `u32`, `i32` and `bool`.
+/// Each becomes a static [`Param`]. The name and the mode of its file in sysfs are in parentheses;
+/// with mode 0 there is no file. The types are `u32`, `i32` and `bool`.
 ///
 /// ```ignore
-/// module_params! {
-///     /// How many rings a disk has at most.
+/// module_params! {    /// Largest number of rings of a disk.
 ///     pub(crate) static MAX_QUEUES("max_queues", 0o444): u32 = 4,
 ///         "Maximum number of rings of a disk";
 /// }
@@ -243,10 +242,11 @@ macro_rules! module_params {
 }
 pub use module_params;
 
-/// Declares module parameters that are lists, as `module_param_array()` does. They show in no file.
+/// Declares module parameters that are lists, as `module_param_array()` does. They have no file in
+/// sysfs.
 ///
-/// Each becomes a static [`ParamList`]; in brackets stand the type of its values and how many of
-/// them it takes at most.
+/// Each becomes a static [`ParamList`]; the type and the largest number of its values are in
+/// brackets.
 ///
 /// ```ignore
 /// module_param_lists! {
@@ -286,7 +286,7 @@ macro_rules! module_param_lists {
 }
 pub use module_param_lists;
 
-/// Returns the bytes as an array, for a section that is made of bare bytes.
+/// Returns the bytes as an array, for a section that consists of bytes.
 #[doc(hidden)]
 pub const fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
     match bytes.first_chunk() {

@@ -13,12 +13,12 @@ use super::this_module::this_module;
 
 /// A reference to this module, which stays loaded while the reference lives.
 ///
-/// Held by what the kernel may call back into at any time: a disk, a thread, a sysfs attribute, an
-/// interrupt, a watch, a timer. If such a thing is ever leaked, the module can no longer be
-/// unloaded, instead of being called after it is gone.
+/// Each object with callbacks from the kernel holds one: a disk, a thread, a sysfs attribute, an
+/// interrupt, a watch, a timer. If such an object is leaked, the module can no longer be unloaded;
+/// otherwise the kernel would call freed code.
 ///
-/// A module whose `init` fails is freed whatever references there are: so `init` registers what can
-/// be called last, and cannot fail after that.
+/// If `init` fails, the kernel frees the module regardless of its reference count: so `init`
+/// creates objects with callbacks last, and cannot fail after that.
 ///
 /// # Invariants
 ///
@@ -26,7 +26,9 @@ use super::this_module::this_module;
 pub struct ModuleRef(PhantomData<()>);
 
 impl ModuleRef {
-    /// Takes a reference. Fails with `ENODEV` while the module is being unloaded.
+    /// Takes a reference.
+    ///
+    /// Fails with `ENODEV` while the module is being unloaded.
     pub fn new() -> Result<Self> {
         // SAFETY: The pointer is that of the module that runs this code.
         if unsafe { bindings::try_module_get(this_module().as_ptr()) } {
@@ -42,8 +44,7 @@ impl ModuleRef {
     /// # Safety
     ///
     /// The current task is a kernel thread, and nothing on its stack needs to be dropped.
-    // Inlined, for objtool takes the function that it calls for one that does not return, and no
-    // other.
+    // Inlined, because objtool only treats the called function as one that does not return.
     #[inline(always)]
     pub(super) unsafe fn put_and_exit_thread(self) -> ! {
         core::mem::forget(self);

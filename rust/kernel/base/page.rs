@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Bytes of a page that others may change at any time.
+//! Bytes of a page that may change at any time.
 //!
 //! The pages of a block request belong to a file or a process, and a page that is shared with
-//! another domain belongs to that domain as much as to us. No Rust reference to such bytes may
-//! exist: they can change between two reads. The types here name a range of such bytes and copy
-//! whole ranges, with the C functions that the kernel uses for it.
+//! another domain can be changed by that domain. No Rust reference to such bytes may exist, because
+//! they can change between two reads. The types here denote a range of such bytes, and copy ranges
+//! with the C functions that the kernel uses for that.
 //!
-//! - [`Page`]: a page of our own.
+//! - [`Page`]: a page of this domain.
 //! - [`PageSlice`]: bytes that may be read.
 //! - [`PageSliceMut`]: bytes that may also be written. A request that *writes* to a disk has only
 //!   [`PageSlice`]s: its pages may be the kernel's zero page.
@@ -30,18 +30,18 @@ use kernel::{
     },
 };
 
-/// A page of our own, for bytes.
+/// A page of this domain, for bytes.
 ///
 /// A [`kernel::page::Page`] may also be borrowed from a vector and hold typed values. Writing
 /// arbitrary bytes there would be unsound, hence this type.
 ///
 /// # Invariants
 ///
-/// The page was allocated for this, and holds nothing but bytes.
+/// The page was allocated for this, and contains only bytes.
 pub struct Page(page::Page);
 
 impl Page {
-    /// Allocates a page, with `__GFP_ZERO` in `flags` of zeroes, else of whatever was there before.
+    /// Allocates a page, which is zeroed only if `flags` have `__GFP_ZERO`.
     pub fn alloc_page(flags: Flags) -> Result<Self, AllocError> {
         // INVARIANT: It is new.
         page::Page::alloc_page(flags).map(Self)
@@ -59,7 +59,7 @@ impl Page {
 ///
 /// # Invariants
 ///
-/// - `page` points to a page that is neither freed nor given to another user during `'a`.
+/// - `page` points to a page that is neither freed nor reused during `'a`.
 /// - `offset + len <= PAGE_SIZE`.
 #[derive(Clone, Copy)]
 pub struct PageSlice<'a> {
@@ -76,7 +76,7 @@ unsafe impl Send for PageSlice<'_> {}
 unsafe impl Sync for PageSlice<'_> {}
 
 impl<'a> PageSlice<'a> {
-    /// Names `len` bytes of `page` from `offset` on, or [`None`] if they leave the page.
+    /// Returns `len` bytes of `page` from `offset` on, or [`None`] if they exceed the page.
     #[inline]
     pub fn new(page: &'a Page, offset: usize, len: usize) -> Option<Self> {
         if offset.checked_add(len)? > PAGE_SIZE {
@@ -91,7 +91,7 @@ impl<'a> PageSlice<'a> {
         })
     }
 
-    /// Names `len` bytes of `page` from `offset` on.
+    /// Returns `len` bytes of `page` from `offset` on.
     ///
     /// # Safety
     ///
@@ -135,7 +135,7 @@ impl<'a> PageSlice<'a> {
         self.len == 0
     }
 
-    /// Returns `len` bytes of these, from `offset` on, or [`None`] if there are not as many.
+    /// Returns `len` of these bytes, from `offset` on, or [`None`] if there are fewer.
     #[inline]
     pub fn get(&self, offset: usize, len: usize) -> Option<Self> {
         if offset.checked_add(len)? > self.len {
@@ -149,7 +149,7 @@ impl<'a> PageSlice<'a> {
         })
     }
 
-    /// Copies as many bytes as both sides have, and returns how many.
+    /// Copies the bytes up to the shorter length of both sides, and returns their number.
     pub fn read(&self, dst: &mut [u8]) -> usize {
         let len = self.len.min(dst.len());
         // SAFETY: By the type invariants the source is within a page that lives; `dst` has `len`
@@ -170,16 +170,16 @@ impl<'a> PageSlice<'a> {
 ///
 /// # Invariants
 ///
-/// The page may be written by the holder: it is no page that the kernel keeps read-only, or keeps
-/// at a fixed content.
+/// The owner may write to the page: it is not a page that the kernel keeps read-only or with fixed
+/// content.
 #[derive(Clone, Copy)]
 pub struct PageSliceMut<'a>(PageSlice<'a>);
 
 impl<'a> PageSliceMut<'a> {
-    /// Names `len` bytes of `page` from `offset` on, or [`None`] if they leave the page.
+    /// Returns `len` bytes of `page` from `offset` on, or [`None`] if they exceed the page.
     #[inline]
     pub fn new(page: &'a Page, offset: usize, len: usize) -> Option<Self> {
-        // INVARIANT: By that of `Page`, no other code gives its bytes a meaning.
+        // INVARIANT: By that of `Page`, the page contains only bytes.
         Some(Self(PageSlice::new(page, offset, len)?))
     }
 
@@ -200,7 +200,7 @@ impl<'a> PageSliceMut<'a> {
         self.0.offset()
     }
 
-    /// Returns the same bytes, to be read only.
+    /// Returns the same bytes, only for reading.
     pub fn as_slice(&self) -> PageSlice<'a> {
         self.0
     }
@@ -217,14 +217,14 @@ impl<'a> PageSliceMut<'a> {
         self.0.is_empty()
     }
 
-    /// Returns `len` bytes of these, from `offset` on, or [`None`] if there are not as many.
+    /// Returns `len` of these bytes, from `offset` on, or [`None`] if there are fewer.
     #[inline]
     pub fn get(&self, offset: usize, len: usize) -> Option<Self> {
         // INVARIANT: The bytes are a part of writable ones.
         Some(Self(self.0.get(offset, len)?))
     }
 
-    /// Copies as many bytes as both sides have, and returns how many.
+    /// Copies the bytes up to the shorter length of both sides, and returns their number.
     pub fn write(&self, src: &[u8]) -> usize {
         let len = self.len().min(src.len());
         // SAFETY: By the type invariants the destination is within a page that lives and may be
@@ -240,14 +240,14 @@ impl<'a> PageSliceMut<'a> {
         len
     }
 
-    /// Copies as many bytes as both sides have, and returns how many.
+    /// Copies the bytes up to the shorter length of both sides, and returns their number.
     ///
-    /// Where the two overlap, the result is any mix of the old bytes.
+    /// If the two overlap, the result is a mix of the old bytes.
     #[inline]
     pub fn copy_from(&self, src: PageSlice<'_>) -> usize {
         let len = self.len().min(src.len);
         if len == PAGE_SIZE {
-            // The kernel copies whole pages in the way that is best for the processor.
+            // `copy_highpage` copies a page in the fastest way of the processor.
             //
             // SAFETY: Ranges of this length are whole pages, which live by the type invariants; the
             // destination may be written.
@@ -276,8 +276,8 @@ impl<'a> PageSliceMut<'a> {
 ///
 /// # Safety
 ///
-/// - The pages of [`Self::slices`] stay allocated, and are given to no other user, until the owner
-///   is dropped or given by value to one of its own functions. Moving the owner changes nothing.
+/// - The pages of [`Self::slices`] stay allocated, and are not reused, until the owner is dropped
+///   or passed by value to one of its own functions. Moving the owner changes nothing.
 /// - Every call of [`Self::slices`] yields the same ranges in the same order.
 /// - If [`Self::writable`] returns true, all ranges may be written.
 pub unsafe trait PageOwner {
@@ -288,12 +288,11 @@ pub unsafe trait PageOwner {
     fn slices(&self) -> impl Iterator<Item = PageSlice<'_>> + '_;
 }
 
-/// A [`PageOwner`] that carries data of its user beside the pages.
+/// A [`PageOwner`] that has data of its user, apart from the pages.
 ///
 /// # Safety
 ///
-/// Nothing that can be done with what [`Self::data_mut`] returns affects the pages, or who owns
-/// them.
+/// No use of the data that [`Self::data_mut`] returns affects the pages or their ownership.
 pub unsafe trait DataOwner: PageOwner {
     /// The data of the user.
     type Data;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Owners of pages, made of other owners.
+//! Owners of pages that consist of other owners.
 
 use kernel::{
     prelude::*,
@@ -36,7 +36,7 @@ unsafe impl<T: PageOwner> PageOwner for KVec<T> {
     }
 }
 
-/// Pages that are shared: they stay with the last reference.
+/// Shared pages, which stay until the last reference is dropped.
 // SAFETY: The owner inside keeps the promise, and is not dropped while there is a reference. It
 // cannot be moved out meanwhile.
 unsafe impl<T: PageOwner> PageOwner for Arc<T> {
@@ -49,7 +49,7 @@ unsafe impl<T: PageOwner> PageOwner for Arc<T> {
     }
 }
 
-/// The pages of two owners, those of the first first.
+/// The pages of two owners, in order.
 // SAFETY: Both keep the promise, and stay owned by the pair.
 unsafe impl<A: PageOwner, B: PageOwner> PageOwner for (A, B) {
     fn writable(&self) -> bool {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Messages that another domain or a broken device can cause are printed at most ten times in five
-//! seconds, for each place in the code.
+//! Rate limits of messages that another domain or a broken device can cause: ten in five seconds,
+//! for each place in the code.
 
 use kernel::{
     bindings,
@@ -11,23 +11,22 @@ use kernel::{
     },
 };
 
-/// Messages in one interval.
+/// Number of messages in an interval.
 const BURST: u32 = 10;
 /// Length of an interval, in nanoseconds.
 const INTERVAL_NS: i64 = 5_000_000_000;
 
-/// Counts the messages of one place.
+/// The rate limit of the messages of one place in the code.
 ///
-/// CPUs that race for it may print a message more or less: the bound holds within the number of
-/// CPUs.
+/// CPUs that call it at the same time may print a few messages more, at most one for each CPU.
 pub struct Ratelimit {
-    /// When the interval began, in nanoseconds of the monotonic clock.
+    /// Start of the interval, in nanoseconds of the monotonic clock.
     begin: Atomic<i64>,
     printed: Atomic<u32>,
 }
 
 impl Ratelimit {
-    /// Creates a limit. The first message starts the first interval.
+    /// Creates a rate limit, whose first interval starts with the first message.
     pub const fn new() -> Self {
         Self {
             begin: Atomic::new(i64::MIN),
@@ -35,7 +34,9 @@ impl Ratelimit {
         }
     }
 
-    /// Returns `true` if one more message may be printed now. Any context but an NMI.
+    /// Returns `true` if another message may be printed now.
+    ///
+    /// Context: any but an NMI.
     pub fn allow(&self) -> bool {
         // SAFETY: Reads a clock, in any context but that of an NMI.
         let now = unsafe { bindings::ktime_get() };
@@ -57,7 +58,8 @@ impl Default for Ratelimit {
     }
 }
 
-/// Runs a printing expression unless its place has printed too much lately.
+/// Evaluates an expression that prints a message, unless this place in the code has printed too
+/// many.
 ///
 /// `ratelimited!(pr_warn!("bad request\n"))`
 #[macro_export]

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A spinlock that keeps interrupts off on the local CPU while it is held.
+//! A spinlock that disables interrupts on the local CPU while it is held.
 //!
-//! For data that an interrupt handler uses too. [`kernel::sync::SpinLock`] would deadlock there:
-//! the handler can interrupt the holder on the same CPU.
+//! It is for data that an interrupt handler uses too. [`kernel::sync::SpinLock`] could deadlock,
+//! because the handler can interrupt the holder on the same CPU.
 
 use kernel::{
     bindings,
@@ -17,7 +17,7 @@ use kernel::{
 
 /// Creates a [`SpinLockIrqSave`] initialiser with a lock class of its own.
 ///
-/// The name is the one given, or else the place in the source.
+/// The name is the argument, or the place in the source if there is none.
 #[macro_export]
 macro_rules! new_spinlock_irqsave {
     ($inner:expr $(, $name:literal)? $(,)?) => {
@@ -27,10 +27,12 @@ macro_rules! new_spinlock_irqsave {
 }
 pub use new_spinlock_irqsave;
 
-/// A spinlock that keeps interrupts off on the local CPU while it is held.
+/// A spinlock that disables interrupts on the local CPU while it is held.
 ///
-/// May be taken in any context. The interrupt state that was found is restored by the guard, so
-/// drop guards of several such locks in the reverse order.
+/// The guard restores the previous interrupt state, so drop guards of several such locks in the
+/// reverse order.
+///
+/// Context: any.
 pub type SpinLockIrqSave<T> = Lock<T, SpinLockIrqSaveBackend>;
 
 /// The guard of a [`SpinLockIrqSave`].
@@ -76,7 +78,7 @@ unsafe impl Backend for SpinLockIrqSaveBackend {
 
     #[inline]
     unsafe fn assert_is_held(ptr: *mut Self::State) {
-        // Else it is a call for nothing.
+        // Without lockdep the call has no effect.
         if cfg!(CONFIG_LOCKDEP) {
             // SAFETY: The lock was initialised, as the caller promises.
             unsafe { bindings::spin_assert_is_held(ptr) }

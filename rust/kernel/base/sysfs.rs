@@ -2,9 +2,9 @@
 
 //! Read-only sysfs attributes of a device.
 //!
-//! A driver lists its attributes in a table, each a name and a function that writes the value, and
-//! registers the table for a device together with the data that the functions read. The kernel
-//! removes the files when the driver is unbound from the device.
+//! A driver has a table of attributes, each with a name and a function that writes the value. It
+//! registers the table for a device, with the data that the functions read. The kernel removes the
+//! files when the driver is unbound from the device.
 //!
 //! C header: [`include/linux/sysfs.h`](srctree/include/linux/sysfs.h)
 
@@ -33,11 +33,13 @@ use kernel::{
 
 use super::module_ref::ModuleRef;
 
-/// One file.
+/// An attribute, which is one file.
 pub struct Attribute<T: 'static> {
     /// Name of the file.
     pub name: &'static CStr,
-    /// Writes what a reader of the file gets. An error is `EIO` for the reader. May sleep.
+    /// Writes the content of the file. If it fails, the reader gets `EIO`.
+    ///
+    /// Context: may sleep.
     pub show: fn(&T, &mut Output<'_>) -> fmt::Result,
 }
 
@@ -57,8 +59,9 @@ impl Write for Output<'_> {
     }
 }
 
-/// Makes the files of `attributes` in the device's directory, or in a directory `name` in it. They
-/// show `data`, and stay until the device is unbound.
+/// Creates the files of `attributes` in the device's directory, or in a directory `name` in it.
+///
+/// They show `data`, and exist until the device is unbound.
 pub fn register<T: Send + Sync>(
     device: &Device<Bound>,
     name: Option<&'static CStr>,
@@ -86,8 +89,8 @@ struct Entry<T: 'static> {
 /// # Invariants
 ///
 /// - `group` is registered for `device`, which is bound.
-/// - What it points to is in `entries` and `pointers`, which do not change.
-/// - The entries' `data` is what `_data` owns.
+/// - It points to `entries` and `pointers`, which do not change.
+/// - The entries' `data` points to the data that `_data` owns.
 struct Group<T: Send + Sync + 'static> {
     device: ARef<Device>,
     group: KBox<Opaque<bindings::attribute_group>>,

@@ -2,8 +2,8 @@
 
 //! Timers.
 //!
-//! A [`Timer`] calls its [`TimerCallback`] when the time that was set is over. It costs nothing
-//! while none is set. Whether it wakes a CPU that is idle then is said by [`TimerFlags`].
+//! A [`Timer`] calls its [`TimerCallback`] when it expires. [`TimerFlags`] tell whether it wakes an
+//! idle CPU then.
 //!
 //! C header: [`include/linux/timer.h`](srctree/include/linux/timer.h)
 
@@ -23,24 +23,27 @@ use super::{
     module_ref::ModuleRef, //
 };
 
-/// Flags of a timer: the behaviour of a CPU that is idle when the time is over.
+/// Flags of a timer: the behaviour of a CPU that is idle when the timer expires.
 pub enum TimerFlags {
-    /// The CPU wakes, and the call comes in time.
+    /// The CPU wakes up, and the callback is called in time.
     Default,
-    /// The CPU stays idle, and the call comes once something else wakes it (`TIMER_DEFERRABLE`).
+    /// The CPU stays idle, and the callback is called when the CPU wakes up for another reason
+    /// (`TIMER_DEFERRABLE`).
     Deferrable,
 }
 
 /// The callback of a [`Timer`].
 pub trait TimerCallback: Send + Sync + 'static {
-    /// Called when the time is over. Returns the time after which to call again, if any.
+    /// Called when the timer has expired. Returns the time after which to call again, if any.
     ///
-    /// Context: soft interrupt, must not sleep.
+    /// Context: softirq, must not sleep.
     fn expired(&self) -> Option<Jiffies>;
 }
 
-/// A timer, not set at first. Dropping it waits for a call that is running, so not to be done with
-/// a lock that the target takes, nor in an interrupt.
+/// A timer, which is not set at first.
+///
+/// Dropping it waits for a running callback. So do not drop it while holding a lock that the
+/// callback takes, nor in an interrupt.
 ///
 /// # Invariants
 ///
@@ -48,7 +51,7 @@ pub trait TimerCallback: Send + Sync + 'static {
 #[repr(C)]
 #[pin_data(PinnedDrop)]
 pub struct Timer<T: TimerCallback> {
-    /// First, so that the callback finds the rest behind the pointer that it gets.
+    /// The first field, so that the callback finds the others at the pointer that it gets.
     #[pin]
     timer: Opaque<bindings::timer_list>,
     target: T,
@@ -90,7 +93,7 @@ impl<T: TimerCallback> Timer<T> {
         )
     }
 
-    /// Sets the timer to call after this time, and not at the time that was set before
+    /// Sets the timer to expire after this time, instead of the time that was set before
     /// (`mod_timer()`).
     ///
     /// Context: any.
@@ -103,8 +106,8 @@ impl<T: TimerCallback> Timer<T> {
 
     /// # Safety
     ///
-    /// For the kernel's timers: `timer` is that of a `Timer<T>`, which waits for this before it is
-    /// freed.
+    /// For the kernel's timers: `timer` is that of a `Timer<T>`, which waits for this function
+    /// before it is freed.
     unsafe extern "C" fn callback(timer: *mut bindings::timer_list) {
         // SAFETY: By the requirements of this function; the timer is the first field.
         let this = unsafe { &*timer.cast::<Self>() };

@@ -2,11 +2,11 @@
 
 //! Wait queues: sleep until a condition holds.
 //!
-//! The condition lives outside of the queue, in atomics or behind a lock. Whoever makes it true
-//! calls [`WaitQueue::wake_up`] after that; whoever waits checks it after it was put on the queue,
-//! so that no wake-up is lost.
+//! The condition is data outside of the queue, in atomics or under a lock. Code that makes it true
+//! calls [`WaitQueue::wake_up`] after that; a waiter checks it after adding itself to the queue, so
+//! that no wakeup is lost.
 //!
-//! The condition is called with the task marked as sleeping already: it must not sleep itself.
+//! The condition is called when the task is already marked as sleeping, so it must not sleep.
 //!
 //! C header: [`include/linux/wait.h`](srctree/include/linux/wait.h)
 
@@ -25,7 +25,7 @@ use kernel::{
     types::Opaque, //
 };
 
-/// Makes a [`WaitQueue`] with a lock class of its own.
+/// Creates a [`WaitQueue`] with a lock class of its own.
 #[macro_export]
 macro_rules! new_wait_queue {
     () => {
@@ -40,10 +40,10 @@ pub use new_wait_queue;
 /// The way in which a task sleeps.
 #[derive(Clone, Copy)]
 enum Sleep {
-    /// Until woken. Counts as load, and the system can't be suspended meanwhile.
+    /// Until woken. The task counts as load, and the system cannot be suspended meanwhile.
     Uninterruptible,
-    /// Until woken, for a kernel thread with nothing to do: no load, and if the thread is
-    /// freezable, it may be frozen here.
+    /// Until woken, for a kernel thread with nothing to do: it does not count as load, and may be
+    /// frozen here if it is freezable.
     Idle,
 }
 
@@ -57,7 +57,7 @@ impl Sleep {
     }
 }
 
-/// A queue of tasks that wait for something.
+/// A queue of tasks that wait for a condition.
 ///
 /// # Invariants
 ///
@@ -68,13 +68,13 @@ pub struct WaitQueue {
     head: Opaque<bindings::wait_queue_head_t>,
 }
 
-// SAFETY: A wait queue has its own lock and no ties to a thread.
+// SAFETY: A wait queue has its own lock and belongs to no thread.
 unsafe impl Send for WaitQueue {}
 // SAFETY: All access to the queue is under its own lock.
 unsafe impl Sync for WaitQueue {}
 
 impl WaitQueue {
-    /// Makes a queue. Use [`new_wait_queue!`].
+    /// Creates a queue. Use [`new_wait_queue!`].
     pub fn new(name: &'static CStr, key: Pin<&'static LockClassKey>) -> impl PinInit<Self> {
         // INVARIANT: The initialiser makes the head.
         pin_init!(Self {
@@ -87,13 +87,15 @@ impl WaitQueue {
         })
     }
 
-    /// Wakes all waiters, which then check their conditions again. Costs little if there is none.
+    /// Wakes all waiters, which then check their conditions again.
+    ///
+    /// It is cheap if there is no waiter.
     ///
     /// Context: any, including hard interrupts.
     #[inline]
     pub fn wake_up(&self) {
-        // A waiter puts itself into the queue before it looks at its condition. What the caller has
-        // changed is seen there, or the waiter is seen here: this has the barrier for that.
+        // A waiter adds itself to the queue before it checks its condition. Either it sees the
+        // caller's changes, or this sees the waiter: this has the barrier for that.
         //
         // SAFETY: By the type invariant, the head is initialised.
         if !unsafe { bindings_ext::wq_has_sleeper(self.head.get()) } {
@@ -110,13 +112,18 @@ impl WaitQueue {
         };
     }
 
-    /// Sleeps until `condition` holds. Process context.
+    /// Sleeps until `condition` holds.
+    ///
+    /// Context: process.
     pub fn wait(&self, condition: impl FnMut() -> bool) {
         self.sleep(Sleep::Uninterruptible, MAX_SCHEDULE_TIMEOUT, condition);
     }
 
-    /// Sleeps until `condition` holds or the time is over, and says whether it holds. Process
-    /// context.
+    /// Sleeps until `condition` holds, for at most `timeout`.
+    ///
+    /// Returns `true` if the condition holds.
+    ///
+    /// Context: process.
     #[must_use = "the time may be over without the condition"]
     pub fn wait_timeout(&self, timeout: Jiffies, condition: impl FnMut() -> bool) -> bool {
         let timeout = isize::try_from(timeout).unwrap_or(isize::MAX);
@@ -129,8 +136,9 @@ impl WaitQueue {
         self.sleep(Sleep::Idle, MAX_SCHEDULE_TIMEOUT, condition);
     }
 
-    /// Sleeps like [`WaitQueue::wait_idle`], for at most `timeout`. Returns `true` if the condition
-    /// holds.
+    /// Sleeps like [`WaitQueue::wait_idle`], for at most `timeout`.
+    ///
+    /// Returns `true` if the condition holds.
     pub fn wait_idle_timeout(&self, timeout: Jiffies, condition: impl FnMut() -> bool) -> bool {
         let timeout = isize::try_from(timeout).unwrap_or(isize::MAX);
         self.sleep(Sleep::Idle, timeout, condition)
@@ -162,8 +170,8 @@ impl WaitQueue {
                 break true;
             }
         };
-        // SAFETY: The entry was queued above, if at all, on this queue. After this it is on none,
-        // so that it may go out of scope.
+        // SAFETY: The entry was added to this queue above, if at all. After this it is on no queue,
+        // so it may go out of scope.
         unsafe { bindings::finish_wait(self.head.get(), entry) };
         holds
     }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Work queues of one's own, which end with their owner.
+//! Workqueues that end with their owner.
 //!
-//! Work on the kernel's shared queues can run after the module that it belongs to is gone. A queue
-//! of one's own waits for its work when it is dropped. It holds no reference to the module, which
-//! owns it and could never be unloaded then: whoever creates a queue drops it before the module's
-//! end, and does not leave it in a static.
+//! Work on the kernel's shared workqueues can run after its module was unloaded. An [`OwnedQueue`]
+//! waits for its work when it is dropped. It holds no reference to the module, because the module
+//! owns it and could never be unloaded otherwise: the module drops it at its exit, and does not
+//! store it in a static.
 //!
 //! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 
@@ -21,25 +21,26 @@ use kernel::{
     }, //
 };
 
-/// A work queue, which waits for its work when it is dropped.
+/// A workqueue that waits for its work when it is dropped.
 ///
-/// Not to be dropped by its own work: that would wait for itself.
+/// Its own work must not drop it, because that would wait for itself.
 ///
 /// # Invariants
 ///
-/// The pointer is to a work queue that we own.
+/// The pointer is to a workqueue that this owns.
 pub struct OwnedQueue(NonNull<bindings::workqueue_struct>);
 
-// SAFETY: A work queue belongs to no thread.
+// SAFETY: A workqueue belongs to no thread.
 unsafe impl Send for OwnedQueue {}
 
-// SAFETY: All functions of a work queue can be called from several threads at once.
+// SAFETY: All functions of a workqueue can be called from several threads at once.
 unsafe impl Sync for OwnedQueue {}
 
 impl OwnedQueue {
-    /// Creates a queue whose work may run on any CPU, and may sleep without keeping other work
-    /// waiting. When memory is short it may have to wait: nothing that memory is freed by may wait
-    /// for it.
+    /// Creates a workqueue whose work may run on any CPU, and may sleep without delaying other
+    /// work.
+    ///
+    /// When memory is short, its work may be delayed: memory reclaim must not depend on it.
     pub fn new(name: &CStr) -> Result<Self> {
         let flags = bindings::wq_flags_WQ_UNBOUND;
         // SAFETY: The format takes one string, which the function copies.
@@ -50,7 +51,7 @@ impl OwnedQueue {
         NonNull::new(queue).map(Self).ok_or(ENOMEM)
     }
 
-    /// Has `work` run soon. It comes back in `Err` if it waits to be run already.
+    /// Schedules `work`, or returns it in `Err` if it is already scheduled.
     pub fn enqueue<W, const ID: u64>(&self, work: W) -> W::EnqueueOutput
     where
         W: RawWorkItem<ID> + Send + 'static,
@@ -59,7 +60,9 @@ impl OwnedQueue {
         unsafe { Queue::from_raw(self.0.as_ptr()) }.enqueue(work)
     }
 
-    /// Waits for all work that was enqueued before. Sleeps.
+    /// Waits for all work that was enqueued before.
+    ///
+    /// Context: sleeps.
     pub fn flush(&self) {
         // SAFETY: By the type invariant the queue is valid.
         unsafe { bindings::__flush_workqueue(self.0.as_ptr()) };
@@ -68,8 +71,8 @@ impl OwnedQueue {
 
 impl Drop for OwnedQueue {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant the queue is ours. It holds no delayed work, which could
-        // come later: `enqueue` is the only way into it.
+        // SAFETY: By the type invariant the queue is ours. It has no delayed work, which could be
+        // queued later, because all work is added by `enqueue`.
         unsafe { bindings::destroy_workqueue(self.0.as_ptr()) };
     }
 }

@@ -161,8 +161,8 @@ impl Front {
         let parts = self.make(script)?;
         // From now on the backend is what it says, and not what the last script set_backend_state.
         self.session_state.set_backend_state(XenbusState::InitWait);
-        let kind = KThreadOptions::default();
-        let thread = KThread::spawn(fmt!("hostile"), kind, move |current| {
+        let options = KThreadOptions::default();
+        let thread = KThread::spawn(fmt!("hostile"), options, move |current| {
             play(Session::new(parts, current), script);
         })?;
         inner.thread = Some(thread);

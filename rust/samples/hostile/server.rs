@@ -165,8 +165,8 @@ impl Connection {
             kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
             late: KVec::with_capacity(LAG + 1, GFP_KERNEL)?,
         };
-        let kind = KThreadOptions::default();
-        KThread::spawn(fmt!("hostile"), kind, move |current| server.run(current)).map(Self)
+        let options = KThreadOptions::default();
+        KThread::spawn(fmt!("hostile"), options, move |current| server.run(current)).map(Self)
     }
 }
 

@@ -109,8 +109,8 @@ impl Connection {
             kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
             buffer: Page::alloc_page(GFP_KERNEL)?,
         };
-        let kind = KThreadOptions { freezable: false };
-        let thread = KThread::spawn(fmt!("recho-backend"), kind, move |current| {
+        let options = KThreadOptions { freezable: false };
+        let thread = KThread::spawn(fmt!("recho-backend"), options, move |current| {
             responder.run(current)
         })?;
         Ok(Self { epoch, thread })

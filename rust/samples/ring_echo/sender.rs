@@ -123,8 +123,8 @@ impl Connection {
             waiting: KVec::with_capacity(WINDOW, GFP_KERNEL)?,
             kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
         };
-        let kind = KThreadOptions { freezable: false };
-        let thread = KThread::spawn(fmt!("recho"), kind, move |current| sender.run(current))?;
+        let options = KThreadOptions { freezable: false };
+        let thread = KThread::spawn(fmt!("recho"), options, move |current| sender.run(current))?;
         Ok(Self { thread })
     }
 }
