@@ -18,15 +18,16 @@ use kernel::{
     types::Opaque, //
 };
 
-// In whose name devices are claimed: that of all modules that link this crate, so that one can
-// claim what another one has. Only its address counts, which is of a variable of the kernel, as one
-// of a module goes with it; nothing else in the kernel claims devices for this address.
+// The holder of all claims of all modules that link this crate, so that one module can claim a
+// device that another one has claimed. Only its address matters. It is the address of a variable of
+// the kernel, because a variable of a module is freed with the module; no other code claims devices
+// for it.
 use bindings_ext::xen_domain_type as HOLDER;
 
-/// Number of attempts to empty a page cache that others write to.
+/// Number of attempts to empty a page cache to which other tasks write.
 const FORGET_TRIES: usize = 3;
 
-/// Bios that a device can always have in flight, however short memory is.
+/// Number of bios that a device can have in flight even if memory is short.
 const RESERVED_BIOS: ffi::c_uint = 2;
 
 /// The number of a block device.
@@ -34,7 +35,8 @@ const RESERVED_BIOS: ffi::c_uint = 2;
 pub struct DeviceNumber(bindings::dev_t);
 
 impl DeviceNumber {
-    /// Creates a number, or returns `None` if one of the two is too large: 12 bits and 20 bits.
+    /// Creates a device number, or returns `None` if the major exceeds 12 bits or the minor 20
+    /// bits.
     pub fn new(major: u32, minor: u32) -> Option<Self> {
         (major < 1 << 12 && minor < 1 << Self::MINOR_BITS)
             .then_some(Self(major << Self::MINOR_BITS | minor))
@@ -56,18 +58,18 @@ impl DeviceNumber {
 /// The mode in which a block device is opened.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Access {
-    /// Reading alone.
+    /// Only reading.
     ReadOnly,
-    /// Reading and writing. To open a read-only device so fails with `EACCES`.
+    /// Reading and writing. Opening a read-only device fails with `EACCES`.
     ReadWrite,
 }
 
-/// Says whether others may have a block device exclusively while it is open.
+/// Tells whether a block device is opened exclusively.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Claim {
-    /// Others may not, and the device is not opened if it has another exclusive opener.
+    /// The device is opened exclusively, which fails if another holder has it open exclusively.
     Exclusive,
-    /// It is opened whoever has it.
+    /// The device is opened even if it is open exclusively.
     None,
 }
 
@@ -78,9 +80,9 @@ pub struct DiscardSupport {
     pub granularity: u32,
     /// Offset in bytes of the first aligned position.
     pub alignment: u32,
-    /// Sectors that the device discards at once.
+    /// Largest number of sectors that the device discards at once.
     pub max_sectors: u32,
-    /// The device can also make the data unrecoverable.
+    /// `true` if the device supports secure erase.
     pub secure: bool,
 }
 
@@ -91,8 +93,8 @@ pub struct DiscardSupport {
 /// # Invariants
 ///
 /// - `file` is an open block device, owned.
-/// - `bios` is an initialised bio set. Whoever takes a bio of it keeps a reference to this until
-///   the bio has gone back.
+/// - `bios` is an initialised bio set. The owner of a bio of the set has a reference to this until
+///   the bio is freed.
 #[pin_data(PinnedDrop)]
 pub struct BlockDevice {
     file: File,
@@ -124,7 +126,7 @@ impl File {
             Claim::None => core::ptr::null(),
             Claim::Exclusive => &raw const HOLDER,
         };
-        // SAFETY: Any number may be asked for. The holder, if any, is only compared with others.
+        // SAFETY: Any number is allowed. The holder, if any, is only compared with others.
         let file = from_err_ptr(unsafe {
             bindings::bdev_file_open_by_dev(
                 number.0,
@@ -146,8 +148,8 @@ impl File {
 
 impl Drop for File {
     fn drop(&mut self) {
-        // Not `bdev_fput`, which leaves the rest to a work item that all kernel threads share:
-        // there a device that does not answer would keep all others waiting.
+        // Not `bdev_fput`, which has the file closed by a work item that all kernel threads share:
+        // a device that does not respond would delay all others there.
         //
         // SAFETY: By the type invariant, and it is not used after this.
         unsafe { bindings::__fput_sync(self.0.as_ptr()) };
@@ -155,14 +157,15 @@ impl Drop for File {
 }
 
 impl BlockDevice {
-    /// Opens a device. May sleep.
+    /// Opens a device.
     ///
-    /// If it is claimed, only this module can have it exclusively at the same time: no file system
-    /// can be mounted from it, and it can be part of no other device. This module may open it
-    /// again.
+    /// If it is claimed, no file system can be mounted from it and it cannot be part of another
+    /// device meanwhile. Modules that link this crate may open it again.
     ///
-    /// `ENXIO`: there is none. `EACCES`: it is read-only. `ENOMEDIUM`: the drive is empty. `EBUSY`:
-    /// it has another exclusive opener.
+    /// Fails with `ENXIO` if there is no such device, `EACCES` if it is read-only, `ENOMEDIUM` if
+    /// the drive is empty, and `EBUSY` if another holder has it open exclusively.
+    ///
+    /// Context: may sleep.
     pub fn open(number: DeviceNumber, access: Access, claim: Claim) -> Result<Arc<Self>> {
         let file = File::open(number, access, claim)?;
         let device = try_pin_init!(Self {
@@ -185,7 +188,7 @@ impl BlockDevice {
         self.file.bdev()
     }
 
-    /// Returns the mode in which it was opened.
+    /// Returns the mode in which the device was opened.
     pub fn access(&self) -> Access {
         self.access
     }
@@ -193,29 +196,30 @@ impl BlockDevice {
     /// Returns the size in sectors of 512 bytes. Changes when the device is resized.
     #[inline]
     pub fn sectors(&self) -> u64 {
-        // SAFETY: By the type invariant, the device is open. So for all below.
+        // SAFETY: By the type invariant, the device is open; also for all functions below.
         unsafe { bindings_ext::bdev_nr_sectors(self.bdev()) }
     }
 
-    /// Returns the unit of I/O in bytes: a power of two, at least 512.
+    /// Returns the logical block size in bytes: a power of two, at least 512.
     pub fn logical_block_size(&self) -> u32 {
         // SAFETY: By the type invariant.
         unsafe { bindings_ext::bdev_logical_block_size(self.bdev()) }
     }
 
-    /// Returns the unit in bytes that the device can write without reading first.
+    /// Returns the physical block size in bytes.
     pub fn physical_block_size(&self) -> u32 {
         // SAFETY: By the type invariant.
         unsafe { bindings_ext::bdev_physical_block_size(self.bdev()) }
     }
 
-    /// Returns `true` if what was written is durable only after a flush.
+    /// Returns `true` if the device has a write cache, so that written data is durable only after a
+    /// flush.
     pub fn write_cache(&self) -> bool {
         // SAFETY: By the type invariant.
         unsafe { bindings_ext::bdev_write_cache(self.bdev()) }
     }
 
-    /// Returns `true` if the device refuses writes, whatever it was opened for.
+    /// Returns `true` if the device is read-only now, even if it was opened for writing.
     pub fn read_only(&self) -> bool {
         // SAFETY: By the type invariant.
         unsafe { bindings_ext::bdev_read_only(self.bdev()) }
@@ -227,8 +231,9 @@ impl BlockDevice {
         unsafe { bindings_ext::bdev_is_cdrom(self.bdev()) }
     }
 
-    /// Returns the kernel's count of disks when this one was made, or got another medium. Numbers
-    /// are used again, this one is not.
+    /// Returns the sequence number of the disk, which is not reused, unlike its device number.
+    ///
+    /// The disk gets it when it is created, and another one when its medium changes.
     pub fn disk_sequence(&self) -> u64 {
         // SAFETY: By the type invariant.
         unsafe { bindings_ext::bdev_diskseq(self.bdev()) }
@@ -256,11 +261,15 @@ impl BlockDevice {
     }
 
     /// Writes back the page cache of the device and empties it, so that I/O that bypasses the cache
-    /// is coherent with it. Returns `false` if pages are left because they are in use: those were
-    /// clean at the last attempt. May sleep for long.
+    /// is coherent with it.
     ///
-    /// The cache of the device is meant, those of its partitions, and that of the disk whose
-    /// partition it is. What was written to a device that is made of this one is not seen here.
+    /// Returns `false` if pages are left because they are in use: those were clean at the last
+    /// attempt.
+    ///
+    /// This covers the page caches of the device, of its partitions, and of the disk that it is a
+    /// partition of. It does not cover devices that are built on this one.
+    ///
+    /// Context: may sleep for a long time.
     pub fn sync_and_forget_cache(&self) -> Result<bool> {
         let bdev = self.bdev();
         let mut empty = self.empties_partitions()?;
@@ -288,7 +297,7 @@ impl BlockDevice {
             match File::open(DeviceNumber(partition), Access::ReadOnly, Claim::None) {
                 // SAFETY: The partition is open.
                 Ok(file) => empty &= unsafe { sync_and_forget(file.bdev(), (0, i64::MAX)) }?,
-                // It has gone meanwhile, and its cache too.
+                // The partition was removed meanwhile, with its cache.
                 Err(error) if error == ENXIO => {}
                 Err(error) => return Err(error),
             }
@@ -302,7 +311,7 @@ impl BlockDevice {
 ///
 /// The partition is open.
 unsafe fn range_on_disk(partition: *mut bindings::block_device) -> (i64, i64) {
-    // SAFETY: By the requirements of this function; where it begins never changes.
+    // SAFETY: By the requirements of this function; the start of a partition never changes.
     let first = unsafe { (*partition).bd_start_sect } << bindings::SECTOR_SHIFT;
     // SAFETY: By the requirements of this function.
     let length = unsafe { bindings_ext::bdev_nr_sectors(partition) } << bindings::SECTOR_SHIFT;
@@ -311,7 +320,9 @@ unsafe fn range_on_disk(partition: *mut bindings::block_device) -> (i64, i64) {
 }
 
 /// Writes back a range of a device's page cache, given by its first byte and its last one, and
-/// forgets it. Returns `false` if pages are left because they are in use.
+/// empties it.
+///
+/// Returns `false` if pages are left because they are in use.
 ///
 /// # Safety
 ///
@@ -323,13 +334,13 @@ unsafe fn sync_and_forget(
     for _ in 0..FORGET_TRIES {
         // SAFETY: By the requirements of this function.
         to_result(unsafe { bindings::sync_blockdev_range(bdev, first, last) })?;
-        // Drops what CPUs hold of it, and all that is not in use.
+        // Drops pages from the lists of the CPUs, and all pages that are not in use.
         //
         // SAFETY: As above.
         unsafe { bindings::invalidate_bdev(bdev) };
-        // Unmaps what is mapped, and says what is in use.
+        // Unmaps mapped pages, and fails if pages are in use.
         //
-        // SAFETY: As above; the mapping is there as long as the device is.
+        // SAFETY: As above; the mapping exists as long as the device.
         let left = to_result(unsafe {
             bindings::invalidate_inode_pages2_range(
                 (*bdev).bd_mapping,
@@ -339,7 +350,7 @@ unsafe fn sync_and_forget(
         });
         match left {
             Ok(()) => return Ok(true),
-            // In use, or written to again.
+            // Pages are in use, or were written to again.
             Err(error) if error == EBUSY => {}
             Err(error) => return Err(error),
         }

@@ -3,13 +3,13 @@
 //! I/O on a block device.
 //!
 //! A [`BioRequest`] owns the memory that is read or written and a context of the driver. [`submit`]
-//! takes it, and it comes back through [`BioContext::complete`], once, when the device is done with
-//! the memory. In between no code can access or free that memory.
+//! takes it, and [`BioContext::complete`] gets it back, once, when the device no longer uses the
+//! memory. Meanwhile no code can access or free that memory.
 //!
-//! One `BioRequest` is one bio: up to [`MAX_RANGES`] pieces of memory for one run of sectors. With
-//! few pieces the bio is part of the `BioRequest`, so that nothing is allocated. Otherwise it comes
-//! from a reserve of the device, so that `submit` has to wait for memory at most until other I/O of
-//! the same device ends.
+//! A `BioRequest` is one bio: up to [`MAX_RANGES`] ranges of memory for consecutive sectors. With
+//! few ranges the bio is part of the `BioRequest`, so that nothing is allocated. Otherwise it comes
+//! from a reserve of the device, so that `submit` waits for memory at most until other I/O of the
+//! same device completes.
 //!
 //! C header: [`include/linux/bio.h`](srctree/include/linux/bio.h)
 
@@ -36,10 +36,10 @@ use super::bdev::{
     BlockDevice, //
 };
 
-/// Pieces of memory in one [`BioRequest`], at most.
+/// Largest number of memory ranges of a [`BioRequest`].
 pub const MAX_RANGES: usize = bindings::BIO_MAX_VECS as usize;
 
-/// Sectors of one [`Operation::Discard`] or [`Operation::SecureErase`], at most.
+/// Largest number of sectors of an [`Operation::Discard`] or [`Operation::SecureErase`].
 pub const MAX_DISCARD_SECTORS: u32 = u32::MAX >> SECTOR_SHIFT;
 
 const SECTOR_SHIFT: u32 = bindings::SECTOR_SHIFT;
@@ -52,14 +52,14 @@ pub enum Operation {
     Read,
     /// Writes from the memory.
     Write,
-    /// Makes all completed writes durable; then the memory, if there is any, is written and made
-    /// durable too.
+    /// Makes all completed writes durable; then writes from the memory, if there is any, and makes
+    /// that durable too.
     FlushWrite,
-    /// Makes all completed writes durable. No memory.
+    /// Makes all completed writes durable. It has no memory.
     Flush,
-    /// Discards sectors. No memory.
+    /// Discards sectors. It has no memory.
     Discard(u32),
-    /// Discards sectors such that they cannot be recovered. No memory.
+    /// Discards sectors so that their data cannot be recovered. It has no memory.
     SecureErase(u32),
 }
 
@@ -74,7 +74,7 @@ impl Operation {
         const FUA: bindings::blk_opf_t = flag(bindings::req_flag_bits___REQ_FUA);
         match self {
             Operation::Read => bindings::req_op_REQ_OP_READ,
-            // Another domain waits for it; more may follow.
+            // Another domain waits for it, and other I/O may follow.
             Operation::Write => bindings::req_op_REQ_OP_WRITE | SYNC | IDLE,
             Operation::FlushWrite => bindings::req_op_REQ_OP_WRITE | SYNC | PREFLUSH | FUA,
             Operation::Flush => bindings::req_op_REQ_OP_WRITE | SYNC | PREFLUSH,
@@ -83,7 +83,7 @@ impl Operation {
         }
     }
 
-    /// Sectors of an operation that has no memory to tell how many.
+    /// Returns the number of sectors of an operation without memory.
     fn sectors(self) -> u32 {
         match self {
             Operation::Discard(sectors) | Operation::SecureErase(sectors) => sectors,
@@ -103,40 +103,40 @@ impl Operation {
     }
 }
 
-/// A part of a piece of memory: `len` bytes from `offset` on.
+/// A part of a page slice: `len` bytes from `offset` on.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct PageRange {
-    /// Offset in the piece in bytes.
+    /// Offset in the slice, in bytes.
     pub offset: usize,
-    /// Number of bytes: whole sectors of 512, not 0.
+    /// Number of bytes: a multiple of 512, not 0.
     pub len: usize,
 }
 
-/// Pieces of memory for which a [`BioRequest`] has room itself.
+/// Number of ranges for which a [`BioRequest`] has space itself.
 const INLINE_RANGES: usize = 8;
 
-/// Room for a bio with up to [`INLINE_RANGES`] pieces of memory. Used only while the I/O is on its
-/// way.
+/// Space for a bio with up to [`INLINE_RANGES`] ranges, which is used only while the I/O is in
+/// flight.
 struct InlineBio {
     bio: MaybeUninit<bindings::bio>,
     vectors: MaybeUninit<[bindings::bio_vec; INLINE_RANGES]>,
 }
 
-// SAFETY: It is memory, with nothing in it while the I/O is not on its way.
+// SAFETY: It is memory that is unused while the I/O is not in flight.
 unsafe impl Send for InlineBio {}
-// SAFETY: As above; a reference to it gives nothing.
+// SAFETY: As above; nothing can be done with a reference to it.
 unsafe impl Sync for InlineBio {}
 
-/// The memory of an I/O, and what the driver wants to have back with it.
+/// The memory of an I/O, and the context of the driver.
 ///
 /// # Invariants
 ///
-/// While the I/O is on its way, `device` is the one that its bio was made for.
+/// While the I/O is in flight, `device` is the device of its bio.
 pub struct BioRequest<D, C> {
     data: D,
-    /// The driver's own.
+    /// The context of the driver.
     pub context: C,
-    /// Keeps the device open, and its reserve of bios in place, until after the end of the I/O.
+    /// Keeps the device open, and its reserve of bios allocated, until after the I/O has completed.
     device: Option<Arc<BlockDevice>>,
     own: InlineBio,
 }
@@ -160,74 +160,79 @@ impl<D, C> BioRequest<D, C> {
         &self.data
     }
 
-    /// Returns the memory and the context, both to be changed.
+    /// Returns the memory and the context, mutably.
     pub fn split_mut(&mut self) -> (&mut D, &mut C) {
         (&mut self.data, &mut self.context)
     }
 }
 
-/// The context of a [`BioRequest`]: it knows what part the memory has in it, and what to do at its
-/// end.
+/// The context of a [`BioRequest`]: tells which parts of the memory are used, and handles the
+/// completion.
 pub trait BioContext<D>: Sized + Send + 'static {
-    /// Returns the ranges of the memory that the I/O is about: the first lies in the first slice of
-    /// the memory, and so on. There may be more slices than ranges.
+    /// Returns the ranges of the memory that the I/O uses: the first is in the first slice of the
+    /// memory, and so on.
+    ///
+    /// There may be more slices than ranges.
     fn ranges(&self) -> impl ExactSizeIterator<Item = PageRange> + '_;
 
-    /// Called when the I/O has ended. See [`is_unsupported`] for the one error with a special
-    /// meaning.
+    /// Called when the I/O has completed.
+    ///
+    /// See [`is_unsupported`] for an error with a special meaning.
     ///
     /// # Context
     ///
-    /// **Any, including a hard interrupt**, on any CPU, and also the caller of [`submit`] before
-    /// that returns; always in a read-side section of RCU. Must not sleep, and may take only locks
-    /// that are taken with interrupts off elsewhere. Hand the `BioRequest` to a thread: what it
-    /// owns may need to sleep to be freed, and the reference to its device too.
+    /// **Any, including a hard interrupt**, on any CPU, and also the caller of [`submit`] before it
+    /// returns; always in an RCU read-side critical section. It must not sleep, and may take only
+    /// locks that are taken with interrupts disabled elsewhere. Pass the `BioRequest` to a thread:
+    /// freeing its data, or its reference to the device, may sleep.
     fn complete(io: KBox<BioRequest<D, Self>>, result: Result);
 }
 
-/// Returns `true` if an I/O has ended with this error because the device cannot do the operation
-/// (`EOPNOTSUPP`).
+/// Returns `true` if an I/O has failed with this error because the device does not support the
+/// operation (`EOPNOTSUPP`).
 pub fn is_unsupported(error: Error) -> bool {
     error.to_errno().unsigned_abs() == bindings::EOPNOTSUPP
 }
 
-/// Starts an I/O at a sector (of 512 bytes) of a device. May sleep.
+/// Starts an I/O at a sector (of 512 bytes) of a device.
 ///
-/// On an error it has not started, and is given back. `EINVAL`: the ranges do not lie in the
-/// slices, are too many, or do not fit the operation, or no sectors are discarded. `EACCES`: the
-/// device is not open for writing, or memory that must not change is read into.
+/// On an error it was not started, and is returned. Fails with `EINVAL` if the ranges are not in
+/// the slices, are too many, or do not fit the operation, or if no sectors are discarded; with
+/// `EACCES` if the device is not open for writing, or if a read would write to memory that must not
+/// change.
+///
+/// Context: may sleep.
 pub fn submit<D: PageOwner + Send + 'static, C: BioContext<D>>(
     device: &Arc<BlockDevice>,
     operation: Operation,
     sector: u64,
     mut io: KBox<BioRequest<D, C>>,
 ) -> Result<(), (Error, KBox<BioRequest<D, C>>)> {
-    // A `BioRequest` that goes around keeps the device that it has.
+    // A `BioRequest` that is reused keeps its device.
     let known = io.device.as_ref();
     if !known.is_some_and(|known| Arc::ptr_eq(known, device)) {
-        // INVARIANT: It is not on its way yet.
+        // INVARIANT: It is not in flight yet.
         io.device = Some(device.clone());
     }
     let io = KBox::into_raw(io);
-    // SAFETY: The `BioRequest` is ours alone, and no box until the bio has ended or was dropped.
+    // SAFETY: The `BioRequest` is ours alone, and not a box until the bio has ended or was dropped.
     match unsafe { prepare(device, operation, sector, io) } {
         Ok(bio) => {
-            // SAFETY: `io` was a box, and is not used any more. `prepare` has made the bio of its
+            // SAFETY: `io` was a box, and is no longer used. `prepare` has created the bio from its
             // memory.
             unsafe { bio.submit(io) };
             Ok(())
         }
-        // SAFETY: It was a box, and the bio is gone, as `prepare` has failed.
+        // SAFETY: It was a box, and there is no bio, because `prepare` has failed.
         Err(error) => Err((error, unsafe { KBox::from_raw(io) })),
     }
 }
 
-/// Makes a bio of the memory of `io`.
+/// Creates a bio from the memory of `io`.
 ///
 /// # Safety
 ///
-/// `io` is valid. Until the bio has ended or was dropped it stays where it is, and is left alone
-/// but for reading.
+/// `io` is valid. Until the bio has ended or was dropped, it does not move and is only read.
 unsafe fn prepare<D: PageOwner, C: BioContext<D>>(
     device: &BlockDevice,
     operation: Operation,
@@ -239,7 +244,7 @@ unsafe fn prepare<D: PageOwner, C: BioContext<D>>(
     let ranges = context.ranges();
     let count = ranges.len();
     check(device, operation, count, data)?;
-    // SAFETY: As the caller promises; `check` has looked at the number of ranges.
+    // SAFETY: As the caller promises; `check` has checked the number of ranges.
     let bio = unsafe { Bio::new(device, operation, sector, count, own) };
     let mut slices = data.slices();
     let mut added = 0usize;
@@ -248,7 +253,8 @@ unsafe fn prepare<D: PageOwner, C: BioContext<D>>(
         bio.add(slice.ok_or(EINVAL)?)?;
         added = added.wrapping_add(1);
     }
-    // The number was only what safe code says. A read of nothing must go to no device.
+    // The number of ranges comes from safe code, so it may be wrong. A read without memory must not
+    // be submitted.
     if added != count {
         return Err(EINVAL);
     }
@@ -290,15 +296,15 @@ fn check(
 ///
 /// # Invariants
 ///
-/// A bio with room for the ranges that it was made for, which has no other user: of the reserve of
-/// an open device, or of an [`InlineBio`], which is known by having no reserve.
+/// A bio with space for its ranges, which has no other user: from the reserve of an open device, or
+/// in an [`InlineBio`], which has no reserve.
 struct Bio(*mut bindings::bio);
 
 impl Bio {
     /// # Safety
     ///
-    /// `ranges` is at most [`MAX_RANGES`]. The caller keeps `own` where it is, and for nothing
-    /// else, until the bio has ended or was dropped.
+    /// `ranges` is at most [`MAX_RANGES`]. The caller does not move `own`, nor use it otherwise,
+    /// until the bio has ended or was dropped.
     #[inline]
     unsafe fn new(
         device: &BlockDevice,
@@ -308,10 +314,10 @@ impl Bio {
         own: *mut InlineBio,
     ) -> Self {
         let bio = if ranges <= INLINE_RANGES {
-            // The block layer looks at the first vector of a bio that has a table of them, whether
-            // it was filled in or not.
+            // The block layer reads the first vector of a bio that has a table of them, even if it
+            // was not filled in.
             //
-            // SAFETY: As the caller promises there is room for a bio and its vectors.
+            // SAFETY: As the caller promises there is space for a bio and its vectors.
             unsafe {
                 let bio = (&raw mut (*own).bio).cast::<bindings::bio>();
                 let (vectors, most) = match ranges {
@@ -327,7 +333,7 @@ impl Bio {
         } else {
             Self::allocate(device, operation, ranges)
         };
-        // SAFETY: The bio was made just now, and is ours alone.
+        // SAFETY: The bio was created just now, and is ours alone.
         unsafe {
             (*bio).bi_iter.bi_sector = sector;
             (*bio).bi_iter.bi_size = operation.sectors() << SECTOR_SHIFT;
@@ -355,10 +361,10 @@ impl Bio {
         }
     }
 
-    /// Adds a part of the memory that the caller keeps until the bio has ended or was dropped.
+    /// Adds a part of the memory, which the caller keeps until the bio has ended or was dropped.
     #[inline]
     fn add(&self, slice: PageSlice<'_>) -> Result {
-        // What is not whole sectors is refused by blk-mq, but not by every other driver.
+        // blk-mq refuses parts of sectors, but not every other driver does.
         if slice.is_empty() || slice.len() % SECTOR_SIZE != 0 {
             return Err(EINVAL);
         }
@@ -368,21 +374,20 @@ impl Bio {
         if unsafe { (*self.0).bi_vcnt >= (*self.0).bi_max_vecs } {
             return Err(EINVAL);
         }
-        // Adjacent pages, which are rare among those of another domain, are put together further
-        // down, where the limits of the device are known.
+        // Adjacent pages, which are rare among those of another domain, are merged by the block
+        // layer, which knows the limits of the device.
         //
-        // SAFETY: The bio is valid by the type invariant, and has room; the bytes lie in the page
+        // SAFETY: The bio is valid by the type invariant, and has space; the bytes are in the page
         // by the invariant of `PageSlice`.
         unsafe { bindings::__bio_add_page(self.0, slice.page().as_ptr(), len, offset) };
         Ok(())
     }
 
-    /// Submits the bio; `io` becomes a box again at its end.
+    /// Submits the bio; `io` becomes a box again when it completes.
     ///
     /// # Safety
     ///
-    /// `io` was a box, of which the caller makes no use any more. All memory of the bio belongs to
-    /// it.
+    /// `io` was a box, which the caller no longer uses. All memory of the bio belongs to it.
     unsafe fn submit<D: PageOwner + Send + 'static, C: BioContext<D>>(
         self,
         io: *mut BioRequest<D, C>,
@@ -391,7 +396,7 @@ impl Bio {
         core::mem::forget(self);
         // SAFETY: The bio is valid by the type invariant, and ours until it is submitted. All pages
         // in it belong to `io`, as the caller promises, and stay with it by the promise of
-        // `PageOwner`. `end_io` gets it when the device does not use them any more.
+        // `PageOwner`. `end_io` gets it when the device no longer uses them.
         unsafe {
             (*bio).bi_private = io.cast();
             (*bio).bi_end_io = Some(end_io::<D, C>);
@@ -399,11 +404,11 @@ impl Bio {
         }
     }
 
-    /// Gives a bio back to where it came from.
+    /// Frees a bio.
     ///
     /// # Safety
     ///
-    /// The type invariant holds for `bio`, which is not used any more.
+    /// The type invariant holds for `bio`, which is no longer used.
     #[inline]
     unsafe fn free(bio: *mut bindings::bio) {
         // SAFETY: By the requirements of this function. Its reference is the last one.
@@ -424,14 +429,14 @@ impl Drop for Bio {
     }
 }
 
-/// Ends a bio, where the block layer says so.
+/// Handles the completion of a bio (`bi_end_io`).
 ///
 /// This may be the last code of the module that runs: the completion may end the thread that holds
-/// it. Where bios end in interrupts, the kernel does not free a module's code before it has
-/// returned, because it waits for a grace period of RCU. Others end in threads that can be
-/// preempted (`loop`, `dm-crypt`), so all of it is a read-side section. Its end is the last call,
-/// which the compiler makes a jump: nothing of the module runs after that.
-/// `scripts/lib/check-objects` looks whether it is one.
+/// the module reference. The kernel waits for an RCU grace period before it frees the code of a
+/// module. That suffices if the bio completes in an interrupt. It may also complete in a thread
+/// that can be preempted (`loop`, `dm-crypt`), so all of this function is an RCU read-side critical
+/// section. The unlock is the last call, which the compiler makes a jump: no code of the module
+/// runs after it. `scripts/lib/check-objects` checks that it is a jump.
 ///
 /// # Safety
 ///
@@ -444,7 +449,7 @@ unsafe extern "C" fn end_io<D: PageOwner + Send + 'static, C: BioContext<D>>(
     unsafe { finish::<D, C>(bio) };
 }
 
-/// Frees a bio, and passes on its `BioRequest`.
+/// Frees a bio, and passes its `BioRequest` to the driver.
 ///
 /// # Safety
 ///
@@ -452,7 +457,7 @@ unsafe extern "C" fn end_io<D: PageOwner + Send + 'static, C: BioContext<D>>(
 #[inline(never)]
 unsafe fn finish<D: PageOwner + Send + 'static, C: BioContext<D>>(bio: *mut bindings::bio) {
     // SAFETY: By the requirements of this function; it is called once, and the bio is not used
-    // after its end. The `BioRequest` that it may be part of is no box yet, and by its invariant
+    // after its end. The `BioRequest` that it may be part of is not a box yet, and by its invariant
     // has the device with the reserve.
     let (io, status) = unsafe {
         let (io, status) = (
@@ -465,8 +470,7 @@ unsafe fn finish<D: PageOwner + Send + 'static, C: BioContext<D>>(bio: *mut bind
     C::complete(io, status_to_result(status));
 }
 
-/// Returns the result that a bio has ended with. Nearly all have ended without an error, which
-/// costs no call.
+/// Returns the result of a bio. Success, which is nearly always the result, takes no call.
 #[inline]
 fn status_to_result(status: bindings::blk_status_t) -> Result {
     if u32::from(status) == bindings::BLK_STS_OK {
@@ -476,7 +480,8 @@ fn status_to_result(status: bindings::blk_status_t) -> Result {
     to_result(unsafe { bindings::blk_status_to_errno(status) })
 }
 
-/// Runs `submits`, and gives the I/O that it submits to the devices together at its end.
+/// Calls `submits` under a plug: the I/O that it submits is passed to the devices together at its
+/// end.
 pub fn with_plug<R>(submits: impl FnOnce() -> R) -> R {
     let mut plug = MaybeUninit::<bindings::blk_plug>::uninit();
     // SAFETY: `plug` stays in place until `blk_finish_plug`, which runs in the same task.

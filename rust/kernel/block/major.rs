@@ -33,7 +33,7 @@ global_lock! {
 struct Range {
     first: u32,
     count: u32,
-    /// The disk that has them was removed.
+    /// `true` if the disk that has them was removed.
     removed: bool,
 }
 
@@ -58,7 +58,8 @@ pub struct Major {
 impl Major {
     /// Registers `major`, which must not be 0, under the name that `/proc/devices` shows.
     ///
-    /// `EBUSY`: another driver has it, or this module has registered one before.
+    /// Fails with `EBUSY` if another driver has registered it, or if this module has registered a
+    /// major before.
     pub fn register(major: u32, name: &'static CStr) -> Result<Self> {
         if major == 0 {
             return Err(EINVAL);
@@ -101,9 +102,9 @@ pub struct Minors {
 impl Minors {
     /// Reserves `count` minors from `first` on, of the `major` that the module has registered.
     ///
-    /// `EBUSY`: another disk has one of them. `EOPENSTALE`: all disks that have one of them were
-    /// removed, and are still open. `EINVAL`: there are no such minors. `ENODEV`: no major was
-    /// registered.
+    /// Fails with `EBUSY` if another disk has one of them, `EOPENSTALE` if all disks that have one
+    /// of them were removed and are still open, `EINVAL` if there are no such minors, and `ENODEV`
+    /// if no major was registered.
     pub fn reserve(major: u32, first: u32, count: u32) -> Result<Self> {
         let end = first.checked_add(count).ok_or(EINVAL)?;
         if count == 0 || end > MINORS {
@@ -137,7 +138,7 @@ impl Minors {
         })
     }
 
-    /// Notes that the disk that has them was removed, and nothing but its openers keeps them.
+    /// Records that the disk that has the minors was removed: only its openers still use them.
     pub(super) fn set_removed(&self) {
         let mut reserved = RESERVED.lock();
         for range in reserved
@@ -169,7 +170,7 @@ impl Drop for Minors {
         let mut reserved = RESERVED.lock();
         reserved.retain(|range| range.first != self.first);
         if reserved.is_empty() {
-            // A static is not dropped: leave no memory behind.
+            // A static is not dropped when the module is unloaded, so free its memory.
             *reserved = KVec::new();
         }
     }

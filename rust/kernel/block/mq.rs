@@ -6,8 +6,8 @@
 //!
 //! - Implement [`Operations`] for a type `T`. Only [`Operations::queue_rq`] and
 //!   [`Operations::complete`] are called for each request; neither may sleep.
-//! - Create a [`TagSet<T>`]: the hardware queues, and the number of requests that each may have in
-//!   flight.
+//! - Create a [`TagSet<T>`]: the hardware queues, and the number of requests that can be in flight
+//!   in each.
 //! - Describe the disk with a [`GenDiskBuilder`] and its [`QueueLimits`].
 //! - Build the [`GenDisk<T>`], and add it to the system with [`GenDisk::add`].
 //! - End each request that it has started, and only then drop the [`GenDisk`].
@@ -105,17 +105,15 @@
 //!             +----------------------------------------------+
 //! ```
 //!
-//! There is no second handle and no reference count, so a request cannot be ended twice, and not
-//! used after it has ended. Dropping a request ends it with `BlkStatus::IOERR`, so none is lost.
+//! There is no second handle and no reference count, so a request cannot be ended twice, nor used
+//! after it has ended. Dropping a request ends it with `BlkStatus::IOERR`, so no request is lost.
 //!
-//! A driver that has a request in flight keeps the owned `Request<T, InFlight>` in a table of its
-//! own, under the id that it gave to the device, and takes it out when the device responds. There
-//! is no way from a tag back to a request; a response for a request that the table does not have
-//! has no effect.
+//! A driver stores a request in flight, the owned `Request<T, InFlight>`, in a table, under the id
+//! that it has sent to the device, and takes it out when the device responds. A request cannot be
+//! looked up by its tag; a response with an id that is not in the table has no effect.
 //!
-//! Time-outs ([`Operations::timed_out`]) give the [`RequestId`] only. The request may be completing
-//! on another CPU at the same moment; the driver looks it up in its table, under its lock, and
-//! decides.
+//! Timeouts ([`Operations::timed_out`]) have only the [`RequestId`]. The request may be completing
+//! on another CPU at the same moment, so the driver looks it up in its table, under its lock.
 //!
 //! # Lifetime
 //!

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Ending many requests at once.
+//! Batches of requests that end together.
 //!
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
@@ -13,13 +13,14 @@ use super::{
     State, //
 };
 
-/// Requests that are ended together, which is cheaper: tags are freed and time is taken once.
+/// Requests that end together, which is cheaper: their tags are freed at once, and the time is read
+/// once.
 ///
-/// They are ended when the batch is dropped.
+/// They end when the batch is dropped.
 ///
 /// # Invariants
 ///
-/// The list holds requests that are done without error, which the driver owned and gave up.
+/// The list contains requests that have succeeded, whose ownership the driver has given up.
 pub struct EndBatch(bindings::io_comp_batch);
 
 impl EndBatch {
@@ -29,14 +30,14 @@ impl EndBatch {
         Self(pin_init::zeroed())
     }
 
-    /// Ends `rq` with the batch, or at once if that can't be.
+    /// Ends `rq` with the batch, or at once if it cannot be part of a batch.
     #[inline]
     pub fn end<T: Operations, S: State>(&mut self, rq: Request<T, S>, status: BlkStatus) {
         let rq = rq.into_raw().as_ptr();
         // SAFETY: By the invariants of `Request` the driver owned it until now, so it may be put
         // into the batch.
         //
-        // INVARIANT: A request with an error is not taken.
+        // INVARIANT: A request with an error is not added.
         let added = unsafe {
             bindings_ext::blk_mq_add_to_batch(
                 rq,

@@ -56,14 +56,14 @@ use super::{
     TagSet, //
 };
 
-/// The largest capacity that can be given in bytes, in sectors.
+/// The largest capacity, in sectors, whose number of bytes fits into 64 bits.
 const MAX_SECTORS: u64 = i64::MAX as u64 >> 9;
 
-/// The geometry of a disk, for those who still ask for one.
+/// The geometry of a disk, for programs that read it (`HDIO_GETGEO`).
 pub struct Geometry {
     /// Heads.
     pub heads: u8,
-    /// Sectors of a track.
+    /// Number of sectors per track.
     pub sectors: u8,
     /// Cylinders.
     pub cylinders: u16,
@@ -97,8 +97,8 @@ impl GenDiskBuilder {
     /// Sets the device numbers: the disk has the first of these minors, and its partitions those
     /// that follow.
     ///
-    /// They are given back when the disk is dropped. Linux knows a file system by the device number
-    /// of its disk, and so do those who have the disk open: keep a removed disk until it has no
+    /// They are released when the disk is dropped. Linux identifies a file system by the device
+    /// number of its disk, as do the openers of the disk: so keep a removed disk until it has no
     /// [openers](GenDisk::openers).
     pub fn device_numbers(mut self, minors: Minors) -> Self {
         self.minors = Some(minors);
@@ -132,10 +132,12 @@ impl GenDiskBuilder {
         self
     }
 
-    /// Creates the disk, which is not visible before [`GenDisk::add`]. Sleeps.
+    /// Creates the disk, which is not visible before [`GenDisk::add`].
     ///
-    /// `EINVAL`: the name is empty or longer than 31 bytes, or a number is out of range. `ENODEV`:
-    /// the module is being unloaded.
+    /// Fails with `EINVAL` if the name is empty or longer than 31 bytes, or if a number is out of
+    /// range, and with `ENODEV` if the module is being unloaded.
+    ///
+    /// Context: sleeps.
     pub fn build<T: Operations>(
         mut self,
         name: fmt::Arguments<'_>,
@@ -150,7 +152,7 @@ impl GenDiskBuilder {
         let module = ModuleRef::new()?;
         let queue_data = queue_data.into_foreign();
         // SAFETY: The tag set is valid, by its invariants, and the limits are initialised. The data
-        // is what the invariants of `TagSet` say.
+        // is as the invariants of `TagSet` require.
         let disk = from_err_ptr(unsafe {
             bindings::__blk_mq_alloc_disk(
                 tag_set.as_raw(),
@@ -164,7 +166,7 @@ impl GenDiskBuilder {
             drop(unsafe { Arc::<T::QueueData>::from_foreign(queue_data) });
         })?;
 
-        // INVARIANT: The disk was made for this tag set, with this data, and not added.
+        // INVARIANT: The disk was created for this tag set, with this data, and was not added.
         let mut disk = GenDisk {
             disk,
             queue_data,
@@ -214,16 +216,16 @@ const REMOVED: i32 = 4;
 /// A disk of the driver `T`.
 ///
 /// Dropping it [removes](Self::remove) it from the system, and waits for the requests in flight:
-/// the driver has to end them. Those who still have the disk open get errors from then on. All
-/// functions sleep, unless they say otherwise.
+/// the driver has to end them. Openers that still have the disk open get errors from then on. All
+/// functions may sleep, unless their context says otherwise.
 ///
-/// It holds a reference to the module: a disk that is forgotten keeps the module loaded. So a
-/// module does not leave the end of its disks to its own unloading, which would never come.
+/// It holds a reference to the module, so a leaked disk keeps the module loaded. A module has to
+/// drop its disks before its exit, because the exit is not called while there are disks.
 ///
 /// # Invariants
 ///
-/// - `disk` points to a disk that was made for `tag_set`, with `queue_data` as its data and
-///   its queue's. One reference to it is owned.
+/// - `disk` points to a disk that was created for `tag_set`, with `queue_data` as its data and its
+///   queue's. One reference to it is owned.
 /// - `queue_data` came from `Arc::into_foreign`, and is taken back when this is dropped, after the
 ///   disk was removed.
 /// - `added` is [`ADDED`] if and only if it was added to the system and its removal has not begun.
@@ -234,7 +236,7 @@ pub struct GenDisk<T: Operations> {
     disk: *mut bindings::gendisk,
     queue_data: *mut kernel::ffi::c_void,
     tag_set: Arc<TagSet<T>>,
-    /// Given back after the disk is dropped.
+    /// Released after the disk is dropped.
     minors: Option<Minors>,
     added: Atomic<i32>,
     quiesced: Atomic<i32>,
@@ -247,15 +249,15 @@ pub struct GenDisk<T: Operations> {
 unsafe impl<T: Operations> Send for GenDisk<T> {}
 
 // SAFETY: The functions of the block layer that take a disk or its queue here may be called by
-// several threads at once; what must be done once is guarded by `added` and `quiesced`. Data is
-// only shared.
+// several threads at once; `added` and `quiesced` guard the operations that must be done once. Data
+// is only shared.
 unsafe impl<T: Operations> Sync for GenDisk<T> {}
 
 impl<T: Operations> GenDisk<T> {
-    /// Adds the disk to the system, below `parent`, and looks for partitions on it: the driver has
-    /// to serve requests before this returns.
+    /// Adds the disk to the system, below `parent`, and scans it for partitions: the driver has to
+    /// serve requests before this returns.
     ///
-    /// `EBUSY`: this was called before.
+    /// Fails with `EBUSY` if this was called before.
     pub fn add(&self, parent: Option<&Device>) -> Result {
         let parent = parent.map_or(ptr::null_mut(), |parent| {
             // `Device` is a transparent wrapper.
@@ -268,8 +270,8 @@ impl<T: Operations> GenDisk<T> {
         // SAFETY: By the type invariants the disk is valid, and was not added. The parent is valid,
         // and the disk takes a reference to it.
         to_result(unsafe { bindings::device_add_disk(parent, self.disk, ptr::null_mut()) })?;
-        // INVARIANT: It was added above. After a failure the value stays `ADDING`, and there is no
-        // second try.
+        // INVARIANT: It was added above. After a failure the value stays `ADDING`, so this cannot
+        // be called again.
         self.added.store(ADDED, kernel::sync::atomic::Release);
         Ok(())
     }
@@ -277,12 +279,12 @@ impl<T: Operations> GenDisk<T> {
     /// Removes the disk from the system (`del_gendisk`).
     ///
     /// New openers are refused first. Then file systems on the disk and its page cache are written
-    /// back, for which the driver serves requests as before, and only after that everything fails.
-    /// After [`Self::mark_dead`] nothing is written back. Waits for the requests in flight: the
-    /// driver ends them.
+    /// back, while the driver serves requests as before. After that all new requests fail. After
+    /// [`Self::mark_dead`] nothing is written back. Waits for the requests in flight, which the
+    /// driver has to end.
     ///
     /// Does nothing if the disk was not added, or if this was called before; that call may still be
-    /// at work, see [`Self::is_removed`].
+    /// running, see [`Self::is_removed`].
     pub fn remove(&self) {
         if self.added.cmpxchg(ADDED, REMOVING, Full).is_err() {
             return;
@@ -304,21 +306,22 @@ impl<T: Operations> GenDisk<T> {
         self.added.load(kernel::sync::atomic::Acquire) == REMOVED
     }
 
-    /// Returns `true` if the disk, or a partition of it, is open for exclusive use: mounted,
-    /// swapped to, or part of another device.
+    /// Returns `true` if the disk, or a partition of it, is open for exclusive use: mounted, used
+    /// as swap space, or part of another device.
     ///
     /// Context: any.
     pub fn is_claimed(&self) -> bool {
-        // SAFETY: By the type invariants the disk is valid, and so is its whole device. A number
-        // that changes at any time.
+        // SAFETY: By the type invariants the disk is valid, and so is its whole device. The number
+        // may change at any time.
         unsafe { (&raw const (*(*self.disk).part0).bd_holders).read_volatile() != 0 }
     }
 
-    /// Returns `true` if the disk, or a partition of it, is open for exclusive use by something
-    /// that cannot be told that the disk goes: swap, or another device. A file system can, and is
-    /// synced.
+    /// Returns `true` if the disk, or a partition of it, is open for exclusive use by a holder that
+    /// is not notified of the removal of the disk: swap, or another device.
     ///
-    /// While a claim is just being made the answer may be that of either.
+    /// A file system is notified, and syncs.
+    ///
+    /// The result is not defined while a claim is being made or released.
     ///
     /// Context: any.
     pub fn has_unaware_holder(&self) -> bool {
@@ -343,15 +346,17 @@ impl<T: Operations> GenDisk<T> {
         unsafe { (*self.disk).queue }
     }
 
-    /// Returns the capacity in sectors of 512 bytes. Does not sleep.
+    /// Returns the capacity in sectors of 512 bytes.
+    ///
+    /// Context: any.
     pub fn capacity(&self) -> u64 {
         // SAFETY: By the type invariants the disk is valid.
         unsafe { bindings_ext::get_capacity(self.disk) }
     }
 
-    /// Sets the capacity in sectors of 512 bytes, and tells user space if it changed.
+    /// Sets the capacity in sectors of 512 bytes, and notifies user space if it has changed.
     ///
-    /// `EINVAL`: there is no such capacity.
+    /// Fails with `EINVAL` if the capacity is too large.
     pub fn set_capacity_and_notify(&self, sectors: u64) -> Result {
         if sectors > MAX_SECTORS {
             return Err(EINVAL);
@@ -361,16 +366,16 @@ impl<T: Operations> GenDisk<T> {
         Ok(())
     }
 
-    /// Sets whether the disk can only be read.
+    /// Sets or clears the write protection of the disk.
     pub fn set_read_only(&self, read_only: bool) {
         // SAFETY: By the type invariants the disk is valid.
         unsafe { bindings::set_disk_ro(self.disk, read_only) };
     }
 
-    /// Changes the limits. The queue should be quiesced, or frozen, or not in use yet.
+    /// Changes the limits, while the queue is quiesced, frozen, or not in use yet.
     ///
-    /// Limits that `change` does not set stay as they are. `EBUSY`: another task is changing them,
-    /// and may wait for requests in flight before that is over.
+    /// Limits that `change` does not set stay the same. Fails with `EBUSY` if another task is
+    /// changing the limits, for which it may wait for requests in flight.
     pub fn try_update_limits(&self, change: impl FnOnce(&mut QueueLimits)) -> Result {
         let mut limits = QueueLimits::new();
         // SAFETY: By the type invariants the queue is valid. The limits are valid for a write, and
@@ -392,14 +397,16 @@ impl<T: Operations> GenDisk<T> {
     }
 
     /// Marks the disk as dead: requests that are not in flight yet fail, and so do later ones.
-    /// Requests in flight are for the driver to end.
+    ///
+    /// The driver has to end the requests in flight.
     pub fn mark_dead(&self) {
         // SAFETY: By the type invariants the disk is valid.
         unsafe { bindings::blk_mark_disk_dead(self.disk) };
     }
 
-    /// Returns how many have the disk or a partition of it open. A disk that was removed cannot be
-    /// opened again.
+    /// Returns the number of openers of the disk and its partitions.
+    ///
+    /// A disk that was removed cannot be opened again.
     ///
     /// Context: any.
     pub fn openers(&self) -> u32 {
@@ -407,35 +414,40 @@ impl<T: Operations> GenDisk<T> {
         unsafe { bindings_ext::disk_openers(self.disk) }
     }
 
-    /// Lets no request through to the driver, and waits until those calls of
-    /// [`Operations::queue_rq`] that run have returned. Requests in flight stay in flight.
+    /// Stops calls of [`Operations::queue_rq`], and waits until running calls have returned.
     ///
-    /// Nothing happens if it was done already. Whoever calls this and [`Self::unquiesce`] from
-    /// several threads orders them.
+    /// Requests in flight stay in flight.
+    ///
+    /// Does nothing if the queue is quiesced. Callers of this and [`Self::unquiesce`] in several
+    /// threads have to order the calls.
     pub fn quiesce(&self) {
-        // INVARIANT: The value changes with what is done.
+        // INVARIANT: The value changes with the state of the queue.
         if self.quiesced.xchg(1, Full) == 0 {
             // SAFETY: By the type invariants the queue is valid.
             unsafe { bindings::blk_mq_quiesce_queue(self.queue()) };
         }
     }
 
-    /// Lets requests through again, and runs the queue. Nothing happens if it is not quiesced.
+    /// Allows calls of [`Operations::queue_rq`] again, and runs the queue, if it is quiesced.
     pub fn unquiesce(&self) {
-        // INVARIANT: The value changes with what is done.
+        // INVARIANT: The value changes with the state of the queue.
         if self.quiesced.xchg(0, Full) == 1 {
             // SAFETY: By the type invariants the queue is valid, and was quiesced once.
             unsafe { bindings::blk_mq_unquiesce_queue(self.queue()) };
         }
     }
 
-    /// Has those requests offered again that were [requeued](super::Request::requeue). Any context.
+    /// Makes blk-mq queue the requests again that were [requeued](super::Request::requeue).
+    ///
+    /// Context: any.
     pub fn kick_requeue_list(&self) {
         // SAFETY: By the type invariants the queue is valid.
         unsafe { bindings::blk_mq_kick_requeue_list(self.queue()) };
     }
 
-    /// Starts the hardware queues that were [stopped](super::HwQueue::stop). Any context.
+    /// Starts the hardware queues that were [stopped](super::HwQueue::stop).
+    ///
+    /// Context: any.
     pub fn start_stopped_hw_queues(&self) {
         // SAFETY: By the type invariants the queue is valid.
         unsafe { bindings::blk_mq_start_stopped_hw_queues(self.queue(), true) };
@@ -444,7 +456,7 @@ impl<T: Operations> GenDisk<T> {
 
 impl<T: Operations> Drop for GenDisk<T> {
     fn drop(&mut self) {
-        // The removal waits for requests, which have to get through for that.
+        // The removal waits for requests, which have to reach the driver for that.
         self.unquiesce();
         self.start_stopped_hw_queues();
         self.kick_requeue_list();
@@ -455,30 +467,30 @@ impl<T: Operations> Drop for GenDisk<T> {
         // SAFETY: By the type invariants the queue is valid; the work was initialised with it.
         unsafe { bindings::cancel_delayed_work_sync(&raw mut (*self.queue()).requeue_work) };
 
-        // Those who still have the disk open can call the file operations: from now on these find
-        // no data. The RCU grace period waits for those that have found it, and for calls of
-        // `queue_rq` that ended the last request and still run.
+        // Openers that still have the disk open can call the file operations, which find no data
+        // from now on. The RCU grace period waits for calls that have found the data, and for calls
+        // of `queue_rq` that have ended the last request and still run.
         //
         // SAFETY: By the type invariants the disk is valid; the field is only read by the file
         // operations, as one word.
         unsafe { (&raw mut (*self.disk).private_data).write_volatile(ptr::null_mut()) };
-        // SAFETY: `synchronize_rcu` wants a context that may sleep, as `put_disk` does.
+        // SAFETY: `synchronize_rcu` requires a context that may sleep, as `put_disk` does.
         unsafe { bindings::synchronize_rcu() };
 
         // SAFETY: By the type invariants this is our reference.
         unsafe { bindings::put_disk(self.disk) };
 
-        // SAFETY: By the type invariants this came from `into_foreign`. blk-mq uses it no more: the
-        // disk was removed, or, as it was never added, freed. File operations took their own
-        // reference, or find none.
+        // SAFETY: By the type invariants this came from `into_foreign`. blk-mq no longer uses it:
+        // the disk was removed or, if it was never added, freed. File operations have taken a
+        // reference of their own, or find no data.
         drop(unsafe { Arc::<T::QueueData>::from_foreign(self.queue_data) });
     }
 }
 
-/// The functions that the kernel calls for openers of a disk of `T`.
+/// The file operations of a disk of `T`.
 ///
-/// They can be called for a disk that was removed, by those who had opened it before. The module is
-/// still there then, as the opener holds a reference to it; the driver's data may not be.
+/// They can be called for a disk that was removed, by openers from before the removal. The opener
+/// holds a reference to the module, but the driver's data may not exist any more.
 struct FileOperations<T: Operations>(PhantomData<T>);
 
 impl<T: Operations> FileOperations<T> {
@@ -498,8 +510,8 @@ impl<T: Operations> FileOperations<T> {
             if data.is_null() {
                 return Err(ENXIO);
             }
-            // SAFETY: By the invariants of `GenDisk` the pointer comes from `into_foreign`. Whoever
-            // takes it back has cleared the field, and waits for this RCU reader in between.
+            // SAFETY: By the invariants of `GenDisk` the pointer comes from `into_foreign`. The
+            // code that takes it back clears the field first, and then waits for this RCU reader.
             unsafe { Arc::<T::QueueData>::borrow(data) }.into()
         };
         f(data.as_arc_borrow())
@@ -580,8 +592,8 @@ impl<T: Operations> FileOperations<T> {
         } else {
             None
         },
-        // What a driver takes is either a number or a pointer to something that is the same for
-        // 32-bit programs.
+        // The argument of an ioctl of a driver is a number, or a pointer to data with the same
+        // layout for 32-bit programs.
         #[cfg(CONFIG_COMPAT)]
         compat_ioctl: if T::HAS_IOCTL {
             Some(bindings::blkdev_compat_ptr_ioctl)

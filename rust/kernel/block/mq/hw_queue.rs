@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Hardware queues, as blk-mq calls the driver for them.
+//! Hardware queues for which blk-mq calls the driver.
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
@@ -40,7 +40,7 @@ impl<'q, T: Operations> HwQueue<'q, T> {
         }
     }
 
-    /// Returns the number of this hardware queue, from 0 to one less than the tag set has.
+    /// Returns the index of this hardware queue.
     #[inline]
     pub fn index(&self) -> u32 {
         // SAFETY: By the type invariants the hardware queue is valid; the field does not change.
@@ -63,7 +63,7 @@ impl<'q, T: Operations> HwQueue<'q, T> {
         unsafe { super::operations::queue_data::<T>((*self.hctx.as_ptr()).queue) }
     }
 
-    /// Stops the hardware queue: blk-mq offers nothing more for it until
+    /// Stops the hardware queue: blk-mq queues no requests to it until
     /// [`GenDisk::start_stopped_hw_queues`](super::GenDisk::start_stopped_hw_queues).
     pub fn stop(&self) {
         // SAFETY: By the type invariants the hardware queue is valid.

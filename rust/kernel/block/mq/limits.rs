@@ -12,7 +12,7 @@ use kernel::{
 
 use super::SECTOR_SIZE;
 
-/// Something that a disk has or is.
+/// A feature of a disk (`BLK_FEAT_*`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
 pub enum Feature {
@@ -24,7 +24,7 @@ pub enum Feature {
 
 /// The limits of a request: `struct queue_limits`.
 ///
-/// What is not set is chosen by the block layer. Sectors are 512 bytes.
+/// The block layer chooses the limits that are not set. Sectors are 512 bytes.
 #[repr(transparent)]
 pub struct QueueLimits(bindings::queue_limits);
 
@@ -41,46 +41,46 @@ macro_rules! limits {
 }
 
 impl QueueLimits {
-    /// Limits of which none is set.
+    /// Creates limits of which none is set.
     pub fn new() -> Self {
         Self(pin_init::zeroed())
     }
 
     limits! {
-        /// The smallest unit that can be read or written, in bytes: a power of two from 512 on.
+        /// Sets the logical block size, in bytes: a power of two, at least 512.
         set_logical_block_size, logical_block_size: u32;
-        /// The smallest unit that the medium writes without reading, in bytes: a power of two.
+        /// Sets the physical block size, in bytes: a power of two.
         set_physical_block_size, physical_block_size: u32;
-        /// The smallest size that does well, in bytes.
+        /// Sets the minimum I/O size that is efficient, in bytes.
         set_io_min, io_min: u32;
-        /// The size that does best, in bytes. 0: unknown.
+        /// Sets the optimal I/O size, in bytes. 0: unknown.
         set_io_opt, io_opt: u32;
-        /// Sets the maximum length of a request, in sectors. At least a page.
+        /// Sets the maximum length of a request, in sectors: at least a page.
         set_max_hw_sectors, max_hw_sectors: u32;
         /// Sets the maximum number of segments of a request.
         set_max_segments, max_segments: u16;
-        /// Sets the maximum length of a segment, in bytes. At least a page.
+        /// Sets the maximum length of a segment, in bytes: at least a page.
         set_max_segment_size, max_segment_size: u32;
-        /// No segment crosses an address where these bits wrap: a page less one, or more.
+        /// Sets the mask of the addresses that no segment crosses: at least the page size minus 1.
         set_seg_boundary_mask, seg_boundary_mask: usize;
-        /// Bits that are 0 in the address and the length of each segment.
+        /// Sets the mask of the bits that are 0 in the address and the length of each segment.
         set_dma_alignment, dma_alignment: u32;
-        /// Sets the maximum length of a discard, in sectors. 0: there is no discard.
+        /// Sets the maximum length of a discard, in sectors. 0: the disk does not support discard.
         set_max_discard_sectors, max_hw_discard_sectors: u32;
-        /// The unit of discards, in bytes.
+        /// Sets the unit of discards, in bytes.
         set_discard_granularity, discard_granularity: u32;
         /// Sets the offset of the first unit of discards, in bytes.
         set_discard_alignment, discard_alignment: u32;
         /// Sets the maximum number of ranges of a discard.
         set_max_discard_segments, max_discard_segments: u16;
-        /// Sets the maximum length of a secure erase, in sectors. 0: there is none.
+        /// Sets the maximum length of a secure erase, in sectors. 0: the disk does not support it.
         set_max_secure_erase_sectors, max_secure_erase_sectors: u32;
         /// Sets the maximum length of a write of zeroes, in sectors. 0: the block layer writes
         /// zeroes.
         set_max_write_zeroes_sectors, max_write_zeroes_sectors: u32;
     }
 
-    /// Has or removes a feature.
+    /// Sets or clears a feature.
     pub fn set_feature(&mut self, feature: Feature, has: bool) -> &mut Self {
         if has {
             self.0.features |= feature as u32;
@@ -100,12 +100,12 @@ impl QueueLimits {
         self.0.max_segments
     }
 
-    /// Returns the smallest unit that can be read or written, in bytes.
+    /// Returns the logical block size, in bytes.
     pub fn logical_block_size(&self) -> u32 {
         self.0.logical_block_size
     }
 
-    /// Refuses what the block layer would warn of.
+    /// Returns an error for limits of which the block layer would warn.
     pub(super) fn check(&self) -> Result {
         let is_block_size = |size: u32| size == 0 || size.is_power_of_two() && size >= SECTOR_SIZE;
         let page_sectors = PAGE_SIZE as u32 / SECTOR_SIZE;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Many requests at once.
+//! Lists of requests.
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
@@ -23,9 +23,9 @@ use super::{
     State, //
 };
 
-/// Requests in a row, each owned. Takes no memory: each one has a link for that.
+/// A list of owned requests, which needs no memory because each request has a link.
 ///
-/// Dropping it drops them, which ends them with an error.
+/// Dropping the list drops the requests, which ends them with an error.
 ///
 /// # Invariants
 ///
@@ -49,7 +49,7 @@ impl<T: Operations, S: State> RequestList<T, S> {
         }
     }
 
-    /// Takes over all requests of a list, which is empty afterwards.
+    /// Takes all requests of a list, which is empty afterwards.
     ///
     /// # Safety
     ///
@@ -62,12 +62,12 @@ impl<T: Operations, S: State> RequestList<T, S> {
         taken
     }
 
-    /// Gives up the ownership of all without ending them.
+    /// Gives up the ownership of all requests without ending them.
     pub(super) fn into_raw(mut self) -> bindings::rq_list {
         mem::replace(&mut self.list, Self::new().list)
     }
 
-    /// Returns `true` if there is none.
+    /// Returns `true` if the list is empty.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.list.head.is_null()
@@ -91,7 +91,7 @@ impl<T: Operations, S: State> RequestList<T, S> {
         self.list.tail = rq;
     }
 
-    /// Takes out the first request.
+    /// Removes and returns the first request.
     #[inline]
     pub fn pop(&mut self) -> Option<Request<T, S>> {
         let rq = NonNull::new(self.list.head)?;
@@ -116,13 +116,14 @@ impl<T: Operations, S: State> RequestList<T, S> {
             Some(last) => unsafe { (*last.as_ptr()).__bindgen_anon_1.rq_next = other.head },
             None => self.list.head = other.head,
         }
-        // INVARIANT: The requests go over with the links between them.
+        // INVARIANT: The requests move with the links between them.
         self.list.tail = other.tail;
     }
 }
 
 impl<'q, T: Operations> RequestList<T, Queued<'q>> {
-    /// Takes out the first requests that are for the same hardware queue, and says for which.
+    /// Removes and returns the first requests that are for the same hardware queue, with that
+    /// queue.
     ///
     /// # Safety
     ///

@@ -51,7 +51,7 @@ pub trait Operations: Sized + 'static {
     type HwQueueData: ForeignOwnable + Send + Sync;
 
     /// The driver's data of a request. It is created with the tag set, once for each request that
-    /// can be in flight, and used again and again.
+    /// can be in flight, and reused.
     type RequestData: Send;
 
     /// Creates the data of a request of hardware queue `hw_queue`.
@@ -63,18 +63,19 @@ pub trait Operations: Sized + 'static {
         hw_queue: u32,
     ) -> Result<Self::HwQueueData>;
 
-    /// Takes a request: [starts](Request::start) and keeps it, or ends it, or rejects it.
+    /// Takes a request: [starts](Request::start) and stores it, ends it, or rejects it.
     ///
-    /// If `last` is false, more requests follow at once, or [`Self::commit_rqs`] does: telling the
-    /// device can wait until then.
+    /// If `last` is false, more requests or a call of [`Self::commit_rqs`] follow at once, so the
+    /// driver need not notify the device before.
     fn queue_rq<'q>(
         hw_queue: HwQueue<'q, Self>,
         rq: Request<Self, Queued<'q>>,
         last: bool,
     ) -> Result<(), Rejected<'q, Self>>;
 
-    /// Takes many requests for one hardware queue at once, and tells the device of all. Those that
-    /// are given back are offered one by one.
+    /// Takes several requests for a hardware queue, and notifies the device of all of them.
+    ///
+    /// Requests that it returns are queued again, one by one.
     fn queue_rqs<'q>(
         _hw_queue: HwQueue<'q, Self>,
         _requests: RequestList<Self, Queued<'q>>,
@@ -82,47 +83,49 @@ pub trait Operations: Sized + 'static {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// Called when no more requests follow, although the last one was offered with `last` false.
+    /// Called when no more requests follow, although the last one was queued with `last` false.
     fn commit_rqs(_hw_queue: HwQueue<'_, Self>) {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// Ends a request that was given to [`Request::complete`].
+    /// Ends a request that was passed to [`Request::complete`].
     ///
-    /// Softirq, or the context of that call.
+    /// Context: softirq, or that of the call of [`Request::complete`].
     fn complete(rq: Request<Self, Completed>);
 
-    /// Called when a request is in flight for longer than the tag set's time-out, and again each
-    /// time that the time-out has passed again.
+    /// Called when a request is in flight for longer than the tag set's timeout, and again after
+    /// each further timeout.
     ///
-    /// The request stays where it is, and may be ending on another CPU at this moment. Process
-    /// context.
+    /// The request stays in flight, and may be ending on another CPU at this moment.
+    ///
+    /// Context: process.
     fn timed_out(_queue_data: ArcBorrow<'_, Self::QueueData>, _id: RequestId) {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// Called when the disk or a partition of it is opened. Not called for disks that are being
+    /// Called when the disk or a partition of it is opened, but not while the disk is being
     /// removed.
     fn open(_queue_data: ArcBorrow<'_, Self::QueueData>, _mode: OpenMode) -> Result {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// Called when the disk or a partition of it was closed by one of its openers. Not called for
-    /// disks that were dropped.
+    /// Called when an opener has closed the disk or a partition of it, but not after the disk was
+    /// dropped.
     fn release(_queue_data: ArcBorrow<'_, Self::QueueData>) {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// Handles a request of user space that the block layer does not know. `arg` is a number, or an
-    /// address in the memory of the caller. What is at that address is the same for 32-bit
-    /// programs.
+    /// Handles an ioctl that the block layer does not handle.
     ///
-    /// `ENOTTY`: the driver does not know it either.
+    /// `arg` is a number, or an address in the memory of the caller. The data there has the same
+    /// layout for 32-bit programs.
+    ///
+    /// Fails with `ENOTTY` if the driver does not handle it either.
     fn ioctl(_queue_data: ArcBorrow<'_, Self::QueueData>, _cmd: u32, _arg: usize) -> Result<c_int> {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// Returns the geometry to show to those who still ask for one.
+    /// Returns the geometry for programs that read it.
     fn getgeo(_queue_data: ArcBorrow<'_, Self::QueueData>, _capacity: u64) -> Result<Geometry> {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
@@ -131,9 +134,9 @@ pub trait Operations: Sized + 'static {
 /// The mode in which a disk is opened.
 #[derive(Clone, Copy, Debug)]
 pub struct OpenMode {
-    /// The opener may write.
+    /// `true` if the opener may write.
     pub write: bool,
-    /// The opener wants exclusive access: a mount, for instance.
+    /// `true` if the opener requires exclusive access: a mount, for instance.
     pub exclusive: bool,
 }
 
@@ -155,7 +158,8 @@ impl OpenMode {
 ///
 /// # Safety
 ///
-/// `queue` is the queue of a disk that was made for a `TagSet<T>`, and is not removed during `'a`.
+/// `queue` is the queue of a disk that was created for a `TagSet<T>`, and is not removed during
+/// `'a`.
 pub(super) unsafe fn queue_data<'a, T: Operations>(
     queue: *mut bindings::request_queue,
 ) -> ArcBorrow<'a, T::QueueData> {
@@ -166,8 +170,8 @@ pub(super) unsafe fn queue_data<'a, T: Operations>(
 
 /// The functions that blk-mq calls, for the driver `T`.
 ///
-/// Only a [`TagSet<T>`](super::TagSet) has them: "a disk of `T`" below is one that was made for
-/// such.
+/// Only a [`TagSet<T>`](super::TagSet) has them: "a disk of `T`" below is a disk that was created
+/// for such a tag set.
 pub(super) struct OperationsVTable<T: Operations>(PhantomData<T>);
 
 impl<T: Operations> OperationsVTable<T> {
@@ -190,7 +194,7 @@ impl<T: Operations> OperationsVTable<T> {
 
         match T::queue_rq(hw_queue, rq, last) {
             Ok(()) => bindings::BLK_STS_OK as bindings::blk_status_t,
-            // The lifetime of `rq` is this call's alone, so what comes back is this request.
+            // The lifetime of `rq` is that of this call, so a request that comes back is this one.
             Err(rejected) => rejected.into_status(),
         }
     }
@@ -206,8 +210,8 @@ impl<T: Operations> OperationsVTable<T> {
         let mut left = RequestList::new();
         // SAFETY: By the requirements of this function; hardware queues stay as in `queue_rq`.
         while let Some((hw_queue, run)) = unsafe { offered.take_run() } {
-            // The lifetime of the requests is this call's alone, so what comes back are some of
-            // them.
+            // The lifetime of the requests is that of this call, so the requests that come back are
+            // some of them.
             left.append(T::queue_rqs(hw_queue, run));
         }
         // SAFETY: As above. Those that are left go back to blk-mq.
@@ -224,7 +228,7 @@ impl<T: Operations> OperationsVTable<T> {
 
     /// # Safety
     ///
-    /// For blk-mq: `rq` is a request that [`Request::complete`] gave away.
+    /// For blk-mq: `rq` is a request that [`Request::complete`] has passed on.
     unsafe extern "C" fn complete(rq: *mut bindings::request) {
         // SAFETY: By the requirements of this function. `Request::complete` gave up the ownership
         // of a started request, and it comes back here.
@@ -236,8 +240,8 @@ impl<T: Operations> OperationsVTable<T> {
     /// For blk-mq: `rq` is a request of a disk of `T`. blk-mq holds a reference to it, and one to
     /// the queue.
     unsafe extern "C" fn timeout(rq: *mut bindings::request) -> bindings::blk_eh_timer_return {
-        // SAFETY: By the requirements of this function; the removal of the disk waits for those who
-        // have a reference to the queue.
+        // SAFETY: By the requirements of this function; the removal of the disk waits for holders
+        // of a reference to the queue.
         let (queue_data, id) = unsafe { (queue_data::<T>((*rq).q), RequestId::of_shared(rq)) };
         T::timed_out(queue_data, id);
         bindings::blk_eh_timer_return_BLK_EH_RESET_TIMER
@@ -252,7 +256,8 @@ impl<T: Operations> OperationsVTable<T> {
         index: c_uint,
     ) -> c_int {
         from_result(|| {
-            // SAFETY: By the requirements of this function; a disk that is made is not removed yet.
+            // SAFETY: By the requirements of this function; a disk that is being created is not
+            // removed yet.
             let queue_data = unsafe { queue_data::<T>((*hctx).queue) };
             let data = T::new_hw_queue_data(queue_data, index)?;
             // SAFETY: By the requirements of this function `hctx` is valid, and has no other user
@@ -269,8 +274,8 @@ impl<T: Operations> OperationsVTable<T> {
         // A call of `queue_rq` may have ended the last request that the removal waited for, and
         // still run. It is an RCU reader.
         //
-        // SAFETY: `synchronize_rcu` wants a context that may sleep. blk-mq takes hardware queues
-        // down in such.
+        // SAFETY: `synchronize_rcu` requires a context that may sleep, and blk-mq frees hardware
+        // queues in such a context.
         unsafe { bindings::synchronize_rcu() };
         // SAFETY: `init_hctx` made the pointer, and it is not borrowed any more.
         drop(unsafe { T::HwQueueData::from_foreign((*hctx).driver_data) });
@@ -278,7 +283,7 @@ impl<T: Operations> OperationsVTable<T> {
 
     /// # Safety
     ///
-    /// For blk-mq: `rq` is a new request, followed by room for `T::RequestData`.
+    /// For blk-mq: `rq` is a new request, followed by space for `T::RequestData`.
     unsafe extern "C" fn init_request(
         _set: *mut bindings::blk_mq_tag_set,
         rq: *mut bindings::request,
@@ -294,7 +299,7 @@ impl<T: Operations> OperationsVTable<T> {
 
         from_result(|| {
             let data = T::new_request_data(hw_queue)?;
-            // SAFETY: By the requirements of this function there is room behind the request, which
+            // SAFETY: By the requirements of this function there is space behind the request, which
             // is aligned as checked above.
             unsafe { rq.add(1).cast::<T::RequestData>().write(data) };
             Ok(0)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Requests, owned by typestate.
+//! Owned requests, with their state in the type.
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
@@ -28,7 +28,7 @@ use super::{
     Operations, //
 };
 
-/// `BLK_STS_RESOURCE`: blk-mq tries again on its own, soon.
+/// `BLK_STS_RESOURCE`: blk-mq queues the request again soon.
 const RESOURCE: bindings::blk_status_t = 9;
 
 mod private {
@@ -38,16 +38,18 @@ mod private {
 /// The state of a request. Sealed: [`Queued`], [`InFlight`] or [`Completed`].
 pub trait State: private::Sealed {}
 
-/// blk-mq offers the request to the driver, during one call of [`Operations::queue_rq`].
+/// The state of a request that blk-mq offers to the driver, during a call of
+/// [`Operations::queue_rq`].
 ///
-/// `'q` is that call. It is invariant, so a request of one call can be neither kept nor given as
-/// the answer to another.
+/// `'q` is that call. It is invariant, so a request of one call can be neither kept nor returned by
+/// another call.
 pub struct Queued<'q>(PhantomData<fn(&'q ()) -> &'q ()>);
 
-/// The driver has the request. Its time runs.
+/// The state of a request that the driver has started; its timeout is running.
 pub struct InFlight(());
 
-/// The device is done with the request. [`Operations::complete`] has it, and ends it.
+/// The state of a request that the device has completed, in [`Operations::complete`], which ends
+/// it.
 pub struct Completed(());
 
 impl private::Sealed for Queued<'_> {}
@@ -60,25 +62,25 @@ impl State for Completed {}
 /// The operation of a request (`REQ_OP_*`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Op {
-    /// Read sectors.
+    /// Reads sectors.
     Read,
-    /// Write sectors.
+    /// Writes sectors.
     Write,
-    /// Have everything on stable storage that was written by requests that have ended.
+    /// Makes all data of completed writes durable.
     Flush,
-    /// The contents of the sectors are of no interest any more.
+    /// Discards sectors: their contents are no longer needed.
     Discard,
-    /// The contents of the sectors must not be readable any more.
+    /// Erases sectors: their contents must not be readable any more.
     SecureErase,
-    /// Have the sectors read as zeroes.
+    /// Writes zeroes to sectors.
     WriteZeroes,
-    /// Anything else, as the number of `enum req_op`. End it with [`BlkStatus::NOTSUPP`].
+    /// Any other operation, as a number of `enum req_op`. End it with [`BlkStatus::NOTSUPP`].
     Other(u8),
 }
 
-/// Names a request of a tag set, without being one.
+/// The identity of a request of a tag set.
 ///
-/// The same id names another request as soon as this one has ended.
+/// After this request has ended, the same id can identify another request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RequestId {
     /// The hardware queue.
@@ -93,7 +95,7 @@ impl RequestId {
     /// # Safety
     ///
     /// The caller holds a reference to the request (`rq->ref`), as blk-mq does when it calls back
-    /// for a time-out or from an iteration.
+    /// for a timeout or in an iteration.
     pub(super) unsafe fn of_shared(rq: *mut bindings::request) -> Self {
         // SAFETY: The request is valid and `mq_hctx` set until its last reference is dropped. `tag`
         // may be written by a requeue at the same time, hence the volatile read of one word.
@@ -106,17 +108,16 @@ impl RequestId {
     }
 }
 
-/// A request that the holder owns, in state `S`.
+/// An owned request, in state `S`.
 ///
-/// See the [module](super) for what the states are. Dropping it ends it with
-/// [`BlkStatus::IOERR`].
+/// See the [module](super) for the states. Dropping it ends it with [`BlkStatus::IOERR`].
 ///
 /// # Invariants
 ///
-/// - The pointer is to a request of a disk of `T`. Behind it lies a `T::RequestData`, initialised
-///   by `Operations` of `T`.
-/// - The driver owns the request: between `queue_rq` and the end of the request. Only the
-///   holder of this value ends it, requeues it, or uses its driver data.
+/// - The pointer is to a request of a disk of `T`. It is followed by a `T::RequestData`,
+///   initialised by `Operations` of `T`.
+/// - The driver owns the request, from `queue_rq` until the request has ended. Only the holder of
+///   this value ends it, requeues it, or uses its driver data.
 /// - In state `InFlight` and `Completed`, it was started; in state `Queued` it was not.
 pub struct Request<T: Operations, S: State> {
     rq: NonNull<bindings::request>,
@@ -124,12 +125,12 @@ pub struct Request<T: Operations, S: State> {
     _state: PhantomData<S>,
 }
 
-// SAFETY: A request is bound to no thread, and may be ended in any context. The data of the driver
-// goes with it.
+// SAFETY: A request is bound to no thread, and may be ended in any context. The driver's data moves
+// with it.
 unsafe impl<T: Operations, S: State> Send for Request<T, S> where T::RequestData: Send {}
 
-// SAFETY: Shared access only reads what does not change while the driver owns the request, and
-// the data of the driver.
+// SAFETY: Shared access only reads fields that do not change while the driver owns the request, and
+// the driver's data.
 unsafe impl<T: Operations, S: State> Sync for Request<T, S> where T::RequestData: Sync {}
 
 impl<T: Operations, S: State> Request<T, S> {
@@ -185,8 +186,8 @@ impl<T: Operations, S: State> Request<T, S> {
         unsafe { (*self.as_raw()).__sector }
     }
 
-    /// Returns the length in bytes. For an operation without data, what it applies to. 0 for a
-    /// flush.
+    /// Returns the length in bytes, for an operation without data that of the range. A flush has
+    /// length 0.
     #[inline]
     pub fn bytes(&self) -> u32 {
         // SAFETY: By the type invariants the request is valid, and the field does not change.
@@ -219,7 +220,8 @@ impl<T: Operations, S: State> Request<T, S> {
 
     /// Returns the driver's data of the disk.
     ///
-    /// A reference of its own: as soon as the request has ended, the disk may go.
+    /// The reference is independent of the request: the disk may be freed as soon as the request
+    /// has ended.
     pub fn queue_data(&self) -> Arc<T::QueueData> {
         // SAFETY: By the type invariants the request is valid, and its disk is not removed before
         // it ends.
@@ -230,8 +232,8 @@ impl<T: Operations, S: State> Request<T, S> {
         matches!(self.op(), Op::Read | Op::Write)
     }
 
-    /// Returns the data, in pieces of one page at most: what a write takes from, or a read puts
-    /// into, memory. Empty for all other operations.
+    /// Returns the memory of a read or a write, as segments within one page each. Empty for all
+    /// other operations.
     #[inline]
     pub fn segments(&self) -> Segments<'_> {
         let bio = if self.has_data() {
@@ -240,31 +242,33 @@ impl<T: Operations, S: State> Request<T, S> {
         } else {
             core::ptr::null_mut()
         };
-        // SAFETY: By the type invariants only the holder ends the request. It keeps its bios,
-        // and these their pages, until it ends; that takes it by value, which the borrow excludes.
+        // SAFETY: By the type invariants only the holder ends the request. It keeps its bios, and
+        // these their pages, until it ends. Ending takes it by value, which the borrow excludes.
         unsafe { Segments::new(bio) }
     }
 
-    /// Returns the memory that a read puts its data into. Empty for all other operations.
+    /// Returns the memory to which a read copies its data. Empty for all other operations.
     ///
-    /// The pieces are those of [`Self::segments`].
+    /// The segments are those of [`Self::segments`].
     #[inline]
     pub fn segments_mut(&mut self) -> impl Iterator<Item = PageSliceMut<'_>> + '_ {
         let segments = match self.op() {
             Op::Read => self.segments(),
-            // SAFETY: No bio at all is valid.
+            // SAFETY: A null bio is valid.
             _ => unsafe { Segments::new(core::ptr::null_mut()) },
         };
-        // SAFETY: The pages of a read are there to be written.
+        // SAFETY: The pages of a read may be written.
         segments.map(|slice| unsafe { PageSliceMut::from_slice(slice) })
     }
 
     fn data_ptr(&self) -> *mut T::RequestData {
-        // SAFETY: By the type invariants the driver's data lies behind the request.
+        // SAFETY: By the type invariants the driver's data is behind the request.
         unsafe { self.as_raw().add(1).cast() }
     }
 
-    /// Returns the driver's data of this request. It is what the last user of the tag left in it.
+    /// Returns the driver's data of this request.
+    ///
+    /// It is unchanged since the previous request with the same tag.
     #[inline]
     pub fn data(&self) -> &T::RequestData {
         // SAFETY: By the type invariants it is initialised, and only the holder uses it.
@@ -278,8 +282,7 @@ impl<T: Operations, S: State> Request<T, S> {
         unsafe { &mut *self.data_ptr() }
     }
 
-    /// Returns the data as [`Self::segments`] gives it, and the driver's data of the request to be
-    /// changed.
+    /// Returns the memory like [`Self::segments`], and the driver's data of the request, mutably.
     #[inline]
     pub fn segments_and_data(&mut self) -> (Segments<'_>, &mut T::RequestData) {
         let data = self.data_ptr();
@@ -288,7 +291,7 @@ impl<T: Operations, S: State> Request<T, S> {
         (self.segments(), unsafe { &mut *data })
     }
 
-    /// Returns the memory as [`Self::segments_mut`] gives it, and the driver's data of the request.
+    /// Returns the memory like [`Self::segments_mut`], and the driver's data of the request.
     #[inline]
     pub fn segments_mut_and_data(
         &mut self,
@@ -301,9 +304,7 @@ impl<T: Operations, S: State> Request<T, S> {
         (self.segments_mut(), unsafe { &mut *data })
     }
 
-    /// Gives the request back to blk-mq: all of it is done, or failed.
-    ///
-    /// Any context.
+    /// Ends the whole request with this status. Context: any.
     #[inline]
     pub fn end(self, status: BlkStatus) {
         let rq = self.into_raw();
@@ -320,30 +321,29 @@ impl<T: Operations, S: State> Drop for Request<T, S> {
 }
 
 impl<'q, T: Operations> Request<T, Queued<'q>> {
-    /// Accepts the request. Its time starts to run.
+    /// Starts the request, and its timeout.
     ///
-    /// What can fail for lack of something should have been done before: a request that is in
-    /// flight can only be ended or requeued.
+    /// Allocate all resources before: a request that is in flight can only be ended or requeued.
     #[inline]
     pub fn start(self) -> Request<T, InFlight> {
         let rq = self.into_raw();
         // SAFETY: By the type invariants the driver owns the request; a queued one was not started.
         unsafe { bindings::blk_mq_start_request(rq.as_ptr()) };
-        // SAFETY: The ownership goes over; the request was started above.
+        // SAFETY: The ownership moves; the request was started above.
         unsafe { Request::from_raw(rq) }
     }
 
-    /// Refuses the request for now. blk-mq offers it again after a short while.
+    /// Rejects the request: blk-mq queues it again after a short time.
     pub fn reject(self) -> Rejected<'q, T> {
         Rejected(self)
     }
 }
 
-/// A request that [`Operations::queue_rq`] refuses for now.
+/// A request that [`Operations::queue_rq`] has rejected.
 pub struct Rejected<'q, T: Operations>(Request<T, Queued<'q>>);
 
 impl<T: Operations> Rejected<'_, T> {
-    /// Leaves the request with blk-mq, and tells when to try again.
+    /// Returns the request to blk-mq, and the status by which blk-mq queues it again.
     pub(super) fn into_status(self) -> bindings::blk_status_t {
         let _ = self.0.into_raw();
         RESOURCE
@@ -352,22 +352,19 @@ impl<T: Operations> Rejected<'_, T> {
 
 impl<T: Operations> Request<T, InFlight> {
     /// Completes the request by [`Operations::complete`], possibly on the CPU that submitted it
-    /// (`blk_mq_complete_request()`). It may be called before this returns.
-    ///
-    /// Any context.
+    /// (`blk_mq_complete_request()`). [`Operations::complete`] may be called before this returns.
+    /// Context: any.
     pub fn complete(self) {
         let rq = self.into_raw();
         // SAFETY: By the type invariants the driver owns the request and started it.
         if !unsafe { bindings::blk_mq_complete_request_remote(rq.as_ptr()) } {
-            // SAFETY: blk-mq leaves the request to us; it was started.
+            // SAFETY: blk-mq leaves the ownership to the driver; the request was started.
             T::complete(unsafe { Request::from_raw(rq) });
         }
     }
 
-    /// Gives the request back to blk-mq as if it had never been offered. It is offered again after
-    /// [`GenDisk::kick_requeue_list`](super::GenDisk::kick_requeue_list).
-    ///
-    /// Any context.
+    /// Returns the request to blk-mq, which queues it again after
+    /// [`GenDisk::kick_requeue_list`](super::GenDisk::kick_requeue_list). Context: any.
     pub fn requeue(self) {
         let rq = self.into_raw();
         // SAFETY: By the type invariants the driver owns the request and started it.
@@ -376,7 +373,7 @@ impl<T: Operations> Request<T, InFlight> {
 }
 
 impl<T: Operations> Request<T, Completed> {
-    /// Requeues the request as [`Request::<T, InFlight>::requeue`].
+    /// Requeues the request, like [`Request::<T, InFlight>::requeue`].
     pub fn requeue(self) {
         let rq = self.into_raw();
         // SAFETY: By the type invariants the driver owns the request and started it.
@@ -396,8 +393,8 @@ unsafe impl<T: Operations> PageOwner for Request<T, InFlight> {
     }
 }
 
-// SAFETY: The driver's data of a request is in memory of its own behind it, and says nothing about
-// the request's bios, nor who owns it.
+// SAFETY: The driver's data is in separate memory behind the request, and does not affect the
+// request's bios or its ownership.
 unsafe impl<T: Operations> DataOwner for Request<T, InFlight> {
     type Data = T::RequestData;
 
@@ -407,11 +404,11 @@ unsafe impl<T: Operations> DataOwner for Request<T, InFlight> {
     }
 }
 
-/// The data of a request, in pieces of one page at most.
+/// The memory of a request, as segments within one page each.
 ///
 /// # Invariants
 ///
-/// `bio` is null, or a bio with data that lives, and keeps its pages, during `'a`; so do the bios
+/// `bio` is null, or a bio with data that exists, and keeps its pages, during `'a`; so do the bios
 /// behind it. `iter` is a position in it.
 pub struct Segments<'a> {
     bio: *mut bindings::bio,
@@ -461,7 +458,7 @@ impl<'a> Iterator for Segments<'a> {
         // left.
         let bvec = unsafe { bindings_ext::bio_data_next(self.bio, &mut self.iter) };
         let page = NonNull::new(bvec.bv_page)?;
-        // SAFETY: `bio_data_next` gives a piece within one page. By the type invariants the bio
+        // SAFETY: `bio_data_next` returns a range within one page. By the type invariants the bio
         // keeps it during `'a`.
         Some(unsafe { PageSlice::from_raw(page, bvec.bv_offset as usize, bvec.bv_len as usize) })
     }

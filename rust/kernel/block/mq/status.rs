@@ -11,35 +11,35 @@ use kernel::{
 
 /// The status of a request that has ended: `blk_status_t`.
 ///
-/// The values that mean "try again later" are missing. They can only be given by
-/// [`Request::reject`](super::Request::reject), for a request that was not started.
+/// It has no values for "try again later": [`Request::reject`](super::Request::reject) does that,
+/// for a request that was not started.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(transparent)]
 pub struct BlkStatus(bindings::blk_status_t);
 
 impl BlkStatus {
-    /// The whole request was done.
+    /// The whole request has succeeded.
     pub const OK: Self = Self(0);
-    /// The device does not know this operation.
+    /// The device does not support this operation.
     pub const NOTSUPP: Self = Self(1);
-    /// The device did not answer in time.
+    /// The device did not respond in time.
     pub const TIMEOUT: Self = Self(2);
     /// There is no space left.
     pub const NOSPC: Self = Self(3);
-    /// The way to the device is broken.
+    /// The transport to the device has failed.
     pub const TRANSPORT: Self = Self(4);
-    /// The device failed.
+    /// The device has failed.
     pub const TARGET: Self = Self(5);
-    /// The medium failed.
+    /// The medium has failed.
     pub const MEDIUM: Self = Self(7);
     /// There was no memory.
     pub const RESOURCE: Self = Self(9);
     /// Any other error.
     pub const IOERR: Self = Self(10);
-    /// The device is gone.
+    /// The device was removed.
     pub const OFFLINE: Self = Self(16);
 
-    /// Returns `true` if the request was done.
+    /// Returns `true` if the request has succeeded.
     pub fn is_ok(self) -> bool {
         self == Self::OK
     }

@@ -29,9 +29,10 @@ pub struct TagSetParams {
     pub nr_hw_queues: u32,
     /// Number of requests that can be in flight in each.
     pub queue_depth: u32,
-    /// After what time a request counts as timed out, in jiffies. 0: 30 seconds.
+    /// Time after which a request times out, in jiffies. 0: 30 seconds.
     pub timeout: Jiffies,
-    /// Have no I/O scheduler unless one is asked for, where there is one hardware queue.
+    /// `true` if the disk has no I/O scheduler by default. Only disks with one hardware queue have
+    /// one by default.
     pub no_scheduler: bool,
 }
 
@@ -40,10 +41,10 @@ pub struct TagSetParams {
 /// # Invariants
 ///
 /// - `set` is initialised and valid, with the functions of `OperationsVTable<T>`: a
-///   `T::RequestData` lies behind each of its requests.
-/// - The data of a queue that was made for it comes from `into_foreign` of an `Arc<T::QueueData>`,
-///   and is taken back only when the disk was removed.
-/// - Disks that were made for it own a reference to this.
+///   `T::RequestData` is behind each of its requests.
+/// - The data of a queue that was created for it comes from `into_foreign` of an
+///   `Arc<T::QueueData>`, and is taken back only after the disk was removed.
+/// - Disks that were created for it own a reference to this.
 #[pin_data(PinnedDrop)]
 pub struct TagSet<T: Operations> {
     #[pin]
@@ -52,17 +53,20 @@ pub struct TagSet<T: Operations> {
 }
 
 // SAFETY: The functions of blk-mq that are called here may be called by any thread. By the type
-// invariants the tag set goes with the data of its requests, which is `Send`.
+// invariants the tag set moves with the data of its requests, which is `Send`.
 unsafe impl<T: Operations> Send for TagSet<T> {}
 
-// SAFETY: As above, and at the same time: they only read what does not change, or look at requests
-// under the locks of blk-mq. Shared access gives no access to the data of requests.
+// SAFETY: As above, and at the same time: they only read fields that do not change, or read
+// requests under the locks of blk-mq. Shared access gives no access to the data of requests.
 unsafe impl<T: Operations> Sync for TagSet<T> {}
 
 impl<T: Operations> TagSet<T> {
-    /// Creates a tag set. Sleeps.
+    /// Creates a tag set.
     ///
-    /// `EINVAL`: no hardware queue, or a depth of 0, or a time-out that does not fit.
+    /// Fails with `EINVAL` if the number of hardware queues or the depth is 0, or if the timeout is
+    /// too large.
+    ///
+    /// Context: sleeps.
     pub fn new(params: TagSetParams) -> impl PinInit<Self, Error> {
         // INVARIANT: Initialised here; there are no disks.
         try_pin_init!(Self {
@@ -85,7 +89,7 @@ impl<T: Operations> TagSet<T> {
                 };
                 // SAFETY: `set` is valid for writes.
                 unsafe { set.write(init) };
-                // SAFETY: `set` was filled in as the function wants it, and stays in place, since
+                // SAFETY: `set` was filled in as the function requires, and does not move, because
                 // it is pinned.
                 to_result(unsafe { bindings::blk_mq_alloc_tag_set(set) })
             }),
@@ -109,7 +113,7 @@ impl<T: Operations> TagSet<T> {
         unsafe { (*self.as_raw()).queue_depth }
     }
 
-    /// Returns the first CPU that is online now of those that use a hardware queue.
+    /// Returns the first online CPU of those that use a hardware queue.
     pub fn cpu_of(&self, hw_queue: u32) -> Option<CpuId> {
         // SAFETY: By the type invariant the set is valid; its maps do not change.
         let map = unsafe { &(*self.as_raw()).map[bindings::hctx_type_HCTX_TYPE_DEFAULT as usize] };
