@@ -38,7 +38,7 @@ OKAY = {
     "write-from-read-only-grant",
     "same-grant-twice",
     "same-id-twice",
-    "answer-in-a-full-slot",
+    "response-in-a-full-slot",
     "indirect",
     "flush",
     "flush-with-data",

@@ -1,39 +1,39 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Values of xenstore nodes.
+//! Parsers of the values of xenstore nodes.
 //!
-//! The peer or a tool writes the nodes, so parsing is strict: a number consists of digits and
-//! nothing else. The error is an [`InvalidNode`], which carries the name of the node, its text and
-//! the reason, so that a message can name all three.
+//! The peer or a tool writes the nodes, so parsing is strict: a number consists only of digits. The
+//! error is an [`InvalidNode`], with the name of the node, its text and the reason, for the
+//! message.
 
 use core::{
     fmt,
     str, //
 };
 
-/// Bytes of a node's text that an [`InvalidNode`] keeps.
+/// Number of bytes of a node's text that an [`InvalidNode`] stores.
 const TEXT_LEN: usize = 32;
 
 /// The reason why a node is invalid.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Reason {
-    /// A required node is not there.
+    /// A required node is missing.
     Missing,
-    /// The text is not a number of the form expected.
+    /// The text is not a number of the expected form.
     NotANumber,
-    /// The number is larger than can be.
+    /// The number is too large.
     TooLarge {
-        /// The largest number that can be.
+        /// The largest valid number.
         limit: u64,
     },
-    /// The number must be a power of two between these two.
+    /// The number is not a power of two from `min` to `max`.
     NotPowerOfTwo {
-        /// The smallest.
+        /// The smallest valid number.
         min: u32,
-        /// The largest.
+        /// The largest valid number.
         max: u32,
     },
-    /// The text is none of those that are known.
+    /// The text is not one of the known values.
     Unknown,
 }
 
@@ -62,7 +62,7 @@ pub struct InvalidNode {
 }
 
 impl InvalidNode {
-    /// Creates an error about `node`. It keeps the first 32 bytes of `text`, with `?` for those
+    /// Creates an error about `node`. It stores the first 32 bytes of `text`, with `?` for those
     /// that are not printable ASCII.
     pub fn new(node: &'static str, text: &[u8], reason: Reason) -> Self {
         let mut kept = [0; TEXT_LEN];
@@ -98,7 +98,7 @@ impl InvalidNode {
         self.reason
     }
 
-    /// Returns the text, as far as it was kept.
+    /// Returns the stored part of the text.
     pub fn text(&self) -> &str {
         let text = self.text.get(..usize::from(self.len)).unwrap_or(&[]);
         str::from_utf8(text).unwrap_or("")
@@ -122,7 +122,7 @@ impl fmt::Display for InvalidNode {
     }
 }
 
-/// Parses a number in decimal: one or more digits, nothing else, at most `limit`.
+/// Parses a number in decimal: only digits, at least one, at most `limit`.
 pub fn decimal(node: &'static str, text: &[u8], limit: u64) -> Result<u64, InvalidNode> {
     parse_number(text, 10, limit).map_err(|wrong| InvalidNode::new(node, text, wrong))
 }
@@ -137,9 +137,9 @@ pub fn switch(node: &'static str, text: &[u8]) -> Result<bool, InvalidNode> {
     decimal_u32(node, text).map(|number| number != 0)
 }
 
-/// Parses digits to `base`, which is between 2 and 16. The result is at most `limit`.
+/// Parses digits to `base`, which is from 2 to 16. The result is at most `limit`.
 pub fn parse_number(text: &[u8], base: u32, limit: u64) -> Result<u64, Reason> {
-    // So that the compiler sees that `to_digit` does not panic.
+    // This shows the compiler that `to_digit` does not panic.
     let base = base.clamp(2, 16);
     if text.is_empty() {
         return Err(Reason::NotANumber);
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn long_and_unprintable_text_is_tamed() {
+    fn long_and_unprintable_text_is_shortened_and_replaced() {
         let exact = InvalidNode::new("n", &[b'a'; 32], Reason::Unknown);
         assert_eq!(exact.text(), "a".repeat(32));
         assert!(!exact.to_string().contains("..."));

@@ -2,8 +2,8 @@
 
 //! The memory of rings that two domains share.
 //!
-//! Header: `xen/include/public/io/ring.h`, whose macros work on such memory. The layout of a ring
-//! is up to the protocol; that of block devices is in `blkif::ring`.
+//! Header: `xen/include/public/io/ring.h`, whose macros work on such memory. The protocol of the
+//! device defines the layout of a ring; that of block devices is in `blkif::ring`.
 
 use core::ops::Deref;
 
@@ -11,7 +11,7 @@ use core::ops::Deref;
 ///
 /// # Requirements
 ///
-/// - `load` and `store` are single accesses to memory: never torn, repeated or left out
+/// - `load` and `store` are single accesses to memory: never torn, repeated or omitted
 ///   (`READ_ONCE`, `WRITE_ONCE`). The other side may write any word at any time.
 /// - A `load` at or beyond `words` gives 0, a `store` there does nothing.
 /// - `rmb` orders loads before it against loads and stores after it, `wmb` loads and stores before

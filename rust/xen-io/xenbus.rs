@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The state of one half of a device.
+//! The state of one side of a device.
 //!
 //! Header: `xen/include/public/io/xenbus.h`
 
-/// The state of one half of a device, as in its node `state` (`enum xenbus_state`).
+/// The state of one side of a device, as in its node `state` (`enum xenbus_state`).
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[repr(u32)]
 pub enum XenbusState {
     /// There is no such node, or it cannot be read.
     Unknown = 0,
-    /// The half was created, or starts again.
+    /// The side was created, or restarts.
     Initialising = 1,
-    /// A backend has written what it offers and waits for the frontend.
+    /// A backend has written its offer and waits for the frontend.
     InitWait = 2,
-    /// A frontend has written ring and event channel and waits for the backend.
+    /// A frontend has written its rings and event channels and waits for the backend.
     Initialised = 3,
-    /// The half is ready for I/O.
+    /// The side is ready for I/O.
     Connected = 4,
-    /// The half is closing, or the toolstack wants it to.
+    /// The side is closing, or the toolstack wants it to.
     Closing = 5,
-    /// The half uses nothing of the other one any more.
+    /// The side has ended all uses of the other side's resources.
     Closed = 6,
     /// The bus is being changed. Only PCI devices use this.
     Reconfiguring = 7,
@@ -59,7 +59,7 @@ impl TryFrom<u32> for XenbusState {
     }
 }
 
-/// A number that is no [`XenbusState`].
+/// A number that is not a [`XenbusState`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct UnknownState(pub u32);
 

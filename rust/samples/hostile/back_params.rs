@@ -10,11 +10,11 @@ module_params! {
         "Virtual device number of the one device to take";
     /// The [`Misbehaviour`](crate::misbehaviour::Misbehaviour).
     pub(crate) static MISBEHAVIOUR("misbehaviour", 0o644): u32 = 0,
-        "0: nothing; 1, 2, 3: status of a write, a write, a flush; 4, 5, 6: id, id twice, operation; 7, 8: too many, too few answers; 9: keep pages; 10: silence; 11: peek; 12: lose an event; 13: miss an event; 14: lag";
+        "0: nothing; 1, 2, 3: status of a write, a write, a flush; 4, 5, 6: id, id twice, operation; 7, 8: too many, too few responses; 9: keep pages; 10: silence; 11: peek; 12: lose an event; 13: miss an event; 14: lag";
     /// Keeps pages of ended connections mapped.
     pub(crate) static HOARD("hoard", 0o644): bool = false, "Keep the pages of connections that have ended mapped";
-    /// Number of such connections.
+    /// Number of ended connections whose pages are mapped.
     pub(crate) static HOARDED("hoarded", 0o444): u32 = 0, "Connections that have ended and are mapped";
-    /// The feature that it offers in place of flush.
+    /// Offers barriers in place of flushes.
     pub(crate) static BARRIER("barrier", 0o644): bool = false, "Offer a barrier, and no flush";
 }

@@ -106,7 +106,7 @@ module_params! {
         "Virtual device number of the one device to take";
     /// The list of scripts.
     static LIST("list", 0o644): u32 = 0,
-        "0: all that there is for a disk that can be written, 1: requests to a read-only disk, \
+        "0: all scripts for a writable disk, 1: requests to a read-only disk, \
          2: wrong requests, then events alone";
     /// Skips scripts for which xen-blkback prints a warning with a stack trace.
     static GENTLE("gentle", 0o644): bool = false,
@@ -154,23 +154,23 @@ impl Front {
         if inner.thread.is_some() {
             return Ok(());
         }
-        let Some(script) = self.next_episode(&mut inner) else {
+        let Some(script) = self.next_script(&mut inner) else {
             return Ok(());
         };
         self.device.switch_state(XenbusState::Initialising);
-        let parts = self.make(script)?;
-        // From now on the backend is what it says, and not what the last script set_backend_state.
+        let parts = self.create_parts(script)?;
+        // The state that the last connection has recorded is out of date.
         self.session_state.set_backend_state(XenbusState::InitWait);
         let options = KThreadOptions::default();
         let thread = KThread::spawn(fmt!("hostile"), options, move |current| {
-            play(Session::new(parts, current), script);
+            run_script(Session::new(parts, current), script);
         })?;
         inner.thread = Some(thread);
         self.device.switch_state(XenbusState::Initialised);
         Ok(())
     }
 
-    fn next_episode(&self, inner: &mut Inner) -> Option<&'static Script> {
+    fn next_script(&self, inner: &mut Inner) -> Option<&'static Script> {
         let left = self.scripts.get(inner.next..)?;
         let skipped = left.iter().take_while(|one| one.is_harsh() && GENTLE.get());
         let skipped = skipped.count();
@@ -179,7 +179,7 @@ impl Front {
     }
 
     /// Creates ring and event channel, and publishes them.
-    fn make(&self, script: &Script) -> Result<Parts> {
+    fn create_parts(&self, script: &Script) -> Result<Parts> {
         let device = &self.device;
         let ring = RingPages::new(device, script.order)?;
         let (req_prod, rsp_prod) = script.start;
@@ -205,12 +205,12 @@ impl Front {
             read_only: reader.number("info")? & info::READONLY != 0,
         });
         let inner = self.inner.lock();
-        // The bus may tell of a state twice, and by then the script may be over, and closing.
+        // The bus may report a state twice, and the script may have ended meanwhile.
         if inner.thread.is_none() || dev.state() != XenbusState::Initialised {
             return Ok(());
         }
-        let playing = self.scripts.get(inner.next.wrapping_sub(1));
-        if playing.is_some_and(|script| script.toggle) {
+        let running = self.scripts.get(inner.next.wrapping_sub(1));
+        if running.is_some_and(|script| script.toggle) {
             self.toggle();
         }
         dev.switch_state(XenbusState::Connected);
@@ -233,7 +233,7 @@ impl Front {
     }
 }
 
-/// Ends the script that runs.
+/// Ends the script that is running.
 fn end(inner: &mut Inner) {
     let Some(thread) = inner.thread.take() else {
         return;
@@ -248,7 +248,7 @@ fn end(inner: &mut Inner) {
 }
 
 /// Runs a script, in its thread.
-fn play(session: Session<'_>, script: &Script) {
+fn run_script(session: Session<'_>, script: &Script) {
     let device = session.parts.device.clone();
     if session.await_connection() {
         (script.run)(session, script.name);
@@ -358,7 +358,7 @@ impl xenbus::Driver for Front {
 
     fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {
         end(&mut self.inner.lock());
-        // As in the other frontend of the samples: the bus may look at this state just now.
+        // The bus may read this state at the same time, see `echo_front.rs`.
         if dev.state() != XenbusState::Initialising {
             dev.switch_state(XenbusState::Closed);
         }

@@ -31,11 +31,11 @@ use crate::{
 /// Number of wrong requests in the flood.
 const FLOOD: u32 = 512;
 
-/// RawRing of a slot in the layout of x86_64.
+/// Number of words of a slot in the layout of x86_64.
 const SLOT_WORDS: usize = 28;
 
 /// The bits of a slot that a response uses: id, operation and status.
-const ANSWER: [u32; SLOT_WORDS] = {
+const RESPONSE_BITS: [u32; SLOT_WORDS] = {
     let mut words = [0; SLOT_WORDS];
     words[0] = u32::MAX;
     words[1] = u32::MAX;
@@ -101,7 +101,7 @@ pub(crate) static WRITABLE: &[Case] = &[
         a.direct(op::WRITE, ELSEWHERE, &[poison, poison])
     }),
     case("same-id-twice", same_id),
-    case("answer-in-a-full-slot", look_around_answer),
+    case("response-in-a-full-slot", check_rest_of_slot),
     case("indirect", |a| {
         let poison = [a.poison(); 32];
         indirect(a, op::WRITE, ELSEWHERE, &poison, |request| request)
@@ -272,7 +272,7 @@ fn same_id(a: &mut Session<'_>) -> Outcome {
 }
 
 /// Sends a read in a full slot; besides the response, the slot must be unchanged or zero.
-fn look_around_answer(a: &mut Session<'_>) -> Outcome {
+fn check_rest_of_slot(a: &mut Session<'_>) -> Outcome {
     let (slot, page) = (a.sent, a.many(0));
     let read = WireRequest::Rw(a.rw(op::READ, SCRATCH, &[page; DIRECT_SEGMENTS]));
     a.put(&read);
@@ -284,8 +284,8 @@ fn look_around_answer(a: &mut Session<'_>) -> Outcome {
         Err(outcome) => return outcome,
     }
     let now: [u32; SLOT_WORDS] = a.parts.raw_ring.get(slot);
-    let mut words = put.iter().zip(now).zip(ANSWER);
-    if words.all(|((put, now), answer)| now & !answer == put & !answer || now & !answer == 0) {
+    let mut words = put.iter().zip(now).zip(RESPONSE_BITS);
+    if words.all(|((put, now), bits)| now & !bits == put & !bits || now & !bits == 0) {
         Outcome::Okay
     } else {
         Outcome::WrongData
@@ -302,7 +302,7 @@ pub(crate) fn flood_with_reads(a: &mut Session<'_>) -> Outcome {
 /// Sends wrong requests, as many at once as the ring holds; each must get a response.
 fn flood(
     a: &mut Session<'_>,
-    answer: Status,
+    expected: Status,
     wrong: impl Fn(&mut Session<'_>) -> WireRequest,
 ) -> Outcome {
     let mut left = FLOOD;
@@ -315,12 +315,12 @@ fn flood(
         a.publish();
         for _ in 0..batch {
             match a.take() {
-                Ok(response) if response.status == answer => {}
+                Ok(response) if response.status == expected => {}
                 Ok(_) => return Outcome::Stray,
                 Err(outcome) => return outcome,
             }
         }
         left = left.wrapping_sub(batch);
     }
-    answer.into()
+    expected.into()
 }

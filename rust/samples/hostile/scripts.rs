@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The scripts: what a connection does from start to end.
+//! The scripts: the actions of a connection from start to end.
 
 use kernel_ext::xen::xenbus::XenbusState;
 
@@ -40,7 +40,7 @@ const ROUNDS: u32 = 10;
 /// Number of times that a request is changed while the backend reads it.
 const CHANGES: u32 = 2_000;
 
-/// A connection and what it does.
+/// A connection and its actions.
 pub(crate) struct Script {
     pub(crate) name: &'static str,
     pub(crate) abi: Abi,
@@ -94,21 +94,21 @@ const END: Script = script("end", hold);
 /// The scripts for a writable disk.
 pub(crate) static WRITABLE_DISK: &[Script] = &[
     script("requests", |session, _| run_cases(session, WRITABLE)),
-    // Nonsense in and around the ring.
+    // Invalid indices, events, and changes of the ring while it is in use.
     script("req-prod-ahead", |session, name| {
         let slots = session.parts.raw_ring.slots();
-        claim_nonsense(session, name, slots.wrapping_add(1));
+        claim_requests(session, name, slots.wrapping_add(1));
     }),
     script("req-prod-far", |session, name| {
-        claim_nonsense(session, name, 1 << 31)
+        claim_requests(session, name, 1 << 31)
     }),
     script("req-prod-back", |session, name| {
-        claim_nonsense(session, name, u32::MAX)
+        claim_requests(session, name, u32::MAX)
     }),
     BORN_BROKEN,
     script("event-storm", storm),
     script("lost-event", lose_event),
-    script("answers-left", leave_answers),
+    script("responses-left", leave_responses),
     script("request-changes", change_request),
     script("pages-withdrawn", withdraw_pages),
     script("ring-withdrawn", withdraw_ring),
@@ -170,7 +170,7 @@ fn trouble(mut session: Session<'_>, name: &'static str) {
 }
 
 /// Publishes more requests than were written, after some valid ones.
-fn claim_nonsense(mut session: Session<'_>, name: &'static str, more: u32) {
+fn claim_requests(mut session: Session<'_>, name: &'static str, more: u32) {
     let before = session.check_disk();
     session.claim(session.sent.wrapping_add(more));
     let outcome = session.watch_backend();
@@ -224,8 +224,8 @@ fn put_reads(session: &mut Session<'_>) {
     session.publish();
 }
 
-/// Fills the ring with writes. Their pages may be withdrawn: if the guest uses a grant reference
-/// for something else then, a write does no harm to it.
+/// Fills the ring with writes. Their pages may be withdrawn: if the guest reuses a grant reference
+/// then, a write only reads the page.
 fn put_writes(session: &mut Session<'_>) {
     for index in 0..session.parts.raw_ring.slots() {
         let write = session.rw(op::WRITE, ELSEWHERE, &[session.many(index)]);
@@ -235,13 +235,13 @@ fn put_writes(session: &mut Session<'_>) {
 }
 
 /// Sends requests without reading responses.
-fn leave_answers(mut session: Session<'_>, name: &'static str) {
+fn leave_responses(mut session: Session<'_>, name: &'static str) {
     let mut outcome = Outcome::Okay;
     for _ in 0..ROUNDS {
         put_reads(&mut session);
         outcome = session.await_responses(session.sent);
     }
-    session.answered = session.sent;
+    session.received = session.sent;
     let after = session.check_disk();
     session.parts.session_state.report(name, outcome, after);
 }
@@ -308,7 +308,7 @@ fn withdraw_pages(mut session: Session<'_>, name: &'static str) {
         }
         Err(_) => Outcome::Own,
     };
-    session.answered = session.sent;
+    session.received = session.sent;
     let after = session.check_disk();
     session.parts.session_state.report(name, outcome, after);
 }

@@ -275,7 +275,7 @@ impl Server {
             let Ok(request) = self.late.remove(0) else {
                 return;
             };
-            self.answer(&request, Misbehaviour::Honest);
+            self.respond(&request, Misbehaviour::Honest);
         }
     }
 
@@ -295,7 +295,7 @@ impl Server {
                 Misbehaviour::Back if suits => claim = Some(self.put.wrapping_sub(1)),
                 _ => {}
             }
-            self.answer(
+            self.respond(
                 &request,
                 if suits {
                     misbehaviour
@@ -319,7 +319,7 @@ impl Server {
         }
     }
 
-    fn answer(&mut self, request: &WireRequest, misbehaviour: Misbehaviour) {
+    fn respond(&mut self, request: &WireRequest, misbehaviour: Misbehaviour) {
         let honest = request.response(self.work(request, misbehaviour));
         let last_id = core::mem::replace(&mut self.last_id, request.id());
         let response = match misbehaviour {

@@ -159,7 +159,7 @@ pub(crate) struct Session<'a> {
     /// Number of requests written.
     pub(crate) sent: u32,
     /// Number of responses read.
-    pub(crate) answered: u32,
+    pub(crate) received: u32,
     id: u64,
     seed: u8,
 }
@@ -173,7 +173,7 @@ impl<'a> Session<'a> {
             parts,
             current,
             sent: 0,
-            answered: 0,
+            received: 0,
             id: 0xfeed << 48,
             seed: 0,
         }
@@ -281,10 +281,10 @@ impl<'a> Session<'a> {
 
     /// Reads the next response.
     pub(crate) fn take(&mut self) -> Result<Response, Outcome> {
-        match self.await_responses(self.answered.wrapping_add(1)) {
+        match self.await_responses(self.received.wrapping_add(1)) {
             Outcome::Okay => {
-                let response = Response::decode(self.parts.raw_ring.get(self.answered));
-                self.answered = self.answered.wrapping_add(1);
+                let response = Response::decode(self.parts.raw_ring.get(self.received));
+                self.received = self.received.wrapping_add(1);
                 Ok(response)
             }
             other => Err(other),

@@ -62,20 +62,20 @@ use crate::{
 const SECTORS_PER_MIB: u64 = 1 << 11;
 
 /// Requests that are held in flight.
-struct Parked {
-    /// Set if the disk was removed; then no request is held.
+struct Held {
+    /// `true` if the disk was removed; then no request is held.
     gone: bool,
     /// One slot for each request that can be in flight.
     slots: KVec<Option<(Mode, Request<Control, InFlight>)>>,
 }
 
-/// The disk and its driver: the data of its queue, and what its thread works on.
+/// The disk and its driver: the data of its queue and of its thread.
 #[pin_data]
 pub(crate) struct Control {
     store: Store,
     count: Atomic<u32>,
     #[pin]
-    parked: SpinLockIrqSave<Parked>,
+    held: SpinLockIrqSave<Held>,
     #[pin]
     disk: Mutex<Option<Arc<GenDisk<Control>>>>,
     /// 1 if there is work for the thread.
@@ -99,7 +99,7 @@ impl Control {
             pin_init!(Self {
                 store,
                 count: Atomic::new(0),
-                parked <- new_spinlock_irqsave!(Parked { gone: false, slots }),
+                held <- new_spinlock_irqsave!(Held { gone: false, slots }),
                 disk <- new_mutex!(None),
                 scheduled: Atomic::new(0),
                 wait <- new_wait_queue!(),
@@ -146,7 +146,9 @@ impl Control {
         Ok(())
     }
 
-    /// Adds the disk to the system. Context: the thread runs.
+    /// Adds the disk to the system.
+    ///
+    /// Context: the thread is running.
     pub(crate) fn add_disk(&self) -> Result {
         let disk = self.disk.lock().clone().ok_or(ENODEV)?;
         disk.add(None)
@@ -158,8 +160,8 @@ impl Control {
             return;
         };
         disk.mark_dead();
-        self.parked.lock().gone = true;
-        self.end_parked(|_, _| Some(BlkStatus::IOERR));
+        self.held.lock().gone = true;
+        self.end_held(|_, _| Some(BlkStatus::IOERR));
         drop(disk);
         pr_info!("rblk0: removed\n");
     }
@@ -169,36 +171,33 @@ impl Control {
     }
 
     /// Ends the held requests for which `f` returns a status.
-    fn end_parked(
-        &self,
-        mut f: impl FnMut(Mode, &mut Request<Self, InFlight>) -> Option<BlkStatus>,
-    ) {
+    fn end_held(&self, mut f: impl FnMut(Mode, &mut Request<Self, InFlight>) -> Option<BlkStatus>) {
         let mut batch = EndBatch::new();
         for slot in 0.. {
-            let (mode, mut rq) = match self.parked.lock().slots.get_mut(slot) {
+            let (mode, mut rq) = match self.held.lock().slots.get_mut(slot) {
                 Some(slot) => match slot.take() {
-                    Some(parked) => parked,
+                    Some(held) => held,
                     None => continue,
                 },
                 None => return,
             };
             match f(mode, &mut rq) {
                 Some(status) => batch.end(rq, status),
-                None => self.park(mode, rq),
+                None => self.hold(mode, rq),
             }
         }
     }
 
     /// Holds a request that was started, or fails it if the disk was removed.
-    fn park(&self, mode: Mode, rq: Request<Self, InFlight>) {
-        let mut parked = self.parked.lock();
-        if !parked.gone {
-            if let Some(slot) = parked.slots.iter_mut().find(|slot| slot.is_none()) {
+    fn hold(&self, mode: Mode, rq: Request<Self, InFlight>) {
+        let mut held = self.held.lock();
+        if !held.gone {
+            if let Some(slot) = held.slots.iter_mut().find(|slot| slot.is_none()) {
                 *slot = Some((mode, rq));
                 return;
             }
         }
-        drop(parked);
+        drop(held);
         rq.end(BlkStatus::OFFLINE);
     }
 
@@ -232,7 +231,7 @@ impl Control {
 
     fn work(&self) {
         let now = Mode::new(params::MODE.get());
-        self.end_parked(|mode, rq| match (mode, now) {
+        self.end_held(|mode, rq| match (mode, now) {
             (Mode::Keep, Mode::Keep) => None,
             (Mode::Keep, Mode::Fail) => Some(BlkStatus::IOERR),
             _ => Some(self.store.execute(rq)),
@@ -279,12 +278,12 @@ impl Operations for Control {
             }
             Mode::Complete => rq.start().complete(),
             Mode::Later => {
-                this.park(Mode::Later, rq.start());
+                this.hold(Mode::Later, rq.start());
                 if last {
                     this.schedule();
                 }
             }
-            Mode::Keep => this.park(Mode::Keep, rq.start()),
+            Mode::Keep => this.hold(Mode::Keep, rq.start()),
             Mode::Fail => rq.end(BlkStatus::IOERR),
             Mode::Refuse => rq.end(BlkStatus::NOTSUPP),
             Mode::Reject => return Err(rq.reject()),
@@ -312,7 +311,7 @@ impl Operations for Control {
             id.tag,
             id.hw_queue
         );
-        this.end_parked(|_, rq| (rq.id() == id).then_some(BlkStatus::TIMEOUT));
+        this.end_held(|_, rq| (rq.id() == id).then_some(BlkStatus::TIMEOUT));
     }
 
     fn open(this: ArcBorrow<'_, Self>, _mode: OpenMode) -> Result {

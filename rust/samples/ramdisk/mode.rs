@@ -7,22 +7,22 @@ use kernel_ext::block::mq::Op;
 /// The mode of completion of requests: the parameter `mode`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// 0: it is done in `queue_rq`.
+    /// 0: requests are completed in `queue_rq`.
     Now,
-    /// 1: it is done in `complete`.
+    /// 1: requests are completed in `complete`.
     Complete,
-    /// 2: it is done by a work item, in a batch with others.
+    /// 2: requests are completed by the thread, in a batch.
     Later,
-    /// 3: it stays in flight until the parameter changes, it times out or the disk goes. If the
-    /// parameter becomes 4 then, it fails; else it is done.
+    /// 3: requests stay in flight until the parameter changes, they time out or the disk is
+    /// removed. If the parameter becomes 4, they fail, otherwise they are completed.
     Keep,
-    /// 4: it fails.
+    /// 4: requests fail.
     Fail,
-    /// 5: it is refused, and offered again by blk-mq.
+    /// 5: requests are rejected, and blk-mq queues them again.
     Reject,
-    /// 6: it is requeued, and offered again after a kick.
+    /// 6: requests are requeued, and queued again after a kick.
     Requeue,
-    /// 7: it is refused as something that the disk cannot do.
+    /// 7: requests end with `BLK_STS_NOTSUPP`.
     Refuse,
 }
 

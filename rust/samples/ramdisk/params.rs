@@ -24,7 +24,7 @@ module_params! {
     /// Number of requests that are completed normally before `mode` applies to one.
     pub(crate) static EVERY("every", 0o644): u32 = 1, "Treat each n-th request so; the others are done at once";
     /// Time limit of a request.
-    pub(crate) static TIMEOUT_MS("timeout_ms", 0o444): u32 = 30_000, "Time-out of a request in ms";
+    pub(crate) static TIMEOUT_MS("timeout_ms", 0o444): u32 = 30_000, "Timeout of a request in ms";
     /// Set if the disk has a write cache.
     pub(crate) static WRITE_CACHE("write_cache", 0o444): bool = true, "Ask for flushes";
     /// Set if the disk supports FUA.

@@ -2,10 +2,10 @@
 
 //! A RAM disk that tests `kernel_ext::block` without Xen.
 //!
-//! The disk is `/dev/rblk0`. Parameters choose how each request is completed, see [`mode`].
-//! Writable ones (`size_mib`, `gone`, the end of mode 3) take effect when the disk is opened the
-//! next time, for instance by `blockdev --getsz`. The module can be unloaded after `gone` has
-//! removed the disk. `lose` leaks memory, which the leak check of the tests must find.
+//! The disk is `/dev/rblk0`. Parameters choose how each request is completed, see [`mode`]. Changes
+//! of `size_mib`, of `gone`, and from mode 3 to another one take effect when the disk is next
+//! opened, for instance by `blockdev --getsz`. The module can be unloaded after `gone` has removed
+//! the disk. `lose` leaks memory, which the leak check of the tests must find.
 
 #![deny(unsafe_code)]
 
@@ -41,8 +41,8 @@ impl kernel::Module for Ramdisk {
         let control = Control::new()?;
         Control::create_disk(&control)?;
         let runner = control.clone();
-        // Nothing fails after this: a module whose `init` fails is freed whatever references there
-        // are.
+        // Nothing fails after this: if `init` fails, the kernel frees the module regardless of its
+        // reference count.
         let thread = KThread::spawn(fmt!("rblk0"), KThreadOptions::default(), move |current| {
             runner.run(current);
         })

@@ -139,7 +139,7 @@ impl xenbus::Driver for Front {
                 self.disconnect();
                 dev.frontend_closed();
                 if state == XenbusState::Closed {
-                    // Ready for a backend that comes back.
+                    // Ready for a backend that connects again.
                     dev.switch_state(XenbusState::Initialising);
                 }
             }
@@ -154,8 +154,8 @@ impl xenbus::Driver for Front {
 
     fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {
         self.disconnect();
-        // The bus, in its own thread, may look at this state just now, and take any other one for
-        // that of a new device.
+        // The bus may read this state at the same time, in the `xenwatch` thread, and would take a
+        // state that changes from Initialising for that of a new device.
         if dev.state() != XenbusState::Initialising {
             dev.switch_state(XenbusState::Closed);
         }

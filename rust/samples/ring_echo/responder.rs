@@ -50,13 +50,13 @@ use kernel_ext::{
 };
 
 use crate::protocol::{
-    answer_word,
     message_word,
+    reply_word,
     sum,
     Wake,
     Way,
-    ANSWERS,
     MESSAGES,
+    REPLIES,
     SLOTS, //
 };
 
@@ -94,14 +94,14 @@ impl Connection {
         let ring = MappedRing::new(device, &references)?;
         let wake = Wake::new()?;
         let channel = EventChannel::bind_interdomain(device, port, c"recho-backend", wake.clone())?;
-        // Where the backend before us was: all that it took is answered.
-        let answered = Wrapping(ring.load(ANSWERS));
+        // Continues after the previous backend, which has replied to all messages that it took.
+        let replied = Wrapping(ring.load(REPLIES));
         let responder = Responder {
             device: device.clone(),
             wake,
             ring,
             channel,
-            answered,
+            replied,
             cache: KBox::pin_init(PageCache::new(), GFP_KERNEL)?,
             mapper: Mapper::new(KEPT)?,
             copier: Copier::new(1)?,
@@ -145,7 +145,7 @@ struct Responder {
     ring: MappedRing,
     channel: EventChannel<Wake>,
     /// Number of messages read, and of replies written.
-    answered: Wrapping<u32>,
+    replied: Wrapping<u32>,
     cache: Pin<KBox<PageCache>>,
     mapper: Mapper,
     copier: Copier,
@@ -161,8 +161,8 @@ impl Responder {
         while !current.should_stop() {
             let event = self.wake.wait(current, msecs_to_jiffies(IDLE_MS));
             self.wake.clear();
-            match self.answer_all(current) {
-                Ok(answered) if event => self.channel.eoi(answered == 0),
+            match self.reply_to_all(current) {
+                Ok(replied) if event => self.channel.eoi(replied == 0),
                 Ok(_) => {}
                 Err(error) => {
                     self.device.dev_fatal(
@@ -177,8 +177,8 @@ impl Responder {
     }
 
     /// Replies to all messages in the ring, and returns their number.
-    fn answer_all(&mut self, current: &Current) -> Result<u32> {
-        let there = Wrapping(self.ring.load(MESSAGES)) - self.answered;
+    fn reply_to_all(&mut self, current: &Current) -> Result<u32> {
+        let there = Wrapping(self.ring.load(MESSAGES)) - self.replied;
         if there.0 > SLOTS {
             return Err(EINVAL);
         }
@@ -187,7 +187,7 @@ impl Responder {
             if current.should_stop() {
                 return Ok(done);
             }
-            self.answer_one();
+            self.reply_to_one();
         }
         if there.0 > 0 {
             self.channel.notify();
@@ -195,8 +195,8 @@ impl Responder {
         Ok(there.0)
     }
 
-    fn answer_one(&mut self) {
-        let word = message_word(self.answered);
+    fn reply_to_one(&mut self) {
+        let word = message_word(self.replied);
         let message = Message {
             number: self.ring.load(word),
             reference: ForeignRef(self.ring.load(word + 1)),
@@ -215,13 +215,13 @@ impl Responder {
                 (0, error.to_errno().unsigned_abs())
             }
         };
-        let word = answer_word(self.answered);
+        let word = reply_word(self.replied);
         self.ring.store(word, message.number);
         self.ring.store(word + 1, sum);
         self.ring.store(word + 2, status);
-        self.answered += 1;
+        self.replied += 1;
         self.ring.write_fence();
-        self.ring.store(ANSWERS, self.answered.0);
+        self.ring.store(REPLIES, self.replied.0);
     }
 
     /// Computes the sum of the page of a message, and stores it there.

@@ -48,13 +48,13 @@ use kernel_ext::{
 };
 
 use crate::protocol::{
-    answer_word,
     message_word,
+    reply_word,
     sum,
     Wake,
     Way,
-    ANSWERS,
-    MESSAGES, //
+    MESSAGES,
+    REPLIES, //
 };
 
 /// Limit of messages without a reply.
@@ -119,7 +119,7 @@ impl Connection {
             channel,
             reserve: GrantReserve::empty(),
             sent: Wrapping(0),
-            answered: Wrapping(0),
+            replied: Wrapping(0),
             waiting: KVec::with_capacity(WINDOW, GFP_KERNEL)?,
             kept: KVec::with_capacity(KEPT, GFP_KERNEL)?,
         };
@@ -182,7 +182,7 @@ struct Sender {
     /// Number of messages sent.
     sent: Wrapping<u32>,
     /// Number of replies read.
-    answered: Wrapping<u32>,
+    replied: Wrapping<u32>,
     /// Messages without a reply, in the order of the ring.
     waiting: KVec<Waiting>,
     /// Pages that the backend still maps after its reply.
@@ -194,7 +194,7 @@ impl Sender {
         while !current.should_stop() {
             let event = self.wake.wait(current, msecs_to_jiffies(PAUSE_MS));
             self.wake.clear();
-            let taken = match self.take_answers() {
+            let taken = match self.take_replies() {
                 Ok(taken) => taken,
                 Err(error) => return self.give_up(error),
             };
@@ -222,22 +222,22 @@ impl Sender {
     }
 
     /// Reads all replies in the ring, and returns their number.
-    fn take_answers(&mut self) -> Result<u32> {
-        let there = Wrapping(self.ring.load(ANSWERS)) - self.answered;
-        if there > self.sent - self.answered {
+    fn take_replies(&mut self) -> Result<u32> {
+        let there = Wrapping(self.ring.load(REPLIES)) - self.replied;
+        if there > self.sent - self.replied {
             return Err(EINVAL);
         }
         self.ring.read_fence();
         for _ in 0..there.0 {
-            self.take_answer();
+            self.take_reply();
         }
         Ok(there.0)
     }
 
-    fn take_answer(&mut self) {
-        let word = answer_word(self.answered);
+    fn take_reply(&mut self) {
+        let word = reply_word(self.replied);
         let [number, sum, status] = [0, 1, 2].map(|field| self.ring.load(word + field));
-        self.answered += 1;
+        self.replied += 1;
         let Ok(message) = self.waiting.remove(0) else {
             return;
         };
@@ -258,7 +258,7 @@ impl Sender {
         counter.fetch_add(1, Relaxed);
         if !right {
             ratelimited!(pr_err!(
-                "{}: message {} with sum {:#x}: answer {} with sum {:#x}, page {:?}, status {}\n",
+                "{}: message {} with sum {:#x}: reply {} with sum {:#x}, page {:?}, status {}\n",
                 self.device.nodename(),
                 message.number,
                 message.sum,
@@ -275,7 +275,7 @@ impl Sender {
     fn end(&mut self, page: GrantedPage) {
         let Err(page) = page.try_end() else { return };
         if self.kept.len() == KEPT {
-            // Dropping it puts it into quarantine.
+            // Dropping it puts it on the kernel's deferred list.
             drop(self.kept.remove(0));
         }
         // There is a place, see above.
