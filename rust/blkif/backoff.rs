@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Trying again what does not work now.
+//! Retries of operations that fail temporarily.
 //!
-//! Some operations fail only for the moment: a page of the other domain is paged out, or Xen or the
-//! kernel has run out of something that others will give back. They are tried again, less and less
-//! often. Time is in milliseconds; the caller sleeps.
+//! Some operations fail temporarily: a page of the other domain is paged out, or Xen or the kernel
+//! lacks a resource that will be freed. They are retried with increasing delays. Time is in
+//! milliseconds; the caller sleeps.
 //!
 //! # Examples
 //!
@@ -22,7 +22,7 @@
 //! assert_eq!((result, slept), (Ok(()), 1 + 2 + 4));
 //! ```
 
-/// Delays between tries: each is twice as long as the one before, up to the longest.
+/// Delays between attempts: each is twice as long as the previous one, up to the longest.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Backoff {
     first: u32,
@@ -54,8 +54,8 @@ impl Backoff {
     }
 }
 
-/// Runs `run` until it works or fails with an error that is not `transient`, and returns its last
-/// result. Calls `sleep` in between, for `total` milliseconds in all at most.
+/// Calls `run` until it succeeds or fails with an error that is not `transient`, and returns its
+/// last result. Calls `sleep` in between, for at most `total` milliseconds in total.
 pub fn retry<T, E>(
     mut backoff: Backoff,
     total: u32,

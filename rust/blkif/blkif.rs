@@ -1,37 +1,36 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The Xen block protocol, without the kernel.
+//! The Xen block protocol, without kernel code.
 //!
-//! Everything about a Xen virtual block device that can be decided by looking at numbers is decided
-//! here: what the bytes of a request mean, whether it is valid, how a block request becomes ring
-//! slots, which features two sides agree on, what to do when the other side changes state. The
-//! crate allocates nothing, takes no lock, reads no clock and does no I/O, so all of it can be
-//! tested on the build machine in milliseconds. Both drivers link it.
+//! All decisions about a Xen virtual block device that need no kernel are made here: the layout and
+//! the checks of requests, the division of block requests into slots, the negotiation of features,
+//! and the reactions to changes of the other side's state. The crate allocates nothing, takes no
+//! lock, reads no clock and does no I/O, so all of it can be tested on the build machine in
+//! milliseconds. Both drivers link it.
 //!
 //! # Terms
 //!
-//! - *Frontend*: the side that has a disk because another domain serves it. *Backend*: the side
-//!   that serves it.
+//! - *Frontend*: the side that uses a disk of another domain. *Backend*: the side that serves it.
 //! - *Ring*: 1 to 16 pages of memory that both sides map. The frontend writes requests into its
 //!   *slots*, the backend overwrites them with responses.
 //! - *Sector*: always 512 bytes on the wire, whatever the logical block size of the disk is.
 //! - *Segment*: a run of sectors in one granted page of 4 KiB.
-//! - *Indirect request*: a request whose segments are in granted pages of their own, because a
-//!   slot has room for only 11.
-//! - *Word*: 32 bits, little endian. All structures of the protocol are made of whole words.
+//! - *Indirect request*: a request whose segments are in granted pages of their own, because a slot
+//!   has space for only 11.
+//! - *Word*: 32 bits, little endian. All structures of the protocol consist of whole words.
 //!
 //! # Modules
 //!
-//! | module | question that it answers |
+//! | module | question |
 //! |---|---|
-//! | [`wire`] | what do the bytes of requests, responses and segments mean, in each ABI? |
+//! | [`wire`] | how are requests, responses and segments laid out, in each ABI? |
 //! | [`ring`] | which slot is next, and must the other side be notified? |
-//! | [`id`] | which use of which tag does a response belong to? |
+//! | [`id`] | which request does a response belong to? |
 //! | [`request`] | is this request valid for this disk? (backend) |
 //! | [`plan`] | which slots does this block request need? (frontend) |
-//! | [`resources`] | how many slots, pages and grants does it take? (frontend) |
+//! | [`resources`] | how many slots, pages and grants does it need? (frontend) |
 //! | [`reservation`] | may it take its slots now? (frontend) |
-//! | [`node`] | what does the text of a xenstore node say? |
+//! | [`node`] | what is the value of a xenstore node? |
 //! | [`negotiate`] | which features do the two sides agree on? |
 //! | [`token_bucket`] | how often may the peer cause an action? |
 //! | [`backoff`] | when is an operation retried that fails now? |

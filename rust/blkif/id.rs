@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The frontend's name for a slot of the ring: which use of which tag it belongs to.
+//! The id of a request: the number of its shadow (*tag*), and the use of that shadow.
 //!
-//! A backend repeats the id of a request in its response and otherwise never looks at it. A
-//! response may be late, doubled or invented, so an id is never looked up by its tag alone: the
-//! frontend keeps the whole id of what it published, and a response whose id is not equal to it in
-//! every bit finds nothing.
+//! A backend copies the id of a request to its response and does not use it otherwise. A response
+//! may be late, repeated or invented, so a request is not looked up by the tag alone: the frontend
+//! stores the whole id of each request that it has published, and a response with a different id
+//! matches no request.
 //!
 //! | bits | field | meaning |
 //! |---|---|---|
 //! | 0..16 | tag | number of the entry in the frontend's shadow table |
-//! | 16..28 | part | which slot of a request that needs several |
+//! | 16..28 | part | number of the slot among those of the request |
 //! | 28..40 | queue | hardware queue |
-//! | 40..64 | epoch | count of uses; an answer to an older use has another one |
+//! | 40..64 | epoch | count of uses of shadows; a response to an earlier use has another one |
 //!
 //! # Examples
 //!
@@ -21,7 +21,7 @@
 //!
 //! let id = RingId::new(5, 1, 0, 31).unwrap();
 //! assert_eq!(RingId::from_wire(id.to_wire()), id);
-//! // The next use of the same slot.
+//! // The next use of the same shadow.
 //! assert_ne!(RingId::new(6, 1, 0, 31), Some(id));
 //! ```
 
@@ -36,13 +36,14 @@ pub const EPOCHS: u32 = 1 << 24;
 /// Hardware queues and parts are numbered below this.
 pub const FIELD_LIMIT: u16 = FIELD_MASK + 1;
 
-/// An id as it stands in a request and in its response. Compare it whole.
+/// The id in a request and in its response. Compare all of it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct RingId(u64);
 
 impl RingId {
-    /// Packs an id, or returns `None` if `queue` or `part` is not below [`FIELD_LIMIT`]. Of `epoch`
-    /// the low 24 bits count, so it may be an ordinary wrapping counter.
+    /// Packs an id, or returns `None` if `queue` or `part` is not below [`FIELD_LIMIT`].
+    ///
+    /// Only the low 24 bits of `epoch` are used, so it may be a wrapping counter of 32 bits.
     #[inline]
     pub const fn new(epoch: u32, queue: u16, part: u16, tag: u16) -> Option<Self> {
         if queue > FIELD_MASK || part > FIELD_MASK {
@@ -56,14 +57,15 @@ impl RingId {
         ))
     }
 
-    /// Returns the id of a response. Any number is one; whether it was ever given out is for the
-    /// owner of the slots to say.
+    /// Returns the id of a response.
+    ///
+    /// Any number is an id; the caller has to check that a request has it.
     #[inline]
     pub const fn from_wire(id: u64) -> Self {
         RingId(id)
     }
 
-    /// Returns the number for the request.
+    /// Returns the number on the wire.
     #[inline]
     pub const fn to_wire(self) -> u64 {
         self.0

@@ -2,10 +2,11 @@
 
 //! Negotiation: from two sets of offers to one set of features.
 //!
-//! The two sides meet twice. When the backend is in InitWait, the frontend chooses the shape of the
-//! rings from what the backend can do at most ([`RingShape`]) and publishes it; the backend checks
-//! that choice ([`FrontChoice::check`]). When the backend is Connected, the frontend reads what the
-//! disk is ([`DiskNodes`]) and what it can do ([`BackOffer`]), and both use the same [`Features`].
+//! The negotiation has two steps. When the backend is in InitWait, the frontend chooses number and
+//! size of the rings within the backend's limits ([`RingShape`]) and writes them; the backend
+//! checks that choice ([`FrontChoice::check`]). When the backend is Connected, the frontend reads
+//! the properties of the disk ([`DiskNodes`]) and the features of the backend ([`BackOffer`]), and
+//! both use the same [`Features`].
 //!
 //! A set of nodes is read like this, for each name in its `NODES`:
 //!
@@ -23,8 +24,8 @@
 //! # Ok::<(), InvalidNode>(())
 //! ```
 //!
-//! An optional node that cannot be understood leaves the offer as it was, as if it were missing: it
-//! is worth a warning, not the disk.
+//! An invalid optional node does not change the offer, as if it were missing: it causes a warning,
+//! and the disk works without it.
 
 use core::fmt;
 
@@ -57,10 +58,10 @@ pub struct FrontOffer {
     pub max_queues: u32,
     /// Largest number of segments of an indirect request.
     pub max_indirect_segments: u32,
-    /// Use persistent grants if the backend does.
+    /// `true` if persistent grants are used when the backend uses them.
     pub persistent: bool,
-    /// The backend may see what else is in the pages of a request. False if either the parameter
-    /// or the node says so.
+    /// `true` if the backend may read the whole pages of a request. `false` if the parameter or the
+    /// node is.
     pub trusted: bool,
 }
 
@@ -108,7 +109,7 @@ impl Default for BackOffer {
 }
 
 impl BackOffer {
-    /// Those of [`BackOffer::NODES`] that say how many rings there can be, and how large.
+    /// Those of [`BackOffer::NODES`] with the largest number and size of rings.
     pub const RING_NODES: [&'static str; 2] = ["max-ring-page-order", "multi-queue-max-queues"];
 
     /// Nodes of the backend's directory that make up the offer. All are optional.
@@ -181,8 +182,8 @@ pub enum Flush {
     None,
     /// With the flush operation.
     Cache,
-    /// With an empty barrier. It makes durable what was answered before, and promises nothing
-    /// about data that it carries: a C backend's barrier flushes before its write, not after.
+    /// With an empty barrier. It makes writes durable that were completed before, but not data of
+    /// its own: a C backend's barrier flushes before its write, not after.
     Barrier,
     /// Never, but an earlier connection of the disk had a cache. Writes that were
     /// acknowledged then may still be in that cache, or lost with it: a flush fails.
@@ -222,22 +223,22 @@ pub struct Features {
     pub persistent: bool,
     /// The way to request a flush. There is no FUA: the block layer implements it with a flush.
     pub flush: Flush,
-    /// Each write is flushed before it is reported done: the disk was made without a write cache,
-    /// and the backend has one.
+    /// `true` if each write is flushed before it is completed: the disk was created without a write
+    /// cache, and the backend has one.
     pub write_through: bool,
     /// The units of discards, if the disk supports them.
     pub discard: Option<DiscardLimits>,
-    /// Data goes through pages that hold nothing else.
+    /// `true` if data is copied to and from pages that contain nothing else.
     pub bounce: bool,
 }
 
 impl Features {
-    /// Returns the features for a disk that an earlier connection has made.
+    /// Returns the features for a disk that an earlier connection has created.
     ///
-    /// The block layer is told once if the disk has a write cache. It drops flushes and FUA from
-    /// what it is asked for as long as there is none, so a write that waits for a connection may be
-    /// one that had FUA. And a cache that has acknowledged writes is never forgotten: as long as no
-    /// backend can flush, it is not known that those writes are durable.
+    /// The block layer learns only once whether the disk has a write cache. Without one it drops
+    /// flushes and FUA, so a write that waits for a connection may have had FUA. If the disk has
+    /// had a write cache, this stays so: as long as no backend can flush, writes that were
+    /// completed before may not be durable.
     pub const fn for_disk(self, write_cache: bool) -> Self {
         let (flush, write_through) = match (self.flush, write_cache) {
             (Flush::None, true) => (Flush::Unavailable, false),
@@ -251,13 +252,13 @@ impl Features {
         }
     }
 
-    /// Returns `true` if the block layer must ask for flushes.
+    /// Returns `true` if the block layer must send flushes.
     pub const fn write_cache(&self) -> bool {
         !matches!(self.flush, Flush::None) && !self.write_through
     }
 }
 
-/// Returns the features of a connection, from what both sides offer.
+/// Returns the features of a connection, from the offers of both sides.
 pub fn negotiate(front: &FrontOffer, back: &BackOffer) -> Features {
     let persistent = front.persistent && back.persistent;
     Features {
@@ -298,7 +299,7 @@ fn discard(back: &BackOffer) -> Option<DiscardLimits> {
     })
 }
 
-/// The nodes that describe the disk, as far as they were read.
+/// The nodes that describe the disk, those that were read.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct DiskNodes {
     sectors: Option<u64>,
@@ -318,13 +319,12 @@ impl DiskNodes {
         "removable",
     ];
 
-    /// Returns `true` if there is no disk without this node. Any other one that makes no sense
-    /// counts as missing.
+    /// Returns `true` if the node is required. Other nodes count as missing if they are invalid.
     pub fn is_required(node: &str) -> bool {
         matches!(node, "sectors" | "info" | "sector-size")
     }
 
-    /// Takes over a node. A name that is not one of [`DiskNodes::NODES`] has no effect.
+    /// Stores the value of a node. A name that is not one of [`DiskNodes::NODES`] has no effect.
     pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), InvalidNode> {
         match node {
             "sectors" => self.sectors = Some(sectors(text)?),
@@ -375,7 +375,7 @@ fn block_size(node: &'static str, text: &[u8]) -> Result<u32, InvalidNode> {
     Ok(size)
 }
 
-/// A disk as its backend describes it.
+/// The properties of a disk, according to its backend.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct DiskProperties {
     /// Size in sectors of 512 bytes.
@@ -405,18 +405,18 @@ impl DiskProperties {
     }
 }
 
-/// The limits of a backend: its module parameters, as it wrote them at probe.
+/// The limits of a backend: its module parameters when it wrote its features.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct BackLimits {
     /// Largest ring, as the binary logarithm of its pages.
     pub max_ring_page_order: u32,
     /// Largest number of rings.
     pub max_queues: u32,
-    /// Use persistent grants if the frontend does.
+    /// `true` if persistent grants are used when the frontend uses them.
     pub persistent: bool,
 }
 
-/// The choice in the frontend's directory, as far as it was read.
+/// The choice in the frontend's directory: the nodes that were read.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct FrontChoice {
     protocol: Option<Abi>,
@@ -461,7 +461,7 @@ impl FrontChoice {
         "feature-persistent",
     ];
 
-    /// Takes over a node. A name that is not one of [`FrontChoice::NODES`] has no effect.
+    /// Stores the value of a node. A name that is not one of [`FrontChoice::NODES`] has no effect.
     pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), InvalidNode> {
         match node {
             "protocol" => {
@@ -476,7 +476,7 @@ impl FrontChoice {
         Ok(())
     }
 
-    /// Checks the choice against what the backend offered.
+    /// Checks the choice against the limits of the backend.
     pub fn check(&self, limits: &BackLimits) -> Result<Accepted, InvalidChoice> {
         let queues = self.queues.unwrap_or(1);
         let limit = limits.queues();

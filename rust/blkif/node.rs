@@ -41,8 +41,8 @@ pub struct PhysicalDevice {
     pub major: u32,
     /// Minor number, 20 bits.
     pub minor: u32,
-    /// The kernel's count of disks when this one was made. A disk that was given the same numbers
-    /// later has another one.
+    /// Sequence number of the disk in the kernel. A later disk with the same device number has
+    /// another one.
     pub sequence: Option<u64>,
 }
 

@@ -3,15 +3,16 @@
 //! Planning: from a block request to slots of the ring.
 //!
 //! The data of a block request is a list of [`PageFragment`]s, each within one page of 4 KiB. A
-//! slot has room for 11 of them, an indirect request for as many as the backend offered. [`Plan`]
-//! cuts the list into [`Part`]s, one for each slot, for the limits in force now. Usually there is
-//! one. There are several if the block layer was told larger limits than the backend has, as can be
-//! after a reconnect.
+//! slot has space for 11 of them, an indirect request for the number that the backend has offered.
+//! [`Plan`] divides the list into [`Part`]s, one for each slot, according to the current limits.
+//! Usually there is one part. There are several if the limits of the block layer are larger than
+//! those of the backend, which is possible after a reconnect.
 //!
-//! Every fragment is in exactly one part, parts follow each other on the disk and in the list, and
-//! none is larger than the limits allow. A part is whole logical blocks if the request is, for a
-//! backend refuses any other: the frontend has the block layer align each fragment to the block, or
-//! to the page if a block is larger, and [`SlotLimits`] ends a part between two blocks.
+//! Every fragment is in exactly one part, parts are consecutive on the disk and in the list, and
+//! none is larger than the limits allow. A part consists of whole logical blocks if the request
+//! does, because a backend refuses others: the frontend has the block layer align each fragment to
+//! the block, or to the page if a block is larger, and [`SlotLimits`] ends a part between two
+//! blocks.
 //!
 //! # Examples
 //!
@@ -31,7 +32,7 @@
 //! assert_eq!(parts[1].placement, SegmentPlacement::Direct);
 //! ```
 //!
-//! With indirect requests it takes one, and a grant more for the page with the segments:
+//! With indirect requests it takes one slot, and another grant for the page with the segments:
 //!
 //! ```
 //! # use blkif::plan::SlotLimits;
@@ -66,8 +67,8 @@ pub struct PageFragment {
 }
 
 impl PageFragment {
-    /// Creates a fragment of `len` bytes from byte `offset` of a page. Returns `None` if that is
-    /// not whole sectors, is nothing, or does not end in the page.
+    /// Creates a fragment of `len` bytes from byte `offset` of a page. Returns `None` if it does
+    /// not consist of whole sectors, is empty, or exceeds the page.
     #[inline]
     pub const fn new(offset: u32, len: u32) -> Option<Self> {
         let end = match offset.checked_add(len) {
@@ -108,7 +109,7 @@ impl PageFragment {
         false
     }
 
-    /// Returns the segment that names this fragment of the granted page `gref`.
+    /// Returns the segment for this fragment of the granted page `gref`.
     #[inline]
     pub const fn segment(self, gref: u32) -> WireSegment {
         WireSegment {
@@ -119,8 +120,8 @@ impl PageFragment {
     }
 }
 
-/// Cuts a run of bytes that may span pages into fragments: a `bio_vec` in pages larger than 4 KiB,
-/// or in several.
+/// The fragments of a range of bytes that may span pages: a `bio_vec` in pages larger than 4 KiB,
+/// or in several pages.
 #[derive(Clone, Copy, Debug)]
 pub struct PageFragments {
     offset: u32,
@@ -129,7 +130,7 @@ pub struct PageFragments {
 
 impl PageFragments {
     /// Creates the fragments of `len` bytes from byte `offset` of the first page. Returns `None` if
-    /// that is not whole sectors or ends beyond 4 GiB.
+    /// the range does not consist of whole sectors or ends beyond 4 GiB.
     #[inline]
     pub const fn new(offset: u32, len: u32) -> Option<Self> {
         if (offset | len) % SECTOR_SIZE != 0 || offset.checked_add(len).is_none() {
@@ -175,7 +176,7 @@ impl Direction {
     }
 }
 
-/// Returns the pages of a logical block, 1 if it is smaller than a page.
+/// Returns the number of pages of a logical block, 1 if it is smaller than a page.
 #[inline]
 const fn block_pages(block_size: u32) -> u32 {
     let pages = block_size / PAGE_SIZE;
@@ -186,7 +187,7 @@ const fn block_pages(block_size: u32) -> u32 {
     }
 }
 
-/// Returns `count` without the pages that make up no whole block of `pages`.
+/// Returns `count` rounded down to a multiple of `pages`, those of a block.
 #[inline]
 const fn whole_blocks(count: u32, pages: u32) -> u32 {
     match count.checked_rem(pages) {
@@ -195,8 +196,8 @@ const fn whole_blocks(count: u32, pages: u32) -> u32 {
     }
 }
 
-/// Returns how many fragments a request can have and still fit into `slots` slots, with any backend
-/// that can serve a disk with this logical block size.
+/// Returns the largest number of fragments of a request that fits into `slots` slots, with any
+/// backend that can serve a disk with this logical block size.
 pub const fn max_fragments(block_size: u32, slots: u32) -> u32 {
     let pages = block_pages(block_size);
     let direct = whole_blocks(DIRECT_SEGMENTS as u32, pages);
@@ -215,7 +216,7 @@ impl SlotLimits {
     /// Returns the limits of a backend that offers indirect requests of `indirect_segments`
     /// segments, 0 for one that offers none, for a disk with this logical block size.
     ///
-    /// `None` if a block does not fit into a slot.
+    /// Returns `None` if a block does not fit into a slot.
     pub fn new(indirect_segments: u16, block_size: u32) -> Option<Self> {
         let offered = usize::from(indirect_segments).clamp(DIRECT_SEGMENTS, INDIRECT_SEGMENTS);
         let segments = whole_blocks(offered as u32, block_pages(block_size));
@@ -264,10 +265,10 @@ pub enum SegmentPlacement {
     Indirect(u8),
 }
 
-/// The part of a request that one slot carries.
+/// The part of a request that is in one slot.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Part {
-    /// Which part of the request, from 0.
+    /// Index of the part in the request, from 0.
     pub index: u16,
     /// First sector on the disk.
     pub sector: u64,
@@ -339,7 +340,7 @@ impl Part {
     }
 }
 
-/// The parts of a block request that moves data, in order.
+/// The parts of a read or write of the block layer, in order.
 #[derive(Clone, Debug)]
 pub struct Plan<I> {
     fragments: I,
@@ -353,8 +354,8 @@ pub struct Plan<I> {
 impl<I: Iterator<Item = PageFragment>> Plan<I> {
     /// Plans a transfer that starts at `sector` of the disk. `count` is the number of `fragments`.
     ///
-    /// `None` if there are more parts than an id can number, or the range ends beyond 2^64 sectors:
-    /// no block layer asks for that.
+    /// Returns `None` if there are more parts than an id can number, or if the range ends beyond
+    /// 2^64 sectors. The block layer makes no such request.
     #[inline]
     pub fn new(sector: u64, fragments: I, count: u32, limits: SlotLimits) -> Option<Self> {
         if limits.slots(count) > u32::from(FIELD_LIMIT) {

@@ -2,15 +2,15 @@
 
 //! Checks of requests: from the wire form to a valid request.
 //!
-//! [`check`] looks at what a frontend wrote, and returns either the reason why it is refused, or a
-//! [`Request`]. A value of this type is valid for the disk: in range, aligned, allowed. No later
-//! code checks again.
+//! [`check`] checks a request as the frontend has written it, and returns a [`Request`], or the
+//! reason why it is refused. A value of this type is valid for the disk: in range, aligned,
+//! allowed. No later code checks again.
 //!
-//! A request that moves data carries [`Data`]. If the segments are in the slot, they are checked
-//! with the rest. If they are in pages of their own ([`Unfetched`]), nothing is known about them
-//! until these pages were fetched and each segment went through a [`SegmentChecker`], which returns
-//! the [`Extent`] of the transfer at the end. An `Extent` and a [`Segment`] cannot be created in
-//! another way, so code that takes them as arguments never gets unchecked numbers.
+//! A read, write or barrier has [`Data`]. If the segments are in the slot, they are checked with
+//! the rest. If they are in pages of their own ([`Unfetched`]), the caller has to fetch these pages
+//! and pass each segment to a [`SegmentChecker`], which returns the [`Extent`] of the transfer at
+//! the end. An `Extent` and a [`Segment`] cannot be created in another way, so code that takes them
+//! as arguments never gets unchecked numbers.
 //!
 //! # Examples
 //!
@@ -120,7 +120,7 @@ impl DiskLimits {
 pub enum InvalidRequest {
     /// The operation is not defined by the protocol, or was not offered.
     UnknownOperation(u8),
-    /// An indirect request came although none were offered.
+    /// An indirect request, although none were offered.
     IndirectNotOffered,
     /// An indirect request is neither a read nor a write.
     IndirectOperation(u8),
@@ -170,20 +170,20 @@ pub enum InvalidRequest {
         /// Size of the disk in sectors.
         size: u64,
     },
-    /// A write, a barrier with data or a discard came for a read-only disk.
+    /// A write, a barrier with data or a discard for a read-only disk.
     ReadOnly,
-    /// A discard came although none was offered.
+    /// A discard, although discard was not offered.
     DiscardNotOffered,
-    /// A secure discard came although none was offered. An ordinary one instead would leave data
-    /// readable that the frontend believes to be erased.
+    /// A secure discard, although it was not offered. An ordinary discard instead would leave data
+    /// readable that the frontend takes for erased.
     SecureNotOffered,
     /// A discard of no sectors.
     EmptyDiscard,
 }
 
 impl InvalidRequest {
-    /// Returns the status of the response: [`Status::NotSupported`] for what was not offered, so
-    /// that a frontend stops using it, and [`Status::Error`] for what is wrong.
+    /// Returns the status of the response: [`Status::NotSupported`] for operations that were not
+    /// offered, so that a frontend stops using them, and [`Status::Error`] for invalid requests.
     pub const fn status(&self) -> Status {
         match self {
             InvalidRequest::UnknownOperation(_)
@@ -274,9 +274,9 @@ impl Segment {
         Segment { gref, first, last }
     }
 
-    /// Checks a segment by itself. It need not consist of whole blocks of the disk: with direct I/O
-    /// from memory that is aligned to 512 bytes, a block may be in parts of two pages. The block
-    /// layer accepts that, as long as the request as a whole consists of whole blocks.
+    /// Checks a segment. It need not consist of whole blocks of the disk: with direct I/O from
+    /// memory that is aligned to 512 bytes, a block may be in parts of two pages. The block layer
+    /// accepts that, as long as the request as a whole consists of whole blocks.
     #[inline]
     fn check(wire: WireSegment) -> Result<Self, InvalidRequest> {
         let WireSegment { first, last, .. } = wire;
@@ -443,7 +443,7 @@ impl<'l> SegmentChecker<'l> {
         Ok(segment)
     }
 
-    /// Checks that all segments were there, and the range of the disk that they are for.
+    /// Checks that all segments were pushed, and checks the range of the disk that they are for.
     #[inline]
     pub fn finish(self) -> Result<Extent, InvalidRequest> {
         if self.fetched != self.expected {
@@ -469,9 +469,9 @@ pub enum Request<'a> {
     Write(Data<'a>),
     /// Make the writes durable whose responses were written before.
     Flush,
-    /// Everything that came before is done and durable; then write the data, if any, and make it
-    /// durable; nothing that came after starts before that. A flush with data is executed as a
-    /// barrier, which guarantees more.
+    /// All earlier requests are complete and durable; then write the data, if any, and make it
+    /// durable; no later request starts before that. A flush with data is executed as a barrier,
+    /// which guarantees more.
     Barrier(Option<Direct<'a>>),
     /// Discard the data in a range.
     Discard {
@@ -498,8 +498,8 @@ impl Request<'_> {
     }
 }
 
-/// Returns how many pages of the frontend one request uses at a time, at most, if indirect requests
-/// may have `indirect_segments` segments.
+/// Returns the largest number of the frontend's pages that one request uses at a time, if indirect
+/// requests may have `indirect_segments` segments.
 ///
 /// A backend that has this number of pages, addresses and mappings can serve each request, if it
 /// serves one after another. The pages of segments count too: they may still be mapped when the
@@ -509,7 +509,7 @@ pub const fn max_pages_per_request(indirect_segments: u16) -> usize {
     at_least_direct((segments as usize).saturating_add(wire::indirect_pages(segments)))
 }
 
-/// Returns how many segments one request has, at most, see [`max_pages_per_request`].
+/// Returns the largest number of segments of a request, see [`max_pages_per_request`].
 pub const fn max_segments_per_request(indirect_segments: u16) -> usize {
     at_least_direct(indirect_limit(indirect_segments) as usize)
 }
@@ -519,7 +519,8 @@ const fn at_least_direct(number: usize) -> usize {
     DIRECT_SEGMENTS.saturating_add(number.saturating_sub(DIRECT_SEGMENTS))
 }
 
-/// Returns how many segments an indirect request may have: as many as are offered and fit.
+/// Returns the largest number of segments of an indirect request: those that are offered, up to the
+/// number that fits.
 const fn indirect_limit(offered: u16) -> u16 {
     offered.saturating_sub(offered.saturating_sub(wire::INDIRECT_SEGMENTS as u16))
 }

@@ -2,13 +2,13 @@
 
 //! Slots that are set aside for requests while they are prepared.
 //!
-//! A request takes all its slots at once or none. Nearly all take one. After a reconnect to a
-//! lesser backend some take more, up to all slots of the ring, which are never free at the same
-//! time as long as small requests take each slot that gets free. So while a request of several
-//! slots waits, smaller ones are refused: the ring drains until the large one fits.
+//! A request reserves all its slots at once. Nearly all requests need one. After a reconnect to a
+//! backend with smaller limits some need more, up to all slots of the ring, which are never free
+//! together as long as small requests take each slot that becomes free. So while a request of
+//! several slots waits, smaller ones are refused: the ring drains until the large one fits.
 //!
-//! Which request was refused is not remembered, only how many slots it takes. The block layer
-//! offers each refused request again until it is taken, so one of that size always comes back.
+//! Only the number of slots of a refused request is stored, not the request. The block layer queues
+//! each refused request again until it is accepted, so a request of that size will follow.
 //!
 //! # Examples
 //!
@@ -27,13 +27,13 @@
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Reservations {
     reserved: usize,
-    /// Slots of the largest request of several slots that was refused since one of that size was
-    /// given its slots; 0 if there is none.
+    /// Number of slots of the largest request of several slots that was refused since a request of
+    /// that size got its slots; 0 if there is none.
     refused: usize,
 }
 
 impl Reservations {
-    /// Returns a state without any reservation.
+    /// Creates a state without reservations.
     pub const fn new() -> Self {
         Self {
             reserved: 0,
@@ -59,12 +59,12 @@ impl Reservations {
         true
     }
 
-    /// Does the same where there are not enough slots, or a request waits.
+    /// Does the same if there are too few slots, or if a request waits.
     #[cold]
     fn reserve_contended(&mut self, count: usize, free: usize) -> bool {
         let reserved = self.reserved.saturating_add(count);
         if reserved > free || count < self.refused {
-            // For a request of one slot, any that gets free will do.
+            // A refused request of one slot is not recorded: any slot that becomes free suffices.
             if count > 1 {
                 self.refused = self.refused.max(count);
             }
@@ -75,7 +75,7 @@ impl Reservations {
         true
     }
 
-    /// Ends a reservation: the slots are taken now, or not needed.
+    /// Ends a reservation, because the slots are about to be used or are not needed.
     #[inline]
     pub fn unreserve(&mut self, count: usize) {
         self.reserved = self.reserved.saturating_sub(count);

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The resources of a ring that a block request takes: slots, granted pages, grants.
+//! The resources of a ring that a block request needs: slots, granted pages, grants.
 //!
 //! A ring keeps pages for one request of the largest size that its disk may have in flight, so that
-//! one can always proceed, even when there is no memory. A request that was split by larger limits
-//! than those in force now takes all its slots and pages at once.
+//! one request can always proceed, even if there is no memory. A request that was queued under
+//! larger limits than the current ones gets all its slots and pages at once.
 
 use crate::{
     plan::SlotLimits,
     wire::DIRECT_SEGMENTS, //
 };
 
-/// The resources that a request takes.
+/// The resources that a request needs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Resources {
     /// Fragments of data.
@@ -27,7 +27,8 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Returns the resources of a request of `fragments` fragments. `bounce`: its data is copied.
+    /// Returns the resources of a request of `fragments` fragments. `bounce` is `true` if its data
+    /// is copied.
     #[inline]
     pub fn new(limits: SlotLimits, bounce: bool, fragments: u32) -> Self {
         let (slots, indirect) = if is_small(fragments) {
@@ -52,7 +53,8 @@ impl Resources {
     }
 }
 
-/// Returns `true` if `fragments` fragments of data, or none, take one slot and nothing else.
+/// Returns `true` if `fragments` fragments of data, or none, need one slot and no other resources
+/// than their pages.
 #[inline]
 pub const fn is_small(fragments: u32) -> bool {
     fragments as usize <= DIRECT_SEGMENTS

@@ -30,16 +30,16 @@
 //!
 //! # Handshake
 //!
-//! A producer fills slots, then makes them visible (*publishes*) by moving its index, then looks at
-//! the consumer's event index to decide whether to send a notification. A consumer takes what is
-//! there; before it sleeps, it moves its event index and then checks again for new entries (*final
-//! check*). A full barrier between the store and the load on both sides means that at least one of
-//! them sees the other's store, so no wake-up is lost.
+//! A producer fills slots, then makes them visible (*publishes*) by storing its index, then reads
+//! the consumer's event index to decide whether to send a notification. A consumer takes all
+//! entries; before it sleeps, it stores its event index and then checks again for new entries
+//! (*final check*). A full barrier between the store and the load on both sides means that at least
+//! one of them sees the other's store, so no wakeup is lost.
 //!
 //! # Trust
 //!
-//! Own indices are kept in private memory and never read back from the ring. Slots are written and
-//! not read back; what the other side wrote is fetched once, word by word, after its index and a
+//! A side stores its own indices in private memory and never reads them back from the ring. Slots
+//! are written and not read back; each word from the other side is read once, after its index and a
 //! read barrier.
 //!
 //! Neither [`FrontRing`] nor [`BackRing`] takes a lock: the caller owns the ring, or holds the lock
@@ -47,7 +47,7 @@
 //!
 //! # Examples
 //!
-//! A flush on its way from a frontend to a backend and back. Each side notifies the other one if
+//! A flush from a frontend to a backend, and its response. Each side notifies the other one if
 //! `publish` returns `true`.
 //!
 //! ```
@@ -107,7 +107,7 @@ const RSP_PROD: usize = 2;
 const RSP_EVENT: usize = 3;
 const HEADER_WORDS: u32 = 16;
 
-/// An error in a ring. All but `Memory` mean that the other side broke the protocol.
+/// An error in a ring. All but `Memory` mean that the other side has violated the protocol.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum RingError {
     /// The memory is not 1 to 16 whole pages; its size in words.
@@ -150,7 +150,7 @@ impl fmt::Display for RingError {
     }
 }
 
-/// There was no free slot to write to. The caller has to check for one before, so this is a bug.
+/// There was no free slot. The caller has to check for one before, so this is a bug.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct RingFull;
 
@@ -164,8 +164,8 @@ pub const fn capacity(words: usize, abi: Abi) -> u32 {
     }
 }
 
-/// Returns `true` if a producer that moved its index from `old` to `new` must notify a consumer
-/// that asked for `event`: it was passed by this move.
+/// Returns `true` if a producer that has changed its index from `old` to `new` must notify a
+/// consumer whose event index is `event`: if the index has passed it.
 #[inline]
 const fn crosses_event(event: u32, old: u32, new: u32) -> bool {
     new.wrapping_sub(event) < new.wrapping_sub(old)
@@ -263,7 +263,7 @@ impl<M: SharedMemory> Slots<M> {
     }
 }
 
-/// The frontend's end of a ring: it puts requests and takes responses.
+/// The frontend's side of a ring: it puts requests and takes responses.
 pub struct FrontRing<M> {
     slots: Slots<M>,
     /// Requests put, published or not.
@@ -272,7 +272,7 @@ pub struct FrontRing<M> {
     req_prod: u32,
     /// Responses taken.
     rsp_cons: u32,
-    /// `rsp_prod` as it was last read: the responses before it are there.
+    /// `rsp_prod` when it was last read: the responses before it are in the ring.
     rsp_seen: u32,
 }
 
@@ -404,12 +404,12 @@ impl<M: SharedMemory> FrontRing<M> {
     }
 }
 
-/// The backend's end of a ring: it takes requests and puts responses.
+/// The backend's side of a ring: it takes requests and puts responses.
 pub struct BackRing<M> {
     slots: Slots<M>,
     /// Requests taken.
     req_cons: u32,
-    /// `req_prod` as it was last read: the requests before it are there.
+    /// `req_prod` when it was last read: the requests before it are in the ring.
     req_seen: u32,
     /// Responses put, published or not.
     rsp_prod_pvt: u32,
@@ -418,10 +418,10 @@ pub struct BackRing<M> {
 }
 
 impl<M: SharedMemory> BackRing<M> {
-    /// Attaches to a frontend's ring where its last backend left off: at the number of responses
-    /// published. That is 0 on a ring never served. The last backend must have responded to all
-    /// requests that it took: responses overwrite requests in the order of their completion, so a
-    /// request that was taken and has no response may have been overwritten.
+    /// Attaches to a frontend's ring at the index where its last backend has stopped: the number of
+    /// responses published, 0 for a new ring. The last backend must have responded to all requests
+    /// that it took: responses overwrite requests in the order of their completion, so a request
+    /// that was taken and has no response may have been overwritten.
     pub fn attach(memory: M, abi: Abi) -> Result<Self, RingError> {
         let slots = Slots::new(memory, abi)?;
         let at = slots.memory.load(RSP_PROD);

@@ -2,11 +2,11 @@
 
 //! The connection as a state machine, for each side.
 //!
-//! Both sides of a device show their state in a xenstore node and watch the other's. [`FrontState`]
-//! and [`BackState`] are what a side knows about itself; `step` says what it must do when something
-//! happens. A driver does what the action says, enters the state that the action leads to, writes
-//! that state to its node, and calls `step` again with the present state of the other side, until
-//! no action changes the state:
+//! Both sides of a device write their state to a xenstore node and watch that of the other side.
+//! [`FrontState`] and [`BackState`] are the states of a side; `step` returns the action for an
+//! event. A driver executes the action, enters the state after the action, writes that state to its
+//! node, and calls `step` again with the current state of the other side, until no action changes
+//! the state:
 //!
 //! ```
 //! # use blkif::state::{BackState, BackAction, BackEvent, XenbusState};
@@ -30,14 +30,14 @@
 //! again. For a frontend, one step is always enough. A backend reads again unless it is
 //! [`BackState::Live`], because no event reports that the toolstack is detaching the device.
 //!
-//! # Who writes a state
+//! # Writers of a state
 //!
-//! A side writes its own node, and so does the toolstack: it writes Closing to the backend's, and
-//! waits for Closed. A backend writes a state in a transaction, and only over the state that it
-//! wrote before. When it finds Closing in its place, it writes nothing but Closed from then on, see
-//! [`BackEvent::ToolstackClosing`]. To a frontend that has closed, InitWait and Connected would
-//! look like a backend that has started again: `xen-blkfront` then offers its rings again while it
-//! still has the old ones, and crashes.
+//! A side writes its own node. The toolstack writes the backend's node too: it writes Closing, and
+//! waits for Closed. A backend writes a state in a transaction, and replaces only the state that it
+//! has written before. When it finds Closing instead, it writes only Closed from then on, see
+//! [`BackEvent::ToolstackClosing`]. A frontend that has closed would take InitWait or Connected for
+//! a backend that has restarted: `xen-blkfront` then offers its rings again while it still has the
+//! old ones, and crashes.
 //!
 //! # From attach to detach
 //!
@@ -49,20 +49,20 @@
 //! | | Connected | the backend serves the rings and has described the disk |
 //! | Connected | | the disk is in use |
 //! | | Closing | the toolstack detaches the disk and has cleared `online` |
-//! | Closed | | the frontend has removed the disk and uses the rings no more |
-//! | | Closed | so has the backend; the toolstack removes the nodes |
+//! | Closed | | the frontend has removed the disk and no longer uses the rings |
+//! | | Closed | the backend has closed too; the toolstack removes the nodes |
 //!
 //! # Outage
 //!
 //! An *outage* is the time during which a disk in use has no connected backend, although the
-//! toolstack does not detach it. The node `online` of the backend tells the two apart. As long as
-//! it is 1, a backend that closes or disappears is expected to come back: the frontend keeps the
-//! disk and what is in flight, and connects again. A backend that comes back while the frontend is
-//! still Connected continues with the same rings. The frontend waits for no longer than a deadline,
-//! which starts when [`FrontState::is_connected`] becomes false, and is cancelled when it is true
-//! again.
+//! toolstack does not detach it. The node `online` of the backend distinguishes the two cases. As
+//! long as it is 1, a backend that closes or disappears is expected to reconnect: the frontend
+//! keeps the disk and the requests in flight, and connects again. A backend that reconnects while
+//! the frontend is still Connected continues with the same rings. The frontend waits for no longer
+//! than a deadline, which starts when [`FrontState::is_connected`] becomes false, and is cancelled
+//! when it is true again.
 //!
-//! A side looks only at the present state of the other: several changes may be seen as one. The
+//! A side reads only the current state of the other side, so it may see several changes as one. The
 //! steps are chosen so that no order of changes leaves both sides waiting for each other, even if
 //! one of them is the C driver. `rust/blkif/tests/states.rs` tries all orders.
 
@@ -73,46 +73,45 @@ pub use xen_io::xenbus::XenbusState;
 /// The state of a frontend's connection.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum FrontState {
-    /// Nothing is shared; ready to connect as soon as the backend is in InitWait. This is where a
-    /// probed device starts, after it has written Initialising. There may be a disk, kept from an
+    /// Nothing is shared; ready to connect as soon as the backend is in InitWait. This is the first
+    /// state of a probed device, after it has written Initialising. There may be a disk of an
     /// earlier connection.
     Waiting,
-    /// Rings are shared and their nodes written; the backend has not said that it serves them.
+    /// Rings are shared and their nodes written; the backend does not serve them yet.
     Offered,
     /// The disk is in use. During an outage, the rings stay as they are for the next backend.
     Live,
-    /// An earlier connection is over, and the backend must get to Closed before a new one can
-    /// begin. The disk and its requests are kept. To the backend this looks as if the frontend had
-    /// closed.
+    /// An earlier connection has ended, and the backend must be Closed before a new one can begin.
+    /// The disk and its requests are kept. For the backend the frontend has closed.
     Reset,
-    /// The disk is gone: what was in flight has ended with an error. Only the toolstack can create
-    /// a new device.
+    /// The disk was removed, and requests in flight have ended with an error. Only the toolstack
+    /// can create a new device.
     Dead,
 }
 
-/// An event that a frontend reacts to.
+/// An event for a frontend.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum FrontEvent {
     /// The backend's state may have changed.
     Backend {
-        /// Present state of the backend.
+        /// Current state of the backend.
         state: XenbusState,
-        /// False if its node `online` is 0: the toolstack detaches the disk. A backend without this
-        /// node is online.
+        /// `false` if its node `online` is 0: the toolstack detaches the disk. A backend without
+        /// this node is online.
         online: bool,
-        /// There is a disk, kept from an earlier connection.
+        /// `true` if there is a disk of an earlier connection.
         disk: bool,
     },
-    /// The backend's node `state` holds no number of a state.
+    /// The backend's node `state` does not contain a state.
     BadState,
-    /// A step could not be carried out, and never can be: bad nodes, a broken ring.
+    /// An action has failed permanently: invalid nodes, a broken ring.
     Failed,
-    /// A step could not be carried out for lack of memory or grants, or the backend does not
-    /// respond to requests: another connection may succeed.
+    /// An action has failed for lack of memory or grants, or the backend does not respond to
+    /// requests: another connection may succeed.
     Unusable,
     /// [`FrontState::is_connected`] has been false for too long.
     Deadline {
-        /// There is a disk that may have waiting users.
+        /// `true` if there is a disk, whose users may be waiting.
         disk: bool,
     },
     /// The domain runs again after it was saved: nothing is shared with other domains.
@@ -168,7 +167,7 @@ impl FrontState {
         }
     }
 
-    /// Returns `true` if requests are being served. The deadline runs while this is false.
+    /// Returns `true` if requests are served. The deadline runs while this is `false`.
     pub const fn is_connected(self, backend: XenbusState) -> bool {
         matches!((self, backend), (FrontState::Live, XenbusState::Connected))
     }
@@ -198,9 +197,9 @@ impl FrontState {
 
     /// Returns the action while there is no connection.
     ///
-    /// A backend that is Connected or Closing belongs to a connection of which this driver knows
-    /// nothing, as after a crash of the frontend: it must close first. One that is Closed sees that
-    /// the frontend is Initialising and will return to InitWait.
+    /// A backend that is Connected or Closing belongs to an earlier connection of another driver,
+    /// for instance after a crash of the frontend: it must close first. A backend that is Closed
+    /// sees that the frontend is Initialising and will return to InitWait.
     const fn waiting(backend: XenbusState) -> FrontAction {
         match backend {
             XenbusState::InitWait => FrontAction::Offer,
@@ -213,9 +212,9 @@ impl FrontState {
 
     /// Returns the action after an offer.
     ///
-    /// A backend that answers the first offer with Closing has refused it. One that refuses a disk
-    /// that was connected before may accept it later: the disk is in use, and the deadline ends the
-    /// attempts.
+    /// A backend that responds to the first offer with Closing has refused it. A backend that
+    /// refuses a disk that was connected before may accept it later: the disk is in use, and the
+    /// deadline ends the attempts.
     const fn offered(backend: XenbusState, disk: bool) -> FrontAction {
         match backend {
             XenbusState::Connected => FrontAction::Connect,
@@ -230,7 +229,7 @@ impl FrontState {
 
     /// Returns the action while connected.
     ///
-    /// A backend before Connected is one that was replaced and comes back to the same rings.
+    /// A backend in a state before Connected was replaced, and will serve the same rings.
     const fn live(backend: XenbusState) -> FrontAction {
         match backend {
             XenbusState::Connected => FrontAction::Refresh,
@@ -242,8 +241,10 @@ impl FrontState {
         }
     }
 
-    /// Returns the action after Closed has been written. Every backend follows to Closed, even one
-    /// that has just been started and is in InitWait. An earlier action would race with it.
+    /// Returns the action after Closed was written.
+    ///
+    /// Every backend becomes Closed then, even one that was just started and is in InitWait. An
+    /// earlier action would race with that.
     const fn reset(backend: XenbusState) -> FrontAction {
         match backend {
             XenbusState::Closed => FrontAction::Restart,
@@ -265,8 +266,8 @@ impl FrontState {
 
     /// Returns the action that asks the backend to close.
     ///
-    /// A frontend that could not make an offer has shared nothing, and
-    /// tries again by itself.
+    /// A frontend that could not make an offer has shared nothing, so it retries without the
+    /// backend.
     const fn disconnect(self) -> FrontAction {
         match self {
             FrontState::Offered | FrontState::Live => FrontAction::Reset,
@@ -288,12 +289,12 @@ impl FrontState {
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum BackState {
     /// A driver was bound and has written nothing yet. The frontend may be in any state, even
-    /// Connected: rings of the previous driver are taken over.
+    /// Connected: the driver continues with the rings of the previous driver.
     Starting,
     /// As `Starting`, but the previous driver has left Closing or Closed, and a frontend that has
     /// not closed yet is about to.
     StartingClosed,
-    /// Its features have been written.
+    /// The features were written.
     Waiting,
     /// The rings are served.
     Live,
@@ -301,7 +302,7 @@ pub enum BackState {
     /// rings are still served.
     Closing,
     /// All requests taken from the rings have responses, and the rings are unmapped. The node still
-    /// holds the state from before; the next step, which comes at once, decides on another.
+    /// has the previous state; the next step, which follows at once, decides on another.
     Detached,
     /// The frontend has closed. It may connect again.
     Closed,
@@ -309,44 +310,44 @@ pub enum BackState {
     Gone,
 }
 
-/// An event that a backend reacts to.
+/// An event for a backend.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum BackEvent {
     /// The frontend's state may have changed, or the physical device may have appeared.
     Frontend {
-        /// Present state of the frontend.
+        /// Current state of the frontend.
         state: XenbusState,
-        /// The toolstack wants the device to exist, see [`is_online`].
+        /// `true` if the toolstack wants the device to exist, see [`is_online`].
         online: bool,
-        /// The physical device is open.
+        /// `true` if the physical device is open.
         ready: bool,
     },
-    /// The frontend's node `state` holds no number of a state.
+    /// The frontend's node `state` does not contain a state.
     BadState,
     /// Closing was found in the backend's own node, where the toolstack has written it.
     ToolstackClosing,
-    /// A step could not be carried out.
+    /// An action has failed.
     Failed(Failure),
 }
 
-/// The reason why a backend could not carry out a step.
+/// The reason why an action of a backend has failed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Failure {
-    /// The frontend has written invalid nodes or broken the rules of the ring.
+    /// The frontend has written invalid nodes or violated the ring protocol.
     Frontend,
     /// The disk or a resource that the frontend has named cannot be used: it does not exist, has
     /// another exclusive user, or Xen refuses it.
     Unusable {
-        /// A frontend has been connected to this device before, so there is a disk in use.
+        /// `true` if a frontend has been connected to this device before, so that a disk is in use.
         connected: bool,
     },
-    /// This domain is short of something, such as memory, that it may have later.
+    /// This domain lacks a resource, such as memory, that it may have later.
     Shortage,
 }
 
 /// Returns `true` if the toolstack wants a backend's device to stay when a frontend in this state
-/// closes it. `node` is the node `online` of the backend; a toolstack that does not write it wants
-/// the device as long as the frontend does.
+/// closes it. `node` is the node `online` of the backend; without it, the device stays as long as
+/// the frontend uses it.
 pub fn is_online(node: Option<&[u8]>, frontend: XenbusState) -> bool {
     match node {
         Some(text) => node::switch("online", text).unwrap_or(false),
@@ -361,26 +362,26 @@ pub fn is_online(node: Option<&[u8]>, frontend: XenbusState) -> bool {
 pub enum BackAction {
     /// Nothing.
     Wait,
-    /// Look for the physical device again, since a frontend waits for it, and take another step if
-    /// it is open now. If it is not there yet, the backend waits for it; if it cannot be used, that
-    /// is a failure.
+    /// Open the physical device, because a frontend waits for it, and take another step if it is
+    /// open now. If it is not there yet, the backend waits for it; if it cannot be used, that is a
+    /// failure.
     Open,
     /// Map the rings, continue at their present indices, describe the disk, start to serve;
     /// Connected.
     Attach,
-    /// Report the failure, and try again after a while, or when something changes. The frontend
-    /// keeps waiting, and a disk in use stays in use.
+    /// Report the failure, and retry after a delay, or at the next event. The frontend keeps
+    /// waiting, and a disk in use stays in use.
     Retry,
-    /// Show that the frontend's wish to close was seen; Closing.
+    /// Acknowledge that the frontend closes; Closing.
     Close,
     /// Write the error to xenstore; Closing.
     Fail,
     /// Respond to the requests that were taken from the rings, take no more, unmap. No state is
-    /// written: the next step, which comes at once, decides on one.
+    /// written: the next step, which follows at once, decides on one.
     Drain,
     /// Write the features; InitWait.
     Restart,
-    /// Nothing but the state; Closed.
+    /// Only write the state; Closed.
     Finish,
     /// Remove the device.
     Forget,
@@ -457,8 +458,8 @@ impl BackState {
 
     /// Returns the action of a driver that was bound to a device that was closing.
     ///
-    /// A frontend that is Initialised or Connected has not seen yet what the previous driver has
-    /// left. Writing InitWait now would race with it.
+    /// A frontend that is Initialised or Connected has not seen the state of the previous driver
+    /// yet. Writing InitWait now would race with it.
     const fn starting_closed(frontend: XenbusState) -> BackAction {
         match frontend {
             XenbusState::Initialising => BackAction::Restart,
@@ -489,7 +490,7 @@ impl BackState {
 
     /// Returns the action while connected.
     ///
-    /// A frontend that is Initialising has started again without closing: it crashed.
+    /// A frontend that is Initialising has restarted without closing: it has crashed.
     const fn live(frontend: XenbusState) -> BackAction {
         match frontend {
             XenbusState::Initialised | XenbusState::Connected => BackAction::Wait,
@@ -503,7 +504,7 @@ impl BackState {
 
     /// Returns the action while closing.
     ///
-    /// Every frontend answers Closing with Closed, or the toolstack removes it. Returning to
+    /// Every frontend responds to Closing with Closed, or the toolstack removes it. Returning to
     /// InitWait before that would race with it.
     const fn closing(frontend: XenbusState) -> BackAction {
         match frontend {
@@ -568,8 +569,8 @@ impl BackState {
 
     /// Returns the action after a failure that may be temporary.
     ///
-    /// Closing would remove a disk that may hold the root file system, because of a problem that
-    /// may be short.
+    /// Closing would remove a disk that may have the root file system, because of a problem that
+    /// may be temporary.
     const fn retry(self) -> BackAction {
         match self {
             BackState::Starting | BackState::StartingClosed | BackState::Waiting => {

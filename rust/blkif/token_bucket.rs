@@ -2,7 +2,7 @@
 
 //! A limit on the rate of actions that the other side causes.
 //!
-//! Time is a number of ticks that wraps; the caller says what a tick is.
+//! Time is a number of ticks that wraps; the caller defines a tick.
 //!
 //! # Examples
 //!
@@ -17,18 +17,18 @@
 //! assert_eq!(bucket.take(10), Ok(()));
 //! ```
 
-/// Turns to do something: a few at once, and then one in each period.
+/// A token bucket: allows a few actions at once, and then one in each period.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct TokenBucket {
     most: u32,
     period: u64,
     left: u32,
-    /// From when on the time counts for the next turn.
+    /// Time since which the period of the next token has been running.
     since: u64,
 }
 
 impl TokenBucket {
-    /// Creates a bucket of `most` tokens, which gets one more in each `period`, at least 1.
+    /// Creates a bucket of `most` tokens, which gets another one after each `period` (at least 1).
     pub fn new(most: u32, period: u64, now: u64) -> Self {
         Self {
             most,
@@ -38,7 +38,7 @@ impl TokenBucket {
         }
     }
 
-    /// Takes a turn. If there is none, the error is the time until there is one.
+    /// Takes a token. If there is none, the error is the time until there is one.
     pub fn take(&mut self, now: u64) -> Result<(), u64> {
         let waited = now.wrapping_sub(self.since);
         let gained = waited.checked_div(self.period).unwrap_or(0);

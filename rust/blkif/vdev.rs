@@ -3,8 +3,8 @@
 //! Virtual device numbers: from the number to name and minors.
 //!
 //! The toolstack writes the number of a disk into the node `virtual-device`. It has several forms,
-//! of which only those of major 202 are in use today; the others stem from times when a PV disk
-//! could take the place of an emulated one (`xen-vbd-interface(7)`):
+//! of which only those of major 202 are in use today; the others are from the time when a PV disk
+//! could replace an emulated one (`xen-vbd-interface(7)`):
 //!
 //! | form | number | disk |
 //! |---|---|---|
@@ -14,8 +14,8 @@
 //! | sd | `8 << 8`, `65..=71 << 8`, `128..=135 << 8`, `\| disk << 4 \| partition` | 16 a major |
 //!
 //! All become disks of major 202 named `xvda`, `xvdb`, ... as `xen-blkfront` names them. A number
-//! that names a partition becomes a disk of one minor with the partition in its name (`xvda1`). Of
-//! an hd number the partition has never had an effect.
+//! that names a partition becomes a disk of one minor with the partition in its name (`xvda1`). The
+//! partition of an hd number has never had an effect.
 //!
 //! # Examples
 //!
@@ -61,7 +61,7 @@ pub enum NumberFormat {
     Sd,
 }
 
-/// Why a virtual device number names no disk.
+/// The reason why a virtual device number is not that of a disk.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum InvalidNumber {
     /// Bits above the extended form are set.
@@ -175,7 +175,7 @@ pub struct VirtualDevice {
 }
 
 impl VirtualDevice {
-    /// Returns the meaning of a virtual device number.
+    /// Returns the disk of a virtual device number.
     pub fn new(number: u32) -> Result<Self, InvalidNumber> {
         match number >> EXTENDED_SHIFT {
             0 => Self::classic(number >> 8, number & 0xff),

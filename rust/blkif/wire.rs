@@ -2,8 +2,8 @@
 
 //! Wire format: requests, responses and segments as 32-bit words.
 //!
-//! A frontend writes its ring in the layout of its own architecture and says so in the node
-//! `protocol`: that is the [`Abi`]. The layouts differ in one word of padding only:
+//! A frontend writes its ring in the layout of its own architecture, the [`Abi`], which it names in
+//! the node `protocol`. The layouts differ only in one word of padding:
 //!
 //! | byte (64-bit, arm) | byte (x86_32) | field |
 //! |---|---|---|
@@ -15,12 +15,11 @@
 //! | 16 | 12 | sector u64 |
 //! | 24 | 20 | 11 segments of 8 bytes, or nr_sectors u64, or handle u16, padding, 8 grants u32 |
 //!
-//! Every field lies within words at the same place for all three kinds of request, so a request is
-//! a stream of words: it is written to and read from the ring word by word, each word once. No byte
-//! that leaves is uninitialised (XSA-216), and no word is read twice (XSA-155).
+//! All three kinds of request consist of whole words in the same positions, so a request is written
+//! to and read from the ring word by word, each word once. No uninitialised byte reaches the other
+//! domain (XSA-216), and no word is read twice (XSA-155).
 //!
-//! A type here says what the other side wrote, not that it is right: see
-//! [`request`](crate::request) for the checks.
+//! The values of these types are not checked: see [`request`](crate::request).
 
 /// Bytes in a sector, the unit of all sector numbers and counts on the wire.
 pub const SECTOR_SIZE: u32 = 512;
@@ -34,7 +33,7 @@ pub const SECTORS_PER_PAGE: u8 = 8;
 /// Words in a granted page.
 pub const WORDS_PER_PAGE: usize = 1024;
 
-/// Segments that a slot has room for (`BLKIF_MAX_SEGMENTS_PER_REQUEST`).
+/// Largest number of segments in a slot (`BLKIF_MAX_SEGMENTS_PER_REQUEST`).
 pub const DIRECT_SEGMENTS: usize = 11;
 
 /// Pages of segments that an indirect request can name
@@ -44,14 +43,14 @@ pub const INDIRECT_PAGES: usize = 8;
 /// Segments in one page of an indirect request.
 pub const SEGMENTS_PER_INDIRECT_PAGE: usize = 512;
 
-/// Segments that an indirect request can have at most.
+/// Largest number of segments of an indirect request.
 pub const INDIRECT_SEGMENTS: usize = INDIRECT_PAGES * SEGMENTS_PER_INDIRECT_PAGE;
 
 /// Words of the largest request.
 pub const REQUEST_WORDS: usize = 28;
 
-/// Words of a response that carry something. Some layouts add one word of padding, which is never
-/// written.
+/// Number of words of a response without padding. Some layouts add a word of padding, which is
+/// never written.
 pub const RESPONSE_WORDS: usize = 3;
 
 /// Operations (`BLKIF_OP_*`). Number 4 is reserved: old SLES kernels sent packet commands with it.
@@ -60,13 +59,13 @@ pub mod op {
     pub const READ: u8 = 0;
     /// Write from the segments.
     pub const WRITE: u8 = 1;
-    /// Write after everything that came before is done and flushed.
+    /// Write after all earlier requests are complete and flushed.
     pub const WRITE_BARRIER: u8 = 2;
     /// Flush the disk's volatile write cache.
     pub const FLUSH_DISKCACHE: u8 = 3;
-    /// Forget the content of sectors.
+    /// Discard the content of sectors.
     pub const DISCARD: u8 = 5;
-    /// A read or write whose segments stand in pages of their own.
+    /// A read or write whose segments are in pages of their own.
     pub const INDIRECT: u8 = 6;
 }
 
@@ -127,7 +126,7 @@ impl Abi {
         }
     }
 
-    /// Returns the layout that a value of the node `protocol` names.
+    /// Returns the layout for a value of the node `protocol`.
     pub fn from_name(name: &[u8]) -> Option<Self> {
         match name {
             b"x86_64-abi" => Some(Abi::X86_64),
@@ -162,7 +161,7 @@ impl Abi {
         }
     }
 
-    /// Returns `true` if a word of padding stands between the first word and the id.
+    /// Returns `true` if a word of padding is between the first word and the id.
     #[inline]
     const fn pads_id(self) -> bool {
         match self {
@@ -215,7 +214,7 @@ pub struct RwRequest {
     pub nr_segments: u8,
     /// Number of the virtual device. Backends ignore it.
     pub handle: u16,
-    /// The frontend's name for the request, repeated in the response.
+    /// The id of the request, which the response repeats.
     pub id: u64,
     /// First sector on the disk.
     pub sector: u64,
@@ -255,7 +254,7 @@ impl RwRequest {
     }
 }
 
-/// As [`RwRequest`], to be written only: its segments are made as they are written.
+/// A [`RwRequest`] that is only written: its segments are created while they are written.
 pub struct RwEncoder<I> {
     /// One of [`op::READ`], [`op::WRITE`], [`op::WRITE_BARRIER`], [`op::FLUSH_DISKCACHE`].
     pub operation: u8,
@@ -263,7 +262,7 @@ pub struct RwEncoder<I> {
     pub nr_segments: u8,
     /// Number of the virtual device. Backends ignore it.
     pub handle: u16,
-    /// The frontend's name for the request, repeated in the response.
+    /// The id of the request, which the response repeats.
     pub id: u64,
     /// First sector on the disk.
     pub sector: u64,
@@ -298,7 +297,7 @@ pub struct DiscardRequest {
     pub flag: u8,
     /// Number of the virtual device. Backends ignore it.
     pub handle: u16,
-    /// The frontend's name for the request, repeated in the response.
+    /// The id of the request, which the response repeats.
     pub id: u64,
     /// First sector on the disk.
     pub sector: u64,
@@ -315,7 +314,7 @@ pub struct IndirectRequest {
     pub nr_segments: u16,
     /// Number of the virtual device. Backends ignore it.
     pub handle: u16,
-    /// The frontend's name for the request, repeated in the response.
+    /// The id of the request, which the response repeats.
     pub id: u64,
     /// First sector on the disk.
     pub sector: u64,
@@ -340,31 +339,30 @@ pub const fn indirect_pages(segments: u16) -> usize {
     (segments as usize).div_ceil(SEGMENTS_PER_INDIRECT_PAGE)
 }
 
-/// A request as it stands in a slot.
+/// A request in a slot.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum WireRequest {
     /// Read, write, barrier or flush with its segments in the slot.
     Rw(RwRequest),
     /// Discard.
     Discard(DiscardRequest),
-    /// Read or write with its segments elsewhere.
+    /// Read or write with its segments in pages of their own.
     Indirect(IndirectRequest),
-    /// An operation that this protocol does not have. The id stands in the same place in all
-    /// layouts of requests, so it can be answered.
+    /// An operation that this protocol does not have. The id is in the same position in all kinds
+    /// of requests, so it can get a response.
     Unknown {
         /// The operation as written.
         operation: u8,
-        /// The frontend's name for the request.
+        /// The id of the request.
         id: u64,
     },
 }
 
-/// A request or response in words, for tests and tools. The drivers go through
-/// [`ring`](crate::ring).
+/// A request or response as words, for tests and tools. The drivers use [`ring`](crate::ring).
 pub type RequestWords = [u32; REQUEST_WORDS];
 
 impl WireRequest {
-    /// Returns the frontend's name for the request.
+    /// Returns the id of the request.
     #[inline]
     pub fn id(&self) -> u64 {
         match self {
@@ -415,10 +413,11 @@ impl WireRequest {
         request
     }
 
-    /// Reads the request whose words `next` fetches, in order. Each is fetched once, and none that
-    /// the request does not use.
+    /// Reads the request whose words `next` returns, in order. Each word that the request uses is
+    /// read once, and no other.
     ///
-    /// A request is large: it is read where it stays, and what is zero anyway is not cleared again.
+    /// A request is large, so it is read into its final place, and words that are zero already are
+    /// not cleared again.
     #[inline]
     pub(crate) fn read(&mut self, abi: Abi, mut next: impl FnMut() -> u32) {
         let [operation, byte1, byte2, byte3] = next().to_le_bytes();
@@ -453,7 +452,7 @@ pub trait Encode {
     /// Returns the operation that the response must name: that of the data for an indirect request.
     fn response_operation(&self) -> u8;
 
-    /// Passes the words of the request to `put`, in order, and none that the request does not use.
+    /// Passes the words that the request uses to `put`, in order.
     fn write(self, abi: Abi, put: impl FnMut(u32));
 }
 
@@ -573,11 +572,12 @@ impl IndirectRequest {
 /// The status of a response (`BLKIF_RSP_*`).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Status {
-    /// Done.
+    /// The request was executed.
     Okay,
-    /// Failed (`BLKIF_RSP_ERROR`), and every value that the protocol does not define.
+    /// The request has failed (`BLKIF_RSP_ERROR`, and every value that the protocol does not
+    /// define).
     Error,
-    /// The backend cannot do this operation (`BLKIF_RSP_EOPNOTSUPP`).
+    /// The backend does not support this operation (`BLKIF_RSP_EOPNOTSUPP`).
     NotSupported,
 }
 
@@ -592,8 +592,8 @@ impl Status {
         }
     }
 
-    /// Returns the meaning of a number on the wire. What is not known is an error: nothing is done
-    /// that the backend did not say is done.
+    /// Returns the status for a number on the wire. An unknown number is an error, so that only a
+    /// request that the backend reports as done counts as done.
     #[inline]
     pub const fn from_wire(status: i16) -> Self {
         match status {
@@ -616,7 +616,7 @@ pub struct Response {
 }
 
 impl Response {
-    /// Returns the words of the response that carry something.
+    /// Returns the words of the response without padding.
     #[inline]
     pub const fn encode(&self) -> [u32; RESPONSE_WORDS] {
         let [low, high] = self.status.to_wire().to_le_bytes();

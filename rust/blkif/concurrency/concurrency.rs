@@ -3,7 +3,7 @@
 //! The ring's handshake under a concurrency checker, and how the backend hands a ring over.
 //!
 //! Both ends run in threads of `loom`, which tries every order in which their loads and stores can
-//! take effect under the memory model of the language. A lost wake-up is a deadlock, which loom
+//! take effect under the memory model of the language. A lost wakeup is a deadlock, which loom
 //! reports; a slot that is read before it was written holds something else than expected.
 //!
 //! To show that the checker would see a mistake, each barrier is also left out in turn: then the

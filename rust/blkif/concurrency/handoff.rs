@@ -3,8 +3,8 @@
 //! Model of the backend's ring handoff: a sleeping queue thread lends its ring to I/O completion.
 //!
 //! The steps are those of `Documentation/ring-handoff.rst`, in the same order as in
-//! `blkback/handoff.rs`, `blkback/events.rs` and the thread's sleep. The ring is the real one. A
-//! lost response leaves the frontend waiting, a lost wake-up the thread; both are deadlocks, which
+//! `blkback/handoff.rs`, `blkback/wakeup.rs` and the thread's sleep. The ring is the real one. A
+//! lost response leaves the frontend waiting, a lost wakeup the thread; both are deadlocks, which
 //! the checker reports.
 
 use super::pair;
