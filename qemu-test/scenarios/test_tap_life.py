@@ -2,8 +2,10 @@
 """Operations of xl and rblk on disks that rblktap serves, and other frontends than Linux."""
 
 import gzip
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from harness import rblkd
 from harness import rblktap
@@ -13,6 +15,8 @@ from harness.guest import TWO_VCPUS
 from harness.guest import Guest
 from harness.job import wait_for_passes
 from harness.kernel import Kernel
+from harness.leak_counts import kernel_counts
+from harness.leak_counts import xen_counts
 from harness.rblkd import RblkDisk
 from harness.rblktap import Image
 from harness.verify import start_jobs
@@ -21,8 +25,21 @@ from harness.xenimage import domu_archive
 from harness.xenimage import grub
 from harness.xenimage import grub_disk
 
+XVDA = 51712
 SAVED = "/tap/saved"
 MIB = 64
+CYCLES = int(os.environ.get("RBLKIF_CYCLES", "25"))
+"""How often a disk is attached and detached."""
+SLACK_KB = 512
+"""Memory may differ by this much: the consoles, and caches of the rest of the system."""
+MEMORY_KB = 4096
+"""The memory of the processes that serve a raw image, at most, with their share of common pages."""
+IDLE_S = 5
+USE = (
+    "dd if=/dev/urandom of=/tmp/data bs=64k count=4 2> /dev/null && "
+    "dd if=/tmp/data of=/dev/xvdb bs=64k oflag=direct conv=fsync,notrunc 2> /dev/null && "
+    "dd if=/dev/xvdb bs=64k count=4 iflag=direct 2> /dev/null | cmp - /tmp/data"
+)
 
 
 def start(
@@ -63,6 +80,71 @@ def test_tap_save(xen: StartHost) -> None:
     for job in jobs:
         job.stop()
     assert "I/O error" not in guest.sh("dmesg")
+
+
+def counts(host: XenHost) -> dict[str, Any]:
+    """Returns the counts of Xen, of dom0's kernel, and of rblkd."""
+    descriptors, threads, files = host.sh(
+        "pid=$(cat /run/rblkd.pid); ls /proc/$pid/fd | wc -l; ls /proc/$pid/task | wc -l; "
+        "ls /run/rblk /dev/shm | wc -l"
+    ).split()
+    return {
+        "Xen": xen_counts(host),
+        "kernel": kernel_counts(host),
+        "descriptors": descriptors,
+        "threads": threads,
+        "files": files,
+        "processes": host.sh("pidof rblktap | wc -w"),
+    }
+
+
+def test_tap_cycles(xen: StartHost) -> None:
+    """Attach, use and detach leave nothing behind; an idle disk takes little memory and no time."""
+    host, guest = start(
+        xen, [Image("a.raw", MIB), Image("b.raw", MIB)], [RblkDisk("xvda", "a.raw")]
+    )
+    assert_idle(host, guest)
+
+    def cycle() -> None:
+        host.attach(guest, RblkDisk("xvdb", "b.raw"))
+        guest.wait_for_disk("xvdb")
+        guest.sh(USE)
+        rblkd.detach(host, guest, "xvdb")
+
+    for _ in range(3):
+        cycle()
+    before = counts(host)
+    for _ in range(CYCLES):
+        cycle()
+    after = counts(host)
+    print(before, after, sep="\n")
+    assert {name: after[name] for name in after if name != "kernel"} == {
+        name: before[name] for name in before if name != "kernel"
+    }
+    now, then = after["kernel"], before["kernel"]
+    assert now["threads"] <= then["threads"]
+    assert now["slab_kb"] <= then["slab_kb"] + SLACK_KB
+    assert then["free_kb"] - now["free_kb"] <= SLACK_KB
+
+
+def assert_idle(host: XenHost, guest: Guest) -> None:
+    """Checks that no thread of an idle disk wakes up, and what memory its processes take."""
+    monitor = rblktap.pid(host, guest, XVDA)
+    parent = f"'^PPid:[[:space:]]*{monitor}$'"
+    server = host.sh(f"grep -ls {parent} /proc/[0-9]*/status").split("/")[2]
+    switches = (
+        f"cat /proc/{monitor}/task/*/status /proc/{server}/task/*/status | "
+        "awk '/ctxt_switches/ { n += $2 } END { print n }'"
+    )
+    # The last reads of the new disk are over when nothing changes for a while.
+    host.wait_for(f"a=$({switches}); sleep {IDLE_S}; [ $({switches}) = $a ]")
+    fields = host.sh(
+        f"cat /proc/{monitor}/smaps_rollup /proc/{server}/smaps_rollup | "
+        "awk '/^Rss:/ { rss = rss \" \" $2 } /^Pss:/ { pss += $2 } END { print pss rss }'"
+    ).split()
+    shared, *resident = map(int, fields)
+    print(f"an idle disk takes {shared} KiB, and its processes {resident} KiB each")
+    assert shared <= MEMORY_KB
 
 
 def test_tap_grub(xen: StartHost, kernel: Kernel) -> None:
