@@ -150,6 +150,13 @@ def detach(host: XenHost, guest: Guest, vdev: str) -> None:
     )
 
 
+def statistics(host: XenHost, guest: Guest, vdev: str) -> dict[str, int]:
+    """Returns the counters of a disk."""
+    status = json.loads(host.sh(f"rblk --json disk stats {guest.name}/{vdev}"))
+    counters: dict[str, int] = status["counters"]
+    return counters
+
+
 def replaced(host: XenHost, guest: Guest, device: int, process: int) -> str:
     """Returns a shell condition: another process than `process` serves a disk."""
     directory = f"backend/vbd3/{guest.domid}/{device}"
