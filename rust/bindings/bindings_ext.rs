@@ -2,10 +2,9 @@
 
 //! C names that the stock `bindings` crate lacks.
 //!
-//! Floor 1. Everything here is made by bindgen: `headers` from the kernel
-//! headers that `headers.h` lists, `helpers` from the C functions under
-//! `rust/helpers/`. What both this crate and `kernel::bindings` know is taken
-//! from `kernel::bindings`, so that the types are the same ones.
+//! This crate is part of layer 1. bindgen generates it: `headers` from the kernel headers that
+//! `headers.h` lists, `helpers` from the C functions in `rust/helpers/`. Names that
+//! `kernel::bindings` has too are taken from there, so that the types are the same.
 //!
 //! Only `kernel_ext` uses this crate.
 

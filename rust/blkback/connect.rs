@@ -3,10 +3,10 @@
 //! Connecting to a frontend: reads its directory, and writes to the backend's (`connect_ring()`,
 //! `read_per_ring_refs()`, `connect()` of `xen-blkback`).
 //!
-//! [`Connection::new`] reads what the frontend has chosen, [`Connection::connect_ring`] maps each
-//! of its rings and creates the queue, and [`Connection::describe_disk`] writes the properties of
-//! the disk, with the state Connected. [`blkif::negotiate`] and [`blkif::node`] check the values
-//! that are read.
+//! [`Connection::new`] reads the choice of the frontend, [`Connection::connect_ring`] maps each of
+//! its rings and creates the queue, and [`Connection::describe_disk`] writes the properties of the
+//! disk, with the state Connected. [`blkif::negotiate`] and [`blkif::node`] check the values that
+//! are read.
 
 use kernel::{
     fmt,

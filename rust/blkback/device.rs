@@ -3,9 +3,9 @@
 //! Devices: the state machine of a virtual block device, from probe to removal
 //! (`struct backend_info`, `frontend_changed()`).
 //!
-//! [`blkif::state`] decides what to do in which state; a [`Device`] does it. Two kinds of events
-//! arrive in the `xenwatch` thread: the frontend's state has changed, or the hotplug script has
-//! written `physical-device`. Either may come first.
+//! [`blkif::state`] selects the action for each event; a [`Device`] executes it. Two kinds of
+//! events arrive in the `xenwatch` thread: the frontend's state has changed, or the hotplug script
+//! has written `physical-device`. Either may come first.
 //!
 //! # The work item
 //!
@@ -25,7 +25,7 @@
 //!
 //! # Ownership
 //!
-//! Each resource has one owner and is released with it, whenever the device goes away:
+//! Each resource has one owner and is released with it, whenever the device is removed:
 //!
 //! - A queue thread owns its ring, its event channel, the pages that it has mapped and the requests
 //!   that it has taken. It returns when none is in flight, and then drops them in the order of the
@@ -33,7 +33,7 @@
 //! - A request in flight is owned by the block layer, and keeps the disk open; see
 //!   [`kernel_ext::block::bio`].
 //! - A [`DeviceHandle`] exists until its thread ends or fails to start. It holds a reference to the
-//!   [`Device`], and is counted in `live_threads`: that is 0 only when all queues are gone.
+//!   [`Device`], and is counted in `live_threads`: that is 0 only when all queues were dropped.
 //! - The watch, the timers and the files in sysfs are dropped when the driver is unbound. Dropping
 //!   each waits for its running callback, so none is dropped under a lock that the callback takes.
 //! - The work item holds a reference to the [`Device`] while it is scheduled or runs. Unbinding the
@@ -47,7 +47,7 @@
 //!
 //! # Limits on what a frontend can consume
 //!
-//! A queue thread takes from a ring what the frontend has put there and no more, calls
+//! A queue thread takes from a ring only requests that the frontend has published, calls
 //! `cond_resched()`, and ends an event as spurious if there was no request. So the event channel
 //! driver slows down a frontend that only sends events, or that moves its request index back and
 //! forth. The backend never reads back its own indices, which the frontend may overwrite.
@@ -562,7 +562,7 @@ impl Device {
             };
         }
         match next {
-            // The directory is gone, or belongs to a new device: the bus will remove this one.
+            // The directory was removed, or belongs to a new device: the bus will remove this one.
             BackState::Closing | BackState::Closed | BackState::Gone => {
                 self.state_written(inner, next)
             }

@@ -5,10 +5,11 @@
 //! Each domain has two quotas: one for the pages of requests in flight, one for persistent grants.
 //! Each queue of the domain has a *guarantee* in both, which follows from the module parameters
 //! `max_buffer_pages` and `max_persistent_grants`. A quota is the sum of the guarantees, and the
-//! queues reserve from it what they need. So a busy queue may have more than its guarantee as long
-//! as other queues do not need theirs, and a domain may have the same number of pages, however its
-//! queues are spread over disks. When a queue does not get its guarantee, a *shortage* begins: all
-//! queues are woken, and those that have more than their guarantee return the rest.
+//! queues reserve from it the pages that they need. So a busy queue may have more than its
+//! guarantee as long as other queues do not need theirs, and a domain may have the same number of
+//! pages, however its queues are spread over disks. When a queue does not get its guarantee, a
+//! *shortage* begins: all queues are woken, and those that have more than their guarantee return
+//! the rest.
 //!
 //! The quotas always leave room for one request of each queue, with the pages of its segments: see
 //! [`MAX_PAGES`](crate::disk::MAX_PAGES).
@@ -168,7 +169,7 @@ impl Domain {
         })
     }
 
-    /// Returns `true` during a shortage, in which each queue has to return what it has beyond its
+    /// Returns `true` during a shortage, in which each queue has to unmap its pages beyond its
     /// guarantee.
     #[inline]
     pub(crate) fn is_short(&self) -> bool {
@@ -264,7 +265,9 @@ impl PageQuota {
         !jiffies::is_past(self.short_until.load(Relaxed))
     }
 
-    /// Returns `true` if no queue has a guarantee now. There is a shortage then, too.
+    /// Returns `true` if no queue has a guarantee now.
+    ///
+    /// There is a shortage then, too.
     fn guarantees_suspended(&self) -> bool {
         !jiffies::is_past(self.suspended_until.load(Relaxed))
     }

@@ -124,7 +124,9 @@ pub(crate) struct Handoff<R: Respond> {
 }
 
 impl<R: Respond> Handoff<R> {
-    /// Creates the handoff of a queue. `wakeup` wakes its thread.
+    /// Creates the handoff of a queue.
+    ///
+    /// `wakeup` wakes its thread.
     ///
     /// The thread owns the ring.
     pub(crate) fn new(wakeup: Arc<QueueWakeup>) -> impl PinInit<Self> {

@@ -44,7 +44,7 @@ module_params! {
         "Print statistics of each ring every 10 seconds";
 }
 
-/// Returns the limits of what a frontend may choose, from the current parameters.
+/// Returns the limits for the choice of a frontend, from the current parameters.
 pub(crate) fn limits() -> BackLimits {
     let queues = match MAX_QUEUES.get() {
         0 => kernel_ext::base::cpu::online(),

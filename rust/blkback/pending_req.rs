@@ -4,8 +4,8 @@
 //! (`struct pending_req`).
 //!
 //! A [`PendingReq`] is allocated once and reused. While unused, it is in the [`ReqPool`]. It is set
-//! up with a request and its pages, is owned by the block layer during I/O, and comes back through
-//! the [`Handoff`] to the queue thread, which completes it. So each has one owner at any time, and
+//! up with a request and its pages, is owned by the block layer during I/O, and returns through the
+//! [`Handoff`] to the queue thread, which completes it. So each has one owner at any time, and
 //! nothing is allocated for a request while there is an unused one.
 
 use kernel::{

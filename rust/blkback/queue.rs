@@ -249,8 +249,8 @@ impl Queue {
         let _accounted = self.io_accounting.apply(thread, &self.xbdev);
         loop {
             self.wakeup.clear_pending();
-            // An event that comes while the thread stops is not ended: the next driver that binds
-            // the channel looks at the ring anyway.
+            // An event that arrives while the thread stops is not ended: the next driver that binds
+            // the channel checks the ring anyway.
             let event = !thread.should_stop() && self.wakeup.take_event();
             let took = self.run_once(thread);
             // The event of a broken ring is never ended, so that no more come.

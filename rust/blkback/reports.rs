@@ -79,7 +79,7 @@ impl RejectedFeatures {
     }
 }
 
-/// Reports to the device of a queue what has changed.
+/// Reports changes to the device of a queue.
 pub(crate) fn report(
     owner: &impl QueueOwner,
     ring: &mut RingStatus,

@@ -100,7 +100,7 @@ impl QueueWakeup {
     /// Must be called before the thread checks the state that may have changed.
     pub(crate) fn clear_pending(&self) {
         if self.pending.load(Relaxed) {
-            // A full barrier: the checks that follow see what was changed before the flag was set.
+            // A full barrier: the checks that follow see the changes from before the flag was set.
             // A change after this sets the flag again. Pairs with the release in `set_pending`.
             self.pending.xchg(false, Full);
         }
@@ -147,7 +147,9 @@ impl QueueWakeup {
         self.completed.store(completed, Relaxed);
     }
 
-    /// Wakes the thread if it sleeps. A flag has to be set before.
+    /// Wakes the thread if it sleeps.
+    ///
+    /// A flag has to be set before.
     ///
     /// Context: any.
     #[inline]

@@ -106,7 +106,9 @@ enum ScanResult {
 struct ProtocolViolation;
 
 impl Others {
-    /// Adds a request. Returns `true` if there is no room for another one.
+    /// Adds a request.
+    ///
+    /// Returns `true` if there is no room for another one.
     #[inline]
     fn push(&mut self, pending: PendingRequest) -> bool {
         if self.requests.is_none() {
@@ -289,7 +291,9 @@ impl Queue {
         })
     }
 
-    /// Applies a response to its request. Returns the request if it is complete.
+    /// Applies a response to its request.
+    ///
+    /// Returns the request if it is complete.
     #[inline]
     fn complete(
         &self,

@@ -1006,7 +1006,9 @@ impl Device {
         true
     }
 
-    /// Ends the connection permanently. The disk stays, and its requests fail.
+    /// Ends the connection permanently.
+    ///
+    /// The disk stays, and its requests fail.
     pub(crate) fn finish_close(&mut self) {
         self.stop_sharing(Disposition::Fail);
         for (_, disposition) in self.still_granted.iter_mut() {

@@ -132,8 +132,8 @@ pub(crate) struct LimitInputs {
 }
 
 impl LimitInputs {
-    /// Returns the properties of a disk with this logical block size, according to what both sides
-    /// support.
+    /// Returns the properties of a disk with this logical block size, according to the features of
+    /// the connection.
     pub(crate) fn new(
         block_size: u32,
         disk: &negotiate::DiskProperties,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The operations of blk-mq: what the block layer calls.
+//! The operations of blk-mq: the callbacks from the block layer.
 //!
 //! In `xen-blkfront.c`, `blkfront_mq_ops` and `xlvbd_block_fops` have this role.
 

@@ -92,7 +92,9 @@ pub(crate) fn check() {
     }
 }
 
-/// Returns the offer that the parameters allow. `trusted` is the device's node of that name.
+/// Returns the offer that the parameters allow.
+///
+/// `trusted` is the device's node of that name.
 pub(crate) fn front_offer(trusted: bool) -> FrontOffer {
     FrontOffer {
         max_ring_page_order: u32::try_from(MAX_RING_PAGE_ORDER.get()).unwrap_or(0),

@@ -137,14 +137,18 @@ impl Pool {
         let _ = self.pages.push_within_capacity(page);
     }
 
-    /// Restarts the count of idle pages. Returns `true` if the pool is above its minimum.
+    /// Restarts the count of idle pages.
+    ///
+    /// Returns `true` if the pool is above its minimum.
     pub(crate) fn restart_watermark(&mut self) -> bool {
         self.low_watermark = self.pages.len();
         self.low_watermark > self.min
     }
 }
 
-/// Allocates pages and adds them to `to` until it has `count`. Fails during a shortage of grants.
+/// Allocates pages and adds them to `to` until it has `count`.
+///
+/// Fails during a shortage of grants.
 ///
 /// Context: any.
 pub(crate) fn grow(domain: DomId, to: &mut KVec<GrantedPage>, count: usize) -> Result {
@@ -158,7 +162,9 @@ pub(crate) fn grow(domain: DomId, to: &mut KVec<GrantedPage>, count: usize) -> R
     Ok(())
 }
 
-/// Allocates and grants a page. It is zeroed, because the backend can read it.
+/// Allocates and grants a page.
+///
+/// It is zeroed, because the backend can read it.
 fn new_page(domain: DomId, flags: Flags) -> Result<GrantedPage> {
     let mut reserve = GrantReserve::new(1)?;
     let page = Page::alloc_page(flags | __GFP_ZERO)?;

@@ -250,7 +250,9 @@ impl Queue {
         )
     }
 
-    /// Gives the queue a ring. The queue must have no requests.
+    /// Gives the queue a ring.
+    ///
+    /// The queue must have no requests.
     ///
     /// Context: may sleep.
     pub(crate) fn attach(&self, connection: RingConnection<Self>) -> Result {
@@ -290,7 +292,9 @@ impl Queue {
     }
 
     /// Ends the connection: closes the event channel and passes the requests that wait for
-    /// responses to `dispose`. The block layer's queue must be quiesced.
+    /// responses to `dispose`.
+    ///
+    /// The block layer's queue must be quiesced.
     ///
     /// The ring and the pages of the pool stay granted until [`Self::end_stale_grants`] or
     /// [`Self::free_stale_grants`]. If `dead`, requests fail from now on.
@@ -337,7 +341,9 @@ impl Queue {
         self.end_stale_pages() && self.end_stale_ring()
     }
 
-    /// Frees the stale pages that the backend does not use. Returns `true` if none is left.
+    /// Frees the stale pages that the backend does not use.
+    ///
+    /// Returns `true` if none is left.
     fn end_stale_pages(&self) -> bool {
         loop {
             let pages = match &mut self.inner.lock().stale {
@@ -362,7 +368,9 @@ impl Queue {
         }
     }
 
-    /// Frees the stale ring. Returns `false` if the backend still uses it.
+    /// Frees the stale ring.
+    ///
+    /// Returns `false` if the backend still uses it.
     fn end_stale_ring(&self) -> bool {
         let ended = {
             let mut inner = self.inner.lock();
@@ -376,7 +384,9 @@ impl Queue {
         true
     }
 
-    /// Drops the stale grants. The kernel frees each page when the backend has unmapped it.
+    /// Drops the stale grants.
+    ///
+    /// The kernel frees each page when the backend has unmapped it.
     ///
     /// Context: may sleep.
     pub(crate) fn free_stale_grants(&self) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The request data: what the driver keeps for each block request.
+//! The request data: the driver's data of each block request.
 //!
 //! The data of a request is transferred in one of two ways. *Direct*: the pages of the request are
 //! granted until it is complete. *Bounced*: the data is copied to or from pages of a

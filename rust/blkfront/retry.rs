@@ -67,7 +67,9 @@ impl Retry {
         self.offers.take(now).map_err(|_| EAGAIN)
     }
 
-    /// Schedules a retry. Returns `true` if `error` should be reported.
+    /// Schedules a retry.
+    ///
+    /// Returns `true` if `error` should be reported.
     pub(crate) fn postpone(&mut self, error: Error) -> bool {
         let delay = self.backoff.next_delay();
         self.due = Some(self.now().saturating_add(delay.into()));

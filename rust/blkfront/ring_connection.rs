@@ -47,7 +47,9 @@ impl<H: Handler> RingConnection<H> {
         })
     }
 
-    /// Closes the event channel and waits for its handler. Returns the memory of the ring.
+    /// Closes the event channel and waits for its handler.
+    ///
+    /// Returns the memory of the ring.
     ///
     /// Context: may sleep.
     pub(crate) fn disconnect(self) -> RingPages {

@@ -79,7 +79,9 @@ impl ShadowTable {
         }
     }
 
-    /// Creates a table of `capacity` free shadows. `epoch` is that of the previous table.
+    /// Creates a table of `capacity` free shadows.
+    ///
+    /// `epoch` is that of the previous table.
     ///
     /// Context: may sleep.
     pub(crate) fn new(capacity: u16, epoch: u32) -> Result<Self> {

@@ -499,8 +499,9 @@ impl Queue {
         stored.err().map(PendingRequest::failed)
     }
 
-    /// Marks the ring broken because a request is only partly in it. Not reachable: a reservation
-    /// guarantees the slots.
+    /// Marks the ring broken because a request is only partly in it.
+    ///
+    /// Not reachable: a reservation guarantees the slots.
     #[cold]
     fn mark_broken(&self, mut inner: SpinLockIrqSaveGuard<'_, Inner>, pending: PendingRequest) {
         inner.broken = true;

@@ -124,8 +124,9 @@ impl Queue {
         Some(inner.connection.as_ref()?.ring.responses_taken())
     }
 
-    /// Notifies a backend that has not seen all requests. Returns the number of responses that were
-    /// taken before.
+    /// Notifies a backend that has not seen all requests.
+    ///
+    /// Returns the number of responses that were taken before.
     fn resend_notification(&self) -> Option<u32> {
         let (notifier, taken) = {
             let inner = self.inner.lock();

@@ -91,7 +91,9 @@ impl DeviceWakeup {
         self.wait.wake_up();
     }
 
-    /// Clears a reason. Returns `true` if it was set.
+    /// Clears a reason.
+    ///
+    /// Returns `true` if it was set.
     pub(crate) fn take(&self, reason: WakeReason) -> bool {
         self.set
             .get(reason as usize)
@@ -130,7 +132,9 @@ impl DeviceWakeup {
         self.wait.wake_up();
     }
 
-    /// Waits until the thread no longer needs the device. Returns `false` after the timeout.
+    /// Waits until the thread no longer needs the device.
+    ///
+    /// Returns `false` after the timeout.
     ///
     /// Context: sleeps.
     #[must_use = "the thread may still need the device"]

@@ -117,7 +117,9 @@ pub(crate) struct DeviceWorker {
 }
 
 impl WatchHandler for DeviceWorker {
-    /// Tries to connect. A new watch fires once, in the `xenwatch` thread.
+    /// Tries to connect.
+    ///
+    /// A new watch fires once, in the `xenwatch` thread.
     fn changed(&self) {
         let _noio = NoioScope::new();
         self.device.lock().retry();

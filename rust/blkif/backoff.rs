@@ -55,7 +55,9 @@ impl Backoff {
 }
 
 /// Calls `run` until it succeeds or fails with an error that is not `transient`, and returns its
-/// last result. Calls `sleep` in between, for at most `total` milliseconds in total.
+/// last result.
+///
+/// Calls `sleep` in between, for at most `total` milliseconds in total.
 pub fn retry<T, E>(
     mut backoff: Backoff,
     total: u32,
@@ -89,6 +91,7 @@ mod tests {
     }
 
     /// Runs an operation that is refused with each of `refused` in turn, and works after that.
+    ///
     /// Returns the result, how often it was run, and the delays.
     fn run(total: u32, refused: &[Status]) -> (Result<u32, Status>, u32, Vec<u32>) {
         let (mut tries, mut delays) = (0, Vec::new());

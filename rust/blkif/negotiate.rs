@@ -126,8 +126,10 @@ impl BackOffer {
         "discard-secure",
     ];
 
-    /// Stores the value of a node. On an error the offer does not change. A name that is not one of
-    /// [`BackOffer::NODES`] has no effect.
+    /// Stores the value of a node.
+    ///
+    /// On an error the offer does not change. A name that is not one of [`BackOffer::NODES`] has no
+    /// effect.
     pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), InvalidNode> {
         match node {
             "max-ring-page-order" => self.max_ring_page_order = node::decimal_u32(node, text)?,
@@ -319,12 +321,16 @@ impl DiskNodes {
         "removable",
     ];
 
-    /// Returns `true` if the node is required. Other nodes count as missing if they are invalid.
+    /// Returns `true` if the node is required.
+    ///
+    /// Other nodes count as missing if they are invalid.
     pub fn is_required(node: &str) -> bool {
         matches!(node, "sectors" | "info" | "sector-size")
     }
 
-    /// Stores the value of a node. A name that is not one of [`DiskNodes::NODES`] has no effect.
+    /// Stores the value of a node.
+    ///
+    /// A name that is not one of [`DiskNodes::NODES`] has no effect.
     pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), InvalidNode> {
         match node {
             "sectors" => self.sectors = Some(sectors(text)?),
@@ -357,8 +363,9 @@ impl DiskNodes {
     }
 }
 
-/// Reads the node `sectors`. The size in bytes must be a positive `i64`, the kernel's type for
-/// offsets.
+/// Reads the node `sectors`.
+///
+/// The size in bytes must be a positive `i64`, the kernel's type for offsets.
 fn sectors(text: &[u8]) -> Result<u64, InvalidNode> {
     node::decimal("sectors", text, i64::MAX as u64 / u64::from(SECTOR_SIZE))
 }
@@ -461,7 +468,9 @@ impl FrontChoice {
         "feature-persistent",
     ];
 
-    /// Stores the value of a node. A name that is not one of [`FrontChoice::NODES`] has no effect.
+    /// Stores the value of a node.
+    ///
+    /// A name that is not one of [`FrontChoice::NODES`] has no effect.
     pub fn set(&mut self, node: &'static str, text: &[u8]) -> Result<(), InvalidNode> {
         match node {
             "protocol" => {

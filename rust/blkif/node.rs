@@ -46,8 +46,9 @@ pub struct PhysicalDevice {
     pub sequence: Option<u64>,
 }
 
-/// Parses a physical device: major and minor in hexadecimal with a colon between. Before them there
-/// may be the disk's sequence number in hexadecimal and an `@`.
+/// Parses a physical device: major and minor in hexadecimal with a colon between.
+///
+/// Before them there may be the disk's sequence number in hexadecimal and an `@`.
 pub fn physical_device(node: &'static str, text: &[u8]) -> Result<PhysicalDevice, InvalidNode> {
     sequence_and_numbers(text).map_err(|wrong| InvalidNode::new(node, text, wrong))
 }

@@ -67,8 +67,9 @@ pub struct PageFragment {
 }
 
 impl PageFragment {
-    /// Creates a fragment of `len` bytes from byte `offset` of a page. Returns `None` if it does
-    /// not consist of whole sectors, is empty, or exceeds the page.
+    /// Creates a fragment of `len` bytes from byte `offset` of a page.
+    ///
+    /// Returns `None` if it does not consist of whole sectors, is empty, or exceeds the page.
     #[inline]
     pub const fn new(offset: u32, len: u32) -> Option<Self> {
         let end = match offset.checked_add(len) {
@@ -129,8 +130,9 @@ pub struct PageFragments {
 }
 
 impl PageFragments {
-    /// Creates the fragments of `len` bytes from byte `offset` of the first page. Returns `None` if
-    /// the range does not consist of whole sectors or ends beyond 4 GiB.
+    /// Creates the fragments of `len` bytes from byte `offset` of the first page.
+    ///
+    /// Returns `None` if the range does not consist of whole sectors or ends beyond 4 GiB.
     #[inline]
     pub const fn new(offset: u32, len: u32) -> Option<Self> {
         if (offset | len) % SECTOR_SIZE != 0 || offset.checked_add(len).is_none() {
@@ -302,8 +304,9 @@ pub fn direct<I: ExactSizeIterator<Item = WireSegment>>(
 }
 
 impl Part {
-    /// Returns the request for a part of the form [`SegmentPlacement::Direct`]. `segments` are
-    /// those of its fragments.
+    /// Returns the request for a part of the form [`SegmentPlacement::Direct`].
+    ///
+    /// `segments` are those of its fragments.
     #[inline]
     pub fn direct<I: ExactSizeIterator<Item = WireSegment>>(
         &self,
@@ -315,8 +318,10 @@ impl Part {
         direct(direction, handle, id, self.sector, segments)
     }
 
-    /// Returns the request for a part of the form [`SegmentPlacement::Indirect`]. `grefs` are those
-    /// of the pages that hold the segments of its fragments, 512 in each but the last.
+    /// Returns the request for a part of the form [`SegmentPlacement::Indirect`].
+    ///
+    /// `grefs` are those of the pages that hold the segments of its fragments, 512 in each but the
+    /// last.
     #[inline]
     pub fn indirect(
         &self,
@@ -352,7 +357,9 @@ pub struct Plan<I> {
 }
 
 impl<I: Iterator<Item = PageFragment>> Plan<I> {
-    /// Plans a transfer that starts at `sector` of the disk. `count` is the number of `fragments`.
+    /// Plans a transfer that starts at `sector` of the disk.
+    ///
+    /// `count` is the number of `fragments`.
     ///
     /// Returns `None` if there are more parts than an id can number, or if the range ends beyond
     /// 2^64 sectors. The block layer makes no such request.

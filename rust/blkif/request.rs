@@ -161,7 +161,7 @@ pub enum InvalidRequest {
         /// Logical block size in bytes.
         block_size: u32,
     },
-    /// The range goes beyond the end of the disk, or its end overflows.
+    /// The range exceeds the disk, or its end overflows.
     OutOfRange {
         /// First sector as written.
         sector: u64,
@@ -274,9 +274,11 @@ impl Segment {
         Segment { gref, first, last }
     }
 
-    /// Checks a segment. It need not consist of whole blocks of the disk: with direct I/O from
-    /// memory that is aligned to 512 bytes, a block may be in parts of two pages. The block layer
-    /// accepts that, as long as the request as a whole consists of whole blocks.
+    /// Checks a segment.
+    ///
+    /// It need not consist of whole blocks of the disk: with direct I/O from memory that is aligned
+    /// to 512 bytes, a block may be in parts of two pages. The block layer accepts that, as long as
+    /// the request as a whole consists of whole blocks.
     #[inline]
     fn check(wire: WireSegment) -> Result<Self, InvalidRequest> {
         let WireSegment { first, last, .. } = wire;
@@ -393,7 +395,7 @@ pub struct Unfetched<'a> {
 }
 
 impl<'a> Unfetched<'a> {
-    /// Returns the number of segments, at least 1 and at most what was offered.
+    /// Returns the number of segments, at least 1 and at most the number that was offered.
     #[inline]
     pub fn count(&self) -> u16 {
         self.count
@@ -525,8 +527,9 @@ const fn indirect_limit(offered: u16) -> u16 {
     offered.saturating_sub(offered.saturating_sub(wire::INDIRECT_SEGMENTS as u16))
 }
 
-/// Checks a request against a disk. The response takes id and operation from `wire`
-/// ([`WireRequest::response`]).
+/// Checks a request against a disk.
+///
+/// The response takes id and operation from `wire` ([`WireRequest::response`]).
 #[inline]
 pub fn check<'a>(
     wire: &'a WireRequest,

@@ -47,8 +47,9 @@ impl Reservations {
         self.reserved
     }
 
-    /// Reserves `count` slots of `free`. Returns `false` if there are not enough, or if a larger
-    /// request waits for them.
+    /// Reserves `count` slots of `free`.
+    ///
+    /// Returns `false` if there are not enough, or if a larger request waits for them.
     #[inline]
     pub fn reserve(&mut self, count: usize, free: usize) -> bool {
         let reserved = self.reserved.saturating_add(count);
@@ -126,7 +127,8 @@ mod tests {
         assert!(!slots.reserve(2, 4));
         assert!(slots.reserve(6, 6));
         slots.unreserve(6);
-        // One at least as large was served: what was refused comes back and says so again.
+        // A request at least as large was served: the refused one is recorded again when it is
+        // queued again.
         assert!(slots.reserve(1, 6));
     }
 }

@@ -27,8 +27,9 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Returns the resources of a request of `fragments` fragments. `bounce` is `true` if its data
-    /// is copied.
+    /// Returns the resources of a request of `fragments` fragments.
+    ///
+    /// `bounce` is `true` if its data is copied.
     #[inline]
     pub fn new(limits: SlotLimits, bounce: bool, fragments: u32) -> Self {
         let (slots, indirect) = if is_small(fragments) {

@@ -238,7 +238,9 @@ impl<M: SharedMemory> Slots<M> {
         Response::decode(words)
     }
 
-    /// Moves a producer index. Returns `true` if the other side asked to be notified of that.
+    /// Moves a producer index.
+    ///
+    /// Returns `true` if the other side asked to be notified of that.
     #[inline]
     fn publish(&self, prod_word: usize, event_word: usize, old: u32, new: u32) -> bool {
         if old == new {
@@ -250,8 +252,9 @@ impl<M: SharedMemory> Slots<M> {
         crosses_event(self.memory.load(event_word), old, new)
     }
 
-    /// Asks to be notified when a producer passes `event`. Returns `true` if it has already moved
-    /// away from `cons`.
+    /// Asks to be notified when a producer passes `event`.
+    ///
+    /// Returns `true` if it has already moved away from `cons`.
     #[inline]
     fn final_check(&self, prod_word: usize, event_word: usize, cons: u32, event: u32) -> bool {
         if self.memory.load(prod_word) != cons {
@@ -321,8 +324,9 @@ impl<M: SharedMemory> FrontRing<M> {
         self.slots.capacity.saturating_sub(self.in_flight())
     }
 
-    /// Writes a request into the next slot. The backend does not see it before
-    /// [`FrontRing::publish`].
+    /// Writes a request into the next slot.
+    ///
+    /// The backend does not see it before [`FrontRing::publish`].
     #[inline(always)]
     pub fn put(&mut self, request: impl Encode) -> Result<(), RingFull> {
         if self.free_slots() == 0 {
@@ -333,7 +337,9 @@ impl<M: SharedMemory> FrontRing<M> {
         Ok(())
     }
 
-    /// Publishes all requests put so far. Returns `true` if the backend must be notified.
+    /// Publishes all requests put so far.
+    ///
+    /// Returns `true` if the backend must be notified.
     #[inline]
     #[must_use = "a backend that sleeps must be notified"]
     pub fn publish(&mut self) -> bool {
@@ -342,8 +348,9 @@ impl<M: SharedMemory> FrontRing<M> {
         self.slots.publish(REQ_PROD, REQ_EVENT, old, self.req_prod)
     }
 
-    /// Takes the next response, or `None` if there is none now. The backend's index is read once
-    /// per batch.
+    /// Takes the next response, or `None` if there is none now.
+    ///
+    /// The backend's index is read once per batch.
     #[inline]
     pub fn take_response(&mut self) -> Result<Option<Response>, RingError> {
         if self.rsp_cons == self.rsp_seen && !self.check_producer()? {
@@ -355,8 +362,10 @@ impl<M: SharedMemory> FrontRing<M> {
     }
 
     /// Asks for a notification after `threshold` more responses, once [`FrontRing::take_response`]
-    /// has returned `None`. Returns `true` if responses have come in the meantime: take them now,
-    /// because there may be no notification of them.
+    /// has returned `None`.
+    ///
+    /// Returns `true` if responses have come in the meantime: take them now, because there may be
+    /// no notification of them.
     ///
     /// `threshold` is limited to between 1 and the number of published requests without a response,
     /// so that the notification comes at the latest with the last of these responses. If it is more
@@ -387,7 +396,9 @@ impl<M: SharedMemory> FrontRing<M> {
         self.req_prod.wrapping_sub(event) < self.slots.capacity
     }
 
-    /// Reads the backend's index. Returns `true` if there are new responses.
+    /// Reads the backend's index.
+    ///
+    /// Returns `true` if there are new responses.
     #[inline]
     fn check_producer(&mut self) -> Result<bool, RingError> {
         let rsp_prod = self.slots.memory.load(RSP_PROD);
@@ -419,9 +430,11 @@ pub struct BackRing<M> {
 
 impl<M: SharedMemory> BackRing<M> {
     /// Attaches to a frontend's ring at the index where its last backend has stopped: the number of
-    /// responses published, 0 for a new ring. The last backend must have responded to all requests
-    /// that it took: responses overwrite requests in the order of their completion, so a request
-    /// that was taken and has no response may have been overwritten.
+    /// responses published, 0 for a new ring.
+    ///
+    /// The last backend must have responded to all requests that it took: responses overwrite
+    /// requests in the order of their completion, so a request that was taken and has no response
+    /// may have been overwritten.
     pub fn attach(memory: M, abi: Abi) -> Result<Self, RingError> {
         let slots = Slots::new(memory, abi)?;
         let at = slots.memory.load(RSP_PROD);
@@ -437,9 +450,11 @@ impl<M: SharedMemory> BackRing<M> {
     }
 
     /// Attaches to a ring whose last backend has crashed with requests in flight, of which there is
-    /// a record. It had taken the requests before `req_cons`, and had responded to as many as it
-    /// has published responses. The caller has to respond to the others with [`BackRing::put`],
-    /// from the record.
+    /// a record.
+    ///
+    /// It had taken the requests before `req_cons`, and had responded to as many as it has
+    /// published responses. The caller has to respond to the others with [`BackRing::put`], from
+    /// the record.
     pub fn adopt(memory: M, abi: Abi, req_cons: u32) -> Result<Self, RingError> {
         let mut ring = BackRing::attach(memory, abi)?;
         if req_cons.wrapping_sub(ring.rsp_prod) > ring.slots.capacity {
@@ -471,8 +486,9 @@ impl<M: SharedMemory> BackRing<M> {
         self.req_cons.wrapping_sub(self.rsp_prod_pvt)
     }
 
-    /// Takes the next request, or `None` if there is none now. Each word of it is read once. The
-    /// frontend's index is read once per batch.
+    /// Takes the next request, or `None` if there is none now.
+    ///
+    /// Each word of it is read once. The frontend's index is read once per batch.
     #[inline]
     pub fn take_request(&mut self) -> Result<Option<WireRequest>, RingError> {
         let mut request = WireRequest::EMPTY;
@@ -480,8 +496,9 @@ impl<M: SharedMemory> BackRing<M> {
         Ok(took.then_some(request))
     }
 
-    /// Takes a request like [`BackRing::take_request`], into `place`, which can be reused. Returns
-    /// `false` if there is none now.
+    /// Takes a request like [`BackRing::take_request`], into `place`, which can be reused.
+    ///
+    /// Returns `false` if there is none now.
     #[inline]
     pub fn take_request_to(&mut self, place: &mut WireRequest) -> Result<bool, RingError> {
         if self.req_cons == self.req_seen && !self.check_producer()? {
@@ -493,7 +510,9 @@ impl<M: SharedMemory> BackRing<M> {
     }
 
     /// Asks for a notification of the next request, once [`BackRing::take_request`] has returned
-    /// `None`. Returns `true` if one has come in the meantime: take it now, because there may be no
+    /// `None`.
+    ///
+    /// Returns `true` if one has come in the meantime: take it now, because there may be no
     /// notification of it.
     #[inline]
     #[must_use = "requests that came before the event index was set are not notified"]
@@ -503,8 +522,9 @@ impl<M: SharedMemory> BackRing<M> {
             .final_check(REQ_PROD, REQ_EVENT, self.req_cons, event)
     }
 
-    /// Writes a response over the slot of a request that was taken. The frontend does not see it
-    /// before [`BackRing::publish`].
+    /// Writes a response over the slot of a request that was taken.
+    ///
+    /// The frontend does not see it before [`BackRing::publish`].
     #[inline]
     pub fn put(&mut self, response: &Response) -> Result<(), RingFull> {
         if self.in_flight() == 0 {
@@ -515,7 +535,9 @@ impl<M: SharedMemory> BackRing<M> {
         Ok(())
     }
 
-    /// Publishes all responses put so far. Returns `true` if the frontend must be notified.
+    /// Publishes all responses put so far.
+    ///
+    /// Returns `true` if the frontend must be notified.
     #[inline]
     #[must_use = "a frontend that sleeps must be notified"]
     pub fn publish(&mut self) -> bool {
@@ -524,7 +546,9 @@ impl<M: SharedMemory> BackRing<M> {
         self.slots.publish(RSP_PROD, RSP_EVENT, old, self.rsp_prod)
     }
 
-    /// Reads the frontend's index. Returns `true` if there are new requests.
+    /// Reads the frontend's index.
+    ///
+    /// Returns `true` if there are new requests.
     #[inline]
     fn check_producer(&mut self) -> Result<bool, RingError> {
         let req_prod = self.slots.memory.load(REQ_PROD);

@@ -167,7 +167,9 @@ impl FrontState {
         }
     }
 
-    /// Returns `true` if requests are served. The deadline runs while this is `false`.
+    /// Returns `true` if requests are served.
+    ///
+    /// The deadline runs while this is `false`.
     pub const fn is_connected(self, backend: XenbusState) -> bool {
         matches!((self, backend), (FrontState::Live, XenbusState::Connected))
     }
@@ -346,8 +348,10 @@ pub enum Failure {
 }
 
 /// Returns `true` if the toolstack wants a backend's device to stay when a frontend in this state
-/// closes it. `node` is the node `online` of the backend; without it, the device stays as long as
-/// the frontend uses it.
+/// closes it.
+///
+/// `node` is the node `online` of the backend; without it, the device stays as long as the frontend
+/// uses it.
 pub fn is_online(node: Option<&[u8]>, frontend: XenbusState) -> bool {
     match node {
         Some(text) => node::switch("online", text).unwrap_or(false),

@@ -38,7 +38,9 @@ impl TokenBucket {
         }
     }
 
-    /// Takes a token. If there is none, the error is the time until there is one.
+    /// Takes a token.
+    ///
+    /// If there is none, the error is the time until there is one.
     pub fn take(&mut self, now: u64) -> Result<(), u64> {
         let waited = now.wrapping_sub(self.since);
         let gained = waited.checked_div(self.period).unwrap_or(0);

@@ -196,7 +196,9 @@ impl WireSegment {
         [self.gref, self.first as u32 | ((self.last as u32) << 8)]
     }
 
-    /// Reads a segment. Padding is ignored.
+    /// Reads a segment.
+    ///
+    /// Padding is ignored.
     #[inline]
     pub const fn decode(words: [u32; 2]) -> Self {
         let [gref, range] = words;
@@ -413,8 +415,9 @@ impl WireRequest {
         request
     }
 
-    /// Reads the request whose words `next` returns, in order. Each word that the request uses is
-    /// read once, and no other.
+    /// Reads the request whose words `next` returns, in order.
+    ///
+    /// Each word that the request uses is read once, and no other.
     ///
     /// A request is large, so it is read into its final place, and words that are zero already are
     /// not cleared again.
@@ -592,8 +595,10 @@ impl Status {
         }
     }
 
-    /// Returns the status for a number on the wire. An unknown number is an error, so that only a
-    /// request that the backend reports as done counts as done.
+    /// Returns the status for a number on the wire.
+    ///
+    /// An unknown number is an error, so that only a request that the backend reports as done
+    /// counts as done.
     #[inline]
     pub const fn from_wire(status: i16) -> Self {
         match status {
@@ -624,7 +629,9 @@ impl Response {
         [self.id as u32, (self.id >> 32) as u32, last]
     }
 
-    /// Reads a response. Padding is ignored.
+    /// Reads a response.
+    ///
+    /// Padding is ignored.
     #[inline]
     pub const fn decode(words: [u32; RESPONSE_WORDS]) -> Self {
         let [low, high, last] = words;

@@ -62,8 +62,9 @@ pub struct InvalidNode {
 }
 
 impl InvalidNode {
-    /// Creates an error about `node`. It stores the first 32 bytes of `text`, with `?` for those
-    /// that are not printable ASCII.
+    /// Creates an error about `node`.
+    ///
+    /// It stores the first 32 bytes of `text`, with `?` for those that are not printable ASCII.
     pub fn new(node: &'static str, text: &[u8], reason: Reason) -> Self {
         let mut kept = [0; TEXT_LEN];
         for (to, from) in kept.iter_mut().zip(text) {
@@ -137,7 +138,9 @@ pub fn switch(node: &'static str, text: &[u8]) -> Result<bool, InvalidNode> {
     decimal_u32(node, text).map(|number| number != 0)
 }
 
-/// Parses digits to `base`, which is from 2 to 16. The result is at most `limit`.
+/// Parses digits to `base`, which is from 2 to 16.
+///
+/// The result is at most `limit`.
 pub fn parse_number(text: &[u8], base: u32, limit: u64) -> Result<u64, Reason> {
     // This shows the compiler that `to_digit` does not panic.
     let base = base.clamp(2, 16);

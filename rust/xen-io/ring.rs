@@ -18,7 +18,9 @@ use core::ops::Deref;
 ///   it against stores after it, `mb` everything (`virt_rmb`, `virt_wmb`, `virt_mb`; in the terms
 ///   of the language: acquire, release and sequentially consistent fences).
 pub trait SharedMemory {
-    /// Returns the size in words: 1024 for each page. Never changes.
+    /// Returns the size in words: 1024 for each page.
+    ///
+    /// Never changes.
     fn words(&self) -> usize;
     /// Reads a word.
     fn load(&self, word: usize) -> u32;

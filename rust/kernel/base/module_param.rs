@@ -59,7 +59,9 @@ impl<T: ParamType> Param<T> {
         Self(UnsafeCell::new(default))
     }
 
-    /// Returns the current value. A parameter that is writable in sysfs can change at any time.
+    /// Returns the current value.
+    ///
+    /// A parameter that is writable in sysfs can change at any time.
     pub fn get(&self) -> T {
         // SAFETY: The pointer is valid. By the promise of `ParamType`, a write at the same time is
         // one of a word that is valid for `T`, and a volatile read of one word sees the old or the
@@ -150,7 +152,9 @@ pub struct ParamList<T: ParamType, const N: usize> {
 unsafe impl<T: ParamType, const N: usize> Sync for ParamList<T, N> {}
 
 impl<T: ParamType, const N: usize> ParamList<T, N> {
-    /// Creates a parameter that was not set. `filler` is not part of the list.
+    /// Creates a parameter that was not set.
+    ///
+    /// `filler` is not part of the list.
     pub const fn new(filler: T) -> Self {
         // INVARIANT: No value is set.
         Self {

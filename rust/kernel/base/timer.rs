@@ -34,7 +34,9 @@ pub enum TimerFlags {
 
 /// The callback of a [`Timer`].
 pub trait TimerCallback: Send + Sync + 'static {
-    /// Called when the timer has expired. Returns the time after which to call again, if any.
+    /// Called when the timer has expired.
+    ///
+    /// Returns the time after which to call again, if any.
     ///
     /// Context: softirq, must not sleep.
     fn expired(&self) -> Option<Jiffies>;

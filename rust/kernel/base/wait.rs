@@ -74,9 +74,11 @@ unsafe impl Send for WaitQueue {}
 unsafe impl Sync for WaitQueue {}
 
 impl WaitQueue {
-    /// Creates a queue. Use [`new_wait_queue!`].
+    /// Creates a queue.
+    ///
+    /// Use [`new_wait_queue!`].
     pub fn new(name: &'static CStr, key: Pin<&'static LockClassKey>) -> impl PinInit<Self> {
-        // INVARIANT: The initialiser makes the head.
+        // INVARIANT: The initialiser initialises the head.
         pin_init!(Self {
             head <- Opaque::ffi_init(|head| {
                 // SAFETY: `head` is valid memory for a head; name and key are `'static`.

@@ -193,7 +193,9 @@ impl BlockDevice {
         self.access
     }
 
-    /// Returns the size in sectors of 512 bytes. Changes when the device is resized.
+    /// Returns the size in sectors of 512 bytes.
+    ///
+    /// Changes when the device is resized.
     #[inline]
     pub fn sectors(&self) -> u64 {
         // SAFETY: By the type invariant, the device is open; also for all functions below.

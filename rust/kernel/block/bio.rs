@@ -470,7 +470,9 @@ unsafe fn finish<D: PageOwner + Send + 'static, C: BioContext<D>>(bio: *mut bind
     C::complete(io, status_to_result(status));
 }
 
-/// Returns the result of a bio. Success, which is nearly always the result, takes no call.
+/// Returns the result of a bio.
+///
+/// Success, which is nearly always the result, takes no call.
 #[inline]
 fn status_to_result(status: bindings::blk_status_t) -> Result {
     if u32::from(status) == bindings::BLK_STS_OK {

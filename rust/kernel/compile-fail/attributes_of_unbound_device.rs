@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0308
 
-//! Only a bound device can get attributes: unbinding is what removes them.
+//! Only a bound device can get attributes, because unbinding removes them.
 
 use kernel::{
     device::Device,

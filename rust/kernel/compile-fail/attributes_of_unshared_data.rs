@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! Any thread may read an attribute, at the same time as others: its data has to allow that.
+//! Several threads may read an attribute at the same time, so its data must be `Sync`.
 
 use core::cell::Cell;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0308
 
-//! There is one owner of a reference to a cgroup, so that it is put once.
+//! A reference to a cgroup has one owner, so that it is put once.
 
 use kernel_ext::base::blkcg::BlkcgCss;
 

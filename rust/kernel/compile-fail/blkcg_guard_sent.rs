@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! A [`BlkcgGuard`] belongs to its thread, and so does its end.
+//! A [`BlkcgGuard`] must be dropped by the thread that has created it.
 
 use kernel_ext::base::{
     blkcg::{

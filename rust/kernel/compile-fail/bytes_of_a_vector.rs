@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0308
 
-//! The pages of a vector hold values, which not all bytes are.
+//! The pages of a vector contain typed values, to which arbitrary bytes must not be written.
 
 use kernel::{
     page::AsPageIter,

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0382
 
-//! The interrupt of a channel that is closed may belong to another channel: keep a notifier
-//! instead.
+//! The interrupt of a closed channel may belong to another channel: keep a notifier instead.
 
 use kernel_ext::xen::events::{
     EventChannel,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: none
 
-//! The control: what is right compiles.
+//! Correct code, which compiles.
 
 use kernel_ext::{
     base::page::Page,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0499
 
-//! A new batch forgets the copies of the last one: there is one at a time.
+//! A new batch reuses the memory of the previous one, so a copier has one batch at a time.
 
 use kernel_ext::xen::grant::copy::Copier;
 

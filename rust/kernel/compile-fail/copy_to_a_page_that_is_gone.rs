@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0505
 
-//! Xen copies to a page only while it lives.
+//! Xen copies to a page only while the page exists.
 
 use kernel::prelude::*;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! The data of a device is used by whoever binds it, and by the thread of xenbus.
+//! The data of a device is used by the thread that binds it and by the `xenwatch` thread.
 
 use core::cell::Cell;
 

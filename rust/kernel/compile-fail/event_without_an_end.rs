@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0053
 
-//! A handler says what becomes of the event.
+//! A handler returns how the event ends.
 
 use kernel_ext::xen::events::Handler;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0597
 
-//! A mutex that is initialised where it stands must stay there forever.
+//! A mutex that is initialised in place must be a static.
 
 use kernel_ext::base::global_mutex::GlobalMutex;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0423
 
-//! A number is not a grant of ours.
+//! A number is not a grant reference of this domain.
 
 use kernel_ext::xen::grant::GrantRef;
 

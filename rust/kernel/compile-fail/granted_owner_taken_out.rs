@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0507
 
-//! The owner of granted pages is not returned before the grants have ended.
+//! The owner of granted pages cannot be taken out before the grants have ended.
 
 use kernel_ext::{
     base::page::Page,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0382
 
-//! A page whose grant has ended is not a granted page any more.
+//! A page whose grant has ended is no longer a granted page.
 
 use kernel_ext::{
     base::page::Page,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: lifetime may not live long enough
 
-//! A hardware queue can go when the call that is for it has returned.
+//! A hardware queue may be freed when the call for it has returned.
 
 use kernel_ext::block::mq::*;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0597
 
-//! The bus looks at the types of devices for as long as there is the driver.
+//! The bus uses the table of device types as long as the driver is registered.
 
 use kernel_ext::xen::xenbus::{
     DeviceId,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0382
 
-//! An I/O cannot be touched while the device works on its memory.
+//! An I/O cannot be used while the device uses its memory.
 
 use kernel::{
     prelude::*,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0308
 
-//! There is one owner of a major number, so that it is released once.
+//! A major number has one owner, so that it is released once.
 
 use kernel_ext::block::major::Major;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0308
 
-//! There is one owner of a mapping, so that it is unmapped once.
+//! A mapping has one owner, so that it is unmapped once.
 
 use kernel_ext::xen::grant::map::MappedPage;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0308
 
-//! A reference is put once: who wants two of them takes two.
+//! A reference is put once, so it cannot be copied.
 
 use kernel_ext::base::module_ref::ModuleRef;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! The flag is one of the thread.
+//! The flag belongs to the thread, so the scope cannot be sent to another one.
 
 use kernel_ext::base::memalloc::NoioScope;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: lifetime may not live long enough
 
-//! The path of the other half can change after a callback: it has to be copied.
+//! The path of the other side can change after a callback, so it has to be copied.
 
 use kernel::{
     device::Core,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0599
 
-//! The path of the other half is for callbacks alone.
+//! The path of the other side can be read only in callbacks.
 
 use kernel::sync::aref::ARef;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! Pages in a cache are linked to its place: it does not move.
+//! The pages of a cache are linked to its address, so it must not move.
 
 use core::pin::Pin;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0505
 
-//! Bytes of a page go with the page.
+//! The bytes of a page cannot outlive the page.
 
 use kernel_ext::base::page::{
     Page,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! A parameter's type is one that the kernel's code writes whole.
+//! A parameter has a type that the kernel's parameter code writes as one word.
 
 use kernel_ext::base::module_param::Param;
 

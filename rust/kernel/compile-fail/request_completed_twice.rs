@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0599
 
-//! A request that is complete can only end.
+//! A completed request can only be ended.
 
 use kernel_ext::block::mq::*;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0382
 
-//! A request is ended by value: there is nothing left to end.
+//! Ending a request consumes it, so it cannot be ended twice.
 
 use kernel_ext::block::mq::*;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: lifetime may not live long enough
 
-//! A request can be refused only in the call that offers it.
+//! A request can be rejected only in the call that offers it.
 
 use kernel_ext::block::mq::*;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: lifetime may not live long enough
 
-//! A request that was not accepted is gone when the call that offers it returns.
+//! A request that was not started cannot be kept after the call that offers it.
 
 use kernel_ext::block::mq::*;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0599
 
-//! A request that is in flight cannot be left with blk-mq.
+//! A request that is in flight cannot be rejected.
 
 use kernel_ext::block::mq::*;
 

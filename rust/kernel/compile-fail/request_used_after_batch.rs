@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0382
 
-//! A request that is in a batch is as good as ended.
+//! A request in a batch counts as ended.
 
 use kernel_ext::block::mq::*;
 

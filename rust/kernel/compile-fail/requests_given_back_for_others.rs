@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: lifetime may not live long enough
 
-//! Requests of a plug can be given back only in the call that offers them.
+//! Requests of a plug can be returned only by the call that offers them.
 
 use kernel_ext::block::mq::*;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0596
 
-//! Two that take references from a list at once would get the same one.
+//! Two threads that take references from a list at the same time could get the same one.
 
 use kernel::{
     prelude::*,

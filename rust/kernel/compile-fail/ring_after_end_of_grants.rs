@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0505
 
-//! The words of a ring of our own go with it too.
+//! The words of a ring of this domain cannot outlive the ring.
 
 use kernel_ext::xen::ring::{
     RingPages,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0505
 
-//! The words of a ring go with it.
+//! The words of a ring cannot outlive the ring.
 
 use kernel_ext::xen::ring::{
     MappedRing,

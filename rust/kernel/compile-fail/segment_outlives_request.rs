@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0505
 
-//! A piece of a request's memory is the request's.
+//! A segment of a request's memory cannot outlive the request.
 
 use kernel_ext::block::mq::*;
 

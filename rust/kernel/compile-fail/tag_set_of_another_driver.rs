@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0308
 
-//! The functions that are called for a disk are those of its tag set: it is of the same driver.
+//! The operations of a disk are those of its tag set, so both have the same driver.
 
 use kernel::{
     prelude::*,

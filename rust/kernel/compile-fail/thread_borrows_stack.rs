@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0597
 
-//! A thread may run for longer than the function that starts it, so it borrows nothing from there.
+//! A thread may run for longer than the function that starts it, so it cannot borrow from that
+//! function.
 
 use kernel::{
     fmt,

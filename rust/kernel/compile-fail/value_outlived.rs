@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0505
 
-//! The bytes of a node's value go with the value.
+//! The bytes of a node's value cannot outlive the value.
 
 use kernel_ext::xen::xenstore::Value;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! Tasks that wait are linked to the place of the queue: it does not move.
+//! Waiting tasks are linked to the address of the queue, so it must not move.
 
 use core::pin::Pin;
 

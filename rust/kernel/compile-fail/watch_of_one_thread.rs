@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0277
 
-//! A watch handler runs in a thread of xenbus and must be `Send` and `Sync`.
+//! A watch handler runs in the `xenwatch` thread and must be `Send` and `Sync`.
 
 use core::cell::Cell;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // error: E0599
 
-//! The pages of a write are not ours to change.
+//! The pages of a write must not be changed.
 
 use kernel_ext::block::mq::*;
 

@@ -215,7 +215,9 @@ impl<T: Handler> EventChannel<T> {
     }
 
     /// Creates an `EventChannel` from the result of `bind`, which is an interrupt or a negative
-    /// errno. It cannot fail after `bind` has succeeded.
+    /// errno.
+    ///
+    /// It cannot fail after `bind` has succeeded.
     ///
     /// `bind` gets the argument for [`Self::interrupt`]. By the type invariants the argument and
     /// the device exist while the interrupt is bound.

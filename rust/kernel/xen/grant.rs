@@ -301,7 +301,7 @@ pub(super) unsafe fn try_end(reference: GrantRef) -> bool {
 /// # Invariants
 ///
 /// - `reference` is ours and grants `page`.
-/// - `page` is owned. It is freed or given away only after the grant has been ended with success.
+/// - `page` is owned. It is freed or moved out only after the grant has ended.
 pub struct GrantedPage {
     page: ManuallyDrop<Page>,
     reference: GrantRef,

@@ -14,7 +14,7 @@
 //! - Register it with an [`Adapter`].
 //! - Read the nodes of the other side with a [`Reader`](super::xenstore::Reader), and write its own
 //!   with the state in one transaction ([`Device::switch_state_with`]).
-//! - Change its state in `otherend_changed`, and free what it shares in `remove`.
+//! - Change its state in `otherend_changed`, and free shared resources in `remove`.
 //!
 //! The types with direct C counterparts are [`Device`] (`struct xenbus_device`), [`Driver`]
 //! (`struct xenbus_driver`), [`DeviceId`] (`struct xenbus_device_id`) and [`XenbusState`]
@@ -122,7 +122,9 @@ const LOCK_SLEEP_MS: u32 = 20;
 /// The state of the other side: an error if the number in its node is not a state.
 pub type OtherendState = Result<XenbusState, UnknownState>;
 
-/// Reads the state in a directory. A text that is not a number is not a state either.
+/// Reads the state in a directory.
+///
+/// A text that is not a number is not a state either.
 fn read_state(transaction: &Transaction, dir: &CStr) -> Result<OtherendState> {
     match xenstore::read(transaction, dir, fmt!("state")) {
         Ok(value) => Ok(match node::decimal_u32("state", value.as_bytes()) {
@@ -549,7 +551,9 @@ pub trait Driver: Send + Sync + Sized + 'static {
         Ok(())
     }
 
-    /// Called when memory is short, to free memory that is not needed. Only for backends.
+    /// Called when memory is short, to free memory that is not needed.
+    ///
+    /// Only for backends.
     ///
     /// Context: any allocation may call this, with any lock held. It must not wait for a lock, and
     /// not allocate.

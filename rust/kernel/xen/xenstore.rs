@@ -218,7 +218,9 @@ unsafe impl Send for DirectoryListing {}
 unsafe impl Sync for DirectoryListing {}
 
 impl DirectoryListing {
-    /// Lists a directory. If that fails, [`Self::may_have`] returns `true` for all nodes.
+    /// Lists a directory.
+    ///
+    /// If that fails, [`Self::may_have`] returns `true` for all nodes.
     pub fn new(context: &impl Context, dir: &CStr) -> Self {
         let mut count = 0;
         // SAFETY: Both strings are zero-terminated and outlive the call, `count` is valid for a
@@ -367,7 +369,9 @@ impl<'a, C: Context> Reader<'a, C> {
         self.dir
     }
 
-    /// Reads a node of the directory. A missing node is `None`.
+    /// Reads a node of the directory.
+    ///
+    /// A missing node is `None`.
     pub fn value(&self, node: &str) -> Result<Option<Value>> {
         if self.listing.is_some_and(|listing| !listing.may_have(node)) {
             return Ok(None);
@@ -375,7 +379,9 @@ impl<'a, C: Context> Reader<'a, C> {
         self.value_at(fmt!("{node}"))
     }
 
-    /// Reads a node at a path below the directory. A missing node is `None`.
+    /// Reads a node at a path below the directory.
+    ///
+    /// A missing node is `None`.
     pub fn value_at(&self, path: fmt::Arguments<'_>) -> Result<Option<Value>> {
         match read(self.context, self.dir, path) {
             Ok(value) if self.ignores_empty && value.as_bytes().is_empty() => Ok(None),
@@ -385,13 +391,16 @@ impl<'a, C: Context> Reader<'a, C> {
         }
     }
 
-    /// Reads a node of the directory, and parses it. A missing node is `None`.
+    /// Reads a node of the directory, and parses it.
+    ///
+    /// A missing node is `None`.
     pub fn parse<T>(&self, node: &'static str, parse: Parser<T>) -> Result<Option<T>, NodeError> {
         parse_value(node, self.value(node), parse)
     }
 
-    /// Reads a node at a path below the directory, and parses it as the node `name`. A missing node
-    /// is `None`.
+    /// Reads a node at a path below the directory, and parses it as the node `name`.
+    ///
+    /// A missing node is `None`.
     pub fn parse_at<T>(
         &self,
         path: fmt::Arguments<'_>,
@@ -489,8 +498,9 @@ impl<T: WatchHandler> Watch<T> {
         Self::register(dir, node, handler, Some(ModuleRef::new()?))
     }
 
-    /// Registers a watch like [`Self::new`]. Without a reference to the module, the module's exit
-    /// must wait for the drop of the watch.
+    /// Registers a watch like [`Self::new`].
+    ///
+    /// Without a reference to the module, the module's exit must wait for the drop of the watch.
     pub(super) fn register(
         dir: &CStr,
         node: fmt::Arguments<'_>,

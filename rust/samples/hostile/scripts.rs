@@ -56,7 +56,7 @@ pub(crate) struct Script {
 }
 
 impl Script {
-    /// Returns `true` if its ring is broken or gone before the backend reads it.
+    /// Returns `true` if the ring is broken or withdrawn before the backend reads it.
     pub(crate) fn is_harsh(&self) -> bool {
         self.start != (0, 0) || self.toggle
     }
@@ -224,8 +224,10 @@ fn put_reads(session: &mut Session<'_>) {
     session.publish();
 }
 
-/// Fills the ring with writes. Their pages may be withdrawn: if the guest reuses a grant reference
-/// then, a write only reads the page.
+/// Fills the ring with writes.
+///
+/// Their pages may be withdrawn: if the guest reuses a grant reference then, a write only reads the
+/// page.
 fn put_writes(session: &mut Session<'_>) {
     for index in 0..session.parts.raw_ring.slots() {
         let write = session.rw(op::WRITE, ELSEWHERE, &[session.many(index)]);

@@ -279,7 +279,9 @@ impl Server {
         }
     }
 
-    /// Completes all requests in the ring. Returns `true` if there may be more.
+    /// Completes all requests in the ring.
+    ///
+    /// Returns `true` if there may be more.
     fn serve(&mut self) -> bool {
         let misbehaviour = Misbehaviour::from_number(back_params::MISBEHAVIOUR.get());
         let mut claim = None;

@@ -187,7 +187,9 @@ impl<'a> Session<'a> {
         self.parts.raw_ring.abi()
     }
 
-    /// Waits until the backend is connected. Returns `false` if it does not connect.
+    /// Waits until the backend is connected.
+    ///
+    /// Returns `false` if it does not connect.
     pub(crate) fn await_connection(&self) -> bool {
         let end = jiffies::now().wrapping_add(msecs_to_jiffies(RESPONSE_TIMEOUT_MS));
         let session_state = &self.parts.session_state;
@@ -205,8 +207,9 @@ impl<'a> Session<'a> {
         self.current.should_stop() || !self.parts.session_state.backend_is(XenbusState::Connected)
     }
 
-    /// Waits for a condition. Returns `false` after the time limit, or if the connection closes
-    /// first.
+    /// Waits for a condition.
+    ///
+    /// Returns `false` after the time limit, or if the connection closes first.
     pub(crate) fn wait(&self, milliseconds: u32, mut condition: impl FnMut() -> bool) -> bool {
         let end = jiffies::now().wrapping_add(msecs_to_jiffies(milliseconds));
         loop {

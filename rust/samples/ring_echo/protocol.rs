@@ -120,7 +120,9 @@ impl Wake {
         )
     }
 
-    /// Waits for an event, the end of the thread or the timeout. Returns `true` after an event.
+    /// Waits for an event, the end of the thread or the timeout.
+    ///
+    /// Returns `true` after an event.
     pub(crate) fn wait(&self, current: &Current, timeout: Jiffies) -> bool {
         let woken = || self.event.load(Acquire) || current.should_stop();
         self.wait.wait_timeout(timeout, woken) && self.event.load(Relaxed)

@@ -126,7 +126,9 @@ impl GenDiskBuilder {
         self
     }
 
-    /// Disables the scan for partitions (`GD_SUPPRESS_PART_SCAN`). User space can still add them.
+    /// Disables the scan for partitions (`GD_SUPPRESS_PART_SCAN`).
+    ///
+    /// User space can still add them.
     pub fn no_partition_scan(mut self) -> Self {
         self.state |= 1 << bindings::GD_SUPPRESS_PART_SCAN;
         self
@@ -299,7 +301,9 @@ impl<T: Operations> GenDisk<T> {
         self.added.store(REMOVED, kernel::sync::atomic::Release);
     }
 
-    /// Returns `true` if the disk was removed. It may still be open.
+    /// Returns `true` if the disk was removed.
+    ///
+    /// It may still be open.
     ///
     /// Context: any.
     pub fn is_removed(&self) -> bool {

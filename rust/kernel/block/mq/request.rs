@@ -179,15 +179,18 @@ impl<T: Operations, S: State> Request<T, S> {
         }
     }
 
-    /// Returns the first sector, in units of 512 bytes. A flush has none: all bits are set then.
+    /// Returns the first sector, in units of 512 bytes.
+    ///
+    /// A flush has none: all bits are set then.
     #[inline]
     pub fn sector(&self) -> u64 {
         // SAFETY: By the type invariants the request is valid, and the field does not change.
         unsafe { (*self.as_raw()).__sector }
     }
 
-    /// Returns the length in bytes, for an operation without data that of the range. A flush has
-    /// length 0.
+    /// Returns the length in bytes, for an operation without data that of the range.
+    ///
+    /// A flush has length 0.
     #[inline]
     pub fn bytes(&self) -> u32 {
         // SAFETY: By the type invariants the request is valid, and the field does not change.
@@ -232,8 +235,9 @@ impl<T: Operations, S: State> Request<T, S> {
         matches!(self.op(), Op::Read | Op::Write)
     }
 
-    /// Returns the memory of a read or a write, as segments within one page each. Empty for all
-    /// other operations.
+    /// Returns the memory of a read or a write, as segments within one page each.
+    ///
+    /// Empty for all other operations.
     #[inline]
     pub fn segments(&self) -> Segments<'_> {
         let bio = if self.has_data() {
@@ -247,7 +251,9 @@ impl<T: Operations, S: State> Request<T, S> {
         unsafe { Segments::new(bio) }
     }
 
-    /// Returns the memory to which a read copies its data. Empty for all other operations.
+    /// Returns the memory to which a read copies its data.
+    ///
+    /// Empty for all other operations.
     ///
     /// The segments are those of [`Self::segments`].
     #[inline]
@@ -304,7 +310,9 @@ impl<T: Operations, S: State> Request<T, S> {
         (self.segments_mut(), unsafe { &mut *data })
     }
 
-    /// Ends the whole request with this status. Context: any.
+    /// Ends the whole request with this status.
+    ///
+    /// Context: any.
     #[inline]
     pub fn end(self, status: BlkStatus) {
         let rq = self.into_raw();
@@ -352,8 +360,9 @@ impl<T: Operations> Rejected<'_, T> {
 
 impl<T: Operations> Request<T, InFlight> {
     /// Completes the request by [`Operations::complete`], possibly on the CPU that submitted it
-    /// (`blk_mq_complete_request()`). [`Operations::complete`] may be called before this returns.
-    /// Context: any.
+    /// (`blk_mq_complete_request()`).
+    ///
+    /// [`Operations::complete`] may be called before this returns. Context: any.
     pub fn complete(self) {
         let rq = self.into_raw();
         // SAFETY: By the type invariants the driver owns the request and started it.
@@ -364,7 +373,9 @@ impl<T: Operations> Request<T, InFlight> {
     }
 
     /// Returns the request to blk-mq, which queues it again after
-    /// [`GenDisk::kick_requeue_list`](super::GenDisk::kick_requeue_list). Context: any.
+    /// [`GenDisk::kick_requeue_list`](super::GenDisk::kick_requeue_list).
+    ///
+    /// Context: any.
     pub fn requeue(self) {
         let rq = self.into_raw();
         // SAFETY: By the type invariants the driver owns the request and started it.

@@ -101,8 +101,9 @@ impl PageCache {
         result
     }
 
-    /// Takes a page, or allocates one if the cache is empty, which may sleep. The page belongs to
-    /// the caller alone, and has an address of its own.
+    /// Takes a page, or allocates one if the cache is empty, which may sleep.
+    ///
+    /// The page belongs to the caller alone, and has an address of its own.
     fn get(&self) -> Result<NonNull<bindings::page>> {
         let mut page = core::ptr::null_mut();
         // SAFETY: By the type invariant; `page` is valid for a write.
@@ -110,8 +111,9 @@ impl PageCache {
         NonNull::new(page).ok_or(ENOMEM)
     }
 
-    /// Puts back pages that [`Self::get`] of any cache has returned. Nothing is mapped there any
-    /// more, and they are not used.
+    /// Puts back pages that [`Self::get`] of any cache has returned.
+    ///
+    /// Nothing is mapped there any more, and they are not used.
     fn put(&self, pages: &mut [*mut bindings::page]) {
         if pages.is_empty() {
             return;
@@ -491,8 +493,9 @@ impl Mapper {
         result
     }
 
-    /// Unmaps the pages of `list` that are not busy, and puts them into `cache`. Busy ones stay at
-    /// the front of the list.
+    /// Unmaps the pages of `list` that are not busy, and puts them into `cache`.
+    ///
+    /// Busy ones stay at the front of the list.
     ///
     /// Context: any but hard interrupts; does not sleep.
     pub fn unmap(&mut self, cache: &PageCache, list: &mut KVec<MappedPage>) {
@@ -506,7 +509,9 @@ impl Mapper {
         self.unmap_beyond(cache, list, busy);
     }
 
-    /// Unmaps all but the first `keep` pages. The others are not busy.
+    /// Unmaps all but the first `keep` pages.
+    ///
+    /// The others are not busy.
     fn unmap_beyond(&mut self, cache: &PageCache, list: &mut KVec<MappedPage>, keep: usize) {
         while list.len() > keep {
             let mut count = 0usize;
