@@ -658,7 +658,7 @@ mod tests {
         }
     }
 
-    /// Both ends of a ring that has already come to index `at`.
+    /// Creates both sides of a ring whose indices are `at`.
     fn pair(pages: &Pages, at: u32) -> (FrontRing<&Pages>, BackRing<&Pages>) {
         let mut front = FrontRing::new(pages, ABI).unwrap();
         front.req_prod_pvt = at;

@@ -684,7 +684,7 @@ mod tests {
             .collect()
     }
 
-    /// All bytes of a slot at once: `(offset, bytes)`, everything else zero.
+    /// Returns all bytes of a slot: those of `(offset, bytes)`, and zeroes.
     fn slot(fields: &[(usize, &[u8])]) -> Vec<u8> {
         let mut slot = std::vec![0; 4 * REQUEST_WORDS];
         for (offset, field) in fields {

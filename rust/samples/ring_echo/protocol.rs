@@ -57,12 +57,12 @@ pub(crate) const MESSAGES: usize = 0;
 /// The word with the count of replies.
 pub(crate) const REPLIES: usize = 1;
 
-/// The first word of the message with this count.
+/// Returns the first word of the message with this count.
 pub(crate) fn message_word(count: Wrapping<u32>) -> usize {
     16 + 4 * (count.0 % SLOTS) as usize
 }
 
-/// The first word of the reply with this count.
+/// Returns the first word of the reply with this count.
 pub(crate) fn reply_word(count: Wrapping<u32>) -> usize {
     272 + 4 * (count.0 % SLOTS) as usize
 }

@@ -85,12 +85,12 @@ impl Counters {
         }
     }
 
-    /// Number of right replies.
+    /// Writes the number of correct replies.
     pub(crate) fn show_echoed(&self, output: &mut Output<'_>) -> fmt::Result {
         fmt::Write::write_fmt(output, fmt!("{}\n", self.echoed.load(Relaxed)))
     }
 
-    /// Number of wrong replies.
+    /// Writes the number of wrong replies.
     pub(crate) fn show_errors(&self, output: &mut Output<'_>) -> fmt::Result {
         fmt::Write::write_fmt(output, fmt!("{}\n", self.errors.load(Relaxed)))
     }
