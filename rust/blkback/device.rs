@@ -861,7 +861,7 @@ impl Device {
         };
         inner.back = BackState::Gone;
         self.stop_queues(&mut inner);
-        // The state machine does not wait for the threads any more.
+        // The state machine no longer waits for the threads.
         self.draining.store(false, Relaxed);
         drop(inner);
         drop(timer);

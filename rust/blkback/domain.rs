@@ -19,8 +19,8 @@
 //! Xen limits how many pages of other domains this domain may have mapped in total (its
 //! *maptrack*). When Xen refuses to map a page for that reason, [`reclaim_mappings`] suspends the
 //! guarantees of all queues of all domains for a while. So each queue unmaps its unused persistent
-//! grants, keeps no more of them, and has no more pages in flight than its largest request needs.
-//! The request that could not be mapped waits and is tried again; it does not fail.
+//! grants, keeps none mapped after a request, and has no more pages in flight than its largest
+//! request needs. The request that could not be mapped waits and is tried again; it does not fail.
 //!
 //! # Locking
 //!

@@ -274,7 +274,7 @@ impl ReqPool {
         self.reserve.take()
     }
 
-    /// Puts back a request that is not used any more.
+    /// Puts back a request that is no longer used.
     pub(crate) fn free(&mut self, mut req: KBox<PendingReq>) {
         req.context.segments.clear();
         if self.reserve.is_none() && has_capacity(&req, self.max_segments) {

@@ -109,7 +109,7 @@ impl PersistentGrants {
         Some(page)
     }
 
-    /// Puts back a page that is not used any more.
+    /// Puts back a page that is no longer used.
     ///
     /// Returns the page to unmap, if there is one: this page or the one that it replaces.
     #[inline]

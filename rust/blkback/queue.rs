@@ -253,7 +253,7 @@ impl Queue {
             // the channel checks the ring anyway.
             let event = !thread.should_stop() && self.wakeup.take_event();
             let took = self.run_once(thread);
-            // The event of a broken ring is never ended, so that no more come.
+            // The event of a broken ring is never ended, so that no other event arrives.
             if event && self.ring_status.is_usable() {
                 self.channel.eoi(!took);
             }

@@ -559,7 +559,7 @@ impl Device {
             let name = self.name();
             dev_err!(
                 self.xbdev(),
-                "{name}: a block of {block_size} bytes does not fit into a request of the backend\n"
+                "{name}: a block of {block_size} bytes does not fit into a request of the backend: refusing the disk\n"
             );
             EINVAL
         })
@@ -630,7 +630,7 @@ impl Device {
                 let name = self.name();
                 dev_warn!(
                     self.xbdev(),
-                    "{name}: the disk that had this name before is still open and keeps its device number\n"
+                    "{name}: the disk that had this name before is still open and keeps its device number: using another one\n"
                 );
                 Ok(None)
             }
@@ -999,7 +999,7 @@ impl Device {
                 let name = self.name();
                 dev_err!(
                     self.xbdev(),
-                    "{name}: cannot start the thread that marks the disk dead: {error:?}\n"
+                    "{name}: cannot start the thread that marks the disk dead: {error:?}: requests fail one by one\n"
                 );
             }
         }
@@ -1040,7 +1040,7 @@ impl Device {
         self.state != FrontState::Live || !self.queues.iter().any(waits)
     }
 
-    /// Returns `true` if requests are served, or will not be served any more.
+    /// Returns `true` if requests are served, or will no longer be served.
     pub(crate) fn is_connected_or_dead(&self) -> bool {
         self.state == FrontState::Dead || self.is_connected()
     }

@@ -311,7 +311,7 @@ impl Queue {
             inner.connection.take()
         };
         if let Some(connection) = connection {
-            // This waits for the event handler, which finds no ring any more.
+            // This waits for the event handler, which no longer finds a ring.
             self.stash_stale(connection.disconnect());
         }
         loop {
@@ -332,7 +332,7 @@ impl Queue {
         };
     }
 
-    /// Ends grants of the last connection that the backend does not use any more.
+    /// Ends the grants of the last connection whose pages the backend has unmapped.
     ///
     /// Returns `true` if none is left.
     ///

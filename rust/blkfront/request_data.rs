@@ -305,7 +305,7 @@ impl<'a> RequestSegments<'a> {
     /// Returns the pages with the segments of an indirect part.
     ///
     /// The pages of the parts follow each other. All parts but the last have the same number of
-    /// pages, and the last has no more.
+    /// pages, and the last has at most that number.
     fn part_pages(&self, part: &Part, limits: SlotLimits) -> &'a [GrantedPage] {
         let each = indirect_pages(limits.segments());
         let first = each.wrapping_mul(part.index.into());

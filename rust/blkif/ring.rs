@@ -301,7 +301,7 @@ impl<M: SharedMemory> FrontRing<M> {
         &self.slots.memory
     }
 
-    /// Returns the memory given to [`FrontRing::new`], for a ring that is not used any more.
+    /// Returns the memory given to [`FrontRing::new`], for a ring that is no longer used.
     pub fn into_memory(self) -> M {
         self.slots.memory
     }
@@ -452,9 +452,8 @@ impl<M: SharedMemory> BackRing<M> {
     /// Attaches to a ring whose last backend has crashed with requests in flight, of which there is
     /// a record.
     ///
-    /// It had taken the requests before `req_cons`, and had responded to as many as it has
-    /// published responses. The caller has to respond to the others with [`BackRing::put`], from
-    /// the record.
+    /// It had taken the requests before `req_cons`, and had published a response to some of them.
+    /// The caller has to respond to the others with [`BackRing::put`], from the record.
     pub fn adopt(memory: M, abi: Abi, req_cons: u32) -> Result<Self, RingError> {
         let mut ring = BackRing::attach(memory, abi)?;
         if req_cons.wrapping_sub(ring.rsp_prod) > ring.slots.capacity {

@@ -268,7 +268,7 @@ pub struct RwEncoder<I> {
     pub id: u64,
     /// First sector on the disk.
     pub sector: u64,
-    /// The segments, as many as `nr_segments` says, at most those that the slot holds.
+    /// The segments: `nr_segments`, up to the number that fits into the slot.
     pub segments: I,
 }
 
@@ -717,7 +717,7 @@ mod tests {
     const ID: (usize, &[u8]) = (8, &[1, 2, 3, 4, 5, 6, 7, 8]);
     const SECTOR: (usize, &[u8]) = (16, &[0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x17, 0x18]);
 
-    /// Returns the same fields four bytes earlier, but for those of the first word.
+    /// Returns the same fields four bytes earlier, except those of the first word.
     fn packed<'a>(fields: &[(usize, &'a [u8])]) -> Vec<(usize, &'a [u8])> {
         fields
             .iter()

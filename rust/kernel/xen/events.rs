@@ -171,8 +171,8 @@ impl<T: Handler> EventChannel<T> {
             // does not tell which case it is, and closing the port twice could close another
             // channel that got it meanwhile.
             //
-            // SAFETY: The name is `'static`; `argument` is what `interrupt` wants, and stays until
-            // the interrupt is unbound, as `request` says.
+            // SAFETY: The name is `'static`; `argument` is the argument of `interrupt`, and stays
+            // until the interrupt is unbound, as `request` says.
             let irq = unsafe {
                 bindings_ext::bind_evtchn_to_irqhandler_lateeoi(
                     port,
@@ -198,8 +198,8 @@ impl<T: Handler> EventChannel<T> {
         handler: Arc<T>,
     ) -> Result<Self> {
         Self::request(device, handler, |argument| {
-            // SAFETY: The name is `'static`; `argument` is what `interrupt` wants, and stays until
-            // the interrupt is unbound, and so does the device, as `request` says.
+            // SAFETY: The name is `'static`; `argument` is the argument of `interrupt`, and stays
+            // until the interrupt is unbound, and so does the device, as `request` says.
             let irq = unsafe {
                 bindings_ext::bind_interdomain_evtchn_to_irqhandler_lateeoi(
                     device.as_raw(),

@@ -8,7 +8,7 @@
 //!
 //! The side that owns the memory (for disks, the frontend) uses:
 //! - [`GrantReserve`]: reserved references, so that starting an I/O cannot fail for lack of them,
-//! - [`GrantedPage`]: a page of our own that stays granted for a long time,
+//! - [`GrantedPage`]: a page of this domain that stays granted for a long time,
 //! - [`Granted`]: pages of another owner, such as those of a block request, granted for one I/O.
 //!
 //! The side that uses the memory (the backend) has:

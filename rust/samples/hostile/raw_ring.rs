@@ -13,11 +13,11 @@ use blkif::{
 
 /// The word with the number of requests published.
 pub(crate) const REQ_PROD: usize = 0;
-/// The word with the number of requests after which the backend wants an event.
+/// The word with the number of requests after which the backend has asked for an event.
 pub(crate) const REQ_EVENT: usize = 1;
 /// The word with the number of responses published.
 pub(crate) const RSP_PROD: usize = 2;
-/// The word with the number of responses after which the frontend wants an event.
+/// The word with the number of responses after which the frontend has asked for an event.
 pub(crate) const RSP_EVENT: usize = 3;
 
 /// Number of words before the first slot.

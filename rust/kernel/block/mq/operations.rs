@@ -194,7 +194,7 @@ impl<T: Operations> OperationsVTable<T> {
 
         match T::queue_rq(hw_queue, rq, last) {
             Ok(()) => bindings::BLK_STS_OK as bindings::blk_status_t,
-            // The lifetime of `rq` is that of this call, so a request that comes back is this one.
+            // The lifetime of `rq` is that of this call, so a rejected request is this one.
             Err(rejected) => rejected.into_status(),
         }
     }
@@ -210,8 +210,8 @@ impl<T: Operations> OperationsVTable<T> {
         let mut left = RequestList::new();
         // SAFETY: By the requirements of this function; hardware queues stay as in `queue_rq`.
         while let Some((hw_queue, run)) = unsafe { offered.take_run() } {
-            // The lifetime of the requests is that of this call, so the requests that come back are
-            // some of them.
+            // The lifetime of the requests is that of this call, so the returned requests are some
+            // of them.
             left.append(T::queue_rqs(hw_queue, run));
         }
         // SAFETY: As above. Those that are left go back to blk-mq.
@@ -269,7 +269,7 @@ impl<T: Operations> OperationsVTable<T> {
 
     /// # Safety
     ///
-    /// For blk-mq: `init_hctx` succeeded for `hctx`, which is not used any more.
+    /// For blk-mq: `init_hctx` succeeded for `hctx`, which is no longer used.
     unsafe extern "C" fn exit_hctx(hctx: *mut bindings::blk_mq_hw_ctx, _index: c_uint) {
         // A call of `queue_rq` may have ended the last request that the removal waited for, and
         // still run. It is an RCU reader.
@@ -277,7 +277,7 @@ impl<T: Operations> OperationsVTable<T> {
         // SAFETY: `synchronize_rcu` requires a context that may sleep, and blk-mq frees hardware
         // queues in such a context.
         unsafe { bindings::synchronize_rcu() };
-        // SAFETY: `init_hctx` made the pointer, and it is not borrowed any more.
+        // SAFETY: `init_hctx` made the pointer, and it is no longer borrowed.
         drop(unsafe { T::HwQueueData::from_foreign((*hctx).driver_data) });
     }
 
@@ -308,13 +308,13 @@ impl<T: Operations> OperationsVTable<T> {
 
     /// # Safety
     ///
-    /// For blk-mq: `init_request` succeeded for `rq`, which is not used any more.
+    /// For blk-mq: `init_request` succeeded for `rq`, which is no longer used.
     unsafe extern "C" fn exit_request(
         _set: *mut bindings::blk_mq_tag_set,
         rq: *mut bindings::request,
         _hw_queue: c_uint,
     ) {
-        // SAFETY: `init_request` initialised it, and it is not used any more.
+        // SAFETY: `init_request` initialised it, and it is no longer used.
         unsafe { core::ptr::drop_in_place(rq.add(1).cast::<T::RequestData>()) };
     }
 

@@ -70,7 +70,7 @@ pub enum Op {
     Flush,
     /// Discards sectors: their contents are no longer needed.
     Discard,
-    /// Erases sectors: their contents must not be readable any more.
+    /// Erases sectors: their contents must not be readable afterwards.
     SecureErase,
     /// Writes zeroes to sectors.
     WriteZeroes,

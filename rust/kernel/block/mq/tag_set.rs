@@ -129,8 +129,8 @@ impl<T: Operations> TagSet<T> {
 #[pinned_drop]
 impl<T: Operations> PinnedDrop for TagSet<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariants the set is valid, and there is no disk any more, as this
-        // was the last reference.
+        // SAFETY: By the type invariants the set is valid, and there is no disk, because this was
+        // the last reference.
         unsafe { bindings::blk_mq_free_tag_set(self.as_raw()) };
     }
 }

@@ -532,7 +532,7 @@ impl Mapper {
                 return;
             };
             // SAFETY: Each operation was made just above for the page at the same place, which is
-            // not busy and has no owner any more.
+            // not busy and no longer has an owner.
             unsafe { unmap_refs(ops, pages) };
             for (op, page) in ops.iter().zip(pages) {
                 if is_unmapped(op) {
