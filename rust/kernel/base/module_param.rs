@@ -198,7 +198,8 @@ impl KernelParamList {
 /// with mode 0 there is no file. The types are `u32`, `i32` and `bool`.
 ///
 /// ```ignore
-/// module_params! {    /// Largest number of rings of a disk.
+/// module_params! {
+///     /// Largest number of rings of a disk.
 ///     pub(crate) static MAX_QUEUES("max_queues", 0o444): u32 = 4,
 ///         "Maximum number of rings of a disk";
 /// }

@@ -362,7 +362,9 @@ impl<T: Operations> Request<T, InFlight> {
     /// Completes the request by [`Operations::complete`], possibly on the CPU that submitted it
     /// (`blk_mq_complete_request()`).
     ///
-    /// [`Operations::complete`] may be called before this returns. Context: any.
+    /// [`Operations::complete`] may be called before this returns.
+    ///
+    /// Context: any.
     pub fn complete(self) {
         let rq = self.into_raw();
         // SAFETY: By the type invariants the driver owns the request and started it.
