@@ -12,16 +12,15 @@
 //! All devices of this domain share the `xenwatch` thread. So callbacks only record what has
 //! happened, and a work item of the device does the work ([`Device::schedule_work`],
 //! [`Device::handle_events`]). Opening and closing a disk, writing back its page cache and waiting
-//! for its I/O take as long as the disk takes, possibly forever. None of that is done with
+//! for its I/O take as long as the disk needs, possibly forever. None of that is done with
 //! [`Device::inner`] locked, so an unbind and the files in sysfs do not wait for it.
 //!
 //! - [`Device::next_step`] decides under the lock. It executes quick actions, and returns a
-//!   [`Step`] for those that may sleep for long.
-//! - An event that comes meanwhile makes the work item run again.
-//! - An operation that failed for a reason that may go away is retried by a timer and at each
-//!   event.
+//!   [`Step`] for those that may sleep for a long time.
+//! - An event that arrives meanwhile makes the work item run again.
+//! - An operation that failed temporarily is retried by a timer and at each event.
 //! - If the work item has stopped waiting for queue threads, the last of them schedules it.
-//! - Only the `xenwatch` thread may unregister a device, so the work item asks it to.
+//! - Only the `xenwatch` thread may unregister a device, so the work item makes that thread do it.
 //!
 //! # Ownership
 //!
@@ -37,7 +36,7 @@
 //! - The watch, the timers and the files in sysfs are dropped when the driver is unbound. Dropping
 //!   each waits for its running callback, so none is dropped under a lock that the callback takes.
 //! - The work item holds a reference to the [`Device`] while it is scheduled or runs. Unbinding the
-//!   driver hands the disk to it and waits until it has closed the disk, up to a timeout: a disk
+//!   driver passes the disk to it and waits until it has closed the disk, up to a timeout: a disk
 //!   that hangs blocks nothing else.
 //! - A queue thread, and the work item while it runs, hold a reference to the module. So neither an
 //!   unbind nor the removal of the device's directory waits for a disk that hangs.
@@ -445,7 +444,7 @@ impl Device {
 
     /// Decides what has to be done.
     ///
-    /// Executes quick actions, and returns those that may sleep for long.
+    /// Executes quick actions, and returns those that may sleep for a long time.
     fn next_step(self: &Arc<Self>) -> Step {
         let mut inner = self.inner.lock();
         if let Some(disk) = inner.to_close.take() {
@@ -478,7 +477,7 @@ impl Device {
 
     /// Returns `true` if the frontend connects too often and has to wait.
     ///
-    /// The work item is scheduled for when it may connect again.
+    /// The work item is scheduled for the time when it may connect again.
     fn throttle(&self, inner: &mut Inner) -> bool {
         let Err(ticks) = inner.connect_limit.take(jiffies::now() as u64) else {
             inner.throttled = false;

@@ -327,7 +327,7 @@ impl Queue {
         !stopping && self.ring_status.is_usable() && !self.is_blocked()
     }
 
-    /// Returns `true` if requests have come since the ring was found empty.
+    /// Returns `true` if requests have arrived since the ring was found empty.
     ///
     /// Otherwise the frontend sends an event with the next one.
     fn has_more_requests(&mut self, stopping: bool) -> bool {

@@ -155,7 +155,7 @@ impl Claimed for GenDisk<BlkfrontOps> {
     }
 }
 
-/// The connection of a device, and its disk. Protected by the mutex in
+/// The connection of a device, and its disk, protected by the mutex in
 /// [`DeviceWorker`](crate::worker::DeviceWorker).
 pub(crate) struct Device {
     device: ARef<xenbus::Device>,
@@ -395,7 +395,7 @@ impl Device {
                 .device
                 .dev_error(error, fmt!("{}: trying again", describe(action))));
         }
-        // The device worker has to compute again how long it sleeps.
+        // The device worker has to compute its sleep time again.
         self.wakeup.set(WakeReason::Backend);
     }
 

@@ -143,17 +143,17 @@ impl DeviceWorker {
 
     /// Runs the device worker.
     pub(crate) fn run(this: &Arc<Self>) {
-        let mut open = None;
-        this.run_until_unbound(&mut open);
-        this.shut_down(&mut open);
+        let mut still_open = None;
+        this.run_until_unbound(&mut still_open);
+        this.shut_down(&mut still_open);
     }
 
     /// Handles wake reasons and deadlines until the device is unbound.
-    fn run_until_unbound(self: &Arc<Self>, open: &mut Option<RemovedDisk>) {
+    fn run_until_unbound(self: &Arc<Self>, still_open: &mut Option<RemovedDisk>) {
         let mut disconnected_since = None;
         let mut trim = TrimTimer::default();
         while !self.wakeup.is_removing() {
-            self.handle_wakeups(open);
+            self.handle_wakeups(still_open);
             self.retry_connect();
             self.check_outage(&mut disconnected_since);
             self.trim_pools(&mut trim);
@@ -163,18 +163,18 @@ impl DeviceWorker {
     }
 
     /// Ends the connection, and waits until nothing uses the device.
-    fn shut_down(&self, open: &mut Option<RemovedDisk>) {
+    fn shut_down(&self, still_open: &mut Option<RemovedDisk>) {
         self.close();
         while self.device.lock().has_granted_requests() {
             fsleep(Delta::from_millis(RELEASE_POLL_MS.into()));
             self.device.lock().end_released();
         }
         self.await_unmap();
-        self.remove_disk(open);
+        self.remove_disk(still_open);
         self.wakeup.finish();
-        while open.is_some() {
+        while still_open.is_some() {
             self.wakeup.wait_for(WakeReason::Released);
-            drop_closed(open);
+            drop_closed(still_open);
         }
     }
 
@@ -225,7 +225,7 @@ impl DeviceWorker {
     }
 
     /// Handles the wake reasons that are set.
-    fn handle_wakeups(&self, open: &mut Option<RemovedDisk>) {
+    fn handle_wakeups(&self, still_open: &mut Option<RemovedDisk>) {
         if self.wakeup.take(WakeReason::Failed) {
             self.device.lock().handle_event(FrontEvent::Failed);
         }
@@ -251,8 +251,8 @@ impl DeviceWorker {
             self.close();
         }
         self.device.lock().end_released();
-        self.remove_disk(open);
-        drop_closed(open);
+        self.remove_disk(still_open);
+        drop_closed(still_open);
         self.free_stale_grants();
     }
 
@@ -408,9 +408,9 @@ impl DeviceWorker {
         self.device.lock().free_stale_grants();
     }
 
-    /// Removes a dead disk if all its requests have ended, and stores it in `open` if it is still
-    /// open.
-    fn remove_disk(&self, open: &mut Option<RemovedDisk>) {
+    /// Removes a dead disk if all its requests have ended, and stores it in `still_open` if it is
+    /// still open.
+    fn remove_disk(&self, still_open: &mut Option<RemovedDisk>) {
         let Some((disk, threads, registered)) = self.device.lock().take_disk() else {
             return;
         };
@@ -427,8 +427,8 @@ impl DeviceWorker {
         // This waits for tasks in the block layer. Their requests fail, so the wait ends.
         disk.remove();
         disk.queue_data().notify_release();
-        *open = Some((disk, registered));
-        drop_closed(open);
+        *still_open = Some((disk, registered));
+        drop_closed(still_open);
     }
 }
 
@@ -436,8 +436,8 @@ impl DeviceWorker {
 type RemovedDisk = (Arc<GenDisk<BlkfrontOps>>, Option<Registered>);
 
 /// Drops a removed disk if it is no longer open.
-fn drop_closed(open: &mut Option<RemovedDisk>) {
-    if (open.as_ref()).is_some_and(|(disk, _)| disk.openers() == 0) {
-        *open = None;
+fn drop_closed(still_open: &mut Option<RemovedDisk>) {
+    if (still_open.as_ref()).is_some_and(|(disk, _)| disk.openers() == 0) {
+        *still_open = None;
     }
 }
