@@ -5,6 +5,7 @@ The backend is the module rblk_hostile_back, which serves xvdb, or dom0's shell,
 which has no ring.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -94,9 +95,11 @@ def test_no_answer(xen: StartHost, test_modules: Path) -> None:
     said = "xvdb.*does not respond|vbd-51728: .*the backend does not respond"
     play(server, SILENCE)
     guest.sh(WRITER)
-    guest.wait_for(f"dmesg | grep -Eq '{said}'")
+    # The next connection may begin before another command reaches the server.
+    server.wait_for(f"[ $(cat {PARAMETERS}/ignored) -gt 0 ]")
     play(server, HONEST)
     guest.wait_for('[ "$(cat /tmp/end)" = done ]')
+    assert re.search(said, guest.sh("dmesg"))
 
     play(server, SILENCE)
     guest.sh(WRITER)
@@ -128,7 +131,7 @@ def test_no_answer_and_no_end(xen: StartHost) -> None:
 
     guest.sh(f"echo 0 > {FRONT_PARAMETERS}/io_timeout; {SHORT_TIMEOUT}; {WRITER}")
     guest.wait_for("grep -q '[1-9]' /sys/block/xvdb/inflight")
-    guest.sh("sleep 12")
+    guest.wait_for("dmesg | grep -q 'xvdb: the backend does not respond: requests wait for it'")
     assert host.xenstore_read(f"{front}/state") == "4"
     guest.sh(f"echo 30 > {FRONT_PARAMETERS}/io_timeout")
     guest.wait_for('[ "$(cat /tmp/end)" = failed ]')

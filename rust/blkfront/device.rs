@@ -23,6 +23,8 @@
 //! thread takes all steps except the removal of the disk, which may wait and is done by the device
 //! worker, see [`worker`](crate::worker).
 
+use core::mem;
+
 use kernel::{
     prelude::*,
     str::CString,
@@ -203,6 +205,8 @@ pub(crate) struct Device {
     still_granted: KVVec<(PendingRequest, Disposition)>,
     /// Number of the last connection.
     generation: u32,
+    /// `true` if the log says that the disk waits for a backend that does not respond.
+    stall_reported: bool,
 }
 
 impl Device {
@@ -239,6 +243,7 @@ impl Device {
             remove_thread: None,
             still_granted: KVVec::new(),
             generation: 0,
+            stall_reported: false,
         }
     }
 
@@ -833,12 +838,20 @@ impl Device {
         rings.nth(number).cloned()
     }
 
-    /// Closes a connection whose backend does not respond.
+    /// Closes a connection whose backend does not respond. With `io_timeout` = 0 it is only
+    /// reported, once for each time that the backend stops to respond.
     ///
     /// A disconnected backend has another deadline, `reconnect_timeout`.
     pub(crate) fn close_stalled(&mut self) {
-        let stalled = || self.queues.iter().any(|queue| queue.has_stalled());
-        if !params::gives_up() || !self.is_connected() || !stalled() {
+        let stalled = self.is_connected() && self.queues.iter().any(|queue| queue.has_stalled());
+        let reported = mem::replace(&mut self.stall_reported, stalled);
+        if !stalled {
+            return;
+        }
+        if !params::gives_up() {
+            if !reported {
+                self.report_stall();
+            }
             return;
         }
         ratelimited!(self.device.dev_error(
@@ -846,6 +859,15 @@ impl Device {
             fmt!("the backend does not respond: closing the connection, requests wait for the next one"),
         ));
         self.handle_event(FrontEvent::Unusable);
+    }
+
+    /// Logs that requests wait for a backend that does not respond.
+    fn report_stall(&self) {
+        let name = self.name();
+        ratelimited!(dev_warn!(
+            self.xbdev(),
+            "{name}: the backend does not respond: requests wait for it, because io_timeout is 0\n"
+        ));
     }
 
     /// Returns `true` if both sides are connected, according to the state that xenbus has reported.

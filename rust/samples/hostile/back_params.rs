@@ -15,6 +15,8 @@ module_params! {
     pub(crate) static HOARD("hoard", 0o644): bool = false, "Keep the pages of connections that have ended mapped";
     /// Number of ended connections whose pages are mapped.
     pub(crate) static HOARDED("hoarded", 0o444): u32 = 0, "Connections that have ended and are mapped";
+    /// Number of requests that got no response.
+    pub(crate) static IGNORED("ignored", 0o444): u32 = 0, "Requests that got no response";
     /// Offers barriers in place of flushes.
     pub(crate) static BARRIER("barrier", 0o644): bool = false, "Offer a barrier, and no flush";
 }

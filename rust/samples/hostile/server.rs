@@ -288,7 +288,10 @@ impl Server {
         while let Ok(Some(request)) = self.ring.take_request() {
             let suits = misbehaviour.suits(&request);
             match misbehaviour {
-                Misbehaviour::Silence if suits => continue,
+                Misbehaviour::Silence if suits => {
+                    back_params::IGNORED.set(back_params::IGNORED.get().wrapping_add(1));
+                    continue;
+                }
                 Misbehaviour::Lag if suits && self.late.push_within_capacity(request).is_ok() => {
                     self.catch_up(LAG);
                     continue;
