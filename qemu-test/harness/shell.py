@@ -26,6 +26,10 @@ SLICE = 1.0
 TIMEOUT = 120
 """Time limit of a command in seconds, ten times what the slowest takes on an idle host."""
 
+KEEPER = "/tmp/keeper"
+CLOSE_KEPT = f"kill $(cat {KEEPER})"
+"""Ends what `keep_open` has started."""
+
 END = r"#end {number} (\d+) {form} (\w+)\r?\n"
 """The last line of an answer: exit status, encoding of the output, and its CRC-32."""
 
@@ -169,6 +173,13 @@ class SerialShell(Shell):
                 self._watch()
                 raise MachineTrouble(f"QEMU ended: {failure}\n{self._child.before}") from None
         raise CommandFailed(failure)
+
+
+def keep_open(path: str) -> str:
+    """Returns a shell script that opens a file and keeps it open until `CLOSE_KEPT`."""
+    return (
+        f"exec 9< {path}; sleep 100000 < /dev/null > /dev/null 2>&1 & echo $! > {KEEPER}; exec 9<&-"
+    )
 
 
 def until(condition: str, seconds: int, otherwise: str, pause_us: int = 800000) -> str:

@@ -14,6 +14,8 @@ from harness.kernel import Kernel
 from harness.pairs import Driver
 from harness.pairs import Pair
 from harness.pairs import other_driver
+from harness.shell import CLOSE_KEPT
+from harness.shell import keep_open
 from harness.xenhost import Disk
 from harness.xenhost import XenHost
 
@@ -74,12 +76,11 @@ def test_reload_frontend(host: XenHost, others: list[Driver]) -> None:
         guest.wait_for_disk("xvda")
         assert guest.sh(SUM) == written
     for _cycle in range(2):
-        # The shell opens the disk before it starts who keeps it open.
-        guest.sh("exec 9< /dev/xvda; sleep 1000 > /dev/null 2>&1 & echo $! > /tmp/keeper")
+        guest.sh(keep_open("/dev/xvda"))
         guest.rebind_disk(51712)
         guest.wait_for_disk("xvda")
         assert guest.sh(SUM) == written
-        guest.sh("kill $(cat /tmp/keeper)")
+        guest.sh(CLOSE_KEPT)
     assert_served_by_pair(host, guest)
 
 

@@ -10,11 +10,13 @@ import pytest
 from harness.driver_check import assert_served_by_pair
 from harness.fixtures import StartHost
 from harness.manual_toolstack import ManualDisk
+from harness.shell import CLOSE_KEPT
+from harness.shell import keep_open
 from harness.xenhost import Disk
 
 NO_WRITEBACK = "echo 0 > /proc/sys/vm/dirty_writeback_centisecs"
 FILL_CACHE = (
-    f"{NO_WRITEBACK}; sleep 100000 < /dev/vdb > /dev/null 2>&1 & echo $! > /tmp/keeper; "
+    f"{NO_WRITEBACK}; {keep_open('/dev/vdb')}; "
     "dd if=/dev/zero of=/dev/vdb bs=64k count=64 conv=notrunc 2> /dev/null"
 )
 """Another program has the disk open, so that dd does not sync when it closes it."""
@@ -47,7 +49,7 @@ def test_slow_open(xen: StartHost) -> None:
     host.machine.throttle_writes(0)
     guest.wait_for_disk("xvdb", 300)
     assert_served_by_pair(host, guest, "xvdb")
-    host.sh("kill $(cat /tmp/keeper)")
+    host.sh(CLOSE_KEPT)
 
 
 @pytest.mark.feature("B-30")
@@ -76,7 +78,7 @@ def test_detach_slow_open(xen: StartHost) -> None:
     assert host.xenstore_read(f"{disk.back}/sectors") is None
     disk.forget()
     guest.wait_for("[ ! -e /sys/bus/xen/devices/vbd-51728 ]")
-    host.sh("kill $(cat /tmp/keeper)")
+    host.sh(CLOSE_KEPT)
 
     host.ram_disks()
     disk.offer()

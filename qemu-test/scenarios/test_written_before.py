@@ -11,12 +11,13 @@ import pytest
 from harness.driver_check import assert_served_by_pair
 from harness.guest import Guest
 from harness.manual_toolstack import ManualDisk
+from harness.shell import CLOSE_KEPT
 from harness.shell import Target
+from harness.shell import keep_open
 from harness.xenhost import XenHost
 
 DISK = "/dev/ram0"
 DRIVER = "/sys/bus/xen-backend/drivers/vbd"
-KEEP_OPEN = f"sleep 100000 < {DISK} > /dev/null 2>&1 & echo $! > /tmp/keeper"
 """No dd is the last one to close the disk, which would sync."""
 PARTITION = (
     "printf '\\000\\000\\000\\000\\203\\000\\000\\000\\000\\010\\000\\000\\000\\200\\000\\000' | "
@@ -99,12 +100,12 @@ def test_written_between(host: XenHost) -> None:
         server.sh(f"echo {name} > {DRIVER}/unbind")
         server.unload_backend()
         put(server, DISK, f"2{mode}2", "")
-        server.sh(KEEP_OPEN)
+        server.sh(keep_open(DISK))
         put(server, DISK, f"3{mode}3", "")
         server.load_backend()
         disk.wait_for(back=4)
         assert word_of(guest) == f"3{mode}3"
-        server.sh("kill $(cat /tmp/keeper)")
+        server.sh(CLOSE_KEPT)
         disk.detach_and_wait()
         guest.wait_for("[ ! -b /dev/xvdb ]")
 
@@ -139,4 +140,4 @@ def test_written_by_other_names(host: XenHost) -> None:
         assert word_of(guest, skip) == "own"
         disk.detach_and_wait()
         guest.wait_for("[ ! -b /dev/xvdb ]")
-        server.sh("kill $(cat /tmp/keeper)")
+        server.sh(CLOSE_KEPT)
