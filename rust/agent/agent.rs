@@ -14,6 +14,9 @@
 //! | [`disk`] | one disk: which process it has, and what is done next |
 //! | [`supervisor`] | all disks: waits for events and updates the disks that they are about |
 //! | [`server`] | the socket for `rblk` |
+//! | [`host`], [`events`] | the state of `rblkd`, and the last events |
+//! | [`storage`] | checks of storage |
+//! | [`config`], [`signals`] | the configuration, and the signal to read it again |
 //!
 //! # Attach
 //!
@@ -33,8 +36,13 @@
 #![deny(missing_docs)]
 
 pub mod backend;
+pub mod config;
 pub mod disk;
+pub mod events;
+pub mod host;
 pub mod options;
 pub mod process;
 pub mod server;
+pub mod signals;
+pub mod storage;
 pub mod supervisor;

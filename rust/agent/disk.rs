@@ -116,6 +116,11 @@ impl Disk {
         }
     }
 
+    /// Returns the record of the disk.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
     /// Returns the process, if it has one.
     pub fn process(&self) -> Option<&Process> {
         self.process.as_ref()

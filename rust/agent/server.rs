@@ -6,11 +6,14 @@
 //! processes. A process that does not answer delays only the client that asks for it. What changes
 //! a disk is sent to the [`Supervisor`](crate::supervisor::Supervisor).
 
+use crate::host::Host;
 use crate::process::Process;
 use crate::supervisor::{Command, Commands};
+use api::agent::{EVENTS_WAIT, INTERFACE};
 use api::socket;
 use api::{AgentCall, DiskCommand, DiskEntry, DiskId, DiskStatus, Failure, FailureKind};
 use api::{Phase, Record, RunDir};
+use rustix::net::sockopt::socket_peercred;
 use serde_json::{json, Value};
 use std::fs;
 use std::io;
@@ -21,8 +24,9 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The greatest number of clients at the same time.
+/// The greatest number of clients at the same time. The last ones have to be root.
 const MAX_CLIENTS: usize = 32;
+const MAX_OTHER_CLIENTS: usize = 24;
 
 /// Limit for the next request of a client.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -44,13 +48,34 @@ const POLL: Duration = Duration::from_millis(50);
 pub struct Server {
     run: RunDir,
     commands: Commands,
+    host: Host,
     /// One reference for each client, and two of the thread that accepts them.
     clients: Arc<()>,
 }
 
 impl Server {
-    /// Starts a thread that answers clients. Only root may connect.
-    pub fn start(run: RunDir, commands: Commands) -> io::Result<()> {
+    /// Starts a thread that answers the clients of a socket.
+    pub fn start(
+        listener: UnixListener,
+        run: RunDir,
+        commands: Commands,
+        host: Host,
+    ) -> io::Result<()> {
+        let clients = Arc::new(());
+        let server = Self {
+            run,
+            commands,
+            host,
+            clients,
+        };
+        thread::Builder::new()
+            .name("accept".to_owned())
+            .spawn(move || server.accept(&listener))?;
+        Ok(())
+    }
+
+    /// Creates the socket, to which only root may connect until [`allow_group`].
+    pub fn bind(run: &RunDir) -> io::Result<UnixListener> {
         let path = run.agent_socket();
         // That of an earlier rblkd: there is no other one, see the lock of the supervisor.
         match fs::remove_file(&path) {
@@ -59,16 +84,7 @@ impl Server {
         }
         let listener = UnixListener::bind(&path)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-        let clients = Arc::new(());
-        let server = Self {
-            run,
-            commands,
-            clients,
-        };
-        thread::Builder::new()
-            .name("accept".to_owned())
-            .spawn(move || server.accept(&listener))?;
-        Ok(())
+        Ok(listener)
     }
 
     fn accept(&self, listener: &UnixListener) {
@@ -85,7 +101,13 @@ impl Server {
 
     /// Starts a thread for a client. One too many is disconnected.
     fn start_client(&self, stream: UnixStream) {
-        if Arc::strong_count(&self.clients) > MAX_CLIENTS {
+        let is_root = is_root(&stream);
+        let limit = if is_root {
+            MAX_CLIENTS
+        } else {
+            MAX_OTHER_CLIENTS
+        };
+        if Arc::strong_count(&self.clients) > limit {
             return;
         }
         let client = self.clone();
@@ -94,15 +116,34 @@ impl Server {
             // A client that is silent or gone is disconnected.
             let _ = stream.set_read_timeout(Some(CLIENT_TIMEOUT));
             let _ = stream.set_write_timeout(Some(CLIENT_TIMEOUT));
-            let _ = socket::serve(stream, |call| client.handle(call));
+            let _ = socket::serve(stream, |call| client.handle_from(is_root, call));
         });
         if let Err(error) = started {
             eprintln!("no thread for a client: {error}");
         }
     }
 
+    /// Answers a client that is root, or one that may make only calls that change nothing.
+    fn handle_from(&self, is_root: bool, call: AgentCall) -> Result<Value, Failure> {
+        if !is_root && !call.only_reads() {
+            let cause = "only root may change disks";
+            return Err(Failure::new(
+                FailureKind::InvalidCall,
+                cause,
+                "run this as root",
+            ));
+        }
+        self.handle(call)
+    }
+
     fn handle(&self, call: AgentCall) -> Result<Value, Failure> {
         match call {
+            AgentCall::HostStatus => Ok(json!(self.host.status())),
+            AgentCall::Events { after, wait } => {
+                let wait = if wait { EVENTS_WAIT } else { Duration::ZERO };
+                Ok(json!(self.host.journal.after(after, wait)))
+            }
+            AgentCall::Interface => Ok(json!(INTERFACE)),
             AgentCall::List => Ok(json!(self.list()?)),
             AgentCall::Stats { disk } => Ok(json!(self.status(disk)?)),
             AgentCall::Pause { disk } => self.quiesce(disk, DiskCommand::Pause),
@@ -246,6 +287,21 @@ impl Server {
     }
 }
 
+/// Lets the members of a group connect to the socket, or only root.
+///
+/// The kernel checks the groups of a client when it connects; what it may call is another matter.
+pub fn allow_group(run: &RunDir, group: Option<u32>) -> io::Result<()> {
+    let path = run.agent_socket();
+    std::os::unix::fs::chown(&path, None, Some(group.unwrap_or(0)))?;
+    let mode = if group.is_some() { 0o660 } else { 0o600 };
+    fs::set_permissions(&path, fs::Permissions::from_mode(mode))
+}
+
+/// Returns `true` if a client is root. One that cannot be asked is not.
+fn is_root(stream: &UnixStream) -> bool {
+    socket_peercred(stream).is_ok_and(|peer| peer.uid.is_root())
+}
+
 /// Returns `true` if a disk is paused and has no request in flight.
 fn is_quiet(status: &DiskStatus) -> bool {
     status.paused && status.queues.iter().all(|queue| queue.paused)
@@ -254,12 +310,13 @@ fn is_quiet(status: &DiskStatus) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::Startup;
     use crate::options::tests::options;
     use crate::process::tests::PROGRAM;
     use crate::supervisor::Supervisor;
     use api::{Counters, QueueStatus, Quota};
     use std::io::{BufRead, BufReader, Write};
-    use xen_user::fake::Host;
+    use xen_user::fake;
     use xen_user::xenstore::Nodes;
     use xen_user::xenstore::Xenstore;
 
@@ -272,6 +329,15 @@ mod tests {
         pages: 8,
         requests: 4,
     };
+
+    fn host_state() -> Host {
+        Startup::new().finish(Arc::default(), Arc::default())
+    }
+
+    fn serve(run: &RunDir, commands: Commands, host: Host) {
+        let listener = Server::bind(run).unwrap();
+        Server::start(listener, run.clone(), commands, host).unwrap();
+    }
 
     fn wait_until(what: &str, mut is_done: impl FnMut() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(60);
@@ -338,7 +404,7 @@ mod tests {
 
     /// Starts a supervisor and a server for one disk. Returns a connection to its xenstore.
     fn start(run: &RunDir) -> Xenstore {
-        let host = Host::new();
+        let host = fake::Host::new();
         let mut store = host.xenstore().unwrap();
         store.write("backend/vbd3/5/51712/params", "serve").unwrap();
         store.write("backend/vbd3/5/51712/state", "1").unwrap();
@@ -346,7 +412,7 @@ mod tests {
         let (supervisor, commands) =
             Supervisor::new(connection, run.clone(), PROGRAM.into(), options(&[])).unwrap();
         thread::spawn(move || supervisor.run());
-        Server::start(run.clone(), commands).unwrap();
+        serve(run, commands, host_state());
         store
     }
 
@@ -413,5 +479,48 @@ mod tests {
             panic!("{phase:?}");
         };
         Process::adopt(pid, start_time).unwrap().kill();
+    }
+
+    #[test]
+    fn a_group_may_only_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let store = fake::Host::new().xenstore().unwrap();
+        let (supervisor, commands) =
+            Supervisor::new(store, run.clone(), PROGRAM.into(), options(&[])).unwrap();
+        let host = host_state();
+        host.journal
+            .add(None, api::EventKind::Storage, "x".to_owned());
+        let server = Server {
+            run: run.clone(),
+            commands: commands.clone(),
+            host: host.clone(),
+            clients: Arc::default(),
+        };
+        let failure = server
+            .handle_from(false, AgentCall::Restart { disk: DISK })
+            .unwrap_err();
+        assert_eq!(failure.kind, FailureKind::InvalidCall);
+        let (after, wait) = (0, true);
+        let events = server.handle_from(false, AgentCall::Events { after, wait });
+        assert_eq!(events.unwrap()[0]["text"], "x");
+        let status = server.handle_from(false, AgentCall::HostStatus).unwrap();
+        assert_eq!(status["pid"], std::process::id());
+        let interface = server.handle_from(false, AgentCall::Interface).unwrap();
+        assert!(interface.as_str().unwrap().contains("interface rblkd"));
+        serve(&run, commands, host);
+        let mode = || {
+            fs::metadata(run.agent_socket())
+                .unwrap()
+                .permissions()
+                .mode()
+                & 0o777
+        };
+        assert_eq!(mode(), 0o600);
+        allow_group(&run, Some(0)).unwrap();
+        assert_eq!(mode(), 0o660);
+        allow_group(&run, None).unwrap();
+        assert_eq!(mode(), 0o600);
+        drop(supervisor);
     }
 }

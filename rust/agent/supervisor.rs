@@ -4,8 +4,9 @@
 
 use crate::backend;
 use crate::disk::{Context, Disk, Next};
+use crate::events::Journal;
 use crate::options::TapOptions;
-use api::{DiskId, RunDir};
+use api::{DiskId, Record, RunDir};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{flock, FlockOperation};
 use std::collections::{BTreeMap, BTreeSet};
@@ -71,6 +72,7 @@ pub struct Supervisor {
     disks: BTreeMap<DiskId, Entry>,
     commands: Receiver<Command>,
     wakeup: UnixStream,
+    journal: Arc<Journal>,
     /// Held by the one `rblkd` of a directory.
     _lock: File,
 }
@@ -108,10 +110,21 @@ impl Supervisor {
             options,
             commands,
             wakeup,
+            journal: Arc::default(),
             _lock: lock,
         };
         let wakeup = Arc::new(wake);
         Ok((supervisor, Commands { sender, wakeup }))
+    }
+
+    /// Returns where it reports what happens to disks.
+    pub fn journal(&self) -> &Arc<Journal> {
+        &self.journal
+    }
+
+    /// Returns the number of disks.
+    pub fn disks(&self) -> usize {
+        self.disks.len()
     }
 
     /// Serves until xenstore cannot be used.
@@ -175,7 +188,12 @@ impl Supervisor {
 
     /// Updates a disk. An error is reported, and it is tried again.
     fn update(&mut self, disk: DiskId, now: Instant) {
-        match self.try_update(disk, now) {
+        let before = self.record(disk);
+        let result = self.try_update(disk, now);
+        let gone = matches!(result, Ok(Next::Forget));
+        let after = self.record(disk).filter(|_| !gone);
+        self.journal.add_change(before.as_ref(), after.as_ref());
+        match result {
             Ok(Next::Wait(due)) => {
                 if let Some(entry) = self.disks.get_mut(&disk) {
                     entry.due = due;
@@ -222,6 +240,11 @@ impl Supervisor {
         self.disks.insert(disk, entry);
         self.share_quota(disk.domid, Some(disk));
         Ok(true)
+    }
+
+    fn record(&self, disk: DiskId) -> Option<Record> {
+        let entry = self.disks.get(&disk)?;
+        Some(entry.disk.record().clone())
     }
 
     fn try_update(&mut self, disk: DiskId, now: Instant) -> io::Result<Next> {
@@ -273,16 +296,19 @@ impl Entry {
 }
 
 #[cfg(test)]
+mod crash_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::options::tests::options;
     use crate::process::tests::PROGRAM;
     use crate::process::Process;
-    use api::{Phase, Record};
+    use api::Phase;
     use xen_user::fake::Host;
     use xen_user::xenstore::Nodes;
 
-    const DISK: DiskId = DiskId {
+    pub(super) const DISK: DiskId = DiskId {
         domid: 5,
         devid: 51712,
     };
@@ -362,7 +388,7 @@ mod tests {
         }
     }
 
-    fn supervisor(host: &Host, dir: &tempfile::TempDir) -> (Supervisor, Commands) {
+    pub(super) fn supervisor(host: &Host, dir: &tempfile::TempDir) -> (Supervisor, Commands) {
         // A child that another test is starting has all locks until it runs its program.
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {

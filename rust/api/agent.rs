@@ -4,6 +4,13 @@
 
 use crate::disk::{DiskId, DiskStatus};
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// The description of all calls, in the style of a Varlink interface.
+pub const INTERFACE: &str = include_str!("rblkd.varlink");
+
+/// Limit for the wait of [`AgentCall::Events`] for an event.
+pub const EVENTS_WAIT: Duration = Duration::from_secs(30);
 
 /// A call that `rblkd` answers.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -18,6 +25,20 @@ pub enum AgentCall {
         /// The disk.
         disk: DiskId,
     },
+    /// Returns the [`HostStatus`](crate::HostStatus).
+    #[serde(rename = "rblkd.HostStatus")]
+    HostStatus,
+    /// Returns each [`Event`](crate::Event) with a greater number.
+    #[serde(rename = "rblkd.Events")]
+    Events {
+        /// The number of the last event that is known, or 0.
+        after: u64,
+        /// If there is none, one is waited for.
+        wait: bool,
+    },
+    /// Returns [`INTERFACE`].
+    #[serde(rename = "rblkd.Interface")]
+    Interface,
     /// Takes no more requests of a disk, and returns when those in flight have completed.
     #[serde(rename = "rblkd.Pause")]
     Pause {
@@ -51,6 +72,18 @@ pub enum AgentCall {
         /// The disk.
         disk: DiskId,
     },
+}
+
+impl AgentCall {
+    /// Returns `true` if the call changes nothing.
+    pub fn only_reads(&self) -> bool {
+        match self {
+            Self::List | Self::Stats { .. } | Self::HostStatus | Self::Events { .. } => true,
+            Self::Interface => true,
+            Self::Pause { .. } | Self::Resume { .. } | Self::Resize { .. } => false,
+            Self::Retarget { .. } | Self::Restart { .. } => false,
+        }
+    }
 }
 
 /// A disk as `rblkd` lists it.
@@ -115,6 +148,7 @@ impl Phase {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Event, EventKind, HostStatus, StorageState, StorageStatus};
 
     #[test]
     fn calls_have_the_shape_of_varlink() {
@@ -129,5 +163,103 @@ mod tests {
             assert_eq!(serde_json::to_string(&call).unwrap(), json);
             assert_eq!(serde_json::from_str::<AgentCall>(json).unwrap(), call);
         }
+    }
+
+    /// Returns the names of the fields of a value, sorted.
+    fn fields(value: &impl Serialize) -> Vec<String> {
+        let value = serde_json::to_value(value).unwrap();
+        let mut names: Vec<String> = value.as_object().unwrap().keys().cloned().collect();
+        names.sort();
+        names
+    }
+
+    /// Returns the names of the fields of a method or a type of the description, sorted.
+    fn described(item: &str) -> Vec<String> {
+        let text: Vec<&str> = INTERFACE
+            .lines()
+            .filter(|line| !line.trim().starts_with('#'))
+            .collect();
+        let text = text.join(" ");
+        let (_, rest) = text.split_once(item).unwrap_or_else(|| panic!("no {item}"));
+        let (fields, _) = rest.split_once(')').unwrap();
+        let fields = fields.trim_start_matches([' ', '(']).split(',');
+        let names = fields.filter_map(|field| Some(field.split_once(':')?.0.trim().to_owned()));
+        let mut names: Vec<String> = names.collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn the_description_has_all_calls_and_their_parameters() {
+        let disk = "5/51712".parse().unwrap();
+        let image = String::new();
+        let calls = [
+            AgentCall::List,
+            AgentCall::Stats { disk },
+            AgentCall::HostStatus,
+            AgentCall::Events {
+                after: 0,
+                wait: false,
+            },
+            AgentCall::Interface,
+            AgentCall::Pause { disk },
+            AgentCall::Resume { disk },
+            AgentCall::Resize { disk },
+            AgentCall::Retarget { disk, image },
+            AgentCall::Restart { disk },
+        ];
+        for call in &calls {
+            let json = serde_json::to_value(call).unwrap();
+            let name = json["method"]
+                .as_str()
+                .unwrap()
+                .strip_prefix("rblkd.")
+                .unwrap();
+            let parameters = json.get("parameters").map(fields).unwrap_or_default();
+            assert_eq!(described(&format!("method {name}(")), parameters, "{name}");
+        }
+        let methods = INTERFACE.lines().filter(|line| line.starts_with("method "));
+        assert_eq!(methods.count(), calls.len());
+    }
+
+    #[test]
+    fn the_description_has_the_fields_of_the_types() {
+        let event = Event {
+            number: 1,
+            time: 2,
+            disk: None,
+            kind: EventKind::Served,
+            text: String::new(),
+        };
+        assert_eq!(described("type Event ("), fields(&event));
+        let storage = StorageStatus {
+            name: String::new(),
+            image: String::new(),
+            state: StorageState::Up,
+            since: 0,
+            cause: None,
+            latency_ms: None,
+            checks: 0,
+            failures: 0,
+            history: Vec::new(),
+        };
+        assert_eq!(described("type StorageStatus ("), fields(&storage));
+        let host = HostStatus {
+            version: String::new(),
+            pid: 1,
+            uptime: 0,
+            startup: Vec::new(),
+            storages: Vec::new(),
+        };
+        assert_eq!(described("method HostStatus() -> ("), fields(&host));
+        let record = Record {
+            disk: "5/51712".parse().unwrap(),
+            name: String::new(),
+            domain: None,
+            image: String::new(),
+            restarts: 0,
+            phase: Phase::Starting,
+        };
+        assert_eq!(described("type Record ("), fields(&record));
     }
 }

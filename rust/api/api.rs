@@ -23,6 +23,7 @@
 //! |---|---|
 //! | [`disk`] | how a disk is named, and the commands that its process `rblktap` answers |
 //! | [`agent`] | the calls that `rblkd` answers |
+//! | [`host`] | the state of `rblkd` and of its storage, and events |
 //! | [`failure`] | errors on the wire |
 //! | [`socket`] | both ends of a connection |
 //! | [`run_dir`] | the directory of sockets and records |
@@ -33,6 +34,7 @@
 pub mod agent;
 pub mod disk;
 pub mod failure;
+pub mod host;
 pub mod run_dir;
 pub mod socket;
 
@@ -40,4 +42,6 @@ pub use agent::{AgentCall, DiskEntry, Phase, Record};
 pub use disk::{Counters, DiskAnswer, DiskCommand, DiskId, DiskStatus};
 pub use disk::{OldestRequest, Operation, QueueStatus, Quota};
 pub use failure::{Failure, FailureKind};
+pub use host::{Event, EventKind, HostStatus, Step};
+pub use host::{StorageChange, StorageState, StorageStatus};
 pub use run_dir::RunDir;
