@@ -2,7 +2,7 @@
 
 //! The options of the processes that serve disks.
 
-use api::{socket, DiskAnswer, DiskCommand, DiskId, Quota, RunDir};
+use api::{defaults, socket, DiskAnswer, DiskCommand, DiskId, Quota, RunDir};
 use clap::{value_parser, Args, ValueEnum};
 use std::thread;
 use std::time::Duration;
@@ -21,7 +21,7 @@ pub struct TapOptions {
     #[arg(
         long,
         value_name = "N",
-        default_value_t = 16384,
+        default_value = defaults::PAGES,
         value_parser = value_parser!(u32).range(1..)
     )]
     pub domain_pages: u32,
@@ -29,27 +29,27 @@ pub struct TapOptions {
     #[arg(
         long,
         value_name = "N",
-        default_value_t = 2048,
+        default_value = defaults::REQUESTS,
         value_parser = value_parser!(u32).range(1..)
     )]
     pub domain_requests: u32,
     /// Action for a write for which the storage has no space
-    #[arg(long, value_name = "ACTION", default_value = "wait")]
+    #[arg(long, value_name = "ACTION", default_value = defaults::NO_SPACE)]
     pub no_space: NoSpace,
     /// Time for which requests are tried again after an error that may pass, in seconds
-    #[arg(long, value_name = "N", default_value_t = 60)]
+    #[arg(long, value_name = "N", default_value = defaults::RETRY_SECONDS)]
     pub retry_seconds: u32,
     /// When a request that does not complete is reported, in seconds
-    #[arg(long, value_name = "N", default_value_t = 10)]
+    #[arg(long, value_name = "N", default_value = defaults::STUCK_SECONDS)]
     pub stuck_seconds: u32,
     /// Directory of the passphrases of LUKS containers, as NAME.key
-    #[arg(long, value_name = "DIR", default_value = "/etc/cryptsetup-keys.d")]
+    #[arg(long, value_name = "DIR", default_value = defaults::KEY_DIR)]
     pub key_dir: String,
     /// The process of a disk runs as user and group N + DOMAIN
     #[arg(
         long,
         value_name = "N",
-        default_value_t = 1_895_825_408,
+        default_value = defaults::UID_BASE,
         value_parser = value_parser!(u32).range(1..0x7fff_0000)
     )]
     pub uid_base: u32,

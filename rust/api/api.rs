@@ -24,6 +24,7 @@
 //! | [`disk`] | how a disk is named, and the commands that its process `rblktap` answers |
 //! | [`agent`] | the calls that `rblkd` answers |
 //! | [`host`] | the state of `rblkd` and of its storage, and events |
+//! | [`defaults`] | the defaults of the options of `rblkd` and `rblktap` |
 //! | [`failure`] | errors on the wire |
 //! | [`socket`] | both ends of a connection |
 //! | [`run_dir`] | the directory of sockets and records |
@@ -32,6 +33,7 @@
 #![deny(missing_docs)]
 
 pub mod agent;
+pub mod defaults;
 pub mod disk;
 pub mod failure;
 pub mod host;

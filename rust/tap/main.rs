@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+use api::defaults;
 use api::Quota;
 use clap::value_parser;
 use clap::Arg;
@@ -44,9 +45,6 @@ use xen_user::event::EventDevice;
 use xen_user::grant::GrantDevice;
 use xen_user::xenstore::Nodes;
 use xen_user::xenstore::Xenstore;
-
-/// The start of the range of users: not used by other software that allocates users without names.
-const UID_BASE: &str = "1895825408";
 
 fn command() -> Command {
     let option = |name: &'static str, value: &'static str, default: &'static str| {
@@ -88,7 +86,7 @@ fn command() -> Command {
                 .help("Directory of the control socket and the in-flight table"),
         )
         .arg(
-            option("max-queues", "N", "4")
+            option("max-queues", "N", defaults::MAX_QUEUES)
                 .value_parser(value_parser!(u32))
                 .help("Largest number of rings"),
         )
@@ -106,12 +104,12 @@ fn command() -> Command {
                 ),
         )
         .arg(
-            option("retry-seconds", "N", "60")
+            option("retry-seconds", "N", defaults::RETRY_SECONDS)
                 .value_parser(value_parser!(u32))
                 .help("How long requests are retried after a temporary error"),
         )
         .arg(
-            option("no-space", "wait|fail", "wait")
+            option("no-space", "wait|fail", defaults::NO_SPACE)
                 .value_parser(["wait", "fail"])
                 .help(
                     "What happens to a write for which the storage has no space: it is retried as \
@@ -119,27 +117,27 @@ fn command() -> Command {
                 ),
         )
         .arg(
-            option("stuck-seconds", "N", "10")
+            option("stuck-seconds", "N", defaults::STUCK_SECONDS)
                 .value_parser(value_parser!(u32))
                 .help("When a request that does not complete is reported"),
         )
         .arg(
-            option("pages", "N", "16384")
+            option("pages", "N", defaults::PAGES)
                 .value_parser(value_parser!(u32).range(1..))
                 .help("Pages of 4 KiB that the data of the disk's requests may use"),
         )
         .arg(
-            option("requests", "N", "2048")
+            option("requests", "N", defaults::REQUESTS)
                 .value_parser(value_parser!(u32).range(1..))
                 .help("Requests of the disk that may be in flight"),
         )
         .arg(
-            option("key-dir", "DIR", "/etc/cryptsetup-keys.d")
+            option("key-dir", "DIR", defaults::KEY_DIR)
                 .value_parser(value_parser!(PathBuf))
                 .help("Where the passphrases of LUKS containers are, as NAME.key"),
         )
         .arg(
-            option("uid-base", "N", UID_BASE)
+            option("uid-base", "N", defaults::UID_BASE)
                 .value_parser(value_parser!(u32).range(1..0x7fff_0000))
                 .help("The process runs as user and group N + DOMAIN"),
         )
