@@ -21,10 +21,15 @@
 //! # Attach
 //!
 //! libxl creates the directory `backend/vbd3/D/N` with state Initialising and waits 10 seconds for
-//! InitWait, then runs the hotplug script. `rblkd` writes the disk's record, then starts
-//! `rblktap D N IMAGE`, which opens the image and writes features and InitWait. If that fails, or
-//! takes more than 8 seconds, `rblkd` writes the reason to the record and InitWait to the state.
-//! The script reads the record and fails with the reason, which `xl` prints.
+//! InitWait, then runs the hotplug script and waits 40 seconds for its end. `rblkd` writes the
+//! disk's record, then starts `rblktap D N IMAGE`, which opens the image and writes its pid, the
+//! features and InitWait. `rblkd` records that.
+//!
+//! If the image is not open after 4 seconds, `rblkd` writes InitWait in place of the process, and
+//! what a frontend reads then: the largest ring and the number of rings. The other features depend
+//! on the image, and Linux reads them in state Connected. If the image cannot be opened, or is
+//! not open after 30 seconds, `rblkd` writes the reason to the record and InitWait to the state.
+//! The script waits for the outcome in the record. It fails with the reason, which `xl` prints.
 //!
 //! # End of a process
 //!
@@ -37,6 +42,8 @@
 
 pub mod backend;
 pub mod config;
+#[cfg(test)]
+mod crash;
 pub mod disk;
 pub mod events;
 pub mod host;

@@ -2,7 +2,8 @@
 
 //! The nodes of a disk in xenstore: the directories `backend/vbd3/D/N`.
 
-use api::DiskId;
+use api::{defaults, DiskId};
+use blkif::ring::MAX_PAGE_ORDER;
 use blkif::vdev::VirtualDevice;
 use std::io;
 use xen_user::xenstore::{Nodes, Xenstore};
@@ -24,6 +25,8 @@ pub const CLOSED: u32 = 6;
 pub struct Backend {
     /// The node `state`.
     pub state: u32,
+    /// The process that has the image open, the node `kthread-pid`.
+    pub process: Option<u32>,
     /// The image that the node `params` names.
     pub image: String,
     /// The name of the guest, if it has one and this domain may read it.
@@ -62,8 +65,10 @@ pub fn read(nodes: &mut impl Nodes, disk: DiskId) -> io::Result<Option<Backend>>
     };
     let name = format!("/local/domain/{}/name", disk.domid);
     let params = nodes.read_text(&format!("{dir}/params"))?;
+    let process = nodes.read_text(&format!("{dir}/kthread-pid"))?;
     Ok(Some(Backend {
         state: state.parse().unwrap_or_default(),
+        process: process.and_then(|process| process.parse().ok()),
         image: image_of(&params.unwrap_or_default()).to_owned(),
         // A driver domain may not read it.
         domain: nodes.read_text(&name).ok().flatten(),
@@ -85,6 +90,24 @@ pub fn name(disk: DiskId) -> String {
         Ok(device) => device.name.to_string(),
         Err(_) => disk.devid.to_string(),
     }
+}
+
+/// Writes InitWait in place of Initialising for a process that has not done so yet, with the offers
+/// that a frontend reads in this state. Returns `false` if another state is there.
+pub fn announce(store: &mut Xenstore, disk: DiskId) -> io::Result<bool> {
+    let dir = path(disk);
+    store.transaction(|transaction| {
+        let found = transaction.read_text(&format!("{dir}/state"))?;
+        if found != Some(INITIALISING.to_string()) {
+            return Ok(false);
+        }
+        let order = MAX_PAGE_ORDER.to_string();
+        transaction.write(&format!("{dir}/max-ring-page-order"), &order)?;
+        let queues = defaults::MAX_QUEUES;
+        transaction.write(&format!("{dir}/multi-queue-max-queues"), queues)?;
+        transaction.write(&format!("{dir}/state"), &INIT_WAIT.to_string())?;
+        Ok(true)
+    })
 }
 
 /// Writes a state in place of `from`. Returns `false` if another one is there.
@@ -142,6 +165,12 @@ mod tests {
         let backend = read(&mut store, DISK).unwrap().unwrap();
         assert_eq!((backend.state, backend.image.as_str()), (1, "aio:/a"));
         assert_eq!(backend.domain.as_deref(), Some("web"));
+        assert_eq!(backend.process, None);
+        store
+            .write("backend/vbd3/5/51712/kthread-pid", "7")
+            .unwrap();
+        let backend = read(&mut store, DISK).unwrap().unwrap();
+        assert_eq!(backend.process, Some(7));
     }
 
     #[test]
@@ -155,6 +184,24 @@ mod tests {
             ("", ""),
         ] {
             assert_eq!(image_of(params), image);
+        }
+    }
+
+    #[test]
+    fn init_wait_replaces_initialising_with_offers() {
+        let mut store = Host::new().xenstore().unwrap();
+        let dir = path(DISK);
+        assert!(!announce(&mut store, DISK).unwrap());
+        store.write(&format!("{dir}/state"), "1").unwrap();
+        assert!(announce(&mut store, DISK).unwrap());
+        assert!(!announce(&mut store, DISK).unwrap());
+        for (node, value) in [
+            ("state", "2"),
+            ("max-ring-page-order", "4"),
+            ("multi-queue-max-queues", "4"),
+        ] {
+            let found = store.read_text(&format!("{dir}/{node}")).unwrap();
+            assert_eq!(found.as_deref(), Some(value), "{node}");
         }
     }
 

@@ -12,8 +12,13 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 use xen_user::xenstore::Xenstore;
 
-/// Limit for opening an image. libxl waits for 10 seconds.
-pub const OPEN_LIMIT: Duration = Duration::from_secs(8);
+/// Time after which InitWait is written for a process that has not opened its image yet. libxl
+/// waits for InitWait for 10 seconds, counted from a moment that `rblkd` does not know.
+pub const ANNOUNCE_LIMIT: Duration = Duration::from_secs(4);
+
+/// Limit for opening an image. libxl starts the hotplug script in InitWait and waits for it for 40
+/// seconds; the script waits for the image.
+pub const OPEN_LIMIT: Duration = Duration::from_secs(30);
 
 /// Time after which a process is killed whose disk's directory was removed.
 const REMOVE_LIMIT: Duration = Duration::from_secs(10);
@@ -74,6 +79,8 @@ pub struct Disk {
     failures: u32,
     /// The disk was refused when it was attached. It is not tried again.
     refused: bool,
+    /// InitWait was written for a process that has not opened the image yet.
+    announced: bool,
     /// When the directory was found to be gone.
     gone: Option<Instant>,
     replacement: Option<Replacement>,
@@ -94,12 +101,17 @@ impl Disk {
     }
 
     /// Takes a disk over from an earlier `rblkd`, with its process if that still runs.
-    pub fn adopt(record: Record, program: &Path, now: Instant) -> Self {
+    pub fn adopt(mut record: Record, run: &RunDir, program: &Path, now: Instant) -> Self {
         let process = match record.phase {
-            Phase::Running { pid, start_time } => Process::adopt(pid, start_time),
-            Phase::Starting => Process::find(program, record.disk),
+            Phase::Opening { pid, start_time } | Phase::Running { pid, start_time } => {
+                Process::adopt(pid, start_time)
+            }
+            Phase::Starting => Process::find(program, run, record.disk),
             Phase::Failed { .. } => None,
         };
+        if let (Phase::Starting, Some(process)) = (&record.phase, &process) {
+            record.phase = process.opening();
+        }
         Self::with_process(record, process, now)
     }
 
@@ -111,6 +123,7 @@ impl Disk {
             ended: None,
             failures: 0,
             refused: false,
+            announced: false,
             gone: None,
             replacement: None,
         }
@@ -163,15 +176,22 @@ impl Disk {
             backend::CLOSED => self.forget(cx),
             backend::CLOSING if self.refused || self.failures >= CLOSING_TRIES => {
                 backend::change_state(cx.store, disk, backend::CLOSING, backend::CLOSED)?;
+                #[cfg(test)]
+                crate::crash::point("closed");
                 self.forget(cx)
             }
             _ if self.refused => Ok(Next::Wait(None)),
-            backend::INITIALISING if self.ended.is_some() => {
+            state if self.ended.is_some() && self.is_attached(state) => {
                 let cause = self.ended.take().unwrap_or_default();
                 self.refuse(cx, cause)
             }
             _ => self.start_when_due(&backend, cx),
         }
+    }
+
+    /// Returns `true` if the disk is being attached: the toolstack waits until it is served.
+    fn is_attached(&self, state: u32) -> bool {
+        state == backend::INITIALISING || state == backend::INIT_WAIT && self.announced
     }
 
     /// Takes note of a process that has ended.
@@ -217,15 +237,48 @@ impl Disk {
         Some(replacement.failed)
     }
 
-    /// Watches a process until it has written InitWait.
+    /// Watches a process until it has opened the image.
     fn watch_start(&mut self, backend: &Backend, cx: &mut Context<'_>) -> io::Result<Next> {
-        if backend.state != backend::INITIALISING {
+        self.note_open(backend, cx)?;
+        if self.refused || self.record.phase.is_running() || !self.is_attached(backend.state) {
             return Ok(Next::Wait(None));
         }
         let limit = self.started + OPEN_LIMIT;
-        if cx.now < limit {
-            return Ok(Next::Wait(Some(limit)));
+        if cx.now >= limit {
+            return self.give_up(cx);
         }
+        let announce = self.started + ANNOUNCE_LIMIT;
+        if cx.now < announce {
+            return Ok(Next::Wait(Some(announce)));
+        }
+        let disk = self.record.disk;
+        if !self.announced && backend::announce(cx.store, disk)? {
+            #[cfg(test)]
+            crate::crash::point("announced");
+            self.announced = true;
+            let image = &self.record.image;
+            eprintln!("{disk}: {image} is not open yet; the hotplug script waits for it");
+        }
+        Ok(Next::Wait(Some(limit)))
+    }
+
+    /// Records that the process has opened the image, if it has.
+    fn note_open(&mut self, backend: &Backend, cx: &Context<'_>) -> io::Result<()> {
+        match self.record.phase {
+            Phase::Opening { pid, start_time } if backend.process == Some(pid) => {
+                self.announced = false;
+                self.record.phase = Phase::Running { pid, start_time };
+                cx.run.write_record(&self.record)?;
+                #[cfg(test)]
+                crate::crash::point("open recorded");
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a disk whose image has not been opened in time.
+    fn give_up(&mut self, cx: &mut Context<'_>) -> io::Result<Next> {
         if let Some(process) = &self.process {
             process.kill();
         }
@@ -245,10 +298,16 @@ impl Disk {
         eprintln!("{disk}: not attached: {cause}");
         self.refused = true;
         backend::report_error(cx.store, disk, &cause)?;
+        #[cfg(test)]
+        crate::crash::point("error written");
         self.record.phase = Phase::Failed { cause };
         cx.run.write_record(&self.record)?;
+        #[cfg(test)]
+        crate::crash::point("refusal recorded");
         // The hotplug script, which runs in this state, reads the record.
         backend::change_state(cx.store, disk, backend::INITIALISING, backend::INIT_WAIT)?;
+        #[cfg(test)]
+        crate::crash::point("refused");
         Ok(Next::Wait(None))
     }
 
@@ -270,20 +329,23 @@ impl Disk {
     fn start(&mut self, cx: &mut Context<'_>) -> io::Result<Next> {
         self.record.phase = Phase::Starting;
         cx.run.write_record(&self.record)?;
+        #[cfg(test)]
+        crate::crash::point("recorded");
         self.started = cx.now;
         let Record { disk, image, .. } = &self.record;
         let options = cx.options.arguments(cx.disks_of_domain);
         match Process::start(cx.program, cx.run, *disk, image, &options) {
             Ok(process) => {
-                self.record.phase = Phase::Running {
-                    pid: process.pid(),
-                    start_time: process.start_time(),
-                };
+                #[cfg(test)]
+                crate::crash::point("started");
+                self.record.phase = process.opening();
                 self.process = Some(process);
                 if let Some(replacement) = &mut self.replacement {
                     replacement.started = true;
                 }
                 cx.run.write_record(&self.record)?;
+                #[cfg(test)]
+                crate::crash::point("process recorded");
             }
             Err(error) => {
                 let program = cx.program.display();
@@ -312,6 +374,8 @@ impl Disk {
 
     fn forget(&mut self, cx: &Context<'_>) -> io::Result<Next> {
         cx.run.remove(self.record.disk)?;
+        #[cfg(test)]
+        crate::crash::point("forgotten");
         Ok(Next::Forget)
     }
 }

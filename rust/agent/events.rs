@@ -84,9 +84,9 @@ fn change<'a>(
         return None;
     }
     match &record.phase {
-        Phase::Starting => None,
+        Phase::Starting | Phase::Opening { .. } => None,
         Phase::Running { pid, .. } => {
-            let text = format!("process {pid} serves it from {}", record.image);
+            let text = format!("process {pid} has opened {}", record.image);
             Some((record, EventKind::Served, text))
         }
         Phase::Failed { cause } => Some((record, EventKind::Failed, cause.clone())),

@@ -11,7 +11,7 @@ use std::time::Duration;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Number of tries to reach a process that is being started, and the delay between them.
-const TRIES: u32 = 10;
+const TRIES: u32 = 40;
 const DELAY: Duration = Duration::from_secs(1);
 
 /// The options of the processes that serve disks.

@@ -6,7 +6,7 @@
 //! same pid is never taken for it. It is in a process group of its own and writes its messages to a
 //! file, so that nothing that happens to `rblkd` reaches it.
 
-use api::{DiskId, RunDir};
+use api::{DiskId, Phase, RunDir};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 use std::fs::{self, File, OpenOptions};
@@ -15,10 +15,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 /// Time for which a process waits for another user of its image: less than the limit for opening
 /// it.
 const LOCK_SECONDS: &str = "5";
+
+/// The number of times that processes are searched while one of them is new, and the delay between
+/// them.
+const FIND_TRIES: u32 = 20;
+const FIND_DELAY: Duration = Duration::from_millis(50);
 
 /// The greatest size of the messages of earlier processes that are kept, in bytes.
 const MAX_LOG: u64 = 1 << 20;
@@ -81,14 +88,26 @@ impl Process {
     }
 
     /// Finds the process of a disk whose number was not recorded.
-    pub fn find(program: &Path, disk: DiskId) -> Option<Self> {
-        let pids = fs::read_dir("/proc").ok()?.flatten();
-        let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        let pid = pids.find(|pid| {
-            let line = fs::read(format!("/proc/{pid}/cmdline"));
-            line.is_ok_and(|line| serves(&line, program, disk))
-        })?;
-        Self::open(pid, 0).ok()
+    ///
+    /// Context: waits for processes that have no command line yet, for up to a second.
+    pub fn find(program: &Path, run: &RunDir, disk: DiskId) -> Option<Self> {
+        for _ in 0..FIND_TRIES {
+            let mut has_new = false;
+            for pid in pids().ok()? {
+                let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                if serves(&line, program, run, disk) {
+                    return Self::open(pid, 0).ok();
+                }
+                // A kernel thread and a zombie have no executable.
+                let executable = fs::read_link(format!("/proc/{pid}/exe"));
+                has_new |= line.is_empty() && executable.is_ok();
+            }
+            if !has_new {
+                break;
+            }
+            thread::sleep(FIND_DELAY);
+        }
+        None
     }
 
     fn open(pid: u32, log_start: u64) -> io::Result<Self> {
@@ -109,9 +128,12 @@ impl Process {
         self.pid
     }
 
-    /// Returns the start time in clock ticks after boot.
-    pub fn start_time(&self) -> u64 {
-        self.start_time
+    /// Returns the phase of a disk whose process this is, and has not opened the image.
+    pub fn opening(&self) -> Phase {
+        Phase::Opening {
+            pid: self.pid,
+            start_time: self.start_time,
+        }
     }
 
     /// Returns `true` if the process has ended.
@@ -152,17 +174,27 @@ impl AsFd for Process {
     }
 }
 
+/// Returns the numbers of all processes.
+fn pids() -> io::Result<impl Iterator<Item = u32>> {
+    let entries = fs::read_dir("/proc")?.flatten();
+    Ok(entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()))
+}
+
 /// Returns `true` if a command line, as in `/proc/PID/cmdline`, is one of [`Process::start`].
-fn serves(line: &[u8], program: &Path, disk: DiskId) -> bool {
+fn serves(line: &[u8], program: &Path, run: &RunDir, disk: DiskId) -> bool {
     let line = String::from_utf8_lossy(line);
     let words: Vec<&str> = line.split('\0').collect();
+    let is_program = |word: &&str| Path::new(word).file_name() == program.file_name();
+    // An interpreter comes before its script.
+    let start = words.iter().take(2).position(is_program);
     let end = words.iter().position(|word| *word == "--");
-    let Some([called, "--state-dir", .., domid, devid]) = end.and_then(|end| words.get(..end))
-    else {
+    let words = start
+        .zip(end)
+        .and_then(|(start, end)| words.get(start..end));
+    let Some([_, "--state-dir", dir, .., domid, devid]) = words else {
         return false;
     };
-    let numbers = format!("{domid}/{devid}").parse();
-    Path::new(called).file_name() == program.file_name() && numbers == Ok(disk)
+    Path::new(dir) == run.path() && format!("{domid}/{devid}").parse() == Ok(disk)
 }
 
 /// Opens the file of messages. Returns it and its length.
@@ -202,7 +234,7 @@ fn start_time(pid: u32) -> io::Result<u64> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     /// A script that plays `rblktap`; the image says how.
     pub(crate) const PROGRAM: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/rblktap");
@@ -221,7 +253,7 @@ pub(crate) mod tests {
         let deadline = Instant::now() + Duration::from_secs(60);
         while !process.has_ended() {
             assert!(Instant::now() < deadline);
-            std::thread::sleep(Duration::from_millis(5));
+            thread::sleep(Duration::from_millis(5));
         }
     }
 
@@ -252,7 +284,7 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::new(dir.path());
         let process = start(&run, "serve");
-        let (pid, start_time) = (process.pid(), process.start_time());
+        let (pid, start_time) = process.opening().process().unwrap();
         assert!(Process::adopt(pid, start_time + 1).is_none());
         let adopted = Process::adopt(pid, start_time).unwrap();
         adopted.kill();
@@ -268,13 +300,18 @@ pub(crate) mod tests {
         let line =
             "/opt/rblktap --state-dir /run/rblk --lock-seconds 5 --pages 8 5 51712 -- aio:/a";
         let line = line.replace(' ', "\0");
-        assert!(serves(line.as_bytes(), program, DISK));
-        let other = DiskId { domid: 6, ..DISK };
-        assert!(!serves(line.as_bytes(), program, other));
-        assert!(!serves(line.as_bytes(), Path::new("/bin/sh"), DISK));
+        let run = RunDir::new("/run/rblk");
+        let is_found = |line: &str| serves(line.as_bytes(), program, &run, DISK);
+        assert!(is_found(&line));
+        assert!(is_found(&format!("/bin/sh\0{line}")));
         let server = line.replacen("--state-dir", "--confined\0--state-dir", 1);
-        assert!(!serves(server.as_bytes(), program, DISK));
-        assert!(!serves(b"rblktap", program, DISK));
-        assert!(!serves(b"", program, DISK));
+        for other in [&server, "rblktap", ""] {
+            assert!(!is_found(other));
+        }
+        let line = line.as_bytes();
+        let other = DiskId { domid: 6, ..DISK };
+        assert!(!serves(line, program, &run, other));
+        assert!(!serves(line, program, &RunDir::new("/run/other"), DISK));
+        assert!(!serves(line, Path::new("/bin/sh"), &run, DISK));
     }
 }

@@ -12,7 +12,7 @@ use crate::supervisor::{Command, Commands};
 use api::agent::{EVENTS_WAIT, INTERFACE};
 use api::socket;
 use api::{AgentCall, DiskCommand, DiskEntry, DiskId, DiskStatus, Failure, FailureKind};
-use api::{Phase, Record, RunDir};
+use api::{Record, RunDir};
 use rustix::net::sockopt::socket_peercred;
 use serde_json::{json, Value};
 use std::fs;
@@ -239,10 +239,8 @@ impl Server {
     }
 
     fn running(&self, disk: DiskId) -> Result<Process, Failure> {
-        let process = match self.record(disk)?.phase {
-            Phase::Running { pid, start_time } => Process::adopt(pid, start_time),
-            Phase::Starting | Phase::Failed { .. } => None,
-        };
+        let process = self.record(disk)?.phase.process();
+        let process = process.and_then(|(pid, start_time)| Process::adopt(pid, start_time));
         process.ok_or_else(|| {
             let cause = format!("no process serves disk {disk}");
             Failure::new(FailureKind::Refused, cause, "see rblk disk list")
@@ -445,9 +443,7 @@ mod tests {
         let record = run.read_record(DISK).unwrap().unwrap();
         assert_eq!(record.image, "serve b");
         store.remove("backend/vbd3/5").unwrap();
-        let Phase::Running { pid, start_time } = record.phase else {
-            panic!("{:?}", record.phase);
-        };
+        let (pid, start_time) = record.phase.process().unwrap();
         Process::adopt(pid, start_time).unwrap().kill();
     }
 
@@ -474,10 +470,7 @@ mod tests {
             failure(DiskId { domid: 6, ..DISK }),
             FailureKind::NoSuchDisk
         );
-        let phase = list()[0].record.phase.clone();
-        let Phase::Running { pid, start_time } = phase else {
-            panic!("{phase:?}");
-        };
+        let (pid, start_time) = list()[0].record.phase.process().unwrap();
         Process::adopt(pid, start_time).unwrap().kill();
     }
 

@@ -14,7 +14,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -90,20 +90,12 @@ impl Supervisor {
         let lock = File::create(run.path().join("lock"))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
         store.watch(backend::ROOT, "disks")?;
-        let now = Instant::now();
-        let records = run.records()?.into_iter();
-        let disks = records.map(|record| {
-            let entry = Entry {
-                due: Some(now),
-                disk: Disk::adopt(record.clone(), &program, now),
-            };
-            (record.disk, entry)
-        });
+        let disks = adopt(&run, &program)?;
         let (sender, commands) = channel();
         let (wakeup, wake) = UnixStream::pair()?;
         wakeup.set_nonblocking(true)?;
         let supervisor = Self {
-            disks: disks.collect(),
+            disks,
             store,
             run,
             program,
@@ -284,6 +276,21 @@ impl Supervisor {
     }
 }
 
+/// Adopts the disks of an earlier `rblkd`.
+fn adopt(run: &RunDir, program: &Path) -> io::Result<BTreeMap<DiskId, Entry>> {
+    let now = Instant::now();
+    let mut disks = BTreeMap::new();
+    for record in run.records()? {
+        let disk = Disk::adopt(record.clone(), run, program, now);
+        if *disk.record() != record {
+            run.write_record(disk.record())?;
+        }
+        let due = Some(now);
+        disks.insert(record.disk, Entry { disk, due });
+    }
+    Ok(disks)
+}
+
 impl Entry {
     /// Returns `true` if its time has come, or its process has ended.
     fn is_due(&self, now: Instant) -> bool {
@@ -357,6 +364,13 @@ mod tests {
                 .unwrap();
         }
 
+        /// Plays a process that has opened the image.
+        fn open(&mut self, process: &Process) {
+            let node = "backend/vbd3/5/51712/kthread-pid";
+            let pid = process.pid().to_string();
+            self.store.write(node, &pid).unwrap();
+        }
+
         /// Lets the supervisor work until something is so.
         fn until(&mut self, what: &str, mut is_so: impl FnMut(&mut Self) -> bool) {
             let deadline = Instant::now() + Duration::from_secs(60);
@@ -369,9 +383,10 @@ mod tests {
 
         /// Waits for a process with a number other than `old`, and returns it.
         fn process(&mut self, old: u32) -> Process {
-            let running = |rig: &mut Self| match rig.run().read_record(DISK).unwrap()?.phase {
-                Phase::Running { pid, start_time } if pid != old => Process::adopt(pid, start_time),
-                _ => None,
+            let running = |rig: &mut Self| {
+                let process = rig.run().read_record(DISK).unwrap()?.phase.process();
+                let (pid, start_time) = process.filter(|(pid, _)| *pid != old)?;
+                Process::adopt(pid, start_time)
             };
             self.until("no process", |rig| running(rig).is_some());
             running(self).unwrap()
@@ -442,9 +457,15 @@ mod tests {
     fn an_image_that_does_not_open_in_time_is_refused() {
         let mut rig = Rig::new("serve");
         let process = rig.process(0);
-        let limit = Instant::now() + crate::disk::OPEN_LIMIT;
-        rig.supervisor.step(limit).unwrap();
+        let started = Instant::now();
+        rig.supervisor
+            .step(started + crate::disk::ANNOUNCE_LIMIT)
+            .unwrap();
         assert_eq!(rig.state(), "2");
+        assert_eq!(rig.record().phase, process.opening());
+        rig.supervisor
+            .step(started + crate::disk::OPEN_LIMIT)
+            .unwrap();
         rig.until("not killed", |rig| {
             rig.supervisor.disks[&DISK].disk.process().is_none()
         });
@@ -453,9 +474,45 @@ mod tests {
             panic!("{:?}", rig.record().phase);
         };
         assert!(
-            cause.starts_with("serve has not been opened in 8 seconds"),
+            cause.starts_with("serve has not been opened in 30 seconds"),
             "{cause}"
         );
+        rig.set_state("5");
+        rig.until("not Closed", |rig| rig.state() == "6");
+    }
+
+    #[test]
+    fn an_image_that_opens_late_is_served() {
+        let mut rig = Rig::new("serve");
+        let process = rig.process(0);
+        let later = Instant::now() + crate::disk::ANNOUNCE_LIMIT;
+        rig.supervisor.step(later).unwrap();
+        assert_eq!(rig.state(), "2");
+        rig.open(&process);
+        rig.until("not recorded", |rig| rig.record().phase.is_running());
+        // From now on the disk is served, even if the process has to be replaced.
+        process.kill();
+        let second = rig.process(process.pid());
+        let later = Instant::now() + crate::disk::OPEN_LIMIT;
+        rig.supervisor.step(later).unwrap();
+        assert_eq!(rig.record().phase, second.opening());
+    }
+
+    #[test]
+    fn a_process_that_fails_after_init_wait_is_a_reason() {
+        let mut rig = Rig::new("serve");
+        let process = rig.process(0);
+        let later = Instant::now() + crate::disk::ANNOUNCE_LIMIT;
+        rig.supervisor.step(later).unwrap();
+        process.kill();
+        rig.until("not refused", |rig| {
+            matches!(rig.record().phase, Phase::Failed { .. })
+                && rig.supervisor.disks[&DISK].disk.process().is_none()
+        });
+        while rig.supervisor.step(Instant::now()).unwrap() {}
+        assert!(matches!(rig.record().phase, Phase::Failed { .. }));
+        rig.set_state("5");
+        rig.until("not Closed", |rig| rig.state() == "6");
     }
 
     #[test]

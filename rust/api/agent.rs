@@ -120,7 +120,15 @@ pub struct Record {
 pub enum Phase {
     /// A process is about to be started.
     Starting,
-    /// A process was started.
+    /// A process was started. It has not opened the image yet.
+    Opening {
+        /// The process.
+        pid: u32,
+        /// Its start time in clock ticks after boot, which tells it from a later one of that
+        /// number.
+        start_time: u64,
+    },
+    /// A process has the image open.
     Running {
         /// The process.
         pid: u32,
@@ -136,12 +144,24 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// Returns the process that serves the disk.
+    /// Returns the number of the process of the disk.
     pub fn pid(&self) -> Option<u32> {
+        self.process().map(|(pid, _)| pid)
+    }
+
+    /// Returns number and start time of the process of the disk.
+    pub fn process(&self) -> Option<(u32, u64)> {
         match self {
-            Self::Running { pid, .. } => Some(*pid),
+            Self::Opening { pid, start_time } | Self::Running { pid, start_time } => {
+                Some((*pid, *start_time))
+            }
             Self::Starting | Self::Failed { .. } => None,
         }
+    }
+
+    /// Returns `true` if a process has the image open.
+    pub fn is_running(&self) -> bool {
+        matches!(self, Self::Running { .. })
     }
 }
 

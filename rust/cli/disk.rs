@@ -112,6 +112,7 @@ fn list_row(entry: &DiskEntry) -> [String; 7] {
     let DiskEntry { record, status } = entry;
     let state = match (&record.phase, status) {
         (Phase::Starting, _) => "starting".to_owned(),
+        (Phase::Opening { .. }, _) => "opening".to_owned(),
         (Phase::Failed { cause }, _) => format!("failed: {cause}"),
         (Phase::Running { .. }, None) => "no answer".to_owned(),
         (Phase::Running { .. }, Some(status)) if status.paused => "paused".to_owned(),

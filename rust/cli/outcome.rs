@@ -2,16 +2,20 @@
 
 //! The outcome of the attachment of a disk, which hotplug scripts wait for.
 //!
-//! They run when the state is InitWait. By then `rblkd` has recorded the process that serves the
-//! disk, or why none does.
+//! They run when the state is InitWait. By then, or a little later if the image takes long to open,
+//! `rblkd` records the process that has the image open, or why there is none.
 
 use api::{DiskId, Failure, FailureKind, Phase, Record, RunDir};
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Limit for `rblkd`, which writes the record of a process right after its start.
-const ATTACH_LIMIT: Duration = Duration::from_secs(5);
+/// Limit for `rblkd`, which refuses a disk whose image is not open after 30 seconds. libxl kills
+/// the script after 40 seconds.
+const OPEN_LIMIT: Duration = Duration::from_secs(35);
+
+/// Limit for the first record.
+const RECORD_LIMIT: Duration = Duration::from_secs(5);
 
 /// Limit for the end of a process whose disk has been detached.
 const DETACH_LIMIT: Duration = Duration::from_secs(10);
@@ -39,9 +43,13 @@ fn invalid(path: &str, cause: String) -> Failure {
 
 /// Waits until a disk has been attached. Returns its record and its process.
 pub fn await_attached(run: &RunDir, disk: DiskId) -> Result<(Record, u32), Failure> {
-    let deadline = Instant::now() + ATTACH_LIMIT;
+    let began = Instant::now();
     loop {
         let record = read(run, disk)?;
+        let limit = match record {
+            Some(_) => OPEN_LIMIT,
+            None => RECORD_LIMIT,
+        };
         match record.as_ref().map(|record| &record.phase) {
             Some(Phase::Failed { cause }) => {
                 return Err(refused(cause));
@@ -52,9 +60,17 @@ pub fn await_attached(run: &RunDir, disk: DiskId) -> Result<(Record, u32), Failu
                     .map(|record| (record, pid))
                     .ok_or_else(|| unknown(disk));
             }
-            Some(Phase::Starting) | None if Instant::now() < deadline => thread::sleep(POLL),
-            Some(Phase::Starting) | None => return Err(unknown(disk)),
+            _ if began.elapsed() < limit => thread::sleep(POLL),
+            _ => return Err(unknown(disk)),
         }
+    }
+}
+
+/// Waits until a disk has been attached or refused, if it is being attached.
+pub fn await_outcome(run: &RunDir, disk: DiskId) {
+    if let Ok(Some(_)) = run.read_record(disk) {
+        // The caller reads the outcome in the record.
+        let _ = await_attached(run, disk);
     }
 }
 
@@ -94,10 +110,9 @@ pub fn await_detached(run: &RunDir, disk: DiskId) -> Result<(), Failure> {
 /// Returns `true` if a process serves a disk or is about to. A record may outlive its process while
 /// no `rblkd` runs.
 fn is_served(record: &Record) -> bool {
-    match record.phase {
-        Phase::Starting => true,
-        Phase::Running { pid, .. } => Path::new(&format!("/proc/{pid}")).exists(),
-        Phase::Failed { .. } => false,
+    match record.phase.pid() {
+        Some(pid) => Path::new(&format!("/proc/{pid}")).exists(),
+        None => record.phase == Phase::Starting,
     }
 }
 
@@ -156,6 +171,18 @@ pub(crate) mod tests {
             },
         );
         assert_eq!(await_attached(&run, DISK).unwrap().1, 7);
+        let opening = Phase::Opening {
+            pid: 7,
+            start_time: 1,
+        };
+        let late = run.clone();
+        record(&run, DISK, opening);
+        let script = thread::spawn(move || await_attached(&late, DISK).unwrap().1);
+        thread::sleep(POLL);
+        let phase = |pid| Phase::Running { pid, start_time: 1 };
+        record(&run, DISK, phase(8));
+        assert_eq!(script.join().unwrap(), 8);
+        await_outcome(&run, DISK);
         let cause = "no file; create it".to_owned();
         record(&run, DISK, Phase::Failed { cause });
         assert_eq!(
@@ -163,10 +190,10 @@ pub(crate) mod tests {
             "no file"
         );
         await_detached(&run, DISK).unwrap();
-        let phase = |pid| Phase::Running { pid, start_time: 1 };
         record(&run, DISK, phase(u32::MAX));
         await_detached(&run, DISK).unwrap();
         run.remove(DISK).unwrap();
+        await_outcome(&run, DISK);
         await_detached(&run, DISK).unwrap();
     }
 }

@@ -113,6 +113,9 @@ fn output(args: &TapCtl) -> Result<String, Failure> {
         } => {
             let own = args.xenbus_path.as_deref().map(outcome::disk_of);
             let own = own.and_then(Result::ok);
+            if let Some(own) = own {
+                outcome::await_outcome(&run, own);
+            }
             let is_listed = |record: &Record, found: u32| {
                 let (scheme, path) = image(record);
                 pid.is_none_or(|pid| pid == found)
@@ -175,7 +178,7 @@ fn list(
         Failure::new(FailureKind::NoAnswer, cause, "check that rblkd runs")
     })?;
     let lines = records.iter().filter_map(|record| {
-        let pid = record.phase.pid()?;
+        let pid = record.phase.pid().filter(|_| record.phase.is_running())?;
         let is_own = own.is_none_or(|own| own == record.disk);
         (is_own && is_listed(record, pid)).then(|| {
             let (scheme, path) = image(record);
