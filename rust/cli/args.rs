@@ -39,6 +39,28 @@ pub enum Command {
         #[command(subcommand)]
         command: ImageCommand,
     },
+    /// This host
+    Host {
+        /// The command.
+        #[command(subcommand)]
+        command: HostCommand,
+    },
+    /// Storage that disks are on
+    Storage {
+        /// The command.
+        #[command(subcommand)]
+        command: StorageCommand,
+    },
+    /// Shows what has happened to disks and storage
+    Events {
+        /// Shows what happens until interrupted
+        #[arg(long)]
+        follow: bool,
+    },
+    /// Prints counters and states in the text format of Prometheus
+    Metrics,
+    /// Finds settings of this host that cause trouble, and prints the command that fixes each
+    Check,
     /// Prints a script that completes command lines in a shell
     Completion {
         /// The shell
@@ -52,11 +74,35 @@ pub enum Command {
     },
 }
 
+/// The commands for this host.
+#[derive(Debug, Subcommand)]
+pub enum HostCommand {
+    /// Shows the state of rblkd, how it has started, and its storage
+    Status,
+}
+
+/// The commands for storage.
+#[derive(Debug, Subcommand)]
+pub enum StorageCommand {
+    /// Shows which storage domains of rblkd.conf answer
+    Status,
+    /// Reads an image, as rblkd does to check a storage domain
+    #[command(hide = true)]
+    Probe {
+        /// The image
+        image: Uri,
+    },
+}
+
 /// The commands for a disk.
 #[derive(Debug, Subcommand)]
 pub enum DiskCommand {
     /// Lists the disks
-    List,
+    List {
+        /// Shows the list again whenever a disk changes, until interrupted
+        #[arg(long)]
+        watch: bool,
+    },
     /// Shows what a disk has done
     Stats {
         /// DOMAIN/DEVICE, by name or number: web/xvda, 5/xvda or 5/51712
@@ -64,6 +110,11 @@ pub enum DiskCommand {
         /// Shows the rates of each second until interrupted
         #[arg(long)]
         watch: bool,
+    },
+    /// Explains how a disk is connected, and what it waits for; also one that the kernel serves
+    Explain {
+        /// DOMAIN/DEVICE
+        disk: DiskName,
     },
     /// Completes the requests in flight and takes no more
     Pause {

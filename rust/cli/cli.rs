@@ -6,7 +6,7 @@
 //!
 //! | name | module | who calls it |
 //! |---|---|---|
-//! | `rblk` | [`args`], `disk`, `image` | the administrator |
+//! | `rblk` | [`args`], `disk`, `explain`, `host`, `metrics`, `check`, `image` | the administrator |
 //! | `tap-ctl` | [`tap_ctl`] | Xen's hotplug script `block-tap` |
 //! | `block-rblk` | [`hotplug`] | libxl, as the hotplug script of a disk with `script=block-rblk` |
 
@@ -14,16 +14,20 @@
 #![deny(missing_docs)]
 
 pub mod args;
+mod check;
 mod disk;
 mod exit;
+mod explain;
+mod host;
 pub mod hotplug;
 mod image;
+mod metrics;
 mod outcome;
 mod table;
 pub mod tap_ctl;
 
 use api::RunDir;
-use args::{Command, Rblk};
+use args::{Command, HostCommand, Rblk, StorageCommand};
 use clap::{CommandFactory, Parser};
 use exit::Error;
 use hotplug::BlockRblk;
@@ -56,6 +60,16 @@ fn run_rblk(args: Rblk) -> Result<(), Error> {
     match args.command {
         Command::Disk { command } => disk::run(&run, &command, args.json),
         Command::Image { command } => image::run(&command, args.json),
+        Command::Check => check::run(args.json),
+        Command::Host {
+            command: HostCommand::Status,
+        } => host::status(&run, args.json),
+        Command::Storage { command } => match command {
+            StorageCommand::Status => host::storage(&run, args.json),
+            StorageCommand::Probe { image } => host::probe(&image),
+        },
+        Command::Events { follow } => host::events(&run, follow, args.json),
+        Command::Metrics => metrics::run(&run),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Rblk::command(), "rblk", &mut std::io::stdout());
             Ok(())

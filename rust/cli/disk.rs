@@ -3,12 +3,13 @@
 //! `rblk disk`.
 
 use crate::args::{DiskCommand, DiskName};
-use crate::exit::Error;
+use crate::exit::{print_json, Error};
+use crate::explain;
 use crate::table;
-use api::{AgentCall, Counters, DiskEntry, DiskId, DiskStatus, Phase, QueueStatus, Record, RunDir};
-use api::{Failure, FailureKind};
+use api::agent::EVENTS_WAIT;
+use api::{AgentCall, Counters, DiskEntry, DiskId, DiskStatus, Phase, Record, RunDir};
+use api::{Event, Failure, FailureKind};
 use serde::de::DeserializeOwned;
-use serde::Serialize;
 use serde_json::Value;
 use std::thread;
 use std::time::Duration;
@@ -19,9 +20,11 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// Runs a command.
 pub fn run(run: &RunDir, command: &DiskCommand, json: bool) -> Result<(), Error> {
     match command {
-        DiskCommand::List => list(run, json),
+        DiskCommand::List { watch: false } => list(run, json),
+        DiskCommand::List { watch: true } => watch_list(run, json),
         DiskCommand::Stats { disk, watch: false } => print_stats(&stats(run, disk)?, json),
         DiskCommand::Stats { disk, watch: true } => watch(run, disk, json),
+        DiskCommand::Explain { disk } => explain::run(run, disk, json),
         DiskCommand::Pause { disk } => {
             let disk = find(run, disk)?;
             done(call(run, &AgentCall::Pause { disk })?, json)
@@ -97,6 +100,27 @@ fn list(run: &RunDir, json: bool) -> Result<(), Error> {
     }
     print!("{}", list_table(&entries));
     Ok(())
+}
+
+/// Prints the list, and again whenever something has happened.
+fn watch_list(run: &RunDir, json: bool) -> Result<(), Error> {
+    let mut after = last_event(run, 0, false)?;
+    loop {
+        list(run, json)?;
+        // Within the limit for the wait there may be none: the sizes may have changed.
+        after = last_event(run, after, true)?;
+        if !json {
+            println!();
+        }
+    }
+}
+
+/// Returns the number of the last event, or `after` if there is none after it.
+fn last_event(run: &RunDir, after: u64, wait: bool) -> Result<u64, Error> {
+    let limit = TIMEOUT.saturating_add(EVENTS_WAIT);
+    let call = AgentCall::Events { after, wait };
+    let events: Vec<Event> = api::socket::call(&run.agent_socket(), &call, limit)?;
+    Ok(events.last().map_or(after, |event| event.number))
 }
 
 fn list_table(entries: &[DiskEntry]) -> String {
@@ -200,7 +224,7 @@ fn stats_table(status: &DiskStatus) -> String {
     }
     format!(
         "{}errors {}, refused {}, retries {}, waited {}, stuck {}, adopted {}\n\
-         quota {} pages and {} requests\n{}",
+         quota {} pages and {} requests\nin flight {}\n",
         table::align(&rows),
         counters.errors,
         counters.refused,
@@ -210,35 +234,14 @@ fn stats_table(status: &DiskStatus) -> String {
         counters.adopted,
         status.quota.pages,
         status.quota.requests,
-        in_flight(&status.queues),
+        table::in_flight(&status.queues),
     )
-}
-
-/// Describes the requests in flight, and the oldest one.
-fn in_flight(queues: &[QueueStatus]) -> String {
-    let count: u64 = queues.iter().map(|queue| queue.in_flight).sum();
-    let oldest = queues.iter().filter_map(|queue| queue.oldest);
-    match oldest.max_by_key(|request| request.age_ms) {
-        None => format!("in flight {count}\n"),
-        Some(oldest) => format!(
-            "in flight {count}, the oldest for {} ms: {} of sectors {}+{}, retries {}\n",
-            oldest.age_ms, oldest.operation, oldest.sector, oldest.sectors, oldest.retries,
-        ),
-    }
-}
-
-fn print_json(value: &impl Serialize) -> Result<(), Error> {
-    let text = serde_json::to_string(value).map_err(|error| {
-        Failure::new(FailureKind::Failed, format!("JSON: {error}"), "report this")
-    })?;
-    println!("{text}");
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use api::{OldestRequest, Operation, Quota};
+    use api::{OldestRequest, Operation, QueueStatus, Quota};
     use std::os::unix::net::UnixListener;
 
     fn entry(phase: Phase) -> DiskEntry {

@@ -3,6 +3,7 @@
 //! Exit statuses.
 
 use api::{Failure, FailureKind};
+use serde::Serialize;
 use std::fmt;
 use std::io;
 use std::process::ExitCode;
@@ -15,7 +16,8 @@ Exit status:
   2  the command line is not valid
   3  there is no such disk
   4  rblkd or the disk's process does not answer
-  5  the disk cannot do this now, or its engine cannot do it";
+  5  the disk cannot do this now, or its engine cannot do it
+  6  rblk check has found a setting that causes trouble";
 
 /// Why a command ends without success.
 #[derive(Debug)]
@@ -24,6 +26,8 @@ pub enum Error {
     Usage(clap::Error),
     /// The command failed.
     Failure(Failure),
+    /// `rblk check` has printed what it has found.
+    Findings,
 }
 
 impl Error {
@@ -39,6 +43,7 @@ impl Error {
                 eprintln!("error: {failure}");
                 ExitCode::from(status(failure.kind))
             }
+            Self::Findings => ExitCode::from(6),
         }
     }
 }
@@ -58,6 +63,15 @@ impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         Self::Failure(failure)
     }
+}
+
+/// Prints a value as a line of JSON.
+pub fn print_json(value: &impl Serialize) -> Result<(), Error> {
+    let text = serde_json::to_string(value).map_err(|error| {
+        Failure::new(FailureKind::Failed, format!("JSON: {error}"), "report this")
+    })?;
+    println!("{text}");
+    Ok(())
 }
 
 /// Returns a failure for an I/O error of `what`.

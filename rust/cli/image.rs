@@ -260,7 +260,7 @@ mod tests {
     fn kind(result: Result<(), Error>) -> FailureKind {
         match result.unwrap_err() {
             Error::Failure(failure) => failure.kind,
-            Error::Usage(error) => panic!("{error}"),
+            error => panic!("{error:?}"),
         }
     }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Tables for people.
+//! Tables and other text for people.
+
+use api::QueueStatus;
 
 /// Aligns the columns of a table, two spaces apart. The first row is the head.
 pub fn align<const N: usize>(rows: &[[String; N]]) -> String {
@@ -40,6 +42,19 @@ pub fn size(bytes: u64) -> String {
         }
     }
     format!("{bytes} B")
+}
+
+/// Describes the requests in flight, and the oldest one.
+pub fn in_flight(queues: &[QueueStatus]) -> String {
+    let count: u64 = queues.iter().map(|queue| queue.in_flight).sum();
+    let oldest = queues.iter().filter_map(|queue| queue.oldest);
+    match oldest.max_by_key(|request| request.age_ms) {
+        None => count.to_string(),
+        Some(oldest) => format!(
+            "{count}, the oldest for {} ms: {} of sectors {}+{}, retries {}",
+            oldest.age_ms, oldest.operation, oldest.sector, oldest.sectors, oldest.retries,
+        ),
+    }
 }
 
 #[cfg(test)]
