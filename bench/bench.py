@@ -11,6 +11,7 @@ queues         four virtual CPUs with a ring each, in real time: what runs is co
                number of requests in a batch is chance
 large-ring     the same with rings of 16 pages and requests of 256 segments
 default        everything as it is by default: what a user gets
+qcow2          nosched with a qcow2 image on the RAM disk, for backends in user space
 
 With nosched and the first pair the workloads also run on a RAM disk in the guest and on the one in
 dom0. This baseline is what is left if the path between the domains costs nothing.
@@ -26,6 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backends import EMPTY
+from backends import IMAGE_MIB
+from backends import QCOW2_MIB
+from backends import backend_of
 from disks import measure_disks
 from disks import show
 from draw import draw
@@ -33,6 +38,7 @@ from measure import measured
 from page import write_disks
 from page import write_page
 from page import write_queues
+from page import write_tap
 from plugin import LOAD_FLAGS
 from plugin import PLUGIN_FLAGS
 from plugin import base_symbols
@@ -45,6 +51,8 @@ from plugin import text_size
 from queues import MEASURES
 from queues import RATIOS
 from queues import measure_queues
+from report import COLUMNS
+from report import TAP_COLUMNS
 from report import merged
 from report import print_profile
 from report import print_report
@@ -57,7 +65,6 @@ from harness.kernel import build_id
 from harness.pairs import Driver
 from harness.pairs import pair as pair_called
 from harness.snapshot import Snapshot
-from harness.xenhost import Disk
 from harness.xenhost import XenHost
 
 if TYPE_CHECKING:
@@ -70,7 +77,7 @@ if TYPE_CHECKING:
     from harness.guest import Guest
     from harness.pairs import Pair
 
-MEGABYTES = 64
+MEGABYTES = IMAGE_MIB
 FLUSHED = "/run/flushed"
 BASELINES = {"xvda": "/dev/ram0", "xvdc": "/dev/nullb0"}
 """Disks of the guest with a baseline, and the device of the same kind that is used without the
@@ -103,7 +110,9 @@ class Run:
         self.symbols = symbols
         self._parameters = PARAMETERS.get(setting, ("", ""))
         self._snapshot = snapshot
+        self._backend = backend_of(pair, options.profile)
         self._windows: list[tuple[str, Workload, int, int]] = []
+        self._user: dict[str, Symbols] = {}
         self._code: dict[str, list[Code]] = {}
 
     def __call__(self, workloads: Sequence[Workload], baselines: bool) -> list[Result]:
@@ -119,6 +128,7 @@ class Run:
             self._snapshot, self.pair, self.logs, modules=[device.file for device in devices],
             programs=[self._load], front_parameters=self._parameters[0],
             extra=["-plugin", f"{plugin},points={place.resolve()},out={counts.resolve()}"],
+            **self._backend.host_options(),
         )  # fmt: skip
         with host.running():
             guest = self._start(host, devices, baselines)
@@ -134,7 +144,15 @@ class Run:
         modules = {domain: module_symbols(places) for domain, places in self._code.items()}
         return [
             measured(
-                windows[number], dom0, where, workload, ios, nanoseconds, self.symbols, modules
+                windows[number],
+                dom0,
+                where,
+                workload,
+                ios,
+                nanoseconds,
+                self.symbols,
+                modules,
+                self._user,
             )
             | {"pair": self.pair.name, "type": self.kind, "setting": self.setting}
             for number, (where, workload, ios, nanoseconds) in enumerate(self._windows)
@@ -148,27 +166,44 @@ class Run:
     def _start(self, host: XenHost, devices: list[Driver], baselines: bool) -> Guest:
         """Starts a guest: xvda is a RAM disk, xvdb can be flushed, xvdc does nothing with data."""
         fill = f"dd if=/dev/zero of=/dev/ram0 bs=1M count={MEGABYTES} 2>/dev/null; sync"
-        host.load_backend(self._parameters[1])
+        is_qcow2 = self.setting == "qcow2"
+        self._backend.start(host, self._parameters[1])
         host.sh(f"/payload/programs/{self._load.name} - idle 0 0 1 {DOM0_WINDOW} 1")
-        host.ram_disks(1, MEGABYTES)
-        host.sh(f"{fill}; dd if=/dev/zero of={FLUSHED} bs=1M count=8 2>/dev/null")
+        host.ram_disks(1, QCOW2_MIB if is_qcow2 else MEGABYTES)
+        if is_qcow2:
+            host.sh(f"dd if=/payload/{EMPTY} of=/dev/ram0 bs=64k conv=sync,fsync 2>/dev/null")
+        else:
+            host.sh(fill)
+        host.sh(f"dd if=/dev/zero of={FLUSHED} bs=1M count=8 2>/dev/null")
         host.sh(f"losetup /dev/loop0 {FLUSHED}")
         do_nothing = "insmod {0}/configfs.ko && insmod {0}/null_blk.ko gb=1"
         host.sh(do_nothing.format("/payload/modules"))
-        disks = [Disk("xvda", "/dev/ram0"), Disk("xvdb", "/dev/loop0"), Disk("xvdc", "/dev/nullb0")]
+        disks = [
+            self._backend.disk("xvda", "/dev/ram0", "qcow2" if is_qcow2 else "raw"),
+            self._backend.disk("xvdb", "/dev/loop0", "raw"),
+            self._backend.disk("xvdc", "/dev/nullb0", "raw"),
+        ]
         guest = host.start_guest(
             type=self.kind, memory=320, disks=disks, vcpus=QUEUES if self.setting in PARALLEL else 1,
             settings="" if self.setting == "default" else 'tsc_mode = "native"',
         )  # fmt: skip
+        for disk in disks:
+            guest.wait_for_disk(disk.vdev, timeout=600)
         if self.setting != "default":
             guest.sh("for disk in /sys/block/xvd*; do echo none > $disk/queue/scheduler; done")
+        if is_qcow2:
+            guest.sh(
+                f"dd if=/dev/zero of=/dev/xvda bs=1M count={MEGABYTES} conv=fsync", timeout=600
+            )
         if baselines:
             guest.sh(f"insmod /modules/brd.ko rd_nr=1 rd_size={MEGABYTES * 1024}; {fill}")
             guest.sh(do_nothing.format("/modules"))
         self._code = {
             "guest": code_of(guest, [self.pair.front, *devices * baselines]),
-            "dom0": code_of(host, [self.pair.backend, *devices]),
+            "dom0": self._backend.code(host, devices),
         }
+        if user := self._backend.user_symbols(host, guest):
+            self._user = {"dom0": user}
         return guest
 
     def _measure(self, host: XenHost, guest: Guest, workload: Workload, baselines: bool) -> None:
@@ -217,6 +252,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--queues", action="store_true", help="no counts, but the time of four queues"
     )
+    parser.add_argument(
+        "--tap",
+        action="store_true",
+        help="the pairs with rblktap and with QEMU, beside the modules",
+    )
     parser.add_argument("--logs", default="build/bench")
     parser.add_argument("--out", default="build/bench/results.json")
     parser.add_argument("--base", help="results of an earlier run, to compare with")
@@ -226,7 +266,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--page", help="directory for the table and the picture of the documentation"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.tap:
+        options.baselines = False
+        if options.settings == parser.get_default("settings"):
+            options.settings = "nosched,qcow2"
+        if options.pairs == parser.get_default("pairs"):
+            options.pairs = "C/C,R/R,C/T,R/T,C/Q,R/Q"
+    return options
 
 
 def is_measured(kind: str, setting: str, pair: Pair) -> bool:
@@ -234,6 +281,8 @@ def is_measured(kind: str, setting: str, pair: Pair) -> bool:
     if setting == "large-ring" and pair.front.name == "xen-blkfront":
         # It allocates half a gigabyte for each ring.
         return False
+    if setting == "qcow2":
+        return pair.back is None
     mixed = len(set(pair.name.split("/"))) > 1
     return (kind == "pv" and setting == "nosched") or (
         not mixed and (kind == "pv" or setting not in PARALLEL)
@@ -257,7 +306,9 @@ def run_all(options: argparse.Namespace) -> Document:
                 results += Run(options, snapshot, symbols, pair, kind, setting)(
                     workloads, baselines
                 )
-    drivers = {driver.name: driver for pair in pairs for driver in (pair.front, pair.backend)}
+    drivers = {
+        driver.name: driver for pair in pairs for driver in (pair.front, pair.back) if driver
+    }
     return {
         "kernel": kernel.release,
         "date": time.strftime("%B %Y"),
@@ -308,10 +359,12 @@ def main() -> None:
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
-    print_report(document, base)
+    print_report(document, base, TAP_COLUMNS if options.tap else COLUMNS)
     if options.profile:
         print_profile(document)
-    if options.page:
+    if options.page and options.tap:
+        write_tap(document, Path(options.page) / "performance-tap.inc")
+    elif options.page:
         write_page(document, Path(options.page) / "performance-tables.inc")
         draw(document, Path(options.page) / "performance.svg")
     print(f"{out}: took {time.monotonic() - start:.0f} s", file=sys.stderr)

@@ -35,14 +35,16 @@ def measured(
     nanoseconds: int,
     symbols: tuple[Symbols, Symbols],
     modules: Mapping[str, Symbols],
+    users: Mapping[str, Symbols],
 ) -> Result:
     """Returns the costs of one I/O of a window.
 
+    `modules` and `users` are the functions of modules and of programs, by domain.
     `dom0` is the slot of dom0; `where` the workload ran is pair, guest (baseline) or dom0
     (baseline).
     """
     named = window.places(dom0)
-    instructions, profile = _instructions(window, named, symbols, modules)
+    instructions, profile = _instructions(window, named, symbols, modules, users)
     result = {
         "where": where,
         "workload": workload.name,
@@ -65,6 +67,7 @@ def _instructions(
     named: Mapping[int, str],
     symbols: tuple[Symbols, Symbols],
     modules: Mapping[str, Symbols],
+    users: Mapping[str, Symbols],
 ) -> tuple[Counter[str], Counter[tuple[str, str]]]:
     xen, linux = symbols
     totals: Counter[str] = Counter()
@@ -75,7 +78,8 @@ def _instructions(
             where, name = "xen", xen.name(address)
             totals["xen"] += count
         elif address < KERNEL:
-            where, name = domain, "(user)"
+            where = domain
+            name = users[domain].name(address) if domain in users else "(user)"
             totals[domain] += count
         else:
             where = domain

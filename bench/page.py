@@ -13,6 +13,7 @@ from typing import Any
 import disks
 import queues
 from report import COLUMNS
+from report import TAP_COLUMNS
 from report import code
 from report import hypercalls
 from report import row
@@ -44,6 +45,14 @@ def write_page(document: Document, path: Path) -> None:
     path.write_text("\n".join(lines))
 
 
+def write_tap(document: Document, path: Path) -> None:
+    """Writes the tables of backends in user space."""
+    lines = [HEAD.format(**document, sizes=code(document))]
+    for title, results in tables(document):
+        lines += [title, "-" * len(title), "", *_table(results, TAP_COLUMNS), ""]
+    path.write_text("\n".join(lines))
+
+
 def write_disks(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Writes the table of what disks cost beside I/O."""
     lines = [PLAIN_HEAD, ".. list-table::", "   :header-rows: 1", ""]
@@ -65,10 +74,10 @@ def write_queues(rows: Iterable[dict[str, Any]], path: Path) -> None:
     path.write_text("\n".join([*lines, ""]))
 
 
-def _table(results: Sequence[Result]) -> Iterator[str]:
+def _table(results: Sequence[Result], chosen: Sequence[str] = COLUMNS) -> Iterator[str]:
     yield from (".. list-table::", "   :header-rows: 1", "")
     columns = [
-        *COLUMNS,
+        *chosen,
         *["baseline guest", "baseline dom0"] * any(r["where"] != "pair" for r in results),
     ]
     yield from _row(["load", "pair", *columns])

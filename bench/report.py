@@ -28,11 +28,14 @@ TITLES = {
     "nonpersistent": "as above, and feature_persistent=0 on both sides",
     "queues": "four virtual CPUs with a ring each, on one processor",
     "large-ring": "as above, with rings of 16 pages and requests of 256 segments",
+    "qcow2": "scheduler none and a clock that is read without a trap; a qcow2 image",
     "default": "as it comes: the default scheduler, and each reading of the clock traps",
 }
 
 COLUMNS = ("total", "of C/C", "guest", "xen", "dom0", "hypercalls", "maps", "copies", "empty",
            "flushes", "to back", "to front", "switches", "allocated", "copied")  # fmt: skip
+
+TAP_COLUMNS = (*COLUMNS[:2], "of qdisk", *COLUMNS[2:])
 
 
 def total(result: Result) -> float:
@@ -54,10 +57,15 @@ def tables(document: Document) -> Iterator[tuple[str, list[Result]]]:
 def row(results: Sequence[Result], result: Result) -> dict[str, Any]:
     """Returns the columns of a result; `None` where there is no value."""
     instructions, events, grants = (result[part] for part in ("instructions", "events", "grants"))
-    reference = next((total(r) for r in results if _is(r, result, "pair", "C/C")), None)
+
+    def ratio(pair: str) -> float | None:
+        reference = next((total(r) for r in results if _is(r, result, "pair", pair)), None)
+        return total(result) / reference if reference else None
+
     return {
         "total": total(result),
-        "of C/C": total(result) / reference if reference else None,
+        "of C/C": ratio("C/C"),
+        "of qdisk": ratio(result["pair"][:2] + "Q"),
         **{name: instructions.get(name, 0) for name in ("guest", "xen", "dom0")},
         "hypercalls": sum(hypercalls(result).values()),
         "maps": grants.get("map pages", 0),
@@ -91,10 +99,12 @@ def shown(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def print_report(document: Document, base: Document | None = None) -> None:
+def print_report(
+    document: Document, base: Document | None = None, columns: Sequence[str] = COLUMNS
+) -> None:
     """Prints the tables; with an earlier document, how much of it each total is."""
     before = {_key(r): total(r) for r in base["results"]} if base else {}
-    columns = [*COLUMNS, "baseline guest", "baseline dom0"]
+    columns = [*columns, "baseline guest", "baseline dom0"]
     for title, results in tables(document):
         print(f"\n{title}; kernel {document['kernel']}, for each I/O")
         print(

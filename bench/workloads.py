@@ -71,7 +71,8 @@ def chosen(text: str, setting: str) -> list[Workload]:
     workloads = [
         workload
         for workload in PARALLEL.get(setting, WORKLOADS)
-        if setting != "default" or workload.name in DEFAULT
+        if (setting != "default" or workload.name in DEFAULT)
+        and (setting != "qcow2" or workload.disk == "xvda")
     ]
     return [
         workload

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 TREE = Path(__file__).resolve().parents[2]
 TARGET = "x86_64-unknown-linux-gnu"
+RUSTFLAGS = "-Ctarget-feature=+crt-static"
 PACKAGES = ("rblktap", "agent", "cli")
 PROGRAM = "/payload/rblktap"
 PLACE = "/tap"
@@ -69,7 +70,7 @@ def program(name: str = "rblktap") -> bytes:
     subprocess.run(
         command,
         cwd=TREE,
-        env={**os.environ, "RUSTFLAGS": "-Ctarget-feature=+crt-static"},
+        env={**os.environ, "RUSTFLAGS": RUSTFLAGS},
         check=True,
     )
     return (TREE / "target" / TARGET / "release" / name).read_bytes()
@@ -199,6 +200,16 @@ def pid(host: XenHost, guest: Guest, device: int) -> int:
     """Returns the process that serves a disk."""
     path = f"/local/domain/0/backend/vbd3/{guest.domid}/{device}/kthread-pid"
     return int(host.sh(f"xenstore-read {path}"))
+
+
+def children(host: XenHost, guest: Guest, device: int) -> dict[str, Path]:
+    """Returns the directories below /proc of the processes that the one of a disk has started.
+
+    They are `rblktap`, which serves the guest, and those of QEMU.
+    """
+    parent = f"'^PPid:[[:space:]]*{pid(host, guest, device)}$'"
+    files = host.sh(f"grep -ls {parent} /proc/[0-9]*/status || :").split()
+    return {host.sh(f"cat {Path(file).parent}/comm"): Path(file).parent for file in files}
 
 
 def assert_confined(host: XenHost, guest: Guest, device: int) -> None:
