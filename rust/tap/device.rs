@@ -308,7 +308,10 @@ impl Device {
             written,
             limits: BackLimits {
                 max_ring_page_order: MAX_PAGE_ORDER,
-                max_queues: config.max_queues.max(1),
+                max_queues: u32::try_from(engine.info().max_queues)
+                    .unwrap_or(u32::MAX)
+                    .min(config.max_queues)
+                    .max(1),
                 persistent: config.persistent,
             },
             may_adopt: false,

@@ -13,7 +13,11 @@ use blkif::wire::WireRequest;
 use blkif::wire::WireSegment;
 use common::*;
 use engine::memory::MemoryEngine;
+use engine::Buffer;
+use engine::Engine;
 use engine::Errno;
+use engine::Info;
+use engine::Queue;
 use serde_json::Value;
 use std::fs;
 use std::thread;
@@ -28,6 +32,34 @@ const SECTORS: u64 = 8192;
 fn image() -> Box<MemoryEngine> {
     let options = engine::Options::default();
     Box::new(MemoryEngine::open(SECTORS * 512, &options).unwrap())
+}
+
+/// An image that supports a single queue, as an NBD export without several connections.
+struct OneQueue(Box<MemoryEngine>);
+
+impl Engine for OneQueue {
+    fn info(&self) -> Info {
+        Info {
+            max_queues: 1,
+            ..self.0.info()
+        }
+    }
+
+    fn refresh(&self) -> engine::Result<Info> {
+        self.0.refresh()
+    }
+
+    fn queue(&self, depth: u32) -> engine::Result<Box<dyn Queue>> {
+        self.0.queue(depth)
+    }
+
+    fn allocate(&self, len: usize) -> engine::Result<Buffer> {
+        self.0.allocate(len)
+    }
+
+    fn close(self: Box<Self>) -> engine::Result<()> {
+        self.0.close()
+    }
 }
 
 /// A disk that is served, and a frontend that is connected to it.
@@ -167,6 +199,18 @@ fn data_is_right_with_persistent_grants() {
         persistent: true,
         ..Choice::PLAIN
     });
+}
+
+#[test]
+fn no_more_queues_are_offered_than_the_image_supports() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let image = Box::new(OneQueue(image()));
+    let server = serve(&mut toolstack, image, &Options::new(dir.path()));
+    let front = Front::connect(&mut toolstack, Choice::PLAIN);
+    let offered = toolstack.node("multi-queue-max-queues");
+    assert_eq!(offered.as_deref(), Some("1"));
+    finish(toolstack, front, server);
 }
 
 #[test]
