@@ -11,6 +11,7 @@ from harness.rblkd import RblkDisk
 from harness.rblktap import Image
 from harness.xenhost import XenHost
 
+XVDB = 51728
 MIB = 32
 WRITTEN_MIB = 8
 """The area that `VERIFY` writes."""
@@ -34,6 +35,7 @@ def attach(host: XenHost, guest: Guest, target: str) -> None:
     host.attach(guest, RblkDisk("xvdb", target))
     guest.wait_for_disk("xvdb")
     assert_served_by_pair(host, guest, "xvdb")
+    rblktap.assert_confined(host, guest, XVDB)
 
 
 def verify(host: XenHost, guest: Guest, image: Image) -> None:

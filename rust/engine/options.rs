@@ -3,6 +3,7 @@
 //! Options for opening an image.
 
 use std::env;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -27,6 +28,10 @@ pub struct Options {
     pub key_file: Option<PathBuf>,
     /// The directory in which an engine creates a directory for sockets.
     pub runtime_dir: PathBuf,
+    /// The command that confines QEMU's programs, which parse images; without one they run as they
+    /// are. It gets `--read PATH` and `--write PATH` for each file or directory that a program
+    /// uses, and the program with its arguments after `--`.
+    pub launcher: Vec<OsString>,
 }
 
 impl Default for Options {
@@ -42,6 +47,7 @@ impl Default for Options {
             unclean: false,
             key_file: None,
             runtime_dir: env::temp_dir(),
+            launcher: Vec::new(),
         }
     }
 }

@@ -16,6 +16,7 @@
 
 mod image;
 pub(crate) mod process;
+mod tool;
 
 use crate::connect::Connect;
 use crate::error::Result;

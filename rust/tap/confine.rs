@@ -135,7 +135,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 /// Says which step of the confinement an error is from.
-trait Step<T> {
+pub(crate) trait Step<T> {
     fn step(self, step: &'static str) -> Result<T, Error>;
 }
 
@@ -176,7 +176,7 @@ fn limit_resources() -> Result<(), Error> {
 }
 
 /// Changes user and group, which drops all capabilities.
-fn set_user(user: u32) -> rustix::io::Result<()> {
+pub(crate) fn set_user(user: u32) -> rustix::io::Result<()> {
     let (uid, gid) = (Uid::from_raw(user), Gid::from_raw(user));
     thread::set_thread_groups(&[])?;
     thread::set_thread_res_gid(gid, gid, gid)?;
@@ -192,7 +192,8 @@ fn filter_system_calls() -> Result<(), Error> {
     install(rules, errno(libc::EPERM), SeccompAction::Allow)
 }
 
-fn install(
+/// Installs a filter of system calls: `action` for those of `rules`.
+pub(crate) fn install(
     rules: BTreeMap<i64, Vec<SeccompRule>>,
     otherwise: SeccompAction,
     action: SeccompAction,

@@ -26,6 +26,7 @@ use rblktap::device::Device;
 use rblktap::device::Settings;
 use rblktap::device::ToolstackNodes;
 use rblktap::device::Xen;
+use rblktap::launch;
 use rblktap::monitor;
 use rblktap::monitor::Monitor;
 use rblktap::Disk;
@@ -45,6 +46,10 @@ use xen_user::event::EventDevice;
 use xen_user::grant::GrantDevice;
 use xen_user::xenstore::Nodes;
 use xen_user::xenstore::Xenstore;
+
+/// The distance between the user of a process that serves a domain and that of QEMU's programs for
+/// its images: more than the number of domains.
+const TOOLS: u32 = 32768;
 
 fn command() -> Command {
     let option = |name: &'static str, value: &'static str, default: &'static str| {
@@ -199,8 +204,20 @@ fn options(matches: &ArgMatches, config: &Config, nodes: &ToolstackNodes, uri: &
         // The process before this one was killed.
         unclean: config.inflight_path().exists(),
         runtime_dir: config.state_dir.clone(),
+        launcher: launch::launcher(
+            user(matches, config).saturating_add(TOOLS),
+            &empty_root(config),
+        ),
         ..Options::default()
     }
+}
+
+/// Returns the user of the process that serves the guest.
+fn user(matches: &ArgMatches, config: &Config) -> u32 {
+    let base = matches.get_one::<u32>("uid-base").copied();
+    // The option is less than half the largest number.
+    base.unwrap_or_default()
+        .saturating_add(config.domain.into())
 }
 
 /// Returns the empty directory that is the root of processes that serve guests.
@@ -270,11 +287,7 @@ fn serve(matches: &ArgMatches) -> Result<(), Box<dyn Error>> {
             Ok(()) => error,
             Err(other) => format!("{error}; {other}").into(),
         })?;
-    let user = matches.get_one::<u32>("uid-base").copied();
-    let user = user
-        .unwrap_or_default()
-        .saturating_add(config.domain.into());
-    let root = empty_root(&config);
+    let (user, root) = (user(matches, &config), empty_root(&config));
     let device = Device::new(config, nodes, store, xen, image, disk)?;
     if uri.can_be_confined() {
         confine(user, &root)?;
@@ -330,6 +343,13 @@ fn connect() -> Result<Xenstore, Box<dyn Error>> {
 }
 
 fn main() -> ExitCode {
+    if env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == launch::NAME)
+    {
+        eprintln!("rblktap: {}", launch::run(env::args_os().skip(1)));
+        return ExitCode::FAILURE;
+    }
     let matches = command().get_matches();
     let ended = if matches.get_flag("confined") {
         serve(&matches)

@@ -5,6 +5,7 @@
 //! A thread owns the process, because the kernel signals it when the thread that started it ends.
 
 use super::image::{prepare, qemu_error};
+use super::tool::{command, Files};
 use crate::error::{Error, Result};
 use crate::linux::terminate_with_thread;
 use crate::options::Options;
@@ -17,7 +18,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -215,9 +216,8 @@ fn lost_writes(config: &Config) -> Error {
 fn start(config: &Config, unclean: bool) -> Result<Child> {
     let deadline = Instant::now() + config.options.lock_timeout;
     loop {
-        let read_only = config.options.read_only;
-        let result = prepare(config.format, &config.path, read_only, unclean)
-            .and_then(|()| start_once(config));
+        let result = prepare(config.format, &config.path, &config.options, unclean)
+            .and_then(|backing| start_once(config, &backing));
         match result {
             Err(error) if error.errno() == Errno::BUSY && Instant::now() < deadline => {
                 thread::sleep(RETRY);
@@ -227,14 +227,19 @@ fn start(config: &Config, unclean: bool) -> Result<Child> {
     }
 }
 
-fn start_once(config: &Config) -> Result<Child> {
+fn start_once(config: &Config, backing: &[PathBuf]) -> Result<Child> {
     let socket = config.dir.join("nbd.sock");
     let log = config.dir.join("log");
     // What a daemon before it has left.
     let _ = fs::remove_file(&socket);
     let errors = File::create(&log)
         .map_err(|error| Error::from_io(&error, log.display(), "check the directory"))?;
-    let mut command = Command::new("qemu-storage-daemon");
+    let options = &config.options;
+    let mut files = Files::of_image(&config.path, options.read_only, backing).writing(&config.dir);
+    if let Some(key) = &options.key_file {
+        files = files.reading(key);
+    }
+    let mut command = command("qemu-storage-daemon", options, &files);
     command
         .args(arguments(config, &socket)?)
         .stdin(Stdio::null())

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A confined thread can do nothing but serve its disk. Run by root only.
+//! A confined thread can do nothing but serve its disk, and a program of QEMU nothing but use its
+//! files. Run by root only.
 //!
 //! In a process of its own, without the threads of a test harness: it changes its limits.
 
@@ -17,9 +18,11 @@ use rustix::process::Pid;
 use rustix::thread::gettid;
 use std::fs;
 use std::fs::File;
+use std::fs::Permissions;
 use std::io;
 use std::net::TcpListener;
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -191,6 +194,60 @@ fn serve_confined(dir: &Path) {
     served.join().unwrap().unwrap();
 }
 
+/// Runs a script of shell built-ins as QEMU's programs are run. Returns what it prints.
+fn launched(root: &Path, read: &Path, write: &Path, script: &str) -> String {
+    let launcher = rblktap::launch::launcher(USER, root);
+    let output = Command::new(env!("CARGO_BIN_EXE_rblktap"))
+        .args(&launcher[1..])
+        .arg("--read")
+        .arg(read)
+        .arg("--write")
+        .arg(write)
+        .args(["--", "sh", "-c", script])
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A program that is launched uses its files, and nothing else.
+fn launch_confined(dir: &Path) {
+    let root = dir.join("root");
+    let (read, write) = (dir.join("read"), dir.join("write"));
+    fs::create_dir(&root).unwrap();
+    for file in [&read, &write] {
+        fs::write(file, "before\n").unwrap();
+        fs::set_permissions(file, Permissions::from_mode(0o600)).unwrap();
+    }
+    let (read_name, write_name) = (read.display(), write.display());
+    let run = |script: &str| launched(&root, &read, &write, script);
+    let shown = run(&format!(
+        "read line < {read_name}; echo $line; read line < {write_name}; echo $line"
+    ));
+    assert_eq!(shown, "before\nbefore\n");
+    run(&format!(
+        "echo after > {write_name}; echo after > {read_name}"
+    ));
+    assert_eq!(fs::read_to_string(&read).unwrap(), "before\n");
+    assert_eq!(fs::read_to_string(&write).unwrap(), "after\n");
+    for path in ["/etc", "/proc", "/dev", "/sys", "/run", "/root"] {
+        assert_eq!(
+            run(&format!("[ -e {path} ] || echo hidden")),
+            "hidden\n",
+            "{path}"
+        );
+    }
+    assert_eq!(
+        run("echo new > /usr/new || echo new > /new || echo refused"),
+        "refused\n"
+    );
+    assert_eq!(
+        run("/usr/bin/env; echo started"),
+        "",
+        "a process was started"
+    );
+    assert!(fs::read_dir(&root).unwrap().next().is_none());
+}
+
 fn main() {
     if !rustix::process::getuid().is_root() {
         println!("skipped: only root can confine a process");
@@ -198,5 +255,6 @@ fn main() {
     }
     let dir = tempfile::tempdir().unwrap();
     serve_confined(dir.path());
+    launch_confined(dir.path());
     println!("a confined process serves its disk, and can do nothing else");
 }
