@@ -99,11 +99,10 @@ def install(host: XenHost, mount: bool = True) -> None:
     host.sh(_INSTALL)
 
 
-def start(host: XenHost) -> None:
-    """Starts rblkd and waits until it answers."""
+def start(host: XenHost, program: str = rblktap.PROGRAM) -> None:
+    """Starts rblkd, with the program that serves disks, and waits until it answers."""
     host.sh(
-        f"setsid rblkd --program {rblktap.PROGRAM} >> {LOG} 2>&1 < /dev/null & "
-        "echo $! > /run/rblkd.pid"
+        f"setsid rblkd --program {program} >> {LOG} 2>&1 < /dev/null & echo $! > /run/rblkd.pid"
     )
     host.wait_for("rblk disk list > /dev/null 2>&1")
 
