@@ -24,7 +24,11 @@ SUM = "dd if=/dev/xvdb bs=1M count={count} iflag=direct 2> /dev/null | sha256sum
 METADATA_KB = 1024
 """More than an image without data occupies."""
 
+SOCKET = "/run/export.sock"
+NBD_SERVER = f"qemu-nbd --persistent --discard=unmap -f raw --socket={SOCKET} --fork"
+
 PLAIN = Image("plain.raw", MIB)
+EXPORTED = Image("exported.raw", MIB)
 BASE = Image("base.raw", MIB, source=rblktap.pattern(MIB))
 TOP = Image("top.qcow2", backing=BASE.name)
 DYNAMIC = Image("dynamic.vhd", MIB)
@@ -38,12 +42,12 @@ def attach(host: XenHost, guest: Guest, target: str) -> None:
     rblktap.assert_confined(host, guest, XVDB)
 
 
-def verify(host: XenHost, guest: Guest, image: Image) -> None:
+def verify(host: XenHost, guest: Guest, image: Image, target: str = "") -> None:
     """Verifies random writes from inside and outside, and that a discard frees blocks of the image.
 
-    QEMU completes a discard on a VHD without effect.
+    QEMU completes a discard on a VHD without effect. `target` is the URI if that is no file.
     """
-    attach(host, guest, image.name)
+    attach(host, guest, target or image.name)
     for seed in (3, 4):
         guest.sh(VERIFY.format(seed=seed), timeout=600)
     inside = guest.sh(SUM.format(count=WRITTEN_MIB))
@@ -52,7 +56,7 @@ def verify(host: XenHost, guest: Guest, image: Image) -> None:
     assert rblktap.allocated_kb(host, image.name) >= WRITTEN_MIB << 10
     if image.format != "raw":
         check(host, image)
-    attach(host, guest, image.name)
+    attach(host, guest, target or image.name)
     guest.sh("blkdiscard /dev/xvdb")
     rblkd.detach(host, guest, "xvdb")
     if image.format != "vpc":
@@ -76,9 +80,9 @@ def verify_backing(host: XenHost, guest: Guest) -> None:
 
 
 def test_tap_formats(xen: StartHost) -> None:
-    """Raw, qcow2 with a backing file, and dynamic VHD."""
-    images = [PLAIN, BASE, TOP, DYNAMIC]
-    disk = rblktap.disk(images, rblktap.QEMU_TOOLS)
+    """Raw, qcow2 with a backing file, dynamic VHD, and NBD."""
+    images = [PLAIN, EXPORTED, BASE, TOP, DYNAMIC]
+    disk = rblktap.disk(images, [*rblktap.QEMU_TOOLS, "/usr/bin/qemu-nbd"])
     host = xen(waiting=TWO_VCPUS, image=disk, **rblkd.options())
     rblkd.install(host)
     rblkd.start(host)
@@ -86,3 +90,5 @@ def test_tap_formats(xen: StartHost) -> None:
     verify(host, guest, PLAIN)
     verify_backing(host, guest)
     verify(host, guest, DYNAMIC)
+    host.sh(f"{NBD_SERVER} {rblktap.PLACE}/{EXPORTED.name}")
+    verify(host, guest, EXPORTED, f"nbd+unix:///?socket={SOCKET}")
