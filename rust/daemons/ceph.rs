@@ -77,6 +77,14 @@ impl Ceph {
     pub fn conf(&self) -> String {
         self.dir.join("ceph.conf").to_str().unwrap().to_owned()
     }
+
+    /// Runs `rbd` with arguments.
+    pub fn rbd(&self, args: &[&str]) -> String {
+        let conf = self.conf();
+        let mut all = vec!["-c", &conf];
+        all.extend(args);
+        run("rbd", &all)
+    }
 }
 
 fn configuration(dir: &Path) -> String {

@@ -275,11 +275,18 @@ impl GlusterDir {
         created.map_err(|errno| file_error("creating", &path, errno))
     }
 
-    /// Changes the size of a file.
-    pub fn resize(&self, name: &str, size: u64) -> Result<()> {
+    /// Returns the size of a file in bytes.
+    pub fn size(&self, name: &str) -> Result<u64> {
         let path = self.path(name);
-        let resized = File::open(self.volume, &path, false).and_then(|file| file.resize(size));
-        resized.map_err(|errno| file_error("resizing", &path, errno))
+        let size = File::open(self.volume, &path, true).and_then(|file| file.size());
+        size.map_err(|errno| file_error("opening", &path, errno))
+    }
+
+    /// Enlarges a file. A larger one stays as it is.
+    pub fn enlarge(&self, name: &str, size: u64) -> Result<()> {
+        let path = self.path(name);
+        let enlarged = File::open(self.volume, &path, false).and_then(|file| file.enlarge(size));
+        enlarged.map_err(|errno| file_error("resizing", &path, errno))
     }
 
     /// Removes a file.

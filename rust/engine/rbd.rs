@@ -179,7 +179,8 @@ fn acquire_lock(rbd: &RbdImage, name: &RbdImageName, options: &Options) -> Resul
         let is_dead = |owner: &&String| options.unclean && **owner == former;
         match owner.as_ref().filter(is_dead) {
             Some(dead) => match rbd.break_lock(dead) {
-                Ok(()) | Err(Errno::NOENT) => {}
+                // Another client was faster.
+                Ok(()) | Err(Errno::NOENT | Errno::BUSY) => {}
                 Err(errno) => return Err(failed(errno)),
             },
             None if owner.is_some() && Instant::now() < deadline => {
@@ -342,10 +343,31 @@ impl RbdPool {
         removed.map_err(|errno| self.error("removing", image, errno))
     }
 
-    /// Changes the size of an image, which may be open.
-    pub fn resize(&self, image: &str, size: u64) -> Result<()> {
-        let resized = self.open(image)?.resize(size);
-        resized.map_err(|errno| self.error("resizing", image, errno))
+    /// Enlarges an image, which may be open. A larger one stays as it is.
+    pub fn enlarge(&self, image: &str, size: u64) -> Result<()> {
+        let failed = |errno| self.error("resizing", image, errno);
+        let open = self.open(image)?;
+        match open.enlarge(size) {
+            Err(Errno::INVAL) if open.size().map_err(failed)? >= size => Ok(()),
+            result => result.map_err(failed),
+        }
+    }
+
+    /// Returns the size of an image in bytes.
+    pub fn size(&self, image: &str) -> Result<u64> {
+        let size = self.inspect(image).and_then(|open| open.size());
+        size.map_err(|errno| self.error("opening", image, errno))
+    }
+
+    /// Lists the names of the snapshots of an image.
+    pub fn snapshots(&self, image: &str) -> Result<Vec<String>> {
+        let snapshots = self.inspect(image).and_then(|open| open.snapshots());
+        snapshots.map_err(|errno| self.error("listing the snapshots of", image, errno))
+    }
+
+    /// Opens an image for reading.
+    fn inspect(&self, image: &str) -> std::result::Result<RbdImage, Errno> {
+        RbdImage::open(self.pool.clone(), image, None, true)
     }
 
     /// Creates a snapshot, unless there is one of the name.
@@ -358,6 +380,24 @@ impl RbdPool {
     pub fn remove_snapshot(&self, image: &str, name: &str) -> Result<()> {
         let removed = self.open(image)?.remove_snapshot(name);
         removed.map_err(|errno| self.error("removing a snapshot of", image, errno))
+    }
+
+    /// Breaks the exclusive lock of an image, if a client has it.
+    ///
+    /// The storage daemons no longer accept requests of that client. `confirm` is called after the
+    /// client was found, and prevents that by an error.
+    pub fn fence(&self, image: &str, confirm: &dyn Fn() -> Result<()>) -> Result<()> {
+        let failed = |errno| self.error("breaking the lock of", image, errno);
+        let open = self.open(image)?;
+        let Some(owner) = open.lock_owner().map_err(failed)? else {
+            return Ok(());
+        };
+        confirm()?;
+        match open.break_lock(&owner) {
+            // The client has released it.
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(errno) => Err(failed(errno)),
+        }
     }
 
     fn open(&self, image: &str) -> Result<RbdImage> {

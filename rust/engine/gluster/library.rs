@@ -83,6 +83,7 @@ functions! {
     glfs_close(Handle) -> c_int;
     glfs_lseek(Handle, off_t, c_int) -> off_t;
     glfs_ftruncate(Handle, off_t, *mut c_void, *mut c_void) -> c_int;
+    glfs_fallocate(Handle, c_int, off_t, size_t) -> c_int;
     glfs_fdatasync(Handle, *mut c_void, *mut c_void) -> c_int;
     glfs_fd_set_lkowner(Handle, *mut c_void, c_int) -> c_int;
     glfs_posix_lock(Handle, c_int, *mut libc::flock) -> c_int;
@@ -328,6 +329,19 @@ impl File {
         // SAFETY: By the type invariants; both states may be null.
         converted(unsafe {
             (self.volume.functions.glfs_ftruncate)(self.handle, size, null, null)
+        })?;
+        Ok(())
+    }
+
+    /// Enlarges the file. A larger one stays as it is.
+    pub(super) fn enlarge(&self, size: u64) -> std::result::Result<(), Errno> {
+        let keeps_size = 0;
+        let Some(last) = size.checked_sub(1) else {
+            return Ok(());
+        };
+        // SAFETY: By the type invariants.
+        converted(unsafe {
+            (self.volume.functions.glfs_fallocate)(self.handle, keeps_size, offset(last)?, 1)
         })?;
         Ok(())
     }

@@ -20,6 +20,18 @@ type Handle = *mut c_void;
 
 type Callback = extern "C" fn(Handle, *mut c_void);
 
+/// `librbd_progress_fn_t`.
+type Progress = extern "C" fn(u64, u64, *mut c_void) -> c_int;
+
+/// `rbd_snap_info_t`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct SnapshotInfo {
+    id: u64,
+    size: u64,
+    name: *const c_char,
+}
+
 /// `LIBRADOS_OP_FLAG`s of a request: none.
 const NO_FLAGS: c_int = 0;
 /// `RBD_WRITE_ZEROES_FLAG_THICK_PROVISION`.
@@ -31,6 +43,9 @@ const LOCK_EXCLUSIVE: c_int = 0;
 const FEATURES: u64 = 0x3d;
 /// `RBD_IMAGE_OPTION_FEATURES`.
 const OPTION_FEATURES: c_int = 1;
+
+/// The number of snapshots for which there is room at first.
+const SNAPSHOTS: usize = 64;
 
 /// The longest range of a discard or of write zeroes that is one operation.
 const MAX_RANGE: u64 = 1 << 30;
@@ -94,8 +109,10 @@ functions! {
         rbd_create4(Handle, *const c_char, u64, Handle) -> c_int;
         rbd_clone3(Handle, *const c_char, *const c_char, Handle, *const c_char, Handle) -> c_int;
         rbd_remove(Handle, *const c_char) -> c_int;
-        rbd_resize(Handle, u64) -> c_int;
+        rbd_resize2(Handle, u64, bool, Progress, *mut c_void) -> c_int;
         rbd_get_size(Handle, *mut u64) -> c_int;
+        rbd_snap_list(Handle, *mut SnapshotInfo, *mut c_int) -> c_int;
+        rbd_snap_list_end(*mut SnapshotInfo) -> ();
         rbd_snap_create(Handle, *const c_char) -> c_int;
         rbd_snap_remove(Handle, *const c_char) -> c_int;
         rbd_snap_protect(Handle, *const c_char) -> c_int;
@@ -396,10 +413,19 @@ impl RbdImage {
         Ok(size)
     }
 
-    /// Changes the size.
-    pub(super) fn resize(&self, size: u64) -> std::result::Result<(), Errno> {
-        // SAFETY: By the type invariants.
-        converted(unsafe { (self.pool.functions.rbd_resize)(self.handle, size) })?;
+    /// Enlarges the image. The error is `EINVAL` if it is larger.
+    pub(super) fn enlarge(&self, size: u64) -> std::result::Result<(), Errno> {
+        let may_shrink = false;
+        // SAFETY: By the type invariants; `progress` takes any argument.
+        converted(unsafe {
+            (self.pool.functions.rbd_resize2)(
+                self.handle,
+                size,
+                may_shrink,
+                progress,
+                ptr::null_mut(),
+            )
+        })?;
         Ok(())
     }
 
@@ -408,6 +434,47 @@ impl RbdImage {
         // SAFETY: By the type invariants.
         converted(unsafe { (self.pool.functions.rbd_flush)(self.handle) })?;
         Ok(())
+    }
+
+    /// Lists the names of the snapshots.
+    pub(super) fn snapshots(&self) -> std::result::Result<Vec<String>, Errno> {
+        let functions = self.pool.functions;
+        let empty = SnapshotInfo {
+            id: 0,
+            size: 0,
+            name: ptr::null(),
+        };
+        let mut infos = vec![empty; SNAPSHOTS];
+        loop {
+            let mut room = c_int::try_from(infos.len()).map_err(|_| Errno::RANGE)?;
+            // SAFETY: By the type invariants; the library writes up to `room` elements.
+            let result = converted(unsafe {
+                (functions.rbd_snap_list)(self.handle, infos.as_mut_ptr(), &mut room)
+            });
+            match result {
+                Ok(count) => {
+                    infos.truncate(usize::try_from(count).unwrap_or(0));
+                    break;
+                }
+                Err(Errno::RANGE) => {
+                    let room = usize::try_from(room).unwrap_or(0);
+                    infos.resize(room.max(infos.len().saturating_mul(2)), empty);
+                }
+                Err(errno) => return Err(errno),
+            }
+        }
+        let name = |info: &SnapshotInfo| {
+            // SAFETY: The library has written a text for each element that is left.
+            let name = unsafe { CStr::from_ptr(info.name) };
+            name.to_string_lossy().into_owned()
+        };
+        let names = infos.iter().map(name).collect();
+        if !infos.is_empty() {
+            infos.push(empty);
+            // SAFETY: It frees the texts up to the first element without one, which was just added.
+            unsafe { (functions.rbd_snap_list_end)(infos.as_mut_ptr()) };
+        }
+        Ok(names)
     }
 
     /// Creates a snapshot, and protects it so that it can be cloned.
@@ -633,4 +700,9 @@ extern "C" fn completed(completion: Handle, argument: *mut c_void) {
     // SAFETY: It is not used after this.
     unsafe { (call.functions.rbd_aio_release)(completion) };
     call.finish(result);
+}
+
+/// Called by librbd as an operation proceeds, which takes no time that matters here.
+extern "C" fn progress(_done: u64, _all: u64, _argument: *mut c_void) -> c_int {
+    0
 }

@@ -77,7 +77,21 @@ impl Target for Image {
     }
 
     fn resize(&self, size: u64) -> bool {
-        self.pool().resize(&self.name, size).unwrap();
+        if size > SIZE {
+            self.pool().enlarge(&self.name, size).unwrap();
+            // A second one does nothing.
+            self.pool().enlarge(&self.name, SIZE).unwrap();
+        } else {
+            let size = (size >> 20).to_string();
+            ceph().rbd(&[
+                "resize",
+                "--allow-shrink",
+                "--no-progress",
+                "--size",
+                &size,
+                &self.name,
+            ]);
+        }
         true
     }
 

