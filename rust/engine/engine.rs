@@ -187,8 +187,8 @@ pub fn open_with(
         (Uri::Image { path, .. }, Some(server)) => {
             Ok(Box::new(qsd::QsdEngine::open(path, options, server)?))
         }
-        (Uri::Rbd(image), _) => Ok(Box::new(rbd::RbdEngine::open(image, options)?)),
-        (Uri::Gluster(file), _) => Ok(Box::new(gluster::GlusterEngine::open(file, options)?)),
+        (Uri::Rbd(image), _) => rbd::open(image, options),
+        (Uri::Gluster(file), _) => gluster::open(file, options),
         (Uri::Nbd(export), None) => Err(Error::new(
             Errno::NOTCONN,
             format!("{export} has no server"),

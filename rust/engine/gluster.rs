@@ -14,24 +14,17 @@
 mod library;
 mod volfile;
 
-use crate::callback::{self, CallbackQueue, Task};
+use crate::callback::{self, CallbackEngine, Limits, Task};
 use crate::error::{Error, Result};
-use crate::info::{Discard, Guarantees, Info};
-use crate::memory::{allocate, in_use};
 use crate::options::Options;
 use crate::request::Request;
 use crate::uri::{GlusterFile, GlusterVolume};
-use crate::{Engine, Queue};
-use io_buffer::Buffer;
+use crate::Engine;
 use library::{File, Volume};
 use rustix::io::Errno;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
-
-const BLOCK_SIZE: u32 = 512;
-const PAGE_SIZE: usize = 4096;
 
 /// The port of `glusterd`.
 const PORT: u16 = 24007;
@@ -39,67 +32,31 @@ const PORT: u16 = 24007;
 /// Time between two attempts to lock the file.
 const LOCK_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A file of a volume.
-pub struct GlusterEngine {
-    image: Arc<Image>,
-}
+/// The limits of libgfapi.
+const LIMITS: Limits = Limits {
+    max_buffers: 1024,
+    granularity: 4096,
+};
 
-/// The state that the queues of a file share.
+/// An open file.
 struct Image {
     file: File,
     name: String,
-    info: Info,
-    size: AtomicU64,
 }
 
-impl GlusterEngine {
-    /// Opens a file.
-    pub fn open(name: &GlusterFile, options: &Options) -> Result<Self> {
-        let volume = connect(&name.volume)?;
-        let failed = |errno| file_error("opening", &name.to_string(), errno);
-        let file = File::open(volume, &name.path, options.read_only).map_err(failed)?;
-        let locks = !options.read_only && options.exclusive;
-        if locks {
-            lock(&file, name, options.lock_timeout)?;
-        }
-        let size = whole_blocks(file.size().map_err(failed)?);
-        Ok(Self {
-            image: Arc::new(Image {
-                file,
-                name: name.to_string(),
-                info: info(size, options.read_only, locks),
-                size: AtomicU64::new(size),
-            }),
-        })
+/// Opens a file.
+pub fn open(name: &GlusterFile, options: &Options) -> Result<Box<dyn Engine>> {
+    let volume = connect(&name.volume)?;
+    let file = File::open(volume, &name.path, options.read_only);
+    let file = file.map_err(|errno| file_error("opening", &name.to_string(), errno))?;
+    let is_locked = !options.read_only && options.exclusive;
+    if is_locked {
+        lock(&file, name, options.lock_timeout)?;
     }
-}
-
-fn info(size: u64, read_only: bool, exclusive: bool) -> Info {
-    Info {
-        size,
-        logical_block_size: BLOCK_SIZE,
-        physical_block_size: 4096,
-        max_transfer: 32 << 20,
-        max_buffers: 1024,
-        max_queues: 64,
-        buffer_alignment: 1,
-        read_only,
-        discard: Some(Discard {
-            granularity: 4096,
-            alignment: 0,
-        }),
-        write_zeroes: true,
-        guarantees: Guarantees {
-            durable: true,
-            direct: true,
-            exclusive: exclusive || read_only,
-        },
-    }
-}
-
-/// Returns the part of a size that is whole blocks.
-fn whole_blocks(size: u64) -> u64 {
-    size & !u64::from(BLOCK_SIZE - 1)
+    let name = name.to_string();
+    let image = Image { file, name };
+    let engine = CallbackEngine::new(image, &LIMITS, options.read_only, is_locked)?;
+    Ok(Box::new(engine))
 }
 
 /// Returns the connection to a volume, which the first call establishes.
@@ -182,47 +139,21 @@ fn file_error(doing: &str, name: &str, errno: Errno) -> Error {
 }
 
 impl callback::Image for Image {
-    fn info(&self) -> Info {
-        Info {
-            size: self.size.load(Ordering::Relaxed),
-            ..self.info
-        }
+    fn size(&self) -> Result<u64> {
+        let size = self.file.size();
+        size.map_err(|errno| file_error("reading the size of", &self.name, errno))
     }
 
     fn start(&self, task: Task) {
         self.file.start(task);
     }
-}
 
-impl Engine for GlusterEngine {
-    fn info(&self) -> Info {
-        callback::Image::info(&*self.image)
-    }
-
-    fn refresh(&self) -> Result<Info> {
-        let size = self.image.file.size();
-        let size = size.map_err(|errno| file_error("reading the size of", &self.image.name, errno));
-        self.image
-            .size
-            .store(whole_blocks(size?), Ordering::Relaxed);
-        Ok(self.info())
-    }
-
-    fn queue(&self, depth: u32) -> Result<Box<dyn Queue>> {
-        Ok(Box::new(CallbackQueue::new(self.image.clone(), depth)?))
-    }
-
-    fn allocate(&self, len: usize) -> Result<Buffer> {
-        allocate(len, PAGE_SIZE)
-    }
-
-    fn close(self: Box<Self>) -> Result<()> {
-        let image = Arc::into_inner(self.image).ok_or_else(in_use)?;
-        if image.info.read_only {
+    fn close(self, flushes: bool) -> Result<()> {
+        if !flushes {
             return Ok(());
         }
-        let synced = image.file.sync();
-        synced.map_err(|errno| file_error("flushing", &image.name, errno))
+        let synced = self.file.sync();
+        synced.map_err(|errno| file_error("flushing", &self.name, errno))
     }
 }
 

@@ -10,27 +10,21 @@
 
 mod library;
 
-use crate::callback::{self, CallbackQueue, Task};
+use crate::callback::{self, CallbackEngine, Limits, Task};
 use crate::error::{Error, Result};
-use crate::info::{Discard, Guarantees, Info};
-use crate::memory::{allocate, in_use};
 use crate::options::Options;
 use crate::request::Request;
 use crate::uri::{RbdAddress, RbdImageName};
-use crate::{Engine, Queue};
-use io_buffer::Buffer;
+use crate::Engine;
 use library::{ConnectError, Pool, RbdImage};
+use percent_encoding::{utf8_percent_encode, AsciiSet, CONTROLS};
 use rustix::io::Errno;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
-
-const BLOCK_SIZE: u32 = 512;
-const PAGE_SIZE: usize = 4096;
 
 /// Settings of each connection. Without librbd's cache a completed write is durable. A cluster that
 /// cannot be reached is an error before the limit of `rblkd` for opening an image.
@@ -41,77 +35,55 @@ const SETTINGS: [(&str, &str); 2] = [("rbd_cache", "false"), ("client_mount_time
 const ADMIN_SETTINGS: [(&str, &str); 3] =
     [SETTINGS[0], SETTINGS[1], ("rados_osd_op_timeout", "20")];
 
+/// The characters that are encoded in the name of a file.
+const ENCODED: &AsciiSet = &CONTROLS.add(b'/').add(b'%');
+
+/// The greatest length of the encoded name of an image in bytes.
+const MAX_NAME: usize = 200;
+
 /// Time between two attempts to acquire the lock.
 const LOCK_INTERVAL: Duration = Duration::from_millis(200);
 
-/// An image of a Ceph cluster.
-pub struct RbdEngine {
-    image: Arc<Image>,
-}
+/// The limits of librbd.
+const LIMITS: Limits = Limits {
+    max_buffers: 8192,
+    granularity: 64 << 10,
+};
 
-/// The state that the queues of an image share.
+/// An open image.
 struct Image {
     rbd: RbdImage,
     name: String,
-    info: Info,
-    size: AtomicU64,
     /// The file with the address of this client, which has the lock.
     owner_file: Option<PathBuf>,
 }
 
-impl RbdEngine {
-    /// Opens an image.
-    pub fn open(name: &RbdImageName, options: &Options) -> Result<Self> {
-        let pool = Arc::new(connect(&name.address, &SETTINGS)?);
-        let read_only = options.read_only || name.snapshot.is_some();
-        if !options.read_only && read_only {
-            return Err(Error::new(
-                Errno::ROFS,
-                format!("{name} is a snapshot"),
-                "open it for reading only, or clone it",
-            ));
-        }
-        let rbd = RbdImage::open(pool, &name.image, name.snapshot.as_deref(), read_only)
-            .map_err(|errno| open_error(errno, name))?;
-        let owner_file = match read_only || !options.exclusive {
-            true => None,
-            false => Some(acquire_lock(&rbd, name, options)?),
-        };
-        let size = rbd.size().map_err(|errno| open_error(errno, name))?;
-        let exclusive = owner_file.is_some();
-        Ok(Self {
-            image: Arc::new(Image {
-                rbd,
-                name: name.to_string(),
-                info: info(size, read_only, exclusive),
-                size: AtomicU64::new(size),
-                owner_file,
-            }),
-        })
+/// Opens an image.
+pub fn open(name: &RbdImageName, options: &Options) -> Result<Box<dyn Engine>> {
+    let pool = Arc::new(connect(&name.address, &SETTINGS)?);
+    let read_only = options.read_only || name.snapshot.is_some();
+    if !options.read_only && read_only {
+        return Err(Error::new(
+            Errno::ROFS,
+            format!("{name} is a snapshot"),
+            "open it for reading only, or clone it",
+        ));
     }
-}
-
-fn info(size: u64, read_only: bool, exclusive: bool) -> Info {
-    Info {
-        size,
-        logical_block_size: BLOCK_SIZE,
-        physical_block_size: 4096,
-        max_transfer: 32 << 20,
-        max_buffers: 8192,
-        max_queues: 64,
-        buffer_alignment: 1,
-        read_only,
-        discard: Some(Discard {
-            granularity: 64 << 10,
-            alignment: 0,
-        }),
-        write_zeroes: true,
-        guarantees: Guarantees {
-            durable: true,
-            direct: true,
-            exclusive: exclusive || read_only,
-        },
-    }
+    let rbd = RbdImage::open(pool, &name.image, name.snapshot.as_deref(), read_only)
+        .map_err(|errno| open_error(errno, name))?;
+    let owner_file = match read_only || !options.exclusive {
+        true => None,
+        false => Some(acquire_lock(&rbd, name, options)?),
+    };
+    let is_locked = owner_file.is_some();
+    let name = name.to_string();
+    let image = Image {
+        rbd,
+        name,
+        owner_file,
+    };
+    let engine = CallbackEngine::new(image, &LIMITS, read_only, is_locked)?;
+    Ok(Box::new(engine))
 }
 
 /// Connects to a pool.
@@ -214,60 +186,39 @@ fn locked(name: &RbdImageName, owner: String) -> Error {
 
 /// Returns the path of the file with the address of the client that has the lock of an image.
 fn owner_file(name: &RbdImageName, options: &Options) -> PathBuf {
-    let name: String = format!("{}-{}", name.address.pool, name.image)
-        .chars()
-        .map(|char| if char == '/' { '_' } else { char })
+    let name = name.to_string();
+    // The name of a file has up to 255 bytes. Two images with one file do no harm: a client has the
+    // lock of one image.
+    let name: String = utf8_percent_encode(&name, ENCODED)
+        .flat_map(str::chars)
+        .take(MAX_NAME)
         .collect();
-    options.runtime_dir.join(format!("rbd-{name}.owner"))
+    options.runtime_dir.join(format!("{name}.owner"))
 }
 
 impl callback::Image for Image {
-    fn info(&self) -> Info {
-        Info {
-            size: self.size.load(Ordering::Relaxed),
-            ..self.info
-        }
+    fn size(&self) -> Result<u64> {
+        self.rbd.size().map_err(|errno| {
+            let cause = format!("reading the size of {}: {errno}", self.name);
+            Error::new(errno, cause, "check the state of the cluster: ceph -s")
+        })
     }
 
     fn start(&self, task: Task) {
         self.rbd.start(task);
     }
-}
 
-impl Engine for RbdEngine {
-    fn info(&self) -> Info {
-        callback::Image::info(&*self.image)
-    }
-
-    fn refresh(&self) -> Result<Info> {
-        let size = self.image.rbd.size().map_err(|errno| {
-            let cause = format!("reading the size of {}: {errno}", self.image.name);
-            Error::new(errno, cause, "check the state of the cluster: ceph -s")
-        })?;
-        self.image.size.store(size, Ordering::Relaxed);
-        Ok(self.info())
-    }
-
-    fn queue(&self, depth: u32) -> Result<Box<dyn Queue>> {
-        Ok(Box::new(CallbackQueue::new(self.image.clone(), depth)?))
-    }
-
-    fn allocate(&self, len: usize) -> Result<Buffer> {
-        allocate(len, PAGE_SIZE)
-    }
-
-    fn close(self: Box<Self>) -> Result<()> {
-        let image = Arc::into_inner(self.image).ok_or_else(in_use)?;
-        if !image.info.read_only {
-            image.rbd.flush().map_err(|errno| {
+    fn close(self, flushes: bool) -> Result<()> {
+        if flushes {
+            self.rbd.flush().map_err(|errno| {
                 Error::new(
                     errno,
-                    format!("flushing {}: {errno}", image.name),
+                    format!("flushing {}: {errno}", self.name),
                     "check the state of the cluster: the last writes may be lost",
                 )
             })?;
         }
-        match image.owner_file.as_ref().map(fs::remove_file) {
+        match self.owner_file.as_ref().map(fs::remove_file) {
             Some(Err(error)) if error.kind() != ErrorKind::NotFound => Err(Error::from_io(
                 &error,
                 "removing the owner of the lock",

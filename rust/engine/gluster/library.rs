@@ -379,11 +379,7 @@ impl File {
     ///
     /// The file must not be closed before it completes.
     pub(super) fn start(&self, mut task: Task) {
-        let vectors = task.request.buffers.iter_mut().map(|buffer| iovec {
-            iov_base: buffer.as_mut_ptr().cast(),
-            iov_len: buffer.len(),
-        });
-        let vectors = vectors.collect();
+        let vectors = task.vectors();
         Box::new(Call {
             functions: self.volume.functions,
             file: self.handle,

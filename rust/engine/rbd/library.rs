@@ -558,11 +558,7 @@ impl RbdImage {
     ///
     /// The image must not be closed before it completes.
     pub(super) fn start(&self, mut task: Task) {
-        let vectors = task.request.buffers.iter_mut().map(|buffer| iovec {
-            iov_base: buffer.as_mut_ptr().cast(),
-            iov_len: buffer.len(),
-        });
-        let vectors = vectors.collect();
+        let vectors = task.vectors();
         Box::new(Call {
             functions: self.pool.functions,
             image: self.handle,
