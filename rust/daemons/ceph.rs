@@ -1,76 +1,79 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A Ceph cluster: one monitor and one storage daemon, whose disk is a file.
+//! A Ceph cluster: monitors, and storage daemons whose disks are files.
 
 use crate::daemon::{run, Daemon};
 use crate::work_dir;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU16, Ordering};
 
 const FSID: &str = "6f1b0b6e-8d9a-4d53-9d0c-3a1f6f6d0c01";
-const OSD: &str = "0f1b0b6e-8d9a-4d53-9d0c-3a1f6f6d0c02";
+const OSD: &str = "0f1b0b6e-8d9a-4d53-9d0c-3a1f6f6d0d0";
+
+/// The port of the next monitor for protocol version 2.
+static PORT: AtomicU16 = AtomicU16::new(3300);
+
+/// The difference of the ports of a monitor for protocol versions 1 and 2.
+const OTHER_PORT: u16 = 3489;
 
 /// A Ceph cluster with the pool `rbd`.
 pub struct Ceph {
     dir: PathBuf,
-    /// The monitor.
-    pub mon: Daemon,
-    /// The storage daemon.
-    pub osd: Daemon,
+    /// The monitors.
+    pub mons: Vec<Daemon>,
+    /// The storage daemons.
+    pub osds: Vec<Daemon>,
 }
 
 impl Ceph {
-    /// Starts a cluster.
-    pub fn start() -> Self {
-        let dir = work_dir("ceph");
+    /// Starts a cluster with `count` monitors, storage daemons and replicas.
+    pub fn start(count: u16) -> Self {
+        let base = PORT.fetch_add(count, Ordering::Relaxed);
+        let dir = work_dir(&format!("ceph-{base}"));
         let conf = dir.join("ceph.conf");
-        fs::write(&conf, configuration(&dir)).unwrap();
+        let addresses: Vec<String> = (base..base + count)
+            .map(|port| format!("[v2:127.0.0.1:{port},v1:127.0.0.1:{}]", port + OTHER_PORT))
+            .collect();
+        fs::write(&conf, configuration(&dir, &addresses.join(" "), count)).unwrap();
         let conf = conf.to_str().unwrap();
-        let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
-        let map = path("monmap");
-        let address = "[v2:127.0.0.1:3300,v1:127.0.0.1:6789]";
-        run(
-            "monmaptool",
-            &["--create", "--fsid", FSID, "--addv", "a", address, &map],
-        );
-        run(
-            "ceph-mon",
-            &["-c", conf, "-i", "a", "--mkfs", "--monmap", &map],
-        );
-        let mon = Daemon::start(
-            "ceph-mon",
-            ["-c", conf, "-i", "a", "-f"],
-            &dir.join("mon.log"),
-        );
+        let map = dir.join("monmap").to_str().unwrap().to_owned();
+        let ids: Vec<String> = (0..count).map(|id| id.to_string()).collect();
+        let mut create = vec!["--create", "--fsid", FSID];
+        for (id, address) in ids.iter().zip(&addresses) {
+            create.extend(["--addv", id, address]);
+        }
+        create.push(&map);
+        run("monmaptool", &create);
+        let daemon = |program: &str, id: &str| {
+            let log = dir.join(format!("{program}-{id}.log"));
+            Daemon::start(program, ["-c", conf, "-i", id, "-f"], &log)
+        };
+        let mons = ids.iter().map(|id| {
+            let mkfs = ["-c", conf, "-i", id, "--mkfs", "--monmap", &map];
+            run("ceph-mon", &mkfs);
+            daemon("ceph-mon", id)
+        });
+        let mons = mons.collect();
         let ceph = |args: &[&str]| {
             let mut all = vec!["-c", conf, "--connect-timeout", "60"];
             all.extend(args);
             run("ceph", &all)
         };
-        ceph(&["osd", "new", OSD, "0"]);
-        fs::create_dir(dir.join("osd")).unwrap();
-        run(
-            "ceph-osd",
-            &["-c", conf, "-i", "0", "--mkfs", "--osd-uuid", OSD],
-        );
-        let osd = Daemon::start(
-            "ceph-osd",
-            ["-c", conf, "-i", "0", "-f"],
-            &dir.join("osd.log"),
-        );
-        ceph(&[
-            "osd",
-            "pool",
-            "create",
-            "rbd",
-            "8",
-            "8",
-            "--size",
-            "1",
-            "--yes-i-really-mean-it",
-        ]);
+        let osds = ids.iter().map(|id| {
+            let uuid = format!("{OSD}{id}");
+            ceph(&["osd", "new", &uuid, id]);
+            fs::create_dir(dir.join(format!("osd-{id}"))).unwrap();
+            let mkfs = ["-c", conf, "-i", id, "--mkfs", "--osd-uuid", &uuid];
+            run("ceph-osd", &mkfs);
+            daemon("ceph-osd", id)
+        });
+        let osds = osds.collect();
+        let size = count.to_string();
+        let create = ["osd", "pool", "create", "rbd", "8", "8", "--size", &size];
+        ceph(&[&create[..], &["--yes-i-really-mean-it"]].concat());
         ceph(&["osd", "pool", "application", "enable", "rbd", "rbd"]);
-        Self { dir, mon, osd }
+        Self { dir, mons, osds }
     }
 
     /// Returns the path of the configuration file.
@@ -87,12 +90,12 @@ impl Ceph {
     }
 }
 
-fn configuration(dir: &Path) -> String {
+fn configuration(dir: &Path, mons: &str, replicas: u16) -> String {
     let dir = dir.display();
     format!(
         "[global]
 fsid = {FSID}
-mon_host = [v2:127.0.0.1:3300,v1:127.0.0.1:6789]
+mon_host = {mons}
 ms_bind_msgr2 = true
 public_addr = 127.0.0.1
 auth_cluster_required = none
@@ -102,8 +105,9 @@ run_dir = {dir}
 admin_socket = {dir}/$name.$pid.asok
 log_file = {dir}/$name.log
 crash_dir = {dir}
-mon_data = {dir}/mon
-osd_data = {dir}/osd
+mon_data = {dir}/mon-$id
+osd_data = {dir}/osd-$id
+mon_osd_min_down_reporters = 1
 mon_data_avail_crit = 1
 mon_data_avail_warn = 1
 mon_allow_pool_size_one = true
@@ -113,7 +117,7 @@ bluestore_block_size = 2147483648
 bluestore_block_wal_size = 0
 bluestore_block_db_size = 0
 osd_crush_chooseleaf_type = 0
-osd_pool_default_size = 1
+osd_pool_default_size = {replicas}
 osd_pool_default_pg_num = 8
 osd_pool_default_pg_autoscale_mode = off
 osd_mclock_skip_benchmark = true

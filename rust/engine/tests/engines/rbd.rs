@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 /// The cluster of all tests. It ends with the namespace of this process.
 fn ceph() -> MutexGuard<'static, Ceph> {
     static CEPH: OnceLock<Mutex<Ceph>> = OnceLock::new();
-    let ceph = CEPH.get_or_init(|| Mutex::new(Ceph::start()));
+    let ceph = CEPH.get_or_init(|| Mutex::new(Ceph::start(1)));
     ceph.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -42,9 +42,15 @@ impl Image {
     }
 
     fn with(daemons: impl Any) -> Self {
+        let conf = ceph().conf();
+        Self::on(&conf, daemons)
+    }
+
+    /// Creates an image of a cluster with this configuration file.
+    fn on(conf: &str, daemons: impl Any) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let name = format!("image{}", NUMBER.fetch_add(1, Ordering::Relaxed));
-        let address: RbdAddress = format!("rbd?conf={}", ceph().conf()).parse().unwrap();
+        let address: RbdAddress = format!("rbd?conf={conf}").parse().unwrap();
         let pool = RbdPool::connect(&address).unwrap();
         pool.create(&name, SIZE).unwrap();
         Self {
@@ -174,22 +180,42 @@ fn daemons_that_are_killed_and_come_back_cost_time_and_no_data() {
     for (mon, osd) in [(true, false), (false, true), (true, true)] {
         let mut ceph = ceph();
         if mon {
-            ceph.mon.kill();
+            ceph.mons[0].kill();
         }
         if osd {
-            ceph.osd.kill();
+            ceph.osds[0].kill();
         }
         thread::sleep(Duration::from_secs(1));
-        ceph.mon.restart();
-        ceph.osd.restart();
+        ceph.mons[0].restart();
+        ceph.osds[0].restart();
         drop(ceph);
         writer.wait_for_writes(20);
     }
-    ceph().osd.freeze();
+    ceph().osds[0].freeze();
     thread::sleep(Duration::from_secs(2));
-    ceph().osd.thaw();
+    ceph().osds[0].thaw();
     writer.wait_for_writes(20);
     let mut writer = writer;
+    writer.finish();
+    let mut disk = image.disk();
+    writer.verify(&mut disk);
+    disk.close();
+}
+
+#[test]
+fn one_daemon_of_three_is_killed_at_a_time_and_io_continues() {
+    let mut ceph = Ceph::start(3);
+    let image = Image::on(&ceph.conf(), ());
+    let mut writer = Writer::start(&image.uri(), &image.runtime_dir);
+    writer.wait_for_writes(20);
+    for index in 0..3 {
+        for daemons in [&mut ceph.mons, &mut ceph.osds] {
+            daemons[index].kill();
+            writer.wait_for_writes(20);
+            daemons[index].restart();
+            writer.wait_for_writes(20);
+        }
+    }
     writer.finish();
     let mut disk = image.disk();
     writer.verify(&mut disk);
