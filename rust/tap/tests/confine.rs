@@ -15,20 +15,25 @@ use nix::sched::CloneFlags;
 use nix::sys::ptrace;
 use rustix::process::test_kill_process;
 use rustix::process::Pid;
+use rustix::process::Signal;
 use rustix::thread::gettid;
 use std::fs;
 use std::fs::File;
 use std::fs::Permissions;
 use std::io;
+use std::io::Read;
 use std::net::TcpListener;
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
+use std::process::Stdio;
 use std::sync::mpsc;
+use std::thread;
 
 /// The user of the confined thread.
 const USER: u32 = 1_895_825_413;
@@ -248,6 +253,31 @@ fn launch_confined(dir: &Path) {
     assert!(fs::read_dir(&root).unwrap().next().is_none());
 }
 
+/// A program that is launched ends with the thread that has started it, as `qemu-storage-daemon`
+/// does when its monitor is killed.
+fn end_with_thread(root: PathBuf) {
+    let start = move || {
+        let launcher = rblktap::launch::launcher(USER, &root);
+        let mut child = Command::new(env!("CARGO_BIN_EXE_rblktap"))
+            .args(&launcher[1..])
+            .args(["--", "sh", "-c", "echo started; exec sleep 1000"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = [0; 8];
+        child
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut line)
+            .unwrap();
+        child
+    };
+    let mut child = thread::spawn(start).join().unwrap();
+    let signal = Signal::TERM.as_raw();
+    assert_eq!(child.wait().unwrap().signal(), Some(signal));
+}
+
 fn main() {
     if !rustix::process::getuid().is_root() {
         println!("skipped: only root can confine a process");
@@ -256,5 +286,6 @@ fn main() {
     let dir = tempfile::tempdir().unwrap();
     serve_confined(dir.path());
     launch_confined(dir.path());
+    end_with_thread(dir.path().join("root"));
     println!("a confined process serves its disk, and can do nothing else");
 }
