@@ -70,9 +70,56 @@ def test_rblkd(xen: StartHost) -> None:
     assert host.run(f"rblk disk pause {guest.name}/xvdz")[0] == 3
 
 
+def logged(host: XenHost, text: str) -> None:
+    """Waits until rblkd has written a text."""
+    host.wait_for(f"grep -qF '{text}' {rblkd.LOG}")
+
+
 def reload(host: XenHost) -> None:
     """Has rblkd read its configuration again."""
     host.sh("kill -HUP $(cat /run/rblkd.pid)")
+
+
+def test_rblkd_state(xen: StartHost) -> None:
+    """rblkd reports its start, storage and events, reads its configuration again, and ends."""
+    images = rblktap.disk([Image("a.raw", 64), Image("check.raw", 1)])
+    host = xen(waiting=None, image=images, **rblkd.options())
+    rblkd.install(host)
+    host.sh(f"mkdir -p /etc/rblk && echo storage san = raw:/tap/check.raw > {CONFIGURATION}")
+    rblkd.start(host)
+    guest = host.start_guest(disks=[RblkDisk("xvda", "a.raw")])
+    assert_served_by_pair(host, guest)
+    assert "start: ready" in host.sh("rblk host status")
+
+    explanation = host.sh(f"rblk disk explain {guest.name}/xvda")
+    assert "states     backend Connected, frontend Connected" in explanation, explanation
+    assert "Xen copies the data" in explanation, explanation
+    process = rblktap.pid(host, guest, XVDA)
+    assert f"process {process} has opened" in host.sh("rblk events")
+    assert "rblk_disk_served{" in host.sh("rblk metrics")
+    assert "rblk_storage_state{" in host.sh("rblk metrics")
+    assert isinstance(rblkd.rblk(host, "check || true"), list)
+
+    host.wait_for("rblk storage status | grep -q '^san *up '")
+    host.sh("mv /tap/check.raw /tap/away")
+    host.wait_for("rblk storage status | grep -q '^san *down .*/tap/check.raw'")
+    host.sh("mv /tap/away /tap/check.raw")
+    host.wait_for("rblk storage status | grep -q '^san *up '")
+
+    host.sh(f"cp {CONFIGURATION} /tmp/valid && echo nonsense >> {CONFIGURATION}")
+    reload(host)
+    logged(host, f"{CONFIGURATION}:2: ")
+    host.sh("rblk storage status | grep -q '^san '")
+    host.sh(f"echo > {CONFIGURATION}")
+    reload(host)
+    logged(host, f"{CONFIGURATION} was read again")
+    host.sh("! rblk storage status | grep -q '^san '")
+
+    host.sh("kill -TERM $(cat /run/rblkd.pid)")
+    host.wait_for("! kill -0 $(cat /run/rblkd.pid) 2> /dev/null")
+    guest.sh("echo data | dd of=/dev/xvda conv=sync,fsync 2> /dev/null")
+    rblkd.start(host)
+    assert rblktap.pid(host, guest, XVDA) == process
 
 
 SLOW = "/tmp/slow-rblktap"
