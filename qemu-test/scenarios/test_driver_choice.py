@@ -21,7 +21,6 @@ from harness.kernel import Kernel
 from harness.manual_toolstack import ManualDisk
 from harness.pairs import NAMES
 from harness.pairs import Pair
-from harness.shell import Target
 from harness.xenhost import XenHost
 
 SYSTEM = "/payload/system"
@@ -59,7 +58,7 @@ def system(kernel: Kernel, build: Path, modprobe_d: Path) -> bytes:
 class Machine:
     """A guest or dom0 with such a system, and the names of both drivers for its devices."""
 
-    def __init__(self, machine: Target, half: int, release: str) -> None:
+    def __init__(self, machine: Guest | XenHost, half: int, release: str) -> None:
         self.machine = machine
         self.c_driver, self.ours = (names[half] for names in (NAMES["C"], NAMES["R"]))
         self._updates = f"/lib/modules/{release}/updates"
@@ -96,7 +95,7 @@ class Machine:
             "for pid in $(pidof systemd-udevd); do kill $pid; done\n"
             "rm -f /run/udev/control"
         )
-        self.machine.wait_for("[ -z \"$(pidof systemd-udevd)\" ]")
+        self.machine.wait_for('[ -z "$(pidof systemd-udevd)" ]')
         self.machine.sh(f"{UDEVD} --daemon")
         self.machine.wait_for("udevadm control --ping")
 
