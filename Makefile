@@ -24,7 +24,7 @@ test-all: ## runs all tests on Debian's kernels and the daily ones on the debug 
 test-debug: ## runs all scenarios of the debug kernel; T=<name> for those with that name
 	@KERNEL=debug RBLKIF_TIERS="daily debug" scripts/run-tests $(T)
 
-test-cluster: ## runs the tests of cluster storage, with Ceph and GlusterFS; T=<name> for those with that name
+test-cluster: ## runs the tests of cluster storage, with Ceph, GlusterFS and etcd; T=<name> for those with that name
 	@scripts/cluster-tests $(T)
 
 mutation-test: ## removes features from our drivers, and checks that scenarios fail; NAMES="..." for some

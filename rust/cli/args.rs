@@ -2,7 +2,12 @@
 
 //! The command line of `rblk`.
 
+mod volume;
+
+pub use volume::{VolumeCommand, VolumeStorageCommand};
+
 use crate::exit;
+use ::volume::VolumeName;
 use api::RunDir;
 use clap::{Parser, Subcommand};
 use engine::Uri;
@@ -61,6 +66,12 @@ pub enum Command {
     Metrics,
     /// Finds settings of this host that cause trouble, and prints the command that fixes each
     Check,
+    /// Volumes: images that several hosts know by name
+    Volume {
+        /// The command.
+        #[command(subcommand)]
+        command: VolumeCommand,
+    },
     /// Prints a script that completes command lines in a shell
     Completion {
         /// The shell
@@ -92,6 +103,9 @@ pub enum StorageCommand {
         /// The image
         image: Uri,
     },
+    /// The storages of volumes.
+    #[command(flatten)]
+    Volumes(VolumeStorageCommand),
 }
 
 /// The commands for a disk.
@@ -130,8 +144,9 @@ pub enum DiskCommand {
     Retarget {
         /// DOMAIN/DEVICE
         disk: DiskName,
-        /// The new image, for example qcow2:/srv/a.qcow2
-        image: Uri,
+        /// The new image or volume, for example qcow2:/srv/a.qcow2 or vol:fast/db
+        #[arg(value_parser = parse_image)]
+        image: String,
     },
     /// Tells the guest that the image has changed its size
     Resize {
@@ -223,6 +238,15 @@ pub enum SnapshotCommand {
     },
 }
 
+/// Checks the name of an image or volume.
+fn parse_image(text: &str) -> Result<String, engine::Error> {
+    match VolumeName::of_image(text) {
+        Some(name) => name.map(drop)?,
+        None => text.parse::<Uri>().map(drop)?,
+    }
+    Ok(text.to_owned())
+}
+
 /// The name of a disk on the command line.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct DiskName {
@@ -276,7 +300,11 @@ mod tests {
             "rblk disk pause",
             "rblk disk pause xvda",
             "rblk disk retarget 5/xvda vdi:/a",
+            "rblk disk retarget 5/xvda vol:fast",
             "rblk image create qcow2:/a",
+            "rblk volume create fast/db",
+            "rblk volume create fast 1G",
+            "rblk volume create fast/db 1X",
         ] {
             assert!(Rblk::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! `rblk`: shows and controls disks that `rblktap` serves, and their images.
+//! `rblk`: shows and controls disks that `rblktap` serves, their images, and volumes.
 //!
 //! One program has three names; the last part of `argv[0]` decides:
 //!
 //! | name | module | who calls it |
 //! |---|---|---|
-//! | `rblk` | [`args`], `disk`, `explain`, `host`, `metrics`, `check`, `image` | the administrator |
+//! | `rblk` | [`args`], `disk`, `explain`, `host`, `metrics`, `check`, `image`, `volume` | the administrator |
 //! | `tap-ctl` | [`tap_ctl`] | Xen's hotplug script `block-tap` |
 //! | `block-rblk` | [`hotplug`] | libxl, as the hotplug script of a disk with `script=block-rblk` |
 
@@ -25,6 +25,7 @@ mod metrics;
 mod outcome;
 mod table;
 pub mod tap_ctl;
+mod volume;
 
 use api::RunDir;
 use args::{Command, HostCommand, Rblk, StorageCommand};
@@ -67,9 +68,11 @@ fn run_rblk(args: Rblk) -> Result<(), Error> {
         Command::Storage { command } => match command {
             StorageCommand::Status => host::storage(&run, args.json),
             StorageCommand::Probe { image } => host::probe(&image),
+            StorageCommand::Volumes(command) => volume::run_storage(&command, args.json),
         },
         Command::Events { follow } => host::events(&run, follow, args.json),
         Command::Metrics => metrics::run(&run),
+        Command::Volume { command } => volume::run_volume(&command, args.json),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Rblk::command(), "rblk", &mut std::io::stdout());
             Ok(())

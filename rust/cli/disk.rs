@@ -38,7 +38,7 @@ pub fn run(run: &RunDir, command: &DiskCommand, json: bool) -> Result<(), Error>
             done(call(run, &AgentCall::Resize { disk })?, json)
         }
         DiskCommand::Retarget { disk, image } => {
-            let (disk, image) = (find(run, disk)?, image.to_string());
+            let (disk, image) = (find(run, disk)?, image.clone());
             done(call(run, &AgentCall::Retarget { disk, image })?, json)
         }
         DiskCommand::Restart { disk } => {

@@ -217,7 +217,7 @@ fn file(image: &Uri) -> Result<String, Failure> {
         Uri::Rbd(_) | Uri::Gluster(_) => Err(Failure::new(
             FailureKind::Refused,
             format!("{image} is on cluster storage"),
-            "use the tools of Ceph or GlusterFS",
+            "see rblk volume, or use the tools of Ceph or GlusterFS",
         )),
         Uri::Memory { .. } => Err(Failure::new(
             FailureKind::Refused,

@@ -56,6 +56,11 @@ impl Daemon {
         self.child = Some(child.unwrap_or_else(|error| panic!("{}: {error}", self.program)));
     }
 
+    /// Returns `true` unless the process was killed by this and not started again.
+    pub fn is_started(&self) -> bool {
+        self.child.is_some()
+    }
+
     /// Kills the process and waits for its end.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
@@ -99,7 +104,7 @@ impl Drop for Daemon {
 }
 
 /// Runs a command to its end and returns its output. Panics if it fails.
-pub(crate) fn run(program: &str, args: &[&str]) -> String {
+pub fn run(program: &str, args: &[&str]) -> String {
     let output = Command::new(program)
         .args(args)
         .stdin(Stdio::null())

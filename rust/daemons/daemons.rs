@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Storage daemons that tests start: Ceph and GlusterFS.
+//! Storage daemons that tests start: Ceph, GlusterFS and etcd.
 //!
 //! They run on the loopback device, without systemd and without block devices, in a namespace of
 //! `scripts/in-root --cluster`, and end with it. Their files and logs are in [`work_dir`].
@@ -12,10 +12,12 @@
 
 mod ceph;
 mod daemon;
+mod etcd;
 mod gluster;
 
 pub use ceph::Ceph;
-pub use daemon::{wait_until, Daemon};
+pub use daemon::{run, wait_until, Daemon};
+pub use etcd::Etcd;
 pub use gluster::{Gluster, Replicas};
 
 use std::fs;

@@ -30,6 +30,7 @@ use rblktap::launch;
 use rblktap::monitor;
 use rblktap::monitor::Monitor;
 use rblktap::Disk;
+use rustix::process::Signal;
 use std::env;
 use std::error::Error;
 use std::fs;
@@ -42,6 +43,10 @@ use std::process::ExitCode;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
+use volume::attachment::LEASE_TIME;
+use volume::Attachment;
+use volume::Holder;
+use volume::VolumeName;
 use xen_user::event::EventDevice;
 use xen_user::grant::GrantDevice;
 use xen_user::xenstore::Nodes;
@@ -78,7 +83,7 @@ fn command() -> Command {
             Arg::new("uri")
                 .value_name("URI")
                 .required(true)
-                .help("The image, for example raw:/srv/a.img"),
+                .help("The image, for example raw:/srv/a.img, or the volume, vol:fast/db"),
         )
         .arg(
             option("backend-kind", "KIND", "vbd3").help(
@@ -153,6 +158,12 @@ fn command() -> Command {
                 .action(ArgAction::SetTrue),
         )
         .arg(
+            Arg::new("volume-image")
+                .long("volume-image")
+                .hide(true)
+                .help("The image of the volume, which the monitor has attached"),
+        )
+        .arg(
             option("lock-seconds", "N", "10")
                 .value_parser(value_parser!(u32))
                 .help("How long to wait for another user of the image"),
@@ -196,10 +207,12 @@ fn config(matches: &ArgMatches, pid: u32) -> Config {
 /// Returns how the image is opened.
 fn options(matches: &ArgMatches, config: &Config, nodes: &ToolstackNodes, uri: &Uri) -> Options {
     let keys: Option<&PathBuf> = matches.get_one("key-dir");
+    let is_volume = matches.contains_id("volume-image");
     Options {
         key_file: keys.and_then(|keys| uri.key_file(keys)),
         read_only: nodes.read_only,
-        exclusive: !nodes.shared,
+        // The single writer of a volume has the lock of its image too.
+        exclusive: is_volume || !nodes.shared,
         lock_timeout: seconds(matches, "lock-seconds"),
         // The process before this one was killed.
         unclean: config.inflight_path().exists(),
@@ -229,13 +242,21 @@ fn empty_root(config: &Config) -> PathBuf {
 fn watch(matches: &ArgMatches) -> Result<ExitStatus, Box<dyn Error>> {
     let config = config(matches, std::process::id());
     let started = start(matches, &config);
-    let (store, nodes, image) = started.inspect_err(|error| report(&config, &**error))?;
+    let started = started.inspect_err(|error| report(&config, &**error))?;
     let mut server = std::process::Command::new("/proc/self/exe");
-    server.arg("--confined").args(env::args_os().skip(1));
-    let permissions = device::permissions(&config.dir, &nodes.frontend);
-    let status = monitor::run(server, store, permissions, image.clone())?;
+    server.arg("--confined");
+    if let Some(attachment) = &started.attachment {
+        server.args(["--volume-image", &attachment.uri]);
+    }
+    server.args(env::args_os().skip(1));
+    let permissions = device::permissions(&config.dir, &started.nodes.frontend);
+    let image = started.image.map(Arc::new);
+    let status = monitor::run(server, started.store, permissions, image.clone())?;
     if let Some(image) = image {
         image.stop()?;
+    }
+    if let Some(attachment) = started.attachment {
+        attachment.detach(status.success());
     }
     if status.success() {
         config.remove_files();
@@ -243,8 +264,15 @@ fn watch(matches: &ArgMatches) -> Result<ExitStatus, Box<dyn Error>> {
     Ok(status)
 }
 
-/// The result of opening for the monitor: xenstore, and the server of the image.
-type Started = (Xenstore, ToolstackNodes, Option<Arc<Server>>);
+/// The result of opening for the monitor.
+struct Started {
+    store: Xenstore,
+    nodes: ToolstackNodes,
+    /// The server of the image.
+    image: Option<Server>,
+    /// Set if the image is that of a volume.
+    attachment: Option<Attachment>,
+}
 
 fn start(matches: &ArgMatches, config: &Config) -> Result<Started, Box<dyn Error>> {
     let root = empty_root(config);
@@ -255,11 +283,47 @@ fn start(matches: &ArgMatches, config: &Config) -> Result<Started, Box<dyn Error
         .map_err(|error| format!("{}: {error}", root.display()))?;
     let mut store = connect()?;
     let nodes = ToolstackNodes::read(&mut store, &config.dir, config.domain)?;
+    if let Some(name) = VolumeName::of_image(text(matches, "uri")) {
+        link_nbd_socket(&config.nbd_path(), None)?;
+        let attachment = Some(attach(&name?, config, nodes.read_only)?);
+        return Ok(Started {
+            store,
+            nodes,
+            image: None,
+            attachment,
+        });
+    }
     let uri: Uri = text(matches, "uri").parse()?;
     let image = Server::start(&uri, &options(matches, config, &nodes, &uri))?;
     let socket = image.as_ref().and_then(Server::nbd_socket);
     link_nbd_socket(&config.nbd_path(), socket.as_deref())?;
-    Ok((store, nodes, image.map(Arc::new)))
+    Ok(Started {
+        store,
+        nodes,
+        image,
+        attachment: None,
+    })
+}
+
+/// Attaches a volume.
+fn attach(name: &VolumeName, config: &Config, read_only: bool) -> engine::Result<Attachment> {
+    let volumes = volume::Config::load()?;
+    let disk = format!("{}/{}", config.domain, config.device);
+    let holder = Holder::this_process(&volumes, &disk);
+    let registry = Arc::new(volume::connect(&volumes));
+    Attachment::new(registry, name, &holder, read_only, LEASE_TIME, |error| {
+        eprintln!("rblktap: {error}");
+        // The server is killed when this process ends.
+        std::process::exit(1);
+    })
+}
+
+/// Returns the image that the server opens.
+fn image(matches: &ArgMatches) -> &str {
+    match matches.contains_id("volume-image") {
+        true => text(matches, "volume-image"),
+        false => text(matches, "uri"),
+    }
 }
 
 /// Writes an error for the hotplug script, which prints it.
@@ -280,7 +344,8 @@ fn serve(matches: &ArgMatches) -> Result<(), Box<dyn Error>> {
     let config = config(matches, monitor.unwrap_or_default());
     let (monitor, mut store) = Monitor::attach()?;
     rustix::thread::set_name(c"rblktap")?;
-    let uri: Uri = text(matches, "uri").parse()?;
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    let uri: Uri = image(matches).parse()?;
     let opened = open(matches, &config, &uri, monitor, &mut store);
     let (nodes, xen, image, disk) =
         opened.map_err(|error| match report_to(&mut store, &config, &*error) {

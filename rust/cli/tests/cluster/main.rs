@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! `rblk storage` and `rblk volume` with real daemons, as Documentation/volumes.rst shows them.
+
+use daemons::{Ceph, Etcd, Gluster, Replicas};
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+/// A host with a configuration.
+struct Host {
+    conf: PathBuf,
+}
+
+impl Host {
+    fn new(urls: &[String]) -> Self {
+        let conf = daemons::work_dir("rblk").join("volumes.conf");
+        fs::write(&conf, format!("etcd = {}\nhost = xen1\n", urls.join(" "))).unwrap();
+        Self { conf }
+    }
+
+    fn rblk(&self, line: &str) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_rblk"))
+            .args(line.split(' '))
+            .env("RBLK_VOLUMES_CONF", &self.conf)
+            .output()
+            .unwrap()
+    }
+
+    /// Runs a command that succeeds, and returns what it prints.
+    fn run(&self, line: &str) -> String {
+        let output = self.rblk(line);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{line}: {errors}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a command that fails with a status and a text in its message.
+    fn fail(&self, line: &str, status: i32, text: &str) {
+        let output = self.rblk(line);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{line}: {errors}");
+        assert!(errors.contains(text), "{line}: {errors}");
+    }
+}
+
+#[test]
+fn from_storages_to_volumes() {
+    let etcd = Etcd::start(1);
+    let ceph = Ceph::start(1);
+    let gluster = Gluster::start();
+    gluster.create_volume("slow", Replicas::Three);
+    gluster.create_volume("lossy", Replicas::ThreeDefault);
+    let host = Host::new(&etcd.urls());
+    let dir = daemons::work_dir("local");
+
+    host.run(&format!("storage add fast rbd:rbd?conf={}", ceph.conf()));
+    host.run(&format!("storage add slow {}", gluster.uri("slow")));
+    host.run(&format!("storage add local dir:{}", dir.display()));
+    let lossy = gluster.uri("lossy");
+    host.fail(&format!("storage add lossy {lossy}"), 1, "write-behind");
+    host.run(&format!("storage add lossy {lossy} --unsafe"));
+    host.run("storage remove lossy");
+    assert_eq!(host.run("storage list").lines().count(), 4);
+    assert_eq!(host.run("storage list --check").matches("ok").count(), 3);
+
+    for storage in ["fast", "slow", "local"] {
+        host.run(&format!("volume create {storage}/db 8M"));
+        host.fail(&format!("volume create {storage}/db 8M"), 1, "already");
+        host.run(&format!("volume resize {storage}/db 16M"));
+        host.fail(
+            &format!("volume resize {storage}/db 8M"),
+            2,
+            "copy the data",
+        );
+        assert!(host
+            .run(&format!("volume info {storage}/db"))
+            .contains("16 MiB"));
+    }
+    host.run("volume snapshot fast/db monday");
+    host.run("volume clone fast/db monday fast/copy");
+    assert!(host
+        .run("volume info fast/copy")
+        .contains("db, snapshot monday"));
+    host.fail("volume clone fast/db tuesday fast/other", 1, "no snapshot");
+    host.fail("volume snapshot slow/db monday", 5, "kind rbd");
+    assert_eq!(host.run("volume list").lines().count(), 5);
+    assert_eq!(
+        host.run("volume list fast --json")
+            .matches("\"clone_of\"")
+            .count(),
+        2
+    );
+}
+
+#[test]
+fn without_a_configuration_or_etcd_the_message_says_what_to_do() {
+    let host = Host {
+        conf: "/nonexistent/volumes.conf".into(),
+    };
+    host.fail("volume list", 1, "etcd = http://HOST:2379");
+    let host = Host::new(&["http://127.0.0.1:9".to_owned()]);
+    host.fail("volume list", 4, "a majority of its members");
+}

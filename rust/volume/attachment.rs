@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The single writer of a volume.
+//!
+//! A volume is attached for writing by at most one process of the cluster. Its entry has a lease,
+//! which a thread keeps alive. An entry without a lease says where the volume was attached last,
+//! until it is detached there. If only that one is left, the process is dead, or its host is dead,
+//! frozen or without a network: writes of it may come late.
+//!
+//! * A storage that can [fence](crate::storage::Storage::fence) refuses such writes from then on.
+//! * On other storages the volume can be attached only where the process is known to have ended: on
+//!   the same host. Elsewhere the administrator has to say so first ([`Registry::release`]).
+//!
+//! When etcd does not answer, the process continues. When etcd answers again after the lease has
+//! ended, the process takes its place again, unless another one has taken it meanwhile.
+
+use crate::holder::Holder;
+use crate::name::VolumeName;
+use crate::random::random_uuid;
+use crate::record::{image_key, image_name, parse, text};
+use crate::registry::{contended, in_use, Registry};
+use crate::storage::Storage;
+use crate::store::{Change, Commit, Condition, Entry, Lease, Store};
+use engine::{Errno, Error, Result};
+use std::slice;
+use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+/// Time after which a writer that does not renew its lease is taken for dead.
+pub const LEASE_TIME: Duration = Duration::from_secs(10);
+
+/// Number of attempts against other processes that attach the same volume.
+const ATTEMPTS: u32 = 4;
+
+/// A volume that this process has attached.
+pub struct Attachment {
+    /// The URI of the image.
+    pub uri: String,
+    /// Ends the thread; `true` also removes the entries.
+    stop: Sender<bool>,
+    can_fence: bool,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The entries of an attachment.
+struct Keys {
+    name: VolumeName,
+    /// The uuid of the image.
+    uuid: String,
+    /// The entry with the lease.
+    own: String,
+    /// The holder.
+    value: String,
+    /// The time after which the lease ends.
+    lease_time: Duration,
+}
+
+/// An attachment that was written to the store.
+#[derive(Clone, Copy)]
+enum Held {
+    /// The volume is attached for reading.
+    Reader(Lease),
+    /// The volume is attached for writing.
+    Writer {
+        lease: Lease,
+        /// The revision of the entries.
+        revision: i64,
+    },
+}
+
+impl Held {
+    fn lease(self) -> Lease {
+        match self {
+            Self::Reader(lease) | Self::Writer { lease, .. } => lease,
+        }
+    }
+}
+
+impl Keys {
+    fn key(&self, kind: &str) -> String {
+        image_key(kind, &self.name.storage, &self.uuid)
+    }
+
+    fn put_own(&self, lease: Lease) -> Change {
+        Change::Put(self.own.clone(), self.value.clone(), Some(lease))
+    }
+
+    fn put_last(&self) -> Change {
+        Change::Put(self.key("last"), self.value.clone(), None)
+    }
+
+    fn lost(&self) -> Error {
+        Error::new(
+            Errno::SHUTDOWN,
+            format!("another host has taken {} over", self.name),
+            "detach the disk here",
+        )
+    }
+}
+
+impl Attachment {
+    /// Attaches a volume.
+    ///
+    /// The error is `EBUSY`, and names the holder, if the volume is attached for writing elsewhere,
+    /// or attached at all when this is for writing. `lost` is called if another process has taken
+    /// the volume over, after which the image must not be used any more.
+    pub fn new<S: Store + 'static>(
+        registry: Arc<Registry<S>>,
+        name: &VolumeName,
+        holder: &Holder,
+        read_only: bool,
+        lease_time: Duration,
+        lost: impl FnOnce(Error) + Send + 'static,
+    ) -> Result<Self> {
+        let (_, volume) = registry.volume(name)?;
+        let storage = registry.storage(&name.storage)?;
+        let key = |kind| image_key(kind, &name.storage, &volume.uuid);
+        let own = match read_only {
+            true => format!("{}/{}", key("reader"), random_uuid()?),
+            false => key("writer"),
+        };
+        let keys = Keys {
+            name: name.clone(),
+            uuid: volume.uuid,
+            own,
+            value: text(holder)?,
+            lease_time,
+        };
+        let held = match read_only {
+            true => attach_reader(&registry, &keys)?,
+            false => attach_writer(&registry, &*storage, &keys, holder)?,
+        };
+        let uri = storage.uri(&image_name(&keys.uuid));
+        let (stop, stopped) = channel();
+        let keeper = Keeper {
+            registry,
+            keys,
+            held,
+        };
+        let thread = thread::Builder::new().name("lease".to_owned());
+        let thread = thread.spawn(move || {
+            if let Err(error) = keeper.run(|time| stopped.recv_timeout(time)) {
+                lost(error);
+            }
+        });
+        let thread = thread.map_err(|error| {
+            let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
+            Error::new(
+                errno,
+                format!("starting a thread: {error}"),
+                "free some memory",
+            )
+        })?;
+        Ok(Self {
+            uri,
+            stop,
+            can_fence: storage.can_fence(),
+            thread: Some(thread),
+        })
+    }
+
+    /// Allows other processes to attach the volume: the process that had the image open has closed
+    /// it (`is_closed`), or has ended without that.
+    pub fn detach(mut self, is_closed: bool) {
+        // Requests of a process that has ended may still come to the storage. The next writer
+        // fences them, or gets the engine's lock after them.
+        let removes = is_closed || !self.can_fence;
+        // A thread that has ended has lost the volume.
+        let _ = self.stop.send(removes);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn attach_reader<S: Store>(registry: &Registry<S>, keys: &Keys) -> Result<Held> {
+    let store = registry.store();
+    let lease = store.grant(keys.lease_time)?;
+    let put = keys.put_own(lease);
+    let writer = keys.key("writer");
+    for _ in 0..ATTEMPTS {
+        let (entry, volume) = registry.volume(&keys.name)?;
+        if volume.uuid != keys.uuid {
+            return Err(keys.lost());
+        }
+        let conditions = [
+            Condition::Unchanged(entry.key, entry.revision),
+            Condition::Absent(writer.clone()),
+        ];
+        if let Commit::Done(_) = store.commit(&conditions, slice::from_ref(&put))? {
+            return Ok(Held::Reader(lease));
+        }
+        if let Some(entry) = store.get(&writer)? {
+            return Err(in_use(&keys.name, &parse(&entry)?));
+        }
+    }
+    Err(contended(&keys.name))
+}
+
+/// Attaches a volume for writing. If the former writer has not detached it, its writes are not
+/// accepted after this.
+fn attach_writer<S: Store>(
+    registry: &Registry<S>,
+    storage: &dyn Storage,
+    keys: &Keys,
+    holder: &Holder,
+) -> Result<Held> {
+    let store = registry.store();
+    let lease = store.grant(keys.lease_time)?;
+    let readers = keys.key("reader") + "/";
+    for _ in 0..ATTEMPTS {
+        let (entry, volume) = registry.volume(&keys.name)?;
+        let writer = store.get(&keys.own)?;
+        let last = store.get(&keys.key("last"))?;
+        check_former(keys, holder, storage.can_fence(), &writer, &last)?;
+        if volume.uuid != keys.uuid {
+            return Err(keys.lost());
+        }
+        let conditions = [
+            Condition::Unchanged(entry.key, entry.revision),
+            unchanged(&writer, &keys.own),
+            unchanged(&last, &keys.key("last")),
+            Condition::NoneWith(readers.clone()),
+        ];
+        let changes = [keys.put_own(lease), keys.put_last()];
+        if let Commit::Done(revision) = store.commit(&conditions, &changes)? {
+            if last.is_some() && storage.can_fence() {
+                fence(store, storage, keys, lease)?;
+            }
+            return Ok(Held::Writer { lease, revision });
+        }
+        if let Some(entry) = store.list(&readers)?.first() {
+            return Err(in_use(&keys.name, &parse(entry)?));
+        }
+    }
+    Err(contended(&keys.name))
+}
+
+/// Checks that the former writer has ended, or that its writes can be refused.
+fn check_former(
+    keys: &Keys,
+    holder: &Holder,
+    can_fence: bool,
+    writer: &Option<Entry>,
+    last: &Option<Entry>,
+) -> Result<()> {
+    if let Some(entry) = writer {
+        let current: Holder = parse(entry)?;
+        if !current.has_ended(holder) {
+            return Err(in_use(&keys.name, &current));
+        }
+    }
+    if let Some(entry) = last.as_ref().filter(|_| !can_fence) {
+        let former: Holder = parse(entry)?;
+        if !former.has_ended(holder) && !former.has_rebooted(holder) {
+            return Err(Error::new(
+                Errno::BUSY,
+                format!(
+                    "{} was attached {former}, which may still write to it",
+                    keys.name
+                ),
+                format!(
+                    "wait until that host answers again, or make sure that it is off and run rblk \
+                     volume release {}",
+                    keys.name
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn unchanged(entry: &Option<Entry>, key: &str) -> Condition {
+    match entry {
+        Some(entry) => Condition::Unchanged(entry.key.clone(), entry.revision),
+        None => Condition::Absent(key.to_owned()),
+    }
+}
+
+/// Has the storage refuse the writes of the former writer.
+///
+/// A process that is slower than its lease does not harm the next writer: the storage has the lock
+/// of the former one while the lease is confirmed, and breaks that lock only.
+fn fence<S: Store>(store: &S, storage: &dyn Storage, keys: &Keys, lease: Lease) -> Result<()> {
+    let confirm = || match store.keep_alive(lease)? {
+        true => Ok(()),
+        false => Err(keys.lost()),
+    };
+    let fenced = storage.fence(&image_name(&keys.uuid), &confirm);
+    if fenced.is_err() {
+        // It ends by itself otherwise. The next writer finds the entry without a lease.
+        let _ = store.revoke(lease);
+    }
+    fenced
+}
+
+/// Keeps the lease of an attachment alive.
+struct Keeper<S> {
+    registry: Arc<Registry<S>>,
+    keys: Keys,
+    held: Held,
+}
+
+impl<S: Store> Keeper<S> {
+    /// Runs until `wait` returns how the attachment ends. The error is that it was lost.
+    fn run(
+        mut self,
+        mut wait: impl FnMut(Duration) -> std::result::Result<bool, RecvTimeoutError>,
+    ) -> Result<()> {
+        let interval = self.keys.lease_time.div_f64(3.0);
+        let removes = loop {
+            match wait(interval) {
+                Ok(removes) => break removes,
+                Err(RecvTimeoutError::Timeout) => {}
+                // The image may still be open, so the lease just ends.
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+            match self.renew() {
+                Err(error) if matches!(error.errno(), Errno::SHUTDOWN | Errno::NOENT) => {
+                    return Err(error);
+                }
+                // etcd may answer again.
+                Err(error) => eprintln!("{}: {error}", self.keys.name),
+                Ok(()) => {}
+            }
+        };
+        if let Err(error) = self.detach(removes) {
+            eprintln!("{}: not detached: {error}", self.keys.name);
+        }
+        Ok(())
+    }
+
+    fn renew(&mut self) -> Result<()> {
+        let store = self.registry.store();
+        if store.keep_alive(self.held.lease())? {
+            return Ok(());
+        }
+        self.held = match self.held {
+            Held::Reader(_) => attach_reader(&self.registry, &self.keys).map_err(|error| {
+                // Another process writes to the volume.
+                match error.errno() {
+                    Errno::BUSY => self.keys.lost(),
+                    _ => error,
+                }
+            })?,
+            Held::Writer { revision, .. } => self.attach_again(revision)?,
+        };
+        Ok(())
+    }
+
+    /// Takes the place of the writer again, which no other process has taken meanwhile.
+    fn attach_again(&self, revision: i64) -> Result<Held> {
+        let store = self.registry.store();
+        let lease = store.grant(self.keys.lease_time)?;
+        let conditions = [
+            Condition::Absent(self.keys.own.clone()),
+            Condition::NoneWith(self.keys.key("reader") + "/"),
+            Condition::Unchanged(self.keys.key("last"), revision),
+        ];
+        let changes = [self.keys.put_own(lease), self.keys.put_last()];
+        match store.commit(&conditions, &changes)? {
+            Commit::Done(revision) => Ok(Held::Writer { lease, revision }),
+            Commit::Conflict => Err(self.keys.lost()),
+        }
+    }
+
+    /// Ends the lease, and before that removes the entries, if `removes` is set and they are still
+    /// those of this attachment.
+    fn detach(&self, removes: bool) -> Result<()> {
+        let store = self.registry.store();
+        if let (true, Held::Writer { revision, .. }) = (removes, self.held) {
+            let last = self.keys.key("last");
+            let conditions = [Condition::Unchanged(last.clone(), revision)];
+            let changes = [Change::Delete(last), Change::Delete(self.keys.own.clone())];
+            let _done = store.commit(&conditions, &changes)?;
+        }
+        store.revoke(self.held.lease())
+    }
+}

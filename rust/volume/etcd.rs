@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! etcd, by the JSON gateway of its version 3 protocol.
+//!
+//! A call that gets no answer is sent again, to the next member, for up to [`RETRY`]. So that a
+//! transaction is not applied twice, each one also writes a key of its own, and is applied only if
+//! there is no such key.
+
+use crate::random::random_uuid;
+use crate::store::{Change, Commit, Condition, Entry, Lease, Store};
+use base64::prelude::{Engine as _, BASE64_STANDARD};
+use engine::{Errno, Error, Result};
+use serde_json::{json, Value};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Time for which a call is sent again. A new leader is elected within 3 seconds.
+pub const RETRY: Duration = Duration::from_secs(5);
+
+/// Limit of one attempt in seconds.
+const ATTEMPT: u64 = 2;
+
+/// Time between two attempts.
+const INTERVAL: Duration = Duration::from_millis(200);
+
+/// Time after which the key of a transaction ends.
+const TOKEN_TIME: Duration = Duration::from_secs(60);
+
+/// The start of the keys of transactions.
+const TOKENS: &str = "/rblk/1/commit/";
+
+/// gRPC's numbers of errors after which a call is sent again: deadline exceeded and unavailable.
+const PASSING: [i64; 2] = [4, 14];
+
+/// A client of etcd.
+pub struct Etcd {
+    urls: Vec<String>,
+    /// The member that has answered last.
+    current: AtomicUsize,
+}
+
+/// Why one attempt has failed.
+enum Failure {
+    /// There was no answer, or one that says to try again.
+    NoAnswer(String),
+    /// The call is refused.
+    Refused(String),
+}
+
+impl Etcd {
+    /// Creates a client. The first call connects.
+    pub fn new(urls: Vec<String>) -> Self {
+        Self {
+            urls,
+            current: AtomicUsize::new(0),
+        }
+    }
+
+    fn call(&self, method: &str, body: &Value) -> Result<Value> {
+        let deadline = Instant::now() + RETRY;
+        loop {
+            let current = self.current.load(Ordering::Relaxed);
+            let url = self
+                .urls
+                .get(current.checked_rem(self.urls.len()).unwrap_or(0));
+            match attempt(url.map_or("", String::as_str), method, body) {
+                Ok(answer) => return Ok(answer),
+                Err(Failure::Refused(cause)) => return Err(refused(&cause)),
+                Err(Failure::NoAnswer(cause)) if Instant::now() > deadline => {
+                    return Err(self.no_answer(&cause));
+                }
+                Err(Failure::NoAnswer(_)) => {
+                    self.current
+                        .store(current.wrapping_add(1), Ordering::Relaxed);
+                    thread::sleep(INTERVAL);
+                }
+            }
+        }
+    }
+
+    fn no_answer(&self, cause: &str) -> Error {
+        Error::new(
+            Errno::TIMEDOUT,
+            format!("etcd at {} does not answer: {cause}", self.urls.join(" ")),
+            "check that a majority of its members run: etcdctl endpoint status; disks that are \
+             attached are not affected",
+        )
+    }
+}
+
+fn attempt(url: &str, method: &str, body: &Value) -> std::result::Result<Value, Failure> {
+    let response = minreq::post(format!("{url}/v3/{method}"))
+        .with_header("Content-Type", "application/json")
+        .with_body(body.to_string())
+        .with_timeout(ATTEMPT)
+        .send()
+        .map_err(|error| Failure::NoAnswer(error.to_string()))?;
+    let text = response.as_str().unwrap_or_default();
+    // A stream answers with one object a line.
+    let line = text.lines().next().unwrap_or_default();
+    let answer: Value =
+        serde_json::from_str(line).map_err(|error| Failure::NoAnswer(error.to_string()))?;
+    if response.status_code == 200 && answer.get("error").is_none() {
+        return Ok(answer);
+    }
+    let message = answer.get("message").or(answer.get("error"));
+    let message = message.and_then(Value::as_str).unwrap_or(line).to_owned();
+    match answer.get("code").and_then(Value::as_i64) {
+        Some(code) if !PASSING.contains(&code) => Err(Failure::Refused(message)),
+        _ => Err(Failure::NoAnswer(message)),
+    }
+}
+
+fn refused(cause: &str) -> Error {
+    Error::new(
+        Errno::IO,
+        format!("etcd refuses a call: {cause}"),
+        "check that it is version 3.4 or later, without authentication",
+    )
+}
+
+fn malformed(method: &str) -> Error {
+    refused(&format!("the answer of {method} has no result"))
+}
+
+fn encoded(text: &str) -> String {
+    BASE64_STANDARD.encode(text)
+}
+
+fn decoded(value: Option<&Value>) -> String {
+    let bytes = value
+        .and_then(Value::as_str)
+        .and_then(|text| BASE64_STANDARD.decode(text).ok());
+    String::from_utf8(bytes.unwrap_or_default()).unwrap_or_default()
+}
+
+/// Returns a number, which the gateway writes as a text.
+fn number(value: Option<&Value>) -> Option<i64> {
+    value?.as_str()?.parse().ok()
+}
+
+/// Returns the end of the range of keys that start with `prefix`.
+fn range_end(prefix: &str) -> String {
+    let mut bytes = prefix.as_bytes().to_vec();
+    if let Some(last) = bytes.last_mut() {
+        // Keys are ASCII.
+        *last = last.saturating_add(1);
+    }
+    BASE64_STANDARD.encode(bytes)
+}
+
+fn condition(condition: &Condition) -> Value {
+    match condition {
+        Condition::Absent(key) => {
+            json!({"key": encoded(key), "target": "VERSION", "result": "EQUAL", "version": "0"})
+        }
+        Condition::Present(key) => {
+            json!({"key": encoded(key), "target": "VERSION", "result": "GREATER", "version": "0"})
+        }
+        Condition::Unchanged(key, revision) => json!({
+            "key": encoded(key), "target": "MOD", "result": "EQUAL",
+            "mod_revision": revision.to_string(),
+        }),
+        Condition::NoneWith(prefix) => json!({
+            "key": encoded(prefix), "range_end": range_end(prefix),
+            "target": "VERSION", "result": "EQUAL", "version": "0",
+        }),
+    }
+}
+
+fn change(change: &Change) -> Value {
+    match change {
+        Change::Put(key, value, lease) => json!({"request_put": {
+            "key": encoded(key), "value": encoded(value),
+            "lease": lease.map_or(0, |lease| lease.0).to_string(),
+        }}),
+        Change::Delete(key) => json!({"request_delete_range": {"key": encoded(key)}}),
+    }
+}
+
+impl Store for Etcd {
+    fn list(&self, prefix: &str) -> Result<Vec<Entry>> {
+        let body = json!({"key": encoded(prefix), "range_end": range_end(prefix)});
+        let answer = self.call("kv/range", &body)?;
+        let entries = answer.get("kvs").and_then(Value::as_array);
+        let entry = |value: &Value| Entry {
+            key: decoded(value.get("key")),
+            value: decoded(value.get("value")),
+            revision: number(value.get("mod_revision")).unwrap_or(0),
+        };
+        Ok(entries.map_or_else(Vec::new, |entries| entries.iter().map(entry).collect()))
+    }
+
+    fn commit(&self, conditions: &[Condition], changes: &[Change]) -> Result<Commit> {
+        let lease = self.grant(TOKEN_TIME)?;
+        let token = format!("{TOKENS}{}", random_uuid()?);
+        let mut compare: Vec<Value> = conditions.iter().map(condition).collect();
+        compare.push(condition(&Condition::Absent(token.clone())));
+        let mut success: Vec<Value> = changes.iter().map(change).collect();
+        success.push(change(&Change::Put(
+            token.clone(),
+            String::new(),
+            Some(lease),
+        )));
+        let failure = json!([{"request_range": {"key": encoded(&token)}}]);
+        let body = json!({"compare": compare, "success": success, "failure": failure});
+        let answer = self.call("kv/txn", &body)?;
+        let revision = if answer.get("succeeded").and_then(Value::as_bool) == Some(true) {
+            let header = answer.get("header");
+            let revision = header.and_then(|header| number(header.get("revision")));
+            Some(revision.ok_or_else(|| malformed("kv/txn"))?)
+        } else {
+            // An attempt without an answer was applied if its key is there.
+            let range = answer
+                .pointer("/responses/0/response_range/kvs/0")
+                .map(|key| number(key.get("mod_revision")));
+            range
+                .map(|revision| revision.ok_or_else(|| malformed("kv/txn")))
+                .transpose()?
+        };
+        Ok(revision.map_or(Commit::Conflict, Commit::Done))
+    }
+
+    fn grant(&self, time: Duration) -> Result<Lease> {
+        let seconds = time.as_secs().max(1).to_string();
+        let answer = self.call("lease/grant", &json!({"TTL": seconds}))?;
+        let id = number(answer.get("ID"));
+        id.map(Lease).ok_or_else(|| malformed("lease/grant"))
+    }
+
+    fn keep_alive(&self, lease: Lease) -> Result<bool> {
+        let answer = self.call("lease/keepalive", &json!({"ID": lease.0.to_string()}))?;
+        let result = answer
+            .get("result")
+            .ok_or_else(|| malformed("lease/keepalive"))?;
+        Ok(number(result.get("TTL")).unwrap_or(0) > 0)
+    }
+
+    fn revoke(&self, lease: Lease) -> Result<()> {
+        self.call("lease/revoke", &json!({"ID": lease.0.to_string()}))?;
+        Ok(())
+    }
+}

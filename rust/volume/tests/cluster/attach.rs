@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Hosts that compete for a volume.
+//!
+//! A host is a process with a name and a PID namespace of its own.
+
+use crate::host::{Host, HostProcess, LEASE};
+use crate::io::{self, pattern};
+use daemons::Etcd;
+use std::time::Instant;
+use volume::{Errno, VolumeName};
+
+const SIZE: u64 = 4 << 20;
+
+fn name() -> VolumeName {
+    "s/a".parse().unwrap()
+}
+
+/// Starts etcd, and creates the volume on a storage.
+fn start_on(members: u16, uri: &str) -> (Etcd, Host, Host) {
+    let etcd = Etcd::start(members);
+    let [first, second] = ["first", "second"].map(|host| Host::new(etcd.urls(), host));
+    first.registry.add_storage("s", uri).unwrap();
+    first.registry.create(&name(), SIZE).unwrap();
+    (etcd, first, second)
+}
+
+/// Starts etcd, and creates the volume in a directory.
+fn start(members: u16, dir: &str) -> (Etcd, Host, Host) {
+    let dir = daemons::work_dir(dir);
+    start_on(members, &format!("dir:{}", dir.display()))
+}
+
+#[test]
+fn a_second_writer_is_refused_and_learns_who_the_first_is() {
+    let (_etcd, first, second) = start(1, "attach-second");
+    let writer = first.attach(&name(), false).unwrap();
+    for host in [&first, &second] {
+        for read_only in [false, true] {
+            let error = host.attach(&name(), read_only).err().unwrap();
+            assert_eq!(error.errno(), Errno::BUSY);
+            assert!(error.cause().contains("5/51712 on host first"), "{error}");
+        }
+    }
+    for error in [
+        second.registry.remove(&name()).err(),
+        second.registry.release(&name()).err(),
+    ] {
+        let error = error.unwrap();
+        assert!(error.cause().contains("host first"), "{error}");
+    }
+    writer.detach(true);
+    let readers = [&first, &second].map(|host| host.attach(&name(), true).unwrap());
+    let error = second.attach(&name(), false).err().unwrap();
+    assert_eq!(error.errno(), Errno::BUSY);
+    assert_eq!(second.registry.info(&name()).unwrap().readers.len(), 2);
+    for reader in readers {
+        reader.detach(true);
+    }
+    second.attach(&name(), false).unwrap().detach(true);
+    assert_eq!(second.registry.info(&name()).unwrap().last_writer, None);
+    first.registry.remove(&name()).unwrap();
+    let error = first.attach(&name(), false).err().unwrap();
+    assert_eq!(error.errno(), Errno::NOENT);
+}
+
+#[test]
+fn a_dead_process_of_the_same_host_is_replaced_at_once() {
+    let (_etcd, first, second) = start(1, "attach-replaced");
+    HostProcess::start_here(&first, &name()).kill();
+    let error = second.attach(&name(), false).err().unwrap();
+    assert_eq!(error.errno(), Errno::BUSY);
+    first.attach(&name(), false).unwrap().detach(true);
+}
+
+#[test]
+fn without_a_fence_the_administrator_says_that_a_host_is_off() {
+    let (_etcd, first, second) = start(1, "attach-released");
+    HostProcess::start(&first, &name()).kill();
+    daemons::wait_until("the lease ends", || {
+        second.registry.info(&name()).unwrap().writer.is_none()
+    });
+    let error = second.attach(&name(), false).err().unwrap();
+    assert_eq!(error.errno(), Errno::BUSY);
+    assert!(error.cause().contains("on host first"), "{error}");
+    assert!(
+        error.remedy().contains("rblk volume release s/a"),
+        "{error}"
+    );
+    second.registry.release(&name()).unwrap();
+    second.attach(&name(), false).unwrap().detach(true);
+}
+
+#[test]
+fn late_writes_of_a_frozen_host_do_not_land() {
+    let (_etcd, first, second) = start_on(1, &crate::ceph_storage("frozen"));
+    let process = HostProcess::start(&first, &name());
+    process.wait_for_writes(50);
+    process.freeze();
+    daemons::wait_until("the lease ends", || {
+        second.registry.info(&name()).unwrap().writer.is_none()
+    });
+    let begin = Instant::now();
+    let writer = second.attach(&name(), false).unwrap();
+    let mut image = io::Image::open(&writer.uri);
+    eprintln!(
+        "rbd, a frozen host is fenced: longest stall: {} ms",
+        begin.elapsed().as_millis()
+    );
+    let data = pattern(200);
+    for block in 0..SIZE / io::BLOCK {
+        image.write(block, &data).unwrap();
+    }
+    process.thaw();
+    // It writes as long as no write fails, and says why it ends.
+    let end = process.wait_for_end();
+    assert!(end.contains("taken"), "{end}");
+    for block in 0..SIZE / io::BLOCK {
+        assert!(image.read(block).unwrap() == data, "block {block}");
+    }
+    image.close();
+    writer.detach(true);
+    first.attach(&name(), false).unwrap().detach(true);
+}
+
+#[test]
+fn an_attachment_outlives_etcd() {
+    let (mut etcd, first, second) = start(3, "attach-outlives");
+    let writer = first.attach_for(&name(), false, LEASE).unwrap();
+    for member in &mut etcd.members {
+        member.kill();
+    }
+    let error = second.attach(&name(), false).err().unwrap();
+    assert_eq!(error.errno(), Errno::TIMEDOUT, "{error}");
+    assert!(error.remedy().contains("majority"), "{error}");
+    std::thread::sleep(LEASE * 3);
+    for member in &mut etcd.members {
+        member.restart();
+    }
+    etcd.wait();
+    daemons::wait_until("the writer is registered again", || {
+        let info = second.registry.info(&name());
+        info.is_ok_and(|info| info.writer.is_some())
+    });
+    let error = second.attach(&name(), false).err().unwrap();
+    assert_eq!(error.errno(), Errno::BUSY);
+    writer.detach(true);
+    second.attach(&name(), false).unwrap().detach(true);
+}

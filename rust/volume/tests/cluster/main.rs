@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The registry with real daemons.
+
+mod attach;
+mod create;
+mod etcd;
+mod host;
+mod io;
+
+use daemons::Ceph;
+use std::sync::OnceLock;
+
+/// Returns the URI of a storage on the Ceph cluster of all tests, which ends with the namespace of
+/// this process.
+fn ceph_storage(namespace: &str) -> String {
+    static CEPH: OnceLock<Ceph> = OnceLock::new();
+    let ceph = CEPH.get_or_init(|| Ceph::start(1));
+    ceph.rbd(&["namespace", "create", &format!("rbd/{namespace}")]);
+    format!("rbd:rbd/{namespace}?conf={}", ceph.conf())
+}
