@@ -17,7 +17,7 @@
 //! - [`fmt`](mod@fmt): formatting of values of crates that do not use the kernel.
 //! - [`sysfs`]: read-only attributes of a device.
 //! - [`this_module`]: the module that this crate is linked into.
-//! - [`timer`]: timers.
+//! - [`timer`]: timers of the kernel.
 //! - [`wait`]: wait queues.
 //! - [`workqueue`]: workqueues that end with their owner.
 
