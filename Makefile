@@ -73,10 +73,10 @@ install: ## installs the modules for modprobe: of the running kernel, or KREL= o
 install-tap: ## installs rblktap, rblkd and rblk, which serve disks from user space, below DESTDIR=
 	@scripts/install-tap
 
-deb: ## builds the Debian packages rblk, rblkd and rblkif-doc, in build/deb
+deb: ## builds the Debian packages rblkif-dkms, rblk, rblkd and rblkif-doc, in build/deb
 	@scripts/deb
 
-test-packages: ## builds the Debian packages twice, and installs and purges them in a throw-away system
+test-packages: ## builds the Debian packages twice, and installs and purges them in throw-away systems
 	@scripts/lib/package-tests
 
 clean: ## removes what was built in the tree

@@ -15,6 +15,7 @@ installkernel() {
 	hostonly='' instmods rblkback xen-blkback
 }
 
+# The rule is where the Debian package puts it, or the administrator.
 install() {
-	inst_simple /etc/modprobe.d/rblkback.conf
+	inst_multiple -o /usr/lib/modprobe.d/rblkback.conf /etc/modprobe.d/rblkback.conf
 }

@@ -15,6 +15,7 @@ installkernel() {
 	hostonly='' instmods rblkfront xen-blkfront
 }
 
+# The rule is where the Debian package puts it, or the administrator.
 install() {
-	inst_simple /etc/modprobe.d/rblkfront.conf
+	inst_multiple -o /usr/lib/modprobe.d/rblkfront.conf /etc/modprobe.d/rblkfront.conf
 }
