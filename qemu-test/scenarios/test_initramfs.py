@@ -19,14 +19,19 @@ from harness.xenhost import Disk
 from harness.xenimage import root_disk
 
 
-def boot(xen: StartHost, initramfs: Path) -> Guest:
+def boot(xen: StartHost, initramfs: Path, settings: str = "") -> Guest:
     """Boots a guest whose root disk the initramfs has to find; the pair's frontend must serve it.
     Returns the guest.
+
+    `settings` are more lines for the xl configuration.
     """
     host = xen(waiting=None, image=root_disk(), files={"initramfs": initramfs.read_bytes()})
     host.load_backend()
     guest = host.start_guest(
-        disks=[Disk("xvda", "/dev/vdb")], root="xvda", initramfs="/payload/initramfs"
+        disks=[Disk("xvda", "/dev/vdb")],
+        root="xvda",
+        initramfs="/payload/initramfs",
+        settings=settings,
     )
     assert "/dev/xvda / ext4 rw" in guest.sh("cat /proc/mounts")
     assert_served_by_pair(host, guest)
@@ -57,3 +62,10 @@ def test_initramfs_kernel_upgrade(xen: StartHost, build: Path) -> None:
 def test_initramfs_dracut_kernel_upgrade(xen: StartHost, build: Path) -> None:
     """The same, made by dracut."""
     boot(xen, build / "dracut-kernel-upgrade")
+
+
+def test_initramfs_fallback(xen: StartHost, build: Path) -> None:
+    """Made for our driver, and booted once with the C driver: the frontend of the pair."""
+    line = "console=hvc0 panic=1 root=/dev/xvda rw module_blacklist=rblkfront"
+    guest = boot(xen, build / "initramfs-rblkfront", settings=f'cmdline = "{line}"')
+    assert "Module rblkfront is blacklisted" in guest.sh("dmesg")
