@@ -91,6 +91,21 @@ fn from_storages_to_volumes() {
             .count(),
         2
     );
+
+    // The image of a volume with a clone is kept until the clone is removed.
+    host.run("volume remove fast/db");
+    assert!(host.run("volume gc fast").contains("in use"));
+    host.run("volume remove fast/copy");
+    assert!(host.run("volume gc fast").contains("removed"));
+    assert_eq!(ceph.rbd(&["ls", "rbd"]), "");
+    host.fail("volume info fast/db", 1, "no volume fast/db");
+    host.fail("volume create none/db 1G", 1, "rblk storage add");
+    host.fail("storage remove slow", 5, "has volumes");
+    for storage in ["slow", "local"] {
+        host.run(&format!("volume remove {storage}/db"));
+        host.run(&format!("storage remove {storage}"));
+    }
+    assert_eq!(fs::read_dir(dir).unwrap().count(), 0);
 }
 
 #[test]
