@@ -9,7 +9,7 @@
 //!
 //! * A storage that can [fence](crate::storage::Storage::fence) refuses such writes from then on.
 //! * On other storages the volume can be attached only where the process is known to have ended: on
-//!   the same host. Elsewhere the administrator has to say so first ([`Registry::release`]).
+//!   the same host. On another host, the administrator confirms that with [`Registry::release`].
 //!
 //! When etcd does not answer, the process continues. When etcd answers again after the lease has
 //! ended, the process takes its place again, unless another one has taken it meanwhile.

@@ -9,12 +9,16 @@ mod rbd;
 use engine::{Errno, Error, Result};
 
 /// A place for images that several hosts share.
+///
+/// By default it has no snapshots and no clones, and cannot fence.
 pub trait Storage {
     /// Creates an image of zeros. The error is `EEXIST` if there is one of the name.
     fn create(&self, image: &str, size: u64) -> Result<()>;
 
     /// Creates an image with the contents of a snapshot.
-    fn clone_image(&self, parent: &str, snapshot: &str, image: &str) -> Result<()>;
+    fn clone_image(&self, _parent: &str, _snapshot: &str, _image: &str) -> Result<()> {
+        Err(unsupported("clones"))
+    }
 
     /// Removes an image, with these snapshots. The error is `ENOENT` if there is none, and `EBUSY`
     /// or `ENOTEMPTY` while it has clones or other snapshots, or is open.
@@ -27,28 +31,38 @@ pub trait Storage {
     fn enlarge(&self, image: &str, size: u64) -> Result<()>;
 
     /// Creates a snapshot of an image.
-    fn snapshot(&self, image: &str, snapshot: &str) -> Result<()>;
+    fn snapshot(&self, _image: &str, _snapshot: &str) -> Result<()> {
+        Err(unsupported("snapshots"))
+    }
 
     /// Lists the snapshots of an image. The error is `ENOENT` if there is no image.
-    fn snapshots(&self, image: &str) -> Result<Vec<String>>;
+    fn snapshots(&self, _image: &str) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
 
     /// Removes a snapshot of an image, if there is one.
-    fn remove_snapshot(&self, image: &str, snapshot: &str) -> Result<()>;
+    fn remove_snapshot(&self, _image: &str, _snapshot: &str) -> Result<()> {
+        Ok(())
+    }
 
-    /// Lists all images, also those that are no volumes.
+    /// Lists all images, including those that are not volumes.
     fn list(&self) -> Result<Vec<String>>;
 
     /// Returns the URI by which an engine opens an image.
     fn uri(&self, image: &str) -> String;
 
     /// Returns `true` if the storage can refuse the writes of a former writer.
-    fn can_fence(&self) -> bool;
+    fn can_fence(&self) -> bool {
+        false
+    }
 
     /// Has the storage refuse the writes of a former writer, which may come late.
     ///
     /// `confirm` is called before that, and returns an error if this process is no longer the
     /// writer.
-    fn fence(&self, image: &str, confirm: &dyn Fn() -> Result<()>) -> Result<()>;
+    fn fence(&self, _image: &str, _confirm: &dyn Fn() -> Result<()>) -> Result<()> {
+        Err(unsupported("fences"))
+    }
 }
 
 /// Opens the storage that a URI names: `rbd:POOL`, `gluster://HOST/VOLUME` or `dir:/PATH`.
@@ -60,7 +74,7 @@ pub fn open(uri: &str) -> Result<Box<dyn Storage>> {
         "dir" => Ok(Box::new(directory::Directory::open(rest)?)),
         _ => Err(Error::new(
             Errno::INVAL,
-            format!("\"{}\" is no storage", uri.escape_debug()),
+            format!("\"{}\" is not a storage", uri.escape_debug()),
             "use rbd:POOL, gluster://HOST/VOLUME or dir:/PATH",
         )),
     }

@@ -2,7 +2,7 @@
 
 //! A directory that all hosts have mounted, or a directory of one host.
 
-use super::{unsupported, Storage};
+use super::Storage;
 use engine::{Errno, Error, Result};
 use rustix::fs::{fallocate, FallocateFlags};
 use std::fs::{self, File, OpenOptions};
@@ -56,10 +56,6 @@ impl Storage for Directory {
         created.map_err(|error| self.error("creating", image, &error))
     }
 
-    fn clone_image(&self, _parent: &str, _snapshot: &str, _image: &str) -> Result<()> {
-        Err(unsupported("clones"))
-    }
-
     fn remove(&self, image: &str, _snapshots: &[String]) -> Result<()> {
         let removed = fs::remove_file(self.path.join(image)).and_then(|()| self.sync());
         removed.map_err(|error| self.error("removing", image, &error))
@@ -83,18 +79,6 @@ impl Storage for Directory {
         enlarge().map_err(|error| self.error("resizing", image, &error))
     }
 
-    fn snapshot(&self, _image: &str, _snapshot: &str) -> Result<()> {
-        Err(unsupported("snapshots"))
-    }
-
-    fn snapshots(&self, _image: &str) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-
-    fn remove_snapshot(&self, _image: &str, _snapshot: &str) -> Result<()> {
-        Ok(())
-    }
-
     fn list(&self) -> Result<Vec<String>> {
         let names = || -> io::Result<Vec<String>> {
             fs::read_dir(&self.path)?
@@ -106,14 +90,6 @@ impl Storage for Directory {
 
     fn uri(&self, image: &str) -> String {
         format!("raw:{}", self.path.join(image).display())
-    }
-
-    fn can_fence(&self) -> bool {
-        false
-    }
-
-    fn fence(&self, _image: &str, _confirm: &dyn Fn() -> Result<()>) -> Result<()> {
-        Err(unsupported("fences"))
     }
 }
 

@@ -2,7 +2,7 @@
 
 //! A directory of a Gluster volume.
 
-use super::{unsupported, Storage};
+use super::Storage;
 use engine::gluster::GlusterDir;
 use engine::{GlusterVolume, Result};
 
@@ -27,10 +27,6 @@ impl Storage for Gluster {
         self.dir.create(image, size)
     }
 
-    fn clone_image(&self, _parent: &str, _snapshot: &str, _image: &str) -> Result<()> {
-        Err(unsupported("clones"))
-    }
-
     fn remove(&self, image: &str, _snapshots: &[String]) -> Result<()> {
         self.dir.remove(image)
     }
@@ -43,31 +39,11 @@ impl Storage for Gluster {
         self.dir.enlarge(image, size)
     }
 
-    fn snapshot(&self, _image: &str, _snapshot: &str) -> Result<()> {
-        Err(unsupported("snapshots"))
-    }
-
-    fn snapshots(&self, _image: &str) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-
-    fn remove_snapshot(&self, _image: &str, _snapshot: &str) -> Result<()> {
-        Ok(())
-    }
-
     fn list(&self) -> Result<Vec<String>> {
         self.dir.list()
     }
 
     fn uri(&self, image: &str) -> String {
         self.address.file(&format!("{DIR}/{image}")).to_string()
-    }
-
-    fn can_fence(&self) -> bool {
-        false
-    }
-
-    fn fence(&self, _image: &str, _confirm: &dyn Fn() -> Result<()>) -> Result<()> {
-        Err(unsupported("fences"))
     }
 }

@@ -14,7 +14,7 @@ use volume::{Config, Errno, Registry, VolumeName};
 
 const CREATORS: usize = 3;
 
-/// How long a killed creator blocks its image.
+/// Time for which a killed creator blocks its image.
 const INTENT: Duration = Duration::from_secs(3);
 
 /// Number of attempts to create a name.
