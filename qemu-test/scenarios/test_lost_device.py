@@ -25,9 +25,9 @@ echo 2 > irqmode
 echo 20000000 > completion_nsec
 echo 1 > power
 """
-SPOIL = f"echo +2048-2055 > {DEVICE}/badblocks"
-"""Makes I/O to these sectors fail."""
-SPOILED = "dd {} bs=4k count=1 {}=256 {}flag=direct"
+BAD_SECTORS = f"echo {{}}2048-2055 > {DEVICE}/badblocks"
+"""Makes I/O to these sectors fail (+), or succeed again (-)."""
+BAD_IO = "dd {} bs=4k count=1 {}=256 {}flag=direct"
 REMOVE = f"echo 0 > {DEVICE}/power"
 WRITE = "dd if=/dev/zero of=/dev/{} bs=64k count=64 oflag=direct conv=notrunc,fsync"
 
@@ -49,14 +49,14 @@ def test_lost_device(host: XenHost) -> None:
     for machine in (guest, server):
         machine.allow("error, dev")
         machine.allow("I/O error")
-    server.sh(SPOIL)
+    server.sh(BAD_SECTORS.format("+"))
     for words in (
         ("if=/dev/zero of=/dev/xvdb", "seek", "o"),
         ("if=/dev/xvdb of=/dev/null", "skip", "i"),
     ):
-        status, output = guest.run(SPOILED.format(*words))
+        status, output = guest.run(BAD_IO.format(*words))
         assert status != 0 and "Input/output error" in output, output
-    server.sh(SPOIL.replace("+", "-", 1))
+    server.sh(BAD_SECTORS.format("-"))
     other = Job(guest, WRITE.format("xvda"), name="other")
     lost = Job(guest, WRITE.format("xvdb"), name="lost")
     lost.wait_for_pass(2)

@@ -838,8 +838,10 @@ impl Device {
         rings.nth(number).cloned()
     }
 
-    /// Closes a connection whose backend does not respond. With `io_timeout` = 0 it is only
-    /// reported, once for each time that the backend stops to respond.
+    /// Closes a connection whose backend does not respond.
+    ///
+    /// With `io_timeout` = 0 it is only reported, once for each time that the backend stops
+    /// responding.
     ///
     /// A disconnected backend has another deadline, `reconnect_timeout`.
     pub(crate) fn close_stalled(&mut self) {

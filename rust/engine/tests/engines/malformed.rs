@@ -18,7 +18,7 @@ const FAR: u64 = 1 << 50;
 /// The largest number of 32 bits.
 const MOST: u64 = u32::MAX as u64;
 
-/// What is done to an image.
+/// A change that makes an image malformed.
 enum Damage {
     /// Bytes are missing at the end.
     Cut(usize),
