@@ -56,6 +56,8 @@ class Machine:
     def __init__(
         self, arguments: Iterable[str | Path], logs: str | Path, line: Iterable[str] = SERIAL_LINE
     ) -> None:
+        self.arguments = [*arguments]
+        self.line = (*line,)
         self.logs = Path(logs).resolve()
         self.logs.mkdir(parents=True, exist_ok=True)
         self.console_log = self.logs / "console.log"
@@ -67,10 +69,10 @@ class Machine:
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{self.console_log}",
             "-chardev", f"stdio,id=agent,signal=off,logfile={self.logs / 'agent.log'}",
-            *(argument.format(serial=self._serial) for argument in line),
+            *(argument.format(serial=self._serial) for argument in self.line),
             "-qmp", f"unix:{monitor},server=on,wait=off",
         ]  # fmt: skip
-        command = [*common, *(str(argument) for argument in arguments)]
+        command = [*common, *(str(argument) for argument in self.arguments)]
         (self.logs / "qemu.txt").write_text(" \\\n ".join([QEMU, *command]) + "\n")
         self._child = pexpect.spawn(
             QEMU,

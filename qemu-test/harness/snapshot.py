@@ -24,6 +24,7 @@ from .cache import made_once
 from .machine import PORT
 from .machine import QEMU
 from .machine import Machine
+from .monitor import MonitorError
 from .shell import MachineTrouble
 from .xenimage import dom0_initrd
 from .xenimage import guest_disk
@@ -53,6 +54,12 @@ MADE_BY = [Path(__file__), Path(__file__).with_name("machine.py")]
 
 SAVE_S = 300
 """How long saving a machine may take, in seconds."""
+
+SAVES = 10
+"""How often a machine is saved until its state can be loaded."""
+
+LOAD_S = 120
+"""How long loading a state may take, in seconds."""
 
 BOOTS = 5
 """How often a boot is tried until dom0's clock is right."""
@@ -207,10 +214,41 @@ def _time(machine: Machine) -> tuple[float, float]:
 
 
 def save(machine: Machine, directory: Path) -> None:
-    """Stops a machine and writes its state where `Snapshot.start` finds it."""
+    """Stops a machine and writes its state where `Snapshot.start` finds it.
+
+    QEMU does not load the state of a CPU that runs a PVH or HVM guest at that moment. So
+    the state is loaded once, and if that fails, the machine continues and is saved again.
+    """
+    state = directory / "state"
     machine.shell.check("sync")
-    machine.monitor.execute("stop")
-    machine.monitor.execute("migrate", {"uri": f"exec:cat > {directory / 'state'}"})
+    for _attempt in range(SAVES):
+        machine.monitor.execute("stop")
+        _write_state(machine, state)
+        trouble = _load_trouble(machine, state)
+        if not trouble:
+            return
+        machine.monitor.execute("cont")
+        machine.shell.check("sync")
+    raise MachineTrouble(f"QEMU cannot load any of {SAVES} states that it has saved: {trouble}")
+
+
+def _load_trouble(machine: Machine, state: Path) -> str:
+    """Returns why a machine like this one cannot load a state, "" if it can."""
+    # The last "-incoming" counts: the machine may have been started from another state.
+    arguments = [*machine.arguments, "-incoming", f"exec:cat {state}"]
+    with tempfile.TemporaryDirectory() as logs:
+        copy = Machine(arguments, logs, machine.line)
+        try:
+            await_load(copy)
+        except (MachineTrouble, MonitorError) as error:
+            return str(error)
+        finally:
+            copy.kill()
+    return ""
+
+
+def _write_state(machine: Machine, state: Path) -> None:
+    machine.monitor.execute("migrate", {"uri": f"exec:cat > {state}"})
     deadline = time.monotonic() + SAVE_S
     migration: dict[str, Any] = {}
     while migration.get("status") not in ("completed", "failed", "cancelled"):
@@ -222,14 +260,19 @@ def save(machine: Machine, directory: Path) -> None:
         raise MachineTrouble(f"the snapshot was not saved within {SAVE_S} s: {migration}")
 
 
-def resume(machine: Machine) -> None:
-    """Resumes a machine that was started from a snapshot, once that is loaded."""
+def await_load(machine: Machine) -> None:
+    """Waits until a machine that was started from a snapshot has loaded it."""
     machine.wait_monitor(timeout=60)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LOAD_S
     while machine.status() == "inmigrate":
         if time.monotonic() > deadline:
-            raise MachineTrouble("QEMU has not read the snapshot after 120 s")
+            raise MachineTrouble(f"QEMU has not loaded the snapshot after {LOAD_S} s")
         time.sleep(0.05)
+
+
+def resume(machine: Machine) -> None:
+    """Resumes a machine that was started from a snapshot, once that is loaded."""
+    await_load(machine)
     machine.monitor.execute("cont")
     machine.shell.skip_numbers()
     machine.shell.wake()
