@@ -450,7 +450,7 @@ impl Device {
         if let Some(disk) = inner.to_close.take() {
             return Step::Close(disk);
         }
-        if inner.back == BackState::Gone {
+        if inner.back == BackState::Removed {
             return Step::None;
         }
         let started = !matches!(inner.back, BackState::Starting | BackState::StartingClosed);
@@ -463,14 +463,14 @@ impl Device {
         } else if self.has_threads() {
             return Step::None;
         } else {
-            BackAction::Drain
+            BackAction::Disconnect
         };
         match action {
-            BackAction::Drain if self.stop_queues(&mut inner) => Step::Drain,
+            BackAction::Disconnect if self.stop_queues(&mut inner) => Step::Drain,
             BackAction::Open if self.throttle(&mut inner) => Step::None,
             BackAction::Open => Step::Open,
-            BackAction::Attach if self.throttle(&mut inner) => Step::None,
-            BackAction::Attach => inner.disk.clone().map_or(Step::None, Step::Attach),
+            BackAction::Connect if self.throttle(&mut inner) => Step::None,
+            BackAction::Connect => inner.disk.clone().map_or(Step::None, Step::Attach),
             _ => self.run_action(&mut inner, action),
         }
     }
@@ -544,7 +544,7 @@ impl Device {
     /// Enters a state that was written to xenstore.
     fn state_written(&self, inner: &mut Inner, next: BackState) -> Step {
         inner.back = next;
-        if next == BackState::Gone {
+        if next == BackState::Removed {
             inner.to_close = inner.disk.take();
             return Step::Unregister;
         }
@@ -562,7 +562,7 @@ impl Device {
         }
         match next {
             // The directory was removed, or belongs to a new device: the bus will remove this one.
-            BackState::Closing | BackState::Closed | BackState::Gone => {
+            BackState::Closing | BackState::Closed | BackState::Removed => {
                 self.state_written(inner, next)
             }
             _ => Step::None,
@@ -644,7 +644,7 @@ impl Device {
         found: Result<Option<Arc<Disk>>, ConnectError>,
     ) -> Step {
         match found {
-            Ok(Some(disk)) if inner.back == BackState::Gone => inner.to_close = Some(disk),
+            Ok(Some(disk)) if inner.back == BackState::Removed => inner.to_close = Some(disk),
             Ok(Some(disk)) => inner.disk = Some(disk),
             Ok(None) => {
                 self.report_size(inner);
@@ -669,7 +669,7 @@ impl Device {
         }
         let step = match self.connect(&mut inner, disk) {
             Ok(ConnectOutcome::Connected) => {
-                inner.back = BackState::Live;
+                inner.back = BackState::Connected;
                 self.clear_failures(&mut inner);
                 // Nothing has to be read again: each later change of the frontend's state causes an
                 // event. If the toolstack detaches the disk, the frontend closes.
@@ -677,11 +677,11 @@ impl Device {
             }
             Ok(ConnectOutcome::Withdrawn) => Step::Again,
             Ok(ConnectOutcome::Refused(found)) => {
-                self.state_refused(&mut inner, BackState::Live, found)
+                self.state_refused(&mut inner, BackState::Connected, found)
             }
             Err(error) => self.fail(&mut inner, &error),
         };
-        let live = inner.back == BackState::Live;
+        let live = inner.back == BackState::Connected;
         let connection = inner.connection;
         drop(inner);
         if live {
@@ -800,7 +800,7 @@ impl Device {
         let Some(disk) = inner.disk.as_ref().filter(|disk| disk.size_changed()) else {
             return;
         };
-        if inner.back != BackState::Live || self.draining.load(Relaxed) {
+        if inner.back != BackState::Connected || self.draining.load(Relaxed) {
             return;
         }
         if let Err(error) = xenstore::write_size(&self.xbdev, disk) {
@@ -858,7 +858,7 @@ impl Device {
         let Some(timer) = inner.retry_timer.take() else {
             return;
         };
-        inner.back = BackState::Gone;
+        inner.back = BackState::Removed;
         self.stop_queues(&mut inner);
         // The state machine no longer waits for the threads.
         self.draining.store(false, Relaxed);

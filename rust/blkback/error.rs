@@ -106,7 +106,7 @@ impl ConnectError {
                 Failure::Frontend
             }
             ConnectError::Ring(..) | ConnectError::State(_) => Failure::Frontend,
-            error if is_transient(error.error()) => Failure::Shortage,
+            error if is_transient(error.error()) => Failure::Temporary,
             _ => Failure::Unusable {
                 connected: connected(),
             },

@@ -10,13 +10,16 @@ use kernel::{
     },
 };
 
-use kernel_ext::xen::{
-    xenbus,
-    xenstore::{
-        self,
-        NoTransaction,
-        NodeError,
-        Reader, //
+use kernel_ext::{
+    ratelimited,
+    xen::{
+        xenbus,
+        xenstore::{
+            self,
+            NoTransaction,
+            NodeError,
+            Reader, //
+        },
     },
 };
 
@@ -53,9 +56,19 @@ pub(crate) fn reader(dir: &CStr) -> Reader<'_> {
 
 /// Returns `true` if the toolstack wants the device to stay when a frontend in this state closes
 /// it.
+///
+/// A device whose node cannot be read stays: this may be temporary, and removing the device is not.
 pub(crate) fn is_online(xbdev: &xenbus::Device, frontend: XenbusState) -> bool {
-    let value = reader(xbdev.nodename()).value("online").ok().flatten();
-    state::is_online(value.as_ref().map(|value| value.as_bytes()), frontend)
+    match reader(xbdev.nodename()).value("online") {
+        Ok(value) => state::is_online(value.as_ref().map(|value| value.as_bytes()), frontend),
+        Err(error) => {
+            ratelimited!(dev_warn!(
+                xbdev.as_ref(),
+                "cannot read the node online: {error:?}; keeping the device\n"
+            ));
+            true
+        }
+    }
 }
 
 /// Returns `true` if a frontend has been connected to the device before.

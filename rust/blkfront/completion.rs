@@ -249,7 +249,7 @@ impl Inner {
     /// Returns pages to the pool if they belong to the current connection.
     fn return_pages(&mut self, generation: u32, pages: &mut KVec<GrantedPage>) {
         match self.state {
-            QueueState::Live(config) if config.generation == generation => self.pool.put(pages),
+            QueueState::Connected(config) if config.generation == generation => self.pool.put(pages),
             _ => self.stash_pages(pages),
         }
     }
@@ -262,6 +262,9 @@ impl Queue {
     /// responses are in the ring and must not be taken, because the requests are issued again. So
     /// this checks the event channel under the lock: the domain cannot be saved while interrupts
     /// are disabled.
+    ///
+    /// Context: process; the device is locked, so that the connection is not replaced before the
+    /// pages of the requests are returned to its pool.
     pub(crate) fn poll(&self) {
         let mut batch = CompletedBatch::new();
         loop {

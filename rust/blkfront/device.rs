@@ -21,7 +21,9 @@
 //! The state is changed from and to Initialising only in the `xenwatch` thread, because xenbus
 //! would take such a change by another thread for a new device of the toolstack. So the `xenwatch`
 //! thread takes all steps except the removal of the disk, which may wait and is done by the device
-//! worker, see [`worker`](crate::worker).
+//! worker, see [`worker`](crate::worker). The worker writes Closed, which may replace Initialising
+//! if a device is removed before it has connected: then xenbus may create the device again, and
+//! that waits for a backend like the first one.
 
 use core::mem;
 
@@ -56,7 +58,10 @@ use kernel_ext::{
     },
     ratelimited,
     xen::{
-        xenbus,
+        xenbus::{
+            self,
+            Switched, //
+        },
         xenstore::{
             DirectoryListing,
             NoTransaction, //
@@ -71,7 +76,7 @@ use blkif::{
         BackOffer,
         Features,
         Flush,
-        FrontOffer,
+        FrontLimits,
         RingShape, //
     },
     plan::SlotLimits,
@@ -164,9 +169,11 @@ pub(crate) struct Device {
     vdev: VirtualDevice,
     wakeup: Arc<DeviceWakeup>,
     state: FrontState,
+    /// `true` if the state could not be written to xenstore, and has to be written again.
+    state_unwritten: bool,
     /// If this is not `None`, no more steps are taken, and the device worker removes the disk.
     removal: Removal,
-    /// `true` if the toolstack was told that the disk is detached when it is no longer in use.
+    /// `true` if a detach waits until the disk is no longer in use, and the toolstack was told so.
     detach_deferred: bool,
     /// Directory of the backend in xenstore. A restore changes it.
     backend: CString,
@@ -177,7 +184,7 @@ pub(crate) struct Device {
     /// The wait for grants that other devices hold.
     shortage: Shortage,
     /// The offer that was written last.
-    offer: Option<FrontOffer>,
+    offer: Option<FrontLimits>,
     /// `true` if the disk is not scanned for partitions.
     no_partition_scan: bool,
     /// The queues. They stay the same while there is a disk.
@@ -222,6 +229,7 @@ impl Device {
             vdev,
             wakeup,
             state: FrontState::Waiting,
+            state_unwritten: false,
             removal: Removal::None,
             detach_deferred: false,
             backend,
@@ -261,7 +269,7 @@ impl Device {
     ///
     /// Called at least once after the device was bound.
     pub(crate) fn backend_changed(&mut self, state: xenbus::OtherendState) {
-        if matches!(self.state, FrontState::Waiting | FrontState::Dead) {
+        if matches!(self.state, FrontState::Waiting | FrontState::Removed) {
             // The node may be out of date: a device that was bound before is Closed, and one that
             // was restored is Initialising, even if its disk is dead.
             self.write_state();
@@ -278,12 +286,14 @@ impl Device {
         ));
     }
 
-    /// Tries again to connect.
+    /// Tries again to connect, or to write the state.
     ///
     /// Context: the `xenwatch` thread.
     pub(crate) fn retry(&mut self) {
         if self.state == FrontState::Waiting {
             self.backend_changed(self.backend_state);
+        } else if self.state_unwritten {
+            self.write_state();
         }
     }
 
@@ -302,11 +312,23 @@ impl Device {
         self.retry.postpone(error);
     }
 
+    /// Returns the time until the shortage of this device ends, in milliseconds, if there is one.
+    pub(crate) fn shortage_wait_ms(&self) -> Option<u64> {
+        self.shortage.wait_ms()
+    }
+
+    /// Ends the shortage of this device if its time is over.
+    pub(crate) fn check_shortage(&mut self) {
+        self.shortage.check();
+    }
+
     /// Handles a restore of the domain.
     ///
     /// `backend` is the directory of the new backend.
     pub(crate) fn resume(&mut self, backend: &CStr) -> Result {
         self.backend_state = Ok(XenbusState::Unknown);
+        // The toolstack has created a new backend, which it does not detach.
+        self.detach_deferred = false;
         self.handle_event(FrontEvent::Resume);
         self.backend = xenstore::path(backend)?;
         Ok(())
@@ -318,7 +340,7 @@ impl Device {
             return;
         }
         let action = self.state.step(event);
-        if action == FrontAction::Detach {
+        if action == FrontAction::Remove {
             if self.must_defer_detach(event) {
                 return;
             }
@@ -326,7 +348,7 @@ impl Device {
                 FrontEvent::Backend { .. } => Removal::Orderly,
                 FrontEvent::BadState
                 | FrontEvent::Failed
-                | FrontEvent::Unusable
+                | FrontEvent::ConnectionFailed
                 | FrontEvent::Deadline { .. }
                 | FrontEvent::Resume => Removal::Failed,
             };
@@ -342,7 +364,7 @@ impl Device {
             }
             Err(error) if retry::is_transient(error) => {
                 self.postpone(error, action);
-                self.handle_event(FrontEvent::Unusable);
+                self.handle_event(FrontEvent::ConnectionFailed);
             }
             Err(error) => {
                 self.device.dev_fatal(error, fmt!("{}", describe(action)));
@@ -376,22 +398,29 @@ impl Device {
     }
 
     /// Detaches the disk if the detach was deferred and is possible now.
+    ///
+    /// Forgets the detach if the toolstack has withdrawn it. This takes no other step than the
+    /// removal, because it runs in the device worker.
     pub(crate) fn retry_detach(&mut self) {
-        if self.is_detach_deferred() {
-            let state = self.device.read_driver_state(&self.backend);
-            self.handle_event(xenstore::backend_event(
-                &self.backend,
-                state,
-                self.disk.is_some(),
-            ));
+        if !self.is_detach_deferred() {
+            return;
+        }
+        let state = self.device.read_driver_state(&self.backend);
+        let event = xenstore::backend_event(&self.backend, state, self.disk.is_some());
+        if matches!(event, FrontEvent::Backend { online: false, .. }) {
+            self.handle_event(event);
+        } else {
+            self.detach_deferred = false;
         }
     }
 
     /// Schedules another attempt at a step that has failed temporarily.
     fn postpone(&mut self, error: Error, action: FrontAction) {
-        // No request was sent. The rings become stale grants, because a connected backend may have
-        // mapped them.
+        // No request was sent on this connection. A backend that is Connected may have mapped the
+        // rings, so they become stale grants.
         self.stop_sharing(Disposition::Requeue);
+        // Event channels and xenstore nodes may be exhausted too. The others are asked in vain then,
+        // for a limited time.
         if error == ENOSPC {
             self.shortage.ask();
         }
@@ -407,7 +436,7 @@ impl Device {
     /// Executes the action of a step.
     fn run_action(&mut self, action: FrontAction) -> Result {
         match action {
-            FrontAction::Wait | FrontAction::Detach => Ok(()),
+            FrontAction::Wait | FrontAction::Remove => Ok(()),
             FrontAction::Report => {
                 let (name, backend) = (self.name(), &*self.backend);
                 ratelimited!(dev_warn!(
@@ -431,13 +460,19 @@ impl Device {
     }
 
     /// Writes the state of the device to xenstore.
-    fn write_state(&self) {
-        match self.state.xenbus() {
-            // A shutdown waits for the first call of this function.
-            XenbusState::Closed if self.state == FrontState::Dead => self.device.frontend_closed(),
-            state => {
-                self.device.switch_state(state);
-            }
+    ///
+    /// If that fails, [`Self::retry`] writes it: the backend may wait for it.
+    fn write_state(&mut self) {
+        let switched = match self.state.xenbus() {
+            // A shutdown waits for the first call of `frontend_closed`.
+            XenbusState::Closed if self.state == FrontState::Removed => self.device.frontend_closed(),
+            state => self.device.switch_state(state),
+        };
+        self.state_unwritten = matches!(switched, Switched::Failed(_));
+        if let Switched::Failed(error) = switched {
+            self.retry.postpone(error);
+            // The device worker has to compute its sleep time again.
+            self.wakeup.set(WakeReason::Backend);
         }
     }
 
@@ -450,7 +485,7 @@ impl Device {
         }
         self.retry.try_offer()?;
         let own = DirectoryListing::new(&NoTransaction, self.device.nodename());
-        let front = xenstore::front_offer(&self.device, &own)?;
+        let front = xenstore::front_limits(&self.device, &own)?;
         self.no_partition_scan = xenstore::no_partition_scan(&self.device, &own)?;
         let back = xenstore::back_offer(&self.backend, &BackOffer::RING_NODES)?;
         let shape = RingShape::choose(&front, &back);
@@ -640,11 +675,13 @@ impl Device {
                 Ok(None)
             }
             Err(error) => {
-                let (name, minor) = (self.name(), self.vdev.minor);
-                dev_err!(
-                    self.xbdev(),
-                    "{name}: another disk has minor {minor}: this disk cannot be added\n"
-                );
+                if error == EBUSY {
+                    let (name, minor) = (self.name(), self.vdev.minor);
+                    ratelimited!(dev_warn!(
+                        self.xbdev(),
+                        "{name}: another disk has minor {minor}: trying again until it is removed\n"
+                    ));
+                }
                 Err(error)
             }
         }
@@ -721,7 +758,7 @@ impl Device {
 
     /// Tries again to set the desired limits of the disk.
     pub(crate) fn retry_limits(&mut self) {
-        if self.state != FrontState::Live {
+        if self.state != FrontState::Connected {
             // The next connection sets limits of its own.
             return;
         }
@@ -860,7 +897,7 @@ impl Device {
             ETIMEDOUT,
             fmt!("the backend does not respond: closing the connection, requests wait for the next one"),
         ));
-        self.handle_event(FrontEvent::Unusable);
+        self.handle_event(FrontEvent::ConnectionFailed);
     }
 
     /// Logs that requests wait for a backend that does not respond.
@@ -940,7 +977,7 @@ impl Device {
     /// Closed.
     pub(crate) fn is_served(&self) -> bool {
         let backend = self.device.read_driver_state(&self.backend);
-        self.state == FrontState::Live
+        self.state == FrontState::Connected
             && matches!(backend, Ok(XenbusState::Connected | XenbusState::Closing))
     }
 
@@ -1043,7 +1080,7 @@ impl Device {
             disk.unquiesce();
         }
         let connected = self.state != FrontState::Waiting;
-        self.state = FrontState::Dead;
+        self.state = FrontState::Removed;
         self.retry.finish();
         self.shortage.finish();
         // A device that is unbound before it has made an offer stays Initialising: it can be bound
@@ -1055,18 +1092,18 @@ impl Device {
 
     /// Returns `true` if the connection has to be ended.
     pub(crate) fn must_close(&self) -> bool {
-        self.removal != Removal::None && self.state != FrontState::Dead
+        self.removal != Removal::None && self.state != FrontState::Removed
     }
 
     /// Returns `true` if no request waits for a response that may still arrive.
     pub(crate) fn is_drained(&self) -> bool {
         let waits = |queue: &Arc<Queue>| !queue.is_idle() && !queue.is_broken();
-        self.state != FrontState::Live || !self.queues.iter().any(waits)
+        self.state != FrontState::Connected || !self.queues.iter().any(waits)
     }
 
     /// Returns `true` if requests are served, or will no longer be served.
     pub(crate) fn is_connected_or_dead(&self) -> bool {
-        self.state == FrontState::Dead || self.is_connected()
+        self.state == FrontState::Removed || self.is_connected()
     }
 
     /// Frees pages of the pools that have been idle since the last call.
@@ -1078,7 +1115,7 @@ impl Device {
 
     /// Returns `true` if the connection has ended permanently.
     pub(crate) fn is_dead(&self) -> bool {
-        self.state == FrontState::Dead
+        self.state == FrontState::Removed
     }
 
     /// Returns `true` if there is a disk.
@@ -1111,7 +1148,7 @@ impl Device {
     ///
     /// The caller drops it without the lock, because the drop waits.
     pub(crate) fn take_disk(&mut self) -> Option<DeadDisk> {
-        if self.state != FrontState::Dead || !self.still_granted.is_empty() {
+        if self.state != FrontState::Removed || !self.still_granted.is_empty() {
             return None;
         }
         let threads = [
@@ -1131,7 +1168,7 @@ fn describe(action: FrontAction) -> &'static str {
         FrontAction::Connect => "connecting",
         FrontAction::Refresh => "reading the size of the disk",
         FrontAction::Reset | FrontAction::Restart => "closing the connection",
-        FrontAction::Detach => "removing the disk",
+        FrontAction::Remove => "removing the disk",
     }
 }
 

@@ -10,7 +10,7 @@ use kernel_ext::base::{
 };
 
 use blkif::{
-    negotiate::FrontOffer,
+    negotiate::FrontLimits,
     ring::MAX_PAGE_ORDER,
     wire::DIRECT_SEGMENTS, //
 };
@@ -95,8 +95,8 @@ pub(crate) fn check() {
 /// Returns the offer that the parameters allow.
 ///
 /// `trusted` is the device's node of that name.
-pub(crate) fn front_offer(trusted: bool) -> FrontOffer {
-    FrontOffer {
+pub(crate) fn front_limits(trusted: bool) -> FrontLimits {
+    FrontLimits {
         max_ring_page_order: u32::try_from(MAX_RING_PAGE_ORDER.get()).unwrap_or(0),
         max_queues: MAX_QUEUES.get(),
         max_indirect_segments: max_segments().into(),

@@ -106,12 +106,12 @@ impl ConnectionConfig {
 /// State of a queue.
 #[derive(Clone, Copy)]
 pub(crate) enum QueueState {
-    /// There is no connection now. The block layer's queue is quiesced.
+    /// There is no connection now. If there is a disk, the block layer's queue is quiesced.
     Disconnected,
     /// Requests are sent to the backend.
-    Live(ConnectionConfig),
+    Connected(ConnectionConfig),
     /// There will be no other connection: requests fail.
-    Dead,
+    Removed,
 }
 
 /// The part of a queue that its lock protects.
@@ -285,7 +285,7 @@ impl Queue {
 
         let _old = {
             let mut inner = self.inner.lock();
-            inner.state = QueueState::Live(config);
+            inner.state = QueueState::Connected(config);
             core::mem::replace(&mut inner.pool, pool)
         };
         Ok(())
@@ -304,7 +304,7 @@ impl Queue {
         let connection = {
             let mut inner = self.inner.lock();
             inner.state = if dead {
-                QueueState::Dead
+                QueueState::Removed
             } else {
                 QueueState::Disconnected
             };

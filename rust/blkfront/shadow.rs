@@ -74,7 +74,7 @@ impl ShadowTable {
         Self {
             shadows: KVVec::new(),
             free: KVVec::new(),
-            reservations: Reservations::new(),
+            reservations: Reservations::new(0),
             epoch: 0,
         }
     }
@@ -100,7 +100,7 @@ impl ShadowTable {
         Ok(Self {
             shadows,
             free,
-            reservations: Reservations::new(),
+            reservations: Reservations::new(capacity.into()),
             epoch,
         })
     }
@@ -129,7 +129,8 @@ impl ShadowTable {
 
     /// Reserves `count` shadows.
     ///
-    /// Returns `false` if fewer are free, or if a larger request waits for them.
+    /// Returns `false` if fewer are free, or if a larger request waits for them. A request that needs
+    /// more shadows than the table has is never served, see [`ShadowTable::capacity`].
     #[inline]
     pub(crate) fn reserve(&mut self, count: usize) -> bool {
         self.reservations.reserve(count, self.free.len())
@@ -194,15 +195,15 @@ impl ShadowTable {
         response: &Response,
     ) -> Result<ShadowCompletion, UnknownResponse> {
         let id = RingId::from_wire(response.id);
-        let number = usize::from(id.tag());
+        let number = usize::from(id.shadow());
         let shadow = self.shadows.get_mut(number).ok_or(UnknownResponse)?;
         if shadow.id != Some(id) || shadow.operation != response.operation {
             return Err(UnknownResponse);
         }
         shadow.id = None;
         let first = shadow.first;
-        if first != id.tag() {
-            self.free_id(id.tag());
+        if first != id.shadow() {
+            self.free_id(id.shadow());
         }
 
         let shadow = self.shadows.get_mut(usize::from(first));

@@ -5,8 +5,8 @@
 //! All disks share the grant table of the guest. A device that finds it full asks the others to
 //! free the grants that no request uses. While it waits, their pools do not grow, and a queue
 //! without bounce buffers has one request in flight. A pool keeps the pages for one request, so
-//! each disk makes progress. The wait is limited, because another driver, such as that of a network
-//! interface, may have caused the shortage.
+//! each disk makes progress. The device worker ends this after a limited time, because another driver,
+//! such as that of a network interface, may have caused the shortage.
 
 use kernel::{
     prelude::*,
@@ -96,26 +96,31 @@ pub(crate) struct Shortage {
 }
 
 impl Shortage {
-    /// Asks all devices to free unused grants, and throttles them for a limited time.
+    /// Asks all devices to free unused grants, and throttles them until [`Self::check`] ends that.
     pub(crate) fn ask(&mut self) {
-        let over = |since: &Instant<Monotonic>, limit| since.elapsed().as_millis() >= limit;
-        match &self.active {
-            Some(active) if over(&active.0, THROTTLE_MS) => {
-                self.active = None;
-                self.ended = Some(Instant::now());
-            }
-            Some(_) => {}
-            None if self
-                .ended
-                .as_ref()
-                .is_none_or(|ended| over(ended, THROTTLE_INTERVAL_MS)) =>
-            {
-                self.active = Some(ActiveShortage::new());
-            }
-            None => {}
+        let may_throttle = (self.ended.as_ref())
+            .is_none_or(|ended| ended.elapsed().as_millis() >= THROTTLE_INTERVAL_MS);
+        if self.active.is_none() && may_throttle {
+            self.active = Some(ActiveShortage::new());
         }
         for wakeup in DEVICES.lock().iter() {
             wakeup.set(WakeReason::Shortage);
+        }
+    }
+
+    /// Returns the time until the other disks are no longer throttled, in milliseconds, or `None` if
+    /// they are not throttled.
+    pub(crate) fn wait_ms(&self) -> Option<u64> {
+        let active = self.active.as_ref()?;
+        let left = THROTTLE_MS.saturating_sub(active.0.elapsed().as_millis());
+        Some(left.max(0) as u64)
+    }
+
+    /// Ends the shortage if its time is over, even if the device does not have its grants.
+    pub(crate) fn check(&mut self) {
+        if self.wait_ms() == Some(0) {
+            self.active = None;
+            self.ended = Some(Instant::now());
         }
     }
 

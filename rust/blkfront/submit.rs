@@ -27,7 +27,8 @@ use kernel_ext::{
         Op,
         Queued,
         Request,
-        RequestList, //
+        RequestList,
+        State, //
     },
     ratelimited,
     xen::grant::{
@@ -114,7 +115,7 @@ fn collect<'q>(queue: &Queue, mut requests: QueuedList<'q>) -> QueuedList<'q> {
     let mut collected = RequestList::new();
     while let Some(mut rq) = requests.pop() {
         let Some(kind) = RequestKind::new(rq.op()) else {
-            rq.end(BlkStatus::NOTSUPP);
+            end(rq, BlkStatus::NOTSUPP);
             continue;
         };
         let (segments, data) = rq.segments_and_data();
@@ -126,10 +127,18 @@ fn collect<'q>(queue: &Queue, mut requests: QueuedList<'q>) -> QueuedList<'q> {
             ratelimited!(pr_err!(
                 "{name}: a request is too large or not made of whole sectors: failing it\n"
             ));
-            rq.end(BlkStatus::IOERR);
+            end(rq, BlkStatus::IOERR);
         }
     }
     collected
+}
+
+/// Ends a request that is not sent to the backend.
+///
+/// The next request with its tag has not stalled.
+fn end<S: State>(mut rq: Request<BlkfrontOps, S>, status: BlkStatus) {
+    rq.data_mut().stalled = false;
+    rq.end(status);
 }
 
 impl Queue {
@@ -151,7 +160,7 @@ impl Queue {
         }
         while let Some(rq) = batch.ended.pop() {
             let status = rq.data().status;
-            rq.end(status);
+            end(rq, status);
         }
         batch.busy
     }
@@ -167,12 +176,12 @@ impl Queue {
     ) -> Option<ConnectionConfig> {
         let mut inner = self.inner.lock();
         let config = match inner.state {
-            QueueState::Live(config) => config,
+            QueueState::Connected(config) => config,
             QueueState::Disconnected => {
                 batch.busy = requests;
                 return None;
             }
-            QueueState::Dead => {
+            QueueState::Removed => {
                 while let Some(mut rq) = requests.pop() {
                     rq.data_mut().status = BlkStatus::IOERR;
                     batch.ended.push(rq);
@@ -256,7 +265,8 @@ impl Queue {
                 Ok(issued) => self.write_large(config, issued),
                 Err(mut rq) => {
                     self.cancel_reservation(rq.data_mut());
-                    rq.end(BlkStatus::RESOURCE);
+                    // Not reachable: the reserve has a reference for each fragment.
+                    end(rq, BlkStatus::IOERR);
                 }
             }
         }

@@ -60,25 +60,21 @@ impl Queue {
         self.inner.lock().shadow.reset_timeouts();
     }
 
-    /// Checks the ring for a lost event, and handles it.
+    /// Takes responses for which an event was lost.
     ///
-    /// Context: may sleep.
-    pub(crate) fn check_ring(&self) {
-        if self.has_missed_responses() {
-            self.poll();
-            let name = self.name.as_str();
-            ratelimited!(pr_warn!(
-                "{name}: an event of the backend was lost: found responses after a timeout\n"
-            ));
-        } else {
-            self.notify_again();
-        }
+    /// Context: process; the device is locked, so that the connection stays.
+    pub(crate) fn take_missed_responses(&self) {
+        self.poll();
+        let name = self.name.as_str();
+        ratelimited!(pr_warn!(
+            "{name}: an event of the backend was lost: found responses after a timeout\n"
+        ));
     }
 
     /// Returns `true` if there are responses for which no event has arrived in time.
     ///
     /// Context: may sleep.
-    fn has_missed_responses(&self) -> bool {
+    pub(crate) fn has_missed_responses(&self) -> bool {
         let Some(before) = self.unseen_responses() else {
             return false;
         };
@@ -101,12 +97,17 @@ impl Queue {
     /// responds.
     ///
     /// Context: may sleep.
-    fn notify_again(&self) {
+    pub(crate) fn notify_again(&self) {
         let Some(before) = self.resend_notification() else {
             return;
         };
         let start = Instant::<Monotonic>::now();
-        while self.responses_taken() == Some(before) {
+        loop {
+            match self.responses_taken() {
+                None => return,
+                Some(taken) if taken != before => break,
+                Some(_) => {}
+            }
             if self.wakeup.is_removing() || start.elapsed().as_millis() >= RESPONSE_TIMEOUT_MS {
                 return;
             }
@@ -118,10 +119,15 @@ impl Queue {
         ));
     }
 
-    /// Returns the number of responses that were taken from the ring.
+    /// Returns the number of responses that were taken from the ring, or `None` if the connection
+    /// has ended.
     fn responses_taken(&self) -> Option<u32> {
         let inner = self.inner.lock();
-        Some(inner.connection.as_ref()?.ring.responses_taken())
+        let connection = inner
+            .connection
+            .as_ref()
+            .filter(|connection| connection.is_open())?;
+        Some(connection.ring.responses_taken())
     }
 
     /// Notifies a backend that has not seen all requests.

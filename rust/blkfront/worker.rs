@@ -154,6 +154,7 @@ impl DeviceWorker {
         let mut trim = TrimTimer::default();
         while !self.wakeup.is_removing() {
             self.handle_wakeups(still_open);
+            self.device.lock().check_shortage();
             self.retry_connect();
             self.check_outage(&mut disconnected_since);
             self.trim_pools(&mut trim);
@@ -191,11 +192,11 @@ impl DeviceWorker {
             let left = params::reconnect_timeout_ms().saturating_sub(since.elapsed().as_millis());
             left.clamp(OUTAGE_MIN_POLL_MS.into(), OUTAGE_POLL_MS.into()) as u32
         };
+        let at_most_poll = |wait: u64| wait.min(OUTAGE_POLL_MS.into()) as u32;
         let times = [
             device.has_granted_requests().then_some(RELEASE_POLL_MS),
-            device
-                .retry_wait_ms()
-                .map(|wait| wait.min(OUTAGE_POLL_MS.into()) as u32),
+            device.retry_wait_ms().map(at_most_poll),
+            device.shortage_wait_ms().map(at_most_poll),
             disconnected_since.as_ref().map(left),
             trim.then_some(TRIM_INTERVAL_MS),
             device.is_detach_deferred().then_some(OUTAGE_POLL_MS),
@@ -261,7 +262,13 @@ impl DeviceWorker {
         for number in 0.. {
             let queue = self.device.lock().ring(number);
             let Some(queue) = queue else { break };
-            queue.check_ring();
+            if queue.has_missed_responses() {
+                // The connection must not be replaced while its responses are taken.
+                let _device = self.device.lock();
+                queue.take_missed_responses();
+            } else {
+                queue.notify_again();
+            }
         }
         self.device.lock().close_stalled();
     }
@@ -347,7 +354,8 @@ impl DeviceWorker {
         while !remove_thread.join(msecs_to_jiffies(SYNC_POLL_MS)) {
             let device = self.device.lock();
             let responses = device.responses();
-            if responses != last.0 {
+            // The backend is not at fault while no request waits for it.
+            if responses != last.0 || device.is_drained() {
                 last = (responses, Instant::now());
             }
             if !device.is_served() {

@@ -18,6 +18,7 @@ use kernel_ext::{
         events::Handler,
         xenbus::{
             self,
+            Switched,
             UnknownState, //
         },
         xenstore::{
@@ -35,7 +36,7 @@ use blkif::{
         BackOffer,
         DiskNodes,
         DiskProperties,
-        FrontOffer, //
+        FrontLimits, //
     },
     node::{
         self,
@@ -46,7 +47,7 @@ use blkif::{
         XenbusState, //
     },
     vdev::{
-        NumberFormat,
+        NumberForm,
         VirtualDevice, //
     },
     wire::Abi, //
@@ -73,7 +74,7 @@ fn bad_node(reader: &Reader<'_>, invalid: InvalidNode) -> Error {
 /// Returns `None` if there is no such node, and `invalid` if its value is not a number, which is
 /// logged.
 fn switch(reader: &Reader<'_>, node: &'static str, invalid: bool) -> Result<Option<bool>> {
-    match reader.parse(node, node::switch) {
+    match reader.parse(node, node::boolean) {
         Ok(on) => Ok(on),
         Err(NodeError::Invalid(error)) => {
             warn_bad_node(reader, &error);
@@ -108,7 +109,7 @@ pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> 
         return Ok(());
     }
     let dir = device.nodename();
-    let own_major = matches!(vdev.format, NumberFormat::Xvd | NumberFormat::Extended);
+    let own_major = matches!(vdev.form, NumberForm::Xvd | NumberForm::Extended);
     if xen::has_pv_and_emulated_disks() && !own_major {
         pr_info!(
             "{}: {} is also an emulated disk: ignoring the paravirtual one\n",
@@ -184,11 +185,11 @@ fn is_online(backend: &CStr) -> bool {
 /// Returns this side's offer.
 ///
 /// `own` is the listing of the device's directory, here and in the functions below.
-pub(crate) fn front_offer(device: &xenbus::Device, own: &DirectoryListing) -> Result<FrontOffer> {
+pub(crate) fn front_limits(device: &xenbus::Device, own: &DirectoryListing) -> Result<FrontLimits> {
     let reader = Reader::listed(device.nodename(), own);
     // An invalid value means untrusted.
     let trusted = switch(&reader, "trusted", false)?.unwrap_or(true);
-    Ok(params::front_offer(trusted))
+    Ok(params::front_limits(trusted))
 }
 
 /// Returns `true` if the disk must not be scanned for partitions.
@@ -292,6 +293,8 @@ impl RingNodes {
 }
 
 /// Writes the offer and the state Initialised in one transaction.
+///
+/// Fails with `EAGAIN` if another state is in xenstore that must not be replaced.
 pub(crate) fn publish(
     device: &xenbus::Device,
     own: &DirectoryListing,
@@ -300,7 +303,7 @@ pub(crate) fn publish(
     persistent: bool,
 ) -> Result {
     let dir = device.nodename();
-    device.switch_state_with(XenbusState::Initialised, |transaction| {
+    let switched = device.switch_state_with(XenbusState::Initialised, |transaction| {
         let write = |node: &str, value: fmt::Arguments<'_>| {
             xenstore::write(transaction, dir, fmt!("{}", node), value)
         };
@@ -324,7 +327,11 @@ pub(crate) fn publish(
         write("protocol", fmt!("{}", Abi::native().name()))?;
         write("feature-persistent", fmt!("{}", u32::from(persistent)))
     })?;
-    Ok(())
+    match switched {
+        Switched::Written => Ok(()),
+        Switched::Refused(_) => Err(EAGAIN),
+        Switched::Failed(error) => Err(error),
+    }
 }
 
 /// Removes a node, if it exists.

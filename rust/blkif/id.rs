@@ -91,7 +91,7 @@ impl RingId {
 
     /// Returns the tag.
     #[inline]
-    pub const fn tag(self) -> u16 {
+    pub const fn shadow(self) -> u16 {
         self.0 as u16
     }
 }
@@ -108,7 +108,7 @@ mod tests {
         assert_eq!(id.epoch(), 0x00ab_cdef);
         assert_eq!(id.queue(), 0x123);
         assert_eq!(id.part(), 0x456);
-        assert_eq!(id.tag(), 0x789a);
+        assert_eq!(id.shadow(), 0x789a);
     }
 
     #[test]

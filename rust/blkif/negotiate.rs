@@ -49,9 +49,9 @@ use crate::{
 /// Largest accepted logical block size.
 const MAX_BLOCK_SIZE: u32 = 1 << 16;
 
-/// The frontend's side of the negotiation: its module parameters and its node `trusted`.
+/// The limits within which the frontend chooses: its module parameters and its node `trusted`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct FrontOffer {
+pub struct FrontLimits {
     /// Largest ring, as the binary logarithm of its pages.
     pub max_ring_page_order: u32,
     /// Largest number of rings.
@@ -60,8 +60,8 @@ pub struct FrontOffer {
     pub max_indirect_segments: u32,
     /// `true` if persistent grants are used when the backend uses them.
     pub persistent: bool,
-    /// `true` if the backend may read the whole pages of a request. `false` if the parameter or the
-    /// node is.
+    /// `true` unless the parameter or the node is 0: the backend may read whole pages of a request's
+    /// data.
     pub trusted: bool,
 }
 
@@ -137,13 +137,13 @@ impl BackOffer {
             "feature-max-indirect-segments" => {
                 self.max_indirect_segments = node::decimal_u32(node, text)?
             }
-            "feature-persistent" => self.persistent = node::switch(node, text)?,
-            "feature-flush-cache" => self.flush_cache = node::switch(node, text)?,
-            "feature-barrier" => self.barrier = node::switch(node, text)?,
-            "feature-discard" => self.discard = node::switch(node, text)?,
+            "feature-persistent" => self.persistent = node::boolean(node, text)?,
+            "feature-flush-cache" => self.flush_cache = node::boolean(node, text)?,
+            "feature-barrier" => self.barrier = node::boolean(node, text)?,
+            "feature-discard" => self.discard = node::boolean(node, text)?,
             "discard-granularity" => self.discard_granularity = node::decimal_u32(node, text)?,
             "discard-alignment" => self.discard_alignment = node::decimal_u32(node, text)?,
-            "discard-secure" => self.discard_secure = node::switch(node, text)?,
+            "discard-secure" => self.discard_secure = node::boolean(node, text)?,
             _ => {}
         }
         Ok(())
@@ -161,7 +161,7 @@ pub struct RingShape {
 
 impl RingShape {
     /// Returns the shape that the frontend chooses.
-    pub fn choose(front: &FrontOffer, back: &BackOffer) -> Self {
+    pub fn choose(front: &FrontLimits, back: &BackOffer) -> Self {
         RingShape {
             page_order: front
                 .max_ring_page_order
@@ -261,7 +261,7 @@ impl Features {
 }
 
 /// Returns the features of a connection, from the offers of both sides.
-pub fn negotiate(front: &FrontOffer, back: &BackOffer) -> Features {
+pub fn negotiate(front: &FrontLimits, back: &BackOffer) -> Features {
     let persistent = front.persistent && back.persistent;
     Features {
         rings: RingShape::choose(front, back),
@@ -275,7 +275,7 @@ pub fn negotiate(front: &FrontOffer, back: &BackOffer) -> Features {
 }
 
 /// Returns the number of indirect segments: none if they fit into a slot.
-fn indirect_segments(front: &FrontOffer, back: &BackOffer) -> u16 {
+fn indirect_segments(front: &FrontLimits, back: &BackOffer) -> u16 {
     let most = front.max_indirect_segments.min(back.max_indirect_segments);
     match most.min(INDIRECT_SEGMENTS as u32) as u16 {
         few if usize::from(few) <= DIRECT_SEGMENTS => 0,
@@ -337,7 +337,7 @@ impl DiskNodes {
             "info" => self.info = Some(node::decimal_u32(node, text)?),
             "sector-size" => self.sector_size = Some(block_size(node, text)?),
             "physical-sector-size" => self.physical_sector_size = Some(block_size(node, text)?),
-            "removable" => self.removable = node::switch(node, text)?,
+            "removable" => self.removable = node::boolean(node, text)?,
             _ => {}
         }
         Ok(())
@@ -479,7 +479,7 @@ impl FrontChoice {
             }
             "multi-queue-num-queues" => self.queues = Some(node::decimal_u32(node, text)?),
             "ring-page-order" => self.ring_page_order = Some(node::decimal_u32(node, text)?),
-            "feature-persistent" => self.persistent = node::switch(node, text)?,
+            "feature-persistent" => self.persistent = node::boolean(node, text)?,
             _ => {}
         }
         Ok(())
@@ -551,7 +551,7 @@ mod tests {
 
     use super::*;
 
-    const FRONT: FrontOffer = FrontOffer {
+    const FRONT: FrontLimits = FrontLimits {
         max_ring_page_order: 4,
         max_queues: 4,
         max_indirect_segments: 32,
@@ -644,7 +644,7 @@ mod tests {
     #[test]
     fn the_smaller_ring_wins() {
         let order = |front, back: &str| {
-            let front = FrontOffer {
+            let front = FrontLimits {
                 max_ring_page_order: front,
                 ..FRONT
             };
@@ -682,7 +682,7 @@ mod tests {
     #[test]
     fn the_smaller_number_of_queues_wins() {
         let queues = |front, back: &str| {
-            let front = FrontOffer {
+            let front = FrontLimits {
                 max_queues: front,
                 ..FRONT
             };
@@ -697,7 +697,7 @@ mod tests {
     #[test]
     fn indirect_segments() {
         let segments = |front, back: &str| {
-            let front = FrontOffer {
+            let front = FrontLimits {
                 max_indirect_segments: front,
                 ..FRONT
             };
@@ -721,7 +721,7 @@ mod tests {
             (false, "1", false),
             (false, "0", false),
         ] {
-            let front = FrontOffer {
+            let front = FrontLimits {
                 persistent: front,
                 ..FRONT
             };
@@ -732,7 +732,7 @@ mod tests {
 
     #[test]
     fn an_untrusted_backend_sees_only_bounced_data() {
-        let front = FrontOffer {
+        let front = FrontLimits {
             trusted: false,
             ..FRONT
         };

@@ -15,9 +15,9 @@
 use xen_io::node::parse_number;
 
 pub use xen_io::node::{
+    boolean,
     decimal,
     decimal_u32,
-    switch,
     InvalidNode,
     Reason, //
 };

@@ -224,7 +224,10 @@ impl fmt::Display for InvalidRequest {
                 write!(f, "{segments} segments, at most {limit} are allowed")
             }
             InvalidRequest::SegmentRange { first, last } => {
-                write!(f, "segment from sector {first} to {last} of a page of 8")
+                write!(
+                    f,
+                    "segment from sector {first} to {last}, not within a page of 8 sectors"
+                )
             }
             InvalidRequest::SegmentCount { expected, fetched } => {
                 write!(f, "{fetched} segments fetched of a request with {expected}")
@@ -232,21 +235,27 @@ impl fmt::Display for InvalidRequest {
             InvalidRequest::MisalignedSector { sector, block_size } => {
                 write!(
                     f,
-                    "sector {sector} is not at the start of a block of {block_size}"
+                    "sector {sector} is not at the start of a block of {block_size} bytes"
                 )
             }
             InvalidRequest::MisalignedLength {
                 sectors,
                 block_size,
             } => {
-                write!(f, "{sectors} sectors are not in blocks of {block_size}")
+                write!(
+                    f,
+                    "{sectors} sectors are not whole blocks of {block_size} bytes"
+                )
             }
             InvalidRequest::OutOfRange {
                 sector,
                 sectors,
                 size,
             } => {
-                write!(f, "{sectors} sectors at {sector} on a disk of {size}")
+                write!(
+                    f,
+                    "{sectors} sectors at sector {sector} exceed the disk of {size} sectors"
+                )
             }
             InvalidRequest::ReadOnly => f.write_str("write or discard on a read-only disk"),
             InvalidRequest::DiscardNotOffered => f.write_str("discard, but it was not offered"),
@@ -259,7 +268,7 @@ impl fmt::Display for InvalidRequest {
 }
 
 /// A checked run of sectors in a granted page: `first <= last < 8`.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Segment {
     gref: u32,
     first: u8,
@@ -1221,7 +1230,7 @@ mod tests {
             (
                 InvalidRequest::SegmentRange { first, last },
                 Status::Error,
-                "segment from sector 3 to 2 of a page of 8",
+                "segment from sector 3 to 2, not within a page of 8 sectors",
             ),
             (
                 InvalidRequest::SegmentCount {
@@ -1237,7 +1246,7 @@ mod tests {
                     block_size,
                 },
                 Status::Error,
-                "sector 1 is not at the start of a block of 4096",
+                "sector 1 is not at the start of a block of 4096 bytes",
             ),
             (
                 InvalidRequest::MisalignedLength {
@@ -1245,7 +1254,7 @@ mod tests {
                     block_size,
                 },
                 Status::Error,
-                "9 sectors are not in blocks of 4096",
+                "9 sectors are not whole blocks of 4096 bytes",
             ),
             (
                 InvalidRequest::OutOfRange {
@@ -1254,7 +1263,7 @@ mod tests {
                     size: 5,
                 },
                 Status::Error,
-                "9 sectors at 1 on a disk of 5",
+                "9 sectors at sector 1 exceed the disk of 5 sectors",
             ),
             (
                 InvalidRequest::ReadOnly,

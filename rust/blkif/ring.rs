@@ -20,9 +20,9 @@
 //! | word | name | written by | meaning |
 //! |---|---|---|---|
 //! | 0 | `req_prod` | frontend | requests published |
-//! | 1 | `req_event` | backend | notify me when `req_prod` passes this |
+//! | 1 | `req_event` | backend | notify me when `req_prod` reaches this |
 //! | 2 | `rsp_prod` | backend | responses published |
-//! | 3 | `rsp_event` | frontend | notify me when `rsp_prod` passes this |
+//! | 3 | `rsp_event` | frontend | notify me when `rsp_prod` reaches this |
 //!
 //! Indices count from the first use of the ring and wrap at 32 bits; the low bits select the slot.
 //! All arithmetic on them is wrapping, because the other side may write anything. An impossible
@@ -38,7 +38,8 @@
 //!
 //! # Trust
 //!
-//! A side stores its own indices in private memory and never reads them back from the ring. Slots
+//! A side stores its own indices in private memory and does not read them back from the ring; only a
+//! backend that attaches reads `rsp_prod`, once, and checks it like a value of the frontend. Slots
 //! are written and not read back; each word from the other side is read once, after its index and a
 //! read barrier.
 //!
@@ -107,7 +108,8 @@ const RSP_PROD: usize = 2;
 const RSP_EVENT: usize = 3;
 const HEADER_WORDS: u32 = 16;
 
-/// An error in a ring. All but `Memory` mean that the other side has violated the protocol.
+/// An error in a ring. All but `Memory` and `Record` mean that the other side has violated the
+/// protocol.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum RingError {
     /// The memory is not 1 to 16 whole pages; its size in words.
@@ -126,6 +128,13 @@ pub enum RingError {
         /// Responses consumed so far.
         rsp_cons: u32,
     },
+    /// The record of a backend that has crashed does not fit the ring.
+    Record {
+        /// `rsp_prod` of the ring.
+        rsp_prod: u32,
+        /// Requests consumed, according to the record.
+        req_cons: u32,
+    },
 }
 
 impl fmt::Display for RingError {
@@ -140,6 +149,12 @@ impl fmt::Display for RingError {
                     "req_prod {req_prod} is impossible after {req_cons} requests"
                 )
             }
+            RingError::Record { rsp_prod, req_cons } => {
+                write!(
+                    f,
+                    "{req_cons} recorded requests are impossible after {rsp_prod} responses"
+                )
+            }
             RingError::Responses { rsp_prod, rsp_cons } => {
                 write!(
                     f,
@@ -150,9 +165,11 @@ impl fmt::Display for RingError {
     }
 }
 
-/// There was no free slot. The caller has to check for one before, so this is a bug.
+/// The error of `put`: a frontend has no free slot, or a backend has no request to respond to.
+///
+/// The caller has to check for that before, so this is a bug.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct RingFull;
+pub struct NoSlot;
 
 /// Returns the number of slots of a ring of `words` words (`__CONST_RING_SIZE`): as many as fit
 /// behind the header, rounded down to a power of two. 32 for one page, in each ABI.
@@ -165,7 +182,7 @@ pub const fn capacity(words: usize, abi: Abi) -> u32 {
 }
 
 /// Returns `true` if a producer that has changed its index from `old` to `new` must notify a
-/// consumer whose event index is `event`: if the index has passed it.
+/// consumer whose event index is `event`: if the index has reached or passed it.
 #[inline]
 const fn crosses_event(event: u32, old: u32, new: u32) -> bool {
     new.wrapping_sub(event) < new.wrapping_sub(old)
@@ -252,7 +269,7 @@ impl<M: SharedMemory> Slots<M> {
         crosses_event(self.memory.load(event_word), old, new)
     }
 
-    /// Asks to be notified when a producer passes `event`.
+    /// Asks to be notified when a producer index reaches `event`.
     ///
     /// Returns `true` if it has already moved away from `cons`.
     #[inline]
@@ -328,9 +345,9 @@ impl<M: SharedMemory> FrontRing<M> {
     ///
     /// The backend does not see it before [`FrontRing::publish`].
     #[inline(always)]
-    pub fn put(&mut self, request: impl Encode) -> Result<(), RingFull> {
+    pub fn put(&mut self, request: impl Encode) -> Result<(), NoSlot> {
         if self.free_slots() == 0 {
-            return Err(RingFull);
+            return Err(NoSlot);
         }
         self.slots.write_request(self.req_prod_pvt, request);
         self.req_prod_pvt = self.req_prod_pvt.wrapping_add(1);
@@ -432,9 +449,9 @@ impl<M: SharedMemory> BackRing<M> {
     /// Attaches to a frontend's ring at the index where its last backend has stopped: the number of
     /// responses published, 0 for a new ring.
     ///
-    /// The last backend must have responded to all requests that it took: responses overwrite
-    /// requests in the order of their completion, so a request that was taken and has no response
-    /// may have been overwritten.
+    /// The last backend must have responded to all requests that it took, or have left a record of
+    /// the others, see [`BackRing::adopt`]: responses overwrite requests in the order of their
+    /// completion, so a request that was taken and has no response may have been overwritten.
     pub fn attach(memory: M, abi: Abi) -> Result<Self, RingError> {
         let slots = Slots::new(memory, abi)?;
         let at = slots.memory.load(RSP_PROD);
@@ -449,23 +466,27 @@ impl<M: SharedMemory> BackRing<M> {
         Ok(ring)
     }
 
-    /// Attaches to a ring whose last backend has crashed with requests in flight, of which there is
-    /// a record.
+    /// Takes over the requests in flight of a last backend that has crashed, of which there is a
+    /// record.
     ///
     /// It had taken the requests before `req_cons`, and had published a response to some of them.
     /// The caller has to respond to the others with [`BackRing::put`], from the record.
-    pub fn adopt(memory: M, abi: Abi, req_cons: u32) -> Result<Self, RingError> {
-        let mut ring = BackRing::attach(memory, abi)?;
-        if req_cons.wrapping_sub(ring.rsp_prod) > ring.slots.capacity {
-            return Err(RingError::Requests {
-                req_prod: ring.rsp_prod,
+    pub fn adopt(&mut self, req_cons: u32) -> Result<(), RingError> {
+        if req_cons.wrapping_sub(self.rsp_prod) > self.slots.capacity {
+            return Err(RingError::Record {
+                rsp_prod: self.rsp_prod,
                 req_cons,
             });
         }
-        ring.req_cons = req_cons;
-        ring.req_seen = req_cons;
-        ring.check_producer()?;
-        Ok(ring)
+        self.req_cons = req_cons;
+        self.req_seen = req_cons;
+        self.check_producer()?;
+        Ok(())
+    }
+
+    /// Returns the number of responses published, modulo 2^32 (`rsp_prod`).
+    pub fn responses_published(&self) -> u32 {
+        self.rsp_prod
     }
 
     /// Returns the memory given to [`BackRing::attach`].
@@ -525,9 +546,9 @@ impl<M: SharedMemory> BackRing<M> {
     ///
     /// The frontend does not see it before [`BackRing::publish`].
     #[inline]
-    pub fn put(&mut self, response: &Response) -> Result<(), RingFull> {
+    pub fn put(&mut self, response: &Response) -> Result<(), NoSlot> {
         if self.in_flight() == 0 {
-            return Err(RingFull);
+            return Err(NoSlot);
         }
         self.slots.write_response(self.rsp_prod_pvt, response);
         self.rsp_prod_pvt = self.rsp_prod_pvt.wrapping_add(1);
@@ -762,7 +783,7 @@ mod tests {
             assert_eq!((front.in_flight(), front.free_slots()), (id, 32 - id));
             front.put(request(id.into())).unwrap();
         }
-        assert_eq!(front.put(request(32)), Err(RingFull));
+        assert_eq!(front.put(request(32)), Err(NoSlot));
         assert_eq!((front.in_flight(), front.free_slots()), (32, 0));
         assert!(front.publish());
         for id in 0..32 {
@@ -772,7 +793,7 @@ mod tests {
         for id in 0..32 {
             back.put(&response(id)).unwrap();
         }
-        assert_eq!(back.put(&response(32)), Err(RingFull));
+        assert_eq!(back.put(&response(32)), Err(NoSlot));
         assert!(back.publish());
         for id in 0..32 {
             assert_eq!(front.take_response(), Ok(Some(response(id))));
@@ -1085,12 +1106,14 @@ mod tests {
         let _ = back.publish();
         back.put(&response(3)).unwrap();
 
-        let mut back = BackRing::adopt(&pages, ABI, at.wrapping_add(5)).unwrap();
+        let mut back = BackRing::attach(&pages, ABI).unwrap();
+        assert_eq!(back.responses_published(), at.wrapping_add(2));
+        back.adopt(at.wrapping_add(5)).unwrap();
         assert_eq!(back.in_flight(), 3);
         for id in [0, 3, 1] {
             back.put(&response(id)).unwrap();
         }
-        assert_eq!(back.put(&response(9)), Err(RingFull));
+        assert_eq!(back.put(&response(9)), Err(NoSlot));
         assert_eq!(back.take_request().unwrap().unwrap().id(), 5);
         let _ = back.publish();
         for id in [4, 2, 0, 3, 1] {
@@ -1104,13 +1127,18 @@ mod tests {
         let (mut front, _) = pair(&pages, 7);
         front.put(request(1)).unwrap();
         let _ = front.publish();
-        assert!(BackRing::adopt(&pages, ABI, 8).is_ok());
-        for req_cons in [6, 9, 7 + 33] {
-            let error = BackRing::adopt(&pages, ABI, req_cons).err().unwrap();
-            assert!(matches!(error, RingError::Requests { .. }));
+        let adopt = |req_cons| BackRing::attach(&pages, ABI).unwrap().adopt(req_cons);
+        assert_eq!(adopt(8), Ok(()));
+        for req_cons in [6, 7 + 33] {
+            let expected = RingError::Record {
+                rsp_prod: 7,
+                req_cons,
+            };
+            assert_eq!(adopt(req_cons), Err(expected));
         }
+        assert!(matches!(adopt(9), Err(RingError::Requests { .. })));
         pages.words[REQ_PROD].set(7 + 32);
-        assert!(BackRing::adopt(&pages, ABI, 7 + 32).is_ok());
+        assert_eq!(adopt(7 + 32), Ok(()));
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //!
 //! Both sides of a device write their state to a xenstore node and watch that of the other side.
 //! [`FrontState`] and [`BackState`] are the states of a side; `step` returns the action for an
-//! event. A driver executes the action, enters the state after the action, writes that state to its
-//! node, and calls `step` again with the current state of the other side, until no action changes
+//! event. A driver executes the action, writes the state after the action to its node, enters that
+//! state, and calls `step` again with the current state of the other side, until no action changes
 //! the state:
 //!
 //! ```
@@ -13,31 +13,31 @@
 //! # fn frontend() -> BackEvent {
 //! #     BackEvent::Frontend { state: XenbusState::Initialised, online: true, ready: true }
 //! # }
-//! # fn carry_out(_: BackAction) {}
+//! # fn execute(_: BackAction) {}
 //! # let mut own = BackState::Waiting;
 //! # let mut event = frontend();
 //! loop {
 //!     let action = own.step(event);
-//!     carry_out(action);
+//!     execute(action);
 //!     let Some(next) = action.next_state() else { break };
 //!     own = next;
 //!     event = frontend();
 //! }
-//! # assert_eq!(own, BackState::Live);
+//! # assert_eq!(own, BackState::Connected);
 //! ```
 //!
-//! A driver that gets an event for each change of the other side need not read the other state
-//! again. For a frontend, one step is always enough. A backend reads again unless it is
-//! [`BackState::Live`], because no event reports that the toolstack is detaching the device.
+//! A frontend may stop after one step: it gets an event for each change of the backend. A backend
+//! calls `step` again after each change of its own state, because no event reports that the
+//! toolstack has cleared `online`.
 //!
 //! # Writers of a state
 //!
 //! A side writes its own node. The toolstack writes the backend's node too: it writes Closing, and
 //! waits for Closed. A backend writes a state in a transaction, and replaces only the state that it
-//! has written before. When it finds Closing instead, it writes only Closed from then on, see
-//! [`BackEvent::ToolstackClosing`]. A frontend that has closed would take InitWait or Connected for
-//! a backend that has restarted: `xen-blkfront` then offers its rings again while it still has the
-//! old ones, and crashes.
+//! has written before. When it finds Closing instead, it writes nothing but Closed until the
+//! frontend has closed and is Initialising again, see [`BackEvent::ToolstackClosing`]. If it wrote
+//! InitWait or Connected earlier, a frontend that has closed would take it for a backend that has
+//! restarted: `xen-blkfront` would offer its rings again while it still has the old ones, and crash.
 //!
 //! # From attach to detach
 //!
@@ -80,13 +80,12 @@ pub enum FrontState {
     /// Rings are shared and their nodes written; the backend does not serve them yet.
     Offered,
     /// The disk is in use. During an outage, the rings stay as they are for the next backend.
-    Live,
+    Connected,
     /// An earlier connection has ended, and the backend must be Closed before a new one can begin.
-    /// The disk and its requests are kept. For the backend the frontend has closed.
+    /// The disk and its requests are kept. The backend sees a frontend that has closed.
     Reset,
-    /// The disk was removed, and requests in flight have ended with an error. Only the toolstack
-    /// can create a new device.
-    Dead,
+    /// The disk was removed, and no request is in flight. Only the toolstack can create a new device.
+    Removed,
 }
 
 /// An event for a frontend.
@@ -106,9 +105,9 @@ pub enum FrontEvent {
     BadState,
     /// An action has failed permanently: invalid nodes, a broken ring.
     Failed,
-    /// An action has failed for lack of memory or grants, or the backend does not respond to
-    /// requests: another connection may succeed.
-    Unusable,
+    /// This connection cannot continue, for lack of memory or grants, or because the backend does not
+    /// respond to requests. Another one may succeed.
+    ConnectionFailed,
     /// [`FrontState::is_connected`] has been false for too long.
     Deadline {
         /// `true` if there is a disk, whose users may be waiting.
@@ -138,8 +137,9 @@ pub enum FrontAction {
     Reset,
     /// Stop sharing, keep the requests; Initialising.
     Restart,
-    /// Stop sharing, end all requests with an error, remove the disk; Closed.
-    Detach,
+    /// Remove the disk: write it back first if the backend still serves it, otherwise end all requests
+    /// with an error. Stop sharing; Closed.
+    Remove,
 }
 
 impl FrontAction {
@@ -148,10 +148,10 @@ impl FrontAction {
         match self {
             FrontAction::Wait | FrontAction::Report | FrontAction::Refresh => None,
             FrontAction::Offer => Some(FrontState::Offered),
-            FrontAction::Connect => Some(FrontState::Live),
+            FrontAction::Connect => Some(FrontState::Connected),
             FrontAction::Reset => Some(FrontState::Reset),
             FrontAction::Restart => Some(FrontState::Waiting),
-            FrontAction::Detach => Some(FrontState::Dead),
+            FrontAction::Remove => Some(FrontState::Removed),
         }
     }
 }
@@ -162,8 +162,8 @@ impl FrontState {
         match self {
             FrontState::Waiting => XenbusState::Initialising,
             FrontState::Offered => XenbusState::Initialised,
-            FrontState::Live => XenbusState::Connected,
-            FrontState::Reset | FrontState::Dead => XenbusState::Closed,
+            FrontState::Connected => XenbusState::Connected,
+            FrontState::Reset | FrontState::Removed => XenbusState::Closed,
         }
     }
 
@@ -171,7 +171,10 @@ impl FrontState {
     ///
     /// The deadline runs while this is `false`.
     pub const fn is_connected(self, backend: XenbusState) -> bool {
-        matches!((self, backend), (FrontState::Live, XenbusState::Connected))
+        matches!(
+            (self, backend),
+            (FrontState::Connected, XenbusState::Connected)
+        )
     }
 
     /// Returns the action for an event.
@@ -185,22 +188,22 @@ impl FrontState {
             } => match self {
                 FrontState::Waiting => Self::waiting(state),
                 FrontState::Offered => Self::offered(state, disk),
-                FrontState::Live => Self::live(state),
+                FrontState::Connected => Self::connected(state),
                 FrontState::Reset => Self::reset(state),
-                FrontState::Dead => FrontAction::Wait,
+                FrontState::Removed => FrontAction::Wait,
             },
             FrontEvent::BadState | FrontEvent::Failed => self.give_up(),
             FrontEvent::Deadline { disk: true } => self.give_up(),
             FrontEvent::Deadline { disk: false } => FrontAction::Report,
-            FrontEvent::Unusable => self.disconnect(),
+            FrontEvent::ConnectionFailed => self.disconnect(),
             FrontEvent::Resume => self.resume(),
         }
     }
 
     /// Returns the action while there is no connection.
     ///
-    /// A backend that is Connected or Closing belongs to an earlier connection of another driver,
-    /// for instance after a crash of the frontend: it must close first. A backend that is Closed
+    /// A backend that is Connected or Closing is still connected to an earlier driver of this domain,
+    /// for instance one that has crashed: it must close first. A backend that is Closed
     /// sees that the frontend is Initialising and will return to InitWait.
     const fn waiting(backend: XenbusState) -> FrontAction {
         match backend {
@@ -221,7 +224,7 @@ impl FrontState {
         match backend {
             XenbusState::Connected => FrontAction::Connect,
             XenbusState::Closing if disk => FrontAction::Reset,
-            XenbusState::Closing => FrontAction::Detach,
+            XenbusState::Closing => FrontAction::Remove,
             XenbusState::Closed => FrontAction::Restart,
             XenbusState::Unknown | XenbusState::Initialising => FrontAction::Wait,
             XenbusState::InitWait | XenbusState::Initialised => FrontAction::Wait,
@@ -232,7 +235,7 @@ impl FrontState {
     /// Returns the action while connected.
     ///
     /// A backend in a state before Connected was replaced, and will serve the same rings.
-    const fn live(backend: XenbusState) -> FrontAction {
+    const fn connected(backend: XenbusState) -> FrontAction {
         match backend {
             XenbusState::Connected => FrontAction::Refresh,
             XenbusState::Closing => FrontAction::Reset,
@@ -245,8 +248,8 @@ impl FrontState {
 
     /// Returns the action after Closed was written.
     ///
-    /// Every backend becomes Closed then, even one that was just started and is in InitWait. An
-    /// earlier action would race with that.
+    /// Every backend becomes Closed then, even one that was just started and is in InitWait. Acting on
+    /// an earlier state would race with that.
     const fn reset(backend: XenbusState) -> FrontAction {
         match backend {
             XenbusState::Closed => FrontAction::Restart,
@@ -257,32 +260,36 @@ impl FrontState {
         }
     }
 
+    /// Returns the action that ends the device.
     const fn give_up(self) -> FrontAction {
         match self {
-            FrontState::Waiting | FrontState::Offered | FrontState::Live | FrontState::Reset => {
-                FrontAction::Detach
-            }
-            FrontState::Dead => FrontAction::Wait,
+            FrontState::Waiting
+            | FrontState::Offered
+            | FrontState::Connected
+            | FrontState::Reset => FrontAction::Remove,
+            FrontState::Removed => FrontAction::Wait,
         }
     }
 
     /// Returns the action that asks the backend to close.
     ///
-    /// A frontend that could not make an offer has shared nothing, so it retries without the
-    /// backend.
+    /// A frontend that could not make an offer has shared nothing, so the backend need not close: the
+    /// driver makes the offer again later.
     const fn disconnect(self) -> FrontAction {
         match self {
-            FrontState::Offered | FrontState::Live => FrontAction::Reset,
-            FrontState::Waiting | FrontState::Reset | FrontState::Dead => FrontAction::Wait,
+            FrontState::Offered | FrontState::Connected => FrontAction::Reset,
+            FrontState::Waiting | FrontState::Reset | FrontState::Removed => FrontAction::Wait,
         }
     }
 
+    /// Returns the action after the domain was restored or has migrated.
     const fn resume(self) -> FrontAction {
         match self {
-            FrontState::Waiting | FrontState::Offered | FrontState::Live | FrontState::Reset => {
-                FrontAction::Restart
-            }
-            FrontState::Dead => FrontAction::Wait,
+            FrontState::Waiting
+            | FrontState::Offered
+            | FrontState::Connected
+            | FrontState::Reset => FrontAction::Restart,
+            FrontState::Removed => FrontAction::Wait,
         }
     }
 }
@@ -299,17 +306,17 @@ pub enum BackState {
     /// The features were written.
     Waiting,
     /// The rings are served.
-    Live,
-    /// The frontend has announced that it will close, or has to close because of an error. Mapped
-    /// rings are still served.
+    Connected,
+    /// The frontend is closing, or has to close: the toolstack detaches the device, or there was an
+    /// error. Mapped rings are still served.
     Closing,
     /// All requests taken from the rings have responses, and the rings are unmapped. The node still
     /// has the previous state; the next step, which follows at once, decides on another.
-    Detached,
+    Disconnected,
     /// The frontend has closed. It may connect again.
     Closed,
     /// The device is being removed.
-    Gone,
+    Removed,
 }
 
 /// An event for a backend.
@@ -343,18 +350,19 @@ pub enum Failure {
         /// `true` if a frontend has been connected to this device before, so that a disk is in use.
         connected: bool,
     },
-    /// This domain lacks a resource, such as memory, that it may have later.
-    Shortage,
+    /// This domain lacks a resource that it may have later, such as memory, or an operation was
+    /// interrupted.
+    Temporary,
 }
 
 /// Returns `true` if the toolstack wants a backend's device to stay when a frontend in this state
 /// closes it.
 ///
 /// `node` is the node `online` of the backend; without it, the device stays as long as the frontend
-/// uses it.
+/// uses it. An invalid value counts as 0, as in `xenbus_dev_is_online()`.
 pub fn is_online(node: Option<&[u8]>, frontend: XenbusState) -> bool {
     match node {
-        Some(text) => node::switch("online", text).unwrap_or(false),
+        Some(text) => node::boolean("online", text).unwrap_or(false),
         None => !matches!(frontend, XenbusState::Closed | XenbusState::Unknown),
     }
 }
@@ -372,23 +380,25 @@ pub enum BackAction {
     Open,
     /// Map the rings, continue at their present indices, describe the disk, start to serve;
     /// Connected.
-    Attach,
+    Connect,
     /// Report the failure, and retry after a delay, or at the next event. The frontend keeps
     /// waiting, and a disk in use stays in use.
     Retry,
-    /// Acknowledge that the frontend closes; Closing.
+    /// Announce that the connection ends, because the frontend closes or the toolstack detaches the
+    /// device; Closing.
     Close,
     /// Write the error to xenstore; Closing.
     Fail,
-    /// Respond to the requests that were taken from the rings, take no more, unmap. No state is
-    /// written: the next step, which follows at once, decides on one.
-    Drain,
+    /// Take no more requests from the rings, respond to those that were taken, unmap the rings
+    /// (`xen_blkif_disconnect()`). No state is written: the next step, which follows at once,
+    /// decides on one.
+    Disconnect,
     /// Write the features; InitWait.
     Restart,
     /// Only write the state; Closed.
     Finish,
     /// Remove the device.
-    Forget,
+    Remove,
 }
 
 impl BackAction {
@@ -396,12 +406,12 @@ impl BackAction {
     pub const fn next_state(self) -> Option<BackState> {
         match self {
             BackAction::Wait | BackAction::Open | BackAction::Retry => None,
-            BackAction::Attach => Some(BackState::Live),
+            BackAction::Connect => Some(BackState::Connected),
             BackAction::Close | BackAction::Fail => Some(BackState::Closing),
-            BackAction::Drain => Some(BackState::Detached),
+            BackAction::Disconnect => Some(BackState::Disconnected),
             BackAction::Restart => Some(BackState::Waiting),
             BackAction::Finish => Some(BackState::Closed),
-            BackAction::Forget => Some(BackState::Gone),
+            BackAction::Remove => Some(BackState::Removed),
         }
     }
 }
@@ -410,11 +420,11 @@ impl BackState {
     /// Returns the value of the backend's node `state`, or `None` if the node keeps its value.
     pub const fn xenbus(self) -> Option<XenbusState> {
         match self {
-            BackState::Starting | BackState::StartingClosed | BackState::Detached => None,
+            BackState::Starting | BackState::StartingClosed | BackState::Disconnected => None,
             BackState::Waiting => Some(XenbusState::InitWait),
-            BackState::Live => Some(XenbusState::Connected),
+            BackState::Connected => Some(XenbusState::Connected),
             BackState::Closing => Some(XenbusState::Closing),
-            BackState::Closed | BackState::Gone => Some(XenbusState::Closed),
+            BackState::Closed | BackState::Removed => Some(XenbusState::Closed),
         }
     }
 
@@ -434,27 +444,31 @@ impl BackState {
                 BackState::Starting => Self::starting(state),
                 BackState::StartingClosed => Self::starting_closed(state),
                 BackState::Waiting => Self::waiting(state, ready),
-                BackState::Live => Self::live(state),
+                BackState::Connected => Self::connected(state),
                 BackState::Closing => Self::closing(state),
-                BackState::Detached => Self::detached(state),
+                BackState::Disconnected => Self::disconnected(state),
                 BackState::Closed => Self::closed(state),
-                BackState::Gone => BackAction::Wait,
+                BackState::Removed => BackAction::Wait,
             },
             BackEvent::ToolstackClosing => self.close(),
             BackEvent::BadState | BackEvent::Failed(Failure::Frontend) => self.fail(),
-            BackEvent::Failed(Failure::Unusable { connected: false }) => self.fail(),
-            BackEvent::Failed(Failure::Unusable { connected: true } | Failure::Shortage) => {
+            BackEvent::Failed(Failure::Unusable { connected: false }) => self.unusable(),
+            BackEvent::Failed(Failure::Unusable { connected: true } | Failure::Temporary) => {
                 self.retry()
             }
         }
     }
 
+    /// Returns the first action of a driver.
+    ///
+    /// A frontend that is Initialised or Connected keeps its rings: InitWait is written first, and the
+    /// next step maps them.
     const fn starting(frontend: XenbusState) -> BackAction {
         match frontend {
             XenbusState::Initialising => BackAction::Restart,
             XenbusState::Initialised | XenbusState::Connected => BackAction::Restart,
             XenbusState::Closing => BackAction::Close,
-            XenbusState::Closed | XenbusState::Unknown => BackAction::Drain,
+            XenbusState::Closed | XenbusState::Unknown => BackAction::Disconnect,
             XenbusState::InitWait => BackAction::Fail,
             XenbusState::Reconfiguring | XenbusState::Reconfigured => BackAction::Fail,
         }
@@ -469,7 +483,7 @@ impl BackState {
             XenbusState::Initialising => BackAction::Restart,
             XenbusState::Initialised | XenbusState::Connected => BackAction::Wait,
             XenbusState::Closing => BackAction::Wait,
-            XenbusState::Closed | XenbusState::Unknown => BackAction::Drain,
+            XenbusState::Closed | XenbusState::Unknown => BackAction::Disconnect,
             XenbusState::InitWait => BackAction::Fail,
             XenbusState::Reconfiguring | XenbusState::Reconfigured => BackAction::Fail,
         }
@@ -482,11 +496,11 @@ impl BackState {
     /// failure is reported again; otherwise the frontend would wait forever.
     const fn waiting(frontend: XenbusState, ready: bool) -> BackAction {
         match (frontend, ready) {
-            (XenbusState::Initialised | XenbusState::Connected, true) => BackAction::Attach,
+            (XenbusState::Initialised | XenbusState::Connected, true) => BackAction::Connect,
             (XenbusState::Initialised | XenbusState::Connected, false) => BackAction::Open,
             (XenbusState::Initialising, _) => BackAction::Wait,
             (XenbusState::Closing, _) => BackAction::Close,
-            (XenbusState::Closed | XenbusState::Unknown, _) => BackAction::Drain,
+            (XenbusState::Closed | XenbusState::Unknown, _) => BackAction::Disconnect,
             (XenbusState::InitWait, _) => BackAction::Fail,
             (XenbusState::Reconfiguring | XenbusState::Reconfigured, _) => BackAction::Fail,
         }
@@ -495,12 +509,12 @@ impl BackState {
     /// Returns the action while connected.
     ///
     /// A frontend that is Initialising has restarted without closing: it has crashed.
-    const fn live(frontend: XenbusState) -> BackAction {
+    const fn connected(frontend: XenbusState) -> BackAction {
         match frontend {
             XenbusState::Initialised | XenbusState::Connected => BackAction::Wait,
             XenbusState::Closing => BackAction::Close,
-            XenbusState::Closed | XenbusState::Unknown => BackAction::Drain,
-            XenbusState::Initialising => BackAction::Drain,
+            XenbusState::Closed | XenbusState::Unknown => BackAction::Disconnect,
+            XenbusState::Initialising => BackAction::Disconnect,
             XenbusState::InitWait => BackAction::Fail,
             XenbusState::Reconfiguring | XenbusState::Reconfigured => BackAction::Fail,
         }
@@ -512,7 +526,7 @@ impl BackState {
     /// InitWait before that would race with it.
     const fn closing(frontend: XenbusState) -> BackAction {
         match frontend {
-            XenbusState::Closed | XenbusState::Unknown => BackAction::Drain,
+            XenbusState::Closed | XenbusState::Unknown => BackAction::Disconnect,
             XenbusState::Initialising | XenbusState::InitWait => BackAction::Wait,
             XenbusState::Initialised | XenbusState::Connected => BackAction::Wait,
             XenbusState::Closing => BackAction::Wait,
@@ -520,9 +534,10 @@ impl BackState {
         }
     }
 
-    const fn detached(frontend: XenbusState) -> BackAction {
+    /// Returns the action once the rings are unmapped.
+    const fn disconnected(frontend: XenbusState) -> BackAction {
         match frontend {
-            XenbusState::Unknown => BackAction::Forget,
+            XenbusState::Unknown => BackAction::Remove,
             XenbusState::Closed => BackAction::Finish,
             XenbusState::Closing => BackAction::Close,
             XenbusState::Initialising => BackAction::Restart,
@@ -537,7 +552,7 @@ impl BackState {
     /// Some frontends (boot loaders) offer rings without waiting for InitWait.
     const fn closed(frontend: XenbusState) -> BackAction {
         match frontend {
-            XenbusState::Unknown => BackAction::Forget,
+            XenbusState::Unknown => BackAction::Remove,
             XenbusState::Initialising => BackAction::Restart,
             XenbusState::Initialised | XenbusState::Connected => BackAction::Restart,
             XenbusState::Closing | XenbusState::Closed => BackAction::Wait,
@@ -548,26 +563,27 @@ impl BackState {
 
     /// Returns the action when the toolstack detaches the device.
     ///
-    /// The toolstack has written Closing to the backend's node itself,
-    /// and this state may have been overwritten since.
+    /// The toolstack has written Closing to the backend's node, but an earlier driver, such as
+    /// `xen-blkback`, may have overwritten it.
     const fn unwanted(self, frontend: XenbusState) -> BackAction {
         let closed = matches!(frontend, XenbusState::Closed | XenbusState::Unknown);
         match self {
-            BackState::Detached | BackState::Closed => BackAction::Forget,
-            BackState::Gone => BackAction::Wait,
-            _ if closed => BackAction::Drain,
-            BackState::Starting | BackState::Waiting | BackState::Live => BackAction::Close,
+            BackState::Disconnected | BackState::Closed => BackAction::Remove,
+            BackState::Removed => BackAction::Wait,
+            _ if closed => BackAction::Disconnect,
+            BackState::Starting | BackState::Waiting | BackState::Connected => BackAction::Close,
             BackState::StartingClosed | BackState::Closing => BackAction::Wait,
         }
     }
 
+    /// Returns the action when the toolstack has written Closing.
     const fn close(self) -> BackAction {
         match self {
             BackState::Starting | BackState::StartingClosed | BackState::Waiting => {
                 BackAction::Close
             }
-            BackState::Live | BackState::Detached | BackState::Closed => BackAction::Close,
-            BackState::Closing | BackState::Gone => BackAction::Wait,
+            BackState::Connected | BackState::Disconnected | BackState::Closed => BackAction::Close,
+            BackState::Closing | BackState::Removed => BackAction::Wait,
         }
     }
 
@@ -580,18 +596,31 @@ impl BackState {
             BackState::Starting | BackState::StartingClosed | BackState::Waiting => {
                 BackAction::Retry
             }
-            BackState::Live | BackState::Detached | BackState::Closed => BackAction::Retry,
-            BackState::Closing | BackState::Gone => BackAction::Wait,
+            BackState::Connected | BackState::Disconnected | BackState::Closed => BackAction::Retry,
+            BackState::Closing | BackState::Removed => BackAction::Wait,
         }
     }
 
+    /// Returns the action after a failure of this side that is not temporary, while no disk is in
+    /// use.
+    ///
+    /// A backend that is Closed has failed to write its features for a frontend that waits for
+    /// InitWait: it tries again.
+    const fn unusable(self) -> BackAction {
+        match self {
+            BackState::Closed => BackAction::Retry,
+            _ => self.fail(),
+        }
+    }
+
+    /// Returns the action after a failure that ends the connection.
     const fn fail(self) -> BackAction {
         match self {
             BackState::Starting | BackState::StartingClosed | BackState::Waiting => {
                 BackAction::Fail
             }
-            BackState::Live | BackState::Detached => BackAction::Fail,
-            BackState::Closing | BackState::Closed | BackState::Gone => BackAction::Wait,
+            BackState::Connected | BackState::Disconnected => BackAction::Fail,
+            BackState::Closing | BackState::Closed | BackState::Removed => BackAction::Wait,
         }
     }
 }
@@ -614,19 +643,19 @@ mod tests {
     const FRONTS: [FrontState; 5] = [
         FrontState::Waiting,
         FrontState::Offered,
-        FrontState::Live,
+        FrontState::Connected,
         FrontState::Reset,
-        FrontState::Dead,
+        FrontState::Removed,
     ];
     const BACKS: [BackState; 8] = [
         BackState::Starting,
         BackState::StartingClosed,
         BackState::Waiting,
-        BackState::Live,
+        BackState::Connected,
         BackState::Closing,
-        BackState::Detached,
+        BackState::Disconnected,
         BackState::Closed,
-        BackState::Gone,
+        BackState::Removed,
     ];
 
     fn front(own: FrontState, state: XenbusState) -> FrontAction {
@@ -646,7 +675,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ordinary_life() {
+    fn attach_and_detach() {
         assert_eq!(
             front(FrontState::Waiting, XenbusState::Initialising),
             FrontAction::Wait
@@ -657,18 +686,18 @@ mod tests {
         );
         assert_eq!(
             back(BackState::Waiting, XenbusState::Initialised, true),
-            BackAction::Attach
+            BackAction::Connect
         );
         assert_eq!(
             front(FrontState::Offered, XenbusState::Connected),
             FrontAction::Connect
         );
         assert_eq!(
-            back(BackState::Live, XenbusState::Connected, true),
+            back(BackState::Connected, XenbusState::Connected, true),
             BackAction::Wait
         );
         assert_eq!(
-            front(FrontState::Live, XenbusState::Connected),
+            front(FrontState::Connected, XenbusState::Connected),
             FrontAction::Refresh
         );
         let asked = FrontEvent::Backend {
@@ -676,14 +705,14 @@ mod tests {
             online: false,
             disk: true,
         };
-        assert_eq!(FrontState::Live.step(asked), FrontAction::Detach);
+        assert_eq!(FrontState::Connected.step(asked), FrontAction::Remove);
         assert_eq!(
-            back(BackState::Live, XenbusState::Closed, false),
-            BackAction::Drain
+            back(BackState::Connected, XenbusState::Closed, false),
+            BackAction::Disconnect
         );
         assert_eq!(
-            back(BackState::Detached, XenbusState::Closed, false),
-            BackAction::Forget
+            back(BackState::Disconnected, XenbusState::Closed, false),
+            BackAction::Remove
         );
     }
 
@@ -708,19 +737,19 @@ mod tests {
     #[test]
     fn a_disk_in_use_outlives_an_outage() {
         for state in STATES {
-            assert_ne!(front(FrontState::Live, state), FrontAction::Detach);
+            assert_ne!(front(FrontState::Connected, state), FrontAction::Remove);
         }
         let online = FrontEvent::Backend {
             state: XenbusState::Connected,
             online: false,
             disk: true,
         };
-        assert_eq!(FrontState::Live.step(online), FrontAction::Detach);
+        assert_eq!(FrontState::Connected.step(online), FrontAction::Remove);
     }
 
     #[test]
     fn a_refusal_ends_a_first_offer_only() {
-        for (disk, action) in [(false, FrontAction::Detach), (true, FrontAction::Reset)] {
+        for (disk, action) in [(false, FrontAction::Remove), (true, FrontAction::Reset)] {
             let refused = FrontEvent::Backend {
                 state: XenbusState::Closing,
                 online: true,
@@ -734,18 +763,18 @@ mod tests {
     fn an_unusable_connection_is_closed() {
         for own in FRONTS {
             let expected = match own {
-                FrontState::Offered | FrontState::Live => FrontAction::Reset,
-                FrontState::Waiting | FrontState::Reset | FrontState::Dead => FrontAction::Wait,
+                FrontState::Offered | FrontState::Connected => FrontAction::Reset,
+                FrontState::Waiting | FrontState::Reset | FrontState::Removed => FrontAction::Wait,
             };
-            assert_eq!(own.step(FrontEvent::Unusable), expected);
+            assert_eq!(own.step(FrontEvent::ConnectionFailed), expected);
         }
     }
 
     #[test]
-    fn only_a_served_disk_is_whole() {
+    fn connected_if_both_sides_are() {
         for own in FRONTS {
             for state in STATES {
-                let both = own == FrontState::Live && state == XenbusState::Connected;
+                let both = own == FrontState::Connected && state == XenbusState::Connected;
                 assert_eq!(own.is_connected(state), both);
             }
         }
@@ -754,11 +783,11 @@ mod tests {
     #[test]
     fn deadlines_end_the_wait_for_those_who_wait() {
         for own in FRONTS {
-            let dead = own == FrontState::Dead;
-            let expected = if dead {
+            let removed = own == FrontState::Removed;
+            let expected = if removed {
                 FrontAction::Wait
             } else {
-                FrontAction::Detach
+                FrontAction::Remove
             };
             assert_eq!(own.step(FrontEvent::Deadline { disk: true }), expected);
             assert_eq!(own.step(FrontEvent::BadState), expected);
@@ -767,7 +796,7 @@ mod tests {
                 own.step(FrontEvent::Deadline { disk: false }),
                 FrontAction::Report
             );
-            let expected = if dead {
+            let expected = if removed {
                 FrontAction::Wait
             } else {
                 FrontAction::Restart
@@ -793,15 +822,19 @@ mod tests {
         for own in BACKS {
             let open = !matches!(
                 own,
-                BackState::Closing | BackState::Closed | BackState::Gone
+                BackState::Closing | BackState::Closed | BackState::Removed
             );
             let expected = if open {
                 BackAction::Fail
             } else {
                 BackAction::Wait
             };
-            let unusable = Failure::Unusable { connected: false };
-            assert_eq!(own.step(BackEvent::Failed(unusable)), expected);
+            let unusable = BackEvent::Failed(Failure::Unusable { connected: false });
+            if own == BackState::Closed {
+                assert_eq!(own.step(unusable), BackAction::Retry);
+            } else {
+                assert_eq!(own.step(unusable), expected);
+            }
             assert_eq!(own.step(BackEvent::Failed(Failure::Frontend)), expected);
             assert_eq!(own.step(BackEvent::BadState), expected);
             for state in [
@@ -817,7 +850,7 @@ mod tests {
     #[test]
     fn a_disk_in_use_outlives_failures_of_the_backend() {
         for own in BACKS {
-            let over = matches!(own, BackState::Closing | BackState::Gone);
+            let over = matches!(own, BackState::Closing | BackState::Removed);
             let expected = if over {
                 BackAction::Wait
             } else {
@@ -825,7 +858,7 @@ mod tests {
             };
             let unusable = Failure::Unusable { connected: true };
             assert_eq!(own.step(BackEvent::Failed(unusable)), expected);
-            assert_eq!(own.step(BackEvent::Failed(Failure::Shortage)), expected);
+            assert_eq!(own.step(BackEvent::Failed(Failure::Temporary)), expected);
         }
     }
 
@@ -843,7 +876,7 @@ mod tests {
     #[test]
     fn closing_of_the_toolstack_is_taken_over() {
         for own in BACKS {
-            let over = matches!(own, BackState::Closing | BackState::Gone);
+            let over = matches!(own, BackState::Closing | BackState::Removed);
             let expected = if over {
                 BackAction::Wait
             } else {
@@ -872,7 +905,11 @@ mod tests {
                 BackAction::Wait,
             ),
             (XenbusState::Closing, BackAction::Close, BackAction::Wait),
-            (XenbusState::Closed, BackAction::Drain, BackAction::Drain),
+            (
+                XenbusState::Closed,
+                BackAction::Disconnect,
+                BackAction::Disconnect,
+            ),
         ] {
             assert_eq!(back(BackState::Starting, state, true), first);
             assert_eq!(back(BackState::StartingClosed, state, true), later);
@@ -888,16 +925,16 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_without_a_frontend_goes() {
+    fn a_backend_without_a_frontend_is_removed() {
         for (own, action) in [
-            (BackState::Starting, BackAction::Drain),
-            (BackState::StartingClosed, BackAction::Drain),
-            (BackState::Waiting, BackAction::Drain),
-            (BackState::Live, BackAction::Drain),
-            (BackState::Closing, BackAction::Drain),
-            (BackState::Detached, BackAction::Forget),
-            (BackState::Closed, BackAction::Forget),
-            (BackState::Gone, BackAction::Wait),
+            (BackState::Starting, BackAction::Disconnect),
+            (BackState::StartingClosed, BackAction::Disconnect),
+            (BackState::Waiting, BackAction::Disconnect),
+            (BackState::Connected, BackAction::Disconnect),
+            (BackState::Closing, BackAction::Disconnect),
+            (BackState::Disconnected, BackAction::Remove),
+            (BackState::Closed, BackAction::Remove),
+            (BackState::Removed, BackAction::Wait),
         ] {
             assert_eq!(back(own, XenbusState::Unknown, true), action);
             assert_eq!(back(own, XenbusState::Unknown, false), action);
@@ -911,7 +948,7 @@ mod tests {
             (FrontAction::Connect, XenbusState::Connected),
             (FrontAction::Reset, XenbusState::Closed),
             (FrontAction::Restart, XenbusState::Initialising),
-            (FrontAction::Detach, XenbusState::Closed),
+            (FrontAction::Remove, XenbusState::Closed),
         ] {
             assert_eq!(action.next_state().map(FrontState::xenbus), Some(node));
         }
@@ -919,13 +956,13 @@ mod tests {
             assert_eq!(action.next_state(), None);
         }
         for (action, node) in [
-            (BackAction::Attach, Some(XenbusState::Connected)),
+            (BackAction::Connect, Some(XenbusState::Connected)),
             (BackAction::Close, Some(XenbusState::Closing)),
             (BackAction::Fail, Some(XenbusState::Closing)),
-            (BackAction::Drain, None),
+            (BackAction::Disconnect, None),
             (BackAction::Restart, Some(XenbusState::InitWait)),
             (BackAction::Finish, Some(XenbusState::Closed)),
-            (BackAction::Forget, Some(XenbusState::Closed)),
+            (BackAction::Remove, Some(XenbusState::Closed)),
         ] {
             assert_eq!(action.next_state().and_then(BackState::xenbus), node);
         }

@@ -41,16 +41,17 @@ pub const MAJOR: u32 = 202;
 const MINORS: u32 = 1 << 20;
 
 const EXTENDED_SHIFT: u32 = 28;
+const LAST_NUMBER: u32 = (2 << EXTENDED_SHIFT) - 1;
 const MINORS_PER_DISK: u32 = 16;
 const MINORS_PER_EXTENDED_DISK: u32 = 256;
 const MINORS_PER_HD: u32 = 64;
 
-/// Longest name: `xvd`, three letters, three digits.
+/// At least the length of the longest name, `xvd` with three letters and three digits.
 const NAME_LEN: usize = 12;
 
 /// The form of a virtual device number.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum NumberFormat {
+pub enum NumberForm {
     /// Major 202.
     Xvd,
     /// Extended: bit 28 is set.
@@ -76,12 +77,15 @@ impl fmt::Display for InvalidNumber {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             InvalidNumber::Beyond(number) => {
-                write!(f, "virtual device {number:#x} is above the extended range")
+                write!(
+                    f,
+                    "virtual device {number:#x} is above {LAST_NUMBER:#x}, the largest number"
+                )
             }
             InvalidNumber::Major(major) => {
                 write!(
                     f,
-                    "virtual device of major {major}, please use an xvd device instead"
+                    "virtual device of major {major}, which is no disk: use a name such as xvda"
                 )
             }
             InvalidNumber::Minor(minor) => {
@@ -163,7 +167,7 @@ impl fmt::Display for DiskName {
 pub struct VirtualDevice {
     /// The form of the number. In a guest that may also see emulated disks, only some forms are
     /// safe to use.
-    pub format: NumberFormat,
+    pub form: NumberForm,
     /// Number of the disk: 0 for `xvda`.
     pub disk: u32,
     /// First minor.
@@ -187,13 +191,13 @@ impl VirtualDevice {
     fn classic(major: u32, minor: u32) -> Result<Self, InvalidNumber> {
         let hd = |first: u32| {
             (
-                NumberFormat::Hd,
+                NumberForm::Hd,
                 (first + minor / MINORS_PER_HD) * MINORS_PER_DISK,
             )
         };
-        let sd = |group: u32| (NumberFormat::Sd, group * 256 + minor);
-        let (format, minor) = match major {
-            MAJOR => (NumberFormat::Xvd, minor),
+        let sd = |group: u32| (NumberForm::Sd, group * 256 + minor);
+        let (form, minor) = match major {
+            MAJOR => (NumberForm::Xvd, minor),
             3 => hd(0),
             22 => hd(2),
             8 => sd(0),
@@ -201,7 +205,7 @@ impl VirtualDevice {
             128..=135 => sd(major - 120),
             _ => return Err(InvalidNumber::Major(major)),
         };
-        Ok(Self::of_minor(format, minor, MINORS_PER_DISK))
+        Ok(Self::of_minor(form, minor, MINORS_PER_DISK))
     }
 
     fn extended(minor: u32) -> Result<Self, InvalidNumber> {
@@ -209,13 +213,13 @@ impl VirtualDevice {
             return Err(InvalidNumber::Minor(minor));
         }
         Ok(Self::of_minor(
-            NumberFormat::Extended,
+            NumberForm::Extended,
             minor,
             MINORS_PER_EXTENDED_DISK,
         ))
     }
 
-    fn of_minor(format: NumberFormat, minor: u32, per_disk: u32) -> Self {
+    fn of_minor(form: NumberForm, minor: u32, per_disk: u32) -> Self {
         let disk = minor / per_disk;
         let partition = minor % per_disk;
         let (minors, partition) = if partition == 0 {
@@ -224,7 +228,7 @@ impl VirtualDevice {
             (1, Some(partition))
         };
         VirtualDevice {
-            format,
+            form,
             disk,
             minor,
             minors,
@@ -247,17 +251,10 @@ mod tests {
         (1 << 28) + disk * 256 + partition
     }
 
-    fn assert_is(
-        number: u32,
-        format: NumberFormat,
-        disk: u32,
-        minor: u32,
-        minors: u32,
-        name: &str,
-    ) {
+    fn assert_is(number: u32, form: NumberForm, disk: u32, minor: u32, minors: u32, name: &str) {
         let device = VirtualDevice::new(number).unwrap();
         assert_eq!(device.name.as_str(), name, "{number:#x}");
-        assert_eq!((device.format, device.disk), (format, disk), "{number:#x}");
+        assert_eq!((device.form, device.disk), (form, disk), "{number:#x}");
         assert_eq!(
             (device.minor, device.minors),
             (minor, minors),
@@ -267,18 +264,18 @@ mod tests {
 
     #[test]
     fn xvd_numbers() {
-        assert_is(classic(202, 0), NumberFormat::Xvd, 0, 0, 16, "xvda");
-        assert_is(classic(202, 0x10), NumberFormat::Xvd, 1, 16, 16, "xvdb");
-        assert_is(classic(202, 0xf0), NumberFormat::Xvd, 15, 240, 16, "xvdp");
+        assert_is(classic(202, 0), NumberForm::Xvd, 0, 0, 16, "xvda");
+        assert_is(classic(202, 0x10), NumberForm::Xvd, 1, 16, 16, "xvdb");
+        assert_is(classic(202, 0xf0), NumberForm::Xvd, 15, 240, 16, "xvdp");
     }
 
     #[test]
     fn partitions() {
-        assert_is(classic(202, 1), NumberFormat::Xvd, 0, 1, 1, "xvda1");
-        assert_is(classic(202, 0xff), NumberFormat::Xvd, 15, 255, 1, "xvdp15");
+        assert_is(classic(202, 1), NumberForm::Xvd, 0, 1, 1, "xvda1");
+        assert_is(classic(202, 0xff), NumberForm::Xvd, 15, 255, 1, "xvdp15");
         assert_is(
             extended(26, 255),
-            NumberFormat::Extended,
+            NumberForm::Extended,
             26,
             26 * 256 + 255,
             1,
@@ -288,26 +285,12 @@ mod tests {
 
     #[test]
     fn extended_numbers() {
-        assert_is(extended(0, 0), NumberFormat::Extended, 0, 0, 256, "xvda");
-        assert_is(
-            extended(16, 0),
-            NumberFormat::Extended,
-            16,
-            4096,
-            256,
-            "xvdq",
-        );
-        assert_is(
-            extended(25, 0),
-            NumberFormat::Extended,
-            25,
-            6400,
-            256,
-            "xvdz",
-        );
+        assert_is(extended(0, 0), NumberForm::Extended, 0, 0, 256, "xvda");
+        assert_is(extended(16, 0), NumberForm::Extended, 16, 4096, 256, "xvdq");
+        assert_is(extended(25, 0), NumberForm::Extended, 25, 6400, 256, "xvdz");
         assert_is(
             extended(26, 0),
-            NumberFormat::Extended,
+            NumberForm::Extended,
             26,
             6656,
             256,
@@ -315,7 +298,7 @@ mod tests {
         );
         assert_is(
             extended(701, 0),
-            NumberFormat::Extended,
+            NumberForm::Extended,
             701,
             179_456,
             256,
@@ -323,7 +306,7 @@ mod tests {
         );
         assert_is(
             extended(702, 0),
-            NumberFormat::Extended,
+            NumberForm::Extended,
             702,
             179_712,
             256,
@@ -331,7 +314,7 @@ mod tests {
         );
         assert_is(
             extended(4095, 0),
-            NumberFormat::Extended,
+            NumberForm::Extended,
             4095,
             1_048_320,
             256,
@@ -339,7 +322,7 @@ mod tests {
         );
         assert_is(
             (1 << 28) + (1 << 20) - 1,
-            NumberFormat::Extended,
+            NumberForm::Extended,
             4095,
             1_048_575,
             1,
@@ -349,21 +332,21 @@ mod tests {
 
     #[test]
     fn hd_and_its_partitions() {
-        assert_is(classic(3, 0), NumberFormat::Hd, 0, 0, 16, "xvda");
-        assert_is(classic(3, 1), NumberFormat::Hd, 0, 0, 16, "xvda");
-        assert_is(classic(3, 64), NumberFormat::Hd, 1, 16, 16, "xvdb");
-        assert_is(classic(22, 0), NumberFormat::Hd, 2, 32, 16, "xvdc");
-        assert_is(classic(22, 65), NumberFormat::Hd, 3, 48, 16, "xvdd");
+        assert_is(classic(3, 0), NumberForm::Hd, 0, 0, 16, "xvda");
+        assert_is(classic(3, 1), NumberForm::Hd, 0, 0, 16, "xvda");
+        assert_is(classic(3, 64), NumberForm::Hd, 1, 16, 16, "xvdb");
+        assert_is(classic(22, 0), NumberForm::Hd, 2, 32, 16, "xvdc");
+        assert_is(classic(22, 65), NumberForm::Hd, 3, 48, 16, "xvdd");
     }
 
     #[test]
     fn sd_numbers() {
-        assert_is(classic(8, 0), NumberFormat::Sd, 0, 0, 16, "xvda");
-        assert_is(classic(8, 0x12), NumberFormat::Sd, 1, 18, 1, "xvdb2");
-        assert_is(classic(65, 0), NumberFormat::Sd, 16, 256, 16, "xvdq");
-        assert_is(classic(71, 0xf0), NumberFormat::Sd, 127, 2032, 16, "xvddx");
-        assert_is(classic(128, 0), NumberFormat::Sd, 128, 2048, 16, "xvddy");
-        assert_is(classic(135, 0xf0), NumberFormat::Sd, 255, 4080, 16, "xvdiv");
+        assert_is(classic(8, 0), NumberForm::Sd, 0, 0, 16, "xvda");
+        assert_is(classic(8, 0x12), NumberForm::Sd, 1, 18, 1, "xvdb2");
+        assert_is(classic(65, 0), NumberForm::Sd, 16, 256, 16, "xvdq");
+        assert_is(classic(71, 0xf0), NumberForm::Sd, 127, 2032, 16, "xvddx");
+        assert_is(classic(128, 0), NumberForm::Sd, 128, 2048, 16, "xvddy");
+        assert_is(classic(135, 0xf0), NumberForm::Sd, 255, 4080, 16, "xvdiv");
     }
 
     #[test]
@@ -390,11 +373,11 @@ mod tests {
     fn messages() {
         assert_eq!(
             InvalidNumber::Beyond(2 << 28).to_string(),
-            "virtual device 0x20000000 is above the extended range"
+            "virtual device 0x20000000 is above 0x1fffffff, the largest number"
         );
         assert_eq!(
             InvalidNumber::Major(9).to_string(),
-            "virtual device of major 9, please use an xvd device instead"
+            "virtual device of major 9, which is no disk: use a name such as xvda"
         );
         assert_eq!(
             InvalidNumber::Minor(1 << 20).to_string(),
@@ -413,7 +396,7 @@ mod tests {
             let Ok(device) = VirtualDevice::new(number) else {
                 continue;
             };
-            if device.format == NumberFormat::Xvd {
+            if device.form == NumberForm::Xvd {
                 continue;
             }
             let other = seen.insert(device.name.to_string(), number);

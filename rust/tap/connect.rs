@@ -177,29 +177,21 @@ impl Connection {
         adopt: bool,
     ) -> Result<(), Error> {
         let number = usize::try_from(index).unwrap_or(usize::MAX);
-        let responses = ring.memory.responses();
-        let abi = self.accepted.abi;
-        let (ring, inflight, consumer, adopted) = if adopt {
+        let wrong = |error| Error::Ring(index, error);
+        let MappedRing {
+            memory, channel, ..
+        } = ring;
+        let mut ring = BackRing::attach(memory, self.accepted.abi).map_err(wrong)?;
+        // The frontend can change `rsp_prod` in the ring: it is read once.
+        let responses = ring.responses_published();
+        let (inflight, consumer, adopted) = if adopt {
             let (inflight, adopted) = self.inflight.adopt(number, responses);
-            let consumer = adopted.consumer;
-            let attached = BackRing::adopt(ring.memory, abi, consumer);
-            (
-                attached.map(|attached| (attached, ring.channel)),
-                inflight,
-                consumer,
-                adopted.requests,
-            )
+            ring.adopt(adopted.consumer).map_err(wrong)?;
+            (inflight, adopted.consumer, adopted.requests)
         } else {
-            let attached = BackRing::attach(ring.memory, abi);
             let inflight = self.inflight.queue(number, responses);
-            (
-                attached.map(|attached| (attached, ring.channel)),
-                inflight,
-                responses,
-                Vec::new(),
-            )
+            (inflight, responses, Vec::new())
         };
-        let (ring, channel) = ring.map_err(|error| Error::Ring(index, error))?;
         self.adopted = self.adopted.saturating_add(adopted.len());
         let queues = usize::try_from(self.accepted.rings.queues).unwrap_or(usize::MAX);
         let quota = parts.quota.share(queues);

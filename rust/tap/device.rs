@@ -362,10 +362,10 @@ impl Device {
     /// Serves the device until it is removed. Returns an error if it cannot be served any longer.
     pub fn run(mut self) -> Result<(), Error> {
         self.start().during("watching xenstore")?;
-        while self.state != BackState::Gone {
+        while self.state != BackState::Removed {
             while self.step()? == Next::Again {}
             // An event may have been read along with a reply; `poll` does not report it.
-            if self.state != BackState::Gone && !self.take_events()? {
+            if self.state != BackState::Removed && !self.take_events()? {
                 self.wait()?;
                 self.take_events()?;
             }
@@ -439,14 +439,14 @@ impl Device {
         } else if self.threads != 0 {
             return Ok(Next::Wait);
         } else {
-            BackAction::Drain
+            BackAction::Disconnect
         };
         match action {
             BackAction::Wait | BackAction::Open => Ok(Next::Wait),
-            BackAction::Attach if self.has_to_wait() => Ok(Next::Wait),
-            BackAction::Attach => self.attach(),
+            BackAction::Connect if self.has_to_wait() => Ok(Next::Wait),
+            BackAction::Connect => self.attach(),
             BackAction::Retry => Ok(Next::Wait),
-            BackAction::Drain if self.stop() => Ok(Next::Wait),
+            BackAction::Disconnect if self.stop() => Ok(Next::Wait),
             BackAction::Fail => {
                 let state = read(&mut self.store, &self.nodes.frontend, "state")?;
                 let state = state.unwrap_or_default();
@@ -459,17 +459,17 @@ impl Device {
                 offered.during("writing offers")?;
                 self.enter(BackState::Waiting)
             }
-            BackAction::Drain => {
+            BackAction::Disconnect => {
                 self.draining = false;
                 self.may_adopt = false;
                 if let Some(table) = self.table.take() {
                     table.end();
                 }
-                self.enter(BackState::Detached)
+                self.enter(BackState::Disconnected)
             }
             BackAction::Close => self.enter(BackState::Closing),
             BackAction::Finish => self.enter(BackState::Closed),
-            BackAction::Forget => self.enter(BackState::Gone),
+            BackAction::Remove => self.enter(BackState::Removed),
         }
     }
 
@@ -517,9 +517,9 @@ impl Device {
         match self.describe(&connection)? {
             Switched::Written => {}
             Switched::Withdrawn => return Ok(Next::Again),
-            Switched::Refused(found) => return self.refused(BackState::Live, found),
+            Switched::Refused(found) => return self.refused(BackState::Connected, found),
         }
-        self.state = BackState::Live;
+        self.state = BackState::Connected;
         self.may_adopt = false;
         self.report(&connection);
         self.forget_failures()?;
@@ -631,7 +631,7 @@ impl Device {
         }
         match next {
             // The directory is gone, or is that of a new device.
-            BackState::Closing | BackState::Closed | BackState::Gone => {
+            BackState::Closing | BackState::Closed | BackState::Removed => {
                 self.state = next;
                 Ok(Next::Again)
             }
@@ -767,7 +767,7 @@ impl Device {
         let info = self.engine.refresh()?;
         let changed = self.disk.set_size(info.size);
         let sectors = self.disk.sectors();
-        if changed && self.state == BackState::Live && !self.draining {
+        if changed && self.state == BackState::Connected && !self.draining {
             self.switch_with(XenbusState::Connected, |transaction, dir| {
                 write(transaction, dir, "sectors", sectors)?;
                 Ok(true)

@@ -40,7 +40,7 @@ impl Error {
             Error::Node(_) | Error::Queue(..) | Error::Choice(_) => Failure::Frontend,
             Error::Ring(..) | Error::State(_) => Failure::Frontend,
             Error::Refused(_, _, _, error) | Error::Own(_, error) if is_shortage(error) => {
-                Failure::Shortage
+                Failure::Temporary
             }
             _ => Failure::Unusable { connected },
         }

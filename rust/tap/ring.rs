@@ -9,20 +9,12 @@ use std::sync::atomic::Ordering::Release;
 use std::sync::atomic::Ordering::SeqCst;
 use xen_user::memory::Pages;
 
-/// Number of the word that holds the index of the last published response.
-const RSP_PROD: usize = 2;
-
 /// The memory of a ring.
 pub(crate) struct RingMemory(Pages);
 
 impl RingMemory {
     pub(crate) fn new(pages: Pages) -> Self {
         Self(pages)
-    }
-
-    /// Returns how many responses have been published, modulo 2^32.
-    pub(crate) fn responses(&self) -> u32 {
-        self.0.load(RSP_PROD)
     }
 }
 

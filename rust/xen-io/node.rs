@@ -133,8 +133,8 @@ pub fn decimal_u32(node: &'static str, text: &[u8]) -> Result<u32, InvalidNode> 
     decimal(node, text, u64::from(u32::MAX)).map(|number| number as u32)
 }
 
-/// Parses a switch: 0 is off, every other number is on.
-pub fn switch(node: &'static str, text: &[u8]) -> Result<bool, InvalidNode> {
+/// Parses a truth value: 0 is `false`, every other number is `true`.
+pub fn boolean(node: &'static str, text: &[u8]) -> Result<bool, InvalidNode> {
     decimal_u32(node, text).map(|number| number != 0)
 }
 
@@ -226,10 +226,10 @@ mod tests {
 
     #[test]
     fn switches() {
-        assert_eq!(switch("n", b"0"), Ok(false));
-        assert_eq!(switch("n", b"1"), Ok(true));
-        assert_eq!(switch("n", b"2"), Ok(true));
-        assert!(switch("n", b"y").is_err());
+        assert_eq!(boolean("n", b"0"), Ok(false));
+        assert_eq!(boolean("n", b"1"), Ok(true));
+        assert_eq!(boolean("n", b"2"), Ok(true));
+        assert!(boolean("n", b"y").is_err());
     }
 
     #[test]

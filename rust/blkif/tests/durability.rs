@@ -15,10 +15,10 @@ use blkif::negotiate::negotiate;
 use blkif::negotiate::BackOffer;
 use blkif::negotiate::Features;
 use blkif::negotiate::Flush;
-use blkif::negotiate::FrontOffer;
+use blkif::negotiate::FrontLimits;
 use std::collections::HashSet;
 
-const FRONT: FrontOffer = FrontOffer {
+const FRONT: FrontLimits = FrontLimits {
     max_ring_page_order: 0,
     max_queues: 1,
     max_indirect_segments: 0,

@@ -39,7 +39,7 @@ enum FrontSide {
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 enum BackSide {
     /// The device was removed.
-    Gone,
+    Removed,
     Ours(BackState),
     /// The C driver, which knows the state that it wrote last.
     C(XenbusState),
@@ -261,7 +261,7 @@ impl World {
                 assert!(self.offered);
                 self.disk = true;
             }
-            FrontAction::Reset | FrontAction::Restart | FrontAction::Detach => self.unshare(),
+            FrontAction::Reset | FrontAction::Restart | FrontAction::Remove => self.unshare(),
         }
         self.front_write = action.next_state().map(FrontSide::Ours);
     }
@@ -303,7 +303,7 @@ impl World {
             self.back_writes(next);
         } else if let Some((state, online, ready)) = self.back_read.take() {
             match self.back {
-                BackSide::Gone => {}
+                BackSide::Removed => {}
                 BackSide::Ours(own) => {
                     let event = BackEvent::Frontend {
                         state,
@@ -325,18 +325,18 @@ impl World {
 
     fn back_does(&mut self, action: BackAction, own: BackState) {
         match action {
-            BackAction::Attach if self.offered => self.served = true,
+            BackAction::Connect if self.offered => self.served = true,
             // The frontend has torn its rings down in the meantime: they cannot be mapped.
-            BackAction::Attach => return self.back_fails(self.unusable(), own),
+            BackAction::Connect => return self.back_fails(self.unusable(), own),
             BackAction::Open if self.wrong => return self.back_fails(self.unusable(), own),
             BackAction::Open | BackAction::Retry => {}
-            BackAction::Drain => self.served = false,
+            BackAction::Disconnect => self.served = false,
             BackAction::Wait | BackAction::Close | BackAction::Fail => {}
             BackAction::Restart | BackAction::Finish => {}
-            BackAction::Forget => self.served = false,
+            BackAction::Remove => self.served = false,
         }
         self.back_write = action.next_state().map(|next| match next {
-            BackState::Gone => BackSide::Gone,
+            BackState::Removed => BackSide::Removed,
             _ => BackSide::Ours(next),
         });
     }
@@ -355,9 +355,9 @@ impl World {
     /// leads to Connected: what the frontend does meanwhile is told.
     fn back_writes(&mut self, next: BackSide) {
         let (state, looks_again) = match next {
-            BackSide::Gone => (Some(XenbusState::Closed), false),
+            BackSide::Removed => (Some(XenbusState::Closed), false),
             BackSide::C(state) => (Some(state), false),
-            BackSide::Ours(own) => (own.xenbus(), own != BackState::Live),
+            BackSide::Ours(own) => (own.xenbus(), own != BackState::Connected),
         };
         let ours = matches!(next, BackSide::Ours(_));
         if let Some(state) = state {
@@ -424,7 +424,7 @@ impl World {
         self.served = false;
         self.back_read = None;
         self.back_write = None;
-        self.back_writes(BackSide::Gone);
+        self.back_writes(BackSide::Removed);
     }
 
     /// The world after a blow, if it can befall this one.
@@ -442,7 +442,7 @@ impl World {
             Blow::FrontCrash => return None,
             Blow::FrontFailure => self.front_event(FrontEvent::Failed)?,
             Blow::FrontUnusable => {
-                self.front_event(FrontEvent::Unusable)?;
+                self.front_event(FrontEvent::ConnectionFailed)?;
                 // One that could not make an offer tries again.
                 self.front_wake = true;
             }
@@ -473,7 +473,7 @@ impl World {
     }
 
     fn ask_to_close(&mut self) -> Option<()> {
-        if !self.online || self.back == BackSide::Gone || self.back_node == XenbusState::Closed {
+        if !self.online || self.back == BackSide::Removed || self.back_node == XenbusState::Closed {
             return None;
         }
         self.back_node = XenbusState::Closing;
@@ -485,7 +485,7 @@ impl World {
     /// bus writes Closed if it finds Closing.
     fn back_rebind(&mut self) -> Option<()> {
         let c_would_be_lost = matches!(self.back, BackSide::C(_)) && !self.online;
-        let at_rest = self.back != BackSide::Gone && self.back_write.is_none();
+        let at_rest = self.back != BackSide::Removed && self.back_write.is_none();
         if !at_rest || c_would_be_lost || self.wakes_the_dead() {
             return None;
         }
@@ -511,7 +511,7 @@ impl World {
     fn fresh_back(&self) -> BackSide {
         match self.back {
             BackSide::C(_) => BackSide::C(XenbusState::InitWait),
-            BackSide::Ours(_) | BackSide::Gone => BackSide::Ours(match self.back_wrote {
+            BackSide::Ours(_) | BackSide::Removed => BackSide::Ours(match self.back_wrote {
                 XenbusState::Closing | XenbusState::Closed => BackState::StartingClosed,
                 _ => BackState::Starting,
             }),
@@ -523,7 +523,7 @@ impl World {
         if matches!(self.back, BackSide::C(_)) {
             return None;
         }
-        self.back_failure(Failure::Shortage)
+        self.back_failure(Failure::Temporary)
     }
 
     fn device_taken(&mut self) -> Option<()> {
@@ -545,7 +545,7 @@ impl World {
         }
         self.back_read = None;
         match self.back {
-            BackSide::Gone => return None,
+            BackSide::Removed => return None,
             BackSide::Ours(own) => self.back_fails(failure, own),
             BackSide::C(_) => self.back_writes(BackSide::C(XenbusState::Closing)),
         }
@@ -592,13 +592,13 @@ impl World {
         let FrontSide::Ours(own) = self.front else {
             return None;
         };
-        let moves = self.online && self.back != BackSide::Gone && self.front_write.is_none();
-        if own == FrontState::Dead || !moves {
+        let moves = self.online && self.back != BackSide::Removed && self.front_write.is_none();
+        if own == FrontState::Removed || !moves {
             return None;
         }
         let back = match self.back {
             BackSide::C(_) => C_BACK,
-            BackSide::Ours(_) | BackSide::Gone => OUR_BACK,
+            BackSide::Ours(_) | BackSide::Removed => OUR_BACK,
         };
         *self = World {
             ready: self.ready,
@@ -612,11 +612,11 @@ impl World {
     fn is_good_end(&self) -> bool {
         let front_over = match self.front {
             FrontSide::Absent => true,
-            FrontSide::Ours(own) => own == FrontState::Dead,
+            FrontSide::Ours(own) => own == FrontState::Removed,
             FrontSide::C(own) => own == XenbusState::Closed,
         };
         let back_over = match self.back {
-            BackSide::Gone => true,
+            BackSide::Removed => true,
             BackSide::Ours(own) => own == BackState::Closed,
             BackSide::C(own) => own == XenbusState::Closed,
         };

@@ -327,12 +327,13 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     /// (`xenbus_frontend_closed()`).
     ///
     /// Context: may sleep.
-    pub fn frontend_closed(&self) {
-        self.switch_state(XenbusState::Closed);
+    pub fn frontend_closed(&self) -> Switched {
+        let switched = self.switch_state(XenbusState::Closed);
         // Always returns 0. It writes the current state again, if any.
         //
         // SAFETY: The device is valid by the type invariant.
         let _ = unsafe { bindings_ext::xenbus_frontend_closed(self.as_raw()) };
+        switched
     }
 
     /// Logs an error and writes it to `error/<nodename>/error` in xenstore (`xenbus_dev_error()`).

@@ -9,13 +9,13 @@ use blkif::negotiate::BackLimits;
 use blkif::negotiate::BackOffer;
 use blkif::negotiate::DiskNodes;
 use blkif::negotiate::FrontChoice;
-use blkif::negotiate::FrontOffer;
+use blkif::negotiate::FrontLimits;
 use blkif::node;
 use blkif::node::InvalidNode;
 use blkif::vdev::VirtualDevice;
 use libfuzzer_sys::fuzz_target;
 
-const FRONT: FrontOffer = FrontOffer {
+const FRONT: FrontLimits = FrontLimits {
     max_ring_page_order: 4,
     max_queues: 8,
     max_indirect_segments: 256,

@@ -8,7 +8,6 @@ use proptest::prelude::*;
 const SLOTS: usize = 32;
 
 /// A ring: which requests are in it, by their slots.
-#[derive(Default)]
 struct Ring {
     slots: Reservations,
     in_flight: Vec<usize>,
@@ -40,7 +39,7 @@ proptest! {
         mut large in proptest::collection::vec(2..=SLOTS, 1..6),
         ends in proptest::collection::vec(any::<proptest::sample::Index>(), 1..8),
     ) {
-        let mut ring = Ring::default();
+        let mut ring = Ring { slots: Reservations::new(SLOTS), in_flight: Vec::new() };
         while ring.offer(1) {}
         let turns = large.len() * 2 * SLOTS;
         for turn in 0..turns {
@@ -60,7 +59,7 @@ proptest! {
     /// one waits.
     #[test]
     fn no_slot_is_given_twice(counts in proptest::collection::vec(1..=SLOTS, 0..100)) {
-        let mut slots = Reservations::new();
+        let mut slots = Reservations::new(SLOTS);
         let mut reserved = 0;
         for count in counts {
             if slots.reserve(count, SLOTS) {

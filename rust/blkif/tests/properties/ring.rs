@@ -5,7 +5,7 @@
 use crate::common::Words;
 use blkif::ring::BackRing;
 use blkif::ring::FrontRing;
-use blkif::ring::RingFull;
+use blkif::ring::NoSlot;
 use blkif::ring::SharedMemory;
 use blkif::wire::op;
 use blkif::wire::Abi;
@@ -140,7 +140,7 @@ impl Both {
     fn front_put(&mut self) {
         let room = self.put - self.answers_taken < self.capacity;
         let put = self.front.put(request(self.put));
-        assert_eq!(put, if room { Ok(()) } else { Err(RingFull) });
+        assert_eq!(put, if room { Ok(()) } else { Err(NoSlot) });
         if room {
             self.requests.push_back(self.put);
             self.put += 1;

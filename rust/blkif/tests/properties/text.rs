@@ -6,9 +6,9 @@ use blkif::negotiate::negotiate;
 use blkif::negotiate::BackOffer;
 use blkif::negotiate::DiskNodes;
 use blkif::negotiate::FrontChoice;
-use blkif::negotiate::FrontOffer;
+use blkif::negotiate::FrontLimits;
 use blkif::node;
-use blkif::vdev::NumberFormat;
+use blkif::vdev::NumberForm;
 use blkif::vdev::VirtualDevice;
 use proptest::prelude::*;
 
@@ -42,7 +42,7 @@ proptest! {
         let number = std::str::from_utf8(&text).ok().and_then(|text| text.parse::<u32>().ok());
         let expected = number.filter(|_| only_digits(&text));
         prop_assert_eq!(node::decimal_u32("n", &text).ok(), expected);
-        prop_assert_eq!(node::switch("n", &text).ok(), expected.map(|number| number != 0));
+        prop_assert_eq!(node::boolean("n", &text).ok(), expected.map(|number| number != 0));
     }
 
     #[test]
@@ -71,7 +71,7 @@ proptest! {
         persistent: bool,
         trusted: bool,
     ) {
-        let offer = FrontOffer {
+        let offer = FrontLimits {
             max_ring_page_order: front[0],
             max_queues: front[1],
             max_indirect_segments: front[2],
@@ -98,7 +98,7 @@ proptest! {
     #[test]
     fn an_extended_number_names_its_disk(disk in 0..4096u32, partition in 0..256u32) {
         let device = VirtualDevice::new((1 << 28) + disk * 256 + partition).unwrap();
-        prop_assert_eq!((device.format, device.disk), (NumberFormat::Extended, disk));
+        prop_assert_eq!((device.form, device.disk), (NumberForm::Extended, disk));
         let name = device.name.as_str().strip_prefix("xvd").unwrap();
         let letters = name.trim_end_matches(|c: char| c.is_ascii_digit());
         let number = letters.bytes().fold(0, |sum, letter| sum * 26 + u32::from(letter - b'a') + 1);

@@ -84,7 +84,7 @@ proptest! {
     fn ids_survive(epoch: u32, queue in 0..4096u16, part in 0..4096u16, tag: u16) {
         let id = RingId::new(epoch, queue, part, tag).unwrap();
         prop_assert_eq!(id.epoch(), epoch & 0xff_ffff);
-        prop_assert_eq!((id.queue(), id.part(), id.tag()), (queue, part, tag));
+        prop_assert_eq!((id.queue(), id.part(), id.shadow()), (queue, part, tag));
         prop_assert_eq!(RingId::from_wire(id.to_wire()), id);
     }
 }

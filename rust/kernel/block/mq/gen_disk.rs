@@ -376,9 +376,10 @@ impl<T: Operations> GenDisk<T> {
         unsafe { bindings::set_disk_ro(self.disk, read_only) };
     }
 
-    /// Changes the limits, while the queue is quiesced, frozen, or not in use yet.
+    /// Changes the limits.
     ///
-    /// Limits that `change` does not set stay the same. Fails with `EBUSY` if another task is
+    /// The queue is not frozen, so requests within the old limits may still come: the driver has to
+    /// serve them. Limits that `change` does not set stay the same. Fails with `EBUSY` if another task is
     /// changing the limits, for which it may wait for requests in flight.
     pub fn try_update_limits(&self, change: impl FnOnce(&mut QueueLimits)) -> Result {
         let mut limits = QueueLimits::new();
