@@ -1095,6 +1095,11 @@ impl Device {
         self.removal != Removal::None && self.state != FrontState::Removed
     }
 
+    /// Returns `true` if no request waits for a response or is being prepared.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.queues.iter().all(|queue| queue.is_idle())
+    }
+
     /// Returns `true` if no request waits for a response that may still arrive.
     pub(crate) fn is_drained(&self) -> bool {
         let waits = |queue: &Arc<Queue>| !queue.is_idle() && !queue.is_broken();

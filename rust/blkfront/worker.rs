@@ -355,7 +355,7 @@ impl DeviceWorker {
             let device = self.device.lock();
             let responses = device.responses();
             // The backend is not at fault while no request waits for it.
-            if responses != last.0 || device.is_drained() {
+            if responses != last.0 || device.is_idle() {
                 last = (responses, Instant::now());
             }
             if !device.is_served() {

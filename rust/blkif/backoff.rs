@@ -31,7 +31,7 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Creates delays from `first` to `longest`, at least 1.
+    /// Creates delays that start with `first` and grow to `longest`; each is at least 1.
     pub const fn new(first: u32, longest: u32) -> Self {
         let first = if first == 0 { 1 } else { first };
         Self {
@@ -54,10 +54,10 @@ impl Backoff {
     }
 }
 
-/// Calls `run` until it succeeds or fails with an error that is not `transient`, and returns its
-/// last result.
+/// Calls `run` until it succeeds, fails with an error that is not `transient`, or has been retried
+/// for `total` milliseconds, and returns its last result.
 ///
-/// Calls `sleep` in between, for at most `total` milliseconds in total.
+/// Context: as `sleep`, which is called in between and may sleep.
 pub fn retry<T, E>(
     mut backoff: Backoff,
     total: u32,

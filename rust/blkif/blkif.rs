@@ -4,37 +4,29 @@
 //!
 //! All decisions about a Xen virtual block device that need no kernel are made here: the layout and
 //! the checks of requests, the division of block requests into slots, the negotiation of features,
-//! and the reactions to changes of the other side's state. The crate allocates nothing, takes no
+//! and the reactions to changes of the peer's state. The crate allocates nothing, takes no
 //! lock, reads no clock and does no I/O, so all of it can be tested on the build machine in
-//! milliseconds. Both drivers link it.
+//! milliseconds. Both drivers and `rblktap` use it.
 //!
-//! # Terms
-//!
-//! - *Frontend*: the side that uses a disk of another domain. *Backend*: the side that serves it.
-//! - *Ring*: 1 to 16 pages of memory that both sides map. The frontend writes requests into its
-//!   *slots*, the backend overwrites them with responses.
-//! - *Sector*: always 512 bytes on the wire, whatever the logical block size of the disk is.
-//! - *Segment*: a run of sectors in one granted page of 4 KiB.
-//! - *Indirect request*: a request whose segments are in granted pages of their own, because a slot
-//!   has space for only 11.
-//! - *Word*: 32 bits, little endian. All structures of the protocol consist of whole words.
+//! `Documentation/terminology.rst` defines the terms. A *word* has 32 bits, little endian. All
+//! structures of the protocol consist of whole words.
 //!
 //! # Modules
 //!
 //! | module | question |
 //! |---|---|
 //! | [`wire`] | how are requests, responses and segments laid out, in each ABI? |
-//! | [`ring`] | which slot is next, and must the other side be notified? |
+//! | [`ring`] | which slot is next, and must the peer be notified? |
 //! | [`id`] | which request does a response belong to? |
 //! | [`request`] | is this request valid for this disk? (backend) |
 //! | [`plan`] | which slots does this block request need? (frontend) |
-//! | [`resources`] | how many slots, pages and grants does it need? (frontend) |
-//! | [`reservation`] | may it take its slots now? (frontend) |
+//! | [`resources`] | how many slots, pages and grants does a block request need? (frontend) |
+//! | [`reservation`] | may a block request take its slots now? (frontend) |
 //! | [`node`] | what is the value of a xenstore node? |
 //! | [`negotiate`] | which features do the two sides agree on? |
 //! | [`token_bucket`] | how often may the peer cause an action? |
 //! | [`backoff`] | when is an operation retried that fails now? |
-//! | [`state`] | what must a side do when the other one changes state? |
+//! | [`state`] | what must a side do when its peer changes state? |
 //! | [`vdev`] | which name and minors belong to a virtual device number? |
 //!
 //! The reference is `xen/include/public/io/blkif.h` and `ring.h` of the Xen project.

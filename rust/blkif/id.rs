@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The id of a request: the number of its shadow (*tag*), and the use of that shadow.
+//! The id of a request: epoch, hardware queue, part, and number of the shadow.
 //!
 //! A backend copies the id of a request to its response and does not use it otherwise. A response
-//! may be late, repeated or invented, so a request is not looked up by the tag alone: the frontend
-//! stores the whole id of each request that it has published, and a response with a different id
-//! matches no request.
+//! may be late, repeated or invented, so a request is not looked up by the number of its shadow
+//! alone: the frontend stores the whole id of each request that it has published, and a response
+//! with a different id matches no request.
 //!
 //! | bits | field | meaning |
 //! |---|---|---|
-//! | 0..16 | tag | number of the entry in the frontend's shadow table |
-//! | 16..28 | part | number of the slot among those of the request |
+//! | 0..16 | shadow | number of the entry in the frontend's shadow table |
+//! | 16..28 | part | index of the request among the parts of the block request |
 //! | 28..40 | queue | hardware queue |
-//! | 40..64 | epoch | count of uses of shadows; a response to an earlier use has another one |
+//! | 40..64 | epoch | incremented with each use of a shadow, so that a response to an earlier use has another id |
 //!
 //! # Examples
 //!
@@ -33,7 +33,7 @@ const FIELD_MASK: u16 = 0xfff;
 /// Epochs are counted modulo this number.
 pub const EPOCHS: u32 = 1 << 24;
 
-/// Hardware queues and parts are numbered below this.
+/// Number of possible values of the fields part and queue.
 pub const FIELD_LIMIT: u16 = FIELD_MASK + 1;
 
 /// The id in a request and in its response. Compare all of it.
@@ -45,7 +45,7 @@ impl RingId {
     ///
     /// Only the low 24 bits of `epoch` are used, so it may be a wrapping counter of 32 bits.
     #[inline]
-    pub const fn new(epoch: u32, queue: u16, part: u16, tag: u16) -> Option<Self> {
+    pub const fn new(epoch: u32, queue: u16, part: u16, shadow: u16) -> Option<Self> {
         if queue > FIELD_MASK || part > FIELD_MASK {
             return None;
         }
@@ -53,7 +53,7 @@ impl RingId {
             ((epoch as u64) << EPOCH_SHIFT)
                 | ((queue as u64) << QUEUE_SHIFT)
                 | ((part as u64) << PART_SHIFT)
-                | tag as u64,
+                | shadow as u64,
         ))
     }
 

@@ -6,7 +6,7 @@
 //! size of the rings within the backend's limits ([`RingShape`]) and writes them; the backend
 //! checks that choice ([`FrontChoice::check`]). When the backend is Connected, the frontend reads
 //! the properties of the disk ([`DiskNodes`]) and the features of the backend ([`BackOffer`]), and
-//! both use the same [`Features`].
+//! computes the [`Features`] that the connection has.
 //!
 //! A set of nodes is read like this, for each name in its `NODES`:
 //!
@@ -60,8 +60,8 @@ pub struct FrontLimits {
     pub max_indirect_segments: u32,
     /// `true` if persistent grants are used when the backend uses them.
     pub persistent: bool,
-    /// `true` unless the parameter or the node is 0: the backend may read whole pages of a request's
-    /// data.
+    /// `true` unless the parameter or the node is 0: the backend may read whole pages of a
+    /// request's data.
     pub trusted: bool,
 }
 
@@ -109,7 +109,7 @@ impl Default for BackOffer {
 }
 
 impl BackOffer {
-    /// Those of [`BackOffer::NODES`] with the largest number and size of rings.
+    /// The nodes of [`BackOffer::NODES`] that limit the number and the size of the rings.
     pub const RING_NODES: [&'static str; 2] = ["max-ring-page-order", "multi-queue-max-queues"];
 
     /// Nodes of the backend's directory that make up the offer. All are optional.
@@ -171,7 +171,7 @@ impl RingShape {
         }
     }
 
-    /// Pages of each ring.
+    /// Returns the number of pages of each ring.
     pub fn pages(&self) -> u32 {
         1u32.checked_shl(self.page_order).unwrap_or(1)
     }
@@ -214,7 +214,7 @@ pub struct DiscardLimits {
     pub secure: bool,
 }
 
-/// The features that both sides of a connection use.
+/// The features that a frontend uses on a connection.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Features {
     /// Number and size of the rings.
@@ -237,10 +237,10 @@ pub struct Features {
 impl Features {
     /// Returns the features for a disk that an earlier connection has created.
     ///
-    /// The block layer learns only once whether the disk has a write cache. Without one it drops
-    /// flushes and FUA, so a write that waits for a connection may have had FUA. If the disk has
-    /// had a write cache, this stays so: as long as no backend can flush, writes that were
-    /// completed before may not be durable.
+    /// The write cache of a disk is set when the disk is created. Without one the block layer drops
+    /// flushes and FUA; if the new backend has a cache, each write is followed by a flush
+    /// (`write_through`). With one, flushes keep coming; if the new backend cannot flush, they fail
+    /// ([`Flush::Unavailable`]), because earlier writes may not be durable.
     pub const fn for_disk(self, write_cache: bool) -> Self {
         let (flush, write_through) = match (self.flush, write_cache) {
             (Flush::None, true) => (Flush::Unavailable, false),
@@ -274,7 +274,8 @@ pub fn negotiate(front: &FrontLimits, back: &BackOffer) -> Features {
     }
 }
 
-/// Returns the number of indirect segments: none if they fit into a slot.
+/// Returns the largest number of segments of an indirect request, or 0 if it is no larger than that
+/// of a slot.
 fn indirect_segments(front: &FrontLimits, back: &BackOffer) -> u16 {
     let most = front.max_indirect_segments.min(back.max_indirect_segments);
     match most.min(INDIRECT_SEGMENTS as u32) as u16 {
@@ -301,7 +302,7 @@ fn discard(back: &BackOffer) -> Option<DiscardLimits> {
     })
 }
 
-/// The nodes that describe the disk, those that were read.
+/// The nodes that describe the disk, as far as they were read.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct DiskNodes {
     sectors: Option<u64>,
@@ -365,7 +366,7 @@ impl DiskNodes {
 
 /// Reads the node `sectors`.
 ///
-/// The size in bytes must be a positive `i64`, the kernel's type for offsets.
+/// The size in bytes must not exceed `i64::MAX`, the kernel's largest offset.
 fn sectors(text: &[u8]) -> Result<u64, InvalidNode> {
     node::decimal("sectors", text, i64::MAX as u64 / u64::from(SECTOR_SIZE))
 }

@@ -189,7 +189,7 @@ const fn block_pages(block_size: u32) -> u32 {
     }
 }
 
-/// Returns `count` rounded down to a multiple of `pages`, those of a block.
+/// Returns `count` rounded down to whole blocks of `pages` pages.
 #[inline]
 const fn whole_blocks(count: u32, pages: u32) -> u32 {
     match count.checked_rem(pages) {
@@ -304,7 +304,7 @@ pub fn direct<I: ExactSizeIterator<Item = WireSegment>>(
 }
 
 impl Part {
-    /// Returns the request for a part of the form [`SegmentPlacement::Direct`].
+    /// Returns the request for a part whose placement is [`SegmentPlacement::Direct`].
     ///
     /// `segments` are those of its fragments.
     #[inline]
@@ -318,10 +318,10 @@ impl Part {
         direct(direction, handle, id, self.sector, segments)
     }
 
-    /// Returns the request for a part of the form [`SegmentPlacement::Indirect`].
+    /// Returns the request for a part whose placement is [`SegmentPlacement::Indirect`].
     ///
-    /// `grefs` are those of the pages that hold the segments of its fragments, 512 in each but the
-    /// last.
+    /// `grefs` are those of the pages that hold the segments of its fragments: 512 segments in each
+    /// page but the last.
     #[inline]
     pub fn indirect(
         &self,

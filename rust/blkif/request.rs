@@ -89,7 +89,7 @@ impl DiskLimits {
         sectors & u64::from(self.block_sectors().wrapping_sub(1)) != 0
     }
 
-    /// Checks a range of sectors that is not empty.
+    /// Checks a range of sectors, which the caller knows not to be empty.
     #[inline]
     fn check_range(&self, sector: u64, sectors: u64) -> Result<(), InvalidRequest> {
         if self.misaligned(sector) {
@@ -118,7 +118,7 @@ impl DiskLimits {
 /// The reason why a request is refused.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum InvalidRequest {
-    /// The operation is not defined by the protocol, or was not offered.
+    /// The protocol does not define the operation.
     UnknownOperation(u8),
     /// An indirect request, although none were offered.
     IndirectNotOffered,
@@ -357,7 +357,7 @@ pub enum Data<'a> {
     Indirect(Unfetched<'a>),
 }
 
-/// Checked segments that were in the slot, and the range of the disk that they are for.
+/// Checked segments that were in the slot, and the range of the disk that they transfer.
 ///
 /// They stay in the request, which is in private memory and cannot change while this borrows it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -410,7 +410,8 @@ impl<'a> Unfetched<'a> {
         self.count
     }
 
-    /// Returns the grant references of the pages of segments, 512 in each but the last.
+    /// Returns the grant references of the pages that hold the segments: 512 segments in each page
+    /// but the last.
     #[inline]
     pub fn grefs(&self) -> &'a [u32] {
         self.grefs
@@ -423,7 +424,7 @@ impl<'a> Unfetched<'a> {
     }
 }
 
-/// Checks segments one after another, and their sum at the end.
+/// A check of the segments of a request, one after another, and of their total length at the end.
 #[derive(Clone, Copy, Debug)]
 pub struct SegmentChecker<'l> {
     limits: &'l DiskLimits,
@@ -454,7 +455,7 @@ impl<'l> SegmentChecker<'l> {
         Ok(segment)
     }
 
-    /// Checks that all segments were pushed, and checks the range of the disk that they are for.
+    /// Checks that all segments were pushed, and checks the range of the disk that they transfer.
     #[inline]
     pub fn finish(self) -> Result<Extent, InvalidRequest> {
         if self.fetched != self.expected {
@@ -478,11 +479,11 @@ pub enum Request<'a> {
     Read(Data<'a>),
     /// Write from the segments.
     Write(Data<'a>),
-    /// Make the writes durable whose responses were written before.
+    /// Make all writes durable that have got a response.
     Flush,
-    /// All earlier requests are complete and durable; then write the data, if any, and make it
-    /// durable; no later request starts before that. A flush with data is executed as a barrier,
-    /// which guarantees more.
+    /// Wait until all earlier requests are complete and durable, write the data, if any, make it
+    /// durable, and only then start later requests. A flush with data becomes a barrier, which
+    /// guarantees more.
     Barrier(Option<Direct<'a>>),
     /// Discard the data in a range.
     Discard {

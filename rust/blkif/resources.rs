@@ -3,8 +3,9 @@
 //! The resources of a ring that a block request needs: slots, granted pages, grants.
 //!
 //! A ring keeps pages for one request of the largest size that its disk may have in flight, so that
-//! one request can always proceed, even if there is no memory. A request that was queued under
-//! larger limits than the current ones gets all its slots and pages at once.
+//! one request can always proceed, even if there is no memory. A request that was queued under the
+//! larger limits of an earlier connection may need more than that; it also gets all its slots and
+//! pages at once.
 
 use crate::{
     plan::SlotLimits,
@@ -22,7 +23,7 @@ pub struct Resources {
     pub data: usize,
     /// Pages for the segments of indirect requests.
     pub indirect: usize,
-    /// Grants for the request's own pages.
+    /// Grants of the data pages of the block request, 0 if they are bounced.
     pub grants: u16,
 }
 
@@ -48,14 +49,14 @@ impl Resources {
         }
     }
 
-    /// Returns the number of pages that stay granted.
+    /// Returns the number of pages from the pool that the request needs.
     pub const fn pages(&self) -> usize {
         self.data.saturating_add(self.indirect)
     }
 }
 
-/// Returns `true` if `fragments` fragments of data, or none, need one slot and no other resources
-/// than their pages.
+/// Returns `true` if a request of `fragments` fragments, or of none, needs one slot and, apart from
+/// its data pages, nothing else.
 #[inline]
 pub const fn is_small(fragments: u32) -> bool {
     fragments as usize <= DIRECT_SEGMENTS

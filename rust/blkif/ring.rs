@@ -33,15 +33,15 @@
 //! A producer fills slots, then makes them visible (*publishes*) by storing its index, then reads
 //! the consumer's event index to decide whether to send a notification. A consumer takes all
 //! entries; before it sleeps, it stores its event index and then checks again for new entries
-//! (*final check*). A full barrier between the store and the load on both sides means that at least
-//! one of them sees the other's store, so no wakeup is lost.
+//! (*final check*). A full memory barrier between the store and the load on both sides means that
+//! at least one of them sees the other's store, so no wakeup is lost.
 //!
 //! # Trust
 //!
-//! A side stores its own indices in private memory and does not read them back from the ring; only a
-//! backend that attaches reads `rsp_prod`, once, and checks it like a value of the frontend. Slots
-//! are written and not read back; each word from the other side is read once, after its index and a
-//! read barrier.
+//! A side stores its own indices in private memory and does not read them back from the ring; only
+//! a backend that attaches reads `rsp_prod`, once, and checks it like a value of the frontend.
+//! Slots are written and not read back; each word from the other side is read once, after its index
+//! and a read barrier.
 //!
 //! Neither [`FrontRing`] nor [`BackRing`] takes a lock: the caller owns the ring, or holds the lock
 //! that protects it.
@@ -108,8 +108,7 @@ const RSP_PROD: usize = 2;
 const RSP_EVENT: usize = 3;
 const HEADER_WORDS: u32 = 16;
 
-/// An error in a ring. All but `Memory` and `Record` mean that the other side has violated the
-/// protocol.
+/// An error in a ring. All but `Memory` and `Record` mean that the peer has violated the protocol.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum RingError {
     /// The memory is not 1 to 16 whole pages; its size in words.
@@ -172,7 +171,7 @@ impl fmt::Display for RingError {
 pub struct NoSlot;
 
 /// Returns the number of slots of a ring of `words` words (`__CONST_RING_SIZE`): as many as fit
-/// behind the header, rounded down to a power of two. 32 for one page, in each ABI.
+/// behind the header, rounded down to a power of two. One page has 32 slots in each ABI.
 pub const fn capacity(words: usize, abi: Abi) -> u32 {
     let fit = (words as u32).saturating_sub(HEADER_WORDS) / abi.slot_words();
     match fit.checked_ilog2() {
@@ -271,7 +270,8 @@ impl<M: SharedMemory> Slots<M> {
 
     /// Asks to be notified when a producer index reaches `event`.
     ///
-    /// Returns `true` if it has already moved away from `cons`.
+    /// Returns `true` if the producer index differs from `cons`; then the event index may not have
+    /// been set.
     #[inline]
     fn final_check(&self, prod_word: usize, event_word: usize, cons: u32, event: u32) -> bool {
         if self.memory.load(prod_word) != cons {
@@ -384,9 +384,10 @@ impl<M: SharedMemory> FrontRing<M> {
     /// Returns `true` if responses have come in the meantime: take them now, because there may be
     /// no notification of them.
     ///
-    /// `threshold` is limited to between 1 and the number of published requests without a response,
-    /// so that the notification comes at the latest with the last of these responses. If it is more
-    /// than 1, a response is not noticed before as many have come, however long that takes.
+    /// `threshold` is clamped to the range from 1 to the number of published requests without a
+    /// response, so that the notification comes at the latest with the last of these responses.
+    /// With more than 1, a response is not noticed until that many have come, however long that
+    /// takes.
     #[inline]
     #[must_use = "responses that came before the event index was set are not notified"]
     pub fn final_check(&mut self, threshold: u32) -> bool {
@@ -406,9 +407,9 @@ impl<M: SharedMemory> FrontRing<M> {
         self.slots.memory.load(RSP_PROD) != self.rsp_cons
     }
 
-    /// Returns `true` if the backend has asked to be notified of a request that is published: it
-    /// was notified, and has not asked again since.
-    pub fn is_unnoticed(&self) -> bool {
+    /// Returns `true` if the backend has not moved its event index since a request reached it: it
+    /// may have missed the notification.
+    pub fn has_unnoticed_requests(&self) -> bool {
         let event = self.slots.memory.load(REQ_EVENT);
         self.req_prod.wrapping_sub(event) < self.slots.capacity
     }
@@ -810,9 +811,9 @@ mod tests {
         }
         assert!(front.publish());
         front.slots.memory.store(REQ_EVENT, 0);
-        assert!(!front.is_unnoticed());
+        assert!(!front.has_unnoticed_requests());
         front.slots.memory.store(REQ_EVENT, 1);
-        assert!(front.is_unnoticed());
+        assert!(front.has_unnoticed_requests());
     }
 
     #[test]
@@ -820,14 +821,14 @@ mod tests {
         for at in [0, u32::MAX - 1] {
             let pages = Pages::new(1);
             let (mut front, mut back) = pair(&pages, at);
-            assert!(!front.is_unnoticed(), "nothing to notice");
+            assert!(!front.has_unnoticed_requests(), "nothing to notice");
             front.put(request(0)).unwrap();
-            assert!(!front.is_unnoticed(), "not published");
+            assert!(!front.has_unnoticed_requests(), "not published");
             assert!(front.publish());
-            assert!(front.is_unnoticed());
+            assert!(front.has_unnoticed_requests());
             takes(&mut back, 0);
             assert!(!back.final_check());
-            assert!(!front.is_unnoticed());
+            assert!(!front.has_unnoticed_requests());
 
             assert!(!front.has_responses());
             assert_eq!(front.responses_taken(), at);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A limit on the rate of actions that the other side causes.
+//! A limit on the rate of actions that the peer causes.
 //!
 //! Time is a number of ticks that wraps; the caller defines a tick.
 //!
@@ -23,7 +23,7 @@ pub struct TokenBucket {
     most: u32,
     period: u64,
     left: u32,
-    /// Time since which the period of the next token has been running.
+    /// Start of the period at whose end the next token comes.
     since: u64,
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Virtual device numbers: from the number to name and minors.
+//! Virtual device numbers: from the number to the name and the minors of the disk.
 //!
 //! The toolstack writes the number of a disk into the node `virtual-device`. It has several forms,
 //! of which only those of major 202 are in use today; the others are from the time when a PV disk
@@ -165,8 +165,8 @@ impl fmt::Display for DiskName {
 /// The disk that a virtual device number names. The major is always [`MAJOR`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct VirtualDevice {
-    /// The form of the number. In a guest that may also see emulated disks, only some forms are
-    /// safe to use.
+    /// The form of the number. In an HVM guest a disk with a number of the form hd or sd may also
+    /// be emulated.
     pub form: NumberForm,
     /// Number of the disk: 0 for `xvda`.
     pub disk: u32,

@@ -15,9 +15,9 @@
 //! | 16 | 12 | sector u64 |
 //! | 24 | 20 | 11 segments of 8 bytes, or nr_sectors u64, or handle u16, padding, 8 grants u32 |
 //!
-//! All three kinds of request consist of whole words in the same positions, so a request is written
-//! to and read from the ring word by word, each word once. No uninitialised byte reaches the other
-//! domain (XSA-216), and no word is read twice (XSA-155).
+//! In each ABI a read or write, a discard and an indirect request consist of whole words, so a
+//! request is written and read word by word, each word once. No uninitialised byte reaches the
+//! other domain (XSA-216), and no word is read twice (XSA-155).
 //!
 //! The values of these types are not checked: see [`request`](crate::request).
 
@@ -244,7 +244,7 @@ impl RwRequest {
     }
 
     #[inline]
-    fn written(&self) -> RwEncoder<impl Iterator<Item = WireSegment> + '_> {
+    fn encoder(&self) -> RwEncoder<impl Iterator<Item = WireSegment> + '_> {
         RwEncoder {
             operation: self.operation,
             nr_segments: self.nr_segments,
@@ -256,7 +256,8 @@ impl RwRequest {
     }
 }
 
-/// A [`RwRequest`] that is only written: its segments are created while they are written.
+/// A read, write, barrier or flush to be written into a slot: its segments come from an iterator
+/// and are not stored.
 pub struct RwEncoder<I> {
     /// One of [`op::READ`], [`op::WRITE`], [`op::WRITE_BARRIER`], [`op::FLUSH_DISKCACHE`].
     pub operation: u8,
@@ -295,7 +296,7 @@ impl<I: Iterator<Item = WireSegment>> Encode for RwEncoder<I> {
 /// Request to discard sectors.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct DiscardRequest {
-    /// [`DISCARD_SECURE`] or 0.
+    /// Flags as written; [`DISCARD_SECURE`] is the only one that is defined.
     pub flag: u8,
     /// Number of the virtual device. Backends ignore it.
     pub handle: u16,
@@ -310,7 +311,8 @@ pub struct DiscardRequest {
 /// Read or write whose segments are in granted pages of their own.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct IndirectRequest {
-    /// [`op::READ`] or [`op::WRITE`]. The response repeats it in place of [`op::INDIRECT`].
+    /// Operation of the data as written: valid if it is [`op::READ`] or [`op::WRITE`]. The response
+    /// repeats it in place of [`op::INDIRECT`].
     pub operation: u8,
     /// Number of segments as written, which may be more than the pages hold.
     pub nr_segments: u16,
@@ -351,7 +353,7 @@ pub enum WireRequest {
     /// Read or write with its segments in pages of their own.
     Indirect(IndirectRequest),
     /// An operation that this protocol does not have. The id is in the same position in all kinds
-    /// of requests, so it can get a response.
+    /// of requests, so even this request can get a response.
     Unknown {
         /// The operation as written.
         operation: u8,
@@ -360,7 +362,8 @@ pub enum WireRequest {
     },
 }
 
-/// A request or response as words, for tests and tools. The drivers use [`ring`](crate::ring).
+/// A request as words, for tests and for records of requests. The drivers use
+/// [`ring`](crate::ring).
 pub type RequestWords = [u32; REQUEST_WORDS];
 
 impl WireRequest {
@@ -417,10 +420,11 @@ impl WireRequest {
 
     /// Reads the request whose words `next` returns, in order.
     ///
-    /// Each word that the request uses is read once, and no other.
+    /// Each word up to the last one that the request uses, padding included, is read once, and none
+    /// after it.
     ///
-    /// A request is large, so it is read into its final place, and words that are zero already are
-    /// not cleared again.
+    /// A request is large, so it is read in place. Only segments that the previous request has left
+    /// are cleared.
     #[inline]
     pub(crate) fn read(&mut self, abi: Abi, mut next: impl FnMut() -> u32) {
         let [operation, byte1, byte2, byte3] = next().to_le_bytes();
@@ -468,7 +472,7 @@ impl Encode for WireRequest {
     #[inline]
     fn write(self, abi: Abi, mut put: impl FnMut(u32)) {
         match self {
-            WireRequest::Rw(r) => r.written().write(abi, put),
+            WireRequest::Rw(r) => r.encoder().write(abi, put),
             WireRequest::Discard(r) => r.write(abi, &mut put),
             WireRequest::Indirect(r) => r.write(abi, &mut put),
             WireRequest::Unknown { operation, id } => {
@@ -500,7 +504,7 @@ impl RwRequest {
         id: u64,
         next: &mut impl FnMut() -> u32,
     ) {
-        // Those of the request that was here before, beyond which all are zero.
+        // Number of segments that the previous request has left; those after them are zero.
         let before = self.segments().len();
         self.operation = operation;
         self.nr_segments = nr_segments;

@@ -3,11 +3,12 @@
 //! The ring's handshake under a concurrency checker, and how the backend hands a ring over.
 //!
 //! Both ends run in threads of `loom`, which tries every order in which their loads and stores can
-//! take effect under the memory model of the language. A lost wakeup is a deadlock, which loom
-//! reports; a slot that is read before it was written holds something else than expected.
+//! take effect under the memory model of the language; `handoff` is limited to two preemptions. A
+//! lost wakeup is a deadlock, which loom reports; a slot that is read before it was written holds
+//! something other than expected.
 //!
-//! To show that the checker would see a mistake, each barrier is also left out in turn: then the
-//! same tests must fail. The same goes for the handoff (`handoff`).
+//! To show that the checker would see a mistake, each memory barrier is also left out in turn: then
+//! the same tests must fail. The same goes for the handoff (`handoff`).
 
 #![cfg(test)]
 
@@ -27,7 +28,7 @@ use loom::sync::Notify;
 use loom::thread;
 use std::sync::Arc;
 
-/// A barrier that is left out.
+/// The memory barrier that is left out.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Without {
     Nothing,
@@ -120,7 +121,8 @@ fn pair(without: Without) -> (Front, Back) {
     (front, back)
 }
 
-/// Ids start at 1, so that a word that was not written is not taken for one.
+/// Sends `count` requests. Their ids start at 1, so that a word that was not written is not taken
+/// for one.
 fn send_requests(front: &mut Front, event: &Notify, count: u64) {
     for id in 1..=count {
         front.put(request(id)).unwrap();
@@ -130,7 +132,7 @@ fn send_requests(front: &mut Front, event: &Notify, count: u64) {
     }
 }
 
-/// Takes requests until all are there; sleeps when it must.
+/// Takes `count` requests, and sleeps when there are none.
 fn take_requests(back: &mut Back, event: &Notify, count: u64) {
     let mut next = 1;
     while next <= count {
@@ -168,7 +170,7 @@ fn take_responses(front: &mut Front, event: &Notify, count: u64, threshold: u32)
     }
 }
 
-/// Two requests, published one after the other.
+/// Checks that two requests arrive that are published one after the other.
 fn requests_arrive(without: Without) {
     loom::model(move || {
         let (mut front, mut back) = pair(without);
@@ -180,7 +182,7 @@ fn requests_arrive(without: Without) {
     });
 }
 
-/// Two responses, published one after the other.
+/// Checks that two responses arrive that are published one after the other.
 fn responses_arrive(without: Without, threshold: u32) {
     loom::model(move || {
         let (mut front, mut back) = pair(without);
@@ -194,7 +196,7 @@ fn responses_arrive(without: Without, threshold: u32) {
     });
 }
 
-/// A request goes and its response comes back, over the same slot.
+/// Checks that a request and its response pass through the same slot.
 fn a_round_trip(without: Without) {
     loom::model(move || {
         let (mut front, mut back) = pair(without);

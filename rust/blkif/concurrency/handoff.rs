@@ -28,13 +28,13 @@ use std::sync::Arc;
 /// below shows with two preemptions.
 const PREEMPTIONS: usize = 2;
 
-/// A step that is omitted.
+/// The step that is omitted, named as in `ring-handoff.rst`.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Skip {
     Nothing,
     /// T7: a thread that stops notifies the frontend before it closes the channel.
     LastNotify,
-    /// C5: the barrier between the flag and the check for a sleeper.
+    /// C5: the memory barrier between the flag and the check for a sleeper.
     WakeBarrier,
     /// T3: the check of the flag once the thread counts as sleeping.
     SleepCheck,
@@ -102,7 +102,7 @@ impl Handoff {
         })
     }
 
-    /// C1 to C6: the I/O of a request has completed, and needs the thread or only its response.
+    /// Handles the completion of a request, which needs the thread or only a response (C1 to C6).
     fn complete(&self, id: u64, needs_thread: bool) {
         let mut state = self.state.lock().unwrap();
         if let (RingOwner::Completion(ring), false) = (&mut state.owner, needs_thread) {
@@ -126,7 +126,7 @@ impl Handoff {
         }
     }
 
-    /// C5, C6.
+    /// Wakes the thread if it sleeps (C5, C6).
     fn wake_up(&self) {
         if self.skip != Skip::WakeBarrier {
             fence(Ordering::SeqCst);
@@ -136,7 +136,7 @@ impl Handoff {
         }
     }
 
-    /// T2 to T4.
+    /// Sleeps until a request has completed (T2 to T4).
     fn wait(&self) {
         loop {
             self.sleeps.store(true, Ordering::Relaxed);
@@ -152,7 +152,7 @@ impl Handoff {
         self.sleeps.store(false, Ordering::Relaxed);
     }
 
-    /// T1. Returns the ring if completed requests need the thread.
+    /// Lends the ring (T1), or returns it if completed requests need the thread.
     fn lend(&self, ring: Back) -> Result<(), Back> {
         let mut state = self.state.lock().unwrap();
         if !state.completed.is_empty() {
@@ -162,7 +162,7 @@ impl Handoff {
         Ok(())
     }
 
-    /// T5. Returns the ring, and the number of requests that were responded to.
+    /// Reclaims the ring (T5). Returns it, and the number of requests that were responded to.
     fn reclaim(&self) -> (Option<Back>, u64) {
         let mut state = self.state.lock().unwrap();
         let ring = match std::mem::replace(&mut state.owner, RingOwner::Thread) {
@@ -176,7 +176,7 @@ impl Handoff {
         (ring, responded)
     }
 
-    /// T6.
+    /// Takes the completed requests (T6).
     fn take_completed(&self) -> Vec<u64> {
         if !self.has_completed.load(Ordering::Relaxed) {
             return Vec::new();

@@ -77,7 +77,7 @@ impl<'a> Page<'a> {
         self.words.borrow_mut()[word] = Some(value);
     }
 
-    /// The next number of the input, or `None` at its end.
+    /// Returns the next number of the input, or `None` at its end.
     pub fn next(&self) -> Option<u32> {
         let mut input = self.input.borrow_mut();
         (!input.is_empty()).then(|| input.u32())

@@ -38,17 +38,17 @@ fuzz_target!(|data: &[u8]| {
         };
         let (name, text) = (&line[..equals], &line[equals + 1..]);
         if let Some(node) = find(&BackOffer::NODES, name) {
-            print(offer.set(node, text));
+            check_message(offer.set(node, text));
         }
         if let Some(node) = find(&DiskNodes::NODES, name) {
-            print(disk.set(node, text));
+            check_message(disk.set(node, text));
         }
         if let Some(node) = find(&FrontChoice::NODES, name) {
-            print(choice.set(node, text));
+            check_message(choice.set(node, text));
         }
         match name {
-            b"virtual-device" => print(node::device_number("virtual-device", text).map(name_of)),
-            b"physical-device" => print(node::physical_device("physical-device", text)),
+            b"virtual-device" => check_message(node::device_number("virtual-device", text).map(name_of)),
+            b"physical-device" => check_message(node::physical_device("physical-device", text)),
             _ => {}
         }
     }
@@ -59,8 +59,8 @@ fn find(nodes: &'static [&'static str], name: &[u8]) -> Option<&'static str> {
     nodes.iter().find(|node| node.as_bytes() == name).copied()
 }
 
-/// A complaint must be fit for the log.
-fn print<T>(result: Result<T, InvalidNode>) {
+/// Checks that an error message is fit for the log.
+fn check_message<T>(result: Result<T, InvalidNode>) {
     if let Err(bad) = result {
         let message = bad.to_string();
         assert!(message.len() < 200);

@@ -35,7 +35,7 @@ fuzz_target!(|data: &[u8]| {
         ..Choice::PLAIN
     };
     let mut front = Front::connect(&mut toolstack, choice);
-    // Some valid references, at places where requests have them.
+    // Random words of the ring get a valid reference, a small number or any number.
     for round in 0..1 + input.u8() % 4 {
         let memory = &front.rings[0].memory;
         for _ in 0..input.u8() {

@@ -81,10 +81,10 @@ proptest! {
     }
 
     #[test]
-    fn ids_survive(epoch: u32, queue in 0..4096u16, part in 0..4096u16, tag: u16) {
-        let id = RingId::new(epoch, queue, part, tag).unwrap();
+    fn ids_survive(epoch: u32, queue in 0..4096u16, part in 0..4096u16, shadow: u16) {
+        let id = RingId::new(epoch, queue, part, shadow).unwrap();
         prop_assert_eq!(id.epoch(), epoch & 0xff_ffff);
-        prop_assert_eq!((id.queue(), id.part(), id.shadow()), (queue, part, tag));
+        prop_assert_eq!((id.queue(), id.part(), id.shadow()), (queue, part, shadow));
         prop_assert_eq!(RingId::from_wire(id.to_wire()), id);
     }
 }
