@@ -2,9 +2,10 @@
 
 //! etcd, by the JSON gateway of its version 3 protocol.
 //!
-//! A call that gets no answer is sent again, to the next member, for up to [`RETRY`]. So that a
-//! transaction is not applied twice, each one also writes a key of its own, and is applied only if
-//! there is no such key.
+//! A call that gets no answer is sent again, to the next member, for up to [`RETRY`]. The attempt
+//! without an answer may have been applied, or may be applied at any later time. So each
+//! transaction has a key of its own, which all of its attempts write unless it is there. The first
+//! attempt that is applied decides, and the others find its result.
 
 use crate::random::random_uuid;
 use crate::store::{Change, Commit, Condition, Entry, Lease, Store};
@@ -29,6 +30,9 @@ const TOKEN_TIME: Duration = Duration::from_secs(60);
 
 /// The start of the keys of transactions.
 const TOKENS: &str = "/rblk/1/commit/";
+
+/// The value of the key of a transaction whose conditions were not true.
+const CONFLICT: &str = "conflict";
 
 /// gRPC's numbers of errors after which a call is sent again: deadline exceeded and unavailable.
 const PASSING: [i64; 2] = [4, 14];
@@ -179,6 +183,21 @@ fn change(change: &Change) -> Value {
     }
 }
 
+/// Returns the result of a transaction from the answer to an attempt; [`None`] if there is none.
+fn commit_result(answer: &Value) -> Option<Commit> {
+    if answer.get("succeeded").and_then(Value::as_bool) == Some(true) {
+        return number(answer.pointer("/header/revision")).map(Commit::Done);
+    }
+    // An earlier attempt has decided if the key is there.
+    let token = "/responses/0/response_txn/responses/0/response_range/kvs/0";
+    match answer.pointer(token) {
+        Some(token) if decoded(token.get("value")) != CONFLICT => {
+            number(token.get("mod_revision")).map(Commit::Done)
+        }
+        _ => Some(Commit::Conflict),
+    }
+}
+
 impl Store for Etcd {
     fn list(&self, prefix: &str) -> Result<Vec<Entry>> {
         let body = json!({"key": encoded(prefix), "range_end": range_end(prefix)});
@@ -195,31 +214,22 @@ impl Store for Etcd {
     fn commit(&self, conditions: &[Condition], changes: &[Change]) -> Result<Commit> {
         let lease = self.grant(TOKEN_TIME)?;
         let token = format!("{TOKENS}{}", random_uuid()?);
+        let put_token =
+            |value: &str| change(&Change::Put(token.clone(), value.to_owned(), Some(lease)));
+        let is_first = condition(&Condition::Absent(token.clone()));
         let mut compare: Vec<Value> = conditions.iter().map(condition).collect();
-        compare.push(condition(&Condition::Absent(token.clone())));
+        compare.push(is_first.clone());
         let mut success: Vec<Value> = changes.iter().map(change).collect();
-        success.push(change(&Change::Put(
-            token.clone(),
-            String::new(),
-            Some(lease),
-        )));
-        let failure = json!([{"request_range": {"key": encoded(&token)}}]);
+        success.push(put_token(""));
+        let failure = json!({
+            "compare": [is_first],
+            "success": [put_token(CONFLICT)],
+            "failure": [{"request_range": {"key": encoded(&token)}}],
+        });
+        let failure = json!([{"request_txn": failure}]);
         let body = json!({"compare": compare, "success": success, "failure": failure});
         let answer = self.call("kv/txn", &body)?;
-        let revision = if answer.get("succeeded").and_then(Value::as_bool) == Some(true) {
-            let header = answer.get("header");
-            let revision = header.and_then(|header| number(header.get("revision")));
-            Some(revision.ok_or_else(|| malformed("kv/txn"))?)
-        } else {
-            // An attempt without an answer was applied if its key is there.
-            let range = answer
-                .pointer("/responses/0/response_range/kvs/0")
-                .map(|key| number(key.get("mod_revision")));
-            range
-                .map(|revision| revision.ok_or_else(|| malformed("kv/txn")))
-                .transpose()?
-        };
-        Ok(revision.map_or(Commit::Conflict, Commit::Done))
+        commit_result(&answer).ok_or_else(|| malformed("kv/txn"))
     }
 
     fn grant(&self, time: Duration) -> Result<Lease> {

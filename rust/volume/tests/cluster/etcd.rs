@@ -2,6 +2,7 @@
 
 //! Transactions and leases of etcd.
 
+use crate::proxy::{Fault, Proxy};
 use daemons::Etcd;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -95,6 +96,34 @@ fn members_that_are_killed_cost_time_and_no_transaction_is_lost_or_applied_twice
     etcd.wait();
     let client = Client::new(etcd.urls());
     assert_eq!(client.list("/n/").unwrap().len(), number);
+}
+
+#[test]
+fn a_transaction_whose_answer_was_lost_is_applied_once() {
+    let etcd = Etcd::start(1);
+    let proxy = Proxy::start(&etcd.urls()[0], Fault::LosesAnswer);
+    let client = Client::new(vec![proxy.url()]);
+    let absent = [Condition::Absent("/a".to_owned())];
+    let commit = client.commit(&absent, &[put("/a", "1")]).unwrap();
+    let entry = client.get("/a").unwrap().unwrap();
+    assert_eq!(commit, Commit::Done(entry.revision));
+    assert!(proxy.has_failed());
+}
+
+#[test]
+fn after_a_conflict_a_late_attempt_is_not_applied() {
+    let etcd = Etcd::start(1);
+    let client = Client::new(etcd.urls());
+    assert!(is_done(client.commit(&[], &[put("/a", "1")]).unwrap()));
+    let proxy = Proxy::start(&etcd.urls()[0], Fault::Delays);
+    let slow = Client::new(vec![proxy.url()]);
+    let absent = [Condition::Absent("/a".to_owned())];
+    let commit = slow.commit(&absent, &[put("/a", "2")]).unwrap();
+    assert_eq!(commit, Commit::Conflict);
+    let delete = Change::Delete("/a".to_owned());
+    assert!(is_done(client.commit(&[], &[delete]).unwrap()));
+    assert!(proxy.deliver().contains("\"response_range\""));
+    assert_eq!(client.get("/a").unwrap(), None);
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod create;
 mod etcd;
 mod host;
 mod io;
+mod proxy;
 
 use daemons::Ceph;
 use std::sync::OnceLock;
