@@ -61,6 +61,9 @@ pub fn run_volume(command: &VolumeCommand, json: bool) -> Result<(), Error> {
             Ok(())
         }
         VolumeCommand::Release { volume } => Ok(registry.release(volume).map_err(failure)?),
+        VolumeCommand::HandOver { volume, host } => {
+            Ok(registry.hand_over(volume, host).map_err(failure)?)
+        }
         VolumeCommand::Gc { storage } => collect(&registry, storage.as_deref(), json),
     }
 }

@@ -11,9 +11,12 @@
 //! * On other storages the volume can be attached only where the process is known to have ended: on
 //!   the same host. On another host, the administrator confirms that with [`Registry::release`].
 //!
+//! A writer on a host that lives gives the volume up only if it is [handed over](crate::hand_over).
+//!
 //! When etcd does not answer, the process continues. When etcd answers again after the lease has
 //! ended, the process takes its place again, unless another one has taken it meanwhile.
 
+use crate::hand_over::{self, handed_over, HandOver, Takeover};
 use crate::holder::Holder;
 use crate::name::VolumeName;
 use crate::random::random_uuid;
@@ -83,6 +86,10 @@ impl Keys {
         image_key(kind, &self.name.storage, &self.uuid)
     }
 
+    fn hand_over(&self) -> String {
+        hand_over::key(&self.name.storage, &self.uuid)
+    }
+
     fn put_own(&self, lease: Lease) -> Change {
         Change::Put(self.own.clone(), self.value.clone(), Some(lease))
     }
@@ -136,6 +143,7 @@ impl Attachment {
         let (stop, stopped) = channel();
         let keeper = Keeper {
             registry,
+            interval: keys.lease_time.div_f64(3.0),
             keys,
             held,
         };
@@ -210,8 +218,16 @@ fn attach_writer<S: Store>(
     let store = registry.store();
     let lease = store.grant(keys.lease_time)?;
     let readers = keys.key("reader") + "/";
+    let takeover = Takeover {
+        store,
+        name: &keys.name,
+        uuid: &keys.uuid,
+        holder,
+    };
+    takeover.request(lease)?;
     for _ in 0..ATTEMPTS {
         let (entry, volume) = registry.volume(&keys.name)?;
+        let hand_over = takeover.check(storage.can_fence())?;
         let writer = store.get(&keys.own)?;
         let last = store.get(&keys.key("last"))?;
         check_former(keys, holder, storage.can_fence(), &writer, &last)?;
@@ -222,9 +238,14 @@ fn attach_writer<S: Store>(
             Condition::Unchanged(entry.key, entry.revision),
             unchanged(&writer, &keys.own),
             unchanged(&last, &keys.key("last")),
+            unchanged(&hand_over, &keys.hand_over()),
             Condition::NoneWith(readers.clone()),
         ];
-        let changes = [keys.put_own(lease), keys.put_last()];
+        let changes = [
+            keys.put_own(lease),
+            keys.put_last(),
+            Change::Delete(keys.hand_over()),
+        ];
         if let Commit::Done(revision) = store.commit(&conditions, &changes)? {
             if last.is_some() && storage.can_fence() {
                 fence(store, storage, keys, lease)?;
@@ -301,6 +322,13 @@ struct Keeper<S> {
     registry: Arc<Registry<S>>,
     keys: Keys,
     held: Held,
+    /// The time between two renewals.
+    interval: Duration,
+}
+
+/// Returns `true` if the error of a renewal means that the volume is no longer attached.
+fn is_loss(error: &Error) -> bool {
+    matches!(error.errno(), Errno::SHUTDOWN | Errno::NOENT | Errno::BUSY)
 }
 
 impl<S: Store> Keeper<S> {
@@ -309,18 +337,15 @@ impl<S: Store> Keeper<S> {
         mut self,
         mut wait: impl FnMut(Duration) -> std::result::Result<bool, RecvTimeoutError>,
     ) -> Result<()> {
-        let interval = self.keys.lease_time.div_f64(3.0);
         let removes = loop {
-            match wait(interval) {
+            match wait(self.interval) {
                 Ok(removes) => break removes,
                 Err(RecvTimeoutError::Timeout) => {}
                 // The image may still be open, so the lease just ends.
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
             match self.renew() {
-                Err(error) if matches!(error.errno(), Errno::SHUTDOWN | Errno::NOENT) => {
-                    return Err(error);
-                }
+                Err(error) if is_loss(&error) => return Err(error),
                 // etcd may answer again.
                 Err(error) => eprintln!("{}: {error}", self.keys.name),
                 Ok(()) => {}
@@ -335,7 +360,7 @@ impl<S: Store> Keeper<S> {
     fn renew(&mut self) -> Result<()> {
         let store = self.registry.store();
         if store.keep_alive(self.held.lease())? {
-            return Ok(());
+            return self.check_hand_over();
         }
         self.held = match self.held {
             Held::Reader(_) => attach_reader(&self.registry, &self.keys).map_err(|error| {
@@ -348,6 +373,23 @@ impl<S: Store> Keeper<S> {
             Held::Writer { revision, .. } => self.attach_again(revision)?,
         };
         Ok(())
+    }
+
+    /// Returns an error if the volume is handed over; looks often once that is allowed.
+    fn check_hand_over(&mut self) -> Result<()> {
+        if let Held::Reader(_) = self.held {
+            return Ok(());
+        }
+        let entry = self.registry.store().get(&self.keys.hand_over())?;
+        self.interval = match entry {
+            Some(_) => hand_over::INTERVAL,
+            None => self.keys.lease_time.div_f64(3.0),
+        };
+        let value: Option<HandOver> = entry.as_ref().map(parse).transpose()?;
+        match value.as_ref().and_then(HandOver::taker) {
+            Some(taker) => Err(handed_over(&self.keys.name, taker)),
+            None => Ok(()),
+        }
     }
 
     /// Takes the place of the writer again, which no other process has taken meanwhile.

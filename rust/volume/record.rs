@@ -10,6 +10,7 @@
 //! | `intent/S/U` | with a lease: a process creates or changes this image |
 //! | `writer/S/U` | with a lease: [`Holder`](crate::Holder), where the volume is attached for writing |
 //! | `last/S/U` | [`Holder`](crate::Holder), where it was attached last, until it is detached |
+//! | `handover/S/U` | with a lease: [`HandOver`](crate::hand_over::HandOver), where it may be attached next |
 //! | `reader/S/U/T` | with a lease: [`Holder`](crate::Holder), where it is attached for reading |
 
 use crate::name::VolumeName;

@@ -15,6 +15,7 @@
 //! | [`registry`] | storages and volumes: add, create, list, resize, snapshot, clone, remove, collect |
 //! | [`holder`] | the process that has a volume attached |
 //! | [`attachment`] | the single writer of a volume |
+//! | [`hand_over`] | the next writer of a volume on another host |
 //!
 //! # Exactly-once creation
 //!
@@ -35,6 +36,7 @@
 pub mod attachment;
 pub mod config;
 pub mod etcd;
+pub mod hand_over;
 pub mod holder;
 pub mod name;
 mod random;

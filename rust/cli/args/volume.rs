@@ -86,6 +86,13 @@ pub enum VolumeCommand {
         /// STORAGE/VOLUME
         volume: VolumeName,
     },
+    /// Allows another host to attach a volume that is in use, for live migration
+    HandOver {
+        /// STORAGE/VOLUME
+        volume: VolumeName,
+        /// Name of the host that the domain moves to
+        host: String,
+    },
     /// Removes what commands have left that were killed
     Gc {
         /// Name of the storage; all if left out

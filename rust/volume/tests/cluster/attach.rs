@@ -7,6 +7,7 @@
 use crate::host::{Host, HostProcess, LEASE};
 use crate::io::{self, pattern};
 use daemons::Etcd;
+use std::thread;
 use std::time::Instant;
 use volume::{Errno, VolumeName};
 
@@ -121,6 +122,62 @@ fn late_writes_of_a_frozen_host_do_not_land() {
     image.close();
     writer.detach(true);
     first.attach(&name(), false).unwrap().detach(true);
+}
+
+/// Hands the volume over to the second host, and back.
+fn hand_over(kind: &str, (etcd, first, second): &(Etcd, Host, Host)) {
+    let process = HostProcess::start_that_ends(first, &name());
+    let refused = |host: &Host, text: &str| {
+        let error = host.attach(&name(), false).err().unwrap();
+        assert_eq!(error.errno(), Errno::BUSY);
+        assert!(error.cause().contains(text), "{error}");
+    };
+    refused(second, "on host first");
+    first.registry.hand_over(&name(), "second").unwrap();
+    refused(&Host::new(etcd.urls(), "third"), "on host first");
+    process.wait_for_writes(20);
+    let begin = Instant::now();
+    let writer = thread::scope(|scope| {
+        let writer = scope.spawn(|| second.attach(&name(), false).unwrap());
+        process.wait_for_loss();
+        // The next process of that disk.
+        refused(first, "on host second");
+        writer.join().unwrap()
+    });
+    let mut image = io::Image::open(&writer.uri);
+    eprintln!(
+        "{kind}, handed over to another host: longest stall: {} ms",
+        begin.elapsed().as_millis()
+    );
+    image.write(0, &pattern(7)).unwrap();
+    refused(first, "on host second");
+    assert!(image.read(0).unwrap() == pattern(7));
+    image.close();
+    writer.detach(true);
+    first.attach(&name(), false).unwrap().detach(true);
+    let error = first.registry.hand_over(&name(), "second").unwrap_err();
+    assert_eq!(error.errno(), Errno::NOENT);
+}
+
+#[test]
+fn a_volume_on_rbd_is_handed_over_to_another_host() {
+    hand_over("rbd", &start_on(1, &crate::ceph_storage("handover")));
+}
+
+#[test]
+fn a_volume_in_a_directory_is_handed_over_to_another_host() {
+    hand_over("dir", &start(1, "attach-handed-over"));
+}
+
+#[test]
+fn a_writer_that_does_not_end_keeps_the_volume() {
+    let (_etcd, first, second) = start(1, "attach-kept");
+    let process = HostProcess::start(&first, &name());
+    process.freeze();
+    first.registry.hand_over(&name(), "second").unwrap();
+    let error = second.attach(&name(), false).err().unwrap();
+    assert_eq!(error.errno(), Errno::BUSY);
+    process.kill();
 }
 
 #[test]

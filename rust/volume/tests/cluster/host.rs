@@ -18,6 +18,9 @@ pub const LEASE: Duration = Duration::from_secs(3);
 /// The same where it must not happen.
 const LONG_LEASE: Duration = Duration::from_secs(60);
 
+/// The variable that is set in a process that ends when it loses its volume.
+const ENDS: &str = "HOLDER_ENDS";
+
 /// A host with a volume registry.
 pub struct Host {
     config: Config,
@@ -50,6 +53,9 @@ impl Host {
         let registry = self.registry.clone();
         Attachment::new(registry, name, &holder, read_only, lease, |error| {
             eprintln!("{error}");
+            if std::env::var_os(ENDS).is_some() {
+                std::process::exit(1);
+            }
         })
     }
 }
@@ -66,6 +72,13 @@ impl HostProcess {
         let unshare = ["--pid", "--fork", "--kill-child", "--mount-proc"];
         let mut command = Command::new("unshare");
         command.args(unshare).arg(std::env::current_exe().unwrap());
+        Self::run(command, host, name, LEASE)
+    }
+
+    /// Starts a process in the PID namespace of the test, which ends when it loses the volume.
+    pub fn start_that_ends(host: &Host, name: &VolumeName) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.env(ENDS, "");
         Self::run(command, host, name, LEASE)
     }
 
@@ -114,6 +127,12 @@ impl HostProcess {
         daemons::wait_until("a write fails", || self.log().contains("end "));
         self.child.wait().unwrap();
         self.log().lines().last().unwrap_or_default().to_owned()
+    }
+
+    /// Waits until the process ends that was started so that it does.
+    pub fn wait_for_loss(mut self) {
+        self.child.wait().unwrap();
+        assert!(!self.log().contains("end "), "{}", self.log());
     }
 
     /// Sends a signal to the process, or to the one that runs in the namespace.
