@@ -6,10 +6,16 @@ use crate::args::{VolumeCommand, VolumeStorageCommand};
 use crate::exit::Error;
 use crate::table;
 use ::volume::etcd::Etcd;
+use ::volume::record::ROOT;
 use ::volume::{Collected, Config, Errno, Registry, VolumeInfo};
 use api::{Failure, FailureKind};
 use serde::Serialize;
 use serde_json::json;
+use std::io::{self, Write};
+use std::time::Duration;
+
+/// Time after which the list is read again without a change.
+const FOLLOW_TIME: Duration = Duration::from_secs(60);
 
 /// Runs a command for storages.
 pub fn run_storage(command: &VolumeStorageCommand, json: bool) -> Result<(), Error> {
@@ -37,7 +43,11 @@ pub fn run_volume(command: &VolumeCommand, json: bool) -> Result<(), Error> {
         VolumeCommand::Create { volume, size } => {
             Ok(registry.create(volume, *size).map_err(failure)?)
         }
-        VolumeCommand::List { storage } => list(&registry, storage.as_deref(), json),
+        VolumeCommand::List {
+            storage,
+            follow: false,
+        } => list(&registry, storage.as_deref(), json),
+        VolumeCommand::List { storage, .. } => follow(&registry, storage.as_deref(), json),
         VolumeCommand::Info { volume } => info(&registry.info(volume).map_err(failure)?, json),
         VolumeCommand::Resize { volume, size } => {
             Ok(registry.resize(volume, *size).map_err(failure)?)
@@ -155,6 +165,35 @@ fn list(registry: &Registry<Etcd>, storage: Option<&str>, json: bool) -> Result<
     if json {
         return print(&volumes);
     }
+    print!("{}", rows(&volumes));
+    Ok(())
+}
+
+/// Lists the volumes, as one line of JSON or a table, each time that the list has changed.
+fn follow(registry: &Registry<Etcd>, storage: Option<&str>, json: bool) -> Result<(), Error> {
+    let mut shown = None;
+    loop {
+        let revision = registry.store().revision().map_err(failure)?;
+        let volumes = registry.list(storage).map_err(failure)?;
+        let text = match json {
+            true => json!(volumes).to_string() + "\n",
+            false => rows(&volumes) + "\n",
+        };
+        if shown.as_ref() != Some(&text) {
+            let written = io::stdout().write_all(text.as_bytes());
+            if written.and_then(|()| io::stdout().flush()).is_err() {
+                // No one reads any more.
+                return Ok(());
+            }
+            shown = Some(text);
+        }
+        registry
+            .store()
+            .wait_for_change(ROOT, revision, FOLLOW_TIME);
+    }
+}
+
+fn rows(volumes: &[VolumeInfo]) -> String {
     let mut rows = vec![["VOLUME", "SIZE", "ATTACHED"].map(str::to_owned)];
     rows.extend(volumes.iter().map(|volume| {
         [
@@ -163,8 +202,7 @@ fn list(registry: &Registry<Etcd>, storage: Option<&str>, json: bool) -> Result<
             attached(volume),
         ]
     }));
-    print!("{}", table::align(&rows));
-    Ok(())
+    table::align(&rows)
 }
 
 fn attached(volume: &VolumeInfo) -> String {

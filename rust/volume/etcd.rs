@@ -12,6 +12,7 @@ use crate::store::{Change, Commit, Condition, Entry, Lease, Store};
 use base64::prelude::{Engine as _, BASE64_STANDARD};
 use engine::{Errno, Error, Result};
 use serde_json::{json, Value};
+use std::io::{self, BufRead, BufReader};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -64,22 +65,55 @@ impl Etcd {
     fn call(&self, method: &str, body: &Value) -> Result<Value> {
         let deadline = Instant::now() + RETRY;
         loop {
-            let current = self.current.load(Ordering::Relaxed);
-            let url = self
-                .urls
-                .get(current.checked_rem(self.urls.len()).unwrap_or(0));
-            match attempt(url.map_or("", String::as_str), method, body) {
+            match attempt(self.url(), method, body) {
                 Ok(answer) => return Ok(answer),
                 Err(Failure::Refused(cause)) => return Err(refused(&cause)),
                 Err(Failure::NoAnswer(cause)) if Instant::now() > deadline => {
                     return Err(self.no_answer(&cause));
                 }
-                Err(Failure::NoAnswer(_)) => {
-                    self.current
-                        .store(current.wrapping_add(1), Ordering::Relaxed);
-                    thread::sleep(INTERVAL);
-                }
+                Err(Failure::NoAnswer(_)) => self.take_next_member(),
             }
+        }
+    }
+
+    /// Returns the URL of the member that is called.
+    fn url(&self) -> &str {
+        let current = self.current.load(Ordering::Relaxed);
+        let index = current.checked_rem(self.urls.len()).unwrap_or(0);
+        self.urls.get(index).map_or("", String::as_str)
+    }
+
+    fn take_next_member(&self) {
+        self.current.fetch_add(1, Ordering::Relaxed);
+        thread::sleep(INTERVAL);
+    }
+
+    /// Returns the revision of the store.
+    pub fn revision(&self) -> Result<i64> {
+        let body = json!({"key": encoded(TOKENS), "count_only": true});
+        let answer = self.call("kv/range", &body)?;
+        let revision = number(answer.pointer("/header/revision"));
+        revision.ok_or_else(|| malformed("kv/range"))
+    }
+
+    /// Waits until a key that starts with `prefix` is changed after a revision, for up to `time`.
+    ///
+    /// May return earlier, for example if a member ends.
+    pub fn wait_for_change(&self, prefix: &str, revision: i64, time: Duration) {
+        let next = revision.saturating_add(1).to_string();
+        let watch = json!({"create_request": {
+            "key": encoded(prefix), "range_end": range_end(prefix), "start_revision": next,
+        }});
+        let response = request(self.url(), "watch", &watch)
+            .with_timeout(time.as_secs().max(1))
+            .send_lazy();
+        let Ok(response) = response else {
+            return self.take_next_member();
+        };
+        // The first line says that the watch was created; any other one is a change.
+        let mut lines = BufReader::new(response).lines().map_while(io::Result::ok);
+        if lines.nth(1).is_none() {
+            self.take_next_member();
         }
     }
 
@@ -93,10 +127,14 @@ impl Etcd {
     }
 }
 
-fn attempt(url: &str, method: &str, body: &Value) -> std::result::Result<Value, Failure> {
-    let response = minreq::post(format!("{url}/v3/{method}"))
+fn request(url: &str, method: &str, body: &Value) -> minreq::Request {
+    minreq::post(format!("{url}/v3/{method}"))
         .with_header("Content-Type", "application/json")
         .with_body(body.to_string())
+}
+
+fn attempt(url: &str, method: &str, body: &Value) -> std::result::Result<Value, Failure> {
+    let response = request(url, method, body)
         .with_timeout(ATTEMPT)
         .send()
         .map_err(|error| Failure::NoAnswer(error.to_string()))?;

@@ -46,6 +46,9 @@ pub enum VolumeCommand {
     List {
         /// Name of the storage; all if left out
         storage: Option<String>,
+        /// Lists them again after each change, until it is interrupted
+        #[arg(long)]
+        follow: bool,
     },
     /// Shows a volume, its snapshots, and where it is attached
     Info {

@@ -4,8 +4,9 @@
 
 use daemons::{Ceph, Etcd, Gluster, Replicas};
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 /// A host with a configuration.
 struct Host {
@@ -106,6 +107,29 @@ fn from_storages_to_volumes() {
         host.run(&format!("storage remove {storage}"));
     }
     assert_eq!(fs::read_dir(dir).unwrap().count(), 0);
+}
+
+#[test]
+fn a_list_follows_the_changes_of_other_hosts() {
+    let etcd = Etcd::start(1);
+    let host = Host::new(&etcd.urls());
+    let dir = daemons::work_dir("followed");
+    host.run(&format!("storage add local dir:{}", dir.display()));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_rblk"))
+        .args(["volume", "list", "--follow", "--json"])
+        .env("RBLK_VOLUMES_CONF", &host.conf)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut next = || lines.next().unwrap().unwrap();
+    assert_eq!(next(), "[]");
+    host.run("volume create local/a 1M");
+    assert!(next().contains("\"volume\":\"a\""));
+    host.run("volume remove local/a");
+    assert_eq!(next(), "[]");
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 #[test]
