@@ -93,11 +93,11 @@ struct Others {
 }
 
 /// Reason why no more responses were taken.
-enum ScanResult {
+enum FillResult {
     /// The batch is full, or a response has just arrived.
     More,
     /// The ring has no response, and the backend will send an event for the next one.
-    Drained,
+    Empty,
     /// The backend violated the protocol.
     Broken,
 }
@@ -152,9 +152,9 @@ impl CompletedBatch {
 
     /// Takes responses until the batch is full or the ring is empty.
     #[inline]
-    fn fill(&mut self, queue: &Queue, inner: &mut Inner) -> ScanResult {
+    fn fill(&mut self, queue: &Queue, inner: &mut Inner) -> FillResult {
         if inner.broken {
-            return ScanResult::Broken;
+            return FillResult::Broken;
         }
         for place in &mut self.plain {
             loop {
@@ -172,14 +172,14 @@ impl CompletedBatch {
                     }
                     Ok(Some(CompletedRequest::Other(pending))) => {
                         if self.others.push(pending) {
-                            return ScanResult::More;
+                            return FillResult::More;
                         }
                     }
                     Err(ProtocolViolation) => return queue.set_broken(inner),
                 }
             }
         }
-        ScanResult::More
+        FillResult::More
     }
 
     /// Iterates over the plain requests.
@@ -198,10 +198,10 @@ impl Handler for Queue {
             spurious &= batch.responses == 0;
             self.finish_all(&mut batch);
             match result {
-                ScanResult::More => {}
-                ScanResult::Drained if spurious => break Eoi::Spurious,
-                ScanResult::Drained => break Eoi::Done,
-                ScanResult::Broken => break Eoi::Later,
+                FillResult::More => {}
+                FillResult::Empty if spurious => break Eoi::Spurious,
+                FillResult::Empty => break Eoi::Done,
+                FillResult::Broken => break Eoi::Later,
             }
         };
         // `finish_all` has emptied it. The destructor would check each place again.
@@ -213,12 +213,12 @@ impl Handler for Queue {
 impl Inner {
     /// Asks the backend for an event when the next response arrives, unless one is there.
     #[inline]
-    fn check_for_responses(&mut self) -> ScanResult {
+    fn check_for_responses(&mut self) -> FillResult {
         let connection = self.connection.as_mut();
         if connection.is_some_and(|connection| connection.ring.final_check(1)) {
-            ScanResult::More
+            FillResult::More
         } else {
-            ScanResult::Drained
+            FillResult::Empty
         }
     }
 
@@ -249,7 +249,9 @@ impl Inner {
     /// Returns pages to the pool if they belong to the current connection.
     fn return_pages(&mut self, generation: u32, pages: &mut KVec<GrantedPage>) {
         match self.state {
-            QueueState::Connected(config) if config.generation == generation => self.pool.put(pages),
+            QueueState::Connected(config) if config.generation == generation => {
+                self.pool.put(pages)
+            }
             _ => self.stash_pages(pages),
         }
     }
@@ -276,7 +278,7 @@ impl Queue {
                 batch.fill(self, &mut inner)
             };
             self.finish_all(&mut batch);
-            if !matches!(result, ScanResult::More) {
+            if !matches!(result, FillResult::More) {
                 return;
             }
         }
@@ -303,7 +305,7 @@ impl Queue {
         inner: &mut Inner,
         response: &Response,
     ) -> Result<Option<CompletedRequest>, ProtocolViolation> {
-        match inner.shadow.complete_id(response) {
+        match inner.shadow.apply_response(response) {
             Ok(ShadowCompletion::Plain(rq)) => Ok(Some(CompletedRequest::Plain(rq))),
             Ok(ShadowCompletion::Incomplete) => Ok(None),
             Ok(ShadowCompletion::Other(first)) => {
@@ -409,10 +411,10 @@ impl Queue {
 
     /// Marks the ring broken, and makes the device worker remove the disk.
     #[cold]
-    fn set_broken(&self, inner: &mut Inner) -> ScanResult {
+    fn set_broken(&self, inner: &mut Inner) -> FillResult {
         inner.broken = true;
         self.wakeup.set(WakeReason::Failed);
-        ScanResult::Broken
+        FillResult::Broken
     }
 
     /// Reports a response that belongs to no request.
@@ -446,7 +448,7 @@ impl Queue {
         let rejected = {
             let mut inner = self.inner.lock();
             inner.broken = true;
-            inner.still_granted.push_within_capacity(pending)
+            inner.completed_granted.push_within_capacity(pending)
         };
         // The list has room for all slots. Without room, the request would never end, and its pages
         // would never be reused.

@@ -165,7 +165,7 @@ impl Claimed for GenDisk<BlkfrontOps> {
 /// The connection of a device, and its disk, protected by the mutex in
 /// [`DeviceWorker`](crate::worker::DeviceWorker).
 pub(crate) struct Device {
-    device: ARef<xenbus::Device>,
+    xbdev: ARef<xenbus::Device>,
     vdev: VirtualDevice,
     wakeup: Arc<DeviceWakeup>,
     state: FrontState,
@@ -219,13 +219,13 @@ pub(crate) struct Device {
 impl Device {
     /// Creates the state of a device without a connection.
     pub(crate) fn new(
-        device: ARef<xenbus::Device>,
+        xbdev: ARef<xenbus::Device>,
         vdev: VirtualDevice,
         wakeup: Arc<DeviceWakeup>,
         backend: CString,
     ) -> Self {
         Self {
-            device,
+            xbdev,
             vdev,
             wakeup,
             state: FrontState::Waiting,
@@ -261,8 +261,8 @@ impl Device {
     }
 
     /// Returns the device, for log messages.
-    pub(crate) fn xbdev(&self) -> &kernel::device::Device {
-        self.device.as_ref()
+    pub(crate) fn dev(&self) -> &kernel::device::Device {
+        self.xbdev.as_ref()
     }
 
     /// Handles a state of the backend.
@@ -362,12 +362,12 @@ impl Device {
                     self.write_state();
                 }
             }
-            Err(error) if retry::is_transient(error) => {
+            Err(error) if retry::is_temporary(error) => {
                 self.postpone(error, action);
                 self.handle_event(FrontEvent::ConnectionFailed);
             }
             Err(error) => {
-                self.device.dev_fatal(error, fmt!("{}", describe(action)));
+                self.xbdev.dev_fatal(error, fmt!("{}", describe(action)));
                 // This removes the disk.
                 self.handle_event(FrontEvent::Failed);
             }
@@ -389,7 +389,7 @@ impl Device {
         disk.queue_data().notify_release();
         if !self.detach_deferred {
             self.detach_deferred = true;
-            self.device.dev_error(
+            self.xbdev.dev_error(
                 EBUSY,
                 fmt!("the disk is used as swap space or by another device: detaching it when that use ends"),
             );
@@ -405,7 +405,7 @@ impl Device {
         if !self.is_detach_deferred() {
             return;
         }
-        let state = self.device.read_driver_state(&self.backend);
+        let state = self.xbdev.read_driver_state(&self.backend);
         let event = xenstore::backend_event(&self.backend, state, self.disk.is_some());
         if matches!(event, FrontEvent::Backend { online: false, .. }) {
             self.handle_event(event);
@@ -419,14 +419,14 @@ impl Device {
         // No request was sent on this connection. A backend that is Connected may have mapped the
         // rings, so they become stale grants.
         self.stop_sharing(Disposition::Requeue);
-        // Event channels and xenstore nodes may be exhausted too. The others are asked in vain then,
-        // for a limited time.
+        // Event channels and xenstore nodes may be exhausted too. The others are asked in vain
+        // then, for a limited time.
         if error == ENOSPC {
             self.shortage.ask();
         }
         if self.retry.postpone(error) {
             ratelimited!(self
-                .device
+                .xbdev
                 .dev_error(error, fmt!("{}: trying again", describe(action))));
         }
         // The device worker has to compute its sleep time again.
@@ -440,7 +440,7 @@ impl Device {
             FrontAction::Report => {
                 let (name, backend) = (self.name(), &*self.backend);
                 ratelimited!(dev_warn!(
-                    self.xbdev(),
+                    self.dev(),
                     "{name}: still waiting for {backend}\n"
                 ));
                 Ok(())
@@ -465,8 +465,10 @@ impl Device {
     fn write_state(&mut self) {
         let switched = match self.state.xenbus() {
             // A shutdown waits for the first call of `frontend_closed`.
-            XenbusState::Closed if self.state == FrontState::Removed => self.device.frontend_closed(),
-            state => self.device.switch_state(state),
+            XenbusState::Closed if self.state == FrontState::Removed => {
+                self.xbdev.frontend_closed()
+            }
+            state => self.xbdev.switch_state(state),
         };
         self.state_unwritten = matches!(switched, Switched::Failed(_));
         if let Switched::Failed(error) = switched {
@@ -484,9 +486,9 @@ impl Device {
             return Err(EBUSY);
         }
         self.retry.try_offer()?;
-        let own = DirectoryListing::new(&NoTransaction, self.device.nodename());
-        let front = xenstore::front_limits(&self.device, &own)?;
-        self.no_partition_scan = xenstore::no_partition_scan(&self.device, &own)?;
+        let own = DirectoryListing::new(&NoTransaction, self.xbdev.nodename());
+        let front = xenstore::front_limits(&self.xbdev, &own)?;
+        self.no_partition_scan = xenstore::no_partition_scan(&self.xbdev, &own)?;
         let back = xenstore::back_offer(&self.backend, &BackOffer::RING_NODES)?;
         let shape = RingShape::choose(&front, &back);
         if self.disk.is_none() {
@@ -496,7 +498,7 @@ impl Device {
         self.rings = self.queues.len().min(shape.queues as usize);
         let (order, rings) = self.create_rings(shape.page_order)?;
         self.offer = Some(front);
-        xenstore::publish(&self.device, &own, &rings, order, front.persistent)
+        xenstore::write_offer(&self.xbdev, &own, &rings, order, front.persistent)
     }
 
     /// Creates rings of `1 << page_order` pages, or smaller ones if there is not enough contiguous
@@ -506,7 +508,7 @@ impl Device {
     fn create_rings(&mut self, page_order: u32) -> Result<(u32, KVec<RingNodes>)> {
         let mut order = page_order;
         loop {
-            match self.attach_rings(order) {
+            match self.try_create_rings(order) {
                 Err(error) if order > 0 && [ENOMEM, ENOSPC].contains(&error) => {
                     order = order.saturating_sub(1);
                 }
@@ -516,12 +518,12 @@ impl Device {
     }
 
     /// Gives each queue a ring of `1 << page_order` pages.
-    fn attach_rings(&mut self, page_order: u32) -> Result<KVec<RingNodes>> {
+    fn try_create_rings(&mut self, page_order: u32) -> Result<KVec<RingNodes>> {
         let mut connections = KVec::new();
         let mut rings = KVec::new();
         let mut slots = 0usize;
         for queue in self.queues.iter().take(self.rings) {
-            let connection = RingConnection::new(&self.device, page_order, queue)?;
+            let connection = RingConnection::new(&self.xbdev, page_order, queue)?;
             slots = slots.saturating_add(connection.ring.capacity() as usize);
             rings.push(RingNodes::new(&connection)?, GFP_KERNEL)?;
             connections.push(connection, GFP_KERNEL)?;
@@ -529,7 +531,7 @@ impl Device {
         // The backend may keep the pages of all requests mapped.
         self.still_granted.reserve(slots, GFP_KERNEL)?;
         for (queue, connection) in self.queues.iter().zip(connections) {
-            queue.attach(connection)?;
+            queue.set_connection(connection)?;
         }
         Ok(rings)
     }
@@ -537,7 +539,7 @@ impl Device {
     /// Creates the queues.
     fn create_queues(&mut self, count: u32) -> Result {
         self.queues = KVec::new();
-        let handle = self.device.handle().unwrap_or(0) as u16;
+        let handle = self.xbdev.handle().unwrap_or(0) as u16;
         for index in 0..count {
             let queue = Queue::new(self.vdev.name, index as u16, handle, self.wakeup.clone())?;
             self.queues.push(queue, GFP_KERNEL)?;
@@ -547,7 +549,7 @@ impl Device {
 
     /// Connects to the backend: creates the disk, or resumes the existing one.
     fn connect(&mut self) -> Result {
-        let nodes = xenstore::disk_properties(&self.backend)?;
+        let properties = xenstore::disk_properties(&self.backend)?;
         let back = xenstore::back_offer(&self.backend, &BackOffer::NODES)?;
         let front = self.offer.ok_or(EINVAL)?;
         let features = negotiate(&front, &back);
@@ -555,13 +557,13 @@ impl Device {
             Some(inputs) if self.disk.is_some() => features.for_disk(inputs.write_cache()),
             _ => features,
         };
-        let limits = self.slot_limits(&nodes, &features)?;
-        let largest = self.largest.max(limits.segments());
+        let slot_limits = self.slot_limits(&properties, &features)?;
+        let largest = self.largest.max(slot_limits.segments());
 
         self.generation = self.generation.wrapping_add(1);
         let config = ConnectionConfig {
-            domain: self.device.otherend_id(),
-            limits,
+            domain: self.xbdev.otherend_id(),
+            slot_limits,
             bounce: features.bounce,
             largest,
             flush: features.flush,
@@ -570,11 +572,11 @@ impl Device {
             generation: self.generation,
         };
         for queue in self.queues.iter().take(self.rings) {
-            queue.serve(config)?;
+            queue.accept_requests(config)?;
         }
         match self.disk.clone() {
-            None => self.create_disk(&nodes, &features, limits)?,
-            Some(disk) => self.resume_disk(&disk, &nodes, &features, limits)?,
+            None => self.create_disk(&properties, &features, slot_limits)?,
+            Some(disk) => self.resume_disk(&disk, &properties, &features, slot_limits)?,
         }
         self.largest = largest;
         self.set_event_affinity();
@@ -588,17 +590,17 @@ impl Device {
     /// is one.
     fn slot_limits(
         &self,
-        nodes: &negotiate::DiskProperties,
+        properties: &negotiate::DiskProperties,
         features: &Features,
     ) -> Result<SlotLimits> {
         let block_size = match self.disk {
             Some(_) => self.block_size,
-            None => nodes.block_size,
+            None => properties.block_size,
         };
         SlotLimits::new(features.indirect_segments, block_size).ok_or_else(|| {
             let name = self.name();
             dev_err!(
-                self.xbdev(),
+                self.dev(),
                 "{name}: a block of {block_size} bytes does not fit into a request of the backend: refusing the disk\n"
             );
             EINVAL
@@ -608,9 +610,9 @@ impl Device {
     /// Creates the disk, and starts the thread that adds it.
     fn create_disk(
         &mut self,
-        nodes: &negotiate::DiskProperties,
+        properties: &negotiate::DiskProperties,
         features: &Features,
-        slot: SlotLimits,
+        slot_limits: SlotLimits,
     ) -> Result {
         let minors = self.reserve_minors()?;
         let mut queues = KVec::new();
@@ -627,21 +629,26 @@ impl Device {
             }),
             GFP_KERNEL,
         )?;
-        let inputs = LimitInputs::new(nodes.block_size, nodes, features, slot);
+        let inputs = LimitInputs::new(properties.block_size, properties, features, slot_limits);
         let mut limits = QueueLimits::new();
         inputs.apply(&mut limits);
 
         let mut builder = GenDiskBuilder::new(limits)
-            .capacity(nodes.sectors)
-            .read_only(nodes.read_only())
-            .removable(nodes.removable());
+            .capacity(properties.sectors)
+            .read_only(properties.read_only())
+            .removable(properties.removable());
         if self.no_partition_scan {
             builder = builder.no_partition_scan();
         }
         if let Some(minors) = minors {
             builder = builder.device_numbers(minors);
         }
-        let data = Disk::new(queues, nodes.cdrom(), self.vdev.name, self.wakeup.clone());
+        let data = Disk::new(
+            queues,
+            properties.cdrom(),
+            self.vdev.name,
+            self.wakeup.clone(),
+        );
         let serial = data.serial();
         let disk = builder.build(
             fmt!("{}", self.name()),
@@ -650,7 +657,7 @@ impl Device {
         )?;
         let disk = Arc::new(disk, GFP_KERNEL)?;
         let registered = Registered::new(self.vdev.name, serial, disk.clone())?;
-        self.block_size = nodes.block_size;
+        self.block_size = properties.block_size;
         self.applied = Some(inputs);
         self.desired = Some(inputs);
         self.add_disk(disk.clone())?;
@@ -669,7 +676,7 @@ impl Device {
             Err(EOPENSTALE) => {
                 let name = self.name();
                 dev_warn!(
-                    self.xbdev(),
+                    self.dev(),
                     "{name}: the disk that had this name before is still open and keeps its device number: using another one\n"
                 );
                 Ok(None)
@@ -678,7 +685,7 @@ impl Device {
                 if error == EBUSY {
                     let (name, minor) = (self.name(), self.vdev.minor);
                     ratelimited!(dev_warn!(
-                        self.xbdev(),
+                        self.dev(),
                         "{name}: another disk has minor {minor}: trying again until it is removed\n"
                     ));
                 }
@@ -689,7 +696,7 @@ impl Device {
 
     /// Starts a thread that adds the disk, which reads from it and so waits for the backend.
     fn add_disk(&mut self, disk: Arc<GenDisk<BlkfrontOps>>) -> Result {
-        let device = self.device.clone();
+        let xbdev = self.xbdev.clone();
         let wakeup = self.wakeup.clone();
         let name = self.vdev.name;
         let options = KThreadOptions::default();
@@ -697,9 +704,9 @@ impl Device {
             fmt!("rblkfront-scan/{}", name.as_str()),
             options,
             move |_| {
-                let parent: &xenbus::Device = &device;
+                let parent: &xenbus::Device = &xbdev;
                 if let Err(error) = disk.add(Some(parent.as_ref())) {
-                    device.dev_fatal(error, fmt!("adding disk {}", name.as_str()));
+                    xbdev.dev_fatal(error, fmt!("adding disk {}", name.as_str()));
                     wakeup.set(WakeReason::Failed);
                 }
                 wakeup.mark_ready();
@@ -713,23 +720,28 @@ impl Device {
     fn resume_disk(
         &mut self,
         disk: &GenDisk<BlkfrontOps>,
-        nodes: &negotiate::DiskProperties,
+        properties: &negotiate::DiskProperties,
         features: &Features,
-        slot: SlotLimits,
+        slot_limits: SlotLimits,
     ) -> Result {
-        if nodes.block_size > self.block_size {
-            let (name, new, old) = (self.name(), nodes.block_size, self.block_size);
+        if properties.block_size > self.block_size {
+            let (name, new, old) = (self.name(), properties.block_size, self.block_size);
             dev_err!(
-                self.xbdev(),
+                self.dev(),
                 "{name}: cannot change the logical block size from {old} to {new}: removing the disk\n"
             );
             return Err(EINVAL);
         }
         disk.queue_data().set_rings(self.rings as u32);
         // A block of the old size consists of whole blocks of a smaller size.
-        self.desired = Some(LimitInputs::new(self.block_size, nodes, features, slot));
+        self.desired = Some(LimitInputs::new(
+            self.block_size,
+            properties,
+            features,
+            slot_limits,
+        ));
         self.apply_limits()?;
-        self.update_disk(disk, nodes)?;
+        self.update_disk(disk, properties)?;
         disk.kick_requeue_list();
         disk.unquiesce();
         Ok(())
@@ -765,7 +777,7 @@ impl Device {
         if let Err(error) = self.apply_limits() {
             let name = self.name();
             ratelimited!(dev_err!(
-                self.xbdev(),
+                self.dev(),
                 "{name}: cannot change the limits of the disk: {error:?}\n"
             ));
         }
@@ -785,18 +797,18 @@ impl Device {
         let indirect = enabled(features.indirect_segments > 0);
         let bounce = enabled(features.bounce);
         ratelimited!(dev_info!(
-            self.xbdev(),
+            self.dev(),
             "{name}: {flush} persistent grants: {persistent}; indirect descriptors: {indirect}; bounce buffer: {bounce}\n"
         ));
         if features.flush == Flush::Unavailable {
             ratelimited!(dev_warn!(
-                self.xbdev(),
+                self.dev(),
                 "{name}: the backend offers no flush, but an earlier one had a write cache: flushes fail until the disk is attached again\n"
             ));
         }
         if features.write_through {
             ratelimited!(dev_warn!(
-                self.xbdev(),
+                self.dev(),
                 "{name}: the backend has a write cache, and the first one had none: each write is flushed until the disk is attached again\n"
             ));
         }
@@ -821,18 +833,18 @@ impl Device {
     /// Invalid nodes change nothing, because the disk is in use.
     fn refresh(&self) {
         let Some(disk) = &self.disk else { return };
-        let Ok(nodes) = xenstore::disk_properties(&self.backend) else {
+        let Ok(properties) = xenstore::disk_properties(&self.backend) else {
             return;
         };
-        if nodes.block_size != self.block_size {
-            let (name, new, old) = (self.name(), nodes.block_size, self.block_size);
+        if properties.block_size != self.block_size {
+            let (name, new, old) = (self.name(), properties.block_size, self.block_size);
             ratelimited!(dev_warn!(
-                self.xbdev(),
+                self.dev(),
                 "{name}: sector-size = {new} instead of {old}: ignored until the disk is attached again\n"
             ));
         }
         // Cannot fail: the size was checked when it was read.
-        let _ = self.update_disk(disk, &nodes);
+        let _ = self.update_disk(disk, &properties);
     }
 
     /// Sets the properties that may change while a disk is in use.
@@ -841,16 +853,16 @@ impl Device {
     fn update_disk(
         &self,
         disk: &GenDisk<BlkfrontOps>,
-        nodes: &negotiate::DiskProperties,
+        properties: &negotiate::DiskProperties,
     ) -> Result {
-        disk.set_read_only(nodes.read_only());
-        if disk.capacity() != nodes.sectors {
-            let (name, sectors) = (self.name(), nodes.sectors);
+        disk.set_read_only(properties.read_only());
+        if disk.capacity() != properties.sectors {
+            let (name, sectors) = (self.name(), properties.sectors);
             ratelimited!(dev_info!(
-                self.xbdev(),
+                self.dev(),
                 "{name}: Setting capacity to {sectors}\n"
             ));
-            disk.set_capacity_and_notify(nodes.sectors)?;
+            disk.set_capacity_and_notify(properties.sectors)?;
         }
         Ok(())
     }
@@ -862,7 +874,7 @@ impl Device {
         }
         let name = self.name();
         ratelimited!(dev_warn!(
-            self.xbdev(),
+            self.dev(),
             "{name}: the backend has rejected a discard: disabling discard\n"
         ));
         self.desired = self.desired.map(LimitInputs::without_discard);
@@ -893,7 +905,7 @@ impl Device {
             }
             return;
         }
-        ratelimited!(self.device.dev_error(
+        ratelimited!(self.xbdev.dev_error(
             ETIMEDOUT,
             fmt!("the backend does not respond: closing the connection, requests wait for the next one"),
         ));
@@ -904,7 +916,7 @@ impl Device {
     fn report_stall(&self) {
         let name = self.name();
         ratelimited!(dev_warn!(
-            self.xbdev(),
+            self.dev(),
             "{name}: the backend does not respond: requests wait for it, because io_timeout is 0\n"
         ));
     }
@@ -925,7 +937,7 @@ impl Device {
         }
         let still_granted = &mut self.still_granted;
         for queue in &self.queues {
-            queue.detach(matches!(disposition, Disposition::Fail), |pending| {
+            queue.disconnect(matches!(disposition, Disposition::Fail), |pending| {
                 complete_or_requeue(still_granted, pending, disposition);
             });
         }
@@ -966,7 +978,7 @@ impl Device {
         if !self.queues.iter().any(|queue| queue.has_stale_grants()) {
             return false;
         }
-        let backend = self.device.read_driver_state(&self.backend);
+        let backend = self.xbdev.read_driver_state(&self.backend);
         matches!(backend, Ok(XenbusState::Connected | XenbusState::Closing))
     }
 
@@ -976,7 +988,7 @@ impl Device {
     /// toolstack writes Closing itself, and the backend serves the disk until the frontend is
     /// Closed.
     pub(crate) fn is_served(&self) -> bool {
-        let backend = self.device.read_driver_state(&self.backend);
+        let backend = self.xbdev.read_driver_state(&self.backend);
         self.state == FrontState::Connected
             && matches!(backend, Ok(XenbusState::Connected | XenbusState::Closing))
     }
@@ -1006,7 +1018,7 @@ impl Device {
             .inspect_err(|error| {
                 let name = self.name();
                 dev_err!(
-                    self.xbdev(),
+                    self.dev(),
                     "{name}: cannot start the thread that writes the disk back: {error:?}: data may be lost\n"
                 );
             })
@@ -1059,7 +1071,7 @@ impl Device {
             Err(error) => {
                 let name = self.name();
                 dev_err!(
-                    self.xbdev(),
+                    self.dev(),
                     "{name}: cannot start the thread that marks the disk dead: {error:?}: requests fail one by one\n"
                 );
             }
@@ -1113,9 +1125,9 @@ impl Device {
 
     /// Frees pages of the pools that have been idle since the last call.
     pub(crate) fn trim_pool(&self) -> PoolTrim {
-        self.queues
-            .iter()
-            .fold(PoolTrim::default(), |sum, queue| sum.and(queue.trim_pool()))
+        self.queues.iter().fold(PoolTrim::default(), |sum, queue| {
+            sum.combine(queue.trim_pool())
+        })
     }
 
     /// Returns `true` if the connection has ended permanently.

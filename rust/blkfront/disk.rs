@@ -126,7 +126,7 @@ impl Disk {
 pub(crate) struct LimitInputs {
     block_size: u32,
     physical_block_size: u32,
-    slot: SlotLimits,
+    slot_limits: SlotLimits,
     write_cache: bool,
     discard: Option<DiscardLimits>,
 }
@@ -136,14 +136,14 @@ impl LimitInputs {
     /// the connection.
     pub(crate) fn new(
         block_size: u32,
-        disk: &negotiate::DiskProperties,
+        properties: &negotiate::DiskProperties,
         features: &Features,
-        slot: SlotLimits,
+        slot_limits: SlotLimits,
     ) -> Self {
         Self {
             block_size,
-            physical_block_size: disk.physical_block_size,
-            slot,
+            physical_block_size: properties.physical_block_size,
+            slot_limits,
             write_cache: features.write_cache(),
             discard: features.discard,
         }
@@ -168,7 +168,7 @@ impl LimitInputs {
     /// requires whole blocks, and backends reject others.
     pub(crate) fn apply(&self, limits: &mut QueueLimits) {
         let most = max_fragments(self.block_size, params::MAX_PARTS as u32);
-        let segments = u32::from(self.slot.segments()).min(most) as u16;
+        let segments = u32::from(self.slot_limits.segments()).min(most) as u16;
         limits
             .set_logical_block_size(self.block_size)
             .set_physical_block_size(self.physical_block_size)
@@ -180,10 +180,10 @@ impl LimitInputs {
             .set_feature(Feature::WriteCache, self.write_cache);
 
         let discard = self.discard;
-        let most = |can: bool| if can { u32::MAX } else { 0 };
+        let limit_if = |can: bool| if can { u32::MAX } else { 0 };
         limits
-            .set_max_discard_sectors(most(discard.is_some()))
-            .set_max_secure_erase_sectors(most(discard.is_some_and(|discard| discard.secure)))
+            .set_max_discard_sectors(limit_if(discard.is_some()))
+            .set_max_secure_erase_sectors(limit_if(discard.is_some_and(|discard| discard.secure)))
             .set_discard_granularity(discard.map_or(0, |discard| discard.granularity))
             .set_discard_alignment(discard.map_or(0, |discard| discard.alignment));
     }

@@ -67,13 +67,13 @@ pub(crate) struct VbdDriver {
 
 impl VbdDriver {
     fn new(dev: &xenbus::Device<Core<'_>>) -> Result<Self> {
-        let device: ARef<xenbus::Device> = dev.into();
-        let vdev = xenstore::virtual_device(&device)
+        let xbdev: ARef<xenbus::Device> = dev.into();
+        let vdev = xenstore::virtual_device(&xbdev)
             .inspect_err(|error| dev.dev_fatal(*error, fmt!("reading virtual-device")))?;
-        xenstore::refuse_emulated(&device, &vdev)?;
+        xenstore::refuse_emulated(&xbdev, &vdev)?;
         let wakeup = DeviceWakeup::new()?;
         let backend = xenstore::path(dev.otherend()?)?;
-        let device_state = Device::new(device, vdev, wakeup.clone(), backend);
+        let device_state = Device::new(xbdev, vdev, wakeup.clone(), backend);
         let worker = DeviceWorker::new(device_state, wakeup.clone())?;
         let subscriber = ShortageSubscriber::new(wakeup.clone())?;
 

@@ -2,10 +2,10 @@
 
 //! A queue: a ring with its shadow table and its pool of granted pages.
 //!
-//! This file contains the life cycle of a queue: [`Queue::attach`] gives it a ring,
-//! [`Queue::serve`] makes it accept requests, and [`Queue::detach`] ends the connection. Requests
-//! are written to the ring in [`submit`](crate::submit), and their responses are taken in
-//! [`completion`](crate::completion).
+//! This file contains the life cycle of a queue: [`Queue::set_connection`] gives it a ring,
+//! [`Queue::accept_requests`] makes it accept requests, and [`Queue::disconnect`] ends the
+//! connection. Requests are written to the ring in [`submit`](crate::submit), and their responses
+//! are taken in [`completion`](crate::completion).
 //!
 //! `struct blkfront_ring_info` of `xen-blkfront.c` has this role.
 
@@ -57,11 +57,11 @@ pub(crate) struct ConnectionConfig {
     /// The backend's domain, to which pages are granted.
     pub(crate) domain: DomId,
     /// The amount of data that a slot can carry.
-    pub(crate) limits: SlotLimits,
+    pub(crate) slot_limits: SlotLimits,
     /// `true` if data is bounced.
     pub(crate) bounce: bool,
     /// Number of fragments of the largest request that the disk may have in flight: more than
-    /// `limits` allows if an earlier backend allowed more.
+    /// `slot_limits` allows if an earlier backend allowed more.
     pub(crate) largest: u16,
     /// The operation that flushes the disk.
     pub(crate) flush: Flush,
@@ -77,7 +77,7 @@ impl ConnectionConfig {
     /// Returns the resources that a request of `fragments` fragments needs.
     #[inline]
     pub(crate) fn resources(&self, fragments: u32) -> Resources {
-        Resources::new(self.limits, self.bounce, fragments)
+        Resources::new(self.slot_limits, self.bounce, fragments)
     }
 
     /// Returns the status of a request that is completed without the backend, or `None` if the
@@ -120,7 +120,7 @@ pub(crate) struct Inner {
     pub(crate) connection: Option<RingConnection<Queue>>,
     pub(crate) shadow: ShadowTable,
     /// Completed requests of which the backend still has pages mapped.
-    pub(crate) still_granted: KVVec<PendingRequest>,
+    pub(crate) completed_granted: KVVec<PendingRequest>,
     pub(crate) pool: Pool,
     /// `true` if the backend violated the protocol: its responses are ignored.
     pub(crate) broken: bool,
@@ -168,7 +168,7 @@ pub(crate) struct PoolTrim {
 
 impl PoolTrim {
     /// Combines the results of trimming two pools.
-    pub(crate) fn and(self, other: Self) -> Self {
+    pub(crate) fn combine(self, other: Self) -> Self {
         Self {
             freed: self.freed || other.freed,
             grown: self.grown || other.grown,
@@ -202,7 +202,7 @@ impl Inner {
     ///
     /// Pages that the backend of its connection may have mapped are added to the stale grants.
     fn take_pending(&mut self) -> Option<PendingRequest> {
-        let granted = self.still_granted.pop();
+        let granted = self.completed_granted.pop();
         let mut pending = granted.or_else(|| self.shadow.take_pending())?;
         self.stash_pages(&mut pending.issued.data_mut().indirect_pages);
         if let IssuedRequest::Bounced(rq) = &mut pending.issued {
@@ -239,7 +239,7 @@ impl Queue {
                     state: QueueState::Disconnected,
                     connection: None,
                     shadow: ShadowTable::empty(),
-                    still_granted: KVVec::new(),
+                    completed_granted: KVVec::new(),
                     pool: Pool::empty(),
                     broken: false,
                     unpublished_flushes: false,
@@ -255,11 +255,11 @@ impl Queue {
     /// The queue must have no requests.
     ///
     /// Context: may sleep.
-    pub(crate) fn attach(&self, connection: RingConnection<Self>) -> Result {
+    pub(crate) fn set_connection(&self, connection: RingConnection<Self>) -> Result {
         let epoch = self.inner.lock().shadow.epoch();
         let capacity = connection.ring.capacity();
         let shadow = ShadowTable::new(capacity as u16, epoch)?;
-        let still_granted = KVVec::with_capacity(capacity as usize, GFP_KERNEL)?;
+        let completed_granted = KVVec::with_capacity(capacity as usize, GFP_KERNEL)?;
 
         // The old values are freed without the lock.
         let _old = {
@@ -267,7 +267,7 @@ impl Queue {
             inner.broken = false;
             (
                 core::mem::replace(&mut inner.shadow, shadow),
-                core::mem::replace(&mut inner.still_granted, still_granted),
+                core::mem::replace(&mut inner.completed_granted, completed_granted),
                 inner.connection.replace(connection),
             )
         };
@@ -277,7 +277,7 @@ impl Queue {
     /// Makes the queue accept requests.
     ///
     /// Context: may sleep.
-    pub(crate) fn serve(&self, config: ConnectionConfig) -> Result {
+    pub(crate) fn accept_requests(&self, config: ConnectionConfig) -> Result {
         let largest = config.resources(config.largest.into());
         let min = largest.pages();
         let capacity = self.inner.lock().shadow.capacity();
@@ -300,7 +300,7 @@ impl Queue {
     /// [`Self::free_stale_grants`]. If `dead`, requests fail from now on.
     ///
     /// Context: may sleep.
-    pub(crate) fn detach(&self, dead: bool, mut dispose: impl FnMut(PendingRequest)) {
+    pub(crate) fn disconnect(&self, dead: bool, mut dispose: impl FnMut(PendingRequest)) {
         let connection = {
             let mut inner = self.inner.lock();
             inner.state = if dead {

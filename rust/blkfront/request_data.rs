@@ -279,24 +279,25 @@ impl<'a> RequestSegments<'a> {
     pub(crate) fn indirect_pages_of_part(
         &self,
         part: &Part,
-        limits: SlotLimits,
+        slot_limits: SlotLimits,
     ) -> impl Iterator<Item = u32> + 'a {
-        self.part_pages(part, limits)
+        self.part_pages(part, slot_limits)
             .iter()
             .map(|page| page.reference().value())
     }
 
     /// Writes the segments of all indirect parts to their pages.
-    pub(crate) fn fill_indirect_pages(&self, limits: SlotLimits) {
+    pub(crate) fn fill_indirect_pages(&self, slot_limits: SlotLimits) {
         if self.data().indirect_pages.is_empty() {
             return;
         }
-        let Some(plan) = Plan::new(self.sector(), self.fragments(), self.count(), limits) else {
+        let Some(plan) = Plan::new(self.sector(), self.fragments(), self.count(), slot_limits)
+        else {
             return;
         };
         for part in plan.filter(|part| part.placement != SegmentPlacement::Direct) {
             let mut segments = self.of_part(&part);
-            for page in self.part_pages(&part, limits) {
+            for page in self.part_pages(&part, slot_limits) {
                 fill_page(page, &mut segments);
             }
         }
@@ -306,8 +307,8 @@ impl<'a> RequestSegments<'a> {
     ///
     /// The pages of the parts follow each other. All parts but the last have the same number of
     /// pages, and the last has at most that number.
-    fn part_pages(&self, part: &Part, limits: SlotLimits) -> &'a [GrantedPage] {
-        let each = indirect_pages(limits.segments());
+    fn part_pages(&self, part: &Part, slot_limits: SlotLimits) -> &'a [GrantedPage] {
+        let each = indirect_pages(slot_limits.segments());
         let first = each.wrapping_mul(part.index.into());
         let pages = self.data().indirect_pages.get(first..).unwrap_or(&[]);
         pages.get(..indirect_pages(part.count)).unwrap_or(pages)

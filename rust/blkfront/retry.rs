@@ -103,6 +103,6 @@ impl Retry {
 }
 
 /// Returns `true` if an operation that failed with this error may succeed later.
-pub(crate) fn is_transient(error: Error) -> bool {
+pub(crate) fn is_temporary(error: Error) -> bool {
     [EAGAIN, EBUSY, ENOMEM, ENOSPC].contains(&error)
 }

@@ -129,8 +129,8 @@ impl ShadowTable {
 
     /// Reserves `count` shadows.
     ///
-    /// Returns `false` if fewer are free, or if a larger request waits for them. A request that needs
-    /// more shadows than the table has is never served, see [`ShadowTable::capacity`].
+    /// Returns `false` if fewer are free, or if a larger request waits for them. A request that
+    /// needs more shadows than the table has is never served, see [`ShadowTable::capacity`].
     #[inline]
     pub(crate) fn reserve(&mut self, count: usize) -> bool {
         self.reservations.reserve(count, self.free.len())
@@ -147,25 +147,25 @@ impl ShadowTable {
     /// `first` is the first shadow of the request, or `None` if that is this one. `queue` and
     /// `part` are stored in the id.
     #[inline]
-    pub(crate) fn alloc_id(
+    pub(crate) fn alloc(
         &mut self,
         first: Option<u16>,
         queue: u16,
         part: u16,
-    ) -> Option<ShadowId> {
+    ) -> Option<AllocatedShadow> {
         let number = self.free.pop()?;
         let id = RingId::new(self.epoch, queue, part, number)?;
         self.epoch = self.epoch.wrapping_add(1);
         let shadow = self.shadows.get_mut(usize::from(number))?;
         shadow.id = Some(id);
         shadow.first = first.unwrap_or(number);
-        Some(ShadowId { number, id })
+        Some(AllocatedShadow { number, id })
     }
 
     /// Sets the operation that the response must name, once the request is in the ring.
     #[inline]
-    pub(crate) fn expect_response(&mut self, id: &ShadowId, operation: u8) {
-        if let Some(shadow) = self.shadows.get_mut(usize::from(id.number)) {
+    pub(crate) fn expect_response(&mut self, allocated: &AllocatedShadow, operation: u8) {
+        if let Some(shadow) = self.shadows.get_mut(usize::from(allocated.number)) {
             shadow.operation = operation;
         }
     }
@@ -190,7 +190,7 @@ impl ShadowTable {
 
     /// Applies a response to the request that it belongs to.
     #[inline]
-    pub(crate) fn complete_id(
+    pub(crate) fn apply_response(
         &mut self,
         response: &Response,
     ) -> Result<ShadowCompletion, UnknownResponse> {
@@ -203,7 +203,7 @@ impl ShadowTable {
         shadow.id = None;
         let first = shadow.first;
         if first != id.shadow() {
-            self.free_id(id.shadow());
+            self.free_shadow(id.shadow());
         }
 
         let shadow = self.shadows.get_mut(usize::from(first));
@@ -224,7 +224,7 @@ impl ShadowTable {
                 issued: IssuedRequest::Bounced(rq),
                 ..
             }) => {
-                self.free_id(first);
+                self.free_shadow(first);
                 Ok(ShadowCompletion::Plain(rq))
             }
             other => {
@@ -240,7 +240,7 @@ impl ShadowTable {
     #[inline]
     pub(crate) fn take(&mut self, first: u16) -> Option<PendingRequest> {
         let pending = self.shadows.get_mut(usize::from(first))?.pending.take();
-        self.free_id(first);
+        self.free_shadow(first);
         pending
     }
 
@@ -283,14 +283,14 @@ impl ShadowTable {
 
     /// Frees a shadow (`add_id_to_freelist()`).
     #[inline]
-    fn free_id(&mut self, number: u16) {
+    fn free_shadow(&mut self, number: u16) {
         // The list has room for all shadows.
         let _ = self.free.push_within_capacity(number);
     }
 }
 
 /// An allocated shadow.
-pub(crate) struct ShadowId {
+pub(crate) struct AllocatedShadow {
     /// Number of the shadow.
     pub(crate) number: u16,
     /// The id that the request must have.

@@ -5,8 +5,8 @@
 //! All disks share the grant table of the guest. A device that finds it full asks the others to
 //! free the grants that no request uses. While it waits, their pools do not grow, and a queue
 //! without bounce buffers has one request in flight. A pool keeps the pages for one request, so
-//! each disk makes progress. The device worker ends this after a limited time, because another driver,
-//! such as that of a network interface, may have caused the shortage.
+//! each disk makes progress. The device worker ends this after a limited time, because another
+//! driver, such as that of a network interface, may have caused the shortage.
 
 use kernel::{
     prelude::*,
@@ -108,8 +108,8 @@ impl Shortage {
         }
     }
 
-    /// Returns the time until the other disks are no longer throttled, in milliseconds, or `None` if
-    /// they are not throttled.
+    /// Returns the time until the other disks are no longer throttled, in milliseconds, or `None`
+    /// if they are not throttled.
     pub(crate) fn wait_ms(&self) -> Option<u64> {
         let active = self.active.as_ref()?;
         let left = THROTTLE_MS.saturating_sub(active.0.elapsed().as_millis());

@@ -80,7 +80,7 @@ use crate::{
 type QueuedList<'q> = RequestList<BlkfrontOps, Queued<'q>>;
 
 /// Outcome of the attempt to reserve the slots of a request.
-enum Reservation {
+enum ReserveOutcome {
     /// The request has its slots.
     Reserved,
     /// There are no slots now.
@@ -191,9 +191,9 @@ impl Queue {
         };
         while let Some(mut rq) = requests.pop() {
             match self.reserve(&mut inner, &config, rq.data_mut()) {
-                Reservation::Reserved => batch.reserved.push(rq),
-                Reservation::Busy => batch.busy.push(rq),
-                Reservation::Ended(status) => {
+                ReserveOutcome::Reserved => batch.reserved.push(rq),
+                ReserveOutcome::Busy => batch.busy.push(rq),
+                ReserveOutcome::Ended(status) => {
                     rq.data_mut().status = status;
                     batch.ended.push(rq);
                 }
@@ -209,10 +209,10 @@ impl Queue {
         inner: &mut Inner,
         config: &ConnectionConfig,
         data: &mut RequestData,
-    ) -> Reservation {
+    ) -> ReserveOutcome {
         let kind = data.kind;
         if let Some(status) = config.complete_locally(kind) {
-            return Reservation::Ended(status);
+            return ReserveOutcome::Ended(status);
         }
         let resources = config.resources(data.fragments.len() as u32);
         if !inner.shadow.reserve(resources.slots) {
@@ -229,21 +229,21 @@ impl Queue {
         inner
             .pool
             .fill(&mut data.indirect_pages, resources.indirect);
-        Reservation::Reserved
+        ReserveOutcome::Reserved
     }
 
     /// Returns the outcome for a request that needs more slots than are free: `slots`.
     #[cold]
-    fn no_slots(&self, inner: &Inner, slots: usize) -> Reservation {
+    fn no_slots(&self, inner: &Inner, slots: usize) -> ReserveOutcome {
         let capacity = inner.shadow.capacity();
         if slots <= capacity {
-            return Reservation::Busy;
+            return ReserveOutcome::Busy;
         }
         let name = self.name.as_str();
         ratelimited!(pr_err!(
             "{name}: a request needs {slots} slots, and the ring has {capacity}: failing it\n"
         ));
-        Reservation::Ended(BlkStatus::IOERR)
+        ReserveOutcome::Ended(BlkStatus::IOERR)
     }
 
     /// Prepares, starts and writes the requests that have their slots.
@@ -262,7 +262,7 @@ impl Queue {
                 Ok(IssuedRequest::Bounced(rq)) if is_small(rq.data().resources.fragments) => {
                     small.push(rq);
                 }
-                Ok(issued) => self.write_large(config, issued),
+                Ok(issued) => self.write_alone(config, issued),
                 Err(mut rq) => {
                     self.cancel_reservation(rq.data_mut());
                     // Not reachable: the reserve has a reference for each fragment.
@@ -271,7 +271,7 @@ impl Queue {
             }
         }
         if last || !small.is_empty() {
-            self.write_small(config, small, last);
+            self.write_together(config, small, last);
         }
     }
 
@@ -327,7 +327,7 @@ impl Queue {
 
     /// Writes bounced requests of one slot each to the ring, and publishes them if `publish`.
     #[inline(always)]
-    fn write_small(
+    fn write_together(
         &self,
         config: &ConnectionConfig,
         mut small: RequestList<BlkfrontOps, InFlight>,
@@ -349,11 +349,11 @@ impl Queue {
         }
     }
 
-    /// Writes a request to the ring that [`Self::write_small`] does not write.
+    /// Writes a request to the ring that [`Self::write_together`] does not write.
     #[inline(always)]
-    fn write_large(&self, config: &ConnectionConfig, issued: IssuedRequest) {
+    fn write_alone(&self, config: &ConnectionConfig, issued: IssuedRequest) {
         let segments = RequestSegments::new(&issued);
-        segments.fill_indirect_pages(config.limits);
+        segments.fill_indirect_pages(config.slot_limits);
         let mut inner = self.inner.lock();
         let written = self.write_to_ring(&mut inner, config, segments);
         if let Err(pending) = store(&mut inner, config, written, issued) {
@@ -387,7 +387,7 @@ impl Queue {
                     )
                 })
             }
-            _ => self.write_other(inner, config.limits, config.flush, kind, segments),
+            _ => self.write_other(inner, config.slot_limits, config.flush, kind, segments),
         }
     }
 
@@ -396,14 +396,14 @@ impl Queue {
     fn write_other(
         &self,
         inner: &mut Inner,
-        limits: SlotLimits,
+        slot_limits: SlotLimits,
         flush: Flush,
         kind: RequestKind,
         segments: RequestSegments<'_>,
     ) -> Written {
         match kind {
             RequestKind::Transfer(direction) => {
-                self.write_parts(inner, limits, direction, segments)
+                self.write_parts(inner, slot_limits, direction, segments)
             }
             RequestKind::Flush => self.write_flush(inner, flush),
             RequestKind::Discard { secure } => self.write_single(inner, |id| {
@@ -417,7 +417,7 @@ impl Queue {
     fn write_parts(
         &self,
         inner: &mut Inner,
-        limits: SlotLimits,
+        slot_limits: SlotLimits,
         direction: Direction,
         segments: RequestSegments<'_>,
     ) -> Written {
@@ -426,7 +426,8 @@ impl Queue {
             parts: 0,
         };
         let count = segments.count();
-        let Some(plan) = Plan::new(segments.sector(), segments.fragments(), count, limits) else {
+        let Some(plan) = Plan::new(segments.sector(), segments.fragments(), count, slot_limits)
+        else {
             return failed;
         };
         let mut written = failed;
@@ -437,7 +438,7 @@ impl Queue {
                     part.direct(direction, self.handle, id, segments.of_part(&part))
                 }),
                 SegmentPlacement::Indirect(_) => self.write_slot(inner, first, index, |id| {
-                    let pages = segments.indirect_pages_of_part(&part, limits);
+                    let pages = segments.indirect_pages_of_part(&part, slot_limits);
                     part.indirect(direction, self.handle, id, pages)
                 }),
             };
@@ -479,7 +480,7 @@ impl Queue {
         make: impl FnOnce(u64) -> R,
     ) -> Option<u16> {
         let ring = &mut inner.connection.as_mut()?.ring;
-        let shadow = inner.shadow.alloc_id(first, self.index, part)?;
+        let shadow = inner.shadow.alloc(first, self.index, part)?;
         let request = make(shadow.id.to_wire());
         let operation = request.response_operation();
         ring.put(request).ok()?;

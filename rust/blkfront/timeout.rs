@@ -75,15 +75,15 @@ impl Queue {
     ///
     /// Context: may sleep.
     pub(crate) fn has_missed_responses(&self) -> bool {
-        let Some(before) = self.unseen_responses() else {
+        let Some(before) = self.taken_if_more() else {
             return false;
         };
         fsleep(Delta::from_millis(EVENT_TIMEOUT_MS));
-        self.unseen_responses() == Some(before)
+        self.taken_if_more() == Some(before)
     }
 
     /// Returns the number of responses that were taken, if the ring has others.
-    fn unseen_responses(&self) -> Option<u32> {
+    fn taken_if_more(&self) -> Option<u32> {
         let inner = self.inner.lock();
         let connection = inner
             .connection

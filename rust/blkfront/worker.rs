@@ -86,7 +86,7 @@ const LIMITS_POLL_MS: i64 = 10;
 /// Interval between checks for pages that the backend has unmapped, in milliseconds.
 const RELEASE_POLL_MS: u32 = 100;
 /// Longest interval between checks of deadlines, in milliseconds.
-const OUTAGE_POLL_MS: u32 = 10_000;
+const MAX_POLL_MS: u32 = 10_000;
 /// Shortest interval between checks of `reconnect_timeout`, in milliseconds.
 const OUTAGE_MIN_POLL_MS: u32 = 100;
 
@@ -190,16 +190,16 @@ impl DeviceWorker {
         let device = self.device.lock();
         let left = |since: &Instant<Monotonic>| {
             let left = params::reconnect_timeout_ms().saturating_sub(since.elapsed().as_millis());
-            left.clamp(OUTAGE_MIN_POLL_MS.into(), OUTAGE_POLL_MS.into()) as u32
+            left.clamp(OUTAGE_MIN_POLL_MS.into(), MAX_POLL_MS.into()) as u32
         };
-        let at_most_poll = |wait: u64| wait.min(OUTAGE_POLL_MS.into()) as u32;
+        let at_most_poll = |wait: u64| wait.min(MAX_POLL_MS.into()) as u32;
         let times = [
             device.has_granted_requests().then_some(RELEASE_POLL_MS),
             device.retry_wait_ms().map(at_most_poll),
             device.shortage_wait_ms().map(at_most_poll),
             disconnected_since.as_ref().map(left),
             trim.then_some(TRIM_INTERVAL_MS),
-            device.is_detach_deferred().then_some(OUTAGE_POLL_MS),
+            device.is_detach_deferred().then_some(MAX_POLL_MS),
         ];
         times.into_iter().flatten().min().map(msecs_to_jiffies)
     }
@@ -291,7 +291,7 @@ impl DeviceWorker {
         if disk {
             let name = device.name();
             dev_err!(
-                device.xbdev(),
+                device.dev(),
                 "{name}: the backend has been disconnected for too long: removing the disk (see reconnect_timeout)\n"
             );
         }
@@ -361,7 +361,7 @@ impl DeviceWorker {
             if !device.is_served() {
                 let name = device.name();
                 dev_err!(
-                    device.xbdev(),
+                    device.dev(),
                     "{name}: the backend has disconnected while the disk was written back: data may be lost\n"
                 );
                 return false;
@@ -369,7 +369,7 @@ impl DeviceWorker {
             if last.1.elapsed().as_millis() >= params::detach_timeout_ms() {
                 let name = device.name();
                 dev_err!(
-                    device.xbdev(),
+                    device.dev(),
                     "{name}: the backend does not respond while the disk is written back: data may be lost (see detach_timeout)\n"
                 );
                 return false;
@@ -386,7 +386,7 @@ impl DeviceWorker {
                 let device = self.device.lock();
                 let name = device.name();
                 dev_warn!(
-                    device.xbdev(),
+                    device.dev(),
                     "{name}: the backend does not respond: requests fail\n"
                 );
                 return;
@@ -423,11 +423,11 @@ impl DeviceWorker {
             return;
         };
         for thread in threads.into_iter().flatten() {
-            while !thread.join(msecs_to_jiffies(OUTAGE_POLL_MS)) {
+            while !thread.join(msecs_to_jiffies(MAX_POLL_MS)) {
                 let device = self.device.lock();
                 let name = device.name();
                 dev_warn!(
-                    device.xbdev(),
+                    device.dev(),
                     "{name}: still waiting for the thread that adds or removes the disk\n"
                 );
             }

@@ -73,7 +73,7 @@ fn bad_node(reader: &Reader<'_>, invalid: InvalidNode) -> Error {
 ///
 /// Returns `None` if there is no such node, and `invalid` if its value is not a number, which is
 /// logged.
-fn switch(reader: &Reader<'_>, node: &'static str, invalid: bool) -> Result<Option<bool>> {
+fn read_boolean(reader: &Reader<'_>, node: &'static str, invalid: bool) -> Result<Option<bool>> {
     match reader.parse(node, node::boolean) {
         Ok(on) => Ok(on),
         Err(NodeError::Invalid(error)) => {
@@ -178,7 +178,7 @@ fn has_wrong_state(backend: &CStr) -> bool {
 
 /// Returns `true` if the backend is online, or has no node `online`.
 fn is_online(backend: &CStr) -> bool {
-    let online = switch(&Reader::new(backend), "online", true);
+    let online = read_boolean(&Reader::new(backend), "online", true);
     online.ok().flatten().unwrap_or(true)
 }
 
@@ -188,7 +188,7 @@ fn is_online(backend: &CStr) -> bool {
 pub(crate) fn front_limits(device: &xenbus::Device, own: &DirectoryListing) -> Result<FrontLimits> {
     let reader = Reader::listed(device.nodename(), own);
     // An invalid value means untrusted.
-    let trusted = switch(&reader, "trusted", false)?.unwrap_or(true);
+    let trusted = read_boolean(&reader, "trusted", false)?.unwrap_or(true);
     Ok(params::front_limits(trusted))
 }
 
@@ -197,7 +197,7 @@ pub(crate) fn front_limits(device: &xenbus::Device, own: &DirectoryListing) -> R
 /// The toolstack writes this node to the device's directory, as it does `trusted`.
 pub(crate) fn no_partition_scan(device: &xenbus::Device, own: &DirectoryListing) -> Result<bool> {
     let reader = Reader::listed(device.nodename(), own);
-    Ok(switch(&reader, "no-part-scan", true)?.unwrap_or(false))
+    Ok(read_boolean(&reader, "no-part-scan", true)?.unwrap_or(false))
 }
 
 /// Reads the backend's offer from `nodes`.
@@ -295,7 +295,7 @@ impl RingNodes {
 /// Writes the offer and the state Initialised in one transaction.
 ///
 /// Fails with `EAGAIN` if another state is in xenstore that must not be replaced.
-pub(crate) fn publish(
+pub(crate) fn write_offer(
     device: &xenbus::Device,
     own: &DirectoryListing,
     rings: &[RingNodes],
