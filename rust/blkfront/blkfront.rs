@@ -14,7 +14,7 @@
 //! | `completion` | the path of responses back |
 //! | `queue` | a ring and its pool: connecting and disconnecting |
 //! | `shadow` | the shadow table: maps responses to requests |
-//! | `pending_request` | a request that waits for responses, or for the end of its grants |
+//! | `pending_request` | a request in the ring, or one whose grants have not ended |
 //! | `request_data` | the driver's data of each request: fragments, granted pages |
 //! | `pool` | pages that stay granted |
 //! | `ring_connection` | a ring and its event channel |
@@ -29,7 +29,9 @@
 //!
 //! The connection and the disk belong to [`device::Device`], which a mutex protects. The queues are
 //! shared by the device, the block layer and the event handlers. Each queue has a spinlock; code
-//! that holds it does not sleep, allocate, or notify the backend.
+//! that holds it does not sleep and does not notify the backend. It allocates no memory itself;
+//! when it frees a granted page that is still mapped, the kernel allocates an entry of its deferred
+//! list, atomically.
 //!
 //! Lock order:
 //!
@@ -86,7 +88,7 @@ module! {
     alias: ["xen:vbd", "xenblk", "block-major-202-*"],
 }
 
-/// Registers the major number of Xen disks.
+/// Checks the module parameters and registers the major number of Xen disks.
 ///
 /// Fails with `ENODEV` if the domain cannot have Xen disks.
 fn register_major() -> Result<Major> {

@@ -65,8 +65,8 @@ const MAX_INLINE_COPY: usize = 2;
 
 /// A request whose responses have all arrived.
 ///
-/// Plain requests, which nearly all are, have a variant of their own because a [`PendingRequest`]
-/// is expensive to move.
+/// If data is bounced, nearly all requests are plain; they have a variant of their own because a
+/// [`PendingRequest`] is expensive to move.
 enum CompletedRequest {
     /// A [plain](PendingRequest::is_plain) request.
     Plain(InFlightRequest),
@@ -85,8 +85,8 @@ struct CompletedBatch {
 
 /// The requests of a batch that are not plain.
 ///
-/// Few batches have any, so the array is created for the first of them: initialising it costs a
-/// third of what completing a plain request does.
+/// If data is bounced, few batches have any, so the array is created for the first of them:
+/// initialising it costs a third of what completing a plain request does.
 struct Others {
     requests: Option<[Option<PendingRequest>; BATCH]>,
     len: usize,
@@ -204,14 +204,15 @@ impl Handler for Queue {
                 FillResult::Broken => break Eoi::Later,
             }
         };
-        // `finish_all` has emptied it. The destructor would check each place again.
+        // `finish_all` has emptied the batch; dropping it would only check each place again.
         mem::forget(batch);
         eoi
     }
 }
 
 impl Inner {
-    /// Asks the backend for an event when the next response arrives, unless one is there.
+    /// Asks the backend for an event when the next response arrives, unless a response is there
+    /// already. Returns [`FillResult::More`] in that case.
     #[inline]
     fn check_for_responses(&mut self) -> FillResult {
         let connection = self.connection.as_mut();

@@ -21,9 +21,10 @@
 //! The state is changed from and to Initialising only in the `xenwatch` thread, because xenbus
 //! would take such a change by another thread for a new device of the toolstack. So the `xenwatch`
 //! thread takes all steps except the removal of the disk, which may wait and is done by the device
-//! worker, see [`worker`](crate::worker). The worker writes Closed, which may replace Initialising
-//! if a device is removed before it has connected: then xenbus may create the device again, and
-//! that waits for a backend like the first one.
+//! worker, see [`worker`](crate::worker). There is one exception: the worker writes
+//! Closed when it has ended the connection for good, which replaces Initialising if the device is
+//! not connected. Xenbus may create the device again then, and the new one waits for a backend as
+//! the old one did.
 
 use core::mem;
 
@@ -164,6 +165,8 @@ impl Claimed for GenDisk<BlkfrontOps> {
 
 /// The connection of a device, and its disk, protected by the mutex in
 /// [`DeviceWorker`](crate::worker::DeviceWorker).
+///
+/// Context: all methods may sleep, except those that only read fields.
 pub(crate) struct Device {
     xbdev: ARef<xenbus::Device>,
     vdev: VirtualDevice,
@@ -212,7 +215,7 @@ pub(crate) struct Device {
     still_granted: KVVec<(PendingRequest, Disposition)>,
     /// Number of the last connection.
     generation: u32,
-    /// `true` if the log says that the disk waits for a backend that does not respond.
+    /// `true` if it was logged that the backend does not respond, and it still does not.
     stall_reported: bool,
 }
 
@@ -260,18 +263,19 @@ impl Device {
         self.vdev.name.as_str()
     }
 
-    /// Returns the device, for log messages.
+    /// Returns the `struct device`, for log messages.
     pub(crate) fn dev(&self) -> &kernel::device::Device {
         self.xbdev.as_ref()
     }
 
     /// Handles a state of the backend.
     ///
-    /// Called at least once after the device was bound.
+    /// Called at least once after the device was bound. A device that is being removed takes no
+    /// step, but records the state.
     pub(crate) fn backend_changed(&mut self, state: xenbus::OtherendState) {
         if matches!(self.state, FrontState::Waiting | FrontState::Removed) {
-            // The node may be out of date: a device that was bound before is Closed, and one that
-            // was restored is Initialising, even if its disk is dead.
+            // The node may be out of date: an earlier unbind has left Closed in it, and a restore
+            // has set the device to Initialising, even if its disk is dead.
             self.write_state();
         }
         let was_connected = self.is_connected();
@@ -386,6 +390,7 @@ impl Device {
         if !disk.has_unaware_holder() || !self.is_served() {
             return false;
         }
+        // The device worker checks again after this, so it does not miss a use that has just ended.
         disk.queue_data().notify_release();
         if !self.detach_deferred {
             self.detach_deferred = true;
@@ -464,7 +469,8 @@ impl Device {
     /// If that fails, [`Self::retry`] writes it: the backend may wait for it.
     fn write_state(&mut self) {
         let switched = match self.state.xenbus() {
-            // A shutdown waits for the first call of `frontend_closed`.
+            // The first call of `frontend_closed` completes the wait of a shutdown, so only the
+            // final Closed calls it.
             XenbusState::Closed if self.state == FrontState::Removed => {
                 self.xbdev.frontend_closed()
             }
@@ -480,7 +486,8 @@ impl Device {
 
     /// Creates rings and offers them to the backend.
     ///
-    /// Fails with `EBUSY` while the backend still uses memory of the last connection.
+    /// Fails with `EBUSY` while the backend still uses memory of the last connection, and with
+    /// `EAGAIN` if there were too many offers.
     fn offer(&mut self) -> Result {
         if !self.end_stale_grants() {
             return Err(EBUSY);
@@ -733,7 +740,8 @@ impl Device {
             return Err(EINVAL);
         }
         disk.queue_data().set_rings(self.rings as u32);
-        // A block of the old size consists of whole blocks of a smaller size.
+        // The new size may be smaller: a block of the old size consists of whole blocks of the new
+        // size.
         self.desired = Some(LimitInputs::new(
             self.block_size,
             properties,
@@ -750,8 +758,9 @@ impl Device {
     /// Sets the desired limits of the disk.
     ///
     /// A writer to the limits in sysfs locks them and waits for requests, which wait for the
-    /// backend. So this does not wait for the lock: the device worker tries again. Requests within
-    /// the old limits are served under the new ones too, and the write cache never changes.
+    /// backend. So this does not wait for the lock: the device worker tries again. The queue is in
+    /// use and not frozen meanwhile, so requests within the old limits may still come. They are
+    /// served under the new ones too, and the write cache never changes.
     fn apply_limits(&mut self) -> Result {
         let (Some(disk), Some(desired)) = (&self.disk, self.desired) else {
             return Ok(());
@@ -889,8 +898,8 @@ impl Device {
 
     /// Closes a connection whose backend does not respond.
     ///
-    /// With `io_timeout` = 0 it is only reported, once for each time that the backend stops
-    /// responding.
+    /// With `io_timeout` = 0 the connection stays, and a message reports the backend, once for each
+    /// time that it stops responding.
     ///
     /// A disconnected backend has another deadline, `reconnect_timeout`.
     pub(crate) fn close_stalled(&mut self) {
@@ -955,7 +964,7 @@ impl Device {
         all
     }
 
-    /// Frees the pages of the pools that no request uses now.
+    /// Frees the pages of the pools beyond their minimum, idle or not.
     pub(crate) fn trim_unused(&self) {
         for queue in &self.queues {
             queue.trim_unused();
@@ -996,7 +1005,8 @@ impl Device {
     /// Begins the removal of the disk; no more steps are taken.
     ///
     /// If the disk can be written back, starts a thread that writes it back and removes it, because
-    /// writing back waits for the backend.
+    /// writing back waits for the backend. Returns that thread, or `None` if nothing can be written
+    /// back.
     pub(crate) fn begin_remove(&mut self) -> Option<KThread> {
         if self.removal == Removal::None {
             self.removal = Removal::Orderly;
@@ -1035,7 +1045,7 @@ impl Device {
         self.remove_thread = Some(remove_thread);
     }
 
-    /// Returns the number of responses of the backend so far, modulo 2^32.
+    /// Returns the sum of [`Queue::responses`], modulo 2^32.
     pub(crate) fn responses(&self) -> u32 {
         let queues = self.queues.iter();
         queues.fold(0, |sum, queue| sum.wrapping_add(queue.responses()))
@@ -1067,7 +1077,7 @@ impl Device {
         );
         match mark_dead_thread {
             Ok(mark_dead_thread) => self.mark_dead_thread = Some(mark_dead_thread),
-            // Requests still fail, one by one.
+            // The requests fail all the same, each when it is submitted.
             Err(error) => {
                 let name = self.name();
                 dev_err!(

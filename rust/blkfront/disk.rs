@@ -54,7 +54,7 @@ pub(crate) struct Disk {
     name: DiskName,
     serial: Serial,
     wakeup: Arc<DeviceWakeup>,
-    /// 1 if the device worker waits until the disk is closed.
+    /// 1 if the device worker waits for openers or holders of the disk to close it.
     notify_on_release: Atomic<i32>,
 }
 

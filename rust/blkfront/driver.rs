@@ -2,8 +2,9 @@
 
 //! The xenbus driver.
 //!
-//! Xenbus calls it in the `xenwatch` thread, which all devices of the guest share. Everything that
-//! may wait for the backend is done by the device worker.
+//! Xenbus calls most of it in the `xenwatch` thread, which all devices of the guest share, and the
+//! rest with the device locked. So everything that may wait for the backend is done by the device
+//! worker.
 //!
 //! `struct xenbus_driver blkfront_driver` of `xen-blkfront.c` has this role.
 
@@ -52,7 +53,8 @@ use crate::{
 /// milliseconds.
 ///
 /// The worker waits half of that time for the last responses of the backend, and a second for it to
-/// unmap pages. All other devices of the guest may have to wait that long.
+/// unmap pages. All other devices of the guest may have to wait that long, if the `xenwatch`
+/// thread unbinds the device.
 const REMOVE_TIMEOUT_MS: u32 = 10_000;
 
 static IDS: IdArray<1> = IdArray::new([DeviceId::new(c"vbd")]);
@@ -77,8 +79,9 @@ impl VbdDriver {
         let worker = DeviceWorker::new(device_state, wakeup.clone())?;
         let subscriber = ShortageSubscriber::new(wakeup.clone())?;
 
-        // Reclaim may write to this disk: the thread must not be frozen, and must not start I/O to
-        // allocate memory.
+        // Reclaim may write to this disk, so the thread must not start I/O to allocate memory. It
+        // must not be frozen either, because the image of a hibernation may be written to this
+        // disk.
         let options = KThreadOptions { freezable: false };
         let runner = worker.clone();
         let thread = KThread::spawn(

@@ -47,9 +47,9 @@ const CDROM_GET_CAPABILITY: u32 = 0x5331;
 /// Size of `struct cdrom_multisession` in bytes.
 const MULTISESSION_BYTES: usize = 8;
 
-/// Number of heads of the geometry that is reported.
+/// Number of heads in the geometry that is reported to programs.
 const HEADS: u8 = 255;
-/// Number of sectors per track of the geometry that is reported.
+/// Number of sectors per track in the geometry that is reported to programs.
 const SECTORS_PER_TRACK: u8 = 63;
 
 #[vtable]

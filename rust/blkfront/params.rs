@@ -31,8 +31,8 @@ module_params! {
     /// `true`: persistent grants are used if the backend offers them.
     static FEATURE_PERSISTENT("feature_persistent", 0o644): bool = true,
         "Use persistent grants if the backend supports them (default is Y)";
-    /// Time without a response after which a disk that is detached is no longer written back, in
-    /// seconds.
+    /// Time without a response to requests in flight after which a disk that is detached is no
+    /// longer written back, in seconds.
     static DETACH_TIMEOUT("detach_timeout", 0o644): u32 = 8,
         "Seconds without a response after which a detached disk is no longer written back (default is 8)";
     /// Time after which a request times out, in seconds.
@@ -43,7 +43,7 @@ module_params! {
         "Seconds that a disk waits for a disconnected backend, before its requests fail (default is 300)";
 }
 
-/// Longest timeout that the block layer accepts, in seconds.
+/// Longest request timeout, in seconds: 12 days. Its milliseconds and jiffies fit into 32 bits.
 const MAX_IO_TIMEOUT: u32 = 1 << 20;
 
 /// Returns the request timeout of a new disk in milliseconds; 0 selects the default of the block
@@ -112,8 +112,8 @@ pub(crate) fn max_segments() -> u16 {
         .clamp(DIRECT_SEGMENTS as u32, MAX_SEGMENTS) as u16
 }
 
-/// Returns the time without a response after which a disk that is being removed is no longer
-/// written back, in milliseconds.
+/// Returns the time without a response to requests in flight after which a disk that is being
+/// removed is no longer written back, in milliseconds.
 pub(crate) fn detach_timeout_ms() -> i64 {
     i64::from(DETACH_TIMEOUT.get()).saturating_mul(1000)
 }

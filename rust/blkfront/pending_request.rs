@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Block requests that wait for responses, or for the end of their grants.
+//! Block requests that are in the ring, or whose responses have arrived but whose grants have not
+//! ended.
 //!
 //! A [`PendingRequest`] is created when its request is written to the ring, and is stored in the
 //! first of its shadows ([`shadow`](crate::shadow)) until the backend has responded to all of them.
@@ -24,7 +25,8 @@ use crate::request_data::{
 /// Number of timeouts of a request after which its connection is closed.
 const GIVE_UP_AFTER: u8 = 10;
 
-/// A request that waits for responses, or has received them.
+/// A block request that is in the ring, or whose responses have arrived but whose grants have not
+/// ended.
 pub(crate) struct PendingRequest {
     /// The request.
     pub(crate) issued: IssuedRequest,

@@ -33,7 +33,7 @@ use crate::shortage;
 /// Granted pages that no request uses.
 pub(crate) struct Pool {
     pages: KVVec<GrantedPage>,
-    /// Number of pages below which the pool is not trimmed.
+    /// Number of pages that trimming leaves in the pool.
     min: usize,
     /// Lowest number of pages since the last scan for idle pages.
     low_watermark: usize,
@@ -99,7 +99,8 @@ impl Pool {
         }
     }
 
-    /// Frees pages beyond the minimum during a shortage, except those that the backend has mapped.
+    /// Frees pages of `from` that would exceed the minimum, except those that the backend has
+    /// mapped.
     #[cold]
     fn free_excess(&mut self, from: &mut KVec<GrantedPage>) {
         while self.pages.len() >= self.min {
@@ -115,8 +116,8 @@ impl Pool {
         core::array::from_fn(|_| self.pages.pop())
     }
 
-    /// Removes up to [`TRIM_BATCH`] idle pages, the longest unused first: the backend is least
-    /// likely to have those mapped.
+    /// Removes up to [`TRIM_BATCH`] idle pages, those first that were unused for the longest time:
+    /// the backend is least likely to have those mapped.
     pub(crate) fn take_idle(&mut self) -> [Option<GrantedPage>; TRIM_BATCH] {
         let count = self.low_watermark.saturating_sub(self.min).min(TRIM_BATCH);
         if count <= self.pages.len() {

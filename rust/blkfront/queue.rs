@@ -63,7 +63,7 @@ pub(crate) struct ConnectionConfig {
     /// Number of fragments of the largest request that the disk may have in flight: more than
     /// `slot_limits` allows if an earlier backend allowed more.
     pub(crate) largest: u16,
-    /// The operation that flushes the disk.
+    /// The way to flush the disk.
     pub(crate) flush: Flush,
     /// `true` if each write is flushed before it is completed.
     pub(crate) write_through: bool,
@@ -83,7 +83,8 @@ impl ConnectionConfig {
     /// Returns the status of a request that is completed without the backend, or `None` if the
     /// backend is needed.
     ///
-    /// Such a request was queued for an earlier connection, whose backend supported it.
+    /// A discard, or a flush with `Flush::None`, was queued for an earlier connection, whose
+    /// backend supported it. With `Flush::Unavailable` all flushes fail, new ones too.
     #[inline]
     pub(crate) fn complete_locally(&self, kind: RequestKind) -> Option<BlkStatus> {
         match kind {
@@ -133,7 +134,7 @@ pub(crate) struct Inner {
 /// Memory that the backend of a closed connection may still have mapped: the ring, and the pages of
 /// the pool and of the requests that were in flight.
 ///
-/// A page whose grant is still mapped could be left to the kernel's deferred list, which frees ten
+/// A page that is still mapped could be left to the kernel's deferred list, which frees ten
 /// entries per second. But then a backend that never unmaps could hold the memory of any number of
 /// connections. So a queue has the stale grants of at most one connection, and there is no new
 /// connection before they have ended.
@@ -198,7 +199,7 @@ impl Inner {
         (self.connection.as_ref()).is_some_and(RingConnection::is_open)
     }
 
-    /// Takes a request that waits for responses, or for the end of its grants.
+    /// Takes a pending request.
     ///
     /// Pages that the backend of its connection may have mapped are added to the stale grants.
     fn take_pending(&mut self) -> Option<PendingRequest> {
@@ -401,6 +402,8 @@ impl Queue {
 
     /// Frees pages of the pool that have been idle since the last call, unless the backend has them
     /// mapped.
+    ///
+    /// Context: any.
     pub(crate) fn trim_pool(&self) -> PoolTrim {
         let mut freed = false;
         loop {
@@ -421,7 +424,8 @@ impl Queue {
         PoolTrim { freed, grown }
     }
 
-    /// Frees pages of the pool that no request uses now, unless the backend has them mapped.
+    /// Frees the pages of the pool beyond its minimum, idle or not, unless the backend has them
+    /// mapped.
     pub(crate) fn trim_unused(&self) {
         self.inner.lock().pool.restart_watermark();
         self.trim_pool();
@@ -443,12 +447,12 @@ impl Queue {
         self.inner.lock().shadow.capacity()
     }
 
-    /// Returns `true` if no request waits for a response.
+    /// Returns `true` if no request waits for a response or is being prepared.
     pub(crate) fn is_idle(&self) -> bool {
         self.inner.lock().shadow.is_idle()
     }
 
-    /// Returns the number of responses of the backend so far, modulo 2^32.
+    /// Returns a number that each response increments, see [`ShadowTable::responses`].
     pub(crate) fn responses(&self) -> u32 {
         self.inner.lock().shadow.responses()
     }

@@ -5,8 +5,8 @@
 //! A removed disk exists until its last opener has closed it, and another disk can get its name in
 //! the meantime. The new disk has other device numbers, so it is not mistaken for the old one. But
 //! file systems also have directories in sysfs and procfs that are named after their disk: mounting
-//! a second file system of that name fails with a stack trace in the log. So the new disk refuses
-//! exclusive openers as long as the old one has any.
+//! a file system of a second disk with that name fails with a stack trace in the log. So the new
+//! disk refuses exclusive openers as long as the old one has any.
 //!
 //! Lock order: the `open_mutex` of a disk, then the lock of the registry. So no disk is dropped
 //! while the registry is locked.
@@ -44,6 +44,7 @@ impl Serial {
     }
 }
 
+/// A disk in the registry.
 struct Entry {
     name: DiskName,
     serial: Serial,

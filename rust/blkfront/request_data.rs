@@ -47,11 +47,12 @@ use blkif::{
 
 use crate::params;
 
-/// Placeholder for a missing grant reference. It never reaches the ring, as each fragment has a
-/// reference, and the backend would reject it.
+/// Placeholder for a missing grant reference. Each fragment has a reference, so this never reaches
+/// the ring; if it did, the backend would reject it.
 const NO_GRANT: u32 = u32::MAX;
 
-/// The driver, as the parameter of blk-mq's types. Its operations are in `mq_ops`.
+/// The type that stands for this driver in the types of `block::mq`. Its operations are in
+/// `mq_ops`.
 pub(crate) struct BlkfrontOps;
 
 /// A started request.
@@ -320,7 +321,7 @@ const SEGMENTS_AT_ONCE: usize = 32;
 /// Size of a segment in bytes.
 const SEGMENT_BYTES: usize = 8;
 
-/// Writes the next 512 segments to a page, or all if there are fewer.
+/// Writes the next 512 segments to a page, or those that are left.
 fn fill_page(page: &GrantedPage, segments: &mut impl Iterator<Item = WireSegment>) {
     let mut offset = 0usize;
     while offset < PAGE_SIZE {

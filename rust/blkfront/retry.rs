@@ -2,9 +2,12 @@
 
 //! The schedule of connection attempts after a temporary failure.
 //!
-//! A shortage is temporary, so a device retries: after 20 ms at first, later once a second. A
-//! backend can also make a device connect repeatedly, so the rate of offers is limited. In both
-//! cases the attempts end after `reconnect_timeout`, see [`worker`](crate::worker).
+//! A lack of memory, grants or event channels is temporary, so a device retries: after 20 ms at
+//! first, later once a second. A backend can also make a device connect repeatedly, so the rate of
+//! offers is limited. In both cases, if the device has a disk, the attempts end after
+//! `reconnect_timeout`, see [`worker`](crate::worker).
+//!
+//! A state that could not be written to xenstore is written again by the same schedule.
 
 use kernel::{
     prelude::*,

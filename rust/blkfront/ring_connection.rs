@@ -23,8 +23,11 @@ use blkif::{
     wire::Abi, //
 };
 
-/// A ring and its event channel, whose events `H` handles. Dropping it frees the ring and closes
-/// the channel, and may sleep.
+/// A ring and its event channel, whose events `H` handles.
+///
+/// Dropping it frees the ring and closes the channel.
+///
+/// Context: dropping it may sleep.
 pub(crate) struct RingConnection<H: Handler> {
     pub(crate) ring: FrontRing<RingPages>,
     pub(crate) channel: Arc<EventChannel<H>>,

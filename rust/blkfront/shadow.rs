@@ -48,7 +48,8 @@ struct Shadow {
 pub(crate) enum ShadowCompletion {
     /// Other responses are missing.
     Incomplete,
-    /// The request is complete and [plain](PendingRequest::is_plain), as nearly all are.
+    /// The request is complete and [plain](PendingRequest::is_plain), as nearly all are if data is
+    /// bounced.
     Plain(InFlightRequest),
     /// The request is complete. [`ShadowTable::take`] takes it out of this shadow.
     Other(u16),
@@ -120,8 +121,9 @@ impl ShadowTable {
         self.reservations.reserved() == 0 && self.free.len() == self.shadows.len()
     }
 
-    /// Returns the number of responses so far, modulo 2^32: shadows that were freed, in this table
-    /// and earlier ones.
+    /// Returns a number that each response increments, modulo 2^32.
+    ///
+    /// It also grows by the requests without a response when a new table replaces this one.
     pub(crate) fn responses(&self) -> u32 {
         let used = self.shadows.len().saturating_sub(self.free.len());
         self.epoch.wrapping_sub(used as u32)

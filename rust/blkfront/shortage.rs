@@ -2,11 +2,12 @@
 
 //! Shortage of grants: a device needs grants to connect, and other disks of the guest hold them.
 //!
-//! All disks share the grant table of the guest. A device that finds it full asks the others to
-//! free the grants that no request uses. While it waits, their pools do not grow, and a queue
-//! without bounce buffers has one request in flight. A pool keeps the pages for one request, so
-//! each disk makes progress. The device worker ends this after a limited time, because another
-//! driver, such as that of a network interface, may have caused the shortage.
+//! All disks share the grant table of the guest. A device whose attempt to connect fails with
+//! ENOSPC asks the others to free the grants that no request uses; if event channels or nodes of
+//! xenstore are exhausted instead, that does not help it. While it waits, their pools do not grow,
+//! and a queue without bounce buffers has one request in flight. A pool keeps the pages for one
+//! request, so each disk makes progress. The worker of the device ends this after a limited time,
+//! because another driver, such as that of a network interface, may have caused the shortage.
 
 use kernel::{
     prelude::*,

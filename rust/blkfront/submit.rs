@@ -3,7 +3,9 @@
 //! The path of requests to the backend.
 //!
 //! Requests that blk-mq queues together are submitted as a batch; a single request is a batch of
-//! one. A batch goes through five phases, in the order of the functions below:
+//! one. A batch is collected and reserved as a whole. Then each request is prepared, granted and
+//! written; small ones are written together at the end. The phases, in the order of the functions
+//! below:
 //!
 //! 1. *Collect*, without a lock: the fragments of the data are stored.
 //! 2. *Reserve*, under the lock of the queue: the slots of each request are reserved, and pages are
@@ -232,7 +234,7 @@ impl Queue {
         ReserveOutcome::Reserved
     }
 
-    /// Returns the outcome for a request that needs more slots than are free: `slots`.
+    /// Returns the outcome for a request whose `slots` slots could not be reserved.
     #[cold]
     fn no_slots(&self, inner: &Inner, slots: usize) -> ReserveOutcome {
         let capacity = inner.shadow.capacity();
@@ -265,7 +267,7 @@ impl Queue {
                 Ok(issued) => self.write_alone(config, issued),
                 Err(mut rq) => {
                     self.cancel_reservation(rq.data_mut());
-                    // Not reachable: the reserve has a reference for each fragment.
+                    // Not reachable: the reserve and the vector have room for all fragments.
                     end(rq, BlkStatus::IOERR);
                 }
             }
@@ -349,7 +351,7 @@ impl Queue {
         }
     }
 
-    /// Writes a request to the ring that [`Self::write_together`] does not write.
+    /// Writes a single request to the ring: one that is large, or has grants of its own.
     #[inline(always)]
     fn write_alone(&self, config: &ConnectionConfig, issued: IssuedRequest) {
         let segments = RequestSegments::new(&issued);
@@ -363,7 +365,8 @@ impl Queue {
 
     /// Writes a request into its reserved slots.
     ///
-    /// Inlined where it is known whether the data is bounced, which saves a check for each segment.
+    /// It is inlined: each caller knows whether the data is bounced, which saves a check for each
+    /// segment.
     #[inline(always)]
     fn write_to_ring(
         &self,
@@ -523,6 +526,8 @@ impl Queue {
 
     /// Publishes the requests that were written to the ring, and notifies the backend if it asks
     /// for that.
+    ///
+    /// Context: any.
     pub(crate) fn commit(&self) {
         let notifier = self.inner.lock().publish();
         if let Some(notifier) = notifier {
@@ -531,7 +536,7 @@ impl Queue {
     }
 }
 
-/// Stores a request that was written to the ring in its first shadow, until the backend has
+/// Stores a request in its first shadow, after it was written to the ring, until the backend has
 /// responded.
 #[inline(always)]
 fn store(
@@ -569,7 +574,7 @@ fn grant_request(
         return Ok(IssuedRequest::Bounced(rq));
     }
     let references = core::mem::take(&mut rq.data_mut().references);
-    // The pages of a write are granted read-only in spite of `ReadWrite`.
+    // `Granted` grants the pages of a write read-only, whatever is passed here.
     match Granted::new(
         rq,
         GrantAccess::ReadWrite,

@@ -2,10 +2,10 @@
 
 //! Requests that get no response in time.
 //!
-//! The block layer calls [`Queue::timed_out`] for a request that is in flight for longer than the
-//! time in `queue/io_timeout` in sysfs, and again each time that much time has passed. Then the
-//! device worker checks the rings. It takes responses for which no event has arrived, and notifies
-//! a backend that has not seen a request. So a lost event only causes a delay.
+//! The block layer calls [`Queue::timed_out`] for a request that has been in flight for longer than
+//! `queue/io_timeout` in sysfs, and again after each further period of that length. Then the device
+//! worker checks the rings. It takes responses for which no event has arrived, and notifies a
+//! backend that has not noticed a request. So a lost event only causes a delay.
 //!
 //! When a request has timed out ten times, its connection is closed: the backend is asked to close,
 //! and the requests wait for another connection. If a request gets no response there either, it
@@ -82,7 +82,8 @@ impl Queue {
         self.taken_if_more() == Some(before)
     }
 
-    /// Returns the number of responses that were taken, if the ring has others.
+    /// Returns the number of responses that were taken, or `None` if the ring has no other
+    /// response.
     fn taken_if_more(&self) -> Option<u32> {
         let inner = self.inner.lock();
         let connection = inner
@@ -93,7 +94,7 @@ impl Queue {
         ring.has_responses().then(|| ring.responses_taken())
     }
 
-    /// Notifies a backend that has not seen all requests, and logs a lost event if it then
+    /// Notifies a backend that has not noticed all requests, and logs a lost event if it then
     /// responds.
     ///
     /// Context: may sleep.
@@ -130,9 +131,8 @@ impl Queue {
         Some(connection.ring.responses_taken())
     }
 
-    /// Notifies a backend that has not seen all requests.
-    ///
-    /// Returns the number of responses that were taken before.
+    /// Notifies the backend if it has not noticed all requests, and returns the number of responses
+    /// that were taken before; `None` if it has noticed them.
     fn resend_notification(&self) -> Option<u32> {
         let (notifier, taken) = {
             let inner = self.inner.lock();

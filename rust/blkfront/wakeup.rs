@@ -63,7 +63,7 @@ pub(crate) struct DeviceWakeup {
     wait: WaitQueue,
 }
 
-/// The thread does work that takes a bounded time.
+/// The thread does anything else; an unbind waits for that for a limited time.
 const WORKING: i32 = 0;
 /// The thread waits until the disk is written back.
 const SYNCING: i32 = 1;
@@ -71,6 +71,7 @@ const SYNCING: i32 = 1;
 const DONE: i32 = 2;
 
 impl DeviceWakeup {
+    /// Creates a wakeup without reasons.
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {

@@ -3,7 +3,7 @@
 //! The device worker: the kernel thread of a device, which removes the disk, enforces deadlines,
 //! and frees memory.
 //!
-//! # Deadlines
+//! # What the worker waits for
 //!
 //! - The backend is not connected: after the time in the module parameter `reconnect_timeout` the
 //!   disk is removed, and requests in flight fail.
@@ -12,22 +12,26 @@
 //! - A request gets no response: see [`timeout`](crate::timeout).
 //! - A disk is detached or unbound while its backend serves it: file systems and page cache are
 //!   written back first. Writing back ends when the backend disconnects, or has sent no response
-//!   for the time in the module parameter `detach_timeout`; then the rest of the data is lost. A
-//!   slow backend gets all the time that it needs.
+//!   for the time in the module parameter `detach_timeout` although requests are in flight; then
+//!   the rest of the data is lost. A slow backend gets all the time that it needs.
 //! - A disk is detached that is used for swap or as part of another device: the toolstack waits
 //!   until that use has ended, or forces the detach.
-//! - A disk is removed for another reason while requests are in flight: after [`DRAIN_TIMEOUT_MS`]
-//!   they fail, once their pages are unmapped.
+//! - A disk is removed for another reason while requests are in flight: they fail after
+//!   [`DRAIN_TIMEOUT_MS`], or at once if the backend does not serve the disk. Each request ends
+//!   when its pages are unmapped.
 //! - A backend still has pages of a request mapped: the request stays in flight, because its pages
 //!   would be reused otherwise. It ends when the backend unmaps them, at the latest when its domain
 //!   ends.
 //! - A removed disk is still mapped by the backend: the ring and the pool stay until the backend is
 //!   Closed too, or for [`UNMAP_TIMEOUT_MS`] if the device is unbound. It is safe to free them
 //!   earlier, but slow, see [`Queue::free_stale_grants`](crate::queue::Queue::free_stale_grants).
-//! - The disk is added, written back and marked dead by other threads, because these operations
-//!   wait for I/O. So a backend that does not respond cannot keep this thread from ending the I/O.
 //! - A removed disk is still open: its name and device numbers stay until it is closed. The device
 //!   does not wait for that.
+//!
+//! # Threads
+//!
+//! The disk is added, written back and marked dead by other threads, because these operations wait
+//! for I/O. So a backend that does not respond cannot keep the worker from ending the I/O.
 
 use kernel::{
     new_mutex,
@@ -85,27 +89,28 @@ const UNMAP_POLL_MS: i64 = 10;
 const LIMITS_POLL_MS: i64 = 10;
 /// Interval between checks for pages that the backend has unmapped, in milliseconds.
 const RELEASE_POLL_MS: u32 = 100;
-/// Longest interval between checks of deadlines, in milliseconds.
+/// Longest time between checks of deadlines, and between messages about a wait, in milliseconds.
 const MAX_POLL_MS: u32 = 10_000;
 /// Shortest interval between checks of `reconnect_timeout`, in milliseconds.
 const OUTAGE_MIN_POLL_MS: u32 = 100;
 
 /// Interval between scans for idle pages of the pools, in milliseconds.
 const TRIM_INTERVAL_MS: u32 = 10_000;
-/// Number of consecutive scans that free nothing after which scanning ends. A backend may keep
-/// persistent grants mapped.
+/// Scanning ends after this many consecutive scans that free nothing: a backend may keep persistent
+/// grants mapped.
 const MAX_IDLE_SCANS: u32 = 18;
 
 /// Schedule of scans for idle pages.
 #[derive(Default)]
 struct TrimTimer {
-    /// Time of the last scan, or when a pool has grown; `None` if no scan is scheduled.
+    /// Time of the last scan, or, before the first one, of the growth of a pool. `None` if no scan
+    /// is scheduled.
     last: Option<Instant<Monotonic>>,
     /// Number of consecutive scans that have freed nothing.
     idle_scans: u32,
 }
 
-/// A device, shared by its thread and the xenbus driver.
+/// The data of a device worker: the device, which its thread shares with the xenbus driver.
 #[pin_data]
 pub(crate) struct DeviceWorker {
     wakeup: Arc<DeviceWakeup>,
@@ -206,7 +211,7 @@ impl DeviceWorker {
 
     /// Makes the `xenwatch` thread try to connect, if an attempt is due.
     ///
-    /// Only that thread may change the state Initialising.
+    /// Only that thread may enter and leave Initialising, see [`device`](crate::device).
     fn retry_connect(self: &Arc<Self>) {
         if !self.device.lock().take_retry() {
             return;
@@ -275,7 +280,8 @@ impl DeviceWorker {
 
     /// Removes a disk whose backend has been disconnected for too long.
     ///
-    /// `disconnected_since` is the time when the backend was found disconnected, or `None`.
+    /// `disconnected_since` is the time when the backend was first found disconnected, or `None`
+    /// while it is connected.
     fn check_outage(&self, disconnected_since: &mut Option<Instant<Monotonic>>) {
         let mut device = self.device.lock();
         if device.is_connected_or_dead() {
@@ -432,7 +438,7 @@ impl DeviceWorker {
                 );
             }
         }
-        // This waits for tasks in the block layer. Their requests fail, so the wait ends.
+        // This waits for requests of other tasks, which fail, so the wait ends.
         disk.remove();
         disk.queue_data().notify_release();
         *still_open = Some((disk, registered));

@@ -3,6 +3,8 @@
 //! The xenstore nodes of a device that are read and written.
 //!
 //! A missing or invalid node is reported with its name and its value.
+//!
+//! Context: all functions may sleep.
 
 use kernel::{
     fmt,
@@ -71,8 +73,8 @@ fn bad_node(reader: &Reader<'_>, invalid: InvalidNode) -> Error {
 
 /// Reads a boolean node.
 ///
-/// Returns `None` if there is no such node, and `invalid` if its value is not a number, which is
-/// logged.
+/// Returns `None` if there is no such node, and `Some(invalid)`, with a message, if its value is
+/// not a number.
 fn read_boolean(reader: &Reader<'_>, node: &'static str, invalid: bool) -> Result<Option<bool>> {
     match reader.parse(node, node::boolean) {
         Ok(on) => Ok(on),
@@ -103,7 +105,8 @@ pub(crate) fn virtual_device(device: &xenbus::Device) -> Result<VirtualDevice> {
     })
 }
 
-/// Refuses a device whose disk is also emulated, because a write to one would change the other.
+/// Refuses a device whose disk is also emulated, because the two would have separate page caches of
+/// the same data.
 pub(crate) fn refuse_emulated(device: &xenbus::Device, vdev: &VirtualDevice) -> Result {
     if !xen::is_hvm_domain() {
         return Ok(());
@@ -253,6 +256,7 @@ pub(crate) struct RingNodes {
 }
 
 impl RingNodes {
+    /// Collects the nodes of a ring.
     pub(crate) fn new<H: Handler>(connection: &RingConnection<H>) -> Result<Self> {
         let mut references = KVec::new();
         for reference in connection.references() {
