@@ -155,13 +155,13 @@ def test_returning_backend(xen: StartHost, test_modules: Path) -> None:
     guest.sh(WRITE)
     play(server, HONEST)
     server.sh(f"echo Y > {PARAMETERS}/hoard")
-    guest.allow("offering rings: trying again")
+    guest.allow("cannot offer rings: trying again")
     for _ in range(8):
         server.sh(f"cd {DRIVER}; echo {device} > unbind; echo {device} > bind")
         host.wait_for(
             f"[ $(xenstore-read {front}/state) = 1 ] && [ $(xenstore-read {back}/state) = 2 ]"
         )
-    guest.wait_for("dmesg | grep -q 'offering rings: trying again'")
+    guest.wait_for("dmesg | grep -q 'cannot offer rings: trying again'")
     assert server.sh(f"cat {PARAMETERS}/hoarded") == "1"
 
     guest.sh(WRITER)

@@ -96,8 +96,12 @@ fn register_major() -> Result<Major> {
         return Err(ENODEV);
     }
     params::check();
-    Major::register(MAJOR, c"xvd").inspect_err(|_| {
-        pr_err!("major {MAJOR} is taken: is xen_blkfront loaded? Unload it first\n");
+    Major::register(MAJOR, c"xvd").inspect_err(|&error| {
+        if error == EBUSY {
+            pr_err!("major {MAJOR} is taken: is xen_blkfront loaded? Unload it first\n");
+        } else {
+            pr_err!("cannot register major {MAJOR}: {error:?}\n");
+        }
     })
 }
 

@@ -371,7 +371,8 @@ impl Device {
                 self.handle_event(FrontEvent::ConnectionFailed);
             }
             Err(error) => {
-                self.xbdev.dev_fatal(error, fmt!("{}", describe(action)));
+                self.xbdev
+                    .dev_fatal(error, fmt!("{}: removing the disk", describe(action)));
                 // This removes the disk.
                 self.handle_event(FrontEvent::Failed);
             }
@@ -682,10 +683,10 @@ impl Device {
             Ok(minors) => Ok(Some(minors)),
             Err(EOPENSTALE) => {
                 let name = self.name();
-                dev_warn!(
+                ratelimited!(dev_warn!(
                     self.dev(),
                     "{name}: the disk that had this name before is still open and keeps its device number: using another one\n"
-                );
+                ));
                 Ok(None)
             }
             Err(error) => {
@@ -787,7 +788,7 @@ impl Device {
             let name = self.name();
             ratelimited!(dev_err!(
                 self.dev(),
-                "{name}: cannot change the limits of the disk: {error:?}\n"
+                "{name}: cannot change the limits of the disk: {error:?}: keeping the old ones\n"
             ));
         }
     }
@@ -812,7 +813,7 @@ impl Device {
         if features.flush == Flush::Unavailable {
             ratelimited!(dev_warn!(
                 self.dev(),
-                "{name}: the backend offers no flush, but an earlier one had a write cache: flushes fail until the disk is attached again\n"
+                "{name}: the backend offers no flush, but an earlier one had a write cache: flushes fail until a backend offers a flush or the disk is attached again\n"
             ));
         }
         if features.write_through {
@@ -849,7 +850,7 @@ impl Device {
             let (name, new, old) = (self.name(), properties.block_size, self.block_size);
             ratelimited!(dev_warn!(
                 self.dev(),
-                "{name}: sector-size = {new} instead of {old}: ignored until the disk is attached again\n"
+                "{name}: sector-size = {new} instead of {old}: ignored while the disk is connected\n"
             ));
         }
         // Cannot fail: the size was checked when it was read.
@@ -1082,7 +1083,7 @@ impl Device {
                 let name = self.name();
                 dev_err!(
                     self.dev(),
-                    "{name}: cannot start the thread that marks the disk dead: {error:?}: requests fail one by one\n"
+                    "{name}: cannot start the thread that marks the disk dead: {error:?}: its file systems are not told, but its requests fail\n"
                 );
             }
         }
@@ -1187,15 +1188,15 @@ impl Device {
     }
 }
 
-/// Returns the purpose of a step, for error messages.
+/// Returns the text of an error message for a step that has failed.
 fn describe(action: FrontAction) -> &'static str {
     match action {
-        FrontAction::Wait | FrontAction::Report => "waiting for the backend",
-        FrontAction::Offer => "offering rings",
-        FrontAction::Connect => "connecting",
-        FrontAction::Refresh => "reading the size of the disk",
-        FrontAction::Reset | FrontAction::Restart => "closing the connection",
-        FrontAction::Remove => "removing the disk",
+        FrontAction::Wait | FrontAction::Report => "cannot wait for the backend",
+        FrontAction::Offer => "cannot offer rings",
+        FrontAction::Connect => "cannot connect",
+        FrontAction::Refresh => "cannot read the size of the disk",
+        FrontAction::Reset | FrontAction::Restart => "cannot close the connection",
+        FrontAction::Remove => "cannot remove the disk",
     }
 }
 

@@ -140,10 +140,12 @@ impl Driver for VbdDriver {
             // backend does not respond.
             let synced = core::mem::replace(&mut syncing, self.wakeup.is_syncing());
             if !synced && !syncing {
-                dev.dev_error(
-                    ETIMEDOUT,
-                    fmt!("the backend still uses pages of requests: keeping the disk until it unmaps them"),
-                );
+                let text = if self.worker.device.lock().has_granted_requests() {
+                    "the backend still has pages of requests mapped: the disk stays until the backend unmaps them"
+                } else {
+                    "the disk could not be removed in time: removing it in the background"
+                };
+                dev.dev_error(ETIMEDOUT, fmt!("{text}"));
                 return;
             }
         }

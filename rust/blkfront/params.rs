@@ -37,10 +37,10 @@ module_params! {
         "Seconds without a response after which a detached disk is no longer written back (default is 8)";
     /// Time after which a request times out, in seconds.
     static IO_TIMEOUT("io_timeout", 0o644): u32 = 30,
-        "Seconds after which the ring is checked for a request without a response; the connection is closed after ten times that; 0: never (default is 30)";
+        "Seconds after which the ring is checked for a request without a response; the connection is closed after ten times that; 0: checked every 30 seconds, never closed (default is 30)";
     /// Time for which a disk waits for a disconnected backend, in seconds.
     static RECONNECT_TIMEOUT("reconnect_timeout", 0o644): u32 = 300,
-        "Seconds that a disk waits for a disconnected backend, before its requests fail (default is 300)";
+        "Seconds that a disk waits for a disconnected backend before it is removed and its requests fail (default is 300)";
 }
 
 /// Longest request timeout, in seconds: 12 days. Its milliseconds and jiffies fit into 32 bits.

@@ -434,7 +434,7 @@ impl DeviceWorker {
                 let name = device.name();
                 dev_warn!(
                     device.dev(),
-                    "{name}: still waiting for the thread that adds or removes the disk\n"
+                    "{name}: still waiting for the threads that add the disk, mark it dead or remove it\n"
                 );
             }
         }

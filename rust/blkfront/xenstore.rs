@@ -151,7 +151,7 @@ pub(crate) fn backend_event(
         Err(UnknownState(number)) => {
             let number = number as i32;
             ratelimited!(pr_err!(
-                "{backend}/state = \"{number}\": not a xenbus state\n"
+                "{backend}/state = \"{number}\": not a xenbus state: removing the disk\n"
             ));
             return FrontEvent::BadState;
         }
@@ -172,7 +172,11 @@ fn has_wrong_state(backend: &CStr) -> bool {
     let reader = Reader::new(backend).ignore_empty();
     match reader.parse("state", node::decimal_u32) {
         Err(NodeError::Invalid(error)) => {
-            warn_bad_node(&reader, &error);
+            ratelimited!(pr_err!(
+                "{}/{}: removing the disk\n",
+                reader.dir(),
+                AsKernelDisplay(&error)
+            ));
             true
         }
         Ok(_) | Err(NodeError::Xenstore(_)) => false,
