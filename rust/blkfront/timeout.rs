@@ -141,7 +141,8 @@ impl Queue {
                 .as_ref()
                 .filter(|connection| connection.is_open())?;
             let taken = connection.ring.responses_taken();
-            let unnoticed = connection.ring.in_flight() != 0 && connection.ring.has_unnoticed_requests();
+            let unnoticed =
+                connection.ring.in_flight() != 0 && connection.ring.has_unnoticed_requests();
             (unnoticed.then_some(connection.notifier)?, taken)
         };
         notifier.notify();

@@ -8,8 +8,8 @@
 //! several slots waits, smaller ones are refused, until enough slots are free for the large one.
 //!
 //! Only the number of slots of a refused request is stored, not the request. The block layer queues
-//! each refused request again until it is accepted, so a request of that size will follow. A request
-//! that needs more slots than the ring has is refused without being stored: it has to fail.
+//! each refused request again until it is accepted, so a request of that size will follow. A
+//! request that needs more slots than the ring has is refused without being stored: it has to fail.
 //!
 //! The frontend counts shadows, of which there is one for each slot.
 //!

@@ -37,7 +37,8 @@
 //! has written before. When it finds Closing instead, it writes nothing but Closed until the
 //! frontend has closed and is Initialising again, see [`BackEvent::ToolstackClosing`]. If it wrote
 //! InitWait or Connected earlier, a frontend that has closed would take it for a backend that has
-//! restarted: `xen-blkfront` would offer its rings again while it still has the old ones, and crash.
+//! restarted: `xen-blkfront` would offer its rings again while it still has the old ones, and
+//! crash.
 //!
 //! # From attach to detach
 //!
@@ -84,7 +85,8 @@ pub enum FrontState {
     /// An earlier connection has ended, and the backend must be Closed before a new one can begin.
     /// The disk and its requests are kept. The backend sees a frontend that has closed.
     Reset,
-    /// The disk was removed, and no request is in flight. Only the toolstack can create a new device.
+    /// The disk was removed, and no request is in flight. Only the toolstack can create a new
+    /// device.
     Removed,
 }
 
@@ -105,8 +107,8 @@ pub enum FrontEvent {
     BadState,
     /// An action has failed permanently: invalid nodes, a broken ring.
     Failed,
-    /// This connection cannot continue, for lack of memory or grants, or because the backend does not
-    /// respond to requests. Another one may succeed.
+    /// This connection cannot continue, for lack of memory or grants, or because the backend does
+    /// not respond to requests. Another one may succeed.
     ConnectionFailed,
     /// [`FrontState::is_connected`] has been false for too long.
     Deadline {
@@ -137,8 +139,8 @@ pub enum FrontAction {
     Reset,
     /// Stop sharing, keep the requests; Initialising.
     Restart,
-    /// Remove the disk: write it back first if the backend still serves it, otherwise end all requests
-    /// with an error. Stop sharing; Closed.
+    /// Remove the disk: write it back first if the backend still serves it, otherwise end all
+    /// requests with an error. Stop sharing; Closed.
     Remove,
 }
 
@@ -202,8 +204,8 @@ impl FrontState {
 
     /// Returns the action while there is no connection.
     ///
-    /// A backend that is Connected or Closing is still connected to an earlier driver of this domain,
-    /// for instance one that has crashed: it must close first. A backend that is Closed
+    /// A backend that is Connected or Closing is still connected to an earlier driver of this
+    /// domain, for instance one that has crashed: it must close first. A backend that is Closed
     /// sees that the frontend is Initialising and will return to InitWait.
     const fn waiting(backend: XenbusState) -> FrontAction {
         match backend {
@@ -248,8 +250,8 @@ impl FrontState {
 
     /// Returns the action after Closed was written.
     ///
-    /// Every backend becomes Closed then, even one that was just started and is in InitWait. Acting on
-    /// an earlier state would race with that.
+    /// Every backend becomes Closed then, even one that was just started and is in InitWait. Acting
+    /// on an earlier state would race with that.
     const fn reset(backend: XenbusState) -> FrontAction {
         match backend {
             XenbusState::Closed => FrontAction::Restart,
@@ -273,8 +275,8 @@ impl FrontState {
 
     /// Returns the action that asks the backend to close.
     ///
-    /// A frontend that could not make an offer has shared nothing, so the backend need not close: the
-    /// driver makes the offer again later.
+    /// A frontend that could not make an offer has shared nothing, so the backend need not close:
+    /// the driver makes the offer again later.
     const fn disconnect(self) -> FrontAction {
         match self {
             FrontState::Offered | FrontState::Connected => FrontAction::Reset,
@@ -461,8 +463,8 @@ impl BackState {
 
     /// Returns the first action of a driver.
     ///
-    /// A frontend that is Initialised or Connected keeps its rings: InitWait is written first, and the
-    /// next step maps them.
+    /// A frontend that is Initialised or Connected keeps its rings: InitWait is written first, and
+    /// the next step maps them.
     const fn starting(frontend: XenbusState) -> BackAction {
         match frontend {
             XenbusState::Initialising => BackAction::Restart,

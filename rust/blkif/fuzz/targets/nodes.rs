@@ -47,7 +47,9 @@ fuzz_target!(|data: &[u8]| {
             check_message(choice.set(node, text));
         }
         match name {
-            b"virtual-device" => check_message(node::device_number("virtual-device", text).map(name_of)),
+            b"virtual-device" => {
+                check_message(node::device_number("virtual-device", text).map(name_of))
+            }
             b"physical-device" => check_message(node::physical_device("physical-device", text)),
             _ => {}
         }

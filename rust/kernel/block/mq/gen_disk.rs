@@ -379,8 +379,8 @@ impl<T: Operations> GenDisk<T> {
     /// Changes the limits.
     ///
     /// The queue is not frozen, so requests within the old limits may still come: the driver has to
-    /// serve them. Limits that `change` does not set stay the same. Fails with `EBUSY` if another task is
-    /// changing the limits, for which it may wait for requests in flight.
+    /// serve them. Limits that `change` does not set stay the same. Fails with `EBUSY` if another
+    /// task is changing the limits, for which it may wait for requests in flight.
     pub fn try_update_limits(&self, change: impl FnOnce(&mut QueueLimits)) -> Result {
         let mut limits = QueueLimits::new();
         // SAFETY: By the type invariants the queue is valid. The limits are valid for a write, and
