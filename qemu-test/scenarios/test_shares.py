@@ -22,6 +22,7 @@ PART = 32
 DISKS = {"xvda": "/dev/rblk0", "xvdb": "/dev/ram0", "xvdc": "/dev/ram1"}
 PARAMETERS = "/sys/module/rblk_ramdisk/parameters"
 WRITE, KEEP = 2, 3
+DRIVER = "/sys/bus/xen-backend/drivers/vbd"
 
 WORK = """
 yes "$DISKS" | head -c 2097152 > /tmp/data
@@ -136,8 +137,8 @@ def written(server: Server, group: str) -> int:
 def test_io_owner(xen: StartHost, record_property: RecordProperty) -> None:
     """I/O is charged to the cgroup that the script names, with the priority that it names.
 
-    One that is not there is an error. A person may also move a thread of the
-    backend to a cgroup, as with the C module, which does not read these nodes.
+    One that is not there is an error, which does not end a disk in use. A person may also move a
+    thread of the backend to a cgroup, as with the C module, which does not read these nodes.
     """
     host = xen()
     server = host.start_server()
@@ -172,3 +173,18 @@ def test_io_owner(xen: StartHost, record_property: RecordProperty) -> None:
     host.wait_for(f"xenstore-exists {error}")
     assert 'cgroup = "/guests/nowhere"' in (host.xenstore_read(error) or "")
     assert guest.run("[ -b /dev/xvdd ]")[0] != 0
+    rebind_without_group(named)
+
+
+def rebind_without_group(disk: ManualDisk) -> None:
+    """Checks that a disk in use outlives a wrong node of the toolstack, until that is corrected."""
+    host, server = disk.host, disk.server
+    name = disk.device.rpartition("/")[2]
+    server.sh(f"echo {name} > {DRIVER}/unbind")
+    host.sh(f"xenstore-write {disk.back}/cgroup /guests/nowhere")
+    server.sh(f"echo {name} > {DRIVER}/bind")
+    host.wait_for(f"xenstore-exists {error_node(disk.back)}")
+    assert host.xenstore_read(f"{disk.back}/state") == "2"
+    host.sh(f"xenstore-write {disk.back}/cgroup /guests/named")
+    disk.wait_for(back=4)
+    disk.guest.sh(f"dd if=/dev/zero of=/dev/{disk.vdev} bs=64k count=1 oflag=direct")

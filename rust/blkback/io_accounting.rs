@@ -104,7 +104,7 @@ fn read_group(
         Ok(group) => Ok(Some(group)),
         Err(error) if error == ENOENT => {
             let bad = InvalidNode::new(NODE, path.as_bytes(), Reason::Unknown);
-            Err(ConnectError::Node(bad))
+            Err(ConnectError::Toolstack(bad))
         }
         Err(error) => Err(ConnectError::Local("looking up the cgroup", error)),
     }
@@ -119,7 +119,7 @@ fn read_priority(
     let Some(value) = reader.value(NODE).during(READING)? else {
         return Ok(None);
     };
-    let priority = node::io_priority(NODE, value.as_bytes()).map_err(ConnectError::Node)?;
+    let priority = node::io_priority(NODE, value.as_bytes()).map_err(ConnectError::Toolstack)?;
     Ok(Some(match priority {
         node::IoPriority::RealTime(level) => IoPriority::RealTime(level),
         node::IoPriority::BestEffort(level) => IoPriority::BestEffort(level),
