@@ -97,6 +97,7 @@ use kernel_ext::{
         },
         memalloc::NoioScope,
         module_ref::ModuleRef,
+        ratelimit::Ratelimit,
         sysfs::Output,
         timer::{
             Timer,
@@ -260,6 +261,9 @@ struct Inner {
     failures: u32,
     /// The last of these failures that was reported.
     reported: Option<Error>,
+    /// Rate limit of the device's errors in the log and in xenstore, so that the frontends of other
+    /// devices do not use it up.
+    error_limit: Ratelimit,
     /// Number of connections, so that a thread of an earlier connection does not affect a later
     /// one.
     connection: u64,
@@ -349,6 +353,7 @@ impl Device {
             retry_timer: None,
             failures: 0,
             reported: None,
+            error_limit: Ratelimit::new(),
             connection: 0,
         };
         let registration = DeviceRegistration::new(xbdev)?;
@@ -579,17 +584,18 @@ impl Device {
             }
             return Step::None;
         };
-        ratelimited!(self.xbdev.dev_error(error.error(), fmt!("{error}")));
+        if inner.error_limit.allow() {
+            self.xbdev.dev_error(error.error(), fmt!("{error}"));
+        }
         self.set_state(inner, next)
     }
 
     /// Reports a failure, unless it is the one reported last, and schedules a retry.
     fn schedule_retry(&self, inner: &mut Inner, error: &ConnectError) {
-        if inner.reported != Some(error.error()) {
+        if inner.reported != Some(error.error()) && inner.error_limit.allow() {
             inner.reported = Some(error.error());
-            ratelimited!(self
-                .xbdev
-                .dev_error(error.error(), fmt!("{error}: trying again")));
+            self.xbdev
+                .dev_error(error.error(), fmt!("{error}: trying again"));
         }
         let time = RETRY_MS
             .checked_shl(inner.failures)

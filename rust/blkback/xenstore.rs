@@ -96,10 +96,13 @@ pub(crate) fn bad_state_error(frontend: &CStr) -> ConnectError {
     }
 }
 
-/// Removes the error that was written for the toolstack.
+/// Removes the error that was written for the toolstack, if there is one.
 pub(crate) fn clear_error(xbdev: &xenbus::Device) -> Result {
     let dir = CString::try_from_fmt(fmt!("error/{}", xbdev.nodename()))?;
-    xenstore::remove(&NoTransaction, &dir, fmt!("error"))
+    match xenstore::remove(&NoTransaction, &dir, fmt!("error")) {
+        Err(error) if error == ENOENT => Ok(()),
+        result => result,
+    }
 }
 
 /// Writes the limits for the choice of a frontend, which do not depend on the disk.
