@@ -260,7 +260,7 @@ struct Inner {
     /// Failures in a row that were followed by a retry.
     failures: u32,
     /// The last of these failures that was reported.
-    reported: Option<Error>,
+    reported: Option<ConnectError>,
     /// Rate limit of the device's errors in the log and in xenstore, so that the frontends of other
     /// devices do not use it up.
     error_limit: Ratelimit,
@@ -592,8 +592,8 @@ impl Device {
 
     /// Reports a failure, unless it is the one reported last, and schedules a retry.
     fn schedule_retry(&self, inner: &mut Inner, error: &ConnectError) {
-        if inner.reported != Some(error.error()) && inner.error_limit.allow() {
-            inner.reported = Some(error.error());
+        if inner.reported != Some(*error) && inner.error_limit.allow() {
+            inner.reported = Some(*error);
             self.xbdev
                 .dev_error(error.error(), fmt!("{error}: trying again"));
         }

@@ -20,7 +20,7 @@ use blkif::{
 };
 
 /// The reason why a connection cannot be made, or has ended.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum ConnectError {
     /// A node of the frontend is missing or not valid.
     Node(InvalidNode),
