@@ -102,6 +102,17 @@ def event_counts(guest: Guest, code: int) -> str:
     return f"/sys/bus/xen-backend/devices/vbd-{guest.domid}-{code}/xenbus"
 
 
+def play_read_only_later(host: XenHost, server: Server, guest: Guest) -> None:
+    """A disk becomes read-only while it is open for writing: it is so for the next connection."""
+    bound = "/sys/bus/xen/drivers/vbd-hostile"
+    with playing(host, server, guest, READ_ONLY):
+        server.sh("blockdev --setro /dev/ram1")
+        guest.sh(f"echo vbd-{CODE} > {bound}/unbind")
+        guest.sh(f"echo vbd-{CODE} > {bound}/bind")
+        assert_answers(hostile.report_of(guest))
+    server.sh("blockdev --setrw /dev/ram1")
+
+
 @pytest.mark.feature("BE-07", "BE-10", "BE-40", "BE-42", "BE-43", "BE-49", "BE-50", "B-10", "B-19")
 def test_hostile_frontend(
     xen: StartHost, test_modules: Path, record_property: RecordProperty
@@ -124,6 +135,8 @@ def test_hostile_frontend(
     requests, rest = hostile.split(report)
     assert_answers(requests, () if ours else ("discard-secure",))
     assert_answers(play(host, server, guest, READ_ONLY, "r"), () if ours else ("read-only-flush",))
+    if ours:
+        play_read_only_later(host, server, guest)
     closing = {case for case in rest if rest[case][0] == "closing"} - {"toggle"}
     assert closing == (CLOSED if ours else {"arm-abi-0"})
     for case, result in rest.items():

@@ -374,6 +374,7 @@ impl<'a> Connection<'a> {
         let dir = self.xbdev.nodename();
         let sectors = disk.bdev.sectors();
         disk.set_reported(sectors);
+        let info = disk.announce_info(cdrom);
         let mut offered = true;
         let switched = self
             .xbdev
@@ -396,7 +397,7 @@ impl<'a> Connection<'a> {
                 }
                 write("feature-persistent", self.accepted.persistent.into())?;
                 write("sectors", sectors)?;
-                write("info", disk.info(cdrom).into())?;
+                write("info", info.into())?;
                 let block_size = disk.bdev.logical_block_size().into();
                 write("sector-size", block_size)?;
                 let physical = disk.bdev.physical_block_size().into();

@@ -79,6 +79,8 @@ pub(crate) struct Disk {
     /// The discard support that is offered; `None` if discard is not offered.
     pub(crate) discard: Option<DiscardSupport>,
     block_size: u32,
+    /// `true` if the frontend was told that the disk is read-only. Its writes are rejected.
+    read_only: Atomic<bool>,
     /// Size in sectors that was last written to xenstore.
     reported_sectors: Atomic<u64>,
 }
@@ -108,6 +110,7 @@ impl Disk {
             bdev,
             discard,
             block_size,
+            read_only: Atomic::new(access == Access::ReadOnly),
             reported_sectors,
         })
     }
@@ -120,11 +123,11 @@ impl Disk {
     /// Context: may sleep until I/O on the disk completes, possibly forever.
     pub(crate) fn drop_page_cache(&self) -> Result<bool> {
         let empty = self.bdev.sync_and_forget_cache()?;
-        Ok(empty || self.read_only())
+        Ok(empty || self.is_read_only())
     }
 
-    /// Returns `true` if writes are rejected.
-    pub(crate) fn read_only(&self) -> bool {
+    /// Returns `true` if the disk was opened for reading, or has become read-only since.
+    fn is_read_only(&self) -> bool {
         self.bdev.access() == Access::ReadOnly || self.bdev.read_only()
     }
 
@@ -156,7 +159,7 @@ impl Disk {
         DiskLimits {
             sectors: self.bdev.sectors(),
             block_size: self.block_size,
-            read_only: self.bdev.access() == Access::ReadOnly,
+            read_only: self.read_only.load(Relaxed),
             discard: self.discard.is_some(),
             secure_discard: self.discard.is_some_and(|discard| discard.secure),
             indirect_segments: MAX_INDIRECT_SEGMENTS,
@@ -176,12 +179,16 @@ impl Disk {
         self.reported_sectors.store(sectors, Relaxed);
     }
 
-    /// Returns the value of the node `info`.
-    pub(crate) fn info(&self, cdrom: bool) -> u32 {
+    /// Returns the value of the node `info`, to be told to a frontend.
+    ///
+    /// From now on, writes to a disk that is read-only are rejected.
+    pub(crate) fn announce_info(&self, cdrom: bool) -> u32 {
+        let read_only = self.is_read_only();
+        self.read_only.store(read_only, Relaxed);
         let flag = |flag, set| if set { flag } else { 0 };
         flag(info::CDROM, cdrom || self.bdev.is_cdrom())
             | flag(info::REMOVABLE, self.bdev.is_removable())
-            | flag(info::READONLY, self.read_only())
+            | flag(info::READONLY, read_only)
     }
 }
 
