@@ -687,8 +687,8 @@ impl DataPath {
             self.unmap_queued();
         }
         if self.to_unmap.push_within_capacity(page).is_err() {
-            // All are busy, and there is no space: the page is dropped, which unmaps it once it is
-            // not busy.
+            // All are busy, and there is no space. Dropping the page waits up to ten seconds until
+            // it is not busy, and leaks it if it still is.
             self.mapped_now = self.mapped_now.wrapping_sub(1);
         }
     }
