@@ -30,7 +30,7 @@ use kernel_ext::base::sysfs::{
 /// Counters of one queue.
 #[derive(Default)]
 pub(crate) struct Counters {
-    /// Requests that had to wait for memory or mappings.
+    /// Requests that had to wait for memory or mappings (`st_oo_req`, which counts each attempt).
     pub(crate) out_of_memory: Counter,
     /// Reads.
     pub(crate) reads: Counter,

@@ -99,6 +99,7 @@ impl Queue {
                 Ok(true) => {
                     took = true;
                     if !self.handle_request(&wire, limits) {
+                        self.counters.out_of_memory.add(1);
                         break;
                     }
                 }
@@ -196,7 +197,6 @@ impl Queue {
     ///
     /// Returns `false`.
     fn defer(&mut self, wire: &WireRequest) -> bool {
-        self.counters.out_of_memory.add(1);
         self.deferred = Some(*wire);
         false
     }
