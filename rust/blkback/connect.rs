@@ -373,7 +373,6 @@ impl<'a> Connection<'a> {
         let disk = &self.disk;
         let dir = self.xbdev.nodename();
         let sectors = disk.bdev.sectors();
-        disk.set_reported(sectors);
         let info = disk.announce_info(cdrom);
         let mut offered = true;
         let switched = self
@@ -405,7 +404,10 @@ impl<'a> Connection<'a> {
             });
         match switched {
             Err(_) if !offered => Ok(ConnectOutcome::Withdrawn),
-            Ok(Switched::Written) => Ok(ConnectOutcome::Connected),
+            Ok(Switched::Written) => {
+                disk.set_reported(sectors);
+                Ok(ConnectOutcome::Connected)
+            }
             Ok(Switched::Refused(found)) => Ok(ConnectOutcome::Refused(found)),
             Ok(Switched::Failed(error)) | Err(error) => Err(ConnectError::Local(
                 "writing the properties of the disk",

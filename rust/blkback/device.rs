@@ -652,10 +652,7 @@ impl Device {
         match found {
             Ok(Some(disk)) if inner.back == BackState::Removed => inner.to_close = Some(disk),
             Ok(Some(disk)) => inner.disk = Some(disk),
-            Ok(None) => {
-                self.report_size(inner);
-                return Step::None;
-            }
+            Ok(None) => return self.report_size(inner),
             Err(error) => return self.fail(inner, &error),
         }
         Step::Again
@@ -802,18 +799,23 @@ impl Device {
     }
 
     /// Writes the size of the disk for the frontend, if it has changed.
-    fn report_size(&self, inner: &Inner) {
+    fn report_size(&self, inner: &mut Inner) -> Step {
         let Some(disk) = inner.disk.as_ref().filter(|disk| disk.size_changed()) else {
-            return;
+            return Step::None;
         };
         if inner.back != BackState::Connected || self.draining.load(Relaxed) {
-            return;
+            return Step::None;
         }
-        if let Err(error) = xenstore::write_size(&self.xbdev, disk) {
-            ratelimited!(dev_warn!(
-                self.xbdev.as_ref(),
-                "cannot write the new size of the disk, trying again: {error:?}\n"
-            ));
+        match xenstore::write_size(&self.xbdev, disk) {
+            Ok(Switched::Refused(found)) => self.state_refused(inner, BackState::Connected, found),
+            Ok(Switched::Written) => Step::None,
+            Ok(Switched::Failed(error)) | Err(error) => {
+                ratelimited!(dev_warn!(
+                    self.xbdev.as_ref(),
+                    "cannot write the new size of the disk, trying again: {error:?}\n"
+                ));
+                Step::None
+            }
         }
     }
 
@@ -1005,9 +1007,14 @@ impl QueueOwner for DeviceHandle {
     }
 
     fn size_changed(&self) {
-        let inner = self.device.inner.lock();
-        if inner.connection == self.connection {
-            self.device.report_size(&inner);
+        let mut inner = self.device.inner.lock();
+        if inner.connection != self.connection {
+            return;
+        }
+        let step = self.device.report_size(&mut inner);
+        drop(inner);
+        if !matches!(step, Step::None) {
+            self.device.schedule_work();
         }
     }
 }

@@ -13,7 +13,10 @@ use kernel::{
 use kernel_ext::{
     ratelimited,
     xen::{
-        xenbus,
+        xenbus::{
+            self,
+            Switched, //
+        },
         xenstore::{
             self,
             NoTransaction,
@@ -121,14 +124,16 @@ pub(crate) fn write_features(dir: &CStr, limits: &BackLimits) -> Result {
 /// Writes the size of the disk, and Connected again, which makes the frontend read it.
 ///
 /// Writes nothing if the toolstack has asked the device to close.
-pub(crate) fn write_size(xbdev: &xenbus::Device, disk: &Disk) -> Result {
+pub(crate) fn write_size(xbdev: &xenbus::Device, disk: &Disk) -> Result<Switched> {
     let dir = xbdev.nodename();
     let sectors = disk.bdev.sectors();
-    xbdev.switch_state_with(XenbusState::Connected, |transaction| {
+    let switched = xbdev.switch_state_with(XenbusState::Connected, |transaction| {
         xenstore::write(transaction, dir, fmt!("sectors"), fmt!("{sectors}"))
     })?;
-    disk.set_reported(sectors);
-    Ok(())
+    if switched == Switched::Written {
+        disk.set_reported(sectors);
+    }
+    Ok(switched)
 }
 
 /// Withdraws a feature that the disk does not support.
