@@ -143,9 +143,9 @@ impl VbdDriver {
     /// Removes the watch, and shuts the device down.
     fn shut_down(&self) {
         // Removing the watch waits for the `xenwatch` thread, while the driver core holds the lock
-        // of the device. It comes before the long wait for the disk: during that, the `xenwatch`
-        // thread may begin to wait for the same lock, to remove the device, and removing the watch
-        // would then never end.
+        // of the device. This comes before the long wait for the disk, which keeps the window
+        // small: if the `xenwatch` thread already waits for the lock, to remove the device, this
+        // never ends (as in `xen-blkback`).
         let watch = self.watch.lock().take();
         drop(watch);
         self.device.shut_down();
