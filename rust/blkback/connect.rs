@@ -350,14 +350,24 @@ impl<'a> Connection<'a> {
     ///
     /// Other rings would have other references, because a reference is not reused while its page is
     /// mapped.
-    fn is_offered(&self, transaction: &Transaction) -> bool {
+    fn is_offered(&self, transaction: &Transaction) -> Result<bool> {
         let reader = Reader::within(transaction, self.frontend);
-        let state = reader.parse("state", node::decimal_u32).ok().flatten();
-        let state = state.and_then(|number| XenbusState::try_from(number).ok());
-        matches!(
+        let state = match reader.parse("state", node::decimal_u32) {
+            Ok(state) => state.and_then(|number| XenbusState::try_from(number).ok()),
+            Err(NodeError::Invalid(_)) => None,
+            Err(NodeError::Xenstore(error)) => return Err(error),
+        };
+        if !matches!(
             state,
             Some(XenbusState::Initialised | XenbusState::Connected)
-        ) && self.read_first_ring_ref(transaction).ok() == self.first_ring_ref
+        ) {
+            return Ok(false);
+        }
+        match self.read_first_ring_ref(transaction) {
+            Ok(reference) => Ok(Some(reference) == self.first_ring_ref),
+            Err(ConnectError::Local(_, error)) => Err(error),
+            Err(_) => Ok(false),
+        }
     }
 
     /// Writes the properties and features of the disk, and Connected (`connect()` of
@@ -378,7 +388,7 @@ impl<'a> Connection<'a> {
         let switched = self
             .xbdev
             .switch_state_with(XenbusState::Connected, |transaction| {
-                offered = self.is_offered(transaction);
+                offered = self.is_offered(transaction)?;
                 if !offered {
                     return Err(EBUSY);
                 }

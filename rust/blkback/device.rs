@@ -148,7 +148,10 @@ use crate::{
     reports::QueueOwner,
     stats::Stats,
     wakeup::QueueWakeup,
-    xenstore, //
+    xenstore::{
+        self,
+        READING, //
+    }, //
 };
 
 /// Longest wait of an unbind for requests in flight, in milliseconds.
@@ -462,9 +465,14 @@ impl Device {
         if started && self.disk_named.load(Relaxed) {
             return Step::Open;
         }
-        let event = self.read_event(&inner);
         let action = if !self.draining.load(Relaxed) {
-            inner.back.step(event)
+            match self.read_event(&mut inner) {
+                Ok(event) => inner.back.step(event),
+                Err(error) => {
+                    self.schedule_retry(&mut inner, &ConnectError::Local(READING, error));
+                    return Step::None;
+                }
+            }
         } else if self.has_threads() {
             return Step::None;
         } else {
@@ -502,18 +510,21 @@ impl Device {
     }
 
     /// Reads the state of the frontend, and the node `online`.
-    fn read_event(&self, inner: &Inner) -> BackEvent {
-        match self.xbdev.read_driver_state(&self.frontend) {
+    ///
+    /// A failed read is not taken for a missing node: a disk in use would be removed.
+    fn read_event(&self, inner: &mut Inner) -> Result<BackEvent> {
+        let state = self.xbdev.try_read_driver_state(&self.frontend)?;
+        if matches!(inner.reported, Some(ConnectError::Local(READING, _))) {
+            self.clear_failures(inner);
+        }
+        Ok(match state {
             Err(UnknownState(_)) => BackEvent::BadState,
-            Ok(XenbusState::Unknown) if xenstore::has_invalid_state(&self.frontend) => {
-                BackEvent::BadState
-            }
             Ok(state) => BackEvent::Frontend {
                 state,
                 online: xenstore::is_online(&self.xbdev, state),
                 ready: inner.disk.is_some(),
             },
-        }
+        })
     }
 
     /// Runs an action that is quick, and sets the state that it leads to.
@@ -611,7 +622,10 @@ impl Device {
     fn clear_failures(&self, inner: &mut Inner) {
         inner.failures = 0;
         if inner.reported.take().is_some() {
-            dev_info!(self.xbdev.as_ref(), "connected after a failure\n");
+            dev_info!(
+                self.xbdev.as_ref(),
+                "the failure that was reported before is over\n"
+            );
             if let Err(error) = xenstore::clear_error(&self.xbdev) {
                 dev_warn!(
                     self.xbdev.as_ref(),
@@ -873,7 +887,8 @@ impl Device {
         drop(inner);
         drop(timer);
         // A device without a directory cannot be bound again: no other driver will serve its rings.
-        let gone = self.xbdev.read_driver_state(self.xbdev.nodename()) == Ok(XenbusState::Unknown);
+        let own = self.xbdev.try_read_driver_state(self.xbdev.nodename());
+        let gone = matches!(own, Ok(Ok(XenbusState::Unknown)));
         let time_ms = if gone {
             SHORT_DRAIN_TIMEOUT_MS
         } else {

@@ -20,7 +20,6 @@ use kernel_ext::{
         xenstore::{
             self,
             NoTransaction,
-            NodeError,
             Reader, //
         },
     },
@@ -29,7 +28,6 @@ use kernel_ext::{
 use blkif::{
     negotiate::BackLimits,
     node::{
-        self,
         InvalidNode,
         Reason, //
     },
@@ -77,15 +75,9 @@ pub(crate) fn is_online(xbdev: &xenbus::Device, frontend: XenbusState) -> bool {
 /// Returns `true` if a frontend has been connected to the device before.
 ///
 /// It may have been connected to a driver that was unbound since: the nodes of the disk that this
-/// driver has written are still there.
+/// driver has written are still there. If they cannot be read, a disk may be in use.
 pub(crate) fn was_connected(xbdev: &xenbus::Device) -> bool {
-    xenstore::exists(&NoTransaction, xbdev.nodename(), fmt!("sectors"))
-}
-
-/// Returns `true` if a frontend has written a state that is not a number.
-pub(crate) fn has_invalid_state(frontend: &CStr) -> bool {
-    let state = reader(frontend).parse("state", node::decimal_u32);
-    matches!(state, Err(NodeError::Invalid(_)))
+    xenstore::exists(&NoTransaction, xbdev.nodename(), fmt!("sectors")).unwrap_or(true)
 }
 
 /// Returns the error for an invalid state of a frontend.

@@ -100,6 +100,8 @@ use crate::{
 use super::{
     xenstore::{
         self,
+        NodeError,
+        Reader,
         Transaction,
         Watch,
         WatchHandler, //
@@ -262,8 +264,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     ) -> Result<Switched> {
         let dir = self.nodename();
         let own = self.state();
-        // SAFETY: The device is valid by the type invariant; C reads it without a lock too.
-        if unsafe { addr_of!((*self.as_raw()).vanished).read_volatile() } {
+        if self.has_vanished() {
             // The bus will create a new device for the directory.
             return Ok(Switched::Refused(XenbusState::Initialising));
         }
@@ -304,7 +305,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         unsafe { addr_of_mut!((*self.as_raw()).state).write_volatile(state.number()) };
     }
 
-    /// Returns the state in the directory `path` (`xenbus_read_driver_state()`).
+    /// Returns the state in the directory `path` (`xenbus_read_driver_state()`); a state that
+    /// cannot be read is unknown.
     ///
     /// Context: may sleep.
     pub fn read_driver_state(&self, path: &CStr) -> OtherendState {
@@ -312,6 +314,31 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         XenbusState::try_from(unsafe {
             bindings_ext::xenbus_read_driver_state(self.as_raw(), path.as_char_ptr())
         })
+    }
+
+    /// Reads the state in the directory `path`.
+    ///
+    /// It is unknown if there is no node or an empty one. Unlike in [`Self::read_driver_state`], a
+    /// failed read is an error.
+    ///
+    /// Context: may sleep.
+    pub fn try_read_driver_state(&self, path: &CStr) -> Result<OtherendState> {
+        if self.has_vanished() {
+            return Ok(Ok(XenbusState::Unknown));
+        }
+        let reader = Reader::new(path).ignore_empty();
+        match reader.parse("state", node::decimal_u32) {
+            Ok(Some(number)) => Ok(XenbusState::try_from(number)),
+            Ok(None) => Ok(Ok(XenbusState::Unknown)),
+            Err(NodeError::Invalid(_)) => Ok(Err(UnknownState(u32::MAX))),
+            Err(NodeError::Xenstore(error)) => Err(error),
+        }
+    }
+
+    /// Returns `true` if the bus has found another device in the directory.
+    fn has_vanished(&self) -> bool {
+        // SAFETY: The device is valid by the type invariant; C reads it without a lock too.
+        unsafe { addr_of!((*self.as_raw()).vanished).read_volatile() }
     }
 
     /// Returns `true` if the toolstack wants the device to stay when the frontend closes it: the

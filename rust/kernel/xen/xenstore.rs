@@ -186,7 +186,9 @@ pub fn read(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> Res
             node.as_cstr()?.as_char_ptr(),
             &mut len,
         )
-    })?;
+    })
+    // The reply for a missing node if this domain may not read its parent.
+    .map_err(|error| if error == EACCES { ENOENT } else { error })?;
     let bytes = NonNull::new(bytes.cast::<u8>()).ok_or(ENOENT)?;
     // SAFETY: `xenbus_read` gives a buffer of `len` bytes and a zero after them.
     let value = unsafe { core::slice::from_raw_parts(bytes.as_ptr(), len as usize) };
@@ -199,9 +201,13 @@ pub fn read(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> Res
     Ok(Value { bytes, len })
 }
 
-/// Returns `true` if a node exists and can be read.
-pub fn exists(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> bool {
-    read(context, dir, node).is_ok()
+/// Returns `true` if a node exists and this domain may read it.
+pub fn exists(context: &impl Context, dir: &CStr, node: fmt::Arguments<'_>) -> Result<bool> {
+    match read(context, dir, node) {
+        Ok(_) => Ok(true),
+        Err(error) if error == ENOENT => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// The names of the nodes of a directory, which saves a query for each node that does not exist.

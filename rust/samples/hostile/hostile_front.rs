@@ -295,7 +295,7 @@ fn publish(
 
 /// Removes a node, which an earlier script may have written.
 fn remove(transaction: &xenstore::Transaction, dir: &CStr, node: &CStr) -> Result {
-    if xenstore::exists(transaction, dir, fmt!("{node}")) {
+    if xenstore::exists(transaction, dir, fmt!("{node}"))? {
         xenstore::remove(transaction, dir, fmt!("{node}"))?;
     }
     Ok(())
