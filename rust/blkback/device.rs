@@ -886,7 +886,7 @@ impl Device {
         self.draining.store(false, Relaxed);
         drop(inner);
         drop(timer);
-        // A device without a directory cannot be bound again: no other driver will serve its rings.
+        // A device without a directory cannot be bound again, so its rings will not be served again.
         let own = self.xbdev.try_read_driver_state(self.xbdev.nodename());
         let gone = matches!(own, Ok(Ok(XenbusState::Unknown)));
         let time_ms = if gone {
@@ -936,7 +936,10 @@ impl Device {
         }
     }
 
-    /// Records that queue threads run without a driver, so that no other driver uses their rings.
+    /// Records that queue threads run without a driver, so that `probe` refuses the device.
+    ///
+    /// `xen-blkback` cannot be bound instead: it has the same driver name, and the threads keep this
+    /// module loaded.
     fn mark_orphaned(&self) {
         // A full barrier between this store and the load of the count: either the last thread
         // clears the flag, or its end is seen here. Pairs with the decrement in
