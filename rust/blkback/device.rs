@@ -454,6 +454,8 @@ impl Device {
     ///
     /// Executes quick actions, and returns those that may sleep for a long time.
     fn next_step(self: &Arc<Self>) -> Step {
+        // Queue threads take the lock too, and freeing memory may need their disks.
+        let _noio = NoioScope::new();
         let mut inner = self.inner.lock();
         if let Some(disk) = inner.to_close.take() {
             return Step::Close(disk);
@@ -648,6 +650,8 @@ impl Device {
         self.waits_for_disk.store(true, Relaxed);
         let found = connect::open_disk(&self.xbdev, disk.as_deref());
         self.waits_for_disk.store(false, Relaxed);
+        // As in `next_step`.
+        let _noio = NoioScope::new();
         let mut inner = self.inner.lock();
         let step = self.disk_opened(&mut inner, found);
         // If only `physical-device` was written, the frontend's state was not read yet.
@@ -676,21 +680,43 @@ impl Device {
     ///
     /// If it succeeds, the rings are served when this returns.
     fn attach(self: &Arc<Self>, disk: &Arc<Disk>) -> Step {
-        if let Err(error) = self.drop_page_cache(disk) {
-            let error = ConnectError::Local("writing back the page cache of the disk", error);
-            return self.fail(&mut self.inner.lock(), &error);
+        let written = self.drop_page_cache(disk);
+        let (step, connection) = self.connect_after_sync(disk, written);
+        match connection {
+            Some(connection) => self.start_serving(disk, connection),
+            None => {
+                // Threads that were started have taken no request, and end at once. Until then the
+                // next attempt cannot bind their event channels.
+                self.drain(SHORT_DRAIN_TIMEOUT_MS);
+            }
         }
+        step
+    }
+
+    /// Connects to the frontend, if the page cache of the disk was `written` back.
+    ///
+    /// Returns the number of the connection if there is one.
+    fn connect_after_sync(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        written: Result,
+    ) -> (Step, Option<u64>) {
+        // As in `next_step`.
+        let _noio = NoioScope::new();
         let mut inner = self.inner.lock();
         if inner.back != BackState::Waiting {
-            return Step::Again;
+            return (Step::Again, None);
         }
-        let step = match self.connect(&mut inner, disk) {
+        let connected = written
+            .during("writing back the page cache of the disk")
+            .and_then(|()| self.connect(&mut inner, disk));
+        let step = match connected {
             Ok(ConnectOutcome::Connected) => {
                 inner.back = BackState::Connected;
                 self.clear_failures(&mut inner);
                 // Nothing has to be read again: each later change of the frontend's state causes an
                 // event. If the toolstack detaches the disk, the frontend closes.
-                Step::None
+                return (Step::None, Some(inner.connection));
             }
             Ok(ConnectOutcome::Withdrawn) => Step::Again,
             Ok(ConnectOutcome::Refused(found)) => {
@@ -698,17 +724,7 @@ impl Device {
             }
             Err(error) => self.fail(&mut inner, &error),
         };
-        let live = inner.back == BackState::Connected;
-        let connection = inner.connection;
-        drop(inner);
-        if live {
-            self.start_serving(disk, connection);
-        } else {
-            // Threads that were started have taken no request. They have to end before others
-            // start.
-            self.drain(SHORT_DRAIN_TIMEOUT_MS);
-        }
-        step
+        (step, None)
     }
 
     /// Allows the threads of a connection to take requests.
