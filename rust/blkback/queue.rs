@@ -287,10 +287,10 @@ impl Queue {
 
     /// Does all pending work.
     ///
-    /// Returns `true` if a request was taken from the ring, or if a barrier holds requests back:
-    /// then the event was not spurious.
+    /// Returns `true` if a request was taken from the ring, or if a deferred request or a barrier
+    /// holds requests back: then the event was not spurious.
     fn run_once(&mut self, thread: &Current) -> bool {
-        let mut took_any = self.is_gated();
+        let mut took_any = self.is_blocked();
         loop {
             let stopping = thread.should_stop();
             let took = self.start_requests(stopping);
