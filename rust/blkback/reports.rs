@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Reports of a queue thread to its device, each of which is made once.
+//! Reports of a queue thread to its device.
+//!
+//! A broken ring and a rejected feature are reported once, a new size until it was written.
 
 use kernel::prelude::*;
 
