@@ -32,8 +32,9 @@ pub(crate) enum ConnectError {
     Choice(InvalidChoice),
     /// The indices in a ring are not valid.
     Ring(u32, RingError),
-    /// Xen refuses a number that the frontend has written for a queue: queue, node, number, error.
-    Refused(u32, &'static str, u32, Error),
+    /// A page or event channel that the frontend has named cannot be mapped or bound: queue, node,
+    /// first number, error.
+    Unreachable(u32, &'static str, u32, Error),
     /// The frontend's node `state` contains no state, or one that the protocol does not allow now.
     State(InvalidNode),
     /// The disk cannot be opened.
@@ -52,8 +53,11 @@ impl fmt::Display for ConnectError {
             ConnectError::Queue(index, bad) => write!(f, "queue {index}: {bad}"),
             ConnectError::Choice(bad) => write!(f, "{bad}"),
             ConnectError::Ring(index, error) => write!(f, "ring of queue {index}: {error}"),
-            ConnectError::Refused(index, node, number, _) => {
-                write!(f, "queue {index}: {node} = \"{number}\": refused by Xen")
+            ConnectError::Unreachable(index, node, number, _) => {
+                write!(
+                    f,
+                    "queue {index}: {node} = \"{number}\": cannot be mapped or bound"
+                )
             }
             ConnectError::State(bad) => write!(
                 f,
@@ -92,7 +96,7 @@ impl ConnectError {
             ConnectError::Ring(..) => EIO,
             ConnectError::WrongSequence(..) => ENXIO,
             ConnectError::Disk(_, _, error)
-            | ConnectError::Refused(_, _, _, error)
+            | ConnectError::Unreachable(_, _, _, error)
             | ConnectError::Local(_, error) => *error,
         }
     }

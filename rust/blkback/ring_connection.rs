@@ -48,12 +48,12 @@ impl RingConnection {
                 domain::reclaim_mappings();
             }
             let first = references.first().map_or(0, |reference| reference.0);
-            ConnectError::Refused(index, "ring-ref", first, error)
+            ConnectError::Unreachable(index, "ring-ref", first, error)
         })?;
         let ring = Ring::attach(ring, abi).map_err(|error| ConnectError::Ring(index, error))?;
         let wakeup = Arc::pin_init(QueueWakeup::new(), GFP_KERNEL).during("allocating a queue")?;
         let channel = EventChannel::bind_interdomain(xbdev, port, c"blkif-backend", wakeup.clone())
-            .map_err(|error| ConnectError::Refused(index, "event-channel", port, error))?;
+            .map_err(|error| ConnectError::Unreachable(index, "event-channel", port, error))?;
         Ok(Self {
             ring,
             channel,
