@@ -151,11 +151,13 @@ impl GateMember {
         }
     }
 
-    /// Returns `true` if the barrier of this queue may run now; otherwise the queue is woken when
-    /// it has to ask again.
+    /// Closes the gate for the barrier of this queue, if it is open.
+    ///
+    /// Returns `true` if the barrier may run now; otherwise the queue is woken when it has to ask
+    /// again.
     ///
     /// `idle` is `true` if the queue has no other request in flight.
-    pub(crate) fn may_run(&self, idle: bool) -> bool {
+    pub(crate) fn request_run(&self, idle: bool) -> bool {
         let mut queues = self.gate.queues.lock();
         if queues.owner.is_none() {
             self.gate.set_owner(&mut queues, Some(self.index));

@@ -4,9 +4,9 @@
 //! `read_per_ring_refs()`, `connect()` of `xen-blkback`).
 //!
 //! [`Connection::new`] reads the choice of the frontend, [`Connection::connect_ring`] maps each of
-//! its rings and creates the queue, and [`Connection::describe_disk`] writes the properties of the
-//! disk, with the state Connected. [`blkif::negotiate`] and [`blkif::node`] check the values that
-//! are read.
+//! its rings and creates the queue, and [`Connection::write_connected`] writes the properties of
+//! the disk, with the state Connected. [`blkif::negotiate`] and [`blkif::node`] check the values
+//! that are read.
 
 use kernel::{
     fmt,
@@ -224,7 +224,7 @@ impl<'a> Connection<'a> {
     }
 
     /// Logs the result of the negotiation.
-    pub(crate) fn report(&self) {
+    pub(crate) fn log_result(&self) {
         let Accepted {
             abi,
             rings,
@@ -375,7 +375,7 @@ impl<'a> Connection<'a> {
     ///
     /// Writes nothing if the state of the backend or of the frontend has changed since the rings
     /// were mapped.
-    pub(crate) fn describe_disk(&self) -> Result<ConnectOutcome, ConnectError> {
+    pub(crate) fn write_connected(&self) -> Result<ConnectOutcome, ConnectError> {
         let cdrom = reader(self.frontend)
             .value("device-type")
             .during(READING)?
@@ -415,7 +415,7 @@ impl<'a> Connection<'a> {
         match switched {
             Err(_) if !offered => Ok(ConnectOutcome::Withdrawn),
             Ok(Switched::Written) => {
-                disk.set_reported(sectors);
+                disk.set_written_sectors(sectors);
                 Ok(ConnectOutcome::Connected)
             }
             Ok(Switched::Refused(found)) => Ok(ConnectOutcome::Refused(found)),

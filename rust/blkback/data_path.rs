@@ -84,8 +84,8 @@ use blkif::{
 
 use crate::{
     disk::{
-        MAX_PAGES,
-        MAX_SEGMENTS, //
+        MAX_REQUEST_PAGES,
+        MAX_REQUEST_SEGMENTS, //
     },
     domain::{
         Domain,
@@ -115,10 +115,10 @@ const COPIES: usize = 256;
 /// retries to map such a page.
 const PAGED_OUT_TIMEOUT_MS: u32 = 32_000;
 
-/// Size of a segment in a page of segments, in bytes.
+/// Size of a segment in an indirect page, in bytes.
 const SEGMENT_BYTES: usize = 8;
 
-/// Number of segments that are read from a page of segments at a time.
+/// Number of segments that are read from an indirect page at a time.
 const SEGMENTS_AT_ONCE: usize = 32;
 
 /// The reason why the data of a request is not accessible.
@@ -128,7 +128,7 @@ pub(crate) enum DataError {
     Refused(InvalidRequest),
     /// The frontend's pages cannot be mapped.
     Map(MapError),
-    /// The pages of segments cannot be copied.
+    /// The indirect pages cannot be copied.
     Copy(CopyError),
     /// There is no memory, or a quota is used up.
     Local(Error),
@@ -243,8 +243,8 @@ struct GrantCopy {
     /// Pages of this domain that data is copied to or from. They were zeroed, and have held data of
     /// this frontend only, so a frontend cannot read data of another one.
     buffers: KVec<Page>,
-    /// Private copy of a page of segments.
-    descriptors: Page,
+    /// Private copy of an indirect page.
+    indirect_page: Page,
 }
 
 impl GrantCopy {
@@ -252,22 +252,22 @@ impl GrantCopy {
         Ok(Self {
             copier: Copier::new(COPIES)?,
             buffers: KVec::with_capacity(COPIES, GFP_KERNEL)?,
-            descriptors: Page::alloc_page(GFP_KERNEL)?,
+            indirect_page: Page::alloc_page(GFP_KERNEL)?,
         })
     }
 
-    /// Copies the first `len` bytes of a page of segments.
+    /// Copies the first `len` bytes of an indirect page.
     fn fetch(
         &mut self,
         domain: DomId,
         reference: ForeignRef,
         len: usize,
     ) -> Result<PageSlice<'_>, DataError> {
-        let copy = PageSliceMut::new(&self.descriptors, 0, len).ok_or(EINVAL)?;
+        let copy = PageSliceMut::new(&self.indirect_page, 0, len).ok_or(EINVAL)?;
         let mut batch = self.copier.batch();
         batch.read(domain, reference, 0, copy)?;
         run_with_retries(&mut batch)?;
-        Ok(PageSlice::new(&self.descriptors, 0, len).ok_or(EINVAL)?)
+        Ok(PageSlice::new(&self.indirect_page, 0, len).ok_or(EINVAL)?)
     }
 
     /// Takes a page of `buffers`, or allocates one.
@@ -301,32 +301,32 @@ pub(crate) struct DataPath {
     references: KVec<ForeignRef>,
     /// Positions of these pages among those of the request.
     positions: KVec<u16>,
-    /// A page of segments that was mapped.
-    descriptor_page: KVec<MappedPage>,
+    /// An indirect page that was mapped.
+    indirect_page: KVec<MappedPage>,
     /// Pages of completed requests, to be unmapped together.
     to_unmap: KVec<MappedPage>,
     /// `true` if pages were unmapped since `free_pages` was last shrunk.
     has_unmapped: bool,
     /// Number of pages that are mapped, for requests or as persistent grants.
     mapped_now: usize,
-    /// Share of the quota for pages in flight. The first [`MAX_PAGES`] pages, which are enough for
-    /// one request, are not counted.
+    /// Share of the quota for pages in flight. The first [`MAX_REQUEST_PAGES`] pages, which are
+    /// enough for one request, are not counted.
     quota: QuotaShare,
 }
 
 impl DataPath {
     /// Creates the data path of a queue of `domain`.
     ///
-    /// It can map [`MAX_PAGES`] pages, as many as one request uses at a time. So there are always
-    /// memory and quota for one request, once unused persistent grants have been unmapped. The
-    /// maptrack may still be full, because it has other domains' pages too.
+    /// It can map [`MAX_REQUEST_PAGES`] pages, as many as one request uses at a time. So there are
+    /// always memory and quota for one request, once unused persistent grants have been unmapped.
+    /// The maptrack may still be full, because it has other domains' pages too.
     pub(crate) fn new(
         xbdev: &ARef<xenbus::Device>,
         domain: &Arc<Domain>,
         persistent: bool,
     ) -> Result<Self> {
         let free_pages = KBox::pin_init(PageCache::new(), GFP_KERNEL)?;
-        free_pages.fill(MAX_PAGES)?;
+        free_pages.fill(MAX_REQUEST_PAGES)?;
         let in_flight = usize::try_from(MAX_BUFFER_PAGES.get()).unwrap_or(0);
         let persistent_pages = usize::try_from(MAX_PERSISTENT_GRANTS.get()).unwrap_or(0);
         let (persistent_grants, grant_copy) = if persistent {
@@ -339,13 +339,13 @@ impl DataPath {
             xbdev: xbdev.clone(),
             domain: domain.id,
             free_pages,
-            mapper: Mapper::new(MAX_SEGMENTS)?,
+            mapper: Mapper::new(MAX_REQUEST_SEGMENTS)?,
             persistent_grants,
             grant_copy,
-            references: KVec::with_capacity(MAX_SEGMENTS, GFP_KERNEL)?,
-            positions: KVec::with_capacity(MAX_SEGMENTS, GFP_KERNEL)?,
-            descriptor_page: KVec::with_capacity(1, GFP_KERNEL)?,
-            to_unmap: KVec::with_capacity(MAX_PAGES, GFP_KERNEL)?,
+            references: KVec::with_capacity(MAX_REQUEST_SEGMENTS, GFP_KERNEL)?,
+            positions: KVec::with_capacity(MAX_REQUEST_SEGMENTS, GFP_KERNEL)?,
+            indirect_page: KVec::with_capacity(1, GFP_KERNEL)?,
+            to_unmap: KVec::with_capacity(MAX_REQUEST_PAGES, GFP_KERNEL)?,
             has_unmapped: false,
             mapped_now: 0,
             quota: QuotaShare::new(
@@ -378,7 +378,7 @@ impl DataPath {
         checker.finish().map_err(DataError::Refused)
     }
 
-    /// Calls `push` with each of the first `segments` segments of a page of segments, which is read
+    /// Calls `push` with each of the first `segments` segments of an indirect page, which is read
     /// once.
     fn read_segments(
         &mut self,
@@ -406,16 +406,16 @@ impl DataPath {
         result
     }
 
-    /// Maps a page of segments.
+    /// Maps an indirect page.
     fn map_one(&mut self, reference: ForeignRef) -> Result<MappedPage, DataError> {
         self.references.clear();
         self.references
             .push_within_capacity(reference)
             .map_err(|_| ENOMEM)?;
-        let mut page = core::mem::take(&mut self.descriptor_page);
+        let mut page = core::mem::take(&mut self.indirect_page);
         let result = self.map_missing(GrantAccess::ReadOnly, &mut page);
         let mapped = page.pop();
-        self.descriptor_page = page;
+        self.indirect_page = page;
         result?;
         Ok(mapped.ok_or(EINVAL)?)
     }
@@ -614,7 +614,7 @@ impl DataPath {
         access: GrantAccess,
         pages: &mut KVec<MappedPage>,
     ) -> Result<(), DataError> {
-        if !self.reserve_quota(count) {
+        if !self.try_reserve(count) {
             return Err(DataError::Local(ENOMEM));
         }
         self.mapper
@@ -631,9 +631,10 @@ impl DataPath {
     }
 
     /// Returns `true` if the quota of the domain allows `count` more pages of requests in flight.
-    fn reserve_quota(&mut self, count: usize) -> bool {
+    fn try_reserve(&mut self, count: usize) -> bool {
         let pages = self.in_flight_pages().saturating_add(count);
-        self.quota.try_reserve(pages.saturating_sub(MAX_PAGES))
+        self.quota
+            .try_reserve(pages.saturating_sub(MAX_REQUEST_PAGES))
     }
 
     /// Returns the number of pages of requests in flight.
@@ -735,7 +736,7 @@ impl DataPath {
             grants.trim();
         }
         self.quota
-            .trim(self.in_flight_pages().saturating_sub(MAX_PAGES));
+            .trim(self.in_flight_pages().saturating_sub(MAX_REQUEST_PAGES));
     }
 
     /// Unmaps all cached pages.
@@ -763,7 +764,7 @@ impl DataPath {
 
     /// Frees unused pages of `free_pages`, except `keep` of them and those that one request needs.
     fn shrink_free_pages(&self, keep: usize) {
-        let keep = keep.max(MAX_PAGES);
+        let keep = keep.max(MAX_REQUEST_PAGES);
         self.free_pages
             .shrink(u32::try_from(keep).unwrap_or(u32::MAX));
     }
@@ -842,19 +843,19 @@ fn add_copies<'a>(batch: &mut Batch<'a>, domain: DomId, req: &'a PendingReq) -> 
     Ok(())
 }
 
-/// Calls `push` with each segment of a page of segments.
+/// Calls `push` with each segment of an indirect page.
 ///
 /// Segments are copied from there before they are decoded, because the page may be mapped from the
 /// frontend, which can change it.
 fn for_each_segment(
-    descriptors: PageSlice<'_>,
+    indirect_page: PageSlice<'_>,
     mut push: impl FnMut(WireSegment) -> Result<(), DataError>,
 ) -> Result<(), DataError> {
     let mut bytes = [0; SEGMENTS_AT_ONCE * SEGMENT_BYTES];
     let mut offset = 0usize;
-    while offset < descriptors.len() {
-        let len = bytes.len().min(descriptors.len().wrapping_sub(offset));
-        let some = descriptors.get(offset, len).ok_or(EINVAL)?;
+    while offset < indirect_page.len() {
+        let len = bytes.len().min(indirect_page.len().wrapping_sub(offset));
+        let some = indirect_page.get(offset, len).ok_or(EINVAL)?;
         let got = some.read(&mut bytes);
         for segment in bytes.chunks_exact(SEGMENT_BYTES).take(got / SEGMENT_BYTES) {
             push(wire_segment(segment))?;

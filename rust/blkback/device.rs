@@ -145,7 +145,7 @@ use crate::{
     },
     params,
     queue::Queue,
-    reports::QueueOwner,
+    reports::QueueReports,
     stats::Stats,
     wakeup::QueueWakeup,
     xenstore::{
@@ -157,13 +157,13 @@ use crate::{
 /// Longest wait of an unbind for requests in flight, in milliseconds.
 ///
 /// After that, the device is orphaned.
-const DRAIN_TIMEOUT_MS: u32 = 30_000;
+const THREADS_TIMEOUT_MS: u32 = 30_000;
 
 /// Longest wait of the work item, and of the `xenwatch` thread, which blocks all other devices, in
 /// milliseconds.
 ///
 /// After that, the last queue thread that ends schedules the work item.
-const SHORT_DRAIN_TIMEOUT_MS: u32 = 500;
+const SHORT_TIMEOUT_MS: u32 = 500;
 
 /// Delay of the first retry after a failure, in milliseconds.
 ///
@@ -218,8 +218,8 @@ pub(crate) struct Device {
     stats: Arc<Stats>,
     /// Queue threads that have not ended, including those of earlier connections.
     live_threads: Atomic<u32>,
-    /// `true` if the queue threads were told to stop; the state machine waits for the last of them.
-    draining: Atomic<bool>,
+    /// `true` while the state machine waits for queue threads that were told to stop.
+    disconnecting: Atomic<bool>,
     /// Number of the connection whose threads may take requests.
     served_connection: Atomic<u64>,
     /// `true` if `physical-device` was written and has to be read.
@@ -262,8 +262,8 @@ struct Inner {
     retry_timer: Option<Pin<KBox<Timer<RetryTimer>>>>,
     /// Failures in a row that were followed by a retry.
     failures: u32,
-    /// The last of these failures that was reported.
-    reported: Option<ConnectError>,
+    /// The last of these failures that was logged and written to xenstore.
+    last_error: Option<ConnectError>,
     /// Rate limit of the device's errors in the log and in xenstore, so that the frontends of other
     /// devices do not use it up.
     error_limit: Ratelimit,
@@ -278,19 +278,19 @@ enum Step {
     None,
     /// Take another step.
     Again,
-    /// Wait for the queue threads.
-    Drain,
+    /// Wait until the queue threads have ended.
+    WaitForThreads,
     /// Open the disk that the hotplug script has named.
     Open,
     /// Connect to the frontend.
-    Attach(Arc<Disk>),
+    Connect(Arc<Disk>),
     /// Close a disk.
     Close(Arc<Disk>),
     /// Unregister the device, which is closed.
     Unregister,
 }
 
-/// A queue that is served.
+/// The thread of a queue, as its device sees it.
 struct QueueThread {
     /// Dropping it stops the thread.
     _thread: KThread,
@@ -355,7 +355,7 @@ impl Device {
             throttled: false,
             retry_timer: None,
             failures: 0,
-            reported: None,
+            last_error: None,
             error_limit: Ratelimit::new(),
             connection: 0,
         };
@@ -366,7 +366,7 @@ impl Device {
             frontend,
             stats,
             live_threads: Atomic::new(0),
-            draining: Atomic::new(false),
+            disconnecting: Atomic::new(false),
             served_connection: Atomic::new(0),
             disk_named: Atomic::new(false),
             work_queued: Atomic::new(false),
@@ -432,11 +432,11 @@ impl Device {
             step = match step {
                 Step::None => return false,
                 Step::Again => self.next_step(),
-                Step::Drain if self.drain(SHORT_DRAIN_TIMEOUT_MS) => Step::Again,
+                Step::WaitForThreads if self.wait_for_threads(SHORT_TIMEOUT_MS) => Step::Again,
                 // The last queue thread schedules the work item.
-                Step::Drain => Step::None,
+                Step::WaitForThreads => Step::None,
                 Step::Open => self.open_disk(),
-                Step::Attach(disk) => self.attach(&disk),
+                Step::Connect(disk) => self.connect_frontend(&disk),
                 Step::Close(disk) => {
                     drop(disk);
                     Step::Again
@@ -467,7 +467,7 @@ impl Device {
         if started && self.disk_named.load(Relaxed) {
             return Step::Open;
         }
-        let action = if !self.draining.load(Relaxed) {
+        let action = if !self.disconnecting.load(Relaxed) {
             match self.read_event(&mut inner) {
                 Ok(event) => inner.back.step(event),
                 Err(error) => {
@@ -481,11 +481,11 @@ impl Device {
             BackAction::Disconnect
         };
         match action {
-            BackAction::Disconnect if self.stop_queues(&mut inner) => Step::Drain,
+            BackAction::Disconnect if self.stop_queues(&mut inner) => Step::WaitForThreads,
             BackAction::Open if self.throttle(&mut inner) => Step::None,
             BackAction::Open => Step::Open,
             BackAction::Connect if self.throttle(&mut inner) => Step::None,
-            BackAction::Connect => inner.disk.clone().map_or(Step::None, Step::Attach),
+            BackAction::Connect => inner.disk.clone().map_or(Step::None, Step::Connect),
             _ => self.run_action(&mut inner, action),
         }
     }
@@ -516,7 +516,7 @@ impl Device {
     /// A failed read is not taken for a missing node: a disk in use would be removed.
     fn read_event(&self, inner: &mut Inner) -> Result<BackEvent> {
         let state = self.xbdev.try_read_driver_state(&self.frontend)?;
-        if matches!(inner.reported, Some(ConnectError::Local(READING, _))) {
+        if matches!(inner.last_error, Some(ConnectError::Local(READING, _))) {
             self.clear_failures(inner);
         }
         Ok(match state {
@@ -605,8 +605,8 @@ impl Device {
 
     /// Reports a failure, unless it is the one reported last, and schedules a retry.
     fn schedule_retry(&self, inner: &mut Inner, error: &ConnectError) {
-        if inner.reported != Some(*error) && inner.error_limit.allow() {
-            inner.reported = Some(*error);
+        if inner.last_error != Some(*error) && inner.error_limit.allow() {
+            inner.last_error = Some(*error);
             self.xbdev
                 .dev_error(error.error(), fmt!("{error}: trying again"));
         }
@@ -623,7 +623,7 @@ impl Device {
     /// Resets the count of failures, and removes the error from xenstore, after a success.
     fn clear_failures(&self, inner: &mut Inner) {
         inner.failures = 0;
-        if inner.reported.take().is_some() {
+        if inner.last_error.take().is_some() {
             dev_info!(
                 self.xbdev.as_ref(),
                 "the failure that was reported before is over\n"
@@ -670,7 +670,7 @@ impl Device {
         match found {
             Ok(Some(disk)) if inner.back == BackState::Removed => inner.to_close = Some(disk),
             Ok(Some(disk)) => inner.disk = Some(disk),
-            Ok(None) => return self.report_size(inner),
+            Ok(None) => return self.write_size(inner),
             Err(error) => return self.fail(inner, &error),
         }
         Step::Again
@@ -679,7 +679,7 @@ impl Device {
     /// Connects to the frontend.
     ///
     /// If it succeeds, the rings are served when this returns.
-    fn attach(self: &Arc<Self>, disk: &Arc<Disk>) -> Step {
+    fn connect_frontend(self: &Arc<Self>, disk: &Arc<Disk>) -> Step {
         let written = self.drop_page_cache(disk);
         let (step, connection) = self.connect_after_sync(disk, written);
         match connection {
@@ -687,7 +687,7 @@ impl Device {
             None => {
                 // Threads that were started have taken no request, and end at once. Until then the
                 // next attempt cannot bind their event channels.
-                self.drain(SHORT_DRAIN_TIMEOUT_MS);
+                self.wait_for_threads(SHORT_TIMEOUT_MS);
             }
         }
         step
@@ -709,7 +709,7 @@ impl Device {
         }
         let connected = written
             .during("writing back the page cache of the disk")
-            .and_then(|()| self.connect(&mut inner, disk));
+            .and_then(|()| self.map_rings_and_start(&mut inner, disk));
         let step = match connected {
             Ok(ConnectOutcome::Connected) => {
                 inner.back = BackState::Connected;
@@ -758,7 +758,7 @@ impl Device {
     }
 
     /// Maps the rings, starts their threads, and writes Connected.
-    fn connect(
+    fn map_rings_and_start(
         self: &Arc<Self>,
         inner: &mut Inner,
         disk: &Arc<Disk>,
@@ -793,7 +793,7 @@ impl Device {
             .during("creating a timer")?;
         // The frontend may send requests as soon as this is written. The threads take none before
         // `served_connection` is set.
-        let outcome = connection.describe_disk()?;
+        let outcome = connection.write_connected()?;
         if matches!(outcome, ConnectOutcome::Connected) {
             // Nothing may fail from here on, because Connected was written.
             if let Some(timer) = &size_poll {
@@ -801,7 +801,7 @@ impl Device {
             }
             inner.size_poll = size_poll;
             inner.queue_threads = queue_threads;
-            connection.report();
+            connection.log_result();
         }
         Ok(outcome)
     }
@@ -829,11 +829,11 @@ impl Device {
     }
 
     /// Writes the size of the disk for the frontend, if it has changed.
-    fn report_size(&self, inner: &mut Inner) -> Step {
+    fn write_size(&self, inner: &mut Inner) -> Step {
         let Some(disk) = inner.disk.as_ref().filter(|disk| disk.size_changed()) else {
             return Step::None;
         };
-        if inner.back != BackState::Connected || self.draining.load(Relaxed) {
+        if inner.back != BackState::Connected || self.disconnecting.load(Relaxed) {
             return Step::None;
         }
         match xenstore::write_size(&self.xbdev, disk) {
@@ -856,11 +856,12 @@ impl Device {
         inner.size_poll = None;
         inner.queue_threads.clear();
         // A full barrier between this store and the load of the count: either the last thread sees
-        // `draining`, or its end is seen here. Pairs with the decrement in `DeviceHandle::drop`.
-        self.draining.xchg(true, Full);
+        // `disconnecting`, or its end is seen here. Pairs with the decrement in
+        // `DeviceHandle::drop`.
+        self.disconnecting.xchg(true, Full);
         let left = self.has_threads();
         if !left {
-            self.draining.store(false, Relaxed);
+            self.disconnecting.store(false, Relaxed);
         }
         left
     }
@@ -875,17 +876,17 @@ impl Device {
     ///
     /// Returns `false` after a timeout. A thread owns its ring and memory, so it can end without
     /// the device.
-    fn drain(&self, time_ms: u32) -> bool {
+    fn wait_for_threads(&self, time_ms: u32) -> bool {
         let time = msecs_to_jiffies(time_ms);
-        let drained = self.wait.wait_timeout(time, || !self.has_threads());
-        if !drained {
+        let ended = self.wait.wait_timeout(time, || !self.has_threads());
+        if !ended {
             let threads = self.live_threads.load(Relaxed);
             ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
                 "{threads} queues still wait for the disk after {time_ms} ms: they end when its I/O completes\n"
             ));
         }
-        drained
+        ended
     }
 
     /// Stops and closes the device, because the driver is unbound.
@@ -899,18 +900,19 @@ impl Device {
         inner.back = BackState::Removed;
         self.stop_queues(&mut inner);
         // The state machine no longer waits for the threads.
-        self.draining.store(false, Relaxed);
+        self.disconnecting.store(false, Relaxed);
         drop(inner);
         drop(timer);
-        // A device without a directory cannot be bound again, so its rings will not be served again.
+        // A device without a directory cannot be bound again, so its rings will not be served
+        // again.
         let own = self.xbdev.try_read_driver_state(self.xbdev.nodename());
         let gone = matches!(own, Ok(Ok(XenbusState::Unknown)));
         let time_ms = if gone {
-            SHORT_DRAIN_TIMEOUT_MS
+            SHORT_TIMEOUT_MS
         } else {
-            DRAIN_TIMEOUT_MS
+            THREADS_TIMEOUT_MS
         };
-        if !self.drain(time_ms) && !gone {
+        if !self.wait_for_threads(time_ms) && !gone {
             self.mark_orphaned();
         }
         self.close(time_ms);
@@ -925,7 +927,7 @@ impl Device {
         }
         drop(inner);
         let time_ms = if self.waits_for_disk.load(Relaxed) {
-            SHORT_DRAIN_TIMEOUT_MS
+            SHORT_TIMEOUT_MS
         } else {
             time_ms
         };
@@ -954,8 +956,8 @@ impl Device {
 
     /// Records that queue threads run without a driver, so that `probe` refuses the device.
     ///
-    /// `xen-blkback` cannot be bound instead: it has the same driver name, and the threads keep this
-    /// module loaded.
+    /// `xen-blkback` cannot be bound instead: it has the same driver name, and the threads keep
+    /// this module loaded.
     fn mark_orphaned(&self) {
         // A full barrier between this store and the load of the count: either the last thread
         // clears the flag, or its end is seen here. Pairs with the decrement in
@@ -1014,7 +1016,7 @@ impl DeviceHandle {
     }
 }
 
-impl QueueOwner for DeviceHandle {
+impl QueueReports for DeviceHandle {
     fn withdraw_feature(&self, node: &str) {
         let inner = self.device.inner.lock();
         if inner.connection != self.connection {
@@ -1045,7 +1047,7 @@ impl QueueOwner for DeviceHandle {
         if inner.connection != self.connection {
             return;
         }
-        let step = self.device.report_size(&mut inner);
+        let step = self.device.write_size(&mut inner);
         drop(inner);
         if !matches!(step, Step::None) {
             self.device.schedule_work();
@@ -1057,12 +1059,12 @@ impl Drop for DeviceHandle {
     /// Records that the thread has ended and has released all that it owned.
     fn drop(&mut self) {
         let device = &self.device;
-        // A full barrier between the decrement and the load of `draining`. Pairs with the exchanges
-        // in `stop_queues` and `mark_orphaned`.
+        // A full barrier between the decrement and the load of `disconnecting`. Pairs with the
+        // exchanges in `stop_queues` and `mark_orphaned`.
         if device.live_threads.fetch_sub(1, Full) == 1 {
             device.wait.wake_up();
             device.clear_orphaned();
-            if device.draining.load(Relaxed) {
+            if device.disconnecting.load(Relaxed) {
                 device.schedule_work();
             }
         }

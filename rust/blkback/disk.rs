@@ -61,10 +61,10 @@ use crate::wakeup::QueueWakeup;
 pub(crate) const MAX_INDIRECT_SEGMENTS: u16 = 256;
 
 /// Largest number of segments of any request.
-pub(crate) const MAX_SEGMENTS: usize = max_segments_per_request(MAX_INDIRECT_SEGMENTS);
+pub(crate) const MAX_REQUEST_SEGMENTS: usize = max_segments_per_request(MAX_INDIRECT_SEGMENTS);
 
 /// Largest number of the frontend's pages that one request uses at a time.
-pub(crate) const MAX_PAGES: usize = max_pages_per_request(MAX_INDIRECT_SEGMENTS);
+pub(crate) const MAX_REQUEST_PAGES: usize = max_pages_per_request(MAX_INDIRECT_SEGMENTS);
 
 /// Largest number of sectors of one piece of a discard.
 const DISCARD_PIECE: u64 = 1 << 22;
@@ -82,7 +82,7 @@ pub(crate) struct Disk {
     /// `true` if the frontend was told that the disk is read-only. Its writes are rejected.
     read_only: Atomic<bool>,
     /// Size in sectors that was last written to xenstore.
-    reported_sectors: Atomic<u64>,
+    written_sectors: Atomic<u64>,
 }
 
 impl Disk {
@@ -103,7 +103,7 @@ impl Disk {
             .discard()
             .filter(|_| discard && access == Access::ReadWrite);
         let block_size = bdev.logical_block_size();
-        let reported_sectors = Atomic::new(bdev.sectors());
+        let written_sectors = Atomic::new(bdev.sectors());
         Ok(Self {
             number,
             mode,
@@ -111,7 +111,7 @@ impl Disk {
             discard,
             block_size,
             read_only: Atomic::new(access == Access::ReadOnly),
-            reported_sectors,
+            written_sectors,
         })
     }
 
@@ -166,17 +166,17 @@ impl Disk {
         }
     }
 
-    /// Returns `true` if the size is not the one last reported to the frontend.
+    /// Returns `true` if the size is not the one that was last written for the frontend.
     ///
     /// Context: any.
     #[inline]
     pub(crate) fn size_changed(&self) -> bool {
-        self.bdev.sectors() != self.reported_sectors.load(Relaxed)
+        self.bdev.sectors() != self.written_sectors.load(Relaxed)
     }
 
-    /// Records the size that was reported to the frontend.
-    pub(crate) fn set_reported(&self, sectors: u64) {
-        self.reported_sectors.store(sectors, Relaxed);
+    /// Records the size that was written for the frontend.
+    pub(crate) fn set_written_sectors(&self, sectors: u64) {
+        self.written_sectors.store(sectors, Relaxed);
     }
 
     /// Returns the value of the node `info`, to be told to a frontend.

@@ -12,7 +12,7 @@
 //! the rest.
 //!
 //! The quotas always leave room for one request of each queue, with the pages of its segments: see
-//! [`MAX_PAGES`](crate::disk::MAX_PAGES).
+//! [`MAX_REQUEST_PAGES`](crate::disk::MAX_REQUEST_PAGES).
 //!
 //! # A full maptrack
 //!
@@ -244,7 +244,7 @@ struct PageQuota {
     /// Sum of the guarantees.
     limit: Atomic<usize>,
     /// Number of pages that the queues have reserved.
-    used: Atomic<usize>,
+    reserved: Atomic<usize>,
     /// Time until which a shortage lasts.
     short_until: Atomic<Jiffies>,
     /// Time until which no queue has a guarantee.
@@ -255,7 +255,7 @@ impl PageQuota {
     fn new() -> Self {
         Self {
             limit: Atomic::new(0),
-            used: Atomic::new(0),
+            reserved: Atomic::new(0),
             short_until: Atomic::new(jiffies::now()),
             suspended_until: Atomic::new(jiffies::now()),
         }
@@ -272,12 +272,12 @@ impl PageQuota {
         !jiffies::is_past(self.suspended_until.load(Relaxed))
     }
 
-    /// Takes pages, if there are enough left.
-    fn take(&self, pages: usize) -> bool {
-        let used = self.used.fetch_add(pages, Relaxed).wrapping_add(pages);
-        let enough = used <= self.limit.load(Relaxed);
+    /// Reserves pages, if there are enough left.
+    fn try_reserve(&self, pages: usize) -> bool {
+        let reserved = self.reserved.fetch_add(pages, Relaxed).wrapping_add(pages);
+        let enough = reserved <= self.limit.load(Relaxed);
         if !enough {
-            self.used.fetch_sub(pages, Relaxed);
+            self.reserved.fetch_sub(pages, Relaxed);
         }
         enough
     }
@@ -326,7 +326,7 @@ pub(crate) struct QuotaShare {
     /// Pages that the queue has added to the quota.
     guarantee: usize,
     /// Pages that the queue has reserved.
-    taken: usize,
+    reserved: usize,
 }
 
 impl QuotaShare {
@@ -338,7 +338,7 @@ impl QuotaShare {
             domain: domain.clone(),
             kind,
             guarantee,
-            taken: 0,
+            reserved: 0,
         }
     }
 
@@ -361,7 +361,7 @@ impl QuotaShare {
     /// Returns `true` if it has them.
     #[inline]
     pub(crate) fn try_reserve(&mut self, pages: usize) -> bool {
-        pages <= self.taken || self.grow(pages)
+        pages <= self.reserved || self.grow(pages)
     }
 
     fn grow(&mut self, pages: usize) -> bool {
@@ -370,16 +370,16 @@ impl QuotaShare {
         if beyond && quota.is_short() {
             return false;
         }
-        let missing = pages.saturating_sub(self.taken);
+        let missing = pages.saturating_sub(self.reserved);
         let step = if quota.is_short() {
             missing
         } else {
             missing.next_multiple_of(RESERVE_BATCH)
         };
         let mut sizes = [step, missing].into_iter();
-        match sizes.find(|pages| quota.take(*pages)) {
-            Some(taken) => {
-                self.taken = self.taken.wrapping_add(taken);
+        match sizes.find(|pages| quota.try_reserve(*pages)) {
+            Some(more) => {
+                self.reserved = self.reserved.wrapping_add(more);
                 true
             }
             None => {
@@ -400,7 +400,7 @@ impl QuotaShare {
             return 0;
         }
         let guaranteed = self.guaranteed();
-        if self.taken <= guaranteed {
+        if self.reserved <= guaranteed {
             return 0;
         }
         self.shrink(pages.max(guaranteed));
@@ -411,22 +411,22 @@ impl QuotaShare {
     /// [`RESERVE_BATCH`].
     #[inline]
     pub(crate) fn trim(&mut self, pages: usize) {
-        if self.taken.saturating_sub(pages) >= RESERVE_BATCH {
+        if self.reserved.saturating_sub(pages) >= RESERVE_BATCH {
             self.shrink(pages);
         }
     }
 
     fn shrink(&mut self, pages: usize) {
-        let unused = self.taken.saturating_sub(pages);
-        self.quota().used.fetch_sub(unused, Relaxed);
-        self.taken = self.taken.wrapping_sub(unused);
+        let unused = self.reserved.saturating_sub(pages);
+        self.quota().reserved.fetch_sub(unused, Relaxed);
+        self.reserved = self.reserved.wrapping_sub(unused);
     }
 }
 
 impl Drop for QuotaShare {
     fn drop(&mut self) {
         let quota = self.quota();
-        quota.used.fetch_sub(self.taken, Relaxed);
+        quota.reserved.fetch_sub(self.reserved, Relaxed);
         quota.limit.fetch_sub(self.guarantee, Relaxed);
     }
 }

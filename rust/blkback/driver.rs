@@ -59,7 +59,7 @@ static ATTRIBUTES: [Attribute<Device>; 2] = [
     },
 ];
 
-/// A bound device.
+/// Driver data of a bound device.
 pub(crate) struct VbdDriver {
     device: Arc<Device>,
     /// `None` once the device is being unbound.

@@ -162,7 +162,7 @@ impl<R: Respond> Handoff<R> {
         let first = state.completed.is_empty();
         state.completed.push(req);
         if first {
-            self.wakeup.set_completed(true);
+            self.wakeup.set_has_completed(true);
         }
         drop(state);
         if first {
@@ -202,7 +202,7 @@ impl<R: Respond> Handoff<R> {
             return List::new();
         }
         let mut state = self.state.lock();
-        self.wakeup.set_completed(false);
+        self.wakeup.set_has_completed(false);
         state.completed.take()
     }
 }

@@ -30,7 +30,7 @@ use kernel_ext::{
 use crate::domain::QuotaShare;
 
 /// Time without use after which a page may be replaced.
-const EVICT_AGE_MS: u32 = 1000;
+const REPLACE_AGE_MS: u32 = 1000;
 
 /// Number of entries that are scanned for a page to replace.
 ///
@@ -58,7 +58,7 @@ pub(crate) struct PersistentGrants {
     /// Number of pages.
     len: usize,
     /// Start of the next scan for unused pages.
-    clock_hand: usize,
+    next_scan: usize,
     quota: QuotaShare,
 }
 
@@ -83,7 +83,7 @@ impl PersistentGrants {
             free: NONE,
             used: 0,
             len: 0,
-            clock_hand: 0,
+            next_scan: 0,
             quota,
         })
     }
@@ -135,7 +135,7 @@ impl PersistentGrants {
         if self.quota.try_reserve(self.len.wrapping_add(1)) {
             return self.store_page(index, page);
         }
-        let unused = self.scan_unused(SCAN_LIMIT, jiffies::msecs_to_jiffies(EVICT_AGE_MS));
+        let unused = self.scan_unused(SCAN_LIMIT, jiffies::msecs_to_jiffies(REPLACE_AGE_MS));
         if unused.is_none() {
             self.remove_entry(reference);
             return Some(page);
@@ -200,11 +200,11 @@ impl PersistentGrants {
     /// Takes out a page that was not used for `time`, out of the next `entries` entries.
     fn scan_unused(&mut self, entries: usize, time: Jiffies) -> Option<MappedPage> {
         for _ in 0..entries {
-            if self.clock_hand >= self.entries.len() {
-                self.clock_hand = 0;
+            if self.next_scan >= self.entries.len() {
+                self.next_scan = 0;
             }
-            let entry = self.entries.get(self.clock_hand)?;
-            self.clock_hand = self.clock_hand.wrapping_add(1);
+            let entry = self.entries.get(self.next_scan)?;
+            self.next_scan = self.next_scan.wrapping_add(1);
             if entry.page.is_some() && jiffies::since(entry.since) >= time {
                 let reference = entry.reference;
                 let page = self.take(reference);

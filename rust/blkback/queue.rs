@@ -3,7 +3,7 @@
 //! Queues: one ring and the kernel thread that serves it (`struct xen_blkif_ring`,
 //! `xen_blkif_schedule()`).
 //!
-//! The thread owns the [`Queue`], so there is no lock. It runs in passes, see [`Queue::run_once`]:
+//! The thread owns the [`Queue`], so there is no lock. It runs in passes, see [`Queue::run`]:
 //!
 //! 1. `submit` takes all requests from the ring and starts their I/O under one plug.
 //! 2. `completion` completes the requests whose I/O has completed.
@@ -66,7 +66,7 @@ use crate::{
     },
     disk::{
         Disk,
-        MAX_SEGMENTS, //
+        MAX_REQUEST_SEGMENTS, //
     },
     domain::{
         Domain,
@@ -90,7 +90,7 @@ use crate::{
     },
     reports::{
         self,
-        QueueOwner,
+        QueueReports,
         RejectedFeatures,
         RingStatus, //
     },
@@ -200,7 +200,7 @@ impl Queue {
         } = connection;
         let handoff = Arc::pin_init(Handoff::new(wakeup.clone()), GFP_KERNEL)?;
         let data_path = DataPath::new(&xbdev, &domain, persistent)?;
-        let pool = ReqPool::new(&handoff, MAX_SEGMENTS)?;
+        let pool = ReqPool::new(&handoff, MAX_REQUEST_SEGMENTS)?;
         let shortage = ShortageSubscriber::new(&domain, &wakeup)?;
         let purge_timer = Timer::new(TimerFlags::Default, PurgeTimer(wakeup.clone()))?;
         Ok(Self {
@@ -245,28 +245,28 @@ impl Queue {
     /// Serves the ring until the thread has to stop and no request is in flight.
     ///
     /// Context: the queue thread.
-    pub(crate) fn serve(mut self, thread: &Current, owner: &impl QueueOwner) {
+    pub(crate) fn serve(mut self, thread: &Current, reports: &impl QueueReports) {
         let _accounted = self.io_accounting.apply(thread, &self.xbdev);
         loop {
             self.wakeup.clear_pending();
             // An event that arrives while the thread stops is not ended: the next driver that binds
             // the channel checks the ring anyway.
             let event = !thread.should_stop() && self.wakeup.take_event();
-            let took = self.run_once(thread);
+            let took = self.run(thread);
             // The event of a broken ring is never ended, so that no other event arrives.
             if event && self.ring_status.is_usable() {
                 self.channel.eoi(!took);
             }
             let size_changed = self.disk.size_changed();
             reports::report(
-                owner,
+                reports,
                 &mut self.ring_status,
                 &mut self.rejected,
                 size_changed,
             );
             self.log_stats();
             let stopping = thread.should_stop();
-            if stopping && self.is_drained() {
+            if stopping && self.all_completed() {
                 // I/O completion may have published a response and not notified yet. Its
                 // notification is lost once the channel is closed, and the next backend does not
                 // notify of old responses.
@@ -281,7 +281,7 @@ impl Queue {
     ///
     /// A deferred request is the last one that was taken, behind the last response: the next
     /// backend takes it again.
-    fn is_drained(&self) -> bool {
+    fn all_completed(&self) -> bool {
         self.in_flight == 0 && matches!(self.barrier, BarrierState::None)
     }
 
@@ -289,7 +289,7 @@ impl Queue {
     ///
     /// Returns `true` if a request was taken from the ring, or if a deferred request or a barrier
     /// holds requests back: then the event was not spurious.
-    fn run_once(&mut self, thread: &Current) -> bool {
+    fn run(&mut self, thread: &Current) -> bool {
         let mut took_any = self.is_blocked();
         loop {
             let stopping = thread.should_stop();

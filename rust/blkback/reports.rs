@@ -8,8 +8,10 @@ use kernel::prelude::*;
 
 use blkif::ring::RingError;
 
-/// The device of a queue thread, as the thread sees it.
-pub(crate) trait QueueOwner {
+/// Receiver of the reports of a queue thread: its device.
+///
+/// Context: the queue thread. Takes the lock of the device, and may sleep.
+pub(crate) trait QueueReports {
     /// Withdraws a feature that the disk does not support: writes 0 to its node.
     fn withdraw_feature(&self, node: &str);
 
@@ -83,18 +85,18 @@ impl RejectedFeatures {
 
 /// Reports changes to the device of a queue.
 pub(crate) fn report(
-    owner: &impl QueueOwner,
+    reports: &impl QueueReports,
     ring: &mut RingStatus,
     features: &mut RejectedFeatures,
     size_changed: bool,
 ) {
     if let Some(error) = ring.take_error() {
-        owner.ring_broken(error);
+        reports.ring_broken(error);
     }
     while let Some(node) = features.take_next() {
-        owner.withdraw_feature(node);
+        reports.withdraw_feature(node);
     }
     if size_changed {
-        owner.size_changed();
+        reports.size_changed();
     }
 }

@@ -250,7 +250,7 @@ impl Queue {
         self.count(&req);
         if req.context.op == ReqOp::Barrier {
             self.barrier = BarrierState::Waiting(req);
-            self.gate.may_run(false);
+            self.gate.request_run(false);
             return;
         }
         self.in_flight = self.in_flight.wrapping_add(1);
@@ -306,7 +306,7 @@ impl Queue {
         let idle = self.in_flight == 0 && self.deferred.is_none();
         match core::mem::replace(&mut self.barrier, BarrierState::None) {
             BarrierState::None if idle && self.gate.is_closed() => self.gate.set_quiesced(),
-            BarrierState::Waiting(req) if self.gate.may_run(idle) => {
+            BarrierState::Waiting(req) if self.gate.request_run(idle) => {
                 self.barrier = BarrierState::Running;
                 self.in_flight = self.in_flight.wrapping_add(1);
                 self.submit(req);

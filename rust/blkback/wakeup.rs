@@ -13,7 +13,7 @@
 //! | `pending` | another queue of the domain | pages are short: the thread returns those beyond its guarantee |
 //! | `pending` | [`PurgeTimer`] | persistent grants may have to be purged |
 //! | `pending` | [`SizePoll`](crate::disk::SizePoll) | the size of the disk has changed |
-//! | `completed` | [`Handoff`](crate::handoff::Handoff) | a request has completed that needs the thread |
+//! | `has_completed` | [`Handoff`](crate::handoff::Handoff) | a request that needs the thread has completed |
 //!
 //! A thread that has to stop is woken by `kthread_stop()`.
 //!
@@ -66,9 +66,9 @@ pub(crate) struct QueueWakeup {
     event: Atomic<bool>,
     /// `true` if memory is short, and the thread has not reacted yet.
     memory_pressure: Atomic<bool>,
-    /// `true` if the handoff has completed requests for the thread. Changes under the lock of the
+    /// `true` if the handoff holds completed requests for the thread. Changes under the lock of the
     /// handoff.
-    completed: Atomic<bool>,
+    has_completed: Atomic<bool>,
     #[pin]
     wait: WaitQueue,
 }
@@ -80,7 +80,7 @@ impl QueueWakeup {
             pending: Atomic::new(false),
             event: Atomic::new(false),
             memory_pressure: Atomic::new(false),
-            completed: Atomic::new(false),
+            has_completed: Atomic::new(false),
             wait <- new_wait_queue!(),
         })
     }
@@ -133,18 +133,18 @@ impl QueueWakeup {
         }
     }
 
-    /// Returns `true` if the handoff has completed requests for the thread.
+    /// Returns `true` if the handoff holds completed requests for the thread.
     #[inline]
     pub(crate) fn has_completed(&self) -> bool {
-        self.completed.load(Relaxed)
+        self.has_completed.load(Relaxed)
     }
 
-    /// Records whether the handoff has completed requests for the thread.
+    /// Records whether the handoff holds completed requests for the thread.
     ///
     /// Context: under the lock of the handoff.
     #[inline]
-    pub(crate) fn set_completed(&self, completed: bool) {
-        self.completed.store(completed, Relaxed);
+    pub(crate) fn set_has_completed(&self, has_completed: bool) {
+        self.has_completed.store(has_completed, Relaxed);
     }
 
     /// Wakes the thread if it sleeps.
@@ -167,7 +167,7 @@ impl QueueWakeup {
         // `wake`.
         let condition = || {
             self.pending.load(Relaxed)
-                || self.completed.load(Relaxed)
+                || self.has_completed.load(Relaxed)
                 || until_stop && thread.should_stop()
         };
         match timeout {

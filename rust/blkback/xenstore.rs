@@ -123,7 +123,7 @@ pub(crate) fn write_size(xbdev: &xenbus::Device, disk: &Disk) -> Result<Switched
         xenstore::write(transaction, dir, fmt!("sectors"), fmt!("{sectors}"))
     })?;
     if switched == Switched::Written {
-        disk.set_reported(sectors);
+        disk.set_written_sectors(sectors);
     }
     Ok(switched)
 }
