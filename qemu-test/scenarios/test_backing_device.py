@@ -351,7 +351,7 @@ def assert_only_threads_wait(host: XenHost, guest: Guest) -> None:
         host.sh(f"xenstore-rm {back} || ! xenstore-exists {back}")
         server.restart_devd()
     server.wait_for(f"[ ! -e {device(guest, 'xvdb')} ]")
-    assert "still wait for the disk" in server.sh("dmesg")
+    assert "queues have not ended" in server.sh("dmesg")
     server.sh(XVDB_THREADS)
     assert server.run(f"rmmod {host.pair.backend.name}")[0] != 0
 

@@ -57,7 +57,7 @@ impl Queue {
         if reads.is_empty() {
             return false;
         }
-        self.data_path.copy(&mut reads);
+        self.data_path.copy(&self.name, &mut reads);
         while let Some(req) = reads.pop() {
             self.complete(req);
         }

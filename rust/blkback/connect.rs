@@ -236,7 +236,8 @@ impl<'a> Connection<'a> {
         let persistent = if *persistent { "on" } else { "off" };
         ratelimited!(dev_info!(
             self.xbdev.as_ref(),
-            "{name}: {queues} queues of {pages} pages, {abi}, persistent grants {persistent}\n"
+            "{name}: connected: rings: {queues}, pages of each: {pages}, ABI: {abi}, \
+             persistent grants: {persistent}\n"
         ));
     }
 

@@ -19,6 +19,7 @@ use kernel::{
     fmt,
     page::PAGE_SIZE,
     prelude::*,
+    str::CStr,
     sync::{
         aref::ARef,
         Arc, //
@@ -130,7 +131,9 @@ pub(crate) enum DataError {
     Map(MapError),
     /// The indirect pages cannot be copied.
     Copy(CopyError),
-    /// There is no memory, or a quota is used up.
+    /// The quota of the domain for pages in flight is used up.
+    Quota,
+    /// There is no memory.
     Local(Error),
 }
 
@@ -139,6 +142,7 @@ impl DataError {
     /// have completed.
     pub(crate) fn is_shortage(&self) -> bool {
         match self {
+            DataError::Quota => true,
             DataError::Local(error) => *error == ENOMEM,
             DataError::Map(error) => error.is_shortage(),
             DataError::Refused(_) | DataError::Copy(_) => false,
@@ -154,7 +158,8 @@ impl DataError {
     pub(crate) fn status(&self) -> Status {
         match self {
             DataError::Refused(refusal) => refusal.status(),
-            DataError::Map(_) | DataError::Copy(_) | DataError::Local(_) => Status::Error,
+            DataError::Map(_) | DataError::Copy(_) => Status::Error,
+            DataError::Quota | DataError::Local(_) => Status::Error,
         }
     }
 }
@@ -175,10 +180,13 @@ impl fmt::Display for DataError {
                 write!(f, "no page to map to: {error:?}")
             }
             DataError::Copy(CopyError::Refused(index, status)) => {
-                f.write_fmt(fmt!("Xen refuses grant copy {index}: {status}"))
+                f.write_fmt(fmt!("Xen refuses to copy page {index}: {status}"))
             }
             DataError::Copy(CopyError::Hypercall(error)) => {
                 write!(f, "cannot copy: {error:?}")
+            }
+            DataError::Quota => {
+                f.write_str("the pages of the domain are used up: raise max_buffer_pages")
             }
             DataError::Local(error) => write!(f, "cannot prepare the request: {error:?}"),
         }
@@ -453,8 +461,11 @@ impl DataPath {
     /// Copies the data of requests between the frontend's pages and those of this domain, with one
     /// hypercall.
     ///
-    /// A request whose copy fails gets an error as its result.
-    pub(crate) fn copy(&mut self, reqs: &mut ReqList) {
+    /// A request whose copy fails gets an error as its result. `name` is that of the queue.
+    ///
+    /// Context: the queue thread. Sleeps for up to 32 s for a page of the frontend that is paged
+    /// out.
+    pub(crate) fn copy(&mut self, name: &CStr, reqs: &mut ReqList) {
         if self.copy_all(reqs).is_ok() {
             return;
         }
@@ -465,7 +476,7 @@ impl DataPath {
             if let Err(error) = self.copy_one(&req) {
                 ratelimited!(dev_warn!(
                     self.xbdev.as_ref(),
-                    "failed a request: its data cannot be copied: {error}\n"
+                    "{name}: a request has failed: its data cannot be copied: {error}\n"
                 ));
                 req.context.result = Err(EIO);
             }
@@ -615,7 +626,7 @@ impl DataPath {
         pages: &mut KVec<MappedPage>,
     ) -> Result<(), DataError> {
         if !self.try_reserve(count) {
-            return Err(DataError::Local(ENOMEM));
+            return Err(DataError::Quota);
         }
         self.mapper
             .map(

@@ -173,6 +173,9 @@ const RETRY_MS: u32 = 100;
 /// Longest delay of a retry, in milliseconds.
 const MAX_RETRY_MS: u32 = 10_000;
 
+/// Number of failures after which the delay has reached its maximum.
+const MAX_FAILURES: u32 = 8;
+
 /// Number of connections that a frontend may make in a row without a delay.
 const CONNECTIONS: u32 = 16;
 
@@ -501,7 +504,7 @@ impl Device {
         if !inner.throttled && inner.failures == 0 {
             ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
-                "the frontend connects too often: the next connection is delayed\n"
+                "the frontend connects too often: its next attempt is delayed\n"
             ));
         }
         inner.throttled = true;
@@ -546,13 +549,13 @@ impl Device {
     /// Writes a state to xenstore and enters it, unless another state is found there.
     fn set_state(&self, inner: &mut Inner, next: BackState) -> Step {
         let switched = match next.xenbus() {
-            Some(state) => self.xbdev.switch_state(state),
-            None => Switched::Written,
+            Some(state) => xenstore::switch_state(&self.xbdev, state),
+            None => Ok(Switched::Written),
         };
         match switched {
-            Switched::Written => self.state_written(inner, next),
-            Switched::Refused(found) => self.state_refused(inner, next, found),
-            Switched::Failed(error) => {
+            Ok(Switched::Written) => self.state_written(inner, next),
+            Ok(Switched::Refused(found)) => self.state_refused(inner, next, found),
+            Ok(Switched::Failed(error)) | Err(error) => {
                 self.schedule_retry(inner, &ConnectError::Local("writing the state", error));
                 Step::None
             }
@@ -613,8 +616,7 @@ impl Device {
         let time = RETRY_MS
             .checked_shl(inner.failures)
             .map_or(MAX_RETRY_MS, |time| time.min(MAX_RETRY_MS));
-        // A larger count changes nothing: the delay has reached its maximum.
-        inner.failures = inner.failures.saturating_add(1).min(u32::BITS / 4);
+        inner.failures = inner.failures.saturating_add(1).min(MAX_FAILURES);
         if let Some(timer) = &inner.retry_timer {
             timer.mod_timer_after(msecs_to_jiffies(time));
         }
@@ -680,7 +682,7 @@ impl Device {
     ///
     /// If it succeeds, the rings are served when this returns.
     fn connect_frontend(self: &Arc<Self>, disk: &Arc<Disk>) -> Step {
-        let written = self.drop_page_cache(disk);
+        let written = self.drop_page_cache(disk).map(|_| ());
         let (step, connection) = self.connect_after_sync(disk, written);
         match connection {
             Some(connection) => self.start_serving(disk, connection),
@@ -731,30 +733,30 @@ impl Device {
     fn start_serving(&self, disk: &Disk, connection: u64) {
         // A second time, because programs of this domain may have written to the disk before the
         // frontend saw Connected.
-        if let Err(error) = self.drop_page_cache(disk) {
-            dev_err!(
+        match self.drop_page_cache(disk) {
+            Ok(true) => {}
+            Ok(false) => ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
-                "cannot write back the page cache of the disk, the guest may read stale data: {error:?}\n"
-            );
+                "programs of this domain keep pages of the disk in use: what they write to them may \
+                 overwrite data of the guest: stop them\n"
+            )),
+            Err(error) => dev_err!(
+                self.xbdev.as_ref(),
+                "cannot write back the page cache of the disk: {error:?}: the guest may read old \
+                 data: detach the disk and check it\n"
+            ),
         }
         // Release: pairs with the acquire in `wait_until_served`.
         self.served_connection.store(connection, Release);
         self.wait.wake_up();
     }
 
-    /// Writes back and drops the page cache of the disk.
-    fn drop_page_cache(&self, disk: &Disk) -> Result {
+    /// Writes back and drops the page cache of the disk, see [`Disk::drop_page_cache`].
+    fn drop_page_cache(&self, disk: &Disk) -> Result<bool> {
         self.waits_for_disk.store(true, Relaxed);
         let result = disk.drop_page_cache();
         self.waits_for_disk.store(false, Relaxed);
-        if !result? {
-            ratelimited!(dev_warn!(
-                self.xbdev.as_ref(),
-                "programs of this domain use the page cache of the disk: their writes overwrite the data \
-                 of the guest\n"
-            ));
-        }
-        Ok(())
+        result
     }
 
     /// Maps the rings, starts their threads, and writes Connected.
@@ -883,7 +885,8 @@ impl Device {
             let threads = self.live_threads.load(Relaxed);
             ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
-                "{threads} queues still wait for the disk after {time_ms} ms: they end when its I/O completes\n"
+                "{threads} queues have not ended after {time_ms} ms: each ends when its requests have \
+                 completed and their pages are not in use\n"
             ));
         }
         ended
@@ -939,7 +942,8 @@ impl Device {
         if !self.wait.wait_timeout(msecs_to_jiffies(time_ms), idle) {
             ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
-                "the disk is still being opened or closed after {time_ms} ms: this ends when the disk responds\n"
+                "the disk is still being opened, written back or closed after {time_ms} ms: this ends \
+                 when the disk responds\n"
             ));
         }
     }
@@ -949,7 +953,8 @@ impl Device {
         if let Err(error) = xenbus::unregister_device(&self.xbdev) {
             dev_warn!(
                 self.xbdev.as_ref(),
-                "the device cannot be unregistered before its directory is removed: {error:?}\n"
+                "cannot unregister the device now: {error:?}: it stays until the toolstack removes \
+                 its directory\n"
             );
         }
     }
@@ -1025,7 +1030,7 @@ impl QueueReports for DeviceHandle {
         let xbdev = &self.device.xbdev;
         dev_info!(
             xbdev.as_ref(),
-            "the disk does not support {node}: writing 0\n"
+            "the disk does not support an operation that was offered: writing {node} = 0\n"
         );
         if let Err(error) = xenstore::withdraw_feature(xbdev, node) {
             dev_warn!(xbdev.as_ref(), "cannot write {node} = 0: {error:?}\n");

@@ -113,7 +113,8 @@ impl VbdDriver {
         {
             dev_err!(
                 xbdev.as_ref(),
-                "queues of a driver that was unbound still wait for the disk: bind again later\n"
+                "queues from before the last unbind still wait for the disk: bind again when its I/O \
+                 has completed\n"
             );
             return Err(EBUSY);
         }

@@ -14,7 +14,10 @@ use kernel_ext::block::bdev::{
 
 use blkif::{
     negotiate::InvalidChoice,
-    node::InvalidNode,
+    node::{
+        InvalidNode,
+        Reason, //
+    },
     ring::RingError,
     state::Failure, //
 };
@@ -59,6 +62,7 @@ impl fmt::Display for ConnectError {
                     "queue {index}: {node} = \"{number}\": cannot be mapped or bound"
                 )
             }
+            ConnectError::State(bad) if bad.reason() == Reason::Missing => write!(f, "{bad}"),
             ConnectError::State(bad) => write!(
                 f,
                 "{} = \"{}\": not a state that a frontend may have now",
@@ -78,8 +82,8 @@ impl fmt::Display for ConnectError {
                 let (major, minor) = (number.major(), number.minor());
                 write!(
                     f,
-                    "physical-device = \"{expected:x}@{major:x}:{minor:x}\": another disk, \
-                     {actual:x}, has that number now"
+                    "physical-device = \"{expected:x}@{major:x}:{minor:x}\": that device is now \
+                     another disk, with the sequence number {actual:x}"
                 )
             }
             ConnectError::Local(what, _) => f.write_str(what),

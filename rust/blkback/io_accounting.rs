@@ -15,7 +15,10 @@
 
 use kernel::{
     prelude::*,
-    str::CString, //
+    str::{
+        CStr,
+        CString, //
+    },
 };
 
 use kernel_ext::{
@@ -72,16 +75,19 @@ impl IoAccounting {
     }
 
     /// Applies the settings to the I/O of a queue thread, until the result is dropped.
+    ///
+    /// `name` is that of the queue.
     pub(crate) fn apply<'a>(
         &self,
         thread: &'a Current,
         xbdev: &xenbus::Device,
+        name: &CStr,
     ) -> Option<BlkcgGuard<'a>> {
         if let Some(priority) = self.priority {
             if let Err(error) = thread.set_io_priority(priority) {
                 ratelimited!(dev_warn!(
                     xbdev.as_ref(),
-                    "cannot set the I/O priority of a queue: {error:?}\n"
+                    "{name}: cannot set the I/O priority: {error:?}: the queue keeps the default\n"
                 ));
             }
         }

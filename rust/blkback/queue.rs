@@ -246,7 +246,7 @@ impl Queue {
     ///
     /// Context: the queue thread.
     pub(crate) fn serve(mut self, thread: &Current, reports: &impl QueueReports) {
-        let _accounted = self.io_accounting.apply(thread, &self.xbdev);
+        let _accounted = self.io_accounting.apply(thread, &self.xbdev, &self.name);
         loop {
             self.wakeup.clear_pending();
             // An event that arrives while the thread stops is not ended: the next driver that binds

@@ -154,7 +154,7 @@ impl Queue {
                 let name = &*self.name;
                 ratelimited!(dev_warn!(
                     self.xbdev.as_ref(),
-                    "{name}: failed a request: {error}\n"
+                    "{name}: a request has failed: {error}\n"
                 ));
                 self.pool.free(req);
                 self.make_response(wire.response(error.status()));
@@ -188,7 +188,7 @@ impl Queue {
             let name = &*self.name;
             ratelimited!(dev_warn!(
                 self.xbdev.as_ref(),
-                "{name}: a request waits: {error}\n"
+                "{name}: a request waits for memory or mappings: {error}\n"
             ));
         }
     }
@@ -269,7 +269,7 @@ impl Queue {
             return;
         }
         let mut writes = self.writes.take();
-        self.data_path.copy(&mut writes);
+        self.data_path.copy(&self.name, &mut writes);
         while let Some(req) = writes.pop() {
             if req.context.result.is_ok() {
                 self.submit(req);

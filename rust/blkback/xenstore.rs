@@ -128,6 +128,14 @@ pub(crate) fn write_size(xbdev: &xenbus::Device, disk: &Disk) -> Result<Switched
     Ok(switched)
 }
 
+/// Writes a state, like `switch_state` of the device, but does not log a failure.
+pub(crate) fn switch_state(xbdev: &xenbus::Device, state: XenbusState) -> Result<Switched> {
+    if state == xbdev.state() {
+        return Ok(Switched::Written);
+    }
+    xbdev.switch_state_with(state, |_| Ok(()))
+}
+
 /// Withdraws a feature that the disk does not support.
 pub(crate) fn withdraw_feature(xbdev: &xenbus::Device, node: &str) -> Result {
     xenstore::write(&NoTransaction, xbdev.nodename(), fmt!("{node}"), fmt!("0"))
