@@ -9,10 +9,11 @@
 //!
 //! A [`BarrierGate`] does this. The queue that has taken a barrier *closes* the gate. The other
 //! queues see that, take no more requests, and are *quiesced* once they have none in flight. Then
-//! the barrier runs, and its queue *opens* the gate. A queue that gets a barrier of its own
-//! meanwhile waits until it may own the gate, and counts as quiesced.
+//! the barrier runs; when it has completed, its queue *opens* the gate. A queue that gets a barrier
+//! of its own meanwhile counts as quiesced, and closes the gate for its own barrier when it is open
+//! again.
 //!
-//! A queue leaves the gate when its thread ends, so that no queue waits for it.
+//! A queue is removed from the gate when its thread ends, so that no other queue waits for it.
 
 use kernel::{
     new_mutex,
@@ -109,9 +110,9 @@ impl BarrierGate {
     }
 }
 
-/// A queue's membership of the gate.
+/// Registration of a queue with the gate.
 ///
-/// Dropping it leaves the gate.
+/// Dropping it removes the queue.
 pub(crate) struct GateMember {
     gate: Arc<BarrierGate>,
     index: u32,

@@ -3,6 +3,9 @@
 //! Backend of the Xen virtual block device: serves disks of this domain to other domains
 //! (`drivers/block/xen-blkback`).
 //!
+//! It binds to devices `vbd` of the bus `xen-backend`, which the toolstack creates. `params` has
+//! its parameters; `Documentation/loading.rst` says how to load it in place of `xen-blkback`.
+//!
 //! `Documentation/terminology.rst` defines the terms. The files, from the highest level to the
 //! lowest:
 //!
@@ -20,7 +23,7 @@
 //! | `data_path` | grant copy, mapping, persistent grants | `xen_blkbk_map()` |
 //! | `persistent` | pages that stay mapped | `struct persistent_gnt` |
 //! | `barrier` | barriers, which order the requests of all queues | `xen_blk_drain_io()` |
-//! | `domain` | quotas for the pages that a frontend's domain may have mapped | none |
+//! | `domain` | quotas for the pages of a frontend's domain that this domain has mapped | none |
 //! | `disk` | the block device that is served | `struct xen_vbd` |
 //! | `io_accounting` | cgroup and priority of the I/O | none |
 //! | `ring_connection` | a mapped ring with its event channel | `xen_blkif_map()` |
@@ -73,6 +76,7 @@ module! {
     alias: ["xen-backend:vbd"],
 }
 
+/// The module: registers the driver.
 #[pin_data]
 struct Module {
     #[pin]

@@ -286,6 +286,7 @@ impl GrantCopy {
         }
     }
 
+    /// Returns pages to `buffers`.
     fn put_buffers(&mut self, own: &mut KVec<Page>) {
         while let Some(page) = own.pop() {
             // A page for which there is no space is freed.
@@ -366,6 +367,9 @@ impl DataPath {
 
     /// Fetches the segments of an indirect request into an empty list with space for them, and
     /// checks them.
+    ///
+    /// Context: the queue thread. Sleeps for up to 32 s for a page of the frontend that is paged
+    /// out.
     pub(crate) fn fetch(
         &mut self,
         unfetched: &Unfetched<'_>,
@@ -432,6 +436,9 @@ impl DataPath {
     ///
     /// If they are pages of this domain, the data has to be copied by [`DataPath::copy`]: before
     /// the I/O of a write, after that of a read.
+    ///
+    /// Context: the queue thread. Sleeps for up to 32 s for a page of the frontend that is paged
+    /// out.
     pub(crate) fn attach_pages(&mut self, req: &mut PendingReq) -> Result<(), DataError> {
         let (_, ctx) = req.split_mut();
         let small = ctx.segments.len() <= COPIED_SEGMENTS && ctx.op != ReqOp::Barrier;
@@ -657,7 +664,7 @@ impl DataPath {
         self.mapped_now.saturating_sub(cached)
     }
 
-    /// Puts the pages of a completed request.
+    /// Releases the pages of a completed request: caches each, or queues it to be unmapped.
     ///
     /// Returns `false` if a page is still in use elsewhere, so that the request has to wait.
     ///
@@ -733,7 +740,8 @@ impl DataPath {
         self.unmap_queued();
     }
 
-    /// Unmaps the pages beyond the queue's guarantee, which other queues of the domain may need.
+    /// Unmaps, during a shortage, the pages beyond the queue's guarantee, and returns quota that is
+    /// not used.
     pub(crate) fn unmap_excess(&mut self) {
         while let Some(page) = self
             .persistent_grants

@@ -13,7 +13,9 @@
 //! happened, and a work item of the device does the work ([`Device::schedule_work`],
 //! [`Device::handle_events`]). Opening and closing a disk, writing back its page cache and waiting
 //! for its I/O take as long as the disk needs, possibly forever. None of that is done with
-//! [`Device::inner`] locked, so an unbind and the files in sysfs do not wait for it.
+//! [`Device::inner`] locked, so an unbind and the files in sysfs do not wait for it. Functions that
+//! take `&mut Inner` run under the lock, and may sleep for an access to xenstore, but not for the
+//! disk.
 //!
 //! - [`Device::next_step`] decides under the lock. It executes quick actions, and returns a
 //!   [`Step`] for those that may sleep for a long time.
@@ -34,12 +36,13 @@
 //! - A [`DeviceHandle`] exists until its thread ends or fails to start. It holds a reference to the
 //!   [`Device`], and is counted in `live_threads`: that is 0 only when all queues were dropped.
 //! - The watch, the timers and the files in sysfs are dropped when the driver is unbound. Dropping
-//!   each waits for its running callback, so none is dropped under a lock that the callback takes.
+//!   any of them waits until its callback does not run, so none is dropped under a lock that the
+//!   callback takes.
 //! - The work item holds a reference to the [`Device`] while it is scheduled or runs. Unbinding the
 //!   driver passes the disk to it and waits until it has closed the disk, up to a timeout: a disk
 //!   that hangs blocks nothing else.
-//! - A queue thread, and the work item while it runs, hold a reference to the module. So neither an
-//!   unbind nor the removal of the device's directory waits for a disk that hangs.
+//! - A queue thread, and the work item while it handles events, hold a reference to the module. So
+//!   neither an unbind nor the removal of the device's directory waits for a disk that hangs.
 //!
 //! The frontend does not notice an unbind: the rings stay as they are, with the requests that
 //! were not taken, and the next driver continues with them.
@@ -47,12 +50,12 @@
 //! # Limits on what a frontend can consume
 //!
 //! A queue thread takes from a ring only requests that the frontend has published, calls
-//! `cond_resched()`, and ends an event as spurious if there was no request. So the event channel
-//! driver slows down a frontend that only sends events, or that moves its request index back and
-//! forth. The backend never reads back its own indices, which the frontend may overwrite.
-//! Connections and attempts to open a disk are limited by a [`TokenBucket`]. Each other change of
-//! the frontend's state costs a few reads of xenstore and a rate-limited message, and the frontend
-//! has to write to xenstore for it.
+//! `cond_resched()`, and ends an event as spurious if there was no request and none is held back.
+//! So the event channel driver slows down a frontend that only sends events, or that moves its
+//! request index back and forth. Once attached to a ring, the backend never reads back its own
+//! indices, which the frontend may overwrite. Connections and attempts to open a disk are limited
+//! by a [`TokenBucket`]. Each other change of the frontend's state costs a few reads of xenstore
+//! and a rate-limited message, and the frontend has to write to xenstore for it.
 
 use core::fmt::Write;
 
@@ -159,10 +162,10 @@ use crate::{
 /// After that, the device is orphaned.
 const THREADS_TIMEOUT_MS: u32 = 30_000;
 
-/// Longest wait of the work item, and of the `xenwatch` thread, which blocks all other devices, in
-/// milliseconds.
+/// Longest wait for queue threads in the work item, or in the `xenwatch` thread, where a wait
+/// delays all other devices, in milliseconds.
 ///
-/// After that, the last queue thread that ends schedules the work item.
+/// If the work item stops waiting, the last queue thread schedules it again.
 const SHORT_TIMEOUT_MS: u32 = 500;
 
 /// Delay of the first retry after a failure, in milliseconds.
@@ -203,8 +206,8 @@ impl WorkQueue {
 impl Drop for WorkQueue {
     fn drop(&mut self) {
         *WORKQUEUE.lock() = None;
-        // After this no device has a reference to the workqueue, so none of its work items drops
-        // the last one.
+        // When this returns, no work item is left that could drop the last reference to the
+        // workqueue and so wait for itself.
         self.0.flush();
     }
 }
@@ -606,7 +609,7 @@ impl Device {
         self.set_state(inner, next)
     }
 
-    /// Reports a failure, unless it is the one reported last, and schedules a retry.
+    /// Reports a failure, unless it is the one that was reported last, and schedules a retry.
     fn schedule_retry(&self, inner: &mut Inner, error: &ConnectError) {
         if inner.last_error != Some(*error) && inner.error_limit.allow() {
             inner.last_error = Some(*error);
@@ -622,7 +625,8 @@ impl Device {
         }
     }
 
-    /// Resets the count of failures, and removes the error from xenstore, after a success.
+    /// Resets the count of failures after a success, and removes the error that a retry has
+    /// written.
     fn clear_failures(&self, inner: &mut Inner) {
         inner.failures = 0;
         if inner.last_error.take().is_some() {
@@ -681,6 +685,9 @@ impl Device {
     /// Connects to the frontend.
     ///
     /// If it succeeds, the rings are served when this returns.
+    ///
+    /// Context: the work item. Sleeps for as long as the disk needs, and under the lock for up to
+    /// 32 s for each page of a ring that is paged out.
     fn connect_frontend(self: &Arc<Self>, disk: &Arc<Disk>) -> Step {
         let written = self.drop_page_cache(disk).map(|_| ());
         let (step, connection) = self.connect_after_sync(disk, written);
@@ -820,7 +827,8 @@ impl Device {
         let options = KThreadOptions { freezable: true };
         let wakeup = queue.wakeup();
         KThread::spawn(fmt!("{}", *name), options, move |thread| {
-            // Reclaim may write to the disk, so allocations must not wait for it.
+            // Memory reclaim may write to this disk, whose I/O only this thread can start: its
+            // allocations must not wait for I/O.
             let _noio = NoioScope::new();
             handle.wait_until_served(thread);
             queue.serve(thread, &handle);
@@ -878,6 +886,8 @@ impl Device {
     ///
     /// Returns `false` after a timeout. A thread owns its ring and memory, so it can end without
     /// the device.
+    ///
+    /// Context: may sleep for `time_ms`.
     fn wait_for_threads(&self, time_ms: u32) -> bool {
         let time = msecs_to_jiffies(time_ms);
         let ended = self.wait.wait_timeout(time, || !self.has_threads());
@@ -895,6 +905,9 @@ impl Device {
     /// Stops and closes the device, because the driver is unbound.
     ///
     /// A second call has no effect.
+    ///
+    /// Context: unbinding by the driver core, which has locked the device; may be the `xenwatch`
+    /// thread. Sleeps for up to 60 s.
     pub(crate) fn shut_down(self: &Arc<Self>) {
         let mut inner = self.inner.lock();
         let Some(timer) = inner.retry_timer.take() else {
@@ -922,6 +935,8 @@ impl Device {
     }
 
     /// Makes the work item close the disk, and waits for that, up to a timeout.
+    ///
+    /// Context: may sleep for `time_ms`.
     fn close(self: &Arc<Self>, time_ms: u32) {
         let mut inner = self.inner.lock();
         if let Some(disk) = inner.disk.take() {
@@ -949,6 +964,8 @@ impl Device {
     }
 
     /// Unregisters the device, which is closed.
+    ///
+    /// Context: not the `xenwatch` thread. Sleeps for up to 60 s.
     fn unregister(&self) {
         if let Err(error) = xenbus::unregister_device(&self.xbdev) {
             dev_warn!(

@@ -4,8 +4,9 @@
 //! (`struct xen_vbd`).
 //!
 //! The kernel does not notify users of a block device when its size changes, so the size is polled:
-//! a queue checks it in each pass; for a disk without I/O there is a [`SizePoll`], which wakes no
-//! idle CPU. The hotplug script may write `physical-device` again to have the size checked at once.
+//! a queue checks it in each pass; for the time in which no queue thread runs there is a
+//! [`SizePoll`], which wakes no idle CPU. The hotplug script may write `physical-device` again to
+//! have the size checked at once.
 
 use kernel::{
     prelude::*,
@@ -192,17 +193,19 @@ impl Disk {
     }
 }
 
-/// Interval of the size poll of a disk without I/O.
+/// Interval of the size poll.
 const SIZE_POLL_MS: u32 = 1000;
 
-/// Timer that polls the size of a disk without I/O.
+/// Timer that polls the size of the disk, for the time in which no queue thread runs.
 pub(crate) struct SizePoll {
     disk: Arc<Disk>,
     wakeup: Arc<QueueWakeup>,
 }
 
 impl SizePoll {
-    /// Creates the timer, which has to be started once, after [`Self::period`].
+    /// Creates the timer.
+    ///
+    /// The caller starts it once, with the delay [`Self::period`]; then it repeats.
     ///
     /// `wakeup` wakes the queue thread that has to report a new size.
     pub(crate) fn timer(

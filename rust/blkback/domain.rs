@@ -6,10 +6,10 @@
 //! Each queue of the domain has a *guarantee* in both, which follows from the module parameters
 //! `max_buffer_pages` and `max_persistent_grants`. A quota is the sum of the guarantees, and the
 //! queues reserve from it the pages that they need. So a busy queue may have more than its
-//! guarantee as long as other queues do not need theirs, and a domain may have the same number of
-//! pages, however its queues are spread over disks. When a queue does not get its guarantee, a
-//! *shortage* begins: all queues are woken, and those that have more than their guarantee return
-//! the rest.
+//! guarantee as long as other queues do not need theirs, and the number of pages that may be mapped
+//! for a domain depends only on the number of its queues, not on the disks that they belong to.
+//! When a queue does not get its guarantee, a *shortage* begins: all queues are woken, and those
+//! that have more than their guarantee return the rest.
 //!
 //! The quotas always leave room for one request of each queue, with the pages of its segments: see
 //! [`MAX_REQUEST_PAGES`](crate::disk::MAX_REQUEST_PAGES).
@@ -19,8 +19,9 @@
 //! Xen limits how many pages of other domains this domain may have mapped in total (its
 //! *maptrack*). When Xen refuses to map a page for that reason, [`reclaim_mappings`] suspends the
 //! guarantees of all queues of all domains for a while. So each queue unmaps its unused persistent
-//! grants, keeps none mapped after a request, and has no more pages in flight than its largest
-//! request needs. The request that could not be mapped waits and is tried again; it does not fail.
+//! grants, keeps none mapped after a request, and has no more pages in flight than one request of
+//! the largest size needs. The request that could not be mapped waits and is tried again; it does
+//! not fail.
 //!
 //! # Locking
 //!
@@ -140,6 +141,8 @@ pub(crate) fn is_orphaned(nodename: &CStr) -> bool {
 
 /// Makes all queues of all domains unmap pages that they do not need to serve one request each,
 /// because the maptrack is full.
+///
+/// Context: may sleep. Takes `DEVICES` and each domain's `queues`.
 pub(crate) fn reclaim_mappings() {
     for entry in DEVICES.lock().iter() {
         entry.domain.reclaim_mappings();

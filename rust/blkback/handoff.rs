@@ -173,6 +173,8 @@ impl<R: Respond> Handoff<R> {
     /// Lends the ring of a thread that is about to sleep.
     ///
     /// Fails, with the ring, if completed requests need the thread.
+    ///
+    /// Context: the queue thread.
     pub(crate) fn lend(&self, lent: LentRing) -> Result<(), LentRing> {
         let mut state = self.state.lock();
         if !state.completed.is_empty() {
@@ -184,6 +186,8 @@ impl<R: Respond> Handoff<R> {
 
     /// Takes back the ring of a thread that has woken up, with the requests that were responded to
     /// meanwhile.
+    ///
+    /// Context: the queue thread.
     pub(crate) fn reclaim(&self) -> Reclaimed<R> {
         let mut state = self.state.lock();
         let ring = match core::mem::replace(&mut state.owner, RingOwner::Thread) {
@@ -197,6 +201,8 @@ impl<R: Respond> Handoff<R> {
     }
 
     /// Takes the completed requests that need the thread.
+    ///
+    /// Context: the queue thread.
     pub(crate) fn take_completed(&self) -> List<R> {
         if !self.wakeup.has_completed() {
             return List::new();

@@ -47,8 +47,8 @@ impl<R: Linked> List<R> {
         Some(element)
     }
 
-    /// Sets the first element of a list that is empty, as is the list behind an element that is in
-    /// no list.
+    /// Sets the first element of an empty list. (The list behind an element that is in no list is
+    /// empty.)
     ///
     /// An assignment would call the destructor of the old value, here several times for each
     /// request, because the compiler does not see that there is no old value.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Module parameters, with the names and defaults of `xen-blkback`.
+//! Module parameters, with the names of `xen-blkback` and the same effect by default.
 
 use kernel_ext::base::module_param::module_params;
 
@@ -18,20 +18,20 @@ module_params! {
     pub(crate) static MAX_PERSISTENT_GRANTS("max_persistent_grants", 0o644): i32 = 1056,
         "Maximum number of grants to keep mapped in each ring";
 
-    /// Time after which an unused persistent grant is unmapped; 0 is never.
+    /// Time after which an unused persistent grant is unmapped; 0 means never.
     pub(crate) static PERSISTENT_GRANT_UNUSED_SECONDS("persistent_grant_unused_seconds", 0o644):
         u32 = 60,
         "Seconds after which an unused persistent grant is unmapped; 0: never";
 
-    /// Largest number of rings of a frontend; 0 is one for each CPU that is online.
+    /// Largest number of rings of a frontend; 0 means one for each CPU that is online.
     pub(crate) static MAX_QUEUES("max_queues", 0o644): u32 = 0,
         "Maximum number of rings of a disk; 0: one for each CPU that is online";
 
     /// Largest size of a ring.
     pub(crate) static MAX_RING_PAGE_ORDER("max_ring_page_order", 0o444): i32 = 4,
-        "Maximum size of a ring, as the binary logarithm of its pages";
+        "Maximum size of a ring, as the binary logarithm of the number of its pages";
 
-    /// Offers persistent grants.
+    /// `true` if persistent grants are offered.
     pub(crate) static FEATURE_PERSISTENT("feature_persistent", 0o644): bool = true,
         "Offer persistent grants to frontends";
 
@@ -39,7 +39,7 @@ module_params! {
     pub(crate) static BUFFER_SQUEEZE_DURATION_MS("buffer_squeeze_duration_ms", 0o644): u32 = 10,
         "Milliseconds for which no free pages are kept after memory was short";
 
-    /// Logs statistics of each ring every ten seconds.
+    /// Not 0 if statistics of each ring are logged every ten seconds.
     pub(crate) static LOG_STATS("log_stats", 0o644): u32 = 0,
         "Print statistics of each ring every 10 seconds";
 }

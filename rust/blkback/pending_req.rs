@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Pending requests: requests that were taken from a ring and whose responses are not written yet
-//! (`struct pending_req`).
+//! Pending requests: requests that were taken from a ring, with their pages, until the queue thread
+//! has completed them (`struct pending_req`).
 //!
 //! A [`PendingReq`] is allocated once and reused. While unused, it is in the [`ReqPool`]. It is set
 //! up with a request and its pages, is owned by the block layer during I/O, and returns through the
@@ -167,7 +167,7 @@ impl ReqContext {
         }
     }
 
-    /// Returns the feature node of the request, if the disk does not support the operation.
+    /// Returns the feature node of a flush or barrier that the disk does not support.
     pub(crate) fn rejected_feature(&self) -> Option<&'static str> {
         let flushes = matches!(self.op, ReqOp::Flush | ReqOp::Barrier);
         match (self.result, self.response.operation) {

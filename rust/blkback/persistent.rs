@@ -10,9 +10,9 @@
 //! entry stays in the table meanwhile.
 //!
 //! The number of pages is limited by a [`QuotaShare`]. At the limit, a page that is put back
-//! replaces one that was unused for a while; if there is none, it is rejected. Otherwise, with a
-//! set of pages slightly larger than the limit, each page would be unmapped just before it is
-//! needed again.
+//! replaces one that was unused for a while; if there is none, it is rejected. If a page that was
+//! used recently could be replaced, then with a set of pages slightly larger than the limit each
+//! page would be unmapped just before it is needed again.
 
 use kernel::prelude::*;
 
@@ -122,7 +122,7 @@ impl PersistentGrants {
         }
     }
 
-    /// Puts back a page that has no entry, or when the number of pages is at its limit.
+    /// Puts back a page that has no entry, or any page while the number of pages is at its limit.
     fn insert_slow(&mut self, found: Option<u32>, page: MappedPage) -> Option<MappedPage> {
         let reference = page.reference();
         let Some(index) = found.or_else(|| self.add_entry(reference)) else {

@@ -3,7 +3,8 @@
 //! Queues: one ring and the kernel thread that serves it (`struct xen_blkif_ring`,
 //! `xen_blkif_schedule()`).
 //!
-//! The thread owns the [`Queue`], so there is no lock. It runs in passes, see [`Queue::run`]:
+//! The thread owns the [`Queue`], so there is no lock. It repeats these steps, see [`Queue::run`],
+//! until there is nothing to do:
 //!
 //! 1. `submit` takes all requests from the ring and starts their I/O under one plug.
 //! 2. `completion` completes the requests whose I/O has completed.
@@ -11,7 +12,7 @@
 //!    frontend is notified at most once.
 //!
 //! When there is nothing to do, the thread sleeps until an event or the completion of an I/O wakes
-//! it; it does not poll. While it sleeps, it lends the ring to I/O completion, see
+//! it; it does not poll the ring. While it sleeps, it lends the ring to I/O completion, see
 //! [`handoff`](crate::handoff).
 //!
 //! Each request that was started gets a response: the thread ends only when none is in flight.
@@ -249,8 +250,8 @@ impl Queue {
         let _accounted = self.io_accounting.apply(thread, &self.xbdev, &self.name);
         loop {
             self.wakeup.clear_pending();
-            // An event that arrives while the thread stops is not ended: the next driver that binds
-            // the channel checks the ring anyway.
+            // An event that arrives while the thread stops is not ended; no event is lost by that,
+            // because the next backend checks the ring when it binds the channel.
             let event = !thread.should_stop() && self.wakeup.take_event();
             let took = self.run(thread);
             // The event of a broken ring is never ended, so that no other event arrives.

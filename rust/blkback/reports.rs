@@ -54,7 +54,7 @@ impl RingStatus {
 /// Each is withdrawn once, however often the frontend asks for it.
 pub(crate) struct RejectedFeatures {
     nodes: KVec<&'static str>,
-    /// Number of features that were withdrawn, from the first on.
+    /// Number of `nodes`, from the start of the list, that were withdrawn.
     withdrawn: usize,
 }
 

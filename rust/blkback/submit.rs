@@ -53,8 +53,10 @@ use crate::{
     reports::RingStatus, //
 };
 
-/// Placeholder to read a request into. Nearly all requests are reads and writes, and a buffer with
-/// one is not cleared before the next is read into it.
+/// Initial content of the buffer for requests.
+///
+/// It is a read because the buffer is cleared only when the kind of request changes, and nearly all
+/// requests are reads and writes.
 const READ_WITHOUT_DATA: WireRequest = WireRequest::Rw(RwRequest {
     operation: op::READ,
     nr_segments: 0,
@@ -65,9 +67,9 @@ const READ_WITHOUT_DATA: WireRequest = WireRequest::Rw(RwRequest {
 });
 
 impl Queue {
-    /// Starts all requests that can be started now.
+    /// Takes and starts all requests that can be started now.
     ///
-    /// Returns `true` if there were any.
+    /// Returns `true` if a request was taken, or if the deferred one was started.
     pub(crate) fn start_requests(&mut self, stopping: bool) -> bool {
         let limits = self.disk.limits();
         let took = bio::with_plug(|| {
@@ -79,7 +81,10 @@ impl Queue {
         took
     }
 
-    /// Takes the deferred request and all requests in the ring, until one is deferred.
+    /// Starts the deferred request, and takes and starts all requests in the ring, until one is
+    /// deferred.
+    ///
+    /// Returns `true` if a request was taken, or if the deferred one was started.
     fn take_requests(&mut self, stopping: bool, limits: &DiskLimits) -> bool {
         let mut took = false;
         if let Some(wire) = self.deferred.take() {

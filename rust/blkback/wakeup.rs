@@ -15,7 +15,9 @@
 //! | `pending` | [`SizePoll`](crate::disk::SizePoll) | the size of the disk has changed |
 //! | `has_completed` | [`Handoff`](crate::handoff::Handoff) | a request that needs the thread has completed |
 //!
-//! A thread that has to stop is woken by `kthread_stop()`.
+//! A thread that has to stop is woken by
+//! [`KThread::stop`](kernel_ext::base::kthread::KThread::stop); its stop flag is checked with these
+//! flags.
 //!
 //! `Documentation/ring-handoff.rst` shows that no wakeup is lost.
 //!
@@ -162,6 +164,8 @@ impl QueueWakeup {
     /// Sleeps until a flag is set, for at most `timeout`.
     ///
     /// With `until_stop`, a request to stop the thread ends the sleep too.
+    ///
+    /// Context: the queue thread. Sleeps, and may be frozen.
     pub(crate) fn wait(&self, thread: &Current, until_stop: bool, timeout: Option<Jiffies>) {
         // This is called after the task was marked as sleeping and a full barrier. Pairs with
         // `wake`.
