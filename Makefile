@@ -5,7 +5,7 @@
 KREL ?= 7.3
 export KDIR
 
-.PHONY: all demo demo-tap test test-all test-debug test-cluster mutation-test bench bench-page bench-disks bench-queues bench-tap profile shell lint doc kernel kernel-debug install install-tap deb test-packages clean distclean help
+.PHONY: all demo demo-tap test test-all test-debug test-cluster mutation-test bench bench-page bench-disks bench-queues bench-tap bench-cluster profile shell lint doc kernel kernel-debug install install-tap deb test-packages clean distclean help
 all: ## builds the modules, for KREL= (a series or release, 7.3) or KDIR= (a build directory)
 	@built=$$(scripts/build-modules $(KREL)) && ls -1 "$${built#$(CURDIR)/}"/rblk*.ko
 
@@ -46,6 +46,9 @@ bench-queues: ## measures four queues on four virtual CPUs by the clock, as rati
 bench-tap: ## counts the same with rblktap and with QEMU as the backend, with the table of that page
 	@scripts/bench --tap --out build/bench/tap.json --page Documentation/generated \
 		$(if $(WORKLOADS),--workloads "$(WORKLOADS)")
+
+bench-cluster: ## measures the engine for Ceph beside QEMU and rbd bench, with the table of Documentation/volumes.rst
+	@scripts/bench-cluster
 
 profile: ## counts instructions by function; WORKLOADS="4k read qd1" selects workloads
 	@scripts/bench --profile --no-baselines --settings nosched --pairs C/C,R/R --out build/bench/profile.json \

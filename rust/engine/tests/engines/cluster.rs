@@ -2,6 +2,7 @@
 
 //! The engines for cluster storage pass the same suite as all others, with real daemons.
 
+mod cost;
 #[allow(dead_code)]
 mod disk;
 #[macro_use]

@@ -26,9 +26,9 @@ fn ceph() -> MutexGuard<'static, Ceph> {
 static DAEMONS: RwLock<()> = RwLock::new(());
 
 /// An image of the cluster.
-struct Image {
-    address: RbdAddress,
-    name: String,
+pub struct Image {
+    pub address: RbdAddress,
+    pub name: String,
     runtime_dir: PathBuf,
     /// The lock of [`DAEMONS`] that the test has.
     _daemons: Box<dyn Any>,
@@ -36,7 +36,7 @@ struct Image {
 
 impl Image {
     /// Creates an image of a test that needs the daemons.
-    fn create() -> Self {
+    pub fn create() -> Self {
         let guard = DAEMONS.read().unwrap_or_else(PoisonError::into_inner);
         Self::with(guard)
     }
@@ -61,11 +61,11 @@ impl Image {
         }
     }
 
-    fn pool(&self) -> RbdPool {
+    pub fn pool(&self) -> RbdPool {
         RbdPool::connect(&self.address).unwrap()
     }
 
-    fn uri(&self) -> String {
+    pub fn uri(&self) -> String {
         self.address.image(&self.name).to_string()
     }
 
