@@ -8,6 +8,9 @@
 use crate::unmapper::Unmapper;
 use io_buffer::Access;
 use io_buffer::Buffer;
+use rustix::fs;
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use rustix::mm;
 use rustix::mm::MapFlags;
 use rustix::mm::ProtFlags;
@@ -61,10 +64,15 @@ impl Pages {
     /// Maps a file from its start, after setting its size to that of the pages. Each process that
     /// maps it shares them, and what is written stays in the file when a process is killed.
     ///
-    /// If another process makes the file smaller, an access ends this one by a signal.
+    /// The file system must have space for all of it, because an access to a page without space
+    /// ends the process by a signal. So does one after another process has made the file smaller.
     pub fn of_file(file: &File, count: usize) -> io::Result<Self> {
         let len = size(count)?;
         file.set_len(len as u64)?;
+        match fs::fallocate(file, FallocateFlags::empty(), 0, len as u64) {
+            Ok(()) | Err(Errno::OPNOTSUPP) => {}
+            Err(error) => return Err(error.into()),
+        }
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let start =
             // SAFETY: The kernel chooses an address where nothing is mapped.
@@ -280,6 +288,7 @@ impl From<Pages> for DataPages {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn words_and_bytes_are_the_same_memory() {
@@ -295,6 +304,15 @@ mod tests {
             assert!(pages.write(at, &text) && pages.read(at, &mut back));
             assert_eq!(back, text);
         }
+    }
+
+    #[test]
+    fn a_mapped_file_has_its_space() {
+        let file = File::from(fs::memfd_create("pages", fs::MemfdFlags::CLOEXEC).unwrap());
+        let pages = Pages::of_file(&file, 3).unwrap();
+        let metadata = file.metadata().unwrap();
+        assert_eq!(metadata.len(), pages.len() as u64);
+        assert_eq!(metadata.blocks() * 512, metadata.len());
     }
 
     #[test]
