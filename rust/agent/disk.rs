@@ -87,8 +87,16 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Creates a disk that has no process yet.
-    pub fn new(disk: DiskId, backend: &Backend, now: Instant) -> Self {
+    /// Creates a disk that has no record.
+    ///
+    /// Its process is searched if it was attached before: the record was lost.
+    pub fn new(
+        disk: DiskId,
+        backend: &Backend,
+        run: &RunDir,
+        program: &Path,
+        now: Instant,
+    ) -> Self {
         let record = Record {
             disk,
             name: backend::name(disk),
@@ -97,7 +105,10 @@ impl Disk {
             restarts: 0,
             phase: Phase::Starting,
         };
-        Self::with_process(record, None, now)
+        if backend.state == backend::INITIALISING {
+            return Self::with_process(record, None, now);
+        }
+        Self::adopt(record, run, program, now)
     }
 
     /// Takes a disk over from an earlier `rblkd`, with its process if that still runs.
@@ -106,7 +117,13 @@ impl Disk {
             Phase::Opening { pid, start_time } | Phase::Running { pid, start_time } => {
                 Process::adopt(pid, start_time)
             }
-            Phase::Starting => Process::find(program, run, record.disk),
+            Phase::Starting => {
+                let found = Process::find(program, run, record.disk);
+                found.map(|(process, image)| {
+                    record.image = image;
+                    process
+                })
+            }
             Phase::Failed { .. } => None,
         };
         if let (Phase::Starting, Some(process)) = (&record.phase, &process) {

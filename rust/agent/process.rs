@@ -87,16 +87,16 @@ impl Process {
         (process.start_time == start_time && !process.has_ended()).then_some(process)
     }
 
-    /// Finds the process of a disk whose number was not recorded.
+    /// Finds the process of a disk whose number was not recorded. Returns it and its image.
     ///
     /// Context: waits for processes that have no command line yet, for up to a second.
-    pub fn find(program: &Path, run: &RunDir, disk: DiskId) -> Option<Self> {
+    pub fn find(program: &Path, run: &RunDir, disk: DiskId) -> Option<(Self, String)> {
         for _ in 0..FIND_TRIES {
             let mut has_new = false;
             for pid in pids().ok()? {
                 let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                if serves(&line, program, run, disk) {
-                    return Self::open(pid, 0).ok();
+                if let Some(image) = served_image(&line, program, run, disk) {
+                    return Some((Self::open(pid, 0).ok()?, image));
                 }
                 // A kernel thread and a zombie have no executable.
                 let executable = fs::read_link(format!("/proc/{pid}/exe"));
@@ -180,21 +180,20 @@ fn pids() -> io::Result<impl Iterator<Item = u32>> {
     Ok(entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()))
 }
 
-/// Returns `true` if a command line, as in `/proc/PID/cmdline`, is one of [`Process::start`].
-fn serves(line: &[u8], program: &Path, run: &RunDir, disk: DiskId) -> bool {
+/// Returns the image if a command line, as in `/proc/PID/cmdline`, is one of [`Process::start`].
+fn served_image(line: &[u8], program: &Path, run: &RunDir, disk: DiskId) -> Option<String> {
     let line = String::from_utf8_lossy(line);
     let words: Vec<&str> = line.split('\0').collect();
     let is_program = |word: &&str| Path::new(word).file_name() == program.file_name();
     // An interpreter comes before its script.
-    let start = words.iter().take(2).position(is_program);
-    let end = words.iter().position(|word| *word == "--");
-    let words = start
-        .zip(end)
-        .and_then(|(start, end)| words.get(start..end));
-    let Some([_, "--state-dir", dir, .., domid, devid]) = words else {
-        return false;
+    let start = words.iter().take(2).position(is_program)?;
+    let end = words.iter().position(|word| *word == "--")?;
+    let [_, "--state-dir", dir, .., domid, devid] = words.get(start..end)? else {
+        return None;
     };
-    Path::new(dir) == run.path() && format!("{domid}/{devid}").parse() == Ok(disk)
+    let is_its = Path::new(dir) == run.path() && format!("{domid}/{devid}").parse() == Ok(disk);
+    let image = words.get(end.saturating_add(1)).filter(|_| is_its)?;
+    Some((*image).to_owned())
 }
 
 /// Opens the file of messages. Returns it and its length.
@@ -301,17 +300,21 @@ pub(crate) mod tests {
             "/opt/rblktap --state-dir /run/rblk --lock-seconds 5 --pages 8 5 51712 -- aio:/a";
         let line = line.replace(' ', "\0");
         let run = RunDir::new("/run/rblk");
-        let is_found = |line: &str| serves(line.as_bytes(), program, &run, DISK);
-        assert!(is_found(&line));
-        assert!(is_found(&format!("/bin/sh\0{line}")));
+        let image = |line: &str| served_image(line.as_bytes(), program, &run, DISK);
+        assert_eq!(image(&line).as_deref(), Some("aio:/a"));
+        assert_eq!(
+            image(&format!("/bin/sh\0{line}")).as_deref(),
+            Some("aio:/a")
+        );
         let server = line.replacen("--state-dir", "--confined\0--state-dir", 1);
         for other in [&server, "rblktap", ""] {
-            assert!(!is_found(other));
+            assert_eq!(image(other), None);
         }
         let line = line.as_bytes();
         let other = DiskId { domid: 6, ..DISK };
-        assert!(!serves(line, program, &run, other));
-        assert!(!serves(line, program, &RunDir::new("/run/other"), DISK));
-        assert!(!serves(line, Path::new("/bin/sh"), &run, DISK));
+        let elsewhere = RunDir::new("/run/other");
+        assert_eq!(served_image(line, program, &run, other), None);
+        assert_eq!(served_image(line, program, &elsewhere, DISK), None);
+        assert_eq!(served_image(line, Path::new("/bin/sh"), &run, DISK), None);
     }
 }

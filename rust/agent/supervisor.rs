@@ -219,16 +219,21 @@ impl Supervisor {
         }
     }
 
-    /// Adds a disk that is being attached. Returns `false` if it is not.
+    /// Adds a disk that is being attached, or whose record was lost. Returns `false` if it is
+    /// neither.
     fn add(&mut self, disk: DiskId, now: Instant) -> io::Result<bool> {
         let backend = match backend::read(&mut self.store, disk)? {
             Some(backend) if backend.state != backend::CLOSED => backend,
             _ => return Ok(false),
         };
         let entry = Entry {
-            disk: Disk::new(disk, &backend, now),
+            disk: Disk::new(disk, &backend, &self.run, &self.program, now),
             due: None,
         };
+        if entry.disk.process().is_some() {
+            eprintln!("{disk}: its record was lost; the process that serves it was found");
+            self.run.write_record(entry.disk.record())?;
+        }
         self.disks.insert(disk, entry);
         self.share_quota(disk.domid, Some(disk));
         Ok(true)
@@ -369,6 +374,18 @@ mod tests {
             let node = "backend/vbd3/5/51712/kthread-pid";
             let pid = process.pid().to_string();
             self.store.write(node, &pid).unwrap();
+        }
+
+        /// Drops the supervisor, which is what a kill of `rblkd` does.
+        fn kill(&mut self) {
+            let elsewhere = tempfile::tempdir().unwrap();
+            let idle = supervisor(&Host::new(), &elsewhere).0;
+            drop(std::mem::replace(&mut self.supervisor, idle));
+        }
+
+        /// Starts another supervisor of the same disks.
+        fn start(&mut self) {
+            (self.supervisor, self.commands) = supervisor(&self.host, &self.dir);
         }
 
         /// Lets the supervisor work until something is so.
@@ -551,17 +568,63 @@ mod tests {
         rig.set_state("4");
         let other = host_supervisor_error(&rig);
         assert_eq!(other, io::ErrorKind::WouldBlock);
-        // Dropping it is what a kill of rblkd does.
-        let elsewhere = tempfile::tempdir().unwrap();
-        let idle = supervisor(&Host::new(), &elsewhere);
-        drop(std::mem::replace(&mut rig.supervisor, idle.0));
-        (rig.supervisor, rig.commands) = supervisor(&rig.host, &rig.dir);
+        rig.kill();
+        rig.start();
         while rig.supervisor.step(Instant::now()).unwrap() {}
         assert!(!process.has_ended());
         assert_eq!(rig.record().phase.pid(), Some(process.pid()));
         process.kill();
         rig.process(process.pid());
         assert_eq!(rig.record().restarts, 1);
+    }
+
+    #[test]
+    fn a_disk_whose_record_is_lost_keeps_its_process_and_its_image() {
+        let mut rig = Rig::new("serve");
+        let process = rig.process(0);
+        rig.set_state("4");
+        rig.open(&process);
+        rig.kill();
+        rig.run().remove(DISK).unwrap();
+        // The image may have been replaced since the toolstack wrote it.
+        rig.store
+            .write("backend/vbd3/5/51712/params", "fail:earlier")
+            .unwrap();
+        rig.start();
+        rig.until("no record", |rig| {
+            let record = rig.run().read_record(DISK).unwrap();
+            record.is_some_and(|record| record.phase.is_running())
+        });
+        assert_eq!(rig.record().phase.pid(), Some(process.pid()));
+        assert_eq!(rig.record().image, "serve");
+        assert!(!process.has_ended());
+    }
+
+    #[test]
+    fn fifty_disks_are_adopted_within_a_second() {
+        const DISKS: u16 = 50;
+        let mut rig = Rig::new("serve");
+        for domid in 6..5 + DISKS {
+            let dir = format!("backend/vbd3/{domid}/51712");
+            rig.store.write(&format!("{dir}/params"), "serve").unwrap();
+            rig.store.write(&format!("{dir}/state"), "1").unwrap();
+        }
+        let pids = |rig: &Rig| -> Vec<u32> {
+            let records = rig.run().records().unwrap().into_iter();
+            records.filter_map(|record| record.phase.pid()).collect()
+        };
+        rig.until("not started", |rig| pids(rig).len() == usize::from(DISKS));
+        let started = pids(&rig);
+        rig.kill();
+        let time = Instant::now();
+        rig.start();
+        while rig.supervisor.step(Instant::now()).unwrap() {}
+        assert!(
+            time.elapsed() < Duration::from_secs(1),
+            "{:?}",
+            time.elapsed()
+        );
+        assert_eq!(pids(&rig), started);
     }
 
     #[test]
@@ -578,12 +641,8 @@ mod tests {
         rig.run().write_record(&record).unwrap();
         record.disk.devid = 7;
         rig.run().write_record(&record).unwrap();
-        let elsewhere = tempfile::tempdir().unwrap();
-        drop(std::mem::replace(
-            &mut rig.supervisor,
-            supervisor(&Host::new(), &elsewhere).0,
-        ));
-        (rig.supervisor, rig.commands) = supervisor(&rig.host, &rig.dir);
+        rig.kill();
+        rig.start();
         rig.process(0);
         assert_eq!(rig.record().image, "serve");
         rig.until("other record left", |rig| {
