@@ -16,6 +16,7 @@
 //! | [`server`] | the socket for `rblk` |
 //! | [`host`], [`events`] | the state of `rblkd`, and the last events |
 //! | [`storage`] | checks of storage |
+//! | [`guests`] | guests that wait for storage are paused and resumed |
 //! | [`config`], [`signals`] | the configuration, and the signal to read it again |
 //!
 //! # Attach
@@ -46,6 +47,7 @@ pub mod config;
 mod crash;
 pub mod disk;
 pub mod events;
+pub mod guests;
 pub mod host;
 pub mod options;
 pub mod process;

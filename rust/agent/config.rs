@@ -7,6 +7,8 @@
 //! group = rblk
 //! # A storage domain is checked by reading an image that is on it.
 //! storage san = raw:/srv/san/check
+//! # A guest is paused when a request has waited for its storage for 30 seconds.
+//! pause-after = 30
 //! ```
 
 use std::fs;
@@ -23,6 +25,8 @@ pub struct Config {
     pub group: Option<String>,
     /// The names of the storage domains, and the image of each that is read.
     pub storages: Vec<(String, String)>,
+    /// The age of a request, in seconds, at which its guest is paused.
+    pub pause_after: Option<u32>,
 }
 
 impl Config {
@@ -60,18 +64,28 @@ impl Config {
         }
         match key.split_once(' ').map(|(key, name)| (key, name.trim())) {
             None if key == "group" => self.group = Some(value.to_owned()),
+            None if key == "pause-after" => self.pause_after = Some(seconds(key, value)?),
             Some(("storage", name)) if self.storages.iter().any(|(other, _)| other == name) => {
                 return Err(format!("there are two storage domains {name}; rename one"));
             }
             Some(("storage", name)) => self.storages.push((name.to_owned(), value.to_owned())),
             _ => {
                 return Err(format!(
-                    "{key} is not known; the keys are group, and storage NAME"
+                    "{key} is not known; the keys are group, pause-after, and storage NAME"
                 ))
             }
         }
         Ok(())
     }
+}
+
+/// Returns a time in seconds: an hour at most.
+fn seconds(key: &str, value: &str) -> Result<u32, String> {
+    let number = value
+        .parse()
+        .ok()
+        .filter(|number| (1..=3600).contains(number));
+    number.ok_or_else(|| format!("{key} is {value}; write a number of seconds from 1 to 3600"))
 }
 
 /// Returns the number of a group in the text of `/etc/group`.
@@ -90,9 +104,10 @@ mod tests {
 
     #[test]
     fn a_file_is_read() {
-        let text = "# comment\n\ngroup = rblk\nstorage san = raw:/srv/san/check\n storage nfs=/n\n";
+        let text = "# comment\n\ngroup = rblk\npause-after = 30\nstorage san = raw:/srv/san/check\n storage nfs=/n\n";
         let config = Config::parse(text).unwrap();
         assert_eq!(config.group.as_deref(), Some("rblk"));
+        assert_eq!(config.pause_after, Some(30));
         let storages = [("san", "raw:/srv/san/check"), ("nfs", "/n")];
         assert_eq!(
             config.storages,
@@ -111,6 +126,8 @@ mod tests {
             ("\ngroup =", 2, "no value"),
             ("gruop = x", 1, "gruop is not known; the keys are"),
             ("storage a = /a\nstorage a = /b", 2, "two storage domains a"),
+            ("pause-after = 0", 1, "a number of seconds from 1 to 3600"),
+            ("pause-after = 1 h", 1, "a number of seconds from 1 to 3600"),
         ] {
             let (found, message) = Config::parse(text).unwrap_err();
             assert_eq!(found, line, "{text}");

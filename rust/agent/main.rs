@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 use agent::config::{self, Config};
+use agent::events::Journal;
+use agent::guests::Guests;
 use agent::host::Startup;
 use agent::options::TapOptions;
 use agent::server::{self, Server};
@@ -18,6 +20,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 use xen_user::xenstore::Xenstore;
 
 /// Serves disks of Xen guests from images, with a process rblktap for each disk
@@ -33,6 +36,9 @@ struct Args {
     /// The program that checks storage
     #[arg(long, value_name = "FILE", default_value = "/usr/bin/rblk")]
     probe: PathBuf,
+    /// The program that pauses and resumes guests
+    #[arg(long, value_name = "FILE", default_value = "/usr/sbin/xl")]
+    xl: PathBuf,
     /// The configuration
     #[arg(long, value_name = "FILE", default_value = config::DEFAULT)]
     config: PathBuf,
@@ -93,10 +99,29 @@ fn unusable(dir: &Path, error: &io::Error) -> String {
     }
 }
 
-fn run(args: Args) -> Result<(), String> {
+/// Pauses guests whose storage does not answer, if the configuration says so.
+fn watch_guests(
+    config: &Config,
+    run: &RunDir,
+    xl: PathBuf,
+    journal: &Arc<Journal>,
+) -> Result<(), String> {
+    let Some(seconds) = config.pause_after else {
+        return Ok(());
+    };
+    let limit = Duration::from_secs(seconds.into());
+    let guests = Guests::new(run.clone(), xl, limit, journal.clone());
+    guests.start().map_err(|error| format!("guests: {error}"))
+}
+
+fn run(mut args: Args) -> Result<(), String> {
     let mut startup = Startup::new();
     let run = RunDir::new(args.run_dir);
     let config = startup.step("configuration", || Config::read(&args.config))?;
+    if config.pause_after.is_some() {
+        // A guest that is paused never gets an error.
+        args.options.retry_seconds = u32::MAX;
+    }
     let store = startup.step("xenstore", open_xenstore)?;
     let supervisor = startup.step("records and processes", || {
         let supervisor = Supervisor::new(store, run.clone(), args.program, args.options);
@@ -116,6 +141,7 @@ fn run(args: Args) -> Result<(), String> {
     let socket = |error| format!("the socket in {}: {error}", run.path().display());
     let listener = startup.step("socket", || Server::bind(&run).map_err(socket))?;
     startup.step("storage", || applier.apply(&config))?;
+    watch_guests(&config, &run, args.xl, supervisor.journal())?;
     signals::start(move || applier.reload()).map_err(|error| format!("signals: {error}"))?;
     let host = startup.finish(supervisor.journal().clone(), storages);
     eprintln!("{} disks", supervisor.disks());

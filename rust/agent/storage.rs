@@ -251,7 +251,7 @@ fn silence(time: Duration) -> String {
 }
 
 /// Waits for the end of a process for up to `timeout`. Returns `true` if it has ended.
-fn has_ended(child: &Child, timeout: Duration) -> io::Result<bool> {
+pub(crate) fn has_ended(child: &Child, timeout: Duration) -> io::Result<bool> {
     let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
     let fd: BorrowedFd<'_> = pidfd.as_fd();
     let timeout = Timespec::try_from(timeout).map_err(|_| io::ErrorKind::InvalidInput)?;

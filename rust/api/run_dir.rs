@@ -4,6 +4,7 @@
 
 use crate::agent::Record;
 use crate::disk::DiskId;
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 /// | `D-N.inflight` | the table of its requests in flight |
 /// | `D-N.nbd` | the NBD socket of its image, if the engine has one |
 /// | `D-N.log` | the messages of its `rblktap` |
+/// | `D.paused` | the guest is paused because its storage does not answer |
 #[derive(Clone, Debug)]
 pub struct RunDir(PathBuf);
 
@@ -100,6 +102,29 @@ impl RunDir {
         Ok(records)
     }
 
+    /// Records that a guest is paused, or that it is not.
+    pub fn set_paused(&self, domid: u16, is_paused: bool) -> io::Result<()> {
+        let path = self.0.join(format!("{domid}.paused"));
+        if is_paused {
+            return fs::write(path, "");
+        }
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns the guests that are recorded as paused.
+    pub fn paused_guests(&self) -> io::Result<BTreeSet<u16>> {
+        let mut guests = BTreeSet::new();
+        for entry in fs::read_dir(&self.0)? {
+            let name = entry?.file_name();
+            let domid = name.to_str().and_then(|name| name.strip_suffix(".paused"));
+            guests.extend(domid.and_then(|domid| domid.parse::<u16>().ok()));
+        }
+        Ok(guests)
+    }
+
     /// Removes all files of a disk, the record last.
     pub fn remove(&self, disk: DiskId) -> io::Result<()> {
         for path in [
@@ -161,5 +186,19 @@ mod tests {
         run.remove(first.disk).unwrap();
         run.remove(first.disk).unwrap();
         assert_eq!(run.read_record(first.disk).unwrap(), None);
+    }
+
+    #[test]
+    fn paused_guests_are_recorded() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        fs::write(dir.path().join("x.paused"), "").unwrap();
+        for domid in [7, 5, 7] {
+            run.set_paused(domid, true).unwrap();
+        }
+        assert_eq!(run.paused_guests().unwrap(), [5, 7].into());
+        run.set_paused(7, false).unwrap();
+        run.set_paused(7, false).unwrap();
+        assert_eq!(run.paused_guests().unwrap(), [5].into());
     }
 }

@@ -1,0 +1,346 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Guests whose storage does not answer are paused, and resumed when it does.
+//!
+//! A guest that waits long for a write may report it, drop the disk from a RAID array, or be fenced
+//! by its cluster. One that is paused does not notice. `rblktap` retries its requests meanwhile.
+//!
+//! A guest is recorded as paused before `xl pause` is called, so that a later `rblkd` resumes it.
+//! Xen counts pauses: the guest stays paused if an administrator has paused it too.
+
+use crate::events::Journal;
+use crate::storage::has_ended;
+use api::{socket, DiskCommand, DiskId, DiskStatus, EventKind, Record, RunDir};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Time between two looks at all disks.
+const PERIOD: Duration = Duration::from_secs(5);
+
+/// Limit for the answer of a process.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Limit for `xl`.
+const XL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Pauses and resumes guests.
+pub struct Guests {
+    run: RunDir,
+    /// The program `xl`.
+    xl: PathBuf,
+    /// The age of a request at which its guest is paused.
+    limit: Duration,
+    journal: Arc<Journal>,
+    /// When the process of each disk has answered last.
+    answered: BTreeMap<DiskId, Instant>,
+    /// The guests that cannot be paused.
+    refused: BTreeSet<u16>,
+}
+
+impl Guests {
+    /// Names what is needed to pause a guest with a request that is as old as `limit`.
+    pub fn new(run: RunDir, xl: PathBuf, limit: Duration, journal: Arc<Journal>) -> Self {
+        Self {
+            run,
+            xl,
+            limit,
+            journal,
+            answered: BTreeMap::new(),
+            refused: BTreeSet::new(),
+        }
+    }
+
+    /// Starts a thread that examines the disks every 5 seconds.
+    pub fn start(mut self) -> io::Result<()> {
+        let thread = thread::Builder::new().name("guests".to_owned());
+        thread.spawn(move || loop {
+            if let Err(error) = self.check() {
+                eprintln!("guests that wait for storage: {error}; it is tried again");
+            }
+            thread::sleep(PERIOD);
+        })?;
+        Ok(())
+    }
+
+    /// Pauses the guests with requests that are too old, and resumes those without.
+    fn check(&mut self) -> io::Result<()> {
+        let records = self.run.records()?;
+        let paused = self.run.paused_guests()?;
+        let waits = self.waits(&records, &paused);
+        for domid in paused.iter().filter(|domid| !waits.contains_key(domid)) {
+            self.run.set_paused(*domid, false)?;
+        }
+        for (domid, (wait, disk)) in waits {
+            match (paused.contains(&domid), wait >= self.limit) {
+                (false, true) => self.pause(disk, wait)?,
+                (true, false) => self.resume(domid)?,
+                (true, true) | (false, false) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the longest wait of each guest with disks, and the disk.
+    fn waits(
+        &mut self,
+        records: &[Record],
+        paused: &BTreeSet<u16>,
+    ) -> BTreeMap<u16, (Duration, DiskId)> {
+        let disks: BTreeSet<DiskId> = records.iter().map(|record| record.disk).collect();
+        self.answered.retain(|disk, _| disks.contains(disk));
+        let mut waits = BTreeMap::new();
+        for disk in disks {
+            let wait = self.wait_of(disk, paused.contains(&disk.domid));
+            let longest = waits.entry(disk.domid).or_insert((wait, disk));
+            *longest = (*longest).max((wait, disk));
+        }
+        self.refused.retain(|domid| waits.contains_key(domid));
+        waits
+    }
+
+    /// Returns how long a disk has waited for its storage.
+    ///
+    /// A disk whose process has answered once, and does not any more, waits too: its successor may
+    /// fail to open the image.
+    fn wait_of(&mut self, disk: DiskId, is_paused: bool) -> Duration {
+        let path = self.run.control_socket(disk);
+        match socket::command(&path, DiskCommand::Stats, ANSWER_TIMEOUT) {
+            Ok(status) => {
+                self.answered.insert(disk, Instant::now());
+                oldest(&status)
+            }
+            Err(_) => match self.answered.get(&disk) {
+                Some(time) => time.elapsed(),
+                None if is_paused => self.limit,
+                None => Duration::ZERO,
+            },
+        }
+    }
+
+    fn pause(&mut self, disk: DiskId, wait: Duration) -> io::Result<()> {
+        let domid = disk.domid;
+        if self.refused.contains(&domid) {
+            return Ok(());
+        }
+        self.run.set_paused(domid, true)?;
+        if let Err(error) = self.xl("pause", domid) {
+            eprintln!("guest {domid} waits for storage and cannot be paused: {error}");
+            self.refused.insert(domid);
+            return self.run.set_paused(domid, false);
+        }
+        let seconds = wait.as_secs();
+        self.report(
+            disk,
+            format!("guest {domid} is paused: the storage of {disk} has not answered for {seconds} seconds"),
+        );
+        Ok(())
+    }
+
+    /// Resumes a guest. If that fails it is tried again.
+    fn resume(&self, domid: u16) -> io::Result<()> {
+        self.xl("unpause", domid)?;
+        self.run.set_paused(domid, false)?;
+        let text = format!("guest {domid} is resumed: its storage answers");
+        eprintln!("{text}");
+        self.journal.add(None, EventKind::Storage, text);
+        Ok(())
+    }
+
+    fn report(&self, disk: DiskId, text: String) {
+        eprintln!("{text}");
+        self.journal.add(Some(disk), EventKind::Storage, text);
+    }
+
+    fn xl(&self, command: &str, domid: u16) -> io::Result<()> {
+        let mut child = Command::new(&self.xl)
+            .args([command, &domid.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        if !has_ended(&child, XL_TIMEOUT)? {
+            child.kill()?;
+        }
+        let status = child.wait()?;
+        if status.success() {
+            return Ok(());
+        }
+        let xl = self.xl.display();
+        Err(io::Error::other(format!(
+            "{xl} {command} {domid}: {status}"
+        )))
+    }
+}
+
+/// Returns the age of the oldest request of a disk.
+fn oldest(status: &DiskStatus) -> Duration {
+    let requests = status.queues.iter().filter_map(|queue| queue.oldest);
+    let age = requests.map(|request| request.age_ms).max();
+    Duration::from_millis(age.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use api::Phase;
+    use serde_json::json;
+    use std::fs;
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
+    use std::path::Path;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    const DISK: DiskId = DiskId {
+        domid: 5,
+        devid: 51712,
+    };
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    /// A disk whose process answers with an age, in a directory with a program that plays `xl`.
+    struct Rig {
+        dir: tempfile::TempDir,
+        run: RunDir,
+        age_ms: Arc<AtomicU64>,
+        guests: Guests,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let run = RunDir::new(dir.path());
+            let xl = dir.path().join("xl");
+            let script = format!(
+                "#!/bin/sh\necho $* >> {0}/calls; [ ! -e {0}/fail ]\n",
+                dir.path().display()
+            );
+            fs::write(&xl, script).unwrap();
+            fs::set_permissions(&xl, fs::Permissions::from_mode(0o755)).unwrap();
+            run.write_record(&Record {
+                disk: DISK,
+                name: "xvda".to_owned(),
+                domain: None,
+                image: "aio:/a".to_owned(),
+                restarts: 0,
+                phase: Phase::Starting,
+            })
+            .unwrap();
+            let age_ms = Arc::default();
+            let guests = guests(&run, &xl);
+            let rig = Self {
+                dir,
+                run,
+                age_ms,
+                guests,
+            };
+            rig.answer();
+            rig
+        }
+
+        fn answer(&self) {
+            let listener = UnixListener::bind(self.run.control_socket(DISK)).unwrap();
+            let age_ms = self.age_ms.clone();
+            thread::spawn(move || {
+                for stream in listener.incoming() {
+                    let mut stream = stream.unwrap();
+                    let mut line = String::new();
+                    BufReader::new(&stream).read_line(&mut line).unwrap();
+                    let oldest = json!({"operation": "write", "sector": 0, "sectors": 8, "retries": 3,
+                        "age_ms": age_ms.load(Ordering::Relaxed)});
+                    let answer = json!({"pid": 7, "sectors": 8, "block_size": 512, "paused": false,
+                        "queues": [{"in_flight": 1, "oldest": oldest, "paused": false}],
+                        "quota": {"pages": 8, "requests": 4}, "counters": {}});
+                    writeln!(stream, "{answer}").unwrap();
+                }
+            });
+        }
+
+        fn check(&mut self, age_ms: u64) -> String {
+            self.age_ms.store(age_ms, Ordering::Relaxed);
+            self.guests.check().unwrap();
+            self.calls()
+        }
+
+        fn calls(&self) -> String {
+            let calls = fs::read_to_string(self.dir.path().join("calls"));
+            calls.unwrap_or_default().replace('\n', ";")
+        }
+    }
+
+    fn guests(run: &RunDir, xl: &Path) -> Guests {
+        Guests::new(run.clone(), xl.to_owned(), LIMIT, Arc::default())
+    }
+
+    #[test]
+    fn a_guest_is_paused_and_resumed_once() {
+        let mut rig = Rig::new();
+        assert_eq!(rig.check(9_999), "");
+        assert_eq!(rig.check(10_000), "pause 5;");
+        assert_eq!(rig.check(15_000), "pause 5;");
+        assert_eq!(rig.check(1), "pause 5;unpause 5;");
+        assert_eq!(rig.check(2), "pause 5;unpause 5;");
+        let events = rig.guests.journal.after(0, Duration::ZERO);
+        let texts: Vec<&str> = events.iter().map(|event| event.text.as_str()).collect();
+        assert_eq!(
+            texts,
+            [
+                "guest 5 is paused: the storage of 5/51712 has not answered for 10 seconds",
+                "guest 5 is resumed: its storage answers"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_later_agent_resumes_a_guest_when_its_disk_answers() {
+        let mut rig = Rig::new();
+        rig.check(20_000);
+        rig.guests = guests(&rig.run, &rig.dir.path().join("xl"));
+        let socket = rig.run.control_socket(DISK);
+        let away = rig.dir.path().join("away");
+        fs::rename(&socket, &away).unwrap();
+        assert_eq!(rig.check(1), "pause 5;");
+        fs::rename(&away, &socket).unwrap();
+        assert_eq!(rig.check(1), "pause 5;unpause 5;");
+    }
+
+    #[test]
+    fn a_guest_without_disks_is_forgotten() {
+        let mut rig = Rig::new();
+        rig.check(20_000);
+        rig.run.remove(DISK).unwrap();
+        assert_eq!(rig.check(0), "pause 5;");
+        assert!(rig.run.paused_guests().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_failure_to_pause_is_final_and_one_to_resume_is_not() {
+        let mut rig = Rig::new();
+        let fail = rig.dir.path().join("fail");
+        fs::write(&fail, "").unwrap();
+        assert_eq!(rig.check(20_000), "pause 5;");
+        assert_eq!(rig.check(20_000), "pause 5;");
+        assert!(rig.run.paused_guests().unwrap().is_empty());
+        rig.run.set_paused(5, true).unwrap();
+        rig.age_ms.store(0, Ordering::Relaxed);
+        assert!(rig.guests.check().is_err());
+        fs::remove_file(fail).unwrap();
+        assert_eq!(rig.check(0), "pause 5;unpause 5;unpause 5;");
+    }
+
+    #[test]
+    fn a_disk_that_was_never_served_pauses_no_guest() {
+        let mut rig = Rig::new();
+        fs::remove_file(rig.run.control_socket(DISK)).unwrap();
+        rig.guests.limit = Duration::from_millis(1);
+        assert_eq!(rig.check(0), "");
+        rig.answer();
+        assert_eq!(rig.check(0), "");
+        fs::remove_file(rig.run.control_socket(DISK)).unwrap();
+        thread::sleep(Duration::from_millis(2));
+        assert_eq!(rig.check(0), "pause 5;");
+    }
+}
