@@ -2,6 +2,8 @@
 
 //! `rblk check`: settings of this host that cause trouble, and the command that fixes each.
 
+mod images;
+
 use crate::exit::{self, Error};
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -31,7 +33,7 @@ struct Host {
 /// A kind of trouble: returns what is found of it on a host.
 type Check = fn(&Host) -> Vec<Finding>;
 
-const CHECKS: [Check; 11] = [
+const CHECKS: [Check; 12] = [
     unused_backend,
     unused_frontend,
     mappings,
@@ -43,6 +45,7 @@ const CHECKS: [Check; 11] = [
     standard_input,
     scripts,
     agent,
+    images::images,
 ];
 
 /// Prints the findings. Fails if there are any.
@@ -372,7 +375,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     /// A host whose files are those named.
-    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
+    pub(super) fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
         let dir = tempfile::tempdir().unwrap();
         for (path, text) in files {
             let path = dir.path().join(path);
