@@ -5,7 +5,7 @@
 KREL ?= 7.3
 export KDIR
 
-.PHONY: all demo demo-tap test test-all test-debug test-cluster mutation-test bench bench-page bench-disks bench-queues bench-tap bench-cluster profile shell lint doc kernel kernel-debug install install-tap deb test-packages clean distclean help
+.PHONY: all demo demo-tap test test-all test-debug test-cluster mutation-test bench bench-page bench-disks bench-queues bench-tap bench-cluster profile shell lint doc kernel kernel-debug install install-tap deb test-packages test-host test-kernels clean distclean help
 all: ## builds the modules, for KREL= (a series or release, 7.3) or KDIR= (a build directory)
 	@built=$$(scripts/build-modules $(KREL)) && ls -1 "$${built#$(CURDIR)/}"/rblk*.ko
 
@@ -81,6 +81,12 @@ deb: ## builds the Debian packages rblkif-dkms, rblk, rblkd and rblkif-doc, in b
 
 test-packages: ## builds the Debian packages twice, and installs and purges them in throw-away systems
 	@scripts/lib/package-tests
+
+test-host: ## installs the packages in a Debian dom0 with systemd and tests them there; T=<name> up to that test
+	@scripts/test-host $(T)
+
+test-kernels: ## builds, loads and boots with each Debian kernel with Rust, and writes a table; KERNELS="..." for some
+	@scripts/test-kernels $(KERNELS)
 
 clean: ## removes what was built in the tree
 	rm -rf build target
