@@ -173,7 +173,7 @@ def modprobe_d() -> Path:
 @pytest.fixture
 def dom0_kernel(kernel: Kernel) -> Kernel:
     """Returns the kernel of dom0: that of this run, or the stock kernel if that cannot be dom0."""
-    return kernel if kernel.guest_type == "pv" else kernel_in(os.environ["RBLKIF_DOM0_KERNEL"])
+    return kernel if kernel.can_be_dom0 else kernel_in(os.environ["RBLKIF_DOM0_KERNEL"])
 
 
 @pytest.fixture

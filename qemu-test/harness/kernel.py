@@ -31,6 +31,8 @@ class Kernel:
         self.guest_type = "pvh" if self.has_checks else "pv"
         """A kernel with KASAN does not start as a PV domain, because it accesses its shadow memory
         before that is mapped. So it cannot be dom0, and its guests are PVH."""
+        configuration = (self.directory / "O/.config").read_text()
+        self.can_be_dom0 = self.guest_type == "pv" and "CONFIG_XEN_DOM0=y" in configuration
         self._tree = self.directory / "modules"
         self._paths = {_name(path): path for path in self._tree.rglob("*.ko*")}
         text = (self._tree / "modules.builtin").read_text()

@@ -116,7 +116,7 @@ def _parts(name: str, ours: bool) -> str:
     if ours:
         files += _sources_of_samples()
     modules = [kernel.module(module) for module in ("xen-blkfront", "xen-blkback")]
-    dom0 = "" if kernel.guest_type == "pv" else os.environ["RBLKIF_DOM0_KERNEL"]
+    dom0 = "" if kernel.can_be_dom0 else os.environ["RBLKIF_DOM0_KERNEL"]
     places = {f"RBLKIF_{name}" for name in PLACES}
     said = sorted(
         f"{name}={value}"
