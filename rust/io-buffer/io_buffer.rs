@@ -247,6 +247,53 @@ impl fmt::Debug for Buffer {
     }
 }
 
+/// The memory of a buffer, which is lent to I/O as a whole or in part, again and again.
+///
+/// # Invariants
+///
+/// Nothing accesses the memory but a [`Buffer`] that [`Self::lend`] has returned, which shares the
+/// ownership, so that there is none if there is one owner.
+#[derive(Debug)]
+pub struct Block(Buffer);
+
+impl Block {
+    /// Takes over the memory of a buffer.
+    pub fn new(buffer: Buffer) -> Self {
+        // INVARIANT: Whoever had the buffer has it no more.
+        Self(buffer)
+    }
+
+    /// Returns the number of bytes.
+    pub fn len(&self) -> usize {
+        self.0.len
+    }
+
+    /// Returns `true` if the block has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.0.len == 0
+    }
+
+    /// Returns a range of the memory for I/O. Returns [`None`] if it is not within it, or if there
+    /// is another owner: a buffer of an earlier call.
+    pub fn lend(this: &mut Arc<Self>, at: usize, len: usize) -> Option<Buffer> {
+        let buffer = &Arc::get_mut(this)?.0;
+        buffer.check_range(at, len).ok()?;
+        // SAFETY: `at` is at most the length, so the result is inside the mapping or one past its
+        // end.
+        let ptr = unsafe { buffer.ptr.add(at) };
+        let access = buffer.access;
+        // INVARIANT: The range is in the memory of the buffer, which the new owner keeps. There was
+        // no other buffer, because there was no other owner, and there is no other one before this
+        // one is dropped.
+        Some(Buffer {
+            ptr,
+            len,
+            access,
+            owner: this.clone(),
+        })
+    }
+}
+
 /// Memory from the global allocator.
 ///
 /// # Invariants
@@ -330,6 +377,21 @@ mod tests {
         let mut bytes = [0; 16];
         buffer.read_at(0, &mut bytes).unwrap();
         assert_eq!(bytes, [7; 16]);
+    }
+
+    #[test]
+    fn a_block_is_lent_once() {
+        let mut block = Arc::new(Block::new(Buffer::allocate(4096, 4096).unwrap()));
+        assert!(Block::lend(&mut block, 4095, 2).is_none());
+        assert!(Block::lend(&mut block, 1, usize::MAX).is_none());
+        let mut buffer = Block::lend(&mut block, 512, 1024).unwrap();
+        assert!(Block::lend(&mut block, 0, 512).is_none());
+        buffer.write_at(0, &[1, 2, 3]).unwrap();
+        drop(buffer);
+        let mut bytes = [0; 3];
+        let buffer = Block::lend(&mut block, 513, 3).unwrap();
+        buffer.read_at(0, &mut bytes).unwrap();
+        assert_eq!(bytes, [2, 3, 0]);
     }
 
     #[test]
