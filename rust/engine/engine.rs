@@ -61,18 +61,21 @@ pub mod raw;
 pub mod rbd;
 mod request;
 mod server;
+mod shared_memory;
 mod uri;
 mod uring;
 pub mod vhd;
+mod writes;
 
-pub use connect::Connect;
+pub use connect::{Connect, Protocol};
 pub use error::{Error, Result};
 pub use info::{Discard, Guarantees, Info};
-pub use io_buffer::{Access, Buffer};
+pub use io_buffer::{Access, Block, Buffer};
 pub use options::Options;
 pub use request::{Completion, Operation, Request};
 pub use rustix::io::Errno;
 pub use server::Server;
+pub use shared_memory::SharedMemory;
 pub use uri::{
     Format, GlusterFile, GlusterVolume, NbdAddress, NbdExport, RbdAddress, RbdImageName, Uri,
 };
@@ -95,6 +98,18 @@ pub trait Engine: Send + Sync {
     /// storage does not tell about a new size notices it here only.
     fn refresh(&self) -> Result<Info>;
 
+    /// Enlarges the image to `size` bytes, and returns the geometry with its new size.
+    ///
+    /// The error is `EINVAL` if the image is larger, or `size` is no multiple of a block, and
+    /// `EOPNOTSUPP` if the engine cannot do it.
+    fn resize(&self, size: u64) -> Result<Info> {
+        Err(Error::new(
+            Errno::OPNOTSUPP,
+            format!("the storage cannot be enlarged to {size} bytes from here"),
+            "enlarge it with the tools of the storage, and use rblk disk resize without a size",
+        ))
+    }
+
     /// Creates a queue that has up to `depth` requests in flight at the same time.
     ///
     /// Further submitted requests wait inside the queue.
@@ -102,6 +117,12 @@ pub trait Engine: Send + Sync {
 
     /// Allocates zeroed memory that this engine's I/O uses without a copy.
     fn allocate(&self, len: usize) -> Result<Buffer>;
+
+    /// Returns the memory that the engine shares with another process, which reads and writes the
+    /// data there. Data in other memory is copied.
+    fn shared_memory(&self) -> Option<Arc<SharedMemory>> {
+        None
+    }
 
     /// Flushes the image and releases it.
     ///

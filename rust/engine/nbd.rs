@@ -13,12 +13,13 @@ mod protocol;
 mod queue;
 mod reply;
 
-use crate::connect::Connect;
+use crate::connect::{Connect, Protocol};
 use crate::error::{Error, Result};
 use crate::info::{Discard, Guarantees, Info};
 use crate::memory::{allocate, in_use};
 use crate::options::Options;
 use crate::uri::NbdExport;
+use crate::writes::Writes;
 use crate::{Engine, Queue};
 pub(crate) use connect::connect_to;
 use connect::{negotiate, ExportInfo, Stream};
@@ -65,39 +66,10 @@ struct Shared {
     idle: Mutex<Option<Stream>>,
 }
 
-/// Numbers of writes, discards and write zeroes.
-#[derive(Default)]
-struct Writes {
-    completed: AtomicU64,
-    /// Number of those that were flushed.
-    flushed: AtomicU64,
-}
-
-impl Writes {
-    fn completed(&self) -> u64 {
-        self.completed.load(Ordering::Acquire)
-    }
-
-    fn add(&self) {
-        self.completed.fetch_add(1, Ordering::AcqRel);
-    }
-
-    /// Takes the completion of a flush into account, at whose submission there were `completed`
-    /// writes.
-    fn flush(&self, completed: u64) {
-        self.flushed.fetch_max(completed, Ordering::AcqRel);
-    }
-
-    /// Returns `true` if there are completed writes that were not flushed.
-    fn is_dirty(&self) -> bool {
-        self.flushed.load(Ordering::Acquire) < self.completed()
-    }
-}
-
 impl NbdEngine {
     /// Opens `export` over connections that `server` makes.
     pub fn open(export: &NbdExport, options: &Options, server: Arc<dyn Connect>) -> Result<Self> {
-        let (stream, found) = negotiate(export, server.connect(false)?)?;
+        let (stream, found) = negotiate(export, server.connect(Protocol::Nbd, false)?)?;
         let info = info(export, &found, options)?;
         Ok(Self {
             shared: Arc::new(Shared {
@@ -192,7 +164,8 @@ impl Shared {
     ///
     /// The export must be at least as large as before and support the same.
     fn reconnect(&self) -> Result<Stream> {
-        let stream = self.server.connect(self.writes.is_dirty())?;
+        let is_dirty = self.writes.is_dirty();
+        let stream = self.server.connect(Protocol::Nbd, is_dirty)?;
         let (stream, found) = negotiate(&self.export, stream)?;
         if found.size < self.info().size || found.flags != self.flags {
             return Err(Error::new(
@@ -212,7 +185,8 @@ impl Engine for NbdEngine {
 
     fn refresh(&self) -> Result<Info> {
         // The protocol tells the size at the start of a connection only.
-        let stream = self.shared.server.connect(self.shared.writes.is_dirty())?;
+        let is_dirty = self.shared.writes.is_dirty();
+        let stream = self.shared.server.connect(Protocol::Nbd, is_dirty)?;
         let (_, found) = negotiate(&self.shared.export, stream)?;
         let block = u64::from(self.shared.info.logical_block_size);
         let size = found.size.saturating_sub(found.size % block);

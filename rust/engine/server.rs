@@ -6,12 +6,13 @@
 //! [`Server`] then, and passes connections on: the confined one implements [`Connect`] by asking
 //! it.
 
-use crate::connect::Connect;
-use crate::error::Result;
+use crate::connect::{Connect, Protocol};
+use crate::error::{Error, Result};
 use crate::nbd;
 use crate::options::Options;
 use crate::qsd::process::Daemon;
 use crate::uri::{Format, NbdExport, Uri};
+use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
@@ -52,14 +53,30 @@ impl Server {
 }
 
 impl Connect for Server {
-    fn connect(&self, is_dirty: bool) -> Result<OwnedFd> {
-        if let Some(daemon) = &self.daemon {
-            daemon.ensure(is_dirty)?;
+    fn connect(&self, protocol: Protocol, is_dirty: bool) -> Result<OwnedFd> {
+        match (&self.daemon, protocol) {
+            (Some(daemon), _) => daemon.connect(protocol, is_dirty),
+            (None, Protocol::Nbd) => nbd::connect_to(&self.export),
+            (None, Protocol::VhostUser) => Err(foreign()),
         }
-        nbd::connect_to(&self.export)
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        self.daemon
+            .as_ref()
+            .map_or_else(|| Err(foreign()), |daemon| daemon.resize(size))
     }
 
     fn stop(&self) -> Result<()> {
         self.daemon.as_ref().map_or(Ok(()), Daemon::stop)
     }
+}
+
+/// Returns the error of asking a server for what only that of an image file does.
+fn foreign() -> Error {
+    Error::new(
+        Errno::OPNOTSUPP,
+        "the server does not belong to the image",
+        "this is an error of the program, report it",
+    )
 }

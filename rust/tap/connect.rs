@@ -202,6 +202,7 @@ impl Connection {
             parts.domain,
             parts.xen.grants.clone(),
             self.accepted.persistent,
+            parts.engine.shared_memory(),
         );
         let queue = Queue::new(QueueConfig {
             name: format!("{}-{index}", parts.name),

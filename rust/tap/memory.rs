@@ -22,7 +22,9 @@ use blkif::wire::Status;
 use blkif::wire::WireSegment;
 use blkif::wire::SEGMENTS_PER_INDIRECT_PAGE;
 use engine::Access;
+use engine::Block;
 use engine::Buffer;
+use engine::SharedMemory;
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
@@ -104,7 +106,7 @@ pub(crate) enum Memory {
     #[default]
     None,
     /// Memory of this process: the data is copied.
-    Own(Arc<DataPages>),
+    Own(Arc<Block>),
     /// Pages of the frontend, with their grant references.
     Mapped(Vec<(u32, Arc<DataPages>)>),
 }
@@ -118,12 +120,20 @@ pub(crate) struct DataPath {
 }
 
 impl DataPath {
-    pub(crate) fn new(domain: u16, grants: Arc<dyn Grants>, persistent: bool) -> Self {
+    /// Creates the data path of a queue. An image that shares memory with its daemon reads and
+    /// writes data there, so it is copied to and from there even if grants are `persistent`.
+    pub(crate) fn new(
+        domain: u16,
+        grants: Arc<dyn Grants>,
+        persistent: bool,
+        shared: Option<Arc<SharedMemory>>,
+    ) -> Self {
+        let maps = persistent && shared.is_none();
         Self {
             domain,
             grants,
-            persistent: persistent.then(PersistentGrants::default),
-            pool: Pool::default(),
+            persistent: maps.then(PersistentGrants::default),
+            pool: Pool::new(shared),
         }
     }
 
@@ -251,11 +261,15 @@ impl DataPath {
 
     /// Gives up all memory that no request uses and none has used for [`UNUSED`].
     pub(crate) fn purge(&mut self, now: Instant) {
-        self.pool = Pool::default();
+        self.pool.purge();
         if let Some(persistent) = &mut self.persistent {
             persistent.purge(now);
         }
     }
+}
+
+fn no_memory() -> DataError {
+    DataError::Call(io::ErrorKind::OutOfMemory.into())
 }
 
 fn invalid() -> io::Error {
@@ -364,17 +378,25 @@ impl PersistentGrants {
     }
 }
 
-/// Memory of our own that only data of this frontend was ever in.
-#[derive(Default)]
+/// Memory of our own, or of the image, that only data of this frontend was ever in.
 struct Pool {
-    free: [Vec<Arc<DataPages>>; SIZES],
+    shared: Option<Arc<SharedMemory>>,
+    free: [Vec<Arc<Block>>; SIZES],
     /// Number of pages in `free`.
     pages: usize,
 }
 
 impl Pool {
+    fn new(shared: Option<Arc<SharedMemory>>) -> Self {
+        Self {
+            shared,
+            free: Default::default(),
+            pages: 0,
+        }
+    }
+
     /// Takes memory for a number of bytes, and returns a buffer of that length in it.
-    fn take(&mut self, len: usize) -> Result<(Arc<DataPages>, Buffer), DataError> {
+    fn take(&mut self, len: usize) -> Result<(Arc<Block>, Buffer), DataError> {
         let pages = len.div_ceil(PAGE_SIZE).max(1).next_power_of_two();
         let size = pages.trailing_zeros() as usize;
         let kept = self.free.get_mut(size).and_then(Vec::pop);
@@ -383,14 +405,23 @@ impl Pool {
                 self.pages = self.pages.saturating_sub(pages);
                 memory
             }
-            None => Arc::new(DataPages::from(Pages::anonymous(pages)?)),
+            None => Arc::new(Block::new(self.allocate(pages)?)),
         };
-        let buffer = DataPages::lend(&mut memory, 0, len);
+        let buffer = Block::lend(&mut memory, 0, len);
         let buffer = buffer.ok_or_else(invalid)?;
         Ok((memory, buffer))
     }
 
-    fn put(&mut self, memory: Arc<DataPages>) {
+    fn allocate(&self, pages: usize) -> Result<Buffer, DataError> {
+        let len = pages.saturating_mul(PAGE_SIZE);
+        if let Some(shared) = &self.shared {
+            return shared.allocate(len).map_err(|_| no_memory());
+        }
+        let mut pages = Arc::new(DataPages::from(Pages::anonymous(pages)?));
+        Ok(DataPages::lend(&mut pages, 0, len).ok_or_else(invalid)?)
+    }
+
+    fn put(&mut self, memory: Arc<Block>) {
         let pages = memory.len() / PAGE_SIZE;
         let kept = self.pages.saturating_add(pages);
         let size = pages.trailing_zeros() as usize;
@@ -401,5 +432,11 @@ impl Pool {
             free.push(memory);
             self.pages = kept;
         }
+    }
+
+    /// Frees all memory that no request uses.
+    fn purge(&mut self) {
+        self.free = Default::default();
+        self.pages = 0;
     }
 }

@@ -7,12 +7,13 @@
 //! The *server*, its child, serves the guest, and is [confined](crate::confine). When one of them
 //! ends, so does the other.
 //!
-//! The server asks the monitor for two things only: access to its nodes in xenstore, through a
-//! [`Proxy`], and connections to the server of its image.
+//! The server asks the monitor for three things only: access to its nodes in xenstore, through a
+//! [`Proxy`], connections to the server of its image, and a larger image.
 
 use crate::handover::Handover;
 use engine::Connect;
 use engine::Errno;
+use engine::Protocol;
 use engine::Server;
 use serde::Deserialize;
 use serde::Serialize;
@@ -34,10 +35,13 @@ use xen_user::xenstore::Xenstore;
 #[derive(Deserialize, Serialize)]
 struct Start;
 
-/// Asks for a connection to the server of the image.
+/// A request of the server.
 #[derive(Deserialize, Serialize)]
-struct ConnectCall {
-    is_dirty: bool,
+enum Call {
+    /// Asks for a connection to the server of the image.
+    Connect { is_vhost: bool, is_dirty: bool },
+    /// Asks the server of the image to enlarge it.
+    Resize { size: u64 },
 }
 
 /// An error of an engine.
@@ -79,34 +83,47 @@ pub fn run(
     drop(command);
     handover.send(&Start, Some(client.as_fd()))?;
     drop(client);
-    let connections = thread::Builder::new().name("connections".to_owned());
-    let connections = connections.spawn(move || pass_connections(&handover, image.as_deref()))?;
+    let calls = thread::Builder::new().name("calls".to_owned());
+    let calls = calls.spawn(move || answer_calls(&handover, image.as_deref()))?;
     let proxied = proxy.run();
     let status = child.wait()?;
     // It ends with the server, as it waits for nothing else.
-    let _ = connections.join();
+    let _ = calls.join();
     proxied?;
     Ok(status)
 }
 
-/// Makes connections for the server until it has ended.
-fn pass_connections(handover: &Handover, image: Option<&Server>) {
-    while let Ok(Some((call, _))) = handover.receive::<ConnectCall>() {
-        let connected = match image {
-            Some(image) => image.connect(call.is_dirty),
+/// Answers the requests of the server until it has ended.
+fn answer_calls(handover: &Handover, image: Option<&Server>) {
+    while let Ok(Some((call, _))) = handover.receive::<Call>() {
+        let answer = match image {
+            Some(image) => carry_out(&call, image),
             None => Err(engine::Error::new(
                 Errno::OPNOTSUPP,
                 "the image has no server",
                 "this is an error of the program, report it",
             )),
         };
-        let fd = connected.as_ref().ok().map(AsFd::as_fd);
-        let reply = match &connected {
-            Ok(_) => Ok(()),
-            Err(error) => Err(Failure::from(error.clone())),
+        let (reply, fd) = match answer {
+            Ok(fd) => (Ok(()), fd),
+            Err(error) => (Err(Failure::from(error)), None),
         };
         // A server that has ended is noticed by `receive`.
-        let _ = handover.send(&reply, fd);
+        let _ = handover.send(&reply, fd.as_ref().map(AsFd::as_fd));
+    }
+}
+
+fn carry_out(call: &Call, image: &Server) -> engine::Result<Option<OwnedFd>> {
+    match *call {
+        Call::Connect { is_vhost, is_dirty } => {
+            let protocol = if is_vhost {
+                Protocol::VhostUser
+            } else {
+                Protocol::Nbd
+            };
+            image.connect(protocol, is_dirty).map(Some)
+        }
+        Call::Resize { size } => image.resize(size).map(|()| None),
     }
 }
 
@@ -130,7 +147,7 @@ impl Monitor {
         }
     }
 
-    fn call(&self, call: &ConnectCall) -> io::Result<(Result<(), Failure>, Option<OwnedFd>)> {
+    fn call(&self, call: &Call) -> io::Result<(Result<(), Failure>, Option<OwnedFd>)> {
         let handover = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         handover.send(call, None)?;
         let reply = handover.receive()?;
@@ -139,15 +156,20 @@ impl Monitor {
 }
 
 impl Connect for Monitor {
-    fn connect(&self, is_dirty: bool) -> engine::Result<OwnedFd> {
-        match self.call(&ConnectCall { is_dirty }) {
+    fn connect(&self, protocol: Protocol, is_dirty: bool) -> engine::Result<OwnedFd> {
+        let is_vhost = protocol == Protocol::VhostUser;
+        match self.call(&Call::Connect { is_vhost, is_dirty }) {
             Ok((Ok(()), Some(fd))) => Ok(fd),
             Ok((Err(failure), _)) => Err(failure.into()),
-            Ok((Ok(()), None)) | Err(_) => Err(engine::Error::new(
-                Errno::NOTCONN,
-                "the monitor of the disk has ended",
-                "see the messages of rblktap",
-            )),
+            Ok((Ok(()), None)) | Err(_) => Err(ended()),
+        }
+    }
+
+    fn resize(&self, size: u64) -> engine::Result<()> {
+        match self.call(&Call::Resize { size }) {
+            Ok((Ok(()), _)) => Ok(()),
+            Ok((Err(failure), _)) => Err(failure.into()),
+            Err(_) => Err(ended()),
         }
     }
 
@@ -155,6 +177,14 @@ impl Connect for Monitor {
         // The monitor does it when this process has ended.
         Ok(())
     }
+}
+
+fn ended() -> engine::Error {
+    engine::Error::new(
+        Errno::NOTCONN,
+        "the monitor of the disk has ended",
+        "see the messages of rblktap",
+    )
 }
 
 #[cfg(test)]
@@ -184,17 +214,21 @@ mod tests {
         let image = Server::start(&uri.parse().unwrap(), &engine::Options::default());
         let image = image.unwrap().unwrap();
         let (handover, monitor) = attach();
-        let thread = thread::spawn(move || pass_connections(&handover, Some(&image)));
-        let mut stream = UnixStream::from(monitor.connect(false).unwrap());
+        let thread = thread::spawn(move || answer_calls(&handover, Some(&image)));
+        let mut stream = UnixStream::from(monitor.connect(Protocol::Nbd, false).unwrap());
         let (mut accepted, _) = listener.accept().unwrap();
         accepted.write_all(b"data").unwrap();
         let mut data = [0; 4];
         stream.read_exact(&mut data).unwrap();
         assert_eq!(&data, b"data");
         fs::remove_file(&path).unwrap();
-        let error = monitor.connect(true).unwrap_err();
+        let error = monitor.connect(Protocol::Nbd, true).unwrap_err();
         assert_eq!(error.errno(), Errno::NOENT);
         assert!(error.cause().starts_with("connecting to"), "{error}");
+        let error = monitor.resize(1 << 20).unwrap_err();
+        assert_eq!(error.errno(), Errno::OPNOTSUPP);
+        let error = monitor.connect(Protocol::VhostUser, false).unwrap_err();
+        assert_eq!(error.errno(), Errno::OPNOTSUPP);
         drop(monitor);
         thread.join().unwrap();
     }
@@ -203,7 +237,7 @@ mod tests {
     fn a_monitor_that_has_ended_is_an_error() {
         let (handover, monitor) = attach();
         drop(handover);
-        let error = monitor.connect(false).unwrap_err();
+        let error = monitor.connect(Protocol::Nbd, false).unwrap_err();
         assert_eq!(error.errno(), Errno::NOTCONN);
     }
 }

@@ -401,6 +401,8 @@ pub(crate) struct Queue {
     /// Requests that are retried, with their times.
     delayed: Vec<(Instant, PendingReq, Vec<Buffer>)>,
     completions: Vec<Completion>,
+    /// The descriptor of the image was readable.
+    image_ready: bool,
     /// Entries of the in-flight table whose responses are not published.
     answered: Vec<Entry>,
     /// Requests that were started and have no response, and their pages.
@@ -433,6 +435,7 @@ impl Queue {
             incoming_pieces: 0,
             delayed: Vec::new(),
             completions: Vec::new(),
+            image_ready: false,
             answered: Vec::new(),
             in_flight: 0,
             pages: 0,
@@ -836,7 +839,8 @@ impl Queue {
 
     /// Completes all requests whose I/O has ended. Returns `true` if there were any.
     fn complete_all(&mut self) -> bool {
-        if self.config.image.in_flight() == 0 {
+        // The image may have something to do without requests: it has lost its server.
+        if !std::mem::take(&mut self.image_ready) && self.config.image.in_flight() == 0 {
             return false;
         }
         let mut completions = std::mem::take(&mut self.completions);
@@ -1039,7 +1043,8 @@ impl Queue {
             self.config.image.as_fd(),
             wakeup.as_fd(),
         ];
-        let [event, _, woken] = wakeup::wait(fds, timeout)?;
+        let [event, image_ready, woken] = wakeup::wait(fds, timeout)?;
+        self.image_ready = image_ready;
         if woken {
             wakeup.clear();
         }

@@ -5,7 +5,10 @@
 //! A thread owns the process, because the kernel signals it when the thread that started it ends.
 
 use super::image::{prepare, qemu_error};
+use super::qmp::{Monitor, NBD_EXPORT};
 use super::tool::{command, Files};
+use super::virtqueue::MAX_QUEUES;
+use crate::connect::Protocol;
 use crate::error::{Error, Result};
 use crate::linux::terminate_with_thread;
 use crate::options::Options;
@@ -15,6 +18,7 @@ use rustix::io::Errno;
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::{json, Value};
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -27,6 +31,11 @@ use tempfile::TempDir;
 
 /// Prefix of the names of directories for sockets, before the id of the process.
 const PREFIX: &str = "rblk-qsd-";
+
+/// The names of the sockets of a daemon, in its directory.
+const NBD_SOCKET: &str = "nbd.sock";
+const VHOST_SOCKET: &str = "vhost.sock";
+const QMP_SOCKET: &str = "qmp.sock";
 
 /// Limit for a daemon to open its image.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -47,11 +56,19 @@ pub(crate) struct Daemon {
     thread: Mutex<Option<JoinHandle<Result<()>>>>,
 }
 
-/// An order to start the daemon if it does not run.
+/// An order to the thread that owns the daemon.
 struct Order {
-    /// There are completed writes that were not flushed.
-    is_dirty: bool,
+    task: OrderTask,
     result: Sender<Result<()>>,
+}
+
+/// The task of an order.
+enum OrderTask {
+    /// Starts the daemon if it does not run, and makes it accept a connection. `is_dirty`: there
+    /// are completed writes that were not flushed.
+    Serve { protocol: Protocol, is_dirty: bool },
+    /// Enlarges the image.
+    Resize { size: u64 },
 }
 
 /// The parameters of a daemon.
@@ -95,13 +112,16 @@ impl Daemon {
             orders: Mutex::new(Some(orders)),
             thread: Mutex::new(Some(thread)),
         };
-        daemon.ensure(false)?;
+        daemon.order(OrderTask::Serve {
+            protocol: Protocol::Nbd,
+            is_dirty: false,
+        })?;
         Ok(daemon)
     }
 
     /// Returns the path of the NBD socket.
     pub(crate) fn socket(&self) -> PathBuf {
-        self.dir.path().join("nbd.sock")
+        self.dir.path().join(NBD_SOCKET)
     }
 
     /// Returns the export of the daemon.
@@ -109,22 +129,39 @@ impl Daemon {
         export(&self.socket())
     }
 
-    /// Starts the daemon if it does not run, and waits until it serves the image.
+    /// Connects to the daemon, which is started if it does not run.
     ///
     /// The error is `ENOTRECOVERABLE` if it has ended while the image `is_dirty`: there were
     /// completed writes that were not flushed.
-    pub(crate) fn ensure(&self, is_dirty: bool) -> Result<()> {
-        let (sender, result) = channel();
+    pub(crate) fn connect(&self, protocol: Protocol, is_dirty: bool) -> Result<OwnedFd> {
+        self.order(OrderTask::Serve { protocol, is_dirty })?;
+        let socket = match protocol {
+            Protocol::Nbd => self.socket(),
+            Protocol::VhostUser => self.dir.path().join(VHOST_SOCKET),
+        };
+        let stream = UnixStream::connect(socket);
+        Ok(stream.map_err(|error| connect_error(&error))?.into())
+    }
+
+    /// Enlarges the image.
+    pub(crate) fn resize(&self, size: u64) -> Result<()> {
+        self.order(OrderTask::Resize { size })
+    }
+
+    /// Gives an order, and waits for the result.
+    fn order(&self, task: OrderTask) -> Result<()> {
+        let (sender, received) = channel();
+        let order = Order {
+            task,
+            result: sender,
+        };
         let sent = self
             .orders
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .as_ref()
-            .is_some_and(|orders| {
-                let result = sender;
-                orders.send(Order { is_dirty, result }).is_ok()
-            });
-        match result.recv() {
+            .is_some_and(|orders| orders.send(order).is_ok());
+        match received.recv() {
             Ok(result) if sent => result,
             _ => Err(Error::new(
                 Errno::NOTCONN,
@@ -177,28 +214,79 @@ fn remove_stale(parent: &Path) {
     }
 }
 
+/// The state of the thread that owns a daemon.
+struct Owner<'a> {
+    config: &'a Config,
+    child: Option<Child>,
+    /// A daemon was started before.
+    is_started: bool,
+    /// The daemon has been told to accept a vhost-user connection.
+    is_connected: bool,
+    has_lost_writes: bool,
+}
+
 /// Carries out orders until there can be no more, then ends the daemon.
 fn own(config: &Config, orders: &Receiver<Order>) -> Result<()> {
-    let mut child: Option<Child> = None;
-    let mut has_lost_writes = false;
+    let mut owner = Owner {
+        config,
+        child: None,
+        is_started: false,
+        is_connected: false,
+        has_lost_writes: false,
+    };
     while let Ok(order) = orders.recv() {
-        let is_started = child.is_some();
-        let runs = child
-            .as_mut()
-            .is_some_and(|child| matches!(child.try_wait(), Ok(None)));
-        has_lost_writes |= is_started && !runs && order.is_dirty;
-        let result = match (runs, has_lost_writes) {
-            (true, _) => Ok(()),
-            (false, true) => Err(lost_writes(config)),
-            // One that was killed has not written its caches.
-            (false, false) => {
-                start(config, is_started || config.options.unclean).map(|new| child = Some(new))
-            }
+        let result = match order.task {
+            OrderTask::Serve { protocol, is_dirty } => owner.serve(protocol, is_dirty),
+            OrderTask::Resize { size } => owner.resize(size),
         };
         // The sender of the order may have ended.
         let _ = order.result.send(result);
     }
-    child.map_or(Ok(()), stop)
+    owner.child.map_or(Ok(()), stop)
+}
+
+impl Owner<'_> {
+    /// Makes a daemon run that accepts a connection.
+    fn serve(&mut self, protocol: Protocol, is_dirty: bool) -> Result<()> {
+        let is_vhost = protocol == Protocol::VhostUser;
+        if self.runs() && is_vhost && self.is_connected {
+            // It may still work on requests of the connection that was lost.
+            let ended = self.child.take().map_or(Ok(()), stop);
+            self.has_lost_writes |= ended.is_err() && is_dirty;
+        } else if self.child.is_some() && !self.runs() {
+            self.child = None;
+            self.has_lost_writes |= is_dirty;
+        }
+        if self.has_lost_writes {
+            return Err(lost_writes(self.config));
+        }
+        if self.child.is_none() {
+            // One that was killed has not written its caches.
+            let unclean = self.is_started || self.config.options.unclean;
+            self.is_connected = false;
+            self.child = Some(start(self.config, unclean)?);
+            self.is_started = true;
+        }
+        self.is_connected |= is_vhost;
+        Ok(())
+    }
+
+    fn runs(&mut self) -> bool {
+        let child = self.child.as_mut();
+        child.is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+
+    fn resize(&mut self, size: u64) -> Result<()> {
+        if !self.runs() {
+            return Err(Error::new(
+                Errno::NOTCONN,
+                "qemu-storage-daemon does not run",
+                "try again",
+            ));
+        }
+        let export = export_arguments(self.config);
+        Monitor::connect(&self.config.dir.join(QMP_SOCKET))?.resize(&export, size)
+    }
 }
 
 fn lost_writes(config: &Config) -> Error {
@@ -228,10 +316,12 @@ fn start(config: &Config, unclean: bool) -> Result<Child> {
 }
 
 fn start_once(config: &Config, backing: &[PathBuf]) -> Result<Child> {
-    let socket = config.dir.join("nbd.sock");
+    let socket = config.dir.join(NBD_SOCKET);
     let log = config.dir.join("log");
-    // What a daemon before it has left.
-    let _ = fs::remove_file(&socket);
+    for name in [NBD_SOCKET, VHOST_SOCKET, QMP_SOCKET] {
+        // What a daemon before it has left.
+        let _ = fs::remove_file(config.dir.join(name));
+    }
     let errors = File::create(&log)
         .map_err(|error| Error::from_io(&error, log.display(), "check the directory"))?;
     let options = &config.options;
@@ -241,7 +331,7 @@ fn start_once(config: &Config, backing: &[PathBuf]) -> Result<Child> {
     }
     let mut command = command("qemu-storage-daemon", options, &files);
     command
-        .args(arguments(config, &socket)?)
+        .args(arguments(config)?)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(errors);
@@ -314,8 +404,8 @@ fn kill(child: &mut Child) {
 }
 
 /// Returns the arguments of a daemon.
-fn arguments(config: &Config, socket: &Path) -> Result<Vec<String>> {
-    let (path, socket) = (text(&config.path)?, text(socket)?);
+fn arguments(config: &Config) -> Result<Vec<String>> {
+    let (path, dir) = (text(&config.path)?, text(&config.dir)?);
     let is_device =
         fs::metadata(&config.path).is_ok_and(|metadata| metadata.file_type().is_block_device());
     let cache = json!({ "direct": config.is_direct });
@@ -342,23 +432,52 @@ fn arguments(config: &Config, socket: &Path) -> Result<Vec<String>> {
         arguments.extend(["--object".to_owned(), secret.to_string()]);
         image.insert("key-secret".to_owned(), Value::from("key"));
     }
-    let export = json!({
-        "type": "nbd",
-        "id": "disk",
+    let vhost = json!({
+        "type": "vhost-user-blk",
+        "id": "vhost",
         "node-name": "disk",
-        "name": "",
+        "addr": { "type": "unix", "path": format!("{dir}/{VHOST_SOCKET}") },
+        "num-queues": MAX_QUEUES,
         "writable": !config.options.read_only,
     });
-    let server = format!("addr.type=unix,addr.path={socket}");
     for (option, value) in [
         ("--blockdev", file.to_string()),
         ("--blockdev", image.to_string()),
-        ("--nbd-server", server),
-        ("--export", export.to_string()),
+        (
+            "--chardev",
+            format!("socket,id=qmp,path={dir}/{QMP_SOCKET},server=on,wait=off"),
+        ),
+        ("--monitor", "chardev=qmp".to_owned()),
+        ("--export", vhost.to_string()),
+        // The last of the sockets: when it is there, so are the others.
+        (
+            "--nbd-server",
+            format!("addr.type=unix,addr.path={dir}/{NBD_SOCKET}"),
+        ),
+        ("--export", export_arguments(config).to_string()),
     ] {
         arguments.extend([option.to_owned(), value]);
     }
     Ok(arguments)
+}
+
+/// Returns the arguments of the NBD export.
+fn export_arguments(config: &Config) -> Value {
+    json!({
+        "type": "nbd",
+        "id": NBD_EXPORT,
+        "node-name": "disk",
+        "name": "",
+        "writable": !config.options.read_only,
+    })
+}
+
+fn connect_error(error: &std::io::Error) -> Error {
+    Error::from_io(
+        error,
+        "connecting to qemu-storage-daemon",
+        "check its messages, and the load of the host",
+    )
 }
 
 fn text(path: &Path) -> Result<&str> {

@@ -12,6 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// An image file in a directory of its own.
@@ -369,6 +370,130 @@ fn a_device_model_can_use_the_same_image() {
     disk.close();
     drop(server);
     assert!(!socket.exists());
+}
+
+#[test]
+fn an_image_grows_while_it_is_open() {
+    const LARGE: u64 = 64 << 20;
+    for (format, options) in [
+        ("qcow2", &[][..]),
+        ("luks", &["-o", "key-secret=key,iter-time=10"]),
+    ] {
+        let Some(image) = Image::new(format, options) else {
+            return;
+        };
+        let mut disk = image.disk();
+        let mut other = disk.engine.queue(4).unwrap();
+        let data = pattern(1, 65536);
+        disk.write(SIZE - 65536, &data, Cut::Whole);
+        assert_eq!(disk.engine.resize(LARGE).unwrap().size, LARGE);
+        assert_eq!(disk.engine.refresh().unwrap().size, LARGE);
+        assert_eq!(disk.engine.resize(LARGE).unwrap().size, LARGE);
+        assert!(disk.read(SIZE - 65536, 65536, Cut::Whole) == data);
+        disk.write(LARGE - 65536, &data, Cut::Odd);
+        let memory = buffers(&*disk.engine, 65536, Cut::Whole, None);
+        other.submit(Request::read(1, LARGE - 65536, memory));
+        let mut completions = Vec::new();
+        other.drain(crate::disk::TIMEOUT, &mut completions).unwrap();
+        assert!(crate::disk::bytes(&completions[0].buffers) == data);
+        drop(other);
+        for size in [SIZE, LARGE + 100] {
+            let error = disk.engine.resize(size).unwrap_err();
+            assert_eq!(error.errno(), Errno::INVAL);
+        }
+        // In several commands of the device.
+        assert_eq!(disk.errno(Request::write_zeroes(1, 0, LARGE, true)), None);
+        assert!(disk.read(LARGE - 65536, 65536, Cut::Whole) == [0; 65536]);
+        assert_eq!(disk.errno(Request::discard(1, 0, LARGE)), None);
+        disk.close();
+        let mut disk = image.disk();
+        assert_eq!(disk.info().size, LARGE);
+        assert_eq!(disk.read(LARGE - 4096, 4096, Cut::Whole), [0; 4096]);
+        disk.close();
+    }
+}
+
+#[test]
+fn an_image_that_cannot_grow_keeps_its_size() {
+    for format in ["vhd", "vhdx", "vmdk"] {
+        let options = match format {
+            "vhd" => &["-o", "force_size=on"][..],
+            _ => &[],
+        };
+        let Some(image) = Image::new(format, options) else {
+            return;
+        };
+        let mut disk = image.disk();
+        let error = disk.engine.resize(SIZE * 2).unwrap_err();
+        assert_eq!(error.errno(), Errno::OPNOTSUPP, "{error}");
+        assert_eq!(disk.engine.refresh().unwrap().size, SIZE);
+        disk.write(0, &pattern(1, 4096), Cut::Whole);
+        disk.close();
+    }
+}
+
+#[test]
+fn an_image_does_not_grow_while_a_device_model_uses_it() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let options = Options::default();
+    let uri = format!("qcow2:{}", image.path().display()).parse().unwrap();
+    let server = Arc::new(Server::start(&uri, &options).unwrap().unwrap());
+    let socket = server.nbd_socket().unwrap();
+    let disk = Disk::new(engine::open_with(&uri, &options, Some(server)).unwrap());
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let other = engine::open(&uri.parse().unwrap(), &options).unwrap();
+    let error = disk.engine.resize(SIZE * 2).unwrap_err();
+    assert_eq!(error.errno(), Errno::BUSY, "{error}");
+    other.close().unwrap();
+    assert_eq!(disk.engine.resize(SIZE * 2).unwrap().size, SIZE * 2);
+    // The export is there again.
+    let other = engine::open(&uri.parse().unwrap(), &options).unwrap();
+    assert_eq!(other.info().size, SIZE * 2);
+    other.close().unwrap();
+    disk.close();
+}
+
+#[test]
+fn several_queues_survive_the_end_of_the_daemon() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let mut disk = image.disk();
+    let mut queues: Vec<_> = (0..4).map(|_| disk.engine.queue(32).unwrap()).collect();
+    for round in 0..3 {
+        // All writes were flushed.
+        kill_daemon(&image);
+        while !daemons(&image.path()).is_empty() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        for (number, queue) in (0..).zip(&mut queues) {
+            for tag in 0..8 {
+                let data = pattern(round * 64 + number * 8 + tag, 65536);
+                let memory = buffers(&*disk.engine, 65536, Cut::Whole, Some(&data));
+                let offset = (number * 8 + tag) * 65536;
+                queue.submit(Request::write(tag, offset, memory));
+            }
+            queue.kick().unwrap();
+        }
+        for queue in &mut queues {
+            let mut completions = Vec::new();
+            queue.drain(crate::disk::TIMEOUT, &mut completions).unwrap();
+            assert_eq!(completions.len(), 8);
+            for completion in completions {
+                completion.result.unwrap();
+            }
+        }
+        disk.flush();
+        for number in 0..32 {
+            let data = disk.read(number * 65536, 65536, Cut::Whole);
+            assert!(data == pattern(round * 64 + number, 65536));
+        }
+    }
+    drop(queues);
+    disk.close();
+    assert!(image.is_clean());
 }
 
 #[test]

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The connection that the queues of an image share.
+//!
+//! A thread waits for the end of the connection, and wakes all queues. The first queue that notices
+//! it connects again, and the others use the same new connection.
+
+use super::vhost_user::{DeviceConfig, Messages, Session};
+use super::virtqueue::MAX_QUEUES;
+use crate::connect::{Connect, Protocol};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::info::Info;
+use crate::options::Options;
+use crate::shared_memory::SharedMemory;
+use crate::uri::NbdExport;
+use crate::writes::Writes;
+use rustix::event::{poll, PollFd, PollFlags};
+use rustix::io::Errno;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Stack of a thread that waits.
+const STACK: usize = 64 << 10;
+
+/// Delays before the first and the later attempts to connect again.
+const BACKOFF: std::ops::Range<Duration> = Duration::from_millis(50)..Duration::from_secs(2);
+
+/// The state that the queues of an image share.
+pub(super) struct Shared {
+    pub(super) path: PathBuf,
+    pub(super) options: Options,
+    pub(super) server: Arc<dyn Connect>,
+    /// The NBD export of the server.
+    pub(super) export: NbdExport,
+    pub(super) memory: Arc<SharedMemory>,
+    messages: Messages,
+    pub(super) writes: Writes,
+    /// The geometry, with the size at the time of opening.
+    info: Info,
+    size: AtomicU64,
+    /// The properties of the device at the time of opening.
+    pub(super) config: DeviceConfig,
+    session: Mutex<Arc<Session>>,
+    /// The events that make the queues readable, by their numbers.
+    queues: Mutex<[Option<Arc<Event>>; MAX_QUEUES]>,
+}
+
+impl Shared {
+    pub(super) fn new(
+        path: PathBuf,
+        options: Options,
+        (server, export): (Arc<dyn Connect>, NbdExport),
+        (memory, messages): (Arc<SharedMemory>, Messages),
+        (session, config): (Session, DeviceConfig),
+        info: Info,
+    ) -> Self {
+        Self {
+            path,
+            options,
+            server,
+            export,
+            memory,
+            messages,
+            writes: Writes::default(),
+            size: AtomicU64::new(info.size),
+            info,
+            config,
+            session: Mutex::new(Arc::new(session)),
+            queues: Mutex::default(),
+        }
+    }
+
+    pub(super) fn info(&self) -> Info {
+        Info {
+            size: self.size.load(Ordering::Relaxed),
+            ..self.info
+        }
+    }
+
+    /// Reads the size again.
+    pub(super) fn refresh(&self) -> Result<Info> {
+        let config = self.session()?.config(&self.messages)?;
+        self.size.store(config.size, Ordering::Relaxed);
+        Ok(self.info())
+    }
+
+    fn lock_session(&self) -> MutexGuard<'_, Arc<Session>> {
+        // The session is valid at any time.
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the connection, which is made again if it was lost.
+    pub(super) fn session(&self) -> Result<Arc<Session>> {
+        let mut current = self.lock_session();
+        if !current.is_lost() {
+            return Ok(current.clone());
+        }
+        let is_dirty = self.writes.is_dirty();
+        let stream = self.server.connect(Protocol::VhostUser, is_dirty)?;
+        let (session, config) = Session::new(stream, &self.memory, &self.messages)?;
+        if config.size < self.info().size {
+            return Err(Error::new(
+                Errno::NOTRECOVERABLE,
+                format!("{} is smaller than before", self.path.display()),
+                "detach the disk, and attach it again",
+            ));
+        }
+        *current = Arc::new(session);
+        Ok(current.clone())
+    }
+
+    /// Connects, again and again until the timeout of the image or until `stop` is set.
+    pub(super) fn session_until(&self, stop: &AtomicBool) -> Result<Arc<Session>> {
+        let deadline = Instant::now() + self.options.reconnect_timeout;
+        let mut backoff = BACKOFF.start;
+        loop {
+            let error = match self.session() {
+                Ok(session) => return Ok(session),
+                Err(error) if error.errno() == Errno::NOTRECOVERABLE => return Err(error),
+                Err(error) => error,
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || stop.load(Ordering::Relaxed) {
+                return Err(Error::new(
+                    Errno::NOTCONN,
+                    format!(
+                        "qemu-storage-daemon for {} cannot be reached for {:?}: {}",
+                        self.path.display(),
+                        self.options.reconnect_timeout,
+                        error.cause()
+                    ),
+                    "check the image, and the load of the host",
+                ));
+            }
+            thread::sleep(backoff.min(left));
+            backoff = backoff.saturating_mul(2).min(BACKOFF.end);
+        }
+    }
+
+    /// Ends the connection.
+    pub(super) fn close(&self) {
+        self.lock_session().close();
+    }
+
+    fn lock_queues(&self) -> MutexGuard<'_, [Option<Arc<Event>>; MAX_QUEUES]> {
+        // The table is valid at any time.
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns a number for a queue that `event` makes readable.
+    pub(super) fn add_queue(&self, event: &Arc<Event>) -> Result<usize> {
+        let max = self.info.max_queues;
+        let mut queues = self.lock_queues();
+        let free = queues.iter_mut().take(max).enumerate();
+        let free = free.into_iter().find(|(_, queue)| queue.is_none());
+        let Some((number, queue)) = free else {
+            return Err(Error::new(
+                Errno::BUSY,
+                format!("{} supports {max} queues only", self.path.display()),
+                "use fewer queues",
+            ));
+        };
+        *queue = Some(event.clone());
+        Ok(number)
+    }
+
+    /// Makes the number of a queue free that has ended.
+    pub(super) fn remove_queue(&self, number: usize) {
+        if let Some(queue) = self.lock_queues().get_mut(number) {
+            *queue = None;
+        }
+    }
+
+    /// Returns `true` if there are queues.
+    pub(super) fn has_queues(&self) -> bool {
+        self.lock_queues().iter().any(Option::is_some)
+    }
+}
+
+/// Starts a thread that wakes all queues when a connection ends, if there is none yet.
+pub(super) fn watch(shared: &Arc<Shared>, session: &Arc<Session>) -> Result<()> {
+    let Some(socket) = session.watch()? else {
+        return Ok(());
+    };
+    let shared = Arc::downgrade(shared);
+    let session = Arc::downgrade(session);
+    let builder = thread::Builder::new().name("qsd-watch".to_owned());
+    let started = builder.stack_size(STACK).spawn(move || {
+        // The end of the connection is reported whatever is asked for.
+        let mut fds = [PollFd::new(&socket, PollFlags::RDHUP)];
+        while poll(&mut fds, None) == Err(Errno::INTR) {}
+        if let Some(session) = session.upgrade() {
+            session.close();
+        }
+        if let Some(shared) = shared.upgrade() {
+            for event in shared.lock_queues().iter().flatten() {
+                event.set();
+            }
+        }
+    });
+    started
+        .map(drop)
+        .map_err(|error| Error::from_io(&error, "starting a thread", "raise the limit of threads"))
+}
