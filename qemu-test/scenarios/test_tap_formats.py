@@ -79,8 +79,33 @@ def verify_backing(host: XenHost, guest: Guest) -> None:
     assert rblktap.sum_of(host, BASE, MIB) == base
 
 
+def grow(host: XenHost, guest: Guest) -> None:
+    """A qcow2 image grows while it is attached, but does not shrink, and a VHD keeps its size."""
+    attach(host, guest, TOP.name)
+    for mib in (MIB + 16, MIB + 32):
+        rblkd.rblk(host, f"disk resize {guest.name}/xvdb {mib}M")
+        guest.wait_for(f"[ $(cat /sys/block/xvdb/size) = {mib << 11} ]")
+        guest.sh(
+            f"echo end | dd of=/dev/xvdb bs=1M seek={mib - 1} conv=sync,fsync,notrunc 2> /dev/null"
+        )
+    assert "cannot be made smaller" in refused_resize(host, guest, MIB)
+    rblkd.detach(host, guest, "xvdb")
+    check(host, TOP)
+    attach(host, guest, DYNAMIC.name)
+    assert "does not support resize" in refused_resize(host, guest, MIB * 2)
+    guest.sh(VERIFY.format(seed=5), timeout=600)
+    rblkd.detach(host, guest, "xvdb")
+
+
+def refused_resize(host: XenHost, guest: Guest, mib: int) -> str:
+    """Resizes xvdb, which must fail, and returns what rblk prints."""
+    status, output = host.run(f"rblk disk resize {guest.name}/xvdb {mib}M")
+    assert status != 0
+    return output
+
+
 def test_tap_formats(xen: StartHost) -> None:
-    """Raw, qcow2 with a backing file, dynamic VHD, and NBD."""
+    """Raw, qcow2 with a backing file, dynamic VHD, and NBD; a larger qcow2 image."""
     images = [PLAIN, EXPORTED, BASE, TOP, DYNAMIC]
     disk = rblktap.disk(images, [*rblktap.QEMU_TOOLS, "/usr/bin/qemu-nbd"])
     host = xen(waiting=TWO_VCPUS, image=disk, **rblkd.options())
@@ -90,5 +115,6 @@ def test_tap_formats(xen: StartHost) -> None:
     verify(host, guest, PLAIN)
     verify_backing(host, guest)
     verify(host, guest, DYNAMIC)
+    grow(host, guest)
     host.sh(f"{NBD_SERVER} {rblktap.PLACE}/{EXPORTED.name}")
     verify(host, guest, EXPORTED, f"nbd+unix:///?socket={SOCKET}")

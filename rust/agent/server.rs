@@ -34,6 +34,9 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Limit for the answer of a process.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Limit for a process to resize its image.
+const RESIZE_TIMEOUT: Duration = Duration::from_secs(50);
+
 /// Limit for requests in flight when a disk is paused.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -148,7 +151,7 @@ impl Server {
             AgentCall::Stats { disk } => Ok(json!(self.status(disk)?)),
             AgentCall::Pause { disk } => self.quiesce(disk, DiskCommand::Pause),
             AgentCall::Resume { disk } => self.send(disk, DiskCommand::Resume),
-            AgentCall::Resize { disk } => self.send(disk, DiskCommand::Resize),
+            AgentCall::Resize { disk, size } => self.resize(disk, size),
             AgentCall::Retarget { disk, image } => self.replace(disk, Some(image)),
             AgentCall::Restart { disk } => self.replace(disk, None),
         }
@@ -193,6 +196,12 @@ impl Server {
     fn send(&self, disk: DiskId, command: DiskCommand) -> Result<Value, Failure> {
         self.record(disk)?;
         socket::command(&self.run.control_socket(disk), command, ANSWER_TIMEOUT)
+    }
+
+    fn resize(&self, disk: DiskId, size: Option<u64>) -> Result<Value, Failure> {
+        self.record(disk)?;
+        let command = DiskCommand::Resize { size };
+        socket::command(&self.run.control_socket(disk), command, RESIZE_TIMEOUT)
     }
 
     /// Pauses or drains a disk and waits until no request is in flight. If that takes too long it
@@ -383,7 +392,7 @@ mod tests {
                 match serde_json::from_str(&line).unwrap() {
                     DiskCommand::Pause | DiskCommand::Drain => paused = true,
                     DiskCommand::Resume => paused = false,
-                    DiskCommand::Stats | DiskCommand::Resize | DiskCommand::SetQuota(_) => {}
+                    DiskCommand::Stats | DiskCommand::Resize { .. } | DiskCommand::SetQuota(_) => {}
                 }
                 let record = run.read_record(DISK).unwrap().unwrap();
                 let pid = match record.phase.pid() {

@@ -51,11 +51,14 @@ pub enum AgentCall {
         /// The disk.
         disk: DiskId,
     },
-    /// Reads the size of a disk's image again and tells the guest.
+    /// Enlarges a disk's image if there is a size, reads its size again, and tells the guest.
     #[serde(rename = "rblkd.Resize")]
     Resize {
         /// The disk.
         disk: DiskId,
+        /// The new size in bytes.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        size: Option<u64>,
     },
     /// Replaces the process of a disk by a new one, which uses another image, and returns its
     /// number.
@@ -224,7 +227,10 @@ mod tests {
             AgentCall::Interface,
             AgentCall::Pause { disk },
             AgentCall::Resume { disk },
-            AgentCall::Resize { disk },
+            AgentCall::Resize {
+                disk,
+                size: Some(512),
+            },
             AgentCall::Retarget { disk, image },
             AgentCall::Restart { disk },
         ];

@@ -69,8 +69,12 @@ pub enum DiskCommand {
     Drain,
     /// Takes requests again.
     Resume,
-    /// Reads the size of the image again and tells the guest.
-    Resize,
+    /// Enlarges the image if there is a size, reads its size again, and tells the guest.
+    Resize {
+        /// The new size in bytes.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        size: Option<u64>,
+    },
     /// Limits the disk to its share of what its domain may use.
     SetQuota(Quota),
 }

@@ -223,7 +223,8 @@ mod tests {
                 stream.write_all(answer.as_bytes()).unwrap();
             }
         });
-        let resize = || command::<serde_json::Value>(&path, DiskCommand::Resize, WAIT);
+        let resize =
+            || command::<serde_json::Value>(&path, DiskCommand::Resize { size: None }, WAIT);
         assert_eq!(resize().unwrap()["sectors"], 8);
         assert_eq!(resize().unwrap_err().text.cause, "no");
         assert_eq!(resize().unwrap_err().kind, FailureKind::NoAnswer);

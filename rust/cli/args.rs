@@ -6,6 +6,7 @@ mod volume;
 
 pub use volume::{VolumeCommand, VolumeStorageCommand};
 
+use self::volume::parse_size;
 use crate::exit;
 use ::volume::VolumeName;
 use api::RunDir;
@@ -148,10 +149,13 @@ pub enum DiskCommand {
         #[arg(value_parser = parse_image)]
         image: String,
     },
-    /// Tells the guest that the image has changed its size
+    /// Enlarges an image with a format, or tells the guest that its image has changed its size
     Resize {
         /// DOMAIN/DEVICE
         disk: DiskName,
+        /// New size in bytes, or with suffix K, M, G or T; without one it is read from the image
+        #[arg(value_parser = parse_size)]
+        size: Option<u64>,
     },
     /// Replaces the process of a disk, for example after an upgrade
     Restart {

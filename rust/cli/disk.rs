@@ -33,9 +33,9 @@ pub fn run(run: &RunDir, command: &DiskCommand, json: bool) -> Result<(), Error>
             let disk = find(run, disk)?;
             done(call(run, &AgentCall::Resume { disk })?, json)
         }
-        DiskCommand::Resize { disk } => {
-            let disk = find(run, disk)?;
-            done(call(run, &AgentCall::Resize { disk })?, json)
+        DiskCommand::Resize { disk, size } => {
+            let (disk, size) = (find(run, disk)?, *size);
+            done(call(run, &AgentCall::Resize { disk, size })?, json)
         }
         DiskCommand::Retarget { disk, image } => {
             let (disk, image) = (find(run, disk)?, image.clone());

@@ -727,7 +727,7 @@ impl Device {
                 Ok(self.set_paused(false))
             }
             DiskCommand::SetQuota(quota) => Ok(self.set_quota(quota)),
-            DiskCommand::Resize => match self.resize() {
+            DiskCommand::Resize { size } => match self.resize(size) {
                 Ok(sectors) => Ok(DiskAnswer::Resized { sectors }),
                 Err(error) => Err(error.to_string()),
             },
@@ -762,9 +762,13 @@ impl Device {
         DiskAnswer::Paused { paused }
     }
 
-    /// Reads the size of the image again, and tells the frontend of a new one.
-    fn resize(&mut self) -> Result<u64, Error> {
-        let info = self.engine.refresh()?;
+    /// Enlarges the image if there is a size, reads its size again, and tells the frontend of a new
+    /// one.
+    fn resize(&mut self, size: Option<u64>) -> Result<u64, Error> {
+        let info = match size {
+            Some(size) => self.engine.resize(size)?,
+            None => self.engine.refresh()?,
+        };
         let changed = self.disk.set_size(info.size);
         let sectors = self.disk.sectors();
         if changed && self.state == BackState::Connected && !self.draining {

@@ -104,7 +104,7 @@ pub enum VolumeCommand {
 }
 
 /// Parses a number with an optional suffix K, M, G or T.
-fn parse_size(text: &str) -> Result<u64, String> {
+pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let units = [("K", 10), ("M", 20), ("G", 30), ("T", 40)];
     let unit = units.iter().find_map(|(unit, shift)| {
         let digits = text.strip_suffix(unit)?;

@@ -9,10 +9,14 @@ mod common;
 
 use blkif::wire::op;
 use common::*;
+use engine::Connect;
+use engine::Protocol;
+use engine::Server;
 use engine::Uri;
 use nix::sched::unshare;
 use nix::sched::CloneFlags;
 use nix::sys::ptrace;
+use rustix::process::kill_process;
 use rustix::process::test_kill_process;
 use rustix::process::Pid;
 use rustix::process::Signal;
@@ -24,6 +28,7 @@ use std::io;
 use std::io::Read;
 use std::net::TcpListener;
 use std::net::TcpStream;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
@@ -33,7 +38,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::process::Stdio;
 use std::sync::mpsc;
+use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 /// The user of the confined thread.
 const USER: u32 = 1_895_825_413;
@@ -199,6 +206,108 @@ fn serve_confined(dir: &Path) {
     served.join().unwrap().unwrap();
 }
 
+/// The work of a thread that is not confined.
+type Call = Box<dyn FnOnce(&Server) + Send>;
+
+/// The server of an image in a thread that is not confined, as the monitor has it.
+struct Unconfined(mpsc::Sender<Call>);
+
+impl Unconfined {
+    fn start(server: Server) -> Self {
+        let (sender, calls) = mpsc::channel::<Call>();
+        thread::spawn(move || calls.iter().for_each(|call| call(&server)));
+        Self(sender)
+    }
+
+    fn call<T: Send + 'static>(&self, call: impl FnOnce(&Server) -> T + Send + 'static) -> T {
+        let (sender, result) = mpsc::channel();
+        let call: Call = Box::new(move |server| sender.send(call(server)).unwrap());
+        self.0.send(call).unwrap();
+        result.recv().unwrap()
+    }
+}
+
+impl Connect for Unconfined {
+    fn connect(&self, protocol: Protocol, is_dirty: bool) -> engine::Result<OwnedFd> {
+        self.call(move |server| server.connect(protocol, is_dirty))
+    }
+
+    fn resize(&self, size: u64) -> engine::Result<()> {
+        self.call(move |server| server.resize(size))
+    }
+
+    fn stop(&self) -> engine::Result<()> {
+        self.call(Server::stop)
+    }
+}
+
+/// Returns the processes that serve an image.
+fn daemons(image: &Path) -> Vec<i32> {
+    let image = image.to_str().unwrap();
+    fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+        .filter(|id| {
+            fs::read_to_string(format!("/proc/{id}/cmdline"))
+                .is_ok_and(|line| line.starts_with("qemu-storage-daemon") && line.contains(image))
+        })
+        .collect()
+}
+
+/// A confined thread serves an image with a format: also after the daemon was killed,
+/// and with a larger image.
+fn serve_format_confined(dir: &Path) {
+    let image = dir.join("image");
+    let created = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&image)
+        .arg(SIZE.to_string())
+        .status();
+    if created.is_err() {
+        println!("skipped: qemu-img is not installed");
+        return;
+    }
+    let uri: Uri = format!("qcow2:{}", image.display()).parse().unwrap();
+    let options = engine::Options::default();
+    let server = Server::start(&uri, &options).unwrap().unwrap();
+    let server: Arc<dyn Connect> = Arc::new(Unconfined::start(server));
+    let engine = engine::open_with(&uri, &options, Some(server)).unwrap();
+    let root = dir.join("empty");
+    fs::create_dir(&root).unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let store = toolstack.host.xenstore().unwrap();
+    let first = move || {
+        unshare(CloneFlags::CLONE_FS).unwrap();
+        rblktap::confine::confine(USER, &root).unwrap();
+    };
+    let served = serve_after(&mut toolstack, store, engine, &Options::new(dir), first);
+    let choice = Choice {
+        queues: 4,
+        ..Choice::PLAIN
+    };
+    let mut front = Front::connect(&mut toolstack, choice);
+    for _ in 0..2 {
+        verify(&mut front);
+        okay(front.rings[0].call(flush(99)));
+        let [daemon] = daemons(&image)[..] else {
+            panic!("there is not one daemon");
+        };
+        kill_process(Pid::from_raw(daemon).unwrap(), Signal::KILL).unwrap();
+        while !daemons(&image).is_empty() {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+    verify(&mut front);
+    let resize = format!(r#"{{"command":"resize","size":{}}}"#, SIZE * 2);
+    assert_eq!(control_with(dir, &resize)["sectors"], SIZE / 256);
+    verify(&mut front);
+    assert_eq!(control(dir, "stats")["counters"]["errors"], 0);
+    toolstack.start_detach();
+    front.set_state("6");
+    served.join().unwrap().unwrap();
+    assert!(daemons(&image).is_empty());
+}
+
 /// Runs a script of shell built-ins as QEMU's programs are run. Returns what it prints.
 fn launched(root: &Path, read: &Path, write: &Path, script: &str) -> String {
     let launcher = rblktap::launch::launcher(USER, root);
@@ -285,6 +394,8 @@ fn main() {
     }
     let dir = tempfile::tempdir().unwrap();
     serve_confined(dir.path());
+    let other = tempfile::tempdir().unwrap();
+    serve_format_confined(other.path());
     launch_confined(dir.path());
     end_with_thread(dir.path().join("root"));
     println!("a confined process serves its disk, and can do nothing else");

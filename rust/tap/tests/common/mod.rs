@@ -202,9 +202,14 @@ pub fn serve_after(
 
 /// Asks the process over its control socket.
 pub fn control(state_dir: &Path, command: &str) -> Value {
+    control_with(state_dir, &format!(r#"{{"command":"{command}"}}"#))
+}
+
+/// Sends a command with its parameters.
+pub fn control_with(state_dir: &Path, command: &str) -> Value {
     let path = state_dir.join(format!("{DOMAIN}-{DEVICE}.sock"));
     let mut stream = UnixStream::connect(path).unwrap();
-    writeln!(stream, r#"{{"command":"{command}"}}"#).unwrap();
+    writeln!(stream, "{command}").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     serde_json::from_str(&answer).unwrap()
