@@ -141,9 +141,17 @@ impl Guests {
         Ok(())
     }
 
-    /// Resumes a guest. If that fails it is tried again.
+    /// Resumes a guest. If that fails it is tried again, unless the guest runs.
+    ///
+    /// It runs if an administrator has resumed it, or an earlier `rblkd` that was killed before it
+    /// recorded that.
     fn resume(&self, domid: u16) -> io::Result<()> {
-        self.xl("unpause", domid)?;
+        if let Err(error) = self.xl("unpause", domid) {
+            if self.is_paused(domid)? {
+                return Err(error);
+            }
+            return self.run.set_paused(domid, false);
+        }
         self.run.set_paused(domid, false)?;
         let text = format!("guest {domid} is resumed: its storage answers");
         eprintln!("{text}");
@@ -156,20 +164,30 @@ impl Guests {
         self.journal.add(Some(disk), EventKind::Storage, text);
     }
 
-    fn xl(&self, command: &str, domid: u16) -> io::Result<()> {
+    /// Returns `true` if a guest is paused.
+    fn is_paused(&self, domid: u16) -> io::Result<bool> {
+        let list = self.xl("list", domid)?;
+        // Name, number, memory, CPUs, state, time.
+        let guest = list.lines().last().unwrap_or_default();
+        let state = guest.split_whitespace().rev().nth(1);
+        Ok(state.is_some_and(|state| state.contains('p')))
+    }
+
+    /// Runs a command of `xl` for a guest. Returns what it prints.
+    fn xl(&self, command: &str, domid: u16) -> io::Result<String> {
         let mut child = Command::new(&self.xl)
             .args([command, &domid.to_string()])
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .spawn()?;
         if !has_ended(&child, XL_TIMEOUT)? {
             child.kill()?;
         }
-        let status = child.wait()?;
-        if status.success() {
-            return Ok(());
+        let output = child.wait_with_output()?;
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
-        let xl = self.xl.display();
+        let (xl, status) = (self.xl.display(), output.status);
         Err(io::Error::other(format!(
             "{xl} {command} {domid}: {status}"
         )))
@@ -215,7 +233,7 @@ mod tests {
             let run = RunDir::new(dir.path());
             let xl = dir.path().join("xl");
             let script = format!(
-                "#!/bin/sh\necho $* >> {0}/calls; [ ! -e {0}/fail ]\n",
+                "#!/bin/sh\ncd {}\n[ $1 != list ] || exec cat list\necho $* >> calls; [ ! -e fail ]\n",
                 dir.path().display()
             );
             fs::write(&xl, script).unwrap();
@@ -257,6 +275,12 @@ mod tests {
                     writeln!(stream, "{answer}").unwrap();
                 }
             });
+        }
+
+        /// Has `xl list` print a state.
+        fn list(&self, state: &str) {
+            let text = format!("Name ID Mem VCPUs State Time(s)\nweb 5 192 1 {state} 8.1\n");
+            fs::write(self.dir.path().join("list"), text).unwrap();
         }
 
         fn check(&mut self, age_ms: u64) -> String {
@@ -326,9 +350,20 @@ mod tests {
         assert!(rig.run.paused_guests().unwrap().is_empty());
         rig.run.set_paused(5, true).unwrap();
         rig.age_ms.store(0, Ordering::Relaxed);
+        rig.list("--p---");
         assert!(rig.guests.check().is_err());
         fs::remove_file(fail).unwrap();
         assert_eq!(rig.check(0), "pause 5;unpause 5;unpause 5;");
+    }
+
+    #[test]
+    fn a_guest_that_was_resumed_meanwhile_is_forgotten() {
+        let mut rig = Rig::new();
+        rig.check(20_000);
+        fs::write(rig.dir.path().join("fail"), "").unwrap();
+        rig.list("-b----");
+        assert_eq!(rig.check(0), "pause 5;unpause 5;");
+        assert!(rig.run.paused_guests().unwrap().is_empty());
     }
 
     #[test]
