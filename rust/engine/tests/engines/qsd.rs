@@ -6,6 +6,8 @@ use crate::disk::{buffers, pattern, read_only, Cut, Disk};
 use crate::server::is_installed;
 use crate::suite::{Target, SIZE};
 use engine::{Engine, Errno, Options, Request, Server};
+use rustix::mount::{mount, unmount, MountFlags, UnmountFlags};
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
@@ -494,6 +496,65 @@ fn several_queues_survive_the_end_of_the_daemon() {
     drop(queues);
     disk.close();
     assert!(image.is_clean());
+}
+
+/// A small file system, which only root can mount.
+struct SmallFileSystem(TempDir);
+
+impl SmallFileSystem {
+    fn mount(size: &str) -> Option<Self> {
+        let dir = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let options = CString::new(format!("size={size}")).unwrap();
+        let flags = MountFlags::empty();
+        let mounted = mount(
+            "tmpfs",
+            dir.path(),
+            "tmpfs",
+            flags,
+            Some(options.as_c_str()),
+        );
+        mounted.ok().map(|()| Self(dir))
+    }
+}
+
+impl Drop for SmallFileSystem {
+    fn drop(&mut self) {
+        unmount(self.0.path(), UnmountFlags::DETACH).unwrap();
+    }
+}
+
+#[test]
+fn a_write_without_space_fails_as_such() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let Some(file_system) = SmallFileSystem::mount("2m") else {
+        println!("skipped: this user cannot mount a file system");
+        return;
+    };
+    let path = file_system.0.path().join("image");
+    fs::copy(image.path(), &path).unwrap();
+    let ballast = file_system.0.path().join("ballast");
+    fs::write(&ballast, vec![0; 1 << 20]).unwrap();
+    let uri = format!("qcow2:{}", path.display()).parse().unwrap();
+    let mut disk = Disk::new(engine::open(&uri, &Options::default()).unwrap());
+    let mut failed = None;
+    for tag in 0..32 {
+        let memory = buffers(&*disk.engine, 65536, Cut::Whole, Some(&pattern(tag, 65536)));
+        let errno = disk.errno(Request::write(tag, tag * 65536, memory));
+        if errno.is_some() {
+            failed.get_or_insert((tag, errno));
+        }
+    }
+    let (first, errno) = failed.unwrap();
+    assert_eq!(errno, Some(Errno::NOSPC));
+    for tag in 0..first {
+        assert!(disk.read(tag * 65536, 65536, Cut::Whole) == pattern(tag, 65536));
+    }
+    fs::remove_file(&ballast).unwrap();
+    disk.write(first * 65536, &pattern(first, 65536), Cut::Odd);
+    assert!(disk.read(first * 65536, 65536, Cut::Odd) == pattern(first, 65536));
+    disk.close();
 }
 
 #[test]
