@@ -24,6 +24,7 @@
 //! and for each queue a header of 16 and 32 for each slot of the ring.
 
 use blkif::wire::Abi;
+use blkif::wire::Encode;
 use blkif::wire::WireRequest;
 use blkif::wire::REQUEST_WORDS;
 use std::fs::File;
@@ -31,6 +32,7 @@ use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::fence;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::Ordering::Release;
 use std::sync::Arc;
 use xen_user::memory::Pages;
@@ -255,9 +257,14 @@ impl InflightQueue {
     /// requests would be in flight than the ring has slots.
     pub(crate) fn take(&mut self, index: u32, request: &WireRequest) -> Option<Entry> {
         let entry = self.free.pop()?;
-        for (word, value) in request.encode(self.abi).into_iter().enumerate() {
-            self.store(entry, REQUEST.saturating_add(word), value);
-        }
+        // The words that the kind of request does not use stay as they are.
+        let words = self.pages.words(self.word(entry, REQUEST), REQUEST_WORDS)?;
+        let mut words = words.iter();
+        request.write(self.abi, |value| {
+            if let Some(word) = words.next() {
+                word.store(value, Relaxed);
+            }
+        });
         self.store(entry, INDEX, index);
         fence(Release);
         self.store(entry, STATE, TAKEN);

@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io;
 use std::ptr;
 use std::ptr::NonNull;
+use std::slice;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::AtomicU8;
@@ -34,7 +35,7 @@ pub const PAGE_SIZE: usize = 4096;
 /// - The `len` bytes from `start` are mapped for reading until this is dropped, and no one else
 ///   unmaps them; for writing too if `writable`.
 /// - `start` is a multiple of [`PAGE_SIZE`], and so is `len`, which is not 0.
-/// - There is no reference to any of these bytes, but to atomics for the time of one access.
+/// - There is no reference to any of these bytes, but to atomics.
 pub struct Pages {
     start: NonNull<u8>,
     len: usize,
@@ -188,6 +189,16 @@ impl Pages {
         true
     }
 
+    /// Returns `count` 32-bit words, if all of them are in the memory and it may be written to.
+    #[inline]
+    pub fn words(&self, first: usize, count: usize) -> Option<&[AtomicU32]> {
+        let address = self.address(first.checked_mul(4)?, count.checked_mul(4)?)?;
+        let words = self.writable.then_some(address)?.cast();
+        // SAFETY: The address is a multiple of 4, as `start` is one of `PAGE_SIZE`, and `count`
+        // words from it are within the mapping, which is writable and lives as long as `self`.
+        Some(unsafe { slice::from_raw_parts(words, count) })
+    }
+
     /// Returns the word of a number, if there is one.
     #[inline]
     fn word(&self, word: usize) -> Option<&AtomicU32> {
@@ -325,6 +336,8 @@ mod tests {
         assert!(!pages.read(4095, &mut bytes));
         assert!(!pages.read(usize::MAX, &mut bytes));
         assert!(!pages.write(4095, &bytes));
+        assert_eq!(pages.words(1022, 2).unwrap().len(), 2);
+        assert!(pages.words(1023, 2).is_none() && pages.words(usize::MAX, 1).is_none());
         assert!(Pages::anonymous(0).is_err());
         assert!(Pages::anonymous(usize::MAX / 2).is_err());
     }
