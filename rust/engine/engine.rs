@@ -11,7 +11,8 @@
 //!
 //! 1. Open the image once, read its [`Info`], and create a queue for each thread.
 //! 2. Allocate memory for data with [`Engine::allocate`]. Other memory works as well, for example
-//!    mapped guest pages, but an engine may have to copy it.
+//!    mapped guest pages, but an engine may have to copy it. Memory that is used again and again
+//!    costs less if it is given to [`Queue::register`].
 //! 3. Call [`Queue::submit`] for each request of a batch, then [`Queue::kick`] once.
 //! 4. Wait until the queue's file descriptor is readable, together with the event channel and
 //!    whatever else the thread waits for, and call [`Queue::completions`].
@@ -70,7 +71,7 @@ mod writes;
 pub use connect::{Connect, Protocol};
 pub use error::{Error, Result};
 pub use info::{Discard, Guarantees, Info};
-pub use io_buffer::{Access, Block, Buffer};
+pub use io_buffer::{Access, Buffer};
 pub use options::Options;
 pub use request::{Completion, Operation, Request};
 pub use rustix::io::Errno;
@@ -153,6 +154,16 @@ pub trait Queue: AsFd + Send {
 
     /// Returns the number of requests that were submitted and whose completions were not taken.
     fn in_flight(&self) -> usize;
+
+    /// Prepares memory that many requests of this queue will use, so that they cost less, if the
+    /// engine can do that.
+    fn register(&mut self, _buffer: &mut Buffer) {}
+
+    /// Frees memory that was registered. What is dropped instead may stay allocated until the queue
+    /// is dropped.
+    fn unregister(&mut self, buffer: Buffer) {
+        drop(buffer);
+    }
 
     /// Starts submitted requests and waits until all have completed.
     ///

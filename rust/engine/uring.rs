@@ -13,12 +13,21 @@ use io_uring::{opcode, squeue, types, IoUring};
 use rustix::io::Errno;
 use std::mem::{self, ManuallyDrop};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr;
+use std::slice;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// `BLOCK_URING_CMD_DISCARD` of `include/uapi/linux/blkdev.h`: `_IO(0x12, 0)`.
 const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
+
+/// The number of buffers that a ring registers at most.
+const MAX_REGISTERED: u16 = 1024;
+
+/// The number of the last ring that was created.
+static LAST_RING: AtomicU64 = AtomicU64::new(0);
 
 /// Time for which starting operations is retried while the kernel has no memory for them.
 const SUBMIT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -76,9 +85,32 @@ impl FallocateMode {
 #[derive(Debug)]
 pub(crate) struct Transfer {
     buffers: Vec<Buffer>,
-    vectors: Vec<libc::iovec>,
+    vectors: Vectors,
     /// The index of the first vector that is not done.
     first: usize,
+}
+
+/// Ranges of memory; a single one, as most transfers have, takes no allocation.
+#[derive(Debug)]
+enum Vectors {
+    One(libc::iovec),
+    Many(Vec<libc::iovec>),
+}
+
+impl Vectors {
+    fn as_slice(&self) -> &[libc::iovec] {
+        match self {
+            Self::One(vector) => slice::from_ref(vector),
+            Self::Many(vectors) => vectors,
+        }
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [libc::iovec] {
+        match self {
+            Self::One(vector) => slice::from_mut(vector),
+            Self::Many(vectors) => vectors,
+        }
+    }
 }
 
 // SAFETY: By the type invariants the pointers in `vectors` are those of `buffers`, which is `Send`.
@@ -87,14 +119,15 @@ unsafe impl Send for Transfer {}
 impl Transfer {
     /// Creates a transfer of all bytes of `buffers`.
     pub(crate) fn new(mut buffers: Vec<Buffer>) -> Self {
+        let vector = |buffer: &mut Buffer| libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.len(),
+        };
         // INVARIANT: Each vector is the whole memory of a buffer.
-        let vectors = buffers
-            .iter_mut()
-            .map(|buffer| libc::iovec {
-                iov_base: buffer.as_mut_ptr().cast(),
-                iov_len: buffer.len(),
-            })
-            .collect();
+        let vectors = match &mut buffers[..] {
+            [buffer] => Vectors::One(vector(buffer)),
+            buffers => Vectors::Many(buffers.iter_mut().map(vector).collect()),
+        };
         Self {
             buffers,
             vectors,
@@ -104,7 +137,7 @@ impl Transfer {
 
     /// Excludes the first `count` bytes from further operations.
     pub(crate) fn advance(&mut self, mut count: usize) {
-        while let Some(vector) = self.vectors.get_mut(self.first) {
+        while let Some(vector) = self.vectors.as_mut_slice().get_mut(self.first) {
             if let Some(left) = vector.iov_len.checked_sub(count).filter(|left| *left > 0) {
                 vector.iov_base = vector.iov_base.wrapping_byte_add(count);
                 // INVARIANT: The vector is the end of what it was.
@@ -144,7 +177,16 @@ impl Transfer {
     }
 
     fn pending(&self) -> &[libc::iovec] {
-        self.vectors.get(self.first..).unwrap_or_default()
+        let vectors = self.vectors.as_slice();
+        vectors.get(self.first..).unwrap_or_default()
+    }
+
+    /// Returns the registration of the memory if it is in one buffer, else 0.
+    fn registration(&self) -> u64 {
+        match &self.buffers[..] {
+            [buffer] => buffer.registration(),
+            _ => 0,
+        }
     }
 }
 
@@ -175,6 +217,10 @@ pub(crate) struct Ring<T> {
     slots: Vec<Option<(Op, T)>>,
     free: Vec<usize>,
     capacity: usize,
+    /// The upper bits of the registrations of this ring's buffers; the lower 16 are an index.
+    number: u64,
+    /// Indices without a buffer in the kernel's table of registered buffers.
+    unregistered: Vec<u16>,
 }
 
 impl<T> Ring<T> {
@@ -196,13 +242,65 @@ impl<T> Ring<T> {
         ring.submitter()
             .register_files(&[file.as_raw_fd()])
             .map_err(|error| Error::from_io(&error, "io_uring takes no file", "report this"))?;
+        // New in Linux 5.19; without it, the pages of buffers are pinned for each operation.
+        let submitter = ring.submitter();
+        let sparse = submitter.register_buffers_sparse(MAX_REGISTERED.into());
+        let indices = if sparse.is_ok() { MAX_REGISTERED } else { 0 };
         Ok(Self {
             ring: ManuallyDrop::new(ring),
             file,
             slots: Vec::new(),
             free: Vec::new(),
             capacity: capacity as usize,
+            number: LAST_RING.fetch_add(1, Ordering::Relaxed).wrapping_add(1) << 16,
+            unregistered: (0..indices).rev().collect(),
         })
+    }
+
+    /// Registers the memory of a buffer, if that is possible: the kernel pins its pages once, and
+    /// not for each operation.
+    pub(crate) fn register(&mut self, buffer: &mut Buffer) {
+        let Some(index) = self.unregistered.pop() else {
+            return;
+        };
+        let vector = libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.capacity(),
+        };
+        if self.update(index, vector).is_ok() {
+            buffer.set_registration(self.number | u64::from(index));
+        } else {
+            self.unregistered.push(index);
+        }
+    }
+
+    /// Frees a buffer, which may be registered.
+    pub(crate) fn unregister(&mut self, buffer: Buffer) {
+        let Some(index) = self.index(buffer.registration()) else {
+            return;
+        };
+        let none = libc::iovec {
+            iov_base: ptr::null_mut(),
+            iov_len: 0,
+        };
+        if self.update(index, none).is_ok() {
+            self.unregistered.push(index);
+        }
+    }
+
+    /// Changes an element of the kernel's table of registered buffers.
+    fn update(&self, index: u16, vector: libc::iovec) -> std::io::Result<()> {
+        let submitter = self.ring.submitter();
+        // SAFETY: The vector is empty or the whole memory of a buffer. The kernel holds its pages
+        // as long as they are registered, and accesses them for operations only, whose buffers
+        // exist; an operation has the index of the table that its buffer was registered under.
+        unsafe { submitter.register_buffers_update(index.into(), &[vector], None) }
+    }
+
+    /// Returns the index of a registration if it is one of this ring.
+    fn index(&self, registration: u64) -> Option<u16> {
+        let index = registration as u16;
+        (registration == self.number | u64::from(index)).then_some(index)
     }
 
     /// Returns the file.
@@ -231,11 +329,16 @@ impl<T> Ring<T> {
             self.slots.push(None);
             self.slots.len().saturating_sub(1)
         });
+        let registered = match &op {
+            Op::Read(_, transfer) | Op::Write(_, transfer, _) => transfer.registration(),
+            _ => 0,
+        };
+        let registered = self.index(registered);
         let Some(slot) = self.slots.get_mut(index) else {
             return Err((op, context));
         };
         let (op, _) = &*slot.insert((op, context));
-        let entry = entry(op).user_data(index as u64);
+        let entry = entry(op, registered).user_data(index as u64);
         // SAFETY: By the type invariants of `Transfer` and `Buffer` the entry describes mapped
         // memory. The slot keeps the memory and the vectors until the operation is complete.
         if unsafe { self.ring.submission().push(&entry) }.is_err() {
@@ -248,15 +351,17 @@ impl<T> Ring<T> {
 
     /// Starts the operations that were added.
     pub(crate) fn submit(&mut self) -> Result<()> {
-        let deadline = Instant::now() + SUBMIT_TIMEOUT;
+        let mut deadline = None;
         while !self.ring.submission().is_empty() {
             let Err(error) = self.ring.submit() else {
                 continue;
             };
+            let now = Instant::now();
+            let deadline = *deadline.get_or_insert(now + SUBMIT_TIMEOUT);
             match Errno::from_io_error(&error) {
                 Some(Errno::INTR) => {}
                 // The kernel lacks memory, or completions must be read first.
-                Some(Errno::AGAIN | Errno::BUSY) if Instant::now() < deadline => {
+                Some(Errno::AGAIN | Errno::BUSY) if now < deadline => {
                     if !self.ring.completion().is_empty() {
                         return Ok(());
                     }
@@ -298,15 +403,20 @@ impl<T> Ring<T> {
     }
 }
 
-/// Returns the submission ring's entry for an operation.
-fn entry(op: &Op) -> squeue::Entry {
+/// Returns the submission ring's entry for an operation, whose memory may be registered.
+fn entry(op: &Op, registered: Option<u16>) -> squeue::Entry {
     let file = types::Fixed(0);
     match op {
-        Op::Read(offset, transfer) => match transfer.pending() {
-            [vector] => opcode::Read::new(file, vector.iov_base.cast(), length(vector))
+        Op::Read(offset, transfer) => match (transfer.pending(), registered) {
+            ([vector], Some(index)) => {
+                opcode::ReadFixed::new(file, vector.iov_base.cast(), length(vector), index)
+                    .offset(*offset)
+                    .build()
+            }
+            ([vector], None) => opcode::Read::new(file, vector.iov_base.cast(), length(vector))
                 .offset(*offset)
                 .build(),
-            vectors => opcode::Readv::new(file, vectors.as_ptr(), vectors.len() as u32)
+            (vectors, _) => opcode::Readv::new(file, vectors.as_ptr(), vectors.len() as u32)
                 .offset(*offset)
                 .build(),
         },
@@ -315,12 +425,20 @@ fn entry(op: &Op) -> squeue::Entry {
                 Sync::No => 0,
                 Sync::Data => libc::RWF_DSYNC,
             };
-            match transfer.pending() {
-                [vector] => opcode::Write::new(file, vector.iov_base.cast(), length(vector))
-                    .offset(*offset)
-                    .rw_flags(flags)
-                    .build(),
-                vectors => opcode::Writev::new(file, vectors.as_ptr(), vectors.len() as u32)
+            match (transfer.pending(), registered) {
+                ([vector], Some(index)) => {
+                    opcode::WriteFixed::new(file, vector.iov_base.cast(), length(vector), index)
+                        .offset(*offset)
+                        .rw_flags(flags)
+                        .build()
+                }
+                ([vector], None) => {
+                    opcode::Write::new(file, vector.iov_base.cast(), length(vector))
+                        .offset(*offset)
+                        .rw_flags(flags)
+                        .build()
+                }
+                (vectors, _) => opcode::Writev::new(file, vectors.as_ptr(), vectors.len() as u32)
                     .offset(*offset)
                     .rw_flags(flags)
                     .build(),

@@ -49,13 +49,16 @@ impl std::error::Error for AccessError {}
 ///
 /// # Invariants
 ///
-/// - `ptr` to `ptr + len` is mapped with `access` for as long as `owner` exists.
+/// - `ptr` to `ptr + capacity` is mapped with `access` for as long as `owner` exists.
 /// - No other [`Buffer`] and no reference covers any of these bytes.
+/// - `len` is at most `capacity`.
 pub struct Buffer {
     ptr: NonNull<u8>,
     len: usize,
+    capacity: usize,
     access: Access,
     owner: Arc<dyn Any + Send + Sync>,
+    registration: u64,
 }
 
 // SAFETY: By the type invariants nothing else in this process refers to the memory, and `owner`
@@ -86,8 +89,10 @@ impl Buffer {
         Self {
             ptr,
             len,
+            capacity: len,
             access,
             owner,
+            registration: 0,
         }
     }
 
@@ -102,8 +107,10 @@ impl Buffer {
         Some(Self {
             ptr,
             len,
+            capacity: len,
             access: Access::ReadWrite,
             owner: Arc::new(allocation),
+            registration: 0,
         })
     }
 
@@ -115,6 +122,33 @@ impl Buffer {
     /// Returns `true` if the buffer has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Returns the number of bytes that it can have.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Changes the number of bytes, up to the capacity. The content of the memory stays.
+    ///
+    /// Returns `false`, and changes nothing, if the capacity is smaller.
+    pub fn set_len(&mut self, len: usize) -> bool {
+        let fits = len <= self.capacity;
+        if fits {
+            // INVARIANT: It is at most the capacity.
+            self.len = len;
+        }
+        fits
+    }
+
+    /// Returns the number by which an engine knows the memory, 0 if none does.
+    pub fn registration(&self) -> u64 {
+        self.registration
+    }
+
+    /// Sets the number by which an engine knows the memory.
+    pub fn set_registration(&mut self, number: u64) {
+        self.registration = number;
     }
 
     /// Returns how the memory is mapped.
@@ -151,14 +185,18 @@ impl Buffer {
             Self {
                 ptr: self.ptr,
                 len: mid,
+                capacity: mid,
                 access: self.access,
                 owner: self.owner.clone(),
+                registration: self.registration,
             },
             Self {
                 ptr: second,
                 len: rest,
+                capacity: rest,
                 access: self.access,
                 owner: self.owner,
+                registration: self.registration,
             },
         ))
     }
@@ -244,53 +282,6 @@ impl fmt::Debug for Buffer {
             .field("len", &self.len)
             .field("access", &self.access)
             .finish_non_exhaustive()
-    }
-}
-
-/// The memory of a buffer, which is lent to I/O as a whole or in part, again and again.
-///
-/// # Invariants
-///
-/// Nothing accesses the memory but a [`Buffer`] that [`Self::lend`] has returned, which shares the
-/// ownership, so that there is none if there is one owner.
-#[derive(Debug)]
-pub struct Block(Buffer);
-
-impl Block {
-    /// Takes over the memory of a buffer.
-    pub fn new(buffer: Buffer) -> Self {
-        // INVARIANT: Whoever had the buffer has it no more.
-        Self(buffer)
-    }
-
-    /// Returns the number of bytes.
-    pub fn len(&self) -> usize {
-        self.0.len
-    }
-
-    /// Returns `true` if the block has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.0.len == 0
-    }
-
-    /// Returns a range of the memory for I/O. Returns [`None`] if it is not within it, or if there
-    /// is another owner: a buffer of an earlier call.
-    pub fn lend(this: &mut Arc<Self>, at: usize, len: usize) -> Option<Buffer> {
-        let buffer = &Arc::get_mut(this)?.0;
-        buffer.check_range(at, len).ok()?;
-        // SAFETY: `at` is at most the length, so the result is inside the mapping or one past its
-        // end.
-        let ptr = unsafe { buffer.ptr.add(at) };
-        let access = buffer.access;
-        // INVARIANT: The range is in the memory of the buffer, which the new owner keeps. There was
-        // no other buffer, because there was no other owner, and there is no other one before this
-        // one is dropped.
-        Some(Buffer {
-            ptr,
-            len,
-            access,
-            owner: this.clone(),
-        })
     }
 }
 
@@ -380,18 +371,15 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_lent_once() {
-        let mut block = Arc::new(Block::new(Buffer::allocate(4096, 4096).unwrap()));
-        assert!(Block::lend(&mut block, 4095, 2).is_none());
-        assert!(Block::lend(&mut block, 1, usize::MAX).is_none());
-        let mut buffer = Block::lend(&mut block, 512, 1024).unwrap();
-        assert!(Block::lend(&mut block, 0, 512).is_none());
-        buffer.write_at(0, &[1, 2, 3]).unwrap();
-        drop(buffer);
-        let mut bytes = [0; 3];
-        let buffer = Block::lend(&mut block, 513, 3).unwrap();
-        buffer.read_at(0, &mut bytes).unwrap();
-        assert_eq!(bytes, [2, 3, 0]);
+    fn a_buffer_changes_its_length_within_its_capacity() {
+        let mut buffer = Buffer::allocate(8, 8).unwrap();
+        assert!(buffer.set_len(4) && !buffer.set_len(9));
+        assert_eq!((buffer.len(), buffer.capacity()), (4, 8));
+        assert_eq!(buffer.fill(4, 1, 7), Err(AccessError::OutOfBounds));
+        assert!(buffer.set_len(8));
+        let (mut first, second) = buffer.split_at(6).unwrap();
+        assert!(!first.set_len(7));
+        assert_eq!(second.capacity(), 2);
     }
 
     #[test]

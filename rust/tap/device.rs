@@ -24,6 +24,7 @@ use crate::error::During;
 use crate::error::Error;
 use crate::inflight::InflightFile;
 use crate::inflight::InflightTable;
+use crate::memory::UNUSED;
 use crate::queue::EventSender;
 use crate::queue::QueueControl;
 use crate::queue::QueueEvent;
@@ -249,6 +250,8 @@ pub struct Device {
     retries: Backoff,
     /// Time of the next attempt after a failure.
     retry_at: Option<Instant>,
+    /// When queues have to give up memory that they have not used.
+    purge_at: Option<Instant>,
     /// The last error that was reported.
     reported: Option<String>,
     connection: u64,
@@ -326,6 +329,7 @@ impl Device {
             started: Instant::now(),
             retries: RETRIES,
             retry_at: None,
+            purge_at: None,
             reported: None,
             connection: 0,
             wakeup: Arc::new(Wakeup::new().during("creating a wakeup")?),
@@ -353,6 +357,8 @@ impl Device {
             && self.inflight.has_table();
         if connected {
             // The offer is that of the predecessor.
+            let persistent = self.store.read(&format!("{dir}/feature-persistent"))?;
+            self.limits.persistent = persistent.as_deref() == Some(b"1");
             self.may_adopt = true;
             self.state = BackState::Waiting;
         }
@@ -378,9 +384,11 @@ impl Device {
     }
 
     fn wait(&mut self) -> Result<(), Error> {
-        let timeout = self
-            .retry_at
-            .map(|time| time.saturating_duration_since(Instant::now()));
+        if self.purge_at.is_none() && self.queues.iter().any(|queue| queue.keeps_memory()) {
+            self.purge_at = Some(Instant::now() + UNUSED);
+        }
+        let next = self.retry_at.into_iter().chain(self.purge_at).min();
+        let timeout = next.map(|time| time.saturating_duration_since(Instant::now()));
         let fds = [self.store.fd(), self.wakeup.as_fd(), self.control.as_fd()];
         let [_, woken, control] = wakeup::wait(fds, timeout).during("waiting for events")?;
         if woken {
@@ -389,8 +397,13 @@ impl Device {
         if control {
             self.serve_control();
         }
-        if self.retry_at.is_some_and(|time| time <= Instant::now()) {
+        let now = Instant::now();
+        if self.retry_at.is_some_and(|time| time <= now) {
             self.retry_at = None;
+        }
+        if self.purge_at.is_some_and(|time| time <= now) {
+            self.purge_at = None;
+            self.queues.iter().for_each(|queue| queue.purge());
         }
         Ok(())
     }
@@ -462,6 +475,7 @@ impl Device {
             BackAction::Disconnect => {
                 self.draining = false;
                 self.may_adopt = false;
+                self.limits.persistent = self.config.persistent;
                 if let Some(table) = self.table.take() {
                     table.end();
                 }

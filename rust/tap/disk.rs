@@ -91,9 +91,4 @@ impl Disk {
             | flag(info::REMOVABLE, self.removable)
             | flag(info::READONLY, self.info.read_only)
     }
-
-    /// Returns the number of buffers that the engine takes at once.
-    pub(crate) fn max_buffers(&self) -> usize {
-        self.info.max_buffers
-    }
 }

@@ -106,12 +106,9 @@ fn command() -> Command {
                 .help("Smallest logical block size"),
         )
         .arg(
-            option("persistent", "on|off", "off")
+            option("persistent", "on|off", "on")
                 .value_parser(["on", "off"])
-                .help(
-                    "Use persistent grants if the frontend does. In a PV dom0 a kill during I/O \
-                     leaks such grants",
-                ),
+                .help("Use persistent grants if the frontend does"),
         )
         .arg(
             option("retry-seconds", "N", defaults::RETRY_SECONDS)

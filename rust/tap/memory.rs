@@ -2,12 +2,14 @@
 
 //! The data path: moves data between the frontend's pages and the image.
 //!
-//! - *Persistent grants*: the frontend's pages stay mapped, and are the buffers of the I/O. They
-//!   are not offered by default: if a process is killed during such I/O, the page tables that Xen
-//!   knows the mapping by are gone before a PV dom0 unmaps it (`__unmap_grant_pages_done` of
-//!   gntdev.c warns), so the grants leak.
-//! - *Grant copy*: Xen copies the data from or to memory of this process. One call copies the data
-//!   of many requests, and nothing has to be unmapped.
+//! The image's I/O uses memory of this process only, so that the kernel needs none of the
+//! frontend's pages when a process has been killed during I/O. (In a PV dom0 it could not unmap
+//! them: Xen needs the page tables of the process.) The data is copied in one of two ways:
+//!
+//! - *Persistent grants*: the frontend uses the same pages again, so they stay mapped, and this
+//!   process copies the data, without a system call.
+//! - *Grant copy*: Xen copies the data. One call copies that of many requests, and nothing has to
+//!   be unmapped.
 //!
 //! The segments of an indirect request are copied before they are checked, so that the frontend
 //! cannot change them in between.
@@ -17,16 +19,20 @@ use blkif::request::DiskLimits;
 use blkif::request::Extent;
 use blkif::request::InvalidRequest;
 use blkif::request::Segment;
+use blkif::request::SegmentChecker;
 use blkif::request::Unfetched;
 use blkif::wire::Status;
 use blkif::wire::WireSegment;
 use blkif::wire::SEGMENTS_PER_INDIRECT_PAGE;
 use engine::Access;
-use engine::Block;
 use engine::Buffer;
+use engine::Queue;
 use engine::SharedMemory;
+use std::collections::hash_map::Entry;
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::BuildHasherDefault;
+use std::hash::Hasher;
 use std::io;
 use std::sync::Arc;
 use std::thread;
@@ -36,7 +42,6 @@ use xen_user::grant::Copies;
 use xen_user::grant::CopyStatus;
 use xen_user::grant::Grants;
 use xen_user::grant::Piece;
-use xen_user::memory::DataPages;
 use xen_user::memory::Pages;
 use xen_user::memory::PAGE_SIZE;
 
@@ -60,8 +65,8 @@ const SEGMENT_BYTES: usize = 8;
 /// Sizes of the pool's memory: 1, 2, 4, ... 256 pages.
 const SIZES: usize = 9;
 
-/// Pages that the pool keeps.
-const MAX_POOL_PAGES: usize = 256;
+/// Pages that the pool keeps (`max_buffer_pages` of xen-blkback).
+const MAX_POOL_PAGES: usize = 1024;
 
 /// The reason why the data of a request cannot be moved.
 #[derive(Debug)]
@@ -99,18 +104,6 @@ impl From<io::Error> for DataError {
     }
 }
 
-/// The memory of a request's data.
-#[derive(Default)]
-pub(crate) enum Memory {
-    /// There is no data.
-    #[default]
-    None,
-    /// Memory of this process: the data is copied.
-    Own(Arc<Block>),
-    /// Pages of the frontend, with their grant references.
-    Mapped(Vec<(u32, Arc<DataPages>)>),
-}
-
 /// The data path of a queue.
 pub(crate) struct DataPath {
     domain: u16,
@@ -121,39 +114,46 @@ pub(crate) struct DataPath {
 
 impl DataPath {
     /// Creates the data path of a queue. An image that shares memory with its daemon reads and
-    /// writes data there, so it is copied to and from there even if grants are `persistent`.
+    /// writes data there.
     pub(crate) fn new(
         domain: u16,
         grants: Arc<dyn Grants>,
         persistent: bool,
         shared: Option<Arc<SharedMemory>>,
     ) -> Self {
-        let maps = persistent && shared.is_none();
         Self {
             domain,
             grants,
-            persistent: maps.then(PersistentGrants::default),
+            persistent: persistent.then(PersistentGrants::default),
             pool: Pool::new(shared),
         }
     }
 
-    /// Fetches the segments of an indirect request and checks them.
+    /// Fetches the segments of an indirect request, checks them, and adds them to `pieces`.
     pub(crate) fn fetch_segments(
-        &self,
+        &mut self,
         unfetched: &Unfetched<'_>,
         limits: &DiskLimits,
-        segments: &mut Vec<Segment>,
+        pieces: &mut Vec<Piece>,
+        now: Instant,
     ) -> Result<Extent, DataError> {
         let mut checker = unfetched.checker(limits);
         let mut left = usize::from(unfetched.count());
         for reference in unfetched.grefs() {
             let here = left.min(SEGMENTS_PER_INDIRECT_PAGE);
             left = left.saturating_sub(here);
+            if let Some(page) = self.page(*reference, now) {
+                for number in 0..here {
+                    let word = number.saturating_mul(2);
+                    let words = [page.load(word), page.load(word.saturating_add(1))];
+                    check_segment(&mut checker, words, pieces)?;
+                }
+                continue;
+            }
             let page = self.fetch(*reference, here.saturating_mul(SEGMENT_BYTES))?;
-            for words in page.chunks_exact(SEGMENT_BYTES) {
-                let words = words.first_chunk().ok_or_else(invalid)?;
-                let segment = checker.push(decode_segment(*words));
-                segments.push(segment.map_err(DataError::Refused)?);
+            for bytes in page.chunks_exact(SEGMENT_BYTES) {
+                let bytes = bytes.first_chunk().ok_or_else(invalid)?;
+                check_segment(&mut checker, segment_words(*bytes), pieces)?;
             }
         }
         checker.finish().map_err(DataError::Refused)
@@ -174,37 +174,65 @@ impl DataPath {
         Ok(bytes)
     }
 
-    /// Returns memory for segments: mapped pages if the frontend uses persistent grants and all of
-    /// them can be mapped, else our own.
-    pub(crate) fn prepare(
-        &mut self,
-        segments: &[Segment],
-        max_buffers: usize,
-        now: Instant,
-    ) -> Result<(Memory, Vec<Buffer>), DataError> {
-        if let Some(persistent) = &mut self.persistent {
-            if segments.len() <= max_buffers {
-                let mapped = persistent.take(&*self.grants, self.domain, segments, now);
-                if let Some((pages, buffers)) = mapped {
-                    return Ok((Memory::Mapped(pages), buffers));
-                }
-            }
-        }
-        let len = segments
-            .iter()
-            .map(|segment| usize::from(segment.len()))
-            .sum();
-        let (pages, buffer) = self.pool.take(len)?;
-        Ok((Memory::Own(pages), vec![buffer]))
+    /// Returns a page of the frontend that is, or now becomes, mapped persistently.
+    fn page(&mut self, reference: u32, now: Instant) -> Option<&Pages> {
+        let persistent = self.persistent.as_mut()?;
+        persistent.page(&*self.grants, self.domain, reference, now)
     }
 
-    /// Takes back the memory of a request that has ended. Its buffers must have been dropped.
-    pub(crate) fn release(&mut self, memory: Memory, now: Instant) {
-        match (memory, &mut self.persistent) {
-            (Memory::Own(pages), _) => self.pool.put(pages),
-            (Memory::Mapped(pages), Some(persistent)) => persistent.put(pages, now),
-            _ => {}
+    /// Allocates memory for a number of bytes.
+    pub(crate) fn allocate(
+        &mut self,
+        image: &mut dyn Queue,
+        len: usize,
+    ) -> Result<Buffer, DataError> {
+        self.pool.take(image, len)
+    }
+
+    /// Takes back the memory of a request that has ended.
+    pub(crate) fn free(&mut self, image: &mut dyn Queue, buffer: Buffer) {
+        self.pool.put(image, buffer);
+    }
+
+    /// Copies pages that are mapped persistently to a buffer. Returns `false` if one of them is
+    /// not.
+    pub(crate) fn read_mapped(
+        &mut self,
+        buffer: &mut Buffer,
+        pieces: &[Piece],
+        now: Instant,
+    ) -> bool {
+        self.each_mapped(pieces, now, |page, piece, at| {
+            page.copy_to(piece.offset.into(), buffer, at, piece.len.into())
+        })
+    }
+
+    /// Copies a buffer to pages that are mapped persistently. Returns `false` if one of them is
+    /// not.
+    pub(crate) fn write_mapped(&mut self, buffer: &Buffer, pieces: &[Piece], now: Instant) -> bool {
+        self.each_mapped(pieces, now, |page, piece, at| {
+            page.copy_from(piece.offset.into(), buffer, at, piece.len.into())
+        })
+    }
+
+    /// Calls a function for each piece, with its page and its place in the data, until it returns
+    /// `false` or a page is not mapped persistently.
+    fn each_mapped(
+        &mut self,
+        pieces: &[Piece],
+        now: Instant,
+        mut copy: impl FnMut(&Pages, &Piece, usize) -> bool,
+    ) -> bool {
+        if self.persistent.is_none() {
+            return false;
         }
+        let mut at = 0usize;
+        pieces.iter().all(|piece| {
+            let start = at;
+            at = at.saturating_add(piece.len.into());
+            let page = self.page(piece.reference, now);
+            page.is_some_and(|page| copy(page, piece, start))
+        })
     }
 
     /// Makes copies that were collected.
@@ -255,33 +283,41 @@ impl DataPath {
 
     /// Returns `true` if pages are mapped, or memory is kept, that may not be needed.
     pub(crate) fn keeps_memory(&self) -> bool {
-        let mapped = self.persistent.as_ref();
-        mapped.is_some_and(|persistent| !persistent.unused.is_empty()) || self.pool.pages != 0
+        let persistent = self.persistent.as_ref();
+        persistent.is_some_and(|grants| !grants.mapped.is_empty()) || self.pool.pages != 0
     }
 
-    /// Gives up all memory that no request uses and none has used for [`UNUSED`].
-    pub(crate) fn purge(&mut self, now: Instant) {
-        self.pool.purge();
+    /// Gives up all memory that no request uses, and unmaps the pages that none has used for
+    /// [`UNUSED`].
+    pub(crate) fn purge(&mut self, image: &mut dyn Queue, now: Instant) {
+        self.pool.purge(image);
         if let Some(persistent) = &mut self.persistent {
             persistent.purge(now);
         }
     }
 }
 
-fn no_memory() -> DataError {
-    DataError::Call(io::ErrorKind::OutOfMemory.into())
-}
-
 fn invalid() -> io::Error {
     io::ErrorKind::InvalidInput.into()
 }
 
-fn decode_segment(bytes: [u8; SEGMENT_BYTES]) -> WireSegment {
+fn segment_words(bytes: [u8; SEGMENT_BYTES]) -> [u32; 2] {
     let [a, b, c, d, e, f, g, h] = bytes;
-    WireSegment::decode([
+    [
         u32::from_le_bytes([a, b, c, d]),
         u32::from_le_bytes([e, f, g, h]),
-    ])
+    ]
+}
+
+/// Checks a segment of an indirect request, and adds it to `pieces`.
+fn check_segment(
+    checker: &mut SegmentChecker<'_>,
+    words: [u32; 2],
+    pieces: &mut Vec<Piece>,
+) -> Result<(), DataError> {
+    let segment = checker.push(WireSegment::decode(words));
+    pieces.push(piece(&segment.map_err(DataError::Refused)?));
+    Ok(())
 }
 
 /// Returns the piece of a granted page that a segment is.
@@ -294,94 +330,87 @@ pub(crate) fn piece(segment: &Segment) -> Piece {
 }
 
 /// Pages of the frontend that stay mapped.
-///
-/// A request takes its pages out and puts them back when it has ended, so no page is unmapped that
-/// is in use.
 #[derive(Default)]
 struct PersistentGrants {
-    /// Those that no request uses, by grant reference, with the time of the last use.
-    unused: HashMap<u32, (Arc<DataPages>, Instant)>,
-    /// Number of those that requests use.
-    used: usize,
+    /// The pages, by grant reference.
+    mapped: HashMap<u32, MappedGrant, BuildHasherDefault<ReferenceHasher>>,
     /// When the full table was last scanned.
     scanned: Option<Instant>,
 }
 
-/// Pages that were taken out, and buffers in them.
-type Taken = (Vec<(u32, Arc<DataPages>)>, Vec<Buffer>);
+/// A page of the frontend that stays mapped.
+struct MappedGrant {
+    page: Pages,
+    /// When it was last used.
+    used: Instant,
+}
 
 impl PersistentGrants {
-    /// Takes out the pages of segments, and maps those that are missing. Returns `None` if that is
-    /// not possible: data has to be copied then.
-    fn take(
+    /// Returns a page, which is mapped if it is not yet. Returns `None` if that is not possible:
+    /// data has to be copied by Xen then.
+    fn page(
         &mut self,
         grants: &dyn Grants,
         domain: u16,
-        segments: &[Segment],
+        reference: u32,
         now: Instant,
-    ) -> Option<Taken> {
-        let mut pages = Vec::with_capacity(segments.len());
-        let mut buffers = Vec::with_capacity(segments.len());
-        for segment in segments {
-            let Some((page, buffer)) = self.take_one(grants, domain, segment, now) else {
-                drop(buffers);
-                self.put(pages, now);
-                return None;
-            };
-            pages.push((segment.gref(), page));
-            buffers.push(buffer);
-        }
-        Some((pages, buffers))
-    }
-
-    fn take_one(
-        &mut self,
-        grants: &dyn Grants,
-        domain: u16,
-        segment: &Segment,
-        now: Instant,
-    ) -> Option<(Arc<DataPages>, Buffer)> {
-        let mut page = match self.unused.remove(&segment.gref()) {
-            Some((page, _)) => page,
-            None if self.is_full(now) => return None,
-            None => {
-                let pages = grants.map(domain, &[segment.gref()], Access::ReadWrite);
-                Arc::new(DataPages::from(pages.ok()?))
+    ) -> Option<&Pages> {
+        let is_full = self.mapped.len() >= MAX_PERSISTENT && !self.make_room(now);
+        match self.mapped.entry(reference) {
+            Entry::Occupied(entry) => {
+                let mapped = entry.into_mut();
+                mapped.used = now;
+                Some(&mapped.page)
             }
-        };
-        let (at, len) = (usize::from(segment.offset()), usize::from(segment.len()));
-        let buffer = DataPages::lend(&mut page, at, len)?;
-        self.used = self.used.saturating_add(1);
-        Some((page, buffer))
+            Entry::Vacant(_) if is_full => None,
+            Entry::Vacant(entry) => {
+                let page = grants.map(domain, &[reference], Access::ReadWrite).ok()?;
+                Some(&entry.insert(MappedGrant { page, used: now }).page)
+            }
+        }
     }
 
-    fn is_full(&mut self, now: Instant) -> bool {
-        let is_full =
-            |table: &Self| table.unused.len().saturating_add(table.used) >= MAX_PERSISTENT;
-        if is_full(self) && self.scanned.is_none_or(|then| then + SCAN_PERIOD <= now) {
+    /// Unmaps unused pages of a full table, now and then. Returns `true` if there is room.
+    fn make_room(&mut self, now: Instant) -> bool {
+        if self.scanned.is_none_or(|then| then + SCAN_PERIOD <= now) {
             self.scanned = Some(now);
             self.purge(now);
         }
-        is_full(self)
-    }
-
-    /// Puts pages back. One that was mapped twice is unmapped.
-    fn put(&mut self, pages: Vec<(u32, Arc<DataPages>)>, now: Instant) {
-        self.used = self.used.saturating_sub(pages.len());
-        for (reference, page) in pages {
-            self.unused.insert(reference, (page, now));
-        }
+        self.mapped.len() < MAX_PERSISTENT
     }
 
     fn purge(&mut self, now: Instant) {
-        self.unused.retain(|_, (_, used)| *used + UNUSED > now);
+        self.mapped.retain(|_, grant| grant.used + UNUSED > now);
+    }
+}
+
+/// Hashes grant references. The frontend chooses them, and if it chooses bad ones, only its own
+/// disk becomes slow.
+#[derive(Default)]
+struct ReferenceHasher(u64);
+
+impl Hasher for ReferenceHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u32((*byte).into());
+        }
+    }
+
+    fn write_u32(&mut self, value: u32) {
+        // Fibonacci hashing, as `hash_32` of Linux.
+        let mixed = self.0 ^ u64::from(value);
+        self.0 = mixed.wrapping_mul(0x61c8_8646_80b5_83eb);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
     }
 }
 
 /// Memory of our own, or of the image, that only data of this frontend was ever in.
 struct Pool {
     shared: Option<Arc<SharedMemory>>,
-    free: [Vec<Arc<Block>>; SIZES],
+    free: [Vec<Buffer>; SIZES],
     /// Number of pages in `free`.
     pages: usize,
 }
@@ -395,48 +424,55 @@ impl Pool {
         }
     }
 
-    /// Takes memory for a number of bytes, and returns a buffer of that length in it.
-    fn take(&mut self, len: usize) -> Result<(Arc<Block>, Buffer), DataError> {
+    /// Takes memory for a number of bytes, which is the length of the result.
+    fn take(&mut self, image: &mut dyn Queue, len: usize) -> Result<Buffer, DataError> {
         let pages = len.div_ceil(PAGE_SIZE).max(1).next_power_of_two();
         let size = pages.trailing_zeros() as usize;
         let kept = self.free.get_mut(size).and_then(Vec::pop);
-        let mut memory = match kept {
-            Some(memory) => {
+        let mut buffer = match kept {
+            Some(buffer) => {
                 self.pages = self.pages.saturating_sub(pages);
-                memory
+                buffer
             }
-            None => Arc::new(Block::new(self.allocate(pages)?)),
+            None => {
+                let mut buffer = self.allocate(pages)?;
+                image.register(&mut buffer);
+                buffer
+            }
         };
-        let buffer = Block::lend(&mut memory, 0, len);
-        let buffer = buffer.ok_or_else(invalid)?;
-        Ok((memory, buffer))
+        match buffer.set_len(len) {
+            true => Ok(buffer),
+            false => Err(invalid().into()),
+        }
     }
 
     fn allocate(&self, pages: usize) -> Result<Buffer, DataError> {
-        let len = pages.saturating_mul(PAGE_SIZE);
-        if let Some(shared) = &self.shared {
-            return shared.allocate(len).map_err(|_| no_memory());
+        match &self.shared {
+            Some(shared) => {
+                let buffer = shared.allocate(pages.saturating_mul(PAGE_SIZE));
+                buffer.map_err(|_| DataError::Call(io::ErrorKind::OutOfMemory.into()))
+            }
+            None => Ok(Pages::anonymous(pages)?.into_buffer()),
         }
-        let mut pages = Arc::new(DataPages::from(Pages::anonymous(pages)?));
-        Ok(DataPages::lend(&mut pages, 0, len).ok_or_else(invalid)?)
     }
 
-    fn put(&mut self, memory: Arc<Block>) {
-        let pages = memory.len() / PAGE_SIZE;
+    fn put(&mut self, image: &mut dyn Queue, buffer: Buffer) {
+        let pages = buffer.capacity() / PAGE_SIZE;
         let kept = self.pages.saturating_add(pages);
         let size = pages.trailing_zeros() as usize;
-        if kept > MAX_POOL_PAGES {
-            return;
-        }
-        if let Some(free) = self.free.get_mut(size) {
-            free.push(memory);
-            self.pages = kept;
+        match self.free.get_mut(size) {
+            Some(free) if kept <= MAX_POOL_PAGES => {
+                free.push(buffer);
+                self.pages = kept;
+            }
+            _ => image.unregister(buffer),
         }
     }
 
-    /// Frees all memory that no request uses.
-    fn purge(&mut self) {
-        self.free = Default::default();
+    fn purge(&mut self, image: &mut dyn Queue) {
         self.pages = 0;
+        for buffer in self.free.iter_mut().flat_map(std::mem::take) {
+            image.unregister(buffer);
+        }
     }
 }

@@ -22,8 +22,6 @@ use crate::inflight::InflightQueue;
 use crate::memory::piece;
 use crate::memory::DataError;
 use crate::memory::DataPath;
-use crate::memory::Memory;
-use crate::memory::UNUSED;
 use crate::ring::RingMemory;
 use crate::stats::Counter;
 use crate::stats::Stats;
@@ -38,7 +36,6 @@ use blkif::request::Data;
 use blkif::request::DiskLimits;
 use blkif::request::Extent;
 use blkif::request::Request;
-use blkif::request::Segment;
 use blkif::ring::BackRing;
 use blkif::ring::RingError;
 use blkif::token_bucket::TokenBucket;
@@ -51,10 +48,11 @@ use engine::Buffer;
 use engine::Completion;
 use engine::Errno;
 use engine::Operation;
-use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
+use std::mem;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU32;
@@ -144,6 +142,10 @@ pub(crate) struct QueueControl {
     pause: AtomicBool,
     /// It is paused, and nothing is in flight.
     paused: AtomicBool,
+    /// It keeps memory that it may not need.
+    keeps_memory: AtomicBool,
+    /// It has to give up such memory.
+    purge: AtomicBool,
     report: Mutex<Report>,
     /// Pages and requests that the queue may use at a time; a single request may always be served.
     max_pages: AtomicU32,
@@ -165,6 +167,8 @@ impl QueueControl {
             stop: AtomicBool::new(false),
             pause: AtomicBool::new(false),
             paused: AtomicBool::new(false),
+            keeps_memory: AtomicBool::new(false),
+            purge: AtomicBool::new(false),
             report: Mutex::default(),
             max_pages: AtomicU32::new(quota.pages),
             max_requests: AtomicU32::new(quota.requests),
@@ -204,6 +208,20 @@ impl QueueControl {
     /// flight.
     pub(crate) fn is_paused(&self) -> bool {
         self.pause.load(Acquire) && self.paused.load(Acquire)
+    }
+
+    /// Returns `true` if the queue keeps memory that it may not need, until the next call of
+    /// [`Self::purge`].
+    pub(crate) fn keeps_memory(&self) -> bool {
+        self.keeps_memory.load(Relaxed)
+    }
+
+    /// Makes the queue give up memory that it has not used for a while.
+    pub(crate) fn purge(&self) {
+        if self.keeps_memory.swap(false, Relaxed) {
+            self.purge.store(true, Release);
+            self.wakeup.set();
+        }
     }
 
     /// Returns the state of the queue for `rblk`.
@@ -249,8 +267,7 @@ struct PendingReq {
     length: u64,
     /// The data in the frontend's pages.
     pieces: Vec<Piece>,
-    memory: Memory,
-    /// Data of a barrier that waits.
+    /// The memory of the data, unless the image has it.
     buffers: Vec<Buffer>,
     entry: Entry,
     taken: Instant,
@@ -261,11 +278,10 @@ struct PendingReq {
     reported: bool,
 }
 
-impl PendingReq {
-    fn is_copied(&self) -> bool {
-        matches!(self.memory, Memory::Own(_))
-    }
+/// It stays in one place, so that only its address is moved.
+type Pending = Box<PendingReq>;
 
+impl PendingReq {
     fn operation(&self) -> Operation {
         match self.step {
             Step::Read => Operation::Read,
@@ -293,18 +309,19 @@ impl PendingReq {
         }
     }
 
-    /// Returns the request to the image, without a tag.
-    fn request(&self, buffers: Vec<Buffer>) -> engine::Request {
-        let (offset, length) = match self.operation() {
-            Operation::Flush => (0, 0),
-            _ => (self.offset, self.length),
+    /// Returns the request to the image, with the memory of its data.
+    fn request(&mut self, tag: u64) -> engine::Request {
+        let (offset, length, buffers) = match self.step {
+            // The data of a barrier is written later.
+            Step::Flush | Step::BarrierFlush => (0, 0, Vec::new()),
+            _ => (self.offset, self.length, mem::take(&mut self.buffers)),
         };
         engine::Request {
             operation: self.operation(),
             offset,
             length,
             buffers,
-            tag: 0,
+            tag,
         }
     }
 
@@ -334,22 +351,35 @@ impl PendingReq {
     }
 }
 
-/// Requests that were submitted to the image, by their tags.
+/// Requests that were submitted to the image; their tags are their places.
 #[derive(Default)]
 struct Requests {
-    pending: HashMap<u64, PendingReq>,
-    last_tag: u64,
+    pending: Vec<Option<Pending>>,
+    /// Places without a request.
+    free: Vec<usize>,
 }
 
 impl Requests {
-    fn insert(&mut self, pending: PendingReq) -> u64 {
-        self.last_tag = self.last_tag.wrapping_add(1);
-        self.pending.insert(self.last_tag, pending);
-        self.last_tag
+    /// Adds a request, and returns the request to the image.
+    fn insert(&mut self, mut pending: Pending) -> engine::Request {
+        let place = self.free.pop().unwrap_or(self.pending.len());
+        let request = pending.request(place as u64);
+        match self.pending.get_mut(place) {
+            Some(free) => *free = Some(pending),
+            None => self.pending.push(Some(pending)),
+        }
+        request
     }
 
-    fn remove(&mut self, tag: u64) -> Option<PendingReq> {
-        self.pending.remove(&tag)
+    /// Removes the request of a completion, which has the memory of its data.
+    fn remove(&mut self, tag: u64, buffers: Vec<Buffer>) -> Option<Pending> {
+        let place = usize::try_from(tag).ok()?;
+        let mut pending = self.pending.get_mut(place)?.take()?;
+        self.free.push(place);
+        if !buffers.is_empty() {
+            pending.buffers = buffers;
+        }
+        Some(pending)
     }
 }
 
@@ -357,7 +387,7 @@ impl Requests {
 enum Barrier {
     None,
     /// It waits for the requests before it, in all queues. No request is taken meanwhile.
-    Waiting(Box<PendingReq>),
+    Waiting(Pending),
     /// It is being executed, alone.
     Running,
 }
@@ -394,12 +424,16 @@ pub(crate) struct Queue {
     backlog: VecDeque<(Entry, WireRequest)>,
     memory_retries: Backoff,
     barrier: Barrier,
-    /// Writes whose data has to be copied before they are submitted, and the number of their
+    /// Writes whose data Xen has to copy before they are submitted, and the number of their
     /// pieces.
-    incoming: Vec<(PendingReq, Buffer)>,
+    incoming: Vec<Pending>,
     incoming_pieces: usize,
+    /// Reads whose data Xen has to copy.
+    outgoing: Vec<Pending>,
     /// Requests that are retried, with their times.
-    delayed: Vec<(Instant, PendingReq, Vec<Buffer>)>,
+    delayed: Vec<(Instant, Pending)>,
+    /// Requests that have ended, whose memory is used again.
+    spare: Vec<Pending>,
     completions: Vec<Completion>,
     /// The descriptor of the image was readable.
     image_ready: bool,
@@ -414,9 +448,10 @@ pub(crate) struct Queue {
     broken: bool,
     /// Nodes that were withdrawn.
     withdrawn: Vec<&'static str>,
-    purge_at: Option<Instant>,
     /// When a request in flight has to be reported, if none completes before.
     stuck_at: Option<Instant>,
+    /// The main thread knows that nothing is in flight.
+    reported_idle: bool,
     messages: TokenBucket,
     started: Instant,
     now: Instant,
@@ -424,7 +459,7 @@ pub(crate) struct Queue {
 
 impl Queue {
     pub(crate) fn new(mut config: QueueConfig) -> Self {
-        let backlog = std::mem::take(&mut config.adopted).into();
+        let backlog = mem::take(&mut config.adopted).into();
         Self {
             config,
             requests: Requests::default(),
@@ -433,7 +468,9 @@ impl Queue {
             barrier: Barrier::None,
             incoming: Vec::new(),
             incoming_pieces: 0,
+            outgoing: Vec::new(),
             delayed: Vec::new(),
+            spare: Vec::new(),
             completions: Vec::new(),
             image_ready: false,
             answered: Vec::new(),
@@ -442,8 +479,8 @@ impl Queue {
             submitted: false,
             broken: false,
             withdrawn: Vec::new(),
-            purge_at: None,
             stuck_at: None,
+            reported_idle: false,
             messages: TokenBucket::new(MESSAGES, MESSAGE_MS, 0),
             started: Instant::now(),
             now: Instant::now(),
@@ -493,14 +530,13 @@ impl Queue {
 
     /// Reports that the ring or the image is unusable, once, and takes no more requests.
     fn break_down(&mut self, error: Error) {
-        if !std::mem::replace(&mut self.broken, true) {
+        if !mem::replace(&mut self.broken, true) {
             self.config.events.send(QueueEvent::Broken(error));
         }
     }
 
     /// Does all pending work.
     fn run_once(&mut self) {
-        self.now = Instant::now();
         loop {
             let took = self.take();
             let ended = self.complete_all();
@@ -631,17 +667,39 @@ impl Queue {
         if self.in_flight != 0 && !self.config.control.allows(pages, requests) {
             return false;
         }
-        match self.prepare(entry, wire, request, limits) {
-            Ok(pending) => self.dispatch(pending),
-            Err(DataError::Refused(invalid)) => {
+        let mut pending = self.spare.pop().unwrap_or_else(|| {
+            Box::new(PendingReq {
+                response: wire.response(Status::Okay),
+                step: Step::Flush,
+                offset: 0,
+                length: 0,
+                pieces: Vec::new(),
+                buffers: Vec::new(),
+                entry,
+                taken: self.now,
+                retries: ERROR_RETRIES,
+                tries: 0,
+                reported: false,
+            })
+        });
+        let error = match self.prepare(&mut pending, entry, wire, request, limits) {
+            Ok(()) => {
+                self.dispatch(pending);
+                return true;
+            }
+            Err(error) => error,
+        };
+        self.recycle(pending);
+        match error {
+            DataError::Refused(invalid) => {
                 self.refuse(entry, wire.response(invalid.status()), &invalid);
             }
-            Err(DataError::Call(error))
+            DataError::Call(error)
                 if error.kind() == io::ErrorKind::OutOfMemory && self.in_flight != 0 =>
             {
                 return false;
             }
-            Err(error) => {
+            error => {
                 self.warn(format_args!("failed a request: {error}"));
                 self.config.stats.add(Counter::Errors, 1);
                 self.answer(entry, wire.response(error.status()));
@@ -650,14 +708,15 @@ impl Queue {
         true
     }
 
-    /// Creates the pending request of a valid request, with its memory.
+    /// Sets up the pending request of a valid request, with its memory.
     fn prepare(
         &mut self,
+        pending: &mut PendingReq,
         entry: Entry,
         wire: &WireRequest,
         request: Request<'_>,
         limits: &DiskLimits,
-    ) -> Result<PendingReq, DataError> {
+    ) -> Result<(), DataError> {
         let (step, data, range) = match request {
             Request::Read(data) => (Step::Read, Some(data), None),
             Request::Write(data) => (Step::Write, Some(data), None),
@@ -665,75 +724,97 @@ impl Queue {
             Request::Barrier(data) => (Step::BarrierFlush, data.map(Data::Direct), None),
             Request::Discard { extent, .. } => (Step::Discard, None, Some(extent)),
         };
-        let mut segments: Vec<Segment> = Vec::with_capacity(request.segments());
+        let (data_path, pieces) = (&mut self.config.data, &mut pending.pieces);
         let extent = match data {
             None => range,
             Some(Data::Direct(direct)) => {
-                segments.extend(direct.segments());
+                pieces.extend(direct.segments().map(|segment| piece(&segment)));
                 Some(direct.extent())
             }
             Some(Data::Indirect(unfetched)) => {
-                let data = &self.config.data;
-                Some(data.fetch_segments(&unfetched, limits, &mut segments)?)
+                Some(data_path.fetch_segments(&unfetched, limits, pieces, self.now)?)
             }
         };
         let (offset, length) = extent.map_or((0, 0), bytes);
-        let (memory, buffers) = if segments.is_empty() {
-            (Memory::None, Vec::new())
-        } else {
-            let max_buffers = self.config.disk.max_buffers();
-            self.config.data.prepare(&segments, max_buffers, self.now)?
-        };
-        Ok(PendingReq {
-            response: wire.response(Status::Okay),
-            step,
-            offset,
-            length,
-            pieces: segments.iter().map(piece).collect(),
-            memory,
-            buffers,
-            entry,
-            taken: self.now,
-            retries: ERROR_RETRIES,
-            tries: 0,
-            reported: false,
-        })
+        if !pieces.is_empty() {
+            let len = usize::try_from(length).unwrap_or(usize::MAX);
+            let buffer = data_path.allocate(&mut *self.config.image, len)?;
+            pending.buffers.push(buffer);
+        }
+        pending.response = wire.response(Status::Okay);
+        pending.step = step;
+        pending.offset = offset;
+        pending.length = length;
+        pending.entry = entry;
+        pending.taken = self.now;
+        pending.retries = ERROR_RETRIES;
+        pending.tries = 0;
+        pending.reported = false;
+        Ok(())
     }
 
-    fn dispatch(&mut self, mut pending: PendingReq) {
+    /// Keeps the memory of a request that has ended for another one.
+    fn recycle(&mut self, mut pending: Pending) {
+        for buffer in pending.buffers.drain(..) {
+            self.config.data.free(&mut *self.config.image, buffer);
+        }
+        pending.pieces.clear();
+        self.spare.push(pending);
+    }
+
+    fn dispatch(&mut self, mut pending: Pending) {
         self.count(&pending);
         self.pages = self.pages.saturating_add(pending.pieces.len());
         if pending.step == Step::BarrierFlush {
             return self.dispatch_barrier(pending);
         }
         self.in_flight = self.in_flight.saturating_add(1);
-        let mut buffers = std::mem::take(&mut pending.buffers);
-        if pending.step != Step::Write || !pending.is_copied() {
-            return self.submit(pending, buffers);
+        if pending.step != Step::Write || self.read_mapped(&mut pending) {
+            return self.submit(pending);
         }
-        if let Some(buffer) = buffers.pop() {
-            self.incoming_pieces = self.incoming_pieces.saturating_add(pending.pieces.len());
-            self.incoming.push((pending, buffer));
-        }
+        self.incoming_pieces = self.incoming_pieces.saturating_add(pending.pieces.len());
+        self.incoming.push(pending);
         if self.incoming_pieces >= COPIES {
             self.copy_incoming();
         }
     }
 
-    fn dispatch_barrier(&mut self, mut pending: PendingReq) {
-        let mut result = Ok(());
-        if pending.is_copied() {
-            if let Some(buffer) = pending.buffers.first_mut() {
-                result = self.config.data.copy_from(buffer, &pending.pieces);
-            }
-        }
+    /// Copies the data of a write from pages that are mapped. Returns `false` if some are not.
+    fn read_mapped(&mut self, pending: &mut PendingReq) -> bool {
+        let (data, pieces) = (&mut self.config.data, &pending.pieces);
+        let buffer = pending.buffers.first_mut();
+        buffer.is_some_and(|buffer| data.read_mapped(buffer, pieces, self.now))
+    }
+
+    fn dispatch_barrier(&mut self, mut pending: Pending) {
+        let result = if self.read_mapped(&mut pending) {
+            Ok(())
+        } else {
+            self.copy_from(&mut pending)
+        };
         if let Err(error) = result {
             self.in_flight = self.in_flight.saturating_add(1);
             pending.step = Step::Write;
             return self.fail(pending, &error);
         }
-        self.barrier = Barrier::Waiting(Box::new(pending));
+        self.barrier = Barrier::Waiting(pending);
         self.config.gate.may_run(false);
+    }
+
+    /// Has Xen copy the data of a single request from the frontend's pages.
+    fn copy_from(&self, pending: &mut PendingReq) -> Result<(), DataError> {
+        match pending.buffers.first_mut() {
+            Some(buffer) => self.config.data.copy_from(buffer, &pending.pieces),
+            None => Ok(()),
+        }
+    }
+
+    /// Has Xen copy the data of a single request to the frontend's pages.
+    fn copy_to(&self, pending: &PendingReq) -> Result<(), DataError> {
+        match pending.buffers.first() {
+            Some(buffer) => self.config.data.copy_to(buffer, &pending.pieces),
+            None => Ok(()),
+        }
     }
 
     fn count(&self, pending: &PendingReq) {
@@ -757,34 +838,42 @@ impl Queue {
 
     /// Copies the data of writes, and submits them.
     fn copy_incoming(&mut self) {
-        let mut incoming = std::mem::take(&mut self.incoming);
-        let pieces = std::mem::take(&mut self.incoming_pieces);
+        let mut incoming = mem::take(&mut self.incoming);
+        let pieces = mem::take(&mut self.incoming_pieces);
         if incoming.is_empty() {
             return;
         }
         let mut copies = Copies::new(self.config.domain, pieces);
         let ranges: Vec<_> = incoming
             .iter_mut()
-            .map(|(pending, buffer)| copies.fetch(buffer, pending.pieces.iter().copied()))
+            .map(|pending| {
+                let pieces = pending.pieces.iter().copied();
+                copies.fetch(pending.buffers.first_mut()?, pieces)
+            })
             .collect();
-        let copied = self.config.data.copy(&mut copies).is_ok();
-        let statuses: Vec<_> = ranges
-            .into_iter()
-            .map(|range| copied && range.is_some_and(|range| copies.status(range).is_okay()))
-            .collect();
-        for ((pending, mut buffer), copied) in incoming.drain(..).zip(statuses) {
+        let statuses = self.copy(&mut copies, ranges);
+        for (mut pending, copied) in incoming.drain(..).zip(statuses) {
             let result = if copied {
                 Ok(())
             } else {
                 // Copies it by itself, because its pages may have been paged out.
-                self.config.data.copy_from(&mut buffer, &pending.pieces)
+                self.copy_from(&mut pending)
             };
             match result {
-                Ok(()) => self.submit(pending, vec![buffer]),
+                Ok(()) => self.submit(pending),
                 Err(error) => self.fail(pending, &error),
             }
         }
         self.incoming = incoming;
+    }
+
+    /// Makes copies, and returns for each request, by its range, `true` if they were made.
+    fn copy(&self, copies: &mut Copies<'_>, ranges: Vec<Option<Range<usize>>>) -> Vec<bool> {
+        let copied = self.config.data.copy(copies).is_ok();
+        let ranges = ranges.into_iter();
+        ranges
+            .map(|range| copied && range.is_some_and(|range| copies.status(range).is_okay()))
+            .collect()
     }
 
     /// Starts a barrier if everything that came before has completed, or lets that of another queue
@@ -793,21 +882,20 @@ impl Queue {
         // The requests in the backlog were taken after the barrier if it is of this queue, and were
         // not started before it if it is of another queue.
         let idle = self.in_flight == 0;
-        match std::mem::replace(&mut self.barrier, Barrier::None) {
+        match mem::replace(&mut self.barrier, Barrier::None) {
             Barrier::None if idle && self.config.gate.is_closed() => self.config.gate.quiesce(),
             Barrier::Waiting(pending) if self.config.gate.may_run(idle) => {
                 self.barrier = Barrier::Running;
                 self.in_flight = self.in_flight.saturating_add(1);
-                self.submit(*pending, Vec::new());
+                self.submit(pending);
             }
             other => self.barrier = other,
         }
     }
 
     /// Submits a request to the image.
-    fn submit(&mut self, pending: PendingReq, buffers: Vec<Buffer>) {
-        let mut request = pending.request(buffers);
-        request.tag = self.requests.insert(pending);
+    fn submit(&mut self, pending: Pending) {
+        let request = self.requests.insert(pending);
         self.config.image.submit(request);
         self.submitted = true;
     }
@@ -818,18 +906,18 @@ impl Queue {
             return;
         }
         let now = self.now;
-        let delayed = std::mem::take(&mut self.delayed);
-        for (time, pending, buffers) in delayed {
+        let delayed = mem::take(&mut self.delayed);
+        for (time, pending) in delayed {
             if time <= now {
-                self.submit(pending, buffers);
+                self.submit(pending);
             } else {
-                self.delayed.push((time, pending, buffers));
+                self.delayed.push((time, pending));
             }
         }
     }
 
     fn kick(&mut self) {
-        if !std::mem::take(&mut self.submitted) {
+        if !mem::take(&mut self.submitted) {
             return;
         }
         if let Err(error) = self.config.image.kick() {
@@ -840,10 +928,10 @@ impl Queue {
     /// Completes all requests whose I/O has ended. Returns `true` if there were any.
     fn complete_all(&mut self) -> bool {
         // The image may have something to do without requests: it has lost its server.
-        if !std::mem::take(&mut self.image_ready) && self.config.image.in_flight() == 0 {
+        if !mem::take(&mut self.image_ready) && self.config.image.in_flight() == 0 {
             return false;
         }
-        let mut completions = std::mem::take(&mut self.completions);
+        let mut completions = mem::take(&mut self.completions);
         if let Err(error) = self.config.image.completions(&mut completions) {
             self.break_down(Error::Image(error));
         }
@@ -851,54 +939,43 @@ impl Queue {
         if ended {
             self.now = Instant::now();
         }
-        let mut outgoing = Vec::new();
         for completion in completions.drain(..) {
-            let Some(pending) = self.requests.remove(completion.tag) else {
-                continue;
-            };
-            match completion.result {
-                Ok(()) => self.succeed(pending, completion.buffers, &mut outgoing),
-                Err(error) => self.image_failed(pending, completion.buffers, &error),
+            let pending = self.requests.remove(completion.tag, completion.buffers);
+            match (pending, completion.result) {
+                (Some(pending), Ok(())) => self.succeed(pending),
+                (Some(pending), Err(error)) => self.image_failed(pending, &error),
+                (None, _) => {}
             }
         }
         self.completions = completions;
-        self.copy_outgoing(outgoing);
+        self.copy_outgoing();
         self.kick();
         ended
     }
 
-    fn succeed(
-        &mut self,
-        mut pending: PendingReq,
-        mut buffers: Vec<Buffer>,
-        outgoing: &mut Vec<(PendingReq, Buffer)>,
-    ) {
+    fn succeed(&mut self, mut pending: Pending) {
         match pending.step {
-            Step::Read if pending.is_copied() => {
-                if let Some(buffer) = buffers.pop() {
-                    outgoing.push((pending, buffer));
-                }
-            }
+            Step::Read if !self.write_mapped(&pending) => self.outgoing.push(pending),
             Step::BarrierFlush if !pending.pieces.is_empty() => {
                 pending.step = Step::BarrierWrite;
-                let buffers = std::mem::take(&mut pending.buffers);
-                self.submit(pending, buffers);
+                self.submit(pending);
             }
             _ => {
-                drop(buffers);
                 let response = pending.response;
                 self.finish(pending, response);
             }
         }
     }
 
+    /// Copies the data of a read to pages that are mapped. Returns `false` if some are not.
+    fn write_mapped(&mut self, pending: &PendingReq) -> bool {
+        let data = &mut self.config.data;
+        let buffer = pending.buffers.first();
+        buffer.is_some_and(|buffer| data.write_mapped(buffer, &pending.pieces, self.now))
+    }
+
     /// Schedules a retry of a request, or writes its response with an error.
-    fn image_failed(
-        &mut self,
-        mut pending: PendingReq,
-        buffers: Vec<Buffer>,
-        error: &engine::Error,
-    ) {
+    fn image_failed(&mut self, mut pending: Pending, error: &engine::Error) {
         let settings = self.config.settings;
         let deadline = pending.taken + settings.retry_time;
         if settings.is_temporary(error.errno()) && self.now < deadline {
@@ -906,9 +983,8 @@ impl Queue {
             pending.tries = pending.tries.saturating_add(1);
             let delay = Duration::from_millis(pending.retries.next_delay().into());
             let time = (self.now + delay).min(deadline);
-            return self.delayed.push((time, pending, buffers));
+            return self.delayed.push((time, pending));
         }
-        drop(buffers);
         self.warn(format_args!("{:?} fails: {error}", pending.step));
         if let Some(node) = pending.refused_node(error.errno()) {
             self.withdraw(node);
@@ -926,30 +1002,29 @@ impl Queue {
         }
     }
 
-    /// Copies the data of reads to the frontend, and writes their responses.
-    fn copy_outgoing(&mut self, outgoing: Vec<(PendingReq, Buffer)>) {
-        if outgoing.is_empty() {
+    /// Has Xen copy the data of reads to the frontend, and writes their responses.
+    fn copy_outgoing(&mut self) {
+        if self.outgoing.is_empty() {
             return;
         }
-        let pieces = outgoing.iter().map(|(pending, _)| pending.pieces.len());
+        let mut outgoing = mem::take(&mut self.outgoing);
+        let pieces = outgoing.iter().map(|pending| pending.pieces.len());
         let mut copies = Copies::new(self.config.domain, pieces.sum());
         let ranges: Vec<_> = outgoing
             .iter()
-            .map(|(pending, buffer)| copies.store(buffer, pending.pieces.iter().copied()))
+            .map(|pending| {
+                let pieces = pending.pieces.iter().copied();
+                copies.store(pending.buffers.first()?, pieces)
+            })
             .collect();
-        let copied = self.config.data.copy(&mut copies).is_ok();
-        let statuses: Vec<_> = ranges
-            .into_iter()
-            .map(|range| copied && range.is_some_and(|range| copies.status(range).is_okay()))
-            .collect();
+        let statuses = self.copy(&mut copies, ranges);
         drop(copies);
-        for ((pending, buffer), copied) in outgoing.into_iter().zip(statuses) {
+        for (pending, copied) in outgoing.drain(..).zip(statuses) {
             let result = if copied {
                 Ok(())
             } else {
-                self.config.data.copy_to(&buffer, &pending.pieces)
+                self.copy_to(&pending)
             };
-            drop(buffer);
             match result {
                 Ok(()) => {
                     let response = pending.response;
@@ -958,10 +1033,11 @@ impl Queue {
                 Err(error) => self.fail(pending, &error),
             }
         }
+        self.outgoing = outgoing;
     }
 
     /// Writes the response to a request whose data cannot be moved.
-    fn fail(&mut self, pending: PendingReq, error: &DataError) {
+    fn fail(&mut self, pending: Pending, error: &DataError) {
         self.warn(format_args!("failed a request: {error}"));
         self.config.stats.add(Counter::Errors, 1);
         let response = Response {
@@ -971,22 +1047,12 @@ impl Queue {
         self.finish(pending, response);
     }
 
-    /// Releases the memory of a request, and writes its response.
-    fn finish(&mut self, pending: PendingReq, response: Response) {
-        let PendingReq {
-            step,
-            pieces,
-            memory,
-            buffers,
-            entry,
-            taken,
-            ..
-        } = pending;
-        drop(buffers);
-        self.config.data.release(memory, self.now);
+    /// Writes the response to a request, and releases its memory.
+    fn finish(&mut self, pending: Pending, response: Response) {
         self.in_flight = self.in_flight.saturating_sub(1);
-        self.pages = self.pages.saturating_sub(pieces.len());
-        match step {
+        self.pages = self.pages.saturating_sub(pending.pieces.len());
+        let (entry, taken) = (pending.entry, pending.taken);
+        match pending.step {
             Step::Read => self.count_end(taken, Counter::Reads, Counter::ReadTime),
             Step::Write => self.count_end(taken, Counter::Writes, Counter::WriteTime),
             Step::BarrierFlush | Step::BarrierWrite => {
@@ -995,6 +1061,7 @@ impl Queue {
             }
             Step::Flush | Step::Discard => {}
         }
+        self.recycle(pending);
         self.answer(entry, response);
     }
 
@@ -1036,39 +1103,46 @@ impl Queue {
     /// Waits until there is something to do.
     fn sleep(&mut self) -> io::Result<()> {
         self.report_requests();
+        self.report_memory();
         let timeout = self.timeout();
-        let wakeup = self.config.control.wakeup.clone();
         let fds = [
             self.config.channel.fd(),
             self.config.image.as_fd(),
-            wakeup.as_fd(),
+            self.config.control.wakeup.as_fd(),
         ];
         let [event, image_ready, woken] = wakeup::wait(fds, timeout)?;
+        self.now = Instant::now();
         self.image_ready = image_ready;
         if woken {
-            wakeup.clear();
+            self.config.control.wakeup.clear();
+            self.purge();
         }
         if event {
             self.config.channel.take()?;
         }
-        let now = Instant::now();
-        self.purge(now);
-        self.report_stuck(now);
+        self.report_stuck();
         Ok(())
     }
 
     /// Returns all requests in flight.
     fn pending(&self) -> impl Iterator<Item = &PendingReq> {
-        let delayed = self.delayed.iter().map(|(_, pending, _)| pending);
+        let delayed = self.delayed.iter().map(|(_, pending)| pending);
         let barrier = match &self.barrier {
-            Barrier::Waiting(pending) => Some(&**pending),
+            Barrier::Waiting(pending) => Some(pending),
             Barrier::None | Barrier::Running => None,
         };
-        self.requests.pending.values().chain(delayed).chain(barrier)
+        let submitted = self.requests.pending.iter().flatten();
+        let all = submitted.chain(delayed).chain(barrier);
+        all.map(|pending| &**pending)
     }
 
     /// Tells the main thread what is in flight, and finds out when to report a request.
     fn report_requests(&mut self) {
+        let idle = self.is_drained();
+        if idle && mem::replace(&mut self.reported_idle, idle) {
+            return;
+        }
+        self.reported_idle = idle;
         let oldest = self.pending().min_by_key(|pending| pending.taken);
         let unreported = self.pending().filter(|pending| !pending.reported);
         let unreported = unreported.map(|pending| pending.taken).min();
@@ -1081,7 +1155,8 @@ impl Queue {
     }
 
     /// Reports each request that takes too long, once.
-    fn report_stuck(&mut self, now: Instant) {
+    fn report_stuck(&mut self) {
+        let now = self.now;
         if self.stuck_at.is_none_or(|time| time > now) {
             return;
         }
@@ -1096,9 +1171,9 @@ impl Queue {
                 reports.push(pending.describe());
             }
         };
-        self.requests.pending.values_mut().for_each(&mut report);
-        let delayed = self.delayed.iter_mut().map(|(_, pending, _)| pending);
-        delayed.for_each(&mut report);
+        let submitted = self.requests.pending.iter_mut().flatten();
+        let delayed = self.delayed.iter_mut().map(|(_, pending)| pending);
+        submitted.chain(delayed).for_each(|pending| report(pending));
         if let Barrier::Waiting(pending) = &mut self.barrier {
             report(pending);
         }
@@ -1115,25 +1190,31 @@ impl Queue {
 
     /// Returns the time until the next work that no event announces.
     fn timeout(&mut self) -> Option<Duration> {
-        let now = Instant::now();
-        let delayed = self.delayed.iter().map(|(time, ..)| *time);
+        let delayed = self.delayed.iter().map(|(time, _)| *time);
         let mut next = delayed.chain(self.stuck_at).min();
-        let mut at = |time: Instant| next = Some(next.map_or(time, |next| next.min(time)));
         if self.in_flight == 0 && !self.backlog.is_empty() && !self.is_pausing() {
             let delay = self.memory_retries.next_delay();
-            at(now + Duration::from_millis(delay.into()));
+            let time = self.now + Duration::from_millis(delay.into());
+            next = Some(next.map_or(time, |next| next.min(time)));
         }
-        if self.in_flight == 0 && self.config.data.keeps_memory() {
-            at(*self.purge_at.get_or_insert(now + UNUSED));
-        }
-        next.map(|time| time.saturating_duration_since(now))
+        next.map(|time| time.saturating_duration_since(Instant::now()))
     }
 
-    /// Frees memory that has not been used for a while.
-    fn purge(&mut self, now: Instant) {
-        if self.purge_at.is_some_and(|time| time <= now) {
-            self.purge_at = None;
-            self.config.data.purge(now);
+    /// Tells the main thread that memory is kept, which then calls [`QueueControl::purge`] after a
+    /// while. A timeout of this thread would have to be set each time that it waits.
+    fn report_memory(&self) {
+        let control = &self.config.control;
+        if self.config.data.keeps_memory() && !control.keeps_memory() {
+            control.keeps_memory.store(true, Relaxed);
+            self.config.events.wakeup.set();
+        }
+    }
+
+    /// Frees memory that has not been used for a while, if the main thread has asked for it.
+    fn purge(&mut self) {
+        if self.config.control.purge.swap(false, Acquire) {
+            self.spare = Vec::new();
+            self.config.data.purge(&mut *self.config.image, self.now);
         }
     }
 }

@@ -44,8 +44,8 @@ struct Task {
     end: u64,
     /// The buffers of the request, if the operation uses others.
     bounced: Vec<Buffer>,
-    /// The result of an operation that does nothing.
-    result: Result<()>,
+    /// The error of a request that cannot be carried out.
+    refused: Option<Box<Error>>,
     stalls: u8,
 }
 
@@ -76,12 +76,12 @@ impl RawQueue {
             position: request.offset,
             end: request.offset.saturating_add(request.length),
             bounced: Vec::new(),
-            result: Ok(()),
+            refused: None,
             stalls: 0,
         };
         let op = check(&request, &info).and_then(|()| self.first_op(&mut request, &mut task));
         let op = op.unwrap_or_else(|error| {
-            task.result = Err(error);
+            task.refused = Some(Box::new(error));
             task.bounced = request.buffers;
             Op::Nop
         });
@@ -156,7 +156,10 @@ impl RawQueue {
     /// Decides how a task continues after an operation.
     fn next(&self, op: Op, task: &mut Task, result: std::result::Result<u32, Errno>) -> Next {
         match op {
-            Op::Nop => Next::Complete(mem::replace(&mut task.result, Ok(())), Vec::new()),
+            Op::Nop => {
+                let refused = task.refused.take();
+                Next::Complete(refused.map_or(Ok(()), |error| Err(*error)), Vec::new())
+            }
             Op::Datasync => Next::Complete(result.map(drop).map_err(flush_error), Vec::new()),
             Op::Read(_, transfer) => self.next_read(transfer, task, result),
             Op::Write(_, transfer, sync) => next_write(transfer, sync, task, result),
@@ -388,5 +391,13 @@ impl Queue for RawQueue {
 
     fn in_flight(&self) -> usize {
         self.ring.in_flight().saturating_add(self.waiting.len())
+    }
+
+    fn register(&mut self, buffer: &mut Buffer) {
+        self.ring.register(buffer);
+    }
+
+    fn unregister(&mut self, buffer: Buffer) {
+        self.ring.unregister(buffer);
     }
 }

@@ -115,6 +115,35 @@ fn all_queues_are_taken_over() {
 }
 
 #[test]
+fn a_successor_keeps_to_the_features_of_the_connection() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let mut front = serve_until_killed(&mut toolstack, dir.path(), Choice::PLAIN, |front| {
+        // The frontend could use persistent grants, but the first process does not.
+        let feature = format!("{FRONT}/feature-persistent");
+        front.store.write(&feature, "1").unwrap();
+        for id in 0..WRITES {
+            let request = write(front, id);
+            front.rings[0].put(request);
+        }
+        front.rings[0].publish();
+    });
+    let before = toolstack.host.mapped();
+    let mut options = Options::new(dir.path());
+    options.persistent = true;
+    let served = serve(&mut toolstack, image(false), &options);
+    for _ in 0..WRITES {
+        okay(front.rings[0].response());
+    }
+    // Only the ring is mapped.
+    assert_eq!(toolstack.host.mapped(), before + 1);
+    assert_eq!(toolstack.node("feature-persistent").unwrap(), "0");
+    toolstack.start_detach();
+    front.set_state("6");
+    served.join().unwrap().unwrap();
+}
+
+#[test]
 fn a_successor_waits_for_what_the_killed_process_still_has() {
     let dir = tempfile::tempdir().unwrap();
     let mut toolstack = Toolstack::new("w");
