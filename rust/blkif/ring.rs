@@ -1128,6 +1128,8 @@ mod tests {
         let (mut front, _) = pair(&pages, 7);
         front.put(request(1)).unwrap();
         let _ = front.publish();
+        let back = BackRing::attach(&pages, ABI).unwrap();
+        assert_eq!(back.responses_published(), 7);
         let adopt = |req_cons| BackRing::attach(&pages, ABI).unwrap().adopt(req_cons);
         assert_eq!(adopt(8), Ok(()));
         for req_cons in [6, 7 + 33] {
