@@ -521,7 +521,7 @@ impl Device {
     ///
     /// A failed read is not taken for a missing node: a disk in use would be removed.
     fn read_event(&self, inner: &mut Inner) -> Result<BackEvent> {
-        let state = self.xbdev.try_read_driver_state(&self.frontend)?;
+        let state = self.xbdev.read_driver_state(&self.frontend)?;
         if matches!(inner.last_error, Some(ConnectError::Local(READING, _))) {
             self.clear_failures(inner);
         }
@@ -921,7 +921,7 @@ impl Device {
         drop(timer);
         // A device without a directory cannot be bound again, so its rings will not be served
         // again.
-        let own = self.xbdev.try_read_driver_state(self.xbdev.nodename());
+        let own = self.xbdev.read_driver_state(self.xbdev.nodename());
         let gone = matches!(own, Ok(Ok(XenbusState::Unknown)));
         let time_ms = if gone {
             SHORT_TIMEOUT_MS

@@ -109,7 +109,7 @@ impl VbdDriver {
     fn check_take_over(xbdev: &xenbus::Device<Core<'_>>) -> Result {
         let otherend = xbdev.otherend()?;
         if domain::is_orphaned(xbdev.nodename())
-            && xbdev.try_read_driver_state(otherend)? == Ok(XenbusState::Connected)
+            && xbdev.read_driver_state(otherend)? == Ok(XenbusState::Connected)
         {
             dev_err!(
                 xbdev.as_ref(),

@@ -411,12 +411,16 @@ impl Device {
         if !self.is_detach_deferred() {
             return;
         }
-        let state = self.xbdev.read_driver_state(&self.backend);
-        let event = xenstore::backend_event(&self.backend, state, self.disk.is_some());
-        if matches!(event, FrontEvent::Backend { online: false, .. }) {
-            self.handle_event(event);
-        } else {
-            self.detach_deferred = false;
+        match xenstore::is_online(&self.backend) {
+            Ok(true) => self.detach_deferred = false,
+            // A detach does not depend on the state of the backend.
+            Ok(false) => self.handle_event(FrontEvent::Backend {
+                state: XenbusState::Closing,
+                online: false,
+                disk: self.disk.is_some(),
+            }),
+            // The device worker calls this again.
+            Err(_) => {}
         }
     }
 
@@ -983,24 +987,30 @@ impl Device {
 
     /// Returns `true` if the backend may still have rings and pools mapped, according to its state.
     ///
-    /// Xenbus reports no states to a device that is being unbound, so the state is read.
+    /// Xenbus reports no states to a device that is being unbound, so the state is read. A backend
+    /// whose state cannot be read may have them mapped.
     pub(crate) fn is_mapped(&self) -> bool {
         if !self.queues.iter().any(|queue| queue.has_stale_grants()) {
             return false;
         }
-        let backend = self.xbdev.read_driver_state(&self.backend);
-        matches!(backend, Ok(XenbusState::Connected | XenbusState::Closing))
+        self.may_be_served()
     }
 
     /// Returns `true` if the backend serves the rings.
     ///
     /// Xenbus reports no states to a device that is being unbound, so the state is read. The
     /// toolstack writes Closing itself, and the backend serves the disk until the frontend is
-    /// Closed.
+    /// Closed. A failed read of the state does not end that: data would be lost.
     pub(crate) fn is_served(&self) -> bool {
-        let backend = self.xbdev.read_driver_state(&self.backend);
-        self.state == FrontState::Connected
-            && matches!(backend, Ok(XenbusState::Connected | XenbusState::Closing))
+        self.state == FrontState::Connected && self.may_be_served()
+    }
+
+    /// Returns `true` if the backend is Connected or Closing, or its state cannot be read.
+    fn may_be_served(&self) -> bool {
+        match self.xbdev.read_driver_state(&self.backend) {
+            Ok(state) => matches!(state, Ok(XenbusState::Connected | XenbusState::Closing)),
+            Err(_) => true,
+        }
     }
 
     /// Begins the removal of the disk; no more steps are taken.

@@ -161,7 +161,8 @@ pub(crate) fn backend_event(
     }
     FrontEvent::Backend {
         state,
-        online: is_online(backend),
+        // A device whose node cannot be read stays.
+        online: is_online(backend).unwrap_or(true),
         disk,
     }
 }
@@ -184,9 +185,9 @@ fn has_wrong_state(backend: &CStr) -> bool {
 }
 
 /// Returns `true` if the backend is online, or has no node `online`.
-fn is_online(backend: &CStr) -> bool {
-    let online = read_boolean(&Reader::new(backend), "online", true);
-    online.ok().flatten().unwrap_or(true)
+pub(crate) fn is_online(backend: &CStr) -> Result<bool> {
+    let online = read_boolean(&Reader::new(backend), "online", true)?;
+    Ok(online.unwrap_or(true))
 }
 
 /// Returns this side's offer.

@@ -305,24 +305,13 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         unsafe { addr_of_mut!((*self.as_raw()).state).write_volatile(state.number()) };
     }
 
-    /// Returns the state in the directory `path` (`xenbus_read_driver_state()`); a state that
-    /// cannot be read is unknown.
+    /// Returns the state in the directory `path`.
     ///
-    /// Context: may sleep.
-    pub fn read_driver_state(&self, path: &CStr) -> OtherendState {
-        // SAFETY: The device is valid by the type invariant, `path` is zero-terminated.
-        XenbusState::try_from(unsafe {
-            bindings_ext::xenbus_read_driver_state(self.as_raw(), path.as_char_ptr())
-        })
-    }
-
-    /// Reads the state in the directory `path`.
-    ///
-    /// It is unknown if there is no node or an empty one. Unlike in [`Self::read_driver_state`], a
+    /// It is unknown if there is no node or an empty one. Unlike in `xenbus_read_driver_state()`, a
     /// failed read is an error.
     ///
     /// Context: may sleep.
-    pub fn try_read_driver_state(&self, path: &CStr) -> Result<OtherendState> {
+    pub fn read_driver_state(&self, path: &CStr) -> Result<OtherendState> {
         if self.has_vanished() {
             return Ok(Ok(XenbusState::Unknown));
         }
