@@ -60,6 +60,7 @@ mod options;
 pub mod qsd;
 pub mod raw;
 pub mod rbd;
+mod reconnect;
 mod request;
 mod server;
 mod shared_memory;

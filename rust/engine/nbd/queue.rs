@@ -13,6 +13,7 @@ use crate::bounce;
 use crate::check::check;
 use crate::error::{Error, Result};
 use crate::event::Event;
+use crate::reconnect::{Connecting, Target};
 use crate::request::{Completion, Operation, Request};
 use crate::{Queue, DROP_TIMEOUT};
 use rustix::event::epoll::{add, create, delete, modify, CreateFlags, EventData, EventFlags};
@@ -21,20 +22,15 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, Receiver, TryRecvError};
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// The number of bytes that one system call sends or receives.
 const CHUNK: usize = 256 << 10;
 
 /// The greatest range of one discard or write zeroes: a multiple of each block size.
 const MAX_RANGE: u64 = 1 << 30;
-
-/// Delays before the first and the later attempts to connect again.
-const BACKOFF: std::ops::Range<Duration> = Duration::from_millis(50)..Duration::from_secs(2);
 
 /// A queue of an export.
 pub(super) struct NbdQueue {
@@ -54,7 +50,7 @@ enum Link {
     /// There is a connection.
     Up(Connection),
     /// A thread connects.
-    Connecting(Connecting),
+    Connecting(Connecting<Stream>),
     /// There is no connection, and no request that needs one.
     Down,
 }
@@ -65,18 +61,6 @@ struct Connection {
     reader: ReplyReader,
     /// The queue waits until the stream can be written to.
     waits_for_space: bool,
-}
-
-/// A thread that connects, until it succeeds, its time is over or this is dropped.
-struct Connecting {
-    result: Receiver<Result<Stream>>,
-    stop: Arc<AtomicBool>,
-}
-
-impl Drop for Connecting {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
 }
 
 /// The bytes that are being sent.
@@ -496,15 +480,9 @@ impl NbdQueue {
     /// Does what can be done without waiting.
     fn run(&mut self, receive: bool) {
         if let Link::Connecting(connecting) = &self.link {
-            match connecting.result.try_recv() {
-                Ok(Ok(stream)) => {
-                    if let Err(error) = self.use_stream(stream) {
-                        self.fail(&error);
-                    }
-                }
-                Ok(Err(error)) => self.fail(&error),
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => self.fail(&thread_error()),
+            let used = connecting.result().map(|stream| self.use_stream(stream?));
+            if let Some(Err(error)) = used {
+                self.fail(&error);
             }
         }
         if matches!(self.link, Link::Down) && !self.requests.entries.is_empty() {
@@ -561,24 +539,15 @@ impl NbdQueue {
 
     /// Starts a thread that connects.
     fn connect(&mut self) {
-        let (sender, result) = channel();
-        let stop = Arc::new(AtomicBool::new(false));
-        let connecting = Connecting {
-            result,
-            stop: stop.clone(),
-        };
         let shared = self.shared.clone();
-        let event = self.event.clone();
-        let thread = thread::Builder::new()
-            .name("nbd-connect".to_owned())
-            .spawn(move || {
-                // If the queue is gone, nothing waits for the result.
-                let _ = sender.send(connect_until(&shared, &stop));
-                event.set();
-            });
-        match thread {
-            Ok(_) => self.link = Link::Connecting(connecting),
-            Err(_) => self.fail(&thread_error()),
+        let target = Target {
+            name: shared.export.to_string(),
+            remedy: "check the NBD server and the network",
+            timeout: shared.reconnect_timeout,
+        };
+        match Connecting::start(target, &self.event, move || shared.reconnect()) {
+            Ok(connecting) => self.link = Link::Connecting(connecting),
+            Err(error) => self.fail(&error),
         }
     }
 
@@ -588,47 +557,11 @@ impl NbdQueue {
     }
 }
 
-/// Connects, again and again until the timeout of the export or until `stop` is set.
-fn connect_until(shared: &Shared, stop: &AtomicBool) -> Result<Stream> {
-    let deadline = Instant::now() + shared.reconnect_timeout;
-    let mut backoff = BACKOFF.start;
-    loop {
-        let error = match shared.reconnect() {
-            Ok(stream) => return Ok(stream),
-            Err(error) if error.errno() == Errno::NOTRECOVERABLE => return Err(error),
-            Err(error) => error,
-        };
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() || stop.load(Ordering::Relaxed) {
-            return Err(Error::new(
-                Errno::NOTCONN,
-                format!(
-                    "{} cannot be reached for {:?}: {}",
-                    shared.export,
-                    shared.reconnect_timeout,
-                    error.cause()
-                ),
-                "check the NBD server and the network",
-            ));
-        }
-        thread::sleep(backoff.min(left));
-        backoff = backoff.saturating_mul(2).min(BACKOFF.end);
-    }
-}
-
 fn epoll_error(errno: Errno) -> Error {
     Error::new(
         errno,
         format!("waiting for an NBD connection: {errno}"),
         "raise the limit of open files",
-    )
-}
-
-fn thread_error() -> Error {
-    Error::new(
-        Errno::AGAIN,
-        "there is no thread to connect to the NBD server",
-        "raise the limit of threads",
     )
 }
 

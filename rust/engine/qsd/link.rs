@@ -18,16 +18,12 @@ use crate::writes::Writes;
 use rustix::event::{poll, PollFd, PollFlags};
 use rustix::io::Errno;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
 
 /// Stack of a thread that waits.
 const STACK: usize = 64 << 10;
-
-/// Delays before the first and the later attempts to connect again.
-const BACKOFF: std::ops::Range<Duration> = Duration::from_millis(50)..Duration::from_secs(2);
 
 /// The state that the queues of an image share.
 pub(super) struct Shared {
@@ -111,34 +107,6 @@ impl Shared {
         }
         *current = Arc::new(session);
         Ok(current.clone())
-    }
-
-    /// Connects, again and again until the timeout of the image or until `stop` is set.
-    pub(super) fn session_until(&self, stop: &AtomicBool) -> Result<Arc<Session>> {
-        let deadline = Instant::now() + self.options.reconnect_timeout;
-        let mut backoff = BACKOFF.start;
-        loop {
-            let error = match self.session() {
-                Ok(session) => return Ok(session),
-                Err(error) if error.errno() == Errno::NOTRECOVERABLE => return Err(error),
-                Err(error) => error,
-            };
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || stop.load(Ordering::Relaxed) {
-                return Err(Error::new(
-                    Errno::NOTCONN,
-                    format!(
-                        "qemu-storage-daemon for {} cannot be reached for {:?}: {}",
-                        self.path.display(),
-                        self.options.reconnect_timeout,
-                        error.cause()
-                    ),
-                    "check the image, and the load of the host",
-                ));
-            }
-            thread::sleep(backoff.min(left));
-            backoff = backoff.saturating_mul(2).min(BACKOFF.end);
-        }
     }
 
     /// Ends the connection.

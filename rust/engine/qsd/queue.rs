@@ -10,16 +10,14 @@ use super::virtqueue::Virtqueue;
 use crate::check::check;
 use crate::error::{Error, Result};
 use crate::event::Event;
+use crate::reconnect::{Connecting, Target};
 use crate::request::{Completion, Request};
 use crate::{Queue, DROP_TIMEOUT};
 use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, Receiver, TryRecvError};
 use std::sync::Arc;
-use std::thread;
 
 /// The status of a request (`VIRTIO_BLK_S_OK`, `VIRTIO_BLK_S_UNSUPP`).
 const OK: u8 = 0;
@@ -54,21 +52,9 @@ enum Link {
     /// The virtqueue is set up.
     Up(Arc<Session>),
     /// A thread connects.
-    Connecting(Connecting),
+    Connecting(Connecting<Arc<Session>>),
     /// There is no connection, and no task that needs one.
     Down,
-}
-
-/// A thread that connects, until it succeeds, its time is over or this is dropped.
-struct Connecting {
-    result: Receiver<Result<Arc<Session>>>,
-    stop: Arc<AtomicBool>,
-}
-
-impl Drop for Connecting {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
 }
 
 impl QsdQueue {
@@ -122,11 +108,10 @@ impl QsdQueue {
     /// Notices that a connection was lost, or that there is a new one.
     fn check_link(&mut self) {
         if let Link::Connecting(connecting) = &self.link {
-            match connecting.result.try_recv() {
-                Ok(Ok(session)) => self.connected(session),
-                Ok(Err(error)) => self.fail(&error),
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => self.fail(&thread_error()),
+            match connecting.result() {
+                Some(Ok(session)) => self.connected(session),
+                Some(Err(error)) => self.fail(&error),
+                None => {}
             }
         }
         if matches!(&self.link, Link::Up(session) if session.is_lost()) {
@@ -254,23 +239,15 @@ impl QsdQueue {
 
     /// Starts a thread that connects.
     fn connect(&mut self) {
-        let (sender, result) = channel();
-        let stop = Arc::new(AtomicBool::new(false));
-        let connecting = Connecting {
-            result,
-            stop: stop.clone(),
-        };
         let shared = self.shared.clone();
-        let call = self.call.clone();
-        let thread = thread::Builder::new().name("qsd-connect".to_owned());
-        let thread = thread.spawn(move || {
-            // If the queue is gone, nothing waits for the result.
-            let _ = sender.send(shared.session_until(&stop));
-            call.set();
-        });
-        match thread {
-            Ok(_) => self.link = Link::Connecting(connecting),
-            Err(_) => self.fail(&thread_error()),
+        let target = Target {
+            name: format!("qemu-storage-daemon for {}", shared.path.display()),
+            remedy: "check the image, and the load of the host",
+            timeout: shared.options.reconnect_timeout,
+        };
+        match Connecting::start(target, &self.call, move || shared.session()) {
+            Ok(connecting) => self.link = Link::Connecting(connecting),
+            Err(error) => self.fail(&error),
         }
     }
 
@@ -311,14 +288,6 @@ impl QsdQueue {
             Link::Connecting(_) | Link::Down => 0,
         }
     }
-}
-
-fn thread_error() -> Error {
-    Error::new(
-        Errno::AGAIN,
-        "there is no thread to connect to qemu-storage-daemon",
-        "raise the limit of threads",
-    )
 }
 
 impl AsFd for QsdQueue {

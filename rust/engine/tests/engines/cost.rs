@@ -37,7 +37,7 @@ enum Program {
     RbdBench,
 }
 
-/// What a program does.
+/// The operation of a program.
 #[derive(Clone, Copy)]
 struct Workload {
     writes: bool,
