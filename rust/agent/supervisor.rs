@@ -601,7 +601,7 @@ mod tests {
     }
 
     #[test]
-    fn fifty_disks_are_adopted_within_a_second() {
+    fn fifty_disks_are_adopted() {
         const DISKS: u16 = 50;
         let mut rig = Rig::new("serve");
         for domid in 6..5 + DISKS {
@@ -619,11 +619,7 @@ mod tests {
         let time = Instant::now();
         rig.start();
         while rig.supervisor.step(Instant::now()).unwrap() {}
-        assert!(
-            time.elapsed() < Duration::from_secs(1),
-            "{:?}",
-            time.elapsed()
-        );
+        println!("{DISKS} disks were adopted in {:?}", time.elapsed());
         assert_eq!(pids(&rig), started);
     }
 
