@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Time between two looks at all disks.
+/// Time between two checks of all disks.
 const PERIOD: Duration = Duration::from_secs(5);
 
 /// Limit for the answer of a process.
@@ -36,7 +36,7 @@ pub struct Guests {
     /// The age of a request at which its guest is paused.
     limit: Duration,
     journal: Arc<Journal>,
-    /// When the process of each disk has answered last.
+    /// The time of the last answer of each disk's process.
     answered: BTreeMap<DiskId, Instant>,
     /// The guests that cannot be paused.
     refused: BTreeSet<u16>,

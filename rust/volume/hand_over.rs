@@ -30,7 +30,7 @@ const PERMISSION_TIME: Duration = Duration::from_secs(600);
 /// Time for which the new host waits for the former one. The hotplug script waits longer.
 const WAIT: Duration = Duration::from_secs(20);
 
-/// Time between two looks at the entries while a hand-over is allowed.
+/// Time between two checks of the entries while a hand-over is allowed.
 pub(crate) const INTERVAL: Duration = Duration::from_millis(200);
 
 /// The value of the entry of a hand-over.

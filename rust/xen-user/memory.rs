@@ -216,7 +216,7 @@ impl Pages {
     /// Copies `len` bytes of the memory to a buffer. Returns `false`, and copies nothing, if they
     /// are not all in both, or if the buffer is read-only.
     ///
-    /// What another domain writes meanwhile may be copied in part.
+    /// If another domain writes to the memory at the same time, the copy may have parts of both.
     pub fn copy_to(&self, at: usize, buffer: &mut Buffer, offset: usize, len: usize) -> bool {
         let end = offset.checked_add(len);
         let fits = end.is_some_and(|end| end <= buffer.len());

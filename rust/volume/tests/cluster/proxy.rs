@@ -7,7 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-/// What happens to the first transaction. The client gets no answer.
+/// The fate of the first transaction. The client gets no answer.
 #[derive(Clone, Copy)]
 pub enum Fault {
     /// It is applied, and its answer is lost.
