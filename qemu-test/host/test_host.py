@@ -214,7 +214,7 @@ def test_guest(system: System) -> None:
 def check_restarts(system: System) -> None:
     """Restarts rblkd under I/O: the same processes serve the disks after it."""
     processes = system.processes()
-    for command in ("systemctl restart rblkd", "systemctl kill -s KILL rblkd"):
+    for command in ("systemctl restart rblkd", "systemctl kill --kill-whom=main -s KILL rblkd"):
         system.sh(command)
         system.wait_ready()
         system.works()
