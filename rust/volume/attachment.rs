@@ -375,7 +375,7 @@ impl<S: Store> Keeper<S> {
         Ok(())
     }
 
-    /// Returns an error if the volume is handed over. Once that is allowed, the checks are frequent.
+    /// Returns an error if the volume is handed over. Once that is allowed, checks are frequent.
     fn check_hand_over(&mut self) -> Result<()> {
         if let Held::Reader(_) = self.held {
             return Ok(());
