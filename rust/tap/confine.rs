@@ -19,6 +19,12 @@
 //! One limit is lifted, that of locked memory, which io_uring applies to the buffers that are
 //! registered with it. Their number is limited by the pages that a disk may use.
 
+use crate::filter;
+use crate::filter::fail;
+use crate::filter::install;
+use crate::filter::masked;
+use crate::filter::one_of;
+use crate::filter::Rules;
 use nix::sched::unshare;
 use nix::sched::CloneFlags;
 use rustix::process::chdir;
@@ -31,16 +37,8 @@ use rustix::process::Rlimit;
 use rustix::process::Signal;
 use rustix::process::Uid;
 use rustix::thread;
-use seccompiler::apply_filter;
-use seccompiler::BpfProgram;
+use seccompiler::BackendError;
 use seccompiler::SeccompAction;
-use seccompiler::SeccompCmpArgLen::Dword;
-use seccompiler::SeccompCmpArgLen::Qword;
-use seccompiler::SeccompCmpOp;
-use seccompiler::SeccompCondition;
-use seccompiler::SeccompFilter;
-use seccompiler::SeccompRule;
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use xen_user::event;
@@ -193,30 +191,15 @@ pub(crate) fn set_user(user: u32) -> rustix::io::Result<()> {
 }
 
 fn filter_system_calls() -> Result<(), Error> {
-    let errno = |errno: i32| SeccompAction::Errno(errno.unsigned_abs());
     // Has glibc use clone, whose flags can be checked.
-    let clone3 = [(libc::SYS_clone3, Vec::new())].into();
-    install(clone3, SeccompAction::Allow, errno(libc::ENOSYS))?;
+    let clone3 = filter::calls(&[libc::SYS_clone3]);
+    install(clone3, SeccompAction::Allow, fail(libc::ENOSYS)).step("seccomp")?;
     let rules = rules().step("seccomp")?;
-    install(rules, errno(libc::EPERM), SeccompAction::Allow)
+    install(rules, fail(libc::EPERM), SeccompAction::Allow).step("seccomp")
 }
 
-/// Installs a filter of system calls: `action` for those of `rules`.
-pub(crate) fn install(
-    rules: BTreeMap<i64, Vec<SeccompRule>>,
-    otherwise: SeccompAction,
-    action: SeccompAction,
-) -> Result<(), Error> {
-    let arch = std::env::consts::ARCH.try_into().step("seccomp")?;
-    let filter = SeccompFilter::new(rules, otherwise, action, arch).step("seccomp")?;
-    let program: BpfProgram = filter.try_into().step("seccomp")?;
-    apply_filter(&program).step("seccomp")
-}
-
-type Rules = Result<Vec<SeccompRule>, seccompiler::BackendError>;
-
-fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
-    let mut rules: BTreeMap<_, _> = SYSTEM_CALLS.iter().map(|call| (*call, vec![])).collect();
+fn rules() -> Result<Rules, BackendError> {
+    let mut rules = filter::calls(SYSTEM_CALLS);
     let requests = event::REQUESTS.iter().chain(&grant::REQUESTS);
     rules.insert(
         libc::SYS_ioctl,
@@ -243,20 +226,4 @@ fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError>
     rules.insert(libc::SYS_mmap, masked(2, executable, 0)?);
     rules.insert(libc::SYS_mprotect, masked(2, executable, 0)?);
     Ok(rules)
-}
-
-/// Allows calls with one of these values of an argument.
-fn one_of(argument: u8, values: impl IntoIterator<Item = u64>) -> Rules {
-    let rule = |value| {
-        let condition = SeccompCondition::new(argument, Dword, SeccompCmpOp::Eq, value)?;
-        SeccompRule::new(vec![condition])
-    };
-    values.into_iter().map(rule).collect()
-}
-
-/// Allows calls with this value of an argument in the bits of a mask.
-fn masked(argument: u8, mask: u64, value: u64) -> Rules {
-    let operator = SeccompCmpOp::MaskedEq(mask);
-    let condition = SeccompCondition::new(argument, Qword, operator, value)?;
-    Ok(vec![SeccompRule::new(vec![condition])?])
 }

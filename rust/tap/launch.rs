@@ -14,13 +14,18 @@
 //! | a mount namespace, and a root directory with the files | no other files, devices and sockets |
 //! | network and IPC namespaces of its own | no network |
 //! | `no_new_privs` | no privileges from programs |
-//! | seccomp | none of the system calls that such a program never uses; these fail with `EPERM` |
+//! | seccomp | only the system calls that such a program uses; the others fail with `ENOSYS` |
 //! | a resource limit | no core files |
 
-use crate::confine::install;
 use crate::confine::set_user;
 use crate::confine::Error;
 use crate::confine::Step;
+use crate::filter;
+use crate::filter::fail;
+use crate::filter::install;
+use crate::filter::masked;
+use crate::filter::one_of;
+use crate::filter::Rules;
 use clap::value_parser;
 use clap::Arg;
 use clap::ArgAction;
@@ -38,12 +43,8 @@ use rustix::process::Signal;
 use rustix::thread;
 use rustix::thread::CapabilitySet;
 use rustix::thread::CapabilitySets;
+use seccompiler::BackendError;
 use seccompiler::SeccompAction;
-use seccompiler::SeccompCmpArgLen::Qword;
-use seccompiler::SeccompCmpOp;
-use seccompiler::SeccompCondition;
-use seccompiler::SeccompRule;
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::fs::File;
@@ -63,60 +64,119 @@ const SYSTEM: [&str; 4] = ["/usr", "/bin", "/lib", "/lib64"];
 /// The search path for programs.
 const PATH: &str = "/usr/bin:/bin";
 
-/// System calls that a program that serves or checks an image does not use.
-const DENIED: &[libc::c_long] = &[
-    // The root directory and the namespaces.
-    libc::SYS_mount,
-    libc::SYS_umount2,
-    libc::SYS_pivot_root,
-    libc::SYS_chroot,
-    libc::SYS_move_mount,
-    libc::SYS_open_tree,
-    libc::SYS_fsopen,
-    libc::SYS_fsconfig,
-    libc::SYS_fsmount,
-    libc::SYS_fspick,
-    libc::SYS_mount_setattr,
-    libc::SYS_unshare,
-    libc::SYS_setns,
-    libc::SYS_open_by_handle_at,
-    libc::SYS_mknod,
-    libc::SYS_mknodat,
-    // Other processes.
-    libc::SYS_ptrace,
-    libc::SYS_process_vm_readv,
-    libc::SYS_process_vm_writev,
-    libc::SYS_pidfd_getfd,
-    libc::SYS_kcmp,
-    libc::SYS_fork,
-    libc::SYS_vfork,
-    // Servers.
-    libc::SYS_connect,
-    // Interfaces of the kernel with a large surface.
-    libc::SYS_io_uring_setup,
-    libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
-    libc::SYS_bpf,
-    libc::SYS_perf_event_open,
-    libc::SYS_userfaultfd,
-    libc::SYS_add_key,
-    libc::SYS_request_key,
-    libc::SYS_keyctl,
-    libc::SYS_init_module,
-    libc::SYS_finit_module,
-    libc::SYS_delete_module,
-    libc::SYS_kexec_load,
-    libc::SYS_kexec_file_load,
-    libc::SYS_swapon,
-    libc::SYS_swapoff,
-    libc::SYS_reboot,
-    libc::SYS_acct,
-    libc::SYS_quotactl,
-    libc::SYS_iopl,
-    libc::SYS_ioperm,
-    libc::SYS_settimeofday,
-    libc::SYS_clock_settime,
-    libc::SYS_adjtimex,
+/// System calls that are allowed with all arguments: those with which `qemu-storage-daemon` and
+/// `qemu-img` open, serve, check and enlarge an image of any format.
+const SYSTEM_CALLS: &[libc::c_long] = &[
+    // The start of a program.
+    libc::SYS_execve,
+    libc::SYS_arch_prctl,
+    libc::SYS_set_tid_address,
+    libc::SYS_sched_getaffinity,
+    // Files.
+    libc::SYS_openat,
+    libc::SYS_close,
+    libc::SYS_access,
+    libc::SYS_faccessat,
+    libc::SYS_newfstatat,
+    libc::SYS_fstat,
+    libc::SYS_statx,
+    libc::SYS_fstatfs,
+    libc::SYS_readlink,
+    libc::SYS_getcwd,
+    libc::SYS_getdents64,
+    libc::SYS_unlink,
+    // I/O.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_lseek,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_fadvise64,
+    libc::SYS_io_setup,
+    libc::SYS_io_submit,
+    libc::SYS_io_getevents,
+    libc::SYS_io_destroy,
+    // Sockets. `socket` is limited to those with a path.
+    libc::SYS_bind,
+    libc::SYS_listen,
+    libc::SYS_accept4,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_setsockopt,
+    libc::SYS_getsockopt,
+    libc::SYS_shutdown,
+    // Waiting.
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    libc::SYS_signalfd4,
+    libc::SYS_futex,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_gettimeofday,
+    libc::SYS_restart_syscall,
+    // Memory.
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    // Threads, and the end of the process.
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_getppid,
+    libc::SYS_getrusage,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_getrandom,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// The numbers of `ioctl`s: `BLKSSZGET`, `BLKPBSZGET`, `BLKGETSIZE64`, `BLKDISCARD`, `BLKZEROOUT`,
+/// `XFS_IOC_DIOINFO`, `FS_IOC_FSGETXATTR`, `FS_IOC_FSSETXATTR` and `FIONBIO`.
+const REQUESTS: [u64; 9] = [
+    0x1268,
+    0x127b,
+    0x8008_1272,
+    0x1277,
+    0x127f,
+    0x800c_581e,
+    0x801c_581f,
+    0x401c_5820,
+    libc::FIONBIO,
+];
+
+/// The commands of `fcntl`: descriptors, flags, and the locks of images.
+const COMMANDS: [libc::c_int; 7] = [
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_GETFD,
+    libc::F_SETFD,
+    libc::F_GETFL,
+    libc::F_SETFL,
+    libc::F_OFD_GETLK,
+    libc::F_OFD_SETLK,
 ];
 
 /// Returns the command that runs a program as `user`: `root` is an empty directory.
@@ -183,7 +243,7 @@ fn confine(matches: &ArgMatches) -> Result<(), Error> {
     // Changing the user has ended the effect of an earlier call. The parent waits for the program,
     // which writes its caches when it ends.
     rustix::process::set_parent_process_death_signal(Some(Signal::TERM)).step("prctl")?;
-    deny_system_calls()
+    filter_system_calls()
 }
 
 /// Fills the root directory, and makes it that of this process.
@@ -266,20 +326,39 @@ fn keep_one_capability(user: u32) -> rustix::io::Result<()> {
     thread::configure_capability_in_ambient_set(kept, true)
 }
 
-fn deny_system_calls() -> Result<(), Error> {
-    let mut rules: BTreeMap<_, _> = DENIED.iter().map(|call| (*call, vec![])).collect();
-    // New processes; threads are allowed.
+/// Allows the system calls of QEMU's programs. For any other the kernel says that it does not have
+/// it, so that a library that tries a new one uses the one before it.
+fn filter_system_calls() -> Result<(), Error> {
+    let rules = rules().step("seccomp")?;
+    install(rules, fail(libc::ENOSYS), SeccompAction::Allow).step("seccomp")
+}
+
+fn rules() -> Result<Rules, BackendError> {
+    let mut rules = filter::calls(SYSTEM_CALLS);
+    rules.insert(libc::SYS_ioctl, one_of(1, REQUESTS)?);
+    let commands = COMMANDS.map(i64::from).map(i64::unsigned_abs);
+    rules.insert(libc::SYS_fcntl, one_of(1, commands)?);
+    let options = [libc::PR_SET_NAME, libc::PR_SET_TIMERSLACK];
+    let options = options.map(i64::from).map(i64::unsigned_abs);
+    rules.insert(libc::SYS_prctl, one_of(0, options)?);
+    let local = i64::from(libc::AF_UNIX).unsigned_abs();
+    rules.insert(libc::SYS_socket, one_of(0, [local])?);
+    // Reads a limit, and changes none.
+    rules.insert(libc::SYS_prlimit64, masked(2, u64::MAX, 0)?);
+    // For abort.
+    let own = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, one_of(0, [own])?);
+    // Threads, and no processes.
     let thread = libc::CLONE_THREAD.unsigned_abs().into();
-    let operator = SeccompCmpOp::MaskedEq(thread);
-    let rule = SeccompCondition::new(0, Qword, operator, 0)
-        .and_then(|condition| SeccompRule::new(vec![condition]))
-        .step("seccomp")?;
-    rules.insert(libc::SYS_clone, vec![rule]);
-    let errno = |errno: i32| SeccompAction::Errno(errno.unsigned_abs());
-    // Has glibc use clone, whose flags can be checked.
-    let clone3 = [(libc::SYS_clone3, Vec::new())].into();
-    install(clone3, SeccompAction::Allow, errno(libc::ENOSYS))?;
-    install(rules, SeccompAction::Allow, errno(libc::EPERM))
+    rules.insert(libc::SYS_clone, masked(0, thread, thread)?);
+    // Libraries are mapped as code. No mapping is code that can be written.
+    let code = libc::PROT_EXEC.unsigned_abs().into();
+    let data = libc::PROT_WRITE.unsigned_abs().into();
+    let mut mappings = masked(2, code, 0)?;
+    mappings.extend(masked(2, data, 0)?);
+    rules.insert(libc::SYS_mmap, mappings);
+    rules.insert(libc::SYS_mprotect, masked(2, code, 0)?);
+    Ok(rules)
 }
 
 /// Runs the program. Returns only if that fails.
@@ -295,4 +374,80 @@ fn execute(matches: &ArgMatches) -> String {
         .env("PATH", PATH)
         .exec();
     format!("{} cannot be run: {error}", program.to_string_lossy())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::errno::Errno;
+    use nix::sys::ptrace;
+    use nix::unistd::Pid;
+    use std::net::TcpListener;
+    use std::os::unix::net::UnixListener;
+    use std::os::unix::net::UnixStream;
+
+    /// Returns what `call` returns in a thread with the filter.
+    fn filtered<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> T {
+        let limited = move || {
+            thread::set_no_new_privs(true).unwrap();
+            filter_system_calls().unwrap();
+            call()
+        };
+        std::thread::spawn(limited).join().unwrap()
+    }
+
+    #[test]
+    fn images_and_sockets_can_be_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, socket) = (dir.path().join("file"), dir.path().join("socket"));
+        let path = socket.clone();
+        let listener = filtered(move || {
+            fs::write(&file, "data").unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap(), "data");
+            std::thread::spawn(|| ()).join().unwrap();
+            UnixListener::bind(path).unwrap()
+        });
+        let client = UnixStream::connect(&socket).unwrap();
+        let accept = move || listener.accept().map(drop);
+        filtered(accept).unwrap();
+        drop(client);
+    }
+
+    #[test]
+    fn other_system_calls_are_unknown() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let directory = dir.path().join("directory");
+        let raw = |errno: Errno| io::Error::from(errno);
+        let tried: Vec<(_, io::Result<()>)> = filtered(move || {
+            let root = Some("/");
+            let flags = CloneFlags::CLONE_NEWUSER;
+            let limit = Rlimit {
+                current: None,
+                maximum: None,
+            };
+            vec![
+                ("run a program", Command::new("/bin/true").spawn().map(drop)),
+                ("connect", UnixStream::connect(path).map(drop)),
+                ("listen", TcpListener::bind("127.0.0.1:0").map(drop)),
+                ("create a directory", fs::create_dir(directory)),
+                ("trace", ptrace::attach(Pid::parent()).map_err(raw)),
+                ("change the root", chroot("/").map_err(io::Error::from)),
+                (
+                    "mount",
+                    mount(root, "/", root, MsFlags::MS_BIND, root).map_err(raw),
+                ),
+                ("create a namespace", unshare(flags).map_err(raw)),
+                (
+                    "raise a limit",
+                    setrlimit(Resource::Core, limit).map_err(io::Error::from),
+                ),
+            ]
+        });
+        for (what, result) in tried {
+            let error = result.expect_err(what).raw_os_error();
+            assert_eq!(error, Some(libc::ENOSYS), "{what}");
+        }
+    }
 }

@@ -34,6 +34,7 @@ mod control;
 pub mod device;
 mod disk;
 mod error;
+mod filter;
 mod handover;
 mod inflight;
 pub mod launch;

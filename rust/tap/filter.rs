@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Filters of system calls (seccomp), for the processes that are confined.
+
+use seccompiler::apply_filter;
+use seccompiler::BackendError;
+use seccompiler::BpfProgram;
+use seccompiler::SeccompAction;
+use seccompiler::SeccompCmpArgLen;
+use seccompiler::SeccompCmpArgLen::Dword;
+use seccompiler::SeccompCmpArgLen::Qword;
+use seccompiler::SeccompCmpOp;
+use seccompiler::SeccompCondition;
+use seccompiler::SeccompFilter;
+use seccompiler::SeccompRule;
+use std::collections::BTreeMap;
+
+/// System calls, each with the conditions of which one has to hold. Without conditions it matches
+/// with all arguments.
+pub(crate) type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// Returns rules that match these system calls with all arguments.
+pub(crate) fn calls(calls: &[libc::c_long]) -> Rules {
+    calls.iter().map(|call| (*call, Vec::new())).collect()
+}
+
+/// Returns conditions that hold for these values of an argument of 32 bits.
+pub(crate) fn one_of(
+    argument: u8,
+    values: impl IntoIterator<Item = u64>,
+) -> Result<Vec<SeccompRule>, BackendError> {
+    let rule = |value| condition(argument, Dword, SeccompCmpOp::Eq, value);
+    values.into_iter().map(rule).collect()
+}
+
+/// Returns a condition that holds if the bits of `mask` in an argument have this value.
+pub(crate) fn masked(
+    argument: u8,
+    mask: u64,
+    value: u64,
+) -> Result<Vec<SeccompRule>, BackendError> {
+    let rule = condition(argument, Qword, SeccompCmpOp::MaskedEq(mask), value)?;
+    Ok(vec![rule])
+}
+
+fn condition(
+    argument: u8,
+    length: SeccompCmpArgLen,
+    operator: SeccompCmpOp,
+    value: u64,
+) -> Result<SeccompRule, BackendError> {
+    let condition = SeccompCondition::new(argument, length, operator, value)?;
+    SeccompRule::new(vec![condition])
+}
+
+/// Applies a filter to the calling thread and all that it starts: `action` for the system calls
+/// that match, and `otherwise` for the others.
+pub(crate) fn install(
+    rules: Rules,
+    otherwise: SeccompAction,
+    action: SeccompAction,
+) -> Result<(), seccompiler::Error> {
+    let arch = std::env::consts::ARCH.try_into()?;
+    let program: BpfProgram = SeccompFilter::new(rules, otherwise, action, arch)?.try_into()?;
+    apply_filter(&program)
+}
+
+/// Returns the action that lets a system call fail.
+pub(crate) fn fail(errno: i32) -> SeccompAction {
+    SeccompAction::Errno(errno.unsigned_abs())
+}
