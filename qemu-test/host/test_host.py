@@ -322,7 +322,8 @@ def test_full_directory(system: System) -> None:
     attach = f"xl block-attach {system.guest.name} '{disk.specification(system.host)}'"
     status, output = system.run(attach)
     assert status != 0, output
-    assert "No space left on device" in system.journal()
+    assert "No space left on device" in output, output
+    assert "make room in its file system" in output, output
     system.run(f"xl block-detach {system.guest.name} {disk.vdev}")
     system.sh("systemctl restart rblkd")
     system.wait_ready()

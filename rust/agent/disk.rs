@@ -70,6 +70,8 @@ struct Replacement {
 /// A disk.
 pub struct Disk {
     record: Record,
+    /// The record as it was written last.
+    written: Option<Record>,
     process: Option<Process>,
     /// When the process was started or adopted.
     started: Instant,
@@ -108,11 +110,19 @@ impl Disk {
         if backend.state == backend::INITIALISING {
             return Self::with_process(record, None, now);
         }
-        Self::adopt(record, run, program, now)
+        Self::find(record, run, program, now)
     }
 
     /// Takes a disk over from an earlier `rblkd`, with its process if that still runs.
-    pub fn adopt(mut record: Record, run: &RunDir, program: &Path, now: Instant) -> Self {
+    pub fn adopt(record: Record, run: &RunDir, program: &Path, now: Instant) -> Self {
+        let written = record.clone();
+        let mut disk = Self::find(record, run, program, now);
+        disk.written = Some(written);
+        disk
+    }
+
+    /// Returns a disk with its process, if that still runs.
+    fn find(mut record: Record, run: &RunDir, program: &Path, now: Instant) -> Self {
         let process = match record.phase {
             Phase::Opening { pid, start_time } | Phase::Running { pid, start_time } => {
                 Process::adopt(pid, start_time)
@@ -135,6 +145,7 @@ impl Disk {
     fn with_process(record: Record, process: Option<Process>, now: Instant) -> Self {
         Self {
             record,
+            written: None,
             process,
             started: now,
             ended: None,
@@ -179,7 +190,26 @@ impl Disk {
     }
 
     /// Checks the state of the disk, and takes the next step.
+    ///
+    /// An error leaves the disk as it is; the next update does what this one has not done.
     pub fn update(&mut self, cx: &mut Context<'_>) -> io::Result<Next> {
+        let next = self.take_step(cx)?;
+        if next != Next::Forget {
+            self.write_record(cx.run)?;
+        }
+        Ok(next)
+    }
+
+    /// Writes the record if it has changed since it was written.
+    fn write_record(&mut self, run: &RunDir) -> io::Result<()> {
+        if self.written.as_ref() != Some(&self.record) {
+            run.write_record(&self.record)?;
+            self.written = Some(self.record.clone());
+        }
+        Ok(())
+    }
+
+    fn take_step(&mut self, cx: &mut Context<'_>) -> io::Result<Next> {
         self.notice_end(cx)?;
         let disk = self.record.disk;
         let Some(backend) = backend::read(cx.store, disk)? else {
@@ -191,7 +221,7 @@ impl Disk {
         }
         match backend.state {
             backend::CLOSED => self.forget(cx),
-            backend::CLOSING if self.refused || self.failures >= CLOSING_TRIES => {
+            backend::CLOSING if self.has_nothing_to_end(&backend) => {
                 backend::change_state(cx.store, disk, backend::CLOSING, backend::CLOSED)?;
                 #[cfg(test)]
                 crate::crash::point("closed");
@@ -204,6 +234,11 @@ impl Disk {
             }
             _ => self.start_when_due(&backend, cx),
         }
+    }
+
+    /// Returns `true` if no process is needed to detach the disk: none has served it, or none can.
+    fn has_nothing_to_end(&self, backend: &Backend) -> bool {
+        self.refused || self.failures >= CLOSING_TRIES || backend.process.is_none()
     }
 
     /// Returns `true` if the disk is being attached: the toolstack waits until it is served.
@@ -235,7 +270,7 @@ impl Disk {
             };
         }
         self.ended = Some(reason.clone());
-        cx.run.write_record(&self.record)?;
+        self.write_record(cx.run)?;
         if let Some(failed) = failed {
             // A client that has left does not need it.
             let _ = failed.send(reason);
@@ -285,7 +320,7 @@ impl Disk {
             Phase::Opening { pid, start_time } if backend.process == Some(pid) => {
                 self.announced = false;
                 self.record.phase = Phase::Running { pid, start_time };
-                cx.run.write_record(&self.record)?;
+                self.write_record(cx.run)?;
                 #[cfg(test)]
                 crate::crash::point("open recorded");
                 Ok(())
@@ -318,7 +353,10 @@ impl Disk {
         #[cfg(test)]
         crate::crash::point("error written");
         self.record.phase = Phase::Failed { cause };
-        cx.run.write_record(&self.record)?;
+        if let Err(error) = self.write_record(cx.run) {
+            // The script takes the cause from xenstore then.
+            eprintln!("{disk}: {error}");
+        }
         #[cfg(test)]
         crate::crash::point("refusal recorded");
         // The hotplug script, which runs in this state, reads the record.
@@ -340,12 +378,17 @@ impl Disk {
         if self.ended.take().is_some() {
             self.record.restarts = self.record.restarts.saturating_add(1);
         }
-        self.start(cx)
+        self.start(backend, cx)
     }
 
-    fn start(&mut self, cx: &mut Context<'_>) -> io::Result<Next> {
+    fn start(&mut self, backend: &Backend, cx: &mut Context<'_>) -> io::Result<Next> {
         self.record.phase = Phase::Starting;
-        cx.run.write_record(&self.record)?;
+        match self.write_record(cx.run) {
+            Err(error) if backend.state == backend::INITIALISING => {
+                return self.refuse(cx, error.to_string());
+            }
+            written => written?,
+        }
         #[cfg(test)]
         crate::crash::point("recorded");
         self.started = cx.now;
@@ -360,7 +403,7 @@ impl Disk {
                 if let Some(replacement) = &mut self.replacement {
                     replacement.started = true;
                 }
-                cx.run.write_record(&self.record)?;
+                self.write_record(cx.run)?;
                 #[cfg(test)]
                 crate::crash::point("process recorded");
             }

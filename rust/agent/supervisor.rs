@@ -61,6 +61,8 @@ impl Commands {
 struct Entry {
     disk: Disk,
     due: Option<Instant>,
+    /// The error of the last update, which is reported once.
+    error: Option<String>,
 }
 
 /// All disks.
@@ -189,6 +191,7 @@ impl Supervisor {
             Ok(Next::Wait(due)) => {
                 if let Some(entry) = self.disks.get_mut(&disk) {
                     entry.due = due;
+                    entry.error = None;
                 }
             }
             Ok(Next::Forget) => {
@@ -196,12 +199,19 @@ impl Supervisor {
                     self.share_quota(disk.domid, None);
                 }
             }
-            Err(error) => {
-                eprintln!("{disk}: {error}; it is tried again");
-                if let Some(entry) = self.disks.get_mut(&disk) {
-                    entry.due = Some(now + RETRY);
-                }
-            }
+            Err(error) => self.retry(disk, &error.to_string(), now),
+        }
+    }
+
+    /// Has a disk updated again after an error.
+    fn retry(&mut self, disk: DiskId, error: &str, now: Instant) {
+        let entry = self.disks.get_mut(&disk);
+        let known = entry.is_some_and(|entry| {
+            entry.due = Some(now + RETRY);
+            entry.error.replace(error.to_owned()).as_deref() == Some(error)
+        });
+        if !known {
+            eprintln!("{disk}: {error}; it is tried again every second");
         }
     }
 
@@ -229,10 +239,10 @@ impl Supervisor {
         let entry = Entry {
             disk: Disk::new(disk, &backend, &self.run, &self.program, now),
             due: None,
+            error: None,
         };
         if entry.disk.process().is_some() {
             eprintln!("{disk}: its record was lost; the process that serves it was found");
-            self.run.write_record(entry.disk.record())?;
         }
         self.disks.insert(disk, entry);
         self.share_quota(disk.domid, Some(disk));
@@ -286,12 +296,13 @@ fn adopt(run: &RunDir, program: &Path) -> io::Result<BTreeMap<DiskId, Entry>> {
     let now = Instant::now();
     let mut disks = BTreeMap::new();
     for record in run.records()? {
-        let disk = Disk::adopt(record.clone(), run, program, now);
-        if *disk.record() != record {
-            run.write_record(disk.record())?;
-        }
-        let due = Some(now);
-        disks.insert(record.disk, Entry { disk, due });
+        let id = record.disk;
+        let entry = Entry {
+            disk: Disk::adopt(record, run, program, now),
+            due: Some(now),
+            error: None,
+        };
+        disks.insert(id, entry);
     }
     Ok(disks)
 }
@@ -598,6 +609,27 @@ mod tests {
         assert_eq!(rig.record().phase.pid(), Some(process.pid()));
         assert_eq!(rig.record().image, "serve");
         assert!(!process.has_ended());
+    }
+
+    #[test]
+    fn a_disk_that_cannot_be_recorded_is_refused_and_ended() {
+        let (host, dir) = (Host::new(), tempfile::tempdir().unwrap());
+        // The name of the new record is taken by a directory.
+        let new = dir.path().join("5-51712.json.new");
+        fs::create_dir(&new).unwrap();
+        let mut store = host.xenstore().unwrap();
+        let state = format!("{}/state", backend::path(DISK));
+        store.write(&state, "1").unwrap();
+        let (mut supervisor, _commands) = supervisor(&host, &dir);
+        while supervisor.step(Instant::now()).unwrap() {}
+        let error = format!("error/{}/error", backend::path(DISK));
+        let cause = store.read_text(&error).unwrap().unwrap();
+        assert!(cause.contains("5-51712.json"), "{cause}");
+        assert_eq!(store.read_text(&state).unwrap().as_deref(), Some("2"));
+        store.write(&state, "5").unwrap();
+        while supervisor.step(Instant::now()).unwrap() {}
+        assert_eq!(store.read_text(&state).unwrap().as_deref(), Some("6"));
+        assert!(supervisor.disks.is_empty());
     }
 
     #[test]

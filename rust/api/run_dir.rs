@@ -6,7 +6,7 @@ use crate::agent::Record;
 use crate::disk::DiskId;
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// The directory that `rblkd`, `rblktap` and `rblk` share, normally [`RunDir::DEFAULT`].
@@ -79,14 +79,30 @@ impl RunDir {
 
     /// Writes a disk's record, in place of an earlier one.
     ///
-    /// A reader finds the earlier one or the new one, also after a kill at any moment.
+    /// A reader finds the earlier one or the new one, also after a kill at any moment. An error
+    /// names the file, and what to do if its file system is full.
     pub fn write_record(&self, record: &Record) -> io::Result<()> {
+        let path = self.record(record.disk);
+        self.replace_record(&path, record).map_err(|error| {
+            let remedy = match error.kind() {
+                io::ErrorKind::StorageFull => "; make room in its file system",
+                _ => "",
+            };
+            let text = format!("{}: {error}{remedy}", path.display());
+            io::Error::new(error.kind(), text)
+        })
+    }
+
+    fn replace_record(&self, path: &Path, record: &Record) -> io::Result<()> {
+        let mut text = serde_json::to_vec(record)?;
+        text.push(b'\n');
         let new = self.file(record.disk, "json.new");
-        let mut file = fs::File::create(&new)?;
-        file.write_all(&serde_json::to_vec(record)?)?;
-        file.write_all(b"\n")?;
-        drop(file);
-        fs::rename(new, self.record(record.disk))
+        let replaced = fs::write(&new, text).and_then(|()| fs::rename(&new, path));
+        if replaced.is_err() {
+            // The first error is the one to report.
+            let _ = fs::remove_file(new);
+        }
+        replaced
     }
 
     /// Reads all records, in the order of the disks. Files that are no records are left out.

@@ -9,7 +9,7 @@
 
 use crate::exit::{io_failure, Error};
 use crate::outcome;
-use api::{DiskId, Failure, RunDir};
+use api::{DiskId, Failure, FailureKind, RunDir};
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use xen_user::xenstore::{Nodes, Xenstore};
@@ -56,7 +56,13 @@ fn add(
     dir: &str,
     disk: Result<DiskId, Failure>,
 ) -> Result<(), Failure> {
-    let result = disk.and_then(|disk| outcome::await_attached(run, disk));
+    let result = disk.and_then(|disk| {
+        let attached = outcome::await_attached(run, disk);
+        attached.map_err(|failure| match failure.kind {
+            FailureKind::NoAnswer => outcome::reported(nodes, disk).unwrap_or(failure),
+            _ => failure,
+        })
+    });
     let (node, value, status) = match &result {
         Ok((record, _)) => {
             let path = run.nbd_socket(record.disk).display().to_string();
@@ -106,6 +112,18 @@ mod tests {
         let mut read = |node| store.read_text(&format!("{DIR}/{node}")).unwrap().unwrap();
         assert_eq!(read("hotplug-status"), "connected");
         assert!(read("physical-device-path").ends_with("/5-51712.nbd"));
+    }
+
+    #[test]
+    fn the_reason_of_a_disk_without_a_record_is_in_xenstore() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = Host::new().xenstore().unwrap();
+        let reason =
+            "/run/rblk/5-51712.json: No space left on device; make room in its file system";
+        store.write(&format!("error/{DIR}/error"), reason).unwrap();
+        add(&RunDir::new(dir.path()), &mut store, DIR, Ok(DISK)).unwrap_err();
+        let error = store.read_text(&format!("{DIR}/hotplug-error")).unwrap();
+        assert_eq!(error.as_deref(), Some(reason));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use api::{DiskId, Failure, FailureKind, Phase, Record, RunDir};
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
+use xen_user::xenstore::Nodes;
 
 /// Limit for `rblkd`, which refuses a disk whose image is not open after 30 seconds. libxl kills
 /// the script after 40 seconds.
@@ -81,6 +82,13 @@ fn refused(reason: &str) -> Failure {
         .rsplit_once("; ")
         .unwrap_or((reason, "see the messages of rblkd"));
     Failure::new(FailureKind::Failed, cause, remedy)
+}
+
+/// Returns the reason that `rblkd` has written to xenstore for a disk that it could not record.
+pub fn reported(nodes: &mut impl Nodes, disk: DiskId) -> Option<Failure> {
+    let node = format!("error/backend/vbd3/{disk}/error");
+    let reason = nodes.read_text(&node).ok().flatten()?;
+    Some(refused(&reason))
 }
 
 fn unknown(disk: DiskId) -> Failure {

@@ -138,12 +138,23 @@ fn check(left: Left, state: Option<&str>) {
         store.write("backend/vbd3/5/51712/state", state).unwrap();
     }
     let before = leave(&run, left).map(|process| process.pid());
+    let was_served = matches!(left, Left::Dead | Left::Alive);
+    if was_served && state.is_some() {
+        let pid = run.read_record(DISK).unwrap().unwrap().phase.pid();
+        let node = "backend/vbd3/5/51712/kthread-pid";
+        store.write(node, &pid.unwrap().to_string()).unwrap();
+    }
     let (mut next, _commands) = supervisor(&host, &dir);
     let is_forgotten = || run.records().unwrap().is_empty();
     match state {
         // It is undone. A process that runs ends by itself, and is killed if it does not.
         None => settle(&mut next, 100, &what, is_forgotten),
         Some("6") if before.is_none() => settle(&mut next, 1, &what, is_forgotten),
+        // No process has ever served it.
+        Some("5") if before.is_none() && !was_served => {
+            settle(&mut next, 1, &what, is_forgotten);
+            assert_eq!(store.read_text(STATE).unwrap().as_deref(), Some("6"));
+        }
         // It is completed, by the process that runs if there is one.
         Some(_) => {
             settle(&mut next, 1, &what, || recorded(&run).is_some());
