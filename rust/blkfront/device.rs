@@ -134,6 +134,9 @@ use crate::{
 pub(crate) enum Disposition {
     /// They are requeued for the next connection.
     Requeue,
+    /// They are requeued, because some of them got no response in time. Those fail if that is the
+    /// second time.
+    RequeueStalled,
     /// They end with an error.
     Fail,
 }
@@ -217,6 +220,10 @@ pub(crate) struct Device {
     generation: u32,
     /// `true` if it was logged that the backend does not respond, and it still does not.
     stall_reported: bool,
+    /// `true` while the connection is closed because requests got no response.
+    closing_stalled: bool,
+    /// `true` if the state of the backend could not be read, and has to be read again.
+    backend_unread: bool,
 }
 
 impl Device {
@@ -255,6 +262,8 @@ impl Device {
             still_granted: KVVec::new(),
             generation: 0,
             stall_reported: false,
+            closing_stalled: false,
+            backend_unread: false,
         }
     }
 
@@ -273,6 +282,9 @@ impl Device {
     /// Called at least once after the device was bound. A device that is being removed takes no
     /// step, but records the state.
     pub(crate) fn backend_changed(&mut self, state: xenbus::OtherendState) {
+        let Some(state) = self.confirm_state(state) else {
+            return;
+        };
         if matches!(self.state, FrontState::Waiting | FrontState::Removed) {
             // The node may be out of date: an earlier unbind has left Closed in it, and a restore
             // has set the device to Initialising, even if its disk is dead.
@@ -290,11 +302,28 @@ impl Device {
         ));
     }
 
-    /// Tries again to connect, or to write the state.
+    /// Returns the state of the backend, or `None` if it cannot be read now.
+    ///
+    /// Xenbus reports Unknown also if it has failed to read the state.
+    fn confirm_state(&mut self, state: xenbus::OtherendState) -> Option<xenbus::OtherendState> {
+        let read = match state {
+            Ok(XenbusState::Unknown) => self.xbdev.read_driver_state(&self.backend),
+            known => Ok(known),
+        };
+        self.backend_unread = read.is_err();
+        if let Err(error) = read {
+            self.schedule_retry(error, "cannot read the state of the backend");
+        }
+        read.ok()
+    }
+
+    /// Tries again to connect, to read the state of the backend, or to write that of the device.
     ///
     /// Context: the `xenwatch` thread.
     pub(crate) fn retry(&mut self) {
-        if self.state == FrontState::Waiting {
+        if self.backend_unread {
+            self.backend_changed(Ok(XenbusState::Unknown));
+        } else if self.state == FrontState::Waiting {
             self.backend_changed(self.backend_state);
         } else if self.state_unwritten {
             self.write_state();
@@ -405,14 +434,16 @@ impl Device {
 
     /// Detaches the disk if the detach was deferred and is possible now.
     ///
-    /// Forgets the detach if the toolstack has withdrawn it. This takes no other step than the
-    /// removal, because it runs in the device worker.
+    /// Forgets the detach if the toolstack has withdrawn it.
     pub(crate) fn retry_detach(&mut self) {
         if !self.is_detach_deferred() {
             return;
         }
         match xenstore::is_online(&self.backend) {
-            Ok(true) => self.detach_deferred = false,
+            Ok(true) => {
+                self.detach_deferred = false;
+                self.reconnect_after_detach();
+            }
             // A detach does not depend on the state of the backend.
             Ok(false) => self.handle_event(FrontEvent::Backend {
                 state: XenbusState::Closing,
@@ -421,6 +452,19 @@ impl Device {
             }),
             // The device worker calls this again.
             Err(_) => {}
+        }
+    }
+
+    /// Takes the step for the Closing of a detach that was withdrawn: the device connects again.
+    ///
+    /// That step leads from Connected to Closed, so the device worker may take it.
+    fn reconnect_after_detach(&mut self) {
+        if self.state == FrontState::Connected && self.backend_state == Ok(XenbusState::Closing) {
+            self.handle_event(FrontEvent::Backend {
+                state: XenbusState::Closing,
+                online: true,
+                disk: self.disk.is_some(),
+            });
         }
     }
 
@@ -434,10 +478,13 @@ impl Device {
         if error == ENOSPC {
             self.shortage.ask();
         }
+        self.schedule_retry(error, describe(action));
+    }
+
+    /// Schedules a retry, and reports `what` has failed.
+    fn schedule_retry(&mut self, error: Error, what: &str) {
         if self.retry.postpone(error) {
-            ratelimited!(self
-                .xbdev
-                .dev_error(error, fmt!("{}: trying again", describe(action))));
+            ratelimited!(self.xbdev.dev_error(error, fmt!("{what}: trying again")));
         }
         // The device worker has to compute its sleep time again.
         self.wakeup.set(WakeReason::Backend);
@@ -462,7 +509,7 @@ impl Device {
                 Ok(())
             }
             FrontAction::Reset | FrontAction::Restart => {
-                self.stop_sharing(Disposition::Requeue);
+                self.stop_sharing(self.requeue());
                 self.end_stale_grants();
                 Ok(())
             }
@@ -923,7 +970,9 @@ impl Device {
             ETIMEDOUT,
             fmt!("the backend does not respond: closing the connection, requests wait for the next one"),
         ));
+        self.closing_stalled = true;
         self.handle_event(FrontEvent::ConnectionFailed);
+        self.closing_stalled = false;
     }
 
     /// Logs that requests wait for a backend that does not respond.
@@ -939,6 +988,15 @@ impl Device {
     fn is_connected(&self) -> bool {
         self.state
             .is_connected(self.backend_state.unwrap_or(XenbusState::Unknown))
+    }
+
+    /// Returns the treatment of requests whose connection ends and may be followed by another one.
+    fn requeue(&self) -> Disposition {
+        if self.closing_stalled {
+            Disposition::RequeueStalled
+        } else {
+            Disposition::Requeue
+        }
     }
 
     /// Closes event channels, and ends or requeues requests.
@@ -1225,10 +1283,12 @@ fn complete_or_requeue(
     disposition: Disposition,
 ) {
     let status = pending.final_status();
-    let stalled = pending.has_stalled();
+    let stalled = matches!(disposition, Disposition::RequeueStalled) && pending.has_stalled();
     match (pending.end_grants(), status, disposition) {
         (Ok(rq), Some(status), _) => end(rq, status),
-        (Ok(rq), None, Disposition::Requeue) if !(stalled && rq.data().stalled) => {
+        (Ok(rq), None, Disposition::Requeue | Disposition::RequeueStalled)
+            if !(stalled && rq.data().stalled) =>
+        {
             requeue(rq, stalled);
         }
         (Ok(rq), None, _) => end(rq, BlkStatus::IOERR),

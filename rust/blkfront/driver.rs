@@ -69,6 +69,8 @@ pub(crate) struct VbdDriver {
 
 impl VbdDriver {
     fn new(dev: &xenbus::Device<Core<'_>>) -> Result<Self> {
+        // The `xenwatch` thread probes devices, and memory reclaim may need it to reconnect a disk.
+        let _noio = NoioScope::new();
         let xbdev: ARef<xenbus::Device> = dev.into();
         let vdev = xenstore::virtual_device(&xbdev)
             .inspect_err(|error| dev.dev_fatal(*error, fmt!("reading virtual-device")))?;

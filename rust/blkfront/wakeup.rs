@@ -166,7 +166,7 @@ impl DeviceWakeup {
         match timeout {
             // The caller checks the reasons after a timeout, too.
             Some(timeout) => {
-                let _ = self.wait.wait_timeout(timeout, any);
+                self.wait.wait_idle_timeout(timeout, any);
             }
             None => self.wait.wait_idle(any),
         }

@@ -33,6 +33,8 @@
 //! The disk is added, written back and marked dead by other threads, because these operations wait
 //! for I/O. So a backend that does not respond cannot keep the worker from ending the I/O.
 
+use core::mem;
+
 use kernel::{
     new_mutex,
     prelude::*,
@@ -127,8 +129,9 @@ impl WatchHandler for DeviceWorker {
     /// A new watch fires once, in the `xenwatch` thread.
     fn changed(&self) {
         let _noio = NoioScope::new();
-        self.device.lock().retry();
+        // Before the attempt: if that fails, the next one needs another watch.
         let watch = self.retry_watch.lock().take();
+        self.device.lock().retry();
         drop(watch);
     }
 }
@@ -278,13 +281,22 @@ impl DeviceWorker {
         self.device.lock().close_stalled();
     }
 
+    /// Handles lost events if a wait for responses is half over, unless it has done so before.
+    fn check_rings_once(&self, checked: &mut bool, half_over: bool) {
+        if half_over && !mem::replace(checked, true) {
+            self.check_rings();
+        }
+    }
+
     /// Removes a disk whose backend has been disconnected for too long.
     ///
     /// `disconnected_since` is the time when the backend was first found disconnected, or `None`
     /// while it is connected.
     fn check_outage(&self, disconnected_since: &mut Option<Instant<Monotonic>>) {
         let mut device = self.device.lock();
-        if device.is_connected_or_dead() {
+        // While a detach is deferred, the toolstack has written Closing, and the backend serves.
+        let served = device.is_detach_deferred() && device.is_served();
+        if served || device.is_connected_or_dead() {
             *disconnected_since = None;
             return;
         }
@@ -357,12 +369,18 @@ impl DeviceWorker {
     /// Returns `false` if the backend no longer serves the disk.
     fn await_removal(&self, remove_thread: &KThread) -> bool {
         let mut last = (self.device.lock().responses(), Instant::<Monotonic>::now());
+        let mut checked = false;
         while !remove_thread.join(msecs_to_jiffies(SYNC_POLL_MS)) {
+            let waited = last.1.elapsed().as_millis();
+            if waited < params::detach_timeout_ms() {
+                self.check_rings_once(&mut checked, waited >= params::detach_timeout_ms() / 2);
+            }
             let device = self.device.lock();
             let responses = device.responses();
             // The backend is not at fault while no request waits for it.
             if responses != last.0 || device.is_idle() {
                 last = (responses, Instant::now());
+                checked = false;
             }
             if !device.is_served() {
                 let name = device.name();
@@ -387,7 +405,10 @@ impl DeviceWorker {
     /// Waits for the responses to the requests in flight.
     fn drain(&self) {
         let start = Instant::<Monotonic>::now();
+        let mut checked = false;
         while !self.device.lock().is_drained() {
+            let waited = start.elapsed().as_millis();
+            self.check_rings_once(&mut checked, waited >= DRAIN_TIMEOUT_MS / 2);
             if start.elapsed().as_millis() >= DRAIN_TIMEOUT_MS {
                 let device = self.device.lock();
                 let name = device.name();
