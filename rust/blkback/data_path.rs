@@ -705,9 +705,10 @@ impl DataPath {
         if self.to_unmap.len() == self.to_unmap.capacity() {
             self.unmap_queued();
         }
+        // Most may be busy. If there is no memory for more, the push below fails.
+        let _ = self.to_unmap.reserve(1, GFP_NOWAIT);
         if self.to_unmap.push_within_capacity(page).is_err() {
-            // All are busy, and there is no space. Dropping the page waits up to ten seconds until
-            // it is not busy, and leaks it if it still is.
+            // Dropping the page unmaps it, or leaks it if it is busy.
             self.mapped_now = self.mapped_now.wrapping_sub(1);
         }
     }
@@ -760,7 +761,7 @@ impl DataPath {
 
     /// Unmaps all cached pages.
     ///
-    /// Returns `true` if there were any.
+    /// Returns `true` if a page was unmapped.
     pub(crate) fn unmap_all_cached(&mut self) -> bool {
         let before = self.mapped_now;
         self.unmap_unused_for(0);
@@ -803,11 +804,11 @@ impl DataPath {
 
     /// Returns the time after which to call [`Self::purge_unused`].
     ///
-    /// Returns `None` if no page is cached, and none will be when the `in_flight` requests have
-    /// completed.
+    /// Returns `None` if no page is cached or waits to be unmapped, and none will be when the
+    /// `in_flight` requests have completed.
     pub(crate) fn purge_delay(&self, in_flight: usize) -> Option<Jiffies> {
         let grants = self.persistent_grants.as_ref()?;
-        if grants.is_empty() && in_flight == 0 {
+        if grants.is_empty() && self.to_unmap.is_empty() && in_flight == 0 {
             return None;
         }
         unused_timeout()
@@ -823,6 +824,8 @@ fn unused_timeout() -> Option<Jiffies> {
 impl Drop for DataPath {
     fn drop(&mut self) {
         self.unmap_unused_for(0);
+        MappedPage::wait_until_unused(&self.to_unmap);
+        self.unmap_queued();
     }
 }
 

@@ -176,6 +176,9 @@ const RETRY_MS: u32 = 100;
 /// Longest delay of a retry, in milliseconds.
 const MAX_RETRY_MS: u32 = 10_000;
 
+/// Name of a wait, in the error of an attempt to connect that has to wait.
+const LAST_QUEUES: &str = "waiting for the queues of the last attempt to connect";
+
 /// Number of failures after which the delay has reached its maximum.
 const MAX_FAILURES: u32 = 8;
 
@@ -490,6 +493,11 @@ impl Device {
             BackAction::Disconnect if self.stop_queues(&mut inner) => Step::WaitForThreads,
             BackAction::Open if self.throttle(&mut inner) => Step::None,
             BackAction::Open => Step::Open,
+            BackAction::Connect if self.has_threads() => {
+                // Their rings are mapped and their event channels bound until they end.
+                self.schedule_retry(&mut inner, &ConnectError::Local(LAST_QUEUES, EAGAIN));
+                Step::None
+            }
             BackAction::Connect if self.throttle(&mut inner) => Step::None,
             BackAction::Connect => inner.disk.clone().map_or(Step::None, Step::Connect),
             _ => self.run_action(&mut inner, action),
@@ -697,9 +705,9 @@ impl Device {
                 // Threads that were started have taken no request, and end at once. Until then the
                 // next attempt cannot bind their event channels.
                 self.wait_for_threads(SHORT_TIMEOUT_MS);
+                step
             }
         }
-        step
     }
 
     /// Connects to the frontend, if the page cache of the disk was `written` back.
@@ -737,7 +745,7 @@ impl Device {
     }
 
     /// Allows the threads of a connection to take requests.
-    fn start_serving(&self, disk: &Disk, connection: u64) {
+    fn start_serving(&self, disk: &Disk, connection: u64) -> Step {
         // A second time, because programs of this domain may have written to the disk before the
         // frontend saw Connected.
         match self.drop_page_cache(disk) {
@@ -747,15 +755,32 @@ impl Device {
                 "programs of this domain keep pages of the disk in use: what they write to them may \
                  overwrite data of the guest: stop them\n"
             )),
-            Err(error) => dev_err!(
-                self.xbdev.as_ref(),
-                "cannot write back the page cache of the disk: {error:?}: the guest may read old \
-                 data: detach the disk and check it\n"
-            ),
+            Err(error) => return self.connect_again(error),
         }
         // Release: pairs with the acquire in `wait_until_served`.
         self.served_connection.store(connection, Release);
         self.wait.wake_up();
+        Step::None
+    }
+
+    /// Ends a connection whose threads have taken no request, because the page cache of the disk
+    /// could not be written back; another one follows.
+    ///
+    /// If the disk were served, the pages could be written later, over data of the guest.
+    fn connect_again(&self, error: Error) -> Step {
+        let _noio = NoioScope::new();
+        let mut inner = self.inner.lock();
+        if inner.back != BackState::Connected {
+            return Step::Again;
+        }
+        ratelimited!(dev_err!(
+            self.xbdev.as_ref(),
+            "cannot write back the page cache of the disk: {error:?}: connecting again\n"
+        ));
+        if self.stop_queues(&mut inner) {
+            return Step::WaitForThreads;
+        }
+        self.run_action(&mut inner, BackAction::Disconnect)
     }
 
     /// Writes back and drops the page cache of the disk, see [`Disk::drop_page_cache`].

@@ -277,12 +277,19 @@ impl PageQuota {
 
     /// Reserves pages, if there are enough left.
     fn try_reserve(&self, pages: usize) -> bool {
-        let reserved = self.reserved.fetch_add(pages, Relaxed).wrapping_add(pages);
-        let enough = reserved <= self.limit.load(Relaxed);
-        if !enough {
-            self.reserved.fetch_sub(pages, Relaxed);
+        let limit = self.limit.load(Relaxed);
+        let mut reserved = self.reserved.load(Relaxed);
+        loop {
+            let sum = reserved.wrapping_add(pages);
+            if sum > limit {
+                return false;
+            }
+            // An attempt that fails changes nothing, so it takes no pages from another queue.
+            match self.reserved.cmpxchg(reserved, sum, Relaxed) {
+                Ok(_) => return true,
+                Err(found) => reserved = found,
+            }
         }
-        enough
     }
 
     /// Begins or extends a shortage, because a queue did not get its guarantee.

@@ -19,8 +19,8 @@
 //! Requests that were not started stay in the ring for the next backend.
 //!
 //! A request that lacks memory or mappings is deferred, and the requests behind it stay in the
-//! ring. It is retried when a request of the queue has completed, when other queues have returned
-//! pages, and by a timer. It never fails for that reason; it waits until the shortage or the
+//! ring. It is retried when a request of the queue has completed, whenever the thread wakes up for
+//! another reason, and by a timer. It never fails for that reason; it waits until the shortage or the
 //! connection ends.
 
 use kernel::{
@@ -105,6 +105,9 @@ use crate::{
 
 /// Poll interval while pages of a completed request are still in use elsewhere, in milliseconds.
 const BUSY_POLL_MS: u32 = 5;
+
+/// Number of times that the ring is served before the thread does its other work.
+const MAX_PASSES: usize = 64;
 
 /// Delays between attempts to start a deferred request, in milliseconds.
 const RETRIES: Backoff = Backoff::new(10, 500);
@@ -286,13 +289,14 @@ impl Queue {
         self.in_flight == 0 && matches!(self.barrier, BarrierState::None)
     }
 
-    /// Does all pending work.
+    /// Serves the ring until it is empty, but for at most [`MAX_PASSES`], because the thread has
+    /// other work too. Then `pending` is set.
     ///
     /// Returns `true` if a request was taken from the ring, or if a deferred request or a barrier
     /// holds requests back: then the event was not spurious.
     fn run(&mut self, thread: &Current) -> bool {
         let mut took_any = self.is_blocked();
-        loop {
+        for _ in 0..MAX_PASSES {
             let stopping = thread.should_stop();
             let took = self.start_requests(stopping);
             let completed = self.complete_all();
@@ -309,6 +313,9 @@ impl Queue {
             }
             thread.cond_resched();
         }
+        self.wakeup.set_pending();
+        thread.try_to_freeze();
+        took_any
     }
 
     /// Returns `true` if no request may be taken because of a barrier of this or another queue.

@@ -67,7 +67,7 @@ const READ_WITHOUT_DATA: WireRequest = WireRequest::Rw(RwRequest {
 });
 
 impl Queue {
-    /// Takes and starts all requests that can be started now.
+    /// Takes and starts the requests that can be started now, at most a full ring.
     ///
     /// Returns `true` if a request was taken, or if the deferred one was started.
     pub(crate) fn start_requests(&mut self, stopping: bool) -> bool {
@@ -81,8 +81,11 @@ impl Queue {
         took
     }
 
-    /// Starts the deferred request, and takes and starts all requests in the ring, until one is
+    /// Starts the deferred request, and takes and starts the requests in the ring, until one is
     /// deferred.
+    ///
+    /// Takes no more than fit into the ring, because a frontend that reuses the slots of refused
+    /// requests could otherwise keep the thread here.
     ///
     /// Returns `true` if a request was taken, or if the deferred one was started.
     fn take_requests(&mut self, stopping: bool, limits: &DiskLimits) -> bool {
@@ -96,7 +99,9 @@ impl Queue {
         }
         // One buffer is reused for all requests, because a request is large.
         let mut wire = READ_WITHOUT_DATA;
-        while self.accepts_requests(stopping) {
+        let mut left = self.ring.as_ref().map_or(0, |ring| ring.capacity());
+        while left != 0 && self.accepts_requests(stopping) {
+            left = left.wrapping_sub(1);
             let Some(ring) = self.ring.as_mut() else {
                 break;
             };

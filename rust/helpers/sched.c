@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
+#include <linux/freezer.h>
 #include <linux/ioprio.h>
 #include <linux/sched.h>
 #include <linux/sched/mm.h>
@@ -8,6 +9,11 @@
 void rust_helper_cond_resched(void)
 {
 	cond_resched();
+}
+
+bool rust_helper_try_to_freeze(void)
+{
+	return try_to_freeze();
 }
 
 unsigned int rust_helper_memalloc_noio_save(void)

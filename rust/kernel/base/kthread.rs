@@ -90,6 +90,13 @@ impl Current {
         // a bug that lockdep reports, without effect on memory safety.
         unsafe { bindings_ext::cond_resched() };
     }
+
+    /// Freezes the thread if it has to be frozen now, in loops that may not sleep for a long time.
+    #[inline]
+    pub fn try_to_freeze(&self) {
+        // SAFETY: As in `cond_resched`.
+        unsafe { bindings_ext::try_to_freeze() };
+    }
 }
 
 /// A kernel thread.

@@ -43,7 +43,7 @@ use super::{
 /// The status of an operation before Xen has reached it.
 const NOT_REACHED: i16 = 1;
 
-/// Number of waits of [`BUSY_SLEEP_MS`] before a busy page that is dropped is leaked.
+/// Number of waits of [`BUSY_SLEEP_MS`] for busy pages.
 const BUSY_TRIES: usize = 500;
 const BUSY_SLEEP_MS: u32 = 20;
 
@@ -138,9 +138,9 @@ impl PinnedDrop for PageCache {
 
 /// A mapped page of another domain.
 ///
-/// Its content can change at any time; it can only be copied. Dropping it unmaps the page; if the
-/// page is busy, that sleeps for up to ten seconds, and then leaks the page. So unmap pages by
-/// [`Mapper::unmap`], and drop the remaining ones only in a thread.
+/// Its content can change at any time; it can only be copied. Dropping it unmaps the page, or leaks
+/// it if it is busy. So unmap pages by [`Mapper::unmap`], and call [`Self::wait_until_unused`]
+/// before the remaining ones are dropped.
 ///
 /// # Invariants
 ///
@@ -196,6 +196,19 @@ impl MappedPage {
         unsafe { PageSlice::from_raw(self.page, 0, PAGE_SIZE) }
     }
 
+    /// Waits until none of the pages is in use elsewhere, for at most ten seconds in total.
+    ///
+    /// Context: may sleep.
+    pub fn wait_until_unused(pages: &[Self]) {
+        for _ in 0..BUSY_TRIES {
+            if !pages.iter().any(Self::is_busy) {
+                break;
+            }
+            // SAFETY: Just sleeps.
+            unsafe { bindings::msleep(BUSY_SLEEP_MS) };
+        }
+    }
+
     /// Returns `true` if the page is still in use elsewhere.
     #[inline]
     pub fn is_busy(&self) -> bool {
@@ -218,18 +231,10 @@ unsafe impl PageOwner for MappedPage {
 
 impl Drop for MappedPage {
     fn drop(&mut self) {
-        for _ in 0..BUSY_TRIES {
-            if !self.is_busy() {
-                break;
-            }
-            // SAFETY: Just sleeps.
-            unsafe { bindings::msleep(BUSY_SLEEP_MS) };
-        }
         if self.is_busy() {
             ratelimited!(pr_err!(
-                "grant {}: still in use {} s after its I/O: leaking the page\n",
-                self.reference.0,
-                BUSY_TRIES * BUSY_SLEEP_MS as usize / 1000
+                "grant {}: still in use after its I/O: leaking the page\n",
+                self.reference.0
             ));
             return;
         }
