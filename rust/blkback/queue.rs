@@ -20,8 +20,8 @@
 //!
 //! A request that lacks memory or mappings is deferred, and the requests behind it stay in the
 //! ring. It is retried when a request of the queue has completed, whenever the thread wakes up for
-//! another reason, and by a timer. It never fails for that reason; it waits until the shortage or the
-//! connection ends.
+//! another reason, and by a timer. It never fails for lack of them; it waits until the shortage or
+//! the connection ends.
 
 use kernel::{
     prelude::*,

@@ -304,7 +304,7 @@ impl Device {
 
     /// Returns the state of the backend, or `None` if it cannot be read now.
     ///
-    /// Xenbus reports Unknown also if it has failed to read the state.
+    /// A read of the state that has failed is reported as Unknown by xenbus.
     fn confirm_state(&mut self, state: xenbus::OtherendState) -> Option<xenbus::OtherendState> {
         let read = match state {
             Ok(XenbusState::Unknown) => self.xbdev.read_driver_state(&self.backend),
