@@ -157,14 +157,17 @@ impl callback::Image for Image {
     }
 }
 
-/// Returns the error of a request that failed.
-fn io_error(errno: Errno, request: &Request) -> Error {
+/// Returns the error of a request that failed. `is_flush`: its data had been written, and was being
+/// flushed.
+fn io_error(errno: Errno, request: &Request, is_flush: bool) -> Error {
     let what = format!("{:?} of {} bytes at", request.operation, request.length);
-    // A file that was opened again by the library while too few bricks were reachable.
-    let errno = if errno == Errno::BADFD {
-        Errno::NOTCONN
-    } else {
-        errno
+    let errno = match errno {
+        // A file that was opened again by the library while too few bricks were reachable.
+        Errno::BADFD => Errno::NOTCONN,
+        // The file system of a brick reports once what it could not write back: the next flush
+        // would succeed without it. So this is not an error that may pass.
+        Errno::NOSPC | Errno::DQUOT | Errno::TIMEDOUT if is_flush => Errno::IO,
+        errno => errno,
     };
     file_error(&what, &request.offset.to_string(), errno)
 }
@@ -229,5 +232,19 @@ impl GlusterDir {
 
     fn path(&self, name: &str) -> String {
         format!("{}/{name}", self.dir)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flush_that_has_failed_is_not_an_error_that_may_pass() {
+        let errno = |errno, is_flush| io_error(errno, &Request::flush(1), is_flush).errno();
+        assert_eq!(errno(Errno::NOSPC, true), Errno::IO);
+        assert_eq!(errno(Errno::DQUOT, true), Errno::IO);
+        assert_eq!(errno(Errno::NOSPC, false), Errno::NOSPC);
+        assert_eq!(errno(Errno::BADFD, true), Errno::NOTCONN);
     }
 }

@@ -54,6 +54,8 @@ pub struct NbdEngine {
 struct Shared {
     export: NbdExport,
     server: Arc<dyn Connect>,
+    /// The server keeps the writes that a flush could not make durable for lack of space.
+    keeps_writes: bool,
     writes: Writes,
     reconnect_timeout: Duration,
     /// The features of the server.
@@ -69,12 +71,31 @@ struct Shared {
 impl NbdEngine {
     /// Opens `export` over connections that `server` makes.
     pub fn open(export: &NbdExport, options: &Options, server: Arc<dyn Connect>) -> Result<Self> {
+        Self::new(export, options, server, false)
+    }
+
+    /// Opens the export of a daemon that belongs to the image.
+    pub(crate) fn of_daemon(
+        export: &NbdExport,
+        options: &Options,
+        server: Arc<dyn Connect>,
+    ) -> Result<Self> {
+        Self::new(export, options, server, true)
+    }
+
+    fn new(
+        export: &NbdExport,
+        options: &Options,
+        server: Arc<dyn Connect>,
+        keeps_writes: bool,
+    ) -> Result<Self> {
         let (stream, found) = negotiate(export, server.connect(Protocol::Nbd, false)?)?;
         let info = info(export, &found, options)?;
         Ok(Self {
             shared: Arc::new(Shared {
                 export: export.clone(),
                 server,
+                keeps_writes,
                 writes: Writes::default(),
                 reconnect_timeout: options.reconnect_timeout,
                 flags: found.flags,

@@ -18,9 +18,10 @@ use file::{Kind, Storage};
 use io_buffer::Buffer;
 use queue::RawQueue;
 use rustix::fs::fdatasync;
+use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 
 /// A file or block device.
@@ -37,6 +38,8 @@ struct Image {
     info: Info,
     /// The size in bytes.
     size: AtomicU64,
+    /// A flush has failed, and what was in the page cache may be lost.
+    has_lost_writes: AtomicBool,
 }
 
 impl Image {
@@ -44,6 +47,35 @@ impl Image {
         Info {
             size: self.size.load(Ordering::Relaxed),
             ..self.info
+        }
+    }
+
+    /// Returns the result of a flush.
+    ///
+    /// The kernel reports once that it could not write data back, and then forgets that data: the
+    /// next flush would succeed without it. So the error is not one that may pass, and no later
+    /// flush succeeds where the page cache is used.
+    fn flushed(&self, result: std::result::Result<(), Errno>) -> Result<()> {
+        let error = |errno, cause| {
+            Err(Error::new(
+                errno,
+                format!("flushing {}: {cause}", self.path.display()),
+                "check the storage below the image: the last writes may be lost",
+            ))
+        };
+        match result {
+            Ok(()) if self.has_lost_writes.load(Ordering::Acquire) => {
+                error(Errno::IO, "an earlier flush has failed".to_owned())
+            }
+            Ok(()) => Ok(()),
+            Err(errno @ (Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS)) => {
+                error(errno, errno.to_string())
+            }
+            Err(errno) => {
+                let is_cached = !self.info.guarantees.direct;
+                self.has_lost_writes.fetch_or(is_cached, Ordering::AcqRel);
+                error(Errno::IO, errno.to_string())
+            }
         }
     }
 }
@@ -62,6 +94,7 @@ impl RawEngine {
                 kind: storage.kind,
                 info: storage.info,
                 size: AtomicU64::new(storage.info.size),
+                has_lost_writes: AtomicBool::new(false),
             }),
         }
     }
@@ -93,12 +126,6 @@ impl Engine for RawEngine {
         if self.image.info.read_only {
             return Ok(());
         }
-        fdatasync(&self.image.fd).map_err(|errno| {
-            Error::new(
-                errno,
-                format!("flushing {}: {errno}", self.image.path.display()),
-                "check the storage below the image: the last writes may be lost",
-            )
-        })
+        self.image.flushed(fdatasync(&self.image.fd))
     }
 }

@@ -507,7 +507,8 @@ impl Call {
 
     fn complete(self, result: std::result::Result<(), Errno>) {
         let request = &self.task.request;
-        let result = result.map_err(|errno| super::io_error(errno, request));
+        let is_flush = self.step == Step::Sync || request.operation == Operation::Flush;
+        let result = result.map_err(|errno| super::io_error(errno, request, is_flush));
         self.task.complete(result);
     }
 }

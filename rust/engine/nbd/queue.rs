@@ -101,6 +101,11 @@ impl Entry {
         self.request.offset.saturating_add(self.request.length)
     }
 
+    /// Returns `true` if the command makes data durable.
+    fn is_flush(&self) -> bool {
+        self.command.kind == CMD_FLUSH || self.command.flags & CMD_FLAG_FUA != 0
+    }
+
     /// Prepares to send the command again from the start.
     fn reset(&mut self) {
         self.is_sent = false;
@@ -274,6 +279,12 @@ impl Handler for Requests {
             return Ok(());
         };
         if let Some(errno) = entry.error {
+            let errno = match errno {
+                // The server may have reported once what it could not write back, and the next
+                // flush would succeed without it. So this is not an error that may pass.
+                Errno::NOSPC if entry.is_flush() && !self.shared.keeps_writes => Errno::IO,
+                errno => errno,
+            };
             let error = server_error(errno, &entry.request);
             self.complete(cookie, Err(error));
             return Ok(());

@@ -87,7 +87,11 @@ impl SecondAttempts {
         while let Ok(completion) = self.results.try_recv() {
             if let Some(mut task) = self.tasks.pop_front() {
                 task.give_back(completion.buffers);
-                ended.push((task, completion.result));
+                let result = match completion.result {
+                    Ok(()) if task.is_flush() => Err(flush_error()),
+                    result => result,
+                };
+                ended.push((task, result));
             }
         }
         ended
@@ -130,5 +134,15 @@ fn attempt(
 
 fn connect(shared: &Arc<Shared>) -> Result<Box<dyn Queue>> {
     let server = Arc::new(OverNbd(shared.clone()));
-    NbdEngine::open(&shared.export, &shared.options, server)?.queue(1)
+    NbdEngine::of_daemon(&shared.export, &shared.options, server)?.queue(1)
+}
+
+/// Returns the error of a flush that has failed, and succeeds now. It does not say that what the
+/// first one could not write is durable.
+fn flush_error() -> Error {
+    Error::new(
+        Errno::IO,
+        "qemu-storage-daemon fails a flush, and the next one succeeds",
+        "check the storage below the image: the last writes may be lost",
+    )
 }

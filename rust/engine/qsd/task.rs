@@ -137,10 +137,15 @@ impl Task {
         self.losses
     }
 
+    /// Returns `true` if the command of the task is a flush.
+    pub(super) fn is_flush(&self) -> bool {
+        self.is_flushing || self.request.operation == Operation::Flush
+    }
+
     /// Returns the request for what is not done, and takes the buffers from the task.
     pub(super) fn second_request(&mut self) -> Request {
         let operation = match self.request.operation {
-            _ if self.is_flushing => Operation::Flush,
+            _ if self.is_flush() => Operation::Flush,
             operation => operation,
         };
         let (offset, length) = match operation {

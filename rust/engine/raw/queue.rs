@@ -42,7 +42,7 @@ struct Task {
     /// The offset in the image of what is not done.
     position: u64,
     end: u64,
-    /// The buffers of the request, if the operation uses others.
+    /// The buffers of the request, if the operation does not use them.
     bounced: Vec<Buffer>,
     /// The error of a request that cannot be carried out.
     refused: Option<Box<Error>>,
@@ -95,7 +95,14 @@ impl RawQueue {
         Ok(match request.operation {
             Operation::Read => Op::Read(request.offset, self.transfer(request, task)?),
             Operation::Write { fua } => {
-                let sync = if fua { Sync::Data } else { Sync::No };
+                // In the page cache it is flushed afterwards: the error of a write that includes a
+                // flush does not say which of the two has failed.
+                let is_direct = self.image.info.guarantees.direct;
+                let sync = if fua && is_direct {
+                    Sync::Data
+                } else {
+                    Sync::No
+                };
                 Op::Write(request.offset, self.transfer(request, task)?, sync)
             }
             Operation::Flush => Op::Datasync,
@@ -160,7 +167,7 @@ impl RawQueue {
                 let refused = task.refused.take();
                 Next::Complete(refused.map_or(Ok(()), |error| Err(*error)), Vec::new())
             }
-            Op::Datasync => Next::Complete(result.map(drop).map_err(flush_error), Vec::new()),
+            Op::Datasync => Next::Complete(self.image.flushed(result.map(drop)), Vec::new()),
             Op::Read(_, transfer) => self.next_read(transfer, task, result),
             Op::Write(_, transfer, sync) => next_write(transfer, sync, task, result),
             Op::Fallocate(..) | Op::BlockDiscard(..) => next_range(&op, task, result),
@@ -256,6 +263,12 @@ fn next_write(
             task.position = task.position.saturating_add(length);
             write_zeros(task)
         }
+        Ok(true) if sync == Sync::No && task.operation == (Operation::Write { fua: true }) => {
+            if task.bounced.is_empty() {
+                task.bounced = transfer.into_buffers();
+            }
+            Next::Start(Op::Datasync)
+        }
         Ok(true) => Next::Complete(Ok(()), transfer.into_buffers()),
         Err(error) => Next::Complete(Err(error), transfer.into_buffers()),
     }
@@ -306,14 +319,6 @@ fn write_zeros(task: &Task) -> Next {
         )),
         Err(error) => Next::Complete(Err(error), Vec::new()),
     }
-}
-
-fn flush_error(errno: Errno) -> Error {
-    Error::new(
-        errno,
-        format!("flush: {errno}"),
-        "check the storage below the image: writes since the last flush may be lost",
-    )
 }
 
 fn io_error(errno: Errno, task: &Task) -> Error {
@@ -399,5 +404,78 @@ impl Queue for RawQueue {
 
     fn unregister(&mut self, buffer: Buffer) {
         self.ring.unregister(buffer);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::Options;
+    use crate::raw::RawEngine;
+
+    const SIZE: u64 = 1 << 20;
+
+    /// Returns a queue of an empty image.
+    fn queue(direct: Option<bool>, depth: u32) -> RawQueue {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, vec![0; SIZE as usize]).unwrap();
+        let options = Options {
+            direct,
+            ..Options::default()
+        };
+        let engine = RawEngine::open(&path, &options).unwrap();
+        RawQueue::new(engine.image, depth).unwrap()
+    }
+
+    fn task(operation: Operation, offset: u64, length: u64) -> Task {
+        Task {
+            tag: 7,
+            operation,
+            position: offset,
+            end: offset + length,
+            bounced: Vec::new(),
+            refused: None,
+            stalls: 0,
+        }
+    }
+
+    /// Returns the error number of a flush for which the kernel has this result.
+    fn flush(queue: &RawQueue, result: std::result::Result<u32, Errno>) -> Option<Errno> {
+        match queue.next(Op::Datasync, &mut task(Operation::Flush, 0, 0), result) {
+            Next::Complete(result, _) => result.err().map(|error| error.errno()),
+            Next::Start(_) => panic!("a flush is one operation"),
+        }
+    }
+
+    #[test]
+    fn no_flush_succeeds_after_one_that_has_failed() {
+        for errno in [Errno::NOSPC, Errno::DQUOT, Errno::TIMEDOUT, Errno::AGAIN] {
+            let queue = queue(Some(false), 4);
+            assert_eq!(flush(&queue, Err(Errno::OPNOTSUPP)), Some(Errno::OPNOTSUPP));
+            assert_eq!(flush(&queue, Ok(0)), None);
+            assert_eq!(flush(&queue, Err(errno)), Some(Errno::IO));
+            assert_eq!(flush(&queue, Ok(0)), Some(Errno::IO));
+        }
+    }
+
+    #[test]
+    fn a_write_to_the_page_cache_is_flushed_by_an_operation_of_its_own() {
+        let mut queue = queue(Some(false), 4);
+        let buffer = allocate(4096, 4096).unwrap();
+        let mut request = Request::write(7, 0, vec![buffer]);
+        request.operation = Operation::Write { fua: true };
+        let mut task = task(request.operation, 0, 4096);
+        let op = queue.first_op(&mut request, &mut task).unwrap();
+        assert!(matches!(op, Op::Write(_, _, Sync::No)));
+        let Next::Start(op) = queue.next(op, &mut task, Ok(4096)) else {
+            panic!("the write is not flushed");
+        };
+        assert!(matches!(op, Op::Datasync));
+        queue.push(op, task);
+        let mut completions = Vec::new();
+        queue.drain(crate::DROP_TIMEOUT, &mut completions).unwrap();
+        completions[0].result.as_ref().unwrap();
+        assert_eq!(completions[0].buffers.len(), 1);
     }
 }

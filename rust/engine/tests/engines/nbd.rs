@@ -5,9 +5,14 @@
 use crate::disk::{buffers, pattern, read_only, Cut, Disk};
 use crate::server::{is_installed, Server};
 use crate::suite::{Target, SIZE};
-use engine::{Engine, Errno, Options, Request};
+use engine::{Engine, Errno, Operation, Options, Request};
+use std::collections::VecDeque;
 use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -242,4 +247,140 @@ fn requests_fail_when_the_server_stays_away() {
     assert_eq!(disk.errno(Request::flush(1)), Some(Errno::NOTCONN));
     assert!(start.elapsed() >= Duration::from_millis(300));
     assert_eq!(disk.errno(Request::flush(1)), Some(Errno::NOTCONN));
+}
+
+/// Flags of an export: it has flags, flushes, and writes that include a flush.
+const HAS_FLAGS: u16 = 1;
+const SEND_FLUSH: u16 = 1 << 2;
+const SEND_FUA: u16 = 1 << 3;
+
+/// Numbers of commands.
+const WRITE: u16 = 1;
+const DISCONNECT: u16 = 2;
+const FLUSH: u16 = 3;
+
+/// What a scripted server does with a command.
+enum Action {
+    /// It replies with an error number, or 0.
+    Reply(u32),
+    /// It closes the connection.
+    Close,
+}
+
+/// A server that does with each command what a test says, and replies to all after that.
+#[derive(Clone)]
+struct Script {
+    flags: u16,
+    actions: Arc<Mutex<VecDeque<Action>>>,
+    commands: Arc<Mutex<Vec<u16>>>,
+}
+
+impl Script {
+    /// Starts the server, and opens its export.
+    fn start(flags: u16, actions: impl IntoIterator<Item = Action>) -> (Self, Disk) {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let script = Self {
+            flags: HAS_FLAGS | flags,
+            actions: Arc::new(Mutex::new(actions.into_iter().collect())),
+            commands: Arc::default(),
+        };
+        let server = script.clone();
+        thread::spawn(move || {
+            let _dir = dir;
+            for stream in listener.incoming() {
+                // The client may end a connection at any point.
+                let _ = server.serve(stream.unwrap());
+            }
+        });
+        let uri = format!("nbd+unix:///?socket={}", path.display());
+        let engine = engine::open(&uri.parse().unwrap(), &Options::default());
+        (script, Disk::new(engine.unwrap()))
+    }
+
+    fn serve(&self, mut stream: UnixStream) -> std::io::Result<()> {
+        stream.write_all(b"NBDMAGICIHAVEOPT\0\x01")?;
+        let mut client_flags = [0; 4];
+        stream.read_exact(&mut client_flags)?;
+        while !self.answer_option(&mut stream)? {}
+        while let Some((kind, cookie)) = read_command(&mut stream)? {
+            self.commands.lock().unwrap().push(kind);
+            let Some(errno) = self.next_reply() else {
+                return Ok(());
+            };
+            stream.write_all(&0x6744_6698u32.to_be_bytes())?;
+            stream.write_all(&errno.to_be_bytes())?;
+            stream.write_all(&cookie)?;
+        }
+        Ok(())
+    }
+
+    /// Returns the error number of the next reply, unless there is none.
+    fn next_reply(&self) -> Option<u32> {
+        match self.actions.lock().unwrap().pop_front() {
+            Some(Action::Reply(errno)) => Some(errno),
+            Some(Action::Close) => None,
+            None => Some(0),
+        }
+    }
+
+    /// Returns `true` if the transmission phase begins.
+    fn answer_option(&self, stream: &mut UnixStream) -> std::io::Result<bool> {
+        let mut header = [0; 16];
+        stream.read_exact(&mut header)?;
+        let len = u32::from_be_bytes(header[12..].try_into().unwrap());
+        stream.read_exact(&mut vec![0; len as usize])?;
+        let option = header[8..12].to_vec();
+        let mut reply = |kind: u32, data: &[u8]| {
+            stream.write_all(&0x3_e889_0455_65a9u64.to_be_bytes())?;
+            stream.write_all(&option)?;
+            stream.write_all(&kind.to_be_bytes())?;
+            stream.write_all(&(data.len() as u32).to_be_bytes())?;
+            stream.write_all(data)
+        };
+        if option != 7u32.to_be_bytes() {
+            reply(0x8000_0001, &[])?;
+            return Ok(false);
+        }
+        let mut export = vec![0, 0];
+        export.extend(SIZE.to_be_bytes());
+        export.extend(self.flags.to_be_bytes());
+        reply(3, &export)?;
+        reply(1, &[])?;
+        Ok(true)
+    }
+}
+
+/// Reads a command and its data. Returns [`None`] at the end.
+fn read_command(stream: &mut UnixStream) -> std::io::Result<Option<(u16, [u8; 8])>> {
+    let mut header = [0; 28];
+    stream.read_exact(&mut header)?;
+    let kind = u16::from_be_bytes([header[6], header[7]]);
+    let len = u32::from_be_bytes(header[24..].try_into().unwrap());
+    if kind == WRITE {
+        stream.read_exact(&mut vec![0; len as usize])?;
+    }
+    let cookie = header[8..16].try_into().unwrap();
+    Ok((kind != DISCONNECT).then_some((kind, cookie)))
+}
+
+/// Returns a write that includes a flush.
+fn durable_write(disk: &Disk) -> Request {
+    let mut request = Request::write(1, 0, buffers(&*disk.engine, 4096, Cut::Whole, None));
+    request.operation = Operation::Write { fua: true };
+    request
+}
+
+#[test]
+fn a_flush_that_has_failed_is_not_an_error_that_may_pass() {
+    const NO_SPACE: u32 = 28;
+    let actions = || (0..3).map(|_| Action::Reply(NO_SPACE));
+    let (_, mut disk) = Script::start(SEND_FLUSH | SEND_FUA, actions());
+    assert_eq!(disk.errno(Request::flush(1)), Some(Errno::IO));
+    let request = durable_write(&disk);
+    assert_eq!(disk.errno(request), Some(Errno::IO));
+    let memory = buffers(&*disk.engine, 4096, Cut::Whole, None);
+    assert_eq!(disk.errno(Request::write(1, 0, memory)), Some(Errno::NOSPC));
+    disk.close();
 }
