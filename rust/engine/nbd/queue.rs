@@ -190,6 +190,8 @@ impl Requests {
         for (cookie, mut entry) in entries {
             if oldest.is_none_or(|oldest| entry.submitted >= oldest) {
                 entry.reset();
+                // A server that was restarted may have lost what it has done.
+                entry.command = command(&entry.request, cookie, self.shared.flags);
                 self.unsent.push_back(cookie);
                 self.entries.insert(cookie, entry);
             } else {

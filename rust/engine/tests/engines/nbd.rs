@@ -384,3 +384,14 @@ fn a_flush_that_has_failed_is_not_an_error_that_may_pass() {
     assert_eq!(disk.errno(Request::write(1, 0, memory)), Some(Errno::NOSPC));
     disk.close();
 }
+
+#[test]
+fn a_durable_write_is_sent_again_as_a_whole() {
+    let actions = [Action::Reply(0), Action::Close];
+    let (script, mut disk) = Script::start(SEND_FLUSH, actions);
+    let request = durable_write(&disk);
+    assert_eq!(disk.errno(request), None);
+    let commands = script.commands.lock().unwrap().clone();
+    assert_eq!(commands, [WRITE, FLUSH, WRITE, FLUSH]);
+    disk.close();
+}
