@@ -33,6 +33,8 @@ pub(super) struct RawQueue {
     ring: Ring<Task>,
     /// Requests for which the ring has no room.
     waiting: VecDeque<Request>,
+    /// Operations that the ring has not taken.
+    refused: VecDeque<(Op, Task)>,
 }
 
 /// A request in the ring.
@@ -64,11 +66,12 @@ impl RawQueue {
             image,
             ring,
             waiting: VecDeque::new(),
+            refused: VecDeque::new(),
         })
     }
 
-    /// Starts a request. There must be room in the ring.
-    fn start(&mut self, mut request: Request) {
+    /// Starts a request. There must be room in the ring. Returns `false` if it takes nothing.
+    fn start(&mut self, mut request: Request) -> bool {
         let info = self.image.info();
         let mut task = Task {
             tag: request.tag,
@@ -85,7 +88,7 @@ impl RawQueue {
             task.bounced = request.buffers;
             Op::Nop
         });
-        self.push(op, task);
+        self.push(op, task)
     }
 
     /// Returns the first operation of a request that has passed the checks.
@@ -138,23 +141,26 @@ impl RawQueue {
         Ok(Transfer::new(vec![copy]))
     }
 
-    /// Adds an operation to the ring, where there must be room.
-    fn push(&mut self, op: Op, task: Task) {
-        // A ring that takes nothing is broken: `kick` and `completions` report that.
-        if let Err((op, task)) = self.ring.push(op, task) {
-            self.waiting.push_front(restart(op, task));
-        }
+    /// Adds an operation to the ring, where there must be room. Returns `false` if the ring does
+    /// not take it: `kick` and `completions` report that.
+    fn push(&mut self, op: Op, task: Task) -> bool {
+        let refused = self.ring.push(op, task).err();
+        let is_taken = refused.is_none();
+        self.refused.extend(refused);
+        is_taken
     }
 
-    /// Moves requests to the ring while there is room.
+    /// Moves operations and requests to the ring while there is room.
     fn refill(&mut self) {
         while self.ring.has_room() {
-            let Some(request) = self.waiting.pop_front() else {
+            let is_taken = if let Some((op, task)) = self.refused.pop_front() {
+                self.push(op, task)
+            } else if let Some(request) = self.waiting.pop_front() {
+                self.start(request)
+            } else {
                 return;
             };
-            let waiting = self.waiting.len();
-            self.start(request);
-            if self.waiting.len() > waiting {
+            if !is_taken {
                 return;
             }
         }
@@ -204,23 +210,6 @@ impl RawQueue {
     fn is_end(&self, offset: u64) -> bool {
         self.image.kind == Kind::File
             && seek(self.ring.file(), SeekFrom::End(0)).is_ok_and(|size| offset >= size)
-    }
-}
-
-/// Returns the request that a task came from, as far as it is not done.
-fn restart(op: Op, task: Task) -> Request {
-    let buffers = match op {
-        Op::Read(_, transfer) | Op::Write(_, transfer, _) if task.bounced.is_empty() => {
-            transfer.into_buffers()
-        }
-        _ => task.bounced,
-    };
-    Request {
-        operation: task.operation,
-        offset: task.position,
-        length: task.end.saturating_sub(task.position),
-        buffers,
-        tag: task.tag,
     }
 }
 
@@ -351,7 +340,8 @@ impl AsFd for RawQueue {
 
 impl Queue for RawQueue {
     fn submit(&mut self, request: Request) {
-        if self.waiting.is_empty() && self.ring.has_room() {
+        let waits = !self.waiting.is_empty() || !self.refused.is_empty();
+        if !waits && self.ring.has_room() {
             self.start(request);
         } else {
             self.waiting.push_back(request);
@@ -395,7 +385,10 @@ impl Queue for RawQueue {
     }
 
     fn in_flight(&self) -> usize {
-        self.ring.in_flight().saturating_add(self.waiting.len())
+        self.ring
+            .in_flight()
+            .saturating_add(self.waiting.len())
+            .saturating_add(self.refused.len())
     }
 
     fn register(&mut self, buffer: &mut Buffer) {
@@ -477,5 +470,24 @@ mod tests {
         queue.drain(crate::DROP_TIMEOUT, &mut completions).unwrap();
         completions[0].result.as_ref().unwrap();
         assert_eq!(completions[0].buffers.len(), 1);
+    }
+
+    #[test]
+    fn what_the_ring_does_not_take_is_continued_later() {
+        let mut queue = queue(None, 1);
+        queue.submit(Request::flush(1));
+        // Half of it is done.
+        let mut task = task(Operation::Write { fua: false }, 0, 8192);
+        task.position = 4096;
+        let mut transfer = Transfer::new(vec![allocate(8192, 4096).unwrap()]);
+        transfer.advance(4096);
+        assert!(!queue.push(Op::Write(4096, transfer, Sync::No), task));
+        assert_eq!(queue.in_flight(), 2);
+        let mut completions = Vec::new();
+        queue.drain(crate::DROP_TIMEOUT, &mut completions).unwrap();
+        assert_eq!(completions.len(), 2);
+        for completion in completions {
+            completion.result.unwrap();
+        }
     }
 }
