@@ -16,8 +16,8 @@ pub enum Protocol {
 
 /// Makes connections to the server of an image.
 pub trait Connect: Send + Sync {
-    /// Returns a new connection to the server, which is started if it belongs to the image and does
-    /// not run.
+    /// Returns a new connection to the server. One that belongs to the image and does not run is
+    /// started for [`Protocol::VhostUser`].
     ///
     /// `is_dirty`: there are completed writes that were not flushed. The error is `ENOTRECOVERABLE`
     /// if the server has lost them.

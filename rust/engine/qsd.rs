@@ -178,3 +178,6 @@ impl Engine for QsdEngine {
         self.shared.server.stop()
     }
 }
+
+#[cfg(test)]
+mod tests;

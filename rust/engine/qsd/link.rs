@@ -19,7 +19,7 @@ use rustix::event::{poll, PollFd, PollFlags};
 use rustix::io::Errno;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
 
 /// Stack of a thread that waits.
@@ -41,6 +41,8 @@ pub(super) struct Shared {
     /// The properties of the device at the time of opening.
     pub(super) config: DeviceConfig,
     session: Mutex<Arc<Session>>,
+    /// Is locked for reading while a queue takes what the daemon has completed.
+    pub(super) taking: RwLock<()>,
     /// The events that make the queues readable, by their numbers.
     queues: Mutex<[Option<Arc<Event>>; MAX_QUEUES]>,
 }
@@ -66,6 +68,7 @@ impl Shared {
             info,
             config,
             session: Mutex::new(Arc::new(session)),
+            taking: RwLock::default(),
             queues: Mutex::default(),
         }
     }
@@ -95,6 +98,9 @@ impl Shared {
         if !current.is_lost() {
             return Ok(current.clone());
         }
+        // What queues that have not noticed the end are taking counts. From now on they take
+        // nothing more of the daemon that has ended.
+        drop(self.taking.write().unwrap_or_else(PoisonError::into_inner));
         let is_dirty = self.writes.is_dirty();
         let stream = self.server.connect(Protocol::VhostUser, is_dirty)?;
         let (session, config) = Session::new(stream, &self.memory, &self.messages)?;

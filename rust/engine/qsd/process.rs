@@ -249,6 +249,10 @@ impl Owner<'_> {
     /// Makes a daemon run that accepts a connection.
     fn serve(&mut self, protocol: Protocol, is_dirty: bool) -> Result<()> {
         let is_vhost = protocol == Protocol::VhostUser;
+        if !is_vhost && self.is_started && !self.runs() {
+            // It is started again for the queues, which know what was not flushed.
+            return Err(not_running());
+        }
         if self.runs() && is_vhost && self.is_connected {
             // It may still work on requests of the connection that was lost.
             let ended = self.child.take().map_or(Ok(()), stop);
@@ -278,15 +282,19 @@ impl Owner<'_> {
 
     fn resize(&mut self, size: u64) -> Result<()> {
         if !self.runs() {
-            return Err(Error::new(
-                Errno::NOTCONN,
-                "qemu-storage-daemon does not run",
-                "try again",
-            ));
+            return Err(not_running());
         }
         let export = export_arguments(self.config);
         Monitor::connect(&self.config.dir.join(QMP_SOCKET))?.resize(&export, size)
     }
+}
+
+fn not_running() -> Error {
+    Error::new(
+        Errno::NOTCONN,
+        "qemu-storage-daemon does not run",
+        "try again",
+    )
 }
 
 fn lost_writes(config: &Config) -> Error {

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 /// The status of a request (`VIRTIO_BLK_S_OK`, `VIRTIO_BLK_S_UNSUPP`).
 const OK: u8 = 0;
@@ -30,7 +30,7 @@ const MAX_LOSSES: u8 = 3;
 pub(super) struct QsdQueue {
     shared: Arc<Shared>,
     number: usize,
-    virtqueue: Virtqueue,
+    pub(super) virtqueue: Virtqueue,
     /// Notifies the device.
     kick: Event,
     /// Is set by the device, and by threads that have something for this queue.
@@ -148,18 +148,29 @@ impl QsdQueue {
     /// something.
     fn collect(&mut self) -> bool {
         let (used, completed) = (self.used(), self.completed.len());
-        // A daemon that was killed may have lost what it has completed: that is sent again.
         self.check_link();
-        self.take();
-        self.take_seconds();
+        self.take_completed();
         used != self.used() || completed != self.completed.len()
+    }
+
+    /// Takes what the daemon has completed.
+    ///
+    /// A daemon that was killed may have lost that. So nothing is taken after it was decided if
+    /// there are writes that were not flushed, see [`Shared::session`]: it is sent again.
+    fn take_completed(&mut self) {
+        let shared = self.shared.clone();
+        let _taking = shared.taking.read().unwrap_or_else(PoisonError::into_inner);
+        match &self.link {
+            // `check_link` takes the tasks back.
+            Link::Up(session) if session.is_lost() => return,
+            Link::Up(_) => self.take(),
+            Link::Connecting(_) | Link::Down => {}
+        }
+        self.take_seconds();
     }
 
     /// Takes the completions of the device.
     fn take(&mut self) {
-        if !matches!(self.link, Link::Up(_)) {
-            return;
-        }
         loop {
             while let Some(completion) = self.virtqueue.pop() {
                 let task = completion.ok().and_then(|(slot, status)| {
@@ -223,7 +234,10 @@ impl QsdQueue {
             }
         }
         for (task, result) in ended {
-            self.complete(task, result);
+            match result {
+                Some(result) => self.complete(task, result),
+                None => self.waiting.push_back(task.after_loss()),
+            }
         }
     }
 
@@ -231,6 +245,9 @@ impl QsdQueue {
     fn lost(&mut self) {
         if let Link::Up(session) = mem::replace(&mut self.link, Link::Down) {
             session.close();
+        }
+        if let Some(seconds) = &mut self.seconds {
+            seconds.lost();
         }
         for task in self.tasks.iter_mut().rev().filter_map(Option::take) {
             self.waiting.push_front(task.after_loss());
@@ -362,5 +379,32 @@ impl Drop for QsdQueue {
             session.stop(self.number);
         }
         self.shared.remove_queue(self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{complete_all, write, FakeServer};
+    use super::*;
+
+    #[test]
+    fn what_a_daemon_has_completed_does_not_count_after_its_end() {
+        let (server, engine, mut queue) = FakeServer::open();
+        queue.submit(write());
+        queue.kick().unwrap();
+        queue.virtqueue.complete_all(OK);
+        // The queue has not noticed the end yet when another one connects again.
+        queue.check_link();
+        let Link::Up(session) = &queue.link else {
+            panic!("there is no connection");
+        };
+        session.close();
+        engine.shared.session().unwrap();
+        assert_eq!(server.dirty(), [false, false]);
+        queue.take_completed();
+        assert!(queue.completed.is_empty());
+        let completions = complete_all(&mut queue, OK);
+        completions[0].result.as_ref().unwrap();
+        assert!(engine.shared.writes.is_dirty());
     }
 }

@@ -25,6 +25,8 @@ use std::thread;
 pub(super) struct SecondAttempts {
     /// The tasks whose requests the thread has, in order.
     tasks: VecDeque<Task>,
+    /// The number of the first ones, which a daemon may have carried out that has ended.
+    lost: usize,
     requests: Sender<Request>,
     results: Receiver<Completion>,
 }
@@ -34,6 +36,8 @@ struct OverNbd(Arc<Shared>);
 
 impl Connect for OverNbd {
     fn connect(&self, protocol: Protocol, _is_dirty: bool) -> Result<OwnedFd> {
+        // Starts a daemon that has ended again.
+        self.0.session()?;
         self.0.server.connect(protocol, self.0.writes.is_dirty())
     }
 
@@ -69,6 +73,7 @@ impl SecondAttempts {
         })?;
         Ok(Self {
             tasks: VecDeque::new(),
+            lost: 0,
             requests,
             results,
         })
@@ -81,15 +86,24 @@ impl SecondAttempts {
         self.tasks.push_back(task);
     }
 
-    /// Takes the tasks that have ended.
-    pub(super) fn take(&mut self) -> Vec<(Task, Result<()>)> {
+    /// Takes the end of the daemon into account.
+    pub(super) fn lost(&mut self) {
+        self.lost = self.tasks.len();
+    }
+
+    /// Takes the tasks that have ended. Those without a result have succeeded on a daemon that may
+    /// have lost them when it ended.
+    pub(super) fn take(&mut self) -> Vec<(Task, Option<Result<()>>)> {
         let mut ended = Vec::new();
         while let Ok(completion) = self.results.try_recv() {
             if let Some(mut task) = self.tasks.pop_front() {
                 task.give_back(completion.buffers);
+                let is_lost = self.lost > 0;
+                self.lost = self.lost.saturating_sub(1);
                 let result = match completion.result {
-                    Ok(()) if task.is_flush() => Err(flush_error()),
-                    result => result,
+                    Ok(()) if is_lost => None,
+                    Ok(()) if task.is_flush() => Some(Err(flush_error())),
+                    result => Some(result),
                 };
                 ended.push((task, result));
             }

@@ -396,3 +396,38 @@ impl DeviceConfig {
         })
     }
 }
+
+/// Answers the messages to a device, for tests, until the connection ends.
+#[cfg(test)]
+pub(super) fn answer(mut device: UnixStream) {
+    use std::io::Write;
+    let mut header = [0; 12];
+    while device.read_exact(&mut header).is_ok() {
+        let (request, rest) = take_u32(&header).unwrap();
+        let (flags, rest) = take_u32(rest).unwrap();
+        let (len, _) = take_u32(rest).unwrap();
+        let mut payload = vec![0; len as usize];
+        device.read_exact(&mut payload).unwrap();
+        let reply = match request {
+            GET_FEATURES => FEATURES.to_ne_bytes().to_vec(),
+            GET_PROTOCOL_FEATURES => PROTOCOL_FEATURES.to_ne_bytes().to_vec(),
+            GET_CONFIG => {
+                // The size in sectors, and the number of queues.
+                payload[CONFIG_HEADER..][..8].copy_from_slice(&8192u64.to_le_bytes());
+                payload[CONFIG_HEADER + 34] = MAX_QUEUES as u8;
+                payload
+            }
+            GET_VRING_BASE => payload,
+            _ if flags & NEED_REPLY != 0 => vec![0; 8],
+            _ => continue,
+        };
+        let mut bytes = Vec::new();
+        for value in [request, VERSION | REPLY, reply.len() as u32] {
+            bytes.extend(value.to_ne_bytes());
+        }
+        bytes.extend(reply);
+        if device.write_all(&bytes).is_err() {
+            return;
+        }
+    }
+}

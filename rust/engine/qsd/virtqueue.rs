@@ -248,17 +248,32 @@ impl Virtqueue {
 }
 
 #[cfg(test)]
+impl Virtqueue {
+    /// Completes a request as a device does.
+    fn complete(&self, index: u16, head: u32) {
+        let entry = self.used + 4 + 8 * usize::from(index & self.mask());
+        self.memory.store_u32(entry, head);
+        self.memory.store_u16(self.used + 2, index.wrapping_add(1));
+    }
+
+    /// Completes all requests as a device does, in order.
+    pub(super) fn complete_all(&self, status: u8) {
+        let available = self.memory.load_u16(self.available + 2);
+        let mut index = self.memory.load_u16(self.used + 2);
+        while index != available {
+            let entry = self.available + 4 + 2 * usize::from(index & self.mask());
+            let head = self.memory.load_u16(entry);
+            let place = self.slot(head / DESCRIPTORS) + STATUS;
+            self.memory.store_u8(place, status);
+            self.complete(index, head.into());
+            index = index.wrapping_add(1);
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Completes a request as a device does.
-    fn complete(queue: &Virtqueue, index: u16, head: u32) {
-        let entry = queue.used + 4 + 8 * usize::from(index & queue.mask());
-        queue.memory.store_u32(entry, head);
-        queue
-            .memory
-            .store_u16(queue.used + 2, index.wrapping_add(1));
-    }
 
     fn queue(depth: u32) -> Virtqueue {
         let memory = Arc::new(SharedMemory::new().unwrap());
@@ -296,7 +311,7 @@ mod tests {
             queue.memory.store_u16(event, queue.next_available);
             for slot in [slots[1], slots[0]] {
                 queue.memory.store_u8(queue.slot(slot) + STATUS, slot as u8);
-                complete(&queue, index, u32::from(slot) * 3);
+                queue.complete(index, u32::from(slot) * 3);
                 index = index.wrapping_add(1);
                 assert!(queue.ask_for_notification());
                 assert_eq!(queue.pop(), Some(Ok((slot, slot as u8))));
@@ -309,7 +324,7 @@ mod tests {
     fn completions_of_no_request_are_refused() {
         for head in [1, 2, 4, 3 * 341, 0xffff, 0x1_0000, u32::MAX] {
             let mut queue = queue(1000);
-            complete(&queue, 0, head);
+            queue.complete(0, head);
             assert_eq!(queue.pop(), Some(Err(Violation)), "{head}");
         }
     }
