@@ -78,10 +78,8 @@ impl QsdEngine {
             (memory, messages),
             (session, config),
             info,
-        );
-        Ok(Self {
-            shared: Arc::new(shared),
-        })
+        )?;
+        Ok(Self { shared })
     }
 
     /// Makes all completed writes durable.

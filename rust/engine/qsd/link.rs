@@ -2,8 +2,8 @@
 
 //! The connection that the queues of an image share.
 //!
-//! A thread waits for the end of the connection, and wakes all queues. The first queue that notices
-//! it connects again, and the others use the same new connection.
+//! A thread waits for the end of each connection, and wakes all queues. The first queue that
+//! notices it connects again, and the others use the same new connection.
 
 use super::vhost_user::{DeviceConfig, Messages, Session};
 use super::virtqueue::MAX_QUEUES;
@@ -48,6 +48,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    /// Creates the state of an image, with a connection that has been set up.
     pub(super) fn new(
         path: PathBuf,
         options: Options,
@@ -55,8 +56,9 @@ impl Shared {
         (memory, messages): (Arc<SharedMemory>, Messages),
         (session, config): (Session, DeviceConfig),
         info: Info,
-    ) -> Self {
-        Self {
+    ) -> Result<Arc<Self>> {
+        let session = Arc::new(session);
+        let shared = Arc::new(Self {
             path,
             options,
             server,
@@ -67,10 +69,12 @@ impl Shared {
             size: AtomicU64::new(info.size),
             info,
             config,
-            session: Mutex::new(Arc::new(session)),
+            session: Mutex::new(session.clone()),
             taking: RwLock::default(),
             queues: Mutex::default(),
-        }
+        });
+        shared.watch(&session)?;
+        Ok(shared)
     }
 
     pub(super) fn info(&self) -> Info {
@@ -81,7 +85,7 @@ impl Shared {
     }
 
     /// Reads the size again.
-    pub(super) fn refresh(&self) -> Result<Info> {
+    pub(super) fn refresh(self: &Arc<Self>) -> Result<Info> {
         let config = self.session()?.config(&self.messages)?;
         self.size.store(config.size, Ordering::Relaxed);
         Ok(self.info())
@@ -93,7 +97,7 @@ impl Shared {
     }
 
     /// Returns the connection, which is made again if it was lost.
-    pub(super) fn session(&self) -> Result<Arc<Session>> {
+    pub(super) fn session(self: &Arc<Self>) -> Result<Arc<Session>> {
         let mut current = self.lock_session();
         if !current.is_lost() {
             return Ok(current.clone());
@@ -111,8 +115,35 @@ impl Shared {
                 "detach the disk, and attach it again",
             ));
         }
-        *current = Arc::new(session);
-        Ok(current.clone())
+        let session = Arc::new(session);
+        // Without the thread no queue would notice the end of the connection.
+        self.watch(&session)?;
+        *current = session.clone();
+        Ok(session)
+    }
+
+    /// Starts a thread that wakes all queues when a connection ends.
+    fn watch(self: &Arc<Self>, session: &Arc<Session>) -> Result<()> {
+        let socket = session.socket()?;
+        let shared = Arc::downgrade(self);
+        let session = Arc::downgrade(session);
+        let builder = thread::Builder::new().name("qsd-watch".to_owned());
+        let started = builder.stack_size(STACK).spawn(move || {
+            // The end of the connection is reported whatever is asked for.
+            let mut fds = [PollFd::new(&socket, PollFlags::RDHUP)];
+            while poll(&mut fds, None) == Err(Errno::INTR) {}
+            if let Some(session) = session.upgrade() {
+                session.close();
+            }
+            if let Some(shared) = shared.upgrade() {
+                for event in shared.lock_queues().iter().flatten() {
+                    event.set();
+                }
+            }
+        });
+        started.map(drop).map_err(|error| {
+            Error::from_io(&error, "starting a thread", "raise the limit of threads")
+        })
     }
 
     /// Ends the connection.
@@ -153,30 +184,4 @@ impl Shared {
     pub(super) fn has_queues(&self) -> bool {
         self.lock_queues().iter().any(Option::is_some)
     }
-}
-
-/// Starts a thread that wakes all queues when a connection ends, if there is none yet.
-pub(super) fn watch(shared: &Arc<Shared>, session: &Arc<Session>) -> Result<()> {
-    let Some(socket) = session.watch()? else {
-        return Ok(());
-    };
-    let shared = Arc::downgrade(shared);
-    let session = Arc::downgrade(session);
-    let builder = thread::Builder::new().name("qsd-watch".to_owned());
-    let started = builder.stack_size(STACK).spawn(move || {
-        // The end of the connection is reported whatever is asked for.
-        let mut fds = [PollFd::new(&socket, PollFlags::RDHUP)];
-        while poll(&mut fds, None) == Err(Errno::INTR) {}
-        if let Some(session) = session.upgrade() {
-            session.close();
-        }
-        if let Some(shared) = shared.upgrade() {
-            for event in shared.lock_queues().iter().flatten() {
-                event.set();
-            }
-        }
-    });
-    started
-        .map(drop)
-        .map_err(|error| Error::from_io(&error, "starting a thread", "raise the limit of threads"))
 }

@@ -2,7 +2,7 @@
 
 //! Requests in a virtqueue, which is set up again when its connection is lost.
 
-use super::link::{watch, Shared};
+use super::link::Shared;
 use super::second::SecondAttempts;
 use super::task::{Next, Task};
 use super::vhost_user::Session;
@@ -90,7 +90,6 @@ impl QsdQueue {
         self.virtqueue.reset();
         let slots = u16::try_from(self.tasks.len()).unwrap_or(u16::MAX);
         self.free = (0..slots).rev().collect();
-        watch(&self.shared, &session)?;
         session.start(self.number, &self.virtqueue, &self.kick, &self.call)?;
         self.link = Link::Up(session);
         Ok(())
@@ -384,7 +383,7 @@ impl Drop for QsdQueue {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{complete_all, write, FakeServer};
+    use super::super::tests::{complete_all, wait_for, write, FakeServer};
     use super::*;
 
     #[test]
@@ -406,5 +405,16 @@ mod tests {
         let completions = complete_all(&mut queue, OK);
         completions[0].result.as_ref().unwrap();
         assert!(engine.shared.writes.is_dirty());
+    }
+
+    #[test]
+    fn the_end_of_a_connection_is_noticed_that_no_queue_uses() {
+        let (server, engine, queue) = FakeServer::open();
+        drop(queue);
+        for _ in 0..2 {
+            let session = engine.shared.session().unwrap();
+            server.end();
+            wait_for("the end", || session.is_lost());
+        }
     }
 }

@@ -114,8 +114,6 @@ pub(super) struct Session {
     socket: Mutex<UnixStream>,
     /// The connection was lost.
     lost: AtomicBool,
-    /// A thread waits for the end of the connection.
-    watched: AtomicBool,
 }
 
 impl Session {
@@ -139,7 +137,6 @@ impl Session {
         let session = Self {
             socket: Mutex::new(socket),
             lost: AtomicBool::new(false),
-            watched: AtomicBool::new(false),
         };
         session.negotiate(messages.other.as_fd())?;
         let config = session.read_config()?;
@@ -268,13 +265,10 @@ impl Session {
         let _ = self.dialogue().0.shutdown(Shutdown::Both);
     }
 
-    /// Returns a descriptor for a thread that waits for the end of the connection, once.
-    pub(super) fn watch(&self) -> Result<Option<OwnedFd>> {
-        if self.watched.swap(true, Ordering::AcqRel) {
-            return Ok(None);
-        }
+    /// Returns a descriptor for a thread that waits for the end of the connection.
+    pub(super) fn socket(&self) -> Result<OwnedFd> {
         let socket = self.dialogue().0.try_clone();
-        Ok(Some(socket.map_err(|error| dialogue_error(&error))?.into()))
+        Ok(socket.map_err(|error| dialogue_error(&error))?.into())
     }
 }
 
