@@ -261,8 +261,19 @@ impl QsdQueue {
             remedy: "check the image, and the load of the host",
             timeout: shared.options.reconnect_timeout,
         };
-        match Connecting::start(target, &self.call, move || shared.session()) {
-            Ok(connecting) => self.link = Link::Connecting(connecting),
+        let started = Connecting::start(target, &self.call, move || shared.session());
+        self.connecting(started);
+    }
+
+    /// Waits for a thread that connects. Without one this thread connects: the device may have the
+    /// tasks until then.
+    fn connecting(&mut self, started: Result<Connecting<Arc<Session>>>) {
+        if let Ok(connecting) = started {
+            self.link = Link::Connecting(connecting);
+            return;
+        }
+        match self.shared.session() {
+            Ok(session) => self.connected(session),
             Err(error) => self.fail(&error),
         }
     }
@@ -416,5 +427,20 @@ mod tests {
             server.end();
             wait_for("the end", || session.is_lost());
         }
+    }
+
+    #[test]
+    fn tasks_do_not_end_before_the_device_has_no_more_of_them() {
+        let (server, _engine, mut queue) = FakeServer::open();
+        queue.submit(write());
+        queue.kick().unwrap();
+        queue.lost();
+        let error = Error::new(Errno::AGAIN, "there is no thread", "none");
+        queue.connecting(Err(error));
+        // The new connection is there, and the task is sent again.
+        assert_eq!(server.dirty().len(), 2);
+        assert!(queue.completed.is_empty());
+        let completions = complete_all(&mut queue, OK);
+        completions[0].result.as_ref().unwrap();
     }
 }
