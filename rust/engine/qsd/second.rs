@@ -132,7 +132,7 @@ fn attempt(
         Some(queue) => queue,
         none => match connect(shared) {
             Ok(new) => none.insert(new),
-            Err(error) => return request.complete(Err(error)),
+            Err(error) => return request.complete(Err(connect_error(error))),
         },
     };
     queue.submit(request);
@@ -151,6 +151,16 @@ fn connect(shared: &Arc<Shared>) -> Result<Box<dyn Queue>> {
     NbdEngine::of_daemon(&shared.export, &shared.options, server)?.queue(1)
 }
 
+/// Returns the error of a request for which there is no connection: it may be carried out later,
+/// unless the daemon has lost writes.
+fn connect_error(error: Error) -> Error {
+    if error.errno() == Errno::NOTRECOVERABLE {
+        return error;
+    }
+    let (cause, remedy) = (error.cause().to_owned(), error.remedy().to_owned());
+    Error::new(Errno::NOTCONN, cause, remedy)
+}
+
 /// Returns the error of a flush that has failed, and succeeds now. It does not say that what the
 /// first one could not write is durable.
 fn flush_error() -> Error {
@@ -159,4 +169,29 @@ fn flush_error() -> Error {
         "qemu-storage-daemon fails a flush, and the next one succeeds",
         "check the storage below the image: the last writes may be lost",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{complete_all, write, FakeServer};
+    use super::*;
+
+    /// `VIRTIO_BLK_S_IOERR`.
+    const FAILED: u8 = 1;
+
+    #[test]
+    fn a_request_without_a_second_attempt_may_be_carried_out_later() {
+        let (server, _engine, mut queue) = FakeServer::open();
+        for (errno, expected) in [
+            (Errno::CONNREFUSED, Errno::NOTCONN),
+            (Errno::PROTO, Errno::NOTCONN),
+            (Errno::NOTRECOVERABLE, Errno::NOTRECOVERABLE),
+        ] {
+            server.fail([errno]);
+            queue.submit(write());
+            let completions = complete_all(&mut queue, FAILED);
+            let error = completions[0].result.as_ref().unwrap_err();
+            assert_eq!(error.errno(), expected);
+        }
+    }
 }
