@@ -223,6 +223,8 @@ struct Owner<'a> {
     /// The daemon has been told to accept a vhost-user connection.
     is_connected: bool,
     has_lost_writes: bool,
+    /// The NBD export may not be there.
+    lacks_export: bool,
 }
 
 /// Carries out orders until there can be no more, then ends the daemon.
@@ -233,6 +235,7 @@ fn own(config: &Config, orders: &Receiver<Order>) -> Result<()> {
         is_started: false,
         is_connected: false,
         has_lost_writes: false,
+        lacks_export: false,
     };
     while let Ok(order) = orders.recv() {
         let result = match order.task {
@@ -253,6 +256,9 @@ impl Owner<'_> {
             // It is started again for the queues, which know what was not flushed.
             return Err(not_running());
         }
+        if !is_vhost && self.is_started {
+            self.add_export()?;
+        }
         if self.runs() && is_vhost && self.is_connected {
             // It may still work on requests of the connection that was lost.
             let ended = self.child.take().map_or(Ok(()), stop);
@@ -268,6 +274,7 @@ impl Owner<'_> {
             // One that was killed has not written its caches.
             let unclean = self.is_started || self.config.options.unclean;
             self.is_connected = false;
+            self.lacks_export = false;
             self.child = Some(start(self.config, unclean)?);
             self.is_started = true;
         }
@@ -284,8 +291,28 @@ impl Owner<'_> {
         if !self.runs() {
             return Err(not_running());
         }
-        let export = export_arguments(self.config);
-        Monitor::connect(&self.config.dir.join(QMP_SOCKET))?.resize(&export, size)
+        let mut monitor = self.monitor()?;
+        // Whatever happens to the command, it may have removed the export.
+        self.lacks_export = true;
+        let resized = monitor.resize(size);
+        // A command without a reply still runs. Over another connection, commands come after it.
+        drop(monitor);
+        let added = self.add_export();
+        resized.and(added)
+    }
+
+    fn monitor(&self) -> Result<Monitor> {
+        Monitor::connect(&self.config.dir.join(QMP_SOCKET))
+    }
+
+    /// Adds the NBD export, if a resize has removed it and not added it again.
+    fn add_export(&mut self) -> Result<()> {
+        if self.lacks_export {
+            let export = export_arguments(self.config);
+            self.monitor()?.add_export(&export)?;
+            self.lacks_export = false;
+        }
+        Ok(())
     }
 }
 

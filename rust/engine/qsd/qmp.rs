@@ -27,6 +27,18 @@ pub(super) struct Monitor {
     stream: BufReader<UnixStream>,
     /// An export has been removed.
     has_deleted: bool,
+    /// The id of the last command.
+    last_id: u64,
+}
+
+/// The state of the NBD export.
+enum Presence {
+    /// There is none.
+    No,
+    /// It is there.
+    Yes,
+    /// It is being removed.
+    Ending,
 }
 
 impl Monitor {
@@ -39,6 +51,7 @@ impl Monitor {
             let mut monitor = Self {
                 stream: BufReader::new(stream),
                 has_deleted: false,
+                last_id: 0,
             };
             // The greeting.
             monitor.receive()?;
@@ -49,25 +62,55 @@ impl Monitor {
         Ok(monitor)
     }
 
-    /// Enlarges the image. QEMU does not do that while there is an NBD export, so it is removed
-    /// meanwhile.
-    pub(super) fn resize(&mut self, export: &Value, size: u64) -> Result<()> {
-        // Refuses to remove an export that has clients.
-        self.run("block-export-del", &json!({ "id": NBD_EXPORT }))
-            .map_err(|error| {
-                Error::new(
-                    Errno::BUSY,
-                    format!("the NBD export of the image is in use: {}", error.cause()),
-                    "detach the emulated disk, or resize when the guest has unplugged it",
-                )
-            })?;
-        let deleted = self.wait_deleted();
-        let resized = deleted.and_then(|()| {
-            let arguments = json!({ "node-name": "disk", "size": size });
-            self.run("block_resize", &arguments)
-        });
-        self.run("block-export-add", export)?;
-        resized
+    /// Enlarges the image. QEMU does not do that while there is an NBD export, so it is removed:
+    /// the caller adds it again.
+    pub(super) fn resize(&mut self, size: u64) -> Result<()> {
+        self.remove_export()?;
+        let arguments = json!({ "node-name": "disk", "size": size });
+        self.run("block_resize", &arguments)?;
+        Ok(())
+    }
+
+    /// Adds the NBD export with these arguments, if it is not there.
+    pub(super) fn add_export(&mut self, arguments: &Value) -> Result<()> {
+        if let Presence::Ending = self.presence()? {
+            self.wait_deleted()?;
+        }
+        if let Presence::No = self.presence()? {
+            self.run("block-export-add", arguments)?;
+        }
+        Ok(())
+    }
+
+    fn remove_export(&mut self) -> Result<()> {
+        match self.presence()? {
+            Presence::No => return Ok(()),
+            Presence::Yes => {
+                // Is refused if the export has clients.
+                let removed = self.run("block-export-del", &json!({ "id": NBD_EXPORT }));
+                removed.map_err(|error| {
+                    Error::new(
+                        Errno::BUSY,
+                        format!("the NBD export of the image is in use: {}", error.cause()),
+                        "detach the emulated disk, or resize when the guest has unplugged it",
+                    )
+                })?;
+            }
+            Presence::Ending => {}
+        }
+        self.wait_deleted()
+    }
+
+    /// Finds out if the NBD export is there.
+    fn presence(&mut self) -> Result<Presence> {
+        let exports = self.run("query-block-exports", &json!({}))?;
+        let is_ours = |export: &&Value| export.get("id") == Some(&json!(NBD_EXPORT));
+        let export = exports.as_array().and_then(|all| all.iter().find(is_ours));
+        Ok(match export.map(|export| export.get("shutting-down")) {
+            None => Presence::No,
+            Some(Some(Value::Bool(true))) => Presence::Ending,
+            Some(_) => Presence::Yes,
+        })
     }
 
     /// Waits until the NBD export has been removed.
@@ -83,18 +126,23 @@ impl Monitor {
         Ok(())
     }
 
-    /// Runs a command.
-    fn run(&mut self, command: &str, arguments: &Value) -> Result<()> {
-        let message = json!({ "execute": command, "arguments": arguments });
+    /// Runs a command, and returns its result.
+    fn run(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+        self.last_id = self.last_id.wrapping_add(1);
+        let id = json!(self.last_id);
+        let message = json!({ "execute": command, "arguments": arguments, "id": id });
         let mut line = message.to_string();
         line.push('\n');
         let sent = self.stream.get_mut().write_all(line.as_bytes());
         sent.map_err(|error| io_error(&error))?;
         let deadline = Instant::now() + TIMEOUT;
         while Instant::now() < deadline {
-            let reply = self.receive().map_err(|error| io_error(&error))?;
-            if reply.get("return").is_some() {
-                return Ok(());
+            let mut reply = self.receive().map_err(|error| io_error(&error))?;
+            if reply.get("id").is_some_and(|found| *found != id) {
+                continue;
+            }
+            if let Some(result) = reply.get_mut("return") {
+                return Ok(result.take());
             }
             if let Some(error) = reply.get("error") {
                 let text = error.get("desc").and_then(Value::as_str);
@@ -161,8 +209,21 @@ mod tests {
     use std::os::unix::net::UnixListener;
     use std::thread;
 
-    /// Returns the result of a resize by a daemon that answers with these lines.
-    fn resize(replies: &'static [&'static str]) -> (Result<()>, Vec<String>) {
+    /// A reply with the result of the command, or an event.
+    const DONE: &str = r#"{"return": {}, "id": ID}"#;
+    const THERE: &str =
+        r#"{"return": [{"id": "vhost"}, {"id": "disk", "shutting-down": false}], "id": ID}"#;
+    const ENDING: &str = r#"{"return": [{"id": "disk", "shutting-down": true}], "id": ID}"#;
+    const AWAY: &str = r#"{"return": [{"id": "vhost", "shutting-down": false}], "id": ID}"#;
+    const DELETED: &str = r#"{"event": "BLOCK_EXPORT_DELETED"}"#;
+    const OTHER: &str = r#"{"return": {}, "id": 0}"#;
+
+    /// Calls a function with the monitor of a daemon that answers each command with these lines.
+    /// Returns its result, and the commands.
+    fn with_daemon<T>(
+        replies: Vec<Vec<&'static str>>,
+        call: impl FnOnce(&mut Monitor) -> Result<T>,
+    ) -> (Result<T>, Vec<String>) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("qmp");
         let listener = UnixListener::bind(&path).unwrap();
@@ -171,52 +232,93 @@ mod tests {
             let mut reader = BufReader::new(stream.try_clone().unwrap());
             let mut commands = Vec::new();
             writeln!(stream, "{{\"QMP\": {{}}}}").unwrap();
-            for reply in replies {
+            for replies in [vec![DONE]].into_iter().chain(replies) {
                 let mut line = String::new();
                 reader.read_line(&mut line).unwrap();
                 let command: Value = serde_json::from_str(&line).unwrap();
                 commands.push(command["execute"].as_str().unwrap().to_owned());
-                stream.write_all(reply.as_bytes()).unwrap();
+                for reply in replies {
+                    let reply = reply.replace("ID", &command["id"].to_string());
+                    writeln!(stream, "{reply}").unwrap();
+                }
             }
-            commands
+            commands.split_off(1)
         });
-        let resized =
-            Monitor::connect(&path).and_then(|mut monitor| monitor.resize(&json!({}), 8192));
-        (resized, daemon.join().unwrap())
+        let result = Monitor::connect(&path).and_then(|mut monitor| call(&mut monitor));
+        (result, daemon.join().unwrap())
     }
 
-    const DONE: &str = "{\"return\": {}}\n";
-    const DELETED: &str = "{\"return\": {}}\n{\"event\": \"BLOCK_EXPORT_DELETED\"}\n";
-    const EARLY: &str = "{\"event\": \"BLOCK_EXPORT_DELETED\"}\n{\"return\": {}}\n";
-
-    const REFUSAL: &str =
-        "{\"error\": {\"desc\": \"Image format driver does not support resize\"}}\n";
+    const QUERY: &str = "query-block-exports";
+    const DEL: &str = "block-export-del";
+    const ADD: &str = "block-export-add";
+    const RESIZE: &str = "block_resize";
 
     #[test]
-    fn the_export_is_away_during_a_resize() {
-        for replies in [&[DONE, DELETED, DONE, DONE], &[DONE, EARLY, DONE, DONE]] {
-            let (resized, commands) = resize(replies);
+    fn the_export_is_removed_before_a_resize() {
+        for (replies, expected) in [
+            (
+                vec![vec![THERE], vec![DONE, DELETED], vec![DONE]],
+                vec![QUERY, DEL, RESIZE],
+            ),
+            (
+                vec![vec![THERE], vec![DELETED, DONE], vec![DONE]],
+                vec![QUERY, DEL, RESIZE],
+            ),
+            // The replies to another command.
+            (
+                vec![
+                    vec![OTHER, THERE],
+                    vec![OTHER, DONE, OTHER, DELETED],
+                    vec![OTHER, DONE],
+                ],
+                vec![QUERY, DEL, RESIZE],
+            ),
+            // An earlier resize was interrupted.
+            (vec![vec![AWAY], vec![DONE]], vec![QUERY, RESIZE]),
+            (vec![vec![ENDING, DELETED], vec![DONE]], vec![QUERY, RESIZE]),
+        ] {
+            let (resized, commands) = with_daemon(replies, |monitor| monitor.resize(8192));
             resized.unwrap();
-            let expected = [
-                "qmp_capabilities",
-                "block-export-del",
-                "block_resize",
-                "block-export-add",
-            ];
+            assert_eq!(commands, expected);
+        }
+    }
+
+    #[test]
+    fn the_export_is_added_if_it_is_not_there() {
+        for (replies, expected) in [
+            (vec![vec![THERE], vec![THERE]], vec![QUERY, QUERY]),
+            (
+                vec![vec![AWAY], vec![AWAY], vec![DONE]],
+                vec![QUERY, QUERY, ADD],
+            ),
+            (
+                vec![vec![ENDING, DELETED], vec![AWAY], vec![DONE]],
+                vec![QUERY, QUERY, ADD],
+            ),
+        ] {
+            let (added, commands) = with_daemon(replies, |monitor| monitor.add_export(&json!({})));
+            added.unwrap();
             assert_eq!(commands, expected);
         }
     }
 
     #[test]
     fn errors_name_their_cause() {
-        let (resized, commands) = resize(&[DONE, DELETED, REFUSAL, DONE]);
-        assert_eq!(resized.unwrap_err().errno(), Errno::OPNOTSUPP);
-        assert_eq!(commands.len(), 4);
-        let (resized, _) = resize(&[DONE, "{\"error\": {\"desc\": \"in use\"}}\n"]);
-        assert_eq!(resized.unwrap_err().errno(), Errno::BUSY);
-        let (resized, _) = resize(&["nonsense\n"]);
-        assert!(resized.is_err());
-        let (resized, _) = resize(&[DONE, "{\"return\": {}}\n{\"event\": "]);
-        assert!(resized.is_err());
+        let errno = |replies| {
+            let (resized, _) = with_daemon(replies, |monitor| monitor.resize(8192));
+            resized.unwrap_err().errno()
+        };
+        const REFUSAL: &str =
+            r#"{"error": {"desc": "Image format driver does not support resize"}, "id": ID}"#;
+        let refused = errno(vec![vec![THERE], vec![DONE, DELETED], vec![REFUSAL]]);
+        assert_eq!(refused, Errno::OPNOTSUPP);
+        let used = errno(vec![
+            vec![THERE],
+            vec![r#"{"error": {"desc": "in use"}, "id": ID}"#],
+        ]);
+        assert_eq!(used, Errno::BUSY);
+        errno(vec![vec!["nonsense"]]);
+        errno(vec![vec![THERE], vec![DONE, "{\"event\": "]]);
+        errno(vec![vec![THERE], vec![DONE]]);
     }
 }

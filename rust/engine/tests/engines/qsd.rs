@@ -9,12 +9,13 @@ use engine::{Engine, Errno, Options, Request, Server};
 use rustix::mount::{mount, unmount, MountFlags, UnmountFlags};
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// An image file in a directory of its own.
@@ -457,6 +458,41 @@ fn an_image_does_not_grow_while_a_device_model_uses_it() {
     disk.close();
 }
 
+/// Runs a command of the daemon, as an administrator would do.
+fn qmp(nbd_socket: &Path, command: &str) {
+    let stream = UnixStream::connect(nbd_socket.with_file_name("qmp.sock")).unwrap();
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut next = || {
+        let mut line = String::new();
+        assert!(reader.read_line(&mut line).unwrap() > 0);
+        line
+    };
+    assert!(next().contains("QMP"));
+    for command in [r#"{"execute": "qmp_capabilities"}"#, command] {
+        writeln!(&stream, "{command}").unwrap();
+        while !next().contains("return") {}
+    }
+}
+
+#[test]
+fn an_export_that_is_away_comes_back_with_the_next_resize() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let options = Options::default();
+    let uri = format!("qcow2:{}", image.path().display()).parse().unwrap();
+    let server = Arc::new(Server::start(&uri, &options).unwrap().unwrap());
+    let socket = server.nbd_socket().unwrap();
+    let disk = Disk::new(engine::open_with(&uri, &options, Some(server)).unwrap());
+    let command = r#"{"execute": "block-export-del", "arguments": {"id": "disk"}}"#;
+    qmp(&socket, command);
+    assert_eq!(disk.engine.resize(SIZE * 2).unwrap().size, SIZE * 2);
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let other = engine::open(&uri.parse().unwrap(), &options).unwrap();
+    other.close().unwrap();
+    disk.close();
+}
+
 #[test]
 fn several_queues_survive_the_end_of_the_daemon() {
     let Some(image) = Image::new("qcow2", &[]) else {
@@ -467,7 +503,9 @@ fn several_queues_survive_the_end_of_the_daemon() {
     for round in 0..3 {
         // All writes were flushed.
         kill_daemon(&image);
+        let deadline = Instant::now() + crate::disk::TIMEOUT;
         while !daemons(&image.path()).is_empty() {
+            assert!(Instant::now() < deadline, "the daemon does not end");
             std::thread::sleep(Duration::from_millis(1));
         }
         for (number, queue) in (0..).zip(&mut queues) {
