@@ -144,7 +144,7 @@ impl Engine for QsdEngine {
             ));
         }
         if size > old {
-            self.shared.server.resize(size)?;
+            self.shared.resize(size)?;
         }
         self.refresh()
     }

@@ -84,6 +84,20 @@ impl Shared {
         }
     }
 
+    /// Enlarges the image. The connection stays meanwhile: QEMU's device fails if it is to tell of
+    /// a new size before its client has given it a socket for that.
+    pub(super) fn resize(&self, size: u64) -> Result<()> {
+        let current = self.lock_session();
+        if current.is_lost() {
+            return Err(Error::new(
+                Errno::NOTCONN,
+                "the connection to qemu-storage-daemon was lost",
+                "try again",
+            ));
+        }
+        self.server.resize(size)
+    }
+
     /// Reads the size again.
     pub(super) fn refresh(self: &Arc<Self>) -> Result<Info> {
         let config = self.session()?.config(&self.messages)?;

@@ -288,7 +288,8 @@ impl Owner<'_> {
     }
 
     fn resize(&mut self, size: u64) -> Result<()> {
-        if !self.runs() {
+        // The device tells its client of the new size, and fails if there was never one.
+        if !self.runs() || !self.is_connected {
             return Err(not_running());
         }
         let mut monitor = self.monitor()?;

@@ -5,7 +5,7 @@
 use crate::disk::{buffers, pattern, read_only, Cut, Disk};
 use crate::server::is_installed;
 use crate::suite::{Target, SIZE};
-use engine::{Engine, Errno, Options, Request, Server};
+use engine::{Connect, Engine, Errno, Options, Request, Server};
 use rustix::mount::{mount, unmount, MountFlags, UnmountFlags};
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -491,6 +491,19 @@ fn an_export_that_is_away_comes_back_with_the_next_resize() {
     let other = engine::open(&uri.parse().unwrap(), &options).unwrap();
     other.close().unwrap();
     disk.close();
+}
+
+#[test]
+fn an_image_without_a_client_is_not_resized() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let uri = format!("qcow2:{}", image.path().display()).parse().unwrap();
+    let server = Server::start(&uri, &Options::default()).unwrap().unwrap();
+    let error = server.resize(SIZE * 2).unwrap_err();
+    assert_eq!(error.errno(), Errno::NOTCONN);
+    assert_eq!(daemons(&image.path()).len(), 1);
+    server.stop().unwrap();
 }
 
 #[test]
