@@ -26,7 +26,7 @@
 //! | `domain` | quotas for the pages of a frontend's domain that this domain has mapped | none |
 //! | `disk` | the block device that is served | `struct xen_vbd` |
 //! | `io_accounting` | cgroup and priority of the I/O | none |
-//! | `ring_connection` | a mapped ring with its event channel | `xen_blkif_map()` |
+//! | `ring_channel` | a mapped ring with its event channel | `xen_blkif_map()` |
 //! | `xenstore`, `error` | nodes of a device, errors of a connection | |
 //! | `reports` | reports of a queue thread to its device | |
 //! | `stats`, `params` | counters in sysfs, module parameters | |
@@ -61,7 +61,7 @@ mod pending_req;
 mod persistent;
 mod queue;
 mod reports;
-mod ring_connection;
+mod ring_channel;
 mod stats;
 mod submit;
 mod wakeup;

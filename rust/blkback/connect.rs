@@ -79,7 +79,7 @@ use crate::{
         Queue,
         QueueConfig, //
     },
-    ring_connection::RingConnection,
+    ring_channel::RingChannel,
     stats::{
         Counters,
         Stats, //
@@ -258,28 +258,28 @@ impl<'a> Connection<'a> {
             self.first_ring_ref = references.first().copied();
         }
         let port = self.number(index, "event-channel", fmt!("event-channel"))?;
-        let connection =
-            RingConnection::new(self.xbdev, index, references, port, self.accepted.abi)?;
+        let ring_channel =
+            RingChannel::new(self.xbdev, index, references, port, self.accepted.abi)?;
         let counters = usize::try_from(index)
             .map_err(Error::from)
             .and_then(|index| stats.queue(index))
             .during("creating a queue")?;
-        self.new_queue(index, connection, counters)
+        self.new_queue(index, ring_channel, counters)
             .during("creating a queue")
     }
 
     fn new_queue(
         &self,
         index: u32,
-        connection: RingConnection,
+        ring_channel: RingChannel,
         counters: Arc<Counters>,
     ) -> Result<Queue> {
         let domain = self.domain.clone();
         Queue::new(QueueConfig {
             xbdev: ARef::from(self.xbdev),
             name: CString::try_from_fmt(fmt!("{}.{}-{index}", domain.id, *self.name))?,
-            gate: GateMember::new(&self.gate, index, &connection.wakeup)?,
-            connection,
+            gate: GateMember::new(&self.gate, index, &ring_channel.wakeup)?,
+            ring_channel,
             io_accounting: self.io_accounting.clone(),
             disk: self.disk.clone(),
             counters,

@@ -95,7 +95,7 @@ use crate::{
         RejectedFeatures,
         RingStatus, //
     },
-    ring_connection::RingConnection,
+    ring_channel::RingChannel,
     stats::Counters,
     wakeup::{
         PurgeTimer,
@@ -130,7 +130,7 @@ pub(crate) struct QueueConfig {
     pub(crate) xbdev: ARef<xenbus::Device>,
     /// Domain, device and index of the queue.
     pub(crate) name: CString,
-    pub(crate) connection: RingConnection,
+    pub(crate) ring_channel: RingChannel,
     pub(crate) io_accounting: Arc<IoAccounting>,
     pub(crate) disk: Arc<Disk>,
     pub(crate) counters: Arc<Counters>,
@@ -189,7 +189,7 @@ impl Queue {
         let QueueConfig {
             xbdev,
             name,
-            connection,
+            ring_channel,
             io_accounting,
             disk,
             counters,
@@ -197,11 +197,11 @@ impl Queue {
             domain,
             persistent,
         } = config;
-        let RingConnection {
+        let RingChannel {
             ring,
             channel,
             wakeup,
-        } = connection;
+        } = ring_channel;
         let handoff = Arc::pin_init(Handoff::new(wakeup.clone()), GFP_KERNEL)?;
         let data_path = DataPath::new(&xbdev, &domain, persistent)?;
         let pool = ReqPool::new(&handoff, MAX_REQUEST_SEGMENTS)?;

@@ -17,7 +17,7 @@
 //! | `pending_request` | a request in the ring, or one whose grants have not ended |
 //! | `request_data` | the driver's data of each request: fragments, granted pages |
 //! | `pool` | pages that stay granted |
-//! | `ring_connection` | a ring and its event channel |
+//! | `ring_channel` | a ring and its event channel |
 //! | `registry` | the disks of the guest, removed ones included |
 //! | `wakeup` | wakes the device worker |
 //! | `retry` | when to connect again after a failure |
@@ -53,7 +53,7 @@ mod queue;
 mod registry;
 mod request_data;
 mod retry;
-mod ring_connection;
+mod ring_channel;
 mod shadow;
 mod shortage;
 mod submit;

@@ -215,8 +215,8 @@ impl Inner {
     /// already. Returns [`FillResult::More`] in that case.
     #[inline]
     fn check_for_responses(&mut self) -> FillResult {
-        let connection = self.connection.as_mut();
-        if connection.is_some_and(|connection| connection.ring.final_check(1)) {
+        let ring_channel = self.ring_channel.as_mut();
+        if ring_channel.is_some_and(|ring_channel| ring_channel.ring.final_check(1)) {
             FillResult::More
         } else {
             FillResult::Empty
@@ -288,10 +288,10 @@ impl Queue {
     /// Takes the next response of the ring, if there is one.
     #[inline]
     fn next_response(&self, inner: &mut Inner) -> Result<Option<Response>, ProtocolViolation> {
-        let Some(connection) = &mut inner.connection else {
+        let Some(ring_channel) = &mut inner.ring_channel else {
             return Ok(None);
         };
-        connection.ring.take_response().map_err(|error| {
+        ring_channel.ring.take_response().map_err(|error| {
             self.report_broken_ring(error);
             ProtocolViolation
         })

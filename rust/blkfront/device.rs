@@ -117,7 +117,7 @@ use crate::{
         self,
         Retry, //
     },
-    ring_connection::RingConnection,
+    ring_channel::RingChannel,
     shortage::Shortage,
     wakeup::{
         DeviceWakeup,
@@ -578,19 +578,19 @@ impl Device {
 
     /// Gives each queue a ring of `1 << page_order` pages.
     fn try_create_rings(&mut self, page_order: u32) -> Result<KVec<RingNodes>> {
-        let mut connections = KVec::new();
+        let mut ring_channels = KVec::new();
         let mut rings = KVec::new();
         let mut slots = 0usize;
         for queue in self.queues.iter().take(self.rings) {
-            let connection = RingConnection::new(&self.xbdev, page_order, queue)?;
-            slots = slots.saturating_add(connection.ring.capacity() as usize);
-            rings.push(RingNodes::new(&connection)?, GFP_KERNEL)?;
-            connections.push(connection, GFP_KERNEL)?;
+            let ring_channel = RingChannel::new(&self.xbdev, page_order, queue)?;
+            slots = slots.saturating_add(ring_channel.ring.capacity() as usize);
+            rings.push(RingNodes::new(&ring_channel)?, GFP_KERNEL)?;
+            ring_channels.push(ring_channel, GFP_KERNEL)?;
         }
         // The backend may keep the pages of all requests mapped.
         self.still_granted.reserve(slots, GFP_KERNEL)?;
-        for (queue, connection) in self.queues.iter().zip(connections) {
-            queue.set_connection(connection)?;
+        for (queue, ring_channel) in self.queues.iter().zip(ring_channels) {
+            queue.set_ring(ring_channel)?;
         }
         Ok(rings)
     }

@@ -2,7 +2,7 @@
 
 //! A queue: a ring with its shadow table and its pool of granted pages.
 //!
-//! This file contains the life cycle of a queue: [`Queue::set_connection`] gives it a ring,
+//! This file contains the life cycle of a queue: [`Queue::set_ring`] gives it a ring,
 //! [`Queue::accept_requests`] makes it accept requests, and [`Queue::disconnect`] ends the
 //! connection. Requests are written to the ring in [`submit`](crate::submit), and their responses
 //! are taken in [`completion`](crate::completion).
@@ -46,7 +46,7 @@ use crate::{
         IssuedRequest,
         RequestKind, //
     },
-    ring_connection::RingConnection,
+    ring_channel::RingChannel,
     shadow::ShadowTable,
     wakeup::DeviceWakeup, //
 };
@@ -118,7 +118,7 @@ pub(crate) enum QueueState {
 /// The part of a queue that its lock protects.
 pub(crate) struct Inner {
     pub(crate) state: QueueState,
-    pub(crate) connection: Option<RingConnection<Queue>>,
+    pub(crate) ring_channel: Option<RingChannel<Queue>>,
     pub(crate) shadow: ShadowTable,
     /// Completed requests of which the backend still has pages mapped.
     pub(crate) completed_granted: KVVec<PendingRequest>,
@@ -182,8 +182,8 @@ impl Inner {
     ///
     /// Returns the notifier if the backend has to be notified, which is done without the lock.
     pub(crate) fn publish(&mut self) -> Option<Notifier> {
-        let connection = self.connection.as_mut()?;
-        connection.ring.publish().then_some(connection.notifier)
+        let ring_channel = self.ring_channel.as_mut()?;
+        ring_channel.ring.publish().then_some(ring_channel.notifier)
     }
 
     /// Publishes flushes that were written while responses were taken, like [`Self::publish`].
@@ -196,7 +196,7 @@ impl Inner {
 
     /// Returns `true` if there is a connection, and the domain was not restored since it was made.
     pub(crate) fn is_open(&self) -> bool {
-        (self.connection.as_ref()).is_some_and(RingConnection::is_open)
+        (self.ring_channel.as_ref()).is_some_and(RingChannel::is_open)
     }
 
     /// Takes a pending request.
@@ -238,7 +238,7 @@ impl Queue {
                 wakeup,
                 inner <- new_spinlock_irqsave!(Inner {
                     state: QueueState::Disconnected,
-                    connection: None,
+                    ring_channel: None,
                     shadow: ShadowTable::empty(),
                     completed_granted: KVVec::new(),
                     pool: Pool::empty(),
@@ -256,9 +256,9 @@ impl Queue {
     /// The queue must have no requests.
     ///
     /// Context: may sleep.
-    pub(crate) fn set_connection(&self, connection: RingConnection<Self>) -> Result {
+    pub(crate) fn set_ring(&self, ring_channel: RingChannel<Self>) -> Result {
         let epoch = self.inner.lock().shadow.epoch();
-        let capacity = connection.ring.capacity();
+        let capacity = ring_channel.ring.capacity();
         let shadow = ShadowTable::new(capacity as u16, epoch)?;
         let completed_granted = KVVec::with_capacity(capacity as usize, GFP_KERNEL)?;
 
@@ -269,7 +269,7 @@ impl Queue {
             (
                 core::mem::replace(&mut inner.shadow, shadow),
                 core::mem::replace(&mut inner.completed_granted, completed_granted),
-                inner.connection.replace(connection),
+                inner.ring_channel.replace(ring_channel),
             )
         };
         Ok(())
@@ -302,18 +302,18 @@ impl Queue {
     ///
     /// Context: may sleep.
     pub(crate) fn disconnect(&self, dead: bool, mut dispose: impl FnMut(PendingRequest)) {
-        let connection = {
+        let ring_channel = {
             let mut inner = self.inner.lock();
             inner.state = if dead {
                 QueueState::Removed
             } else {
                 QueueState::Disconnected
             };
-            inner.connection.take()
+            inner.ring_channel.take()
         };
-        if let Some(connection) = connection {
+        if let Some(ring_channel) = ring_channel {
             // This waits for the event handler, which no longer finds a ring.
-            self.stash_stale(connection.disconnect());
+            self.stash_stale(ring_channel.disconnect());
         }
         loop {
             // A statement of its own: the lock is not held while the request ends.
@@ -435,8 +435,8 @@ impl Queue {
     ///
     /// Context: may sleep.
     pub(crate) fn set_event_cpu(&self, cpu: CpuId) {
-        let channel =
-            (self.inner.lock().connection.as_ref()).map(|connection| connection.channel.clone());
+        let channel = (self.inner.lock().ring_channel.as_ref())
+            .map(|ring_channel| ring_channel.channel.clone());
         if let Some(channel) = channel {
             let _ = channel.set_affinity(cpu);
         }

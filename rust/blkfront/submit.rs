@@ -315,7 +315,7 @@ impl Queue {
     #[cold]
     fn has_requests(&self) -> bool {
         let inner = self.inner.lock();
-        (inner.connection.as_ref()).is_some_and(|connection| connection.ring.in_flight() != 0)
+        (inner.ring_channel.as_ref()).is_some_and(|ring_channel| ring_channel.ring.in_flight() != 0)
     }
 
     /// Gives up the reservation of a request that is not written to the ring.
@@ -482,7 +482,7 @@ impl Queue {
         part: u16,
         make: impl FnOnce(u64) -> R,
     ) -> Option<u16> {
-        let ring = &mut inner.connection.as_mut()?.ring;
+        let ring = &mut inner.ring_channel.as_mut()?.ring;
         let shadow = inner.shadow.alloc(first, self.index, part)?;
         let request = make(shadow.id.to_wire());
         let operation = request.response_operation();

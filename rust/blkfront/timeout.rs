@@ -86,11 +86,11 @@ impl Queue {
     /// response.
     fn taken_if_more(&self) -> Option<u32> {
         let inner = self.inner.lock();
-        let connection = inner
-            .connection
+        let ring_channel = inner
+            .ring_channel
             .as_ref()
-            .filter(|connection| connection.is_open())?;
-        let ring = &connection.ring;
+            .filter(|ring_channel| ring_channel.is_open())?;
+        let ring = &ring_channel.ring;
         ring.has_responses().then(|| ring.responses_taken())
     }
 
@@ -124,11 +124,11 @@ impl Queue {
     /// has ended.
     fn responses_taken(&self) -> Option<u32> {
         let inner = self.inner.lock();
-        let connection = inner
-            .connection
+        let ring_channel = inner
+            .ring_channel
             .as_ref()
-            .filter(|connection| connection.is_open())?;
-        Some(connection.ring.responses_taken())
+            .filter(|ring_channel| ring_channel.is_open())?;
+        Some(ring_channel.ring.responses_taken())
     }
 
     /// Notifies the backend if it has not noticed all requests, and returns the number of responses
@@ -136,14 +136,14 @@ impl Queue {
     fn resend_notification(&self) -> Option<u32> {
         let (notifier, taken) = {
             let inner = self.inner.lock();
-            let connection = inner
-                .connection
+            let ring_channel = inner
+                .ring_channel
                 .as_ref()
-                .filter(|connection| connection.is_open())?;
-            let taken = connection.ring.responses_taken();
+                .filter(|ring_channel| ring_channel.is_open())?;
+            let taken = ring_channel.ring.responses_taken();
             let unnoticed =
-                connection.ring.in_flight() != 0 && connection.ring.has_unnoticed_requests();
-            (unnoticed.then_some(connection.notifier)?, taken)
+                ring_channel.ring.in_flight() != 0 && ring_channel.ring.has_unnoticed_requests();
+            (unnoticed.then_some(ring_channel.notifier)?, taken)
         };
         notifier.notify();
         Some(taken)

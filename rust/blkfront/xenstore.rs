@@ -57,7 +57,7 @@ use blkif::{
 
 use crate::{
     params,
-    ring_connection::RingConnection, //
+    ring_channel::RingChannel, //
 };
 
 /// Logs that a node is invalid.
@@ -262,14 +262,14 @@ pub(crate) struct RingNodes {
 
 impl RingNodes {
     /// Collects the nodes of a ring.
-    pub(crate) fn new<H: Handler>(connection: &RingConnection<H>) -> Result<Self> {
+    pub(crate) fn new<H: Handler>(ring_channel: &RingChannel<H>) -> Result<Self> {
         let mut references = KVec::new();
-        for reference in connection.references() {
+        for reference in ring_channel.references() {
             references.push(reference.value(), GFP_KERNEL)?;
         }
         Ok(Self {
             references,
-            port: connection.channel.port().ok_or(EINVAL)?,
+            port: ring_channel.channel.port().ok_or(EINVAL)?,
         })
     }
 

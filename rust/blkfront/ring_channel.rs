@@ -28,13 +28,13 @@ use blkif::{
 /// Dropping it frees the ring and closes the channel.
 ///
 /// Context: dropping it may sleep.
-pub(crate) struct RingConnection<H: Handler> {
+pub(crate) struct RingChannel<H: Handler> {
     pub(crate) ring: FrontRing<RingPages>,
     pub(crate) channel: Arc<EventChannel<H>>,
     pub(crate) notifier: Notifier,
 }
 
-impl<H: Handler> RingConnection<H> {
+impl<H: Handler> RingChannel<H> {
     /// Creates a ring of `1 << page_order` pages and an event channel, for the backend of the
     /// device.
     ///

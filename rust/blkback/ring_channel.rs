@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Ring connections: a mapped ring with its event channel (`xen_blkif_map()`).
+//! Ring channels: a mapped ring with its event channel (`xen_blkif_map()`).
 
 use kernel::{
     prelude::*,
@@ -27,14 +27,14 @@ use crate::{
 };
 
 /// A mapped ring with its event channel.
-pub(crate) struct RingConnection {
+pub(crate) struct RingChannel {
     pub(crate) ring: Ring,
     pub(crate) channel: EventChannel<QueueWakeup>,
     /// The wakeup flags, which events of the channel set.
     pub(crate) wakeup: Arc<QueueWakeup>,
 }
 
-impl RingConnection {
+impl RingChannel {
     /// Maps the pages of ring `index`, and binds the event channel at `port` of the frontend.
     pub(crate) fn new(
         xbdev: &xenbus::Device,
