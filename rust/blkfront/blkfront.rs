@@ -30,14 +30,18 @@
 //! The connection and the disk belong to [`device::Device`], which a mutex protects. The queues are
 //! shared by the device, the block layer and the event handlers. Each queue has a spinlock; code
 //! that holds it does not sleep and does not notify the backend. It allocates no memory itself;
-//! when it frees a granted page that is still mapped, the kernel allocates an entry of its deferred
-//! list, atomically.
+//! when it frees a granted page that is still mapped, the kernel allocates an entry of its list of
+//! deferred grants (`gnttab_add_deferred()`), with `GFP_ATOMIC`.
 //!
 //! Lock order:
 //!
 //! 1. the mutex of the device,
 //! 2. quiescing the block layer's queue,
 //! 3. the lock of a queue.
+//!
+//! The mutexes of [`registry`] and [`shortage`] are taken with or without the mutex of the device;
+//! no other lock but that of a wait queue is taken under them. The mutex
+//! `DeviceWorker::retry_watch` is never held together with the mutex of the device.
 
 #![deny(unsafe_code)]
 

@@ -5,8 +5,9 @@
 //! The event handler takes all responses of the ring. It copies each one once, and compares it with
 //! the [`shadow`](crate::shadow) table. Requests end in batches, without the lock, after their
 //! grants have ended. Data of a bounced read is copied by the handler if it is small, because
-//! completing the request on the CPU that submitted it would cost more; otherwise it is copied
-//! there, with interrupts enabled.
+//! completing the request elsewhere would cost more. Otherwise blk-mq completes the request: on the
+//! CPU that submitted it, in a softirq, or, with several hardware queues, in the handler itself if
+//! its CPU is that one or shares the cache with it.
 //!
 //! In `xen-blkfront.c`, `blkif_interrupt()` and `blkif_completion()` have this role.
 
@@ -370,7 +371,7 @@ impl Queue {
         }
     }
 
-    /// Ends a request, or completes it on the CPU where its data is copied.
+    /// Ends a request, or has blk-mq complete it if its data has not been copied.
     #[inline]
     fn end(&self, rq: InFlightRequest, status: BlkStatus, end_batch: &mut EndBatch) {
         if status.is_ok() && defers_copy(&rq) {
@@ -382,7 +383,7 @@ impl Queue {
 
     /// Copies the data of a bounced read, and ends the request.
     ///
-    /// Context: any, usually softirq.
+    /// Context: any.
     pub(crate) fn complete_read(&self, mut rq: Request<BlkfrontOps, Completed>) {
         copy_read(&mut rq);
         let data = rq.data_mut();
@@ -477,7 +478,7 @@ fn copy_read<S: mq::State>(rq: &mut Request<BlkfrontOps, S>) {
     }
 }
 
-/// Returns `true` if the data of a request is copied later, on the CPU that submitted it.
+/// Returns `true` if the data of a request is copied by [`Queue::complete_read`].
 #[inline]
 fn defers_copy(rq: &InFlightRequest) -> bool {
     rq.op() == Op::Read && rq.data().bounce_pages.len() > MAX_INLINE_COPY

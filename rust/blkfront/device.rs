@@ -146,14 +146,15 @@ pub(crate) enum Disposition {
 enum Removal {
     /// The disk is not removed.
     None,
-    /// The toolstack or the administrator detaches it. It is written back first, if the backend
-    /// still serves it.
+    /// The toolstack detaches the disk, or the administrator unbinds the device. The disk is
+    /// written back first, if the backend still serves it.
     Orderly,
     /// Its connection has failed.
     Failed,
 }
 
-/// A disk without requests in flight, the threads that may still use it, and its registration.
+/// A disk whose requests no longer wait for the backend, the threads that may still use it, and its
+/// registration.
 pub(crate) type DeadDisk = (
     Arc<GenDisk<BlkfrontOps>>,
     [Option<KThread>; 3],
@@ -473,8 +474,8 @@ impl Device {
         // No request was sent on this connection. A backend that is Connected may have mapped the
         // rings, so they become stale grants.
         self.stop_sharing(Disposition::Requeue);
-        // Event channels and xenstore nodes may be exhausted too. The others are asked in vain
-        // then, for a limited time.
+        // If event channels or xenstore nodes are exhausted, the error is ENOSPC too. Throttling
+        // the other disks does not help then, and ends after a limited time.
         if error == ENOSPC {
             self.shortage.ask();
         }
@@ -521,8 +522,8 @@ impl Device {
     /// If that fails, [`Self::retry`] writes it: the backend may wait for it.
     fn write_state(&mut self) {
         let switched = match self.state.xenbus() {
-            // The first call of `frontend_closed` completes the wait of a shutdown, so only the
-            // final Closed calls it.
+            // `frontend_closed` completes `dev->down`, for which a shutdown waits: a call before
+            // the final Closed would end that wait at once.
             XenbusState::Closed if self.state == FrontState::Removed => {
                 self.xbdev.frontend_closed()
             }
@@ -561,7 +562,7 @@ impl Device {
     }
 
     /// Creates rings of `1 << page_order` pages, or smaller ones if there is not enough contiguous
-    /// memory: the backend accepts any size up to its offer.
+    /// memory or too few grants: the backend accepts any size up to its offer.
     ///
     /// Returns the page order and the nodes of the rings.
     fn create_rings(&mut self, page_order: u32) -> Result<(u32, KVec<RingNodes>)> {
@@ -1133,7 +1134,7 @@ impl Device {
         }
         // Another thread marks the disk dead, because that calls the file systems and may wait for
         // I/O: a mount or an unmount in progress has the super block locked until its I/O ends.
-        // This thread has to fail that I/O.
+        // The device worker has to fail that I/O.
         let dead = disk.clone();
         let name = self.vdev.name;
         let mark_dead_thread = KThread::spawn(
@@ -1174,7 +1175,7 @@ impl Device {
         self.state = FrontState::Removed;
         self.retry.finish();
         self.shortage.finish();
-        // A device that is unbound before it has made an offer stays Initialising: it can be bound
+        // A device that is unbound while it waits for a backend stays Initialising: it can be bound
         // again, and only the `xenwatch` thread may change Initialising.
         if connected || !self.wakeup.is_removing() {
             self.write_state();
@@ -1197,7 +1198,7 @@ impl Device {
         self.state != FrontState::Connected || !self.queues.iter().any(waits)
     }
 
-    /// Returns `true` if requests are served, or will no longer be served.
+    /// Returns `true` if both sides are connected, or the connection has ended permanently.
     pub(crate) fn is_connected_or_dead(&self) -> bool {
         self.state == FrontState::Removed || self.is_connected()
     }
@@ -1240,7 +1241,7 @@ impl Device {
         }
     }
 
-    /// Takes a dead disk whose requests have all ended.
+    /// Takes a dead disk whose requests no longer wait for the backend.
     ///
     /// The caller drops it without the lock, because the drop waits.
     pub(crate) fn take_disk(&mut self) -> Option<DeadDisk> {

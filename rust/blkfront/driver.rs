@@ -2,9 +2,9 @@
 
 //! The xenbus driver.
 //!
-//! Xenbus calls most of it in the `xenwatch` thread, which all devices of the guest share, and the
-//! rest with the device locked. So everything that may wait for the backend is done by the device
-//! worker.
+//! Xenbus calls `otherend_changed` in the `xenwatch` thread, which all devices of the guest share,
+//! and the other callbacks with the device locked. So everything that may wait for the backend is
+//! done by the device worker.
 //!
 //! `struct xenbus_driver blkfront_driver` of `xen-blkfront.c` has this role.
 

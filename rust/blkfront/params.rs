@@ -22,7 +22,7 @@ module_params! {
     /// Largest number of rings of a disk.
     static MAX_QUEUES("max_queues", 0o444): u32 = 4,
         "Maximum number of hardware queues/rings used per virtual disk (default is 4)";
-    /// Largest size of a ring, as the order of its pages.
+    /// Largest page order of a ring: it has `1 << order` pages.
     static MAX_RING_PAGE_ORDER("max_ring_page_order", 0o444): i32 = 0,
         "Maximum order of pages to be used for the shared ring (default is 0, at most 4)";
     /// `false`: data is always copied to pages that contain nothing else.

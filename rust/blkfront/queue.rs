@@ -83,8 +83,9 @@ impl ConnectionConfig {
     /// Returns the status of a request that is completed without the backend, or `None` if the
     /// backend is needed.
     ///
-    /// A discard, or a flush with `Flush::None`, was queued for an earlier connection, whose
-    /// backend supported it. With `Flush::Unavailable` all flushes fail, new ones too.
+    /// A discard that fails was queued for an earlier connection, whose backend supported it, or
+    /// before the limits were changed. With `Flush::None` the block layer sends no flush, because
+    /// the disk never had a write cache. With `Flush::Unavailable` all flushes fail, new ones too.
     #[inline]
     pub(crate) fn complete_locally(&self, kind: RequestKind) -> Option<BlkStatus> {
         match kind {
@@ -134,10 +135,10 @@ pub(crate) struct Inner {
 /// Memory that the backend of a closed connection may still have mapped: the ring, and the pages of
 /// the pool and of the requests that were in flight.
 ///
-/// A page that is still mapped could be left to the kernel's deferred list, which frees ten
-/// entries per second. But then a backend that never unmaps could hold the memory of any number of
-/// connections. So a queue has the stale grants of at most one connection, and there is no new
-/// connection before they have ended.
+/// A page that is still mapped could be left to the kernel, which tries to end ten deferred grants
+/// per second (`gnttab_handle_deferred()`). But then a backend that never unmaps could hold the
+/// memory of any number of connections. So a queue has the stale grants of at most one connection,
+/// and there is no new connection before they have ended.
 struct StaleGrants {
     ring: RingPages,
     pool: Pool,
@@ -452,7 +453,7 @@ impl Queue {
         self.inner.lock().shadow.is_idle()
     }
 
-    /// Returns a number that each response increments, see [`ShadowTable::responses`].
+    /// Returns a number that grows with the responses, see [`ShadowTable::responses`].
     pub(crate) fn responses(&self) -> u32 {
         self.inner.lock().shadow.responses()
     }

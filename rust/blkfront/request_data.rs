@@ -51,8 +51,7 @@ use crate::params;
 /// the ring; if it did, the backend would reject it.
 const NO_GRANT: u32 = u32::MAX;
 
-/// The type that stands for this driver in the types of `block::mq`. Its operations are in
-/// `mq_ops`.
+/// The type for which `mq_ops` implements [`Operations`](kernel_ext::block::mq::Operations).
 pub(crate) struct BlkfrontOps;
 
 /// A started request.
@@ -93,8 +92,10 @@ impl RequestKind {
     }
 }
 
-/// Driver data of a block request. blk-mq has one for each of its tags, and each request with that
-/// tag reuses it. So its vectors are not allocated while a request is submitted.
+/// Driver data of a block request.
+///
+/// blk-mq allocates it with each `struct request` and reuses both. So its vectors are not allocated
+/// while a request is submitted.
 pub(crate) struct RequestData {
     /// Kind of the request.
     pub(crate) kind: RequestKind,

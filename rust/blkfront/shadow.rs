@@ -121,9 +121,10 @@ impl ShadowTable {
         self.reservations.reserved() == 0 && self.free.len() == self.shadows.len()
     }
 
-    /// Returns a number that each response increments, modulo 2^32.
+    /// Returns a number that grows with the responses, modulo 2^32.
     ///
-    /// It also grows by the requests without a response when a new table replaces this one.
+    /// The response to the first part of a request counts when the request is complete. The number
+    /// also grows by the requests without a response when a new table replaces this one.
     pub(crate) fn responses(&self) -> u32 {
         let used = self.shadows.len().saturating_sub(self.free.len());
         self.epoch.wrapping_sub(used as u32)

@@ -33,7 +33,7 @@ use crate::wakeup::{
 
 /// Time for which the other disks are throttled, in milliseconds.
 const THROTTLE_MS: i64 = 5_000;
-/// Time after which they may be throttled again, in milliseconds.
+/// Time after which the same device may throttle them again, in milliseconds.
 const THROTTLE_INTERVAL_MS: i64 = 30_000;
 
 /// The devices of this guest.

@@ -25,7 +25,7 @@ use kernel_ext::{
 /// A reason to wake the device worker.
 #[derive(Clone, Copy)]
 pub(crate) enum WakeReason {
-    /// The backend may have disconnected or reconnected.
+    /// The backend may have disconnected or reconnected, or a retry was scheduled.
     Backend,
     /// The disk has to be removed.
     Close,
@@ -38,7 +38,8 @@ pub(crate) enum WakeReason {
     Limits,
     /// The backend has rejected a discard.
     NoDiscard,
-    /// A program has closed the disk.
+    /// An opener has closed the disk, and
+    /// [`Disk::notify_release`](crate::disk::Disk::notify_release) was called before.
     Released,
     /// The device is being unbound.
     Remove,
@@ -63,7 +64,8 @@ pub(crate) struct DeviceWakeup {
     wait: WaitQueue,
 }
 
-/// The thread does anything else; an unbind waits for that for a limited time.
+/// The thread does not wait for the disk to be written back; an unbind waits for the thread for a
+/// limited time.
 const WORKING: i32 = 0;
 /// The thread waits until the disk is written back.
 const SYNCING: i32 = 1;

@@ -14,8 +14,8 @@
 //!   written back first. Writing back ends when the backend disconnects, or has sent no response
 //!   for the time in the module parameter `detach_timeout` although requests are in flight; then
 //!   the rest of the data is lost. A slow backend gets all the time that it needs.
-//! - A disk is detached that is used for swap or as part of another device: the toolstack waits
-//!   until that use has ended, or forces the detach.
+//! - A disk that is used for swap or as part of another device is detached: it stays until that use
+//!   has ended, or until the detach is forced.
 //! - A disk is removed for another reason while requests are in flight: they fail after
 //!   [`DRAIN_TIMEOUT_MS`], or at once if the backend does not serve the disk. Each request ends
 //!   when its pages are unmapped.
@@ -24,7 +24,7 @@
 //!   ends.
 //! - A removed disk is still mapped by the backend: the ring and the pool stay until the backend is
 //!   Closed too, or for [`UNMAP_TIMEOUT_MS`] if the device is unbound. It is safe to free them
-//!   earlier, but slow, see [`Queue::free_stale_grants`](crate::queue::Queue::free_stale_grants).
+//!   earlier, but the kernel then tries to end only ten of the grants per second.
 //! - A removed disk is still open: its name and device numbers stay until it is closed. The device
 //!   does not wait for that.
 //!
@@ -100,7 +100,7 @@ const OUTAGE_MIN_POLL_MS: u32 = 100;
 const TRIM_INTERVAL_MS: u32 = 10_000;
 /// Scanning ends after this many consecutive scans that free nothing: a backend may keep persistent
 /// grants mapped.
-const MAX_IDLE_SCANS: u32 = 18;
+const MAX_EMPTY_SCANS: u32 = 18;
 
 /// Schedule of scans for idle pages.
 #[derive(Default)]
@@ -109,7 +109,7 @@ struct TrimTimer {
     /// is scheduled.
     last: Option<Instant<Monotonic>>,
     /// Number of consecutive scans that have freed nothing.
-    idle_scans: u32,
+    empty_scans: u32,
 }
 
 /// The data of a device worker: the device, which its thread shares with the xenbus driver.
@@ -118,13 +118,13 @@ pub(crate) struct DeviceWorker {
     wakeup: Arc<DeviceWakeup>,
     #[pin]
     pub(crate) device: Mutex<Device>,
-    /// Makes the `xenwatch` thread try to connect again.
+    /// Makes the `xenwatch` thread call [`Device::retry`].
     #[pin]
     retry_watch: Mutex<Option<Watch<DeviceWorker>>>,
 }
 
 impl WatchHandler for DeviceWorker {
-    /// Tries to connect.
+    /// Calls [`Device::retry`].
     ///
     /// A new watch fires once, in the `xenwatch` thread.
     fn changed(&self) {
@@ -212,7 +212,7 @@ impl DeviceWorker {
         times.into_iter().flatten().min().map(msecs_to_jiffies)
     }
 
-    /// Makes the `xenwatch` thread try to connect, if an attempt is due.
+    /// Makes the `xenwatch` thread call [`Device::retry`], if that is due.
     ///
     /// Only that thread may enter and leave Initialising, see [`device`](crate::device).
     fn retry_connect(self: &Arc<Self>) {
@@ -319,7 +319,7 @@ impl DeviceWorker {
     /// Frees idle pages of the pools, if a scan is due.
     fn trim_pools(&self, trim: &mut TrimTimer) {
         if self.wakeup.take(WakeReason::PoolGrown) {
-            trim.idle_scans = 0;
+            trim.empty_scans = 0;
             trim.last.get_or_insert_with(Instant::now);
         }
         let due = |last: &Instant<Monotonic>| last.elapsed().as_millis() >= TRIM_INTERVAL_MS.into();
@@ -327,12 +327,12 @@ impl DeviceWorker {
             return;
         }
         let found = self.device.lock().trim_pool();
-        trim.idle_scans = if found.freed {
+        trim.empty_scans = if found.freed {
             0
         } else {
-            trim.idle_scans.wrapping_add(1)
+            trim.empty_scans.wrapping_add(1)
         };
-        let scheduled = found.grown && trim.idle_scans < MAX_IDLE_SCANS;
+        let scheduled = found.grown && trim.empty_scans < MAX_EMPTY_SCANS;
         trim.last = scheduled.then(Instant::now);
     }
 
@@ -443,8 +443,8 @@ impl DeviceWorker {
         self.device.lock().free_stale_grants();
     }
 
-    /// Removes a dead disk if all its requests have ended, and stores it in `still_open` if it is
-    /// still open.
+    /// Removes a dead disk if its requests no longer wait for the backend, and stores it in
+    /// `still_open` if it is still open.
     fn remove_disk(&self, still_open: &mut Option<RemovedDisk>) {
         let Some((disk, threads, registered)) = self.device.lock().take_disk() else {
             return;

@@ -2,7 +2,7 @@
 
 //! The xenstore nodes of a device that are read and written.
 //!
-//! A missing or invalid node is reported with its name and its value.
+//! An invalid node, or a required one that is missing, is logged with its path and its value.
 //!
 //! Context: all functions may sleep.
 
