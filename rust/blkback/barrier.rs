@@ -8,9 +8,9 @@
 //! one ring only (`xen_blk_drain_io()`).
 //!
 //! A [`BarrierGate`] does this. The queue that has taken a barrier *closes* the gate. The other
-//! queues see that, take no more requests, and are *quiesced* once they have none in flight. Then
+//! queues see that, take no more requests, and are *drained* once they have none in flight. Then
 //! the barrier runs; when it has completed, its queue *opens* the gate. A queue that gets a barrier
-//! of its own meanwhile counts as quiesced, and closes the gate for its own barrier when it is open
+//! of its own meanwhile counts as drained, and closes the gate for its own barrier when it is open
 //! again.
 //!
 //! A queue is removed from the gate when its thread ends, so that no other queue waits for it.
@@ -52,27 +52,27 @@ struct Queues {
 struct Member {
     index: u32,
     wakeup: Arc<QueueWakeup>,
-    quiesced: bool,
+    drained: bool,
 }
 
 impl Queues {
-    /// Returns `true` if all queues but the owner are quiesced.
-    fn all_quiesced(&self) -> bool {
+    /// Returns `true` if all queues but the owner are drained.
+    fn all_drained(&self) -> bool {
         self.members
             .iter()
-            .all(|member| member.quiesced || self.owner == Some(member.index))
+            .all(|member| member.drained || self.owner == Some(member.index))
     }
 
-    /// Marks a queue as quiesced, and wakes the owner if it was the last one.
-    fn set_quiesced(&mut self, index: u32) {
+    /// Marks a queue as drained, and wakes the owner if it was the last one.
+    fn set_drained(&mut self, index: u32) {
         let mut here = self
             .members
             .iter_mut()
             .filter(|member| member.index == index);
-        if here.all(|member| core::mem::replace(&mut member.quiesced, true)) {
+        if here.all(|member| core::mem::replace(&mut member.drained, true)) {
             return;
         }
-        if self.all_quiesced() {
+        if self.all_drained() {
             self.wake(|member| self.owner == Some(member.index));
         }
     }
@@ -105,7 +105,7 @@ impl BarrierGate {
         queues
             .members
             .iter_mut()
-            .for_each(|member| member.quiesced = false);
+            .for_each(|member| member.drained = false);
         queues.wake(|member| owner != Some(member.index));
     }
 }
@@ -128,7 +128,7 @@ impl GateMember {
         let member = Member {
             index,
             wakeup: wakeup.clone(),
-            quiesced: false,
+            drained: false,
         };
         gate.queues.lock().members.push(member, GFP_KERNEL)?;
         Ok(Self {
@@ -143,12 +143,12 @@ impl GateMember {
         self.gate.closed.load(Relaxed)
     }
 
-    /// Marks this queue as quiesced, if the gate is closed: it has no request in flight, and takes
+    /// Marks this queue as drained, if the gate is closed: it has no request in flight, and takes
     /// no new one.
-    pub(crate) fn set_quiesced(&self) {
+    pub(crate) fn set_drained(&self) {
         let mut queues = self.gate.queues.lock();
         if queues.owner.is_some() {
-            queues.set_quiesced(self.index);
+            queues.set_drained(self.index);
         }
     }
 
@@ -165,9 +165,9 @@ impl GateMember {
         }
         let own = queues.owner == Some(self.index);
         if idle && !own {
-            queues.set_quiesced(self.index);
+            queues.set_drained(self.index);
         }
-        idle && own && queues.all_quiesced()
+        idle && own && queues.all_drained()
     }
 
     /// Opens the gate, because the barrier of this queue has completed.
@@ -182,7 +182,7 @@ impl Drop for GateMember {
         queues.members.retain(|member| member.index != self.index);
         if queues.owner == Some(self.index) {
             self.gate.set_owner(&mut queues, None);
-        } else if queues.all_quiesced() {
+        } else if queues.all_drained() {
             queues.wake(|member| queues.owner == Some(member.index));
         }
     }

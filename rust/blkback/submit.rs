@@ -310,12 +310,12 @@ impl Queue {
         }
     }
 
-    /// Submits the barrier if all earlier requests have completed, or marks the queue as quiesced
+    /// Submits the barrier if all earlier requests have completed, or marks the queue as drained
     /// for the barrier of another queue.
     fn advance_barrier(&mut self) {
         let idle = self.in_flight == 0 && self.deferred.is_none();
         match core::mem::replace(&mut self.barrier, BarrierState::None) {
-            BarrierState::None if idle && self.gate.is_closed() => self.gate.set_quiesced(),
+            BarrierState::None if idle && self.gate.is_closed() => self.gate.set_drained(),
             BarrierState::Waiting(req) if self.gate.request_run(idle) => {
                 self.barrier = BarrierState::Running;
                 self.in_flight = self.in_flight.wrapping_add(1);
