@@ -133,7 +133,7 @@ pub(crate) enum DataError {
     Copy(CopyError),
     /// The quota of the domain for pages in flight is used up.
     Quota,
-    /// There is no memory.
+    /// An operation of this domain has failed, usually for lack of memory.
     Local(Error),
 }
 
@@ -299,7 +299,8 @@ impl GrantCopy {
 pub(crate) struct DataPath {
     xbdev: ARef<xenbus::Device>,
     domain: DomId,
-    /// Pages without memory to map grants to (`free_pages` of `struct xen_blkif_ring`).
+    /// Unused pages to which grants can be mapped; they have no memory of their own (`free_pages`
+    /// of `struct xen_blkif_ring`).
     free_pages: Pin<KBox<PageCache>>,
     mapper: Mapper,
     /// Pages that stay mapped; `None` if the frontend does not use persistent grants.

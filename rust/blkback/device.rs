@@ -42,7 +42,8 @@
 //!   driver passes the disk to it and waits until it has closed the disk, up to a timeout: a disk
 //!   that hangs blocks nothing else.
 //! - A queue thread, and the work item while it handles events, hold a reference to the module. So
-//!   neither an unbind nor the removal of the device's directory waits for a disk that hangs.
+//!   they can outlive an unbind and the removal of the device's directory, which wait for a disk
+//!   that hangs only up to a timeout.
 //!
 //! The frontend does not notice an unbind: the rings stay as they are, with the requests that
 //! were not taken, and the next driver continues with them.
@@ -50,12 +51,12 @@
 //! # Limits on what a frontend can consume
 //!
 //! A queue thread takes from a ring only requests that the frontend has published, calls
-//! `cond_resched()`, and ends an event as spurious if there was no request and none is held back.
-//! So the event channel driver slows down a frontend that only sends events, or that moves its
-//! request index back and forth. Once attached to a ring, the backend never reads back its own
-//! indices, which the frontend may overwrite. Connections and attempts to open a disk are limited
-//! by a [`TokenBucket`]. Each other change of the frontend's state costs a few reads of xenstore
-//! and a rate-limited message, and the frontend has to write to xenstore for it.
+//! `cond_resched()` after each pass, and ends an event as spurious if there was no request and none
+//! is held back. So the event channel driver slows down a frontend that only sends events, or that
+//! moves its request index back and forth. Once attached to a ring, the backend never reads back
+//! its own indices, which the frontend may overwrite. Connections and attempts to open a disk are
+//! limited by a [`TokenBucket`]. Each other change of the frontend's state costs a few reads of
+//! xenstore and a rate-limited message, and the frontend has to write to xenstore for it.
 
 use core::fmt::Write;
 
@@ -245,7 +246,8 @@ pub(crate) struct Device {
     #[pin]
     work: Work<Self>,
     registration: DeviceRegistration,
-    /// Woken when a queue thread or the work item ends, and when the queue threads may start.
+    /// Woken when the last queue thread or the work item ends, and when the queue threads may take
+    /// requests.
     #[pin]
     wait: WaitQueue,
     #[pin]
@@ -257,7 +259,7 @@ struct Inner {
     back: BackState,
     /// The limits that were offered to the frontend.
     limits: BackLimits,
-    /// `None` until the hotplug script has named the disk.
+    /// `None` before the disk is opened, and after it was passed to the work item to be closed.
     disk: Option<Arc<Disk>>,
     /// A disk that the work item has to close.
     to_close: Option<Arc<Disk>>,
@@ -276,8 +278,8 @@ struct Inner {
     /// Rate limit of the device's errors in the log and in xenstore, so that the frontends of other
     /// devices do not use it up.
     error_limit: Ratelimit,
-    /// Number of connections, so that a thread of an earlier connection does not affect a later
-    /// one.
+    /// Number of the last attempt to connect, so that a thread of an earlier one does not affect a
+    /// later one.
     connection: u64,
 }
 

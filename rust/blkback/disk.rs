@@ -147,8 +147,8 @@ impl Disk {
         let end = sector
             .wrapping_add(piece)
             .wrapping_sub(u64::from(discard.alignment) / u64::from(SECTOR_SIZE));
-        let granule = u64::from(discard.granularity) / u64::from(SECTOR_SIZE);
-        match end.checked_rem(granule) {
+        let granularity = u64::from(discard.granularity) / u64::from(SECTOR_SIZE);
+        match end.checked_rem(granularity) {
             Some(excess) if excess < piece => piece.wrapping_sub(excess),
             _ => piece,
         }

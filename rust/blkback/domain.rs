@@ -11,8 +11,8 @@
 //! When a queue does not get its guarantee, a *shortage* begins: all queues are woken, and those
 //! that have more than their guarantee return the rest.
 //!
-//! The quotas always leave room for one request of each queue, with the pages of its segments: see
-//! [`MAX_REQUEST_PAGES`](crate::disk::MAX_REQUEST_PAGES).
+//! Each queue may map the pages of one request of the largest size, with those of its segments, in
+//! addition to the quotas: see [`MAX_REQUEST_PAGES`](crate::disk::MAX_REQUEST_PAGES).
 //!
 //! # A full maptrack
 //!
@@ -25,8 +25,8 @@
 //!
 //! # Locking
 //!
-//! `DEVICES` is taken before a domain's `queues`. Under both, memory is allocated without I/O,
-//! because queue threads take them.
+//! `DEVICES` is taken before a domain's `queues`. While either is held, memory is allocated without
+//! I/O, because queue threads take both.
 
 use kernel::{
     new_mutex,
@@ -64,7 +64,8 @@ use kernel_ext::{
 
 use crate::wakeup::QueueWakeup;
 
-/// Time after a refused reservation for which no queue may exceed its guarantee.
+/// Time for which no queue may exceed its guarantee, after a queue did not get its own or Xen
+/// allowed no more mappings.
 const SHORTAGE_MS: u32 = 10_000;
 
 /// Largest number of pages that a queue adds to a quota.

@@ -2,8 +2,8 @@
 
 //! The xenbus driver: callbacks of the bus for a [`Device`] (`xen_blkbk_driver`).
 //!
-//! The callbacks run in the `xenwatch` thread, which all devices of this domain share. So they only
-//! record the event and schedule the work item of the device.
+//! `otherend_changed` and the watch run in the `xenwatch` thread, which all devices of this domain
+//! share. So they only record the event and schedule the work item of the device.
 
 use kernel::{
     device::Core,

@@ -36,7 +36,7 @@ pub(crate) enum ConnectError {
     /// The indices in a ring are not valid.
     Ring(u32, RingError),
     /// A page or event channel that the frontend has named cannot be mapped or bound: queue, node,
-    /// first number, error.
+    /// first grant reference or port, error.
     Unreachable(u32, &'static str, u32, Error),
     /// The frontend's node `state` contains no state, or one that the protocol does not allow now.
     State(InvalidNode),

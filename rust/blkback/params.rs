@@ -10,7 +10,9 @@ use blkif::{
 };
 
 module_params! {
-    /// Largest number of unused pages that a ring keeps to map grants to.
+    /// Largest number of unused pages that a ring keeps to map grants to. With
+    /// `max_persistent_grants`, it also sets the guarantee for pages in flight, see
+    /// [`domain`](crate::domain).
     pub(crate) static MAX_BUFFER_PAGES("max_buffer_pages", 0o644): i32 = 1024,
         "Maximum number of free pages to keep in each ring";
 

@@ -5,8 +5,8 @@
 //!
 //! A [`PendingReq`] is allocated once and reused. While unused, it is in the [`ReqPool`]. It is set
 //! up with a request and its pages, is owned by the block layer during I/O, and returns through the
-//! [`Handoff`] to the queue thread, which completes it. So each has one owner at any time, and
-//! nothing is allocated for a request while there is an unused one.
+//! [`Handoff`] to the queue thread, which completes it. So each has one owner at any time, and no
+//! `PendingReq` is allocated while there is an unused one.
 
 use kernel::{
     alloc::Flags,
@@ -238,7 +238,7 @@ impl BioContext<RequestPages> for ReqContext {
 pub(crate) struct ReqPool {
     handoff: Arc<Handoff<PendingReq>>,
     unused: ReqList,
-    /// A request with space for any number of segments, for when memory is short.
+    /// A request with space for `max_segments` segments, for when memory is short.
     reserve: Option<KBox<PendingReq>>,
     max_segments: usize,
 }

@@ -55,7 +55,7 @@ pub(crate) struct PersistentGrants {
     free: u32,
     /// Number of entries that are in a bucket.
     used: usize,
-    /// Number of pages.
+    /// Number of cached pages.
     len: usize,
     /// Start of the next scan for unused pages.
     next_scan: usize,
@@ -88,12 +88,12 @@ impl PersistentGrants {
         })
     }
 
-    /// Returns `true` if there is no page.
+    /// Returns `true` if no page is cached.
     pub(crate) fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Returns the number of pages.
+    /// Returns the number of cached pages.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
@@ -175,7 +175,7 @@ impl PersistentGrants {
         }
     }
 
-    /// Takes out a page if there are more than the quota allows now.
+    /// Takes out a page if there is a shortage and the queue has more than its guarantee.
     pub(crate) fn take_excess(&mut self) -> Option<MappedPage> {
         if self.quota.over_guarantee(self.len) == 0 {
             return None;
@@ -188,7 +188,8 @@ impl PersistentGrants {
         self.scan_unused(self.entries.len(), time)
     }
 
-    /// Frees the entries if there is no page, and returns quota that is not needed.
+    /// Frees the entries if no page is cached or used by a request, and returns quota that is not
+    /// needed.
     pub(crate) fn trim(&mut self) {
         if self.used == 0 {
             self.entries = KVec::new();

@@ -3,8 +3,8 @@
 //! Queues: one ring and the kernel thread that serves it (`struct xen_blkif_ring`,
 //! `xen_blkif_schedule()`).
 //!
-//! The thread owns the [`Queue`], so there is no lock. It repeats these steps, see [`Queue::run`],
-//! until there is nothing to do:
+//! The thread owns the [`Queue`], so its fields need no lock. It repeats these steps, see
+//! [`Queue::run`], until there is nothing to do:
 //!
 //! 1. `submit` takes all requests from the ring and starts their I/O under one plug.
 //! 2. `completion` completes the requests whose I/O has completed.
