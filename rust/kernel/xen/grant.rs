@@ -25,8 +25,8 @@
 //!
 //! The side that owns the memory relies on one rule (XSA-396): *access ends only when Xen reports
 //! that*. Ending a grant fails while the other domain has the page mapped, and the page must not be
-//! reused then. Such a page is put on the kernel's deferred list, which retries periodically; a
-//! block request with such a page is not completed.
+//! reused then. Such a page is put on the kernel's list of deferred grants, which the kernel tries
+//! to end periodically; a block request with such a page is not completed.
 //!
 //! C header: [`include/xen/grant_table.h`](srctree/include/xen/grant_table.h)
 
@@ -296,7 +296,7 @@ pub(super) unsafe fn try_end(reference: GrantRef) -> bool {
 ///
 /// Its content can change at any time if the access is [`GrantAccess::ReadWrite`]; it can only be
 /// copied out. Dropping it ends the grant and frees the page; while the other domain uses the page,
-/// both stay on the kernel's deferred list.
+/// both stay on the kernel's list of deferred grants.
 ///
 /// # Invariants
 ///

@@ -200,7 +200,7 @@ const NO_REFERENCE: u32 = u32::MAX;
 /// A ring of this domain, granted to the other side of a device for reading and writing.
 ///
 /// Dropping it ends the grants and frees the pages; those that the other side still maps stay on
-/// the kernel's deferred list (XSA-396).
+/// the kernel's list of deferred grants (XSA-396).
 ///
 /// # Invariants
 ///
