@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The id of a request: epoch, hardware queue, part, and number of the shadow.
+//! The id of a request: epoch, queue, part, and number of the shadow.
 //!
 //! A backend copies the id of a request to its response and does not use it otherwise. A response
 //! may be late, repeated or invented, so a request is not looked up by the number of its shadow
@@ -11,7 +11,7 @@
 //! |---|---|---|
 //! | 0..16 | shadow | number of the entry in the frontend's shadow table |
 //! | 16..28 | part | index of the request among the parts of the block request |
-//! | 28..40 | queue | hardware queue |
+//! | 28..40 | queue | number of the queue |
 //! | 40..64 | epoch | incremented with each use of a shadow, so that a response to an earlier use has another id |
 //!
 //! # Examples
@@ -77,7 +77,7 @@ impl RingId {
         (self.0 >> EPOCH_SHIFT) as u32
     }
 
-    /// Returns the hardware queue.
+    /// Returns the number of the queue.
     #[inline]
     pub const fn queue(self) -> u16 {
         (self.0 >> QUEUE_SHIFT) as u16 & FIELD_MASK
@@ -89,7 +89,7 @@ impl RingId {
         (self.0 >> PART_SHIFT) as u16 & FIELD_MASK
     }
 
-    /// Returns the tag.
+    /// Returns the number of the shadow.
     #[inline]
     pub const fn shadow(self) -> u16 {
         self.0 as u16

@@ -85,7 +85,7 @@ pub struct BackOffer {
     pub discard: bool,
     /// `discard-granularity` in bytes, 0 if unknown.
     pub discard_granularity: u32,
-    /// `discard-alignment`: offset of the first granule, in bytes.
+    /// `discard-alignment`: offset of the first unit of discard, in bytes.
     pub discard_alignment: u32,
     /// `discard-secure`: the flag for secure discard works.
     pub discard_secure: bool,

@@ -286,8 +286,9 @@ impl Segment {
     /// Checks a segment.
     ///
     /// It need not consist of whole blocks of the disk: with direct I/O from memory that is aligned
-    /// to 512 bytes, a block may be in parts of two pages. The block layer accepts that, as long as
-    /// the request as a whole consists of whole blocks.
+    /// to 512 bytes, a block may be in parts of two pages. The block layer accepts that if the
+    /// request as a whole consists of whole blocks and the disk does not need memory that is
+    /// aligned to more than 512 bytes; otherwise the I/O fails.
     #[inline]
     fn check(wire: WireSegment) -> Result<Self, InvalidRequest> {
         let WireSegment { first, last, .. } = wire;
@@ -321,7 +322,7 @@ impl Segment {
         (self.sectors() as u16) << 9
     }
 
-    /// Always `false`: a segment has at least one sector.
+    /// Returns `false`: a segment has at least one sector.
     pub const fn is_empty(&self) -> bool {
         false
     }

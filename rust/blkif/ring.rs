@@ -447,11 +447,11 @@ pub struct BackRing<M> {
 }
 
 impl<M: SharedMemory> BackRing<M> {
-    /// Attaches to a frontend's ring at the index where its last backend has stopped: the number of
+    /// Attaches to a frontend's ring at the index where the previous backend stopped: the number of
     /// responses published, 0 for a new ring.
     ///
-    /// The last backend must have responded to all requests that it took, or have left a record of
-    /// the others, see [`BackRing::adopt`]: responses overwrite requests in the order of their
+    /// The previous backend must have responded to all requests that it took, or have left a record
+    /// of the others, see [`BackRing::adopt`]: responses overwrite requests in the order of their
     /// completion, so a request that was taken and has no response may have been overwritten.
     pub fn attach(memory: M, abi: Abi) -> Result<Self, RingError> {
         let slots = Slots::new(memory, abi)?;
@@ -467,7 +467,7 @@ impl<M: SharedMemory> BackRing<M> {
         Ok(ring)
     }
 
-    /// Takes over the requests in flight of a last backend that has crashed, of which there is a
+    /// Takes over the requests that were in flight when the previous backend crashed, from its
     /// record.
     ///
     /// It had taken the requests before `req_cons`, and had published a response to some of them.

@@ -169,7 +169,7 @@ impl FrontState {
         }
     }
 
-    /// Returns `true` if requests are served.
+    /// Returns `true` if both sides are Connected.
     ///
     /// The deadline runs while this is `false`.
     pub const fn is_connected(self, backend: XenbusState) -> bool {

@@ -10,8 +10,8 @@
 //! |---|---|---|
 //! | xvd | `202 << 8 \| disk << 4 \| partition` | up to 16 disks of 16 minors |
 //! | extended | `1 << 28 \| disk << 8 \| partition` | 4096 disks of 256 minors |
-//! | hd | `3 << 8` or `22 << 8`, `\| disk << 6 \| partition` | two disks a major |
-//! | sd | `8 << 8`, `65..=71 << 8`, `128..=135 << 8`, `\| disk << 4 \| partition` | 16 a major |
+//! | hd | `3 << 8` or `22 << 8`, `\| disk << 6 \| partition` | two disks per major |
+//! | sd | `8 << 8`, `65..=71 << 8`, `128..=135 << 8`, `\| disk << 4 \| partition` | 16 per major |
 //!
 //! All become disks of major 202 named `xvda`, `xvdb`, ... as `xen-blkfront` names them. A number
 //! that names a partition becomes a disk of one minor with the partition in its name (`xvda1`). The

@@ -24,7 +24,7 @@
 /// Bytes in a sector, the unit of all sector numbers and counts on the wire.
 pub const SECTOR_SIZE: u32 = 512;
 
-/// Bytes in a granted page. Grants are 4 KiB also where the kernel's pages are larger.
+/// Bytes in a granted page. Grants are 4 KiB even where the kernel's pages are larger.
 pub const PAGE_SIZE: u32 = 4096;
 
 /// Sectors in a granted page.

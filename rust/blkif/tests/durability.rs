@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Search of everything that can befall a write and a flush: none is reported done that was not.
+//! Search of all states that a write and a flush can reach: none is reported as done before it is.
 //!
-//! A *world* is a disk of our frontend, one write, and one fsync that is called when the write is
-//! done, and what each backend that takes the other's place can do. A backend with a cache
-//! acknowledges a write that is durable only after a flush. A backend without a flush may have no
-//! cache, but what an earlier one has in its cache it cannot flush. The search visits every world
-//! that any sequence of steps leads to.
+//! A *model state* is that of a disk of our frontend, of one write, of one fsync that is called
+//! when the write has completed, and of the current backend. A backend with a cache acknowledges a
+//! write that is durable only after a flush. A backend without a flush may have no cache, but it
+//! cannot flush what an earlier one has in its cache. The search visits every state that any
+//! sequence of steps reaches.
 //!
 //! The block layer is modelled after `submit_bio_noacct`: as long as a disk has no write cache, it
 //! drops FUA from writes, and reports a flush done without asking the driver.
@@ -55,7 +55,7 @@ enum Sync {
 }
 
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-struct World {
+struct Model {
     /// What the block layer was told when the disk was made.
     write_cache: bool,
     flush: Flush,
@@ -76,9 +76,9 @@ fn features(offer: (bool, bool)) -> Features {
     negotiate(&FRONT, &offer)
 }
 
-impl World {
+impl Model {
     fn new(features: &Features, fua: bool) -> Self {
-        World {
+        Model {
             write_cache: features.write_cache(),
             flush: features.flush,
             write_through: features.write_through,
@@ -93,7 +93,7 @@ impl World {
         self.flush.operation().is_some()
     }
 
-    /// Another backend takes the place of this one. What was not answered is asked again.
+    /// Replaces the backend by another one. Requests without a response are sent again.
     fn reconnect(mut self, offer: (bool, bool)) -> Self {
         let features = features(offer).for_disk(self.write_cache);
         assert_eq!(features.write_cache(), self.write_cache);
@@ -111,9 +111,9 @@ impl World {
         })
     }
 
-    /// The backend answers the write. One with FUA that the block layer has kept is followed by a
-    /// flush of the block layer's own: it is the fsync of this world.
-    fn answer_write(mut self) -> Option<Self> {
+    /// Completes the write, as the backend does. One with FUA that the block layer has kept is
+    /// followed by a flush of the block layer's own: it is the fsync of this model.
+    fn complete_write(mut self) -> Option<Self> {
         self.write = match self.write {
             Write::Waiting if !self.is_cached() => Write::Durable,
             Write::Waiting if self.write_through => Write::Flushing,
@@ -124,7 +124,7 @@ impl World {
         Some(self)
     }
 
-    /// The frontend's own flush of a write fails.
+    /// Fails the frontend's own flush of a write.
     fn fail_flush_of_write(mut self) -> Option<Self> {
         (self.write == Write::Flushing).then(|| {
             self.write = Write::Failed;
@@ -162,10 +162,10 @@ impl World {
         Some(self)
     }
 
-    fn steps(self) -> Vec<World> {
+    fn steps(self) -> Vec<Model> {
         let steps = [
             self.submit_write(),
-            self.answer_write(),
+            self.complete_write(),
             self.fail_flush_of_write(),
             self.submit_sync(),
             self.serve_sync(),
@@ -186,22 +186,22 @@ impl World {
 }
 
 #[test]
-fn no_flush_is_reported_done_that_was_not() {
-    let mut worlds = HashSet::new();
+fn no_flush_is_reported_as_done_before_it_is() {
+    let mut states = HashSet::new();
     let mut waiting = Vec::new();
     for offer in OFFERS {
         for fua in [false, true] {
-            waiting.push(World::new(&features(offer), fua));
+            waiting.push(Model::new(&features(offer), fua));
         }
     }
-    while let Some(world) = waiting.pop() {
-        world.check();
-        if worlds.insert(world) {
-            waiting.extend(world.steps());
+    while let Some(state) = waiting.pop() {
+        state.check();
+        if states.insert(state) {
+            waiting.extend(state.steps());
         }
     }
-    println!("{} worlds", worlds.len());
-    assert!(worlds.len() > 50);
+    println!("{} states", states.len());
+    assert!(states.len() > 50);
 }
 
 /// A flush fails only on a disk that has had a cache, and with a backend that cannot flush.

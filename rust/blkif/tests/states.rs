@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Search of everything that two sides and a toolstack can do to each other.
+//! Search of all states that two sides and a toolstack can reach.
 //!
-//! A *world* is a frontend, a backend, their nodes, and what each has yet to notice. Moves are what
-//! the sides do by themselves; blows are what befalls them: a detach, a driver that is unbound or
-//! bound, a crash, a failure, a migration, a deadline. The search visits every world that any
-//! sequence of moves and blows leads to, and then looks at the moves alone: from no world do they
-//! go on for ever, and wherever they end is a good end.
+//! A *model state* is the state of a frontend, of a backend and of their nodes, with the changes
+//! that each has not read yet. A *step* is an action of a side or of the toolstack. A *disturbance*
+//! is an event from outside: a detach, a driver that is unbound or bound, a crash, a failure, a
+//! migration, a deadline. The search visits every state that a sequence of steps and disturbances
+//! reaches. Then it follows steps alone: from no state do they continue forever, and each state in
+//! which they end is an expected one.
 //!
-//! A side reads the other's state in one move, acts on it in another, and writes its own state in a
-//! third, so that anybody may do anything in between. So does the toolstack: it clears `online` in
-//! one move and writes Closing in another. A watch that fires several times is noticed once.
+//! A side reads the other's state in one step, acts on it in another, and writes its own state in a
+//! third, so that the others may act in between. So does the toolstack: it clears `online` in one
+//! step and writes Closing in another. A watch that fires several times is noticed once.
 //!
 //! The C drivers take part, modelled after what they do with each state of the other side. The C
-//! frontend crashes (`BUG_ON(info->nr_rings)`) when it has closed and is shown Connected: no
-//! sequence of moves and blows may lead to that.
+//! frontend crashes (`BUG_ON(info->nr_rings)`) when it has closed and then reads Connected: no
+//! sequence of steps and disturbances may lead to that.
 
 use blkif::state::BackAction;
 use blkif::state::BackEvent;
@@ -59,7 +60,7 @@ enum Toolstack {
 }
 
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-struct World {
+struct Model {
     front: FrontSide,
     back: BackSide,
     front_node: XenbusState,
@@ -94,18 +95,18 @@ struct World {
     back_write: Option<BackSide>,
     /// The C frontend has made rings. It keeps them when it closes.
     c_rings: bool,
-    /// The C frontend has met its BUG.
+    /// `true` if the C frontend has reached its `BUG_ON`.
     crashed: bool,
 }
 
-/// What befalls a world.
+/// An event from outside.
 #[derive(Clone, Copy, Debug)]
-enum Blow {
+enum Disturbance {
     Detach,
     /// The toolstack writes Closing and leaves `online` as it is.
     AskToClose,
     BackRebind,
-    /// The frontend, or the toolstack, has written nonsense.
+    /// The frontend or the toolstack has written an invalid node.
     BackFailure,
     /// The backend is short of something.
     BackShortage,
@@ -113,7 +114,7 @@ enum Blow {
     FrontBind,
     FrontCrash,
     FrontFailure,
-    /// The frontend could not take a step for now, or gives up a connection without answers.
+    /// The frontend could not take a step for now, or gives up a connection without responses.
     FrontUnusable,
     Deadline,
     Migration,
@@ -123,27 +124,27 @@ enum Blow {
     DeviceTaken,
 }
 
-const BLOWS: [Blow; 15] = [
-    Blow::Detach,
-    Blow::AskToClose,
-    Blow::BackRebind,
-    Blow::BackFailure,
-    Blow::BackShortage,
-    Blow::FrontUnbind,
-    Blow::FrontBind,
-    Blow::FrontCrash,
-    Blow::FrontFailure,
-    Blow::FrontUnusable,
-    Blow::Deadline,
-    Blow::Migration,
-    Blow::DeviceReady,
-    Blow::DeviceWrong,
-    Blow::DeviceTaken,
+const DISTURBANCES: [Disturbance; 15] = [
+    Disturbance::Detach,
+    Disturbance::AskToClose,
+    Disturbance::BackRebind,
+    Disturbance::BackFailure,
+    Disturbance::BackShortage,
+    Disturbance::FrontUnbind,
+    Disturbance::FrontBind,
+    Disturbance::FrontCrash,
+    Disturbance::FrontFailure,
+    Disturbance::FrontUnusable,
+    Disturbance::Deadline,
+    Disturbance::Migration,
+    Disturbance::DeviceReady,
+    Disturbance::DeviceWrong,
+    Disturbance::DeviceTaken,
 ];
 
-impl World {
+impl Model {
     fn new(front: FrontSide, back: BackSide) -> Self {
-        World {
+        Model {
             front,
             back,
             front_node: XenbusState::Initialising,
@@ -169,7 +170,7 @@ impl World {
         .with_probed_back()
     }
 
-    /// The C backend writes InitWait when it is bound; ours does so as a move.
+    /// Writes InitWait for a C backend, which does so when it is bound; ours does so in a step.
     fn with_probed_back(mut self) -> Self {
         if let BackSide::C(state) = self.back {
             self.back_writes(BackSide::C(state));
@@ -201,16 +202,17 @@ impl World {
         self.served = false;
     }
 
-    /// The worlds that a move leads to, at most one for each side and one for the toolstack.
-    fn moves(&self) -> Vec<World> {
-        [self.front_move(), self.back_move(), self.toolstack_move()]
+    /// Returns the states after one step, at most one for each side and one for the toolstack.
+    fn steps(&self) -> Vec<Model> {
+        [self.front_step(), self.back_step(), self.toolstack_step()]
             .into_iter()
             .flatten()
             .collect()
     }
 
-    /// Once the backend has closed, the toolstack removes all nodes, of which both sides hear.
-    fn toolstack_move(mut self) -> Option<World> {
+    /// Makes a step of the toolstack: it writes Closing, and removes all nodes once the backend has
+    /// closed, which both sides notice.
+    fn toolstack_step(mut self) -> Option<Model> {
         let closed = self.back_node == XenbusState::Closed;
         match self.toolstack {
             Toolstack::Keeps | Toolstack::Done => return None,
@@ -228,7 +230,7 @@ impl World {
         Some(self)
     }
 
-    fn front_move(mut self) -> Option<World> {
+    fn front_step(mut self) -> Option<Model> {
         if let Some(next) = self.front_write.take() {
             self.front_writes(next);
         } else if let Some((state, online)) = self.front_read.take() {
@@ -275,7 +277,7 @@ impl World {
         }
     }
 
-    /// `blkback_changed` of the C frontend.
+    /// Models `blkback_changed()` of the C frontend.
     fn c_front(&mut self, own: XenbusState, back: XenbusState) {
         use XenbusState::*;
         let next = match (own, back) {
@@ -298,7 +300,7 @@ impl World {
         self.front_write = Some(FrontSide::C(next));
     }
 
-    fn back_move(mut self) -> Option<World> {
+    fn back_step(mut self) -> Option<Model> {
         if let Some(next) = self.back_write.take() {
             self.back_writes(next);
         } else if let Some((state, online, ready)) = self.back_read.take() {
@@ -351,8 +353,8 @@ impl World {
         self.back_does(own.step(BackEvent::Failed(failure)), own);
     }
 
-    /// The C backend writes whatever it finds. After a step ours looks again, but for the one that
-    /// leads to Connected: what the frontend does meanwhile is told.
+    /// Writes the backend's state. The C backend replaces any state. Ours reads the frontend's
+    /// state again after each step but the one to Connected: an event tells it of later changes.
     fn back_writes(&mut self, next: BackSide) {
         let (state, looks_again) = match next {
             BackSide::Removed => (Some(XenbusState::Closed), false),
@@ -377,14 +379,15 @@ impl World {
         self.back_wake |= looks_again;
     }
 
-    /// The rule of the bus, as far as the toolstack writes to the backend's node.
+    /// Returns `true` if our backend may write `state`: models `may_replace()` of `xenbus.rs` for
+    /// what the toolstack writes.
     fn may_replace(&self, state: XenbusState) -> bool {
         self.back_node == self.back_wrote
             || self.back_node != XenbusState::Closing
             || matches!(state, XenbusState::Closing | XenbusState::Closed)
     }
 
-    /// What was mapped is given up again.
+    /// Unmaps the rings, because the state was refused.
     fn back_is_refused(&mut self) {
         self.served = false;
         if let BackSide::Ours(own) = self.back {
@@ -392,7 +395,7 @@ impl World {
         }
     }
 
-    /// `frontend_changed` of the C backend.
+    /// Models `frontend_changed()` of the C backend.
     fn c_back(&mut self, own: XenbusState, front: XenbusState) {
         use XenbusState::*;
         let next = match (own, front) {
@@ -412,7 +415,7 @@ impl World {
             (_, Closed) => self.served = false,
             _ => {}
         }
-        // In one move with what it does: when the frontend closes and offers other rings in
+        // In one step with its action: when the frontend closes and offers other rings in
         // between, it shows Connected and serves the old ones, whatever the frontend is.
         self.back_writes(BackSide::C(next));
         if front == Closed && !self.online {
@@ -427,38 +430,40 @@ impl World {
         self.back_writes(BackSide::Removed);
     }
 
-    /// The world after a blow, if it can befall this one.
-    fn befall(mut self, blow: Blow) -> Option<World> {
-        match blow {
-            Blow::Detach => self.detach()?,
-            Blow::AskToClose => self.ask_to_close()?,
-            Blow::BackRebind => self.back_rebind()?,
-            Blow::BackFailure => self.back_failure(Failure::Frontend)?,
-            Blow::BackShortage => self.back_shortage()?,
-            Blow::FrontUnbind => self.front_unbind()?,
-            Blow::FrontBind if self.front == FrontSide::Absent => self.front_bind(),
-            Blow::FrontBind => return None,
-            Blow::FrontCrash if matches!(self.front, FrontSide::Ours(_)) => self.front_bind(),
-            Blow::FrontCrash => return None,
-            Blow::FrontFailure => self.front_event(FrontEvent::Failed)?,
-            Blow::FrontUnusable => {
+    /// Returns the state after a disturbance, or `None` if that is not possible in this state.
+    fn disturb(mut self, disturbance: Disturbance) -> Option<Model> {
+        match disturbance {
+            Disturbance::Detach => self.detach()?,
+            Disturbance::AskToClose => self.ask_to_close()?,
+            Disturbance::BackRebind => self.back_rebind()?,
+            Disturbance::BackFailure => self.back_failure(Failure::Frontend)?,
+            Disturbance::BackShortage => self.back_shortage()?,
+            Disturbance::FrontUnbind => self.front_unbind()?,
+            Disturbance::FrontBind if self.front == FrontSide::Absent => self.front_bind(),
+            Disturbance::FrontBind => return None,
+            Disturbance::FrontCrash if matches!(self.front, FrontSide::Ours(_)) => {
+                self.front_bind()
+            }
+            Disturbance::FrontCrash => return None,
+            Disturbance::FrontFailure => self.front_event(FrontEvent::Failed)?,
+            Disturbance::FrontUnusable => {
                 self.front_event(FrontEvent::ConnectionFailed)?;
                 // One that could not make an offer tries again.
                 self.front_wake = true;
             }
-            Blow::Deadline => self.front_event(FrontEvent::Deadline { disk: true })?,
-            Blow::Migration => self.migration()?,
-            Blow::DeviceReady => {
+            Disturbance::Deadline => self.front_event(FrontEvent::Deadline { disk: true })?,
+            Disturbance::Migration => self.migration()?,
+            Disturbance::DeviceReady => {
                 self.ready = true;
                 self.wrong = false;
                 self.back_wake = true;
             }
-            Blow::DeviceWrong if self.ready => return None,
-            Blow::DeviceWrong => {
+            Disturbance::DeviceWrong if self.ready => return None,
+            Disturbance::DeviceWrong => {
                 self.wrong = true;
                 self.back_failure(self.unusable())?;
             }
-            Blow::DeviceTaken => self.device_taken()?,
+            Disturbance::DeviceTaken => self.device_taken()?,
         }
         Some(self)
     }
@@ -481,12 +486,12 @@ impl World {
         Some(())
     }
 
-    /// A backend that is unbound finishes what it took. It says nothing to the frontend, but the
-    /// bus writes Closed if it finds Closing.
+    /// Replaces the driver of the backend. The old one completes the requests that it took and
+    /// writes no state, but the bus writes Closed if it finds Closing.
     fn back_rebind(&mut self) -> Option<()> {
         let c_would_be_lost = matches!(self.back, BackSide::C(_)) && !self.online;
         let at_rest = self.back != BackSide::Removed && self.back_write.is_none();
-        if !at_rest || c_would_be_lost || self.wakes_the_dead() {
+        if !at_rest || c_would_be_lost || self.c_front_would_offer_again() {
             return None;
         }
         if self.back_node == XenbusState::Closing {
@@ -501,10 +506,13 @@ impl World {
         Some(())
     }
 
-    /// A C frontend that is about to close, as the backend has asked it to, offers rings again if
+    /// Returns `true` if a C frontend that is about to close would offer rings again to the next
+    /// backend.
+    ///
+    /// The frontend is about to close because the backend has asked it to. It offers rings again if
     /// it finds the next backend Connected afterwards, which cannot tell. That is the same between
     /// two C drivers, so a backend that asked a C frontend to close is not replaced here.
-    fn wakes_the_dead(&self) -> bool {
+    fn c_front_would_offer_again(&self) -> bool {
         matches!(self.front, FrontSide::C(_)) && self.back_node == XenbusState::Closing
     }
 
@@ -518,7 +526,8 @@ impl World {
         }
     }
 
-    /// The C backend closes whatever fails.
+    /// Fails an action of our backend for a temporary reason. The C backend closes after any
+    /// failure.
     fn back_shortage(&mut self) -> Option<()> {
         if matches!(self.back, BackSide::C(_)) {
             return None;
@@ -549,7 +558,7 @@ impl World {
             BackSide::Ours(own) => self.back_fails(failure, own),
             BackSide::C(_) => self.back_writes(BackSide::C(XenbusState::Closing)),
         }
-        // A read that was under way is done anew.
+        // A read that was in progress is repeated.
         self.back_wake = true;
         Some(())
     }
@@ -565,7 +574,8 @@ impl World {
         Some(())
     }
 
-    /// Also what a frontend does after a crash: the same, but nobody has closed anything.
+    /// Binds the frontend's driver. A frontend that restarts after a crash does the same, without
+    /// having closed before.
     fn front_bind(&mut self) {
         self.front = FrontSide::Ours(FrontState::Waiting);
         self.front_read = None;
@@ -587,29 +597,29 @@ impl World {
         Some(())
     }
 
-    /// The frontend moves to another host, where a toolstack has made new nodes.
+    /// Migrates the frontend to another host, where the toolstack has created new nodes.
     fn migration(&mut self) -> Option<()> {
         let FrontSide::Ours(own) = self.front else {
             return None;
         };
-        let moves = self.online && self.back != BackSide::Removed && self.front_write.is_none();
-        if own == FrontState::Removed || !moves {
+        let possible = self.online && self.back != BackSide::Removed && self.front_write.is_none();
+        if own == FrontState::Removed || !possible {
             return None;
         }
         let back = match self.back {
             BackSide::C(_) => C_BACK,
             BackSide::Ours(_) | BackSide::Removed => OUR_BACK,
         };
-        *self = World {
+        *self = Model {
             ready: self.ready,
             disk: self.disk,
-            ..World::new(self.front, back)
+            ..Model::new(self.front, back)
         };
         self.front_event(FrontEvent::Resume)
     }
 
-    /// Whether nothing more needs to happen here.
-    fn is_good_end(&self) -> bool {
+    /// Returns `true` if the steps may end in this state.
+    fn is_expected_end(&self) -> bool {
         let front_over = match self.front {
             FrontSide::Absent => true,
             FrontSide::Ours(own) => own == FrontState::Removed,
@@ -628,9 +638,9 @@ impl World {
         self.online && self.served && nodes == (XenbusState::Connected, XenbusState::Connected)
     }
 
-    /// The hotplug script has still to say what to serve, or the device is to be had again. A
-    /// frontend that was Connected before stays so. The C backend does not look again for a device
-    /// that was wrong.
+    /// Returns `true` if the backend waits for the physical device: the script has not named it
+    /// yet, or it cannot be opened now. A frontend that was Connected before stays so. The C
+    /// backend does not look again for a device that was wrong.
     fn awaits_the_device(&self) -> bool {
         let offered = matches!(
             self.front_node,
@@ -642,30 +652,30 @@ impl World {
         self.online && awaited && offered && self.back_node == XenbusState::InitWait
     }
 
-    /// A frontend with a disk meets a backend that refuses its device.
+    /// Returns `true` if the frontend has a disk and the backend cannot open its device.
     fn is_refused(&self) -> bool {
         let ours = matches!(self.front, FrontSide::Ours(_));
         ours && self.disk && self.wrong && !self.ready
     }
 
-    /// No driver is bound to the frontend's device, and the backend would serve one.
+    /// Returns `true` if no driver is bound to the frontend's device and the backend waits for one.
     fn back_asks(&self) -> bool {
         self.front == FrontSide::Absent && self.back_node == XenbusState::InitWait
     }
 }
 
-/// Every world that moves and blows lead to, and the way to it.
-fn reachable(start: World) -> BTreeMap<World, Option<(World, Option<Blow>)>> {
+/// Returns all reachable states, each with the state and the disturbance that lead to it.
+fn reachable(start: Model) -> BTreeMap<Model, Option<(Model, Option<Disturbance>)>> {
     let mut from = BTreeMap::from([(start, None)]);
     let mut todo = vec![start];
-    while let Some(world) = todo.pop() {
-        let moves = world.moves().into_iter().map(|next| (next, None));
-        let blows = BLOWS
+    while let Some(state) = todo.pop() {
+        let steps = state.steps().into_iter().map(|next| (next, None));
+        let disturbances = DISTURBANCES
             .iter()
-            .filter_map(|blow| Some((world.befall(*blow)?, Some(*blow))));
-        for (next, blow) in moves.chain(blows) {
+            .filter_map(|disturbance| Some((state.disturb(*disturbance)?, Some(*disturbance))));
+        for (next, disturbance) in steps.chain(disturbances) {
             if let std::collections::btree_map::Entry::Vacant(entry) = from.entry(next) {
-                entry.insert(Some((world, blow)));
+                entry.insert(Some((state, disturbance)));
                 todo.push(next);
             }
         }
@@ -673,63 +683,66 @@ fn reachable(start: World) -> BTreeMap<World, Option<(World, Option<Blow>)>> {
     from
 }
 
-/// Worlds from which the moves alone have been seen to end well.
+/// States from which the steps alone end as expected.
 #[derive(Default)]
 struct Ends {
-    good: BTreeSet<World>,
-    path: Vec<World>,
+    expected: BTreeSet<Model>,
+    path: Vec<Model>,
 }
 
 impl Ends {
-    /// Follows all moves from a world. An error is the path to a bad end or around a circle.
-    fn follow(&mut self, world: World) -> Result<(), Vec<World>> {
-        if self.good.contains(&world) {
+    /// Follows all steps from a state. An error is the path to an unexpected end or around a cycle.
+    fn follow(&mut self, state: Model) -> Result<(), Vec<Model>> {
+        if self.expected.contains(&state) {
             return Ok(());
         }
-        let circle = self.path.contains(&world);
-        if circle && world.is_refused() {
-            // The frontend makes its offers at a pace, and the deadline ends them.
+        let cycle = self.path.contains(&state);
+        if cycle && state.is_refused() {
+            // The frontend limits the rate of its offers, and the deadline ends them.
             return Ok(());
         }
-        self.path.push(world);
-        let moves = world.moves();
-        if world.crashed || circle || moves.is_empty() && !world.is_good_end() {
+        self.path.push(state);
+        let steps = state.steps();
+        if state.crashed || cycle || steps.is_empty() && !state.is_expected_end() {
             return Err(self.path.clone());
         }
-        for next in moves {
+        for next in steps {
             self.follow(next)?;
         }
         self.path.pop();
-        self.good.insert(world);
+        self.expected.insert(state);
         Ok(())
     }
 }
 
-/// Searches all worlds of a pair of drivers and gives their number.
+/// Searches all states of a pair of drivers and returns their number.
 fn search(front: FrontSide, back: BackSide) -> usize {
-    let worlds = reachable(World::new(front, back));
+    let states = reachable(Model::new(front, back));
     let mut ends = Ends::default();
-    for world in worlds.keys() {
-        if let Err(path) = ends.follow(*world) {
-            panic!("no good end:\n{}", tell(&worlds, &path));
+    for state in states.keys() {
+        if let Err(path) = ends.follow(*state) {
+            panic!("unexpected end:\n{}", format_path(&states, &path));
         }
     }
-    assert!(worlds
+    assert!(states
         .keys()
-        .any(|world| world.in_use() && world.moves().is_empty()));
-    worlds.len()
+        .any(|state| state.in_use() && state.steps().is_empty()));
+    states.len()
 }
 
-/// The story of a bad end.
-fn tell(from: &BTreeMap<World, Option<(World, Option<Blow>)>>, path: &[World]) -> String {
+/// Formats the steps and disturbances that lead to an unexpected end.
+fn format_path(
+    from: &BTreeMap<Model, Option<(Model, Option<Disturbance>)>>,
+    path: &[Model],
+) -> String {
     let mut lines = Vec::new();
     let mut at = path[0];
-    while let Some((before, blow)) = from[&at] {
-        lines.push(format!("{blow:?} -> {at:?}"));
+    while let Some((before, disturbance)) = from[&at] {
+        lines.push(format!("{disturbance:?} -> {at:?}"));
         at = before;
     }
     lines.reverse();
-    lines.extend(path.iter().skip(1).map(|world| format!("then {world:?}")));
+    lines.extend(path.iter().skip(1).map(|state| format!("then {state:?}")));
     lines.join("\n")
 }
 
@@ -740,21 +753,21 @@ const C_BACK: BackSide = BackSide::C(XenbusState::InitWait);
 
 #[test]
 fn our_pair() {
-    let worlds = search(OUR_FRONT, OUR_BACK);
-    println!("{worlds} worlds");
-    assert!(worlds > 1000);
+    let states = search(OUR_FRONT, OUR_BACK);
+    println!("{states} states");
+    assert!(states > 1000);
 }
 
 #[test]
 fn our_frontend_with_the_c_backend() {
-    let worlds = search(OUR_FRONT, C_BACK);
-    println!("{worlds} worlds");
-    assert!(worlds > 1000);
+    let states = search(OUR_FRONT, C_BACK);
+    println!("{states} states");
+    assert!(states > 1000);
 }
 
 #[test]
 fn the_c_frontend_with_our_backend() {
-    let worlds = search(C_FRONT, OUR_BACK);
-    println!("{worlds} worlds");
-    assert!(worlds > 100);
+    let states = search(C_FRONT, OUR_BACK);
+    println!("{states} states");
+    assert!(states > 100);
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Pages of segments that a frontend wrote: what is accepted adds up.
+//! Pages of segments that a frontend wrote: the extent is as long as the accepted segments
+//! together.
 
 #![no_main]
 

@@ -43,7 +43,8 @@ pub fn segment() -> impl Strategy<Value = WireSegment> {
     any::<(u32, u8, u8)>().prop_map(|(gref, first, last)| WireSegment { gref, first, last })
 }
 
-/// A request with its segments in the slot; any number is claimed, those that fit are there.
+/// Returns a request with its segments in the slot. `nr_segments` may be any number; the slot has
+/// those that fit.
 fn rw() -> impl Strategy<Value = WireRequest> {
     let operation = prop_oneof![
         Just(op::READ),

@@ -38,8 +38,8 @@ enum Effect {
     },
 }
 
-/// What a request is to do, or nothing if it is wrong. `fetched` are the segments that the pages of
-/// an indirect request hold.
+/// Returns the effect of a request, or `None` if it is invalid. `fetched` are the segments that the
+/// pages of an indirect request hold.
 fn model(wire: &WireRequest, fetched: &[WireSegment], disk: &DiskLimits) -> Option<Effect> {
     match wire {
         WireRequest::Rw(rw) => model_rw(rw, disk),
@@ -124,7 +124,7 @@ fn model_discard(discard: &DiscardRequest, disk: &DiskLimits) -> Option<Effect> 
     Some(Effect::Discard { start, len, secure })
 }
 
-/// What the checked request says, in the terms of the model.
+/// Returns the effect of the checked request.
 fn effect(
     wire: &WireRequest,
     fetched: &[WireSegment],
@@ -193,8 +193,8 @@ fn sectors_of_segment(segment: &Segment) -> Vec<(u32, u32)> {
         .collect()
 }
 
-/// How many segments a request has, and how many pages of the frontend it uses at a time: those of
-/// the data, and those that hold the segments.
+/// Returns the number of segments of a request, and of the frontend's pages that it uses at a time:
+/// those of the data, and those that hold the segments.
 fn uses(wire: &WireRequest) -> (usize, usize) {
     match wire {
         WireRequest::Rw(rw) => (rw.nr_segments.into(), rw.nr_segments.into()),
@@ -206,7 +206,7 @@ fn uses(wire: &WireRequest) -> (usize, usize) {
     }
 }
 
-/// A request of any shape, mostly one that is valid.
+/// Returns a request of any kind, which is valid in most cases.
 fn any_shape() -> impl Strategy<Value = WireRequest> {
     let large = (0..3u8, sector(), 0..=4097u16).prop_map(|(operation, sector, nr_segments)| {
         WireRequest::Indirect(IndirectRequest {
@@ -248,7 +248,7 @@ fn disk() -> impl Strategy<Value = DiskLimits> {
     })
 }
 
-/// A segment that is mostly valid.
+/// Returns a segment, which is valid in most cases.
 fn segment() -> impl Strategy<Value = WireSegment> {
     prop_oneof![
         4 => (any::<u32>(), 0..8u8, 0..8u8).prop_map(|(gref, a, b)| {
@@ -297,7 +297,7 @@ fn plausible_discard() -> impl Strategy<Value = WireRequest> {
     })
 }
 
-/// An indirect request and the segments in its pages.
+/// Returns an indirect request and the segments in its pages.
 fn plausible_indirect() -> impl Strategy<Value = (WireRequest, Vec<WireSegment>)> {
     let segments = proptest::collection::vec(segment(), 0..40);
     (0..3u8, sector(), segments).prop_map(|(operation, sector, segments)| {

@@ -32,8 +32,8 @@ impl Ring {
 }
 
 proptest! {
-    /// Between two turns some requests end, and small ones are offered for each slot that is free
-    /// then. Large ones, left from an earlier connection, are offered again at their turns.
+    /// In each round one request completes, and small requests are offered for each free slot.
+    /// Large requests, left from an earlier connection, are offered again once in each round.
     #[test]
     fn large_requests_are_not_starved(
         mut large in proptest::collection::vec(2..=SLOTS, 1..6),
@@ -41,9 +41,9 @@ proptest! {
     ) {
         let mut ring = Ring { slots: Reservations::new(SLOTS), in_flight: Vec::new() };
         while ring.offer(1) {}
-        let turns = large.len() * 2 * SLOTS;
-        for turn in 0..turns {
-            if let Some(index) = ends.get(turn % ends.len()) {
+        let rounds = large.len() * 2 * SLOTS;
+        for round in 0..rounds {
+            if let Some(index) = ends.get(round % ends.len()) {
                 if !ring.in_flight.is_empty() {
                     ring.in_flight.swap_remove(index.index(ring.in_flight.len()));
                 }

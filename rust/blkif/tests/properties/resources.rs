@@ -17,7 +17,8 @@ fn offered() -> impl Strategy<Value = u16> {
     prop_oneof![Just(0), 1..40u16, Just(256), 500..530u16, any::<u16>()]
 }
 
-/// A disk with larger blocks than pages has fragments of whole pages, and whole blocks of them.
+/// Returns `count` rounded down to whole blocks: if blocks are larger than pages, a request has
+/// whole blocks of fragments.
 fn pages_of_blocks(block_size: u32, count: u32) -> u32 {
     let pages = (block_size / 4096).max(1);
     count / pages * pages
@@ -49,14 +50,14 @@ proptest! {
         prop_assert!(takes.pages() <= kept.pages());
 
         let fragments = (0..count).map(|_| PageFragment::new(0, 4096).unwrap());
-        let (mut slots, mut lists) = (0, 0);
+        let (mut slots, mut indirect) = (0, 0);
         for part in Plan::new(0, fragments, count, now).unwrap() {
             slots += 1;
             if let SegmentPlacement::Indirect(pages) = part.placement {
-                lists += usize::from(pages);
+                indirect += usize::from(pages);
             }
         }
-        prop_assert_eq!((slots.max(1), lists), (takes.slots, takes.indirect));
+        prop_assert_eq!((slots.max(1), indirect), (takes.slots, takes.indirect));
         let (data, grants) = if bounce { (count, 0) } else { (0, count) };
         prop_assert_eq!((takes.data, takes.grants), (data as usize, grants as u16));
     }

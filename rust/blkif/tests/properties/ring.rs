@@ -52,7 +52,7 @@ fn shape() -> impl Strategy<Value = (Abi, usize)> {
     (abi, prop_oneof![Just(1), Just(2), Just(16usize)])
 }
 
-/// A position in the ring, often shortly before the indices wrap.
+/// Returns an index of the ring, often shortly before the indices wrap.
 fn position() -> impl Strategy<Value = u32> {
     prop_oneof![0..40u32, u32::MAX - 40..=u32::MAX, any::<u32>()]
 }
@@ -262,7 +262,7 @@ proptest! {
     /// Whatever a frontend writes to its index, a backend takes no more than the ring has slots for
     /// and goes forward only.
     #[test]
-    fn a_backend_is_not_led_astray(
+    fn a_backend_takes_no_more_than_the_ring_has(
         at in position(),
         indices in proptest::collection::vec(position(), 1..20),
     ) {

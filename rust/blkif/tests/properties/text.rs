@@ -12,7 +12,7 @@ use blkif::vdev::NumberForm;
 use blkif::vdev::VirtualDevice;
 use proptest::prelude::*;
 
-/// Text that is often nearly a number.
+/// Returns text, which is often nearly a number.
 fn text() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![
         "[0-9]{0,25}".prop_map(String::into_bytes),
