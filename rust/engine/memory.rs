@@ -29,6 +29,8 @@ pub struct Faults {
     pub errors: VecDeque<Option<Errno>>,
     /// Requests stay in flight until this is `false` and [`MemoryEngine::set_faults`] was called.
     pub hold: bool,
+    /// Queues can no longer start requests.
+    pub broken: bool,
     /// The number of flushes that were carried out.
     pub flushes: u64,
 }
@@ -235,6 +237,9 @@ impl Queue for MemoryQueue {
     }
 
     fn kick(&mut self) -> Result<()> {
+        if self.image.lock().faults.broken {
+            return Err(Error::new(Errno::AGAIN, "a test wants this error", "none"));
+        }
         if !self.waiting.is_empty() {
             self.event.set();
         }

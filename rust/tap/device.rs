@@ -50,6 +50,7 @@ use blkif::state;
 use blkif::state::BackAction;
 use blkif::state::BackEvent;
 use blkif::state::BackState;
+use blkif::state::Failure;
 use blkif::state::XenbusState;
 use blkif::token_bucket::TokenBucket;
 use engine::Engine;
@@ -427,6 +428,12 @@ impl Device {
         match event {
             QueueEvent::Ended => self.threads = self.threads.saturating_sub(1),
             QueueEvent::Broken(error) if current => {
+                let is_own = !matches!(error.failure(true), Failure::Frontend);
+                if is_own && self.state == BackState::Connected {
+                    // The queue starts no more requests. A successor of this process takes over the
+                    // rings, and starts them.
+                    return Err(error);
+                }
                 self.fail(&error)?;
             }
             QueueEvent::Withdraw(node) if current => {

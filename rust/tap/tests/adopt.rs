@@ -251,3 +251,33 @@ fn a_disk_that_was_detached_without_a_process_is_finished() {
     served.join().unwrap().unwrap();
     assert_eq!(toolstack.state(), "6");
 }
+
+#[test]
+fn a_process_whose_image_starts_no_more_requests_has_a_successor() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let image = image(true);
+    image.set_faults(|faults| faults.broken = true);
+    let served = serve(&mut toolstack, image, &Options::new(dir.path()));
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    for id in 0..WRITES {
+        let request = write(&front, id);
+        front.rings[0].put(request);
+    }
+    front.rings[0].publish();
+    let error = served.join().unwrap().unwrap_err();
+    assert!(matches!(error, rblktap::Error::Image(_)), "{error}");
+    toolstack.host.unbind_channels().unwrap();
+    let served = serve(
+        &mut toolstack,
+        self::image(false),
+        &Options::new(dir.path()),
+    );
+    for _ in 0..WRITES {
+        okay(front.rings[0].response());
+    }
+    assert_eq!(toolstack.state(), "4");
+    toolstack.start_detach();
+    front.set_state("6");
+    served.join().unwrap().unwrap();
+}
