@@ -163,8 +163,16 @@ def store(mutant: Mutation, outcome: str, failure: str, seconds: int) -> None:
 
 
 def selected(names: list[str]) -> list[Mutation]:
-    """Returns the mutations with these names, drivers, scenarios or features, or all."""
+    """Returns the mutations with these names, drivers, scenarios or features, or all.
+
+    The name `untried` selects those that have not been detected since they were changed.
+    """
     mutants = mutation.mutations()
+    if names == ["untried"]:
+        known = mutation.results()
+        return [
+            mutant for mutant in mutants if known.get(mutant.name, {}).get("outcome") != "detected"
+        ]
     unknown = set(names).difference(*(mutant.labels for mutant in mutants))
     if unknown:
         sys.exit(f"mutation-test: no mutation, scenario or feature: {', '.join(sorted(unknown))}")

@@ -28,7 +28,7 @@ from . import matrix
 from .cache import key_of
 
 DIRECTORY = features.TREE / "qemu-test" / "mutations"
-RESULTS = features.TREE / "build" / "mutations.json"
+RESULTS = DIRECTORY / "results.json"
 KERNEL, PAIR = "7.3", "R/R"
 """The kernel that scenarios run on, and the pair if a mutation names none."""
 DRIVERS = ("rblkback", "rblkfront")
@@ -101,7 +101,10 @@ def _parse(path: Path) -> Mutation:
 
 
 def results() -> dict[str, dict[str, Any]]:
-    """Returns the results of mutations that have not changed since they were run, by name."""
+    """Returns the results of mutations that have not changed since they were run, by name.
+
+    They stay in the tree, because trying all mutations takes hours.
+    """
     if not RESULTS.exists():
         return {}
     versions = {mutation.name: mutation.version for mutation in mutations()}
