@@ -119,7 +119,9 @@ def test_end_at_each_step(
         guest.wait_for("[ -s /tmp/rounds ]")
     host.sh(f"xenstore-rm {disk.back}; xenstore-rm {disk.front}")
     server.wait_for(f"[ ! -e {disk.device} ] && ! grep -q xvdb /proc/[0-9]*/comm")
-    assert (WARNS in host.sh("dmesg")) == (step is no_rings and not ours)
+    # Without a disk, the C backend tries to connect if it reads the frontend's state in time.
+    if ours or step is not front_first:
+        assert (WARNS in host.sh("dmesg")) == (step is no_rings and not ours)
     if step is in_use and guest.front == "xen-blkfront":
         guest.wait_for(HANGS)
         record_property("c_fails", "F-04, B-23")
