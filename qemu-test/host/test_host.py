@@ -328,7 +328,7 @@ def test_full_directory(system: System) -> None:
     system.sh("systemctl restart rblkd")
     system.wait_ready()
     system.works()
-    system.sh(f"rm {STATE}/fill")
+    system.sh(f"rm {STATE}/fill /srv/{letter(FEW)}.raw")
     system.host.wait_for(f'[ "$(rblk disk list | grep -c " connected ")" = {FEW} ]')
     assert system.processes() == processes
 
