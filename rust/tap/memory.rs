@@ -446,11 +446,12 @@ impl Pool {
         }
     }
 
+    /// Allocates memory. The error is `WouldBlock` if other queues may give some back.
     fn allocate(&self, pages: usize) -> Result<Buffer, DataError> {
         match &self.shared {
             Some(shared) => {
                 let buffer = shared.allocate(pages.saturating_mul(PAGE_SIZE));
-                buffer.map_err(|_| DataError::Call(io::ErrorKind::OutOfMemory.into()))
+                buffer.map_err(|_| DataError::Call(io::ErrorKind::WouldBlock.into()))
             }
             None => Ok(Pages::anonymous(pages)?.into_buffer()),
         }

@@ -699,6 +699,8 @@ impl Queue {
             {
                 return false;
             }
+            // Other queues of the image have the memory.
+            DataError::Call(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
             error => {
                 self.warn(format_args!("failed a request: {error}"));
                 self.config.stats.add(Counter::Errors, 1);

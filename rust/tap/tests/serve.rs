@@ -20,6 +20,7 @@ use engine::Info;
 use engine::Queue;
 use serde_json::Value;
 use std::fs;
+use std::process::Command;
 use std::thread;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -646,4 +647,38 @@ fn a_paused_disk_starts_nothing() {
     control(disk.dir.path(), "resume");
     okay(disk.front.rings[0].response());
     disk.finish();
+}
+
+#[test]
+fn a_request_waits_for_memory_of_the_image_that_others_have() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("image");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2"]).arg(&file);
+    let Ok(created) = create.arg("4M").status() else {
+        println!("skipped: qemu-img is not installed");
+        return;
+    };
+    assert!(created.success());
+    let uri = format!("qcow2:{}", file.display());
+    let image = engine::open(&uri.parse().unwrap(), &engine::Options::default()).unwrap();
+    let memory = image.shared_memory().unwrap();
+    let mut all = Vec::new();
+    for len in [1 << 20, 4096] {
+        while let Ok(buffer) = memory.allocate(len) {
+            all.push(buffer);
+        }
+    }
+    let mut toolstack = Toolstack::new("w");
+    let served = serve(&mut toolstack, image, &Options::new(dir.path()));
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    let segment = front.segment(0, 0, 7);
+    front.rings[0].put(direct(op::READ, 1, 0, &[segment]));
+    front.rings[0].publish();
+    wait_for("the request that waits", || {
+        control(dir.path(), "stats")["counters"]["waited"] == 1
+    });
+    drop(all);
+    okay(front.rings[0].response());
+    finish(toolstack, front, served);
 }
