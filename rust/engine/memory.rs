@@ -2,7 +2,7 @@
 
 //! An image in the memory of this process, for tests.
 //!
-//! A test can make requests fail or wait, see [`Faults`], and change the size.
+//! A test can make requests fail or wait, see [`Faults`].
 
 use crate::check::check;
 use crate::error::{Error, Result};
@@ -67,17 +67,6 @@ impl MemoryEngine {
         })
     }
 
-    /// Changes the size of the image. New bytes are zero.
-    pub fn resize(&self, size: u64) -> Result<()> {
-        let mut data = zeroed(size)?;
-        let mut state = self.image.lock();
-        for (new, old) in data.iter_mut().zip(&state.data) {
-            *new = *old;
-        }
-        state.data = data;
-        Ok(())
-    }
-
     /// Changes what happens to requests, and lets held requests continue.
     pub fn set_faults<T>(&self, change: impl FnOnce(&mut Faults) -> T) -> T {
         let mut state = self.image.lock();
@@ -138,6 +127,17 @@ impl Engine for MemoryEngine {
     }
 
     fn refresh(&self) -> Result<Info> {
+        Ok(self.info())
+    }
+
+    fn resize(&self, size: u64) -> Result<Info> {
+        let mut data = zeroed(size)?;
+        let mut state = self.image.lock();
+        for (new, old) in data.iter_mut().zip(&state.data) {
+            *new = *old;
+        }
+        state.data = data;
+        drop(state);
         Ok(self.info())
     }
 

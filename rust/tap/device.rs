@@ -783,16 +783,16 @@ impl Device {
         DiskAnswer::Paused { paused }
     }
 
-    /// Enlarges the image if there is a size, reads its size again, and tells the frontend of a new
-    /// one.
+    /// Enlarges the image if there is a size, reads its size again, and tells the frontend.
     fn resize(&mut self, size: Option<u64>) -> Result<u64, Error> {
         let info = match size {
             Some(size) => self.engine.resize(size)?,
             None => self.engine.refresh()?,
         };
-        let changed = self.disk.set_size(info.size);
+        self.disk.set_size(info.size);
         let sectors = self.disk.sectors();
-        if changed && self.state == BackState::Connected && !self.draining {
+        // An earlier call may have failed after it had set the size.
+        if self.state == BackState::Connected && !self.draining {
             self.switch_with(XenbusState::Connected, |transaction, dir| {
                 write(transaction, dir, "sectors", sectors)?;
                 Ok(true)

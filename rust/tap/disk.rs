@@ -43,12 +43,11 @@ impl Disk {
         self
     }
 
-    /// Sets the size in bytes. What is not a whole block is not offered. Returns `true` if the
-    /// frontend has to be told.
-    pub(crate) fn set_size(&self, size: u64) -> bool {
+    /// Sets the size in bytes. What is not a whole block is not offered.
+    pub(crate) fn set_size(&self, size: u64) {
         let blocks = size.checked_div(self.block_size.into()).unwrap_or(0);
         let sectors = blocks.saturating_mul(u64::from(self.block_size / SECTOR_SIZE));
-        self.sectors.swap(sectors, Relaxed) != sectors
+        self.sectors.store(sectors, Relaxed);
     }
 
     /// Returns the size in sectors.

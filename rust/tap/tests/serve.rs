@@ -682,3 +682,20 @@ fn a_request_waits_for_memory_of_the_image_that_others_have() {
     okay(front.rings[0].response());
     finish(toolstack, front, served);
 }
+
+#[test]
+fn a_size_that_was_not_told_is_told_later() {
+    let mut disk = TestDisk::connect(image(), Choice::PLAIN);
+    let resize = format!(r#"{{"command":"resize","size":{}}}"#, SECTORS * 1024);
+    let state = format!("{BACK}/state");
+    // The state that another process writes is not overwritten.
+    disk.toolstack.store.write(&state, "2").unwrap();
+    control_with(disk.dir.path(), &resize);
+    assert_eq!(disk.toolstack.node("sectors").unwrap(), SECTORS.to_string());
+    disk.toolstack.store.write(&state, "4").unwrap();
+    let answer = control_with(disk.dir.path(), &resize);
+    assert_eq!(answer["sectors"], SECTORS * 2);
+    let sectors = disk.toolstack.node("sectors").unwrap();
+    assert_eq!(sectors, (SECTORS * 2).to_string());
+    disk.finish();
+}
