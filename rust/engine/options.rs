@@ -17,6 +17,9 @@ pub struct Options {
     pub direct: Option<bool>,
     /// An image that another process has open for writing is refused.
     pub exclusive: bool,
+    /// The disk that the image is opened for. Another process with the same one, which was killed,
+    /// is waited for until its I/O has ended, even if the image is not `exclusive`.
+    pub disk: Option<u64>,
     /// Time for which opening waits for another process to release the image, and for I/O of a
     /// process that was killed.
     pub lock_timeout: Duration,
@@ -42,6 +45,7 @@ impl Default for Options {
             read_only: false,
             direct: None,
             exclusive: true,
+            disk: None,
             lock_timeout: Duration::ZERO,
             reconnect_timeout: Duration::from_secs(30),
             unclean: false,

@@ -210,6 +210,7 @@ fn options(matches: &ArgMatches, config: &Config, nodes: &ToolstackNodes, uri: &
         read_only: nodes.read_only,
         // The single writer of a volume has the lock of its image too.
         exclusive: is_volume || !nodes.shared,
+        disk: Some((u64::from(config.domain) << 32) | u64::from(config.device)),
         lock_timeout: seconds(matches, "lock-seconds"),
         // The process before this one was killed.
         unclean: config.inflight_path().exists(),

@@ -91,9 +91,7 @@ fn prepare(fd: OwnedFd, path: &Path, options: &Options) -> Result<Storage> {
             ));
         }
     };
-    if kind == Kind::File {
-        lock::lock(fd.as_fd(), path, options)?;
-    }
+    lock::lock(fd.as_fd(), kind, path, options)?;
     let alignment = set_direct(&fd, kind, path, options)?;
     let size = size(&fd, path)?;
     let (logical, physical) = block_sizes(&fd, kind, path)?;

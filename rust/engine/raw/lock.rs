@@ -5,7 +5,11 @@
 //! The locks are those of QEMU's `block/file-posix.c`, so that QEMU and its tools respect a
 //! running rblktap, and the other way round: byte `100 + p` is locked by a process that uses
 //! permission `p` of the image, byte `200 + p` by one that does not let others use it.
+//!
+//! A process that writes for a disk also locks a byte of that disk, far behind those. So a
+//! successor of a process that was killed waits for its I/O, even if others may use the image.
 
+use super::file::Kind;
 use crate::error::{Error, Result};
 use crate::linux::{is_locked, lock_byte, LockKind};
 use crate::options::Options;
@@ -26,27 +30,33 @@ const READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
+/// The first of the bytes of disks.
+const DISKS: u64 = 1 << 56;
+
 /// Delay between two attempts.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// Locks an image file as `options` say.
+/// Locks an image as `options` say. A block device is claimed when it is opened, so only its disk
+/// is locked here.
 ///
 /// The locks are held until the file is closed and no I/O on it is in flight any more. If the
 /// image stays in use until the options' timeout, the error is `EBUSY` and names the user.
-pub(super) fn lock(file: BorrowedFd<'_>, path: &Path, options: &Options) -> Result<()> {
-    let uses: &[i64] = if options.read_only {
-        &[READ]
-    } else {
-        &[READ, WRITE]
+pub(super) fn lock(file: BorrowedFd<'_>, kind: Kind, path: &Path, options: &Options) -> Result<()> {
+    let uses: &[i64] = match kind {
+        Kind::Device => &[],
+        Kind::File if options.read_only => &[READ],
+        Kind::File => &[READ, WRITE],
     };
-    let refuses: &[i64] = if options.exclusive {
-        &[WRITE, RESIZE]
-    } else {
-        &[]
+    let refuses: &[i64] = match kind {
+        Kind::File if options.exclusive => &[WRITE, RESIZE],
+        Kind::File | Kind::Device => &[],
     };
+    let disk = options.disk.filter(|_| !options.read_only);
     let deadline = Instant::now() + options.lock_timeout;
     loop {
-        match try_lock(file, uses, refuses) {
+        let locked = lock_disk(file, disk)
+            .and_then(|is_locked| Ok(is_locked && try_lock(file, uses, refuses)?));
+        match locked {
             Ok(true) => return Ok(()),
             Ok(false) if Instant::now() < deadline => thread::sleep(RETRY),
             Ok(false) => return Err(in_use(file, path)),
@@ -58,6 +68,20 @@ pub(super) fn lock(file: BorrowedFd<'_>, path: &Path, options: &Options) -> Resu
                 ));
             }
         }
+    }
+}
+
+/// Returns `false` if another process writes for the same disk, or its I/O has not ended.
+fn lock_disk(file: BorrowedFd<'_>, disk: Option<u64>) -> std::result::Result<bool, Errno> {
+    let Some(disk) = disk else {
+        return Ok(true);
+    };
+    let byte = disk.checked_add(DISKS).map(i64::try_from);
+    let byte = byte.and_then(std::result::Result::ok).ok_or(Errno::INVAL)?;
+    match lock_byte(file, byte, LockKind::Exclusive) {
+        Ok(()) => Ok(true),
+        Err(Errno::AGAIN | Errno::ACCESS) => Ok(false),
+        Err(errno) => Err(errno),
     }
 }
 

@@ -2,7 +2,7 @@
 
 //! The engine for files and block devices.
 
-use crate::disk::{buffers, pattern, read_only, Cut, Disk};
+use crate::disk::{buffers, patient, pattern, read_only, Cut, Disk};
 use crate::suite::{Target, SIZE};
 use engine::{Engine, Errno, Options, Request, Uri};
 use std::fs::{self, File};
@@ -294,7 +294,8 @@ fn memory_is_aligned_for_direct_access() {
 #[ignore = "is run by the test below"]
 fn owner() {
     let uri = std::env::var("RBLKIF_TEST_IMAGE").unwrap();
-    let engine = engine::open(&uri.parse().unwrap(), &Options::default()).unwrap();
+    let is_shared = std::env::var_os("RBLKIF_TEST_SHARED").is_some();
+    let engine = engine::open(&uri.parse().unwrap(), &for_disk(!is_shared)).unwrap();
     let mut disk = Disk::new(engine);
     let memory = || buffers(&*disk.engine, 1 << 20, Cut::Whole, None);
     let mut completions = Vec::new();
@@ -310,14 +311,58 @@ fn owner() {
     }
 }
 
+/// Returns options that wait for an earlier process of the same disk.
+fn for_disk(exclusive: bool) -> Options {
+    Options {
+        exclusive,
+        disk: Some(u64::MAX >> 8),
+        ..patient()
+    }
+}
+
+#[test]
+fn an_image_has_one_writer_for_each_disk() {
+    let image = Image::on_disk(SIZE);
+    let shared = |disk| Options {
+        exclusive: false,
+        disk: Some(disk),
+        ..patient()
+    };
+    let first = image.open(&shared(1)).unwrap();
+    let other = image.open(&shared(2)).unwrap();
+    let impatient = Options {
+        lock_timeout: Duration::ZERO,
+        ..shared(1)
+    };
+    assert_eq!(image.open_errno(&impatient), Errno::BUSY);
+    let reader = Options {
+        read_only: true,
+        ..shared(1)
+    };
+    image.open(&reader).unwrap().close().unwrap();
+    first.close().unwrap();
+    image.open(&shared(1)).unwrap().close().unwrap();
+    other.close().unwrap();
+}
+
 #[test]
 fn no_write_of_a_killed_process_lands_after_those_of_its_successor() {
+    no_late_write(true);
+}
+
+#[test]
+fn no_write_of_a_killed_process_lands_late_in_a_shared_image() {
+    no_late_write(false);
+}
+
+fn no_late_write(exclusive: bool) {
     let image = Image::on_disk(SIZE);
     let data = pattern(1, SIZE as usize);
     for _ in 0..4 {
         let mut owner = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "raw::owner", "--ignored", "--nocapture"])
             .env("RBLKIF_TEST_IMAGE", image.uri().to_string())
+            .envs((!exclusive).then_some(("RBLKIF_TEST_SHARED", "1")))
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -326,7 +371,7 @@ fn no_write_of_a_killed_process_lands_after_those_of_its_successor() {
         std::thread::sleep(Duration::from_millis(30));
         owner.kill().unwrap();
         // While the process ends, its locks are held.
-        let mut disk = image.disk();
+        let mut disk = Disk::new(image.open(&for_disk(exclusive)).unwrap());
         disk.write(0, &data, Cut::Whole);
         owner.wait().unwrap();
         std::thread::sleep(Duration::from_millis(30));
