@@ -64,6 +64,7 @@ mod reconnect;
 mod request;
 mod server;
 mod shared_memory;
+mod socket;
 mod uri;
 mod uring;
 pub mod vhd;

@@ -77,6 +77,9 @@ const CONNECTION_MS: u64 = 500;
 /// Delays between attempts after a temporary failure, in milliseconds.
 const RETRIES: Backoff = Backoff::new(100, 10_000);
 
+/// Events of xenstore that are taken at a time.
+const MAX_EVENTS: usize = 64;
+
 /// Stack of a queue's thread.
 const STACK: usize = 256 << 10;
 
@@ -371,9 +374,10 @@ impl Device {
         self.start().during("watching xenstore")?;
         while self.state != BackState::Removed {
             while self.step()? == Next::Again {}
-            // An event may have been read along with a reply; `poll` does not report it.
-            if self.state != BackState::Removed && !self.take_events()? {
-                self.wait()?;
+            if self.state != BackState::Removed {
+                // An event may have been read along with a reply; `poll` does not report it.
+                let any = self.take_events()?;
+                self.wait(!any)?;
                 self.take_events()?;
             }
         }
@@ -384,11 +388,15 @@ impl Device {
         Ok(())
     }
 
-    fn wait(&mut self) -> Result<(), Error> {
+    /// Does what is due, and what `rblk` asks for, after having waited for something if `sleeps` is
+    /// set.
+    fn wait(&mut self, sleeps: bool) -> Result<(), Error> {
         if self.purge_at.is_none() && self.queues.iter().any(|queue| queue.keeps_memory()) {
             self.purge_at = Some(Instant::now() + UNUSED);
         }
-        let next = self.retry_at.into_iter().chain(self.purge_at).min();
+        let now = (!sleeps).then(Instant::now);
+        let next = self.retry_at.into_iter().chain(self.purge_at).chain(now);
+        let next = next.min();
         let timeout = next.map(|time| time.saturating_duration_since(Instant::now()));
         let fds = [self.store.fd(), self.wakeup.as_fd(), self.control.as_fd()];
         let [_, woken, control] = wakeup::wait(fds, timeout).during("waiting for events")?;
@@ -409,11 +417,20 @@ impl Device {
         Ok(())
     }
 
-    /// Takes all pending events. Returns `true` if there were any. An event of xenstore is only
-    /// taken; [`Self::read_event`] reads the nodes.
+    /// Takes pending events. Returns `true` if there were any. An event of xenstore is only taken;
+    /// [`Self::read_event`] reads the nodes.
     fn take_events(&mut self) -> Result<bool, Error> {
         let mut any = false;
-        while let Some(_event) = self.store.next_event().during("reading xenstore")? {
+        // A guest can cause events faster than they are taken.
+        for _ in 0..MAX_EVENTS {
+            if self
+                .store
+                .next_event()
+                .during("reading xenstore")?
+                .is_none()
+            {
+                break;
+            }
             any = true;
         }
         while let Ok((connection, event)) = self.events.try_recv() {

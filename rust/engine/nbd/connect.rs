@@ -9,6 +9,7 @@ use super::protocol::{
     REP_FLAG_ERROR, REP_INFO,
 };
 use crate::error::{Error, Result};
+use crate::socket::{connect, Deadlined};
 use crate::uri::{NbdAddress, NbdExport};
 use rustix::io::Errno;
 use rustix::net::sockopt;
@@ -16,10 +17,13 @@ use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Limit for connecting, and for each step of the negotiation.
+/// Limit for connecting, and for sending a message of the negotiation.
 const STEP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Limit for the negotiation.
+const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Time without data after which a TCP connection is probed, and between probes.
 const KEEPALIVE: Duration = Duration::from_secs(5);
@@ -47,7 +51,7 @@ pub(super) enum Stream {
 impl Stream {
     fn connect(address: &NbdAddress) -> io::Result<OwnedFd> {
         match address {
-            NbdAddress::Unix(path) => UnixStream::connect(path).map(OwnedFd::from),
+            NbdAddress::Unix(path) => connect(path, STEP_TIMEOUT).map(OwnedFd::from),
             NbdAddress::Tcp { host, port } => {
                 let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
                 for address in (host.as_str(), *port).to_socket_addrs()? {
@@ -154,7 +158,10 @@ pub(super) fn negotiate(export: &NbdExport, stream: OwnedFd) -> Result<(Stream, 
         .set_timeout(Some(STEP_TIMEOUT))
         .map_err(|error| negotiation_error(export, &error))?;
     let info = Negotiation {
-        stream: &mut stream,
+        stream: Deadlined {
+            socket: &mut stream,
+            deadline: Instant::now() + NEGOTIATION_TIMEOUT,
+        },
         export,
     }
     .run()?;
@@ -163,7 +170,7 @@ pub(super) fn negotiate(export: &NbdExport, stream: OwnedFd) -> Result<(Stream, 
 
 fn negotiation_error(export: &NbdExport, error: &io::Error) -> Error {
     let errno = match error.kind() {
-        io::ErrorKind::WouldBlock => Errno::TIMEDOUT,
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Errno::TIMEDOUT,
         io::ErrorKind::UnexpectedEof => Errno::CONNRESET,
         _ => Errno::from_io_error(error).unwrap_or(Errno::IO),
     };
@@ -175,7 +182,7 @@ fn negotiation_error(export: &NbdExport, error: &io::Error) -> Error {
 }
 
 struct Negotiation<'a> {
-    stream: &'a mut Stream,
+    stream: Deadlined<&'a mut Stream>,
     export: &'a NbdExport,
 }
 
@@ -310,6 +317,7 @@ impl Negotiation<'_> {
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.stream
+            .socket
             .write_all(bytes)
             .map_err(|error| negotiation_error(self.export, &error))
     }

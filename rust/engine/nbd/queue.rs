@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::reconnect::{Connecting, Target};
 use crate::request::{Completion, Operation, Request};
+use crate::socket::Deadlined;
 use crate::{Queue, DROP_TIMEOUT};
 use rustix::event::epoll::{add, create, delete, modify, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
@@ -599,8 +600,10 @@ fn flush_and_disconnect(shared: &Arc<Shared>, stream: &mut Stream) -> io::Result
     let mut reader = ReplyReader::new();
     Sender::new().send(stream, &mut requests, 1)?;
     let mut scratch = [0; 64];
+    let deadline = Instant::now() + DROP_TIMEOUT;
     while requests.completed.is_empty() {
-        match stream.read(&mut scratch)? {
+        let socket = &mut *stream;
+        match (Deadlined { socket, deadline }).read(&mut scratch)? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             count => reader
                 .receive(scratch.get(..count).unwrap_or_default(), &mut requests)

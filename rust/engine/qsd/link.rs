@@ -17,10 +17,16 @@ use crate::uri::NbdExport;
 use crate::writes::Writes;
 use rustix::event::{poll, PollFd, PollFlags};
 use rustix::io::Errno;
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 use std::thread;
+use std::time::Duration;
+
+/// Time for which a caller waits that has other things to do.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Stack of a thread that waits.
 const STACK: usize = 64 << 10;
@@ -87,20 +93,14 @@ impl Shared {
     /// Enlarges the image. The connection stays meanwhile: QEMU's device fails if it is to tell of
     /// a new size before its client has given it a socket for that.
     pub(super) fn resize(&self, size: u64) -> Result<()> {
-        let current = self.lock_session();
-        if current.is_lost() {
-            return Err(Error::new(
-                Errno::NOTCONN,
-                "the connection to qemu-storage-daemon was lost",
-                "try again",
-            ));
-        }
+        let _current = self.try_lock_session().ok_or_else(not_connected)?;
         self.server.resize(size)
     }
 
     /// Reads the size again.
     pub(super) fn refresh(self: &Arc<Self>) -> Result<Info> {
-        let config = self.session()?.config(&self.messages)?;
+        let session = self.session_in_time()?;
+        let config = session.config(&self.messages)?;
         self.size.store(config.size, Ordering::Relaxed);
         Ok(self.info())
     }
@@ -108,6 +108,37 @@ impl Shared {
     fn lock_session(&self) -> MutexGuard<'_, Arc<Session>> {
         // The session is valid at any time.
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the connection, unless it was lost or is being made.
+    fn try_lock_session(&self) -> Option<MutexGuard<'_, Arc<Session>>> {
+        let current = match self.session.try_lock() {
+            Ok(current) => current,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        (!current.is_lost()).then_some(current)
+    }
+
+    /// Returns the connection, unless it was lost or is being made.
+    pub(super) fn current_session(&self) -> Option<Arc<Session>> {
+        self.try_lock_session().map(|current| current.clone())
+    }
+
+    /// Returns the connection. Waits for a limited time for one that has to be made, which may take
+    /// as long as the check of an image.
+    fn session_in_time(self: &Arc<Self>) -> Result<Arc<Session>> {
+        if let Some(session) = self.current_session() {
+            return Ok(session);
+        }
+        let (sender, result) = channel();
+        let shared = self.clone();
+        let builder = thread::Builder::new().name("connect".to_owned());
+        // If it takes longer, nothing waits for the result.
+        let started = builder.spawn(move || drop(sender.send(shared.session())));
+        started.map_err(|error| thread_error(&error))?;
+        let result = result.recv_timeout(CONNECT_TIMEOUT);
+        result.unwrap_or_else(|_| Err(not_connected()))
     }
 
     /// Returns the connection, which is made again if it was lost.
@@ -155,9 +186,7 @@ impl Shared {
                 }
             }
         });
-        started.map(drop).map_err(|error| {
-            Error::from_io(&error, "starting a thread", "raise the limit of threads")
-        })
+        started.map(drop).map_err(|error| thread_error(&error))
     }
 
     /// Ends the connection.
@@ -198,4 +227,16 @@ impl Shared {
     pub(super) fn has_queues(&self) -> bool {
         self.lock_queues().iter().any(Option::is_some)
     }
+}
+
+fn not_connected() -> Error {
+    Error::new(
+        Errno::AGAIN,
+        "there is no connection to qemu-storage-daemon",
+        "try again when it has been started",
+    )
+}
+
+fn thread_error(error: &io::Error) -> Error {
+    Error::from_io(error, "starting a thread", "raise the limit of threads")
 }

@@ -12,6 +12,7 @@ use crate::connect::Protocol;
 use crate::error::{Error, Result};
 use crate::linux::terminate_with_thread;
 use crate::options::Options;
+use crate::socket::connect;
 use crate::uri::{Format, NbdAddress, NbdExport};
 use rustix::fs::{open, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -20,7 +21,6 @@ use serde_json::{json, Value};
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::mpsc::{channel, Receiver, Sender};
@@ -36,6 +36,9 @@ const PREFIX: &str = "rblk-qsd-";
 const NBD_SOCKET: &str = "nbd.sock";
 const VHOST_SOCKET: &str = "vhost.sock";
 const QMP_SOCKET: &str = "qmp.sock";
+
+/// Limit for a daemon to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Limit for a daemon to open its image.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -139,7 +142,7 @@ impl Daemon {
             Protocol::Nbd => self.socket(),
             Protocol::VhostUser => self.dir.path().join(VHOST_SOCKET),
         };
-        let stream = UnixStream::connect(socket);
+        let stream = connect(&socket, CONNECT_TIMEOUT);
         Ok(stream.map_err(|error| connect_error(&error))?.into())
     }
 
@@ -388,7 +391,7 @@ fn start_once(config: &Config, backing: &[PathBuf]) -> Result<Child> {
 /// Waits until the daemon accepts connections.
 fn wait_for_socket(mut child: Child, socket: &Path, error: impl Fn() -> Error) -> Result<Child> {
     let deadline = Instant::now() + START_TIMEOUT;
-    while UnixStream::connect(socket).is_err() {
+    while connect(socket, CONNECT_TIMEOUT).is_err() {
         if !matches!(child.try_wait(), Ok(None)) {
             return Err(error());
         }

@@ -3,6 +3,7 @@
 //! Commands to a running daemon (QEMU's `docs/interop/qmp-spec.rst`).
 
 use crate::error::{Error, Result};
+use crate::socket::{connect, Deadlined};
 use rustix::io::Errno;
 use serde_json::{json, Value};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -24,7 +25,7 @@ const MAX_ERROR: usize = 300;
 
 /// A connection to the monitor of a daemon.
 pub(super) struct Monitor {
-    stream: BufReader<UnixStream>,
+    stream: BufReader<Deadlined<UnixStream>>,
     /// An export has been removed.
     has_deleted: bool,
     /// The id of the last command.
@@ -44,12 +45,12 @@ enum Presence {
 impl Monitor {
     /// Connects to the monitor at `path`.
     pub(super) fn connect(path: &Path) -> Result<Self> {
-        let connect = || {
-            let stream = UnixStream::connect(path)?;
-            stream.set_read_timeout(Some(TIMEOUT))?;
-            stream.set_write_timeout(Some(TIMEOUT))?;
+        let greet = || {
+            let socket = connect(path, TIMEOUT)?;
+            socket.set_write_timeout(Some(TIMEOUT))?;
+            let deadline = Instant::now() + TIMEOUT;
             let mut monitor = Self {
-                stream: BufReader::new(stream),
+                stream: BufReader::new(Deadlined { socket, deadline }),
                 has_deleted: false,
                 last_id: 0,
             };
@@ -57,7 +58,7 @@ impl Monitor {
             monitor.receive()?;
             Ok(monitor)
         };
-        let mut monitor = connect().map_err(|error| io_error(&error))?;
+        let mut monitor = greet().map_err(|error| io_error(&error))?;
         monitor.run("qmp_capabilities", &json!({}))?;
         Ok(monitor)
     }
@@ -115,12 +116,9 @@ impl Monitor {
 
     /// Waits until the NBD export has been removed.
     fn wait_deleted(&mut self) -> Result<()> {
-        let deadline = Instant::now() + TIMEOUT;
+        self.stream.get_mut().deadline = Instant::now() + TIMEOUT;
         // The event may have come before the reply to the command.
         while !self.has_deleted {
-            if Instant::now() >= deadline {
-                return Err(io_error(&io::ErrorKind::TimedOut.into()));
-            }
             self.receive().map_err(|error| io_error(&error))?;
         }
         Ok(())
@@ -133,10 +131,11 @@ impl Monitor {
         let message = json!({ "execute": command, "arguments": arguments, "id": id });
         let mut line = message.to_string();
         line.push('\n');
-        let sent = self.stream.get_mut().write_all(line.as_bytes());
+        let stream = self.stream.get_mut();
+        stream.deadline = Instant::now() + TIMEOUT;
+        let sent = stream.socket.write_all(line.as_bytes());
         sent.map_err(|error| io_error(&error))?;
-        let deadline = Instant::now() + TIMEOUT;
-        while Instant::now() < deadline {
+        loop {
             let mut reply = self.receive().map_err(|error| io_error(&error))?;
             if reply.get("id").is_some_and(|found| *found != id) {
                 continue;
@@ -149,7 +148,6 @@ impl Monitor {
                 return Err(refused(command, text.unwrap_or("no reason")));
             }
         }
-        Err(io_error(&io::ErrorKind::TimedOut.into()))
     }
 
     fn receive(&mut self) -> io::Result<Value> {

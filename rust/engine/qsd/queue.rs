@@ -78,10 +78,12 @@ impl QsdQueue {
             was_idle: false,
             shared,
         };
-        let session = queue.shared.session()?;
-        queue.set_up(session)?;
-        // The device has set it, in case there are completions.
-        queue.call.clear();
+        // Otherwise the first request connects.
+        if let Some(session) = queue.shared.current_session() {
+            queue.set_up(session)?;
+            // The device has set it, in case there are completions.
+            queue.call.clear();
+        }
         Ok(queue)
     }
 
@@ -440,6 +442,20 @@ mod tests {
         // The new connection is there, and the task is sent again.
         assert_eq!(server.dirty().len(), 2);
         assert!(queue.completed.is_empty());
+        let completions = complete_all(&mut queue, OK);
+        completions[0].result.as_ref().unwrap();
+    }
+
+    #[test]
+    fn a_new_queue_does_not_wait_for_a_connection() {
+        let (server, engine, queue) = FakeServer::open();
+        drop(queue);
+        let session = engine.shared.session().unwrap();
+        server.end();
+        wait_for("the end", || session.is_lost());
+        server.fail([Errno::CONNREFUSED]);
+        let mut queue = QsdQueue::new(engine.shared.clone(), 4).unwrap();
+        queue.submit(write());
         let completions = complete_all(&mut queue, OK);
         completions[0].result.as_ref().unwrap();
     }

@@ -10,6 +10,7 @@ use super::virtqueue::{Addresses, Virtqueue, BASE, MAX_QUEUES};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::shared_memory::{self, SharedMemory};
+use crate::socket::Deadlined;
 use rustix::cmsg_space;
 use rustix::io::Errno;
 use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
@@ -20,7 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Limit for each step of a dialogue.
 const STEP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -72,6 +73,9 @@ const FEATURES: u64 =
 const CONFIG_BYTES: usize = 60;
 const CONFIG_HEADER: usize = 12;
 
+/// The greatest number of reads for messages of the device at a time.
+const MAX_MESSAGES: usize = 64;
+
 /// The greatest length of a reply.
 const MAX_REPLY: usize = 512;
 
@@ -103,9 +107,13 @@ impl Messages {
         })
     }
 
-    /// Takes all messages, so that there is room for more.
+    /// Takes messages, so that there is room for more.
     fn clear(&self) {
-        while matches!((&self.own).read(&mut [0; 256]), Ok(count) if count > 0) {}
+        for _ in 0..MAX_MESSAGES {
+            if !matches!((&self.own).read(&mut [0; 256]), Ok(count) if count > 0) {
+                return;
+            }
+        }
     }
 }
 
@@ -132,7 +140,6 @@ impl Session {
         memory: &SharedMemory,
         messages: &Messages,
     ) -> io::Result<(Self, DeviceConfig)> {
-        socket.set_read_timeout(Some(STEP_TIMEOUT))?;
         socket.set_write_timeout(Some(STEP_TIMEOUT))?;
         let session = Self {
             socket: Mutex::new(socket),
@@ -319,8 +326,12 @@ impl Dialogue<'_> {
 
     /// Receives the reply to a message.
     fn receive(&mut self, request: u32) -> io::Result<Vec<u8>> {
+        let mut socket = Deadlined {
+            socket: &*self.0,
+            deadline: Instant::now() + STEP_TIMEOUT,
+        };
         let mut header = [0; 12];
-        self.0.read_exact(&mut header)?;
+        socket.read_exact(&mut header)?;
         let (found, rest) = take_u32(&header).ok_or_else(unsupported)?;
         let (flags, rest) = take_u32(rest).ok_or_else(unsupported)?;
         let (len, _) = take_u32(rest).ok_or_else(unsupported)?;
@@ -329,7 +340,7 @@ impl Dialogue<'_> {
             return Err(unsupported());
         }
         let mut payload = vec![0; len];
-        self.0.read_exact(&mut payload)?;
+        socket.read_exact(&mut payload)?;
         Ok(payload)
     }
 
@@ -363,7 +374,7 @@ fn unsupported() -> io::Error {
 
 fn dialogue_error(error: &io::Error) -> Error {
     let errno = match error.kind() {
-        io::ErrorKind::WouldBlock => Errno::TIMEDOUT,
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Errno::TIMEDOUT,
         io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe => Errno::CONNRESET,
         _ => Errno::from_io_error(error).unwrap_or(Errno::PROTO),
     };
