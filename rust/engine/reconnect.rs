@@ -21,7 +21,7 @@ pub(crate) struct Target {
     pub(crate) name: String,
     /// The remedy if it cannot be reached.
     pub(crate) remedy: &'static str,
-    /// Limit for all attempts.
+    /// Time after which no attempt is made, except the second: the first one may take longer.
     pub(crate) timeout: Duration,
 }
 
@@ -79,6 +79,7 @@ fn connect_until<T>(
 ) -> Result<T> {
     let deadline = Instant::now() + target.timeout;
     let mut backoff = BACKOFF.start;
+    let mut is_first = true;
     loop {
         let error = match connect() {
             Ok(connection) => return Ok(connection),
@@ -86,7 +87,7 @@ fn connect_until<T>(
             Err(error) => error,
         };
         let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() || stop.load(Ordering::Relaxed) {
+        if left.is_zero() && !is_first || stop.load(Ordering::Relaxed) {
             let Target { name, timeout, .. } = target;
             return Err(Error::new(
                 Errno::NOTCONN,
@@ -97,6 +98,7 @@ fn connect_until<T>(
                 target.remedy,
             ));
         }
+        is_first = false;
         thread::sleep(backoff.min(left));
         backoff = backoff.saturating_mul(2).min(BACKOFF.end);
     }
@@ -108,4 +110,33 @@ fn thread_error() -> Error {
         "there is no thread to connect to the server of the image",
         "raise the limit of threads",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_a_second_attempt_after_a_long_one() {
+        let target = Target {
+            name: "the server".to_owned(),
+            remedy: "none",
+            timeout: Duration::ZERO,
+        };
+        let mut attempts = 0;
+        let result = connect_until(&target, &AtomicBool::new(false), || {
+            attempts += 1;
+            match attempts {
+                1 => Err(thread_error()),
+                _ => Ok(attempts),
+            }
+        });
+        assert_eq!(result.unwrap(), 2);
+        let result = connect_until(&target, &AtomicBool::new(false), || {
+            attempts += 1;
+            Err::<(), _>(thread_error())
+        });
+        assert_eq!(result.unwrap_err().errno(), Errno::NOTCONN);
+        assert_eq!(attempts, 4);
+    }
 }
