@@ -62,13 +62,39 @@ fn fcntl<Fd: AsFd>(file: Fd, command: i32, lock: &mut libc::flock) -> Result<(),
 /// Makes the kernel send `SIGTERM` to the process that `command` starts when the calling thread
 /// ends.
 pub(crate) fn terminate_with_thread(command: &mut Command) {
-    let set = || {
+    terminate_with(command, std::process::id());
+}
+
+/// Makes the kernel send `SIGTERM` when the thread of process `parent` ends. If it has ended
+/// already, the command is not run.
+fn terminate_with(command: &mut Command, parent: u32) {
+    let set = move || {
         // SAFETY: The options have integers only, and this call changes no memory.
-        match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: This call has no arguments.
+        match u32::try_from(unsafe { libc::getppid() }) {
+            Ok(found) if found == parent => Ok(()),
+            _ => Err(io::Error::from_raw_os_error(libc::ESRCH)),
         }
     };
-    // SAFETY: Between fork and exec `set` only makes a system call.
+    // SAFETY: Between fork and exec `set` only makes system calls.
     unsafe { command.pre_exec(set) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_does_not_outlive_one_that_has_ended() {
+        let mut command = Command::new("true");
+        terminate_with_thread(&mut command);
+        assert!(command.status().unwrap().success());
+        let mut command = Command::new("true");
+        terminate_with(&mut command, u32::MAX);
+        let error = command.status().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
+    }
 }

@@ -37,6 +37,7 @@ use nix::sched::CloneFlags;
 use rustix::process::chdir;
 use rustix::process::chroot;
 use rustix::process::setrlimit;
+use rustix::process::Pid;
 use rustix::process::Resource;
 use rustix::process::Rlimit;
 use rustix::process::Signal;
@@ -230,6 +231,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> String {
 }
 
 fn confine(matches: &ArgMatches) -> Result<(), Error> {
+    let parent = rustix::process::getppid();
     let (core, current) = (Resource::Core, Some(0));
     let maximum = current;
     setrlimit(core, Rlimit { current, maximum }).step("setrlimit")?;
@@ -240,10 +242,19 @@ fn confine(matches: &ArgMatches) -> Result<(), Error> {
     make_root(&root.unwrap_or_default(), matches).step("creating the root directory")?;
     keep_one_capability(user).step("setuid")?;
     thread::set_no_new_privs(true).step("no_new_privs")?;
-    // Changing the user has ended the effect of an earlier call. The parent waits for the program,
-    // which writes its caches when it ends.
-    rustix::process::set_parent_process_death_signal(Some(Signal::TERM)).step("prctl")?;
+    // Changing the user has ended the effect of an earlier call.
+    end_with(parent).step("prctl")?;
     filter_system_calls()
+}
+
+/// Makes the kernel send `SIGTERM` when the parent ends, which waits for the program: that writes
+/// its caches when it ends. The error is `ESRCH` if the parent has ended already.
+fn end_with(parent: Option<Pid>) -> rustix::io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
+    match rustix::process::getppid() == parent {
+        true => Ok(()),
+        false => Err(rustix::io::Errno::SRCH),
+    }
 }
 
 /// Fills the root directory, and makes it that of this process.
@@ -411,6 +422,16 @@ mod tests {
         let accept = move || listener.accept().map(drop);
         filtered(accept).unwrap();
         drop(client);
+    }
+
+    #[test]
+    fn a_program_does_not_outlive_a_parent_that_has_ended() {
+        let parent = rustix::process::getppid();
+        let other = rustix::process::Pid::from_raw(i32::MAX);
+        let end = move || (end_with(parent), end_with(other));
+        let (of_parent, of_another) = std::thread::spawn(end).join().unwrap();
+        assert_eq!(of_parent, Ok(()));
+        assert_eq!(of_another, Err(rustix::io::Errno::SRCH));
     }
 
     #[test]
