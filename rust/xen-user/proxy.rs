@@ -59,7 +59,9 @@ pub struct Proxy {
     permissions: Permissions,
     /// The watches that the process has, as in the requests: path and token.
     watches: BTreeSet<Vec<u8>>,
-    /// The identifiers of requests for a transaction that have no answer.
+    /// The identifiers of requests that have no answer.
+    unanswered: BTreeSet<u32>,
+    /// Those for a transaction.
     starting: BTreeSet<u32>,
     /// The transactions that the process has.
     transactions: BTreeSet<u32>,
@@ -75,6 +77,7 @@ impl Proxy {
             client,
             permissions,
             watches: BTreeSet::new(),
+            unanswered: BTreeSet::new(),
             starting: BTreeSet::new(),
             transactions: BTreeSet::new(),
         };
@@ -113,6 +116,7 @@ impl Proxy {
     fn answer(&mut self) -> io::Result<()> {
         let message = Message::read(&mut self.store)?;
         if message.kind != xenstore::KIND_WATCH_EVENT {
+            self.unanswered.remove(&message.id);
             self.record_transaction(&message);
         }
         // One that has ended is noticed by `request`.
@@ -139,6 +143,10 @@ impl Proxy {
         let Some(kind) = Kind::of(message.kind) else {
             return false;
         };
+        // The answers could not be told apart.
+        if self.unanswered.contains(&message.id) {
+            return false;
+        }
         let parts = xenstore::strings(&message.payload);
         let path = parts.first().map(String::as_str).unwrap_or_default();
         match kind {
@@ -146,18 +154,19 @@ impl Proxy {
             Kind::Watch => self.permissions.may_read(path) && self.watches.len() < MAX_WATCHES,
             Kind::Unwatch => self.watches.contains(&message.payload),
             Kind::Write | Kind::Remove => self.permissions.may_write(path),
-            Kind::TransactionStart => self.may_start(message.id),
+            Kind::TransactionStart => self.may_start(),
             Kind::TransactionEnd => self.transactions.contains(&message.transaction),
         }
     }
 
-    fn may_start(&self, id: u32) -> bool {
+    fn may_start(&self) -> bool {
         let transactions = self.transactions.len().saturating_add(self.starting.len());
-        transactions < MAX_TRANSACTIONS && !self.starting.contains(&id)
+        transactions < MAX_TRANSACTIONS
     }
 
     /// Records what an allowed request changes.
     fn record(&mut self, message: &Message) {
+        self.unanswered.insert(message.id);
         match Kind::of(message.kind) {
             Some(Kind::Watch) => {
                 self.watches.insert(message.payload.clone());
@@ -261,6 +270,41 @@ mod tests {
         }
         drop(store);
         thread.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn answers_belong_to_one_request() {
+        let (store, mut server) = UnixStream::pair().unwrap();
+        let store = Xenstore::from_fd(store.into());
+        let (proxy, client) = Proxy::new(store, permissions()).unwrap();
+        let thread = thread::spawn(move || proxy.run());
+        let mut client = UnixStream::from(client);
+        let limit = Some(std::time::Duration::from_secs(60));
+        client.set_read_timeout(limit).unwrap();
+        server.set_read_timeout(limit).unwrap();
+        let message =
+            |kind: Kind, path: &[u8]| xenstore::encode(kind as u32, 7, 0, &[path]).unwrap();
+        client
+            .write_all(&message(Kind::Read, b"/local/domain/5/a\0"))
+            .unwrap();
+        client
+            .write_all(&message(Kind::TransactionStart, b"\0"))
+            .unwrap();
+        // The second one is refused, because the first one has no answer yet.
+        let refused = Message::read(&mut client).unwrap();
+        assert_eq!(refused.kind, xenstore::KIND_ERROR);
+        let passed = Message::read(&mut server).unwrap();
+        assert_eq!(passed.kind, Kind::Read as u32);
+        server.write_all(&message(Kind::Read, b"1")).unwrap();
+        assert_eq!(Message::read(&mut client).unwrap().payload, b"1");
+        client
+            .write_all(&message(Kind::TransactionStart, b"\0"))
+            .unwrap();
+        let passed = Message::read(&mut server).unwrap();
+        assert_eq!(passed.kind, Kind::TransactionStart as u32);
+        drop((client, server));
+        // It ends with either of them.
+        let _ = thread.join().unwrap();
     }
 
     #[test]
