@@ -15,8 +15,8 @@
 //!
 //! A successor starts each request again that is recorded as taken below the consumer index, or as
 //! answered with an index that was not published. I/O of the dead process may still be in the
-//! kernel. It holds the lock of the image, so the engine cannot open the image before that I/O has
-//! ended.
+//! kernel. It holds a lock of the image or of the disk, so the engine cannot open the image before
+//! that I/O has ended. NBD has no such lock.
 //!
 //! # Layout
 //!
