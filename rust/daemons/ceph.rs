@@ -3,7 +3,7 @@
 //! A Ceph cluster: monitors, and storage daemons whose disks are files.
 
 use crate::daemon::{run, Daemon};
-use crate::work_dir;
+use crate::{add_address, work_dir, HOST};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -29,11 +29,12 @@ pub struct Ceph {
 impl Ceph {
     /// Starts a cluster with `count` monitors, storage daemons and replicas.
     pub fn start(count: u16) -> Self {
+        add_address();
         let base = PORT.fetch_add(count, Ordering::Relaxed);
         let dir = work_dir(&format!("ceph-{base}"));
         let conf = dir.join("ceph.conf");
         let addresses: Vec<String> = (base..base + count)
-            .map(|port| format!("[v2:127.0.0.1:{port},v1:127.0.0.1:{}]", port + OTHER_PORT))
+            .map(|port| format!("[v2:{HOST}:{port},v1:{HOST}:{}]", port + OTHER_PORT))
             .collect();
         fs::write(&conf, configuration(&dir, &addresses.join(" "), count)).unwrap();
         let conf = conf.to_str().unwrap();
@@ -97,7 +98,7 @@ fn configuration(dir: &Path, mons: &str, replicas: u16) -> String {
 fsid = {FSID}
 mon_host = {mons}
 ms_bind_msgr2 = true
-public_addr = 127.0.0.1
+public_addr = {HOST}
 auth_cluster_required = none
 auth_service_required = none
 auth_client_required = none

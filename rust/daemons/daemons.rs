@@ -24,6 +24,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process;
 
+/// The address of the daemons of Ceph and GlusterFS. Bricks cannot be on 127.0.0.1, and machines in
+/// QEMU that use the network of this namespace have a device of their own with that address.
+pub const HOST: &str = "10.77.0.1";
+
+/// Gives the loopback device the address [`HOST`].
+fn add_address() {
+    let address = format!("{HOST}/32");
+    run("ip", &["address", "replace", &address, "dev", "lo"]);
+}
+
 /// Returns the directory of this process's daemons, which `RBLKIF_CLUSTER_DIR` contains.
 pub fn work_dir(name: &str) -> PathBuf {
     let parent = std::env::var_os("RBLKIF_CLUSTER_DIR").unwrap_or_else(|| "/tmp".into());

@@ -3,14 +3,11 @@
 //! A Gluster cluster of one host, whose bricks are directories.
 
 use crate::daemon::{run, wait_until, Daemon};
-use crate::work_dir;
+use crate::{add_address, work_dir, HOST};
 use rustix::process::{kill_process, Pid, Signal};
 use std::fs;
 use std::net::TcpStream;
 use std::path::PathBuf;
-
-/// The address of the host: bricks cannot be on 127.0.0.1.
-const HOST: &str = "10.77.0.1";
 
 /// Seconds after which a client gives a brick up that does not answer.
 const PING_TIMEOUT: &str = "10";
@@ -37,17 +34,21 @@ impl Gluster {
     /// Starts the management daemon. There is one for all processes of a network namespace.
     pub fn start() -> Self {
         let dir = work_dir("gluster");
-        run(
-            "ip",
-            &["address", "replace", &format!("{HOST}/32"), "dev", "lo"],
-        );
+        add_address();
         let args = ["--no-daemon", "--log-level", "WARNING"];
-        let mut glusterd = Daemon::start("glusterd", args, &dir.join("glusterd.log"));
+        let glusterd = Daemon::start("glusterd", args, &dir.join("glusterd.log"));
+        let mut gluster = Self { dir, glusterd };
+        gluster.start_management();
+        gluster
+    }
+
+    /// Starts the management daemon unless it runs, and waits until it accepts connections.
+    pub fn start_management(&mut self) {
+        self.glusterd.restart();
         wait_until("glusterd accepts connections", || {
-            glusterd.check();
+            self.glusterd.check();
             TcpStream::connect((HOST, 24007)).is_ok()
         });
-        Self { dir, glusterd }
     }
 
     /// Creates and starts a volume.

@@ -116,7 +116,7 @@ fn a_second_writer_is_refused_and_learns_who_has_the_image() {
     let first = image.disk();
     let error = image.open(&Options::default()).err().unwrap();
     assert_eq!(error.errno(), Errno::BUSY);
-    assert!(error.cause().contains("127.0.0.1"), "{error}");
+    assert!(error.cause().contains(daemons::HOST), "{error}");
     let reader = Options {
         read_only: true,
         ..Options::default()
