@@ -8,5 +8,6 @@ mod disk;
 #[macro_use]
 mod suite;
 mod gluster;
+mod machine;
 mod rbd;
 mod writer;

@@ -113,15 +113,26 @@ impl Writer {
                 _ => allowed.retain(|old| *old >= version),
             }
         }
-        assert!(!versions.is_empty());
-        for (block, allowed) in versions {
-            let data = disk.read(block * BLOCK as u64, BLOCK, Cut::Whole);
-            let found = allowed
-                .iter()
-                .any(|version| data == contents(block, *version));
-            assert!(found, "block {block} has none of the versions {allowed:?}");
-        }
+        verify(versions, disk);
     }
+}
+
+/// Checks that each block has one of the versions that it may have.
+fn verify(versions: HashMap<u64, Vec<u64>>, disk: &mut Disk) {
+    assert!(!versions.is_empty());
+    for (block, allowed) in versions {
+        let data = disk.read(block * BLOCK as u64, BLOCK, Cut::Whole);
+        let found = allowed
+            .iter()
+            .any(|version| data == contents(block, *version));
+        assert!(found, "block {block} has none of the versions {allowed:?}");
+    }
+}
+
+/// Checks that the first blocks have the version that was flushed last.
+pub fn verify_all(blocks: u64, version: u64, disk: &mut Disk) {
+    let versions = (0..blocks).map(|block| (block, vec![version]));
+    verify(versions.collect(), disk);
 }
 
 impl Drop for Writer {
