@@ -140,9 +140,14 @@ def exchange(host: XenHost, guest: Guest) -> None:
 
 
 def test_replace_swap(make_host: StartHost) -> None:
-    """The disk is the swap space of a guest that runs out of memory."""
+    """The disk is the swap space of a guest that runs out of memory.
+
+    Linux may report, with a stack trace, that it lacks memory for its table of swap entries. It
+    waits for memory then.
+    """
     host = make_host(megabytes=160)
     guest = host.start_guest()
+    guest.allow("Call Trace")
     assert_served_by_pair(host, guest)
     guest.sh("mkswap /dev/xvda && swapon /dev/xvda")
     files = int(guest.sh(FILL))
@@ -160,4 +165,6 @@ def test_replace_swap(make_host: StartHost) -> None:
     guest.wait_for("[ -e /ended ]", TIMEOUT_S)
     assert guest.sh("grep -c OK /checked") == str(files), guest.sh("tail -n 1 /checked")
     guest.sh("umount /mnt && swapoff /dev/xvda", timeout=TIMEOUT_S)
+    traces = "dmesg | grep -B 8 'Call Trace' | grep -c 'page allocation failure' || :"
+    assert guest.sh(traces) == guest.sh("dmesg | grep -c 'Call Trace' || :")
     assert_served_by_pair(host, guest)
