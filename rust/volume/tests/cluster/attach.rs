@@ -93,6 +93,25 @@ fn without_a_fence_the_administrator_says_that_a_host_is_off() {
 }
 
 #[test]
+fn a_host_whose_clock_is_an_hour_wrong_keeps_its_lease_and_loses_it_when_it_dies() {
+    let (_etcd, first, second) = start(1, "attach-clock");
+    for hours in [-1, 1] {
+        let process = HostProcess::start_with_clock(&first, &name(), hours);
+        let begin = Instant::now();
+        while begin.elapsed() < 2 * LEASE {
+            process.wait_for_writes(1);
+            let error = second.attach(&name(), false).err().unwrap();
+            assert!(error.cause().contains("on host first"), "{error}");
+        }
+        process.kill();
+        daemons::wait_until("the lease ends", || {
+            second.registry.info(&name()).unwrap().writer.is_none()
+        });
+        second.registry.release(&name()).unwrap();
+    }
+}
+
+#[test]
 fn late_writes_of_a_frozen_host_do_not_land() {
     let (_etcd, first, second) = start_on(1, &crate::ceph_storage("frozen"));
     let process = HostProcess::start(&first, &name());

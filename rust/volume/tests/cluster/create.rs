@@ -2,6 +2,7 @@
 
 //! Creators that compete for names and are killed at random points.
 
+use crate::clock;
 use daemons::Etcd;
 use std::collections::HashMap;
 use std::fs::{self, OpenOptions};
@@ -25,11 +26,17 @@ struct Creators {
     urls: String,
     dir: PathBuf,
     names: usize,
+    /// Their clocks are an hour apart.
+    are_clocks_wrong: bool,
 }
 
 impl Creators {
     fn start(&self, number: usize) -> Child {
-        Command::new(std::env::current_exe().unwrap())
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        if self.are_clocks_wrong {
+            clock::shift(&mut command, [-1, 0, 1][number]);
+        }
+        command
             .args(["--exact", "create::process", "--ignored"])
             .env("CREATOR_ETCD", &self.urls)
             .env("CREATOR_DIR", &self.dir)
@@ -79,6 +86,7 @@ impl Creators {
 #[test]
 #[ignore = "it is a process of other tests"]
 fn process() {
+    clock::check();
     let variable = |name: &str| std::env::var(name).unwrap();
     let registry = registry(&variable("CREATOR_ETCD"));
     let number: usize = variable("CREATOR_NUMBER").parse().unwrap();
@@ -157,19 +165,31 @@ fn check(registry: &Registry<volume::etcd::Etcd>, creators: &Creators) {
     }
 }
 
-/// Runs rounds on a storage.
-fn rounds(etcd: &Etcd, uri: &str, name: &str, names: usize, kills: usize) {
-    let urls = etcd.urls().join(" ");
-    let registry = registry(&urls);
-    registry.add_storage("s", uri).unwrap();
-    for round in 0..scaled(1, 10) {
-        let creators = Creators {
-            urls: urls.clone(),
-            dir: daemons::work_dir(&format!("{name}-{round}")),
-            names,
-        };
-        creators.compete(kills);
-        check(&registry, &creators);
+/// Rounds of creators on a storage.
+struct Rounds<'a> {
+    uri: String,
+    name: &'a str,
+    names: usize,
+    kills: usize,
+    are_clocks_wrong: bool,
+}
+
+impl Rounds<'_> {
+    fn run(&self) {
+        let etcd = Etcd::start(1);
+        let urls = etcd.urls().join(" ");
+        let registry = registry(&urls);
+        registry.add_storage("s", &self.uri).unwrap();
+        for round in 0..scaled(1, 10) {
+            let creators = Creators {
+                urls: urls.clone(),
+                dir: daemons::work_dir(&format!("{}-{round}", self.name)),
+                names: self.names,
+                are_clocks_wrong: self.are_clocks_wrong,
+            };
+            creators.compete(self.kills);
+            check(&registry, &creators);
+        }
     }
 }
 
@@ -181,34 +201,59 @@ fn scaled(short: usize, full: usize) -> usize {
     }
 }
 
+fn directory(name: &str) -> String {
+    format!("dir:{}", daemons::work_dir(name).display())
+}
+
 #[test]
 fn names_in_a_directory_are_created_once_while_creators_are_killed() {
-    let etcd = Etcd::start(1);
-    let images = daemons::work_dir("images-killed");
-    let uri = format!("dir:{}", images.display());
-    rounds(&etcd, &uri, "creators-dir", scaled(40, 100), scaled(4, 8));
+    let rounds = Rounds {
+        uri: directory("images-killed"),
+        name: "creators-dir",
+        names: scaled(40, 100),
+        kills: scaled(4, 8),
+        are_clocks_wrong: false,
+    };
+    rounds.run();
+}
+
+#[test]
+fn names_are_created_once_by_hosts_whose_clocks_are_an_hour_apart() {
+    let rounds = Rounds {
+        uri: directory("images-clocks"),
+        name: "creators-clocks",
+        names: scaled(20, 100),
+        kills: scaled(3, 8),
+        are_clocks_wrong: true,
+    };
+    rounds.run();
 }
 
 #[test]
 fn names_on_rbd_are_created_once_while_creators_are_killed() {
-    let etcd = Etcd::start(1);
-    let uri = crate::ceph_storage("creators");
-    rounds(&etcd, &uri, "creators-rbd", scaled(20, 100), scaled(3, 8));
+    let rounds = Rounds {
+        uri: crate::ceph_storage("creators"),
+        name: "creators-rbd",
+        names: scaled(20, 100),
+        kills: scaled(3, 8),
+        are_clocks_wrong: false,
+    };
+    rounds.run();
 }
 
 #[test]
 fn names_are_created_once_while_members_of_etcd_are_killed() {
     let mut etcd = Etcd::start(3);
-    let images = daemons::work_dir("images-members");
     let urls = etcd.urls().join(" ");
     let registry = registry(&urls);
     registry
-        .add_storage("s", &format!("dir:{}", images.display()))
+        .add_storage("s", &directory("images-members"))
         .unwrap();
     let creators = Creators {
         urls,
         dir: daemons::work_dir("creators-members"),
         names: scaled(40, 100),
+        are_clocks_wrong: false,
     };
     thread::scope(|scope| {
         scope.spawn(|| creators.compete(2));

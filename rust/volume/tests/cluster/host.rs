@@ -2,6 +2,7 @@
 
 //! Hosts: names with a registry, and processes that write to a volume.
 
+use crate::clock;
 use crate::io::{self, pattern, Image};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -69,9 +70,13 @@ pub struct HostProcess {
 impl HostProcess {
     /// Starts a process in a PID namespace of its own, and waits until it has attached the volume.
     pub fn start(host: &Host, name: &VolumeName) -> Self {
-        let unshare = ["--pid", "--fork", "--kill-child", "--mount-proc"];
-        let mut command = Command::new("unshare");
-        command.args(unshare).arg(std::env::current_exe().unwrap());
+        Self::run(command_of_another_host(), host, name, LEASE)
+    }
+
+    /// Starts such a process whose clock is fast by some hours, or slow.
+    pub fn start_with_clock(host: &Host, name: &VolumeName, hours: i64) -> Self {
+        let mut command = command_of_another_host();
+        clock::shift(&mut command, hours);
         Self::run(command, host, name, LEASE)
     }
 
@@ -158,10 +163,20 @@ impl HostProcess {
     }
 }
 
+/// Returns the command that runs this program in a PID namespace of its own.
+fn command_of_another_host() -> Command {
+    let mut command = Command::new("unshare");
+    command
+        .args(["--pid", "--fork", "--kill-child", "--mount-proc"])
+        .arg(std::env::current_exe().unwrap());
+    command
+}
+
 /// The process.
 #[test]
 #[ignore = "it is a process of other tests"]
 fn process() {
+    clock::check();
     let variable = |name: &str| std::env::var(name).unwrap();
     let urls = variable("HOLDER_ETCD");
     let urls = urls.split(' ').map(str::to_owned).collect();

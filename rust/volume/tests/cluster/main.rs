@@ -3,6 +3,7 @@
 //! The registry with real daemons.
 
 mod attach;
+mod clock;
 mod create;
 mod etcd;
 mod host;
