@@ -13,6 +13,7 @@ use agent::server::{self, Server};
 use agent::signals;
 use agent::storage::{Probe, Storages};
 use agent::supervisor::Supervisor;
+use agent::volumes::Volumes;
 use api::RunDir;
 use clap::Parser;
 use std::fs;
@@ -142,6 +143,10 @@ fn run(mut args: Args) -> Result<(), String> {
     let listener = startup.step("socket", || Server::bind(&run).map_err(socket))?;
     startup.step("storage", || applier.apply(&config))?;
     watch_guests(&config, &run, args.xl, supervisor.journal())?;
+    let volumes = Volumes::new(run.clone());
+    volumes
+        .start()
+        .map_err(|error| format!("volumes: {error}"))?;
     signals::start(move || applier.reload()).map_err(|error| format!("signals: {error}"))?;
     let host = startup.finish(supervisor.journal().clone(), storages);
     eprintln!("{} disks", supervisor.disks());

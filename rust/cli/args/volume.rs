@@ -55,7 +55,7 @@ pub enum VolumeCommand {
         /// STORAGE/VOLUME
         volume: VolumeName,
     },
-    /// Enlarges a volume; see rblk disk resize for the guest that uses it
+    /// Enlarges a volume, also for the guest that uses it on any host
     Resize {
         /// STORAGE/VOLUME
         volume: VolumeName,
