@@ -265,6 +265,7 @@ fn a_process_whose_image_starts_no_more_requests_has_a_successor() {
         front.rings[0].put(request);
     }
     front.rings[0].publish();
+    wait_for("the end of the process", || served.is_finished());
     let error = served.join().unwrap().unwrap_err();
     assert!(matches!(error, rblktap::Error::Image(_)), "{error}");
     toolstack.host.unbind_channels().unwrap();
