@@ -49,8 +49,18 @@ pub(super) struct Shared {
     session: Mutex<Arc<Session>>,
     /// Is locked for reading while a queue takes what the daemon has completed.
     pub(super) taking: RwLock<()>,
-    /// The events that make the queues readable, by their numbers.
-    queues: Mutex<[Option<Arc<Event>>; MAX_QUEUES]>,
+    queues: Arc<Queues>,
+}
+
+/// The events that make the queues readable, by their numbers.
+#[derive(Default)]
+struct Queues(Mutex<[Option<Arc<Event>>; MAX_QUEUES]>);
+
+impl Queues {
+    fn lock(&self) -> MutexGuard<'_, [Option<Arc<Event>>; MAX_QUEUES]> {
+        // The table is valid at any time.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Shared {
@@ -77,7 +87,7 @@ impl Shared {
             config,
             session: Mutex::new(session.clone()),
             taking: RwLock::default(),
-            queues: Mutex::default(),
+            queues: Arc::default(),
         });
         shared.watch(&session)?;
         Ok(shared)
@@ -142,7 +152,7 @@ impl Shared {
     }
 
     /// Returns the connection, which is made again if it was lost.
-    pub(super) fn session(self: &Arc<Self>) -> Result<Arc<Session>> {
+    pub(super) fn session(&self) -> Result<Arc<Session>> {
         let mut current = self.lock_session();
         if !current.is_lost() {
             return Ok(current.clone());
@@ -168,9 +178,10 @@ impl Shared {
     }
 
     /// Starts a thread that wakes all queues when a connection ends.
-    fn watch(self: &Arc<Self>, session: &Arc<Session>) -> Result<()> {
+    fn watch(&self, session: &Arc<Session>) -> Result<()> {
         let socket = session.socket()?;
-        let shared = Arc::downgrade(self);
+        // The image may be closed meanwhile.
+        let queues = Arc::downgrade(&self.queues);
         let session = Arc::downgrade(session);
         let builder = thread::Builder::new().name("qsd-watch".to_owned());
         let started = builder.stack_size(STACK).spawn(move || {
@@ -180,8 +191,8 @@ impl Shared {
             if let Some(session) = session.upgrade() {
                 session.close();
             }
-            if let Some(shared) = shared.upgrade() {
-                for event in shared.lock_queues().iter().flatten() {
+            if let Some(queues) = queues.upgrade() {
+                for event in queues.lock().iter().flatten() {
                     event.set();
                 }
             }
@@ -194,15 +205,10 @@ impl Shared {
         self.lock_session().close();
     }
 
-    fn lock_queues(&self) -> MutexGuard<'_, [Option<Arc<Event>>; MAX_QUEUES]> {
-        // The table is valid at any time.
-        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Returns a number for a queue that `event` makes readable.
     pub(super) fn add_queue(&self, event: &Arc<Event>) -> Result<usize> {
         let max = self.info.max_queues;
-        let mut queues = self.lock_queues();
+        let mut queues = self.queues.lock();
         let free = queues.iter_mut().take(max).enumerate();
         let free = free.into_iter().find(|(_, queue)| queue.is_none());
         let Some((number, queue)) = free else {
@@ -218,14 +224,14 @@ impl Shared {
 
     /// Makes the number of a queue free that has ended.
     pub(super) fn remove_queue(&self, number: usize) {
-        if let Some(queue) = self.lock_queues().get_mut(number) {
+        if let Some(queue) = self.queues.lock().get_mut(number) {
             *queue = None;
         }
     }
 
     /// Returns `true` if there are queues.
     pub(super) fn has_queues(&self) -> bool {
-        self.lock_queues().iter().any(Option::is_some)
+        self.queues.lock().iter().any(Option::is_some)
     }
 }
 
