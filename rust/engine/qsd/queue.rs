@@ -459,4 +459,17 @@ mod tests {
         let completions = complete_all(&mut queue, OK);
         completions[0].result.as_ref().unwrap();
     }
+
+    #[test]
+    fn an_image_is_not_resized_without_a_connection() {
+        let (server, engine, _queue) = FakeServer::open();
+        engine.shared.resize(1 << 30).unwrap();
+        let session = engine.shared.session().unwrap();
+        server.end();
+        wait_for("the end", || session.is_lost());
+        let error = engine.shared.resize(1 << 30).unwrap_err();
+        assert_eq!(error.errno(), Errno::AGAIN);
+        engine.shared.refresh().unwrap();
+        engine.shared.resize(1 << 30).unwrap();
+    }
 }
