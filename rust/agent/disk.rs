@@ -77,6 +77,8 @@ pub struct Disk {
     started: Instant,
     /// Why the last process has ended, if none has served the disk since.
     ended: Option<String>,
+    /// Why a process has ended since the last [`Self::take_end`].
+    end: Option<String>,
     /// Processes that have ended in a row, each soon after its start.
     failures: u32,
     /// The disk was refused when it was attached. It is not tried again.
@@ -149,6 +151,7 @@ impl Disk {
             process,
             started: now,
             ended: None,
+            end: None,
             failures: 0,
             refused: false,
             announced: false,
@@ -160,6 +163,11 @@ impl Disk {
     /// Returns the record of the disk.
     pub fn record(&self) -> &Record {
         &self.record
+    }
+
+    /// Returns why a process has ended, once.
+    pub fn take_end(&mut self) -> Option<String> {
+        self.end.take()
     }
 
     /// Returns the process, if it has one.
@@ -253,6 +261,7 @@ impl Disk {
         };
         let reason = process.reason(cx.run, self.record.disk);
         eprintln!("{}: {reason}", self.record.disk);
+        self.end = Some(reason.clone());
         self.ended(cx, reason)
     }
 

@@ -45,7 +45,14 @@ impl Journal {
     }
 
     /// Adds the event that a change of a disk's record is, if it is one.
-    pub fn add_change(&self, before: Option<&Record>, after: Option<&Record>) {
+    ///
+    /// `end` is the reason if a process has ended. The record does not have it if another process
+    /// was started at once.
+    pub fn add_change(&self, before: Option<&Record>, after: Option<&Record>, end: Option<String>) {
+        let is_recorded = after.is_some_and(|record| matches!(record.phase, Phase::Failed { .. }));
+        if let (Some(record), Some(text), false) = (before, end, is_recorded) {
+            self.add(Some(record.disk), EventKind::Failed, text);
+        }
         if let Some((record, kind, text)) = change(before, after) {
             self.add(Some(record.disk), kind, text);
         }
@@ -123,11 +130,15 @@ mod tests {
         let failed = record(Phase::Failed {
             cause: "no file".to_owned(),
         });
-        journal.add_change(None, Some(&record(Phase::Starting)));
-        journal.add_change(None, Some(&running));
-        journal.add_change(Some(&running), Some(&running));
-        journal.add_change(Some(&running), Some(&failed));
-        journal.add_change(Some(&failed), None);
+        let change = |before: Option<&Record>, after: Option<&Record>| {
+            journal.add_change(before, after, None);
+        };
+        change(None, Some(&record(Phase::Starting)));
+        change(None, Some(&running));
+        change(Some(&running), Some(&running));
+        let end = Some("no file".to_owned());
+        journal.add_change(Some(&running), Some(&failed), end);
+        change(Some(&failed), None);
         let events = journal.after(0, Duration::ZERO);
         let kinds: Vec<EventKind> = events.iter().map(|event| event.kind).collect();
         assert_eq!(
@@ -137,6 +148,17 @@ mod tests {
         let second = events.get(1).unwrap();
         assert_eq!(second.text, "no file");
         assert_eq!(journal.after(second.number, Duration::ZERO).len(), 1);
+
+        let last = events.last().unwrap().number;
+        let (opening, end) = (record(Phase::Starting), Some("killed".to_owned()));
+        journal.add_change(Some(&running), Some(&opening), end);
+        let [event] = &journal.after(last, Duration::ZERO)[..] else {
+            panic!("there is no event, or several");
+        };
+        assert_eq!(
+            (event.kind, event.text.as_str()),
+            (EventKind::Failed, "killed")
+        );
     }
 
     #[test]

@@ -157,8 +157,9 @@ mod tests {
                 let mut stream = stream.unwrap();
                 let mut line = String::new();
                 BufReader::new(&stream).read_line(&mut line).unwrap();
-                writeln!(stream, "{{\"sectors\":8}}").unwrap();
+                // The test looks for it as soon as it has the answer.
                 sender.send(line).unwrap();
+                writeln!(stream, "{{\"sectors\":8}}").unwrap();
             }
         });
         lines

@@ -97,7 +97,7 @@ pub struct Event {
 pub enum EventKind {
     /// A process serves a disk.
     Served,
-    /// No process serves a disk.
+    /// No process serves a disk, or one has ended.
     Failed,
     /// A disk is detached.
     Detached,
