@@ -93,7 +93,7 @@ def test_rblkd_state(xen: StartHost) -> None:
 
     explanation = host.sh(f"rblk disk explain {guest.name}/xvda")
     assert "states     backend Connected, frontend Connected" in explanation, explanation
-    assert "Xen copies the data" in explanation, explanation
+    assert "data path  pages stay mapped" in explanation, explanation
     process = rblktap.pid(host, guest, XVDA)
     assert f"process {process} has opened" in host.sh("rblk events")
     assert "rblk_disk_served{" in host.sh("rblk metrics")
