@@ -7,8 +7,8 @@
 //! backend takes them.
 //!
 //! The queue that has taken a barrier *closes* the gate. The others take no more requests, and are
-//! *quiesced* when they have none in flight. Then the barrier is executed, and its queue *opens*
-//! the gate. A queue that has taken a barrier meanwhile waits for its turn and counts as quiesced.
+//! *drained* when they have none in flight. Then the barrier is executed, and its queue *opens*
+//! the gate. A queue that has taken a barrier meanwhile waits for its turn and counts as drained.
 //! A queue leaves when its thread ends, so that no queue waits for it.
 
 use crate::wakeup::Wakeup;
@@ -38,24 +38,24 @@ struct Members {
 struct Member {
     index: u32,
     wakeup: Arc<Wakeup>,
-    quiesced: bool,
+    drained: bool,
 }
 
 impl Members {
-    /// Returns `true` if all queues but the owner are quiesced.
-    fn quiesced(&self) -> bool {
+    /// Returns `true` if all queues but the owner are drained.
+    fn all_drained(&self) -> bool {
         self.all
             .iter()
-            .all(|member| member.quiesced || self.owner == Some(member.index))
+            .all(|member| member.drained || self.owner == Some(member.index))
     }
 
-    /// Marks a queue quiesced, and wakes the owner if it was the last one.
-    fn quiesce(&mut self, index: u32) {
+    /// Marks a queue drained, and wakes the owner if it was the last one.
+    fn set_drained(&mut self, index: u32) {
         let mut own = self.all.iter_mut().filter(|member| member.index == index);
-        if own.all(|member| std::mem::replace(&mut member.quiesced, true)) {
+        if own.all(|member| std::mem::replace(&mut member.drained, true)) {
             return;
         }
-        if self.quiesced() {
+        if self.all_drained() {
             self.wake(|member| self.owner == Some(member.index));
         }
     }
@@ -78,7 +78,7 @@ impl BarrierGate {
         members
             .all
             .iter_mut()
-            .for_each(|member| member.quiesced = false);
+            .for_each(|member| member.drained = false);
         members.wake(|member| owner != Some(member.index));
     }
 }
@@ -94,7 +94,7 @@ impl GateMember {
         gate.lock().all.push(Member {
             index,
             wakeup: wakeup.clone(),
-            quiesced: false,
+            drained: false,
         });
         Self {
             gate: gate.clone(),
@@ -108,12 +108,12 @@ impl GateMember {
         self.gate.closed.load(Relaxed)
     }
 
-    /// Marks this queue quiesced if the gate is closed: it has nothing in flight, and takes no
+    /// Marks this queue drained if the gate is closed: it has nothing in flight, and takes no
     /// request.
-    pub(crate) fn quiesce(&self) {
+    pub(crate) fn set_drained(&self) {
         let mut members = self.gate.lock();
         if members.owner.is_some() {
-            members.quiesce(self.index);
+            members.set_drained(self.index);
         }
     }
 
@@ -126,9 +126,9 @@ impl GateMember {
         }
         let own = members.owner == Some(self.index);
         if idle && !own {
-            members.quiesce(self.index);
+            members.set_drained(self.index);
         }
-        idle && own && members.quiesced()
+        idle && own && members.all_drained()
     }
 
     /// Opens the gate: the barrier of this queue has completed.
@@ -143,7 +143,7 @@ impl Drop for GateMember {
         members.all.retain(|member| member.index != self.index);
         if members.owner == Some(self.index) {
             self.gate.set_owner(&mut members, None);
-        } else if members.quiesced() {
+        } else if members.all_drained() {
             members.wake(|member| members.owner == Some(member.index));
         }
     }
@@ -163,7 +163,7 @@ mod tests {
         assert!(!queues[0].is_closed());
         assert!(!queues[0].may_run(true));
         assert!(queues[2].is_closed());
-        queues[1].quiesce();
+        queues[1].set_drained();
         assert!(!queues[0].may_run(true));
         // Its own barrier comes second.
         assert!(!queues[2].may_run(true));
@@ -171,8 +171,8 @@ mod tests {
         assert!(queues[0].may_run(true));
         queues[0].open();
         assert!(!queues[2].may_run(true));
-        queues[0].quiesce();
-        queues[1].quiesce();
+        queues[0].set_drained();
+        queues[1].set_drained();
         assert!(queues[2].may_run(true));
         queues[2].open();
         assert!(!queues[1].is_closed());

@@ -885,7 +885,7 @@ impl Queue {
         // not started before it if it is of another queue.
         let idle = self.in_flight == 0;
         match mem::replace(&mut self.barrier, Barrier::None) {
-            Barrier::None if idle && self.config.gate.is_closed() => self.config.gate.quiesce(),
+            Barrier::None if idle && self.config.gate.is_closed() => self.config.gate.set_drained(),
             Barrier::Waiting(pending) if self.config.gate.may_run(idle) => {
                 self.barrier = Barrier::Running;
                 self.in_flight = self.in_flight.saturating_add(1);
