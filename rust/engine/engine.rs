@@ -85,6 +85,7 @@ pub use uri::{
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -228,6 +229,14 @@ pub fn open_with(
             format!("{export} has no server"),
             "this is an error of the program, report it",
         )),
+    }
+}
+
+/// Removes what is left in `runtime_dir` by a process that was confined when it closed an image.
+pub fn remove_files(uri: &Uri, runtime_dir: &Path) -> Result<()> {
+    match uri {
+        Uri::Rbd(image) => rbd::remove_owner(image, runtime_dir),
+        _ => Ok(()),
     }
 }
 

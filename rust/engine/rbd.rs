@@ -21,7 +21,7 @@ use percent_encoding::{utf8_percent_encode, AsciiSet, CONTROLS};
 use rustix::io::Errno;
 use std::fs;
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -136,7 +136,7 @@ fn open_error(errno: Errno, name: &RbdImageName) -> Error {
 /// If the image was not closed, the lock of the process before this one is broken first, by the
 /// address that it has written on this host.
 fn acquire_lock(rbd: &RbdImage, name: &RbdImageName, options: &Options) -> Result<PathBuf> {
-    let file = owner_file(name, options);
+    let file = owner_file(name, &options.runtime_dir);
     let former = fs::read_to_string(&file).unwrap_or_default();
     let failed = |errno| {
         Error::new(
@@ -185,7 +185,7 @@ fn locked(name: &RbdImageName, owner: String) -> Error {
 }
 
 /// Returns the path of the file with the address of the client that has the lock of an image.
-fn owner_file(name: &RbdImageName, options: &Options) -> PathBuf {
+fn owner_file(name: &RbdImageName, runtime_dir: &Path) -> PathBuf {
     let name = name.to_string();
     // The name of a file has up to 255 bytes. Two images with one file do no harm: a client has the
     // lock of one image.
@@ -193,7 +193,7 @@ fn owner_file(name: &RbdImageName, options: &Options) -> PathBuf {
         .flat_map(str::chars)
         .take(MAX_NAME)
         .collect();
-    options.runtime_dir.join(format!("{name}.owner"))
+    runtime_dir.join(format!("{name}.owner"))
 }
 
 impl callback::Image for Image {
@@ -218,14 +218,23 @@ impl callback::Image for Image {
                 )
             })?;
         }
-        match self.owner_file.as_ref().map(fs::remove_file) {
-            Some(Err(error)) if error.kind() != ErrorKind::NotFound => Err(Error::from_io(
-                &error,
-                "removing the owner of the lock",
-                "remove it",
-            )),
-            _ => Ok(()),
-        }
+        self.owner_file.as_deref().map_or(Ok(()), remove)
+    }
+}
+
+/// Removes the file with the address of the client that had the lock of an image.
+pub(crate) fn remove_owner(name: &RbdImageName, runtime_dir: &Path) -> Result<()> {
+    remove(&owner_file(name, runtime_dir))
+}
+
+fn remove(owner_file: &Path) -> Result<()> {
+    match fs::remove_file(owner_file) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::from_io(
+            &error,
+            format_args!("removing {}", owner_file.display()),
+            "remove it",
+        )),
+        _ => Ok(()),
     }
 }
 

@@ -141,12 +141,16 @@ impl Uri {
         }
     }
 
-    /// Returns `true` if the engine needs no other files and connections once the image is open, or
-    /// gets them from the image's server.
-    ///
-    /// The libraries of Ceph and GlusterFS connect to daemons as the cluster changes.
+    /// Returns `true` if the engine uses the library of Ceph, which has threads of its own and
+    /// connects to daemons as the cluster changes.
+    pub fn has_ceph_library(&self) -> bool {
+        matches!(self, Self::Rbd(_))
+    }
+
+    /// Returns `false` if the engine uses the library of GlusterFS, which opens files and connects
+    /// to daemons as the volume changes.
     pub fn can_be_confined(&self) -> bool {
-        !matches!(self, Self::Rbd(_) | Self::Gluster(_))
+        !matches!(self, Self::Gluster(_))
     }
 
     /// Returns the file in `dir` with the passphrase of a LUKS container, or [`None`] for other

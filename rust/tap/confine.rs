@@ -25,10 +25,9 @@ use crate::filter::install;
 use crate::filter::masked;
 use crate::filter::one_of;
 use crate::filter::Rules;
+use crate::root;
 use nix::sched::unshare;
 use nix::sched::CloneFlags;
-use rustix::process::chdir;
-use rustix::process::chroot;
 use rustix::process::setrlimit;
 use rustix::process::DumpableBehavior;
 use rustix::process::Gid;
@@ -50,7 +49,14 @@ const MAX_DESCRIPTORS: u64 = 256;
 /// The numbers of `ioctl`s of files and block devices: `BLKDISCARD`, `BLKZEROOUT` and `FIONBIO`.
 const FILE_REQUESTS: [libc::Ioctl; 3] = [0x1277, 0x127f, libc::FIONBIO];
 
-/// System calls that are allowed with all arguments.
+/// System calls of I/O on files and devices.
+const IO_URING: &[libc::c_long] = &[
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+];
+
+/// System calls that are allowed with all arguments, to every process that serves a guest.
 const SYSTEM_CALLS: &[libc::c_long] = &[
     // I/O on open files.
     libc::SYS_read,
@@ -69,9 +75,6 @@ const SYSTEM_CALLS: &[libc::c_long] = &[
     libc::SYS_fallocate,
     libc::SYS_ftruncate,
     libc::SYS_close,
-    libc::SYS_io_uring_setup,
-    libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
     // Sockets that exist.
     libc::SYS_accept4,
     libc::SYS_recvfrom,
@@ -155,8 +158,7 @@ impl<T, E: fmt::Display> Step<T> for Result<T, E> {
 pub fn confine(user: u32, root: &Path) -> Result<(), Error> {
     limit_resources()?;
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC).step("unshare")?;
-    chroot(root).step("chroot")?;
-    chdir("/").step("chdir")?;
+    root::enter(root).step("chroot")?;
     set_user(user).step("setuid")?;
     thread::set_no_new_privs(true).step("no_new_privs")?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).step("dumpable")?;
@@ -166,13 +168,8 @@ pub fn confine(user: u32, root: &Path) -> Result<(), Error> {
 }
 
 fn limit_resources() -> Result<(), Error> {
-    for (resource, limit) in [(Resource::Core, 0), (Resource::Nofile, MAX_DESCRIPTORS)] {
-        let limits = Rlimit {
-            current: Some(limit),
-            maximum: Some(limit),
-        };
-        setrlimit(resource, limits).step("setrlimit")?;
-    }
+    limit(Resource::Core, 0)?;
+    limit(Resource::Nofile, MAX_DESCRIPTORS)?;
     let unlimited = Rlimit {
         current: None,
         maximum: None,
@@ -182,7 +179,16 @@ fn limit_resources() -> Result<(), Error> {
     Ok(())
 }
 
-/// Changes user and group, which drops all capabilities.
+/// Limits a resource for good.
+pub(crate) fn limit(resource: Resource, limit: u64) -> Result<(), Error> {
+    let limits = Rlimit {
+        current: Some(limit),
+        maximum: Some(limit),
+    };
+    setrlimit(resource, limits).step("setrlimit")
+}
+
+/// Changes user and group of the calling thread, which drops all capabilities.
 pub(crate) fn set_user(user: u32) -> rustix::io::Result<()> {
     let (uid, gid) = (Uid::from_raw(user), Gid::from_raw(user));
     thread::set_thread_groups(&[])?;
@@ -194,11 +200,15 @@ fn filter_system_calls() -> Result<(), Error> {
     // Has glibc use clone, whose flags can be checked.
     let clone3 = filter::calls(&[libc::SYS_clone3]);
     install(clone3, SeccompAction::Allow, fail(libc::ENOSYS)).step("seccomp")?;
-    let rules = rules().step("seccomp")?;
+    let mut rules = rules().step("seccomp")?;
+    rules.extend(filter::calls(IO_URING));
+    let executable = libc::PROT_EXEC.unsigned_abs().into();
+    rules.insert(libc::SYS_mmap, masked(2, executable, 0).step("seccomp")?);
     install(rules, fail(libc::EPERM), SeccompAction::Allow).step("seccomp")
 }
 
-fn rules() -> Result<Rules, BackendError> {
+/// Returns the rules for every process that serves a guest, without memory that it maps.
+pub(crate) fn rules() -> Result<Rules, BackendError> {
     let mut rules = filter::calls(SYSTEM_CALLS);
     let requests = event::REQUESTS.iter().chain(&grant::REQUESTS);
     rules.insert(
@@ -223,7 +233,6 @@ fn rules() -> Result<Rules, BackendError> {
     let thread = libc::CLONE_THREAD.unsigned_abs().into();
     rules.insert(libc::SYS_clone, masked(0, thread, thread)?);
     let executable = libc::PROT_EXEC.unsigned_abs().into();
-    rules.insert(libc::SYS_mmap, masked(2, executable, 0)?);
     rules.insert(libc::SYS_mprotect, masked(2, executable, 0)?);
     Ok(rules)
 }

@@ -3,6 +3,7 @@
 //! Filters of system calls (seccomp), for the processes that are confined.
 
 use seccompiler::apply_filter;
+use seccompiler::apply_filter_all_threads;
 use seccompiler::BackendError;
 use seccompiler::BpfProgram;
 use seccompiler::SeccompAction;
@@ -43,6 +44,14 @@ pub(crate) fn masked(
     Ok(vec![rule])
 }
 
+/// Returns conditions that hold unless an argument, the protection of a mapping, allows both to
+/// write and to execute it.
+pub(crate) fn code_or_data(argument: u8) -> Result<Vec<SeccompRule>, BackendError> {
+    let mut rules = masked(argument, libc::PROT_EXEC.unsigned_abs().into(), 0)?;
+    rules.extend(masked(argument, libc::PROT_WRITE.unsigned_abs().into(), 0)?);
+    Ok(rules)
+}
+
 fn condition(
     argument: u8,
     length: SeccompCmpArgLen,
@@ -60,9 +69,23 @@ pub(crate) fn install(
     otherwise: SeccompAction,
     action: SeccompAction,
 ) -> Result<(), seccompiler::Error> {
+    apply_filter(&compile(rules, otherwise, action)?)
+}
+
+/// Applies a filter to all threads of this process: the system calls that do not match fail as if
+/// the kernel did not have them.
+pub(crate) fn install_in_all_threads(rules: Rules) -> Result<(), seccompiler::Error> {
+    let program = compile(rules, fail(libc::ENOSYS), SeccompAction::Allow)?;
+    apply_filter_all_threads(&program)
+}
+
+fn compile(
+    rules: Rules,
+    otherwise: SeccompAction,
+    action: SeccompAction,
+) -> Result<BpfProgram, seccompiler::Error> {
     let arch = std::env::consts::ARCH.try_into()?;
-    let program: BpfProgram = SeccompFilter::new(rules, otherwise, action, arch)?.try_into()?;
-    apply_filter(&program)
+    Ok(SeccompFilter::new(rules, otherwise, action, arch)?.try_into()?)
 }
 
 /// Returns the action that lets a system call fail.

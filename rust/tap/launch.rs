@@ -17,6 +17,7 @@
 //! | seccomp | only the system calls that such a program uses; the others fail with `ENOSYS` |
 //! | a resource limit | no core files |
 
+use crate::confine::limit;
 use crate::confine::set_user;
 use crate::confine::Error;
 use crate::confine::Step;
@@ -26,20 +27,15 @@ use crate::filter::install;
 use crate::filter::masked;
 use crate::filter::one_of;
 use crate::filter::Rules;
+use crate::root;
 use clap::value_parser;
 use clap::Arg;
 use clap::ArgAction;
 use clap::ArgMatches;
-use nix::mount::mount;
-use nix::mount::MsFlags;
 use nix::sched::unshare;
 use nix::sched::CloneFlags;
-use rustix::process::chdir;
-use rustix::process::chroot;
-use rustix::process::setrlimit;
 use rustix::process::Pid;
 use rustix::process::Resource;
-use rustix::process::Rlimit;
 use rustix::process::Signal;
 use rustix::thread;
 use rustix::thread::CapabilitySet;
@@ -47,10 +43,6 @@ use rustix::thread::CapabilitySets;
 use seccompiler::BackendError;
 use seccompiler::SeccompAction;
 use std::ffi::OsString;
-use std::fs;
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::path::PathBuf;
@@ -58,9 +50,6 @@ use std::process::Command;
 
 /// The first argument of the program that asks for this.
 pub const NAME: &str = "launch";
-
-/// The directories with the programs and libraries of the system.
-const SYSTEM: [&str; 4] = ["/usr", "/bin", "/lib", "/lib64"];
 
 /// The search path for programs.
 const PATH: &str = "/usr/bin:/bin";
@@ -232,14 +221,15 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> String {
 
 fn confine(matches: &ArgMatches) -> Result<(), Error> {
     let parent = rustix::process::getppid();
-    let (core, current) = (Resource::Core, Some(0));
-    let maximum = current;
-    setrlimit(core, Rlimit { current, maximum }).step("setrlimit")?;
+    limit(Resource::Core, 0)?;
     let namespaces = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC;
     unshare(namespaces).step("unshare")?;
     let user = matches.get_one("user").copied().unwrap_or(u32::MAX);
     let root = matches.get_one::<PathBuf>("root").cloned();
-    make_root(&root.unwrap_or_default(), matches).step("creating the root directory")?;
+    let root = root.unwrap_or_default();
+    let paths = |name| matches.get_many::<PathBuf>(name).into_iter().flatten();
+    root::fill(&root, paths("read"), paths("write")).step("creating the root directory")?;
+    root::enter(&root).step("chroot")?;
     keep_one_capability(user).step("setuid")?;
     thread::set_no_new_privs(true).step("no_new_privs")?;
     // Changing the user has ended the effect of an earlier call.
@@ -255,65 +245,6 @@ fn end_with(parent: Option<Pid>) -> rustix::io::Result<()> {
         true => Ok(()),
         false => Err(rustix::io::Errno::SRCH),
     }
-}
-
-/// Fills the root directory, and makes it that of this process.
-fn make_root(root: &Path, matches: &ArgMatches) -> io::Result<()> {
-    let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-    let options = Some("size=1m,mode=755");
-    mount(Some("tmpfs"), root, Some("tmpfs"), RESTRICTED, options)?;
-    for path in SYSTEM.map(Path::new) {
-        match fs::symlink_metadata(path) {
-            Ok(metadata) if metadata.is_symlink() => {
-                symlink(fs::read_link(path)?, place(root, path)?)?;
-            }
-            Ok(_) => show(root, path, Some(RESTRICTED))?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
-    }
-    for path in matches.get_many::<PathBuf>("read").into_iter().flatten() {
-        show(root, path, Some(MsFlags::MS_NOSUID))?;
-    }
-    for path in matches.get_many::<PathBuf>("write").into_iter().flatten() {
-        show(root, path, None)?;
-    }
-    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | RESTRICTED;
-    mount(none, root, none, flags, none)?;
-    chroot(root)?;
-    Ok(chdir("/")?)
-}
-
-/// The flags of mounts without devices.
-const RESTRICTED: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
-
-/// Returns the place of a path below the root directory.
-fn place(root: &Path, path: &Path) -> io::Result<PathBuf> {
-    let path = path.strip_prefix("/").map_err(io::Error::other)?;
-    Ok(root.join(path))
-}
-
-/// Shows a file or a directory below the root directory. With flags, nothing in it can be written.
-fn show(root: &Path, path: &Path, read_only: Option<MsFlags>) -> io::Result<()> {
-    let none = None::<&str>;
-    let named = |error: io::Error| io::Error::other(format!("{}: {error}", path.display()));
-    let target = place(root, path).map_err(named)?;
-    if fs::metadata(path).map_err(named)?.is_dir() {
-        fs::create_dir_all(&target).map_err(named)?;
-    } else if !target.exists() {
-        let parent = target.parent().unwrap_or(root);
-        fs::create_dir_all(parent).map_err(named)?;
-        File::create(&target).map_err(named)?;
-    }
-    let shown = mount(Some(path), &target, none, MsFlags::MS_BIND, none);
-    shown.map_err(|error| named(error.into()))?;
-    if let Some(flags) = read_only {
-        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | flags;
-        let limited = mount(none, &target, none, flags, none);
-        limited.map_err(|error| named(error.into()))?;
-    }
-    Ok(())
 }
 
 /// Changes user and group, and keeps the capability to use files that belong to others.
@@ -362,12 +293,9 @@ fn rules() -> Result<Rules, BackendError> {
     // Threads, and no processes.
     let thread = libc::CLONE_THREAD.unsigned_abs().into();
     rules.insert(libc::SYS_clone, masked(0, thread, thread)?);
-    // Libraries are mapped as code. No mapping is code that can be written.
+    // Libraries are mapped as code.
+    rules.insert(libc::SYS_mmap, filter::code_or_data(2)?);
     let code = libc::PROT_EXEC.unsigned_abs().into();
-    let data = libc::PROT_WRITE.unsigned_abs().into();
-    let mut mappings = masked(2, code, 0)?;
-    mappings.extend(masked(2, data, 0)?);
-    rules.insert(libc::SYS_mmap, mappings);
     rules.insert(libc::SYS_mprotect, masked(2, code, 0)?);
     Ok(rules)
 }
@@ -391,8 +319,15 @@ fn execute(matches: &ArgMatches) -> String {
 mod tests {
     use super::*;
     use nix::errno::Errno;
+    use nix::mount::mount;
+    use nix::mount::MsFlags;
     use nix::sys::ptrace;
     use nix::unistd::Pid;
+    use rustix::process::chroot;
+    use rustix::process::setrlimit;
+    use rustix::process::Rlimit;
+    use std::fs;
+    use std::io;
     use std::net::TcpListener;
     use std::os::unix::net::UnixListener;
     use std::os::unix::net::UnixStream;

@@ -19,6 +19,7 @@ use engine::Engine;
 use engine::Options;
 use engine::Server;
 use engine::Uri;
+use rblktap::cluster;
 use rblktap::confine::confine;
 use rblktap::device;
 use rblktap::device::Config;
@@ -243,9 +244,12 @@ fn watch(matches: &ArgMatches) -> Result<ExitStatus, Box<dyn Error>> {
     let started = started.inspect_err(|error| report(&config, &**error))?;
     let mut server = std::process::Command::new("/proc/self/exe");
     server.arg("--confined");
+    let mut opened = text(matches, "uri");
     if let Some(attachment) = &started.attachment {
-        server.args(["--volume-image", &attachment.uri]);
+        opened = &attachment.uri;
+        server.args(["--volume-image", opened]);
     }
+    let uri: Uri = opened.parse()?;
     server.args(env::args_os().skip(1));
     let permissions = device::permissions(&config.dir, &started.nodes.frontend);
     let image = started.image.map(Arc::new);
@@ -258,6 +262,7 @@ fn watch(matches: &ArgMatches) -> Result<ExitStatus, Box<dyn Error>> {
     }
     if status.success() {
         config.remove_files();
+        engine::remove_files(&uri, &config.state_dir)?;
     }
     Ok(status)
 }
@@ -344,15 +349,20 @@ fn serve(matches: &ArgMatches) -> Result<(), Box<dyn Error>> {
     rustix::thread::set_name(c"rblktap")?;
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     let uri: Uri = image(matches).parse()?;
+    let (user, root) = (user(matches, &config), empty_root(&config));
+    if uri.has_ceph_library() {
+        cluster::prepare(&root)?;
+    }
     let opened = open(matches, &config, &uri, monitor, &mut store);
     let (nodes, xen, image, disk) =
         opened.map_err(|error| match report_to(&mut store, &config, &*error) {
             Ok(()) => error,
             Err(other) => format!("{error}; {other}").into(),
         })?;
-    let (user, root) = (user(matches, &config), empty_root(&config));
     let device = Device::new(config, nodes, store, xen, image, disk)?;
-    if uri.can_be_confined() {
+    if uri.has_ceph_library() {
+        cluster::confine(user, &root)?;
+    } else if uri.can_be_confined() {
         confine(user, &root)?;
     }
     Ok(device.run()?)

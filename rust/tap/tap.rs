@@ -28,6 +28,7 @@
 #![deny(missing_docs)]
 
 mod barrier;
+pub mod cluster;
 pub mod confine;
 mod connect;
 mod control;
@@ -42,6 +43,7 @@ mod memory;
 pub mod monitor;
 mod queue;
 mod ring;
+mod root;
 mod stats;
 mod wakeup;
 mod xenstore;

@@ -100,6 +100,9 @@ fn check_layers(task: &Path, user: u32, capabilities: &str) {
     }
     assert_eq!(status(task, "NoNewPrivs:"), "1");
     assert_eq!(status(task, "Seccomp:"), "2");
+}
+
+fn check_network(task: &Path) {
     let namespace = |task: &Path| fs::read_link(task.join("ns/net")).unwrap();
     assert_ne!(namespace(task), namespace(Path::new("/proc/self")));
 }
@@ -168,6 +171,7 @@ fn serve_confined(dir: &Path) {
         );
     }
     check_layers(&task(thread), USER, "0000000000000000");
+    check_network(&task(thread));
     assert_eq!(fs::read_link(task(thread).join("root")).unwrap(), root);
 
     let choice = Choice {
@@ -333,6 +337,7 @@ fn serve_format_confined(format: &str, options: &[&str]) {
         };
         let process = PathBuf::from(format!("/proc/{daemon}"));
         check_layers(&process, USER + 1, "0000000000000002");
+        check_network(&process);
         kill_process(Pid::from_raw(daemon).unwrap(), Signal::KILL).unwrap();
         while !daemons(&image).is_empty() {
             thread::sleep(Duration::from_millis(1));
@@ -444,7 +449,64 @@ fn end_with_thread(root: PathBuf) {
     assert_eq!(child.wait().unwrap().signal(), Some(signal));
 }
 
+/// The variable with the directory of the process that is confined as one with Ceph's library.
+const LIBRARY_DIR: &str = "RBLKIF_TEST_LIBRARY_DIR";
+
+/// A process with a library is confined with all its threads, and can use the network.
+fn confine_threads(dir: &Path) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (sender, waiting) = mpsc::channel::<()>();
+    let root = dir.join("empty");
+    rblktap::cluster::prepare(&root).unwrap();
+    let thread = thread::spawn(move || waiting.recv());
+    rblktap::cluster::confine(USER, &root).unwrap();
+    TcpStream::connect(("127.0.0.1", port)).unwrap();
+    fs::read_dir("/usr").unwrap();
+    let tried = [
+        ("read a file", File::open("/etc/passwd").map(drop)),
+        ("find a process", File::open("/proc/1/status").map(drop)),
+        ("create a file", File::create("/usr/file").map(drop)),
+        ("listen", UnixListener::bind("/socket").map(drop)),
+        ("run a program", Command::new("/bin/true").spawn().map(drop)),
+    ];
+    for (what, result) in tried {
+        assert!(result.is_err(), "the process could {what}");
+    }
+    println!("confined");
+    let mut line = String::new();
+    io::stdin().read_line(&mut line).unwrap();
+    drop(sender);
+    let _ = thread.join().unwrap();
+}
+
+/// Confines a process as one with a library, and looks at each thread of it.
+fn library_confined(dir: &Path) {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .env(LIBRARY_DIR, dir)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = [0; 9];
+    let output = child.stdout.as_mut().unwrap();
+    output.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"confined\n");
+    let process = PathBuf::from(format!("/proc/{}", child.id()));
+    let tasks: Vec<_> = fs::read_dir(process.join("task")).unwrap().collect();
+    assert_eq!(tasks.len(), 2);
+    for task in tasks {
+        check_layers(&task.unwrap().path(), USER, "0000000000000000");
+    }
+    drop(child.stdin.take());
+    assert!(child.wait().unwrap().success());
+}
+
 fn main() {
+    if let Some(dir) = std::env::var_os(LIBRARY_DIR) {
+        confine_threads(Path::new(&dir));
+        return;
+    }
     if !rustix::process::getuid().is_root() {
         println!("skipped: only root can confine a process");
         return;
@@ -452,6 +514,7 @@ fn main() {
     let dir = tempfile::tempdir().unwrap();
     serve_confined(dir.path());
     serve_formats_confined();
+    library_confined(dir.path());
     launch_confined(dir.path());
     end_with_thread(dir.path().join("root"));
     println!("a confined process serves its disk, and can do nothing else");
