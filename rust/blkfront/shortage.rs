@@ -33,6 +33,10 @@ use crate::wakeup::{
 
 /// Time for which the other disks are throttled, in milliseconds.
 const THROTTLE_MS: i64 = 5_000;
+/// Number of attempts to connect that have to fail before that ends.
+const ATTEMPTS: u32 = 2;
+/// Time after which it ends although there were fewer attempts, in milliseconds.
+const MAX_THROTTLE_MS: i64 = 30_000;
 /// Time after which the same device may throttle them again, in milliseconds.
 const THROTTLE_INTERVAL_MS: i64 = 30_000;
 
@@ -72,13 +76,33 @@ impl Drop for ShortageSubscriber {
     }
 }
 
-/// A device that waits for grants, counted in [`ACTIVE`], and the time when the wait began.
-struct ActiveShortage(Instant<Monotonic>);
+/// A device that waits for grants, counted in [`ACTIVE`].
+struct ActiveShortage {
+    /// When the wait began.
+    began: Instant<Monotonic>,
+    /// Number of attempts to connect that have failed since.
+    attempts: u32,
+}
 
 impl ActiveShortage {
     fn new() -> Self {
         ACTIVE.fetch_add(1, Relaxed);
-        Self(Instant::now())
+        Self {
+            began: Instant::now(),
+            attempts: 0,
+        }
+    }
+
+    /// Returns the time until the other disks are no longer throttled, in milliseconds.
+    ///
+    /// On a busy machine an attempt may take as long as [`THROTTLE_MS`].
+    fn wait_ms(&self) -> i64 {
+        let limit = if self.attempts < ATTEMPTS {
+            MAX_THROTTLE_MS
+        } else {
+            THROTTLE_MS
+        };
+        limit.saturating_sub(self.began.elapsed().as_millis())
     }
 }
 
@@ -101,8 +125,10 @@ impl Shortage {
     pub(crate) fn ask(&mut self) {
         let may_throttle = (self.ended.as_ref())
             .is_none_or(|ended| ended.elapsed().as_millis() >= THROTTLE_INTERVAL_MS);
-        if self.active.is_none() && may_throttle {
-            self.active = Some(ActiveShortage::new());
+        match &mut self.active {
+            Some(active) => active.attempts = active.attempts.saturating_add(1),
+            None if may_throttle => self.active = Some(ActiveShortage::new()),
+            None => {}
         }
         for wakeup in DEVICES.lock().iter() {
             wakeup.set(WakeReason::Shortage);
@@ -112,8 +138,7 @@ impl Shortage {
     /// Returns the time until the other disks are no longer throttled, in milliseconds, or `None`
     /// if they are not throttled.
     pub(crate) fn wait_ms(&self) -> Option<u64> {
-        let active = self.active.as_ref()?;
-        let left = THROTTLE_MS.saturating_sub(active.0.elapsed().as_millis());
+        let left = self.active.as_ref()?.wait_ms();
         Some(left.max(0) as u64)
     }
 
