@@ -14,7 +14,8 @@
 //! 3. The entry is free.
 //!
 //! A successor starts each request again that is recorded as taken below the consumer index, or as
-//! answered with an index that was not published. I/O of the dead process may still be in the
+//! answered with an index that was not published. It records those as taken first, because it uses
+//! that index for the response to another request. I/O of the dead process may still be in the
 //! kernel. It holds a lock of the image or of the disk, so the engine cannot open the image before
 //! that I/O has ended. NBD has no such lock.
 //!
@@ -293,6 +294,8 @@ impl InflightQueue {
         let all = std::mem::take(&mut self.free);
         for entry in all {
             if self.is_in_flight(entry, consumer, published) {
+                // Not as answered: the index is used for another response.
+                self.store(entry, STATE, TAKEN);
                 requests.push((entry, self.request(entry)));
             } else {
                 self.release(entry);
@@ -367,6 +370,25 @@ mod tests {
 
     fn ids(adopted: &Adopted) -> Vec<u64> {
         adopted.requests.iter().map(|(_, wire)| wire.id()).collect()
+    }
+
+    #[test]
+    fn a_second_successor_finds_what_the_first_one_has_not_answered() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = InflightFile::open(&dir.path().join("1-51712.inflight")).unwrap();
+        let table = file.create(identity()).unwrap();
+        let mut queue = table.queue(0, 0);
+        let first = queue.take(0, &request(0)).unwrap();
+        queue.take(1, &request(1)).unwrap();
+        // It ends before it publishes the response.
+        queue.answer(first, 0);
+        let (mut queue, adopted) = table.adopt(0, 0);
+        assert_eq!(ids(&adopted), [0, 1]);
+        // The response to another request gets the same index, and is published.
+        let second = adopted.requests[1].0;
+        queue.answer(second, 0);
+        queue.release(second);
+        assert_eq!(ids(&table.adopt(0, 1).1), [0]);
     }
 
     #[test]
