@@ -16,6 +16,7 @@
 //! It has the network of the host, the connections to the cluster, and in its memory the key of the
 //! client. The library reads its configuration and the key when the image is opened, before that.
 
+use crate::confine::forbid_privileges;
 use crate::confine::limit;
 use crate::confine::rules;
 use crate::confine::Error;
@@ -31,10 +32,7 @@ use nix::unistd::setresgid;
 use nix::unistd::setresuid;
 use nix::unistd::Gid;
 use nix::unistd::Uid;
-use rustix::process::DumpableBehavior;
 use rustix::process::Resource;
-use rustix::process::Signal;
-use rustix::thread;
 use seccompiler::BackendError;
 use std::path::Path;
 use std::path::PathBuf;
@@ -91,10 +89,7 @@ pub fn confine(user: u32, root: &Path) -> Result<(), Error> {
     setgroups(&[]).step("setgroups")?;
     setresgid(gid, gid, gid).step("setgid")?;
     setresuid(uid, uid, uid).step("setuid")?;
-    thread::set_no_new_privs(true).step("no_new_privs")?;
-    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).step("dumpable")?;
-    // Changing the user has ended the effect of an earlier call.
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step("prctl")?;
+    forbid_privileges()?;
     let rules = cluster_rules().step("seccomp")?;
     filter::install_in_all_threads(rules).step("seccomp")
 }

@@ -56,70 +56,8 @@ const IO_URING: &[libc::c_long] = &[
     libc::SYS_io_uring_register,
 ];
 
-/// System calls that are allowed with all arguments, to every process that serves a guest.
-const SYSTEM_CALLS: &[libc::c_long] = &[
-    // I/O on open files.
-    libc::SYS_read,
-    libc::SYS_write,
-    libc::SYS_readv,
-    libc::SYS_writev,
-    libc::SYS_pread64,
-    libc::SYS_pwrite64,
-    libc::SYS_preadv,
-    libc::SYS_pwritev,
-    libc::SYS_lseek,
-    libc::SYS_fstat,
-    libc::SYS_statx,
-    libc::SYS_fsync,
-    libc::SYS_fdatasync,
-    libc::SYS_fallocate,
-    libc::SYS_ftruncate,
-    libc::SYS_close,
-    // Sockets that exist.
-    libc::SYS_accept4,
-    libc::SYS_recvfrom,
-    libc::SYS_recvmsg,
-    libc::SYS_sendto,
-    libc::SYS_sendmsg,
-    libc::SYS_setsockopt,
-    libc::SYS_getsockopt,
-    libc::SYS_shutdown,
-    // Waiting.
-    libc::SYS_poll,
-    libc::SYS_ppoll,
-    libc::SYS_epoll_create1,
-    libc::SYS_epoll_ctl,
-    libc::SYS_epoll_wait,
-    libc::SYS_epoll_pwait,
-    libc::SYS_epoll_pwait2,
-    libc::SYS_eventfd2,
-    libc::SYS_futex,
-    libc::SYS_nanosleep,
-    libc::SYS_clock_nanosleep,
-    libc::SYS_clock_gettime,
-    libc::SYS_gettimeofday,
-    libc::SYS_restart_syscall,
-    // Memory.
-    libc::SYS_brk,
-    libc::SYS_munmap,
-    libc::SYS_mremap,
-    libc::SYS_madvise,
-    // Threads, and the end of the process.
-    libc::SYS_clone3,
-    libc::SYS_gettid,
-    libc::SYS_getpid,
-    libc::SYS_set_robust_list,
-    libc::SYS_rseq,
-    libc::SYS_sched_yield,
-    libc::SYS_sched_getaffinity,
-    libc::SYS_sigaltstack,
-    libc::SYS_rt_sigaction,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_getrandom,
-    libc::SYS_exit,
-    libc::SYS_exit_group,
-];
+/// System calls that are allowed with all arguments, beside those of all confined processes.
+const SYSTEM_CALLS: &[libc::c_long] = &[libc::SYS_epoll_pwait2, libc::SYS_clone3];
 
 /// The step of the confinement that has failed, and why.
 #[derive(Debug)]
@@ -160,11 +98,16 @@ pub fn confine(user: u32, root: &Path) -> Result<(), Error> {
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC).step("unshare")?;
     root::enter(root).step("chroot")?;
     set_user(user).step("setuid")?;
+    forbid_privileges()?;
+    filter_system_calls()
+}
+
+/// Forbids new privileges and a look at the memory, and has the process killed when the thread that
+/// has started it ends: changing the user has ended the effect of an earlier call.
+pub(crate) fn forbid_privileges() -> Result<(), Error> {
     thread::set_no_new_privs(true).step("no_new_privs")?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).step("dumpable")?;
-    // Changing the user has ended the effect of an earlier call.
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step("prctl")?;
-    filter_system_calls()
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).step("prctl")
 }
 
 fn limit_resources() -> Result<(), Error> {
@@ -209,7 +152,8 @@ fn filter_system_calls() -> Result<(), Error> {
 
 /// Returns the rules for every process that serves a guest, without memory that it maps.
 pub(crate) fn rules() -> Result<Rules, BackendError> {
-    let mut rules = filter::calls(SYSTEM_CALLS);
+    let mut rules = filter::common()?;
+    rules.extend(filter::calls(SYSTEM_CALLS));
     let requests = event::REQUESTS.iter().chain(&grant::REQUESTS);
     rules.insert(
         libc::SYS_ioctl,
@@ -227,12 +171,5 @@ pub(crate) fn rules() -> Result<Rules, BackendError> {
         one_of(1, commands.map(i64::from).map(i64::unsigned_abs))?,
     );
     rules.insert(libc::SYS_prctl, one_of(0, [libc::PR_SET_NAME as u64])?);
-    // For abort.
-    let own = u64::from(std::process::id());
-    rules.insert(libc::SYS_tgkill, one_of(0, [own])?);
-    let thread = libc::CLONE_THREAD.unsigned_abs().into();
-    rules.insert(libc::SYS_clone, masked(0, thread, thread)?);
-    let executable = libc::PROT_EXEC.unsigned_abs().into();
-    rules.insert(libc::SYS_mprotect, masked(2, executable, 0)?);
     Ok(rules)
 }

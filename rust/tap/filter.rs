@@ -16,6 +16,69 @@ use seccompiler::SeccompFilter;
 use seccompiler::SeccompRule;
 use std::collections::BTreeMap;
 
+/// System calls that every confined process needs, and that are allowed with all arguments.
+const COMMON: &[libc::c_long] = &[
+    // I/O on open files.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_lseek,
+    libc::SYS_fstat,
+    libc::SYS_statx,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_close,
+    // Sockets that exist.
+    libc::SYS_accept4,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_setsockopt,
+    libc::SYS_getsockopt,
+    libc::SYS_shutdown,
+    // Waiting.
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    libc::SYS_futex,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_gettimeofday,
+    libc::SYS_restart_syscall,
+    // Memory.
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    // Threads, and the end of the process.
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_getrandom,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
 /// System calls, each with the conditions of which one has to hold. Without conditions it matches
 /// with all arguments.
 pub(crate) type Rules = BTreeMap<i64, Vec<SeccompRule>>;
@@ -23,6 +86,20 @@ pub(crate) type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 /// Returns rules that match these system calls with all arguments.
 pub(crate) fn calls(calls: &[libc::c_long]) -> Rules {
     calls.iter().map(|call| (*call, Vec::new())).collect()
+}
+
+/// Returns the rules for what every confined process needs. It can start threads and no processes,
+/// and cannot make memory executable.
+pub(crate) fn common() -> Result<Rules, BackendError> {
+    let mut rules = calls(COMMON);
+    // For abort.
+    let own = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, one_of(0, [own])?);
+    let thread = libc::CLONE_THREAD.unsigned_abs().into();
+    rules.insert(libc::SYS_clone, masked(0, thread, thread)?);
+    let executable = libc::PROT_EXEC.unsigned_abs().into();
+    rules.insert(libc::SYS_mprotect, masked(2, executable, 0)?);
+    Ok(rules)
 }
 
 /// Returns conditions that hold for these values of an argument of 32 bits.

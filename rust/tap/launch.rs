@@ -54,41 +54,24 @@ pub const NAME: &str = "launch";
 /// The search path for programs.
 const PATH: &str = "/usr/bin:/bin";
 
-/// System calls that are allowed with all arguments: those with which `qemu-storage-daemon` and
-/// `qemu-img` open, serve, check and enlarge an image of any format.
+/// System calls that are allowed with all arguments, beside those of all confined processes: those
+/// with which `qemu-storage-daemon` and `qemu-img` open, serve, check and enlarge an image.
 const SYSTEM_CALLS: &[libc::c_long] = &[
     // The start of a program.
     libc::SYS_execve,
     libc::SYS_arch_prctl,
     libc::SYS_set_tid_address,
-    libc::SYS_sched_getaffinity,
     // Files.
     libc::SYS_openat,
-    libc::SYS_close,
     libc::SYS_access,
     libc::SYS_faccessat,
     libc::SYS_newfstatat,
-    libc::SYS_fstat,
-    libc::SYS_statx,
     libc::SYS_fstatfs,
     libc::SYS_readlink,
     libc::SYS_getcwd,
     libc::SYS_getdents64,
     libc::SYS_unlink,
     // I/O.
-    libc::SYS_read,
-    libc::SYS_write,
-    libc::SYS_readv,
-    libc::SYS_writev,
-    libc::SYS_pread64,
-    libc::SYS_pwrite64,
-    libc::SYS_preadv,
-    libc::SYS_pwritev,
-    libc::SYS_lseek,
-    libc::SYS_fsync,
-    libc::SYS_fdatasync,
-    libc::SYS_fallocate,
-    libc::SYS_ftruncate,
     libc::SYS_fadvise64,
     libc::SYS_io_setup,
     libc::SYS_io_submit,
@@ -97,51 +80,13 @@ const SYSTEM_CALLS: &[libc::c_long] = &[
     // Sockets. `socket` is limited to those with a path.
     libc::SYS_bind,
     libc::SYS_listen,
-    libc::SYS_accept4,
     libc::SYS_getsockname,
     libc::SYS_getpeername,
-    libc::SYS_recvfrom,
-    libc::SYS_recvmsg,
-    libc::SYS_sendto,
-    libc::SYS_sendmsg,
-    libc::SYS_setsockopt,
-    libc::SYS_getsockopt,
-    libc::SYS_shutdown,
     // Waiting.
-    libc::SYS_poll,
-    libc::SYS_ppoll,
-    libc::SYS_epoll_create1,
-    libc::SYS_epoll_ctl,
-    libc::SYS_epoll_wait,
-    libc::SYS_epoll_pwait,
-    libc::SYS_eventfd2,
     libc::SYS_signalfd4,
-    libc::SYS_futex,
-    libc::SYS_nanosleep,
-    libc::SYS_clock_nanosleep,
-    libc::SYS_clock_gettime,
-    libc::SYS_gettimeofday,
-    libc::SYS_restart_syscall,
-    // Memory.
-    libc::SYS_brk,
-    libc::SYS_munmap,
-    libc::SYS_mremap,
-    libc::SYS_madvise,
     // Threads, and the end of the process.
-    libc::SYS_gettid,
-    libc::SYS_getpid,
     libc::SYS_getppid,
     libc::SYS_getrusage,
-    libc::SYS_set_robust_list,
-    libc::SYS_rseq,
-    libc::SYS_sched_yield,
-    libc::SYS_sigaltstack,
-    libc::SYS_rt_sigaction,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_getrandom,
-    libc::SYS_exit,
-    libc::SYS_exit_group,
 ];
 
 /// The numbers of `ioctl`s: `BLKSSZGET`, `BLKPBSZGET`, `BLKGETSIZE64`, `BLKDISCARD`, `BLKZEROOUT`,
@@ -276,7 +221,8 @@ fn filter_system_calls() -> Result<(), Error> {
 }
 
 fn rules() -> Result<Rules, BackendError> {
-    let mut rules = filter::calls(SYSTEM_CALLS);
+    let mut rules = filter::common()?;
+    rules.extend(filter::calls(SYSTEM_CALLS));
     rules.insert(libc::SYS_ioctl, one_of(1, REQUESTS)?);
     let commands = COMMANDS.map(i64::from).map(i64::unsigned_abs);
     rules.insert(libc::SYS_fcntl, one_of(1, commands)?);
@@ -287,16 +233,8 @@ fn rules() -> Result<Rules, BackendError> {
     rules.insert(libc::SYS_socket, one_of(0, [local])?);
     // Reads a limit, and changes none.
     rules.insert(libc::SYS_prlimit64, masked(2, u64::MAX, 0)?);
-    // For abort.
-    let own = u64::from(std::process::id());
-    rules.insert(libc::SYS_tgkill, one_of(0, [own])?);
-    // Threads, and no processes.
-    let thread = libc::CLONE_THREAD.unsigned_abs().into();
-    rules.insert(libc::SYS_clone, masked(0, thread, thread)?);
     // Libraries are mapped as code.
     rules.insert(libc::SYS_mmap, filter::code_or_data(2)?);
-    let code = libc::PROT_EXEC.unsigned_abs().into();
-    rules.insert(libc::SYS_mprotect, masked(2, code, 0)?);
     Ok(rules)
 }
 
