@@ -78,7 +78,7 @@ pub struct Disk {
     /// Why the last process has ended, if none has served the disk since.
     ended: Option<String>,
     /// Why a process has ended since the last [`Self::take_end`].
-    end: Option<String>,
+    unreported_end: Option<String>,
     /// Processes that have ended in a row, each soon after its start.
     failures: u32,
     /// The disk was refused when it was attached. It is not tried again.
@@ -151,7 +151,7 @@ impl Disk {
             process,
             started: now,
             ended: None,
-            end: None,
+            unreported_end: None,
             failures: 0,
             refused: false,
             announced: false,
@@ -167,7 +167,7 @@ impl Disk {
 
     /// Returns why a process has ended, once.
     pub fn take_end(&mut self) -> Option<String> {
-        self.end.take()
+        self.unreported_end.take()
     }
 
     /// Returns the process, if it has one.
@@ -261,7 +261,7 @@ impl Disk {
         };
         let reason = process.reason(cx.run, self.record.disk);
         eprintln!("{}: {reason}", self.record.disk);
-        self.end = Some(reason.clone());
+        self.unreported_end = Some(reason.clone());
         self.ended(cx, reason)
     }
 

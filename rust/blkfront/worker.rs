@@ -372,9 +372,7 @@ impl DeviceWorker {
         let mut checked = false;
         while !remove_thread.join(msecs_to_jiffies(SYNC_POLL_MS)) {
             let waited = last.1.elapsed().as_millis();
-            if waited < params::detach_timeout_ms() {
-                self.check_rings_once(&mut checked, waited >= params::detach_timeout_ms() / 2);
-            }
+            self.check_rings_once(&mut checked, waited >= params::detach_timeout_ms() / 2);
             let device = self.device.lock();
             let responses = device.responses();
             // The backend is not at fault while no request waits for it.

@@ -259,7 +259,7 @@ const WRITE: u16 = 1;
 const DISCONNECT: u16 = 2;
 const FLUSH: u16 = 3;
 
-/// What a scripted server does with a command.
+/// The reaction of a scripted server to a command.
 enum Action {
     /// It replies with an error number, or 0.
     Reply(u32),

@@ -435,24 +435,41 @@ fn an_image_that_cannot_grow_keeps_its_size() {
     }
 }
 
+/// The NBD export of an image, which a device model opens.
+struct Export {
+    socket: PathBuf,
+}
+
+impl Export {
+    fn open(&self) -> Box<dyn Engine> {
+        let uri = format!("nbd+unix:///?socket={}", self.socket.display());
+        engine::open(&uri.parse().unwrap(), &Options::default()).unwrap()
+    }
+}
+
+/// Opens an image whose daemon has an NBD export, too.
+fn open_with_export(image: &Image) -> (Disk, Export) {
+    let options = Options::default();
+    let uri = format!("qcow2:{}", image.path().display()).parse().unwrap();
+    let server = Arc::new(Server::start(&uri, &options).unwrap().unwrap());
+    let socket = server.nbd_socket().unwrap();
+    let engine = engine::open_with(&uri, &options, Some(server)).unwrap();
+    (Disk::new(engine), Export { socket })
+}
+
 #[test]
 fn an_image_does_not_grow_while_a_device_model_uses_it() {
     let Some(image) = Image::new("qcow2", &[]) else {
         return;
     };
-    let options = Options::default();
-    let uri = format!("qcow2:{}", image.path().display()).parse().unwrap();
-    let server = Arc::new(Server::start(&uri, &options).unwrap().unwrap());
-    let socket = server.nbd_socket().unwrap();
-    let disk = Disk::new(engine::open_with(&uri, &options, Some(server)).unwrap());
-    let uri = format!("nbd+unix:///?socket={}", socket.display());
-    let other = engine::open(&uri.parse().unwrap(), &options).unwrap();
+    let (disk, export) = open_with_export(&image);
+    let other = export.open();
     let error = disk.engine.resize(SIZE * 2).unwrap_err();
     assert_eq!(error.errno(), Errno::BUSY, "{error}");
     other.close().unwrap();
     assert_eq!(disk.engine.resize(SIZE * 2).unwrap().size, SIZE * 2);
     // The export is there again.
-    let other = engine::open(&uri.parse().unwrap(), &options).unwrap();
+    let other = export.open();
     assert_eq!(other.info().size, SIZE * 2);
     other.close().unwrap();
     disk.close();
@@ -479,17 +496,11 @@ fn an_export_that_is_away_comes_back_with_the_next_resize() {
     let Some(image) = Image::new("qcow2", &[]) else {
         return;
     };
-    let options = Options::default();
-    let uri = format!("qcow2:{}", image.path().display()).parse().unwrap();
-    let server = Arc::new(Server::start(&uri, &options).unwrap().unwrap());
-    let socket = server.nbd_socket().unwrap();
-    let disk = Disk::new(engine::open_with(&uri, &options, Some(server)).unwrap());
+    let (disk, export) = open_with_export(&image);
     let command = r#"{"execute": "block-export-del", "arguments": {"id": "disk"}}"#;
-    qmp(&socket, command);
+    qmp(&export.socket, command);
     assert_eq!(disk.engine.resize(SIZE * 2).unwrap().size, SIZE * 2);
-    let uri = format!("nbd+unix:///?socket={}", socket.display());
-    let other = engine::open(&uri.parse().unwrap(), &options).unwrap();
-    other.close().unwrap();
+    export.open().close().unwrap();
     disk.close();
 }
 
