@@ -536,7 +536,7 @@ impl Device {
             self.clear_failures(inner);
         }
         Ok(match state {
-            Err(UnknownState(_)) => BackEvent::BadState,
+            Err(UnknownState) => BackEvent::BadState,
             Ok(state) => BackEvent::Frontend {
                 state,
                 online: xenstore::is_online(&self.xbdev, state),

@@ -20,8 +20,7 @@ use kernel_ext::{
         events::Handler,
         xenbus::{
             self,
-            Switched,
-            UnknownState, //
+            Switched, //
         },
         xenstore::{
             self,
@@ -42,7 +41,8 @@ use blkif::{
     },
     node::{
         self,
-        InvalidNode, //
+        InvalidNode,
+        Reason, //
     },
     state::{
         FrontEvent,
@@ -146,19 +146,10 @@ pub(crate) fn backend_event(
     state: xenbus::OtherendState,
     disk: bool,
 ) -> FrontEvent {
-    let state = match state {
-        Ok(state) => state,
-        Err(UnknownState(number)) => {
-            let number = number as i32;
-            ratelimited!(pr_err!(
-                "{backend}/state = \"{number}\": not a xenbus state: removing the disk\n"
-            ));
-            return FrontEvent::BadState;
-        }
-    };
-    if state == XenbusState::Unknown && has_wrong_state(backend) {
+    let Ok(state) = state else {
+        warn_bad_state(&Reader::new(backend));
         return FrontEvent::BadState;
-    }
+    };
     FrontEvent::Backend {
         state,
         // A device whose node cannot be read stays.
@@ -167,21 +158,17 @@ pub(crate) fn backend_event(
     }
 }
 
-/// Returns `true` if the node `state` is not a number, which xenbus reads as Unknown, and logs
-/// that.
-fn has_wrong_state(backend: &CStr) -> bool {
-    let reader = Reader::new(backend).ignore_empty();
-    match reader.parse("state", node::decimal_u32) {
-        Err(NodeError::Invalid(error)) => {
-            ratelimited!(pr_err!(
-                "{}/{}: removing the disk\n",
-                reader.dir(),
-                AsKernelDisplay(&error)
-            ));
-            true
-        }
-        Ok(_) | Err(NodeError::Xenstore(_)) => false,
-    }
+/// Logs that the node `state` of the backend is not a xenbus state.
+fn warn_bad_state(reader: &Reader<'_>) {
+    // The node may have changed since, or cannot be read: a missing text says so.
+    let text = reader.value("state").ok().flatten();
+    let text = text.as_ref().map_or(&[][..], |value| value.as_bytes());
+    let invalid = InvalidNode::new("state", text, Reason::Unknown);
+    ratelimited!(pr_err!(
+        "{}/{}: removing the disk\n",
+        reader.dir(),
+        AsKernelDisplay(invalid)
+    ));
 }
 
 /// Returns `true` if the backend is online, or has no node `online`.

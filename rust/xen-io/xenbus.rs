@@ -55,13 +55,13 @@ impl TryFrom<u32> for XenbusState {
         let state = usize::try_from(number)
             .ok()
             .and_then(|number| Self::ALL.get(number));
-        state.copied().ok_or(UnknownState(number))
+        state.copied().ok_or(UnknownState)
     }
 }
 
-/// A number that is not a [`XenbusState`].
+/// The error for a node `state` whose text is not the number of a [`XenbusState`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct UnknownState(pub u32);
+pub struct UnknownState;
 
 #[cfg(test)]
 mod tests {
@@ -74,7 +74,7 @@ mod tests {
             assert_eq!(state.number(), number as u32);
         }
         for number in [9, u32::MAX] {
-            assert_eq!(XenbusState::try_from(number), Err(UnknownState(number)));
+            assert_eq!(XenbusState::try_from(number), Err(UnknownState));
         }
     }
 }

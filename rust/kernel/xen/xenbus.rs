@@ -121,7 +121,7 @@ const UNREGISTER_MS: u32 = 60_000;
 const LOCK_TRIES: usize = 50;
 const LOCK_SLEEP_MS: u32 = 20;
 
-/// The state of the other side: an error if the number in its node is not a state.
+/// The state of the other side: an error if the text in its node is not a state.
 pub type OtherendState = Result<XenbusState, UnknownState>;
 
 /// Reads the state in a directory.
@@ -131,7 +131,7 @@ fn read_state(transaction: &Transaction, dir: &CStr) -> Result<OtherendState> {
     match xenstore::read(transaction, dir, fmt!("state")) {
         Ok(value) => Ok(match node::decimal_u32("state", value.as_bytes()) {
             Ok(number) => XenbusState::try_from(number),
-            Err(_) => Err(UnknownState(u32::MAX)),
+            Err(_) => Err(UnknownState),
         }),
         Err(error) if error == ENOENT => Ok(Ok(XenbusState::Unknown)),
         Err(error) => Err(error),
@@ -275,7 +275,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
                 }
                 // The toolstack has written it. Writing it again would wake the other side.
                 Ok(found) if found == state && found != own => return Ok(Switched::Written),
-                Ok(_) | Err(UnknownState(_)) => {}
+                Ok(_) | Err(UnknownState) => {}
             }
             body(transaction)?;
             let number = state.number();
@@ -319,7 +319,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         match reader.parse("state", node::decimal_u32) {
             Ok(Some(number)) => Ok(XenbusState::try_from(number)),
             Ok(None) => Ok(Ok(XenbusState::Unknown)),
-            Err(NodeError::Invalid(_)) => Ok(Err(UnknownState(u32::MAX))),
+            Err(NodeError::Invalid(_)) => Ok(Err(UnknownState)),
             Err(NodeError::Xenstore(error)) => Err(error),
         }
     }
