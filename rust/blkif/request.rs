@@ -375,11 +375,11 @@ impl<'a> Direct<'a> {
         segments: &'a [WireSegment],
         limits: &DiskLimits,
     ) -> Result<Self, InvalidRequest> {
-        let mut sum = SegmentChecker::new(sector, segments.len() as u16, limits);
+        let mut checker = SegmentChecker::new(sector, segments.len() as u16, limits);
         for wire in segments {
-            sum.push(*wire)?;
+            checker.push(*wire)?;
         }
-        let extent = sum.finish()?;
+        let extent = checker.finish()?;
         Ok(Direct { extent, segments })
     }
 

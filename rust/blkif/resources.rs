@@ -36,8 +36,8 @@ impl Resources {
         let (slots, indirect) = if is_small(fragments) {
             (1, 0)
         } else {
-            let lists = limits.grants(fragments).saturating_sub(fragments);
-            (limits.slots(fragments) as usize, lists as usize)
+            let indirect = limits.grants(fragments).saturating_sub(fragments);
+            (limits.slots(fragments) as usize, indirect as usize)
         };
         let bounced = if bounce { fragments } else { 0 };
         Self {

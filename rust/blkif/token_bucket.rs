@@ -67,31 +67,31 @@ mod tests {
 
     #[test]
     fn a_few_at_once_and_then_one_in_each_period() {
-        let mut pace = TokenBucket::new(3, 10, u64::MAX);
+        let mut bucket = TokenBucket::new(3, 10, u64::MAX);
         for _ in 0..3 {
-            assert_eq!(pace.take(u64::MAX), Ok(()));
+            assert_eq!(bucket.take(u64::MAX), Ok(()));
         }
         // 4 ticks later, 6 before the period is over.
-        assert_eq!(pace.take(3), Err(6));
-        assert_eq!(pace.take(9), Ok(()));
-        assert_eq!(pace.take(9), Err(10));
-        assert_eq!(pace.take(24), Ok(()));
-        assert_eq!(pace.take(24), Err(5));
+        assert_eq!(bucket.take(3), Err(6));
+        assert_eq!(bucket.take(9), Ok(()));
+        assert_eq!(bucket.take(9), Err(10));
+        assert_eq!(bucket.take(24), Ok(()));
+        assert_eq!(bucket.take(24), Err(5));
     }
 
     #[test]
     fn time_alone_gives_no_more_than_the_most() {
-        let mut pace = TokenBucket::new(2, 10, 0);
-        assert_eq!(pace.take(1_000_000), Ok(()));
-        assert_eq!(pace.take(1_000_000), Ok(()));
-        assert_eq!(pace.take(1_000_000), Err(10));
+        let mut bucket = TokenBucket::new(2, 10, 0);
+        assert_eq!(bucket.take(1_000_000), Ok(()));
+        assert_eq!(bucket.take(1_000_000), Ok(()));
+        assert_eq!(bucket.take(1_000_000), Err(10));
     }
 
     #[test]
-    fn no_more_turns_than_time_allows() {
+    fn no_more_tokens_than_time_allows() {
         for period in 1..20 {
-            let mut pace = TokenBucket::new(4, period, 0);
-            let taken = (0..1000).filter(|now| pace.take(*now).is_ok()).count() as u64;
+            let mut bucket = TokenBucket::new(4, period, 0);
+            let taken = (0..1000).filter(|now| bucket.take(*now).is_ok()).count() as u64;
             assert!(taken <= 4 + 1000 / period);
             assert!(taken >= 1000 / period);
         }
@@ -99,9 +99,9 @@ mod tests {
 
     #[test]
     fn a_period_of_nothing_is_one_tick() {
-        let mut pace = TokenBucket::new(1, 0, 5);
-        assert_eq!(pace.take(5), Ok(()));
-        assert_eq!(pace.take(5), Err(1));
-        assert_eq!(pace.take(6), Ok(()));
+        let mut bucket = TokenBucket::new(1, 0, 5);
+        assert_eq!(bucket.take(5), Ok(()));
+        assert_eq!(bucket.take(5), Err(1));
+        assert_eq!(bucket.take(6), Ok(()));
     }
 }

@@ -85,7 +85,7 @@ impl fmt::Display for InvalidNumber {
             InvalidNumber::Major(major) => {
                 write!(
                     f,
-                    "virtual device of major {major}, which is no disk: use a name such as xvda"
+                    "virtual device of major {major}, not that of a disk: use a name such as xvda"
                 )
             }
             InvalidNumber::Minor(minor) => {
@@ -377,7 +377,7 @@ mod tests {
         );
         assert_eq!(
             InvalidNumber::Major(9).to_string(),
-            "virtual device of major 9, which is no disk: use a name such as xvda"
+            "virtual device of major 9, not that of a disk: use a name such as xvda"
         );
         assert_eq!(
             InvalidNumber::Minor(1 << 20).to_string(),
