@@ -11,6 +11,7 @@ import pytest
 from harness.driver_check import assert_served_by_pair
 from harness.guest import Guest
 from harness.toolstack import CODES
+from harness.toolstack import directories
 from harness.xenhost import Disk
 from harness.xenhost import XenHost
 
@@ -104,6 +105,23 @@ def test_detach_swap(host: XenHost) -> None:
     host.run(f"xl block-detach --force {guest.name} xvdb")
     host.server.wait_for(f"[ ! -e /sys/bus/xen-backend/devices/vbd-{guest.domid}-{CODES['xvdb']} ]")
     attach(host, guest)
+
+
+@pytest.mark.feature("F-40")
+def test_detach_withdrawn(host: XenHost) -> None:
+    """The toolstack withdraws a detach that waits for the end of a use as swap: the disk stays.
+
+    It has written Closing, so the disk connects again.
+    """
+    guest = host.start_guest(disks=[])
+    attach(host, guest)
+    guest.sh("mkswap /dev/xvdb && swapon /dev/xvdb")
+    assert host.run(f"xl block-detach {guest.name} xvdb")[0] != 0
+    front, back = directories(guest.domid, CODES["xvdb"], host.server)
+    host.sh(f"xenstore-write {back}/online 1")
+    host.wait_for(f"[ $(xenstore-read {front}/state) = 4 ] && [ $(xenstore-read {back}/state) = 4 ]")
+    guest.sh("swapoff /dev/xvdb && dd if=/dev/zero of=/dev/xvdb bs=64k count=16 oflag=direct")
+    host.detach_and_wait(guest, "xvdb")
 
 
 @pytest.mark.feature("FE-65")
