@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 FILE = Path(__file__).resolve().parent.parent / "test-matrix.toml"
-TIERS = ("daily", "full", "debug")
+TIERS = ("daily", "full", "debug", "packages")
 
 Run = tuple[str, str]
 """A kernel and a pair of drivers."""

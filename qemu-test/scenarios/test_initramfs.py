@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A guest boots from an initramfs that a distribution's tool made.
 
-`scripts/lib/initramfs-test` makes them with initramfs-tools and with dracut. udev loads what a
-Xen disk asks for, and the system has both drivers where it can.
+`scripts/lib/initramfs-test` makes them with initramfs-tools and with dracut, and `make
+test-packages` those of a system with our package. udev loads what a Xen disk asks for, and the
+system has both drivers where it can.
 
 All names have "initramfs" in them, because `make test T=NAME` makes the initramfs for those only.
 """
@@ -69,3 +70,13 @@ def test_initramfs_fallback(xen: StartHost, build: Path) -> None:
     line = "console=hvc0 panic=1 root=/dev/xvda rw module_blacklist=rblkfront"
     guest = boot(xen, build / "initramfs-rblkfront", settings=f'cmdline = "{line}"')
     assert "Module rblkfront is blacklisted" in guest.sh("dmesg")
+
+
+def test_initramfs_package_installed(xen: StartHost, build: Path) -> None:
+    """Made by a Debian system in which apt has installed rblkif-dkms: DKMS has built rblkfront."""
+    boot(xen, build / "initrd-installed")
+
+
+def test_initramfs_package_removed(xen: StartHost, build: Path) -> None:
+    """Made by that system when apt has removed rblkif-dkms again: the C driver serves the disk."""
+    boot(xen, build / "initrd-removed")
