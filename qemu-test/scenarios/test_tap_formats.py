@@ -40,6 +40,10 @@ def attach(host: XenHost, guest: Guest, target: str) -> None:
     guest.wait_for_disk("xvdb")
     assert_served_by_pair(host, guest, "xvdb")
     rblktap.assert_confined(host, guest, XVDB)
+    # All its threads have the user and the filter of the first.
+    server = rblktap.children(host, guest, XVDB)["rblktap"]
+    restrictions = f"grep -hE '^(Uid|Seccomp):' {server}/task/*/status"
+    assert host.sh(f"{restrictions} | sort -u | wc -l") == "2"
 
 
 def verify(host: XenHost, guest: Guest, image: Image, target: str = "") -> None:

@@ -78,7 +78,7 @@ impl QsdEngine {
             (memory, messages),
             (session, config),
             info,
-        )?;
+        );
         Ok(Self { shared })
     }
 

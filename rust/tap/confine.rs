@@ -39,6 +39,7 @@ use rustix::thread;
 use seccompiler::BackendError;
 use seccompiler::SeccompAction;
 use std::fmt;
+use std::fs;
 use std::path::Path;
 use xen_user::event;
 use xen_user::grant;
@@ -59,18 +60,28 @@ const IO_URING: &[libc::c_long] = &[
 /// System calls that are allowed with all arguments, beside those of all confined processes.
 const SYSTEM_CALLS: &[libc::c_long] = &[libc::SYS_epoll_pwait2, libc::SYS_clone3];
 
-/// The step of the confinement that has failed, and why.
+/// Why a process cannot be confined.
 #[derive(Debug)]
-pub struct Error(&'static str, String);
+pub enum Error {
+    /// The step that has failed, and why.
+    Step(&'static str, String),
+    /// The number of its threads, of which only one would be confined.
+    Threads(usize),
+}
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(step, why) = self;
-        write!(
-            f,
-            "the process cannot be confined: {step}: {why}; \
-             use a kernel with seccomp and network namespaces"
-        )
+        write!(f, "the process cannot be confined: ")?;
+        match self {
+            Self::Step(step, why) => write!(
+                f,
+                "{step}: {why}; use a kernel with seccomp and network namespaces"
+            ),
+            Self::Threads(count) => write!(
+                f,
+                "it has {count} threads; this is an error of the program, report it"
+            ),
+        }
     }
 }
 
@@ -83,7 +94,16 @@ pub(crate) trait Step<T> {
 
 impl<T, E: fmt::Display> Step<T> for Result<T, E> {
     fn step(self, step: &'static str) -> Result<T, Error> {
-        self.map_err(|error| Error(step, error.to_string()))
+        self.map_err(|error| Error::Step(step, error.to_string()))
+    }
+}
+
+/// Confines the process, whose only thread is the calling one, as [`confine_thread`] does.
+pub fn confine(user: u32, root: &Path) -> Result<(), Error> {
+    let threads = fs::read_dir("/proc/self/task").step("reading /proc/self/task")?;
+    match threads.count() {
+        1 => confine_thread(user, root),
+        count => Err(Error::Threads(count)),
     }
 }
 
@@ -92,8 +112,8 @@ impl<T, E: fmt::Display> Step<T> for Result<T, E> {
 /// `user` becomes the number of its user and its group, and `root`, an empty directory, its root.
 /// It is killed when the thread that has started its process ends.
 ///
-/// Context: the process has no other thread, and is root.
-pub fn confine(user: u32, root: &Path) -> Result<(), Error> {
+/// Context: the process is root. Other threads are not confined.
+pub fn confine_thread(user: u32, root: &Path) -> Result<(), Error> {
     limit_resources()?;
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC).step("unshare")?;
     root::enter(root).step("chroot")?;

@@ -21,7 +21,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -47,6 +47,8 @@ pub(super) struct Shared {
     /// The properties of the device at the time of opening.
     pub(super) config: DeviceConfig,
     session: Mutex<Arc<Session>>,
+    /// The first connection, until a thread waits for its end.
+    unwatched: Mutex<Weak<Session>>,
     /// Is locked for reading while a queue takes what the daemon has completed.
     pub(super) taking: RwLock<()>,
     queues: Arc<Queues>,
@@ -65,6 +67,8 @@ impl Queues {
 
 impl Shared {
     /// Creates the state of an image, with a connection that has been set up.
+    ///
+    /// No thread is started: the process may be confined after this, by its only thread.
     pub(super) fn new(
         path: PathBuf,
         options: Options,
@@ -72,9 +76,9 @@ impl Shared {
         (memory, messages): (Arc<SharedMemory>, Messages),
         (session, config): (Session, DeviceConfig),
         info: Info,
-    ) -> Result<Arc<Self>> {
+    ) -> Arc<Self> {
         let session = Arc::new(session);
-        let shared = Arc::new(Self {
+        Arc::new(Self {
             path,
             options,
             server,
@@ -85,12 +89,11 @@ impl Shared {
             size: AtomicU64::new(info.size),
             info,
             config,
-            session: Mutex::new(session.clone()),
+            unwatched: Mutex::new(Arc::downgrade(&session)),
+            session: Mutex::new(session),
             taking: RwLock::default(),
             queues: Arc::default(),
-        });
-        shared.watch(&session)?;
-        Ok(shared)
+        })
     }
 
     pub(super) fn info(&self) -> Info {
@@ -157,8 +160,8 @@ impl Shared {
         if !current.is_lost() {
             return Ok(current.clone());
         }
-        // What queues that have not noticed the end are taking counts. From now on they take
-        // nothing more of the daemon that has ended.
+        // Completions that a queue is taking at this moment count. After this no queue takes any
+        // from the daemon that has ended.
         drop(self.taking.write().unwrap_or_else(PoisonError::into_inner));
         let is_dirty = self.writes.is_dirty();
         let stream = self.server.connect(Protocol::VhostUser, is_dirty)?;
@@ -175,6 +178,18 @@ impl Shared {
         self.watch(&session)?;
         *current = session.clone();
         Ok(session)
+    }
+
+    /// Watches the first connection, if that is not done yet.
+    fn watch_first(&self) -> Result<()> {
+        // The reference is valid at any time.
+        let unwatched = self.unwatched.lock();
+        let mut unwatched = unwatched.unwrap_or_else(PoisonError::into_inner);
+        if let Some(session) = unwatched.upgrade() {
+            self.watch(&session)?;
+            *unwatched = Weak::new();
+        }
+        Ok(())
     }
 
     /// Starts a thread that wakes all queues when a connection ends.
@@ -207,6 +222,7 @@ impl Shared {
 
     /// Returns a number for a queue that `event` makes readable.
     pub(super) fn add_queue(&self, event: &Arc<Event>) -> Result<usize> {
+        self.watch_first()?;
         let max = self.info.max_queues;
         let mut queues = self.queues.lock();
         let free = queues.iter_mut().take(max).enumerate();

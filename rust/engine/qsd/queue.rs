@@ -78,9 +78,9 @@ impl QsdQueue {
             was_idle: false,
             shared,
         };
-        // Otherwise the first request connects.
-        if let Some(session) = queue.shared.current_session() {
-            queue.set_up(session)?;
+        // Otherwise the first request connects. The end of the connection may not be known yet.
+        let session = queue.shared.current_session();
+        if session.is_some_and(|session| queue.set_up(session).is_ok()) {
             // The device has set it, in case there are completions.
             queue.call.clear();
         }
@@ -458,6 +458,17 @@ mod tests {
         queue.submit(write());
         let completions = complete_all(&mut queue, OK);
         completions[0].result.as_ref().unwrap();
+    }
+
+    #[test]
+    fn a_daemon_that_ends_before_the_first_queue_is_replaced() {
+        let (server, engine) = FakeServer::open_image();
+        server.end();
+        let mut queue = QsdQueue::new(engine.shared.clone(), 4).unwrap();
+        queue.submit(write());
+        let completions = complete_all(&mut queue, OK);
+        completions[0].result.as_ref().unwrap();
+        assert_eq!(server.dirty(), [false, false]);
     }
 
     #[test]

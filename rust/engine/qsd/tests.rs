@@ -33,8 +33,8 @@ pub(super) struct FakeServer {
 }
 
 impl FakeServer {
-    /// Opens the image of the server, and a queue of it.
-    pub(super) fn open() -> (Arc<Self>, QsdEngine, QsdQueue) {
+    /// Opens the image of the server.
+    pub(super) fn open_image() -> (Arc<Self>, QsdEngine) {
         let server = Arc::new(Self::default());
         let options = Options {
             direct: Some(false),
@@ -42,6 +42,12 @@ impl FakeServer {
             ..Options::default()
         };
         let engine = QsdEngine::open(Path::new("/image"), &options, server.clone()).unwrap();
+        (server, engine)
+    }
+
+    /// Opens the image of the server, and a queue of it.
+    pub(super) fn open() -> (Arc<Self>, QsdEngine, QsdQueue) {
+        let (server, engine) = Self::open_image();
         let queue = QsdQueue::new(engine.shared.clone(), 4).unwrap();
         (server, engine, queue)
     }

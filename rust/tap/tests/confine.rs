@@ -16,11 +16,15 @@ use engine::Uri;
 use nix::sched::unshare;
 use nix::sched::CloneFlags;
 use nix::sys::ptrace;
+use rblktap::confine::confine;
+use rblktap::confine::confine_thread;
+use rblktap::confine::Error;
 use rustix::process::kill_process;
 use rustix::process::test_kill_process;
 use rustix::process::Pid;
 use rustix::process::Signal;
 use rustix::thread::gettid;
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::fs::File;
@@ -74,6 +78,12 @@ fn try_all(socket: &Path, port: u16) -> Tried {
         ("become root", root()),
         ("trace a process", trace()),
     ]
+}
+
+/// Returns the threads of this process.
+fn threads() -> BTreeSet<OsString> {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    tasks.map(|task| task.unwrap().file_name()).collect()
 }
 
 /// Returns a line of the file `status` in a directory of `/proc`.
@@ -157,7 +167,8 @@ fn serve_confined(dir: &Path) {
     let first = move || {
         // The root directory of the other threads stays.
         unshare(CloneFlags::CLONE_FS).unwrap();
-        rblktap::confine::confine(USER, &empty).unwrap();
+        assert!(matches!(confine(USER, &empty), Err(Error::Threads(2..))));
+        confine_thread(USER, &empty).unwrap();
         sender.send((gettid(), try_all(&socket, number))).unwrap();
     };
     let served = serve_after(&mut toolstack, store, engine, &Options::new(dir), first);
@@ -316,12 +327,15 @@ fn serve_format_confined(format: &str, options: &[&str]) {
     };
     let server = Server::start(&uri, &options).unwrap().unwrap();
     let server: Arc<dyn Connect> = Arc::new(Unconfined::start(server));
+    let before = threads();
     let engine = engine::open_with(&uri, &options, Some(server)).unwrap();
+    // A thread of it would not be confined.
+    assert!(threads().is_subset(&before));
     let mut toolstack = Toolstack::new("w");
     let store = toolstack.host.xenstore().unwrap();
     let first = move || {
         unshare(CloneFlags::CLONE_FS).unwrap();
-        rblktap::confine::confine(USER, &root).unwrap();
+        confine_thread(USER, &root).unwrap();
     };
     let served = serve_after(&mut toolstack, store, engine, &Options::new(dir), first);
     let choice = Choice {
