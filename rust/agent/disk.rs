@@ -5,7 +5,7 @@
 use crate::backend::{self, Backend};
 use crate::options::TapOptions;
 use crate::process::Process;
-use api::{DiskId, Phase, Record, RunDir};
+use api::{DiskId, Phase, Record, Replaced, RunDir};
 use std::io;
 use std::path::Path;
 use std::sync::mpsc::Sender;
@@ -59,13 +59,14 @@ pub enum Next {
 
 /// A replacement of a process that a client waits for.
 struct Replacement {
-    /// The image that is used again if the new process fails.
-    old_image: String,
     /// The new process was started.
     started: bool,
-    /// Receives the reason if the new process fails.
-    failed: Sender<String>,
+    /// Receives the outcome: the new process when it has opened the image, or why it has failed.
+    outcome: Sender<Outcome>,
 }
+
+/// The outcome of a replacement: the new process, or why there is none.
+pub type Outcome = Result<u32, String>;
 
 /// A disk.
 pub struct Disk {
@@ -108,6 +109,7 @@ impl Disk {
             image: backend.image.clone(),
             restarts: 0,
             phase: Phase::Starting,
+            replaced: None,
         };
         if backend.state == backend::INITIALISING {
             return Self::with_process(record, None, now);
@@ -176,25 +178,22 @@ impl Disk {
     }
 
     /// Ends the process, which is replaced by one that uses `image`.
-    pub fn replace(&mut self, image: Option<String>, failed: Sender<String>) {
-        let Some(process) = &self.process else {
+    pub fn replace(&mut self, image: Option<String>, outcome: Sender<Outcome>) {
+        let (Some(process), Phase::Running { pid, .. }) = (&self.process, &self.record.phase)
+        else {
             // A client that has left does not need it.
-            let _ = failed.send("no process serves the disk".to_owned());
+            let _ = outcome.send(Err("no process has opened the image of the disk".to_owned()));
             return;
         };
         process.kill();
-        let old_image = self.record.image.clone();
-        self.record.image = image.unwrap_or_else(|| old_image.clone());
+        if let Some(image) = image {
+            let image = std::mem::replace(&mut self.record.image, image);
+            self.record.replaced = Some(Replaced { image, pid: *pid });
+        }
         self.replacement = Some(Replacement {
-            old_image,
             started: false,
-            failed,
+            outcome,
         });
-    }
-
-    /// Ends a replacement: the new process serves the disk.
-    pub fn confirm(&mut self) {
-        self.replacement = None;
     }
 
     /// Checks the state of the disk, and takes the next step.
@@ -218,9 +217,14 @@ impl Disk {
     }
 
     fn take_step(&mut self, cx: &mut Context<'_>) -> io::Result<Next> {
-        self.notice_end(cx)?;
         let disk = self.record.disk;
-        let Some(backend) = backend::read(cx.store, disk)? else {
+        let backend = backend::read(cx.store, disk)?;
+        if let Some(backend) = &backend {
+            // The node outlives the process: one that has ended may have opened the image.
+            self.note_open(backend, cx)?;
+        }
+        self.notice_end(cx)?;
+        let Some(backend) = backend else {
             return self.removed(cx);
         };
         self.gone = None;
@@ -272,7 +276,7 @@ impl Disk {
             _ if lived > STABLE => 0,
             _ => self.failures.saturating_add(1),
         };
-        let failed = self.undo_replacement();
+        let outcome = self.undo_replacement();
         if !self.refused {
             self.record.phase = Phase::Failed {
                 cause: reason.clone(),
@@ -280,27 +284,28 @@ impl Disk {
         }
         self.ended = Some(reason.clone());
         self.write_record(cx.run)?;
-        if let Some(failed) = failed {
+        if let Some(outcome) = outcome {
             // A client that has left does not need it.
-            let _ = failed.send(reason);
+            let _ = outcome.send(Err(reason));
         }
         Ok(())
     }
 
-    /// Uses the old image again if the process has failed that was to use another one. Returns
-    /// where the reason is sent.
-    fn undo_replacement(&mut self) -> Option<Sender<String>> {
-        let replacement = self
-            .replacement
-            .take_if(|replacement| replacement.started)?;
-        self.record.image = replacement.old_image;
-        self.failures = 0;
-        Some(replacement.failed)
+    /// Uses the old image again if a process has failed to open the new one. Returns where the
+    /// reason is sent.
+    fn undo_replacement(&mut self) -> Option<Sender<Outcome>> {
+        if matches!(&self.replacement, Some(Replacement { started: false, .. })) {
+            return None;
+        }
+        if let Some(replaced) = self.record.replaced.take() {
+            self.record.image = replaced.image;
+            self.failures = 0;
+        }
+        Some(self.replacement.take()?.outcome)
     }
 
     /// Watches a process until it has opened the image.
     fn watch_start(&mut self, backend: &Backend, cx: &mut Context<'_>) -> io::Result<Next> {
-        self.note_open(backend, cx)?;
         if self.refused || self.record.phase.is_running() || !self.is_attached(backend.state) {
             return Ok(Next::Wait(None));
         }
@@ -323,19 +328,28 @@ impl Disk {
         Ok(Next::Wait(Some(limit)))
     }
 
-    /// Records that the process has opened the image, if it has.
+    /// Records that the process has opened the image, if it has. From then on the disk has no other
+    /// image: a guest may have written to this one.
     fn note_open(&mut self, backend: &Backend, cx: &Context<'_>) -> io::Result<()> {
-        match self.record.phase {
-            Phase::Opening { pid, start_time } if backend.process == Some(pid) => {
-                self.announced = false;
-                self.record.phase = Phase::Running { pid, start_time };
-                self.write_record(cx.run)?;
-                #[cfg(test)]
-                crate::crash::point("open recorded");
-                Ok(())
-            }
-            _ => Ok(()),
+        let opened =
+            |replaced: &mut Replaced| backend.process.is_some_and(|pid| pid != replaced.pid);
+        self.record.replaced.take_if(opened);
+        let Phase::Opening { pid, start_time } = self.record.phase else {
+            return Ok(());
+        };
+        if backend.process != Some(pid) {
+            return Ok(());
         }
+        self.announced = false;
+        self.record.phase = Phase::Running { pid, start_time };
+        if let Some(replacement) = self.replacement.take() {
+            // A client that has left does not need it.
+            let _ = replacement.outcome.send(Ok(pid));
+        }
+        self.write_record(cx.run)?;
+        #[cfg(test)]
+        crate::crash::point("open recorded");
+        Ok(())
     }
 
     /// Refuses a disk whose image has not been opened in time.
@@ -379,6 +393,7 @@ impl Disk {
         if backend.state == backend::INITIALISING {
             // A record that an earlier rblkd left may be that of an earlier disk.
             self.record.image = backend.image.clone();
+            self.record.replaced = None;
         }
         let due = self.started + delay(self.failures);
         if self.ended.is_some() && cx.now < due {
@@ -403,25 +418,30 @@ impl Disk {
         self.started = cx.now;
         let Record { disk, image, .. } = &self.record;
         let options = cx.options.arguments(cx.disks_of_domain);
+        if let Some(replacement) = &mut self.replacement {
+            replacement.started = true;
+        }
         match Process::start(cx.program, cx.run, *disk, image, &options) {
             Ok(process) => {
                 #[cfg(test)]
                 crate::crash::point("started");
                 self.record.phase = process.opening();
                 self.process = Some(process);
-                if let Some(replacement) = &mut self.replacement {
-                    replacement.started = true;
-                }
                 self.write_record(cx.run)?;
                 #[cfg(test)]
                 crate::crash::point("process recorded");
             }
             Err(error) => {
                 let program = cx.program.display();
-                self.ended(
-                    cx,
-                    format!("{program} does not start: {error}; install rblktap"),
-                )?;
+                let remedy = match error.kind() {
+                    io::ErrorKind::NotFound => "; install rblktap".to_owned(),
+                    io::ErrorKind::StorageFull => {
+                        let run = cx.run.path().display();
+                        format!("; make room in the file system of {run}")
+                    }
+                    _ => String::new(),
+                };
+                self.ended(cx, format!("{program} does not start: {error}{remedy}"))?;
             }
         }
         // What comes next depends on the state.

@@ -116,6 +116,7 @@ mod tests {
             domain: None,
             image: "aio:/a".to_owned(),
             restarts: 0,
+            replaced: None,
             phase,
         }
     }

@@ -244,6 +244,7 @@ mod tests {
                 domain: None,
                 image: "aio:/a".to_owned(),
                 restarts: 0,
+                replaced: None,
                 phase: Phase::Starting,
             })
             .unwrap();

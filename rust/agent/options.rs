@@ -168,6 +168,7 @@ pub(crate) mod tests {
             domain: None,
             image: "aio:/a".to_owned(),
             restarts: 0,
+            replaced: None,
             phase: Phase::Running {
                 pid: 1,
                 start_time: 1,

@@ -3,11 +3,11 @@
 //! The socket for `rblk`.
 //!
 //! Each connection has a thread of its own, which reads the records of disks and calls their
-//! processes. A process that does not answer delays only the client that asks for it. What changes
+//! processes. A process that does not answer delays only the clients that wait for it. What changes
 //! a disk is sent to the [`Supervisor`](crate::supervisor::Supervisor).
 
+use crate::disk::Outcome;
 use crate::host::Host;
-use crate::process::Process;
 use crate::supervisor::{Command, Commands};
 use api::agent::{EVENTS_WAIT, INTERFACE};
 use api::socket;
@@ -15,12 +15,13 @@ use api::{AgentCall, DiskCommand, DiskEntry, DiskId, DiskStatus, Failure, Failur
 use api::{Record, RunDir};
 use rustix::net::sockopt::socket_peercred;
 use serde_json::{json, Value};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -40,8 +41,11 @@ const RESIZE_TIMEOUT: Duration = Duration::from_secs(50);
 /// Limit for requests in flight when a disk is paused.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Limit for a new process to serve a disk.
-const START_TIMEOUT: Duration = Duration::from_secs(15);
+/// Limit for a new process to open its image. A client waits for this and [`PAUSE_TIMEOUT`].
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The greatest number of threads that ask processes for a list.
+const LIST_THREADS: usize = 16;
 
 /// Time between two looks at a process.
 const POLL: Duration = Duration::from_millis(50);
@@ -52,8 +56,34 @@ pub struct Server {
     run: RunDir,
     commands: Commands,
     host: Host,
-    /// One reference for each client, and two of the thread that accepts them.
+    /// One reference for each client, and one of the thread that accepts them.
     clients: Arc<()>,
+    /// The disks that a client pauses or replaces the process of.
+    changing: Arc<Mutex<BTreeSet<DiskId>>>,
+}
+
+/// A disk that a client pauses or replaces the process of. No other client does.
+struct Changing<'a>(&'a Mutex<BTreeSet<DiskId>>, DiskId);
+
+impl<'a> Changing<'a> {
+    fn new(disks: &'a Mutex<BTreeSet<DiskId>>, disk: DiskId) -> Result<Self, Failure> {
+        if lock(disks).insert(disk) {
+            return Ok(Self(disks, disk));
+        }
+        let cause = format!("another command is changing disk {disk}");
+        Err(Failure::new(FailureKind::Refused, cause, "try again later"))
+    }
+}
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        lock(self.0).remove(&self.1);
+    }
+}
+
+fn lock(disks: &Mutex<BTreeSet<DiskId>>) -> MutexGuard<'_, BTreeSet<DiskId>> {
+    // A set is whole after each statement.
+    disks.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Server {
@@ -70,6 +100,7 @@ impl Server {
             commands,
             host,
             clients,
+            changing: Arc::default(),
         };
         thread::Builder::new()
             .name("accept".to_owned())
@@ -149,7 +180,7 @@ impl Server {
             AgentCall::Interface => Ok(json!(INTERFACE)),
             AgentCall::List => Ok(json!(self.list()?)),
             AgentCall::Stats { disk } => Ok(json!(self.status(disk)?)),
-            AgentCall::Pause { disk } => self.quiesce(disk, DiskCommand::Pause),
+            AgentCall::Pause { disk } => self.pause(disk),
             AgentCall::Resume { disk } => self.send(disk, DiskCommand::Resume),
             AgentCall::Resize { disk, size } => self.resize(disk, size),
             AgentCall::Retarget { disk, image } => self.replace(disk, Some(image)),
@@ -157,19 +188,35 @@ impl Server {
         }
     }
 
+    /// Returns all disks. Several processes are asked at a time: some may not answer.
     fn list(&self) -> Result<Vec<DiskEntry>, Failure> {
         let records = self
             .run
             .records()
             .map_err(|error| self.unreadable(&error))?;
-        let entries = records.into_iter().map(|record| DiskEntry {
-            status: record
-                .phase
-                .pid()
-                .and_then(|_| self.status(record.disk).ok()),
-            record,
+        let share = records.len().div_ceil(LIST_THREADS).max(1);
+        let entries = thread::scope(|scope| {
+            let ask = |records: &[Record]| -> Vec<_> {
+                records.iter().map(|record| self.entry(record)).collect()
+            };
+            let shares = records.chunks(share);
+            let threads: Vec<_> = shares
+                .map(|share| scope.spawn(move || ask(share)))
+                .collect();
+            // None of them panics.
+            let entries = threads.into_iter().filter_map(|thread| thread.join().ok());
+            entries.flatten().collect()
         });
-        Ok(entries.collect())
+        Ok(entries)
+    }
+
+    fn entry(&self, record: &Record) -> DiskEntry {
+        let has_process = record.phase.pid().is_some();
+        let status = has_process.then(|| self.status(record.disk).ok());
+        DiskEntry {
+            record: record.clone(),
+            status: status.flatten(),
+        }
     }
 
     fn unreadable(&self, error: &io::Error) -> Failure {
@@ -204,14 +251,23 @@ impl Server {
         socket::command(&self.run.control_socket(disk), command, RESIZE_TIMEOUT)
     }
 
-    /// Pauses or drains a disk and waits until no request is in flight. If that takes too long it
-    /// is resumed.
-    fn quiesce(&self, disk: DiskId, command: DiskCommand) -> Result<Value, Failure> {
+    /// Pauses or drains a disk and waits until no request is in flight. If that fails, or takes too
+    /// long, a disk that was not paused before is resumed.
+    fn quiesce(&self, disk: DiskId, command: DiskCommand) -> Result<(), Failure> {
+        let was_paused = self.status(disk)?.paused;
+        let result = self.await_quiet(disk, command);
+        if result.is_err() && !was_paused {
+            // The first error is the one to report. A drain ends by itself.
+            let _ = self.send(disk, DiskCommand::Resume);
+        }
+        result
+    }
+
+    fn await_quiet(&self, disk: DiskId, command: DiskCommand) -> Result<(), Failure> {
         self.send(disk, command)?;
         let deadline = Instant::now() + PAUSE_TIMEOUT;
         while !is_quiet(&self.status(disk)?) {
             if Instant::now() >= deadline {
-                self.send(disk, DiskCommand::Resume)?;
                 let seconds = PAUSE_TIMEOUT.as_secs();
                 let cause = format!("requests are still in flight after {seconds} seconds");
                 return Err(Failure::new(
@@ -222,6 +278,12 @@ impl Server {
             }
             thread::sleep(POLL);
         }
+        Ok(())
+    }
+
+    fn pause(&self, disk: DiskId) -> Result<Value, Failure> {
+        let _changing = Changing::new(&self.changing, disk)?;
+        self.quiesce(disk, DiskCommand::Pause)?;
         Ok(Value::Null)
     }
 
@@ -229,31 +291,36 @@ impl Server {
     ///
     /// A disk that was paused stays paused, unless it gets another image.
     fn replace(&self, disk: DiskId, image: Option<String>) -> Result<Value, Failure> {
-        let old = self.running(disk)?;
+        self.check_served(disk)?;
+        let _changing = Changing::new(&self.changing, disk)?;
         let has_new_image = image.is_some();
         self.quiesce(disk, DiskCommand::Drain)?;
-        let (failed, failures) = channel();
+        let (outcome, outcomes) = channel();
         let command = Command::Replace {
             disk,
             image,
-            failed,
+            outcome,
         };
         self.tell(command)?;
-        let pid = self.await_process(disk, &old, &failures)?;
-        self.tell(Command::Confirm { disk })?;
+        let pid = await_process(disk, &outcomes)?;
         if has_new_image {
-            self.send(disk, DiskCommand::Resume)?;
+            // It connects to the guest before it answers.
+            let path = self.run.control_socket(disk);
+            socket::command::<Value>(&path, DiskCommand::Resume, START_TIMEOUT)?;
         }
         Ok(json!(pid))
     }
 
-    fn running(&self, disk: DiskId) -> Result<Process, Failure> {
-        let process = self.record(disk)?.phase.process();
-        let process = process.and_then(|(pid, start_time)| Process::adopt(pid, start_time));
-        process.ok_or_else(|| {
-            let cause = format!("no process serves disk {disk}");
-            Failure::new(FailureKind::Refused, cause, "see rblk disk list")
-        })
+    fn check_served(&self, disk: DiskId) -> Result<(), Failure> {
+        if self.record(disk)?.phase.is_running() {
+            return Ok(());
+        }
+        let cause = format!("no process serves disk {disk}");
+        Err(Failure::new(
+            FailureKind::Refused,
+            cause,
+            "see rblk disk list",
+        ))
     }
 
     fn tell(&self, command: Command) -> Result<(), Failure> {
@@ -262,35 +329,30 @@ impl Server {
             Failure::new(FailureKind::NoAnswer, cause, "try again")
         })
     }
+}
 
-    /// Waits until a process other than `old` answers. Returns its number.
-    fn await_process(
-        &self,
-        disk: DiskId,
-        old: &Process,
-        failures: &Receiver<String>,
-    ) -> Result<u32, Failure> {
-        let deadline = Instant::now() + START_TIMEOUT;
-        while Instant::now() < deadline {
-            match failures.recv_timeout(POLL) {
-                Ok(reason) => {
-                    let remedy = "the disk is served as before";
-                    return Err(Failure::new(FailureKind::Refused, reason, remedy));
-                }
-                Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-            match self.status(disk) {
-                Ok(status) if status.pid != old.pid() => return Ok(status.pid),
-                _ => {}
-            }
+/// Waits until a new process has opened the image. Returns its number.
+fn await_process(disk: DiskId, outcomes: &Receiver<Outcome>) -> Result<u32, Failure> {
+    let seconds = START_TIMEOUT.as_secs();
+    match outcomes.recv_timeout(START_TIMEOUT) {
+        Ok(Ok(pid)) => Ok(pid),
+        Ok(Err(reason)) => {
+            let remedy = "the disk is served as before";
+            Err(Failure::new(FailureKind::Refused, reason, remedy))
         }
-        let cause = format!("no new process serves disk {disk}");
-        Err(Failure::new(
+        Err(RecvTimeoutError::Disconnected) => {
+            let cause = format!("disk {disk} has been detached");
+            Err(Failure::new(
+                FailureKind::NoSuchDisk,
+                cause,
+                "see rblk disk list",
+            ))
+        }
+        Err(RecvTimeoutError::Timeout) => Err(Failure::new(
             FailureKind::NoAnswer,
-            cause,
-            "see rblk disk list",
-        ))
+            format!("the new process of disk {disk} has not opened the image in {seconds} seconds"),
+            "it serves the disk when it has; see rblk disk list",
+        )),
     }
 }
 
@@ -320,8 +382,9 @@ mod tests {
     use crate::host::Startup;
     use crate::options::tests::options;
     use crate::process::tests::PROGRAM;
+    use crate::process::Process;
     use crate::supervisor::Supervisor;
-    use api::{Counters, QueueStatus, Quota};
+    use api::{Counters, Phase, QueueStatus, Quota};
     use std::io::{BufRead, BufReader, Write};
     use xen_user::fake;
     use xen_user::xenstore::Nodes;
@@ -409,8 +472,9 @@ mod tests {
         });
     }
 
-    /// Starts a supervisor and a server for one disk. Returns a connection to its xenstore.
-    fn start(run: &RunDir) -> Xenstore {
+    /// Starts a supervisor and a server for one disk. Returns its host, and a connection to
+    /// xenstore.
+    fn start(run: &RunDir) -> (fake::Host, Xenstore) {
         let host = fake::Host::new();
         let mut store = host.xenstore().unwrap();
         store.write("backend/vbd3/5/51712/params", "serve").unwrap();
@@ -420,15 +484,33 @@ mod tests {
             Supervisor::new(connection, run.clone(), PROGRAM.into(), options(&[])).unwrap();
         thread::spawn(move || supervisor.run());
         serve(run, commands, host_state());
-        store
+        (host, store)
+    }
+
+    /// Plays the processes of [`DISK`] that open its image.
+    fn open_images(run: &RunDir, mut store: Xenstore) {
+        let run = run.clone();
+        thread::spawn(move || {
+            while let Ok(record) = run.read_record(DISK) {
+                if let Some(Phase::Opening { pid, .. }) = record.map(|record| record.phase) {
+                    let node = "backend/vbd3/5/51712/kthread-pid";
+                    store.write(node, &pid.to_string()).unwrap();
+                }
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
     }
 
     #[test]
     fn a_process_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::new(dir.path());
-        let mut store = start(&run);
-        let pid = || run.read_record(DISK).unwrap()?.phase.pid();
+        let (host, mut store) = start(&run);
+        open_images(&run, host.xenstore().unwrap());
+        let pid = || {
+            let phase = run.read_record(DISK).unwrap()?.phase;
+            phase.pid().filter(|_| phase.is_running())
+        };
         wait_until("no process", || pid().is_some());
         store.write("backend/vbd3/5/51712/state", "4").unwrap();
         serve_control(&run);
@@ -456,11 +538,87 @@ mod tests {
         Process::adopt(pid, start_time).unwrap().kill();
     }
 
+    /// A server without disks, and its supervisor.
+    fn idle_server(run: &RunDir) -> (Server, Supervisor) {
+        let store = fake::Host::new().xenstore().unwrap();
+        let (supervisor, commands) =
+            Supervisor::new(store, run.clone(), PROGRAM.into(), options(&[])).unwrap();
+        let server = Server {
+            run: run.clone(),
+            commands,
+            host: host_state(),
+            clients: Arc::default(),
+            changing: Arc::default(),
+        };
+        (server, supervisor)
+    }
+
+    #[test]
+    fn a_disk_that_cannot_be_drained_is_resumed() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let (server, _supervisor) = idle_server(&run);
+        let phase = Phase::Running {
+            pid: 1,
+            start_time: 1,
+        };
+        run.write_record(&Record {
+            disk: DISK,
+            name: "xvda".to_owned(),
+            domain: None,
+            image: "aio:/a".to_owned(),
+            restarts: 0,
+            replaced: None,
+            phase,
+        })
+        .unwrap();
+        let listener = UnixListener::bind(run.control_socket(DISK)).unwrap();
+        let commands = thread::spawn(move || {
+            let mut commands: Vec<DiskCommand> = Vec::new();
+            // It does not answer the question whether it is quiet.
+            for answers in [true, true, false, true] {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut line = String::new();
+                BufReader::new(&stream).read_line(&mut line).unwrap();
+                commands.push(serde_json::from_str(&line).unwrap());
+                let answer = json!({
+                    "pid": 1, "sectors": 8, "block_size": 512, "paused": false,
+                    "queues": [], "quota": QUOTA, "counters": {},
+                });
+                if answers {
+                    writeln!(stream, "{answer}").unwrap();
+                }
+            }
+            commands
+        });
+        let failure = server
+            .handle(AgentCall::Restart { disk: DISK })
+            .unwrap_err();
+        assert_eq!(failure.kind, FailureKind::NoAnswer);
+        let (stats, resume) = (DiskCommand::Stats, DiskCommand::Resume);
+        assert_eq!(
+            commands.join().unwrap(),
+            [stats, DiskCommand::Drain, stats, resume]
+        );
+    }
+
+    #[test]
+    fn one_command_changes_a_disk_at_a_time() {
+        let disks = Mutex::default();
+        let changing = Changing::new(&disks, DISK).unwrap();
+        assert!(Changing::new(&disks, DiskId { domid: 6, ..DISK }).is_ok());
+        let failure = Changing::new(&disks, DISK).err().unwrap();
+        assert_eq!(failure.kind, FailureKind::Refused);
+        drop(changing);
+        assert!(Changing::new(&disks, DISK).is_ok());
+    }
+
     #[test]
     fn clients_are_answered() {
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::new(dir.path());
-        let _store = start(&run);
+        let (host, _store) = start(&run);
+        open_images(&run, host.xenstore().unwrap());
         let call = |call: &AgentCall| -> Result<Vec<DiskEntry>, Failure> {
             socket::call(&run.agent_socket(), call, Duration::from_secs(60))
         };
@@ -468,7 +626,7 @@ mod tests {
         wait_until("no process", || {
             list()
                 .first()
-                .is_some_and(|entry| entry.record.phase.pid().is_some())
+                .is_some_and(|entry| entry.record.phase.is_running())
         });
         assert_eq!(list()[0].record.name, "xvda");
         assert_eq!(list()[0].status, None);
@@ -487,18 +645,10 @@ mod tests {
     fn a_group_may_only_read() {
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::new(dir.path());
-        let store = fake::Host::new().xenstore().unwrap();
-        let (supervisor, commands) =
-            Supervisor::new(store, run.clone(), PROGRAM.into(), options(&[])).unwrap();
-        let host = host_state();
+        let (server, supervisor) = idle_server(&run);
+        let (host, commands) = (server.host.clone(), server.commands.clone());
         host.journal
             .add(None, api::EventKind::Storage, "x".to_owned());
-        let server = Server {
-            run: run.clone(),
-            commands: commands.clone(),
-            host: host.clone(),
-            clients: Arc::default(),
-        };
         let failure = server
             .handle_from(false, AgentCall::Restart { disk: DISK })
             .unwrap_err();

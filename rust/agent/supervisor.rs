@@ -3,7 +3,7 @@
 //! All disks: waits for events and updates the disks that they are about.
 
 use crate::backend;
-use crate::disk::{Context, Disk, Next};
+use crate::disk::{Context, Disk, Next, Outcome};
 use crate::events::Journal;
 use crate::options::TapOptions;
 use api::{DiskId, Record, RunDir};
@@ -31,13 +31,8 @@ pub enum Command {
         disk: DiskId,
         /// The URI of the new image.
         image: Option<String>,
-        /// Receives the reason if the new process fails.
-        failed: Sender<String>,
-    },
-    /// The new process serves the disk.
-    Confirm {
-        /// The disk.
-        disk: DiskId,
+        /// Receives the outcome.
+        outcome: Sender<Outcome>,
     },
 }
 
@@ -164,18 +159,17 @@ impl Supervisor {
         let _ = self.wakeup.read(&mut bytes);
         let mut changed = Vec::new();
         while let Ok(command) = self.commands.try_recv() {
-            let disk = match &command {
-                Command::Replace { disk, .. } | Command::Confirm { disk } => *disk,
-            };
+            let Command::Replace {
+                disk,
+                image,
+                outcome,
+            } = command;
             changed.push(disk);
             let Some(entry) = self.disks.get_mut(&disk) else {
                 // The client waits in vain for a sender that is dropped here, and is told.
                 continue;
             };
-            match command {
-                Command::Replace { image, failed, .. } => entry.disk.replace(image, failed),
-                Command::Confirm { .. } => entry.disk.confirm(),
-            }
+            entry.disk.replace(image, outcome);
         }
         changed
     }
@@ -672,6 +666,7 @@ mod tests {
             domain: None,
             image: "fail:earlier".to_owned(),
             restarts: 0,
+            replaced: None,
             phase: Phase::Starting,
         };
         rig.run().write_record(&record).unwrap();
@@ -704,38 +699,103 @@ mod tests {
         assert!(rig.supervisor.disks.is_empty());
     }
 
+    /// Has the process of the disk replaced by one that uses `image`.
+    fn replace(rig: &Rig, image: &str) -> Receiver<Outcome> {
+        let (outcome, outcomes) = channel();
+        let image = Some(image.to_owned());
+        let disk = DISK;
+        let command = Command::Replace {
+            disk,
+            image,
+            outcome,
+        };
+        rig.commands.send(command).unwrap();
+        outcomes
+    }
+
+    /// Waits for a process that serves the disk, and plays it.
+    fn serve(rig: &mut Rig, old: u32) -> Process {
+        let process = rig.process(old);
+        rig.open(&process);
+        rig.until("not recorded", |rig| rig.record().phase.is_running());
+        process
+    }
+
     #[test]
     fn a_replacement_uses_the_new_image_or_the_old_one_again() {
         let mut rig = Rig::new("serve");
-        let first = rig.process(0);
+        let first = serve(&mut rig, 0);
         rig.set_state("4");
-        let replace = |rig: &Rig, image: &str| {
-            let (failed, failures) = channel();
-            let image = Some(image.to_owned());
-            let disk = DISK;
-            let command = Command::Replace {
-                disk,
-                image,
-                failed,
-            };
-            rig.commands.send(command).unwrap();
-            failures
-        };
-        let failures = replace(&rig, "serve b");
-        let second = rig.process(first.pid());
-        assert_eq!(rig.record().image, "serve b");
-        rig.commands.send(Command::Confirm { disk: DISK }).unwrap();
-        rig.until("not confirmed", |_| {
-            failures.try_recv() == Err(std::sync::mpsc::TryRecvError::Disconnected)
-        });
-        let failures = replace(&rig, "fail:no");
-        let mut reason = None;
+        let outcomes = replace(&rig, "serve b");
+        let second = serve(&mut rig, first.pid());
+        assert_eq!(outcomes.try_recv(), Ok(Ok(second.pid())));
+        assert_eq!(
+            (rig.record().image.as_str(), rig.record().replaced),
+            ("serve b", None)
+        );
+        let outcomes = replace(&rig, "fail:no");
+        let mut outcome = None;
         rig.until("no failure", |_| {
-            reason = failures.try_recv().ok();
-            reason.is_some()
+            outcome = outcomes.try_recv().ok();
+            outcome.is_some()
         });
-        assert_eq!(reason.as_deref(), Some("no"));
+        assert_eq!(outcome, Some(Err("no".to_owned())));
         rig.process(second.pid());
         assert_eq!(rig.record().image, "serve b");
+        // It has not opened the image.
+        let outcomes = replace(&rig, "serve");
+        rig.until("not refused", |_| {
+            outcomes.try_recv().is_ok_and(|outcome| outcome.is_err())
+        });
+    }
+
+    #[test]
+    fn an_image_that_was_opened_is_the_image_of_the_disk_from_then_on() {
+        let mut rig = Rig::new("serve");
+        let first = serve(&mut rig, 0);
+        rig.set_state("4");
+        // No client waits, and the process ends before it is found to have opened the image.
+        drop(replace(&rig, "serve b"));
+        let second = rig.process(first.pid());
+        rig.open(&second);
+        second.kill();
+        while !second.has_ended() {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let third = rig.process(second.pid());
+        assert_eq!(
+            (rig.record().image.as_str(), rig.record().replaced),
+            ("serve b", None)
+        );
+        // The same, and another rblkd finds that.
+        rig.open(&third);
+        rig.until("not recorded", |rig| rig.record().phase.is_running());
+        drop(replace(&rig, "serve c"));
+        let fourth = rig.process(third.pid());
+        rig.kill();
+        rig.open(&fourth);
+        fourth.kill();
+        rig.start();
+        rig.process(fourth.pid());
+        assert_eq!(
+            (rig.record().image.as_str(), rig.record().replaced),
+            ("serve c", None)
+        );
+    }
+
+    #[test]
+    fn a_later_supervisor_uses_the_old_image_if_the_new_one_cannot_be_opened() {
+        let mut rig = Rig::new("serve");
+        let first = serve(&mut rig, 0);
+        rig.set_state("4");
+        drop(replace(&rig, "fail:no"));
+        rig.until("not replaced", |rig| rig.record().image == "fail:no");
+        rig.kill();
+        rig.start();
+        rig.process(first.pid());
+        assert_eq!(
+            (rig.record().image.as_str(), rig.record().replaced),
+            ("serve", None)
+        );
     }
 }

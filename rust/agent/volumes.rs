@@ -172,6 +172,7 @@ mod tests {
             domain: None,
             image: image.to_owned(),
             restarts: 0,
+            replaced: None,
             phase: Phase::Starting,
         })
         .unwrap();

@@ -111,10 +111,23 @@ pub struct Record {
     pub domain: Option<String>,
     /// The image: what the toolstack wrote to the node `params`, or what replaces it.
     pub image: String,
-    /// The number of processes that were started in place of one that died.
+    /// The number of processes that were started in place of one that has ended.
     pub restarts: u32,
     /// The phase of the disk's life.
     pub phase: Phase,
+    /// The image that `image` replaces, until a process has opened `image`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaced: Option<Replaced>,
+}
+
+/// An image that is used again if the one that replaces it cannot be opened.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Replaced {
+    /// The image.
+    pub image: String,
+    /// The process that has served it. When the node `kthread-pid` names another one, that has
+    /// opened the new image.
+    pub pid: u32,
 }
 
 /// A phase of a disk's life.
@@ -284,6 +297,10 @@ mod tests {
             domain: None,
             image: String::new(),
             restarts: 0,
+            replaced: Some(Replaced {
+                image: String::new(),
+                pid: 1,
+            }),
             phase: Phase::Starting,
         };
         assert_eq!(described("type Record ("), fields(&record));

@@ -40,7 +40,7 @@ pub mod host;
 pub mod run_dir;
 pub mod socket;
 
-pub use agent::{AgentCall, DiskEntry, Phase, Record};
+pub use agent::{AgentCall, DiskEntry, Phase, Record, Replaced};
 pub use disk::{Counters, DiskAnswer, DiskCommand, DiskId, DiskStatus};
 pub use disk::{OldestRequest, Operation, QueueStatus, Quota};
 pub use failure::{Failure, FailureKind};

@@ -179,6 +179,7 @@ mod tests {
             domain: None,
             image: "aio:/a".to_owned(),
             restarts: 0,
+            replaced: None,
             phase: Phase::Running {
                 pid: 7,
                 start_time: 9,

@@ -3,7 +3,7 @@
 //! `rblk disk`.
 
 use crate::args::{DiskCommand, DiskName};
-use crate::exit::{print_json, Error};
+use crate::exit::{io_failure, print_json, Error};
 use crate::explain;
 use crate::table;
 use api::agent::EVENTS_WAIT;
@@ -11,6 +11,7 @@ use api::{AgentCall, Counters, DiskEntry, DiskId, DiskStatus, Phase, Record, Run
 use api::{Event, Failure, FailureKind};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use std::io;
 use std::thread;
 use std::time::Duration;
 
@@ -66,11 +67,15 @@ fn stats(run: &RunDir, name: &DiskName) -> Result<DiskStatus, Error> {
 }
 
 fn find(run: &RunDir, name: &DiskName) -> Result<DiskId, Error> {
-    let entries: Vec<DiskEntry> = call(run, &AgentCall::List)?;
-    let mut matching = entries
-        .iter()
-        .map(|entry| &entry.record)
-        .filter(|record| is_named(record, name));
+    // The call List asks all processes, and waits for those that do not answer.
+    let records = run.records().map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => {
+            let cause = format!("{}: {error}", run.path().display());
+            Failure::new(FailureKind::NoAnswer, cause, "check that rblkd runs")
+        }
+        _ => io_failure(run.path().display(), &error),
+    })?;
+    let mut matching = records.iter().filter(|record| is_named(record, name));
     match (matching.next(), matching.next()) {
         (Some(record), None) => Ok(record.disk),
         (found, _) => {
@@ -255,6 +260,7 @@ mod tests {
                 domain: Some("web".to_owned()),
                 image: "aio:/a".to_owned(),
                 restarts: 1,
+                replaced: None,
                 phase,
             },
             status: None,

@@ -240,6 +240,7 @@ mod tests {
                 domain: Some("web".to_owned()),
                 image: String::new(),
                 restarts: 0,
+                replaced: None,
                 phase: Phase::Starting,
             },
             status: Some(status.unwrap()),

@@ -148,6 +148,7 @@ pub(crate) mod tests {
             domain: None,
             image: "aio:/srv/a.img".to_owned(),
             restarts: 0,
+            replaced: None,
             phase,
         })
         .unwrap();

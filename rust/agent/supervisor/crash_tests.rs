@@ -67,6 +67,7 @@ fn record(phase: Phase) -> Record {
         domain: None,
         image: "serve".to_owned(),
         restarts: 0,
+        replaced: None,
         phase,
     }
 }
