@@ -85,7 +85,6 @@ pub use uri::{
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -232,10 +231,11 @@ pub fn open_with(
     }
 }
 
-/// Removes what is left in `runtime_dir` by a process that was confined when it closed an image.
-pub fn remove_files(uri: &Uri, runtime_dir: &Path) -> Result<()> {
+/// Removes what a process that was confined when it closed an image has left in `runtime_dir` of
+/// the options with which it had opened it.
+pub fn remove_files(uri: &Uri, options: &Options) -> Result<()> {
     match uri {
-        Uri::Rbd(image) => rbd::remove_owner(image, runtime_dir),
+        Uri::Rbd(image) => rbd::remove_owner(image, options),
         _ => Ok(()),
     }
 }

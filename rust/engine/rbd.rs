@@ -20,7 +20,7 @@ use library::{ConnectError, Pool, RbdImage};
 use percent_encoding::{utf8_percent_encode, AsciiSet, CONTROLS};
 use rustix::io::Errno;
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -71,9 +71,9 @@ pub fn open(name: &RbdImageName, options: &Options) -> Result<Box<dyn Engine>> {
     }
     let rbd = RbdImage::open(pool, &name.image, name.snapshot.as_deref(), read_only)
         .map_err(|errno| open_error(errno, name))?;
-    let owner_file = match read_only || !options.exclusive {
-        true => None,
-        false => Some(acquire_lock(&rbd, name, options)?),
+    let owner_file = match needs_lock(name, options) {
+        true => Some(acquire_lock(&rbd, name, options)?),
+        false => None,
     };
     let is_locked = owner_file.is_some();
     let name = name.to_string();
@@ -170,10 +170,18 @@ fn acquire_lock(rbd: &RbdImage, name: &RbdImageName, options: &Options) -> Resul
         }
     }
     let owner = rbd.lock_owner().map_err(failed)?.unwrap_or_default();
-    fs::write(&file, owner).map_err(|error| {
+    let written = write_owner(&file, &owner);
+    written.map_err(|error| {
         Error::from_io(&error, file.display(), "check the directory of sockets")
     })?;
     Ok(file)
+}
+
+/// Writes the file with the address of the client that has the lock, as a whole or not at all.
+fn write_owner(file: &Path, owner: &str) -> io::Result<()> {
+    let new = file.with_extension("new");
+    fs::write(&new, owner)?;
+    fs::rename(&new, file)
 }
 
 fn locked(name: &RbdImageName, owner: String) -> Error {
@@ -222,9 +230,18 @@ impl callback::Image for Image {
     }
 }
 
-/// Removes the file with the address of the client that had the lock of an image.
-pub(crate) fn remove_owner(name: &RbdImageName, runtime_dir: &Path) -> Result<()> {
-    remove(&owner_file(name, runtime_dir))
+/// Removes the file with the address of the client that had the lock of an image, if one that has
+/// opened the image with these options had it.
+pub(crate) fn remove_owner(name: &RbdImageName, options: &Options) -> Result<()> {
+    match needs_lock(name, options) {
+        true => remove(&owner_file(name, &options.runtime_dir)),
+        false => Ok(()),
+    }
+}
+
+/// Returns `true` if an image is opened with its lock.
+fn needs_lock(name: &RbdImageName, options: &Options) -> bool {
+    options.exclusive && !options.read_only && name.snapshot.is_none()
 }
 
 fn remove(owner_file: &Path) -> Result<()> {
@@ -374,5 +391,37 @@ impl RbdPool {
         };
         let pool = &self.address.pool;
         Error::new(errno, format!("{doing} {image} in {pool}: {errno}"), remedy)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_leaves_the_owner_of_the_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let name: RbdImageName = match "rbd:pool/db".parse() {
+            Ok(crate::Uri::Rbd(name)) => name,
+            _ => panic!("it is no image of Ceph"),
+        };
+        let options = Options {
+            runtime_dir: dir.path().to_owned(),
+            ..Options::default()
+        };
+        let file = owner_file(&name, dir.path());
+        write_owner(&file, "address").unwrap();
+        for (read_only, exclusive) in [(true, true), (false, false)] {
+            let other = Options {
+                read_only,
+                exclusive,
+                ..options.clone()
+            };
+            remove_owner(&name, &other).unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap(), "address");
+        }
+        remove_owner(&name, &options).unwrap();
+        remove_owner(&name, &options).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

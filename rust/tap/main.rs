@@ -252,6 +252,8 @@ fn watch(matches: &ArgMatches) -> Result<ExitStatus, Box<dyn Error>> {
     let uri: Uri = opened.parse()?;
     server.args(env::args_os().skip(1));
     let permissions = device::permissions(&config.dir, &started.nodes.frontend);
+    let mut options = options(matches, &config, &started.nodes, &uri);
+    options.exclusive |= started.attachment.is_some();
     let image = started.image.map(Arc::new);
     let status = monitor::run(server, started.store, permissions, image.clone())?;
     if let Some(image) = image {
@@ -262,7 +264,7 @@ fn watch(matches: &ArgMatches) -> Result<ExitStatus, Box<dyn Error>> {
     }
     if status.success() {
         config.remove_files();
-        engine::remove_files(&uri, &config.state_dir)?;
+        engine::remove_files(&uri, &options)?;
     }
     Ok(status)
 }
