@@ -236,7 +236,8 @@ pub fn open_with(
 pub fn remove_files(uri: &Uri, options: &Options) -> Result<()> {
     match uri {
         Uri::Rbd(image) => rbd::remove_owner(image, options),
-        _ => Ok(()),
+        Uri::Image { .. } => qsd::process::remove_record(options),
+        Uri::Nbd(_) | Uri::Gluster(_) | Uri::Memory { .. } => Ok(()),
     }
 }
 

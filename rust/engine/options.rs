@@ -17,9 +17,12 @@ pub struct Options {
     pub direct: Option<bool>,
     /// An image that another process has open for writing is refused.
     pub exclusive: bool,
-    /// The disk that the image is opened for. Another process with the same one, which was killed,
-    /// is waited for until its I/O has ended, even if the image is not `exclusive`.
+    /// The disk that the image is opened for. Images of files and devices wait for a process with
+    /// the same one that was killed until its I/O has ended, even if the image is not `exclusive`.
     pub disk: Option<u64>,
+    /// A guest that has used the disk before still does. If completed writes that it has not flushed
+    /// were lost with the process before this one, opening fails with `ENOTRECOVERABLE`.
+    pub continues: bool,
     /// Time for which opening waits for another process to release the image, and for I/O of a
     /// process that was killed.
     pub lock_timeout: Duration,
@@ -46,6 +49,7 @@ impl Default for Options {
             direct: None,
             exclusive: true,
             disk: None,
+            continues: false,
             lock_timeout: Duration::ZERO,
             reconnect_timeout: Duration::from_secs(30),
             unclean: false,

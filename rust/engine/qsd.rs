@@ -5,11 +5,14 @@
 //! QEMU's code serves qcow2 with backing files, fixed and dynamic VHD, VHDX, VMDK and LUKS.
 //!
 //! The daemon belongs to this process. When this process ends, in any way, the daemon writes its
-//! caches, so that no completed write is lost, releases the image and ends.
+//! caches, releases the image and ends.
 //!
-//! When the daemon is killed, its caches are lost. If all completed writes had been flushed before,
-//! it is started again, after a check and repair of the image, and the requests in flight are sent
-//! again. Otherwise all further requests fail with `ENOTRECOVERABLE`.
+//! When the daemon is killed, or cannot write its caches, they are lost. If all completed writes
+//! had been flushed before, it is started again, after a check and repair of the image, and the
+//! requests in flight are sent again. Otherwise all further requests fail with `ENOTRECOVERABLE`.
+//! If this process has ended too, a successor that has to continue is refused with that error: a
+//! file says if there were writes that were not flushed, and the directory of the daemon if it has
+//! written its caches.
 //!
 //! The daemon is the device and this process the driver of a virtio block device (vhost-user-blk).
 //! Both map the same memory, so data is not copied between them; a buffer from elsewhere is copied
@@ -38,6 +41,7 @@ use crate::memory::in_use;
 use crate::options::Options;
 use crate::request::Request;
 use crate::shared_memory::SharedMemory;
+use crate::writes::Writes;
 use crate::{Engine, Queue, DROP_TIMEOUT};
 use io_buffer::Buffer;
 use link::Shared;
@@ -78,6 +82,7 @@ impl QsdEngine {
             (memory, messages),
             (session, config),
             info,
+            writes(options)?,
         );
         Ok(Self { shared })
     }
@@ -92,6 +97,16 @@ impl QsdEngine {
             .pop()
             .map_or(Ok(()), |completion| completion.result)
     }
+}
+
+/// Returns the numbers of writes; those of a disk have a record.
+fn writes(options: &Options) -> Result<Writes> {
+    let Some(disk) = options.disk else {
+        return Ok(Writes::default());
+    };
+    let path = process::record(&options.runtime_dir, disk);
+    Writes::in_file(&path)
+        .map_err(|error| Error::from_io(&error, path.display(), "check the directory of sockets"))
 }
 
 /// Returns the geometry of an image.

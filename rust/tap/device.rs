@@ -174,6 +174,11 @@ pub fn permissions(dir: &str, frontend: &str) -> Permissions {
     }
 }
 
+/// Returns `true` if a frontend is connected to a device, which a process before this one served.
+pub fn is_connected(nodes: &mut impl Nodes, dir: &str) -> io::Result<bool> {
+    Ok(read_state(nodes, dir)? == Some(XenbusState::Connected))
+}
+
 /// The nodes of the toolstack that describe a disk.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ToolstackNodes {

@@ -103,13 +103,15 @@ const REQUESTS: [u64; 9] = [
     libc::FIONBIO,
 ];
 
-/// The commands of `fcntl`: descriptors, flags, and the locks of images.
-const COMMANDS: [libc::c_int; 7] = [
+/// The commands of `fcntl`: descriptors, flags, and the locks of images and of the file with the
+/// number of the process.
+const COMMANDS: [libc::c_int; 8] = [
     libc::F_DUPFD_CLOEXEC,
     libc::F_GETFD,
     libc::F_SETFD,
     libc::F_GETFL,
     libc::F_SETFL,
+    libc::F_SETLK,
     libc::F_OFD_GETLK,
     libc::F_OFD_SETLK,
 ];

@@ -299,7 +299,11 @@ fn start(matches: &ArgMatches, config: &Config) -> Result<Started, Box<dyn Error
         });
     }
     let uri: Uri = text(matches, "uri").parse()?;
-    let image = Server::start(&uri, &options(matches, config, &nodes, &uri))?;
+    let options = Options {
+        continues: device::is_connected(&mut store, &config.dir)?,
+        ..options(matches, config, &nodes, &uri)
+    };
+    let image = Server::start(&uri, &options)?;
     let socket = image.as_ref().and_then(Server::nbd_socket);
     link_nbd_socket(&config.nbd_path(), socket.as_deref())?;
     Ok(Started {

@@ -76,6 +76,7 @@ impl Shared {
         (memory, messages): (Arc<SharedMemory>, Messages),
         (session, config): (Session, DeviceConfig),
         info: Info,
+        writes: Writes,
     ) -> Arc<Self> {
         let session = Arc::new(session);
         Arc::new(Self {
@@ -85,7 +86,7 @@ impl Shared {
             export,
             memory,
             messages,
-            writes: Writes::default(),
+            writes,
             size: AtomicU64::new(info.size),
             info,
             config,

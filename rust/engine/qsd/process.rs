@@ -10,15 +10,18 @@ use super::tool::{command, Files};
 use super::virtqueue::MAX_QUEUES;
 use crate::connect::Protocol;
 use crate::error::{Error, Result};
-use crate::linux::terminate_with_thread;
+use crate::linux::{is_locked, terminate_with_thread, LockKind};
 use crate::options::Options;
 use crate::socket::connect;
 use crate::uri::{Format, NbdAddress, NbdExport};
+use crate::writes;
 use rustix::fs::{open, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::{json, Value};
+use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -37,6 +40,15 @@ const NBD_SOCKET: &str = "nbd.sock";
 const VHOST_SOCKET: &str = "vhost.sock";
 const QMP_SOCKET: &str = "qmp.sock";
 
+/// The file that a daemon creates and locks in its directory before it serves, and that it removes
+/// when it ends by itself.
+const PID_FILE: &str = "pid";
+
+/// The file with the messages of a daemon, and what it says there if it cannot write its caches
+/// when it ends.
+const LOG: &str = "log";
+const FAILED_FLUSH: &str = "Failed to flush";
+
 /// Limit for a daemon to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -54,7 +66,9 @@ const RETRY: Duration = Duration::from_millis(50);
 
 /// A daemon and the thread that owns it.
 pub(crate) struct Daemon {
-    dir: TempDir,
+    dir: PathBuf,
+    /// The next process of the disk has to know if writes were lost.
+    is_of_disk: bool,
     orders: Mutex<Option<Sender<Order>>>,
     thread: Mutex<Option<JoinHandle<Result<()>>>>,
 }
@@ -86,15 +100,8 @@ struct Config {
 impl Daemon {
     /// Checks the image and starts a daemon for it.
     pub(crate) fn start(format: Format, path: &Path, options: &Options) -> Result<Self> {
-        remove_stale(&options.runtime_dir);
-        let prefix = format!("{PREFIX}{}-", std::process::id());
-        let dir = TempDir::with_prefix_in(prefix, &options.runtime_dir).map_err(|error| {
-            Error::from_io(
-                &error,
-                format_args!("creating a directory in {}", options.runtime_dir.display()),
-                "create it, or choose another directory",
-            )
-        })?;
+        remove_stale(path, options)?;
+        let dir = create_dir(options)?;
         let is_direct = is_direct(path, options)?;
         let config = Config {
             format,
@@ -111,7 +118,8 @@ impl Daemon {
                 Error::from_io(&error, "starting a thread", "raise the limit of threads")
             })?;
         let daemon = Self {
-            dir,
+            dir: dir.into_path(),
+            is_of_disk: options.disk.is_some(),
             orders: Mutex::new(Some(orders)),
             thread: Mutex::new(Some(thread)),
         };
@@ -124,7 +132,7 @@ impl Daemon {
 
     /// Returns the path of the NBD socket.
     pub(crate) fn socket(&self) -> PathBuf {
-        self.dir.path().join(NBD_SOCKET)
+        self.dir.join(NBD_SOCKET)
     }
 
     /// Returns the export of the daemon.
@@ -140,7 +148,7 @@ impl Daemon {
         self.order(OrderTask::Serve { protocol, is_dirty })?;
         let socket = match protocol {
             Protocol::Nbd => self.socket(),
-            Protocol::VhostUser => self.dir.path().join(VHOST_SOCKET),
+            Protocol::VhostUser => self.dir.join(VHOST_SOCKET),
         };
         let stream = connect(&socket, CONNECT_TIMEOUT);
         Ok(stream.map_err(|error| connect_error(&error))?.into())
@@ -198,23 +206,130 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         // The result is for callers of `stop`.
         let _ = self.stop();
+        if !self.is_of_disk || !has_lost_writes(&self.dir) {
+            let _ = fs::remove_dir_all(&self.dir);
+        }
     }
 }
 
+/// Creates the directory of a daemon and, for a disk, the record of its writes.
+fn create_dir(options: &Options) -> Result<TempDir> {
+    let parent = &options.runtime_dir;
+    let failed = |error| {
+        Error::from_io(
+            &error,
+            format_args!("creating a file in {}", parent.display()),
+            "create that directory, or choose another one",
+        )
+    };
+    let mut prefix = format!("{PREFIX}{}-", std::process::id());
+    if let Some(disk) = options.disk {
+        writes::create(&record(parent, disk)).map_err(failed)?;
+        prefix.push_str(&format!("{disk:x}-"));
+    }
+    TempDir::with_prefix_in(prefix, parent).map_err(failed)
+}
+
+/// Returns the path of the file that says if a disk has completed writes that were not flushed.
+pub(super) fn record(runtime_dir: &Path, disk: u64) -> PathBuf {
+    runtime_dir.join(format!("{PREFIX}{disk:x}.writes"))
+}
+
+/// Removes the record of the writes of a disk that has ended.
+pub(crate) fn remove_record(options: &Options) -> Result<()> {
+    let path = options.disk.map(|disk| record(&options.runtime_dir, disk));
+    match path.map_or(Ok(()), fs::remove_file) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::from_io(
+            &error,
+            "removing the record of writes",
+            "check the directory of sockets",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Returns the process and the disk of the directory of a daemon.
+fn owner_of(name: &OsStr) -> Option<(u32, Option<u64>)> {
+    let (process, rest) = name.to_str()?.strip_prefix(PREFIX)?.split_once('-')?;
+    let disk = rest.split_once('-');
+    let disk = disk.and_then(|(disk, _)| u64::from_str_radix(disk, 16).ok());
+    Some((process.parse().ok()?, disk))
+}
+
 /// Removes the directories of processes that were killed.
-fn remove_stale(parent: &Path) {
-    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let owner = name
-            .to_str()
-            .and_then(|name| name.strip_prefix(PREFIX)?.split_once('-'))
-            .and_then(|(id, _)| id.parse::<u32>().ok());
-        let is_stale = owner.is_some_and(|id| !Path::new(&format!("/proc/{id}")).exists());
-        if is_stale {
-            // It may belong to another user.
-            let _ = fs::remove_dir_all(entry.path());
+///
+/// The error is `ENOTRECOVERABLE` if a daemon of the same disk has lost writes that a guest relies
+/// on.
+fn remove_stale(image: &Path, options: &Options) -> Result<()> {
+    let entries = fs::read_dir(&options.runtime_dir).into_iter();
+    for entry in entries.flatten().flatten() {
+        let (name, dir) = (entry.file_name(), entry.path());
+        let Some((process, disk)) = owner_of(&name) else {
+            continue;
+        };
+        if disk.is_some() && disk == options.disk {
+            wait_for_end(&dir, options)?;
+            let is_dirty = disk.is_some_and(|disk| {
+                let record = record(&options.runtime_dir, disk);
+                options.continues && writes::is_dirty(&record)
+            });
+            if is_dirty && has_lost_writes(&dir) {
+                return Err(lost_writes(image));
+            }
+        } else if Path::new(&format!("/proc/{process}")).exists()
+            || disk.is_some() && has_lost_writes(&dir)
+        {
+            // It is in use, or for the next process of that disk.
+            continue;
+        }
+        // It may belong to another user.
+        let _ = fs::remove_dir_all(dir);
+    }
+    Ok(())
+}
+
+/// Waits until the daemon of a process that was killed has ended.
+fn wait_for_end(dir: &Path, options: &Options) -> Result<()> {
+    let path = dir.join(PID_FILE);
+    let deadline = Instant::now() + options.lock_timeout;
+    loop {
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            // It has removed it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => {
+                let remedy = "check the directory of sockets";
+                return Err(Error::from_io(&error, path.display(), remedy));
+            }
+        };
+        match is_locked(&file, 0, LockKind::Exclusive) {
+            Ok(true) if Instant::now() < deadline => thread::sleep(RETRY),
+            Ok(false) => return Ok(()),
+            Ok(true) => {
+                return Err(Error::new(
+                    Errno::BUSY,
+                    "qemu-storage-daemon of a process that was killed still runs",
+                    "check the storage below the image, on which it waits",
+                ));
+            }
+            Err(errno) => {
+                let cause = format!("looking for locks of {}: {errno}", path.display());
+                return Err(Error::new(errno, cause, "check the directory of sockets"));
+            }
         }
     }
+}
+
+/// Returns `true` if a daemon, which has ended, has not written its caches.
+fn has_lost_writes(dir: &Path) -> bool {
+    dir.join(PID_FILE).exists() || failed_flush(dir).is_some()
+}
+
+/// Returns what a daemon has said if it could not write its caches when it ended.
+fn failed_flush(dir: &Path) -> Option<String> {
+    let messages = fs::read_to_string(dir.join(LOG)).ok()?;
+    let failed = messages.lines().find(|line| line.contains(FAILED_FLUSH));
+    failed.map(str::to_owned)
 }
 
 /// The state of the thread that owns a daemon.
@@ -248,7 +363,7 @@ fn own(config: &Config, orders: &Receiver<Order>) -> Result<()> {
         // The sender of the order may have ended.
         let _ = order.result.send(result);
     }
-    owner.child.map_or(Ok(()), stop)
+    owner.child.map_or(Ok(()), |child| stop(child, config))
 }
 
 impl Owner<'_> {
@@ -264,14 +379,14 @@ impl Owner<'_> {
         }
         if self.runs() && is_vhost && self.is_connected {
             // It may still work on requests of the connection that was lost.
-            let ended = self.child.take().map_or(Ok(()), stop);
-            self.has_lost_writes |= ended.is_err() && is_dirty;
+            let ended = self.child.take().map(|child| stop(child, self.config));
+            self.has_lost_writes |= matches!(ended, Some(Err(_))) && is_dirty;
         } else if self.child.is_some() && !self.runs() {
             self.child = None;
             self.has_lost_writes |= is_dirty;
         }
         if self.has_lost_writes {
-            return Err(lost_writes(self.config));
+            return Err(lost_writes(&self.config.path));
         }
         if self.child.is_none() {
             // One that was killed has not written its caches.
@@ -328,12 +443,12 @@ fn not_running() -> Error {
     )
 }
 
-fn lost_writes(config: &Config) -> Error {
+fn lost_writes(image: &Path) -> Error {
     Error::new(
         Errno::NOTRECOVERABLE,
         format!(
-            "qemu-storage-daemon for {} was killed before it had written its caches",
-            config.path.display()
+            "qemu-storage-daemon for {} has ended before it had written its caches",
+            image.display()
         ),
         "find out why, detach the disk, and check the file system in it",
     )
@@ -356,8 +471,8 @@ fn start(config: &Config, unclean: bool) -> Result<Child> {
 
 fn start_once(config: &Config, backing: &[PathBuf]) -> Result<Child> {
     let socket = config.dir.join(NBD_SOCKET);
-    let log = config.dir.join("log");
-    for name in [NBD_SOCKET, VHOST_SOCKET, QMP_SOCKET] {
+    let log = config.dir.join(LOG);
+    for name in [NBD_SOCKET, VHOST_SOCKET, QMP_SOCKET, PID_FILE] {
         // What a daemon before it has left.
         let _ = fs::remove_file(config.dir.join(name));
     }
@@ -408,8 +523,8 @@ fn wait_for_socket(mut child: Child, socket: &Path, error: impl Fn() -> Error) -
     Ok(child)
 }
 
-/// Ends a daemon.
-fn stop(mut child: Child) -> Result<()> {
+/// Ends a daemon. The error says that it may not have written its caches.
+fn stop(mut child: Child, config: &Config) -> Result<()> {
     if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
         // If it has ended already, the loop notices that.
         let _ = kill_process(pid, Signal::TERM);
@@ -417,7 +532,12 @@ fn stop(mut child: Child) -> Result<()> {
     let deadline = Instant::now() + STOP_TIMEOUT;
     while Instant::now() < deadline {
         match child.try_wait() {
-            Ok(Some(status)) if status.success() => return Ok(()),
+            Ok(Some(status)) if status.success() => {
+                return failed_flush(&config.dir).map_or(Ok(()), |message| {
+                    let remedy = "check the storage below the image: the last writes are lost";
+                    Err(Error::new(Errno::IO, message, remedy))
+                });
+            }
             Ok(Some(status)) => {
                 return Err(Error::new(
                     Errno::IO,
@@ -487,6 +607,7 @@ fn arguments(config: &Config) -> Result<Vec<String>> {
             format!("socket,id=qmp,path={dir}/{QMP_SOCKET},server=on,wait=off"),
         ),
         ("--monitor", "chardev=qmp".to_owned()),
+        ("--pidfile", format!("{dir}/{PID_FILE}")),
         ("--export", vhost.to_string()),
         // The last of the sockets: when it is there, so are the others.
         (
@@ -511,7 +632,7 @@ fn export_arguments(config: &Config) -> Value {
     })
 }
 
-fn connect_error(error: &std::io::Error) -> Error {
+fn connect_error(error: &io::Error) -> Error {
     Error::from_io(
         error,
         "connecting to qemu-storage-daemon",
@@ -564,5 +685,90 @@ pub(super) fn is_direct(path: &Path, options: &Options) -> Result<bool> {
             format!("{} cannot be opened: {errno}", path.display()),
             "check the path and the permissions",
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linux::lock_byte;
+
+    const DISK: u64 = (5 << 32) | 51712;
+
+    /// A directory that a process of the disk has left.
+    struct Left(TempDir);
+
+    impl Left {
+        fn new(is_dirty: bool) -> Self {
+            let dir = TempDir::new().unwrap();
+            let file = writes::create(&record(dir.path(), DISK)).unwrap();
+            drop(file);
+            if is_dirty {
+                fs::write(record(dir.path(), DISK), "1").unwrap();
+            }
+            let left = Self(dir);
+            fs::create_dir(left.path()).unwrap();
+            left
+        }
+
+        fn path(&self) -> PathBuf {
+            // No process has this number.
+            self.0.path().join(format!("{PREFIX}4294967295-{DISK:x}-x"))
+        }
+
+        /// Starts a process of a disk. Returns the error, and if the directory was removed.
+        fn start(&self, disk: Option<u64>, continues: bool) -> (Option<Errno>, bool) {
+            let options = Options {
+                disk,
+                continues,
+                runtime_dir: self.0.path().to_owned(),
+                ..Options::default()
+            };
+            let result = remove_stale(Path::new("/image"), &options);
+            let errno = result.err().map(|error| error.errno());
+            (errno, !self.path().exists())
+        }
+    }
+
+    const LOST: (Option<Errno>, bool) = (Some(Errno::NOTRECOVERABLE), false);
+
+    #[test]
+    fn lost_writes_are_known_to_the_next_process_of_the_disk_only() {
+        for (file, contents) in [
+            (PID_FILE, "7"),
+            (LOG, "x: Failed to flush the L2 block cache: No space left"),
+        ] {
+            let left = Left::new(true);
+            fs::write(left.path().join(file), contents).unwrap();
+            assert_eq!(left.start(None, true), (None, false));
+            assert_eq!(left.start(Some(DISK + 1), true), (None, false));
+            assert_eq!(left.start(Some(DISK), true), LOST);
+            assert_eq!(left.start(Some(DISK), true), LOST);
+            // The guest that has written is gone.
+            assert_eq!(left.start(Some(DISK), false), (None, true));
+        }
+    }
+
+    #[test]
+    fn nothing_is_lost_that_was_flushed_or_written_at_the_end() {
+        let left = Left::new(false);
+        fs::write(left.path().join(PID_FILE), "7").unwrap();
+        assert_eq!(left.start(Some(DISK), true), (None, true));
+        for disk in [None, Some(DISK), Some(DISK + 1)] {
+            let left = Left::new(true);
+            fs::write(left.path().join(LOG), "a warning").unwrap();
+            assert_eq!(left.start(disk, true), (None, true));
+        }
+    }
+
+    #[test]
+    fn a_daemon_that_still_writes_is_waited_for() {
+        let left = Left::new(true);
+        let file = File::create(left.path().join(PID_FILE)).unwrap();
+        lock_byte(&file, 0, LockKind::Exclusive).unwrap();
+        assert_eq!(left.start(Some(DISK), true), (Some(Errno::BUSY), false));
+        fs::remove_file(left.path().join(PID_FILE)).unwrap();
+        drop(file);
+        assert_eq!(left.start(Some(DISK), true), (None, true));
     }
 }

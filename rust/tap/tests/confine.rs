@@ -322,6 +322,7 @@ fn serve_format_confined(format: &str, options: &[&str]) {
     let options = engine::Options {
         key_file: (format == "luks").then(|| dir.join("key")),
         launcher: launcher(&root),
+        disk: Some(7),
         runtime_dir: dir.to_owned(),
         ..engine::Options::default()
     };
@@ -368,6 +369,10 @@ fn serve_format_confined(format: &str, options: &[&str]) {
     front.set_state("6");
     served.join().unwrap().unwrap();
     assert!(daemons(&image).is_empty());
+    // The daemon has said that it has written its caches.
+    for entry in fs::read_dir(dir).unwrap() {
+        assert!(!entry.unwrap().path().join("pid").exists());
+    }
 }
 
 fn serve_formats_confined() {

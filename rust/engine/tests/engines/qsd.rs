@@ -13,7 +13,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -280,26 +280,52 @@ fn lost_writes_are_reported() {
     }
 }
 
+/// Returns the options of a process of one disk, which continues after one that was killed.
+fn of_disk(runtime_dir: &Path) -> Options {
+    Options {
+        disk: Some(7),
+        continues: true,
+        lock_timeout: crate::disk::TIMEOUT,
+        unclean: true,
+        runtime_dir: runtime_dir.to_owned(),
+        ..Options::default()
+    }
+}
+
 /// Opens an image, writes without a flush and waits to be killed, in a process of its own.
 #[test]
 #[ignore = "is run by the test below"]
 fn owner() {
     let uri = std::env::var("RBLKIF_TEST_IMAGE").unwrap();
-    let engine = engine::open(&uri.parse().unwrap(), &Options::default()).unwrap();
+    let dir = std::env::var_os("RBLKIF_TEST_DIR").unwrap();
+    let engine = engine::open(&uri.parse().unwrap(), &of_disk(dir.as_ref())).unwrap();
     let mut disk = Disk::new(engine);
     disk.write(0, &pattern(1, 65536), Cut::Whole);
     println!("written");
     std::thread::sleep(crate::disk::TIMEOUT);
 }
 
+/// Starts a process that has written to the image, and has not flushed that.
+fn start_owner(image: &Image) -> Child {
+    let mut owner = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "qsd::owner", "--ignored", "--nocapture"])
+        .env(
+            "RBLKIF_TEST_IMAGE",
+            format!("qcow2:{}", image.path().display()),
+        )
+        .env("RBLKIF_TEST_DIR", image.dir.path())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let output = BufReader::new(owner.stdout.take().unwrap());
+    let written = output.lines().any(|line| line.unwrap().contains("written"));
+    assert!(written);
+    owner
+}
+
 /// Opens an image that was not closed; it must have the write of `pattern(1)`, and be clean then.
-fn assert_repaired(image: &Image) {
-    let options = Options {
-        lock_timeout: crate::disk::TIMEOUT,
-        unclean: true,
-        ..Options::default()
-    };
-    let mut disk = Disk::new(image.open(&options).unwrap());
+fn assert_repaired(image: &Image, options: &Options) {
+    let mut disk = Disk::new(image.open(options).unwrap());
     assert!(disk.read(0, 65536, Cut::Whole) == pattern(1, 65536));
     disk.close();
     assert!(image.is_clean());
@@ -310,21 +336,33 @@ fn no_completed_write_is_lost_when_the_owner_is_killed() {
     let Some(image) = Image::new("qcow2", &[]) else {
         return;
     };
-    let mut owner = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "qsd::owner", "--ignored", "--nocapture"])
-        .env(
-            "RBLKIF_TEST_IMAGE",
-            format!("qcow2:{}", image.path().display()),
-        )
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let output = BufReader::new(owner.stdout.take().unwrap());
-    let written = output.lines().any(|line| line.unwrap().contains("written"));
-    assert!(written);
+    let mut owner = start_owner(&image);
     owner.kill().unwrap();
     owner.wait().unwrap();
-    assert_repaired(&image);
+    assert_repaired(&image, &of_disk(image.dir.path()));
+}
+
+#[test]
+fn lost_writes_are_reported_to_the_successor_of_a_killed_owner() {
+    let Some(image) = Image::new("qcow2", &[]) else {
+        return;
+    };
+    let mut owner = start_owner(&image);
+    kill_daemon(&image);
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    let options = of_disk(image.dir.path());
+    for _ in 0..2 {
+        let error = image.open(&options).err().unwrap();
+        assert_eq!(error.errno(), Errno::NOTRECOVERABLE, "{error}");
+    }
+    let attached = Options {
+        continues: false,
+        ..options.clone()
+    };
+    image.open(&attached).unwrap().close().unwrap();
+    image.open(&options).unwrap().close().unwrap();
+    assert!(image.is_clean());
 }
 
 #[test]
@@ -350,7 +388,11 @@ fn an_unclean_image_is_repaired() {
     file.write_all_at(&[0, 1], unused).unwrap();
     file.set_len(41 << 16).unwrap();
     assert!(!image.is_clean());
-    assert_repaired(&image);
+    let options = Options {
+        unclean: true,
+        ..Options::default()
+    };
+    assert_repaired(&image, &options);
 }
 
 #[test]
