@@ -4,7 +4,7 @@
 //! `xen_blkif_schedule()`).
 //!
 //! The thread owns the [`Queue`], so its fields need no lock. It repeats these steps, see
-//! [`Queue::run`], until there is nothing to do:
+//! [`Queue::run`], until there is nothing to do, or other work is due:
 //!
 //! 1. `submit` takes all requests from the ring and starts their I/O under one plug.
 //! 2. `completion` completes the requests whose I/O has completed.
@@ -22,6 +22,8 @@
 //! ring. It is retried when a request of the queue has completed, whenever the thread wakes up for
 //! another reason, and by a timer. It never fails for lack of them; it waits until the shortage or
 //! the connection ends.
+
+use core::mem;
 
 use kernel::{
     prelude::*,
@@ -106,7 +108,7 @@ use crate::{
 /// Poll interval while pages of a completed request are still in use elsewhere, in milliseconds.
 const BUSY_POLL_MS: u32 = 5;
 
-/// Number of times that the ring is served before the thread does its other work.
+/// Largest number of passes over the ring before the thread does its other work.
 const MAX_PASSES: usize = 64;
 
 /// Delays between attempts to start a deferred request, in milliseconds.
@@ -172,6 +174,8 @@ pub(crate) struct Queue {
     pub(crate) in_flight: usize,
     pub(crate) rejected: RejectedFeatures,
     pub(crate) ring_status: RingStatus,
+    /// `true` if there was work for an event since the last event was ended.
+    had_work: bool,
     /// Time until which the queue keeps no unused memory, after memory was short.
     short_until: Option<Jiffies>,
     shortage: ShortageSubscriber,
@@ -228,6 +232,7 @@ impl Queue {
             in_flight: 0,
             rejected: RejectedFeatures::new(REJECTABLE_FEATURES)?,
             ring_status: RingStatus::Usable,
+            had_work: false,
             short_until: None,
             shortage,
             purge_at: None,
@@ -256,10 +261,12 @@ impl Queue {
             // An event that arrives while the thread stops is not ended; no event is lost by that,
             // because the next backend checks the ring when it binds the channel.
             let event = !thread.should_stop() && self.wakeup.take_event();
-            let took = self.run(thread);
+            // A completion may have started the run that took the request of this event.
+            self.had_work |= self.run(thread);
             // The event of a broken ring is never ended, so that no other event arrives.
             if event && self.ring_status.is_usable() {
-                self.channel.eoi(!took);
+                let had_work = mem::replace(&mut self.had_work, false);
+                self.channel.eoi(!had_work);
             }
             let size_changed = self.disk.size_changed();
             reports::report(
@@ -289,8 +296,8 @@ impl Queue {
         self.in_flight == 0 && matches!(self.barrier, BarrierState::None)
     }
 
-    /// Serves the ring until it is empty, but for at most [`MAX_PASSES`], because the thread has
-    /// other work too. Then `pending` is set.
+    /// Serves the ring until it is empty, in at most [`MAX_PASSES`] passes, because the thread has
+    /// other work too. After the last one `pending` is set.
     ///
     /// Returns `true` if a request was taken from the ring, or if a deferred request or a barrier
     /// holds requests back: then the event was not spurious.

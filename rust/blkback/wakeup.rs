@@ -12,6 +12,7 @@
 //! | `pending` | another queue of the disk | the barrier gate has closed or opened, or a barrier may run |
 //! | `pending` | another queue of the domain | pages are short: the thread returns those beyond its guarantee |
 //! | `pending` | [`PurgeTimer`] | persistent grants may have to be purged |
+//! | `pending` | the thread itself | it has made as many passes as it may, and there may be more requests |
 //! | `pending` | [`SizePoll`](crate::disk::SizePoll) | the size of the disk has changed |
 //! | `has_completed` | [`Handoff`](crate::handoff::Handoff) | a request that needs the thread has completed |
 //!
