@@ -7,9 +7,13 @@ import pytest
 
 from harness.driver_check import assert_served_by_pair
 from harness.fixtures import StartHost
+from harness.guest import TWO_VCPUS
 from harness.guest import Guest
+from harness.guest import Kind
 from harness.job import Job
 from harness.pairs import Pair
+from harness.toolstack import CODES
+from harness.toolstack import directories
 from harness.xenhost import Disk
 from harness.xenhost import Server
 from harness.xenhost import XenHost
@@ -61,8 +65,11 @@ def make_host(xen: StartHost, pair: Pair, build: Path, tmp_path: Path) -> StartH
     broken.write_bytes(backend.replace(b"\0bdev_file_open_by_dev\0", b"\0bdev_file_open_by_dew\0"))
     is_ours = pair.backend.name == "rblkback"
 
-    def make(parameters: str = "", **ram_disks: int) -> XenHost:
-        host = xen(modules=[build / "rblkclaim.ko", other, broken] if is_ours else [])
+    def make(
+        parameters: str = "", waiting: Kind = Kind(), **ram_disks: int
+    ) -> XenHost:
+        modules = [build / "rblkclaim.ko", other, broken] if is_ours else []
+        host = xen(modules=modules, waiting=waiting)
         server = host.start_server()
         server.load_backend(parameters)
         server.ram_disks(**ram_disks)
@@ -98,7 +105,7 @@ def test_replace_backend(make_host: StartHost) -> None:
     A module that the kernel does not take leaves everything as it is, and one that turns out to be
     bad only then is exchanged for the one before.
     """
-    host = make_host("max_queues=3", count=2)
+    host = make_host("max_queues=3", TWO_VCPUS, count=2)
     server = host.server
     server.sh("mkswap /dev/ram0")
     guest = host.start_guest(disks=[Disk(), Disk("xvdb", "/dev/ram1", mode="r")])
@@ -118,6 +125,14 @@ def test_replace_backend(make_host: StartHost) -> None:
     assert server.sh(f"cat {QUEUES}") == "2"
     job.wait_for_pass(3)
     assert guest.sh("dd if=/dev/xvdb of=/dev/null bs=4k count=4 iflag=direct 2>&1 | head -n 1")
+
+    # A frontend that uses more queues than the new module offers keeps them.
+    front = directories(guest.domid, CODES["xvda"], server)[0]
+    assert host.xenstore_read(f"{front}/multi-queue-num-queues") == "2"
+    replace(server, "rblkback", REPLACED, "max_queues=1")
+    assert server.sh(f"cat {QUEUES}") == "1"
+    job.wait_for_pass(3)
+    assert host.xenstore_read(f"{front}/multi-queue-num-queues") == "2"
 
     job.stop()
     server.sh("echo > /tmp/stop")

@@ -706,7 +706,8 @@ impl DataPath {
         if self.to_unmap.len() == self.to_unmap.capacity() {
             self.unmap_queued();
         }
-        // Most may be busy. If there is no memory for more, the push below fails.
+        // If all are busy, there is still no space. If there is no memory for more, the push below
+        // fails.
         let _ = self.to_unmap.reserve(1, GFP_NOWAIT);
         if self.to_unmap.push_within_capacity(page).is_err() {
             // Dropping the page unmaps it, or leaks it if it is busy.

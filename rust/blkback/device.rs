@@ -21,7 +21,8 @@
 //!   [`Step`] for those that may sleep for a long time.
 //! - An event that arrives meanwhile makes the work item run again.
 //! - An operation that failed temporarily is retried by a timer and at each event.
-//! - If the work item has stopped waiting for queue threads, the last of them schedules it.
+//! - If the work item has stopped waiting for queue threads, the last of them schedules it. After a
+//!   failed attempt to connect, the retry timer does.
 //! - Only the `xenwatch` thread may unregister a device, so the work item makes that thread do it.
 //!
 //! # Ownership
@@ -51,8 +52,8 @@
 //! # Limits on what a frontend can consume
 //!
 //! A queue thread takes from a ring only requests that the frontend has published, calls
-//! `cond_resched()` after each pass, and ends an event as spurious if there was no request and none
-//! is held back. So the event channel driver slows down a frontend that only sends events, or that
+//! `cond_resched()` after each pass, and ends an event as spurious if there was no request since the
+//! last event was ended, and none is held back. So the event channel driver slows down a frontend that only sends events, or that
 //! moves its request index back and forth. Once attached to a ring, the backend never reads back
 //! its own indices, which the frontend may overwrite. Connections and attempts to open a disk are
 //! limited by a [`TokenBucket`]. Each other change of the frontend's state costs a few reads of
@@ -177,7 +178,7 @@ const RETRY_MS: u32 = 100;
 /// Longest delay of a retry, in milliseconds.
 const MAX_RETRY_MS: u32 = 10_000;
 
-/// Name of a wait, in the error of an attempt to connect that has to wait.
+/// What an attempt to connect waits for, in its error.
 const LAST_QUEUES: &str = "waiting for the queues of the last attempt to connect";
 
 /// Number of failures after which the delay has reached its maximum.
@@ -562,13 +563,13 @@ impl Device {
     /// Writes a state to xenstore and enters it, unless another state is found there.
     fn set_state(&self, inner: &mut Inner, next: BackState) -> Step {
         let switched = match next.xenbus() {
-            Some(state) => xenstore::switch_state(&self.xbdev, state),
-            None => Ok(Switched::Written),
+            Some(state) => self.xbdev.switch_state(state),
+            None => Switched::Written,
         };
         match switched {
-            Ok(Switched::Written) => self.state_written(inner, next),
-            Ok(Switched::Refused(found)) => self.state_refused(inner, next, found),
-            Ok(Switched::Failed(error)) | Err(error) => {
+            Switched::Written => self.state_written(inner, next),
+            Switched::Refused(found) => self.state_refused(inner, next, found),
+            Switched::Failed(error) => {
                 self.schedule_retry(inner, &ConnectError::Local("writing the state", error));
                 Step::None
             }
@@ -654,9 +655,24 @@ impl Device {
     }
 
     /// Writes the limits within which a frontend chooses.
+    ///
+    /// A frontend that uses rings keeps those that it chose within the offer of the driver before
+    /// this one. The next connection is within the module parameters.
     fn write_features(&self, inner: &mut Inner) -> Result {
         inner.limits = params::limits();
+        if inner.back == BackState::Starting && self.has_frontend_rings()? {
+            xenstore::keep_offer(self.xbdev.nodename(), &mut inner.limits)?;
+        }
         xenstore::write_features(self.xbdev.nodename(), &inner.limits)
+    }
+
+    /// Returns `true` if the frontend has offered rings, or uses them.
+    fn has_frontend_rings(&self) -> Result<bool> {
+        let state = self.xbdev.read_driver_state(&self.frontend)?;
+        Ok(matches!(
+            state,
+            Ok(XenbusState::Initialised | XenbusState::Connected)
+        ))
     }
 
     /// Opens the disk if the hotplug script has named one and none is open.
@@ -705,7 +721,7 @@ impl Device {
             Some(connection) => self.start_serving(disk, connection),
             None => {
                 // Threads that were started have taken no request, and end at once. Until then the
-                // next attempt cannot bind their event channels.
+                // next attempt waits, see `next_step`.
                 self.wait_for_threads(SHORT_TIMEOUT_MS);
                 step
             }
@@ -732,7 +748,6 @@ impl Device {
         let step = match connected {
             Ok(ConnectOutcome::Connected) => {
                 inner.back = BackState::Connected;
-                self.clear_failures(&mut inner);
                 // Nothing has to be read again: each later change of the frontend's state causes an
                 // event. If the toolstack detaches the disk, the frontend closes.
                 return (Step::None, Some(inner.connection));
@@ -759,6 +774,7 @@ impl Device {
             )),
             Err(error) => return self.connect_again(error),
         }
+        self.clear_failures(&mut self.inner.lock());
         // Release: pairs with the acquire in `wait_until_served`.
         self.served_connection.store(connection, Release);
         self.wait.wake_up();
@@ -775,10 +791,10 @@ impl Device {
         if inner.back != BackState::Connected {
             return Step::Again;
         }
-        ratelimited!(dev_err!(
-            self.xbdev.as_ref(),
-            "cannot write back the page cache of the disk: {error:?}: connecting again\n"
-        ));
+        self.schedule_retry(
+            &mut inner,
+            &ConnectError::Local("writing back the page cache of the disk", error),
+        );
         if self.stop_queues(&mut inner) {
             return Step::WaitForThreads;
         }
@@ -992,7 +1008,7 @@ impl Device {
 
     /// Unregisters the device, which is closed.
     ///
-    /// Context: not the `xenwatch` thread. Sleeps for up to 60 s.
+    /// Context: not the `xenwatch` thread. Sleeps until that thread has time.
     fn unregister(&self) {
         if let Err(error) = xenbus::unregister_device(&self.xbdev) {
             dev_warn!(
@@ -1072,12 +1088,15 @@ impl QueueReports for DeviceHandle {
             return;
         }
         let xbdev = &self.device.xbdev;
-        dev_info!(
+        ratelimited!(dev_info!(
             xbdev.as_ref(),
             "the disk does not support an operation that was offered: writing {node} = 0\n"
-        );
+        ));
         if let Err(error) = xenstore::withdraw_feature(xbdev, node) {
-            dev_warn!(xbdev.as_ref(), "cannot write {node} = 0: {error:?}\n");
+            ratelimited!(dev_warn!(
+                xbdev.as_ref(),
+                "cannot write {node} = 0: {error:?}\n"
+            ));
         }
     }
 

@@ -20,6 +20,7 @@ use kernel_ext::{
         xenstore::{
             self,
             NoTransaction,
+            NodeError,
             Reader, //
         },
     },
@@ -28,9 +29,11 @@ use kernel_ext::{
 use blkif::{
     negotiate::BackLimits,
     node::{
+        self,
         InvalidNode,
         Reason, //
     },
+    ring::MAX_PAGE_ORDER,
     state::{
         self,
         XenbusState, //
@@ -113,6 +116,20 @@ pub(crate) fn write_features(dir: &CStr, limits: &BackLimits) -> Result {
     write("max-ring-page-order", limits.max_ring_page_order)
 }
 
+/// Raises limits to those that the driver before this one has written, if these are higher.
+pub(crate) fn keep_offer(dir: &CStr, limits: &mut BackLimits) -> Result {
+    let reader = reader(dir);
+    let offered = |node| match reader.parse(node, node::decimal_u32) {
+        Ok(number) => Ok(number.unwrap_or(0)),
+        Err(NodeError::Invalid(_)) => Ok(0),
+        Err(NodeError::Xenstore(error)) => Err(error),
+    };
+    limits.max_queues = limits.max_queues.max(offered("multi-queue-max-queues")?);
+    let order = offered("max-ring-page-order")?.min(MAX_PAGE_ORDER);
+    limits.max_ring_page_order = limits.max_ring_page_order.max(order);
+    Ok(())
+}
+
 /// Writes the size of the disk, and Connected again, which makes the frontend read it.
 ///
 /// Writes nothing if the toolstack has asked the device to close.
@@ -126,14 +143,6 @@ pub(crate) fn write_size(xbdev: &xenbus::Device, disk: &Disk) -> Result<Switched
         disk.set_written_sectors(sectors);
     }
     Ok(switched)
-}
-
-/// Writes a state, like `switch_state` of the device, but does not log a failure.
-pub(crate) fn switch_state(xbdev: &xenbus::Device, state: XenbusState) -> Result<Switched> {
-    if state == xbdev.state() {
-        return Ok(Switched::Written);
-    }
-    xbdev.switch_state_with(state, |_| Ok(()))
 }
 
 /// Withdraws a feature that the disk does not support.

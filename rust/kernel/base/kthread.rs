@@ -51,8 +51,8 @@ struct Shared {
 /// Options of a thread.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct KThreadOptions {
-    /// `true` if the thread is frozen on suspend, in [`WaitQueue::wait_idle`]; other threads keep
-    /// running.
+    /// `true` if the thread is frozen on suspend, in [`WaitQueue::wait_idle`] and
+    /// [`Current::try_to_freeze`]; other threads keep running.
     pub freezable: bool,
 }
 
@@ -91,7 +91,8 @@ impl Current {
         unsafe { bindings_ext::cond_resched() };
     }
 
-    /// Freezes the thread if it has to be frozen now, in loops that may not sleep for a long time.
+    /// Freezes the thread if it has to be frozen now. For loops that may run for a long time without
+    /// sleeping.
     #[inline]
     pub fn try_to_freeze(&self) {
         // SAFETY: As in `cond_resched`.

@@ -43,7 +43,7 @@ use super::{
 /// The status of an operation before Xen has reached it.
 const NOT_REACHED: i16 = 1;
 
-/// Number of waits of [`BUSY_SLEEP_MS`] for busy pages.
+/// Largest number of waits of [`BUSY_SLEEP_MS`] for busy pages.
 const BUSY_TRIES: usize = 500;
 const BUSY_SLEEP_MS: u32 = 20;
 
