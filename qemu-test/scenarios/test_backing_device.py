@@ -32,7 +32,7 @@ XVDB_THREADS = "grep -q xvdb /proc/[0-9]*/comm"
 """Returns `True` if the backend has a thread for a disk xvdb."""
 PARAMETERS = "/sys/module/rblk_ramdisk/parameters"
 MIB = 1 << 20
-WRITE, DISCARD = 2, 8
+READ, WRITE, DISCARD = 1, 2, 8
 KEEP = 3
 
 
@@ -308,6 +308,39 @@ def test_detach_slow_disk(ramdisk_host: StartHost) -> None:
     assert "the backend has disconnected while the disk was written back" in guest.sh("dmesg")
     set_parameter(host, mode=0)
     guest.sh("umount /disk")
+
+
+@pytest.mark.feature("F-31", "F-40")
+def test_detach_stuck_swap(ramdisk_host: StartHost) -> None:
+    """A detach waits for the end of a use as swap, and the disk no longer completes I/O.
+
+    A request of it fails as on a disk that is not being detached, and the disk is detached.
+    """
+    host = ramdisk_host(f"only={READ} timeout_ms=600000")
+    guest = host.start_guest(disks=[])
+    guest.allow("xvdb")
+    guest.allow("the backend does not respond")
+    disk = ManualDisk(host, guest)
+    disk.offer()
+    disk.give("/dev/rblk0")
+    guest.wait_for_disk("xvdb")
+    assert_served_by_pair(host, guest, "xvdb")
+    guest.sh(
+        "echo 1000 > /sys/block/xvdb/queue/io_timeout; mkswap /dev/xvdb && swapon /dev/xvdb"
+    )
+    host.sh(f"xenstore-write {disk.back}/online 0 {disk.back}/state 5")
+    guest.wait_for("dmesg | grep -q 'the disk is used as swap space'")
+    set_parameter(host, mode=KEEP)
+    guest.sh(
+        "(dd if=/dev/xvdb of=/dev/null bs=4k count=1 iflag=direct || echo > /tmp/failed) "
+        "> /dev/null 2>&1 &"
+    )
+    guest.wait_for("[ -e /tmp/failed ]")
+    assert "closing the connection, detaching the disk" in guest.sh("dmesg")
+    set_parameter(host, mode=0)
+    guest.sh("swapoff /dev/xvdb || :")
+    disk.wait_for(front=6)
+    disk.forget()
 
 
 def idle(host: XenHost, guest: Guest) -> None:

@@ -5,9 +5,9 @@
 //! The event handler takes all responses of the ring. It copies each one once, and compares it with
 //! the [`shadow`](crate::shadow) table. Requests end in batches, without the lock, after their
 //! grants have ended. Data of a bounced read is copied by the handler if it is small, because
-//! completing the request elsewhere would cost more. Otherwise blk-mq completes the request: on the
-//! CPU that submitted it, in a softirq, or, with several hardware queues, in the handler itself if
-//! its CPU is that one or shares the cache with it.
+//! completing the request elsewhere would cost more. Otherwise blk-mq completes the request: in the
+//! handler if there are several hardware queues and the handler's CPU is the one that submitted it
+//! or shares a cache with it; if not, in a softirq, usually on the CPU that submitted it.
 //!
 //! In `xen-blkfront.c`, `blkif_interrupt()` and `blkif_completion()` have this role.
 

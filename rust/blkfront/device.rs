@@ -20,8 +20,9 @@
 //!
 //! The state is changed from and to Initialising only in the `xenwatch` thread, because xenbus
 //! would take such a change by another thread for a new device of the toolstack. So the `xenwatch`
-//! thread takes all steps except the removal of the disk, which may wait and is done by the device
-//! worker, see [`worker`](crate::worker). There is one exception: the worker writes
+//! thread takes the steps that do that. The device worker takes steps from Connected to Closed, when
+//! the backend does not respond or a detach was withdrawn, and removes the disk, which may wait, see
+//! [`worker`](crate::worker). There is one exception: the worker writes
 //! Closed when it has ended the connection for good, which replaces Initialising if the device is
 //! not connected. Xenbus may create the device again then, and the new one waits for a backend as
 //! the old one did.
@@ -134,8 +135,8 @@ use crate::{
 pub(crate) enum Disposition {
     /// They are requeued for the next connection.
     Requeue,
-    /// They are requeued, because some of them got no response in time. Those fail if that is the
-    /// second time.
+    /// The connection was closed because some of them got no response in time. They are requeued,
+    /// except those that got none for the second time, which fail.
     RequeueStalled,
     /// They end with an error.
     Fail,
@@ -295,12 +296,15 @@ impl Device {
         self.backend_state = state;
         if self.is_connected() && !was_connected {
             self.queues.iter().for_each(|queue| queue.reset_timeouts());
+            self.close_stalled();
         }
-        self.handle_event(xenstore::backend_event(
-            &self.backend,
-            state,
-            self.disk.is_some(),
-        ));
+        match xenstore::backend_event(&self.backend, state, self.disk.is_some()) {
+            Ok(event) => self.handle_event(event),
+            Err(error) => {
+                self.backend_unread = true;
+                self.schedule_retry(error, "cannot read whether the backend is online");
+            }
+        }
     }
 
     /// Returns the state of the backend, or `None` if it cannot be read now.
@@ -326,7 +330,8 @@ impl Device {
             self.backend_changed(Ok(XenbusState::Unknown));
         } else if self.state == FrontState::Waiting {
             self.backend_changed(self.backend_state);
-        } else if self.state_unwritten {
+        }
+        if self.state_unwritten {
             self.write_state();
         }
     }
@@ -456,7 +461,8 @@ impl Device {
         }
     }
 
-    /// Takes the step for the Closing of a detach that was withdrawn: the device connects again.
+    /// Ends the connection of a detach that was withdrawn: the backend is Closing, and the device
+    /// connects again when it has closed.
     ///
     /// That step leads from Connected to Closed, so the device worker may take it.
     fn reconnect_after_detach(&mut self) {
@@ -531,9 +537,14 @@ impl Device {
         };
         self.state_unwritten = matches!(switched, Switched::Failed(_));
         if let Switched::Failed(error) = switched {
-            self.retry.postpone(error);
-            // The device worker has to compute its sleep time again.
-            self.wakeup.set(WakeReason::Backend);
+            self.schedule_retry(error, "cannot write the state");
+        }
+    }
+
+    /// Writes the final state if that has failed. Called while the device is being unbound.
+    pub(crate) fn retry_final_state(&mut self) {
+        if self.state_unwritten && self.state == FrontState::Removed {
+            self.write_state();
         }
     }
 
@@ -954,9 +965,13 @@ impl Device {
     /// With `io_timeout` = 0 the connection stays, and a message reports the backend, once for each
     /// time that it stops responding.
     ///
-    /// A disconnected backend has another deadline, `reconnect_timeout`.
+    /// A disconnected backend has another deadline, `reconnect_timeout`, and so have the waits of a
+    /// removal.
     pub(crate) fn close_stalled(&mut self) {
-        let stalled = self.is_connected() && self.queues.iter().any(|queue| queue.has_stalled());
+        if self.removal != Removal::None {
+            return;
+        }
+        let stalled = self.has_serving_backend() && self.has_stalled();
         let reported = mem::replace(&mut self.stall_reported, stalled);
         if !stalled {
             return;
@@ -967,9 +982,14 @@ impl Device {
             }
             return;
         }
+        let outcome = if self.is_detach_deferred() {
+            "detaching the disk"
+        } else {
+            "requests wait for the next one"
+        };
         ratelimited!(self.xbdev.dev_error(
             ETIMEDOUT,
-            fmt!("the backend does not respond: closing the connection, requests wait for the next one"),
+            fmt!("the backend does not respond: closing the connection, {outcome}"),
         ));
         self.closing_stalled = true;
         self.handle_event(FrontEvent::ConnectionFailed);
@@ -989,6 +1009,21 @@ impl Device {
     fn is_connected(&self) -> bool {
         self.state
             .is_connected(self.backend_state.unwrap_or(XenbusState::Unknown))
+    }
+
+    /// Returns `true` if the backend serves the rings, according to the state that xenbus has
+    /// reported.
+    ///
+    /// While a detach is deferred, the toolstack has written Closing, and the backend serves.
+    fn has_serving_backend(&self) -> bool {
+        let closing = self.backend_state == Ok(XenbusState::Closing);
+        let deferred = self.is_detach_deferred() && self.state == FrontState::Connected && closing;
+        deferred || self.is_connected()
+    }
+
+    /// Returns `true` if a request has timed out too often.
+    pub(crate) fn has_stalled(&self) -> bool {
+        self.queues.iter().any(|queue| queue.has_stalled())
     }
 
     /// Returns the treatment of requests whose connection ends and may be followed by another one.
@@ -1188,14 +1223,18 @@ impl Device {
     }
 
     /// Returns `true` if no request waits for a response or is being prepared.
+    ///
+    /// A queue without a ring has none. Its shadow table is that of an earlier connection.
     pub(crate) fn is_idle(&self) -> bool {
-        self.queues.iter().all(|queue| queue.is_idle())
+        let mut queues = self.queues.iter().take(self.rings);
+        queues.all(|queue| queue.is_idle())
     }
 
     /// Returns `true` if no request waits for a response that may still arrive.
     pub(crate) fn is_drained(&self) -> bool {
         let waits = |queue: &Arc<Queue>| !queue.is_idle() && !queue.is_broken();
-        self.state != FrontState::Connected || !self.queues.iter().any(waits)
+        let mut queues = self.queues.iter().take(self.rings);
+        self.state != FrontState::Connected || !queues.any(waits)
     }
 
     /// Returns `true` if both sides are connected, or the connection has ended permanently.

@@ -132,6 +132,7 @@ impl Driver for VbdDriver {
     }
 
     fn remove(self: Pin<&Self>, dev: &xenbus::Device<Core<'_>>) {
+        let _noio = NoioScope::new();
         self.wakeup.set(WakeReason::Remove);
         let mut syncing = false;
         while !self

@@ -24,6 +24,9 @@ use crate::request_data::{
 
 /// Number of timeouts of a request after which its connection is closed.
 const GIVE_UP_AFTER: u8 = 10;
+/// Number of times that its timeouts are reset: a backend that reconnects again and again must not
+/// make a request wait forever.
+const MAX_RESETS: u8 = 2;
 
 /// A block request that is in the ring, or whose responses have arrived but whose grants have not
 /// ended.
@@ -36,6 +39,8 @@ pub(crate) struct PendingRequest {
     pub(crate) status: Status,
     /// Number of times that the request has timed out.
     pub(crate) timeouts: u8,
+    /// Number of times that `timeouts` was reset.
+    resets: u8,
     /// Operation that flushes the written data before the request ends, if each write is flushed.
     pub(crate) flush: Option<Flush>,
 }
@@ -49,6 +54,7 @@ impl PendingRequest {
             missing: parts,
             status: Status::Okay,
             timeouts: 0,
+            resets: 0,
             flush: None,
         }
     }
@@ -56,6 +62,14 @@ impl PendingRequest {
     /// Returns `true` if the request has timed out so often that its connection is closed.
     pub(crate) fn has_stalled(&self) -> bool {
         self.timeouts >= GIVE_UP_AFTER
+    }
+
+    /// Resets the timeouts, because the backend was replaced or has reconnected.
+    pub(crate) fn reset_timeouts(&mut self) {
+        if self.resets < MAX_RESETS {
+            self.resets = self.resets.saturating_add(1);
+            self.timeouts = 0;
+        }
     }
 
     /// Returns `true` if written data must be flushed before the request ends.

@@ -7,7 +7,8 @@
 //! offers is limited. In both cases, if the device has a disk, the attempts end after
 //! `reconnect_timeout`, see [`worker`](crate::worker).
 //!
-//! A state that could not be written to xenstore is written again by the same schedule.
+//! A state that could not be written to xenstore is written again by the same schedule, and a state
+//! of the backend that could not be read is read again.
 
 use kernel::{
     prelude::*,

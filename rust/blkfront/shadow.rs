@@ -270,11 +270,9 @@ impl ShadowTable {
         pending.any(PendingRequest::has_stalled)
     }
 
-    /// Resets the number of timeouts of all requests.
+    /// Resets the timeouts of all requests.
     pub(crate) fn reset_timeouts(&mut self) {
-        for pending in self.pending_mut() {
-            pending.timeouts = 0;
-        }
+        self.pending_mut().for_each(PendingRequest::reset_timeouts);
     }
 
     /// Iterates over the stored requests.

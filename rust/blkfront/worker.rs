@@ -187,6 +187,17 @@ impl DeviceWorker {
         }
     }
 
+    /// Returns the time after which a disconnected backend is reported, or its disk removed, in
+    /// milliseconds.
+    fn outage_limit_ms(device: &Device) -> i64 {
+        let limit = params::reconnect_timeout_ms();
+        if device.has_disk() {
+            limit
+        } else {
+            limit.max(MAX_POLL_MS.into())
+        }
+    }
+
     /// Returns the time to sleep without an event.
     ///
     /// `trim` is `true` if a scan for idle pages is scheduled.
@@ -197,7 +208,7 @@ impl DeviceWorker {
     ) -> Option<Jiffies> {
         let device = self.device.lock();
         let left = |since: &Instant<Monotonic>| {
-            let left = params::reconnect_timeout_ms().saturating_sub(since.elapsed().as_millis());
+            let left = Self::outage_limit_ms(&device).saturating_sub(since.elapsed().as_millis());
             left.clamp(OUTAGE_MIN_POLL_MS.into(), MAX_POLL_MS.into()) as u32
         };
         let at_most_poll = |wait: u64| wait.min(MAX_POLL_MS.into()) as u32;
@@ -301,7 +312,7 @@ impl DeviceWorker {
             return;
         }
         let since = *disconnected_since.get_or_insert_with(Instant::now);
-        if since.elapsed().as_millis() < params::reconnect_timeout_ms() {
+        if since.elapsed().as_millis() < Self::outage_limit_ms(&device) {
             return;
         }
         *disconnected_since = Some(Instant::now());
@@ -380,22 +391,18 @@ impl DeviceWorker {
                 last = (responses, Instant::now());
                 checked = false;
             }
-            if !device.is_served() {
-                let name = device.name();
-                dev_err!(
-                    device.dev(),
-                    "{name}: the backend has disconnected while the disk was written back: data may be lost\n"
-                );
-                return false;
-            }
-            if last.1.elapsed().as_millis() >= params::detach_timeout_ms() {
-                let name = device.name();
-                dev_err!(
-                    device.dev(),
-                    "{name}: the backend does not respond while the disk is written back: data may be lost (see detach_timeout)\n"
-                );
-                return false;
-            }
+            let failure = if !device.is_served() {
+                "the backend has disconnected while the disk was written back: data may be lost"
+            } else if last.1.elapsed().as_millis() >= params::detach_timeout_ms() {
+                "the backend does not respond while the disk is written back: data may be lost (see detach_timeout)"
+            } else if params::gives_up() && device.has_stalled() {
+                "a request has timed out too often while the disk is written back: data may be lost (see io_timeout)"
+            } else {
+                continue;
+            };
+            let name = device.name();
+            dev_err!(device.dev(), "{name}: {failure}\n");
+            return false;
         }
         true
     }
@@ -407,8 +414,8 @@ impl DeviceWorker {
         while !self.device.lock().is_drained() {
             let waited = start.elapsed().as_millis();
             self.check_rings_once(&mut checked, waited >= DRAIN_TIMEOUT_MS / 2);
-            if start.elapsed().as_millis() >= DRAIN_TIMEOUT_MS {
-                let device = self.device.lock();
+            let device = self.device.lock();
+            if start.elapsed().as_millis() >= DRAIN_TIMEOUT_MS && !device.is_drained() {
                 let name = device.name();
                 dev_warn!(
                     device.dev(),
@@ -416,6 +423,7 @@ impl DeviceWorker {
                 );
                 return;
             }
+            drop(device);
             fsleep(Delta::from_millis(DRAIN_POLL_MS));
         }
     }
@@ -436,6 +444,7 @@ impl DeviceWorker {
     fn await_unmap(&self) {
         let start = Instant::<Monotonic>::now();
         while !self.free_stale_grants() && start.elapsed().as_millis() < UNMAP_TIMEOUT_MS {
+            self.device.lock().retry_final_state();
             fsleep(Delta::from_millis(UNMAP_POLL_MS));
         }
         self.device.lock().free_stale_grants();

@@ -140,27 +140,28 @@ pub(crate) fn path(path: &CStr) -> Result<CString> {
 
 /// Returns the event for a state of the backend.
 ///
-/// `disk` is `true` if there is a disk from an earlier connection.
+/// `disk` is `true` if there is a disk from an earlier connection. Fails if the node `online` cannot
+/// be read: a detach must not be taken for the end of a connection, which does not write the disk
+/// back.
 pub(crate) fn backend_event(
     backend: &CStr,
     state: xenbus::OtherendState,
     disk: bool,
-) -> FrontEvent {
+) -> Result<FrontEvent> {
     let Ok(state) = state else {
         warn_bad_state(&Reader::new(backend));
-        return FrontEvent::BadState;
+        return Ok(FrontEvent::BadState);
     };
-    FrontEvent::Backend {
+    Ok(FrontEvent::Backend {
         state,
-        // A device whose node cannot be read stays.
-        online: is_online(backend).unwrap_or(true),
+        online: is_online(backend)?,
         disk,
-    }
+    })
 }
 
 /// Logs that the node `state` of the backend is not a xenbus state.
 fn warn_bad_state(reader: &Reader<'_>) {
-    // The node may have changed since, or cannot be read: a missing text says so.
+    // The node may have changed since then; if it cannot be read now, the text is empty.
     let text = reader.value("state").ok().flatten();
     let text = text.as_ref().map_or(&[][..], |value| value.as_bytes());
     let invalid = InvalidNode::new("state", text, Reason::Unknown);

@@ -222,7 +222,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     /// Writes the state of this side to xenstore, if it differs from the last one and may replace
     /// the one in xenstore (`xenbus_switch_state()`).
     ///
-    /// `may_replace` tells which state may replace which. If xenstore fails, the error is logged.
+    /// `may_replace` tells which state may replace which. The caller logs an error of xenstore.
     ///
     /// A frontend switches to and from [`XenbusState::Initialising`] only in `otherend_changed`.
     /// The bus watches for that state in the same thread; if another thread switches it, the bus
@@ -235,10 +235,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         if state == self.state() {
             return Switched::Written;
         }
-        self.write_state(state, |_| Ok(())).unwrap_or_else(|error| {
-            self.dev_error(error, fmt!("writing state {}", state.number()));
-            Switched::Failed(error)
-        })
+        self.write_state(state, |_| Ok(()))
+            .unwrap_or_else(Switched::Failed)
     }
 
     /// Writes the state of this side, like [`Self::switch_state`], in one transaction with the
@@ -831,8 +829,9 @@ unsafe fn unregister(dev: *mut bindings::device) {
 /// Makes the `xenwatch` thread unregister a device from the bus, as [`DeviceAction::Unregister`]
 /// does, and waits for that.
 ///
-/// Does nothing if the device is no longer registered. Fails with `ETIMEDOUT` if the thread is busy
-/// for 60 seconds.
+/// Does nothing if the device is no longer registered. If the thread is busy for 60 seconds, the
+/// device is not unregistered: fails with `ETIMEDOUT` when the callback that the thread runs has
+/// returned.
 ///
 /// Context: sleeps; any thread but the `xenwatch` thread.
 ///
