@@ -325,9 +325,7 @@ def test_detach_stuck_swap(ramdisk_host: StartHost) -> None:
     disk.give("/dev/rblk0")
     guest.wait_for_disk("xvdb")
     assert_served_by_pair(host, guest, "xvdb")
-    guest.sh(
-        "echo 1000 > /sys/block/xvdb/queue/io_timeout; mkswap /dev/xvdb && swapon /dev/xvdb"
-    )
+    guest.sh("echo 1000 > /sys/block/xvdb/queue/io_timeout; mkswap /dev/xvdb && swapon /dev/xvdb")
     host.sh(f"xenstore-write {disk.back}/online 0 {disk.back}/state 5")
     guest.wait_for("dmesg | grep -q 'the disk is used as swap space'")
     set_parameter(host, mode=KEEP)

@@ -119,7 +119,9 @@ def test_detach_withdrawn(host: XenHost) -> None:
     assert host.run(f"xl block-detach {guest.name} xvdb")[0] != 0
     front, back = directories(guest.domid, CODES["xvdb"], host.server)
     host.sh(f"xenstore-write {back}/online 1")
-    host.wait_for(f"[ $(xenstore-read {front}/state) = 4 ] && [ $(xenstore-read {back}/state) = 4 ]")
+    host.wait_for(
+        f"[ $(xenstore-read {front}/state) = 4 ] && [ $(xenstore-read {back}/state) = 4 ]"
+    )
     guest.sh("swapoff /dev/xvdb && dd if=/dev/zero of=/dev/xvdb bs=64k count=16 oflag=direct")
     host.detach_and_wait(guest, "xvdb")
 

@@ -65,9 +65,7 @@ def make_host(xen: StartHost, pair: Pair, build: Path, tmp_path: Path) -> StartH
     broken.write_bytes(backend.replace(b"\0bdev_file_open_by_dev\0", b"\0bdev_file_open_by_dew\0"))
     is_ours = pair.backend.name == "rblkback"
 
-    def make(
-        parameters: str = "", waiting: Kind = Kind(), **ram_disks: int
-    ) -> XenHost:
+    def make(parameters: str = "", waiting: Kind = Kind(), **ram_disks: int) -> XenHost:
         modules = [build / "rblkclaim.ko", other, broken] if is_ours else []
         host = xen(modules=modules, waiting=waiting)
         server = host.start_server()
