@@ -40,6 +40,7 @@
 //! fails again and again is started every 5 seconds.
 
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stderr)]
 #![deny(missing_docs)]
 
 pub mod backend;

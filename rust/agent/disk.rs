@@ -264,7 +264,7 @@ impl Disk {
             return Ok(());
         };
         let reason = process.reason(cx.run, self.record.disk);
-        eprintln!("{}: {reason}", self.record.disk);
+        api::message!("{}: {reason}", self.record.disk);
         self.unreported_end = Some(reason.clone());
         self.ended(cx, reason)
     }
@@ -323,7 +323,7 @@ impl Disk {
             crate::crash::point("announced");
             self.announced = true;
             let image = &self.record.image;
-            eprintln!("{disk}: {image} is not open yet; the hotplug script waits for it");
+            api::message!("{disk}: {image} is not open yet; the hotplug script waits for it");
         }
         Ok(Next::Wait(Some(limit)))
     }
@@ -370,7 +370,7 @@ impl Disk {
     /// Has the toolstack find out that the disk cannot be served, and why.
     fn refuse(&mut self, cx: &mut Context<'_>, cause: String) -> io::Result<Next> {
         let disk = self.record.disk;
-        eprintln!("{disk}: not attached: {cause}");
+        api::message!("{disk}: not attached: {cause}");
         self.refused = true;
         backend::report_error(cx.store, disk, &cause)?;
         #[cfg(test)]
@@ -378,7 +378,7 @@ impl Disk {
         self.record.phase = Phase::Failed { cause };
         if let Err(error) = self.write_record(cx.run) {
             // The script takes the cause from xenstore then.
-            eprintln!("{disk}: {error}");
+            api::message!("{disk}: {error}");
         }
         #[cfg(test)]
         crate::crash::point("refusal recorded");

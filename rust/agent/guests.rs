@@ -60,7 +60,7 @@ impl Guests {
         let thread = thread::Builder::new().name("guests".to_owned());
         thread.spawn(move || loop {
             if let Err(error) = self.check() {
-                eprintln!("guests that wait for storage: {error}; it is tried again");
+                api::message!("guests that wait for storage: {error}; it is tried again");
             }
             thread::sleep(PERIOD);
         })?;
@@ -129,7 +129,7 @@ impl Guests {
         }
         self.run.set_paused(domid, true)?;
         if let Err(error) = self.xl("pause", domid) {
-            eprintln!("guest {domid} waits for storage and cannot be paused: {error}");
+            api::message!("guest {domid} waits for storage and cannot be paused: {error}");
             self.refused.insert(domid);
             return self.run.set_paused(domid, false);
         }
@@ -154,13 +154,13 @@ impl Guests {
         }
         self.run.set_paused(domid, false)?;
         let text = format!("guest {domid} is resumed: its storage answers");
-        eprintln!("{text}");
+        api::message!("{text}");
         self.journal.add(None, EventKind::Storage, text);
         Ok(())
     }
 
     fn report(&self, disk: DiskId, text: String) {
-        eprintln!("{text}");
+        api::message!("{text}");
         self.journal.add(Some(disk), EventKind::Storage, text);
     }
 

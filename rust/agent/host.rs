@@ -44,7 +44,7 @@ impl Startup {
     }
 
     fn log(&mut self, name: &str, took: Duration) {
-        eprintln!("start: {name}: {:.1} ms", took.as_secs_f64() * 1000.0);
+        api::message!("start: {name}: {:.1} ms", took.as_secs_f64() * 1000.0);
         self.steps.push(Step {
             name: name.to_owned(),
             microseconds: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),

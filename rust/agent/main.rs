@@ -3,12 +3,14 @@
 //! `rblkd`: starts, adopts and restarts the processes that serve disks. See the crate `agent`.
 
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stderr)]
 
 use agent::config::{self, Config};
 use agent::events::Journal;
 use agent::guests::Guests;
 use agent::host::Startup;
 use agent::options::TapOptions;
+use agent::process;
 use agent::server::{self, Server};
 use agent::signals;
 use agent::storage::{Probe, Storages};
@@ -67,8 +69,8 @@ impl Applier {
     fn reload(&self) {
         let applied = Config::read(&self.path).and_then(|config| self.apply(&config));
         match applied {
-            Ok(()) => eprintln!("{} was read again", self.path.display()),
-            Err(error) => eprintln!("{error}; the configuration stays as it was"),
+            Ok(()) => api::message!("{} was read again", self.path.display()),
+            Err(error) => api::message!("{error}; the configuration stays as it was"),
         }
     }
 }
@@ -143,13 +145,14 @@ fn run(mut args: Args) -> Result<(), String> {
     let listener = startup.step("socket", || Server::bind(&run).map_err(socket))?;
     startup.step("storage", || applier.apply(&config))?;
     watch_guests(&config, &run, args.xl, supervisor.journal())?;
+    process::limit_logs(run.clone()).map_err(|error| format!("messages: {error}"))?;
     let volumes = Volumes::new(run.clone());
     volumes
         .start()
         .map_err(|error| format!("volumes: {error}"))?;
     signals::start(move || applier.reload()).map_err(|error| format!("signals: {error}"))?;
     let host = startup.finish(supervisor.journal().clone(), storages);
-    eprintln!("{} disks", supervisor.disks());
+    api::message!("{} disks", supervisor.disks());
     Server::start(listener, run.clone(), commands, host).map_err(socket)?;
     // Without systemd there is no one to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -162,7 +165,7 @@ fn main() -> ExitCode {
     match run(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("rblkd: {error}");
+            api::message!("rblkd: {error}");
             ExitCode::FAILURE
         }
     }

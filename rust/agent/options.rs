@@ -105,7 +105,7 @@ impl TapOptions {
             }
         });
         if let Err(error) = started {
-            eprintln!("no thread for the quotas of disks: {error}");
+            api::message!("no thread for the quotas of disks: {error}");
         }
     }
 }
@@ -125,7 +125,7 @@ fn tell(run: &RunDir, disk: DiskId, quota: Quota) {
         }
         thread::sleep(DELAY);
     }
-    eprintln!("{disk}: the process does not answer; it keeps its quota");
+    api::message!("{disk}: the process does not answer; it keeps its quota");
 }
 
 #[cfg(test)]

@@ -27,8 +27,11 @@ const LOCK_SECONDS: &str = "5";
 const FIND_TRIES: u32 = 20;
 const FIND_DELAY: Duration = Duration::from_millis(50);
 
-/// The greatest size of the messages of earlier processes that are kept, in bytes.
+/// The greatest size of the messages of a disk's processes that are kept, in bytes.
 const MAX_LOG: u64 = 1 << 20;
+
+/// Time between two checks of the sizes of messages.
+const LOG_PERIOD: Duration = Duration::from_secs(10);
 
 /// The greatest length of a message that is taken for a reason, in bytes.
 const MAX_MESSAGE: u64 = 4096;
@@ -200,17 +203,49 @@ fn served_image(line: &[u8], program: &Path, run: &RunDir, disk: DiskId) -> Opti
 fn open_log(run: &RunDir, disk: DiskId) -> io::Result<(File, u64)> {
     let path = run.log(disk);
     let file = OpenOptions::new().append(true).create(true).open(path)?;
+    limit_log(&file)?;
+    let len = file.metadata()?.len();
+    Ok((file, len))
+}
+
+/// Empties a file of messages that is too large. A process that runs appends to it.
+fn limit_log(file: &File) -> io::Result<()> {
     if file.metadata()?.len() > MAX_LOG {
         file.set_len(0)?;
     }
-    let len = file.metadata()?.len();
-    Ok((file, len))
+    Ok(())
+}
+
+/// Starts a thread that limits the messages of processes, which are in memory: a guest can cause
+/// them.
+pub fn limit_logs(run: RunDir) -> io::Result<()> {
+    let thread = thread::Builder::new().name("logs".to_owned());
+    thread.spawn(move || loop {
+        limit_logs_once(&run);
+        thread::sleep(LOG_PERIOD);
+    })?;
+    Ok(())
+}
+
+fn limit_logs_once(run: &RunDir) {
+    // A directory that cannot be read is reported by others.
+    for record in run.records().unwrap_or_default() {
+        let file = OpenOptions::new().append(true).open(run.log(record.disk));
+        if let Err(error) = file.and_then(|file| limit_log(&file)) {
+            // It is created when a process is started.
+            if error.kind() != io::ErrorKind::NotFound {
+                api::message!("{}: its messages: {error}", record.disk);
+            }
+        }
+    }
 }
 
 /// Returns the last line that is not empty, from `start` on, without the program's name.
 fn last_message(path: &Path, start: u64) -> Option<String> {
     let mut file = File::open(path).ok()?;
     let end = file.metadata().ok()?.len();
+    // The file may have been emptied meanwhile.
+    let start = if start > end { 0 } else { start };
     let start = start.max(end.saturating_sub(MAX_MESSAGE));
     file.seek(SeekFrom::Start(start)).ok()?;
     let mut bytes = Vec::new();
@@ -233,6 +268,7 @@ fn start_time(pid: u32) -> io::Result<u64> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use std::io::Write;
     use std::time::Instant;
 
     /// A script that plays `rblktap`; the image says how.
@@ -276,6 +312,38 @@ pub(crate) mod tests {
         wait(&process);
         let reason = process.reason(&run, DISK);
         assert_eq!(reason, "rblktap has ended: exit status: 3");
+    }
+
+    #[test]
+    fn messages_of_a_process_that_runs_are_limited() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let record = |devid| api::Record {
+            disk: DiskId { devid, ..DISK },
+            name: String::new(),
+            domain: None,
+            image: String::new(),
+            restarts: 0,
+            replaced: None,
+            phase: Phase::Starting,
+        };
+        run.write_record(&record(DISK.devid)).unwrap();
+        run.write_record(&record(7)).unwrap();
+        let (mut log, _) = open_log(&run, DISK).unwrap();
+        let size = || fs::metadata(run.log(DISK)).unwrap().len();
+        log.write_all(&vec![b'a'; MAX_LOG as usize]).unwrap();
+        limit_logs_once(&run);
+        assert_eq!(size(), MAX_LOG);
+        let start = size();
+        log.write_all(b"x").unwrap();
+        limit_logs_once(&run);
+        assert_eq!(size(), 0);
+        log.write_all(b"rblktap: no file\n").unwrap();
+        assert_eq!(
+            last_message(&run.log(DISK), start).as_deref(),
+            Some("no file")
+        );
+        assert!(!run.log(record(7).disk).exists());
     }
 
     #[test]

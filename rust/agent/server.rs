@@ -126,7 +126,7 @@ impl Server {
             match listener.accept() {
                 Ok((stream, _)) => self.start_client(stream),
                 Err(error) => {
-                    eprintln!("the socket: {error}; it is tried again");
+                    api::message!("the socket: {error}; it is tried again");
                     thread::sleep(Duration::from_secs(1));
                 }
             }
@@ -153,7 +153,7 @@ impl Server {
             let _ = socket::serve(stream, |call| client.handle_from(is_root, call));
         });
         if let Err(error) = started {
-            eprintln!("no thread for a client: {error}");
+            api::message!("no thread for a client: {error}");
         }
     }
 

@@ -28,7 +28,7 @@ pub fn start(mut reload: impl FnMut() + Send + 'static) -> io::Result<()> {
 }
 
 fn end() -> ! {
-    eprintln!("ending; disks are served as before, and the next rblkd adopts their processes");
+    api::message!("ending; disks are served as before, and the next rblkd adopts their processes");
     // Without systemd there is no one to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     process::exit(0)

@@ -97,7 +97,7 @@ impl Storages {
             let thread = thread::Builder::new().name("storage".to_owned());
             match thread.spawn(move || monitor.run()) {
                 Ok(_) => drop(domains.insert(name.clone(), domain)),
-                Err(error) => eprintln!("storage {name}: no thread checks it: {error}"),
+                Err(error) => api::message!("storage {name}: no thread checks it: {error}"),
             }
         }
     }
@@ -230,7 +230,7 @@ impl Monitor {
             .is_some_and(|domain| domain.set(state, cause, now()));
         drop(domains);
         if changed {
-            eprintln!("{text}");
+            api::message!("{text}");
             self.probe.journal.add(None, EventKind::Storage, text);
         }
     }

@@ -207,7 +207,7 @@ impl Supervisor {
             entry.error.replace(error.to_owned()).as_deref() == Some(error)
         });
         if !known {
-            eprintln!("{disk}: {error}; it is tried again every second");
+            api::message!("{disk}: {error}; it is tried again every second");
         }
     }
 
@@ -238,7 +238,7 @@ impl Supervisor {
             error: None,
         };
         if entry.disk.process().is_some() {
-            eprintln!("{disk}: its record was lost; the process that serves it was found");
+            api::message!("{disk}: its record was lost; the process that serves it was found");
         }
         self.disks.insert(disk, entry);
         self.share_quota(disk.domid, Some(disk));

@@ -51,7 +51,7 @@ impl Volumes {
                     Err(error) => error,
                 };
                 if !failure.is_empty() && failure != reported {
-                    eprintln!("volumes: {failure}; it is tried again");
+                    api::message!("volumes: {failure}; it is tried again");
                 }
                 reported = failure;
             }

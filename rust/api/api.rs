@@ -28,6 +28,7 @@
 //! | [`failure`] | errors on the wire |
 //! | [`socket`] | both ends of a connection |
 //! | [`run_dir`] | the directory of sockets and records |
+//! | [`message`] | messages of programs that serve disks |
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
@@ -37,6 +38,7 @@ pub mod defaults;
 pub mod disk;
 pub mod failure;
 pub mod host;
+pub mod message;
 pub mod run_dir;
 pub mod socket;
 

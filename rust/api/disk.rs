@@ -65,7 +65,7 @@ pub enum DiskCommand {
     /// Takes no more requests from the rings. Those in flight continue. A process that replaces
     /// this one does not take any either.
     Pause,
-    /// The same, until this process ends.
+    /// The same, until [`Self::Resume`], the end of this process, or some time has passed.
     Drain,
     /// Takes requests again.
     Resume,

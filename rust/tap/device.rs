@@ -29,6 +29,8 @@ use crate::queue::EventSender;
 use crate::queue::QueueControl;
 use crate::queue::QueueEvent;
 pub use crate::queue::Settings;
+use crate::queue::MESSAGES;
+use crate::queue::MESSAGE_MS;
 use crate::stats;
 use crate::stats::Stats;
 use crate::wakeup;
@@ -106,6 +108,8 @@ pub struct Config {
     pub settings: Settings,
     /// The pages and requests that the disk may use at first: its share of those of its domain.
     pub quota: Quota,
+    /// The time after which a drained disk takes requests again if its process has not been ended.
+    pub drain_time: Duration,
 }
 
 impl Config {
@@ -253,8 +257,12 @@ pub struct Device {
     draining: bool,
     /// No requests are taken.
     paused: bool,
+    /// When a drain ends by itself.
+    drain_end: Option<Instant>,
     quota: Quota,
     connects: TokenBucket,
+    /// Limits the messages about failures, which a frontend can cause.
+    messages: TokenBucket,
     started: Instant,
     retries: Backoff,
     /// Time of the next attempt after a failure.
@@ -332,9 +340,11 @@ impl Device {
             threads: 0,
             draining: false,
             paused: inflight.is_paused(),
+            drain_end: None,
             inflight,
             quota: config.quota,
             connects: TokenBucket::new(CONNECTIONS, CONNECTION_MS, 0),
+            messages: TokenBucket::new(MESSAGES, MESSAGE_MS, 0),
             started: Instant::now(),
             retries: RETRIES,
             retry_at: None,
@@ -400,8 +410,8 @@ impl Device {
             self.purge_at = Some(Instant::now() + UNUSED);
         }
         let now = (!sleeps).then(Instant::now);
-        let next = self.retry_at.into_iter().chain(self.purge_at).chain(now);
-        let next = next.min();
+        let next = self.retry_at.into_iter().chain(self.purge_at);
+        let next = next.chain(self.drain_end).chain(now).min();
         let timeout = next.map(|time| time.saturating_duration_since(Instant::now()));
         let fds = [self.store.fd(), self.wakeup.as_fd(), self.control.as_fd()];
         let [_, woken, control] = wakeup::wait(fds, timeout).during("waiting for events")?;
@@ -418,6 +428,10 @@ impl Device {
         if self.purge_at.is_some_and(|time| time <= now) {
             self.purge_at = None;
             self.queues.iter().for_each(|queue| queue.purge());
+        }
+        if self.drain_end.is_some_and(|time| time <= now) {
+            // The rblkd that was to replace this process has ended, or has given up.
+            self.set_paused(self.inflight.is_paused());
         }
         Ok(())
     }
@@ -459,7 +473,7 @@ impl Device {
                 self.fail(&error)?;
             }
             QueueEvent::Withdraw(node) if current => {
-                eprintln!("{}: the image has refused this: {node} = 0", self.name());
+                api::message!("{}: the image has refused this: {node} = 0", self.name());
                 let written = write(&mut self.store, &self.config.dir, node, 0);
                 written.during("writing xenstore")?;
             }
@@ -533,17 +547,21 @@ impl Device {
         })
     }
 
+    /// Returns the time since the device was created, in milliseconds.
+    fn age_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// Returns `true` if the frontend connects too often, or if the delay after a failure has not
     /// passed.
     fn has_to_wait(&mut self) -> bool {
         if self.retry_at.is_some() {
             return true;
         }
-        let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let Err(time) = self.connects.take(now) else {
+        let Err(time) = self.connects.take(self.age_ms()) else {
             return false;
         };
-        eprintln!(
+        api::message!(
             "{}: the frontend connects too often: it has to wait",
             self.name()
         );
@@ -609,7 +627,7 @@ impl Device {
 
     fn report(&self, connection: &Connection) {
         let accepted = &connection.accepted;
-        eprintln!(
+        api::message!(
             "{}: {} queues of {} pages, {}, persistent grants {}, {} requests adopted",
             self.name(),
             accepted.rings.queues,
@@ -733,7 +751,9 @@ impl Device {
     fn report_failure(&mut self, error: &Error) -> Result<(), Error> {
         let text = error.to_string();
         if self.reported.as_ref() != Some(&text) {
-            eprintln!("{}: {text}", self.name());
+            if self.messages.take(self.age_ms()).is_ok() {
+                api::message!("{}: {text}", self.name());
+            }
             let node = format!("error/{}/error", self.config.dir);
             let written = self.store.write(&node, &text);
             written.during("writing the error")?;
@@ -764,7 +784,11 @@ impl Device {
                 self.inflight.set_paused(true);
                 Ok(self.set_paused(true))
             }
-            DiskCommand::Drain => Ok(self.set_paused(true)),
+            DiskCommand::Drain => {
+                let answer = self.set_paused(true);
+                self.drain_end = Some(Instant::now() + self.config.drain_time);
+                Ok(answer)
+            }
             DiskCommand::Resume => {
                 self.inflight.set_paused(false);
                 Ok(self.set_paused(false))
@@ -797,7 +821,9 @@ impl Device {
         DiskAnswer::Quota(quota)
     }
 
+    /// Sets whether requests are taken from the rings, and ends a drain.
     fn set_paused(&mut self, paused: bool) -> DiskAnswer {
+        self.drain_end = None;
         self.paused = paused;
         for queue in &self.queues {
             queue.pause(paused);

@@ -6,6 +6,7 @@
 //! see [`rblktap::monitor`].
 
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stderr)]
 
 use api::defaults;
 use api::Quota;
@@ -56,6 +57,9 @@ use xen_user::xenstore::Xenstore;
 /// The distance between the user of a process that serves a domain and that of QEMU's programs for
 /// its images: more than the number of domains.
 const TOOLS: u32 = 32768;
+
+/// The time after which a drain ends by itself: rblkd waits 30 seconds for requests in flight.
+const DRAIN_TIME: Duration = Duration::from_secs(60);
 
 fn command() -> Command {
     let option = |name: &'static str, value: &'static str, default: &'static str| {
@@ -199,6 +203,7 @@ fn config(matches: &ArgMatches, pid: u32) -> Config {
             pages: matches.get_one("pages").copied().unwrap_or(1),
             requests: matches.get_one("requests").copied().unwrap_or(1),
         },
+        drain_time: DRAIN_TIME,
     }
 }
 
@@ -321,7 +326,7 @@ fn attach(name: &VolumeName, config: &Config, read_only: bool) -> engine::Result
     let holder = Holder::this_process(&volumes, &disk);
     let registry = Arc::new(volume::connect(&volumes));
     Attachment::new(registry, name, &holder, read_only, LEASE_TIME, |error| {
-        eprintln!("rblktap: {error}");
+        api::message!("rblktap: {error}");
         // The server is killed when this process ends.
         std::process::exit(1);
     })
@@ -339,7 +344,7 @@ fn image(matches: &ArgMatches) -> &str {
 fn report(config: &Config, error: &dyn Error) {
     let written = connect().and_then(|mut store| Ok(report_to(&mut store, config, error)?));
     if let Err(other) = written {
-        eprintln!("rblktap: {other}");
+        api::message!("rblktap: {other}");
     }
 }
 
@@ -426,7 +431,7 @@ fn main() -> ExitCode {
         .nth(1)
         .is_some_and(|word| word == launch::NAME)
     {
-        eprintln!("rblktap: {}", launch::run(env::args_os().skip(1)));
+        api::message!("rblktap: {}", launch::run(env::args_os().skip(1)));
         return ExitCode::FAILURE;
     }
     let matches = command().get_matches();
@@ -443,7 +448,7 @@ fn main() -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("rblktap: {error}");
+            api::message!("rblktap: {error}");
             ExitCode::FAILURE
         }
     }

@@ -81,8 +81,8 @@ const MEMORY_RETRIES: Backoff = Backoff::new(10, 500);
 const ERROR_RETRIES: Backoff = Backoff::new(10, 1000);
 
 /// Messages that a frontend may cause at once, and how long each one more takes, in milliseconds.
-const MESSAGES: u32 = 10;
-const MESSAGE_MS: u64 = 5000;
+pub(crate) const MESSAGES: u32 = 10;
+pub(crate) const MESSAGE_MS: u64 = 5000;
 
 /// Poll interval of a queue that cannot wait for events.
 const BROKEN_PERIOD: Duration = Duration::from_millis(100);
@@ -644,7 +644,7 @@ impl Queue {
         let time = self.now.saturating_duration_since(self.started);
         let time = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         if self.messages.take(time).is_ok() {
-            eprintln!("{}: {message}", self.config.name);
+            api::message!("{}: {message}", self.config.name);
         }
     }
 

@@ -25,6 +25,7 @@
 //! request for pages that are still mapped.
 
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stderr)]
 #![deny(missing_docs)]
 
 mod barrier;

@@ -25,6 +25,8 @@ use crate::registry::{contended, in_use, Registry};
 use crate::storage::Storage;
 use crate::store::{Change, Commit, Condition, Entry, Lease, Store};
 use engine::{Errno, Error, Result};
+use std::fmt;
+use std::io::{self, Write};
 use std::slice;
 use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
 use std::sync::Arc;
@@ -326,6 +328,11 @@ struct Keeper<S> {
     interval: Duration,
 }
 
+/// Writes a message. `eprintln!` would end the process if the file system of its messages is full.
+fn report(volume: &VolumeName, text: &dyn fmt::Display) {
+    let _ = writeln!(io::stderr(), "{volume}: {text}");
+}
+
 /// Returns `true` if the error of a renewal means that the volume is no longer attached.
 fn is_loss(error: &Error) -> bool {
     matches!(error.errno(), Errno::SHUTDOWN | Errno::NOENT | Errno::BUSY)
@@ -347,12 +354,12 @@ impl<S: Store> Keeper<S> {
             match self.renew() {
                 Err(error) if is_loss(&error) => return Err(error),
                 // etcd may answer again.
-                Err(error) => eprintln!("{}: {error}", self.keys.name),
+                Err(error) => report(&self.keys.name, &error),
                 Ok(()) => {}
             }
         };
         if let Err(error) = self.detach(removes) {
-            eprintln!("{}: not detached: {error}", self.keys.name);
+            report(&self.keys.name, &format_args!("not detached: {error}"));
         }
         Ok(())
     }

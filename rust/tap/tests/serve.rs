@@ -650,6 +650,29 @@ fn a_paused_disk_starts_nothing() {
 }
 
 #[test]
+fn a_drain_ends_if_the_process_is_not_replaced() {
+    let mut toolstack = Toolstack::new("w");
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        drain_time: Duration::from_millis(50),
+        ..Options::new(dir.path())
+    };
+    let server = serve(&mut toolstack, image(), &options);
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    assert_eq!(control(dir.path(), "drain")["paused"], true);
+    let segment = front.segment(0, 0, 7);
+    front.rings[0].put(direct(op::WRITE, 1, 0, &[segment]));
+    front.rings[0].publish();
+    okay(front.rings[0].response());
+    // A disk that was paused before stays so.
+    control(dir.path(), "pause");
+    control(dir.path(), "drain");
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(control(dir.path(), "stats")["paused"], true);
+    finish(toolstack, front, server);
+}
+
+#[test]
 fn a_request_waits_for_memory_of_the_image_that_others_have() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("image");

@@ -115,6 +115,7 @@ pub struct Options<'a> {
     pub wait_for_space: bool,
     pub stuck_time: Duration,
     pub quota: Quota,
+    pub drain_time: Duration,
 }
 
 impl<'a> Options<'a> {
@@ -130,6 +131,7 @@ impl<'a> Options<'a> {
                 pages: 4096,
                 requests: 1024,
             },
+            drain_time: Duration::from_secs(3600),
         }
     }
 }
@@ -182,6 +184,7 @@ pub fn serve_after(
             stuck_time: options.stuck_time,
         },
         quota: options.quota,
+        drain_time: options.drain_time,
     };
     let xen = Xen {
         grants: Arc::new(host.clone()),
