@@ -17,6 +17,7 @@
 //! | [`host`], [`events`] | the state of `rblkd`, and the last events |
 //! | [`storage`] | checks of storage |
 //! | [`guests`] | guests that wait for storage are paused and resumed |
+//! | `threads` | work in several threads |
 //! | [`volumes`] | guests learn the new size of a volume |
 //! | [`config`], [`signals`] | the configuration, and the signal to read it again |
 //!
@@ -57,4 +58,5 @@ pub mod server;
 pub mod signals;
 pub mod storage;
 pub mod supervisor;
+mod threads;
 pub mod volumes;

@@ -6,10 +6,12 @@
 //! by its cluster. One that is paused does not notice. `rblktap` retries its requests meanwhile.
 //!
 //! A guest is recorded as paused before `xl pause` is called, so that a later `rblkd` resumes it.
-//! Xen counts pauses: the guest stays paused if an administrator has paused it too.
+//! Xen counts pauses: the guest stays paused if an administrator has paused it too. A guest stays
+//! paused while no `rblkd` runs; one whose configuration has no `pause-after` resumes it.
 
 use crate::events::Journal;
 use crate::storage::has_ended;
+use crate::threads::in_threads;
 use api::{socket, DiskCommand, DiskId, DiskStatus, EventKind, Record, RunDir};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -35,6 +37,8 @@ pub struct Guests {
     xl: PathBuf,
     /// The age of a request at which its guest is paused.
     limit: Duration,
+    /// Limit for `xl`.
+    xl_timeout: Duration,
     journal: Arc<Journal>,
     /// The time of the last answer of each disk's process.
     answered: BTreeMap<DiskId, Instant>,
@@ -49,10 +53,26 @@ impl Guests {
             run,
             xl,
             limit,
+            xl_timeout: XL_TIMEOUT,
             journal,
             answered: BTreeMap::new(),
             refused: BTreeSet::new(),
         }
+    }
+
+    /// Resumes the guests that an earlier `rblkd` has paused, in a thread: none is paused any more.
+    pub fn resume_all(self) -> io::Result<()> {
+        let thread = thread::Builder::new().name("guests".to_owned());
+        thread.spawn(move || loop {
+            let paused = self.run.paused_guests();
+            let left = paused.unwrap_or_default().into_iter();
+            let left = left.filter(|domid| !self.try_resume(*domid, "rblkd pauses no guests"));
+            if left.count() == 0 {
+                return;
+            }
+            thread::sleep(PERIOD);
+        })?;
+        Ok(())
     }
 
     /// Starts a thread that examines the disks every 5 seconds.
@@ -73,12 +93,12 @@ impl Guests {
         let paused = self.run.paused_guests()?;
         let waits = self.waits(&records, &paused);
         for domid in paused.iter().filter(|domid| !waits.contains_key(domid)) {
-            self.run.set_paused(*domid, false)?;
+            self.try_resume(*domid, "none of its disks is known");
         }
         for (domid, (wait, disk)) in waits {
             match (paused.contains(&domid), wait >= self.limit) {
-                (false, true) => self.pause(disk, wait)?,
-                (true, false) => self.resume(domid)?,
+                (false, true) => self.try_pause(disk, wait),
+                (true, false) => drop(self.try_resume(domid, "its storage answers")),
                 (true, true) | (false, false) => {}
             }
         }
@@ -94,8 +114,8 @@ impl Guests {
         let disks: BTreeSet<DiskId> = records.iter().map(|record| record.disk).collect();
         self.answered.retain(|disk, _| disks.contains(disk));
         let mut waits = BTreeMap::new();
-        for disk in disks {
-            let wait = self.wait_of(disk, paused.contains(&disk.domid));
+        for (disk, status) in self.ask(records) {
+            let wait = self.wait_of(disk, status, paused.contains(&disk.domid));
             let longest = waits.entry(disk.domid).or_insert((wait, disk));
             *longest = (*longest).max((wait, disk));
         }
@@ -103,22 +123,39 @@ impl Guests {
         waits
     }
 
+    /// Asks the processes of all disks, several at a time: some may not answer.
+    fn ask(&self, records: &[Record]) -> Vec<(DiskId, Option<DiskStatus>)> {
+        in_threads(records, |record| {
+            let path = self.run.control_socket(record.disk);
+            let status = socket::command(&path, DiskCommand::Stats, ANSWER_TIMEOUT);
+            (record.disk, status.ok())
+        })
+    }
+
     /// Returns how long a disk has waited for its storage.
     ///
     /// A disk whose process has answered once, and does not any more, waits too: its successor may
     /// fail to open the image.
-    fn wait_of(&mut self, disk: DiskId, is_paused: bool) -> Duration {
-        let path = self.run.control_socket(disk);
-        match socket::command(&path, DiskCommand::Stats, ANSWER_TIMEOUT) {
-            Ok(status) => {
+    fn wait_of(&mut self, disk: DiskId, status: Option<DiskStatus>, is_paused: bool) -> Duration {
+        match status {
+            Some(status) => {
                 self.answered.insert(disk, Instant::now());
                 oldest(&status)
             }
-            Err(_) => match self.answered.get(&disk) {
+            None => match self.answered.get(&disk) {
                 Some(time) => time.elapsed(),
                 None if is_paused => self.limit,
                 None => Duration::ZERO,
             },
+        }
+    }
+
+    /// Pauses a guest. A failure does not keep others from being paused.
+    fn try_pause(&mut self, disk: DiskId, wait: Duration) {
+        if let Err(error) = self.pause(disk, wait) {
+            let domid = disk.domid;
+            api::message!("guest {domid} waits for storage and cannot be paused: {error}");
+            self.refused.insert(domid);
         }
     }
 
@@ -128,10 +165,12 @@ impl Guests {
             return Ok(());
         }
         self.run.set_paused(domid, true)?;
-        if let Err(error) = self.xl("pause", domid) {
-            api::message!("guest {domid} waits for storage and cannot be paused: {error}");
-            self.refused.insert(domid);
-            return self.run.set_paused(domid, false);
+        if let Err(error) = self.xl(&["pause", &domid.to_string()]) {
+            // An xl that was killed may have paused the guest, so it is resumed later.
+            if error.kind() != io::ErrorKind::TimedOut {
+                self.run.set_paused(domid, false)?;
+            }
+            return Err(error);
         }
         let seconds = wait.as_secs();
         self.report(
@@ -141,19 +180,28 @@ impl Guests {
         Ok(())
     }
 
-    /// Resumes a guest. If that fails it is tried again, unless the guest runs.
+    /// Resumes a guest. Returns `false` if that has failed and is tried again.
+    fn try_resume(&self, domid: u16, why: &str) -> bool {
+        let resumed = self.resume(domid, why);
+        if let Err(error) = &resumed {
+            api::message!("guest {domid} is not resumed: {error}; it is tried again");
+        }
+        resumed.is_ok()
+    }
+
+    /// Resumes a guest. A failure is final if the guest runs, or is gone.
     ///
     /// It runs if an administrator has resumed it, or an earlier `rblkd` that was killed before it
     /// recorded that.
-    fn resume(&self, domid: u16) -> io::Result<()> {
-        if let Err(error) = self.xl("unpause", domid) {
+    fn resume(&self, domid: u16, why: &str) -> io::Result<()> {
+        if let Err(error) = self.xl(&["unpause", &domid.to_string()]) {
             if self.is_paused(domid)? {
                 return Err(error);
             }
             return self.run.set_paused(domid, false);
         }
         self.run.set_paused(domid, false)?;
-        let text = format!("guest {domid} is resumed: its storage answers");
+        let text = format!("guest {domid} is resumed: {why}");
         api::message!("{text}");
         self.journal.add(None, EventKind::Storage, text);
         Ok(())
@@ -164,34 +212,45 @@ impl Guests {
         self.journal.add(Some(disk), EventKind::Storage, text);
     }
 
-    /// Returns `true` if a guest is paused.
+    /// Returns `true` if a guest is paused, and `false` if there is none.
     fn is_paused(&self, domid: u16) -> io::Result<bool> {
-        let list = self.xl("list", domid)?;
-        // Name, number, memory, CPUs, state, time.
-        let guest = list.lines().last().unwrap_or_default();
-        let state = guest.split_whitespace().rev().nth(1);
-        Ok(state.is_some_and(|state| state.contains('p')))
+        let list = self.xl(&["list"])?;
+        Ok(list.lines().any(|guest| is_paused_in(guest, domid)))
     }
 
-    /// Runs a command of `xl` for a guest. Returns what it prints.
-    fn xl(&self, command: &str, domid: u16) -> io::Result<String> {
+    /// Runs a command of `xl`. Returns what it prints.
+    ///
+    /// The error is [`TimedOut`](io::ErrorKind::TimedOut) if it was killed.
+    fn xl(&self, words: &[&str]) -> io::Result<String> {
         let mut child = Command::new(&self.xl)
-            .args([command, &domid.to_string()])
+            .args(words)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()?;
-        if !has_ended(&child, XL_TIMEOUT)? {
+        let in_time = has_ended(&child, self.xl_timeout).unwrap_or(false);
+        if !in_time {
             child.kill()?;
         }
         let output = child.wait_with_output()?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
-        let (xl, status) = (self.xl.display(), output.status);
-        Err(io::Error::other(format!(
-            "{xl} {command} {domid}: {status}"
-        )))
+        let (xl, words, status) = (self.xl.display(), words.join(" "), output.status);
+        let kind = match in_time {
+            true => io::ErrorKind::Other,
+            false => io::ErrorKind::TimedOut,
+        };
+        Err(io::Error::new(kind, format!("{xl} {words}: {status}")))
     }
+}
+
+/// Returns `true` if a line of `xl list` is that of a guest, and says that it is paused.
+fn is_paused_in(line: &str, domid: u16) -> bool {
+    // Name, number, memory, CPUs, state, time.
+    let mut words = line.split_whitespace().rev();
+    let state = words.nth(1);
+    let number = words.nth(2);
+    number == Some(&domid.to_string()) && state.is_some_and(|state| state.contains('p'))
 }
 
 /// Returns the age of the oldest request of a disk.
@@ -233,7 +292,7 @@ mod tests {
             let run = RunDir::new(dir.path());
             let xl = dir.path().join("xl");
             let script = format!(
-                "#!/bin/sh\ncd {}\n[ $1 != list ] || exec cat list\necho $* >> calls; [ ! -e fail ]\n",
+                "#!/bin/sh\ncd {}\n[ $1 != list ] || exec cat list\necho $* >> calls; [ ! -e fail ] && [ ! -e \"fail $2\" ]\n",
                 dir.path().display()
             );
             fs::write(&xl, script).unwrap();
@@ -333,11 +392,65 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_without_disks_is_forgotten() {
+    fn a_guest_without_disks_is_resumed() {
         let mut rig = Rig::new();
         rig.check(20_000);
         rig.run.remove(DISK).unwrap();
-        assert_eq!(rig.check(0), "pause 5;");
+        assert_eq!(rig.check(0), "pause 5;unpause 5;");
+        assert!(rig.run.paused_guests().unwrap().is_empty());
+    }
+
+    #[test]
+    fn guests_are_resumed_when_none_is_paused_any_more() {
+        let mut rig = Rig::new();
+        rig.check(20_000);
+        guests(&rig.run, &rig.dir.path().join("xl"))
+            .resume_all()
+            .unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !rig.run.paused_guests().unwrap().is_empty() {
+            assert!(Instant::now() < deadline);
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(rig.calls(), "pause 5;unpause 5;");
+    }
+
+    #[test]
+    fn a_guest_that_cannot_be_resumed_does_not_affect_others() {
+        let mut rig = Rig::new();
+        rig.check(20_000);
+        // Guest 4 has no disk, and xl fails for it.
+        rig.run.set_paused(4, true).unwrap();
+        let list =
+            "Name ID Mem VCPUs State Time(s)\nweb 5 192 1 -b---- 1.0\nhvm 4 9 1 --p--- 8.1\n";
+        fs::write(rig.dir.path().join("list"), list).unwrap();
+        fs::write(rig.dir.path().join("fail 4"), "").unwrap();
+        assert_eq!(rig.check(0), "pause 5;unpause 4;unpause 5;");
+        assert_eq!(rig.run.paused_guests().unwrap(), [4].into());
+    }
+
+    #[test]
+    fn a_guest_that_may_have_been_paused_is_resumed() {
+        let mut rig = Rig::new();
+        rig.guests.xl_timeout = Duration::ZERO;
+        // The xl that is killed may or may not have been run.
+        rig.check(20_000);
+        assert_eq!(rig.run.paused_guests().unwrap(), [5].into());
+        rig.guests.xl_timeout = XL_TIMEOUT;
+        assert!(rig.check(0).ends_with("unpause 5;"));
+        assert!(rig.run.paused_guests().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_guest_that_is_gone_is_forgotten() {
+        let mut rig = Rig::new();
+        rig.check(20_000);
+        fs::write(rig.dir.path().join("fail"), "").unwrap();
+        // xl list fails, too: it is not known whether the guest is gone.
+        assert_eq!(rig.check(0), "pause 5;unpause 5;");
+        assert_eq!(rig.run.paused_guests().unwrap(), [5].into());
+        fs::write(rig.dir.path().join("list"), "Name ID\n").unwrap();
+        assert_eq!(rig.check(0), "pause 5;unpause 5;unpause 5;");
         assert!(rig.run.paused_guests().unwrap().is_empty());
     }
 
@@ -352,7 +465,8 @@ mod tests {
         rig.run.set_paused(5, true).unwrap();
         rig.age_ms.store(0, Ordering::Relaxed);
         rig.list("--p---");
-        assert!(rig.guests.check().is_err());
+        rig.guests.check().unwrap();
+        assert_eq!(rig.run.paused_guests().unwrap(), [5].into());
         fs::remove_file(fail).unwrap();
         assert_eq!(rig.check(0), "pause 5;unpause 5;unpause 5;");
     }

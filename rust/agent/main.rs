@@ -102,19 +102,22 @@ fn unusable(dir: &Path, error: &io::Error) -> String {
     }
 }
 
-/// Pauses guests whose storage does not answer, if the configuration says so.
+/// Pauses guests whose storage does not answer, if the configuration says so. Otherwise resumes
+/// those that an earlier `rblkd` has paused.
 fn watch_guests(
     config: &Config,
     run: &RunDir,
     xl: PathBuf,
     journal: &Arc<Journal>,
 ) -> Result<(), String> {
-    let Some(seconds) = config.pause_after else {
-        return Ok(());
-    };
+    let seconds = config.pause_after.unwrap_or(u32::MAX);
     let limit = Duration::from_secs(seconds.into());
     let guests = Guests::new(run.clone(), xl, limit, journal.clone());
-    guests.start().map_err(|error| format!("guests: {error}"))
+    let started = match config.pause_after {
+        Some(_) => guests.start(),
+        None => guests.resume_all(),
+    };
+    started.map_err(|error| format!("guests: {error}"))
 }
 
 fn run(mut args: Args) -> Result<(), String> {

@@ -9,6 +9,7 @@
 use crate::disk::Outcome;
 use crate::host::Host;
 use crate::supervisor::{Command, Commands};
+use crate::threads::in_threads;
 use api::agent::{EVENTS_WAIT, INTERFACE};
 use api::socket;
 use api::{AgentCall, DiskCommand, DiskEntry, DiskId, DiskStatus, Failure, FailureKind};
@@ -43,9 +44,6 @@ const PAUSE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Limit for a new process to open its image. A client waits for this and [`PAUSE_TIMEOUT`].
 const START_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// The greatest number of threads that ask processes for a list.
-const LIST_THREADS: usize = 16;
 
 /// Time between two looks at a process.
 const POLL: Duration = Duration::from_millis(50);
@@ -194,20 +192,7 @@ impl Server {
             .run
             .records()
             .map_err(|error| self.unreadable(&error))?;
-        let share = records.len().div_ceil(LIST_THREADS).max(1);
-        let entries = thread::scope(|scope| {
-            let ask = |records: &[Record]| -> Vec<_> {
-                records.iter().map(|record| self.entry(record)).collect()
-            };
-            let shares = records.chunks(share);
-            let threads: Vec<_> = shares
-                .map(|share| scope.spawn(move || ask(share)))
-                .collect();
-            // None of them panics.
-            let entries = threads.into_iter().filter_map(|thread| thread.join().ok());
-            entries.flatten().collect()
-        });
-        Ok(entries)
+        Ok(in_threads(&records, |record| self.entry(record)))
     }
 
     fn entry(&self, record: &Record) -> DiskEntry {
@@ -492,6 +477,7 @@ mod tests {
         let run = run.clone();
         thread::spawn(move || {
             while let Ok(record) = run.read_record(DISK) {
+                let record = record.filter(|record| !record.image.starts_with("fail:"));
                 if let Some(Phase::Opening { pid, .. }) = record.map(|record| record.phase) {
                     let node = "backend/vbd3/5/51712/kthread-pid";
                     store.write(node, &pid.to_string()).unwrap();

@@ -2,8 +2,9 @@
 
 //! Signals: SIGTERM and SIGINT end `rblkd`, SIGHUP has it read its configuration again.
 //!
-//! The end needs no work. Each step is recorded when it is done, and the processes that serve disks
-//! do not depend on `rblkd`: an end by SIGTERM differs from one by SIGKILL only in the exit status.
+//! The end needs no work for disks: each step is recorded when it is done, and the processes that
+//! serve disks do not depend on `rblkd`. An end by SIGTERM differs from one by SIGKILL only in the
+//! exit status. A guest that is paused is resumed by the next `rblkd`.
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;

@@ -341,7 +341,7 @@ fn scripts(host: &Host) -> Vec<Finding> {
     if !host.exists("usr/bin/qemu-storage-daemon") {
         findings.extend(finding(
             "qemu-storage-daemon is not installed: qcow2, VHD, VHDX and VMDK images cannot be served",
-            "apt install qemu-system-common",
+            "apt install qemu-utils",
         ));
     }
     findings
