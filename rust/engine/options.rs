@@ -20,8 +20,8 @@ pub struct Options {
     /// The disk that the image is opened for. Images of files and devices wait for a process with
     /// the same one that was killed until its I/O has ended, even if the image is not `exclusive`.
     pub disk: Option<u64>,
-    /// A guest that has used the disk before still does. If completed writes that it has not flushed
-    /// were lost with the process before this one, opening fails with `ENOTRECOVERABLE`.
+    /// A guest that has used the disk before still does. If completed writes that it has not
+    /// flushed were lost with the process before this one, opening fails with `ENOTRECOVERABLE`.
     pub continues: bool,
     /// Time for which opening waits for another process to release the image, and for I/O of a
     /// process that was killed.

@@ -36,6 +36,7 @@ use crate::stats::Stats;
 use crate::wakeup;
 use crate::wakeup::Wakeup;
 use crate::xenstore::read;
+use crate::xenstore::read_number;
 use crate::xenstore::read_state;
 use crate::xenstore::require;
 use crate::xenstore::write;
@@ -56,6 +57,7 @@ use blkif::state::Failure;
 use blkif::state::XenbusState;
 use blkif::token_bucket::TokenBucket;
 use engine::Engine;
+use engine::Errno;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
@@ -362,31 +364,64 @@ impl Device {
         })
     }
 
-    fn start(&mut self) -> io::Result<()> {
-        let dir = &self.config.dir;
-        self.store
-            .watch(&format!("{}/state", self.nodes.frontend), "frontend")?;
-        self.store.watch(&format!("{dir}/state"), "state")?;
-        self.store.watch(&format!("{dir}/online"), "online")?;
-        // xentop finds the statistics by it.
-        write(&mut self.store, dir, "kthread-pid", self.config.pid)?;
-        let frontend = read_state(&mut self.store, &self.nodes.frontend)?;
+    fn start(&mut self) -> Result<(), Error> {
+        self.watch().during("watching xenstore")?;
+        let frontend = read_state(&mut self.store, &self.nodes.frontend);
         let connected = self.written == XenbusState::Connected
-            && frontend == Some(XenbusState::Connected)
+            && frontend.during("reading xenstore")? == Some(XenbusState::Connected)
             && self.inflight.has_table();
+        let dir = &self.config.dir;
         if connected {
             // The offer is that of the predecessor.
-            let persistent = self.store.read(&format!("{dir}/feature-persistent"))?;
+            let persistent = read(&mut self.store, dir, "feature-persistent")?;
             self.limits.persistent = persistent.as_deref() == Some(b"1");
             self.may_adopt = true;
             self.state = BackState::Waiting;
+            self.check_image()?;
         }
-        Ok(())
+        // xentop finds the statistics by it, and rblkd that the image can be used.
+        let written = write(
+            &mut self.store,
+            &self.config.dir,
+            "kthread-pid",
+            self.config.pid,
+        );
+        written.during("writing xenstore")
+    }
+
+    fn watch(&mut self) -> io::Result<()> {
+        let (dir, frontend) = (&self.config.dir, &self.nodes.frontend);
+        self.store.watch(&format!("{frontend}/state"), "frontend")?;
+        self.store.watch(&format!("{dir}/state"), "state")?;
+        self.store.watch(&format!("{dir}/online"), "online")
+    }
+
+    /// Checks that the image can be used by a guest that is connected to a disk with another one,
+    /// or with this one as it was before.
+    fn check_image(&mut self) -> Result<(), Error> {
+        let (dir, frontend) = (&self.config.dir, &self.nodes.frontend);
+        let rings = read_number(&mut self.store, frontend, "multi-queue-num-queues")?.unwrap_or(1);
+        let sectors = read_number(&mut self.store, dir, "sectors")?.unwrap_or(0);
+        let block = read_number(&mut self.store, dir, "sector-size")?;
+        let (has_sectors, has_block) = (self.disk.sectors(), u64::from(self.disk.block_size()));
+        let cause = if rings > self.limits.max_queues.into() {
+            let max = self.limits.max_queues;
+            format!("the guest uses {rings} rings, and the image supports {max}")
+        } else if sectors > has_sectors {
+            format!("the guest has a disk of {sectors} sectors, and the image {has_sectors}")
+        } else if block.is_some_and(|block| block < has_block) {
+            format!("the guest uses smaller blocks than the {has_block} bytes of the image")
+        } else {
+            return Ok(());
+        };
+        let remedy =
+            "use an image that is as large and supports the same, or detach the disk first";
+        Err(engine::Error::new(Errno::INVAL, cause, remedy).into())
     }
 
     /// Serves the device until it is removed. Returns an error if it cannot be served any longer.
     pub fn run(mut self) -> Result<(), Error> {
-        self.start().during("watching xenstore")?;
+        self.start()?;
         while self.state != BackState::Removed {
             while self.step()? == Next::Again {}
             if self.state != BackState::Removed {

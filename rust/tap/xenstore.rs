@@ -21,6 +21,17 @@ pub(crate) fn read(
     Ok(value.filter(|value| !value.is_empty()))
 }
 
+/// Reads a node. One that is no number counts as missing.
+pub(crate) fn read_number(
+    nodes: &mut impl Nodes,
+    dir: &str,
+    name: &str,
+) -> Result<Option<u64>, Error> {
+    let value = read(nodes, dir, name)?;
+    let text = value.as_deref().map(String::from_utf8_lossy);
+    Ok(text.and_then(|text| text.parse().ok()))
+}
+
 /// Reads a node that the toolstack must have written.
 pub(crate) fn require(
     nodes: &mut impl Nodes,

@@ -198,6 +198,53 @@ fn the_oldest_request_is_described() {
 }
 
 #[test]
+fn an_image_that_the_guest_cannot_use_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let choice = Choice {
+        queues: 2,
+        ..Choice::PLAIN
+    };
+    let mut front = serve_until_killed(&mut toolstack, dir.path(), choice, |front| {
+        for id in 0..WRITES {
+            let request = write(front, id);
+            front.rings[0].put(request);
+        }
+        front.rings[0].publish();
+    });
+    toolstack
+        .store
+        .remove(&format!("{BACK}/kthread-pid"))
+        .unwrap();
+    let small = || -> Box<MemoryEngine> {
+        let options = engine::Options::default();
+        Box::new(MemoryEngine::open((SECTORS - 8) * 512, &options).unwrap())
+    };
+    for (block_size, max_queues, other) in [
+        (512, 1, image(false)),
+        (4096, 4, image(false)),
+        (512, 4, small()),
+    ] {
+        let mut options = Options::new(dir.path());
+        (options.block_size, options.max_queues) = (block_size, max_queues);
+        let served = serve(&mut toolstack, other, &options);
+        let error = served.join().unwrap().unwrap_err();
+        assert!(matches!(error, rblktap::Error::Image(_)), "{error}");
+        assert_eq!(
+            (toolstack.state(), toolstack.node("kthread-pid")),
+            ("4".to_owned(), None)
+        );
+    }
+    let served = serve(&mut toolstack, image(false), &Options::new(dir.path()));
+    for _ in 0..WRITES {
+        okay(front.rings[0].response());
+    }
+    toolstack.start_detach();
+    front.set_state("6");
+    served.join().unwrap().unwrap();
+}
+
+#[test]
 fn a_paused_disk_stays_paused() {
     let dir = tempfile::tempdir().unwrap();
     let mut toolstack = Toolstack::new("w");
