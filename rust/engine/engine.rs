@@ -236,7 +236,7 @@ pub fn open_with(
 pub fn remove_files(uri: &Uri, options: &Options) -> Result<()> {
     match uri {
         Uri::Rbd(image) => rbd::remove_owner(image, options),
-        Uri::Image { .. } => qsd::process::remove_record(options),
+        Uri::Image { .. } => writes::remove(options),
         Uri::Nbd(_) | Uri::Gluster(_) | Uri::Memory { .. } => Ok(()),
     }
 }

@@ -41,7 +41,7 @@ use crate::memory::in_use;
 use crate::options::Options;
 use crate::request::Request;
 use crate::shared_memory::SharedMemory;
-use crate::writes::Writes;
+use crate::writes::{self, Writes};
 use crate::{Engine, Queue, DROP_TIMEOUT};
 use io_buffer::Buffer;
 use link::Shared;
@@ -82,7 +82,7 @@ impl QsdEngine {
             (memory, messages),
             (session, config),
             info,
-            writes(options)?,
+            writes_of(options)?,
         );
         Ok(Self { shared })
     }
@@ -100,13 +100,12 @@ impl QsdEngine {
 }
 
 /// Returns the numbers of writes; those of a disk have a record.
-fn writes(options: &Options) -> Result<Writes> {
+fn writes_of(options: &Options) -> Result<Writes> {
     let Some(disk) = options.disk else {
         return Ok(Writes::default());
     };
-    let path = process::record(&options.runtime_dir, disk);
-    Writes::in_file(&path)
-        .map_err(|error| Error::from_io(&error, path.display(), "check the directory of sockets"))
+    let path = writes::record(&options.runtime_dir, disk);
+    Writes::in_file(&path).map_err(|error| writes::file_error(&error, &path))
 }
 
 /// Returns the geometry of an image.

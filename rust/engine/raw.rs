@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::info::Info;
 use crate::memory::in_use;
 use crate::options::Options;
+use crate::writes::LostWrites;
 use crate::{Engine, Queue};
 use file::{Kind, Storage};
 use io_buffer::Buffer;
@@ -21,7 +22,7 @@ use rustix::fs::fdatasync;
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 /// A file or block device.
@@ -39,7 +40,7 @@ struct Image {
     /// The size in bytes.
     size: AtomicU64,
     /// A flush has failed, and what was in the page cache may be lost.
-    has_lost_writes: AtomicBool,
+    lost_writes: LostWrites,
 }
 
 impl Image {
@@ -64,7 +65,7 @@ impl Image {
             ))
         };
         match result {
-            Ok(()) if self.has_lost_writes.load(Ordering::Acquire) => {
+            Ok(()) if self.lost_writes.is_set() => {
                 error(Errno::IO, "an earlier flush has failed".to_owned())
             }
             Ok(()) => Ok(()),
@@ -72,8 +73,9 @@ impl Image {
                 error(errno, errno.to_string())
             }
             Err(errno) => {
-                let is_cached = !self.info.guarantees.direct;
-                self.has_lost_writes.fetch_or(is_cached, Ordering::AcqRel);
+                if !self.info.guarantees.direct {
+                    self.lost_writes.set();
+                }
                 error(Errno::IO, errno.to_string())
             }
         }
@@ -83,20 +85,25 @@ impl Image {
 impl RawEngine {
     /// Opens the file or block device at `path`.
     pub fn open(path: &Path, options: &Options) -> Result<Self> {
-        Ok(Self::new(file::open_path(path, options)?, path))
+        Self::new(file::open_path(path, options)?, path, options)
     }
 
-    fn new(storage: Storage, path: &Path) -> Self {
-        Self {
+    fn new(storage: Storage, path: &Path, options: &Options) -> Result<Self> {
+        let uses_cache = !options.read_only && !storage.info.guarantees.direct;
+        let lost_writes = match options.disk.filter(|_| uses_cache) {
+            Some(disk) => LostWrites::of_disk(disk, options)?,
+            None => LostWrites::default(),
+        };
+        Ok(Self {
             image: Arc::new(Image {
                 fd: Arc::new(storage.fd),
                 path: path.to_owned(),
                 kind: storage.kind,
                 info: storage.info,
                 size: AtomicU64::new(storage.info.size),
-                has_lost_writes: AtomicBool::new(false),
+                lost_writes,
             }),
-        }
+        })
     }
 }
 

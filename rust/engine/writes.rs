@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Numbers of writes, to know what a server that ends may lose.
+//! Writes that may be lost: their numbers, and a file of the disk for the process after this one.
 
+use crate::error::{Error, Result};
+use crate::options::Options;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// The contents of a record.
+/// The contents of a record: nothing can be lost, a server that ends may lose something, a flush
+/// has failed.
 const CLEAN: &[u8] = b"0";
 const DIRTY: &[u8] = b"1";
+const LOST: &[u8] = b"2";
 
 /// Numbers of writes, discards and write zeroes.
 #[derive(Default)]
@@ -114,6 +118,28 @@ fn contents(is_dirty: bool) -> &'static [u8] {
     }
 }
 
+/// Returns the path of the record of a disk.
+pub(crate) fn record(runtime_dir: &Path, disk: u64) -> PathBuf {
+    runtime_dir.join(format!("rblk-{disk:x}.writes"))
+}
+
+/// Removes the record of a disk that has ended.
+pub(crate) fn remove(options: &Options) -> Result<()> {
+    let Some(disk) = options.disk else {
+        return Ok(());
+    };
+    let path = record(&options.runtime_dir, disk);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file_error(&error, &path)),
+        _ => Ok(()),
+    }
+}
+
+/// Returns the error of a record that cannot be used.
+pub(crate) fn file_error(error: &io::Error, path: &Path) -> Error {
+    Error::from_io(error, path.display(), "check the directory of sockets")
+}
+
 /// Creates a record without writes, in place of one that is there.
 pub(crate) fn create(path: &Path) -> io::Result<File> {
     let file = File::create(path)?;
@@ -124,6 +150,44 @@ pub(crate) fn create(path: &Path) -> io::Result<File> {
 /// Returns `true` if a process has left a record with completed writes that it had not flushed.
 pub(crate) fn is_dirty(path: &Path) -> bool {
     fs::read(path).is_ok_and(|contents| contents == DIRTY)
+}
+
+/// Whether a flush has failed, so that writes before it may be lost.
+#[derive(Default)]
+pub(crate) struct LostWrites {
+    is_set: AtomicBool,
+    record: Option<File>,
+}
+
+impl LostWrites {
+    /// Returns the flag of a disk, which is set if a process before this one has set it and the
+    /// guest is still the same.
+    pub(crate) fn of_disk(disk: u64, options: &Options) -> Result<Self> {
+        let path = record(&options.runtime_dir, disk);
+        let is_set = options.continues && fs::read(&path).is_ok_and(|contents| contents == LOST);
+        let file = match is_set {
+            true => File::options().write(true).open(&path),
+            false => create(&path),
+        };
+        Ok(Self {
+            is_set: is_set.into(),
+            record: Some(file.map_err(|error| file_error(&error, &path))?),
+        })
+    }
+
+    /// Returns `true` if a flush has failed.
+    pub(crate) fn is_set(&self) -> bool {
+        self.is_set.load(Ordering::Acquire)
+    }
+
+    /// Records that a flush has failed.
+    pub(crate) fn set(&self) {
+        self.is_set.store(true, Ordering::Release);
+        if let Some(record) = &self.record {
+            // The file keeps its size. If its file system fails, this process knows it at least.
+            let _ = record.write_all_at(LOST, 0);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -180,5 +244,25 @@ mod tests {
                 assert_eq!(is_dirty(&path), writes.is_dirty());
             }
         });
+    }
+
+    #[test]
+    fn a_failed_flush_is_known_to_the_guest_of_the_next_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = |continues| Options {
+            continues,
+            runtime_dir: dir.path().to_owned(),
+            ..Options::default()
+        };
+        let lost = LostWrites::of_disk(7, &options(true)).unwrap();
+        assert!(!lost.is_set());
+        lost.set();
+        for _ in 0..2 {
+            assert!(LostWrites::of_disk(7, &options(true)).unwrap().is_set());
+        }
+        assert!(!LostWrites::of_disk(8, &options(true)).unwrap().is_set());
+        assert!(!is_dirty(&record(dir.path(), 7)));
+        assert!(!LostWrites::of_disk(7, &options(false)).unwrap().is_set());
+        assert!(!LostWrites::of_disk(7, &options(true)).unwrap().is_set());
     }
 }

@@ -208,7 +208,13 @@ fn config(matches: &ArgMatches, pid: u32) -> Config {
 }
 
 /// Returns how the image is opened.
-fn options(matches: &ArgMatches, config: &Config, nodes: &ToolstackNodes, uri: &Uri) -> Options {
+fn options(
+    matches: &ArgMatches,
+    config: &Config,
+    nodes: &ToolstackNodes,
+    uri: &Uri,
+    continues: bool,
+) -> Options {
     let keys: Option<&PathBuf> = matches.get_one("key-dir");
     let is_volume = matches.contains_id("volume-image");
     Options {
@@ -217,6 +223,7 @@ fn options(matches: &ArgMatches, config: &Config, nodes: &ToolstackNodes, uri: &
         // The single writer of a volume has the lock of its image too.
         exclusive: is_volume || !nodes.shared,
         disk: Some((u64::from(config.domain) << 32) | u64::from(config.device)),
+        continues,
         lock_timeout: seconds(matches, "lock-seconds"),
         // The process before this one was killed.
         unclean: config.inflight_path().exists(),
@@ -257,7 +264,7 @@ fn watch(matches: &ArgMatches) -> Result<ExitStatus, Box<dyn Error>> {
     let uri: Uri = opened.parse()?;
     server.args(env::args_os().skip(1));
     let permissions = device::permissions(&config.dir, &started.nodes.frontend);
-    let mut options = options(matches, &config, &started.nodes, &uri);
+    let mut options = options(matches, &config, &started.nodes, &uri, false);
     options.exclusive |= started.attachment.is_some();
     let image = started.image.map(Arc::new);
     let status = monitor::run(server, started.store, permissions, image.clone())?;
@@ -304,10 +311,8 @@ fn start(matches: &ArgMatches, config: &Config) -> Result<Started, Box<dyn Error
         });
     }
     let uri: Uri = text(matches, "uri").parse()?;
-    let options = Options {
-        continues: device::is_connected(&mut store, &config.dir)?,
-        ..options(matches, config, &nodes, &uri)
-    };
+    let continues = device::is_connected(&mut store, &config.dir)?;
+    let options = options(matches, config, &nodes, &uri, continues);
     let image = Server::start(&uri, &options)?;
     let socket = image.as_ref().and_then(Server::nbd_socket);
     link_nbd_socket(&config.nbd_path(), socket.as_deref())?;
@@ -391,7 +396,8 @@ fn open(
     store: &mut Xenstore,
 ) -> Result<Opened, Box<dyn Error>> {
     let nodes = ToolstackNodes::read(store, &config.dir, config.domain)?;
-    let options = options(matches, config, &nodes, uri);
+    let continues = device::is_connected(store, &config.dir)?;
+    let options = options(matches, config, &nodes, uri, continues);
     let server = uri
         .has_server()
         .then(|| -> Arc<dyn Connect> { Arc::new(monitor) });

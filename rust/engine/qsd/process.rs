@@ -224,28 +224,10 @@ fn create_dir(options: &Options) -> Result<TempDir> {
     };
     let mut prefix = format!("{PREFIX}{}-", std::process::id());
     if let Some(disk) = options.disk {
-        writes::create(&record(parent, disk)).map_err(failed)?;
+        writes::create(&writes::record(parent, disk)).map_err(failed)?;
         prefix.push_str(&format!("{disk:x}-"));
     }
     TempDir::with_prefix_in(prefix, parent).map_err(failed)
-}
-
-/// Returns the path of the file that says if a disk has completed writes that were not flushed.
-pub(super) fn record(runtime_dir: &Path, disk: u64) -> PathBuf {
-    runtime_dir.join(format!("{PREFIX}{disk:x}.writes"))
-}
-
-/// Removes the record of the writes of a disk that has ended.
-pub(crate) fn remove_record(options: &Options) -> Result<()> {
-    let path = options.disk.map(|disk| record(&options.runtime_dir, disk));
-    match path.map_or(Ok(()), fs::remove_file) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::from_io(
-            &error,
-            "removing the record of writes",
-            "check the directory of sockets",
-        )),
-        _ => Ok(()),
-    }
 }
 
 /// Returns the process and the disk of the directory of a daemon.
@@ -270,7 +252,7 @@ fn remove_stale(image: &Path, options: &Options) -> Result<()> {
         if disk.is_some() && disk == options.disk {
             wait_for_end(&dir, options)?;
             let is_dirty = disk.is_some_and(|disk| {
-                let record = record(&options.runtime_dir, disk);
+                let record = writes::record(&options.runtime_dir, disk);
                 options.continues && writes::is_dirty(&record)
             });
             if is_dirty && has_lost_writes(&dir) {
@@ -701,10 +683,10 @@ mod tests {
     impl Left {
         fn new(is_dirty: bool) -> Self {
             let dir = TempDir::new().unwrap();
-            let file = writes::create(&record(dir.path(), DISK)).unwrap();
+            let file = writes::create(&writes::record(dir.path(), DISK)).unwrap();
             drop(file);
             if is_dirty {
-                fs::write(record(dir.path(), DISK), "1").unwrap();
+                fs::write(writes::record(dir.path(), DISK), "1").unwrap();
             }
             let left = Self(dir);
             fs::create_dir(left.path()).unwrap();
