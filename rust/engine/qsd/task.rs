@@ -172,8 +172,9 @@ impl Task {
     pub(super) fn give_back(&mut self, mut buffers: Vec<Buffer>) {
         if self.request.buffers.is_empty() {
             self.request.buffers = buffers;
-        } else {
-            self.copy = buffers.pop();
+        } else if let Some(copy) = buffers.pop() {
+            // A flush has none: the copy has stayed.
+            self.copy = Some(copy);
         }
     }
 
@@ -221,4 +222,33 @@ fn place(request: &Request, shared: &Shared) -> Result<(usize, Option<Buffer>)> 
     }
     let data = shared.memory.offset(&copy).unwrap_or_default();
     Ok((data, Some(copy)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{write, FakeServer};
+    use super::*;
+
+    #[test]
+    fn the_copy_of_a_durable_write_stays_until_it_is_flushed() {
+        let (_server, engine, _queue) = FakeServer::open();
+        let request = Request {
+            operation: Operation::Write { fua: true },
+            ..write()
+        };
+        let Ok(mut task) = Task::new(request, &engine.shared) else {
+            panic!("there is no memory");
+        };
+        assert_eq!(task.advance(&engine.shared.config), Next::Again);
+        let second = task.second_request();
+        assert_eq!(second.operation, Operation::Flush);
+        task.give_back(second.buffers);
+        assert!(task.copy.is_some());
+        // It is written again from there, and the second attempt gets it.
+        let mut task = task.after_loss();
+        let second = task.second_request();
+        assert_eq!(second.buffers.len(), 1);
+        task.give_back(second.buffers);
+        assert!(task.copy.is_some());
+    }
 }
