@@ -129,19 +129,14 @@ impl Config {
         self.path("sock")
     }
 
-    fn stats_dir(&self) -> Option<PathBuf> {
-        let root = self.stats_root.as_ref();
-        root.map(|root| stats::directory(root, self.pid))
-    }
-
     /// Removes the files of the device, which has ended.
     pub fn remove_files(&self) {
         // Those that stay are replaced or overwritten by those of the next process.
         let _ = fs::remove_file(self.control_path());
         let _ = fs::remove_file(self.nbd_path());
         let _ = fs::remove_file(self.inflight_path());
-        if let Some(dir) = self.stats_dir() {
-            let _ = fs::remove_dir_all(dir);
+        if let Some(root) = &self.stats_root {
+            let _ = fs::remove_dir_all(stats::directory(root, self.pid));
         }
     }
 
@@ -312,8 +307,8 @@ impl Device {
         let written = read_state(&mut store, &config.dir)
             .during("reading xenstore")?
             .unwrap_or(XenbusState::Unknown);
-        let stats = match &config.stats_dir() {
-            Some(dir) => Stats::in_file(dir, config.domain, config.device),
+        let stats = match &config.stats_root {
+            Some(root) => Stats::in_file(root, config.pid, config.domain, config.device),
             None => Stats::private(),
         };
         let path = config.control_path();

@@ -7,11 +7,18 @@
 
 use api::Counters;
 use std::fs;
+use std::fs::DirBuilder;
 use std::fs::OpenOptions;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::path::PathBuf;
 use xen_user::memory::Pages;
+
+/// The name of the directory of a process, before its number.
+const PREFIX: &str = "td3-";
 
 /// A counter, by its place in the file in bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -58,19 +65,23 @@ pub(crate) struct Stats(Pages);
 /// Returns the directory below `root`, which is `/dev/shm`, that `xentop` looks for by the number
 /// of the process.
 pub(crate) fn directory(root: &Path, pid: u32) -> PathBuf {
-    root.join(format!("td3-{pid}"))
+    root.join(format!("{PREFIX}{pid}"))
 }
 
 impl Stats {
-    /// Creates the file of a disk in a directory, which is created.
-    pub(crate) fn in_file(dir: &Path, domain: u16, device: u32) -> io::Result<Self> {
-        fs::create_dir_all(dir)?;
+    /// Creates the file of a disk in the directory of the process, below `root`, where any user may
+    /// create files. Removes the directories of processes that were killed.
+    pub(crate) fn in_file(root: &Path, pid: u32, domain: u16, device: u32) -> io::Result<Self> {
+        remove_stale(root);
+        let dir = directory(root, pid);
+        create_dir(&dir)?;
         let path = dir.join(format!("vbd-{domain}-{device}"));
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(true)
+            .custom_flags(libc::O_NOFOLLOW)
             .open(path)?;
         let counters = Pages::of_file(&file, 1)?;
         // The version of the layout.
@@ -117,16 +128,50 @@ impl Stats {
     }
 }
 
+/// Creates the directory of a process. One that is there must be of this user.
+fn create_dir(dir: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o755).create(dir) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && is_own(dir) => Ok(()),
+        Err(error) => Err(io::Error::new(
+            error.kind(),
+            format!("{}: {error}", dir.display()),
+        )),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// Returns `true` if a path is that of a directory of this user.
+fn is_own(path: &Path) -> bool {
+    let user = rustix::process::getuid().as_raw();
+    fs::symlink_metadata(path).is_ok_and(|data| data.is_dir() && data.uid() == user)
+}
+
+/// Removes the directories of this user whose processes have ended.
+fn remove_stale(root: &Path) {
+    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        let pid = pid.and_then(|pid| pid.parse::<u32>().ok());
+        let has_ended = pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+        if has_ended && is_own(&entry.path()) {
+            // It uses a page, and harms nobody.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::chown;
+    use std::os::unix::fs::symlink;
 
     #[test]
     fn the_file_has_the_layout_that_xentop_reads() {
         let root = tempfile::tempdir().unwrap();
         let dir = directory(root.path(), 7);
         assert_eq!(dir.file_name().unwrap(), "td3-7");
-        let stats = Stats::in_file(&dir, 5, 51712).unwrap();
+        let stats = Stats::in_file(root.path(), 7, 5, 51712).unwrap();
         stats.add(Counter::Reads, 2);
         stats.add(Counter::Reads, 1);
         stats.add(Counter::SectorsWritten, 8);
@@ -137,5 +182,45 @@ mod tests {
         assert_eq!((number(0), number(24), number(64)), (1, 3, 8));
         assert_eq!((number(40), number(72)), (50, 70));
         assert_eq!(stats.counters().reads, 3);
+    }
+
+    #[test]
+    fn files_of_others_are_left_alone() {
+        let (root, own) = (tempfile::tempdir().unwrap(), std::process::id());
+        let victim = root.path().join("victim");
+        fs::write(&victim, "data").unwrap();
+        let in_file = || Stats::in_file(root.path(), own, 5, 51712).map(drop);
+        // A directory that is none, and a file that is a link.
+        let dir = directory(root.path(), own);
+        symlink(root.path(), &dir).unwrap();
+        in_file().unwrap_err();
+        fs::remove_file(&dir).unwrap();
+        fs::create_dir(&dir).unwrap();
+        symlink(&victim, dir.join("vbd-5-51712")).unwrap();
+        in_file().unwrap_err();
+        assert_eq!(fs::read(&victim).unwrap(), b"data");
+        fs::remove_file(dir.join("vbd-5-51712")).unwrap();
+        in_file().unwrap();
+        in_file().unwrap();
+        if rustix::process::getuid().is_root() {
+            chown(&dir, Some(1), None).unwrap();
+            in_file().unwrap_err();
+        }
+    }
+
+    #[test]
+    fn directories_of_killed_processes_are_removed() {
+        let root = tempfile::tempdir().unwrap();
+        // No process has this number.
+        let stale = directory(root.path(), u32::MAX);
+        fs::create_dir(&stale).unwrap();
+        fs::write(stale.join("vbd-1-1"), "data").unwrap();
+        let other = root.path().join("td3-other");
+        fs::create_dir(&other).unwrap();
+        let own = std::process::id();
+        for _ in 0..2 {
+            Stats::in_file(root.path(), own, 5, 51712).unwrap();
+        }
+        assert!(!stale.exists() && other.exists() && directory(root.path(), own).exists());
     }
 }
