@@ -495,9 +495,9 @@ impl Device {
             QueueEvent::Ended => self.threads = self.threads.saturating_sub(1),
             QueueEvent::Broken(error) if current => {
                 let is_own = !matches!(error.failure(true), Failure::Frontend);
-                if is_own && self.state == BackState::Connected {
-                    // The queue starts no more requests. A successor of this process takes over the
-                    // rings, and starts them.
+                if is_own {
+                    // The queue starts no more requests, and may not end. A successor of this
+                    // process takes over the rings, or ends the connection.
                     return Err(error);
                 }
                 self.fail(&error)?;

@@ -300,6 +300,26 @@ fn a_disk_that_was_detached_without_a_process_is_finished() {
 }
 
 #[test]
+fn a_detach_ends_although_the_image_starts_no_more_requests() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let broken = image(false);
+    broken.set_faults(|faults| faults.broken = true);
+    let served = serve(&mut toolstack, broken, &Options::new(dir.path()));
+    let mut front = Front::connect(&mut toolstack, Choice::PLAIN);
+    toolstack.start_detach();
+    let request = write(&front, 0);
+    front.rings[0].put(request);
+    front.rings[0].publish();
+    wait_for("the end of the process", || served.is_finished());
+    served.join().unwrap().unwrap_err();
+    toolstack.host.unbind_channels().unwrap();
+    let served = serve(&mut toolstack, image(false), &Options::new(dir.path()));
+    front.set_state("6");
+    served.join().unwrap().unwrap();
+}
+
+#[test]
 fn a_process_whose_image_starts_no_more_requests_has_a_successor() {
     let dir = tempfile::tempdir().unwrap();
     let mut toolstack = Toolstack::new("w");
