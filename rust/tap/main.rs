@@ -267,7 +267,12 @@ fn watch(matches: &ArgMatches) -> Result<ExitStatus, Box<dyn Error>> {
     let mut options = options(matches, &config, &started.nodes, &uri, false);
     options.exclusive |= started.attachment.is_some();
     let image = started.image.map(Arc::new);
-    let status = monitor::run(server, started.store, permissions, image.clone())?;
+    let ended = monitor::run(server, started.store, permissions, image.clone())?;
+    let status = ended.status;
+    if ended.is_busy && !status.success() {
+        // The programs of the image end with this process, and a successor waits for that.
+        return Ok(status);
+    }
     if let Some(image) = image {
         image.stop()?;
     }

@@ -23,13 +23,19 @@ use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::process::ExitStatus;
 use std::process::Stdio;
+use std::sync::mpsc::channel;
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::thread;
+use std::time::Duration;
 use xen_user::proxy::Permissions;
 use xen_user::proxy::Proxy;
 use xen_user::xenstore::Xenstore;
+
+/// Time for which a request of a server that has ended is waited for.
+const CALL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The message with which the server gets its connection to xenstore.
 #[derive(Deserialize, Serialize)]
@@ -69,13 +75,21 @@ impl From<Failure> for engine::Error {
     }
 }
 
+/// The end of a server.
+pub struct Ended {
+    /// Its status.
+    pub status: ExitStatus,
+    /// A request of the server is still carried out, such as a check of the image.
+    pub is_busy: bool,
+}
+
 /// Starts the server with `command`, and serves it until it has ended.
 pub fn run(
     mut command: Command,
     store: Xenstore,
     permissions: Permissions,
     image: Option<Arc<Server>>,
-) -> io::Result<ExitStatus> {
+) -> io::Result<Ended> {
     let (handover, other) = Handover::pair()?;
     let (proxy, client) = Proxy::new(store, permissions)?;
     let mut child = command.stdin(Stdio::from(other)).spawn()?;
@@ -84,13 +98,19 @@ pub fn run(
     handover.send(&Start, Some(client.as_fd()))?;
     drop(client);
     let calls = thread::Builder::new().name("calls".to_owned());
-    let calls = calls.spawn(move || answer_calls(&handover, image.as_deref()))?;
+    let (ended, calls_ended) = channel::<()>();
+    calls.spawn(move || {
+        answer_calls(&handover, image.as_deref());
+        drop((image, ended));
+    })?;
     let proxied = proxy.run();
     let status = child.wait()?;
-    // It ends with the server, as it waits for nothing else.
-    let _ = calls.join();
+    let calls_ended = calls_ended.recv_timeout(CALL_TIMEOUT);
     proxied?;
-    Ok(status)
+    Ok(Ended {
+        status,
+        is_busy: calls_ended == Err(RecvTimeoutError::Timeout),
+    })
 }
 
 /// Answers the requests of the server until it has ended.
