@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::info::{Discard, Guarantees, Info};
 use crate::memory::{allocate, in_use};
 use crate::options::Options;
+use crate::reconnect::connect_in_time;
 use crate::uri::NbdExport;
 use crate::writes::Writes;
 use crate::{Engine, Queue};
@@ -206,9 +207,12 @@ impl Engine for NbdEngine {
 
     fn refresh(&self) -> Result<Info> {
         // The protocol tells the size at the start of a connection only.
-        let is_dirty = self.shared.writes.is_dirty();
-        let stream = self.shared.server.connect(Protocol::Nbd, is_dirty)?;
-        let (_, found) = negotiate(&self.shared.export, stream)?;
+        let shared = self.shared.clone();
+        let found = connect_in_time(move || {
+            let is_dirty = shared.writes.is_dirty();
+            let stream = shared.server.connect(Protocol::Nbd, is_dirty)?;
+            Ok(negotiate(&shared.export, stream)?.1)
+        })?;
         let block = u64::from(self.shared.info.logical_block_size);
         let size = found.size.saturating_sub(found.size % block);
         self.shared.size.store(size, Ordering::Relaxed);

@@ -15,14 +15,21 @@ use std::time::{Duration, Instant};
 /// Delays before the first and the later attempts to connect again.
 const BACKOFF: Range<Duration> = Duration::from_millis(50)..Duration::from_secs(2);
 
+/// Time for which a caller waits that has other things to do.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The server that is connected to.
 pub(crate) struct Target {
     /// Its name in messages.
     pub(crate) name: String,
     /// The remedy if it cannot be reached.
     pub(crate) remedy: &'static str,
-    /// Time after which no attempt is made, except the second: the first one may take longer.
+    /// No attempt begins after this time, except the second one, because the first may take longer
+    /// than that.
     pub(crate) timeout: Duration,
+    /// The number of connections that were lost, one after the other, without a reply: the first
+    /// attempt is delayed as if it came after so many others.
+    pub(crate) losses: u32,
 }
 
 /// A thread that connects, until it succeeds, its time is over or this is dropped.
@@ -78,6 +85,7 @@ fn connect_until<T>(
     mut connect: impl FnMut() -> Result<T>,
 ) -> Result<T> {
     let deadline = Instant::now() + target.timeout;
+    thread::sleep(delay_after(target.losses));
     let mut backoff = BACKOFF.start;
     let mut is_first = true;
     loop {
@@ -104,6 +112,34 @@ fn connect_until<T>(
     }
 }
 
+/// Returns the delay after a number of failures.
+fn delay_after(failures: u32) -> Duration {
+    let Some(doublings) = failures.checked_sub(1) else {
+        return Duration::ZERO;
+    };
+    let factor = 1u32.checked_shl(doublings).unwrap_or(u32::MAX);
+    BACKOFF.start.saturating_mul(factor).min(BACKOFF.end)
+}
+
+/// Calls a function that connects in a thread, and waits for a limited time for its result, for a
+/// caller that has other things to do.
+pub(crate) fn connect_in_time<T: Send + 'static>(
+    connect: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let (sender, result) = channel();
+    let thread = thread::Builder::new().name("connect".to_owned());
+    // If it takes longer, nothing waits for the result.
+    let started = thread.spawn(move || drop(sender.send(connect())));
+    started.map_err(|_| thread_error())?;
+    result.recv_timeout(CONNECT_TIMEOUT).unwrap_or_else(|_| {
+        Err(Error::new(
+            Errno::AGAIN,
+            format!("the server of the image does not answer in {CONNECT_TIMEOUT:?}"),
+            "check it, and try again",
+        ))
+    })
+}
+
 fn thread_error() -> Error {
     Error::new(
         Errno::AGAIN,
@@ -122,6 +158,7 @@ mod tests {
             name: "the server".to_owned(),
             remedy: "none",
             timeout: Duration::ZERO,
+            losses: 0,
         };
         let mut attempts = 0;
         let result = connect_until(&target, &AtomicBool::new(false), || {
@@ -138,5 +175,20 @@ mod tests {
         });
         assert_eq!(result.unwrap_err().errno(), Errno::NOTCONN);
         assert_eq!(attempts, 4);
+    }
+
+    #[test]
+    fn delays_grow_up_to_a_limit() {
+        let delays: Vec<_> = (0..100).map(delay_after).collect();
+        assert_eq!(delays[..2], [Duration::ZERO, BACKOFF.start]);
+        assert!(delays.is_sorted());
+        assert_eq!(delay_after(u32::MAX), BACKOFF.end);
+    }
+
+    #[test]
+    fn a_result_in_time_is_passed_on() {
+        assert_eq!(connect_in_time(|| Ok(7)).unwrap(), 7);
+        let error = connect_in_time(|| Err::<(), _>(thread_error())).unwrap_err();
+        assert_eq!(error.cause(), thread_error().cause());
     }
 }

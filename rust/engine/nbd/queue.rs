@@ -79,6 +79,8 @@ struct Requests {
     /// The cookies of the requests that were not sent yet, in order.
     unsent: VecDeque<u64>,
     next_cookie: u64,
+    /// The number of connections that were lost since the last reply.
+    losses: u32,
     completed: Vec<Completion>,
     shared: Arc<Shared>,
 }
@@ -142,6 +144,7 @@ impl Requests {
             entries: BTreeMap::new(),
             unsent: VecDeque::new(),
             next_cookie: 0,
+            losses: 0,
             completed: Vec::new(),
             shared,
         }
@@ -167,6 +170,7 @@ impl Requests {
     }
 
     fn complete(&mut self, cookie: u64, result: Result<()>) {
+        self.losses = 0;
         if let Some(entry) = self.entries.remove(&cookie) {
             match entry.request.operation {
                 Operation::Read => {}
@@ -549,6 +553,7 @@ impl NbdQueue {
         if !self.requests.entries.is_empty() {
             self.connect();
         }
+        self.requests.losses = self.requests.losses.saturating_add(1);
     }
 
     /// Starts a thread that connects.
@@ -558,6 +563,7 @@ impl NbdQueue {
             name: shared.export.to_string(),
             remedy: "check the NBD server and the network",
             timeout: shared.reconnect_timeout,
+            losses: self.requests.losses,
         };
         match Connecting::start(target, &self.event, move || shared.reconnect()) {
             Ok(connecting) => self.link = Link::Connecting(connecting),

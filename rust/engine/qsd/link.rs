@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::info::Info;
 use crate::options::Options;
+use crate::reconnect::connect_in_time;
 use crate::shared_memory::SharedMemory;
 use crate::uri::NbdExport;
 use crate::writes::Writes;
@@ -20,13 +21,8 @@ use rustix::io::Errno;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError, Weak};
 use std::thread;
-use std::time::Duration;
-
-/// Time for which a caller waits that has other things to do.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Stack of a thread that waits.
 const STACK: usize = 64 << 10;
@@ -145,14 +141,8 @@ impl Shared {
         if let Some(session) = self.current_session() {
             return Ok(session);
         }
-        let (sender, result) = channel();
         let shared = self.clone();
-        let builder = thread::Builder::new().name("connect".to_owned());
-        // If it takes longer, nothing waits for the result.
-        let started = builder.spawn(move || drop(sender.send(shared.session())));
-        started.map_err(|error| thread_error(&error))?;
-        let result = result.recv_timeout(CONNECT_TIMEOUT);
-        result.unwrap_or_else(|_| Err(not_connected()))
+        connect_in_time(move || shared.session())
     }
 
     /// Returns the connection, which is made again if it was lost.

@@ -262,6 +262,8 @@ impl QsdQueue {
             name: format!("qemu-storage-daemon for {}", shared.path.display()),
             remedy: "check the image, and the load of the host",
             timeout: shared.options.reconnect_timeout,
+            // Their number has a limit.
+            losses: 0,
         };
         let started = Connecting::start(target, &self.call, move || shared.session());
         self.connecting(started);

@@ -278,6 +278,15 @@ struct Script {
 impl Script {
     /// Starts the server, and opens its export.
     fn start(flags: u16, actions: impl IntoIterator<Item = Action>) -> (Self, Disk) {
+        Self::start_for(flags, actions, &Options::default())
+    }
+
+    /// Starts the server, and opens its export with these options.
+    fn start_for(
+        flags: u16,
+        actions: impl IntoIterator<Item = Action>,
+        options: &Options,
+    ) -> (Self, Disk) {
         let dir = TempDir::new().unwrap();
         let path = dir.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
@@ -295,7 +304,7 @@ impl Script {
             }
         });
         let uri = format!("nbd+unix:///?socket={}", path.display());
-        let engine = engine::open(&uri.parse().unwrap(), &Options::default());
+        let engine = engine::open(&uri.parse().unwrap(), options);
         (script, Disk::new(engine.unwrap()))
     }
 
@@ -393,5 +402,22 @@ fn a_durable_write_is_sent_again_as_a_whole() {
     assert_eq!(disk.errno(request), None);
     let commands = script.commands.lock().unwrap().clone();
     assert_eq!(commands, [WRITE, FLUSH, WRITE, FLUSH]);
+    disk.close();
+}
+
+#[test]
+fn a_server_that_ends_each_connection_is_not_flooded_with_them() {
+    let options = Options {
+        reconnect_timeout: Duration::from_millis(300),
+        ..Options::default()
+    };
+    let actions = (0..1 << 20).map(|_| Action::Close);
+    let (script, mut disk) = Script::start_for(SEND_FLUSH, actions, &options);
+    assert_eq!(disk.errno(Request::flush(1)), Some(Errno::NOTCONN));
+    // Four delays are longer than the limit.
+    let commands = script.commands.lock().unwrap().len();
+    assert!(commands <= 6, "{commands} connections");
+    script.actions.lock().unwrap().clear();
+    assert_eq!(disk.errno(Request::flush(1)), None);
     disk.close();
 }
