@@ -28,7 +28,7 @@ pub(crate) struct Target {
     /// than that.
     pub(crate) timeout: Duration,
     /// The number of connections that were lost, one after the other, without a reply: the first
-    /// attempt is delayed as if it came after so many others.
+    /// attempt has the delay of one after this number of failures.
     pub(crate) losses: u32,
 }
 

@@ -37,7 +37,7 @@ const SUBMIT_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) enum Op {
     /// `IORING_OP_READV` at an offset.
     Read(u64, Transfer),
-    /// `IORING_OP_WRITEV` at an offset; with `RWF_DSYNC` if `dsync` is set.
+    /// `IORING_OP_WRITEV` at an offset; with `RWF_DSYNC` for [`Sync::Data`].
     Write(u64, Transfer, Sync),
     /// `IORING_OP_FSYNC` with `IORING_FSYNC_DATASYNC`.
     Datasync,

@@ -152,7 +152,7 @@ pub(crate) fn is_dirty(path: &Path) -> bool {
     fs::read(path).is_ok_and(|contents| contents == DIRTY)
 }
 
-/// Whether a flush has failed, so that writes before it may be lost.
+/// The fact that a flush has failed, so that writes before it may be lost.
 #[derive(Default)]
 pub(crate) struct LostWrites {
     is_set: AtomicBool,

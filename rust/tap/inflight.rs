@@ -17,12 +17,13 @@
 //! answered with an index that was not published. It records those as taken first, because it uses
 //! that index for the response to another request. I/O of the dead process may still be in the
 //! kernel. It holds a lock of the image or of the disk, so the engine cannot open the image before
-//! that I/O has ended. NBD has no such lock.
+//! that I/O has ended. NBD has no such lock, nor have images of Ceph and GlusterFS that others may
+//! use.
 //!
 //! # Layout
 //!
-//! 32-bit words: a header of 16, in which the state of the disk is that a successor continues with,
-//! and for each queue a header of 16 and 32 for each slot of the ring.
+//! 32-bit words: a header of 16 with what a successor must know of the disk, and for each queue a
+//! header of 16 and 32 for each slot of the ring.
 
 use blkif::wire::Abi;
 use blkif::wire::Encode;

@@ -154,7 +154,7 @@ fn remove_stale(root: &Path) {
         let pid = pid.and_then(|pid| pid.parse::<u32>().ok());
         let has_ended = pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
         if has_ended && is_own(&entry.path()) {
-            // It uses a page, and harms nobody.
+            // What stays uses a page.
             let _ = fs::remove_dir_all(entry.path());
         }
     }

@@ -10,6 +10,7 @@
 //! |---|---|
 //! | [`device`] | the life of the disk in xenstore, in the main thread |
 //! | [`confine`] | takes away from the process what serving a guest does not take |
+//! | [`cluster`] | the same for a process with the library of Ceph |
 //! | [`launch`] | runs QEMU's programs, which parse images, with little but their files |
 //! | [`monitor`] | the process beside it, which does the little that it cannot do |
 //! | `connect` | reads what the frontend has chosen and maps its rings |

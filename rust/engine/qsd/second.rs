@@ -25,7 +25,7 @@ use std::thread;
 pub(super) struct SecondAttempts {
     /// The tasks whose requests the thread has, in order.
     tasks: VecDeque<Task>,
-    /// The number of the first ones, which a daemon may have carried out that has ended.
+    /// The number of those at the front that a daemon that has ended may have carried out.
     lost: usize,
     requests: Sender<Request>,
     results: Receiver<Completion>,
