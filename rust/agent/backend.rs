@@ -17,7 +17,7 @@ pub const INITIALISING: u32 = 1;
 pub const INIT_WAIT: u32 = 2;
 /// `Closing`: the disk is being detached.
 pub const CLOSING: u32 = 5;
-/// `Closed`: nothing of the guest is in use.
+/// `Closed`: nothing of the guest is in use. It may connect again if the disk is online.
 pub const CLOSED: u32 = 6;
 
 /// The contents of the directory of a disk.
@@ -25,6 +25,9 @@ pub const CLOSED: u32 = 6;
 pub struct Backend {
     /// The node `state`.
     pub state: u32,
+    /// The node `online`: the toolstack wants the disk, so a guest that has closed it may connect
+    /// again.
+    pub online: bool,
     /// The process that has the image open, the node `kthread-pid`.
     pub process: Option<u32>,
     /// The image that the node `params` names.
@@ -66,8 +69,10 @@ pub fn read(nodes: &mut impl Nodes, disk: DiskId) -> io::Result<Option<Backend>>
     let name = format!("/local/domain/{}/name", disk.domid);
     let params = nodes.read_text(&format!("{dir}/params"))?;
     let process = nodes.read_text(&format!("{dir}/kthread-pid"))?;
+    let online = nodes.read_text(&format!("{dir}/online"))?;
     Ok(Some(Backend {
         state: state.parse().unwrap_or_default(),
+        online: online.as_deref() == Some("1"),
         process: process.and_then(|process| process.parse().ok()),
         image: image_of(&params.unwrap_or_default()).to_owned(),
         // A driver domain may not read it.
@@ -165,12 +170,13 @@ mod tests {
         let backend = read(&mut store, DISK).unwrap().unwrap();
         assert_eq!((backend.state, backend.image.as_str()), (1, "aio:/a"));
         assert_eq!(backend.domain.as_deref(), Some("web"));
-        assert_eq!(backend.process, None);
+        assert_eq!((backend.process, backend.online), (None, false));
+        store.write("backend/vbd3/5/51712/online", "1").unwrap();
         store
             .write("backend/vbd3/5/51712/kthread-pid", "7")
             .unwrap();
         let backend = read(&mut store, DISK).unwrap().unwrap();
-        assert_eq!(backend.process, Some(7));
+        assert_eq!((backend.process, backend.online), (Some(7), true));
     }
 
     #[test]

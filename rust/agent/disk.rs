@@ -220,6 +220,13 @@ impl Disk {
         let disk = self.record.disk;
         let backend = backend::read(cx.store, disk)?;
         if let Some(backend) = &backend {
+            if self.is_former(backend) {
+                return self.start_over(backend, cx);
+            }
+            if backend.domain.is_some() {
+                // It has another name while it is migrated.
+                self.record.domain.clone_from(&backend.domain);
+            }
             // The node outlives the process: one that has ended may have opened the image.
             self.note_open(backend, cx)?;
         }
@@ -232,14 +239,14 @@ impl Disk {
             return self.watch_start(&backend, cx);
         }
         match backend.state {
-            backend::CLOSED => self.forget(cx),
+            backend::CLOSED if !backend.online => self.forget(cx),
             backend::CLOSING if self.has_nothing_to_end(&backend) => {
                 backend::change_state(cx.store, disk, backend::CLOSING, backend::CLOSED)?;
                 #[cfg(test)]
                 crate::crash::point("closed");
                 self.forget(cx)
             }
-            _ if self.refused => Ok(Next::Wait(None)),
+            _ if self.refused => self.announce_refusal(cx),
             state if self.ended.is_some() && self.is_attached(state) => {
                 let cause = self.ended.take().unwrap_or_default();
                 self.refuse(cx, cause)
@@ -250,7 +257,34 @@ impl Disk {
 
     /// Returns `true` if no process is needed to detach the disk: none has served it, or none can.
     fn has_nothing_to_end(&self, backend: &Backend) -> bool {
-        self.refused || self.failures >= CLOSING_TRIES || backend.process.is_none()
+        let cannot = self.failures >= CLOSING_TRIES && !backend.online;
+        self.refused || cannot || backend.process.is_none()
+    }
+
+    /// Returns `true` if this was served in a directory that was removed, and created again for
+    /// another disk of the same number.
+    fn is_former(&self, backend: &Backend) -> bool {
+        let is_new = backend.state == backend::INITIALISING && backend.process.is_none();
+        is_new && self.record.phase.is_running()
+    }
+
+    /// Waits for the end of the process of the former disk, then starts that of the new one.
+    fn start_over(&mut self, backend: &Backend, cx: &mut Context<'_>) -> io::Result<Next> {
+        let disk = self.record.disk;
+        if self
+            .process
+            .as_ref()
+            .is_some_and(|process| !process.has_ended())
+        {
+            return self.removed(cx);
+        }
+        if let Some(process) = self.process.take() {
+            let reason = process.reason(cx.run, disk);
+            api::message!("{disk}: the process of the former disk: {reason}");
+        }
+        cx.run.remove(disk)?;
+        *self = Self::new(disk, backend, cx.run, cx.program, cx.now);
+        self.start_when_due(backend, cx)
     }
 
     /// Returns `true` if the disk is being attached: the toolstack waits until it is served.
@@ -372,7 +406,10 @@ impl Disk {
         let disk = self.record.disk;
         api::message!("{disk}: not attached: {cause}");
         self.refused = true;
-        backend::report_error(cx.store, disk, &cause)?;
+        if let Err(error) = backend::report_error(cx.store, disk, &cause) {
+            // The script takes the cause from the record then.
+            api::message!("{disk}: {error}");
+        }
         #[cfg(test)]
         crate::crash::point("error written");
         self.record.phase = Phase::Failed { cause };
@@ -382,7 +419,12 @@ impl Disk {
         }
         #[cfg(test)]
         crate::crash::point("refusal recorded");
-        // The hotplug script, which runs in this state, reads the record.
+        self.announce_refusal(cx)
+    }
+
+    /// Has the hotplug script run, which reads the record.
+    fn announce_refusal(&mut self, cx: &mut Context<'_>) -> io::Result<Next> {
+        let disk = self.record.disk;
         backend::change_state(cx.store, disk, backend::INITIALISING, backend::INIT_WAIT)?;
         #[cfg(test)]
         crate::crash::point("refused");

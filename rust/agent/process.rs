@@ -33,8 +33,9 @@ const MAX_LOG: u64 = 1 << 20;
 /// Time between two checks of the sizes of messages.
 const LOG_PERIOD: Duration = Duration::from_secs(10);
 
-/// The greatest length of a message that is taken for a reason, in bytes.
-const MAX_MESSAGE: u64 = 4096;
+/// The greatest length of a message that is taken for a reason, in bytes. It fits in a request to
+/// xenstore, which has 4096 bytes.
+const MAX_MESSAGE: u64 = 2048;
 
 /// A process.
 pub struct Process {

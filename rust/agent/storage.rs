@@ -9,10 +9,12 @@
 use crate::events::{now, Journal};
 use api::{EventKind, StorageChange, StorageState, StorageStatus};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::process::{pidfd_open, Pid, PidfdFlags};
+use rustix::process::{kill_process_group, test_kill_process_group};
+use rustix::process::{pidfd_open, Pid, PidfdFlags, Signal};
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,6 +23,9 @@ use std::time::{Duration, Instant};
 
 /// Time from the start of a check to that of the next one, and limit for its answer.
 const PERIOD: Duration = Duration::from_secs(10);
+
+/// Time between two looks at the processes of a check that were killed.
+const GROUP_PERIOD: Duration = Duration::from_secs(1);
 
 /// Time after which storage is slow.
 const SLOW: Duration = Duration::from_secs(2);
@@ -167,12 +172,13 @@ impl Monitor {
     }
 
     fn check(&self) -> io::Result<()> {
-        let mut child = Command::new(&self.probe.program)
+        let child = Command::new(&self.probe.program)
             .args(["storage", "probe", "--"])
             .arg(&self.image)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
+            .process_group(0)
             .spawn()?;
         let began = Instant::now();
         if !has_ended(&child, SLOW)? {
@@ -180,7 +186,15 @@ impl Monitor {
         }
         if !has_ended(&child, PERIOD.saturating_sub(began.elapsed()))? {
             self.report(StorageState::Down, Some(silence(PERIOD)));
-            child.kill()?;
+            let group = Pid::from_child(&child);
+            // It fails only if all processes have ended meanwhile.
+            let _ = kill_process_group(group, Signal::KILL);
+            self.finish(child, began)?;
+            // Those of QEMU, which parse an image, may outlive the one that has started them.
+            while self.is_wanted() && test_kill_process_group(group).is_ok() {
+                thread::sleep(GROUP_PERIOD);
+            }
+            return Ok(());
         }
         self.finish(child, began)
     }
@@ -281,7 +295,7 @@ mod tests {
     fn probe(dir: &Path) -> Probe {
         let program = dir.join("rblk");
         let script = "#!/bin/sh\ncase $4 in\nfail) echo 'error: no route; check the network' >&2; exit 1 ;;\n\
-                      hang) exec sleep 600 ;;\nesac\n";
+                      hang) sleep 600 & echo $! > ${0%/*}/child; wait ;;\nesac\n";
         fs::write(&program, script).unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
         Probe {
@@ -321,6 +335,14 @@ mod tests {
         assert_eq!(slow.cause.as_deref(), Some("no answer for 2 seconds"));
         let down = wait_for(&storages, "a", StorageState::Down);
         assert_eq!(down.history.len(), 2);
+        // The process that the check has started is killed with it.
+        let child = fs::read_to_string(dir.path().join("child")).unwrap();
+        let stat = format!("/proc/{}/stat", child.trim());
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(" Z ")) {
+            assert!(Instant::now() < deadline, "{stat}");
+            thread::sleep(Duration::from_millis(5));
+        }
         let texts: Vec<String> = probe
             .journal
             .after(0, Duration::ZERO)

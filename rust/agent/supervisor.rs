@@ -67,6 +67,11 @@ pub struct Supervisor {
     program: PathBuf,
     options: TapOptions,
     disks: BTreeMap<DiskId, Entry>,
+    /// The disks that could not be added, and the error, which is reported once. They are tried
+    /// again.
+    failed: BTreeMap<DiskId, String>,
+    /// When they are tried again.
+    retry_at: Option<Instant>,
     commands: Receiver<Command>,
     wakeup: UnixStream,
     journal: Arc<Journal>,
@@ -93,6 +98,8 @@ impl Supervisor {
         wakeup.set_nonblocking(true)?;
         let supervisor = Self {
             disks,
+            failed: BTreeMap::new(),
+            retry_at: None,
             store,
             run,
             program,
@@ -132,6 +139,9 @@ impl Supervisor {
         let disks = self.disks.iter();
         let due = disks.filter(|(_, entry)| entry.is_due(now));
         changed.extend(due.map(|(disk, _)| *disk));
+        if self.retry_at.take_if(|time| *time <= now).is_some() {
+            changed.extend(self.failed.keys());
+        }
         for disk in &changed {
             self.update(*disk, now);
         }
@@ -185,12 +195,14 @@ impl Supervisor {
             .add_change(before.as_ref(), after.as_ref(), end);
         match result {
             Ok(Next::Wait(due)) => {
+                self.failed.remove(&disk);
                 if let Some(entry) = self.disks.get_mut(&disk) {
                     entry.due = due;
                     entry.error = None;
                 }
             }
             Ok(Next::Forget) => {
+                self.failed.remove(&disk);
                 if self.disks.remove(&disk).is_some() {
                     self.share_quota(disk.domid, None);
                 }
@@ -201,12 +213,18 @@ impl Supervisor {
 
     /// Has a disk updated again after an error.
     fn retry(&mut self, disk: DiskId, error: &str, now: Instant) {
-        let entry = self.disks.get_mut(&disk);
-        let known = entry.is_some_and(|entry| {
-            entry.due = Some(now + RETRY);
-            entry.error.replace(error.to_owned()).as_deref() == Some(error)
-        });
-        if !known {
+        let known = match self.disks.get_mut(&disk) {
+            Some(entry) => {
+                self.failed.remove(&disk);
+                entry.due = Some(now + RETRY);
+                entry.error.replace(error.to_owned())
+            }
+            None => {
+                self.retry_at.get_or_insert(now + RETRY);
+                self.failed.insert(disk, error.to_owned())
+            }
+        };
+        if known.as_deref() != Some(error) {
             api::message!("{disk}: {error}; it is tried again every second");
         }
     }
@@ -229,7 +247,7 @@ impl Supervisor {
     /// neither.
     fn add(&mut self, disk: DiskId, now: Instant) -> io::Result<bool> {
         let backend = match backend::read(&mut self.store, disk)? {
-            Some(backend) if backend.state != backend::CLOSED => backend,
+            Some(backend) if backend.state != backend::CLOSED || backend.online => backend,
             _ => return Ok(false),
         };
         let entry = Entry {
@@ -277,7 +295,8 @@ impl Supervisor {
         ];
         let processes = self.disks.values().filter_map(|entry| entry.disk.process());
         fds.extend(processes.map(|process| PollFd::new(process, PollFlags::IN)));
-        let due = self.disks.values().filter_map(|entry| entry.due).min();
+        let due = self.disks.values().filter_map(|entry| entry.due);
+        let due = due.chain(self.retry_at).min();
         let left = due.map(|due| due.saturating_duration_since(Instant::now()));
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
         match poll(&mut fds, timeout.as_ref()) {
@@ -458,6 +477,74 @@ mod tests {
         rig.until("record left", |rig| rig.run().records().unwrap().is_empty());
         rig.store.remove("backend/vbd3/5").unwrap();
         rig.until("disk left", |rig| rig.supervisor.disks.is_empty());
+    }
+
+    #[test]
+    fn a_disk_that_the_guest_has_closed_is_served_until_it_is_detached() {
+        let mut rig = Rig::new("serve");
+        let first = serve(&mut rig, 0);
+        let online = "backend/vbd3/5/51712/online";
+        rig.store.write(online, "1").unwrap();
+        rig.set_state("6");
+        first.kill();
+        let second = rig.process(first.pid());
+        rig.kill();
+        rig.run().remove(DISK).unwrap();
+        rig.start();
+        let adopted = rig.process(first.pid());
+        assert_eq!(adopted.pid(), second.pid());
+        rig.store.write(online, "0").unwrap();
+        second.kill();
+        rig.until("record left", |rig| rig.run().records().unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_name_of_a_guest_may_change() {
+        let mut rig = Rig::new("serve");
+        let name = "/local/domain/5/name";
+        rig.store.write(name, "web--incoming").unwrap();
+        serve(&mut rig, 0);
+        rig.store.write(name, "web").unwrap();
+        rig.set_state("4");
+        rig.until("not renamed", |rig| {
+            rig.record().domain.as_deref() == Some("web")
+        });
+    }
+
+    #[test]
+    fn a_disk_that_is_attached_again_gets_a_process_when_the_former_one_has_ended() {
+        let mut rig = Rig::new("serve");
+        let first = serve(&mut rig, 0);
+        rig.set_state("6");
+        rig.store.remove("backend/vbd3/5").unwrap();
+        rig.store
+            .write("backend/vbd3/5/51712/params", "serve b")
+            .unwrap();
+        rig.set_state("1");
+        let inflight = rig.dir.path().join("5-51712.inflight");
+        fs::write(&inflight, "").unwrap();
+        while rig.supervisor.step(Instant::now()).unwrap() {}
+        assert_eq!(rig.record().phase.pid(), Some(first.pid()));
+        first.kill();
+        let second = rig.process(first.pid());
+        assert_eq!(
+            (rig.record().image.as_str(), rig.state().as_str()),
+            ("serve b", "1")
+        );
+        assert!(!inflight.exists());
+        rig.open(&second);
+        rig.until("not recorded", |rig| rig.record().phase.is_running());
+    }
+
+    #[test]
+    fn a_refusal_whose_reason_cannot_be_written_is_completed() {
+        // xenstore takes 4096 bytes.
+        let mut rig = Rig::new(&format!("serve {}", "x".repeat(4040)));
+        rig.process(0);
+        let later = Instant::now() + crate::disk::OPEN_LIMIT;
+        rig.supervisor.step(later).unwrap();
+        assert_eq!(rig.state(), "2");
+        assert!(matches!(rig.record().phase, Phase::Failed { .. }));
     }
 
     #[test]

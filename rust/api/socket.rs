@@ -8,15 +8,20 @@
 use crate::agent::AgentCall;
 use crate::disk::{DiskAnswer, DiskCommand};
 use crate::failure::{Failure, FailureKind};
+use rustix::net::sockopt::{set_socket_timeout, Timeout};
+use rustix::net::{socket_with, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The greatest length in bytes of a line.
 pub const MAX_LINE: u64 = 1 << 20;
+
+/// The greatest number of characters of an error of `rblktap`.
+const MAX_ERROR: usize = 1024;
 
 /// A reply of `rblkd` on the wire.
 #[derive(Deserialize, Serialize)]
@@ -56,10 +61,16 @@ pub fn command<R: DeserializeOwned>(
         Answer::Success(value) => Ok(value),
         Answer::Failure { error } => Err(Failure::new(
             FailureKind::Refused,
-            error,
+            printable(&error),
             "check the image, see rblk disk list",
         )),
     }
+}
+
+/// Returns the text of a process, which a guest may have taken over, without control characters.
+fn printable(text: &str) -> String {
+    let shown = text.chars().filter(|letter| !letter.is_control());
+    shown.take(MAX_ERROR).collect()
 }
 
 fn ask<R: DeserializeOwned>(
@@ -79,14 +90,60 @@ fn ask<R: DeserializeOwned>(
 }
 
 fn exchange(socket: &Path, line: &str, timeout: Duration) -> io::Result<String> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(timeout))?;
-    stream.set_write_timeout(Some(timeout))?;
+    let deadline = Instant::now() + timeout;
+    let mut stream = Timed {
+        stream: connect(socket, timeout)?,
+        deadline,
+    };
     stream.write_all(line.as_bytes())?;
-    let mut reader = BufReader::new(stream);
-    match read_line(&mut reader)? {
+    match read_line(&mut BufReader::new(stream))? {
         Some(line) => Ok(line),
         None => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// Connects to a socket. One whose queue is full is waited for.
+fn connect(socket: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(socket)?;
+    let flags = SocketFlags::CLOEXEC;
+    let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    set_socket_timeout(&fd, Timeout::Send, Some(timeout))?;
+    rustix::net::connect(&fd, &address)?;
+    Ok(fd.into())
+}
+
+/// A stream whose reads and writes have a common deadline: the other end may send byte by byte.
+struct Timed {
+    stream: UnixStream,
+    deadline: Instant,
+}
+
+impl Timed {
+    /// Returns the time that is left.
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        match left.is_zero() {
+            true => Err(io::ErrorKind::TimedOut.into()),
+            false => Ok(left),
+        }
+    }
+}
+
+impl Read for Timed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(Some(self.left()?))?;
+        self.stream.read(buffer)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(Some(self.left()?))?;
+        self.stream.write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
     }
 }
 
@@ -263,6 +320,36 @@ mod tests {
         assert_eq!(kind(), FailureKind::NoAnswer);
         drop(listener);
         assert_eq!(kind(), FailureKind::NoAnswer);
+    }
+
+    #[test]
+    fn a_server_that_sends_byte_by_byte_or_accepts_no_one_is_a_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            while stream.write_all(b" ").is_ok() {
+                thread::sleep(Duration::from_millis(2));
+            }
+            listener
+        });
+        let list = || call::<u32>(&path, &AgentCall::List, Duration::from_millis(50));
+        assert_eq!(list().unwrap_err().kind, FailureKind::NoAnswer);
+        let listener = server.join().unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let _waiting = UnixStream::connect(&path).unwrap();
+        let failure = list().unwrap_err();
+        assert!(
+            failure.text.cause.ends_with("no answer in time"),
+            "{failure}"
+        );
+    }
+
+    #[test]
+    fn an_error_of_a_process_is_printable() {
+        assert_eq!(printable("a\x1b[2J\nb"), "a[2Jb");
+        assert_eq!(printable(&"x".repeat(MAX_ERROR + 1)).len(), MAX_ERROR);
     }
 
     #[test]
