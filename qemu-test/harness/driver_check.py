@@ -20,11 +20,11 @@ def assert_served_by_pair(
 ) -> None:
     """Checks that the loaded drivers are the files of this run's pair, and no others are present.
 
-    The backend is that of the host's server, of another `server`, or QEMU or rblktap in dom0.
+    The backend is that of the host's server or of another `server`, or QEMU in dom0.
     """
     server = server or host.server
     if host.pair.name.endswith(f"/{TAP}"):
-        _assert_served_by_rblktap(host, guest, vdev)
+        _assert_served_by_rblktap(server, guest, vdev)
     elif host.pair.back is None:
         _assert_served_by_qemu(host, guest, vdev)
     else:
@@ -56,16 +56,16 @@ def _assert_served_by_qemu(host: XenHost, guest: Guest, vdev: str) -> None:
     assert seen == ["4", "/qemu/qemu"]
 
 
-def _assert_served_by_rblktap(host: XenHost, guest: Guest, vdev: str) -> None:
+def _assert_served_by_rblktap(server: Server, guest: Guest, vdev: str) -> None:
     """Asserts that a process of rblktap serves the disk, and that there is no backend module."""
     node = guest.sh(f"cat /sys/block/{vdev}/device/nodename")
-    back, *seen = host.sh(
+    back, *seen = server.sh(
         f"back=$(xenstore-read /local/domain/{guest.domid}/{node}/backend); echo $back\n"
         "xenstore-read $back/state\n"
         "readlink /proc/$(xenstore-read $back/kthread-pid)/exe\n"
         "find / -xdev -name '*blkback.ko*'; find /sys/module -maxdepth 1 -name '*blkback'"
     ).split()
-    assert back.startswith(f"/local/domain/0/backend/vbd3/{guest.domid}/"), back
+    assert back.startswith(f"/local/domain/{server.domid}/backend/vbd3/{guest.domid}/"), back
     assert seen == ["4", "/payload/rblktap"]
 
 

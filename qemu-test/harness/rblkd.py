@@ -19,6 +19,8 @@ from .toolstack import CODES
 
 if TYPE_CHECKING:
     from .guest import Guest
+    from .kernel import Kernel
+    from .storage import Storage
     from .xenhost import Server
     from .xenhost import XenHost
 
@@ -30,6 +32,8 @@ NAMES = (
     "xen-hotplug-common.sh", "xen-script-common.sh",
 )  # fmt: skip
 LOG = "/tmp/rblkd.log"
+STORAGE_MODULES = ("xen-gntdev", "xen-evtchn")
+"""What a driver domain needs to serve disks from user space."""
 
 _INSTALL = f"""
 mkdir -p /dev/shm && chmod 755 {rblktap.PROGRAM}
@@ -62,6 +66,17 @@ def files() -> dict[str, str | bytes]:
     }
 
 
+def storage_files(kernel: Kernel) -> dict[str, bytes]:
+    """Returns what a driver domain has to contain for `start_in`."""
+    modules = {f"/modules/{name}.ko": kernel.module(name) for name in STORAGE_MODULES}
+    return {
+        **modules,
+        rblktap.PROGRAM: rblktap.program(),
+        "/usr/sbin/rblkd": rblktap.program("rblkd"),
+        "/usr/bin/rblk": rblktap.program("rblk"),
+    }
+
+
 @dataclass
 class RblkDisk(TapDisk):
     """A disk that rblkd serves.
@@ -75,8 +90,9 @@ class RblkDisk(TapDisk):
     def specification(self, _server: Server) -> str:
         """Returns the disk in xl's syntax."""
         script = f"script={self.script}," if self.script else ""
+        backend = f"backend={self.backend}," if self.backend else ""
         return (
-            f"format=raw,vdev={self.vdev},access={self.mode},backendtype=tap,"
+            f"format=raw,vdev={self.vdev},access={self.mode},backendtype=tap,{backend}"
             f"{script}target={self.uri() if self.script else self.path()}"
         )
 
@@ -99,7 +115,15 @@ def install(host: XenHost, mount: bool = True) -> None:
     host.sh(_INSTALL)
 
 
-def start(host: XenHost, program: str = rblktap.PROGRAM) -> None:
+def start_in(storage: Storage) -> None:
+    """Starts rblkd in a driver domain that has `storage_files`."""
+    for module in STORAGE_MODULES:
+        storage.insmod(module)
+    storage.sh("mkdir -p /dev/shm /srv")
+    start(storage)
+
+
+def start(host: Server, program: str = rblktap.PROGRAM) -> None:
     """Starts rblkd, with the program that serves disks, and waits until it answers."""
     host.sh(
         f"setsid rblkd --program {program} >> {LOG} 2>&1 < /dev/null & echo $! > /run/rblkd.pid"

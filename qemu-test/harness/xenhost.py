@@ -76,7 +76,8 @@ class XenHost:
     `log_writes` QEMU logs the writes to that disk, see writelog.py. `programs`
     are in /payload/programs of dom0 and in /programs of each guest; `tools` of
     the build root, with their libraries, and `files`, content by name, are below
-    /payload; `extra` are more arguments for QEMU. `image` may be a function of the
+    /payload; `storage_files`, executables by path, are in each driver domain; `extra` are more
+    arguments for QEMU. `image` may be a function of the
     part of the guest's initramfs that has the frontend.
     """
 
@@ -95,6 +96,7 @@ class XenHost:
         extra: Sequence[str] = (),
         tools: Sequence[str] = (),
         files: Mapping[str, str | bytes] | None = None,
+        storage_files: Mapping[str, bytes] | None = None,
     ) -> None:
         self.logs = Path(logs).resolve()
         shutil.rmtree(self.logs, ignore_errors=True)
@@ -111,7 +113,7 @@ class XenHost:
         self.disk = self.logs / "disk"
         payload = self.logs / "payload"
         front = self._write_payload(
-            payload, modules, programs, front_parameters, tools, files or {}
+            payload, modules, programs, front_parameters, tools, files or {}, storage_files or {}
         )
         if callable(image):
             image = image(front)
@@ -167,6 +169,7 @@ class XenHost:
         front_parameters: str,
         tools: Sequence[str],
         files: Mapping[str, str | bytes],
+        storage_files: Mapping[str, bytes],
     ) -> bytes:
         if not self.has_pair:
             blank(path, DISK_SIZES["payload"])
@@ -183,6 +186,8 @@ class XenHost:
             add_program(payload, tool)
         for name, content in files.items():
             payload.data(f"/{name}", content)
+        for name, program in storage_files.items():
+            storage.data(name, program, 0o755)
         for module in modules:
             for archive in (front, storage, payload):
                 add_built_module(archive, f"/modules/{Path(module).name}", module)
