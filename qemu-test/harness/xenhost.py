@@ -186,8 +186,8 @@ class XenHost:
             add_program(payload, tool)
         for name, content in files.items():
             payload.data(f"/{name}", content)
-        for name, program in storage_files.items():
-            storage.data(name, program, 0o755)
+        for name, executable in storage_files.items():
+            storage.data(name, executable, 0o755)
         for module in modules:
             for archive in (front, storage, payload):
                 add_built_module(archive, f"/modules/{Path(module).name}", module)
