@@ -20,6 +20,7 @@ use crate::connect::Parts;
 pub use crate::connect::Xen;
 use crate::control::ControlSocket;
 use crate::disk::Disk;
+use crate::drain::DrainFlush;
 use crate::error::During;
 use crate::error::Error;
 use crate::inflight::InflightFile;
@@ -256,6 +257,7 @@ pub struct Device {
     paused: bool,
     /// When a drain ends by itself.
     drain_end: Option<Instant>,
+    drain_flush: DrainFlush,
     quota: Quota,
     connects: TokenBucket,
     /// Limits the messages about failures, which a frontend can cause.
@@ -338,6 +340,7 @@ impl Device {
             draining: false,
             paused: inflight.is_paused(),
             drain_end: None,
+            drain_flush: DrainFlush::Due,
             inflight,
             quota: config.quota,
             connects: TokenBucket::new(CONNECTIONS, CONNECTION_MS, 0),
@@ -809,7 +812,12 @@ impl Device {
 
     fn command(&mut self, command: DiskCommand) -> Result<DiskAnswer, String> {
         match command {
-            DiskCommand::Stats => Ok(DiskAnswer::Status(Box::new(self.status()))),
+            DiskCommand::Stats => {
+                let is_flushed = self.flush_drained().map_err(|error| error.to_string())?;
+                let mut status = self.status();
+                status.paused &= is_flushed;
+                Ok(DiskAnswer::Status(Box::new(status)))
+            }
             DiskCommand::Pause => {
                 self.inflight.set_paused(true);
                 Ok(self.set_paused(true))
@@ -829,6 +837,17 @@ impl Device {
                 Err(error) => Err(error.to_string()),
             },
         }
+    }
+
+    /// Has the server of the image, if it belongs to that, write its caches when the disk is
+    /// drained. Returns `true` if it has.
+    fn flush_drained(&mut self) -> engine::Result<bool> {
+        let has_caches = self.engine.shared_memory().is_some() && !self.engine.info().read_only;
+        if self.drain_end.is_none() || !has_caches {
+            return Ok(true);
+        }
+        let is_quiet = self.queues.iter().all(|queue| queue.is_paused());
+        Ok(is_quiet && self.drain_flush.poll(&*self.engine)?)
     }
 
     fn status(&self) -> DiskStatus {
@@ -854,6 +873,7 @@ impl Device {
     /// Sets whether requests are taken from the rings, and ends a drain.
     fn set_paused(&mut self, paused: bool) -> DiskAnswer {
         self.drain_end = None;
+        self.drain_flush = DrainFlush::Due;
         self.paused = paused;
         for queue in &self.queues {
             queue.pause(paused);

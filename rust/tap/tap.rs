@@ -18,6 +18,7 @@
 //! | `memory` | moves data between the frontend's pages and the image |
 //! | `barrier` | orders the requests of all rings around a barrier |
 //! | `inflight` | the in-flight table, from which a successor completes requests after a kill |
+//! | `drain` | the flush of a disk before its process is replaced |
 //! | `control` | the socket for `rblkd` |
 //! | `stats` | counters, as JSON and for `xentop` |
 //!
@@ -36,6 +37,7 @@ mod connect;
 mod control;
 pub mod device;
 mod disk;
+mod drain;
 mod error;
 mod filter;
 mod handover;

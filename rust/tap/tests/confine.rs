@@ -364,6 +364,11 @@ fn serve_format_confined(format: &str, options: &[&str]) {
         assert_eq!(control_with(dir, &resize)["sectors"], SIZE / 256);
         verify(&mut front);
     }
+    // The daemon writes its caches before the process is replaced.
+    assert_eq!(control(dir, "drain")["paused"], true);
+    wait_for("the flush", || control(dir, "stats")["paused"] == true);
+    control(dir, "resume");
+    verify(&mut front);
     assert_eq!(control(dir, "stats")["counters"]["errors"], 0);
     toolstack.start_detach();
     front.set_state("6");
