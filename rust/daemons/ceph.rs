@@ -56,11 +56,7 @@ impl Ceph {
             daemon("ceph-mon", id)
         });
         let mons = mons.collect();
-        let ceph = |args: &[&str]| {
-            let mut all = vec!["-c", conf, "--connect-timeout", "60"];
-            all.extend(args);
-            run("ceph", &all)
-        };
+        let ceph = |args: &[&str]| ceph(conf, args);
         let osds = ids.iter().map(|id| {
             let uuid = format!("{OSD}{id}");
             ceph(&["osd", "new", &uuid, id]);
@@ -82,6 +78,11 @@ impl Ceph {
         self.dir.join("ceph.conf").to_str().unwrap().to_owned()
     }
 
+    /// Runs `ceph` with arguments.
+    pub fn ceph(&self, args: &[&str]) -> String {
+        ceph(&self.conf(), args)
+    }
+
     /// Runs `rbd` with arguments.
     pub fn rbd(&self, args: &[&str]) -> String {
         let conf = self.conf();
@@ -89,6 +90,12 @@ impl Ceph {
         all.extend(args);
         run("rbd", &all)
     }
+}
+
+fn ceph(conf: &str, args: &[&str]) -> String {
+    let mut all = vec!["-c", conf, "--connect-timeout", "60"];
+    all.extend(args);
+    run("ceph", &all)
 }
 
 fn configuration(dir: &Path, mons: &str, replicas: u16) -> String {

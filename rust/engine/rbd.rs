@@ -30,10 +30,26 @@ use std::time::{Duration, Instant};
 /// cannot be reached is an error before the limit of `rblkd` for opening an image.
 const SETTINGS: [(&str, &str); 2] = [("rbd_cache", "false"), ("client_mount_timeout", "6")];
 
+/// The key of the setting of the cache in the metadata of an image or of a pool.
+const CACHE: &str = "conf_rbd_cache";
+
 /// Settings of a connection for administration, whose operations fail when the storage daemons do
 /// not answer. Those of a disk wait.
 const ADMIN_SETTINGS: [(&str, &str); 3] =
     [SETTINGS[0], SETTINGS[1], ("rados_osd_op_timeout", "20")];
+
+/// Settings of a connection that fences. The client is added to the blocklist before its lock is
+/// broken: librbd would do that for an hour only.
+const FENCE_SETTINGS: [(&str, &str); 4] = [
+    ADMIN_SETTINGS[0],
+    ADMIN_SETTINGS[1],
+    ADMIN_SETTINGS[2],
+    ("rbd_blocklist_on_break_lock", "false"),
+];
+
+/// Time in seconds for which the storage daemons refuse a client that was fenced: a year. A host
+/// that was frozen or cut off for longer may send writes of before.
+const FENCE_SECONDS: u32 = 31_536_000;
 
 /// The characters that are encoded in the name of a file.
 const ENCODED: &AsciiSet = &CONTROLS.add(b'/').add(b'%');
@@ -71,6 +87,9 @@ pub fn open(name: &RbdImageName, options: &Options) -> Result<Box<dyn Engine>> {
     }
     let rbd = RbdImage::open(pool, &name.image, name.snapshot.as_deref(), read_only)
         .map_err(|errno| open_error(errno, name))?;
+    if !read_only {
+        check_cache(&rbd, name)?;
+    }
     let owner_file = match needs_lock(name, options) {
         true => Some(acquire_lock(&rbd, name, options)?),
         false => None,
@@ -131,6 +150,24 @@ fn open_error(errno: Errno, name: &RbdImageName) -> Error {
     Error::new(errno, format!("opening {name}: {errno}"), remedy)
 }
 
+/// Checks that librbd's cache is off: metadata of an image or of its pool override [`SETTINGS`].
+fn check_cache(rbd: &RbdImage, name: &RbdImageName) -> Result<()> {
+    let failed = |errno| open_error(errno, name);
+    let of_image = rbd.metadata(CACHE).map_err(failed)?;
+    let value = match of_image {
+        Some(value) => Some(value),
+        None => rbd.pool_metadata(CACHE).map_err(failed)?,
+    };
+    match value.as_deref() {
+        None | Some("false" | "0" | "no" | "off") => Ok(()),
+        Some(value) => Err(Error::new(
+            Errno::INVAL,
+            format!("{name} has the setting rbd_cache={value}, which loses completed writes"),
+            "remove it: rbd config image rm IMAGE rbd_cache, or rbd config pool rm POOL rbd_cache",
+        )),
+    }
+}
+
 /// Acquires the exclusive lock, and returns the file with the address of this client.
 ///
 /// If the image was not closed, the lock of the process before this one is broken first, by the
@@ -188,7 +225,7 @@ fn locked(name: &RbdImageName, owner: String) -> Error {
     Error::new(
         Errno::BUSY,
         format!("{name} is in use by the client with the address {owner}"),
-        "detach it there first; the lock of a client that died is released after 30 seconds",
+        "detach it there first; if that client has died, remove its lock: rbd lock ls, rbd lock rm",
     )
 }
 
@@ -313,8 +350,17 @@ impl RbdPool {
     ///
     /// The error is `EBUSY` or `ENOTEMPTY` while it is open for writing or has a clone.
     pub fn remove(&self, image: &str, snapshots: &[String]) -> Result<()> {
-        for snapshot in snapshots {
-            self.remove_snapshot(image, snapshot)?;
+        if !snapshots.is_empty() {
+            let failed = |errno| self.error("removing a snapshot of", image, errno);
+            let open = self.open(image)?;
+            // An image that another client has open for writing keeps its snapshots.
+            open.acquire_lock().map_err(|errno| match errno {
+                Errno::ROFS => failed(Errno::BUSY),
+                errno => failed(errno),
+            })?;
+            for snapshot in snapshots {
+                open.remove_snapshot(snapshot).map_err(failed)?;
+            }
         }
         let removed = self.pool.remove(image);
         removed.map_err(|errno| self.error("removing", image, errno))
@@ -361,15 +407,17 @@ impl RbdPool {
 
     /// Breaks the exclusive lock of an image, if a client has it.
     ///
-    /// The storage daemons no longer accept requests of that client. `confirm` is called after the
-    /// client was found, and prevents that by an error.
+    /// The storage daemons accept no request of that client for a year. `confirm` is called after
+    /// the client was found, and prevents that by an error.
     pub fn fence(&self, image: &str, confirm: &dyn Fn() -> Result<()>) -> Result<()> {
         let failed = |errno| self.error("breaking the lock of", image, errno);
-        let open = self.open(image)?;
+        let pool = Arc::new(connect(&self.address, &FENCE_SETTINGS)?);
+        let open = RbdImage::open(pool.clone(), image, None, false).map_err(failed)?;
         let Some(owner) = open.lock_owner().map_err(failed)? else {
             return Ok(());
         };
         confirm()?;
+        pool.refuse_client(&owner, FENCE_SECONDS).map_err(failed)?;
         match open.break_lock(&owner) {
             // The client has released it.
             Ok(()) | Err(Errno::NOENT) => Ok(()),

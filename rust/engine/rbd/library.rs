@@ -44,6 +44,9 @@ const FEATURES: u64 = 0x3d;
 /// `RBD_IMAGE_OPTION_FEATURES`.
 const OPTION_FEATURES: c_int = 1;
 
+/// The greatest length of a value of metadata that is read.
+const MAX_METADATA: usize = 4096;
+
 /// The number of snapshots for which there is room at first.
 const SNAPSHOTS: usize = 64;
 
@@ -94,6 +97,7 @@ functions! {
         rados_conf_set(Handle, *const c_char, *const c_char) -> c_int;
         rados_connect(Handle) -> c_int;
         rados_shutdown(Handle) -> ();
+        rados_blocklist_add(Handle, *mut c_char, u32) -> c_int;
         rados_ioctx_create(Handle, *const c_char, *mut Handle) -> c_int;
         rados_ioctx_set_namespace(Handle, *const c_char) -> ();
         rados_ioctx_destroy(Handle) -> ();
@@ -111,6 +115,8 @@ functions! {
         rbd_remove(Handle, *const c_char) -> c_int;
         rbd_resize2(Handle, u64, bool, Progress, *mut c_void) -> c_int;
         rbd_get_size(Handle, *mut u64) -> c_int;
+        rbd_metadata_get(Handle, *const c_char, *mut c_char, *mut size_t) -> c_int;
+        rbd_pool_metadata_get(Handle, *const c_char, *mut c_char, *mut size_t) -> c_int;
         rbd_snap_list(Handle, *mut SnapshotInfo, *mut c_int) -> c_int;
         rbd_snap_list_end(*mut SnapshotInfo) -> ();
         rbd_snap_create(Handle, *const c_char) -> c_int;
@@ -148,7 +154,7 @@ fn functions() -> Result<&'static Functions> {
         Error::new(
             Errno::NOENT,
             format!("loading librbd: {error}"),
-            "install librbd1, version 15 or later",
+            "install librbd1, version 16 or later",
         )
     })
 }
@@ -164,6 +170,26 @@ fn converted(result: c_int) -> std::result::Result<c_int, Errno> {
 /// Returns a text as the libraries take it.
 fn c_string(text: &str) -> std::result::Result<CString, Errno> {
     CString::new(text).map_err(|_| Errno::INVAL)
+}
+
+/// Reads a value of metadata with `get`, which is called with a text and with memory for the value,
+/// of the length that the last argument has and changes.
+fn read_metadata(
+    key: &str,
+    get: impl FnOnce(*const c_char, *mut c_char, *mut size_t) -> c_int,
+) -> std::result::Result<Option<String>, Errno> {
+    let key = c_string(key)?;
+    let mut value = vec![0u8; MAX_METADATA];
+    let mut length = value.len();
+    match converted(get(key.as_ptr(), value.as_mut_ptr().cast(), &mut length)) {
+        Ok(_) => {
+            let end = value.iter().position(|byte| *byte == 0);
+            value.truncate(end.unwrap_or(0));
+            Ok(Some(String::from_utf8_lossy(&value).into_owned()))
+        }
+        Err(Errno::NOENT) => Ok(None),
+        Err(errno) => Err(errno),
+    }
 }
 
 /// A connection to a pool of a cluster.
@@ -251,6 +277,21 @@ impl Pool {
                 (self.functions.rados_conf_set)(self.cluster, key.as_ptr(), value.as_ptr())
             })?;
         }
+        Ok(())
+    }
+
+    /// Has the storage daemons refuse the client with an address for some time.
+    pub(super) fn refuse_client(
+        &self,
+        address: &str,
+        seconds: u32,
+    ) -> std::result::Result<(), Errno> {
+        let address = c_string(address)?;
+        // SAFETY: By the type invariants; the library only reads the text.
+        converted(unsafe {
+            let address = address.as_ptr().cast_mut();
+            (self.functions.rados_blocklist_add)(self.cluster, address, seconds)
+        })?;
         Ok(())
     }
 
@@ -411,6 +452,23 @@ impl RbdImage {
         // SAFETY: By the type invariants.
         converted(unsafe { (self.pool.functions.rbd_get_size)(self.handle, &mut size) })?;
         Ok(size)
+    }
+
+    /// Returns a value of the image's metadata, if there is one.
+    pub(super) fn metadata(&self, key: &str) -> std::result::Result<Option<String>, Errno> {
+        read_metadata(key, |key, value, length| {
+            // SAFETY: By the type invariants and the requirements of `read_metadata`.
+            unsafe { (self.pool.functions.rbd_metadata_get)(self.handle, key, value, length) }
+        })
+    }
+
+    /// Returns a value of the metadata of the image's pool, if there is one.
+    pub(super) fn pool_metadata(&self, key: &str) -> std::result::Result<Option<String>, Errno> {
+        let ioctx = self.pool.ioctx;
+        read_metadata(key, |key, value, length| {
+            // SAFETY: As above, by the type invariants of the pool.
+            unsafe { (self.pool.functions.rbd_pool_metadata_get)(ioctx, key, value, length) }
+        })
     }
 
     /// Enlarges the image. The error is `EINVAL` if it is larger.

@@ -223,6 +223,36 @@ fn one_daemon_of_three_is_killed_at_a_time_and_io_continues() {
 }
 
 #[test]
+fn an_image_with_a_cache_is_refused() {
+    let image = Image::create();
+    let config = |words: &[&str]| {
+        let name = format!("rbd/{}", image.name);
+        let [verb, rest @ ..] = words else { return };
+        ceph().rbd(&[&["config", "image", verb, &name, "rbd_cache"], rest].concat());
+    };
+    config(&["set", "true"]);
+    let error = image.open(&Options::default()).err().unwrap();
+    assert!(error.to_string().contains("rbd config image rm"), "{error}");
+    config(&["set", "false"]);
+    image.disk().close();
+    config(&["rm"]);
+    image.disk().close();
+}
+
+#[test]
+fn an_image_that_is_open_keeps_its_snapshots() {
+    let image = Image::create();
+    let (pool, snapshots) = (image.pool(), ["first".to_owned()]);
+    let disk = image.disk();
+    pool.snapshot(&image.name, "first").unwrap();
+    let error = pool.remove(&image.name, &snapshots).unwrap_err();
+    assert_eq!(error.errno(), Errno::BUSY, "{error}");
+    assert_eq!(pool.snapshots(&image.name).unwrap(), snapshots);
+    disk.close();
+    pool.remove(&image.name, &snapshots).unwrap();
+}
+
+#[test]
 fn snapshots_and_clones() {
     let image = Image::create();
     let pool = image.pool();
