@@ -81,7 +81,7 @@ functions! {
     glfs_creat(Handle, *const c_char, c_int, mode_t) -> Handle;
     glfs_open(Handle, *const c_char, c_int) -> Handle;
     glfs_close(Handle) -> c_int;
-    glfs_lseek(Handle, off_t, c_int) -> off_t;
+    glfs_fstat(Handle, *mut libc::stat) -> c_int;
     glfs_ftruncate(Handle, off_t, *mut c_void, *mut c_void) -> c_int;
     glfs_fallocate(Handle, c_int, off_t, size_t) -> c_int;
     glfs_fdatasync(Handle, *mut c_void, *mut c_void) -> c_int;
@@ -314,12 +314,14 @@ impl File {
     }
 
     /// Returns the size in bytes.
+    ///
+    /// `glfs_lseek` would return the offset of the handle, which requests in flight change.
     pub(super) fn size(&self) -> std::result::Result<u64, Errno> {
-        // SAFETY: By the type invariants.
-        let size = converted(unsafe {
-            (self.volume.functions.glfs_lseek)(self.handle, 0, libc::SEEK_END)
-        })?;
-        Ok(u64::try_from(size).unwrap_or(0))
+        // SAFETY: The structure has integers only, for which zero is a valid value.
+        let mut stat: libc::stat = unsafe { mem::zeroed() };
+        // SAFETY: By the type invariants; the library only writes that structure.
+        converted(unsafe { (self.volume.functions.glfs_fstat)(self.handle, &mut stat) })?;
+        Ok(u64::try_from(stat.st_size).unwrap_or(0))
     }
 
     /// Changes the size.
