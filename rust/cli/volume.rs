@@ -74,7 +74,9 @@ pub fn run_volume(command: &VolumeCommand, json: bool) -> Result<(), Error> {
         VolumeCommand::HandOver { volume, host } => {
             Ok(registry.hand_over(volume, host).map_err(failure)?)
         }
-        VolumeCommand::Gc { storage } => collect(&registry, storage.as_deref(), json),
+        VolumeCommand::Gc { storage, unknown } => {
+            collect(&registry, storage.as_deref(), *unknown, json)
+        }
     }
 }
 
@@ -133,17 +135,16 @@ fn names(registry: &Registry<Etcd>, name: Option<&str>) -> Result<Vec<String>, F
     Ok(storages.into_iter().map(|storage| storage.name).collect())
 }
 
-/// Opens storages and lists their images. Fails if one cannot be used, after it has tried all.
+/// Opens storages and counts their images. Fails if one cannot be used, after it has tried all.
 fn check_storages(registry: &Registry<Etcd>, json: bool) -> Result<(), Error> {
     let mut rows = vec![["NAME", "IMAGES", "STATE"].map(str::to_owned)];
     let mut all = Vec::new();
     let mut failed = None;
     for name in names(registry, None)? {
-        let images = registry.storage(&name).and_then(|storage| storage.list());
-        match images {
+        match registry.check_storage(&name) {
             Ok(images) => {
-                all.push(json!({"name": name, "images": images.len(), "error": null}));
-                rows.push([name, images.len().to_string(), "ok".to_owned()]);
+                all.push(json!({"name": name, "images": images, "error": null}));
+                rows.push([name, images.to_string(), "ok".to_owned()]);
             }
             Err(error) => {
                 all.push(json!({"name": name, "images": null, "error": error.to_string()}));
@@ -245,16 +246,34 @@ fn info(volume: &VolumeInfo, json: bool) -> Result<(), Error> {
     Ok(())
 }
 
-fn collect(registry: &Registry<Etcd>, storage: Option<&str>, json: bool) -> Result<(), Error> {
+/// Collects the images of one or all storages. Fails if one cannot be used, after it has tried all.
+fn collect(
+    registry: &Registry<Etcd>,
+    storage: Option<&str>,
+    removes_unknown: bool,
+    json: bool,
+) -> Result<(), Error> {
+    let mut failed = None;
     for name in names(registry, storage)? {
-        let collected = registry.collect(&name).map_err(failure)?;
+        let collected = match registry.collect(&name, removes_unknown) {
+            Ok(collected) => collected,
+            Err(error) => {
+                let context = format!("{name}: {}", error.cause());
+                let remedy = error.remedy().to_owned();
+                let error = ::volume::Error::new(error.errno(), context, remedy);
+                if let Some(earlier) = failed.replace(error) {
+                    eprintln!("{earlier}");
+                }
+                continue;
+            }
+        };
         if json {
             print(&json!({"storage": name, "collected": collected}))?;
         } else {
             print!("{}", report(&name, &collected));
         }
     }
-    Ok(())
+    failed.map_or(Ok(()), |error| Err(failure(error).into()))
 }
 
 fn report(storage: &str, collected: &Collected) -> String {
@@ -263,6 +282,10 @@ fn report(storage: &str, collected: &Collected) -> String {
         ("in use or being created", &collected.waiting),
         ("repaired", &collected.repaired),
         ("has no image", &collected.missing),
+        (
+            "not in the registry; rblk volume gc --unknown removes it",
+            &collected.unknown,
+        ),
     ];
     let lines = lists.iter().flat_map(|(what, names)| {
         names

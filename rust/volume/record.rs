@@ -4,12 +4,13 @@
 //!
 //! | key below `/rblk/1/` | value |
 //! |---|---|
-//! | `storage/S` | the URI of the storage |
+//! | `storage/S` | [`StorageEntry`]: the URI of the storage, and the uuid by which its place is known |
 //! | `name/S/V` | [`Volume`]: the image of a volume, and the changes of it that are not complete |
 //! | `orphan/S/U` | an image without a name, which `gc` removes |
 //! | `intent/S/U` | with a lease: a process creates or changes this image |
 //! | `writer/S/U` | with a lease: [`Holder`](crate::Holder), where the volume is attached for writing |
 //! | `last/S/U` | [`Holder`](crate::Holder), where it was attached last, until it is detached |
+//! | `user/S/U` | [`User`](crate::holder::User), the disk whose guest has used it last |
 //! | `handover/S/U` | with a lease: [`HandOver`](crate::hand_over::HandOver), where it may be attached next |
 //! | `reader/S/U/T` | with a lease: [`Holder`](crate::Holder), where it is attached for reading |
 
@@ -24,6 +25,18 @@ pub const ROOT: &str = "/rblk/1/";
 
 /// The start of the names of images that are volumes, and of their snapshots.
 const IMAGE: &str = "rblk-";
+
+/// The start of the name of the image that says which storage a place belongs to.
+const MARK: &str = "rblk-storage-";
+
+/// A storage.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct StorageEntry {
+    /// The URI.
+    pub uri: String,
+    /// The uuid, which the name of an image at the place has too.
+    pub uuid: String,
+}
 
 /// A volume.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -106,6 +119,16 @@ pub fn uuid_of(image: &str) -> Option<&str> {
             .chars()
             .all(|char| char.is_ascii_hexdigit() || char == '-');
     is_valid.then_some(uuid)
+}
+
+/// Returns the name of the image that says that a place belongs to the storage with a uuid.
+pub fn mark_name(uuid: &str) -> String {
+    format!("{MARK}{uuid}")
+}
+
+/// Returns the uuid of the storage of whose place an image is the mark, or [`None`] if it is none.
+pub fn marked_uuid(image: &str) -> Option<&str> {
+    image.strip_prefix(MARK)
 }
 
 /// Reads a value.

@@ -3,6 +3,7 @@
 //! Storages and volumes: add, create, list, resize, snapshot, clone, remove, collect.
 
 mod collect;
+mod place;
 
 pub use collect::Collected;
 
@@ -10,8 +11,8 @@ use crate::holder::Holder;
 use crate::name::{check_part, VolumeName};
 use crate::random::random_uuid;
 use crate::record::{
-    image_key, image_name, keys_of, name_key, parse, storage_key, text, Pending, Snapshot, Volume,
-    ROOT,
+    image_key, image_name, keys_of, name_key, parse, storage_key, text, Pending, Snapshot,
+    StorageEntry, Volume, ROOT,
 };
 use crate::storage::Storage;
 use crate::store::{Change, Commit, Condition, Entry, Lease, Store};
@@ -113,15 +114,29 @@ impl<S: Store> Registry<S> {
         &self.store
     }
 
-    /// Adds a storage, which must be reachable. The error is `EEXIST` if the name is taken.
+    /// Adds a storage, which must be reachable. The error is `EEXIST` if the name is taken, or if
+    /// the place belongs to another storage, of this registry or of another one.
     pub fn add_storage(&self, name: &str, uri: &str) -> Result<()> {
         check_part(name)?;
-        (self.open)(uri)?.list()?;
         let key = storage_key(name);
-        let change = Change::Put(key.clone(), uri.to_owned(), None);
+        let is_taken = || taken(format!("there is a storage {name} already"));
+        if self.store.get(&key)?.is_some() {
+            return Err(is_taken());
+        }
+        let storage = (self.open)(uri)?;
+        let entry = StorageEntry {
+            uri: uri.to_owned(),
+            uuid: random_uuid()?,
+        };
+        self.take_place(&*storage, &entry)?;
+        let change = Change::Put(key.clone(), text(&entry)?, None);
+        // An error leaves open whether it was added, so the mark stays.
         match self.store.commit(&[Condition::Absent(key)], &[change])? {
             Commit::Done(_) => Ok(()),
-            Commit::Conflict => Err(taken(format!("there is a storage {name} already"))),
+            Commit::Conflict => {
+                place::leave(&*storage, &entry.uuid)?;
+                Err(is_taken())
+            }
         }
     }
 
@@ -129,20 +144,20 @@ impl<S: Store> Registry<S> {
     pub fn storages(&self) -> Result<Vec<StorageInfo>> {
         let prefix = format!("{ROOT}storage/");
         let entries = self.store.list(&prefix)?;
-        let info = |entry: Entry| StorageInfo {
-            name: entry
-                .key
-                .strip_prefix(&prefix)
-                .unwrap_or_default()
-                .to_owned(),
-            uri: entry.value,
+        let info = |entry: &Entry| {
+            let name = entry.key.strip_prefix(&prefix).unwrap_or_default();
+            Ok(StorageInfo {
+                name: name.to_owned(),
+                uri: parse::<StorageEntry>(entry)?.uri,
+            })
         };
-        Ok(entries.into_iter().map(info).collect())
+        entries.iter().map(info).collect()
     }
 
-    /// Removes a storage without volumes from the registry. Nothing on the storage changes.
+    /// Removes a storage without volumes from the registry, and then its mark from the place.
     pub fn remove_storage(&self, name: &str) -> Result<()> {
         let entry = self.storage_entry(name)?;
+        let storage: StorageEntry = parse(&entry)?;
         let conditions = [
             Condition::Unchanged(entry.key.clone(), entry.revision),
             Condition::NoneWith(keys_of("name", name)),
@@ -152,7 +167,11 @@ impl<S: Store> Registry<S> {
             .store
             .commit(&conditions, &[Change::Delete(entry.key)])?
         {
-            Commit::Done(_) => Ok(()),
+            Commit::Done(_) => {
+                let opened = (self.open)(&storage.uri);
+                let left = opened.and_then(|opened| place::leave(&*opened, &storage.uuid));
+                left.map_err(|error| place::not_left(&storage, &error))
+            }
             Commit::Conflict => Err(Error::new(
                 Errno::BUSY,
                 format!("the storage {name} has volumes, or images that are not collected"),
@@ -173,7 +192,8 @@ impl<S: Store> Registry<S> {
 
     /// Opens a storage.
     pub fn storage(&self, name: &str) -> Result<Box<dyn Storage>> {
-        (self.open)(&self.storage_entry(name)?.value)
+        let entry: StorageEntry = parse(&self.storage_entry(name)?)?;
+        (self.open)(&entry.uri)
     }
 
     /// Lists all volumes, or those of one storage.
@@ -270,7 +290,7 @@ impl<S: Store> Registry<S> {
         let storage = self.storage(&name.storage)?;
         let creation = self.creation(source)?;
         let uuid = &creation.volume.uuid;
-        let intent = self.mark(name, uuid)?;
+        let intent = self.add_orphan(name, uuid)?;
         let image = image_name(uuid);
         let created = match &creation.parent {
             None => storage.create(&image, creation.volume.size),
@@ -285,7 +305,7 @@ impl<S: Store> Registry<S> {
             Err(error) => Err(error),
         };
         if result.is_err() {
-            // If this fails too, the image has its mark and is collected later.
+            // If this fails too, the image is an orphan and is collected later.
             let _ = self.collect_image(&*storage, &name.storage, uuid);
         }
         // It ends by itself otherwise.
@@ -293,9 +313,9 @@ impl<S: Store> Registry<S> {
         result
     }
 
-    /// Marks an image as an orphan that this process is about to create. The error is `EEXIST` if
-    /// the name is taken.
-    fn mark(&self, name: &VolumeName, uuid: &str) -> Result<Lease> {
+    /// Writes that an image, which this process is about to create, is an orphan. The error is
+    /// `EEXIST` if the name is taken.
+    fn add_orphan(&self, name: &VolumeName, uuid: &str) -> Result<Lease> {
         let intent = self.store.grant(self.intent_time)?;
         let conditions = [
             Condition::Absent(name_key(name)),

@@ -21,13 +21,13 @@
 //!
 //! The name of a volume is bound to its image in one transaction, after the image was created:
 //!
-//! 1. Write a mark that the image is an orphan, and an intent with a lease, if the name is free.
+//! 1. Write that the image is an orphan, and an intent with a lease, if the name is free.
 //! 2. Create the image.
-//! 3. Bind the name to the image and remove mark and intent, if the name is free and the intent is
+//! 3. Bind the name to the image and remove both entries, if the name is free and the intent is
 //!    still there.
 //!
-//! A creator that is killed leaves at most an image with a mark. Its intent expires, and then no
-//! transaction can bind a name to that image, so it can be removed at any time
+//! A creator that is killed leaves at most an image that is an orphan. Its intent expires, and then
+//! no transaction can bind a name to that image, so it can be removed at any time
 //! ([`Registry::collect`](registry::Registry::collect)).
 
 #![forbid(unsafe_code)]
@@ -38,6 +38,8 @@ pub mod config;
 pub mod etcd;
 pub mod hand_over;
 pub mod holder;
+#[cfg(test)]
+mod model_tests;
 pub mod name;
 mod random;
 pub mod record;
@@ -45,7 +47,7 @@ pub mod registry;
 pub mod storage;
 pub mod store;
 
-pub use attachment::Attachment;
+pub use attachment::{Access, Attachment};
 pub use config::Config;
 pub use engine::{Errno, Error, Result};
 pub use holder::Holder;

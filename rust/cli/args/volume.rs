@@ -100,6 +100,9 @@ pub enum VolumeCommand {
     Gc {
         /// Name of the storage; all if left out
         storage: Option<String>,
+        /// Also removes images that the registry does not know
+        #[arg(long)]
+        unknown: bool,
     },
 }
 

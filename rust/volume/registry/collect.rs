@@ -2,9 +2,10 @@
 
 //! Removal of images without a name, and completion of changes whose process has died.
 
-use super::{Registry, VolumeName};
-use crate::record::ROOT;
-use crate::record::{image_key, image_name, keys_of, parse, uuid_of, Pending, Volume};
+use super::{place, Registry, VolumeName};
+use crate::record::{
+    image_key, image_name, keys_of, parse, uuid_of, Pending, StorageEntry, Volume, ROOT,
+};
 use crate::storage::Storage;
 use crate::store::{Change, Entry, Store};
 use engine::{Errno, Result};
@@ -23,18 +24,25 @@ pub struct Collected {
     pub repaired: Vec<String>,
     /// The volumes without an image.
     pub missing: Vec<String>,
+    /// The images that the registry does not know, and that are not removed unless that is asked
+    /// for.
+    pub unknown: Vec<String>,
 }
 
 impl<S: Store> Registry<S> {
     /// Removes the images of a storage that have no name and get none, and completes the changes of
     /// volumes whose process has died.
     ///
-    /// It can run at any time, and on several hosts at once.
-    pub fn collect(&self, storage: &str) -> Result<Collected> {
-        let opened = self.storage(storage)?;
-        // In this order: an image has a mark or a name from before its creation until after its
-        // removal. An image that has neither afterwards is left from an earlier removal.
+    /// It can run at any time, and on several hosts at once. Images that the registry does not know
+    /// are removed only if `removes_unknown` is set: a process has created one after its time was
+    /// over, or the registry was lost and comes from a copy that is older than they are.
+    pub fn collect(&self, storage: &str, removes_unknown: bool) -> Result<Collected> {
+        let place: StorageEntry = parse(&self.storage_entry(storage)?)?;
+        let opened = (self.open)(&place.uri)?;
+        // In this order: an image has a name, or an entry as an orphan, from before its creation
+        // until after its removal.
         let images = opened.list()?;
+        place::check_mark(&images, &place)?;
         let entries = self.store.list(ROOT)?;
         let mut collected = Collected::default();
         for entry in with_prefix(&entries, &keys_of("name", storage)) {
@@ -62,7 +70,9 @@ impl<S: Store> Registry<S> {
         let named = named_images(&entries, storage)?;
         let unknown = images.iter().filter_map(|image| uuid_of(image));
         let unknown = unknown.filter(|uuid| !named.contains(*uuid) && !orphans.contains(uuid));
-        for uuid in orphans.iter().copied().chain(unknown) {
+        let unknown: Vec<&str> = unknown.collect();
+        let removed: &[&str] = if removes_unknown { &unknown } else { &[] };
+        for uuid in orphans.iter().chain(removed).copied() {
             let image = image_name(uuid);
             let intent = image_key("intent", storage, uuid);
             let is_busy = entries.iter().any(|entry| entry.key == intent);
@@ -72,6 +82,9 @@ impl<S: Store> Registry<S> {
                 collected.waiting.push(image);
             }
         }
+        if !removes_unknown {
+            collected.unknown = unknown.into_iter().map(image_name).collect();
+        }
         Ok(collected)
     }
 
@@ -80,7 +93,8 @@ impl<S: Store> Registry<S> {
         Ok(!storage.list()?.contains(&image_name(&volume.uuid)))
     }
 
-    /// Removes an image without a name, and then its mark. Returns `false` if it has clones.
+    /// Removes an image without a name, and then its entry as an orphan. Returns `false` if it has
+    /// clones.
     ///
     /// Nothing else can bind a name to it: the intent is gone, or this process has it.
     pub(super) fn collect_image(
@@ -99,7 +113,9 @@ impl<S: Store> Registry<S> {
         }
         // Another process that collects may have been faster.
         let key = |kind| Change::Delete(image_key(kind, storage_name, uuid));
-        let _done = self.store.commit(&[], &[key("orphan"), key("intent")])?;
+        let _done = self
+            .store
+            .commit(&[], &[key("orphan"), key("intent"), key("user")])?;
         Ok(true)
     }
 

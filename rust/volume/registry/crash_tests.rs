@@ -2,331 +2,19 @@
 
 //! All points at which a process can die, or another one can get ahead of it, enumerated.
 //!
-//! Store and storage are a model in memory, which counts the calls of a process. At each call,
-//! before or after its effect, the process dies, or another process carries out a whole operation,
-//! with or without the end of all leases. After that and a collection the storage has exactly the
-//! images of the registry.
+//! At each call of a process to the store or the storage, before or after its effect, the process
+//! dies, or another process carries out a whole operation, with or without the end of all leases.
+//! After that and a collection the storage has exactly the images of the registry.
 
-use super::{Collected, Registry, VolumeName};
-use crate::record::{image_name, Volume, ROOT};
+use super::{Collected, VolumeName};
+use crate::model_tests::{Event, Image, Process, When, World};
+use crate::record::{image_name, marked_uuid, Volume, ROOT};
 use crate::storage::Storage;
-use crate::store::{Change, Commit, Condition, Entry, Lease, Store};
-use engine::{Errno, Error, Result};
-use std::collections::{BTreeMap, BTreeSet};
+use engine::{Errno, Result};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 const SIZE: u64 = 1 << 20;
-
-#[derive(Default)]
-struct Keys {
-    entries: BTreeMap<String, (Entry, Option<i64>)>,
-    leases: BTreeSet<i64>,
-    counter: i64,
-}
-
-#[derive(Clone, Default)]
-struct Image {
-    size: u64,
-    /// The snapshots with their sizes.
-    snapshots: BTreeMap<String, u64>,
-    parent: Option<String>,
-}
-
-/// The store and the storage that all processes share.
-#[derive(Default)]
-struct World {
-    keys: Mutex<Keys>,
-    images: Mutex<BTreeMap<String, Image>>,
-}
-
-impl World {
-    fn expire_leases(&self) {
-        let mut keys = self.keys.lock().unwrap();
-        keys.leases.clear();
-        keys.entries.retain(|_, (_, lease)| lease.is_none());
-    }
-}
-
-/// When a fault happens, in relation to the effect of a call.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum When {
-    Before,
-    After,
-}
-
-/// An event at a call.
-enum Event {
-    Death,
-    /// Another process does something.
-    Interruption(Box<dyn FnOnce() + Send>),
-}
-
-struct Plan {
-    calls: u32,
-    at: u32,
-    when: When,
-    event: Option<Event>,
-    dead: bool,
-}
-
-/// One process: its access to the world.
-#[derive(Clone)]
-struct Process {
-    world: Arc<World>,
-    plan: Arc<Mutex<Plan>>,
-}
-
-fn death() -> Error {
-    Error::new(Errno::OWNERDEAD, "the process is dead", "none")
-}
-
-impl Process {
-    fn new(world: &Arc<World>, at: u32, when: When, event: Option<Event>) -> Self {
-        Self {
-            world: world.clone(),
-            plan: Arc::new(Mutex::new(Plan {
-                calls: 0,
-                at,
-                when,
-                event,
-                dead: false,
-            })),
-        }
-    }
-
-    fn healthy(world: &Arc<World>) -> Self {
-        Self::new(world, u32::MAX, When::Before, None)
-    }
-
-    fn registry(&self) -> Registry<Self> {
-        let process = self.clone();
-        Registry::new(self.clone(), move |_| Ok(Box::new(process.clone())))
-    }
-
-    fn fault(&self, when: When) -> Result<()> {
-        let mut plan = self.plan.lock().unwrap();
-        if plan.dead {
-            return Err(death());
-        }
-        if plan.at != plan.calls || plan.when != when {
-            return Ok(());
-        }
-        match plan.event.take() {
-            Some(Event::Death) => {
-                plan.dead = true;
-                Err(death())
-            }
-            Some(Event::Interruption(other)) => {
-                drop(plan);
-                other();
-                Ok(())
-            }
-            None => Ok(()),
-        }
-    }
-
-    /// Carries out one call.
-    fn call<T>(&self, effect: impl FnOnce(&World) -> Result<T>) -> Result<T> {
-        self.fault(When::Before)?;
-        let result = effect(&self.world);
-        self.fault(When::After)?;
-        self.plan.lock().unwrap().calls += 1;
-        result
-    }
-}
-
-impl Store for Process {
-    fn list(&self, prefix: &str) -> Result<Vec<Entry>> {
-        self.call(|world| {
-            let keys = world.keys.lock().unwrap();
-            let entries = keys.entries.values().map(|(entry, _)| entry.clone());
-            Ok(entries
-                .filter(|entry| entry.key.starts_with(prefix))
-                .collect())
-        })
-    }
-
-    fn commit(&self, conditions: &[Condition], changes: &[Change]) -> Result<Commit> {
-        self.call(|world| {
-            let mut keys = world.keys.lock().unwrap();
-            let revision = |key: &String| keys.entries.get(key).map(|(entry, _)| entry.revision);
-            let is_true = |condition: &Condition| match condition {
-                Condition::Absent(key) => revision(key).is_none(),
-                Condition::Present(key) => revision(key).is_some(),
-                Condition::Unchanged(key, known) => revision(key) == Some(*known),
-                Condition::NoneWith(prefix) => {
-                    !keys.entries.keys().any(|key| key.starts_with(prefix))
-                }
-            };
-            if !conditions.iter().all(is_true) {
-                return Ok(Commit::Conflict);
-            }
-            keys.counter += 1;
-            for change in changes {
-                match change {
-                    Change::Delete(key) => drop(keys.entries.remove(key)),
-                    Change::Put(_, _, Some(lease)) if !keys.leases.contains(&lease.0) => {
-                        return Err(Error::new(Errno::IO, "the lease has ended", "none"));
-                    }
-                    Change::Put(key, value, lease) => {
-                        let entry = Entry {
-                            key: key.clone(),
-                            value: value.clone(),
-                            revision: keys.counter,
-                        };
-                        keys.entries
-                            .insert(key.clone(), (entry, lease.map(|lease| lease.0)));
-                    }
-                }
-            }
-            Ok(Commit::Done(keys.counter))
-        })
-    }
-
-    fn grant(&self, _time: Duration) -> Result<Lease> {
-        self.call(|world| {
-            let mut keys = world.keys.lock().unwrap();
-            keys.counter += 1;
-            let lease = keys.counter;
-            keys.leases.insert(lease);
-            Ok(Lease(lease))
-        })
-    }
-
-    fn keep_alive(&self, lease: Lease) -> Result<bool> {
-        self.call(|world| Ok(world.keys.lock().unwrap().leases.contains(&lease.0)))
-    }
-
-    fn revoke(&self, lease: Lease) -> Result<()> {
-        self.call(|world| {
-            let mut keys = world.keys.lock().unwrap();
-            keys.leases.remove(&lease.0);
-            keys.entries.retain(|_, (_, of)| *of != Some(lease.0));
-            Ok(())
-        })
-    }
-}
-
-fn error(errno: Errno) -> Error {
-    Error::new(errno, "the model refuses this", "none")
-}
-
-impl Process {
-    fn change(&self, image: &str, change: impl FnOnce(&mut Image)) -> Result<()> {
-        self.call(|world| {
-            let mut images = world.images.lock().unwrap();
-            change(images.get_mut(image).ok_or_else(|| error(Errno::NOENT))?);
-            Ok(())
-        })
-    }
-
-    fn inspect<T>(&self, image: &str, read: impl FnOnce(&Image) -> T) -> Result<T> {
-        self.call(|world| {
-            let images = world.images.lock().unwrap();
-            images
-                .get(image)
-                .map(read)
-                .ok_or_else(|| error(Errno::NOENT))
-        })
-    }
-}
-
-impl Storage for Process {
-    fn create(&self, image: &str, size: u64) -> Result<()> {
-        self.call(|world| {
-            let mut images = world.images.lock().unwrap();
-            if images.contains_key(image) {
-                return Err(error(Errno::EXIST));
-            }
-            let new = Image {
-                size,
-                ..Image::default()
-            };
-            images.insert(image.to_owned(), new);
-            Ok(())
-        })
-    }
-
-    fn clone_image(&self, parent: &str, snapshot: &str, image: &str) -> Result<()> {
-        self.call(|world| {
-            let mut images = world.images.lock().unwrap();
-            let size = images
-                .get(parent)
-                .and_then(|image| image.snapshots.get(snapshot));
-            let size = *size.ok_or_else(|| error(Errno::NOENT))?;
-            let parent = Some(parent.to_owned());
-            let clone = Image {
-                size,
-                parent,
-                ..Image::default()
-            };
-            images.insert(image.to_owned(), clone);
-            Ok(())
-        })
-    }
-
-    fn remove(&self, image: &str, snapshots: &[String]) -> Result<()> {
-        self.call(|world| {
-            let mut images = world.images.lock().unwrap();
-            let found = images.get(image).ok_or_else(|| error(Errno::NOENT))?;
-            let is_child = |other: &Image| other.parent.as_deref() == Some(image);
-            if images.values().any(is_child) {
-                return Err(error(Errno::BUSY));
-            }
-            if !found
-                .snapshots
-                .keys()
-                .all(|known| snapshots.contains(known))
-            {
-                return Err(error(Errno::NOTEMPTY));
-            }
-            images.remove(image);
-            Ok(())
-        })
-    }
-
-    fn size(&self, image: &str) -> Result<u64> {
-        self.inspect(image, |image| image.size)
-    }
-
-    fn enlarge(&self, image: &str, size: u64) -> Result<()> {
-        self.change(image, |image| image.size = image.size.max(size))
-    }
-
-    fn snapshot(&self, image: &str, snapshot: &str) -> Result<()> {
-        self.change(image, |image| {
-            let size = image.size;
-            image.snapshots.entry(snapshot.to_owned()).or_insert(size);
-        })
-    }
-
-    fn snapshots(&self, image: &str) -> Result<Vec<String>> {
-        self.inspect(image, |image| image.snapshots.keys().cloned().collect())
-    }
-
-    fn remove_snapshot(&self, image: &str, snapshot: &str) -> Result<()> {
-        self.change(image, |image| {
-            image.snapshots.retain(|name, _| name != snapshot)
-        })
-    }
-
-    fn list(&self) -> Result<Vec<String>> {
-        self.call(|world| Ok(world.images.lock().unwrap().keys().cloned().collect()))
-    }
-
-    fn uri(&self, image: &str) -> String {
-        image.to_owned()
-    }
-
-    fn can_fence(&self) -> bool {
-        false
-    }
-
-    fn fence(&self, _image: &str, _confirm: &dyn Fn() -> Result<()>) -> Result<()> {
-        Err(error(Errno::OPNOTSUPP))
-    }
-}
 
 /// An operation on the volume `s/old`, which has the snapshot `first`, or on the name `s/new`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -363,7 +51,7 @@ fn run(process: &Process, operation: Operation) -> Result<()> {
         Operation::ResizeMore => registry.resize(&name("old"), 3 * SIZE),
         Operation::Snapshot => registry.snapshot(&name("old"), "second"),
         Operation::Remove => registry.remove(&name("old")).map(drop),
-        Operation::Collect => registry.collect("s").map(drop),
+        Operation::Collect => registry.collect("s", true).map(drop),
     }
 }
 
@@ -385,10 +73,13 @@ fn check(world: &Arc<World>, context: &str) {
     world.expire_leases();
     let registry = Process::healthy(world).registry();
     // Clones come before their parents in the second run only.
-    registry.collect("s").unwrap();
-    let collected = registry.collect("s").unwrap();
+    registry.collect("s", true).unwrap();
+    let collected = registry.collect("s", true).unwrap();
     let volumes = registry.list(Some("s")).unwrap();
-    let images = world.images.lock().unwrap().clone();
+    let mut images = world.images.lock().unwrap().clone();
+    let marks = images.keys().filter(|image| marked_uuid(image).is_some());
+    assert_eq!(marks.count(), 1, "{context}");
+    images.retain(|image, _| marked_uuid(image).is_none());
     let is_clone = |volume: &Volume| volume.clone_of.is_some();
     let has_clone = volumes.iter().any(|info| is_clone(&info.volume));
     let allowed = collected.waiting.len();
@@ -538,7 +229,8 @@ fn nothing_is_collected_where_all_is_well() {
     let world = world();
     check(&world, "start");
     let registry = Process::healthy(&world).registry();
-    assert_eq!(registry.collect("s").unwrap(), Collected::default());
+    let collected = registry.collect("s", false).unwrap();
+    assert_eq!(collected, Collected::default());
     assert_eq!(
         registry.remove_storage("s").unwrap_err().errno(),
         Errno::BUSY
@@ -546,4 +238,97 @@ fn nothing_is_collected_where_all_is_well() {
     assert!(registry.remove(&name("old")).unwrap());
     registry.remove_storage("s").unwrap();
     assert_eq!(registry.storages().unwrap().len(), 0);
+}
+
+#[test]
+fn a_place_belongs_to_one_storage_of_one_registry() {
+    let world = world();
+    let registry = Process::healthy(&world).registry();
+    let images = world.images.lock().unwrap().clone();
+    let anew = Process::healthy(&world.with_other_registry()).registry();
+    for (registry, cause) in [
+        (&registry, "is the storage s already"),
+        (&anew, "belongs to another registry"),
+    ] {
+        let error = registry.add_storage("t", "model").unwrap_err();
+        assert_eq!(error.errno(), Errno::EXIST);
+        assert!(error.cause().contains(cause), "{error}");
+    }
+    assert_eq!(world.images.lock().unwrap().len(), images.len());
+
+    // The same URI names another place here, or one that is not mounted.
+    let mark = images.keys().find(|image| marked_uuid(image).is_some());
+    let mark = mark.unwrap();
+    for marks in [&[][..], &["rblk-storage-x"], &[mark, "rblk-storage-x"]] {
+        let mut found = world.images.lock().unwrap();
+        *found = images.clone();
+        found.remove(mark);
+        found.extend(
+            marks
+                .iter()
+                .map(|name| ((*name).to_owned(), Image::default())),
+        );
+        let expected = found.len();
+        drop(found);
+        let error = registry.collect("s", true).unwrap_err();
+        assert_eq!(error.errno(), Errno::STALE, "{marks:?}");
+        assert!(registry.check_storage("s").is_err(), "{marks:?}");
+        assert_eq!(world.images.lock().unwrap().len(), expected, "{marks:?}");
+    }
+}
+
+#[test]
+fn of_two_registries_that_take_a_place_at_once_at_most_one_has_it() {
+    for when in [When::Before, When::After] {
+        for at in 0.. {
+            let world = Arc::new(World::default());
+            let added = Arc::new(Mutex::new(None));
+            let interruption = {
+                let (other, added) = (world.with_other_registry(), added.clone());
+                Box::new(move || {
+                    let registry = Process::healthy(&other).registry();
+                    let is_added = registry.add_storage("s", "model").is_ok();
+                    *added.lock().unwrap() = Some(is_added);
+                })
+            };
+            let event = Some(Event::Interruption(interruption));
+            let process = Process::new(&world, at, when, event);
+            let result = process.registry().add_storage("s", "model");
+            let Some(other_added) = added.lock().unwrap().take() else {
+                break;
+            };
+            let winners = usize::from(result.is_ok()) + usize::from(other_added);
+            assert!(winners <= 1, "{when:?} {at}");
+            let marks = world.images.lock().unwrap().len();
+            assert_eq!(marks, winners, "{when:?} {at}");
+        }
+    }
+}
+
+#[test]
+fn images_that_the_registry_does_not_know_are_kept() {
+    let world = world();
+    let process = Process::healthy(&world);
+    let unknown = image_name("00000000-0000-0000-0000-000000000002");
+    process.create(&unknown, SIZE).unwrap();
+    let registry = process.registry();
+    let collected = registry.collect("s", false).unwrap();
+    assert!(collected.unknown.contains(&unknown), "{collected:?}");
+    assert!(world.images.lock().unwrap().contains_key(&unknown));
+    let collected = registry.collect("s", true).unwrap();
+    assert!(collected.removed.contains(&unknown), "{collected:?}");
+    assert!(!world.images.lock().unwrap().contains_key(&unknown));
+}
+
+#[test]
+fn a_storage_that_is_removed_leaves_its_place() {
+    let world = Arc::new(World::default());
+    let registry = Process::healthy(&world).registry();
+    registry.add_storage("s", "model").unwrap();
+    let error = registry.add_storage("s", "model").unwrap_err();
+    assert!(error.cause().contains("there is a storage s"), "{error}");
+    assert_eq!(world.images.lock().unwrap().len(), 1);
+    registry.remove_storage("s").unwrap();
+    assert_eq!(world.images.lock().unwrap().len(), 0);
+    registry.add_storage("t", "model").unwrap();
 }

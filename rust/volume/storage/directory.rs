@@ -7,6 +7,7 @@ use engine::{Errno, Error, Result};
 use rustix::fs::{fallocate, FallocateFlags};
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 pub(super) struct Directory {
@@ -33,7 +34,13 @@ impl Directory {
 
     fn create_file(&self, image: &str, size: u64) -> io::Result<()> {
         let path = self.path.join(image);
-        let file = OpenOptions::new().write(true).create_new(true).open(path)?;
+        // Other users of the host have no access to the disks of guests.
+        let mut options = OpenOptions::new();
+        let file = options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
         file.set_len(size)?;
         file.sync_all()?;
         self.sync()
@@ -96,6 +103,7 @@ impl Storage for Directory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn images_are_files() {
@@ -108,6 +116,8 @@ mod tests {
             assert_eq!(storage.size("a").unwrap(), 8192);
         }
         assert_eq!(storage.list().unwrap(), ["a"]);
+        let metadata = fs::metadata(dir.path().join("a")).unwrap();
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
         assert!(storage.uri("a").ends_with("/a"));
         assert!(storage.snapshot("a", "s").is_err());
         assert!(storage.clone_image("a", "s", "b").is_err());

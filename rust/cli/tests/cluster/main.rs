@@ -7,6 +7,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A host with a configuration.
 struct Host {
@@ -15,7 +16,9 @@ struct Host {
 
 impl Host {
     fn new(urls: &[String]) -> Self {
-        let conf = daemons::work_dir("rblk").join("volumes.conf");
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let conf = daemons::work_dir(&format!("rblk-{number}")).join("volumes.conf");
         fs::write(&conf, format!("etcd = {}\nhost = xen1\n", urls.join(" "))).unwrap();
         Self { conf }
     }
@@ -98,10 +101,30 @@ fn from_storages_to_volumes() {
     assert!(host.run("volume gc fast").contains("in use"));
     host.run("volume remove fast/copy");
     assert!(host.run("volume gc fast").contains("removed"));
-    assert_eq!(ceph.rbd(&["ls", "rbd"]), "");
+    let left = ceph.rbd(&["ls", "rbd"]);
+    assert!(left.starts_with("rblk-storage-"), "{left}");
+    assert_eq!(left.lines().count(), 1, "{left}");
     host.fail("volume info fast/db", 1, "no volume fast/db");
     host.fail("volume create none/db 1G", 1, "rblk storage add");
     host.fail("storage remove slow", 5, "has volumes");
+
+    // Another registry does not get the places of this one.
+    let other = Etcd::start(1);
+    let other = Host::new(&other.urls());
+    for (name, uri) in [
+        ("fast", format!("rbd:rbd?conf={}", ceph.conf())),
+        ("slow", gluster.uri("slow")),
+        ("local", format!("dir:{}", dir.display())),
+    ] {
+        other.fail(&format!("storage add {name} {uri}"), 1, "another registry");
+        host.fail(
+            &format!("storage add more {uri}"),
+            1,
+            &format!("is the storage {name}"),
+        );
+    }
+    host.run("storage remove fast");
+    assert_eq!(ceph.rbd(&["ls", "rbd"]), "");
     for storage in ["slow", "local"] {
         host.run(&format!("volume remove {storage}/db"));
         host.run(&format!("storage remove {storage}"));

@@ -141,13 +141,14 @@ fn check(registry: &Registry<volume::etcd::Etcd>, creators: &Creators) {
     assert_eq!(volumes.len(), creators.names);
     let mut removed = 0;
     daemons::wait_until("all orphans are collected", || {
-        let collected = registry.collect("s").unwrap();
+        let collected = registry.collect("s", true).unwrap();
         removed += collected.removed.len();
         assert!(collected.missing.is_empty(), "{collected:?}");
         collected.waiting.is_empty()
     });
     eprintln!("{} names, {removed} orphans collected", creators.names);
     let mut images = registry.storage("s").unwrap().list().unwrap();
+    images.retain(|image| !image.starts_with("rblk-storage-"));
     let mut expected: Vec<String> = volumes
         .iter()
         .map(|info| format!("rblk-{}", info.volume.uuid))
