@@ -82,7 +82,8 @@ pub struct Disk {
     unreported_end: Option<String>,
     /// Processes that have ended in a row, each soon after its start.
     failures: u32,
-    /// The disk was refused when it was attached. It is not tried again.
+    /// The disk is not tried again: it was refused when it was attached, or another disk has used
+    /// its volume meanwhile.
     refused: bool,
     /// InitWait was written for a process that has not opened the image yet.
     announced: bool,
@@ -294,13 +295,16 @@ impl Disk {
 
     /// Takes note of a process that has ended.
     fn notice_end(&mut self, cx: &Context<'_>) -> io::Result<()> {
-        let Some(process) = self.process.take_if(|process| process.has_ended()) else {
+        let Some(mut process) = self.process.take_if(|process| process.has_ended()) else {
             return Ok(());
         };
+        let was_last = process.was_last();
         let reason = process.reason(cx.run, self.record.disk);
         api::message!("{}: {reason}", self.record.disk);
         self.unreported_end = Some(reason.clone());
-        self.ended(cx, reason)
+        let noted = self.ended(cx, reason);
+        self.refused |= was_last;
+        noted
     }
 
     fn ended(&mut self, cx: &Context<'_>, reason: String) -> io::Result<()> {

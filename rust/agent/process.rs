@@ -6,7 +6,7 @@
 //! same pid is never taken for it. It is in a process group of its own and writes its messages to a
 //! file, so that nothing that happens to `rblkd` reaches it.
 
-use api::{DiskId, Phase, RunDir};
+use api::{DiskId, Phase, RunDir, EXIT_STALE};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 use std::fs::{self, File, OpenOptions};
@@ -154,6 +154,14 @@ impl Process {
     pub fn kill(&self) {
         // It fails only if the process has ended already.
         let _ = pidfd_send_signal(&self.fd, Signal::KILL);
+    }
+
+    /// Returns `true` if the process has ended because its disk must not be served any more.
+    ///
+    /// Context: waits for the end of the process.
+    pub fn was_last(&mut self) -> bool {
+        let status = self.child.as_mut().and_then(|child| child.wait().ok());
+        status.and_then(|status| status.code()) == Some(EXIT_STALE.into())
     }
 
     /// Returns why the process has ended: its last message, or its exit status.

@@ -656,6 +656,27 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_whose_volume_another_one_has_used_gets_no_process() {
+        let mut rig = Rig::new("serve");
+        let process = rig.process(0);
+        rig.set_state("4");
+        rig.kill();
+        process.kill();
+        let mut record = rig.record();
+        record.image = format!("exit:{}", api::EXIT_STALE);
+        rig.run().write_record(&record).unwrap();
+        rig.start();
+        let has_failed = |rig: &mut Rig| matches!(rig.record().phase, Phase::Failed { .. });
+        rig.until("not failed", has_failed);
+        let later = Instant::now() + Duration::from_secs(60);
+        while rig.supervisor.step(later).unwrap() {}
+        assert!(has_failed(&mut rig));
+        assert_eq!(rig.record().restarts, 0);
+        rig.set_state("5");
+        rig.until("not Closed", |rig| rig.state() == "6");
+    }
+
+    #[test]
     fn a_later_supervisor_adopts_the_process() {
         let mut rig = Rig::new("serve");
         let process = rig.process(0);

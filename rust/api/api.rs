@@ -43,7 +43,7 @@ pub mod run_dir;
 pub mod socket;
 
 pub use agent::{AgentCall, DiskEntry, Phase, Record, Replaced};
-pub use disk::{Counters, DiskAnswer, DiskCommand, DiskId, DiskStatus};
+pub use disk::{Counters, DiskAnswer, DiskCommand, DiskId, DiskStatus, EXIT_STALE};
 pub use disk::{OldestRequest, Operation, QueueStatus, Quota};
 pub use failure::{Failure, FailureKind};
 pub use host::{Event, EventKind, HostStatus, Step};

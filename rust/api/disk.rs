@@ -6,6 +6,10 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
+/// The exit status of `rblktap` for a disk that must not be served any more: its guest is
+/// connected, and another disk has used the volume meanwhile.
+pub const EXIT_STALE: u8 = 4;
+
 /// The numbers of a disk: its guest's domain id and the virtual device number.
 ///
 /// Its text is `DOMID/DEVID`, for example `5/51712`.

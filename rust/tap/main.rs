@@ -10,6 +10,7 @@
 
 use api::defaults;
 use api::Quota;
+use api::EXIT_STALE;
 use clap::value_parser;
 use clap::Arg;
 use clap::ArgAction;
@@ -35,6 +36,7 @@ use rblktap::Disk;
 use rustix::process::Signal;
 use std::env;
 use std::error::Error;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
@@ -46,6 +48,8 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 use volume::attachment::LEASE_TIME;
+use volume::attachment::USED_SINCE;
+use volume::Access;
 use volume::Attachment;
 use volume::Holder;
 use volume::VolumeName;
@@ -254,20 +258,58 @@ fn watch(matches: &ArgMatches) -> Result<ExitStatus, Box<dyn Error>> {
     let config = config(matches, std::process::id());
     let started = start(matches, &config);
     let started = started.inspect_err(|error| report(&config, &**error))?;
+    let attachment = started.attachment.as_ref();
+    let opened = attachment.map(|attachment| attachment.uri.as_str());
+    let uri: Uri = opened.unwrap_or(text(matches, "uri")).parse()?;
+    let mut options = options(matches, &config, &started.nodes, &uri, false);
+    options.exclusive |= attachment.is_some();
+    let status = run_server(
+        &config,
+        started.store,
+        &started.nodes,
+        started.image,
+        attachment,
+    );
+    if let Some(attachment) = started.attachment {
+        attachment.detach(status.as_ref().is_ok_and(ExitStatus::success));
+    }
+    let status = status?;
+    if status.success() {
+        config.remove_files();
+        engine::remove_files(&uri, &options)?;
+    }
+    Ok(status)
+}
+
+/// Runs the process that serves the guest, and then ends the server of its image.
+fn run_server(
+    config: &Config,
+    store: Xenstore,
+    nodes: &ToolstackNodes,
+    image: Option<Server>,
+    attachment: Option<&Attachment>,
+) -> Result<ExitStatus, Box<dyn Error>> {
     let mut server = std::process::Command::new("/proc/self/exe");
     server.arg("--confined");
-    let mut opened = text(matches, "uri");
-    if let Some(attachment) = &started.attachment {
-        opened = &attachment.uri;
-        server.args(["--volume-image", opened]);
+    if let Some(attachment) = attachment {
+        server.args(["--volume-image", &attachment.uri]);
     }
-    let uri: Uri = opened.parse()?;
     server.args(env::args_os().skip(1));
-    let permissions = device::permissions(&config.dir, &started.nodes.frontend);
-    let mut options = options(matches, &config, &started.nodes, &uri, false);
-    options.exclusive |= started.attachment.is_some();
-    let image = started.image.map(Arc::new);
-    let ended = monitor::run(server, started.store, permissions, image.clone())?;
+    let permissions = device::permissions(&config.dir, &nodes.frontend);
+    let record_use = attachment.map(Attachment::record_use);
+    let connects = move || match record_use {
+        Some(record_use) => record_use().map_err(io::Error::other),
+        None => Ok(()),
+    };
+    let image = image.map(Arc::new);
+    let ended = monitor::run(
+        server,
+        store,
+        permissions,
+        image.clone(),
+        &config.dir,
+        connects,
+    )?;
     let status = ended.status;
     if ended.is_busy && !status.success() {
         // The programs of the image end with this process, and a successor waits for that.
@@ -275,13 +317,6 @@ fn watch(matches: &ArgMatches) -> Result<ExitStatus, Box<dyn Error>> {
     }
     if let Some(image) = image {
         image.stop()?;
-    }
-    if let Some(attachment) = started.attachment {
-        attachment.detach(status.success());
-    }
-    if status.success() {
-        config.remove_files();
-        engine::remove_files(&uri, &options)?;
     }
     Ok(status)
 }
@@ -307,7 +342,13 @@ fn start(matches: &ArgMatches, config: &Config) -> Result<Started, Box<dyn Error
     let nodes = ToolstackNodes::read(&mut store, &config.dir, config.domain)?;
     if let Some(name) = VolumeName::of_image(text(matches, "uri")) {
         link_nbd_socket(&config.nbd_path(), None)?;
-        let attachment = Some(attach(&name?, config, nodes.read_only)?);
+        let access = match device::is_connected(&mut store, &config.dir)? {
+            _ if nodes.read_only => Access::Read,
+            true => Access::Continue,
+            false => Access::Write,
+        };
+        let attachment = attach(&name?, config, access).map_err(attach_error)?;
+        let attachment = Some(attachment);
         return Ok(Started {
             store,
             nodes,
@@ -329,13 +370,32 @@ fn start(matches: &ArgMatches, config: &Config) -> Result<Started, Box<dyn Error
     })
 }
 
+/// The error of a disk that must not be served any more.
+#[derive(Debug)]
+struct Stale(engine::Error);
+
+impl fmt::Display for Stale {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Error for Stale {}
+
+fn attach_error(error: engine::Error) -> Box<dyn Error> {
+    match error.errno() {
+        USED_SINCE => Stale(error).into(),
+        _ => error.into(),
+    }
+}
+
 /// Attaches a volume.
-fn attach(name: &VolumeName, config: &Config, read_only: bool) -> engine::Result<Attachment> {
+fn attach(name: &VolumeName, config: &Config, access: Access) -> engine::Result<Attachment> {
     let volumes = volume::Config::load()?;
     let disk = format!("{}/{}", config.domain, config.device);
-    let holder = Holder::this_process(&volumes, &disk);
+    let holder = Holder::this_process(&volumes, &disk)?;
     let registry = Arc::new(volume::connect(&volumes));
-    Attachment::new(registry, name, &holder, read_only, LEASE_TIME, |error| {
+    Attachment::new(registry, name, &holder, access, LEASE_TIME, |error| {
         api::message!("rblktap: {error}");
         // The server is killed when this process ends.
         std::process::exit(1);
@@ -460,7 +520,10 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             api::message!("rblktap: {error}");
-            ExitCode::FAILURE
+            match error.downcast_ref::<Stale>() {
+                Some(_) => ExitCode::from(EXIT_STALE),
+                None => ExitCode::FAILURE,
+            }
         }
     }
 }

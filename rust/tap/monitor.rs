@@ -11,6 +11,7 @@
 //! [`Proxy`], connections to the server of its image, and a larger image.
 
 use crate::handover::Handover;
+use blkif::state::XenbusState;
 use engine::Connect;
 use engine::Errno;
 use engine::Protocol;
@@ -84,14 +85,21 @@ pub struct Ended {
 }
 
 /// Starts the server with `command`, and serves it until it has ended.
+///
+/// `connects` is called before the server writes that the guest of the device `dir` is connected.
+/// If that fails, the server ends.
 pub fn run(
     mut command: Command,
     store: Xenstore,
     permissions: Permissions,
     image: Option<Arc<Server>>,
+    dir: &str,
+    connects: impl FnOnce() -> io::Result<()> + Send + 'static,
 ) -> io::Result<Ended> {
     let (handover, other) = Handover::pair()?;
     let (proxy, client) = Proxy::new(store, permissions)?;
+    let connected = XenbusState::Connected.number().to_string();
+    let proxy = proxy.before_write(&format!("{dir}/state"), &connected, connects);
     let mut child = command.stdin(Stdio::from(other)).spawn()?;
     // The command has a copy of the other end.
     drop(command);

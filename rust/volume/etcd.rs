@@ -38,6 +38,9 @@ const CONFLICT: &str = "conflict";
 /// gRPC's numbers of errors after which a call is sent again: deadline exceeded and unavailable.
 const PASSING: [i64; 2] = [4, 14];
 
+/// gRPC's number of the error that there is no such lease.
+const NOT_FOUND: i64 = 5;
+
 /// A client of etcd.
 pub struct Etcd {
     urls: Vec<String>,
@@ -49,8 +52,8 @@ pub struct Etcd {
 enum Failure {
     /// There was no answer, or one that says to try again.
     NoAnswer(String),
-    /// The call is refused.
-    Refused(String),
+    /// The call is refused, with one of gRPC's numbers of errors.
+    Refused(i64, String),
 }
 
 impl Etcd {
@@ -63,11 +66,17 @@ impl Etcd {
     }
 
     fn call(&self, method: &str, body: &Value) -> Result<Value> {
+        self.call_unless(None, method, body)
+    }
+
+    /// Calls a method. Returns [`Value::Null`] if it is refused with the number `expected`.
+    fn call_unless(&self, expected: Option<i64>, method: &str, body: &Value) -> Result<Value> {
         let deadline = Instant::now() + RETRY;
         loop {
             match attempt(self.url(), method, body) {
                 Ok(answer) => return Ok(answer),
-                Err(Failure::Refused(cause)) => return Err(refused(&cause)),
+                Err(Failure::Refused(code, _)) if Some(code) == expected => return Ok(Value::Null),
+                Err(Failure::Refused(_, cause)) => return Err(refused(&cause)),
                 Err(Failure::NoAnswer(cause)) if Instant::now() > deadline => {
                     return Err(self.no_answer(&cause));
                 }
@@ -149,7 +158,7 @@ fn attempt(url: &str, method: &str, body: &Value) -> std::result::Result<Value, 
     let message = answer.get("message").or(answer.get("error"));
     let message = message.and_then(Value::as_str).unwrap_or(line).to_owned();
     match answer.get("code").and_then(Value::as_i64) {
-        Some(code) if !PASSING.contains(&code) => Err(Failure::Refused(message)),
+        Some(code) if !PASSING.contains(&code) => Err(Failure::Refused(code, message)),
         _ => Err(Failure::NoAnswer(message)),
     }
 }
@@ -286,7 +295,9 @@ impl Store for Etcd {
     }
 
     fn revoke(&self, lease: Lease) -> Result<()> {
-        self.call("lease/revoke", &json!({"ID": lease.0.to_string()}))?;
+        // It may have ended by itself, or by an earlier attempt.
+        let body = json!({"ID": lease.0.to_string()});
+        self.call_unless(Some(NOT_FOUND), "lease/revoke", &body)?;
         Ok(())
     }
 }

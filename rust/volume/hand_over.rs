@@ -154,13 +154,12 @@ impl<S: Store> Takeover<'_, S> {
         }
     }
 
-    /// Waits until the entry of the former writer is gone.
+    /// Waits until the entry of the former writer is gone. After an error the former host keeps the
+    /// volume, as soon as the lease has ended.
     fn wait(&self, writer: &Entry, former: &Holder, lease: Lease) -> Result<()> {
         let deadline = Instant::now() + WAIT;
         while self.store.get(&writer.key)?.is_some() {
             if Instant::now() > deadline || !self.store.keep_alive(lease)? {
-                // The former host keeps the volume.
-                let _ = self.store.revoke(lease);
                 return Err(in_use(self.name, former));
             }
             thread::sleep(INTERVAL);

@@ -3,9 +3,11 @@
 //! The process that has a volume attached.
 
 use crate::config::Config;
+use engine::{Errno, Error, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs;
+use std::io;
 use std::process;
 
 /// The process that has a volume attached.
@@ -27,21 +29,37 @@ pub struct Holder {
 
 impl Holder {
     /// Returns this process, as the one that serves `disk`.
-    pub fn this_process(config: &Config, disk: &str) -> Self {
-        let pid = process::id();
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let namespace = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
-        Self {
-            host: config.host.clone(),
-            disk: disk.to_owned(),
-            pid,
-            start_time: start_time(pid).unwrap_or(0),
-            boot: boot.trim().to_owned(),
-            namespace: namespace.display().to_string(),
+    pub fn this_process(config: &Config, disk: &str) -> Result<Self> {
+        let read = || -> io::Result<Self> {
+            let pid = process::id();
+            let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+            let namespace = fs::read_link("/proc/self/ns/pid")?;
+            Ok(Self {
+                host: config.host.clone(),
+                disk: disk.to_owned(),
+                pid,
+                start_time: start_time(pid)?.ok_or(io::ErrorKind::NotFound)?,
+                boot: boot.trim().to_owned(),
+                namespace: namespace.display().to_string(),
+            })
+        };
+        read().map_err(|error| {
+            let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+            Error::new(errno, format!("reading /proc: {error}"), "mount /proc")
+        })
+    }
+
+    /// Returns the disk that this process serves.
+    pub(crate) fn user(&self) -> User {
+        User {
+            host: self.host.clone(),
+            disk: self.disk.clone(),
+            boot: self.boot.clone(),
         }
     }
 
-    /// Returns `true` if this is a process of the same host that has ended.
+    /// Returns `true` if this is a process of the same host that has ended. If that cannot be found
+    /// out, it counts as one that has not.
     pub(crate) fn has_ended(&self, on: &Self) -> bool {
         let names = |holder: &Self| {
             let Self {
@@ -52,7 +70,8 @@ impl Holder {
             } = holder.clone();
             (host, boot, namespace)
         };
-        names(self) == names(on) && start_time(self.pid) != Some(self.start_time)
+        let has_ended = || start_time(self.pid).is_ok_and(|time| time != Some(self.start_time));
+        names(self) == names(on) && has_ended()
     }
 
     /// Returns `true` if this is a process of the same host before it was booted.
@@ -73,15 +92,43 @@ impl fmt::Display for Holder {
     }
 }
 
+/// The disk of a guest that has used a volume.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct User {
+    /// The name of the host.
+    host: String,
+    /// The disk there: `DOMAIN/DEVICE`.
+    disk: String,
+    /// The boot of the host, after which another domain may have the number.
+    boot: String,
+}
+
+impl fmt::Display for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "by disk {} on host {}", self.disk, self.host)
+    }
+}
+
 /// Returns when a process was started; [`None`] if there is none, or it has ended.
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+fn start_time(pid: u32) -> io::Result<Option<u64>> {
+    match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => start_time_of(&stat).ok_or_else(|| io::ErrorKind::InvalidData.into()),
+        Err(error) => match Errno::from_io_error(&error) {
+            Some(Errno::NOENT | Errno::SRCH) => Ok(None),
+            _ => Err(error),
+        },
+    }
+}
+
+/// Returns when a process was started, from its `/proc/PID/stat`. The inner [`None`] says that it
+/// has ended, the outer one that the text is not valid.
+fn start_time_of(stat: &str) -> Option<Option<u64>> {
     // The name before it may contain spaces.
     let (_, fields) = stat.rsplit_once(')')?;
     let mut fields = fields.split_whitespace();
     match fields.next()? {
-        "Z" | "X" => None,
-        _ => fields.nth(18)?.parse().ok(),
+        "Z" | "X" => Some(None),
+        _ => fields.nth(18)?.parse().ok().map(Some),
     }
 }
 
@@ -96,7 +143,7 @@ mod tests {
             etcd: Vec::new(),
             host: "a".to_owned(),
         };
-        let this = Holder::this_process(&config, "1/2");
+        let this = Holder::this_process(&config, "1/2").unwrap();
         assert!(!this.has_ended(&this) && !this.has_rebooted(&this));
         let mut child = Command::new("true").spawn().unwrap();
         child.wait().unwrap();
@@ -121,5 +168,18 @@ mod tests {
             ..dead
         };
         assert!(!before.has_ended(&this) && before.has_rebooted(&this));
+    }
+
+    #[test]
+    fn only_what_proc_says_ends_a_process() {
+        let fields = "1 ".repeat(18);
+        assert_eq!(
+            start_time_of(&format!("7 (a) b) S {fields}42 9")),
+            Some(Some(42))
+        );
+        assert_eq!(start_time_of(&format!("7 (a) Z {fields}42 9")), Some(None));
+        for text in ["", "7 (a)", "7 (a) S 1", "7 (a) S x"] {
+            assert_eq!(start_time_of(text), None, "{text}");
+        }
     }
 }

@@ -69,7 +69,7 @@ pub trait Store: Send + Sync {
     /// Starts the time of a lease again. Returns `false` if it has ended.
     fn keep_alive(&self, lease: Lease) -> Result<bool>;
 
-    /// Ends a lease.
+    /// Ends a lease. One that has ended is no error.
     fn revoke(&self, lease: Lease) -> Result<()>;
 
     /// Returns one key.

@@ -52,11 +52,19 @@ impl Permissions {
     }
 }
 
+/// A call that is made once, before a node is written with a value.
+struct Hook {
+    /// The path and the value, as in the request.
+    payload: Vec<u8>,
+    run: Box<dyn FnOnce() -> io::Result<()> + Send>,
+}
+
 /// A connection to xenstore, and the socket of the process that uses it.
 pub struct Proxy {
     store: File,
     client: UnixStream,
     permissions: Permissions,
+    hook: Option<Hook>,
     /// The watches that the process has, as in the requests: path and token.
     watches: BTreeSet<Vec<u8>>,
     /// The identifiers of requests that have no answer.
@@ -76,12 +84,28 @@ impl Proxy {
             store: store.into_file(),
             client,
             permissions,
+            hook: None,
             watches: BTreeSet::new(),
             unanswered: BTreeSet::new(),
             starting: BTreeSet::new(),
             transactions: BTreeSet::new(),
         };
         Ok((proxy, other.into()))
+    }
+
+    /// Has `hook` called once, before the process writes a value to a node for the first time. If
+    /// that fails, nothing is written, and [`Self::run`] ends with its error.
+    pub fn before_write(
+        mut self,
+        path: &str,
+        value: &str,
+        hook: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> Self {
+        self.hook = Some(Hook {
+            payload: format!("{path}\0{value}").into_bytes(),
+            run: Box::new(hook),
+        });
+        self
     }
 
     /// Passes messages on until the process has closed its socket.
@@ -130,6 +154,7 @@ impl Proxy {
             return Ok(false);
         };
         if self.allows(&message) {
+            self.run_hook(&message)?;
             self.record(&message);
             self.store.write_all(&message.encode()?)?;
         } else {
@@ -156,6 +181,16 @@ impl Proxy {
             Kind::Write | Kind::Remove => self.permissions.may_write(path),
             Kind::TransactionStart => self.may_start(),
             Kind::TransactionEnd => self.transactions.contains(&message.transaction),
+        }
+    }
+
+    /// Runs the hook if it belongs to a request.
+    fn run_hook(&mut self, message: &Message) -> io::Result<()> {
+        let is_write = Kind::of(message.kind) == Some(Kind::Write);
+        let is_its = |hook: &mut Hook| is_write && hook.payload == message.payload;
+        match self.hook.take_if(is_its) {
+            Some(hook) => (hook.run)(),
+            None => Ok(()),
         }
     }
 
@@ -242,6 +277,35 @@ mod tests {
         assert_eq!(state.as_deref(), Some("4"));
         drop(store);
         thread.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_write_comes_after_its_hook() {
+        let path = "backend/vbd3/5/51712/state";
+        for succeeds in [true, false] {
+            let host = Host::new();
+            let mut other = host.xenstore().unwrap();
+            let mut watched = host.xenstore().unwrap();
+            let (proxy, client) = Proxy::new(host.xenstore().unwrap(), permissions()).unwrap();
+            let proxy = proxy.before_write(path, "4", move || {
+                assert_eq!(watched.read_text(path)?.as_deref(), Some("2"));
+                match succeeds {
+                    true => Ok(()),
+                    false => Err(io::ErrorKind::TimedOut.into()),
+                }
+            });
+            let thread = thread::spawn(move || proxy.run());
+            let mut store = Xenstore::from_fd(client);
+            store.write(path, "2").unwrap();
+            // The hook would find another value the second time.
+            let written = [0; 2].map(|_| store.write(path, "4").is_ok());
+            assert_eq!(written, [succeeds; 2]);
+            let expected = if succeeds { "4" } else { "2" };
+            let state = other.read_text(path).unwrap();
+            assert_eq!(state.as_deref(), Some(expected));
+            drop(store);
+            assert_eq!(thread.join().unwrap().is_ok(), succeeds);
+        }
     }
 
     #[test]

@@ -117,7 +117,11 @@ fn serve(uri: &str, dir: &Path, replace: impl FnOnce()) {
     process.verify();
     process.check(&root);
     process.end();
-    engine::remove_files(&uri.parse().unwrap(), dir).unwrap();
+    let options = Options {
+        runtime_dir: dir.to_owned(),
+        ..Options::default()
+    };
+    engine::remove_files(&uri.parse().unwrap(), &options).unwrap();
     let left: Vec<_> = fs::read_dir(dir).unwrap().map(Result::unwrap).collect();
     assert_eq!(left.len(), 1, "{left:?}");
 }

@@ -131,6 +131,15 @@ fn late_writes_of_a_frozen_host_do_not_land() {
     for block in 0..SIZE / io::BLOCK {
         image.write(block, &data).unwrap();
     }
+    // The text begins with the year, so it can be compared.
+    let fences = crate::ceph().ceph(&["osd", "blocklist", "ls", "--format", "json"]);
+    // The list of refused ranges of addresses follows.
+    let mut lists = serde_json::Deserializer::from_str(&fences).into_iter::<serde_json::Value>();
+    let fences = lists.next().unwrap().unwrap();
+    let fences = fences.as_array().unwrap().iter();
+    let until = fences.filter_map(|fence| fence["until"].as_str()).max();
+    let later = daemons::run("date", &["--utc", "--date=+360 days", "+%FT%T"]);
+    assert!(until.unwrap() > later.as_str(), "{until:?}");
     process.thaw();
     // It writes as long as no write fails, and says why it ends.
     let end = process.wait_for_end();

@@ -57,6 +57,7 @@ fn conditions_and_leases() {
     assert!(!client.keep_alive(lease).unwrap());
     let lease = client.grant(Duration::from_secs(60)).unwrap();
     client.revoke(lease).unwrap();
+    client.revoke(lease).unwrap();
     assert!(!client.keep_alive(lease).unwrap());
 }
 

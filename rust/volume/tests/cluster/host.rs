@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
-use volume::{Attachment, Config, Holder, Registry, Result, VolumeName};
+use volume::{Access, Attachment, Config, Holder, Registry, Result, VolumeName};
 
 /// The time after which a writer is taken for dead, where a test waits for that.
 pub const LEASE: Duration = Duration::from_secs(3);
@@ -50,9 +50,13 @@ impl Host {
         read_only: bool,
         lease: Duration,
     ) -> Result<Attachment> {
-        let holder = Holder::this_process(&self.config, "5/51712");
+        let holder = Holder::this_process(&self.config, "5/51712")?;
+        let access = match read_only {
+            true => Access::Read,
+            false => Access::Write,
+        };
         let registry = self.registry.clone();
-        Attachment::new(registry, name, &holder, read_only, lease, |error| {
+        Attachment::new(registry, name, &holder, access, lease, |error| {
             eprintln!("{error}");
             if std::env::var_os(ENDS).is_some() {
                 std::process::exit(1);
