@@ -24,11 +24,22 @@ const FOLLOW_TIME: Duration = Duration::from_secs(60);
 /// Limit for a process to read the size of its image.
 const TIMEOUT: Duration = Duration::from_secs(50);
 
+/// The number of times that a process is told a size while its image does not have it. A client of
+/// GlusterFS knows an earlier size for a second, and one of Ceph that only reads always.
+const TRIES: u32 = 12;
+
+/// The size that the process of a disk was told.
+struct Told {
+    uuid: String,
+    size: u64,
+    /// The number of times that it is told again.
+    tries: u32,
+}
+
 /// The disks with volumes, and what their processes were told.
 pub struct Volumes {
     run: RunDir,
-    /// The uuid and the size of the volume of each disk.
-    told: BTreeMap<DiskId, (String, u64)>,
+    told: BTreeMap<DiskId, Told>,
 }
 
 impl Volumes {
@@ -117,21 +128,40 @@ impl Volumes {
             let Some(volume) = known.get(name) else {
                 continue;
             };
-            let value = (volume.uuid.clone(), volume.size);
-            if self.told.get(disk) == Some(&value) {
+            let told = self.told.get(disk);
+            let told = told.filter(|told| (&told.uuid, told.size) == (&volume.uuid, volume.size));
+            let tries = told.map_or(TRIES, |told| told.tries);
+            if tries == 0 {
                 continue;
             }
             let command = DiskCommand::Resize { size: None };
             let path = self.run.control_socket(*disk);
             match socket::command::<Value>(&path, command, TIMEOUT) {
-                Ok(_) => {
-                    self.told.insert(*disk, value);
+                Ok(answer) => {
+                    let has_size = has_size(&answer, volume.size);
+                    if !has_size {
+                        let text =
+                            format!("{disk}: its image does not have the size of {name} yet");
+                        result = Err(text);
+                    }
+                    let told = Told {
+                        uuid: volume.uuid.clone(),
+                        size: volume.size,
+                        tries: if has_size { 0 } else { tries.saturating_sub(1) },
+                    };
+                    self.told.insert(*disk, told);
                 }
                 Err(failure) => result = Err(format!("{disk}: {}", failure.text.cause)),
             }
         }
         result
     }
+}
+
+/// Returns `true` if the disk of a process that has answered has a size, in whole blocks.
+fn has_size(answer: &Value, size: u64) -> bool {
+    let sectors = answer.get("sectors").and_then(Value::as_u64);
+    sectors.is_some_and(|sectors| sectors >= size / 4096 * 8)
 }
 
 #[cfg(test)]
@@ -217,6 +247,29 @@ mod tests {
         agent.tell(&[], &volumes(1024)).unwrap();
         agent.tell(&disks, &volumes(1024)).unwrap();
         assert!(lines.try_recv().unwrap().contains("resize"));
+    }
+
+    #[test]
+    fn a_process_whose_image_has_an_earlier_size_is_told_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::new(dir.path());
+        let mut agent = Volumes::new(run.clone());
+        write_record(&run, "vol:fast/db");
+        let disks = agent.disks().unwrap();
+        // It answers with 8 sectors.
+        let lines = answer(&run);
+        for _ in 0..TRIES {
+            let error = agent.tell(&disks, &volumes(8192)).unwrap_err();
+            assert!(
+                error.contains("does not have the size of fast/db"),
+                "{error}"
+            );
+            assert!(lines.try_recv().is_ok());
+        }
+        for (size, is_told) in [(8192, false), (4096, true), (4096, false)] {
+            agent.tell(&disks, &volumes(size)).unwrap();
+            assert_eq!(lines.try_recv().is_ok(), is_told, "{size}");
+        }
     }
 
     #[test]
