@@ -4,6 +4,8 @@
 
 use api::{defaults, socket, DiskAnswer, DiskCommand, DiskId, Quota, RunDir};
 use clap::{value_parser, Args, ValueEnum};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -53,6 +55,9 @@ pub struct TapOptions {
         value_parser = value_parser!(u32).range(1..0x7fff_0000)
     )]
     pub uid_base: u32,
+    /// The number of times that the share of each domain's disks has changed.
+    #[arg(skip)]
+    changes: Arc<Mutex<BTreeMap<u16, u64>>>,
 }
 
 /// The action for a write for which the storage has no space.
@@ -95,24 +100,39 @@ impl TapOptions {
         .collect()
     }
 
-    /// Tells the processes of a domain what each of its disks may use, in a thread.
-    pub fn share_quota(&self, run: &RunDir, disks: Vec<DiskId>) {
-        let (run, quota) = (run.clone(), self.quota(disks.len()));
+    /// Tells the processes of a domain what each of its disks may use, in a thread. One that was
+    /// started for an earlier share ends.
+    pub fn share_quota(&self, run: &RunDir, domid: u16, disks: Vec<DiskId>) {
+        let change = self.change(domid, 1);
+        let (run, options, quota) = (run.clone(), self.clone(), self.quota(disks.len()));
         let thread = thread::Builder::new().name("quota".to_owned());
         let started = thread.spawn(move || {
             for disk in disks {
-                tell(&run, disk, quota);
+                tell(&run, disk, quota, || options.change(domid, 0) == change);
             }
         });
         if let Err(error) = started {
             api::message!("no thread for the quotas of disks: {error}");
         }
     }
+
+    /// Returns the number of the last change of a domain's share, after having added `added`.
+    fn change(&self, domid: u16, added: u64) -> u64 {
+        // A number is whole after each statement.
+        let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let change = changes.entry(domid).or_default();
+        *change = change.wrapping_add(added);
+        *change
+    }
 }
 
-/// Tells a process what its disk may use. One that is being started is tried again.
-fn tell(run: &RunDir, disk: DiskId, quota: Quota) {
+/// Tells a process what its disk may use, while that is the latest. One that is being started is
+/// tried again.
+fn tell(run: &RunDir, disk: DiskId, quota: Quota, is_latest: impl Fn() -> bool) {
     for _ in 0..TRIES {
+        if !is_latest() {
+            return;
+        }
         let command = DiskCommand::SetQuota(quota);
         let told: Result<DiskAnswer, _> =
             socket::command(&run.control_socket(disk), command, ANSWER_TIMEOUT);
@@ -178,7 +198,7 @@ pub(crate) mod tests {
         let listener = UnixListener::bind(run.control_socket(disk)).unwrap();
         // The second disk has no record.
         let disks = vec![disk, "5/51728".parse().unwrap()];
-        options(&["--domain-pages", "100"]).share_quota(&run, disks);
+        options(&["--domain-pages", "100"]).share_quota(&run, disk.domid, disks);
         let (stream, _) = listener.accept().unwrap();
         let command = read_command(&stream).unwrap().unwrap();
         let quota = Quota {
@@ -187,5 +207,9 @@ pub(crate) mod tests {
         };
         assert_eq!(command, DiskCommand::SetQuota(quota));
         answer_command(&stream, Ok(DiskAnswer::Quota(quota)));
+        // Another share has been computed meanwhile.
+        listener.set_nonblocking(true).unwrap();
+        tell(&run, disk, quota, || false);
+        assert!(listener.accept().is_err());
     }
 }

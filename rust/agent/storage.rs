@@ -62,7 +62,7 @@ struct Domain {
 }
 
 /// The thread that checks a domain.
-struct Monitor {
+struct Checker {
     storages: Arc<Storages>,
     probe: Probe,
     name: String,
@@ -92,7 +92,7 @@ impl Storages {
                 continue;
             }
             let domain = Domain::new(name, image);
-            let monitor = Monitor {
+            let checker = Checker {
                 storages: self.clone(),
                 probe: probe.clone(),
                 name: name.clone(),
@@ -100,7 +100,7 @@ impl Storages {
                 key: domain.key.clone(),
             };
             let thread = thread::Builder::new().name("storage".to_owned());
-            match thread.spawn(move || monitor.run()) {
+            match thread.spawn(move || checker.run()) {
                 Ok(_) => drop(domains.insert(name.clone(), domain)),
                 Err(error) => api::message!("storage {name}: no thread checks it: {error}"),
             }
@@ -152,7 +152,7 @@ impl Domain {
     }
 }
 
-impl Monitor {
+impl Checker {
     fn run(self) {
         while self.is_wanted() {
             let began = Instant::now();

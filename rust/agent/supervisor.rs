@@ -239,7 +239,7 @@ impl Supervisor {
     fn share_quota(&self, domid: u16, new: Option<DiskId>) {
         let disks: Vec<_> = self.disks_of(domid).collect();
         if disks.iter().any(|disk| Some(*disk) != new) {
-            self.options.share_quota(&self.run, disks);
+            self.options.share_quota(&self.run, domid, disks);
         }
     }
 

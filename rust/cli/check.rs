@@ -54,7 +54,7 @@ pub fn run(json: bool) -> Result<(), Error> {
     if json {
         exit::print_json(&findings)?;
     } else {
-        print!("{}", text(&findings));
+        exit::print(&text(&findings))?;
     }
     if findings.is_empty() {
         return Ok(());

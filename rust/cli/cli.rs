@@ -11,6 +11,7 @@
 //! | `block-rblk` | [`hotplug`] | libxl, as the hotplug script of a disk with `script=block-rblk` |
 
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout)]
 #![deny(missing_docs)]
 
 pub mod args;
@@ -74,8 +75,9 @@ fn run_rblk(args: Rblk) -> Result<(), Error> {
         Command::Metrics => metrics::run(&run),
         Command::Volume { command } => volume::run_volume(&command, args.json),
         Command::Completion { shell } => {
-            clap_complete::generate(shell, &mut Rblk::command(), "rblk", &mut std::io::stdout());
-            Ok(())
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Rblk::command(), "rblk", &mut text);
+            exit::print(&String::from_utf8_lossy(&text))
         }
         Command::Man { directory } => {
             clap_mangen::generate_to(Rblk::command(), &directory)

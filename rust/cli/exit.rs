@@ -5,7 +5,7 @@
 use api::{Failure, FailureKind};
 use serde::Serialize;
 use std::fmt;
-use std::io;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 /// The exit statuses, as help and man pages show them.
@@ -65,12 +65,27 @@ impl From<Failure> for Error {
     }
 }
 
+/// Prints text. `print!` ends the process with a signal if that fails.
+///
+/// If no one reads the text any more, as in `rblk events | head`, the process ends with success.
+pub fn print(text: &str) -> Result<(), Error> {
+    let mut output = io::stdout();
+    match output
+        .write_all(text.as_bytes())
+        .and_then(|()| output.flush())
+    {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(error) => Err(io_failure("the standard output", &error).into()),
+        Ok(()) => Ok(()),
+    }
+}
+
 /// Prints a value as a line of JSON.
 pub fn print_json(value: &impl Serialize) -> Result<(), Error> {
     let text = serde_json::to_string(value).map_err(|error| {
         Failure::new(FailureKind::Failed, format!("JSON: {error}"), "report this")
     })?;
-    println!("{text}");
+    print(&format!("{text}\n"))?;
     Ok(())
 }
 

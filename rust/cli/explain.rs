@@ -95,7 +95,7 @@ pub fn run(run: &RunDir, name: &DiskName, json: bool) -> Result<(), Error> {
     if json {
         return exit::print_json(&explanation);
     }
-    print!("{}", text(&explanation));
+    exit::print(&text(&explanation))?;
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 //! `rblk host`, `rblk storage` and `rblk events`: the state of `rblkd` and of storage.
 
-use crate::exit::{print_json, Error};
+use crate::exit::{self, print_json, Error};
 use crate::table;
 use api::agent::EVENTS_WAIT;
 use api::{AgentCall, DiskEntry, Event, Failure, FailureKind, HostStatus, RunDir};
@@ -32,7 +32,7 @@ pub fn status(run: &RunDir, json: bool) -> Result<(), Error> {
         return print_json(&status);
     }
     let disks: Vec<DiskEntry> = call(run, &AgentCall::List, TIMEOUT)?;
-    print!("{}", status_text(&status, &disks));
+    exit::print(&status_text(&status, &disks))?;
     Ok(())
 }
 
@@ -70,7 +70,7 @@ pub fn storage(run: &RunDir, json: bool) -> Result<(), Error> {
     if json {
         return print_json(&status.storages);
     }
-    print!("{}", storage_table(&status.storages, now()));
+    exit::print(&storage_table(&status.storages, now()))?;
     Ok(())
 }
 
@@ -142,7 +142,7 @@ pub fn events(run: &RunDir, follow: bool, json: bool) -> Result<(), Error> {
             if json {
                 print_json(event)?;
             } else {
-                print!("{}", event_line(event));
+                exit::print(&event_line(event))?;
             }
         }
         after = events.last().map_or(after, |event| event.number);

@@ -4,7 +4,7 @@
 //!
 //! For the textfile collector of `node_exporter`, or any program that runs a command.
 
-use crate::exit::Error;
+use crate::exit::{self, Error};
 use crate::host::state_name;
 use api::{AgentCall, Counters, DiskEntry, HostStatus, RunDir, StorageState, StorageStatus};
 use std::fmt::{Display, Write as _};
@@ -56,7 +56,7 @@ pub fn run(run: &RunDir) -> Result<(), Error> {
     let call = |call| api::socket::call(&run.agent_socket(), call, TIMEOUT);
     let host: HostStatus = call(&AgentCall::HostStatus)?;
     let disks = api::socket::call(&run.agent_socket(), &AgentCall::List, TIMEOUT)?;
-    print!("{}", text(&host, disks));
+    exit::print(&text(&host, disks))?;
     Ok(())
 }
 

@@ -19,7 +19,7 @@
 //! P is the pid of `rblktap`, M is the virtual device number. The calls of `block-tap` have the
 //! variable `XENBUS_PATH`. Without it, only `list` works, and lists all disks.
 
-use crate::exit::Error;
+use crate::exit::{self, Error};
 use crate::outcome;
 use api::{DiskId, Failure, FailureKind, Record, RunDir};
 use clap::{Args, Parser, Subcommand};
@@ -97,7 +97,7 @@ struct Device {
 
 /// Runs a call.
 pub fn run(args: &TapCtl) -> Result<(), Error> {
-    print!("{}", output(args)?);
+    exit::print(&output(args)?)?;
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 //! `rblk storage` and `rblk volume`.
 
 use crate::args::{VolumeCommand, VolumeStorageCommand};
-use crate::exit::Error;
+use crate::exit::{self, Error};
 use crate::table;
 use ::volume::etcd::Etcd;
 use ::volume::record::ROOT;
@@ -107,7 +107,7 @@ fn print(value: &impl Serialize) -> Result<(), Error> {
     let text = serde_json::to_string_pretty(value).map_err(|error| {
         Failure::new(FailureKind::Failed, format!("JSON: {error}"), "report this")
     })?;
-    println!("{text}");
+    exit::print(&format!("{text}\n"))?;
     Ok(())
 }
 
@@ -122,7 +122,7 @@ fn list_storages(registry: &Registry<Etcd>, json: bool) -> Result<(), Error> {
             .into_iter()
             .map(|storage| [storage.name, storage.uri]),
     );
-    print!("{}", table::align(&rows));
+    exit::print(&table::align(&rows))?;
     Ok(())
 }
 
@@ -156,7 +156,7 @@ fn check_storages(registry: &Registry<Etcd>, json: bool) -> Result<(), Error> {
     if json {
         print(&all)?;
     } else {
-        print!("{}", table::align(&rows));
+        exit::print(&table::align(&rows))?;
     }
     failed.map_or(Ok(()), |failure| Err(failure.into()))
 }
@@ -166,7 +166,7 @@ fn list(registry: &Registry<Etcd>, storage: Option<&str>, json: bool) -> Result<
     if json {
         return print(&volumes);
     }
-    print!("{}", rows(&volumes));
+    exit::print(&rows(&volumes))?;
     Ok(())
 }
 
@@ -242,7 +242,7 @@ fn info(volume: &VolumeInfo, json: bool) -> Result<(), Error> {
     if volume.volume.pending.is_some() {
         rows.push(row("change", "not complete".to_owned()));
     }
-    print!("{}", table::align(&rows));
+    exit::print(&table::align(&rows))?;
     Ok(())
 }
 
@@ -270,7 +270,7 @@ fn collect(
         if json {
             print(&json!({"storage": name, "collected": collected}))?;
         } else {
-            print!("{}", report(&name, &collected));
+            exit::print(&report(&name, &collected))?;
         }
     }
     failed.map_or(Ok(()), |error| Err(failure(error).into()))
