@@ -52,12 +52,13 @@
 //! # Limits on what a frontend can consume
 //!
 //! A queue thread takes from a ring only requests that the frontend has published, calls
-//! `cond_resched()` after each pass, and ends an event as spurious if there was no request since the
-//! last event was ended, and none is held back. So the event channel driver slows down a frontend that only sends events, or that
-//! moves its request index back and forth. Once attached to a ring, the backend never reads back
-//! its own indices, which the frontend may overwrite. Connections and attempts to open a disk are
-//! limited by a [`TokenBucket`]. Each other change of the frontend's state costs a few reads of
-//! xenstore and a rate-limited message, and the frontend has to write to xenstore for it.
+//! `cond_resched()` after each pass, and ends an event as spurious if there was no request since
+//! the last event was ended, and none is held back. So the event channel driver slows down a
+//! frontend that only sends events, or that moves its request index back and forth. Once attached
+//! to a ring, the backend never reads back its own indices, which the frontend may overwrite.
+//! Connections and attempts to open a disk are limited by a [`TokenBucket`]. Each other change of
+//! the frontend's state costs a few reads of xenstore and a rate-limited message, and the frontend
+//! has to write to xenstore for it.
 
 use core::fmt::Write;
 
@@ -178,7 +179,7 @@ const RETRY_MS: u32 = 100;
 /// Longest delay of a retry, in milliseconds.
 const MAX_RETRY_MS: u32 = 10_000;
 
-/// What an attempt to connect waits for, in its error.
+/// The error of an attempt to connect that has to wait.
 const LAST_QUEUES: &str = "waiting for the queues of the last attempt to connect";
 
 /// Number of failures after which the delay has reached its maximum.

@@ -20,12 +20,11 @@
 //!
 //! The state is changed from and to Initialising only in the `xenwatch` thread, because xenbus
 //! would take such a change by another thread for a new device of the toolstack. So the `xenwatch`
-//! thread takes the steps that do that. The device worker takes steps from Connected to Closed, when
-//! the backend does not respond or a detach was withdrawn, and removes the disk, which may wait, see
-//! [`worker`](crate::worker). There is one exception: the worker writes
-//! Closed when it has ended the connection for good, which replaces Initialising if the device is
-//! not connected. Xenbus may create the device again then, and the new one waits for a backend as
-//! the old one did.
+//! thread takes the steps that do that. The device worker takes steps from Connected to Closed,
+//! when the backend does not respond or a detach was withdrawn, and removes the disk, which may
+//! wait, see [`worker`](crate::worker). There is one exception: the worker writes Closed when it
+//! has ended the connection for good, which replaces Initialising if the device is not connected.
+//! Xenbus may create the device again then, and the new one waits for a backend as the old one did.
 
 use core::mem;
 

@@ -140,9 +140,9 @@ pub(crate) fn path(path: &CStr) -> Result<CString> {
 
 /// Returns the event for a state of the backend.
 ///
-/// `disk` is `true` if there is a disk from an earlier connection. Fails if the node `online` cannot
-/// be read: a detach must not be taken for the end of a connection, which does not write the disk
-/// back.
+/// `disk` is `true` if there is a disk from an earlier connection. Fails if the node `online`
+/// cannot be read: a detach must not be taken for the end of a connection, which does not write the
+/// disk back.
 pub(crate) fn backend_event(
     backend: &CStr,
     state: xenbus::OtherendState,

@@ -91,8 +91,8 @@ impl Current {
         unsafe { bindings_ext::cond_resched() };
     }
 
-    /// Freezes the thread if it has to be frozen now. For loops that may run for a long time without
-    /// sleeping.
+    /// Freezes the thread if it has to be frozen now. For loops that may run for a long time
+    /// without sleeping.
     #[inline]
     pub fn try_to_freeze(&self) {
         // SAFETY: As in `cond_resched`.
