@@ -315,6 +315,8 @@ def test_detach_stuck_swap(ramdisk_host: StartHost) -> None:
     """A detach waits for the end of a use as swap, and the disk no longer completes I/O.
 
     A request of it fails as on a disk that is not being detached, and the disk is detached.
+
+    The C frontend removes the disk at once, with the swapped pages.
     """
     host = ramdisk_host(f"only={READ} timeout_ms=600000")
     guest = host.start_guest(disks=[])

@@ -112,6 +112,8 @@ def test_detach_withdrawn(host: XenHost) -> None:
     """The toolstack withdraws a detach that waits for the end of a use as swap: the disk stays.
 
     It has written Closing, so the disk connects again.
+
+    The C frontend has removed the disk by then.
     """
     guest = host.start_guest(disks=[])
     attach(host, guest)

@@ -1014,7 +1014,7 @@ impl Device {
     /// reported.
     ///
     /// While a detach is deferred, the toolstack has written Closing, and the backend serves.
-    fn has_serving_backend(&self) -> bool {
+    pub(crate) fn has_serving_backend(&self) -> bool {
         let closing = self.backend_state == Ok(XenbusState::Closing);
         let deferred = self.is_detach_deferred() && self.state == FrontState::Connected && closing;
         deferred || self.is_connected()
@@ -1234,11 +1234,6 @@ impl Device {
         let waits = |queue: &Arc<Queue>| !queue.is_idle() && !queue.is_broken();
         let mut queues = self.queues.iter().take(self.rings);
         self.state != FrontState::Connected || !queues.any(waits)
-    }
-
-    /// Returns `true` if both sides are connected, or the connection has ended permanently.
-    pub(crate) fn is_connected_or_dead(&self) -> bool {
-        self.state == FrontState::Removed || self.is_connected()
     }
 
     /// Frees pages of the pools that have been idle since the last call.

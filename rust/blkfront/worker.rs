@@ -305,9 +305,7 @@ impl DeviceWorker {
     /// while it is connected.
     fn check_outage(&self, disconnected_since: &mut Option<Instant<Monotonic>>) {
         let mut device = self.device.lock();
-        // While a detach is deferred, the toolstack has written Closing, and the backend serves.
-        let served = device.is_detach_deferred() && device.is_served();
-        if served || device.is_connected_or_dead() {
+        if device.has_serving_backend() || device.is_dead() {
             *disconnected_since = None;
             return;
         }
