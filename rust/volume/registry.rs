@@ -192,8 +192,14 @@ impl<S: Store> Registry<S> {
 
     /// Opens a storage.
     pub fn storage(&self, name: &str) -> Result<Box<dyn Storage>> {
+        self.open_storage(name).map(|(_, opened)| opened)
+    }
+
+    /// Opens a storage, and returns its entry too.
+    fn open_storage(&self, name: &str) -> Result<(StorageEntry, Box<dyn Storage>)> {
         let entry: StorageEntry = parse(&self.storage_entry(name)?)?;
-        (self.open)(&entry.uri)
+        let opened = (self.open)(&entry.uri)?;
+        Ok((entry, opened))
     }
 
     /// Lists all volumes, or those of one storage.

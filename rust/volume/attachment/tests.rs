@@ -78,9 +78,9 @@ fn a_volume_that_was_used_elsewhere_is_not_continued() {
     other.detach(true);
     refuses();
     // A disk that is attached again begins with what is there.
-    let anew = attach(&world, &first, Access::Write).unwrap();
-    anew.record_use()().unwrap();
-    anew.detach(true);
+    let attachment = attach(&world, &first, Access::Write).unwrap();
+    attachment.record_use()().unwrap();
+    attachment.detach(true);
     assert!(attach(&world, &second, Access::Continue).is_err());
     Process::healthy(&world).registry().remove(&name()).unwrap();
     assert!(world.keys_of("user").is_empty());

@@ -3,9 +3,7 @@
 //! Removal of images without a name, and completion of changes whose process has died.
 
 use super::{place, Registry, VolumeName};
-use crate::record::{
-    image_key, image_name, keys_of, parse, uuid_of, Pending, StorageEntry, Volume, ROOT,
-};
+use crate::record::{image_key, image_name, keys_of, parse, uuid_of, Pending, Volume, ROOT};
 use crate::storage::Storage;
 use crate::store::{Change, Entry, Store};
 use engine::{Errno, Result};
@@ -37,12 +35,11 @@ impl<S: Store> Registry<S> {
     /// are removed only if `removes_unknown` is set: a process has created one after its time was
     /// over, or the registry was lost and comes from a copy that is older than they are.
     pub fn collect(&self, storage: &str, removes_unknown: bool) -> Result<Collected> {
-        let place: StorageEntry = parse(&self.storage_entry(storage)?)?;
-        let opened = (self.open)(&place.uri)?;
+        let (entry, opened) = self.open_storage(storage)?;
         // In this order: an image has a name, or an entry as an orphan, from before its creation
         // until after its removal.
         let images = opened.list()?;
-        place::check_mark(&images, &place)?;
+        place::check_mark(&images, &entry)?;
         let entries = self.store.list(ROOT)?;
         let mut collected = Collected::default();
         for entry in with_prefix(&entries, &keys_of("name", storage)) {

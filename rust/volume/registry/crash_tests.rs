@@ -245,10 +245,10 @@ fn a_place_belongs_to_one_storage_of_one_registry() {
     let world = world();
     let registry = Process::healthy(&world).registry();
     let images = world.images.lock().unwrap().clone();
-    let anew = Process::healthy(&world.with_other_registry()).registry();
+    let other = Process::healthy(&world.with_other_registry()).registry();
     for (registry, cause) in [
         (&registry, "is the storage s already"),
-        (&anew, "belongs to another registry"),
+        (&other, "belongs to another registry"),
     ] {
         let error = registry.add_storage("t", "model").unwrap_err();
         assert_eq!(error.errno(), Errno::EXIST);

@@ -66,8 +66,8 @@ impl<S: Store> Registry<S> {
     /// Checks that the place of a storage can be used and is its own. Returns the number of images
     /// that are volumes.
     pub fn check_storage(&self, name: &str) -> Result<usize> {
-        let entry: StorageEntry = parse(&self.storage_entry(name)?)?;
-        let images = (self.open)(&entry.uri)?.list()?;
+        let (entry, opened) = self.open_storage(name)?;
+        let images = opened.list()?;
         check_mark(&images, &entry)?;
         Ok(images
             .iter()
