@@ -28,6 +28,9 @@ const TIMEOUT: Duration = Duration::from_secs(50);
 /// GlusterFS knows an earlier size for a second, and one of Ceph that only reads always.
 const TRIES: u32 = 12;
 
+/// The largest block of a disk, in bytes.
+const MAX_BLOCK_SIZE: u64 = 4096;
+
 /// The size that the process of a disk was told.
 struct Told {
     uuid: String,
@@ -158,10 +161,12 @@ impl Volumes {
     }
 }
 
-/// Returns `true` if the disk of a process that has answered has a size, in whole blocks.
+/// Returns `true` if the disk of a process that has answered has a size in bytes. The rest behind
+/// the last whole block does not count.
 fn has_size(answer: &Value, size: u64) -> bool {
     let sectors = answer.get("sectors").and_then(Value::as_u64);
-    sectors.is_some_and(|sectors| sectors >= size / 4096 * 8)
+    let block_sectors = MAX_BLOCK_SIZE / 512;
+    sectors.is_some_and(|sectors| sectors >= size / MAX_BLOCK_SIZE * block_sectors)
 }
 
 #[cfg(test)]
