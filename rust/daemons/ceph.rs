@@ -2,11 +2,13 @@
 
 //! A Ceph cluster: monitors, and storage daemons whose disks are files.
 
-use crate::daemon::{run, Daemon};
+use crate::daemon::{run, Daemon, LIMIT};
 use crate::{add_address, work_dir, HOST};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Instant;
 
 const FSID: &str = "6f1b0b6e-8d9a-4d53-9d0c-3a1f6f6d0c01";
 const OSD: &str = "0f1b0b6e-8d9a-4d53-9d0c-3a1f6f6d0d0";
@@ -16,6 +18,9 @@ static PORT: AtomicU16 = AtomicU16::new(3300);
 
 /// The difference of the ports of a monitor for protocol versions 1 and 2.
 const OTHER_PORT: u16 = 3489;
+
+/// How many lines of a monitor's log are printed if it does not answer.
+const LOG_LINES: usize = 40;
 
 /// A Ceph cluster with the pool `rbd`.
 pub struct Ceph {
@@ -55,7 +60,8 @@ impl Ceph {
             run("ceph-mon", &mkfs);
             daemon("ceph-mon", id)
         });
-        let mons = mons.collect();
+        let mut mons: Vec<Daemon> = mons.collect();
+        await_monitors(conf, &mut mons, &dir);
         let ceph = |args: &[&str]| ceph(conf, args);
         let osds = ids.iter().map(|id| {
             let uuid = format!("{OSD}{id}");
@@ -90,6 +96,36 @@ impl Ceph {
         all.extend(args);
         run("rbd", &all)
     }
+}
+
+/// Waits until the monitors answer. Each try is a new client, because a client that connected
+/// while the first monitors elected a leader was seen to get no answer for a minute. Prints the
+/// monitors' last messages if there is none.
+fn await_monitors(conf: &str, mons: &mut [Daemon], dir: &Path) {
+    let deadline = Instant::now() + LIMIT;
+    while !is_answered(conf) {
+        mons.iter_mut().for_each(Daemon::check);
+        if Instant::now() >= deadline {
+            (0..mons.len()).for_each(|id| print_end(&dir.join(format!("mon.{id}.log"))));
+            panic!("the monitors of Ceph do not answer");
+        }
+    }
+}
+
+fn is_answered(conf: &str) -> bool {
+    let status = Command::new("ceph")
+        .args(["-c", conf, "--connect-timeout", "9", "status"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    status.unwrap().success()
+}
+
+fn print_end(log: &Path) {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    let end = &lines[lines.len().saturating_sub(LOG_LINES)..];
+    println!("{}:\n{}", log.display(), end.join("\n"));
 }
 
 fn ceph(conf: &str, args: &[&str]) -> String {
