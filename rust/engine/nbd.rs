@@ -12,6 +12,7 @@ mod connect;
 mod protocol;
 mod queue;
 mod reply;
+mod server;
 
 use crate::connect::{Connect, Protocol};
 use crate::error::{Error, Result};
@@ -30,6 +31,7 @@ use protocol::{
 };
 use queue::{flush_blocking, NbdQueue};
 use rustix::io::Errno;
+pub use server::Export;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

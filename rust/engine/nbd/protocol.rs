@@ -11,14 +11,20 @@ pub(super) const OPTION_REPLY_MAGIC: u64 = 0x3_e889_0455_65a9;
 pub(super) const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
 pub(super) const FLAG_NO_ZEROES: u16 = 1 << 1;
 
+pub(super) const OPT_EXPORT_NAME: u32 = 1;
+pub(super) const OPT_ABORT: u32 = 2;
+pub(super) const OPT_LIST: u32 = 3;
+pub(super) const OPT_INFO: u32 = 6;
 pub(super) const OPT_GO: u32 = 7;
 pub(super) const OPT_STRUCTURED_REPLY: u32 = 8;
 
 pub(super) const REP_ACK: u32 = 1;
+pub(super) const REP_SERVER: u32 = 2;
 pub(super) const REP_INFO: u32 = 3;
 pub(super) const REP_FLAG_ERROR: u32 = 1 << 31;
 pub(super) const REP_ERR_UNSUP: u32 = REP_FLAG_ERROR | 1;
 pub(super) const REP_ERR_POLICY: u32 = REP_FLAG_ERROR | 2;
+pub(super) const REP_ERR_INVALID: u32 = REP_FLAG_ERROR | 3;
 pub(super) const REP_ERR_TLS_REQD: u32 = REP_FLAG_ERROR | 5;
 pub(super) const REP_ERR_UNKNOWN: u32 = REP_FLAG_ERROR | 6;
 pub(super) const REP_ERR_SHUTDOWN: u32 = REP_FLAG_ERROR | 7;
@@ -26,6 +32,7 @@ pub(super) const REP_ERR_SHUTDOWN: u32 = REP_FLAG_ERROR | 7;
 pub(super) const INFO_EXPORT: u16 = 0;
 pub(super) const INFO_BLOCK_SIZE: u16 = 3;
 
+pub(super) const FLAG_HAS_FLAGS: u16 = 1 << 0;
 pub(super) const FLAG_READ_ONLY: u16 = 1 << 1;
 pub(super) const FLAG_SEND_FLUSH: u16 = 1 << 2;
 pub(super) const FLAG_SEND_FUA: u16 = 1 << 3;
@@ -82,6 +89,20 @@ impl Command {
         }
         bytes
     }
+
+    /// Returns the command of a header, if it is one.
+    pub(super) fn decode(bytes: &[u8; 28]) -> Option<Self> {
+        let mut bytes = &bytes[..];
+        take_u32(&mut bytes).filter(|magic| *magic == REQUEST_MAGIC)?;
+        let flags = take_u16(&mut bytes)?;
+        Some(Self {
+            flags,
+            kind: take_u16(&mut bytes)?,
+            cookie: take_u64(&mut bytes)?,
+            offset: take_u64(&mut bytes)?,
+            length: take_u32(&mut bytes)?,
+        })
+    }
 }
 
 /// Returns the Linux errno for an error of the protocol.
@@ -96,6 +117,19 @@ pub(super) fn errno(value: u32) -> Errno {
         // The server is about to end; its successor can be connected to.
         108 => Errno::NOTCONN,
         _ => Errno::IO,
+    }
+}
+
+/// Returns the error of the protocol for a Linux errno.
+pub(super) fn number(errno: Errno) -> u32 {
+    match errno {
+        Errno::PERM | Errno::ROFS => 1,
+        Errno::NOMEM => 12,
+        Errno::INVAL => 22,
+        Errno::NOSPC => 28,
+        Errno::OVERFLOW => 75,
+        Errno::OPNOTSUPP => 95,
+        _ => 5,
     }
 }
 
@@ -142,5 +176,15 @@ mod tests {
         assert_eq!(take_u64(&mut bytes), Some(0x1000));
         assert_eq!(take_u32(&mut bytes), Some(0x200));
         assert_eq!(take_u16(&mut bytes), None);
+        assert_eq!(Command::decode(&command.encode()), Some(command));
+        assert_eq!(Command::decode(&[0; 28]), None);
+    }
+
+    #[test]
+    fn errors_of_the_protocol_come_back_as_they_were() {
+        for value in [1, 12, 22, 28, 75, 95, 5] {
+            assert_eq!(number(errno(value)), value);
+        }
+        assert_eq!((number(Errno::ROFS), number(Errno::TIMEDOUT)), (1, 5));
     }
 }

@@ -5,6 +5,7 @@
 #[macro_use]
 mod suite;
 mod disk;
+mod export;
 mod malformed;
 mod memory;
 mod nbd;
