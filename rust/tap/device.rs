@@ -26,6 +26,7 @@ use crate::error::Error;
 use crate::inflight::InflightFile;
 use crate::inflight::InflightTable;
 use crate::memory::UNUSED;
+use crate::nbd::NbdSocket;
 use crate::queue::EventSender;
 use crate::queue::QueueControl;
 use crate::queue::QueueEvent;
@@ -59,6 +60,7 @@ use blkif::state::XenbusState;
 use blkif::token_bucket::TokenBucket;
 use engine::Engine;
 use engine::Errno;
+use engine::DROP_TIMEOUT;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
@@ -121,7 +123,7 @@ impl Config {
         self.path("inflight")
     }
 
-    /// Returns the path of the NBD socket of the image, if its engine has one.
+    /// Returns the path of the NBD socket, from which the disk of an HVM guest is emulated.
     pub fn nbd_path(&self) -> PathBuf {
         self.path("nbd")
     }
@@ -239,6 +241,8 @@ pub struct Device {
     disk: Arc<Disk>,
     stats: Arc<Stats>,
     control: ControlSocket,
+    /// Set if the image has no server with such a socket.
+    nbd: Option<NbdSocket>,
     state: BackState,
     /// The state that was last written, or found at the start.
     written: XenbusState,
@@ -320,6 +324,7 @@ impl Device {
             disk: Arc::new(disk),
             stats: Arc::new(stats.during("creating the file for xentop")?),
             control: ControlSocket::new(&path).during("creating the control socket")?,
+            nbd: NbdSocket::new(&config.nbd_path()).during("creating the NBD socket")?,
             state: match written {
                 XenbusState::Closing | XenbusState::Closed => BackState::StartingClosed,
                 _ => BackState::Starting,
@@ -432,6 +437,9 @@ impl Device {
         if let Some(table) = self.table.take() {
             table.end();
         }
+        if let Some(nbd) = self.nbd.take() {
+            nbd.stop(DROP_TIMEOUT);
+        }
         self.engine.close()?;
         Ok(())
     }
@@ -446,10 +454,18 @@ impl Device {
         let next = self.retry_at.into_iter().chain(self.purge_at);
         let next = next.chain(self.drain_end).chain(now).min();
         let timeout = next.map(|time| time.saturating_duration_since(Instant::now()));
-        let fds = [self.store.fd(), self.wakeup.as_fd(), self.control.as_fd()];
-        let [_, woken, control] = wakeup::wait(fds, timeout).during("waiting for events")?;
+        let control = self.control.as_fd();
+        let nbd = self.nbd.as_ref().map_or(control, NbdSocket::as_fd);
+        let fds = [self.store.fd(), self.wakeup.as_fd(), control, nbd];
+        let [_, woken, control, nbd] = wakeup::wait(fds, timeout).during("waiting for events")?;
         if woken {
             self.wakeup.clear();
+        }
+        if nbd {
+            let name = self.name();
+            if let Some(socket) = &mut self.nbd {
+                socket.accept(&*self.engine, &name);
+            }
         }
         if control {
             self.serve_control();

@@ -480,7 +480,8 @@ fn open(
     Ok((nodes, xen, image, disk))
 }
 
-/// Makes the NBD socket of the image known to the toolstack, which passes it to the device model.
+/// Makes the NBD socket of the image's server known to the toolstack, which passes it to the device
+/// model. If there is none, the process that serves the guest creates one.
 fn link_nbd_socket(link: &Path, socket: Option<&Path>) -> Result<(), Box<dyn Error>> {
     let failed = |error| format!("{}: {error}", link.display());
     match fs::remove_file(link) {

@@ -20,6 +20,7 @@
 //! | `inflight` | the in-flight table, from which a successor completes requests after a kill |
 //! | `drain` | the flush of a disk before its process is replaced |
 //! | `control` | the socket for `rblkd` |
+//! | `nbd` | the NBD socket for the device model of an HVM guest |
 //! | `stats` | counters, as JSON and for `xentop` |
 //!
 //! The main thread and each queue wait in one `poll` without a timeout: an idle disk causes no
@@ -45,6 +46,7 @@ mod inflight;
 pub mod launch;
 mod memory;
 pub mod monitor;
+mod nbd;
 mod queue;
 mod ring;
 mod root;

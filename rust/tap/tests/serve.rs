@@ -722,3 +722,22 @@ fn a_size_that_was_not_told_is_told_later() {
     assert_eq!(sectors, (SECTORS * 2).to_string());
     disk.finish();
 }
+
+#[test]
+fn the_image_is_exported_for_the_emulation_of_the_disk() {
+    let disk = TestDisk::connect(image(), Choice::PLAIN);
+    let socket = disk.dir.path().join("5-51712.nbd");
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let emulated = engine::open(&uri.parse().unwrap(), &engine::Options::default()).unwrap();
+    assert_eq!(emulated.info().size, SECTORS * 512);
+    let mut queue = emulated.queue(1).unwrap();
+    let mut data = emulated.allocate(512).unwrap();
+    data.write_at(0, b"boot").unwrap();
+    queue.submit(engine::Request::write(0, 512, vec![data]));
+    queue.submit(engine::Request::flush(1));
+    let mut done = Vec::new();
+    queue.drain(Duration::from_secs(100), &mut done).unwrap();
+    assert!(done.iter().all(|completion| completion.result.is_ok()));
+    // A client that stays does not keep the disk.
+    disk.finish();
+}

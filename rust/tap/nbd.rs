@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The NBD socket of a disk whose image has no server of its own.
+//!
+//! Xen's toolstack passes its path to the device model of an HVM guest, which emulates the disk
+//! with it until the guest unplugs that. QEMU's storage daemon has such a socket itself.
+
+use engine::nbd::Export;
+use engine::Engine;
+use std::fs;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc;
+use std::sync::mpsc::Receiver;
+use std::sync::mpsc::Sender;
+use std::sync::Arc;
+use std::sync::Weak;
+use std::thread;
+use std::time::Duration;
+use std::time::Instant;
+
+/// The greatest number of clients at the same time. The device model is one.
+const MAX_CLIENTS: usize = 2;
+
+/// The limit for sending a reply.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The socket. Only root may connect.
+pub(crate) struct NbdSocket {
+    listener: UnixListener,
+    /// The connections, each of which the thread owns that serves it.
+    clients: Vec<Weak<UnixStream>>,
+    /// Each thread has a copy of the sender, and nothing is sent: the copies end with the threads.
+    running: Sender<()>,
+    ended: Receiver<()>,
+}
+
+impl NbdSocket {
+    /// Creates the socket, unless the monitor has linked that of the image's server.
+    pub(crate) fn new(path: &Path) -> io::Result<Option<Self>> {
+        if path.is_symlink() {
+            return Ok(None);
+        }
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(path)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        listener.set_nonblocking(true)?;
+        let (running, ended) = mpsc::channel();
+        Ok(Some(Self {
+            listener,
+            clients: Vec::new(),
+            running,
+            ended,
+        }))
+    }
+
+    /// Accepts a client, and starts a thread that serves it.
+    pub(crate) fn accept(&mut self, engine: &dyn Engine, name: &str) {
+        let Ok((client, _)) = self.listener.accept() else {
+            return;
+        };
+        if let Err(error) = self.start(client, engine, name) {
+            api::message!("{name}: a client of the NBD socket is refused: {error}");
+        }
+    }
+
+    fn start(&mut self, client: UnixStream, engine: &dyn Engine, name: &str) -> io::Result<()> {
+        self.clients.retain(|client| client.strong_count() != 0);
+        if self.clients.len() >= MAX_CLIENTS {
+            return Err(io::Error::other("it has too many clients"));
+        }
+        client.set_nonblocking(false)?;
+        client.set_write_timeout(Some(SEND_TIMEOUT))?;
+        let export = Export::new(engine).map_err(|error| io::Error::other(error.to_string()))?;
+        let client = Arc::new(client);
+        self.clients.push(Arc::downgrade(&client));
+        let (name, running) = (name.to_owned(), self.running.clone());
+        let thread = thread::Builder::new().name(format!("{name}-nbd"));
+        thread.spawn(move || {
+            if let Err(error) = export.serve(&*client) {
+                api::message!("{name}: a client of the NBD socket is disconnected: {error}");
+            }
+            drop(running);
+        })?;
+        Ok(())
+    }
+
+    /// Disconnects the clients, and waits until their requests have ended, or `timeout` has passed.
+    pub(crate) fn stop(self, timeout: Duration) {
+        for client in self.clients.iter().filter_map(Weak::upgrade) {
+            // It may have disconnected.
+            let _ = client.shutdown(Shutdown::Both);
+        }
+        drop(self.running);
+        let deadline = Instant::now() + timeout;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        while self.ended.recv_timeout(left()) == Ok(()) {}
+    }
+}
+
+impl AsFd for NbdSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
