@@ -7,6 +7,7 @@ reading them through an emulated drive takes many minutes without hardware virtu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -46,23 +47,32 @@ class EmulatedDisk(Disk):
         return f"format=raw,vdev={self.vdev},access={self.mode},target={self.target}"
 
 
-def host_options(kernel: Kernel) -> dict[str, Any]:
-    """Returns the options of a host on which `start_guest` can start a guest."""
+def host_options(
+    kernel: Kernel, images: Sequence[tuple[str, str]] = (), tools: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Returns the options of a host on which `start_guest` can start a guest.
+
+    `images` and `tools` are those of `qdisk.disk`.
+    """
     return {
         "waiting": None,
-        "image": qdisk.disk([], FIRMWARE),
+        "image": qdisk.disk(images, FIRMWARE, tools),
         "files": {KERNEL: kernel.vmlinuz.read_bytes()},
     }
 
 
-def start_guest(host: XenHost, disk: EmulatedDisk) -> Guest:
-    """Starts the guest."""
+def prepare(host: XenHost) -> None:
+    """Makes what `start_guest` needs."""
     qdisk.mount(host)
     host.sh(f"cat /guest/initrd /payload/guest.cpio | gzip -1 > {INITRAMFS}")
     # The script that xl runs if the disk names none.
     host.sh("ln -s blk-min /etc/xen/scripts/block")
+
+
+def start_guest(host: XenHost, *disks: Disk, settings: str = "") -> Guest:
+    """Starts a guest; `settings` are more lines for the xl configuration."""
     return host.start_guest(
-        disks=[disk], settings=SETTINGS, initramfs=INITRAMFS, type="hvm", memory=256
+        disks=disks, settings=SETTINGS + settings, initramfs=INITRAMFS, type="hvm", memory=256
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -99,6 +100,16 @@ def libraries_of(program: str | Path, place: str = "") -> tuple[str, ...]:
     if found:
         found.append("/lib/x86_64-linux-gnu/libgcc_s.so.1")
     return tuple(found)
+
+
+def copy_programs(programs: Iterable[str | Path], directory: Path) -> None:
+    """Copies programs and their libraries to `bin` and `lib` in a directory."""
+    for name in ("bin", "lib"):
+        (directory / name).mkdir(parents=True)
+    for program in programs:
+        shutil.copy(program, directory / "bin")
+        for library in libraries_of(program):
+            shutil.copy(library, directory / "lib")
 
 
 def compiled(name: str) -> Path:

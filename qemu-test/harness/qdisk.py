@@ -23,6 +23,7 @@ from .cache import CACHE
 from .cache import key_of
 from .cache import made_once
 from .image import compiled
+from .image import copy_programs
 from .image import debian_packages
 from .image import libraries_of
 from .xenhost import Disk
@@ -46,6 +47,8 @@ KEYMAP = "/usr/share/qemu/keymaps/en-us"
 """QEMU does not start without it, because xl always passes -vnc."""
 PLACE = "/qemu"
 """Mount point in dom0."""
+TOOLS = "tools"
+"""The directory with other programs."""
 SIZE = "384M"
 """Size of the file system."""
 XL_PATH = "/usr/libexec/xen-qemu-system-i386"
@@ -82,11 +85,16 @@ def qemu_img(*arguments: str | Path) -> None:
         raise RuntimeError(f"qemu-img {' '.join(map(str, arguments))} failed:\n{result.stdout}")
 
 
-def disk(images: Sequence[tuple[str, str | Path]], firmware: Sequence[str | Path] = ()) -> Path:
+def disk(
+    images: Sequence[tuple[str, str | Path]],
+    firmware: Sequence[str | Path] = (),
+    tools: Sequence[str] = (),
+) -> Path:
     """Returns an ext4 image for dom0's /dev/vdb with QEMU, `images` and the files `firmware`.
 
     An image is a pair of its name, whose suffix (raw, qcow2) is the format, and either its size
-    or the raw image that it is copied from.
+    or the raw image that it is copied from. `tools` are programs of the build root, see
+    `copy_programs`.
     """
     programs = tree()
     qemu, qmp = programs / QEMU, compiled("qmp")
@@ -100,6 +108,7 @@ def disk(images: Sequence[tuple[str, str | Path]], firmware: Sequence[str | Path
             shutil.copy(library, directory / "lib")
         for file in (qmp, *firmware):
             shutil.copy(file, directory)
+        copy_programs(tools, directory / TOOLS)
         start = directory / "start"
         start.write_text(_START.format(place=PLACE))
         start.chmod(0o755)
@@ -107,7 +116,9 @@ def disk(images: Sequence[tuple[str, str | Path]], firmware: Sequence[str | Path
             _make_image(directory / name, source)
 
     described = [f"{name} {source}" for name, source in images]
-    key = key_of(programs.name, qmp.parent.name, _START, *map(Path, firmware), *described)
+    key = key_of(
+        programs.name, qmp.parent.name, _START, *map(Path, firmware), *map(Path, tools), *described
+    )
     return made_once(
         CACHE / "images" / f"qdisk-{key}.img", lambda path: ext4_image(path, SIZE, fill)
     )

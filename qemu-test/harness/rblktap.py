@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 from .cache import CACHE
 from .cache import key_of
 from .cache import made_once
-from .image import libraries_of
+from .image import copy_programs
 from .xenhost import Disk
 from .xenimage import ext4_image
 from .xenimage import file_in_image
@@ -125,12 +124,7 @@ def disk(images: Sequence[Image], tools: Sequence[str] = (), size: str = SIZE) -
     """Returns an ext4 image for dom0's /dev/vdb with `images` and the programs `tools`."""
 
     def fill(directory: Path) -> None:
-        for name in ("bin", "lib"):
-            (directory / name).mkdir()
-        for tool in tools:
-            shutil.copy(tool, directory / "bin")
-            for library in libraries_of(tool):
-                shutil.copy(library, directory / "lib")
+        copy_programs(tools, directory)
         for image in images:
             image.make(directory)
 
@@ -139,14 +133,19 @@ def disk(images: Sequence[Image], tools: Sequence[str] = (), size: str = SIZE) -
 
 
 def mount(host: XenHost) -> None:
-    """Mounts the images, and copies the programs from there.
+    """Mounts the images, and copies the programs from there."""
+    host.sh(f"mkdir -p {PLACE} && mount -t ext4 /dev/vdb {PLACE} && chmod 755 {PROGRAM}")
+    install_tools(host, PLACE)
+
+
+def install_tools(host: XenHost, place: str) -> None:
+    """Copies programs and their libraries from a directory of `copy_programs`.
 
     A program that serves an image is confined, and sees the directories of the system only.
     """
     host.sh(
-        f"mkdir -p {PLACE} /dev/shm && mount -t ext4 /dev/vdb {PLACE} && chmod 755 {PROGRAM} && "
-        f"for tool in {PLACE}/bin/*; do [ ! -e $tool ] || cp $tool /usr/bin/; done && "
-        f"for library in {PLACE}/lib/*; do name=/lib/x86_64-linux-gnu/${{library##*/}}; "
+        f"mkdir -p /dev/shm && for tool in {place}/bin/*; do [ ! -e $tool ] || cp $tool /usr/bin/; "
+        f"done && for library in {place}/lib/*; do name=/lib/x86_64-linux-gnu/${{library##*/}}; "
         "[ ! -e $library ] || [ -e $name ] || cp $library $name; done"
     )
 

@@ -26,6 +26,7 @@ def test_hvm(xen: StartHost, kernel: Kernel) -> None:
     host.load_backend()
     host.ram_disks(megabytes=16)
     disk = hvm.EmulatedDisk("hda")
+    hvm.prepare(host)
     guest = hvm.start_guest(host, disk)
     assert "unplug emulated disks" in guest.sh("dmesg")
     guest.wait_for_disk("xvda")

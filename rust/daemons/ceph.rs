@@ -19,7 +19,7 @@ static PORT: AtomicU16 = AtomicU16::new(3300);
 /// The difference of the ports of a monitor for protocol versions 1 and 2.
 const OTHER_PORT: u16 = 3489;
 
-/// How many lines of a monitor's log are printed if it does not answer.
+/// The number of lines of a monitor's log that are printed if it does not answer.
 const LOG_LINES: usize = 40;
 
 /// A Ceph cluster with the pool `rbd`.
