@@ -19,7 +19,7 @@ NO_DAEMON_S = 60
 """Twice what libxl needs to fail without a backend, on a machine with other work."""
 HOLD = (
     "qemu-storage-daemon --daemonize --pidfile /run/holder.pid "
-    f"--blockdev driver=file,node-name=f,filename={rblktap.PLACE}/held.raw "
+    f"--blockdev driver=file,node-name=f,filename={rblktap.PLACE}/{{name}} "
     "--nbd-server addr.type=unix,addr.path=/run/holder.sock "
     "--export type=nbd,id=n,node-name=f,name=,writable=on"
 )
@@ -40,9 +40,22 @@ def reason(output: str) -> str:
     return "\n".join(re.findall(r"script: (.*)", output))
 
 
+def assert_exclusive(host: XenHost, guest: Guest, name: str) -> None:
+    """Checks that no other disk and no other program can write to an image while a disk uses it."""
+    host.attach(guest, RblkDisk("xvdc", name))
+    guest.wait_for_disk("xvdc")
+    found = reason(attempt(host, guest, name))
+    assert f"/tap/{name}" in found and "in use" in found, found
+    kind = name.split(".")[-1]
+    status, output = host.run(f"qemu-img resize -f {kind} {rblktap.PLACE}/{name} +1M")
+    assert status != 0 and "lock" in output, output
+    rblkd.detach(host, guest, "xvdc")
+
+
 def test_tap_failures(xen: StartHost) -> None:
     """A missing, a corrupt, a protected and a locked image; no daemon, a daemon that was killed."""
-    images = [Image("good.raw", 32), Image("held.raw", 32), Image("bad.raw", 1)]
+    images = [Image("good.raw", 32), Image("held.raw", 32), Image("held.qcow2", 32)]
+    images.append(Image("bad.raw", 1))
     disk = rblktap.disk(images, TOOLS)
     host = xen(waiting=TWO_VCPUS, image=disk, **rblkd.options())
     rblkd.install(host)
@@ -62,12 +75,14 @@ def test_tap_failures(xen: StartHost) -> None:
     found = reason(attempt(host, guest, "bad.raw"))
     assert "/tap/bad.raw" in found and "not permitted" in found, found
     host.sh("chattr -i /tap/bad.raw")
-    host.sh(HOLD)
-    found = reason(attempt(host, guest, "held.raw"))
-    assert "/tap/held.raw" in found and "in use" in found, found
-    holder = host.sh("cat /run/holder.pid")
-    host.sh(f"kill {holder}")
-    host.wait_for(f"[ ! -e /proc/{holder} ]")
+    for name in ("held.raw", "held.qcow2"):
+        host.sh(HOLD.format(name=name))
+        found = reason(attempt(host, guest, name))
+        assert f"/tap/{name}" in found and "in use" in found, found
+        holder = host.sh("cat /run/holder.pid")
+        host.sh(f"kill {holder}")
+        host.wait_for(f"[ ! -e /proc/{holder} ]")
+        assert_exclusive(host, guest, name)
     found = reason(attempt(host, guest, "nbd+unix:///?socket=/run/nowhere.sock"))
     assert "/run/nowhere.sock" in found, found
 

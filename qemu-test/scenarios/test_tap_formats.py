@@ -83,6 +83,20 @@ def verify_backing(host: XenHost, guest: Guest) -> None:
     assert rblktap.sum_of(host, BASE, MIB) == base
 
 
+def verify_device(host: XenHost, guest: Guest) -> None:
+    """A qcow2 image on a block device is verified from inside and outside."""
+    image = Image("device.qcow2")
+    host.ram_disks(megabytes=2 * MIB)
+    host.sh(f"qemu-img create -q -f qcow2 /dev/ram0 {MIB}M")
+    host.sh(f"ln -s /dev/ram0 {rblktap.PLACE}/{image.name}")
+    attach(host, guest, "qcow2:/dev/ram0")
+    guest.sh(VERIFY.format(seed=6), timeout=600)
+    inside = guest.sh(SUM.format(count=WRITTEN_MIB))
+    rblkd.detach(host, guest, "xvdb")
+    assert rblktap.sum_of(host, image, WRITTEN_MIB) == inside
+    check(host, image)
+
+
 def grow(host: XenHost, guest: Guest) -> None:
     """A qcow2 image grows while it is attached, but does not shrink, and a VHD keeps its size."""
     attach(host, guest, TOP.name)
@@ -109,7 +123,7 @@ def refused_resize(host: XenHost, guest: Guest, mib: int) -> str:
 
 
 def test_tap_formats(xen: StartHost) -> None:
-    """Raw, qcow2 with a backing file, dynamic VHD, and NBD; a larger qcow2 image."""
+    """Raw, qcow2 with a backing file and on a device, dynamic VHD, and NBD; a larger image."""
     images = [PLAIN, EXPORTED, BASE, TOP, DYNAMIC]
     disk = rblktap.disk(images, [*rblktap.QEMU_TOOLS, "/usr/bin/qemu-nbd"])
     host = xen(waiting=TWO_VCPUS, image=disk, **rblkd.options())
@@ -119,6 +133,7 @@ def test_tap_formats(xen: StartHost) -> None:
     verify(host, guest, PLAIN)
     verify_backing(host, guest)
     verify(host, guest, DYNAMIC)
+    verify_device(host, guest)
     grow(host, guest)
     host.sh(f"{NBD_SERVER} {rblktap.PLACE}/{EXPORTED.name}")
     verify(host, guest, EXPORTED, f"nbd+unix:///?socket={SOCKET}")

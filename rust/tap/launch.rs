@@ -3,8 +3,8 @@
 //! Confinement of QEMU's programs, which parse images with a format.
 //!
 //! `rblktap launch --user N --root DIR [--read PATH] [--write PATH] -- PROGRAM` runs a program that
-//! sees the named files and directories, and the programs and libraries of the system, and nothing
-//! else. The monitor starts `qemu-storage-daemon` and `qemu-img` with it. As in [`crate::confine`],
+//! sees the named files and directories, `/dev/null`, and the programs and libraries of the system,
+//! and nothing else. The monitor starts `qemu-storage-daemon` and `qemu-img` with it. As in [`crate::confine`],
 //! the layers do not depend on each other:
 //!
 //! | layer | effect |
@@ -89,9 +89,12 @@ const SYSTEM_CALLS: &[libc::c_long] = &[
     libc::SYS_getrusage,
 ];
 
-/// The numbers of `ioctl`s: `BLKSSZGET`, `BLKPBSZGET`, `BLKGETSIZE64`, `BLKDISCARD`, `BLKZEROOUT`,
-/// `XFS_IOC_DIOINFO`, `FS_IOC_FSGETXATTR`, `FS_IOC_FSSETXATTR` and `FIONBIO`.
-const REQUESTS: [u64; 9] = [
+/// The numbers of `ioctl`s: `BLKROGET`, `BLKSECTGET`, `BLKSSZGET`, `BLKPBSZGET`, `BLKGETSIZE64`,
+/// `BLKDISCARD`, `BLKZEROOUT`, `XFS_IOC_DIOINFO`, `FS_IOC_FSGETXATTR`, `FS_IOC_FSSETXATTR` and
+/// `FIONBIO`.
+const REQUESTS: [u64; 11] = [
+    0x125e,
+    0x1267,
     0x1268,
     0x127b,
     0x8008_1272,

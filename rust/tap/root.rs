@@ -16,11 +16,14 @@ use std::path::PathBuf;
 /// The directories with the programs and libraries of the system.
 const SYSTEM: [&str; 4] = ["/usr", "/bin", "/lib", "/lib64"];
 
+/// A device that programs expect. QEMU does not lock images without it.
+const NULL: &str = "/dev/null";
+
 /// The flags of mounts without devices.
 const RESTRICTED: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
 
-/// Shows the programs and libraries of the system, and these files and directories, below `root`,
-/// an empty directory. Only what `write` names can be written.
+/// Shows the programs and libraries of the system, `/dev/null`, and these files and directories,
+/// below `root`, an empty directory. Only what `write` names can be written.
 ///
 /// Context: the process has a mount namespace of its own, and is root.
 pub(crate) fn fill<'a>(
@@ -42,6 +45,7 @@ pub(crate) fn fill<'a>(
             Err(error) => return Err(error),
         }
     }
+    show(root, Path::new(NULL), Some(MsFlags::MS_NOSUID))?;
     for path in read {
         show(root, path, Some(MsFlags::MS_NOSUID))?;
     }

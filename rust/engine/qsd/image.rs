@@ -191,6 +191,13 @@ pub(super) fn qemu_error(message: &str, path: &Path) -> Error {
         .take(MAX_MESSAGE)
         .collect();
     let has = |part| message.contains(part);
+    if has("lock") && has("Is another process using the image") {
+        return Error::new(
+            Errno::BUSY,
+            format!("{} is in use by another process: {text}", path.display()),
+            "detach the image there first",
+        );
+    }
     let (errno, remedy) = if has("cannot be confined") {
         (
             Errno::OPNOTSUPP,
@@ -198,8 +205,6 @@ pub(super) fn qemu_error(message: &str, path: &Path) -> Error {
         )
     } else if has("cannot be run") {
         (Errno::NOENT, "install the package qemu-utils")
-    } else if has("lock") && has("Is another process using the image") {
-        (Errno::BUSY, "detach the image there first")
     } else if has("No such file or directory") {
         (
             Errno::NOENT,

@@ -440,7 +440,9 @@ fn launch_confined(dir: &Path) {
     assert_eq!(fs::read_to_string(&read).unwrap(), "before\n");
     assert_eq!(fs::read_to_string(&write).unwrap(), "after\n");
     assert_eq!(run(&["ls", "-d", "/usr"]).0, "/usr\n");
-    for path in ["/etc", "/proc", "/dev", "/sys", "/run", "/root"] {
+    assert_eq!(run(&["ls", "/dev"]).0, "null\n");
+    assert!(run(&["tee", "/dev/null"]).1);
+    for path in ["/etc", "/proc", "/sys", "/run", "/root"] {
         assert_eq!(run(&["ls", "-d", path]), (String::new(), false));
     }
     let started = run(&["xargs", "echo", "started"]);
