@@ -15,6 +15,8 @@ import pytest
 from harness.driver_check import assert_served_by_pair
 from harness.fixtures import StartHost
 from harness.guest import Guest
+from harness.kernel import build_id
+from harness.pairs import Driver
 from harness.pairs import Pair
 from harness.xenhost import Disk
 from harness.xenimage import root_disk
@@ -72,8 +74,10 @@ def test_initramfs_fallback(xen: StartHost, build: Path) -> None:
     assert "Module rblkfront is blacklisted" in guest.sh("dmesg")
 
 
-def test_initramfs_package_installed(xen: StartHost, build: Path) -> None:
+def test_initramfs_package_installed(xen: StartHost, pair: Pair, build: Path) -> None:
     """Made by a Debian system in which apt has installed rblkif-dkms: DKMS has built rblkfront."""
+    installed = build / "installed-rblkfront.ko"
+    pair.front = Driver(pair.front.name, installed, build_id(installed))
     boot(xen, build / "initrd-installed")
 
 
