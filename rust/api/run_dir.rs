@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 /// | `D-N.json` | the [`Record`] of disk `D/N` |
 /// | `D-N.sock` | the control socket of its `rblktap` |
 /// | `D-N.inflight` | the table of its requests in flight |
-/// | `D-N.nbd` | the NBD socket from which its emulation reads and writes, for HVM guests |
+/// | `D-N.nbd` | the NBD socket that the device model of an HVM guest opens |
 /// | `D-N.log` | the messages of its `rblktap` |
 /// | `D.paused` | the guest is paused because its storage does not answer |
 #[derive(Clone, Debug)]

@@ -31,7 +31,7 @@ use protocol::{
 };
 use queue::{flush_blocking, NbdQueue};
 use rustix::io::Errno;
-pub use server::Export;
+pub use server::{Export, DEPTH};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

@@ -3,9 +3,10 @@
 //! Confinement of the process that serves a guest.
 //!
 //! The process keeps what it has opened: the image or a connection to its server,
-//! `/dev/xen/gntdev`, `/dev/xen/evtchn` restricted to the guest, the control socket, the in-flight
-//! table, the statistics, its messages, and a socket to its [`monitor`](crate::monitor). Everything
-//! else is taken away, in layers that do not depend on each other:
+//! `/dev/xen/gntdev`, `/dev/xen/evtchn` restricted to the guest, the control socket, the NBD
+//! socket, the in-flight table, the statistics, its messages, and a socket to its
+//! [`monitor`](crate::monitor). Everything else is taken away, in layers that do not depend on each
+//! other:
 //!
 //! | layer | effect |
 //! |---|---|

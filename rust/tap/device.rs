@@ -60,7 +60,6 @@ use blkif::state::XenbusState;
 use blkif::token_bucket::TokenBucket;
 use engine::Engine;
 use engine::Errno;
-use engine::DROP_TIMEOUT;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
@@ -109,6 +108,8 @@ pub struct Config {
     pub max_queues: u32,
     /// Use persistent grants if the frontend does.
     pub persistent: bool,
+    /// The device model of an HVM guest may use the image before the guest connects.
+    pub is_exported: bool,
     /// The settings of error handling.
     pub settings: Settings,
     /// The pages and requests that the disk may use at first: its share of those of its domain.
@@ -123,7 +124,7 @@ impl Config {
         self.path("inflight")
     }
 
-    /// Returns the path of the NBD socket, from which the disk of an HVM guest is emulated.
+    /// Returns the path of the NBD socket that the device model of an HVM guest opens.
     pub fn nbd_path(&self) -> PathBuf {
         self.path("nbd")
     }
@@ -324,7 +325,10 @@ impl Device {
             disk: Arc::new(disk),
             stats: Arc::new(stats.during("creating the file for xentop")?),
             control: ControlSocket::new(&path).during("creating the control socket")?,
-            nbd: NbdSocket::new(&config.nbd_path()).during("creating the NBD socket")?,
+            nbd: match config.is_exported {
+                true => NbdSocket::new(&config.nbd_path()).during("creating the NBD socket")?,
+                false => None,
+            },
             state: match written {
                 XenbusState::Closing | XenbusState::Closed => BackState::StartingClosed,
                 _ => BackState::Starting,
@@ -438,7 +442,7 @@ impl Device {
             table.end();
         }
         if let Some(nbd) = self.nbd.take() {
-            nbd.stop(DROP_TIMEOUT);
+            nbd.stop();
         }
         self.engine.close()?;
         Ok(())
@@ -463,8 +467,12 @@ impl Device {
         }
         if nbd {
             let name = self.name();
-            if let Some(socket) = &mut self.nbd {
-                socket.accept(&*self.engine, &name);
+            let accepted = self.nbd.as_mut().map_or(Ok(()), |socket| {
+                socket.accept(&*self.engine, self.nodes.discard, &name)
+            });
+            if let Err(error) = accepted {
+                api::message!("{name}: the NBD socket accepts no more clients: {error}");
+                self.nbd = None;
             }
         }
         if control {

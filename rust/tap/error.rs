@@ -6,6 +6,7 @@ use blkif::negotiate::InvalidChoice;
 use blkif::node::InvalidNode;
 use blkif::ring::RingError;
 use blkif::state::Failure;
+use engine::Errno;
 use std::fmt;
 use std::io;
 
@@ -42,6 +43,8 @@ impl Error {
             Error::Refused(_, _, _, error) | Error::Own(_, error) if is_shortage(error) => {
                 Failure::Temporary
             }
+            // The device model has the last queue until the guest has unplugged the emulated disk.
+            Error::Image(error) if error.errno() == Errno::BUSY => Failure::Temporary,
             _ => Failure::Unusable { connected },
         }
     }

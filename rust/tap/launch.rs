@@ -3,9 +3,9 @@
 //! Confinement of QEMU's programs, which parse images with a format.
 //!
 //! `rblktap launch --user N --root DIR [--read PATH] [--write PATH] -- PROGRAM` runs a program that
-//! sees the named files and directories, `/dev/null`, and the programs and libraries of the system,
-//! and nothing else. The monitor starts `qemu-storage-daemon` and `qemu-img` with it. As in [`crate::confine`],
-//! the layers do not depend on each other:
+//! sees the named files and directories, `/dev/null`, and the programs and libraries of the
+//! system, and nothing else. The monitor starts `qemu-storage-daemon` and `qemu-img` with it. As in
+//! [`crate::confine`], the layers do not depend on each other:
 //!
 //! | layer | effect |
 //! |---|---|

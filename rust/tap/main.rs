@@ -198,6 +198,9 @@ fn config(matches: &ArgMatches, pid: u32) -> Config {
         stats_root: Some(PathBuf::from("/dev/shm")),
         max_queues: matches.get_one("max-queues").copied().unwrap_or(1),
         persistent: text(matches, "persistent") == "on",
+        // The use of a volume is recorded when the guest connects, which must come before the first
+        // write.
+        is_exported: !matches.contains_id("volume-image"),
         settings: Settings {
             retry_time: seconds(matches, "retry-seconds"),
             wait_for_space: text(matches, "no-space") == "wait",

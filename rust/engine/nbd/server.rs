@@ -3,11 +3,10 @@
 //! The server side of NBD, for an image that is open in this process.
 //!
 //! It corresponds to QEMU's `nbd/server.c`. Xen's toolstack has the device model of an HVM guest
-//! open the image of a disk over NBD, and emulates the disk with it until the guest uses its own
-//! driver.
+//! open the image of a disk over NBD. The device model emulates the disk until the guest unplugs
+//! the emulated disk and uses a driver for Xen's.
 //!
-//! Such a client has one request at a time, so requests are carried out one after the other. Each
-//! client has a queue of its own.
+//! Each client has a queue of its own. Its requests are carried out one after the other.
 
 use super::protocol::{
     number, take_u32, Command, CMD_DISC, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLUSH, CMD_READ,
@@ -18,13 +17,13 @@ use super::protocol::{
     REP_ERR_UNSUP, REP_INFO, REP_SERVER, SIMPLE_REPLY_MAGIC,
 };
 use super::MAX_TRANSFER;
-use crate::error::{Error, Result};
 use crate::info::Info;
 use crate::request::{Completion, Operation, Request};
-use crate::{Engine, Queue};
+use crate::Queue;
 use io_buffer::Buffer;
 use rustix::io::Errno;
 use std::io::{self, ErrorKind, Read, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// The greatest number of options of a client, and the greatest length of one.
@@ -37,17 +36,19 @@ const CHUNK: u64 = 1 << 20;
 /// Zeroes behind the reply to [`OPT_EXPORT_NAME`].
 const ZEROES: [u8; 124] = [0; 124];
 
-/// The limit of a request: a client whose request takes longer is disconnected.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(120);
+/// The time after which a wait for a request looks whether the export is stopped.
+const STEP: Duration = Duration::from_secs(1);
 
 /// The export of an image, whose name is empty, for one client.
-pub struct Export {
+pub struct Export<'a> {
     info: Info,
     queue: Box<dyn Queue>,
+    /// The requests in flight are not waited for any more.
+    is_stopped: &'a AtomicBool,
 }
 
 /// The data that a command has read, or the error for the client.
-type Outcome = std::result::Result<Vec<Buffer>, Errno>;
+type Outcome = Result<Vec<Buffer>, Errno>;
 
 /// The step that a client wants after an option.
 enum Negotiated {
@@ -59,18 +60,37 @@ enum Negotiated {
     Abort,
 }
 
-impl Export {
-    /// Creates the export of an open image.
-    pub fn new(engine: &dyn Engine) -> Result<Self> {
-        let info = engine.info();
-        let queue = engine.queue(MAX_TRANSFER.div_ceil(CHUNK as u32))?;
-        Ok(Self { info, queue })
+/// The depth of the queue that a client needs.
+pub const DEPTH: u32 = 32;
+
+impl<'a> Export<'a> {
+    /// Creates the export of an open image with a queue of it.
+    ///
+    /// Its storage is not freed unless the image supports `discard` and the caller allows it.
+    /// Requests are waited for without a limit, as those of a ring, until `is_stopped` is set.
+    pub fn new(
+        info: Info,
+        queue: Box<dyn Queue>,
+        discard: bool,
+        is_stopped: &'a AtomicBool,
+    ) -> Self {
+        let discard = info.discard.filter(|_| discard && !info.read_only);
+        let write_zeroes = info.write_zeroes && !info.read_only;
+        Self {
+            info: Info {
+                discard,
+                write_zeroes,
+                ..info
+            },
+            queue,
+            is_stopped,
+        }
     }
 
     /// Serves a client until it disconnects.
     ///
-    /// Errors of the image are replies. What this returns is the error of the connection, or of a
-    /// request that does not complete.
+    /// Errors of the image are replies. What this returns is the error of the connection, or that
+    /// the export was stopped while a request was in flight.
     pub fn serve(mut self, mut client: impl Read + Write) -> io::Result<()> {
         if !self.negotiate(&mut client)? {
             return Ok(());
@@ -225,7 +245,7 @@ impl Export {
             CMD_FLUSH => return self.submit(vec![Request::flush(0)]),
             CMD_TRIM => Operation::Discard,
             CMD_WRITE_ZEROES => Operation::WriteZeroes {
-                may_unmap: command.flags & CMD_FLAG_NO_HOLE == 0,
+                may_unmap: command.flags & CMD_FLAG_NO_HOLE == 0 && self.info.discard.is_some(),
             },
             _ => return Ok(Err(Errno::INVAL)),
         };
@@ -233,6 +253,7 @@ impl Export {
             Operation::Read | Operation::Write { .. } => {
                 self.submit(requests(operation, command.offset, data))
             }
+            Operation::Discard if self.info.discard.is_none() => Ok(Err(Errno::OPNOTSUPP)),
             _ => self.submit_without_data(operation, command, fua),
         }
     }
@@ -262,8 +283,12 @@ impl Export {
             .into_iter()
             .for_each(|request| self.queue.submit(request));
         let mut done: Vec<Completion> = Vec::new();
-        let drained = self.queue.drain(REQUEST_TIMEOUT, &mut done);
-        drained.map_err(|error: Error| io::Error::other(error.to_string()))?;
+        while let Err(error) = self.queue.drain(STEP, &mut done) {
+            let is_slow = error.errno() == Errno::TIMEDOUT && self.queue.in_flight() != 0;
+            if !is_slow || self.is_stopped.load(Ordering::Relaxed) {
+                return Err(io::Error::other(error.to_string()));
+            }
+        }
         done.sort_by_key(|completion| completion.tag);
         let mut buffers = Vec::new();
         for completion in done {

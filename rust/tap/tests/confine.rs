@@ -207,6 +207,10 @@ fn serve_confined(dir: &Path) {
         assert_eq!(control(dir, command)[name], value);
     }
     verify(&mut front);
+    let emulated = emulated(dir);
+    write_emulated(&*emulated, b"boot");
+    let found = fs::read(&image).unwrap();
+    assert_eq!(&found[512..516], b"boot");
     // Connects again.
     front.set_state("5");
     toolstack.wait_state("5");

@@ -14,13 +14,17 @@ use blkif::wire::WireSegment;
 use common::*;
 use engine::memory::MemoryEngine;
 use engine::Buffer;
+use engine::Completion;
 use engine::Engine;
 use engine::Errno;
 use engine::Info;
 use engine::Queue;
 use serde_json::Value;
 use std::fs;
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::process::Command;
+use std::sync::Arc;
 use std::thread;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -36,30 +40,79 @@ fn image() -> Box<MemoryEngine> {
 }
 
 /// An image that supports a single queue, as an NBD export without several connections.
-struct OneQueue(Box<MemoryEngine>);
+struct OneQueue {
+    image: Box<MemoryEngine>,
+    /// The queue has a copy.
+    used: Arc<()>,
+}
+
+impl OneQueue {
+    fn new() -> Self {
+        Self {
+            image: image(),
+            used: Arc::default(),
+        }
+    }
+}
 
 impl Engine for OneQueue {
     fn info(&self) -> Info {
         Info {
             max_queues: 1,
-            ..self.0.info()
+            ..self.image.info()
         }
     }
 
     fn refresh(&self) -> engine::Result<Info> {
-        self.0.refresh()
+        self.image.refresh()
     }
 
     fn queue(&self, depth: u32) -> engine::Result<Box<dyn Queue>> {
-        self.0.queue(depth)
+        if Arc::strong_count(&self.used) > 1 {
+            let cause = "the only queue is in use";
+            return Err(engine::Error::new(Errno::BUSY, cause, "wait"));
+        }
+        Ok(Box::new(OnlyQueue {
+            queue: self.image.queue(depth)?,
+            _used: self.used.clone(),
+        }))
     }
 
     fn allocate(&self, len: usize) -> engine::Result<Buffer> {
-        self.0.allocate(len)
+        self.image.allocate(len)
     }
 
     fn close(self: Box<Self>) -> engine::Result<()> {
-        self.0.close()
+        self.image.close()
+    }
+}
+
+struct OnlyQueue {
+    queue: Box<dyn Queue>,
+    _used: Arc<()>,
+}
+
+impl AsFd for OnlyQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.queue.as_fd()
+    }
+}
+
+impl Queue for OnlyQueue {
+    fn submit(&mut self, request: engine::Request) {
+        self.queue.submit(request);
+    }
+
+    fn kick(&mut self) -> engine::Result<()> {
+        self.queue.kick()
+    }
+
+    fn completions(&mut self, completions: &mut Vec<Completion>) -> engine::Result<()> {
+        self.queue.completions(completions)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.queue.in_flight()
     }
 }
 
@@ -206,7 +259,7 @@ fn data_is_right_with_persistent_grants() {
 fn no_more_queues_are_offered_than_the_image_supports() {
     let dir = tempfile::tempdir().unwrap();
     let mut toolstack = Toolstack::new("w");
-    let image = Box::new(OneQueue(image()));
+    let image = Box::new(OneQueue::new());
     let server = serve(&mut toolstack, image, &Options::new(dir.path()));
     let front = Front::connect(&mut toolstack, Choice::PLAIN);
     let offered = toolstack.node("multi-queue-max-queues");
@@ -724,20 +777,37 @@ fn a_size_that_was_not_told_is_told_later() {
 }
 
 #[test]
-fn the_image_is_exported_for_the_emulation_of_the_disk() {
-    let disk = TestDisk::connect(image(), Choice::PLAIN);
-    let socket = disk.dir.path().join("5-51712.nbd");
-    let uri = format!("nbd+unix:///?socket={}", socket.display());
-    let emulated = engine::open(&uri.parse().unwrap(), &engine::Options::default()).unwrap();
+fn the_emulated_disk_is_the_same_image() {
+    let mut disk = TestDisk::connect(image(), Choice::PLAIN);
+    let emulated = emulated(disk.dir.path());
     assert_eq!(emulated.info().size, SECTORS * 512);
-    let mut queue = emulated.queue(1).unwrap();
-    let mut data = emulated.allocate(512).unwrap();
-    data.write_at(0, b"boot").unwrap();
-    queue.submit(engine::Request::write(0, 512, vec![data]));
-    queue.submit(engine::Request::flush(1));
-    let mut done = Vec::new();
-    queue.drain(Duration::from_secs(100), &mut done).unwrap();
-    assert!(done.iter().all(|completion| completion.result.is_ok()));
+    write_emulated(&*emulated, b"boot");
+    let segment = disk.front.segment(0, 0, 0);
+    okay(disk.front.rings[0].call(direct(op::READ, 1, 1, &[segment])));
+    let mut data = [1; 4];
+    disk.front.data.read(0, &mut data);
+    assert_eq!(&data, b"boot");
     // A client that stays does not keep the disk.
     disk.finish();
+}
+
+#[test]
+fn a_frontend_waits_for_the_queue_of_the_emulated_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut toolstack = Toolstack::new("w");
+    let image = Box::new(OneQueue::new());
+    let served = serve(&mut toolstack, image, &Options::new(dir.path()));
+    toolstack.wait_state("2");
+    let emulated = emulated(dir.path());
+    let mut front = Front::offer(&toolstack.host, Choice::PLAIN);
+    front.set_state("3");
+    wait_for("the reason", || {
+        let error = format!("error/{BACK}/error");
+        toolstack.store.read_text(&error).unwrap().is_some()
+    });
+    assert_eq!(toolstack.state(), "2");
+    drop(emulated);
+    toolstack.wait_state("4");
+    front.set_state("4");
+    finish(toolstack, front, served);
 }

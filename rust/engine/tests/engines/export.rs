@@ -5,19 +5,36 @@
 use crate::disk::Cut;
 use crate::server::is_installed;
 use crate::suite::{Target, SIZE};
-use engine::nbd::Export;
-use engine::{Engine, Errno, Options};
+use engine::memory::MemoryEngine;
+use engine::nbd::{Export, DEPTH};
+use engine::{Completion, Engine, Errno, Operation, Options, Queue, Request};
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 use tempfile::TempDir;
+
+/// The limit for the other end of a connection.
+const TIMEOUT: Duration = Duration::from_secs(100);
 
 /// A raw image that is exported as long as the process runs.
 struct Exported {
     dir: TempDir,
+}
+
+static IS_STOPPED: AtomicBool = AtomicBool::new(false);
+
+/// Serves a client in a thread.
+fn serve(engine: &dyn Engine, client: UnixStream) {
+    let (info, queue) = (engine.info(), engine.queue(DEPTH).unwrap());
+    let export = Export::new(info, queue, true, &IS_STOPPED);
+    thread::spawn(move || export.serve(&client));
 }
 
 impl Exported {
@@ -31,8 +48,7 @@ impl Exported {
         let listener = UnixListener::bind(exported.socket()).unwrap();
         thread::spawn(move || {
             for client in listener.incoming() {
-                let export = Export::new(&*engine).unwrap();
-                thread::spawn(move || export.serve(&client.unwrap()));
+                serve(&*engine, client.unwrap());
             }
         });
         exported
@@ -131,7 +147,10 @@ fn a_read_only_image_is_exported_as_such() {
 
 /// Connects, and sends the flags of the client.
 fn greeted(exported: &Exported) -> UnixStream {
-    let mut client = UnixStream::connect(exported.socket()).unwrap();
+    greet(UnixStream::connect(exported.socket()).unwrap())
+}
+
+fn greet(mut client: UnixStream) -> UnixStream {
     client.read_exact(&mut [0; 18]).unwrap();
     client.write_all(&1u32.to_be_bytes()).unwrap();
     client
@@ -191,16 +210,35 @@ fn clients_without_the_newer_option_are_served() {
     assert_eq!(found[10..], [0; 124]);
 }
 
+/// Enters the transmission phase.
+fn enter(client: &mut UnixStream) {
+    send_option(client, 1, &[]);
+    client.read_exact(&mut [0; 134]).unwrap();
+}
+
 /// Sends a command without data, and returns the error of the reply.
 fn command(client: &mut UnixStream, kind: u16, offset: u64, length: u32) -> u32 {
+    command_with(client, 0, kind, offset, length, &[])
+}
+
+/// Sends a command with flags and data, and returns the error of the reply.
+fn command_with(
+    client: &mut UnixStream,
+    flags: u16,
+    kind: u16,
+    offset: u64,
+    length: u32,
+    data: &[u8],
+) -> u32 {
     const MAGIC: u32 = 0x2560_9513;
     let fields = [
         &MAGIC.to_be_bytes()[..],
-        &0u16.to_be_bytes(),
+        &flags.to_be_bytes(),
         &kind.to_be_bytes(),
         &7u64.to_be_bytes(),
         &offset.to_be_bytes(),
         &length.to_be_bytes(),
+        data,
     ];
     client.write_all(&fields.concat()).unwrap();
     let mut header = [0; 16];
@@ -214,8 +252,7 @@ fn errors_are_replies() {
     const READ: u16 = 0;
     let exported = Exported::new(&Options::default());
     let mut client = greeted(&exported);
-    send_option(&mut client, 1, &[]);
-    client.read_exact(&mut [0; 134]).unwrap();
+    enter(&mut client);
     let (invalid, io) = (22, 5);
     assert_eq!(command(&mut client, READ, SIZE, 512), io);
     assert_eq!(command(&mut client, READ, 1, 512), invalid);
@@ -253,11 +290,149 @@ fn a_client_that_breaks_the_protocol_is_disconnected() {
     ];
     for breach in breaches {
         let mut client = greeted(&exported);
+        client.set_read_timeout(Some(TIMEOUT)).unwrap();
         breach(&mut client);
+        let end = client.read_to_end(&mut Vec::new());
         // The rest of what it has sent may be lost with the connection.
-        let _ = client.read_to_end(&mut Vec::new());
+        let is_end = |error: io::Error| error.kind() == io::ErrorKind::ConnectionReset;
+        assert!(end.map_or_else(is_end, |_| true));
     }
     let mut disk = exported.disk();
     assert_eq!(disk.read(0, 512, Cut::Whole), vec![0; 512]);
     disk.close();
+}
+
+/// An image in memory that notes the operations of its queues.
+struct Noting {
+    image: MemoryEngine,
+    operations: Arc<Mutex<Vec<Operation>>>,
+}
+
+struct NotingQueue {
+    queue: Box<dyn Queue>,
+    operations: Arc<Mutex<Vec<Operation>>>,
+}
+
+impl AsFd for NotingQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.queue.as_fd()
+    }
+}
+
+impl Queue for NotingQueue {
+    fn submit(&mut self, request: Request) {
+        self.operations.lock().unwrap().push(request.operation);
+        self.queue.submit(request);
+    }
+
+    fn kick(&mut self) -> engine::Result<()> {
+        self.queue.kick()
+    }
+
+    fn completions(&mut self, completions: &mut Vec<Completion>) -> engine::Result<()> {
+        self.queue.completions(completions)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.queue.in_flight()
+    }
+}
+
+impl Noting {
+    fn new() -> Self {
+        Self {
+            image: MemoryEngine::open(SIZE, &Options::default()).unwrap(),
+            operations: Arc::default(),
+        }
+    }
+
+    /// Returns a client in the transmission phase.
+    fn client(&self, discard: bool, is_stopped: &'static AtomicBool) -> UnixStream {
+        let (client, other) = UnixStream::pair().unwrap();
+        client.set_read_timeout(Some(TIMEOUT)).unwrap();
+        let queue = Box::new(NotingQueue {
+            queue: self.image.queue(DEPTH).unwrap(),
+            operations: self.operations.clone(),
+        });
+        let export = Export::new(self.image.info(), queue, discard, is_stopped);
+        thread::spawn(move || export.serve(&other));
+        let mut client = greet(client);
+        enter(&mut client);
+        client
+    }
+
+    fn take(&self) -> Vec<Operation> {
+        std::mem::take(&mut self.operations.lock().unwrap())
+    }
+}
+
+const WRITE: u16 = 1;
+const FLUSH: u16 = 3;
+const TRIM: u16 = 4;
+const WRITE_ZEROES: u16 = 6;
+const FUA: u16 = 1;
+
+#[test]
+fn flushes_and_forced_unit_access_reach_the_image() {
+    let noting = Noting::new();
+    let mut client = noting.client(true, &IS_STOPPED);
+    assert_eq!(command(&mut client, FLUSH, 0, 0), 0);
+    assert_eq!(noting.take(), [Operation::Flush]);
+    for (flags, fua) in [(FUA, true), (0, false)] {
+        let error = command_with(&mut client, flags, WRITE, 0, 512, &[1; 512]);
+        assert_eq!(error, 0);
+        assert_eq!(noting.take(), [Operation::Write { fua }]);
+    }
+    let may_unmap = true;
+    for (kind, operation) in [
+        (TRIM, Operation::Discard),
+        (WRITE_ZEROES, Operation::WriteZeroes { may_unmap }),
+    ] {
+        assert_eq!(command_with(&mut client, FUA, kind, 0, 512, &[]), 0);
+        assert_eq!(noting.take(), [operation, Operation::Flush]);
+        assert_eq!(command(&mut client, kind, 0, 512), 0);
+        assert_eq!(noting.take(), [operation]);
+    }
+}
+
+#[test]
+fn a_flush_that_fails_is_an_error() {
+    let noting = Noting::new();
+    let mut client = noting.client(true, &IS_STOPPED);
+    let fail = |errors: Vec<Option<Errno>>| {
+        noting
+            .image
+            .set_faults(|faults| faults.errors = errors.into());
+    };
+    let io = 5;
+    fail(vec![Some(Errno::NOSPC)]);
+    assert_eq!(command(&mut client, FLUSH, 0, 0), io);
+    fail(vec![None, Some(Errno::IO)]);
+    assert_eq!(command_with(&mut client, FUA, TRIM, 0, 512, &[]), io);
+    assert_eq!(command(&mut client, FLUSH, 0, 0), 0);
+}
+
+#[test]
+fn storage_is_not_freed_unless_that_is_allowed() {
+    let noting = Noting::new();
+    let mut client = noting.client(false, &IS_STOPPED);
+    let unsupported = 95;
+    assert_eq!(command(&mut client, TRIM, 0, 512), unsupported);
+    assert_eq!(noting.take(), []);
+    assert_eq!(command(&mut client, WRITE_ZEROES, 0, 512), 0);
+    let may_unmap = false;
+    assert_eq!(noting.take(), [Operation::WriteZeroes { may_unmap }]);
+}
+
+#[test]
+fn a_stopped_export_does_not_wait_for_the_image() {
+    static IS_STOPPED: AtomicBool = AtomicBool::new(false);
+    let noting = Noting::new();
+    let mut client = noting.client(true, &IS_STOPPED);
+    noting.image.set_faults(|faults| faults.hold = true);
+    client.write_all(&[0x25, 0x60, 0x95, 0x13]).unwrap();
+    client.write_all(&[0, 0, 0, 3]).unwrap();
+    client.write_all(&[0; 20]).unwrap();
+    IS_STOPPED.store(true, Ordering::Relaxed);
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
 }

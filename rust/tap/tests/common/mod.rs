@@ -180,6 +180,7 @@ pub fn serve_after(
         stats_root: None,
         max_queues: options.max_queues,
         persistent: options.persistent,
+        is_exported: true,
         settings: Settings {
             retry_time: options.retry_time,
             wait_for_space: options.wait_for_space,
@@ -218,6 +219,25 @@ pub fn control_with(state_dir: &Path, command: &str) -> Value {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     serde_json::from_str(&answer).unwrap()
+}
+
+/// Connects to the NBD socket, as the device model of an HVM guest does.
+pub fn emulated(state_dir: &Path) -> Box<dyn Engine> {
+    let socket = state_dir.join(format!("{DOMAIN}-{DEVICE}.nbd"));
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    engine::open(&uri.parse().unwrap(), &engine::Options::default()).unwrap()
+}
+
+/// Writes a text to the second sector over NBD, and flushes it.
+pub fn write_emulated(emulated: &dyn Engine, text: &[u8]) {
+    let mut queue = emulated.queue(1).unwrap();
+    let mut data = emulated.allocate(512).unwrap();
+    data.write_at(0, text).unwrap();
+    queue.submit(engine::Request::write(0, 512, vec![data]));
+    queue.submit(engine::Request::flush(1));
+    let mut done = Vec::new();
+    queue.drain(Duration::from_secs(100), &mut done).unwrap();
+    assert!(done.iter().all(|completion| completion.result.is_ok()));
 }
 
 pub struct Shared(Arc<Pages>);
