@@ -28,10 +28,12 @@ class Kernel:
         """Set for our debug kernel, with KASAN, lockdep and kmemleak."""
         self.memory_factor = 2 if self.has_checks else 1
         """Factor for the memory of a machine, because of KASAN's shadow and the other checks."""
-        self.guest_type = "pvh" if self.has_checks else "pv"
-        """A kernel with KASAN does not start as a PV domain, because it accesses its shadow memory
-        before that is mapped. So it cannot be dom0, and its guests are PVH."""
         configuration = (self.directory / "O/.config").read_text()
+        is_pv = not self.has_checks and "CONFIG_PREEMPT_RT=y" not in configuration
+        self.guest_type = "pv" if is_pv else "pvh"
+        """A kernel with KASAN does not start as a PV domain, because it accesses its shadow memory
+        before that is mapped, and one with PREEMPT_RT prints nothing there. So they cannot be dom0,
+        and their guests are PVH."""
         self.can_be_dom0 = self.guest_type == "pv" and "CONFIG_XEN_DOM0=y" in configuration
         self._tree = self.directory / "modules"
         self._paths = {_name(path): path for path in self._tree.rglob("*.ko*")}

@@ -23,9 +23,9 @@ from harness.toolstack import CODES
 from harness.xenhost import XenHost
 
 IMAGES = [("plain.raw", "32M"), ("other.qcow2", "32M")]
-DISKS = {"xvda": ("sda", "plain.raw"), "xvdb": ("sdb", "other.qcow2")}
-"""The name of each disk when it is emulated, and its image. With other names than xvd* it would be
-no PV disk beside the emulated one."""
+DISKS = {"xvda": ("0:0:0:0", "plain.raw"), "xvdb": ("0:0:1:0", "other.qcow2")}
+"""The address of each disk when it is emulated, and its image. With a name other than xvd* there
+would be no PV disk beside the emulated one."""
 EMULATED = ("ata_piix", "sd_mod")
 """The guest's drivers for the emulated disks."""
 ORDER = "/lib/modules/emulated"
@@ -63,8 +63,15 @@ def is_connected(host: XenHost, guest: Guest, vdev: str) -> bool:
     return bool(host.sh(f"grep ' 0001 03 .* {socket}$' /proc/net/unix || :"))
 
 
+def name_of(guest: Guest, address: str) -> str:
+    """Returns the name of an emulated disk. The kernel looks for all at the same time."""
+    directory = f"/sys/bus/scsi/devices/{address}/block"
+    guest.wait_for(f"[ -b /dev/$(ls {directory}) ]")
+    return guest.sh(f"ls {directory}").strip()
+
+
 def test_tap_hvm(xen: StartHost, kernel: Kernel) -> None:
-    """What one of both writes, the other one reads; and the guest unplugs the emulated ones."""
+    """What is written to one is read from the other; and the guest unplugs the emulated ones."""
     options = hvm.host_options(kernel, IMAGES, rblktap.QEMU_TOOLS)
     programs = rblkd.options()
     files = {**options["files"], **programs["files"], "emulated.packed": drivers(kernel)}
@@ -77,11 +84,11 @@ def test_tap_hvm(xen: StartHost, kernel: Kernel) -> None:
     guest = hvm.start_guest(host, *disks(), settings=KEEP)
     guest.unpack("/payload/emulated.packed")
     guest.sh(f"while read -r name; do insmod /lib/modules/$name.ko; done < {ORDER}")
-    for pv, (emulated, _) in DISKS.items():
+    for pv, (address, _) in DISKS.items():
         guest.wait_for_disk(pv)
         assert_served_by_pair(host, guest, pv)
         assert is_connected(host, guest, pv)
-        guest.wait_for(f"[ -b /dev/{emulated} ]")
+        emulated = name_of(guest, address)
         for first, second in ((pv, emulated), (emulated, pv)):
             text = secrets.token_hex(8)
             guest.sh(WRITE.format(text=text, disk=first))
