@@ -57,7 +57,8 @@ end_with_children() {
 	local pid children
 	for pid; do
 		children=$(cat "/proc/$pid/task/$pid/children" 2>/dev/null) || continue
-		kill "$pid" 2>/dev/null || sudo -n kill "$pid" 2>/dev/null
+		# It may have ended meanwhile.
+		kill "$pid" 2>/dev/null || as_root kill "$pid" 2>/dev/null || true
 		# shellcheck disable=SC2086 # a list
 		end_with_children $children
 	done
