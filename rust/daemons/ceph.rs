@@ -98,9 +98,9 @@ impl Ceph {
     }
 }
 
-/// Waits until the monitors answer. Each try is a new client, because a client that connected
-/// while the first monitors elected a leader was seen to get no answer for a minute. Prints the
-/// monitors' last messages if there is none.
+/// Waits until the monitors answer. Each try is a new client: one that connected just after the
+/// start of a monitor got no answer for a minute once, for an unknown reason. Prints the last
+/// messages of the monitors if there is no answer.
 fn await_monitors(conf: &str, mons: &mut [Daemon], dir: &Path) {
     let deadline = Instant::now() + LIMIT;
     while !is_answered(conf) {

@@ -2,14 +2,13 @@
 
 //! The socket for `rblkd`: one command and one answer for each connection, see [`api::disk`].
 
+use crate::listen::listen;
 use api::socket;
 use api::DiskAnswer;
 use api::DiskCommand;
-use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -30,14 +29,7 @@ pub(crate) struct Client {
 impl ControlSocket {
     /// Creates the socket, in place of that of a predecessor.
     pub(crate) fn new(path: &Path) -> io::Result<Self> {
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(path)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-        listener.set_nonblocking(true)?;
-        Ok(Self(listener))
+        listen(path).map(Self)
     }
 
     /// Accepts a client, and reads its command. Returns `None` if there is none.

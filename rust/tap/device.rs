@@ -441,11 +441,16 @@ impl Device {
         if let Some(table) = self.table.take() {
             table.end();
         }
+        self.close_nbd();
+        self.engine.close()?;
+        Ok(())
+    }
+
+    /// Disconnects the clients of the NBD socket: the image cannot be closed while one has a queue.
+    fn close_nbd(&mut self) {
         if let Some(nbd) = self.nbd.take() {
             nbd.stop();
         }
-        self.engine.close()?;
-        Ok(())
     }
 
     /// Does what is due, and what `rblk` asks for, after having waited for something if `sleeps` is
@@ -471,8 +476,8 @@ impl Device {
                 socket.accept(&*self.engine, self.nodes.discard, &name)
             });
             if let Err(error) = accepted {
-                api::message!("{name}: the NBD socket accepts no more clients: {error}");
-                self.nbd = None;
+                api::message!("{name}: the NBD socket is closed: {error}");
+                self.close_nbd();
             }
         }
         if control {

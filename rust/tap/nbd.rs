@@ -5,15 +5,14 @@
 //! Xen's toolstack passes its path to the device model of an HVM guest, which emulates the disk
 //! until the guest unplugs the emulated disk. QEMU's storage daemon has a socket of its own.
 
+use crate::listen::listen;
 use engine::nbd;
 use engine::nbd::Export;
 use engine::Engine;
-use std::fs;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -55,13 +54,7 @@ impl NbdSocket {
         if path.is_symlink() {
             return Ok(None);
         }
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(path)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-        listener.set_nonblocking(true)?;
+        let listener = listen(path)?;
         let (running, ended) = mpsc::channel();
         Ok(Some(Self {
             listener,

@@ -21,6 +21,7 @@
 //! | `drain` | the flush of a disk before its process is replaced |
 //! | `control` | the socket for `rblkd` |
 //! | `nbd` | the NBD socket for the device model of an HVM guest |
+//! | `listen` | creates these two sockets |
 //! | `stats` | counters, as JSON and for `xentop` |
 //!
 //! The main thread and each queue wait in one `poll` without a timeout: an idle disk causes no
@@ -44,6 +45,7 @@ mod filter;
 mod handover;
 mod inflight;
 pub mod launch;
+mod listen;
 mod memory;
 pub mod monitor;
 mod nbd;

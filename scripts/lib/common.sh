@@ -58,7 +58,7 @@ end_with_children() {
 	for pid; do
 		children=$(cat "/proc/$pid/task/$pid/children" 2>/dev/null) || continue
 		# It may have ended meanwhile.
-		kill "$pid" 2>/dev/null || as_root kill "$pid" 2>/dev/null || true
+		kill "$pid" 2>/dev/null || sudo -n kill "$pid" 2>/dev/null || true
 		# shellcheck disable=SC2086 # a list
 		end_with_children $children
 	done

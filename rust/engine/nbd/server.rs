@@ -33,6 +33,9 @@ const MAX_OPTION: u32 = 4096;
 /// The greatest length of a request to the image.
 const CHUNK: u64 = 1 << 20;
 
+/// The depth of the queue that a client needs: its longest request has that many parts.
+pub const DEPTH: u32 = 32;
+
 /// Zeroes behind the reply to [`OPT_EXPORT_NAME`].
 const ZEROES: [u8; 124] = [0; 124];
 
@@ -59,9 +62,6 @@ enum Negotiated {
     /// The end of the connection.
     Abort,
 }
-
-/// The depth of the queue that a client needs.
-pub const DEPTH: u32 = 32;
 
 impl<'a> Export<'a> {
     /// Creates the export of an open image with a queue of it.
